@@ -1,0 +1,81 @@
+"""Fill a trace store: ask a backend for the samples that are missing, and store each one as it finishes.
+
+Generation and evaluation both sample many answers of many prompts and must survive being killed at any moment; this is
+the one loop they share. What is in the store is never asked for again.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from distill.backends import Backend, Completed, Job, Sampling
+from distill.chat import split_reasoning
+from distill.prompts.prompt import Prompt
+from distill.traces.store import TraceStore
+from distill.traces.trace import Trace
+
+
+def missing(prompts: Iterable[Prompt], samples: int, have: set[tuple[str, int]]) -> list[Job]:
+    """The jobs still to do: every prompt with those of its sample numbers 0 … samples-1 that the store lacks."""
+    jobs = []
+    for prompt in prompts:
+        wanted = tuple(n for n in range(samples) if (prompt.id, n) not in have)
+        if wanted:
+            jobs.append(Job(prompt, wanted))
+    return jobs
+
+
+def collect(
+    backend: Backend,
+    store: TraceStore,
+    jobs: Iterable[Job],
+    sampling: Sampling,
+    seed: int,
+    teacher: str,
+    advance: Callable[[int], None],
+    suffix: str = "",
+) -> None:
+    """Sample the jobs into an open store. `teacher` is the fingerprint written into every trace.
+
+    suffix: text added to the last message of what the model is asked; the stored prompt stays as it was.
+    """
+    asked: dict[str, Prompt] = {}
+
+    def with_suffix() -> Iterator[Job]:
+        for job in jobs:
+            asked[job.prompt.id] = job.prompt
+            yield Job(_ask(job.prompt, suffix), job.samples)
+
+    for done in backend.complete(with_suffix(), sampling, seed):
+        store.append([_trace(done, asked[done.prompt.id], seed, teacher)])
+        advance(1)
+
+
+def check_all(backend: Backend, jobs: Iterable[Job], sampling: Sampling, suffix: str = "") -> None:
+    """UserError for the first job that could never be completed: before any work, not in the middle of it."""
+    for job in jobs:
+        backend.check(_ask(job.prompt, suffix), sampling)
+
+
+def _ask(prompt: Prompt, suffix: str) -> Prompt:
+    if not suffix:
+        return prompt
+    *before, last = prompt.messages
+    return replace(prompt, messages=(*before, {"role": last["role"], "content": last["content"] + suffix}))
+
+
+def _trace(done: Completed, prompt: Prompt, seed: int, teacher: str) -> Trace:
+    reasoning, response = split_reasoning(done.text)
+    return Trace(
+        prompt=prompt,
+        sample=done.sample,
+        seed=seed,
+        text=done.text,
+        reasoning=reasoning,
+        response=response,
+        finish_reason=done.finish_reason,
+        teacher=teacher,
+        prompt_token_ids=done.prompt_token_ids,
+        completion_token_ids=done.completion_token_ids,
+        logprobs=done.logprobs,
+        top_logprobs=done.top_logprobs,
+    )

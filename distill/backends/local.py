@@ -1,0 +1,99 @@
+"""The local engine as a backend: messages in, text out.
+
+The engine knows token ids only. Here templates are applied, the prefilled `<think>` is put back, and prompts get their key
+for the random draws: the hash in the prompt's id, so that a sample's text depends on (seed, prompt, sample) and not on
+what else is in the batch.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.backends import Completed, Job, Sampling
+from distill.chat import Chat
+from distill.errors import UserError
+from distill.fingerprint import digest, weights_hash
+from distill.prompts.prompt import Prompt
+
+if TYPE_CHECKING:
+    from distill.engine import Engine
+
+
+class LocalBackend:
+    """A model directory, loaded. `identity` is known without loading (`identify`), for stages that are finished."""
+
+    def __init__(self, engine: "Engine", chat: Chat, identity: dict[str, Any]) -> None:
+        self.engine = engine
+        self.chat = chat
+        self.identity = identity
+
+    @classmethod
+    def load(cls, model_dir: Path, *, chat_template: str | None = None, max_batch: int = 128) -> "LocalBackend":
+        """Load a model directory. UserError, with file and fix, when it is incomplete, damaged or unsupported."""
+        from distill.engine import Engine
+
+        try:
+            engine = Engine.load(model_dir, max_batch=max_batch)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        chat = Chat.load(model_dir, chat_template)
+        return cls(engine, chat, identify(model_dir, chat_template) | {"numerics": engine.numerics})
+
+    def check(self, prompt: Prompt, sampling: Sampling) -> None:
+        """UserError when prompt and completion do not fit into the model's context."""
+        self._checked_ids(prompt, sampling)
+
+    def complete(self, jobs: Iterable[Job], sampling: Sampling, seed: int) -> Iterator[Completed]:
+        """Yield every wanted sample once, as it finishes. Pulls jobs only as fast as they can be started."""
+        from distill.engine import Request, SamplingParams
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_new_tokens=sampling.max_new_tokens,
+            stop_token_ids=self.chat.stop_token_ids,
+            logprobs=sampling.logprobs,
+        )
+        running: dict[str, tuple[Prompt, tuple[int, ...], int]] = {}  # prompt, its token ids, samples still to come
+
+        def requests() -> Iterator[Request]:
+            for job in jobs:
+                ids = self._checked_ids(job.prompt, sampling)
+                running[job.prompt.id] = (job.prompt, ids, len(job.samples))
+                yield Request(job.prompt.id, ids, params, seed, int(job.prompt.id, 16), job.samples)
+
+        for done in self.engine.generate(requests()):
+            prompt, ids, left = running.pop(done.request_id)
+            if left > 1:
+                running[done.request_id] = (prompt, ids, left - 1)
+            yield Completed(
+                prompt=prompt,
+                sample=done.sample,
+                text=self.chat.restore(self.chat.decode(done.token_ids)),
+                finish_reason=done.finish_reason,
+                prompt_token_ids=ids,
+                completion_token_ids=done.token_ids,
+                logprobs=done.logprobs,
+                top_logprobs=done.top_logprobs,
+            )
+
+    def _checked_ids(self, prompt: Prompt, sampling: Sampling) -> tuple[int, ...]:
+        ids = tuple(self.chat.prompt_ids(prompt.messages))
+        context = self.engine.max_context
+        if len(ids) + sampling.max_new_tokens > context:
+            start = prompt.messages[-1]["content"][:40]
+            raise UserError(
+                f"prompt {prompt.id} ({start!r}…, from {prompt.source or 'memory'}) has {len(ids)} tokens and "
+                f"max_new_tokens is {sampling.max_new_tokens}, together more than the model's context of {context}; "
+                f"lower max_new_tokens or leave the prompt out"
+            )
+        return ids
+
+
+def identify(model_dir: Path, chat_template: str | None = None) -> dict[str, Any]:
+    """What the fingerprint of a stage says of a model: its weights, and the template when it is not its own."""
+    from distill.chat import read_template
+
+    template = digest(read_template(chat_template)) if chat_template else "own"
+    return {"weights": weights_hash(model_dir), "chat_template": template}

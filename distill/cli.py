@@ -1,0 +1,296 @@
+"""The command line: parse, call, print. Nothing else happens here.
+
+Commands import what they call when they are called: `distill --help` must not wait for torch. The four catalog groups
+are one function, because a card is a card. `main` is where errors become exit codes: 0 done, 1 the work failed, 2 the
+user's input is wrong (one line, no traceback), 130 interrupted. What is none of these is a bug and keeps its traceback.
+"""
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill import __version__
+from distill.errors import UserError, WorkError
+
+if TYPE_CHECKING:
+    from distill.catalog import Kind
+
+
+class StageName(StrEnum):
+    generate = "generate"
+    filter = "filter"
+    train = "train"
+    eval = "eval"
+
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a name from `distill recipes list`, or a path")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. train.learning_rate=2e-5; repeatable"),
+]
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="where everything is written; runs/NAME by default")
+]
+FreshOption = Annotated[
+    list[StageName] | None,
+    typer.Option(
+        "--fresh",
+        metavar="STAGE",
+        help="move aside what this stage wrote, and what was made from it, and start over: "
+        "generate, filter, train or eval; repeatable",
+    ),
+]
+
+app = typer.Typer(
+    name="distill",
+    help="Move reasoning from a DeepSeek-R1-family teacher into a dense student.\n\n"
+    "prompts → generate → traces → filter → kept traces → train → student → eval → scores, report\n\n"
+    "Start with `distill run tiny`: it needs no network and no GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"distill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---- the stages
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+) -> None:
+    """Run all four stages and write the report. What is finished is skipped; what was interrupted resumes.
+
+    Examples: `distill run tiny` · `distill run my.yaml --set generate.samples=4` · `distill run tiny --fresh train`
+    """
+    _run_stages(recipe, None, set_, run_dir, fresh)
+
+
+@app.command()
+def generate(
+    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+) -> None:
+    """Stage 1: the teacher answers the prompts.
+
+    Example: `distill generate tiny --set prompts.0.limit=100`
+    """
+    _run_stages(recipe, [StageName.generate], set_, run_dir, fresh)
+
+
+@app.command("filter")
+def filter_(
+    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+) -> None:
+    """Stage 2: decide which traces are kept, and record why.
+
+    Example: `distill filter tiny --set filter.per_prompt=1 --fresh filter`
+    """
+    _run_stages(recipe, [StageName.filter], set_, run_dir, fresh)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+) -> None:
+    """Stage 3: fine-tune the student on the kept traces.
+
+    Example: `distill train tiny --set train.learning_rate=2e-5 --fresh train`
+    """
+    _run_stages(recipe, [StageName.train], set_, run_dir, fresh)
+
+
+@app.command("eval")
+def eval_(
+    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+) -> None:
+    """Stage 4: score the base, the student and the teacher side by side.
+
+    Example: `distill eval tiny --set eval.samples=4`
+    """
+    _run_stages(recipe, [StageName.eval], set_, run_dir, fresh)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, e.g. runs/tiny")]) -> None:
+    """Write RUN/report.html anew from what the run directory holds.
+
+    Example: `distill report runs/tiny`
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not a run directory (no recipe.yaml in it); `distill run RECIPE` makes one")
+    from distill.report import write_report
+
+    print(write_report(run))
+
+
+def _run_stages(
+    name: str,
+    stages: Sequence[StageName] | None,
+    overrides: Sequence[str] | None,
+    run_dir: Path | None,
+    fresh: Sequence[StageName] | None,
+) -> None:
+    from distill.catalog import load_recipe
+
+    recipe = load_recipe(name, overrides or ())
+    from distill.pipeline import default_run_dir, run_recipe
+
+    directory = run_dir or default_run_dir(recipe)
+    try:
+        run_recipe(recipe, directory, stages=stages, fresh=fresh or ())
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            error.filename = error.filename or str(directory)  # a failed write to an open file does not say where
+        raise
+
+
+# ---- the catalogs
+
+
+def _catalog_group(kind: "Kind", what: str) -> typer.Typer:
+    """`list`, `show`, `copy` and `check` of one catalog."""
+    group = typer.Typer(no_args_is_help=True, help=f"The catalog of {kind}s: {what}.")
+    name_argument = typer.Argument(metavar="NAME", help=f"a {kind}'s name, or a path")
+
+    @group.command("list", help=f"List the {kind}s by name.")
+    def list_() -> None:
+        from distill.catalog import entries, load
+        from distill.console import table
+
+        rows = [(name, getattr(load(kind, name), "description", "")) for name in entries(kind)]
+        table("", (kind, "what it is"), rows, text_columns=2)
+
+    @group.command(help=f"Print a {kind} as it was written, or with every default written out.")
+    def show(
+        name: Annotated[str, name_argument],
+        resolved: Annotated[bool, typer.Option("--resolved", help="write every default out")] = False,
+        set_: SetOption = None,
+    ) -> None:
+        from distill.catalog import find, load
+
+        item = load(kind, name, set_ or ())
+        print(item.to_yaml() if resolved or set_ else find(kind, name).read_text(encoding="utf-8"), end="")
+
+    @group.command("copy", help=f"Copy a {kind} to a file of your own, to edit. Never overwrites.")
+    def copy_(
+        name: Annotated[str, name_argument],
+        file: Annotated[Path | None, typer.Argument(metavar="FILE", help="./NAME.yaml by default")] = None,
+    ) -> None:
+        from distill.catalog import copy
+
+        print(copy(kind, name, file))
+
+    @group.command(
+        "check", help=f"Read {kind}s, and what they name, and say what is wrong. Without names: all of them."
+    )
+    def check_(
+        names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="names or paths")] = None,
+    ) -> None:
+        from distill.catalog import check, entries
+
+        wrong = False
+        for name in names or entries(kind):
+            try:
+                notes = check(kind, name)
+            except UserError as error:
+                wrong = True
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                print("\n  note: ".join([f"{name}: ok", *notes]))
+        raise typer.Exit(2 if wrong else 0)
+
+    return group
+
+
+recipes = _catalog_group("recipe", "one teacher-student pair and the four stages between them")
+
+
+@recipes.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from distill.recipe import recipe_schema
+
+    print(recipe_schema(), end="")
+
+
+app.add_typer(recipes, name="recipes")
+app.add_typer(_catalog_group("teacher", "reasoning models that answer the prompts"), name="teachers")
+app.add_typer(_catalog_group("student", "dense base models that are trained"), name="students")
+app.add_typer(_catalog_group("benchmark", "problems with known answers"), name="benchmarks")
+
+
+# ---- errors become exit codes
+
+
+def main() -> None:
+    try:
+        code = app(prog_name="distill", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except UserError as error:
+        code = _fail(error, 2)
+    except WorkError as error:
+        code = _fail(error, 1)
+    except typer.TyperException as error:  # an unknown option or command, a missing argument, or none and the help
+        message = _usage(error)
+        code = _fail(message, 2) if message else 2
+    except BrokenPipeError:  # only the flush: inside a command Typer sees it first, and ends as quietly
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        code = 1
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            code = _fail(_disk_full(error), 1)
+        elif error.filename is not None:
+            code = _fail(f"{os.fsdecode(error.filename)}: {error.strerror or error}", 2)
+        else:
+            raise
+    except KeyboardInterrupt:
+        code = 130
+    if code == 130:  # Typer turns an interruption inside a command into this code
+        _fail("interrupted; rerun the same command to resume", code)
+    sys.exit(code)
+
+
+def _fail(message: object, code: int) -> int:
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    return code
+
+
+def _usage(error: typer.TyperException) -> str:
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    message = message.replace("Value error, ", "").rstrip(".")
+    context = getattr(error, "ctx", None)
+    return message and f"{message}; see `{context.command_path if context else 'distill'} --help`"
+
+
+def _disk_full(error: OSError) -> str:
+    place = Path(os.fsdecode(error.filename or ".")).absolute()
+    existing = next(p for p in (place, *place.parents) if p.exists())
+    free = shutil.disk_usage(existing).free / 1e6
+    return f"the disk is full ({free:.0f} MB free at {place}): make room and rerun the same command, which resumes"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Local inference for DeepSeek-V3 and dense Llama/Qwen2 checkpoints: token ids in, token ids out.
+
+Names are resolved on first use, because reading a `ModelSpec` (planning does) must not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill.engine.engine import Completion, Engine, Scores
+    from distill.engine.sampler import SamplingParams
+    from distill.engine.scheduler import Request
+    from distill.engine.spec import ModelSpec
+
+_HOME = {
+    "Completion": "engine",
+    "Engine": "engine",
+    "ModelSpec": "spec",
+    "Request": "scheduler",
+    "SamplingParams": "sampler",
+    "Scores": "engine",
+}
+
+__all__ = ["Completion", "Engine", "ModelSpec", "Request", "SamplingParams", "Scores"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"distill.engine.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,101 @@
+"""Pages: who holds which part of the key-value cache.
+
+The cache is one pool of pages per layer and cached tensor; a sequence owns a list of page numbers, the same in every
+layer. Pages have reference counts, so that the n samples of a prompt share its pages: forking copies no numbers. Full
+pages are never written again; a partial last page is written by whoever continues, so the first writer that finds it
+shared takes a private copy (copy on write) and the last one left keeps the original.
+
+Two classes, because they fail differently: `PageAllocator` is bookkeeping in plain Python (an error there is a leak,
+and is tested against a model of it), `PagedCache` is the tensors.
+
+Rejected: a prefix tree over all prompts (offline prompts rarely share more than a template of some tokens, and n
+samples of one prompt are covered by forking); one contiguous cache per sequence (its worst case must be reserved).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill.engine.kernels import Ops
+from distill.engine.spec import ModelSpec
+
+
+class PageAllocator:
+    """Reference counts over pages 0 … num_pages-1. Every page is either free (count 0) or held."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        assert num_pages > 0 and page_size > 0
+        self.num_pages, self.page_size = num_pages, page_size
+        self.refs = [0] * num_pages
+        # A stack: the page freed last is used first, so a small load touches little memory.
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that `tokens` tokens fill, the last one perhaps partly."""
+        return -(-tokens // self.page_size)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` free pages, each with one reference. The caller has made sure that they are there."""
+        assert 0 <= count <= len(self._free), f"{count} pages asked, {len(self._free)} free"
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            assert self.refs[page] == 0, f"page {page} was free and held"
+            self.refs[page] = 1
+        return pages
+
+    def share(self, pages: Sequence[int]) -> list[int]:
+        """Another holder of the same pages (a fork)."""
+        for page in pages:
+            assert self.refs[page] > 0, f"page {page} is shared but nobody holds it"
+            self.refs[page] += 1
+        return list(pages)
+
+    def is_shared(self, page: int) -> bool:
+        return self.refs[page] > 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Give up one reference to each page; those nobody holds any more become free."""
+        for page in reversed(pages):
+            assert self.refs[page] > 0, f"page {page} is released but nobody holds it"
+            self.refs[page] -= 1
+            if self.refs[page] == 0:
+                self._free.append(page)
+
+
+class PagedCache:
+    """The tensors: for each layer, one pool [pages, heads, page_size, width] per entry of `spec.cache_dims`."""
+
+    def __init__(
+        self, spec: ModelSpec, ops: Ops, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._ops = ops
+        # Zeros, not empty: attention multiplies the junk behind a sequence's end by zero, which NaN would survive.
+        self.pools: list[tuple[Tensor, ...]] = [
+            tuple(
+                torch.zeros(num_pages, spec.cache_heads, page_size, width, dtype=dtype, device=device)
+                for width in spec.cache_dims
+            )
+            for _ in range(spec.num_layers)
+        ]
+
+    def write(self, layer: int, page_t: Tensor, offset_t: Tensor, *values_tkd: Tensor) -> None:
+        """Store what one layer computed for the tokens of a step, one tensor per pool of the layer."""
+        for pool, x_tkd in zip(self.pools[layer], values_tkd, strict=True):
+            self._ops.paged_write(pool, page_t, offset_t, x_tkd)
+
+    def copy_pages(self, copies: dict[int, int]) -> None:
+        """Copy whole pages in every layer; `copies` maps destination to source. All are read before any is written."""
+        if not copies:
+            return
+        device = self.pools[0][0].device
+        to, source = torch.tensor(list(copies), device=device), torch.tensor(list(copies.values()), device=device)
+        for pools in self.pools:
+            for pool in pools:
+                pool.index_copy_(0, to, pool.index_select(0, source))

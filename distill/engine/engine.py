@@ -1,0 +1,350 @@
+"""The engine: add requests, step, collect completions.
+
+A step is: the scheduler picks the work, the batch is laid out, the model runs once, one token is drawn for every
+sequence whose last token was computed, finished samples leave. Everything is offline batch work: the caller cares for
+tokens per second over thousands of requests, not for the latency of one, so there is no streaming and no priority.
+
+Token ids in, token ids out. Templates, stop strings and detokenising are the caller's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.engine.attention import Chunk, build_batch
+from distill.engine.cache import PageAllocator, PagedCache
+from distill.engine.kernels import describe, ops_for
+from distill.engine.model import Model
+from distill.engine.sampler import Draw, Drawn, TopLogprobs, logprobs_of, sample, stream_key
+from distill.engine.scheduler import Request, Scheduler, SequenceState
+from distill.engine.spec import ModelSpec
+from distill.engine.weights import load_weights
+
+FinishReason = Literal["stop", "length"]
+
+# Default size of the cache: what max_batch full contexts need, but no more than this, unless one long context needs it.
+_DEFAULT_CACHE_BYTES = 512 << 20
+_DEFAULT_LONG_CONTEXT = 32768
+
+# `score` turns hidden states into logits for so many rows × vocabulary entries at a time.
+_SCORE_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished sample. token_ids include the stop token if that ended it. logprobs: raw natural-log probability of
+    each token (temperature 1, before top k and top p); top_logprobs: per token the likeliest (id, logprob), or None."""
+
+    request_id: str
+    sample: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[TopLogprobs, ...] | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Raw log-probabilities of tokens 1 … n-1 of a sequence, each given those before it; top_logprobs likewise."""
+
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[TopLogprobs, ...] | None
+
+
+class Engine:
+    """A loaded model and its queue. Not thread-safe. Attributes: `spec`; `numerics`, what produced the numbers (part of
+    a trace's fingerprint); `max_context`; `tokens_generated` and `prompt_tokens`, running totals (a prompt counts once,
+    whatever is recomputed)."""
+
+    def __init__(
+        self,
+        model: Model,
+        numerics: str,
+        *,
+        max_batch: int,
+        max_step_tokens: int,
+        page_size: int,
+        cache_tokens: int,
+        max_context: int,
+    ) -> None:
+        weight = model.weights.embed_vc
+        self.spec, self.numerics, self.max_context = model.spec, numerics, max_context
+        self.tokens_generated = self.prompt_tokens = 0
+        self._model, self._device, self._page_size = model, weight.device, page_size
+        self._pages = PageAllocator(-(-cache_tokens // page_size), page_size)
+        self._cache = PagedCache(model.spec, model.ops, self._pages.num_pages, page_size, weight.dtype, weight.device)
+        self._scheduler = Scheduler(self._pages, max_batch, max_step_tokens)
+        self._unfinished: dict[str, int] = {}  # request id → samples still to come
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: Path | str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_batch: int = 256,
+        max_step_tokens: int = 4096,
+        page_size: int = 16,
+        cache_tokens: int | None = None,
+        max_context: int | None = None,
+    ) -> Engine:
+        """Load a published model directory (config.json and safetensors).
+
+        dtype: of activations, cache, and weights once dequantised. max_batch: sequences that decode at once.
+        max_step_tokens: prompt tokens computed per step at most. cache_tokens: size of the key-value cache (default:
+        what max_batch full contexts can use, but no more than 512 MiB or one context, whichever is larger).
+        max_context: prompt and completion together (default and upper limit: the model's). ValueError, naming the
+        file and the fix, for a directory that is incomplete, damaged or unsupported.
+        """
+        spec = ModelSpec.from_dir(model_dir)
+        for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens), ("page_size", page_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        context = spec.max_context if max_context is None else max_context
+        if not 1 <= context <= spec.max_context:
+            raise ValueError(f"max_context is {context}; this model's limit is {spec.max_context}")
+        if cache_tokens is None:
+            affordable = _DEFAULT_CACHE_BYTES // (spec.cache_elements_per_token * dtype.itemsize)
+            cache_tokens = min(max_batch * context, max(affordable, min(context, _DEFAULT_LONG_CONTEXT)))
+        if cache_tokens < page_size:
+            raise ValueError(f"cache_tokens is {cache_tokens}; it must be at least one page ({page_size})")
+        ops = ops_for("cpu")
+        weights = load_weights(model_dir, spec, ops, dtype)
+        computed = str(dtype).removeprefix("torch.")
+        numerics = f"{describe('cpu')}, weights {weights.stored} as published, activations {computed}"
+        return cls(
+            Model(spec, weights, ops),
+            numerics,
+            max_batch=max_batch,
+            max_step_tokens=max_step_tokens,
+            page_size=page_size,
+            cache_tokens=cache_tokens,
+            max_context=context,
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. ValueError, with the lengths and the fix, for one that can never be served."""
+        prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
+        what = f"request {request.id!r}"
+        if request.id in self._unfinished:
+            raise ValueError(f"{what} is already queued; give each request its own id")
+        if not request.samples or len(set(request.samples)) < len(request.samples) or min(request.samples) < 0:
+            raise ValueError(f"{what} asks for samples {request.samples}; name each sample number (0, 1, …) once")
+        self._check_tokens(request.prompt_ids, what)
+        if prompt + new > self.max_context:
+            fix = (
+                f"lower max_new_tokens to {self.max_context - prompt} or shorten the prompt"
+                if prompt < self.max_context
+                else "shorten the prompt or leave it out"
+            )
+            raise ValueError(
+                f"{what} has a prompt of {prompt} tokens and may generate {new}, more than the context of "
+                f"{self.max_context}; {fix}"
+            )
+        # The last token is never cached; one page more, because a prompt's partial page may be held by a sibling.
+        if self._pages.pages_for(prompt + new - 1) + 1 > self._pages.num_pages:
+            raise ValueError(
+                f"{what} may need {prompt + new} tokens of cache, there are {self._pages.num_pages * self._page_size}; "
+                f"raise cache_tokens above {prompt + new + self._page_size} or lower max_new_tokens"
+            )
+        self._unfinished[request.id] = len(request.samples)
+        self._scheduler.add(request)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free what it holds; samples already returned stay valid. Unknown ids are ignored."""
+        for sequence in list(self._scheduler.of_request(request_id)):
+            self._scheduler.remove(sequence)
+        self._unfinished.pop(request_id, None)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Run the model once over whatever can run, and return the samples that finished."""
+        plan = self._scheduler.schedule()
+        if not (plan.decode or plan.prefill):
+            return []
+        self._cache.copy_pages(plan.copies)
+        decode = [Chunk(s.tokens, s.computed, len(s.tokens), s.pages) for s in plan.decode]
+        prefill = [Chunk(s.tokens, s.computed, s.computed + count, s.pages) for s, count in plan.prefill]
+        hidden_tc = self._forward(decode, prefill)
+
+        # Rows of the flat batch that end a sequence's known tokens, and whose sequence that is.
+        ready = list(enumerate(plan.decode))
+        row = len(plan.decode)
+        for sequence, count in plan.prefill:
+            row += count
+            sequence.computed += count
+            if sequence.missing == 0:
+                ready.append((row - 1, sequence))
+        for sequence in plan.decode:
+            sequence.computed += 1
+        if not ready:
+            return []
+        rows = torch.tensor([row for row, _ in ready], device=self._device)
+        logits_rv = self._model.logits(hidden_tc.index_select(0, rows))
+        return self._advance(logits_rv, [sequence for _, sequence in ready])
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions of `requests`, as they finish. Requests are pulled only as fast as they can be started, so an
+        endless iterable is fine. Completions of requests queued by `add` come along; closing the generator aborts only
+        its own."""
+        source = iter(requests)
+        mine: set[str] = set()
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and len(self._scheduler.waiting) < self._scheduler.max_batch:
+                    request = next(source, None)
+                    if request is None:
+                        exhausted = True
+                    else:
+                        self.add(request)
+                        mine.add(request.id)
+                if not mine:
+                    return
+                for completion in self.step():
+                    if completion.request_id in mine and completion.request_id not in self._unfinished:
+                        mine.remove(completion.request_id)
+                    yield completion
+        finally:
+            for request_id in mine:
+                self.abort(request_id)
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Sequence[int]], top_k: int = 0) -> list[Scores]:
+        """Raw log-probabilities of given tokens, one `Scores` per sequence. top_k: likeliest alternatives to list too.
+
+        ValueError for an empty or too long sequence, or while generation leaves too few pages free for one of them.
+        """
+        for number, tokens in enumerate(sequences):
+            self._check_tokens(tokens, f"sequence {number}")
+            if len(tokens) > self.max_context:
+                raise ValueError(
+                    f"sequence {number} has {len(tokens)} tokens, more than the context of "
+                    f"{self.max_context}; shorten it"
+                )
+        scores: list[Scores] = []
+        while len(scores) < len(sequences):
+            scores += self._score_some(sequences, len(scores), top_k)
+        return scores
+
+    def _score_some(self, sequences: Sequence[Sequence[int]], first: int, top_k: int) -> list[Scores]:
+        """Score as many sequences from number `first` on as one step and the free pages allow; at least one."""
+        free, budget = self._pages.free_pages, self._scheduler.max_step_tokens
+        taken: list[Sequence[int]] = []
+        for tokens in itertools.islice(sequences, first, None):
+            need = self._pages.pages_for(len(tokens))
+            if need > free or (taken and len(tokens) > budget):
+                break
+            taken.append(tokens)
+            free, budget = free - need, budget - len(tokens)
+        if not taken:
+            need = self._pages.pages_for(len(sequences[first]))
+            raise ValueError(
+                f"sequence {first} needs {need} pages of cache and {free} are free; "
+                "raise cache_tokens, or finish or abort what is being generated"
+            )
+        held = [self._pages.allocate(self._pages.pages_for(len(tokens))) for tokens in taken]
+        try:
+            if len(taken) == 1:
+                return [self._score_long(taken[0], held[0], top_k)]
+            chunks = [Chunk(tokens, 0, len(tokens), pages) for tokens, pages in zip(taken, held, strict=True)]
+            parts = self._forward([], chunks).split([len(tokens) for tokens in taken])
+            return [self._scores(hidden_tc, tokens, top_k) for hidden_tc, tokens in zip(parts, taken, strict=True)]
+        finally:
+            for pages in held:
+                self._pages.release(pages)
+
+    def _score_long(self, tokens: Sequence[int], pages: list[int], top_k: int) -> Scores:
+        budget = self._scheduler.max_step_tokens
+        starts = range(0, len(tokens), budget)
+        parts = [self._forward([], [Chunk(tokens, start, min(start + budget, len(tokens)), pages)]) for start in starts]
+        return self._scores(torch.cat(parts), tokens, top_k)
+
+    def _scores(self, hidden_tc: Tensor, tokens: Sequence[int], top_k: int) -> Scores:
+        target_t = torch.tensor(tokens[1:], dtype=torch.int64, device=self._device)
+        block = max(1, _SCORE_ELEMENTS // self.spec.vocab_size)
+        logprobs: list[float] = []
+        tops: list[TopLogprobs] = []
+        for start in range(0, len(tokens) - 1, block):
+            target_r = target_t[start : start + block]
+            logits_rv = self._model.logits(hidden_tc[start : start + len(target_r)])
+            some, some_top = logprobs_of(logits_rv, target_r, top_k)
+            logprobs += some
+            tops += some_top
+        return Scores(tuple(logprobs), tuple(tops) if top_k else None)
+
+    def _check_tokens(self, tokens: Sequence[int], what: str) -> None:
+        if not tokens:
+            raise ValueError(f"{what} has no tokens; a prompt needs at least one (the beginning-of-text token)")
+        if min(tokens) < 0 or max(tokens) >= self.spec.vocab_size:
+            raise ValueError(
+                f"{what} has token ids from {min(tokens)} to {max(tokens)}, the vocabulary has {self.spec.vocab_size}; "
+                "use the tokenizer that belongs to the model"
+            )
+
+    def _forward(self, decode: list[Chunk], prefill: list[Chunk]) -> Tensor:
+        batch = build_batch(decode, prefill, self._page_size, self.spec.rope, self._device)
+        return self._model.forward(batch, self._cache)
+
+    def _advance(self, logits_rv: Tensor, ready: list[SequenceState]) -> list[Completion]:
+        """Draw the next token of every ready sequence (of a trunk: each sample's first); return what finished."""
+        draws: list[Draw] = []
+        for row, sequence in enumerate(ready):
+            request, position = sequence.request, len(sequence.tokens)
+            keys = (
+                [stream_key(request.seed, request.prompt_key, number) for number in request.samples]
+                if sequence.sample is None
+                else [sequence.key]
+            )
+            draws += [Draw(row, key, position, request.sampling) for key in keys]
+        drawn = iter(sample(logits_rv, draws))
+        completions = []
+        for sequence in ready:
+            for state in self._extend(sequence, drawn):
+                if reason := _finished(state):
+                    completions.append(self._complete(state, reason))
+        self.tokens_generated += len(draws)
+        return completions
+
+    def _extend(self, sequence: SequenceState, drawn: Iterator[Drawn]) -> list[SequenceState]:
+        if sequence.sample is not None:
+            sequence.append(next(drawn))
+            return [sequence]
+        self.prompt_tokens += len(sequence.tokens)
+        return self._scheduler.fork(sequence, [next(drawn) for _ in sequence.request.samples])
+
+    def _complete(self, state: SequenceState, reason: FinishReason) -> Completion:
+        request = state.request
+        self._scheduler.remove(state)
+        self._unfinished[request.id] -= 1
+        if self._unfinished[request.id] == 0:
+            del self._unfinished[request.id]
+        assert state.sample is not None
+        return Completion(
+            request_id=request.id,
+            sample=state.sample,
+            token_ids=tuple(state.tokens[len(request.prompt_ids) :]),
+            finish_reason=reason,
+            logprobs=tuple(state.logprobs),
+            top_logprobs=None if request.sampling.logprobs is None else tuple(state.top_logprobs),
+        )
+
+
+def _finished(state: SequenceState) -> FinishReason | None:
+    sampling = state.request.sampling
+    if state.tokens[-1] in sampling.stop_token_ids:
+        return "stop"
+    if len(state.tokens) - len(state.request.prompt_ids) >= sampling.max_new_tokens:
+        return "length"
+    return None

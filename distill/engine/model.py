@@ -1,0 +1,57 @@
+"""One forward pass over a flat batch of tokens, for every family.
+
+There is one model, not one class per architecture: layers differ in two places, attention (GQA or MLA) and feed-forward
+(dense or experts), and the weights of a layer say which. Tokens are flat, [t, hidden], so that decoding sequences and
+prefill chunks of any length share every matrix product; only attention looks at sequence boundaries.
+
+Plain functions over frozen dataclasses of tensors rather than nn.Module: nothing here is trained, and a weight that is
+streamed, quantised or shared is then just another field.
+
+Legend: t tokens, r rows whose logits are wanted, c hidden, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distill.engine import attention, moe
+from distill.engine.attention import Batch
+from distill.engine.cache import PagedCache
+from distill.engine.kernels import Ops
+from distill.engine.spec import ModelSpec
+from distill.engine.weights import GqaWeights, LayerWeights, ModelWeights, MoeWeights
+
+
+@dataclass(frozen=True)
+class Model:
+    """A spec, its weights and the ops to run them with."""
+
+    spec: ModelSpec
+    weights: ModelWeights
+    ops: Ops
+
+    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """Hidden states after the final norm, [t, c]; the keys and values of all t tokens are left in `cache`."""
+        x_tc = self.weights.embed_vc.index_select(0, batch.ids_t)
+        for index, layer in enumerate(self.weights.layers):
+            x_tc = self._layer(index, layer, x_tc, batch, cache)
+        return self.ops.rms_norm(x_tc, self.weights.norm_c, self.spec.norm_eps)
+
+    def logits(self, hidden_rc: Tensor) -> Tensor:
+        """[r, c] → [r, v], float32."""
+        return self.ops.linear(hidden_rc, self.weights.head_vc).float()
+
+    def _layer(self, index: int, w: LayerWeights, x_tc: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
+        spec, ops = self.spec, self.ops
+        normed_tc = ops.rms_norm(x_tc, w.attention_norm_c, spec.norm_eps)
+        if isinstance(w.attention, GqaWeights):
+            x_tc = x_tc + attention.gqa(spec, ops, w.attention, index, normed_tc, batch, cache)
+        else:
+            x_tc = x_tc + attention.mla(spec, ops, w.attention, index, normed_tc, batch, cache)
+        normed_tc = ops.rms_norm(x_tc, w.mlp_norm_c, spec.norm_eps)
+        if isinstance(w.mlp, MoeWeights):
+            assert spec.moe is not None
+            return x_tc + moe.moe(spec.moe, ops, w.mlp, normed_tc)
+        return x_tc + moe.mlp(ops, w.mlp, normed_tc)

@@ -1,0 +1,181 @@
+"""From logits to tokens, for all sequences of a step at once.
+
+Random numbers are keyed, not streamed: the uniform that decides a token is a hash of (seed, prompt, sample,
+position). The text of a trace therefore does not depend on what else was in the batch, on the order of requests, on
+preemption or on a resume; no generator state is saved anywhere. The hash is splitmix64's finaliser (Steele, Lea and
+Flood, 2014), chained over the four words; 52 bits of it make the uniform. It is computed in numpy: a few hundred
+64-bit words per step, and torch has no unsigned shifts.
+
+Order of operations: divide by the temperature, keep the top k, of those the smallest set whose mass reaches top p,
+draw. The draw inverts the cumulative distribution *in vocabulary order*, over the tokens that pass a threshold. The
+usual draw over sorted tokens was rejected: it depends on how a sort breaks ties, and it must sort the whole
+vocabulary, where a threshold needs only the largest few logits, more of them only if they do not reach top p. Tokens
+tied with the last one kept are all kept.
+
+Log-probabilities are raw: of the model's own distribution, temperature 1, before top k and top p.
+
+Legend: r rows of logits, b draws (several may share a row), v vocabulary, m largest logits looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+# Rows are sampled in blocks of at most so many logits, so that a large vocabulary does not multiply the memory in use.
+_BLOCK_ELEMENTS = 1 << 25
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 are off; `logprobs` k asks for the k largest
+    raw log-probabilities beside each generated token."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 = off)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.logprobs is not None and self.logprobs < 1:
+            raise ValueError(f"logprobs is {self.logprobs}; it must be at least 1, or None")
+
+
+TopLogprobs = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token to draw: from row `row` of the logits, with the uniform of (key, position)."""
+
+    row: int
+    key: int
+    position: int
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn token, its raw log-probability (natural log), and the largest ones if they were asked for."""
+
+    token: int
+    logprob: float
+    top_logprobs: TopLogprobs
+
+
+def stream_key(seed: int, prompt_key: int, sample: int) -> int:
+    """The part of the hash that does not change along a sequence: an unsigned 64-bit integer."""
+    state = 0
+    for word in (seed, prompt_key, sample):
+        state = _splitmix64(state ^ (word & _MASK64))
+    return state
+
+
+def uniforms(keys: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """One float64 in [0, 1) per (stream key, position of the token in its sequence)."""
+    z = np.array(keys, dtype=np.uint64) ^ np.array(positions, dtype=np.uint64)
+    z = z + np.uint64(_GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+def _splitmix64(x: int) -> int:
+    z = (x + _GOLDEN) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+def sample(logits_rv: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+    """Draw one token per entry of `draws` from float32 logits."""
+    block = max(1, _BLOCK_ELEMENTS // logits_rv.shape[1])
+    drawn: list[Drawn] = []
+    for start in range(0, len(draws), block):
+        drawn += _sample_block(logits_rv, draws[start : start + block])
+    return drawn
+
+
+def _sample_block(logits_rv: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+    rows = [draw.row for draw in draws]
+    in_order = rows == list(range(logits_rv.shape[0]))
+    logits_bv = logits_rv if in_order else logits_rv.index_select(0, torch.tensor(rows, device=logits_rv.device))
+    token_b = _draw_tokens(logits_bv, draws)
+    width = max(draw.params.logprobs or 0 for draw in draws)
+    logprob_b, tops = logprobs_of(logits_bv, token_b, width)
+    return [
+        Drawn(token, logprob, top[: draw.params.logprobs or 0])
+        for draw, token, logprob, top in zip(draws, token_b.tolist(), logprob_b, tops, strict=True)
+    ]
+
+
+def logprobs_of(logits_bv: Tensor, token_b: Tensor, top_k: int) -> tuple[list[float], list[TopLogprobs]]:
+    """Raw log-probabilities of given tokens and of the `top_k` likeliest, largest first (empty tuples for 0)."""
+    normaliser_b1 = logits_bv.logsumexp(-1, keepdim=True)
+    logprob_b = (logits_bv.gather(-1, token_b[:, None]) - normaliser_b1)[:, 0].tolist()
+    if top_k == 0:
+        return logprob_b, [()] * len(logprob_b)
+    top = logits_bv.topk(min(top_k, logits_bv.shape[1]), dim=-1)
+    values, ids = (top.values - normaliser_b1).tolist(), top.indices.tolist()
+    return logprob_b, [tuple(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
+
+
+def _draw_tokens(logits_bv: Tensor, draws: Sequence[Draw]) -> Tensor:
+    greedy_b = [draw.params.temperature == 0 for draw in draws]
+    if all(greedy_b):
+        return logits_bv.argmax(-1)
+    device = logits_bv.device
+    u_b = torch.from_numpy(uniforms([d.key for d in draws], [d.position for d in draws])).to(device)
+    # Greedy rows are drawn at temperature 1 and then overruled: one vectorised path, no splitting of the batch.
+    temperature_b = torch.tensor([d.params.temperature or 1.0 for d in draws], device=device)
+    probs_bv = ((logits_bv - logits_bv.amax(-1, keepdim=True)) / temperature_b[:, None]).exp()
+    if any(d.params.top_k or d.params.top_p < 1 for d in draws):
+        probs_bv = probs_bv.masked_fill(probs_bv < _threshold(probs_bv, draws)[:, None], 0.0)
+    cumulative_bv = probs_bv.cumsum(-1, dtype=torch.float64)
+    token_b = torch.searchsorted(cumulative_bv, (u_b * cumulative_bv[:, -1])[:, None], right=True)[:, 0]
+    if any(greedy_b):
+        token_b = torch.where(torch.tensor(greedy_b, device=device), logits_bv.argmax(-1), token_b)
+    return token_b
+
+
+def _threshold(probs_bv: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The smallest unnormalised probability that top k, then top p, let through: [b]."""
+    vocab = probs_bv.shape[1]
+    device = probs_bv.device
+    k_b = torch.tensor([min(d.params.top_k, vocab) or vocab for d in draws], device=device)
+    p_b = torch.tensor([d.params.top_p for d in draws], dtype=torch.float64, device=device)
+    limited = [min(d.params.top_k, vocab) for d in draws if d.params.top_k]
+    looked_at = min(vocab, max([64, *limited]))
+    total_b = probs_bv.sum(-1, dtype=torch.float64)
+    while True:
+        top_bm = probs_bv.topk(looked_at, dim=-1).values
+        before_bm = top_bm.cumsum(-1, dtype=torch.float64) - top_bm
+        within_k_bm = torch.arange(looked_at, device=device) < k_b[:, None]
+        mass_b = torch.where(k_b < vocab, (top_bm * within_k_bm).sum(-1, dtype=torch.float64), total_b)
+        kept_bm = within_k_bm & (before_bm < (p_b * mass_b)[:, None])
+        # A row is settled once the last candidate looked at is dropped, or if nothing limits it.
+        open_b = kept_bm[:, -1] & (p_b < 1)
+        if looked_at == vocab or not open_b.any():
+            break
+        looked_at = min(vocab, 8 * looked_at)
+    smallest_b = top_bm.masked_fill(~kept_bm, float("inf")).amin(-1)
+    unlimited_b = (k_b == vocab) & (p_b == 1)
+    return torch.where(unlimited_b, torch.zeros_like(smallest_b), smallest_b)

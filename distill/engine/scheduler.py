@@ -1,0 +1,213 @@
+"""Who runs in the next step.
+
+Continuous batching: every step runs one token of each sequence that decodes and fills up with prefill, so that nobody
+waits for a batch to finish. A request starts as one *trunk*, its prompt; when the prompt is computed, the trunk forks
+into its n samples, which share the prompt's pages. After that each sample is on its own.
+
+There is one kind of work: a sequence has tokens, the first `computed` of them are cached, the rest must be computed.
+One missing token is a decode, more are a prefill, done in chunks under the step's token budget. A sequence that lost
+its pages has all its tokens missing and is simply prefilled again.
+
+When pages run out, the youngest holder is preempted and recomputed later, rather than every sequence reserving its
+worst case on admission. Reasoning traces end far below their limit (32,768 allowed, some thousand used), so
+reservations would leave most of the cache empty; and since draws are keyed by position, a recomputed sequence
+continues with the same text. Work is strictly in order of age (request, then sample): a holder is preempted for older
+ones only, so the oldest always advances, and `add` refuses what could never fit alone. A new sequence is admitted
+only if its pages leave one page for each running one, which keeps preemption rare.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from distill.engine.cache import PageAllocator
+from distill.engine.sampler import Drawn, SamplingParams, TopLogprobs, stream_key
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and the samples wanted of it.
+
+    prompt_key: any unsigned 64-bit number that identifies the prompt for the random draws, so that the text of a sample
+    does not depend on the request's id or company. samples: the sample numbers wanted; a resume asks for those missing.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    prompt_key: int
+    samples: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """A trunk (`sample` None: a prompt that has not forked yet) or one sample of a request."""
+
+    request: Request
+    age: tuple[int, int]
+    tokens: list[int]
+    sample: int | None = None
+    key: int = 0
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+
+    @property
+    def missing(self) -> int:
+        return len(self.tokens) - self.computed
+
+    def append(self, drawn: Drawn) -> None:
+        self.tokens.append(drawn.token)
+        self.logprobs.append(drawn.logprob)
+        if self.request.sampling.logprobs is not None:
+            self.top_logprobs.append(drawn.top_logprobs)
+
+
+@dataclass
+class Step:
+    """Work for one step: sequences that decode, longest first; sequences that prefill, with the tokens each may do; and
+    pages to copy before either, destination → source."""
+
+    decode: list[SequenceState]
+    prefill: list[tuple[SequenceState, int]]
+    copies: dict[int, int]
+
+
+class Scheduler:
+    """Queues, slots and pages. It never sees a tensor."""
+
+    def __init__(self, pages: PageAllocator, max_batch: int, max_step_tokens: int) -> None:
+        self.pages, self.max_batch, self.max_step_tokens = pages, max_batch, max_step_tokens
+        self.waiting: list[SequenceState] = []  # by age; forked samples here still hold their shared pages
+        self.running: list[SequenceState] = []  # by age; at most max_batch
+        self._next_age = 0
+        self._copies: dict[int, int] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(SequenceState(request, (self._next_age, -1), list(request.prompt_ids)))
+        self._next_age += 1
+
+    def schedule(self) -> Step:
+        """Admit, find a page for every next token (preempting the youngest if need be), and share out the budget."""
+        self._copies = {}
+        for sequence in list(self.running):
+            if sequence.pages and sequence.missing == 1:
+                self._make_room(sequence)
+        self._admit()
+        decode = [s for s in self.running if s.missing == 1 and s.sample is not None]
+        decode.sort(key=lambda s: -len(s.tokens))
+        prefill, budget = [], self.max_step_tokens
+        for sequence in self.running:
+            if budget and (sequence.missing > 1 or sequence.sample is None):
+                count = min(sequence.missing, budget)
+                prefill.append((sequence, count))
+                budget -= count
+        assert decode or prefill or not self.has_work, "work is waiting and none can run"
+        return Step(decode, prefill, self._copies)
+
+    def fork(self, trunk: SequenceState, drawn: list[Drawn]) -> list[SequenceState]:
+        """Replace a computed trunk by its samples, each with its first token; they share pages and wait for slots."""
+        request = trunk.request
+        samples = []
+        for number, first in zip(request.samples, drawn, strict=True):
+            state = SequenceState(
+                request,
+                (trunk.age[0], number),
+                [*trunk.tokens],
+                sample=number,
+                key=stream_key(request.seed, request.prompt_key, number),
+                computed=trunk.computed,
+                pages=self.pages.share(trunk.pages),
+            )
+            state.append(first)
+            insort(self.waiting, state, key=_age)
+            samples.append(state)
+        self.remove(trunk)
+        return samples
+
+    def remove(self, sequence: SequenceState) -> None:
+        """A sequence that is finished, forked or given up: its place and its pages are free again."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._drop_pages(sequence)
+
+    def of_request(self, request_id: str) -> Iterator[SequenceState]:
+        return (s for s in [*self.running, *self.waiting] if s.request.id == request_id)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_batch:
+            sequence = self.waiting[0]
+            if sequence.sample is None and self._promised_slots() >= self.max_batch:
+                return
+            need = self._pages_needed(sequence)
+            if self.running and self.pages.free_pages < need + len(self.running):
+                return
+            # Alone it always fits: whatever younger samples still hold is theirs to lose.
+            if not self._free_up(need, sequence):
+                return
+            del self.waiting[0]
+            insort(self.running, sequence, key=_age)
+            self._take_pages(sequence)
+
+    def _promised_slots(self) -> int:
+        """Slots taken once every running trunk has forked. More trunks would only make samples wait, holding pages."""
+        return sum(1 if s.sample is not None else len(s.request.samples) for s in self.running)
+
+    def _make_room(self, sequence: SequenceState) -> None:
+        """A writable place for the sequence's last token, or its own preemption if everyone else is older."""
+        if not self._free_up(self._pages_needed(sequence), sequence):
+            self._preempt(sequence)
+            return
+        if sequence.pages:
+            self._take_pages(sequence)
+
+    def _writes_shared_page(self, sequence: SequenceState) -> bool:
+        page = sequence.computed // self.pages.page_size
+        return page < len(sequence.pages) and self.pages.is_shared(sequence.pages[page])
+
+    def _pages_needed(self, sequence: SequenceState) -> int:
+        more = self.pages.pages_for(len(sequence.tokens)) - len(sequence.pages)
+        return more + self._writes_shared_page(sequence)
+
+    def _take_pages(self, sequence: SequenceState) -> None:
+        if self._writes_shared_page(sequence):
+            index = sequence.computed // self.pages.page_size
+            (private,) = self.pages.allocate(1)
+            self._copies[private] = sequence.pages[index]
+            self.pages.release([sequence.pages[index]])
+            sequence.pages[index] = private
+        sequence.pages += self.pages.allocate(self.pages.pages_for(len(sequence.tokens)) - len(sequence.pages))
+
+    def _free_up(self, count: int, sequence: SequenceState) -> bool:
+        """Preempt the youngest holders, all of them younger than `sequence`, until `count` pages are free."""
+        while self.pages.free_pages < count:
+            holders = (s for s in [*self.running, *self.waiting] if s.pages)
+            youngest = max(holders, key=_age, default=sequence)
+            if youngest.age <= sequence.age:
+                return False
+            self._preempt(youngest)
+        return True
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        self._drop_pages(sequence)
+        sequence.computed = 0
+        if sequence in self.running:
+            self.running.remove(sequence)
+            insort(self.waiting, sequence, key=_age)
+
+    def _drop_pages(self, sequence: SequenceState) -> None:
+        for page in sequence.pages:
+            self._copies.pop(page, None)  # a copy into a page that is given up; whoever gets it next fills it
+        self.pages.release(sequence.pages)
+        sequence.pages = []
+
+
+def _age(sequence: SequenceState) -> tuple[int, int]:
+    return sequence.age

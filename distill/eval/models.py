@@ -1,0 +1,82 @@
+"""Which models are scored, and what loads them.
+
+The base is scored with the student's training template, not with its own: both then read the very same prompt, and the
+difference between them is the training. The student's directory carries that template already.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from distill import catalog
+from distill.backends import Backend
+from distill.backends.local import LocalBackend, identify
+from distill.chat import Chat
+from distill.errors import UserError
+
+if TYPE_CHECKING:
+    from distill.run import Run
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """A model to be scored. `template` None: the directory's own; `identity`: hashes of weights and template."""
+
+    name: str
+    directory: Path
+    template: str | None
+    identity: dict[str, Any]
+
+
+class Models(Protocol):
+    """What loads a contender."""
+
+    def backend(self, contender: Contender) -> AbstractContextManager[Backend]:
+        """The model, in memory while the context lasts."""
+        ...
+
+    def token_counter(self, contender: Contender) -> Callable[[str], int]:
+        """A function from text to its length in the contender's tokens. Needs its tokenizer only."""
+        ...
+
+
+class LocalModels:
+    """Model directories on the local engine."""
+
+    def __init__(self, max_batch: int) -> None:
+        self.max_batch = max_batch
+
+    @contextmanager
+    def backend(self, contender: Contender) -> Iterator[Backend]:
+        gc.collect()  # the model before this one may hang in a reference cycle
+        yield LocalBackend.load(contender.directory, chat_template=contender.template, max_batch=self.max_batch)
+
+    def token_counter(self, contender: Contender) -> Callable[[str], int]:
+        tokenizer = Chat.load(contender.directory, contender.template).tokenizer
+        return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def contenders(run: "Run") -> list[Contender]:
+    """The models that the recipe wants scored, in its order. UserError when one of them is not there."""
+    recipe = run.recipe
+    card = catalog.load_student(recipe.student)
+    found = []
+    for name in dict.fromkeys(recipe.eval.models):
+        template = None
+        match name:
+            case "base":
+                directory = catalog.resolve_weights("student", recipe.student)
+                template = recipe.train.chat_template or card.chat_template
+            case "student":
+                directory = run.directory / "student"
+                if not (directory / "config.json").is_file():
+                    raise UserError(
+                        f"{directory} holds no model: run `distill train` first, or leave `student` out of eval.models"
+                    )
+            case "teacher":
+                directory = catalog.resolve_weights("teacher", recipe.teacher)
+        found.append(Contender(name, directory, template, identify(directory, template)))
+    return found

@@ -1,0 +1,39 @@
+"""Short hashes of what a stage rests on: two runs of a stage may only be joined when they are the same.
+
+Standard library only: a finished stage must be recognised at once, before torch is imported.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+READ = {".json", ".safetensors", ".jinja", ".model", ".txt"}  # configuration, weights, template, tokenizer
+WHOLE = 64 << 20  # files up to this many bytes are hashed whole
+PIECES, PIECE = 64, 1 << 20  # larger ones: this many evenly spaced pieces of this many bytes
+
+
+def weights_hash(model_dir: Path) -> str:
+    """16 hex digits over a model directory's configuration, tokenizer and weights.
+
+    A weight file above 64 MiB is sampled: two trainings of one model differ nearly everywhere, and reading 140 GB to
+    learn that nothing changed would take minutes at every start.
+    """
+    total = hashlib.sha256()
+    for path in sorted(p for p in model_dir.iterdir() if p.suffix in READ):
+        size = path.stat().st_size
+        total.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= WHOLE:
+                total.update(file.read())
+                continue
+            for piece in range(PIECES):
+                file.seek((size - PIECE) * piece // (PIECES - 1))
+                total.update(file.read(PIECE))
+    return total.hexdigest()[:16]
+
+
+def digest(value: Any) -> str:
+    """16 hex digits over a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

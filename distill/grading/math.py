@@ -1,0 +1,218 @@
+"""Is this the right number, expression, set, interval…? The final answer, found and compared.
+
+Finding comes first and is done by plain scanning (linear time, so it may run in the caller's process); comparing is
+math-verify's and may run for ever, so `judge` is only called in a worker that can be killed (`distill.grading.pool`).
+
+Only what an answerer *marked* as its answer can be wrong. Marks, the strongest first, inside `<answer>…</answer>` where
+there is one:
+
+  boxed       the last `\\boxed{…}`, braces balanced; boxes joined by commas or "and" are one answer
+  tag         the whole of `<answer>…`, closed or cut off
+  hashes      GSM8K's `#### 42`
+  stated      "the answer is …", "Answer: …"
+  bare        a response that is one line and nothing but an expression
+
+Without a mark the last line's last expression is compared: if it equals the gold answer the trace is correct,
+otherwise it is unverifiable, because "42 dollars for 3 people" would make 3 a wrong answer. Rejected: math-verify's own
+extraction over the whole response, which falls back on any number anywhere, and so turns "no answer" into "wrong".
+
+Reasoning is never searched: a box inside `<think>` is not an answer.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+Verdict = tuple[str, str]  # (correct | wrong | unverifiable, reason)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A final answer as written, and how it was found. `marked` is False for a mere guess from the last line."""
+
+    text: str
+    method: str
+
+    @property
+    def marked(self) -> bool:
+        return self.method != "last line"
+
+
+# ---- finding
+
+
+def final_answer(response: str) -> Answer | None:
+    """The answer of a completion, or None. Reasoning is not searched, be its block closed, cut off or opened twice."""
+    scope = response.rpartition("</think>")[2].partition("<think>")[0].strip()
+    tagged = scope.rpartition("<answer>")[2].partition("</answer>")[0].strip() if "<answer>" in scope else ""
+    scope = tagged or scope
+    for method, text in (
+        ("boxed", boxed(scope)),
+        ("tag", _one_line(scope) if tagged else None),
+        ("hashes", _last(r"^[ \t]*####[ \t]*(\S.*)$", scope)),
+        ("stated", _stated(scope)),
+        ("bare", _one_line(scope) if not has_words(scope) else None),
+        ("last line", scope.splitlines()[-1] if scope else None),
+    ):
+        if text:
+            return Answer(_trim(text), method)
+    return None
+
+
+def gold_answer(gold: str) -> str:
+    """The answer itself: data sets give it alone, in a box at the end of a solution, or after `####`."""
+    return _trim(boxed(gold) or _last(r"^[ \t]*####[ \t]*(\S.*)$", gold) or gold)
+
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([^\s{}$\\]+))")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+BETWEEN_BOXES = re.compile(r"(?:\s|[,;$]|\\[,;:!\s()\[\]]|\\q?quad|and|or|\\(?:text|mathrm)\{\s*(?:and|or)\s*\})*")
+STATED = re.compile(r"\banswer[*_]*(?:\s+is\b[\s:*]*|\s*[:=][\s*]*)", re.IGNORECASE)
+
+
+def boxed(text: str) -> str | None:
+    """Content of the last complete `\\boxed{…}`; neighbours separated by commas, "and" or "or" are joined by commas."""
+    found: list[str] = []
+    end = 0  # where the previous box ended
+    for match in BOX.finditer(text):
+        if match.start() < end:
+            continue  # a box within a box
+        close = match.end() if match[1] else _closing_brace(text, match.end())
+        if close is None:
+            break  # cut off: so are all boxes inside it
+        content = match[1] or text[match.end() : close - 1].strip()
+        if not content:
+            continue
+        if not (found and match.start() - end <= 80 and BETWEEN_BOXES.fullmatch(text, end, match.start())):
+            found = []
+        if content not in found:
+            found.append(content)
+        end = close
+    return ", ".join(found) or None
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Index just past the brace that closes the one before `start`; escaped braces do not count."""
+    depth = 1
+    for match in BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.end()
+    return None
+
+
+def _last(pattern: str, text: str) -> str | None:
+    found = re.findall(pattern, text, re.MULTILINE)
+    return found[-1] if found else None
+
+
+def _stated(text: str) -> str | None:
+    """What follows the last "answer is" or "answer:" up to the end of its sentence."""
+    ends = [match.end() for match in STATED.finditer(text)]
+    if not ends:
+        return None
+    line = text[ends[-1] :].partition("\n")[0]
+    return re.split(r"[.!?]\**(?:\s|$)", line, maxsplit=1)[0]
+
+
+def _one_line(text: str) -> str | None:
+    return text if text and "\n" not in text and len(text) <= 200 else None
+
+
+def _trim(text: str) -> str:
+    """Without white space, Markdown's asterisks, a full stop and one pair of math delimiters around it."""
+    text = text.strip().strip("*").strip()
+    text = re.sub(r"(?<!\\right)\.$", "", text).strip()
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        inner = text[len(opening) : -len(closing)]
+        if text.startswith(opening) and text.endswith(closing) and inner.strip() and opening not in inner:
+            return inner.strip()
+    return text
+
+
+# ---- comparing
+
+FONT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\{([^{}\\]*)\}")
+ENVIRONMENT = re.compile(r"\\(?:begin|end)\{\w+\*?\}")
+SPELLINGS = (
+    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,!;: ]|\\?\$"), ""),
+    (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
+    (FONT, r"\1"),
+    (re.compile("\N{MINUS SIGN}"), "-"),
+    (re.compile(r"(?<!\d)\s+|\s+(?!\d)"), ""),  # but "1 1/2" is not "11/2"
+)
+WORD = re.compile(r"(?<![\\A-Za-z])(?!sqrt)[A-Za-z]{4,}")  # fewer letters may be a product of variables
+NUMBER_WITH_UNIT = re.compile(r"(?:\\?\$\s*)?(-?[\d,]*\.?\d+)(?:\s+[A-Za-z]{3,})+")
+INTEGER = re.compile(r"[+-]?\d{1,1000}")
+LOCAL_NUMBER = re.compile(r"-?(?:\d{1,3}(?: \d{3})+(?:[.,]\d+)?|\d+,\d+)")  # 1 000 or 1,22: also a list, to LaTeX
+SCALE = re.compile(r"\b(?:hundred|thousand|million|billion|trillion|dozen|percent|half|quarter)", re.IGNORECASE)
+
+
+def normalise(text: str) -> str:
+    """One spelling for what only looks different: spacing, `\\left`, `\\dfrac`, `\\text{…}`, the minus sign."""
+    for pattern, replacement in SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def has_words(text: str) -> bool:
+    """Whether there is prose in it; the words inside `\\text{…}` are part of the notation."""
+    return bool(WORD.search(ENVIRONMENT.sub("", FONT.sub("", text))))
+
+
+def without_unit(text: str) -> str:
+    """`42 dollars` → `42`; anything else, `5 million` included, as it is."""
+    number = NUMBER_WITH_UNIT.fullmatch(text)
+    return number[1] if number and not SCALE.search(text) else text
+
+
+def quick_judge(gold: str, answer: Answer) -> Verdict | None:
+    """What needs no parser: identical strings, integers, and single words, which a parser takes for products."""
+    expected, given = normalise(gold), normalise(answer.text)
+    if expected == given:
+        return "correct", "identical"
+    if INTEGER.fullmatch(expected) and INTEGER.fullmatch(given):
+        if int(expected) == int(given):
+            return "correct", "equal"
+        return ("wrong", "not equal") if answer.marked else None
+    expected, given = (FONT.sub(r"\1", text).strip().casefold() for text in (gold, answer.text))
+    if expected.isalpha() and given.isalpha() and has_words(expected) and has_words(given):
+        if expected == given:
+            return "correct", "same word"
+        if sorted(expected) != sorted(given):  # else they may be one product after all
+            return "wrong", "another word"
+    return None
+
+
+def judge(gold: str, answer: str, marked: bool) -> Verdict:
+    """Compare by math-verify. Only for a killable process: neither time nor memory is bounded here."""
+    from math_verify import parse, verify
+
+    def read(text: str, loose: bool) -> list[Any]:
+        readings = [text] if loose else [_fenced(text), text] if LOCAL_NUMBER.fullmatch(text) else [_fenced(text)]
+        found = [item for reading in readings for item in parse(reading, parsing_timeout=None)]
+        return [item for item in found if not isinstance(item, str)]  # a string is what could not be parsed
+
+    gold, answer = without_unit(gold), without_unit(answer)
+    words = has_words(answer)
+    expected = read(gold, loose=False)
+    if not expected:
+        return "unverifiable", "gold not parseable"
+    given = read(answer, loose=words or not marked)
+    if given and verify(expected, given, timeout_seconds=None, raise_on_error=True):
+        return "correct", "equal"
+    if not marked:
+        return "unverifiable", "no marked answer"
+    if words or has_words(gold):
+        return "unverifiable", "words, not mathematics"
+    if not given:
+        return "unverifiable", "answer not parseable"
+    return "wrong", "not equal"
+
+
+def _fenced(text: str) -> str:
+    """Text for math-verify, whose extraction wants LaTeX to be fenced; as it is where it brings its own fences."""
+    dollars = len(re.findall(r"(?<!\\)\$", text))
+    if (dollars and dollars % 2 == 0) or re.search(r"\\[(\[]", text):
+        return text
+    return r"\boxed{" + re.sub(r"\\?\$", "", text) + "}"

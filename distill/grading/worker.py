@@ -1,0 +1,48 @@
+"""What runs in a grading process: read a question as a JSON line, answer with a JSON line, for ever.
+
+Started by `distill.grading.pool` as `python -m distill.grading.worker MEMORY_BYTES SECONDS`: a fresh interpreter that
+imports math-verify and little else. Protocol: one `{"ready": true}` line, then for every
+`{"gold", "answer", "marked"}` line a `[verdict, reason]` line, in order.
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import sys
+
+
+def main(memory: int, seconds: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our stdin
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a parser prints must not mix with the answers
+    logging.disable(logging.CRITICAL)  # math-verify warns that its time-outs are off; ours is the kill
+    from distill.grading.math import judge
+
+    judge("1", "2", True)  # imports sympy, fills its caches, before any clock runs
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        _limit_cpu(seconds)
+        question = json.loads(line)
+        try:
+            verdict = judge(question["gold"], question["answer"], question["marked"])
+        except MemoryError:
+            os._exit(1)  # what is left of the heap is not to be trusted
+        except Exception as error:  # sympy raises whatever it likes on odd input: the verdict says what it was
+            verdict = ("unverifiable", f"parser failed: {type(error).__name__}")
+        print(json.dumps(verdict), file=answers, flush=True)
+
+
+def _limit_cpu(seconds: float) -> None:
+    """Let the kernel end this process if its parent was killed in the middle of a comparison that never ends."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    spent = usage.ru_utime + usage.ru_stime
+    limit, hard = math.ceil(spent + seconds) + 1, resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]))

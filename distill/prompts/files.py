@@ -1,0 +1,114 @@
+"""Prompts from a JSONL or Parquet file.
+
+Read row by row with our own few lines and not with `datasets`, because a user whose file has one bad line must be told
+which one, and `datasets` says "An error occurred while generating the dataset". Whatever is wrong with a row is a
+`UserError` that names the file and the line (Parquet: the row).
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.errors import UserError
+from distill.prompts.prompt import Prompt
+
+if TYPE_CHECKING:
+    from distill.recipe import FilePrompts, HubPrompts
+
+Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its columns
+
+
+def read_file(source: "FilePrompts") -> Iterator[Prompt]:
+    """The prompts of the file, at most `source.limit` rows of it. Errors: UserError, see the module."""
+    path = Path(source.path)
+    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: not a file of prompts; give a {' or '.join(readers)} file")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; prompts.path is relative to where the command runs")
+    rows = readers[path.suffix](path, wanted_columns(source))
+    # the last two parts of the path tell files apart, and put no home directory into a published data set
+    return prompts_from_rows(rows, source, str(path), "/".join(path.absolute().parts[-2:]).lstrip("/"))
+
+
+def wanted_columns(source: "FilePrompts | HubPrompts") -> list[str]:
+    return [column for column in (source.question, source.answer) if column is not None]
+
+
+def require_columns(wanted: Sequence[str], there: Iterable[str], where: str) -> None:
+    there = list(there)
+    for column in wanted:
+        if column not in there:
+            raise UserError(f"{where}: no column {column}; the columns are {', '.join(there) or '(none)'}")
+
+
+def prompts_from_rows(
+    rows: Iterator[Row], source: "FilePrompts | HubPrompts", whole: str, name: str
+) -> Iterator[Prompt]:
+    """Turn rows into prompts. whole: what the rows come from, for messages; name: the prompts' `source`."""
+    empty = True
+    for where, row in islice(rows, source.limit):
+        empty = False
+        question = row[source.question]
+        if wrong := _wrong_question(question):
+            raise UserError(f"{where}: column {source.question} {wrong}; mend or remove the row")
+        answer = None if source.answer is None else _as_text(row[source.answer])
+        yield Prompt.from_question(question, answer, source.task, name)
+    if empty:
+        raise UserError(f"{whole}: no rows; give a source with at least one problem")
+
+
+def _wrong_question(question: Any) -> str | None:
+    if question is None or question == "":
+        return "is empty"
+    if not isinstance(question, str):
+        return f"is not text but {type(question).__name__}"
+    if not question.strip():
+        return "is blank"
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        return "holds half a surrogate pair, which no tokenizer takes"
+    return None
+
+
+def _as_text(answer: Any) -> str | None:
+    """Text stays as it is, null is no answer, anything else (a number, a list of tests) becomes its JSON."""
+    if answer is None or isinstance(answer, str):
+        return answer
+    return json.dumps(answer, ensure_ascii=False, default=str)
+
+
+def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except ValueError as error:  # broken JSON or broken UTF-8
+                raise UserError(f"{where}: not JSON ({error}); mend or remove the line") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: not a JSON object; each line is one {{column: value}} object")
+            require_columns(columns, row, where)
+            yield where, row
+
+
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            require_columns(columns, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except pa.ArrowInvalid as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable Parquet file ({reason}); download or write it again") from error

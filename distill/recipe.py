@@ -1,0 +1,233 @@
+"""What a recipe may say: pydantic models, unknown keys refused, defaults written out.
+
+Every field carries one line of description (the JSON schema that editors use is made from it). A field marked `Free` is
+a count or a means: it may change between two runs of the same run directory. Everything else is part of its stage's
+fingerprint (`distill.run`), and changing it on a finished stage is refused.
+
+How YAML and `--set` overrides become these models, and how mistakes are reported, is `distill.config`.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from distill.config import dump_yaml
+
+
+class Free:
+    """Marks a field that does not decide what a stage's output *is*: how many, how fast, where."""
+
+
+class Section(BaseModel):
+    """Part of a recipe or a card. Frozen, so that what was validated is what runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that belong to the stage's fingerprint: dotted keys → JSON values; `Free` ones are left out."""
+        flat: dict[str, Any] = {}
+        for name, info in type(self).model_fields.items():
+            if not any(m is Free for m in info.metadata):
+                flat |= _flattened(name, getattr(self, name))
+        return flat
+
+    def to_yaml(self) -> str:
+        """The whole of it as YAML, every default written out, in the order of the fields."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+def _flattened(key: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, Section):
+        return {f"{key}.{inner}": v for inner, v in value.settings().items()}
+    if isinstance(value, tuple) and any(isinstance(item, Section) for item in value):
+        return {k: v for i, item in enumerate(value) for k, v in _flattened(f"{key}.{i}", item).items()}
+    return {key: list(value) if isinstance(value, tuple) else value}
+
+
+class ProceduralPrompts(Section):
+    """Problems made by a generator of this package."""
+
+    kind: Literal["procedural"]
+    name: Literal["arithmetic"] = Field(description="which generator")
+    split: Literal["train", "heldout"] = Field("train", description="the two splits share no problem")
+    seed: int = Field(0, description="which problems of the split")
+    limit: Annotated[int, Free] = Field(1000, ge=1, description="how many problems")
+
+
+class FilePrompts(Section):
+    """Problems read from a JSONL or Parquet file."""
+
+    kind: Literal["file"]
+    path: str = Field(description="a .jsonl or .parquet file; relative to where the command runs")
+    question: str = Field("question", description="column with the question")
+    answer: str | None = Field("answer", description="column with the gold answer; null when there is none")
+    task: Literal["math", "code", "choice", "chat"] = Field("math", description="decides the grader")
+    limit: Annotated[int | None, Free] = Field(None, ge=1, description="read at most so many rows")
+
+
+class HubPrompts(Section):
+    """Problems read from a Hugging Face dataset."""
+
+    kind: Literal["hub"]
+    dataset: str = Field(description="id on the hub, or a local dataset directory")
+    revision: str | None = Field(None, description="commit or tag; null takes the newest")
+    subset: str | None = Field(None, description="the dataset's configuration name")
+    split: str = Field("train", description="split to read")
+    question: str = Field("problem", description="column with the question")
+    answer: str | None = Field("answer", description="column with the gold answer; null when there is none")
+    task: Literal["math", "code", "choice", "chat"] = Field("math", description="decides the grader")
+    limit: Annotated[int | None, Free] = Field(None, ge=1, description="read at most so many rows")
+
+
+PromptSource = Annotated[ProceduralPrompts | FilePrompts | HubPrompts, Field(discriminator="kind")]
+
+
+class SamplingSettings(Section):
+    """How tokens are drawn."""
+
+    temperature: float = Field(0.6, ge=0, description="0 is greedy")
+    top_p: float = Field(0.95, gt=0, le=1, description="nucleus; 1 is off")
+    top_k: int = Field(0, ge=0, description="0 is off")
+    max_new_tokens: int = Field(32768, ge=1, description="completion tokens at most")
+
+
+class Generate(Section):
+    """Stage 1: the teacher answers the prompts."""
+
+    samples: Annotated[int, Free] = Field(1, ge=1, description="answers per prompt")
+    sampling: SamplingSettings = SamplingSettings()
+    prompt_suffix: str = Field("", description="text added to every question, such as R1's request for \\boxed{}")
+    logprobs: int | None = Field(None, ge=0, description="store the k most likely tokens at every position")
+    max_batch: Annotated[int, Free] = Field(128, ge=1, description="sequences decoded at once by the local engine")
+
+
+class Filter(Section):
+    """Stage 2: which traces are kept. `null` or false turns a filter off, so that each can be ablated."""
+
+    format: bool = Field(True, description="exactly one closed <think> block with text after it")
+    finish: bool = Field(True, description="the trace ended by itself, not at the token limit")
+    correct: bool = Field(
+        True, description="the answer equals the gold one; unverifiable is dropped too, counted apart"
+    )
+    min_tokens: int | None = Field(None, ge=1, description="shortest completion, in teacher tokens")
+    max_tokens: int | None = Field(None, ge=1, description="longest completion, in teacher tokens")
+    dedup: bool = Field(True, description="one of several identical answers to one prompt")
+    per_prompt: int | None = Field(None, ge=1, description="keep at most so many traces a prompt")
+    select: Literal["first", "shortest", "random"] = Field("first", description="which of them")
+    grade_timeout: float = Field(5.0, gt=0, description="seconds before a grading worker is killed: unverifiable")
+    workers: Annotated[int, Free] = Field(2, ge=1, description="grading processes")
+
+    @model_validator(mode="after")
+    def some_length_passes(self) -> "Filter":
+        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
+            raise ValueError("min_tokens is larger than max_tokens: nothing would be kept")
+        return self
+
+
+class Train(Section):
+    """Stage 3: the student is fine-tuned. The names are those of transformers and TRL."""
+
+    method: Literal["full"] = Field("full", description="which parameters are trained")
+    learning_rate: float = Field(1e-5, gt=0, description="peak")
+    num_train_epochs: float = Field(3.0, gt=0, description="passes over the kept traces")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps")
+    per_device_train_batch_size: int = Field(1, ge=1, description="rows a device takes at once")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes per optimiser step")
+    max_length: int = Field(32768, ge=16, description="tokens in a row; what is longer is dropped and counted")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    min_lr_rate: float = Field(0.1, ge=0, le=1, description="the schedule's end, as a share of the peak")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps spent rising to the peak")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
+    adam_beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's second moment")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the forward pass")
+    gradient_checkpointing: Annotated[bool, Free] = Field(False, description="less memory, a third more time")
+    chat_template: str | None = Field(None, description="template that overrides the student card's")
+    content: Literal["reasoning", "answer"] = Field(
+        "reasoning", description="what the student learns to write; `answer` strips the reasoning (a control)"
+    )
+    seed: int = Field(0, description="data order and dropout")
+    save_steps: Annotated[int, Free] = Field(200, ge=1, description="optimiser steps between checkpoints")
+    save_total_limit: Annotated[int, Free] = Field(2, ge=1, description="checkpoints kept")
+    logging_steps: Annotated[int, Free] = Field(10, ge=1, description="optimiser steps between log lines")
+
+
+class Eval(Section):
+    """Stage 4: scores of the base, the student and the teacher, side by side."""
+
+    benchmarks: tuple[str, ...] = Field(description="names from the catalog, or paths of cards")
+    models: tuple[Literal["base", "student", "teacher"], ...] = Field(
+        ("base", "student", "teacher"), description="who is scored"
+    )
+    samples: Annotated[int | None, Free] = Field(None, ge=1, description="answers per problem; null takes the card's")
+    limit: Annotated[int | None, Free] = Field(None, ge=1, description="problems at most")
+    seed: int = Field(1, description="of the sampling")
+    max_batch: Annotated[int, Free] = Field(128, ge=1, description="sequences decoded at once by the local engine")
+
+
+class Recipe(Section):
+    """One teacher–student pair and the four stages between them."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="names the run directory")
+    description: str = Field("", description="one line for `distill recipes list`")
+    teacher: str = Field(description="name of a teacher card, or a path")
+    student: str = Field(description="name of a student card, or a path")
+    seed: int = Field(0, description="of the teacher's sampling")
+    prompts: tuple[PromptSource, ...] = Field(min_length=1, description="where the problems come from")
+    generate: Generate = Generate()
+    filter: Filter = Filter()
+    train: Train = Train()
+    eval: Eval
+
+
+class TeacherCard(Section):
+    """A teacher: where its weights are and what is known of it."""
+
+    name: str
+    description: str = ""
+    family: Literal["deepseek_v3", "deepseek_v2", "deepseek_v32", "llama"] = Field(description="architecture")
+    weights: str = Field(description="hub id, or a directory relative to the card")
+    revision: str | None = Field(None, description="commit on the hub")
+    parameters: float = Field(description="total parameters, billions")
+    active_parameters: float = Field(description="parameters a token passes through, billions")
+    context: int = Field(description="longest sequence, tokens")
+    license: str = Field(description="the hub's identifier, such as mit, apache-2.0 or llama3.1")
+    source: str = Field("", description="where the card's figures come from")
+    sampling: SamplingSettings = Field(SamplingSettings(), description="the publisher's recommendation")
+
+
+class StudentCard(Section):
+    """A dense base model that is trained."""
+
+    name: str
+    description: str = ""
+    family: Literal["qwen2", "llama"] = Field(description="architecture")
+    weights: str = Field(description="hub id, or a directory relative to the card")
+    revision: str | None = Field(None, description="commit on the hub")
+    parameters: float = Field(description="billions")
+    context: int = Field(description="longest sequence, tokens")
+    license: str = Field(description="the hub's identifier, such as mit, apache-2.0 or llama3.1")
+    source: str = Field("", description="where the card's figures come from")
+    chat_template: str | None = Field(
+        None, description="built-in training template (`chatml`, `llama3`); null keeps the checkpoint's own"
+    )
+
+
+class BenchmarkCard(Section):
+    """A set of problems with known answers."""
+
+    name: str
+    description: str = ""
+    prompts: PromptSource
+    prompt_suffix: str = Field("", description="text added to every question")
+    samples: int = Field(1, ge=1, description="answers per problem")
+    sampling: SamplingSettings = SamplingSettings()
+    license: str = ""
+    source: str = ""
+
+
+def recipe_schema() -> str:
+    """The JSON schema that editors check and complete a recipe with: `recipes/recipe.schema.json`."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

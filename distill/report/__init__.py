@@ -1,0 +1,80 @@
+"""`report.html`: what a run did, on one page that can be mailed.
+
+Self-contained: styles and pictures are inside the file, it has no script, and its content security policy forbids
+every request. It reads the run directory only, so a report can be written anew, also of a run copied from another
+machine, without torch or the weights. contents.py says what is read, pictures.py what is drawn, page.html.jinja how it
+looks.
+
+The pictures also go to `<run>/report/`, as SVG and PNG, for slides and READMEs.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from distill.durable import write_whole
+from distill.report import pictures
+from distill.report.contents import Contents, read_contents
+
+
+def write_report(directory: Path) -> Path:
+    """Write `report.html` and `report/*.{svg,png}` of a run directory; returns the page's path.
+
+    Stages that have not run are named as missing. Raises UserError when this is no run directory, or is damaged.
+    """
+    contents = read_contents(directory)
+    drawn = _pictures(contents)
+    page = _render(contents, drawn)
+    folder = directory / "report"
+    folder.mkdir(exist_ok=True)
+    for picture in drawn.values():
+        write_whole(folder / f"{picture.name}.svg", picture.svg["wide"])
+        (folder / f"{picture.name}.png").write_bytes(picture.png())
+    path = directory / "report.html"
+    write_whole(path, page.encode("utf-8", "replace").decode())  # a trace may hold half a character
+    return path
+
+
+def _pictures(contents: Contents) -> dict[str, pictures.Picture]:
+    drawn = []
+    if contents.scores:
+        drawn.append(pictures.scores(contents.scores))
+    if contents.filtered:
+        steps = [("generated", contents.filtered["total"], 0)]
+        steps += [(step["filter"], step["kept"], step["dropped"]) for step in contents.filtered["funnel"]]
+        drawn.append(pictures.funnel(steps))
+    if contents.kept_lengths or contents.dropped_lengths:
+        drawn.append(pictures.lengths(contents.kept_lengths, contents.dropped_lengths))
+    if contents.log:
+        drawn.append(pictures.training(contents.log))
+    return {picture.name: picture for picture in drawn}
+
+
+def _render(contents: Contents, drawn: dict[str, pictures.Picture]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("distill.report", "."),
+        autoescape=True,  # whatever a model wrote is text
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "duration": _duration, "count": _count}
+    return environment.get_template("page.html.jinja").render(c=contents, pictures=drawn, light=pictures.LIGHT)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not finished"
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    parts: list[tuple[Any, str]] = [(hours, "h"), (minutes, "min"), (seconds, "s")]
+    return " ".join(f"{n} {unit}" for n, unit in parts if n) or "under 1 s"

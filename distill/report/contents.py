@@ -1,0 +1,188 @@
+"""What the report tells, read from the files of a run directory and nothing else.
+
+A run may have stopped after any stage, so everything but the recipe may be missing; the page says so in its place.
+Large runs are not put into a page: lengths are counted over all traces, texts are shown of a few, chosen by rule (the
+first kept ones, the first of each reason for dropping), never by how well they look.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill.errors import UserError
+from distill.run import STAGES
+from distill.traces.ledger import Ledger
+from distill.traces.store import TraceStore, read_traces
+from distill.traces.trace import Trace, Verdict
+
+KEPT_SHOWN = 3  # kept traces in the page
+DROPPED_SHOWN = 2  # dropped traces of each reason
+REASONS_SHOWN = 8
+TEXT_SHOWN = 20_000  # characters of one text; an R1 trace may have ten times as many
+MODELS = ("base", "student", "teacher")
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """One stage that was begun. `seconds` from its beginning to its end, pauses included; None: not finished."""
+
+    name: str
+    begun: str
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One trace in the page. `verdict` is a short word for it: "kept", a reason for dropping, a grade."""
+
+    who: str
+    verdict: str
+    good: bool
+    question: str
+    gold: str | None
+    reasoning: str | None
+    response: str
+    tokens: int
+    evidence: list[tuple[str, str, str]] = field(default_factory=list)  # (filter, reason, evidence) of its verdicts
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything the page needs. Empty where a stage has not come so far."""
+
+    name: str
+    recipe: dict[str, Any]
+    recipe_text: str
+    stages: list[StageTime]
+    generated: dict[str, Any] | None  # the stages' summaries
+    filtered: dict[str, Any] | None
+    trained: dict[str, Any] | None
+    log: list[dict[str, Any]]
+    kept_lengths: list[int]
+    dropped_lengths: list[int]
+    traces: list[Shown]
+    scores: list[dict[str, Any]]
+    answers: list[Shown]  # to one problem of the first benchmark, by each model
+
+
+def read_contents(directory: Path) -> Contents:
+    """Raises UserError when this is no run directory, or a file in it is damaged."""
+    path = directory / "recipe.yaml"
+    if not path.is_file():
+        raise UserError(f"{directory} is not a run directory (no recipe.yaml in it); `distill run RECIPE` makes one")
+    text = path.read_text(encoding="utf-8")
+    recipe = yaml.safe_load(text)
+    if not isinstance(recipe, dict) or "name" not in recipe:
+        raise UserError(f"{path} is not a recipe: restore it, or run the recipe again")
+    states = {name: state for name in STAGES if (state := _json(directory / "stages" / f"{name}.json"))}
+    summaries = {name: state["summary"] for name, state in states.items() if state["finished"]}
+    kept_lengths, kept = _filtered(directory / "filtered" / "kept")
+    dropped_lengths, dropped = _filtered(directory / "filtered" / "dropped")
+    scores = _scores(directory / "eval", recipe)
+    return Contents(
+        name=recipe["name"],
+        recipe=recipe,
+        recipe_text=text,
+        stages=[_stage_time(name, state) for name, state in states.items()],
+        generated=summaries.get("generate"),
+        filtered=summaries.get("filter"),
+        trained=summaries.get("train"),
+        log=[row for row in Ledger(directory / "checkpoints" / "log.jsonl").rows() if "loss" in row],
+        kept_lengths=kept_lengths,
+        dropped_lengths=dropped_lengths,
+        traces=kept + dropped,
+        scores=scores,
+        answers=_answers(directory / "eval" / scores[0]["benchmark"]) if scores else [],
+    )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); restore it, or run the stage again with --fresh") from error
+    return content if isinstance(content, dict) else None
+
+
+def _stage_time(name: str, state: dict[str, Any]) -> StageTime:
+    begun = datetime.fromisoformat(state["begun"]).astimezone(UTC)
+    ended = datetime.fromisoformat(state["finished"]) if state["finished"] else None
+    return StageTime(name, f"{begun:%Y-%m-%d %H:%M} UTC", (ended - begun).total_seconds() if ended else None)
+
+
+def _filtered(directory: Path) -> tuple[list[int], list[Shown]]:
+    """The completion lengths of all traces, and the few that are shown."""
+    lengths: list[int] = []
+    shown: dict[str, list[Shown]] = defaultdict(list)
+    for trace, verdicts in read_traces(directory) if directory.is_dir() else ():
+        lengths.append(len(trace.completion_token_ids))
+        dropped_by = next((verdict for verdict in verdicts if not verdict.keep), None)
+        reason = f"{dropped_by.filter}: {dropped_by.reason}" if dropped_by else "kept"
+        if len(shown[reason]) < (DROPPED_SHOWN if dropped_by else KEPT_SHOWN):
+            shown[reason].append(_shown("teacher", reason, dropped_by is None, trace, verdicts))
+    return lengths, [one for of_reason in list(shown.values())[:REASONS_SHOWN] for one in of_reason]
+
+
+def _shown(who: str, verdict: str, good: bool, trace: Trace, verdicts: Iterable[Verdict] = ()) -> Shown:
+    return Shown(
+        who=who,
+        verdict=verdict,
+        good=good,
+        question=_cut(trace.prompt.messages[-1]["content"]),
+        gold=trace.prompt.answer,
+        reasoning=None if trace.reasoning is None else _cut(trace.reasoning),
+        response=_cut(trace.text if trace.reasoning is None else trace.response),
+        tokens=len(trace.completion_token_ids),
+        evidence=[(v.filter, v.reason, _told(v.evidence)) for v in verdicts],
+    )
+
+
+def _told(evidence: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_cut(str(value))}" for key, value in evidence.items() if value is not None)
+
+
+def _cut(text: str) -> str:
+    """Long texts keep their beginning and, where the answer is, their end."""
+    if len(text) <= TEXT_SHOWN:
+        return text
+    half = TEXT_SHOWN // 2
+    return f"{text[:half]}\n\n[… {len(text) - TEXT_SHOWN:,} characters left out …]\n\n{text[-half:]}"
+
+
+def _scores(directory: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """The scores.json of every part, benchmarks by name, models from base to teacher."""
+    found = [row for path in directory.glob("*/*/scores.json") if (row := _json(path))]
+    return sorted(found, key=lambda row: (row["benchmark"], MODELS.index(row["model"])))
+
+
+def _answers(directory: Path) -> list[Shown]:
+    """What each model answered to one problem: one that the student learnt (right, base wrong), else the first."""
+    grades = {
+        model: {(row["prompt"], row["sample"]): row for row in Ledger(directory / model / "grades.jsonl").rows()}
+        for model in MODELS
+        if (directory / model / "grades.jsonl").is_file()
+    }
+    common = set.intersection(*(set(of_model) for of_model in grades.values())) if grades else set()
+
+    def learnt(key: tuple[str, int]) -> bool:
+        verdicts = {model: of_model[key]["verdict"] for model, of_model in grades.items()}
+        return verdicts.get("student", "correct") == "correct" and verdicts.get("base", "wrong") != "correct"
+
+    key = next(iter(sorted(common, key=lambda k: (not learnt(k), k))), None)
+    return list(_to_one_problem(directory, grades, key)) if key else []
+
+
+def _to_one_problem(directory: Path, grades: dict[str, Any], key: tuple[str, int]) -> Iterator[Shown]:
+    for model, of_model in grades.items():
+        trace = next((trace for trace in TraceStore(directory / model / "traces") if trace.key == key), None)
+        if trace is not None:
+            verdict = of_model[key]["verdict"]
+            yield _shown(model, verdict, verdict == "correct", trace)

@@ -1,0 +1,240 @@
+"""The report's pictures, drawn once for every place they are shown in.
+
+matplotlib draws with the colours of `LIGHT`, and that is what the PNG and SVG files have. In the page the same SVG
+stands inline: its colours are replaced by CSS variables, so that one drawing follows the reader's theme, and its text
+stays text in the page's font. A drawing cannot reflow, so the page carries each one twice, wide and narrow, and shows
+the one that fits. Rejected: a JavaScript chart library (weight, and nothing here needs a mouse), SVG written by hand
+(axes and ticks are more code than this file).
+
+`matplotlib.figure.Figure` is used without pyplot: no global state, no display.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Every colour here has a CSS variable of the same name in page.html.jinja, with its counterpart for the dark theme.
+LIGHT = {
+    "paper": "#fdfcf9",
+    "ink": "#22262b",
+    "muted": "#646b74",
+    "line": "#e0ddd5",
+    "base": "#7d8590",
+    "student": "#1a6e8e",
+    "teacher": "#b0671a",
+    "kept": "#1a6e8f",  # one step beside `student`: a colour must tell which variable it is
+    "dropped": "#b4503c",
+}
+WIDTHS = {"wide": 7.0, "narrow": 3.6}  # inches; at the page's 100 px an inch: a desk, a phone
+BINS = 40
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure for any width. `caption` says in words what it shows: it is the alternative text too."""
+
+    name: str
+    caption: str
+    draw: Callable[["Figure", bool], None]  # (figure, narrow?)
+    height: float  # inches
+
+    @cached_property
+    def svg(self) -> dict[str, str]:
+        """Width → the text of a standalone SVG file. The same every time, with ids that are unique in the page."""
+        return {width: _svg(self._figure(width), f"{self.name}-{width}") for width in WIDTHS}
+
+    def png(self) -> bytes:
+        file = io.BytesIO()
+        self._figure("wide").savefig(file, format="png", dpi=200, metadata={"Software": None})
+        return file.getvalue()
+
+    def inline(self, width: str) -> str:
+        """The SVG for the page: themed, in the page's font, sized by CSS."""
+        head, _, body = self.svg[width].partition("<svg")[2].partition(">")
+        box = re.search(r'viewBox="[^"]*"', head)
+        assert box, head
+        body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
+        body = re.sub(r'<g id="[^"]*"', "<g", body)  # names of groups, which would be there twice
+        body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
+        for name, colour in LIGHT.items():
+            body = body.replace(colour, f"var(--{name})")
+        return f'<svg class="{width}" {box[0]} aria-hidden="true">{body}'
+
+    def _figure(self, width: str) -> "Figure":
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        with rc_context(_style()):
+            figure = Figure(figsize=(WIDTHS[width], self.height), layout="constrained", facecolor=LIGHT["paper"])
+            self.draw(figure, width == "narrow")
+            return figure
+
+
+def _svg(figure: "Figure", salt: str) -> str:
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context(_style() | {"svg.hashsalt": salt}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+def _style() -> dict[str, Any]:
+    return {
+        "svg.fonttype": "none",
+        "text.parse_math": False,  # names are text
+        "font.size": 9.5,
+        "text.color": LIGHT["ink"],
+        "axes.facecolor": LIGHT["paper"],
+        "axes.edgecolor": LIGHT["line"],
+        "axes.labelcolor": LIGHT["muted"],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.axisbelow": True,
+        "grid.color": LIGHT["line"],
+        "grid.linewidth": 0.8,
+        "xtick.color": LIGHT["line"],
+        "ytick.color": LIGHT["line"],
+        "xtick.labelcolor": LIGHT["muted"],
+        "ytick.labelcolor": LIGHT["muted"],
+        "ytick.major.size": 0,
+        "legend.frameon": False,
+    }
+
+
+def scores(rows: Sequence[dict[str, Any]]) -> Picture:
+    """pass@1 of every model on every benchmark, a point and its interval. rows: as in scores.json."""
+    benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
+    rows = sorted(rows, key=lambda row: benchmarks.index(row["benchmark"]))
+
+    def draw(figure: "Figure", narrow: bool) -> None:
+        axes = figure.subplots()
+        labels, places, y = [], [], 0.0
+        for i, row in enumerate(rows):
+            if len(benchmarks) > 1 and (i == 0 or rows[i - 1]["benchmark"] != row["benchmark"]):
+                axes.text(0, y, row["benchmark"], va="center", fontweight="bold")
+                y += 1
+            colour = LIGHT[row["model"]]
+            low, value, high = (100 * row[key] for key in ("pass@1_low", "pass@1", "pass@1_high"))
+            axes.plot([low, high], [y, y], color=colour, linewidth=5, alpha=0.35, solid_capstyle="round")
+            axes.plot([value], [y], marker="o", markersize=8, color=colour)
+            right = high < 70  # the figure stands where there is room for it
+            axes.text(high + 3 if right else low - 3, y, f"{value:.1f} %", va="center", ha="left" if right else "right")
+            labels.append(row["model"])
+            places.append(y)
+            y += 1
+        axes.set_yticks(places, labels, color=LIGHT["ink"])
+        axes.set_ylim(y - 0.5, -0.6)
+        axes.set_xlim(-2, 102)
+        axes.set_xticks(
+            range(0, 101, 20), [f"{tick} %" if tick in (0, 100) else str(tick) for tick in range(0, 101, 20)]
+        )
+        axes.grid(axis="x")
+
+    told = "; ".join(
+        f"{row['model']} on {row['benchmark']} {row['pass@1']:.1%}, {row['pass@1_low']:.1%} to {row['pass@1_high']:.1%}"
+        for row in rows
+    )
+    lines = len(rows) + (len(benchmarks) if len(benchmarks) > 1 else 0)
+    return Picture("scores", f"pass@1 with 95 % intervals: {told}", draw, 0.6 + 0.42 * lines)
+
+
+def funnel(steps: Sequence[tuple[str, int, int]]) -> Picture:
+    """What each filter left. steps: (label, traces left, traces dropped here), the first with nothing dropped."""
+    total = max(1, steps[0][1])
+
+    def draw(figure: "Figure", narrow: bool) -> None:
+        axes = figure.subplots()
+        gap = 0.015 * total
+        for y, (_, left, dropped) in enumerate(steps):
+            axes.barh(y, left, height=0.62, color=LIGHT["kept"])
+            axes.barh(y, dropped, left=left, height=0.62, color=LIGHT["dropped"])
+            fits = left > (0.25 if narrow else 0.15) * total
+            if fits:
+                axes.text(left - gap, y, f"{left:,}", va="center", ha="right", color=LIGHT["paper"])
+            beside = ([] if fits else [f"{left:,}"]) + ([f"\N{MINUS SIGN}{dropped:,}"] if dropped else [])
+            axes.text(left + dropped + gap, y, "  ".join(beside), va="center", color=LIGHT["ink"])
+        axes.set_yticks(range(len(steps)), [label for label, _, _ in steps], color=LIGHT["ink"])
+        axes.set_ylim(len(steps) - 0.5, -0.5)
+        axes.set_xlim(0, total * (1.2 if narrow else 1.12))  # room for the figures beside the bars
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+
+    told = "; ".join(f"{label}: {left:,} left, {dropped:,} dropped" for label, left, dropped in steps)
+    return Picture("funnel", f"Traces left after each filter. {told}", draw, 0.2 + 0.38 * len(steps))
+
+
+def training(rows: Sequence[dict[str, Any]]) -> Picture:
+    """Loss, and under it the learning rate, over optimiser steps. rows: of checkpoints/log.jsonl."""
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    logarithmic = min(losses) > 0 and max(losses) > 20 * min(losses)
+
+    def draw(figure: "Figure", narrow: bool) -> None:
+        loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        loss.plot(steps, losses, color=LIGHT["student"], linewidth=1.6)
+        loss.set_yscale("log" if logarithmic else "linear")
+        if not logarithmic:
+            loss.set_ylim(bottom=0)
+        rate.plot(steps, [row["learning_rate"] for row in rows], color=LIGHT["muted"], linewidth=1.2)
+        rate.set_ylim(bottom=0)
+        rate.set_xlabel("optimiser step")
+        for axes, title in ((loss, "loss, nats a supervised token"), (rate, "learning rate")):
+            axes.set_title(title, loc="left", fontsize=9.5, color=LIGHT["muted"])
+            axes.grid(axis="y")
+            axes.margins(x=0.01)
+            _plain_ticks(axes)
+
+    told = f"Training loss from {losses[0]:.3g} at step {steps[0]:,} to {losses[-1]:.3g} at step {steps[-1]:,}"
+    return Picture("loss", told, draw, 3.6)
+
+
+def _plain_ticks(axes: "Axes") -> None:
+    """0.05 rather than 5 x 10^-2; matplotlib would write minor ticks over each other."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.yaxis.set_tick_params(which="minor", length=0)
+
+
+def lengths(kept: Sequence[int], dropped: Sequence[int]) -> Picture:
+    """Completion tokens of kept and dropped traces, one histogram on the other."""
+    longest = max([*kept, *dropped, 1])
+
+    def draw(figure: "Figure", narrow: bool) -> None:
+        axes = figure.subplots()
+        axes.hist(
+            [kept, dropped],
+            bins=min(BINS, longest),
+            range=(0, longest),
+            stacked=True,
+            color=[LIGHT["kept"], LIGHT["dropped"]],
+            label=[f"kept ({len(kept):,})", f"dropped ({len(dropped):,})"],
+            rwidth=0.9,
+        )
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(-0.01, 1),
+            ncols=2,
+            borderaxespad=0,
+            handlelength=1,
+            labelcolor=LIGHT["ink"],
+        )
+        axes.set_xlabel("tokens of the completion")
+        axes.set_ylabel("traces")
+        axes.set_xlim(0, longest)
+        axes.grid(axis="y")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+
+    told = f"Lengths of {len(kept):,} kept and {len(dropped):,} dropped traces, up to {longest:,} tokens"
+    return Picture("lengths", told, draw, 2.6)

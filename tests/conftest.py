@@ -1,0 +1,38 @@
+"""What all tests share: no network, one torch thread a process, the same examples in every run, and the real data.
+
+Set before torch or transformers can be imported, hence at the top of this file and in the environment, which the
+processes that tests start inherit.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("DISTILL_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[name] = "1"
+for name, value in (("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false"), ("MPLBACKEND", "Agg")):
+    os.environ.setdefault(name, value)
+
+# A failure must be the change's fault, not the draw's or a busy machine's.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """`real_data("gsm8k/test.jsonl")` → its path. Skips without the data; with it, a missing file is an error."""
+
+    def find(name: str) -> Path:
+        if not DATA.is_dir():
+            pytest.skip(f"real data: no directory {DATA} (set DISTILL_TEST_DATA)")
+        path = DATA / name
+        assert path.exists(), f"{path} does not exist, although {DATA} does: is the name right?"
+        return path
+
+    return find

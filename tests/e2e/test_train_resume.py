@@ -1,0 +1,76 @@
+"""kill -9 during training, again and again: the losses and the student are those of a run that nobody touched."""
+
+import json
+import multiprocessing
+import random
+import time
+
+import pytest
+import train_support as support
+
+from distill.run import Run
+
+STEPS = 60
+SETTINGS = {"max_steps": STEPS, "logging_steps": 3, "save_steps": 4, "gradient_accumulation_steps": 2}
+KILLS = 6
+
+
+@pytest.fixture(scope="module")
+def spawn():
+    """Start a training in a process of its own; torch is imported once, in the server that forks them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distill.train.loop", "train_support"])
+
+    def start(directory, student):
+        process = context.Process(target=support.train_here, args=(directory, student, SETTINGS))
+        process.start()
+        return process
+
+    return start
+
+
+def begin(directory, student):
+    with Run(directory, support.make_recipe(student)) as run:
+        run.stage("filter", {}, {}, ["filtered"]).finish({})
+        support.prepare(directory, support.sums(40))
+    return directory
+
+
+def log(directory):
+    """The whole lines of the log, without what depends on the clock."""
+    path = directory / "checkpoints" / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+
+
+def last_step(directory):
+    rows = log(directory)
+    return rows[-1]["step"] if rows else 0
+
+
+def test_kills_at_random_moments_change_nothing(tmp_path, spawn):
+    student = support.make_student(tmp_path / "student")
+    undisturbed, killed = (begin(tmp_path / name, student) for name in ("undisturbed", "killed"))
+    process = spawn(undisturbed, student)
+    process.join()
+    assert process.exitcode == 0
+
+    draw = random.Random(0)
+    for target in sorted(draw.sample(range(3, STEPS - 6), KILLS)):
+        process = spawn(killed, student)
+        while last_step(killed) < target and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))  # anywhere in a step, a log line or a checkpoint
+        process.kill()
+        process.join()
+        assert len(list((killed / "checkpoints").glob("step-*"))) <= 3  # save_total_limit, and one about to go
+    assert list((killed / "checkpoints").glob("step-*")), "nothing was there to resume from"
+    process = spawn(killed, student)
+    process.join()
+    assert process.exitcode == 0
+
+    assert [row["step"] for row in log(killed)] == list(range(3, STEPS + 1, 3))
+    assert log(killed) == log(undisturbed)
+    for name in ("model.safetensors", "tokenizer.json", "config.json", "generation_config.json", "chat_template.jinja"):
+        assert (killed / "student" / name).read_bytes() == (undisturbed / "student" / name).read_bytes(), name

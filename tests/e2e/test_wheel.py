@@ -1,0 +1,131 @@
+"""A wheel and an editable install, each in a fresh virtual environment: both find the catalogs, neither leaks a name.
+
+Without a network: the environments see this one's libraries through a .pth file, and nothing is built in isolation.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CATALOGS = ("benchmarks", "recipes", "students", "teachers")
+SOURCE = ("pyproject.toml", "README.md", "LICENSE", "distill", *CATALOGS)
+
+
+def run(*command: object, cwd: Path) -> str:
+    result = subprocess.run([str(c) for c in command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PIP_NO_INDEX": "1"}
+PYTHON_VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
+
+
+class Environment:
+    """A fresh virtual environment with this one's libraries on its path, after its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        run(sys.executable, "-m", "venv", "--without-pip", directory, cwd=directory.parent)
+        self.site = directory / "lib" / PYTHON_VERSION / "site-packages"
+        (self.site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        self.nowhere = directory / "empty"  # to run from: nothing to import, nothing to find
+        self.nowhere.mkdir()
+
+    def install(self, *arguments: object) -> set[str]:
+        """Returns the names that appeared in site-packages."""
+        before = set(os.listdir(self.site))
+        pip = (sys.executable, "-m", "pip", "--python", self.directory / "bin" / "python", "install", "--quiet")
+        run(*pip, "--no-deps", "--no-build-isolation", "--disable-pip-version-check", *arguments, cwd=self.nowhere)
+        return set(os.listdir(self.site)) - before
+
+    def python(self, code: str) -> str:
+        return run(self.directory / "bin" / "python", "-c", code, cwd=self.nowhere).strip()
+
+    def distill(self, *arguments: str) -> str:
+        return run(self.directory / "bin" / "distill", *arguments, cwd=self.nowhere)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The project's files and nothing else, so that building leaves no trace in the clone."""
+    directory = tmp_path_factory.mktemp("source")
+    for name in SOURCE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source, cwd=out)
+    (file,) = out.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def from_wheel(wheel, tmp_path_factory):
+    environment = Environment(tmp_path_factory.mktemp("wheel") / "venv")
+    return environment, environment.install(wheel)
+
+
+@pytest.fixture(scope="module")
+def editable(source, tmp_path_factory):
+    environment = Environment(tmp_path_factory.mktemp("editable") / "venv")
+    return environment, environment.install("--editable", source)
+
+
+def files_under(directory: Path) -> set[str]:
+    return {
+        str(path.relative_to(directory))
+        for path in directory.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_the_wheel_adds_one_name_to_site_packages(from_wheel):
+    _, added = from_wheel
+    assert {name for name in added if not name.endswith(".dist-info")} == {"distill"}
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_of_the_catalogs(from_wheel):
+    installed = from_wheel[0].site / "distill"
+    expected = files_under(ROOT / "distill")
+    expected |= {f"_catalog/{name}/{file}" for name in CATALOGS for file in files_under(ROOT / name)}
+    assert files_under(installed) == expected
+
+
+def test_the_installed_command_finds_the_packaged_catalog(from_wheel):
+    environment, _ = from_wheel
+    assert "tiny" in environment.distill("recipes", "list")
+    assert environment.distill("recipes", "show", "tiny") == (ROOT / "recipes" / "tiny.yaml").read_text()
+    code = "from distill import catalog; print(catalog.folder('recipe'))"
+    assert environment.python(code) == str(environment.site / "distill" / "_catalog" / "recipes")
+
+
+def test_an_editable_install_uses_the_clones_catalog(editable, source):
+    environment, added = editable
+    assert all("distill" in name for name in added - {"__pycache__"})
+    assert environment.python("from distill import catalog; print(catalog.folder('recipe'))") == str(source / "recipes")
+    text = (source / "recipes" / "tiny.yaml").read_text().replace("name: tiny", "name: edited")
+    (source / "recipes" / "edited.yaml").write_text(text)
+    assert "edited" in environment.distill("recipes", "list")
+    (source / "recipes" / "edited.yaml").unlink()
+
+
+@pytest.mark.parametrize("install", ["from_wheel", "editable"])
+def test_no_generic_name_can_be_imported(install, request):
+    environment, _ = request.getfixturevalue(install)
+    code = "import importlib.util as u; print([n for n in {names} if u.find_spec(n)])"
+    names = ("cli", "tests", "tools", "perf", *CATALOGS)
+    assert environment.python(code.format(names=names)) == "[]"
+    assert environment.python(code.format(names=("distill",))) == "['distill']"

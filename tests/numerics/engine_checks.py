@@ -1,0 +1,40 @@
+"""How the numerics tests look into an engine: its logits by any cut of the tokens, and the error they are held to."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill.engine import Engine
+from distill.engine.attention import Chunk
+
+
+def some_tokens(count: int, vocab: int = 300, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(vocab), k=count)
+
+
+@torch.inference_mode()
+def engine_logits(
+    engine: Engine, tokens: list[int], cuts: Sequence[int] = (), decode_from: int | None = None
+) -> Tensor:
+    """[t, vocabulary] float32: prefilled in chunks that end at `cuts`, then one token a step from `decode_from` on."""
+    prefilled = len(tokens) if decode_from is None else decode_from
+    pages = engine._pages.allocate(engine._pages.pages_for(len(tokens)))
+    ends = [*cuts, prefilled]
+    parts = []
+    for start, end in zip([0, *cuts], ends, strict=True):
+        parts.append(engine._forward([], [Chunk(tokens, start, end, pages)]))
+    for position in range(prefilled, len(tokens)):
+        parts.append(engine._forward([Chunk(tokens, position, position + 1, pages)], []))
+    engine._pages.release(pages)
+    return engine._model.logits(torch.cat(parts))
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> tuple[float, str]:
+    """Largest difference over the largest logit, and a line with what a failure should print."""
+    difference = (ours - theirs).abs()
+    error = (difference.max() / theirs.abs().max()).item()
+    return error, f"max {difference.max():.3g}, mean {difference.mean():.3g}, largest logit {theirs.abs().max():.3g}"

@@ -1,0 +1,261 @@
+"""Small random models in transformers, written to disk with the names and the format of published checkpoints.
+
+Weights are scaled up from the default initialisation so that attention is peaked and logits spread: at the default,
+attention is nearly uniform and real bugs stay below any tolerance.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+FAMILIES = {
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+}
+
+V3: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "n_routed_experts": 16,
+    "routed_scaling_factor": 2.5,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 20,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "num_nextn_predict_layers": 1,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 64,
+}
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False}
+
+V3_YARN = {**V3, "rope_scaling": YARN}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "v3": V3,
+    "v3-yarn": V3_YARN,
+    "v3-yarn-uneven-mscale": {**V3, "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.5}},
+    "v3-no-q-lora": {**V3_YARN, "q_lora_rank": None},
+    "v3-no-groups": {**V3_YARN, "n_group": 1, "topk_group": 1},
+    "v3-no-norm": {**V3, "norm_topk_prob": False, "n_shared_experts": 2},
+    "v3-bias-tied": {**V3, "attention_bias": True, "tie_word_embeddings": True},
+    "llama-gqa": LLAMA,
+    "llama-mha-tied": {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "llama-mqa-biases": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+    "llama-wide-heads": {**LLAMA, "head_dim": 24},
+    "llama-linear": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama-llama3": {
+        **LLAMA,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen2": QWEN2,
+    "qwen2-tied": {**QWEN2, "tie_word_embeddings": True},
+    "qwen2-yarn": {
+        **QWEN2,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    },
+}
+
+
+@dataclass
+class Checkpoint:
+    """A model directory and the transformers model with the same (dequantised) weights."""
+
+    path: Path
+    model: PreTrainedModel
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def logits(self, tokens: list[int]) -> Tensor:
+        """[t, vocabulary], float32, from transformers."""
+        with torch.inference_mode():
+            return self.model(torch.tensor([tokens]), use_cache=False).logits[0]
+
+
+def build(path: Path, config: dict[str, Any], *, seed: int = 0, fp8: bool = False, shards: int = 1) -> Checkpoint:
+    """Write a random model to `path` as it would be published, and keep it in transformers for comparison."""
+    path.mkdir(parents=True, exist_ok=True)
+    model = _transformers_model(config)
+    _scale_weights(model, seed)
+    tensors = _published(model, config)
+    stored = {}
+    for name, tensor in tensors.items():
+        if fp8 and _is_quantised(name):
+            stored[name], stored[name + "_scale_inv"] = quantise(tensor)
+            tensors[name] = dequantise(stored[name], stored[name + "_scale_inv"])
+        else:
+            stored[name] = tensor
+    if fp8:
+        _load_published(model, tensors)
+        quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        config = {**config, "quantization_config": quantization}
+    (path / "config.json").write_text(json.dumps(config))
+    write(path, stored, shards)
+    return Checkpoint(path, model, tensors)
+
+
+def write(path: Path, stored: dict[str, Tensor], shards: int = 1) -> None:
+    """Save tensors as one file, or as several with an index."""
+    stored = {name: tensor.detach().clone().contiguous() for name, tensor in stored.items()}
+    if shards == 1:
+        save_file(stored, path / "model.safetensors")
+        return
+    names, weight_map = sorted(stored), {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = names[shard::shards]
+        save_file({name: stored[name] for name in part}, path / file)
+        weight_map.update(dict.fromkeys(part, file))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def quantise(weight_nc: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn codes and float32 scales of 128×128 blocks, block by block."""
+    n, c = weight_nc.shape
+    codes = torch.empty(n, c, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(-(-n // block), -(-c // block))
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            at = (slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block))
+            scale[i, j] = weight_nc[at].abs().max() / 448
+            codes[at] = (weight_nc[at] / scale[i, j]).to(torch.float8_e4m3fn)
+    return codes, scale
+
+
+def dequantise(codes: Tensor, scale: Tensor, block: int = 128) -> Tensor:
+    weight = codes.float()
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            weight[i * block : (i + 1) * block, j * block : (j + 1) * block] *= scale[i, j].float()
+    return weight
+
+
+def _transformers_model(config: dict[str, Any]) -> PreTrainedModel:
+    config_class, model_class = FAMILIES[config["model_type"]]
+    known = {k: v for k, v in config.items() if k not in ("model_type", "torch_dtype", "dtype")}
+    hf_config = config_class(**known)
+    hf_config._attn_implementation = "eager"
+    return model_class(hf_config).float().eval()
+
+
+@torch.no_grad()
+def _scale_weights(model: PreTrainedModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("inv_freq"):
+            continue
+        noise = torch.randn(tensor.shape, generator=generator)
+        if "e_score_correction_bias" in name:
+            tensor.copy_(0.3 * noise)
+        elif "embed_tokens" in name:
+            tensor.copy_(noise)
+        elif tensor.ndim == 1:
+            tensor.copy_(1 + 0.2 * noise if "norm" in name else 0.5 * noise)
+        else:
+            gain = 2.0 if any(part in name for part in ("q_", "k_proj", "kv_a", "lm_head")) else 1.0
+            tensor.copy_(gain * noise * tensor.shape[-1] ** -0.5)
+
+
+def _published(model: PreTrainedModel, config: dict[str, Any]) -> dict[str, Tensor]:
+    """transformers 5 keeps all experts of a layer in one tensor; published checkpoints have three per expert."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("mlp.experts.gate_up_proj"):
+            for expert, gate_up in enumerate(tensor):
+                gate, up = gate_up.chunk(2)
+                stem = name.removesuffix("gate_up_proj") + f"{expert}."
+                tensors[stem + "gate_proj.weight"], tensors[stem + "up_proj.weight"] = gate, up
+        elif name.endswith("mlp.experts.down_proj"):
+            for expert, down in enumerate(tensor):
+                tensors[name.removesuffix("down_proj") + f"{expert}.down_proj.weight"] = down
+        elif not (config["tie_word_embeddings"] and name == "lm_head.weight"):
+            tensors[name] = tensor
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _load_published(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `_published`: put published tensors back into the transformers model."""
+    for name, tensor in model.state_dict().items():
+        if name.endswith("mlp.experts.gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            for expert in range(tensor.shape[0]):
+                gate, up = (tensors[f"{stem}{expert}.{part}_proj.weight"] for part in ("gate", "up"))
+                tensor[expert].copy_(torch.cat((gate, up)))
+        elif name.endswith("mlp.experts.down_proj"):
+            for expert in range(tensor.shape[0]):
+                tensor[expert].copy_(tensors[f"{name.removesuffix('down_proj')}{expert}.down_proj.weight"])
+        elif name in tensors:
+            tensor.copy_(tensors[name])
+
+
+def _is_quantised(name: str) -> bool:
+    """What DeepSeek publishes in FP8: the projections, not embedding, head, norms or router."""
+    return name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")

@@ -1,0 +1,233 @@
+"""Configs and weight files: both spellings, the published numbers, and every way a directory can be broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_checks import engine_logits, relative_error, some_tokens
+from random_models import CONFIGS, LLAMA, V3, V3_YARN, YARN, Checkpoint, build, write
+from safetensors.torch import load_file
+
+from distill.engine import Engine, ModelSpec
+
+R1 = {
+    **{"model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432},
+    **{"moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128},
+    **{"n_shared_experts": 1, "n_routed_experts": 256, "routed_scaling_factor": 2.5, "kv_lora_rank": 512},
+    **{"q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_group": 8},
+    **{"topk_group": 4, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "moe_layer_freq": 1},
+    **{"norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": 1},
+    **{"hidden_act": "silu", "max_position_embeddings": 163840, "rms_norm_eps": 1e-06, "rope_theta": 10000},
+    **{"rope_scaling": {**YARN, "original_max_position_embeddings": 4096}, "torch_dtype": "bfloat16"},
+    **{"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}},
+    **{"attention_bias": False, "tie_word_embeddings": False, "ep_size": 1, "aux_loss_alpha": 0.001},
+}
+
+
+def test_the_published_r1_config() -> None:
+    spec = ModelSpec.from_config(R1)
+    assert spec.moe is not None and spec.mla is not None
+    assert (spec.num_layers, spec.num_nextn_predict_layers, spec.max_context) == (61, 1, 163840)
+    assert (spec.cache_heads, spec.cache_dims) == (1, (576,))
+    assert 2 * spec.cache_elements_per_token == 70_272, "70 KB a token in bf16"
+    assert spec.softmax_scale == pytest.approx(192**-0.5 * (0.1 * 3.6888795 + 1) ** 2)
+    assert spec.rope.magnitude == 1.0 and spec.rope.interleaved
+    assert spec.rope.inv_freq[0] == 1.0
+    assert spec.rope.inv_freq[-1] == pytest.approx(10000 ** (-62 / 64) / 40)
+    assert [spec.is_moe_layer(i) for i in (0, 2, 3, 60)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_spellings_give_one_spec(name: str, checkpoint: Callable[[str], Checkpoint]) -> None:
+    ckpt = checkpoint(name)
+    new_spelling = json.loads(ckpt.model.config.to_json_string(use_diff=False))
+    assert "rope_parameters" in new_spelling and "rope_scaling" not in new_spelling
+    assert ModelSpec.from_config(new_spelling) == ModelSpec.from_dir(ckpt.path)
+
+
+def test_reading_a_spec_imports_no_torch() -> None:
+    code = "import sys, distill, distill.engine.spec; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type is 'mamba'; supported are deepseek_v3, llama, qwen2"),
+        ({"model_type": None}, "model_type is None"),
+        ({"hidden_size": None}, "'hidden_size' is missing"),
+        ({"hidden_size": "64"}, "'hidden_size' is '64'; it must be of type int"),
+        ({"num_hidden_layers": -1}, "must not be negative"),
+        ({"scoring_func": "softmax"}, "'scoring_func' is 'softmax'"),
+        ({"topk_method": "greedy"}, "'topk_method' is 'greedy'"),
+        ({"n_group": 5}, "16 experts in 5 groups"),
+        ({"num_experts_per_tok": 9}, "9 experts per token do not fit"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "RoPE type 'dynamic'"),
+        ({"rope_scaling": {"type": "yarn"}}, "needs 'factor'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq'"),
+    ],
+)
+def test_configs_that_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**V3, **change}))
+    with pytest.raises(ValueError, match=message) as caught:
+        ModelSpec.from_dir(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_sliding_windows_and_odd_heads_are_refused() -> None:
+    for change, message in (
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"num_key_value_heads": 3}, "4 attention heads do not divide into 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ModelSpec.from_config({**LLAMA, **change})
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("published")
+    build(path, {**V3_YARN, "hidden_size": 160}, fp8=True)
+    return path
+
+
+@pytest.fixture
+def broken(published: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(published, tmp_path / "model"))
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Engine.load(path, cache_tokens=64)
+    assert str(path) in str(caught.value), "the file is named"
+    assert "\n" not in str(caught.value)
+
+
+def test_no_config(tmp_path: Path) -> None:
+    refused(tmp_path, "config.json: no such file")
+    (tmp_path / "config.json").write_text("{")
+    refused(tmp_path, "not valid JSON")
+    (tmp_path / "config.json").write_text("[]")
+    refused(tmp_path, "holds a list")
+
+
+def test_no_weights(broken: Path) -> None:
+    (broken / "model.safetensors").unlink()
+    refused(broken, "neither model.safetensors nor model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_truncated_weights(keep: int, broken: Path) -> None:
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(broken, "model.safetensors: not a complete safetensors file")
+
+
+def test_missing_shard(broken: Path) -> None:
+    write(broken, load_file(broken / "model.safetensors"), shards=3)
+    (broken / "model-00002-of-00003.safetensors").unlink()
+    refused(broken, "model-00002-of-00003.safetensors: shard is missing")
+
+
+def test_an_index_that_disagrees_with_its_shards(broken: Path) -> None:
+    write(broken, load_file(broken / "model.safetensors"), shards=2)
+    shutil.copy(broken / "model-00001-of-00002.safetensors", broken / "model-00002-of-00002.safetensors")
+    refused(broken, r"model-00002-of-00002.safetensors: tensor \S+ cannot be read")
+    (broken / "model.safetensors.index.json").write_text("{}")
+    refused(broken, "not a safetensors index")
+
+
+DOWN = "model.layers.1.mlp.experts.3.down_proj.weight"
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    write(path, tensors)
+
+
+def test_missing_tensor(broken: Path) -> None:
+    rewrite(broken, lambda t: (t.pop(DOWN), t.pop(DOWN + "_scale_inv")))
+    refused(broken, f"tensor {DOWN} is missing")
+
+
+def test_missing_scale(broken: Path) -> None:
+    rewrite(broken, lambda t: t.pop(DOWN + "_scale_inv"))
+    refused(broken, f"tensor {DOWN} is FP8 but {DOWN}_scale_inv is missing")
+
+
+def test_scale_of_other_blocks(broken: Path) -> None:
+    rewrite(broken, lambda t: t.update({DOWN + "_scale_inv": torch.ones(3, 1)}))
+    refused(broken, rf"tensor {DOWN}_scale_inv has shape \[3, 1\], config.json makes it \[2, 1\]")
+
+
+def test_wrong_shape(broken: Path) -> None:
+    rewrite(broken, lambda t: t.update({"model.norm.weight": torch.ones(64)}))
+    refused(broken, r"tensor model.norm.weight has shape \[64\], config.json makes it \[160\]")
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_nan_codes(code: int, broken: Path) -> None:
+    def poison(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[DOWN].view(torch.uint8)[3, 4] = code
+
+    rewrite(broken, poison)
+    refused(broken, f"tensor {DOWN} holds FP8 NaN codes")
+
+
+def test_damaged_scale(broken: Path) -> None:
+    rewrite(broken, lambda t: t[DOWN + "_scale_inv"].fill_(float("nan")))
+    refused(broken, f"tensor {DOWN}_scale_inv is not finite")
+
+
+def test_a_dtype_that_is_not_a_weight(broken: Path) -> None:
+    rewrite(broken, lambda t: t.update({"model.norm.weight": torch.ones(160, dtype=torch.int8)}))
+    refused(broken, "tensor model.norm.weight is int8")
+
+
+def test_an_unexpected_tensor_is_refused_and_a_draft_layer_is_not(broken: Path) -> None:
+    rewrite(broken, lambda t: t.update({"model.layers.3.eh_proj.weight": torch.ones(4, 4)}))
+    Engine.load(broken, cache_tokens=64)
+    rewrite(broken, lambda t: t.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    Engine.load(broken, cache_tokens=64)
+    rewrite(broken, lambda t: t.update({"model.layers.2.self_attn.o_proj.bias": torch.ones(160)}))
+    refused(broken, "tensor model.layers.2.self_attn.o_proj.bias has no place")
+
+
+def test_scales_as_powers_of_two_in_one_byte(broken: Path) -> None:
+    """V3.1's `ue8m0`: the same powers of two, stored as float8_e8m0fnu, give the same model."""
+    tensors = load_file(broken / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("_scale_inv")]:
+        tensors[name] = tensors[name].log2().round().exp2()
+    write(broken, tensors)
+    tokens = some_tokens(20)
+    in_float32 = engine_logits(Engine.load(broken, cache_tokens=64), tokens)
+    for name in [n for n in tensors if n.endswith("_scale_inv")]:
+        tensors[name] = tensors[name].to(torch.float8_e8m0fnu)
+    write(broken, tensors)
+    assert torch.equal(engine_logits(Engine.load(broken, cache_tokens=64), tokens), in_float32)
+
+
+def test_half_precision_checkpoints(broken: Path, tmp_path: Path) -> None:
+    """bf16 weights are read as they are and computed in float32."""
+    ckpt = build(tmp_path / "bf16", LLAMA)
+    write(ckpt.path, {name: tensor.bfloat16() for name, tensor in ckpt.tensors.items()})
+    with torch.no_grad():
+        for parameter in ckpt.model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    engine = Engine.load(ckpt.path, cache_tokens=256)
+    assert engine.numerics == (
+        "reference kernels (library matrix products), weights bfloat16 as published, activations float32"
+    )
+    error, report = relative_error(engine_logits(engine, some_tokens(50)), ckpt.logits(some_tokens(50)))
+    assert error <= 1e-4, report

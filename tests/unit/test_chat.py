@@ -1,0 +1,103 @@
+"""Templates and tags: what is split, put back, supervised, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from distill.chat import Chat, read_template, split_reasoning
+from distill.errors import UserError
+
+R1_INFERENCE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
+    "{% else %}<|assistant|>{{ m['content'].split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+QUESTION = [{"role": "user", "content": "1 + 1?"}]
+ANSWERED = [*QUESTION, {"role": "assistant", "content": "<think>\ntwo\n</think>\n\n2"}]
+
+
+def save_tokenizer(directory: Path, template: str | None) -> Path:
+    """A byte-level tokenizer with ChatML's tokens, in a directory."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>", "<|bos|>", "<|user|>", "<|assistant|>"]
+    tokenizer.add_special_tokens(special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|bos|>")
+    fast.chat_template = template
+    fast.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "response"),
+    [
+        ("<think>\na b\n</think>\n\n4", "a b", "4"),
+        ("a b</think>4", "a b", "4"),  # the prompt had opened the block
+        ("<think></think>4", "", "4"),
+        ("4", None, "4"),
+        ("<think>never closed", None, ""),
+        ("so <think>a</think>4", "so <think>a", "4"),  # text before the tag: not R1's form, nothing is lost
+        ("<think>a</think>b</think>4", "a</think>b", "4"),
+    ],
+)
+def test_split_reasoning(text: str, reasoning: str | None, response: str) -> None:
+    assert split_reasoning(text) == (reasoning, response)
+
+
+@given(st.text(), st.text())
+def test_split_finds_what_was_put_together(reasoning: str, response: str) -> None:
+    if "think>" not in reasoning + response:
+        assert split_reasoning(f"<think>\n{reasoning}\n</think>\n\n{response}") == (reasoning.strip(), response.strip())
+
+
+def test_training_ids_begin_with_the_inference_prompt_and_end_with_the_turn(tmp_path: Path) -> None:
+    chat = Chat.load(save_tokenizer(tmp_path, None), "chatml")
+    ids, prompt = chat.training_ids(ANSWERED)
+    assert ids[:prompt] == chat.prompt_ids(QUESTION)
+    assert chat.tokenizer.decode(ids[prompt:]) == "<think>\ntwo\n</think>\n\n2<|im_end|>"  # not the newline after it
+    assert ids[-1] in chat.stop_token_ids
+    assert chat.decode(ids[prompt:]) == "<think>\ntwo\n</think>\n\n2"
+    assert chat.prefill == ""
+
+
+def test_r1s_inference_template_is_refused_for_training_and_its_prefill_is_put_back(tmp_path: Path) -> None:
+    chat = Chat.load(save_tokenizer(tmp_path, R1_INFERENCE))
+    assert chat.prefill == "<think>\n"
+    assert chat.restore("two\n</think>\n\n2") == "<think>\ntwo\n</think>\n\n2"
+    with pytest.raises(UserError, match=r"does not begin with its inference prompt.*train\.chat_template"):
+        chat.training_ids(ANSWERED)
+
+
+def test_a_base_without_a_template_is_told_which_to_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no chat template; set `chat_template`.*chatml, llama3"):
+        Chat.load(save_tokenizer(tmp_path, None))
+
+
+def test_a_directory_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no usable tokenizer") as error:
+        Chat.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_template_lists_the_built_in_ones() -> None:
+    with pytest.raises(UserError, match="no chat template 'chatmll'.*chatml, llama3"):
+        read_template("chatmll")
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory: pytest.TempPathFactory) -> Chat:
+    return Chat.load(save_tokenizer(tmp_path_factory.mktemp("chatml"), None), "chatml")
+
+
+@given(text=st.text(alphabet=st.characters(codec="utf-8")))
+def test_any_text_goes_through_the_template(chatml: Chat, text: str) -> None:
+    chat = chatml
+    ids, prompt = chat.training_ids([*QUESTION, {"role": "assistant", "content": text}])
+    if "<|" not in text:
+        assert chat.decode(ids[prompt:]) == text

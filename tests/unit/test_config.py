@@ -1,0 +1,254 @@
+"""YAML and overrides in; a validated model, or one line, out."""
+
+import math
+import re
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.config import dump_yaml, parse, read_yaml
+from distill.errors import UserError
+from distill.recipe import BenchmarkCard, Recipe
+
+MINIMAL = {
+    "name": "x",
+    "teacher": "t",
+    "student": "s",
+    "prompts": [{"kind": "procedural", "name": "arithmetic"}],
+    "eval": {"benchmarks": ["b"]},
+}
+
+
+def recipe(*overrides, **changes):
+    return parse(Recipe, MINIMAL | changes, "my.yaml", overrides)
+
+
+def error_of(*overrides, **changes):
+    with pytest.raises(UserError) as caught:
+        recipe(*overrides, **changes)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- reading
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("a: 1e-5\nb: 2E3\nc: -1.5e+2\nd: 1e\ne: '1e-5'\nf: 12\ng: 1.5")
+    assert read_yaml(file) == {"a": 1e-5, "b": 2000.0, "c": -150.0, "d": "1e", "e": "1e-5", "f": 12, "g": 1.5}
+    assert isinstance(read_yaml(file)["f"], int)
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [
+        ("a: [1, 2\nb: 3\n", ":2:", "not valid YAML"),
+        ("a: 1\n\tb: 2\n", ":2:1", "cannot start any token"),
+        ("a: 1\nb:\n  c: 1\n  c: 2\n", ":4:3", "the key 'c' is there twice"),
+        ("a: *nowhere\n", ":1:4", "undefined alias"),
+        ("a: \x00\n", "a.yaml: ", "not valid YAML"),
+    ],
+)
+def test_yaml_errors_name_file_and_line(tmp_path, text, where, what):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=re.escape(what)) as caught:
+        read_yaml(file)
+    assert f"{file}{where}" in str(caught.value) or where in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_binary_file_is_not_yaml(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match="not a UTF-8 text file"):
+        read_yaml(file)
+
+
+@pytest.mark.parametrize(("data", "found"), [(None, "is empty"), ([1], "holds a list"), ("x", "holds a str")])
+def test_what_is_not_a_mapping_is_refused(data, found):
+    with pytest.raises(UserError, match=f"my.yaml: {found}; it should be a mapping"):
+        parse(Recipe, data, "my.yaml")
+
+
+def test_an_alias_inside_itself_is_refused(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("name: &a [*a]\n")
+    with pytest.raises(UserError, match="contains itself"):
+        parse(Recipe, read_yaml(file), str(file))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(json_values)
+def test_what_is_dumped_reads_back_as_it_was(tmp_path_factory, value):
+    file = tmp_path_factory.getbasetemp() / "round.yaml"
+    file.write_text(dump_yaml(value), encoding="utf-8", newline="")
+    assert read_yaml(file) == value
+
+
+@pytest.mark.parametrize("text", ["1e5", "12e45", "null", "on", "1:30", "0x10", "2024-01-01", "~", "", " a ", "a: b"])
+def test_strings_that_look_like_something_else_are_quoted(tmp_path, text):
+    file = tmp_path / "a.yaml"
+    file.write_text(dump_yaml({"revision": text}))
+    assert read_yaml(file) == {"revision": text}
+
+
+# ---- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("train.learning_rate=2e-5", lambda r: r.train.learning_rate, 2e-5),
+        ("train.num_train_epochs=3", lambda r: r.train.num_train_epochs, 3.0),
+        ("prompts.0.limit=10", lambda r: r.prompts[0].limit, 10),
+        ("prompts.0={kind: file, path: a.jsonl}", lambda r: r.prompts[0].path, "a.jsonl"),
+        ("generate.sampling.temperature=0", lambda r: r.generate.sampling.temperature, 0),
+        ("generate.prompt_suffix=", lambda r: r.generate.prompt_suffix, ""),
+        ("generate.prompt_suffix=a=b", lambda r: r.generate.prompt_suffix, "a=b"),
+        ("filter.max_tokens=null", lambda r: r.filter.max_tokens, None),
+        ("filter={dedup: false}", lambda r: (r.filter.dedup, r.filter.format), (False, True)),
+        ("eval.benchmarks=[a, b]", lambda r: r.eval.benchmarks, ("a", "b")),
+        ("eval.benchmarks.0=c", lambda r: r.eval.benchmarks, ("c",)),
+        ('name="007"', lambda r: r.name, "007"),
+    ],
+)
+def test_an_override_reaches_its_key(override, read, value):
+    assert read(recipe(override)) == value
+
+
+def test_overrides_apply_in_order_and_leave_the_data_alone():
+    before = repr(MINIMAL)
+    assert recipe("prompts.0.limit=1", "prompts.0.limit=2").prompts[0].limit == 2
+    assert repr(MINIMAL) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rate", "write it as KEY=VALUE"),
+        ("=1", "write it as KEY=VALUE"),
+        ("a..b=1", "write it as KEY=VALUE"),
+        ("train.lr=1", "--set train.lr: unknown key; did you mean train.learning_rate?"),
+        ("learning_rate=1", "did you mean train.learning_rate?"),
+        ("trian.learning_rate=1", "--set trian: unknown key; did you mean train?"),
+        ("train.wd=1", "did you mean train.weight_decay?"),
+        ("train.qqqq=1", "unknown key; valid here: method, learning_rate"),
+        ("seed.x=1", "unknown key: there are no keys below seed"),
+        ("prompts.1.limit=1", "'1' should be an index from 0 to 0 of that list"),
+        ("prompts.limit=1", "'limit' should be an index"),
+        ("prompts.0.limt=1", "did you mean prompts.0.limit?"),
+        ("train.learning_rate=fast", '--set train.learning_rate: should be a valid number, not "fast"'),
+        ("train.learning_rate=.inf", "finite number"),
+        ("train.learning_rate=[", "the value is not valid YAML"),
+        ("train=null", "--set train: should be a mapping of keys, not null"),
+        ("train={learning_rate: x}", "--set train: train.learning_rate: should be a valid number"),
+        ("generate.samples=0", "--set generate.samples: should be greater than or equal to 1, not 0"),
+        ("generate.samples=yes", "should be a valid integer, not true"),
+        ('generate.samples="4"', "should be a valid integer"),
+        ("prompts=[]", "--set prompts: needs at least 1 item"),
+    ],
+)
+def test_a_bad_override_says_what_is_wrong(override, message):
+    assert message in error_of(override)
+
+
+keys = st.text(st.characters(blacklist_characters=".=", blacklist_categories=["Cs", "Z", "C"]), min_size=1, max_size=8)
+
+
+@given(st.lists(keys, min_size=1, max_size=4), st.text(max_size=20))
+def test_any_override_is_applied_or_refused_in_one_line(path, value):
+    override = f"{'.'.join(path)}={value}"
+    try:
+        assert isinstance(recipe(override), Recipe)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+        assert "--set" in str(error) or "my.yaml" in str(error)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_taken_as_an_override_or_refused(text):
+    try:
+        recipe(text)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+
+
+@given(st.floats(min_value=1e-12, max_value=1e3))
+def test_any_number_survives_being_an_override(rate):
+    assert recipe(f"train.learning_rate={rate!r}").train.learning_rate == rate
+
+
+@given(st.text(max_size=30).filter(lambda text: text.isprintable()))
+def test_any_quoted_text_survives_being_an_override(suffix):
+    quoted = yaml.safe_dump(suffix, default_style='"', allow_unicode=True, width=math.inf).strip()
+    assert recipe(f"generate.prompt_suffix={quoted}").generate.prompt_suffix == suffix
+
+
+# ---- errors
+
+
+def test_all_problems_are_reported_on_one_line_with_their_keys():
+    message = error_of(train={"learnin_rate": 1, "max_length": "long"}, seed=1.5)
+    assert message == (
+        "my.yaml: seed: should be a valid integer, not 1.5; "
+        'train.max_length: should be a valid integer, not "long"; '
+        "train.learnin_rate: unknown key; did you mean train.learning_rate?"
+    )
+
+
+def test_errors_inside_a_union_name_the_keys_the_user_wrote():
+    message = error_of(prompts=[{"kind": "hub", "datset": "a/b"}])
+    assert "prompts.0.dataset: is missing" in message
+    assert "prompts.0.datset: unknown key; did you mean prompts.0.dataset?" in message
+    assert "hub." not in message
+
+
+def test_suggestions_in_a_union_come_from_the_branch_that_was_chosen():
+    assert "valid here: kind, path, question" in error_of(prompts=[{"kind": "file", "path": "x", "subset": "y"}])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([{"name": "arithmetic"}], "prompts.0: the key 'kind' is missing"),
+        ([{"kind": "web"}], "prompts.0: 'kind' should be one of 'procedural', 'file', 'hub', not 'web'"),
+        ({"kind": "hub"}, "prompts: should be a valid list"),
+        ([1], "prompts.0: "),
+    ],
+)
+def test_a_prompt_source_that_is_none(prompts, message):
+    text = error_of(prompts=prompts)
+    assert message in text
+    assert "needs at least" not in text
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(UserError, match=r"my\.yaml: teacher: is missing, and has no default; student: is missing"):
+        parse(Recipe, {k: v for k, v in MINIMAL.items() if k not in ("teacher", "student")}, "my.yaml")
+
+
+def test_the_file_and_the_override_are_blamed_apart():
+    message = error_of("seed=x", train={"method": "magic"})
+    assert "my.yaml: train.method: should be 'full', not \"magic\"" in message
+    assert '--set seed: should be a valid integer, not "x"' in message
+
+
+def test_a_long_value_is_cut():
+    assert len(error_of(train={"method": "m" * 10_000})) < 200
+
+
+def test_cards_are_reported_alike():
+    with pytest.raises(UserError, match=r"b.yaml: prompts.limt: unknown key; did you mean prompts.limit\?"):
+        data = {"name": "b", "prompts": {"kind": "procedural", "name": "arithmetic", "limt": 3}}
+        parse(BenchmarkCard, data, "b.yaml")

@@ -1,0 +1,173 @@
+"""Who may import whom, held against every import statement in distill/, wherever in a file it stands.
+
+A *room* is a file or a folder directly inside distill/; `engine/kernels` is a room of its own.
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "distill"
+
+STAGES = {"generate", "filters", "train", "eval", "report", "serve", "plan"}
+SHARED = {"recipe", "config", "catalog", "chat", "traces", "prompts", "run", "hardware"}
+SHARED |= {"errors", "console", "durable", "fingerprint"}
+BELOW_STAGES = {"grading", "backends"} | SHARED
+
+# room → the rooms it may import. What is not listed here is not a room yet: add it, and say what it may know.
+ALLOWED: dict[str, set[str]] = {
+    "cli": {"pipeline"} | STAGES | BELOW_STAGES,
+    "pipeline": STAGES | BELOW_STAGES,
+    **{stage: BELOW_STAGES for stage in STAGES},
+    "plan": BELOW_STAGES | {"engine.spec"},
+    "grading": {"backends"} | SHARED,
+    "backends": {"engine"} | SHARED,
+    **{room: SHARED for room in SHARED},
+    "engine": {"engine.kernels"},
+    "engine.kernels": {"engine.kernels"},
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name inside it: `traces.trace`, and `traces` for its __init__."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def imports(tree: ast.AST, known: set[str]) -> Iterator[str]:
+    """The modules of this package that a syntax tree imports, by their names inside it; "" is the package itself."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute here"
+            targets = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            targets = [node.value] if re.fullmatch(r"distill(\.\w+)+", node.value) else []  # for importlib
+        else:
+            continue
+        for target in targets:
+            top, _, inner = target.partition(".")
+            if top != "distill":
+                continue
+            while inner and inner not in known:  # `from distill.errors import UserError`: the module is distill.errors
+                inner = inner.rpartition(".")[0]
+            yield inner
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return "engine.kernels" if parts[:2] == ["engine", "kernels"] else parts[0]
+
+
+def may_import(importer: str, imported: str) -> bool:
+    """Whether the arrows allow it; both are module names inside the package."""
+    if room(importer) == room(imported) or imported == "":  # the package itself holds only the version
+        return True
+    allowed = ALLOWED[room(importer)]
+    return room(imported) in allowed or imported in allowed
+
+
+def graph() -> dict[str, set[str]]:
+    found = modules()
+    return {name: set(imports(ast.parse(path.read_text(encoding="utf-8")), set(found))) for name, path in found.items()}
+
+
+def test_every_import_follows_the_arrows():
+    edges = graph()
+    unknown = {room(name) for name in edges if name} - ALLOWED.keys()
+    assert not unknown, f"new rooms {unknown}: add them to ALLOWED with what they may import"
+    upward = [f"{a} imports {b}" for a, targets in edges.items() for b in sorted(targets) if a and not may_import(a, b)]
+    assert not upward, "\n".join(upward)
+
+
+def test_the_package_itself_imports_nothing_of_its_own():
+    assert graph()[""] == set()
+
+
+def test_no_circles_between_rooms():
+    rooms: dict[str, set[str]] = {}
+    for name, targets in graph().items():
+        rooms.setdefault(room(name), set()).update(room(t) for t in targets if room(t) != room(name))
+    try:
+        list(TopologicalSorter(rooms).static_order())
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+def test_no_circles_between_modules():
+    try:
+        list(TopologicalSorter({name: targets - {name} for name, targets in graph().items()}).static_order())
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("from distill.errors import UserError", {"errors"}),
+        ("def f():\n    import distill.traces.store as s", {"traces.store"}),
+        ("from distill.traces import store", {"traces.store"}),
+        ("from distill.traces import Trace", {"traces"}),
+        ("if TYPE_CHECKING:\n    from distill.traces.trace import Trace, Verdict", {"traces.trace"}),
+        ("from distill import __version__", {""}),
+        ("importlib.import_module('distill.traces.store')", {"traces.store"}),
+        ("'see distill.traces.store'", set()),
+        ("import distillery, torch\nfrom distilled.errors import x", set()),
+    ],
+)
+def test_imports_are_read_from_every_form(code, expected):
+    assert set(imports(ast.parse(code), {"", "cli", "errors", "traces", "traces.trace", "traces.store"})) == expected
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "allowed"),
+    [
+        ("cli", "pipeline", True),
+        ("pipeline", "cli", False),
+        ("train.loop", "grading.math", True),
+        ("train.loop", "eval.statistics", False),
+        ("generate", "filters", False),
+        ("recipe", "generate", False),
+        ("grading.worker", "train.loop", False),
+        ("backends.local", "engine.engine", True),
+        ("eval.runner", "engine.engine", False),
+        ("plan.memory", "engine.spec", True),
+        ("plan.memory", "engine.model", False),
+        ("engine.model", "errors", False),
+        ("engine.model", "engine.kernels.reference", True),
+        ("engine.kernels.reference", "engine.model", False),
+    ],
+)
+def test_the_arrows_say_what_the_design_says(importer, imported, allowed):
+    assert may_import(importer, imported) is allowed
+
+
+def test_the_command_line_starts_without_the_heavy_libraries():
+    code = """
+import json, sys
+sys.argv = ["distill", "--help"]
+from distill.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert end.code == 0, end.code
+json.dump(sorted({name.partition(".")[0] for name in sys.modules}), sys.stderr)
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    loaded = set(json.loads(result.stderr))
+    assert "Usage: distill" in result.stdout
+    assert "distill" in loaded
+    heavy = {"torch", "transformers", "datasets", "pyarrow", "pandas", "numpy", "pydantic", "yaml", "matplotlib"}
+    assert not loaded & heavy

@@ -1,0 +1,306 @@
+"""The report of a made-up run directory: what stands in the page, what it survives, and that it needs nobody else."""
+
+import json
+import math
+import random
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import pytest
+
+from distill.errors import UserError
+from distill.eval.statistics import Sample, summarise
+from distill.prompts import Prompt
+from distill.prompts.arithmetic import draw_problem
+from distill.recipe import Recipe
+from distill.report import write_report
+from distill.report.contents import read_contents
+from distill.report.pictures import LIGHT
+from distill.traces.ledger import Ledger
+from distill.traces.store import TraceStore, write_traces
+from distill.traces.trace import Trace, Verdict
+
+STAGES = ("generate", "filter", "train", "eval")
+RIGHT = {"base": 0.06, "student": 0.95, "teacher": 0.99}
+
+
+def make_run(directory, upto="eval", traces=60, problems=40, seed=0):
+    """A run directory as the stages leave it, finished up to and with the stage `upto`."""
+    rng = random.Random(seed)
+    recipe = Recipe.model_validate(
+        {
+            "name": "tiny",
+            "description": "embedded: the whole way in a few minutes on a laptop",
+            "teacher": "tiny-r1",
+            "student": "tiny-qwen",
+            "prompts": [{"kind": "procedural", "name": "arithmetic", "limit": traces}],
+            "eval": {"benchmarks": ["tiny-arithmetic"]},
+        }
+    )
+    (directory / "stages").mkdir(parents=True)
+    (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    last = STAGES.index(upto)
+    _finish(
+        directory, "generate", {"traces": traces, "prompts": traces, "completion_tokens": traces * 90, "truncated": 2}
+    )
+    if last >= 1:
+        _filter(directory, traces, rng)
+    if last >= 2:
+        _train(directory)
+    if last >= 3:
+        _evaluate(directory, problems, rng)
+    return directory
+
+
+def _finish(directory, stage, summary, minute=0):
+    state = {
+        "begun": f"2026-03-01T10:{minute:02d}:00+00:00",
+        "finished": f"2026-03-01T10:{minute + 1:02d}:34+00:00",
+        "summary": summary,
+    }
+    (directory / "stages" / f"{stage}.json").write_text(json.dumps(state))
+
+
+def _trace(rng, split, right=True, sample=0, think=True):
+    problem = draw_problem(rng, split)
+    prompt = Prompt.from_question(problem.question, problem.answer)
+    reasoning = "\n".join(problem.steps) if think else None
+    response = f"The answer is {problem.answer if right else 'unclear'}."
+    text = f"<think>\n{reasoning}\n</think>\n{response}" if think else response
+    ids = tuple(range(20 * len(problem.steps) + rng.randint(0, 30)))
+    return Trace(prompt, sample, 0, text, reasoning, response, "stop", "f" * 16, (1, 2), ids)
+
+
+def _filter(directory, count, rng):
+    traces = [_trace(rng, "train", right=i % 15 != 0) for i in range(count)]
+    verdicts = {}
+    for i, trace in enumerate(traces):
+        said = [Verdict("format", i % 20 != 3, "ok" if i % 20 != 3 else "think block not closed", {"think": 1})]
+        evidence = {"extracted": trace.response, "gold": trace.prompt.answer}
+        said.append(Verdict("correct", i % 15 != 0, "ok" if i % 15 else "wrong", evidence))
+        verdicts[trace.key] = said
+    kept = [t for t in traces if all(v.keep for v in verdicts[t.key])]
+    dropped = [t for t in traces if t not in kept]
+    write_traces(directory / "filtered" / "kept", kept, verdicts)
+    write_traces(directory / "filtered" / "dropped", dropped, verdicts)
+    unclosed = sum(not verdicts[t.key][0].keep for t in dropped)
+    wrong = len(dropped) - unclosed
+    funnel = [
+        {"filter": "format", "entered": count, "dropped": unclosed, "kept": count - unclosed}
+        | {"reasons": {"think block not closed": unclosed}},
+        {"filter": "finish", "entered": count - unclosed, "dropped": 0, "kept": count - unclosed, "reasons": {}},
+        {
+            "filter": "correct",
+            "entered": count - unclosed,
+            "dropped": wrong,
+            "kept": len(kept),
+            "reasons": {"wrong": wrong},
+        },
+    ]
+    _finish(directory, "filter", {"total": count, "kept": len(kept), "dropped": len(dropped), "funnel": funnel}, 2)
+
+
+def _train(directory):
+    (directory / "checkpoints").mkdir()
+    with Ledger(directory / "checkpoints" / "log.jsonl") as log:
+        rate = (
+            3e-3 * min(1, step / 30) * (0.55 + 0.45 * math.cos(math.pi * step / 360)) for step in range(10, 361, 10)
+        )
+        for step, learning_rate in zip(range(10, 361, 10), rate, strict=True):
+            loss = 0.03 + 1.6 * math.exp(-step / 60)
+            log.append([{"step": step, "loss": loss, "learning_rate": learning_rate, "grad_norm": 1.0}])
+    summary = {"rows": 52, "steps": 360, "supervised_tokens": 250_000, "tokens_per_second": 9_100, "dropped_rows": 0}
+    _finish(directory, "train", summary, 4)
+
+
+def _evaluate(directory, problems, rng):
+    exam = [_trace(rng, "heldout") for _ in range(problems)]
+    for model, share in RIGHT.items():
+        folder = directory / "eval" / "tiny-arithmetic" / model
+        samples, rows = [], []
+        with TraceStore(folder / "traces") as store:
+            for trace in exam:
+                right, think = rng.random() < share, model != "base"
+                response = f"The answer is {trace.prompt.answer if right else 7}."
+                reasoning = trace.reasoning if think else None
+                text = f"<think>\n{reasoning}\n</think>\n{response}" if think else response
+                fields = (trace.prompt, 0, 1, text, reasoning, response, "stop", model, (1, 2), tuple(range(50)))
+                store.append([Trace(*fields)])
+                verdict = "correct" if right else "wrong"
+                rows.append({"prompt": trace.prompt.id, "sample": 0, "verdict": verdict})
+                samples.append(Sample(trace.prompt.id, verdict, True, False, 50, 44 if think else 0))
+        store.compact()
+        with Ledger(folder / "grades.jsonl") as grades:
+            grades.append(rows)
+        scores = {"benchmark": "tiny-arithmetic", "model": model, "samples_per_problem": 1} | summarise(samples)
+        (folder / "scores.json").write_text(json.dumps(scores))
+    _finish(directory, "eval", {"scores": []}, 6)
+
+
+class Page(HTMLParser):
+    """Text, ids, and everything that could make a browser ask for something; tags must close as they opened."""
+
+    VOID = frozenset({"meta", "link", "br", "path", "use"})
+    OPTIONAL = frozenset({"li", "tr", "th", "td", "p", "thead", "tbody"})  # whose end tags HTML lets us leave out
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.requests, self.words, self.open, self.tags = [], [], [], [], []
+        self.feed(text)
+        assert not self.open, self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href", "action", "data") and not value.startswith(("#", "data:,")):
+                self.requests.append(value)
+            assert not name.startswith("on"), f"a script in {name}"
+        if tag not in self.VOID | self.OPTIONAL:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID | self.OPTIONAL:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID | self.OPTIONAL:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def page_of(directory):
+    return Page(write_report(directory).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = make_run(tmp_path_factory.mktemp("report") / "tiny")
+    write_report(directory)
+    return directory
+
+
+def test_the_whole_story_is_told(finished):
+    page = Page((finished / "report.html").read_text(encoding="utf-8"))
+    for said in ("tiny-r1 teaches tiny-qwen", "The filters kept 53 of 60", "think block not closed: 3", "wrong: 4"):
+        assert said in page.text
+    for said in ("1 min 34 s", "52 traces in 360 optimiser steps", "One problem, 3 answers", "learning_rate: 1.0e-05"):
+        assert said in page.text
+    for row in read_contents(finished).scores:
+        assert f"{100 * row['pass@1']:.1f} %" in page.text
+        assert f"{100 * row['pass@1_low']:.1f} – {100 * row['pass@1_high']:.1f} %" in page.text
+
+
+def test_the_page_stands_alone(finished):
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.requests == []
+    assert "script" not in page.tags
+    assert "@import" not in text
+    assert re.findall(r"url\((?!#)", text) == []
+    assert len(page.ids) == len(set(page.ids)), "one id twice: a clip path would clip another picture"
+    assert len(text) < 500_000
+
+
+def test_every_reference_inside_the_page_is_there(finished):
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    wanted = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+    assert wanted <= set(Page(text).ids)
+
+
+def test_both_themes_know_every_colour(finished):
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    light, _, dark = text.partition("@media (prefers-color-scheme: dark)")
+    for name in LIGHT:
+        assert f"--{name}: #" in light
+        assert f"--{name}: #" in dark.partition("</style>")[0]
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert re.findall(r"(?:fill|stroke): ?#[0-9a-f]{6}", drawings) == [], "a colour that does not follow the theme"
+
+
+@pytest.mark.parametrize("name", ["scores", "funnel", "lengths", "loss"])
+def test_pictures_are_files_too(finished, name):
+    assert (finished / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert ElementTree.parse(finished / "report" / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+def test_the_same_run_gives_the_same_page(finished):
+    first = (finished / "report.html").read_bytes()
+    assert write_report(finished).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("upto", "missing"),
+    [
+        ("generate", ["not been filtered yet", "not been trained", "Nothing has been scored", "no judged traces"]),
+        ("filter", ["not been trained", "Nothing has been scored"]),
+        ("train", ["Nothing has been scored"]),
+        ("eval", []),
+    ],
+)
+def test_a_run_that_is_not_finished_says_so(tmp_path, upto, missing):
+    page = page_of(make_run(tmp_path / "run", upto, traces=20, problems=10))
+    assert [said for said in missing if said in page.text] == missing
+    assert page.text.count("to go on.") == len(missing)
+
+
+def test_a_recipe_alone_is_a_report(tmp_path):
+    run = make_run(tmp_path / "run", "generate")
+    (run / "stages" / "generate.json").unlink()
+    assert "has not answered all prompts yet" in page_of(run).text
+
+
+def test_what_a_model_wrote_is_text(tmp_path):
+    """Markup, half a character, a NUL and dollar signs in traces, names and reasons reach the page as text."""
+    run = make_run(tmp_path / "run", traces=20, problems=10)
+    nasty = "</div></details><script>alert('$x$ & y')</script>\x00\ud83d"
+    trace = _trace(random.Random(1), "train")
+    trace = Trace(Prompt.from_question(nasty, nasty), 0, 0, nasty, nasty, nasty, "stop", "f", (1,), (1, 2))
+    write_traces(
+        run / "filtered" / "dropped", [trace], {trace.key: [Verdict("format", False, nasty[:-1], {"a": nasty})]}
+    )
+    state = run / "stages" / "filter.json"
+    state.write_text(state.read_text().replace("think block not closed", "<b>$bold$</b>"))
+    for scores in run.glob("eval/*/*/scores.json"):
+        scores.write_text(scores.read_text().replace("tiny-arithmetic", "<i>$\\\\frac$</i>"))
+    page = page_of(run)
+    assert not {"script", "b", "i"} & set(page.tags)
+    assert "alert('$x$ & y')" in page.text
+    assert "<b>$bold$</b>" in page.text
+
+
+def test_long_texts_are_cut_and_it_is_said(tmp_path):
+    run = make_run(tmp_path / "run", "filter", traces=20)
+    text = "start " + "x" * 100_000 + " end"
+    trace = Trace(Prompt.from_question("q", "1"), 0, 0, text, text, "1", "stop", "f", (1,), (1, 2))
+    write_traces(run / "filtered" / "kept", [trace])
+    page = page_of(run)
+    assert "80,010 characters left out" in page.text
+    assert "start x" in page.text
+    assert "x end" in page.text
+
+
+def test_the_answers_shown_are_of_a_problem_that_was_learnt(finished):
+    by_model = {answer.who: answer for answer in read_contents(finished).answers}
+    assert list(by_model) == ["base", "student", "teacher"]
+    assert (by_model["base"].good, by_model["student"].good) == (False, True)
+    assert len({answer.question for answer in by_model.values()}) == 1
+
+
+def test_another_directory_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    run = make_run(tmp_path / "run", "generate")
+    (run / "stages" / "generate.json").write_text("{")
+    with pytest.raises(UserError, match=r"stages/generate\.json: damaged"):
+        write_report(run)
