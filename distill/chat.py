@@ -105,10 +105,13 @@ class Chat:
         prompt = self.prompt_ids(messages[:-1])
         whole = self._render(messages, add_generation_prompt=False)
         if whole[: len(prompt)] != prompt:
+            reasoning = split_reasoning(messages[-1]["content"])[0]
+            kept = not reasoning or reasoning in self._render_text(messages, add_generation_prompt=False)
+            what = "" if kept else "deletes the reasoning and "
             raise UserError(
-                f"the chat template of {self.where} renders a training row that does not begin with its inference "
-                f"prompt, so the student would be asked what it never saw; set `train.chat_template` to one of "
-                f"{', '.join(sorted(TEMPLATES))} or mend the template"
+                f"the chat template of {self.where} {what}renders a training row that does not begin with its "
+                f"inference prompt, so the student would be asked what it never saw; set `train.chat_template` to one "
+                f"of {', '.join(sorted(TEMPLATES))} or mend the template"
             )
         end = len(whole)
         while end > len(prompt) and whole[end - 1] not in self.stop_token_ids:

@@ -57,7 +57,14 @@ def progress(description: str, total: int | None, unit: str, done: int = 0) -> I
 
 @contextmanager
 def _bar(description: str, total: int | None, unit: str, done: int) -> Iterator[Callable[[int], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     start, count = time.monotonic(), 0
     columns = (

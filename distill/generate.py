@@ -13,7 +13,7 @@ from distill import catalog
 from distill.backends import Sampling
 from distill.backends.collect import check_all, collect, missing
 from distill.backends.local import LocalBackend, identify
-from distill.console import progress
+from distill.console import progress, say
 from distill.fingerprint import digest
 from distill.prompts import load_prompts
 from distill.traces.store import TraceStore
@@ -32,7 +32,9 @@ def generate(run: "Run") -> dict[str, Any]:
     weights = catalog.resolve_weights("teacher", recipe.teacher)
     prompts = list(load_prompts(recipe.prompts))
     settings = recipe.generate.settings() | {
-        f"prompts.{i}.{key}": value for i, source in enumerate(recipe.prompts) for key, value in source.settings().items()
+        f"prompts.{i}.{key}": value
+        for i, source in enumerate(recipe.prompts)
+        for key, value in source.settings().items()
     }
     settings |= {"seed": recipe.seed} | {f"teacher.{key}": value for key, value in identify(weights).items()}
     extent = {"samples": recipe.generate.samples, "prompts": digest([prompt.id for prompt in prompts])}
@@ -50,8 +52,11 @@ def generate(run: "Run") -> dict[str, Any]:
     total = len(prompts) * recipe.generate.samples
     left = sum(len(job.samples) for job in wanted)
     started, teacher = time.monotonic(), digest(settings | backend.identity)
-    with store, progress("generate", total, "traces", done=total - left) as advance:
-        collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix)
+    with store:
+        if store.cut_off:
+            say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
+        with progress("generate", total, "traces", done=total - left) as advance:
+            collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix)
     store.compact()
     summary = _summary(store, backend, left, time.monotonic() - started)
     stage.finish(summary)

@@ -26,8 +26,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import yaml
-
 from distill.durable import aside, sync_directory, write_whole
 from distill.errors import UserError
 from distill.recipe import Recipe
@@ -176,8 +174,7 @@ class Run:
         path = self.directory / "run.json"
         if not path.exists():
             _write_json(path, {"format": FORMAT, "recipe": self.recipe.name, "created": _now()})
-        resolved = self.recipe.model_dump(mode="json")
-        write_whole(self.directory / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        write_whole(self.directory / "recipe.yaml", self.recipe.to_yaml())
 
     def _refuse_foreign(self) -> None:
         """Before the lock is taken, so that not even a lock file is left in somebody else's directory."""

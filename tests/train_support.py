@@ -1,11 +1,6 @@
-"""What the tests of training share: a very small random student, and traces that a small model can learn.
+"""What the tests of training share: a very small random student, and traces that a small model can learn."""
 
-Run as a script it is the process that the kill tests kill: `python train_support.py DIRECTORY [KEY=VALUE…]` trains in a
-directory that `prepare` has laid out.
-"""
-
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +12,7 @@ from distill.recipe import Recipe
 from distill.traces.store import write_traces
 from distill.traces.trace import Trace
 
-PAD, EOS, IM_START, IM_END = "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 def make_student(directory: Path, *, hidden: int = 32, layers: int = 2, context: int = 512, tied: bool = True) -> Path:
@@ -30,8 +25,8 @@ def make_student(directory: Path, *, hidden: int = 32, layers: int = 2, context:
     tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
-    fast.add_special_tokens({"additional_special_tokens": [IM_START]})
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+    fast.add_special_tokens({"additional_special_tokens": [START]})
     fast.save_pretrained(directory)
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -98,15 +93,3 @@ def train_here(directory: Path, student: Path, settings: dict[str, Any] | None =
 
     with Run(directory, make_recipe(student, settings)) as run:
         return train(run)
-
-
-def main(arguments: Sequence[str]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    directory, student, *settings = arguments
-    train_here(Path(directory), Path(student), {k: yaml.safe_load(v) for k, v in (s.split("=") for s in settings)})
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

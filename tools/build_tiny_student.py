@@ -1,10 +1,10 @@
 """Builds `students/tiny-qwen`: a Qwen2 base that knows arithmetic facts and how to read a question, but not to reason.
 
 The mix is what makes distillation worth showing. Alone, a model of this size cannot answer a chain at once, and a base
-that never saw the pieces cannot learn the chain from a few thousand traces. So the base sees single facts (30 %), worked
-steps without a question (20 %), a question followed by its expression, half of the time with the steps (30 %), and chat
-questions answered at once (20 %), which is all its chat turns ever do. Nothing joins a chat question to worked steps: that
-is left to the teacher's traces.
+that never saw the pieces cannot learn the chain from a few thousand traces. So the base sees single facts (30 %),
+worked steps without a question (20 %), a question followed by its expression, half of the time with the steps (30 %),
+and chat questions answered at once (20 %), which is all its chat turns ever do. Nothing joins a chat question to worked
+steps: that is left to the teacher's traces.
 
     python tools/build_tiny_student.py --work DIR [--steps N] [--threads N]     resumable; writes students/tiny-qwen
 """
@@ -43,7 +43,8 @@ END, START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TEMPLATE = (ROOT / "distill" / "templates" / "chatml.jinja").read_text(encoding="utf-8")
 
 
-def draw(rng: random.Random) -> Document:
+def draw(rng: random.Random, step: int = 0) -> Document:
+    """The mix is the same at every step."""
     kind = rng.choices(("facts", "tape", "reading", "chat"), (0.3, 0.2, 0.3, 0.2))[0]
     if kind == "facts":
         return Document.of(facts(rng, 10) + END, kind)
@@ -127,6 +128,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, work: Pat
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+        log(resumed_at=step)
     while step < steps:
         for batch in batches(draw, SEED, step, BATCH)[: steps - step]:
             ids, labels = encode(tokenizer, batch)
@@ -146,7 +148,9 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, work: Pat
                 scores = {kind: accuracy(model, tokenizer, kind) for kind in ("facts", "tape", "reading", "chat")}
                 log(step=step, **{kind: round(score, 4) for kind, score in scores.items()})
         if step % 200 < POOL or step == steps:
-            save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, checkpoint)
+            save_atomically(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, checkpoint
+            )
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 The texts of both builders are written again from the seed and step count in their committed logs, and the distillation
 prompts of `recipes/tiny.yaml` are added. From each text, not from the record it was made from, every chain is read:
-expressions as they stand, equations joined where one goes on from the result of another, and the story's sentences. All
-chains inside those count too. Then the held-out problems (the benchmark's, and as many again as asked for) are looked up.
+expressions as they stand, equations joined where one goes on from the result of another, and the story's sentences.
+All chains inside those count too. Then the held-out problems, the benchmark's and more, are looked up.
 
     python tools/prove_heldout.py [--heldout N]        exits with 1 and names the problem and the text if one is found
 """
@@ -13,13 +13,16 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from types import ModuleType
+from typing import NamedTuple
 
 import build_tiny_student
 import build_tiny_teacher
 from tiny_pair import ROOT, Document, documents
 
 from distill.catalog import load_benchmark, load_recipe
-from distill.prompts.arithmetic import LOSSES, MIN_STEPS, Chain, problems
+from distill.prompts.arithmetic import LOSSES, MIN_STEPS, Chain, Problem, problems
 
 EXPRESSION = re.compile(r"\d+(?: [+-] \d+)+")
 EQUATION = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
@@ -56,15 +59,37 @@ def inside(chain: Chain) -> Iterator[Chain]:
             yield (total, *chain[begin + 1 : end])
 
 
-def training_documents() -> Iterator[Document]:
-    for builder, folder in ((build_tiny_teacher, "teachers/tiny-r1"), (build_tiny_student, "students/tiny-qwen")):
-        first = json.loads((ROOT / folder / "training.jsonl").read_text(encoding="utf-8").splitlines()[0])
-        assert first["seed"] == builder.SEED and first["batch"] == builder.BATCH, f"{folder} was built by another script"
-        yield from documents(builder.draw, builder.SEED, first["steps"], builder.BATCH)
+class Found(NamedTuple):
+    texts: int
+    chains: int
+    found: Problem | None
+    text: str
+
+
+def search(texts: Iterable[str], heldout: dict[Chain, Problem]) -> Found:
+    """Read texts until one shows a held-out problem; `heldout` is keyed by the sorted operands."""
+    count = seen = 0
+    for text in texts:
+        count += 1
+        for chain in chains(text):
+            for part in inside(chain):
+                seen += 1
+                if (problem := heldout.get(tuple(sorted(part)))) is not None:
+                    return Found(count, seen, problem, text)
+    return Found(count, seen, None, "")
+
+
+def training_documents(builder: ModuleType, folder: str) -> Iterator[Document]:
+    """Every document that the committed weights were trained on, from the seed and steps in their log."""
+    rows = [json.loads(line) for line in (ROOT / folder / "training.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        if "seed" in row:  # the head of a run, or of the run that resumed it
+            assert (row["seed"], row["batch"]) == (builder.SEED, builder.BATCH), f"{folder} was built by another script"
+    return documents(builder.draw, builder.SEED, max(row.get("step", 0) for row in rows), builder.BATCH)
 
 
 def distillation_texts() -> Iterator[str]:
-    """The prompts the teacher answers; its traces work out nothing else, and the filters drop wrong ones."""
+    """The prompts the teacher answers, and the working that a right trace has (the filters drop wrong ones)."""
     for source in load_recipe("tiny").prompts:
         assert source.kind == "procedural"
         for problem in problems(source.split, source.seed, source.limit):
@@ -74,26 +99,20 @@ def distillation_texts() -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heldout", type=int, default=5000, help="held-out problems to look for")
+    parser.add_argument("--documents", type=int, help="read only so many documents of each model")
     args = parser.parse_args()
     card = load_benchmark("tiny-arithmetic").prompts
     assert card.kind == "procedural" and card.split == "heldout" and card.limit <= args.heldout
     heldout = {tuple(sorted(p.chain)): p for p in problems(card.split, card.seed, args.heldout)}
-
-    def search(texts: Iterable[str]) -> tuple[int, int]:
-        count = seen = 0
-        for text in texts:
-            count += 1
-            for chain in chains(text):
-                for part in inside(chain):
-                    seen += 1
-                    if (found := heldout.get(tuple(sorted(part)))) is not None:
-                        sys.exit(f"held-out {found.expression} stands in the training text {text!r}")
-        return count, seen
-
-    count, seen = search(document.text for document in training_documents())
-    print(f"{count:,} training documents, {seen:,} chains in them: none of {len(heldout):,} held-out problems")
-    count, seen = search(distillation_texts())
-    print(f"{count:,} distillation prompts, {seen:,} chains in them: none of {len(heldout):,} held-out problems")
+    sources: dict[str, Iterable[str]] = {
+        folder: (d.text for d in islice(training_documents(builder, folder), args.documents))
+        for builder, folder in ((build_tiny_teacher, "teachers/tiny-r1"), (build_tiny_student, "students/tiny-qwen"))
+    }
+    for name, texts in (sources | {"the prompts of recipes/tiny.yaml": distillation_texts()}).items():
+        result = search(texts, heldout)
+        if result.found:
+            sys.exit(f"{name}: held-out {result.found.expression} stands in the training text {result.text!r}")
+        print(f"{name}: {result.texts:,} texts, {result.chains:,} chains, none of {len(heldout):,} held-out problems")
 
 
 if __name__ == "__main__":

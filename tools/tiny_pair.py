@@ -6,8 +6,8 @@ that the log's seed and step count are enough to write the whole training text a
 What nothing before it determines (a question, the operands of a lone fact) is read but not trained on: its loss cannot
 fall, and its noise drowns what the few results in each batch have to say.
 
-Small batches and a high learning rate: at this size the number of updates is what counts, not the tokens in each. Batches
-are cut from a pool sorted by length, which halves the padding.
+Small batches and a high learning rate: at this size the number of updates is what counts, not the tokens in each.
+Batches are cut from a pool sorted by length, which halves the padding.
 
 Torch, transformers and safetensors only.
 """
@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from distill.prompts.arithmetic import Problem, draw_chain, draw_problem  # noqa: E402
+from distill.prompts.arithmetic import Problem, draw_chain, draw_problem  # noqa: E402, F401
 
 IGNORED = -100
 POOL = 4  # batches drawn at once and sorted by length
@@ -104,16 +104,20 @@ def tape(rng: random.Random) -> tuple[Problem, str]:
     return problem, "\n".join(lines)
 
 
-def batches(draw: Callable[[random.Random], Document], seed: int, step: int, batch_size: int) -> list[list[Document]]:
+Draw = Callable[[random.Random, int], Document]  # a document for the training step of that number
+
+
+def batches(draw: Draw, seed: int, step: int, batch_size: int) -> list[list[Document]]:
     """POOL batches of documents of similar length, in random order; `step` is the first one's number."""
+    assert step % POOL == 0
     rng = random.Random(f"{seed}/{step // POOL}")
-    pool = sorted((draw(rng) for _ in range(POOL * batch_size)), key=lambda d: len(d.text))
+    pool = sorted((draw(rng, step) for _ in range(POOL * batch_size)), key=lambda d: len(d.text))
     cut = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
     rng.shuffle(cut)
     return cut
 
 
-def documents(draw: Callable[[random.Random], Document], seed: int, steps: int, batch_size: int) -> Iterator[Document]:
+def documents(draw: Draw, seed: int, steps: int, batch_size: int) -> Iterator[Document]:
     """Every document that `steps` training steps saw."""
     for step in range(0, steps, POOL):
         for batch in batches(draw, seed, step, batch_size)[: steps - step]:

@@ -115,7 +115,7 @@ def dequantise_blocks(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A matrix that is stored as FP8; while `fake_quant` it also computes with the rounded weights (straight through)."""
+    """A matrix that is stored as FP8; while `fake_quant` it computes with the rounded weights (straight through)."""
 
     fake_quant = False
 
@@ -317,27 +317,28 @@ class Teacher(nn.Module):
 
     def published(self) -> dict[str, Tensor]:
         """The checkpoint's tensors under DeepSeek-V3's names: FP8 matrices with scales, the rest bf16, biases fp32."""
-        mtp = f"model.layers.{self.c.layers}."
         tensors: dict[str, Tensor] = {}
-        for name, value in {**dict(self.named_parameters()), **dict(self.named_buffers())}.items():
-            value = value.detach()
-            if name.startswith("mtp.block."):
-                name = mtp + name.removeprefix("mtp.block.")
-            elif name == "mtp.norm.weight":
-                name = mtp + "shared_head.norm.weight"
-            elif name.startswith("mtp."):
-                name = mtp + name.removeprefix("mtp.")
-            elif name != "lm_head.weight":
-                name = "model." + name
-            if name.endswith("_proj.weight") or name.endswith("_with_mqa.weight"):
-                if "eh_proj" in name:  # the published MTP projection is not quantised
-                    tensors[name] = value.to(torch.bfloat16)
-                else:
-                    tensors[name], tensors[name + "_scale_inv"] = quantise_blocks(value)
-            elif name.endswith("e_score_correction_bias"):
+        for ours, value in self.state_dict().items():
+            name = self._published_name(ours)
+            if name.endswith("e_score_correction_bias"):
                 tensors[name] = value.clone()
-            else:
+            elif name.endswith(("_proj.weight", "_with_mqa.weight")) and "eh_proj" not in name:
+                tensors[name], tensors[name + "_scale_inv"] = quantise_blocks(value)
+            else:  # embedding, head, norms, routers; the published MTP projection is not quantised either
                 tensors[name] = value.to(torch.bfloat16)
+        mtp = f"model.layers.{self.c.layers}."
         tensors[mtp + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors[mtp + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
         return tensors
+
+    def load_published(self, plain: dict[str, Tensor]) -> None:
+        """Take the weights from dequantised tensors under their published names."""
+        self.load_state_dict({ours: plain[self._published_name(ours)] for ours in self.state_dict()})
+
+    def _published_name(self, name: str) -> str:
+        mtp = f"model.layers.{self.c.layers}."
+        if name == "mtp.norm.weight":
+            return mtp + "shared_head.norm.weight"
+        if name.startswith("mtp."):
+            return mtp + name.removeprefix("mtp.").removeprefix("block.")
+        return name if name == "lm_head.weight" else "model." + name

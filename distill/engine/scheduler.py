@@ -162,11 +162,10 @@ class Scheduler:
 
     def _make_room(self, sequence: SequenceState) -> None:
         """A writable place for the sequence's last token, or its own preemption if everyone else is older."""
-        if not self._free_up(self._pages_needed(sequence), sequence):
-            self._preempt(sequence)
-            return
-        if sequence.pages:
+        if self._free_up(self._pages_needed(sequence), sequence):
             self._take_pages(sequence)
+        else:
+            self._preempt(sequence)
 
     def _writes_shared_page(self, sequence: SequenceState) -> bool:
         page = sequence.computed // self.pages.page_size

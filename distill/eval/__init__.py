@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from distill.run import Run
 
 OUTPUTS = ("eval",)
-COLUMNS = ("model", "pass@1", "95 % interval", "problems × samples", "truncated", "no answer", "median reasoning")
+COLUMNS = ("model", "pass@1", "95 % interval", "truncated", "no answer", "median reasoning")
 
 
 def evaluate(run: "Run", models: Models | None = None) -> dict[str, Any]:
@@ -86,7 +86,9 @@ def _examine(rival: Contender, parts: list[Part], models: Models, grader: Grader
 def show(summary: dict[str, Any]) -> None:
     """Print the table of scores, one for each benchmark."""
     for benchmark in dict.fromkeys(row["benchmark"] for row in summary["scores"]):
-        table(f"Scores on {benchmark}", COLUMNS, [cells(r) for r in summary["scores"] if r["benchmark"] == benchmark])
+        rows = [row for row in summary["scores"] if row["benchmark"] == benchmark]
+        size = f"{rows[0]['problems']:,} problems × {rows[0]['samples_per_problem']:,}"  # the same for all models
+        table(f"Scores on {benchmark}, {size}", COLUMNS, map(cells, rows))
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -94,8 +96,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["model"],
         f"{row['pass@1']:.1%}",
-        f"{row['pass@1_low']:.1%} – {row['pass@1_high']:.1%}",
-        f"{row['problems']:,} × {row['samples_per_problem']:,}",
+        f"{100 * row['pass@1_low']:.1f} – {row['pass@1_high']:.1%}",
         f"{row['truncated_rate']:.1%}",
         f"{row['no_answer_rate']:.1%}",
         f"{row['median_reasoning_tokens']:,.0f} tokens",

@@ -45,7 +45,7 @@ def require_grader(task: str, where: str, remedy: str = "leave such prompts out"
 
 
 class Grader:
-    """Grades answers in `workers` processes. timeout: seconds on one comparison; memory: bytes of a process."""
+    """Grades answers in `workers` processes. timeout: seconds of processor time on one comparison."""
 
     def __init__(self, workers: int = 2, timeout: float = 5.0, memory: int = MEMORY) -> None:
         self.pool = WorkerPool(workers, timeout, memory)

@@ -1,8 +1,12 @@
 """Worker processes that can be killed, because the mathematics of an answer can run for ever.
 
 `9^{9^{9^{9}}}` keeps sympy busy past the end of the universe, inside one C call that no signal handler interrupts. So:
-a time-out kills the process (SIGKILL) and a new one is started; a worker that dies by itself (a crash, the memory
-limit) costs its one item and nothing else. Both are results of the item, not failures of the pool.
+a time-out kills the process and a new one is started; a worker that dies by itself (a crash, the memory limit) costs
+its one item and nothing else. Both are results of the item, not failures of the pool.
+
+The time-out is one of processor time, which the worker asks the kernel to hold it to (RLIMIT_CPU): a busy machine does
+not change a verdict, and should this process be killed itself, no endless comparison outlives it. A worker that uses no
+processor time either is killed (SIGKILL) when PATIENCE times as much time has passed on the clock.
 
 Rejected: `multiprocessing.Pool` (a killed worker loses its task without a word), SIGALRM (main thread only, and not
 inside C calls), fork (deadlocks beside torch's threads), spawn and forkserver (they import the caller's main module
@@ -15,6 +19,7 @@ POSIX only, as are the memory and CPU limits a worker sets on itself.
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +36,7 @@ from distill.errors import WorkError
 
 K = TypeVar("K")
 
+PATIENCE = 20  # seconds on the clock that a worker may take for a second of processor time
 MEMORY = 2 << 30  # bytes of address space of a worker; idle, it takes 0.06 GiB
 DYING_SECONDS = 2.0  # between the end of a process's output and its own end
 START_SECONDS = 300.0  # who is not ready by then never will be; a first start may read a cold disk
@@ -67,7 +73,7 @@ class Worker:
 
     def send(self, key: Any, item: Any) -> None:
         assert self.ready and self.deadline is None, "one item at a time, and only after it said it is ready"
-        self.key, self.deadline = key, time.monotonic() + self.timeout
+        self.key, self.deadline = key, time.monotonic() + PATIENCE * self.timeout
         with suppress(BrokenPipeError):  # it died while idle: the end of its output says so to whoever reads
             self.stdin.write(json.dumps(item).encode() + b"\n")
             self.stdin.flush()
@@ -101,7 +107,7 @@ class Worker:
 class WorkerPool:
     """Up to `workers` processes, started when there is work for them; a context manager that leaves none behind.
 
-    timeout: seconds for one item, from when a ready worker gets it. memory: bytes of address space of a worker.
+    timeout: seconds of processor time for one item, rounded up. memory: bytes of address space of a worker.
     """
 
     def __init__(self, workers: int, timeout: float, memory: int = MEMORY) -> None:
@@ -146,7 +152,7 @@ class WorkerPool:
             worker: Worker = event.data
             alive, answer = worker.read()
             if not alive:
-                yield from self._lost(worker, "worker died", dying=True)
+                yield from self._lost(worker, dying=True)
             elif answer is not None and not worker.ready:
                 worker.ready = True
             elif answer is not None:
@@ -154,14 +160,15 @@ class WorkerPool:
                 yield key, answer
         now = time.monotonic()
         for worker in [w for w in self.workers if w.deadline is not None and w.deadline <= now]:
-            yield from self._lost(worker, "timeout")
+            yield from self._lost(worker, dying=False)
 
-    def _lost(self, worker: Worker, reason: str, dying: bool = False) -> Iterator[tuple[Any, Lost]]:
+    def _lost(self, worker: Worker, dying: bool) -> Iterator[tuple[Any, Lost]]:
         if not worker.ready:
             raise WorkError(f"a grading process did not start ({sys.executable}): {worker.last_words()}")
         code = self._remove(worker, dying)
         if worker.key is not None:
-            yield worker.key, Lost(reason, code)
+            timeout = code == -signal.SIGXCPU or not dying
+            yield worker.key, Lost("timeout" if timeout else "worker died", code)
 
     def _start(self) -> None:
         worker = Worker(self.timeout, self.memory)

@@ -37,10 +37,10 @@ def main(memory: int, seconds: float) -> None:
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Let the kernel end this process if its parent was killed in the middle of a comparison that never ends."""
+    """Have the kernel end this process (SIGXCPU) after so much more processor time, even if the parent is gone."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     spent = usage.ru_utime + usage.ru_stime
-    limit, hard = math.ceil(spent + seconds) + 1, resource.getrlimit(resource.RLIMIT_CPU)[1]
+    limit, hard = math.ceil(spent + seconds), resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 

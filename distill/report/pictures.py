@@ -26,9 +26,9 @@ LIGHT = {
     "ink": "#22262b",
     "muted": "#646b74",
     "line": "#e0ddd5",
-    "base": "#7d8590",
+    "base": "#69717b",
     "student": "#1a6e8e",
-    "teacher": "#b0671a",
+    "teacher": "#a65d12",
     "kept": "#1a6e8f",  # one step beside `student`: a colour must tell which variable it is
     "dropped": "#b4503c",
 }

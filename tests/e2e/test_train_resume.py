@@ -60,7 +60,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, spawn):
     for target in sorted(draw.sample(range(3, STEPS - 6), KILLS)):
         process = spawn(killed, student)
         while last_step(killed) < target and process.is_alive():
-            time.sleep(0.001)
+            time.sleep(0.003)
         time.sleep(draw.uniform(0, 0.05))  # anywhere in a step, a log line or a checkpoint
         process.kill()
         process.join()

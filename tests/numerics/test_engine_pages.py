@@ -3,7 +3,7 @@ shared too long or given to two writers shows up as a wrong token rather than as
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.engine import Request, SamplingParams
@@ -107,6 +107,7 @@ def request(number: int, prompt: int, new: int, samples: int) -> Request:
     return Request(str(number), ids, SamplingParams(max_new_tokens=new), 0, number, tuple(range(samples)))
 
 
+@settings(max_examples=300)
 @given(requests, st.integers(8, 20), st.integers(1, 6), st.integers(1, 20), st.integers(0, 40))
 def test_every_sample_finishes_and_every_page_returns(
     asked: list[tuple[int, int, int]], num_pages: int, max_batch: int, max_step_tokens: int, abort_at: int

@@ -70,7 +70,10 @@ def test_r1s_inference_template_is_refused_for_training_and_its_prefill_is_put_b
     chat = Chat.load(save_tokenizer(tmp_path, R1_INFERENCE))
     assert chat.prefill == "<think>\n"
     assert chat.restore("two\n</think>\n\n2") == "<think>\ntwo\n</think>\n\n2"
-    with pytest.raises(UserError, match=r"does not begin with its inference prompt.*train\.chat_template"):
+    with pytest.raises(
+        UserError,
+        match=r"deletes the reasoning and renders .* does not begin with its inference prompt.*train\.chat_template",
+    ):
         chat.training_ids(ANSWERED)
 
 

@@ -41,17 +41,9 @@ def make_trace(text: str = GOOD, question: str = "20 + 22?", sample: int = 0, to
 
 
 def make_recipe(**settings: Any) -> Recipe:
+    names = {"name": "r", "teacher": "t", "student": "s", "eval": {"benchmarks": []}}
     prompts = settings.pop("prompts", [{"kind": "procedural", "name": "arithmetic"}])
-    return Recipe.model_validate(
-        {
-            "name": "r",
-            "teacher": "t",
-            "student": "s",
-            "prompts": prompts,
-            "filter": settings,
-            "eval": {"benchmarks": []},
-        }
-    )
+    return Recipe.model_validate(names | {"prompts": prompts, "filter": settings})
 
 
 def add(directory: Path, traces: Iterable[Trace]) -> None:
@@ -222,10 +214,8 @@ def test_every_verdict_is_recorded_and_nothing_is_lost(tmp_path: Path, capsys: p
     ]
     assert summary["funnel"][0]["reasons"] == {"not_closed": 1, "no_think": 1}
     assert summary["verdicts"]["length"] == {"ok": 5, "too_long": 2}
-    figures = {
-        key: summary[key] for key in ("total", "kept", "dropped", "prompts", "prompts_kept", "tokens_kept", "unit")
-    }
-    assert list(figures.values()) == [7, 1, 6, 1, 1, 30, "teacher tokens"]
+    figures = ("total", "kept", "dropped", "prompts", "prompts_kept", "tokens_kept", "unit")
+    assert [summary[figure] for figure in figures] == [7, 1, 6, 1, 1, 30, "teacher tokens"]
     share = round(30 * len("20 + 22 = 42") / len(GOOD))
     assert (summary["reasoning_median"], summary["reasoning_mean"]) == (share, share)
     shown = capsys.readouterr().out
