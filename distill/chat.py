@@ -1,12 +1,13 @@
 """Tokenizers and chat templates: nobody else loads one.
 
-Two templates matter to a reasoning model and they are not the same. The inference template of R1 keeps only what follows
-the last `</think>` of earlier turns; used on training rows it deletes the very reasoning that should be learnt. So
-training goes through `training_ids`, which renders the conversation whole and demands that it begins, token for token,
-with the prompt that inference will use. A template that cannot do so is refused here, not discovered in a score.
+Two templates matter to a reasoning model and they are not the same. The inference template of R1 keeps only what
+follows the last `</think>` of earlier turns; used on training rows it deletes the very reasoning that should be
+learnt. So training goes through `training_ids`, which renders the conversation whole and demands that it begins,
+token for token, with the prompt that inference will use. A template that cannot do so is refused here, not discovered
+in a score.
 
-Where a template opens the thinking itself (`…<｜Assistant｜><think>\\n`) a completion has only the closing tag; `prefill`
-says what was opened, and `Chat.restore` puts it back, so that stored text always has both tags.
+Where a template opens the thinking itself (`…<｜Assistant｜><think>\\n`) a completion has only the closing tag;
+`prefill` says what was opened, and `Chat.restore` puts it back, so that stored text always has both tags.
 """
 
 from collections.abc import Sequence
@@ -27,9 +28,10 @@ TEMPLATES = {"chatml": "chatml.jinja", "llama3": "llama3.jinja"}  # built-in tra
 def split_reasoning(text: str) -> tuple[str | None, str]:
     """Split a completion into (reasoning, response).
 
-    The reasoning is what stands between the first `<think>` and the last `</think>`, stripped of surrounding white space;
-    an empty block gives "". It is None when no block was closed, and then the response is what precedes an open `<think>`
-    (usually nothing) or, without any tag, the whole text. A lone `</think>` closes a block that the prompt had opened.
+    The reasoning is what stands between the first `<think>` and the last `</think>`, stripped of surrounding white
+    space; an empty block gives "". It is None when no block was closed, and then the response is what precedes an
+    open `<think>` (usually nothing) or, without any tag, the whole text. A lone `</think>` closes a block that the
+    prompt had opened.
     """
     head, closed, response = text.rpartition(END_THINK)
     if not closed:
@@ -55,7 +57,7 @@ class Chat:
 
     @classmethod
     def load(cls, model_dir: Path, template: str | None = None) -> "Chat":
-        """Load the tokenizer of a model directory; `template` is a built-in name, a .jinja file, or None for its own."""
+        """Load a model directory's tokenizer; `template` is a built-in name, a .jinja file, or None for its own."""
         from transformers import AutoTokenizer
 
         try:
@@ -96,8 +98,8 @@ class Chat:
     def training_ids(self, messages: Sequence[Message]) -> tuple[list[int], int]:
         """Token ids of the whole conversation, end of turn included, and how many of them are the prompt.
 
-        The first part is exactly `prompt_ids(messages[:-1])`, and the rest ends at the token that closes the turn: white
-        space that a template puts between turns is never sampled, so it is not trained.
+        The first part is exactly `prompt_ids(messages[:-1])`, and the rest ends at the token that closes the turn:
+        white space that a template puts between turns is never sampled, so it is not trained.
 
         Raises UserError when the template renders training text that does not begin with the inference prompt.
         """

@@ -1,8 +1,8 @@
 """The only place that talks to the terminal.
 
-On a terminal long work shows a Rich bar with rate and time left. Where the output is a pipe or a log file a bar is noise,
-so the same calls print a plain line now and then. Rich is imported when something is printed, not before: `--help` needs
-no tables.
+On a terminal long work shows a Rich bar with rate and time left. Where the output is a pipe or a log file a bar is
+noise, so the same calls print a plain line now and then. Rich is imported when something is printed, not before:
+`--help` needs no tables.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Stage 1: the teacher answers the prompts.
 
-Every (prompt, sample) is stored the moment it finishes, so that a killed run loses at most what was half written and never
-pays twice. Raising `samples` or a prompt limit extends the ledger; changing what the samples *are* (sampling, teacher,
-seed, prompts) is refused by the run directory.
+Every (prompt, sample) is stored the moment it finishes, so that a killed run loses at most what was half written and
+never pays twice. Raising `samples` or a prompt limit extends the ledger; changing what the samples *are* (sampling,
+teacher, seed, prompts) is refused by the run directory.
 """
 
 import statistics
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def generate(run: "Run") -> dict[str, Any]:
     """Sample the teacher of the run's recipe into `traces/`; returns the stored summary.
 
-    Raises UserError for what the user can mend: a missing or broken checkpoint, a broken prompt file, a prompt longer than
-    the context.
+    Raises UserError for what the user can mend: a missing or broken checkpoint, a broken prompt file, a prompt longer
+    than the context.
     """
     recipe = run.recipe
     weights = catalog.resolve_weights("teacher", recipe.teacher)

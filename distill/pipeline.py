@@ -1,8 +1,8 @@
 """`distill run`: the stages in order, in one locked run directory.
 
-Each stage decides for itself whether it is finished, resumes or starts; here it is only called, timed and reported. A run
-in which nothing was left to do says so. Stages are imported when they are called, so that a finished run is recognised
-without loading torch.
+Each stage decides for itself whether it is finished, resumes or starts; here it is only called, timed and reported. A
+run in which nothing was left to do says so. Stages are imported when they are called, so that a finished run is
+recognised without loading torch.
 """
 
 import importlib

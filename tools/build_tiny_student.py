@@ -34,7 +34,8 @@ from tiny_pair import (
     tape,
     train_tokenizer,
 )
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import AddedToken, Tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 SEED = 2
 BATCH = 20
@@ -60,21 +61,41 @@ def draw(rng: random.Random, step: int = 0) -> Document:
     return Document.of(turn, kind, problem)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> Qwen2Tokenizer:
     rng = random.Random(f"{SEED}/tokenizer")
     texts = (draw(rng).text for _ in range(20_000))
-    tokenizer = train_tokenizer(texts, VOCAB, [END, START, TURN_END], ["<think>", "</think>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    special, added = [END, START, TURN_END], ["<think>", "</think>"]
+    return as_qwen2(train_tokenizer(texts, VOCAB, special, added), special, added)
+
+
+def as_qwen2(trained: Tokenizer, special: list[str], added: list[str]) -> Qwen2Tokenizer:
+    """The same tokens, ids and segmentation in the form that `AutoTokenizer` gives every Qwen2 checkpoint.
+
+    Whatever tokenizer.json says, transformers rebuilds a Qwen2 tokenizer with Qwen2's own pre-tokenizer, which splits
+    numbers into digits. Added tokens are matched before it, so numbers and spaced operators become added tokens.
+    """
+    state = json.loads(trained.to_str())["model"]
+    operators = {f"Ġ{sign}Ġ": f" {sign} " for sign in "+-="}  # byte-level spelling → text
+    vocab = {operators.get(token, token): index for token, index in state["vocab"].items()}
+    vocab |= {token: trained.token_to_id(token) for token in special + added}
+    merges = [tuple(pair) for pair in state["merges"] if "".join(pair) in vocab]
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=merges,
+        unk_token=None,
         eos_token=TURN_END,
         pad_token=END,
         chat_template=TEMPLATE,
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
     )
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
+    numbers = [str(number) for number in range(10, 100)]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in [*added, *numbers, *operators.values()]])
+    return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     torch.manual_seed(SEED)
     config = Qwen2Config(
         vocab_size=VOCAB,
@@ -93,13 +114,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Document]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(tokenizer: Qwen2Tokenizer, batch: list[Document]) -> tuple[torch.Tensor, torch.Tensor]:
     rows, masks = zip(*(document.encoded(tokenizer) for document in batch), strict=True)
     return pad(rows, masks, tokenizer.pad_token_id)
 
 
 @torch.no_grad()
-def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, kind: str, count: int = 200) -> float:
+def accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, kind: str, count: int = 200) -> float:
     """Share of the results right: of train-split documents of one kind, teacher forced and greedy."""
     rng = random.Random(f"{SEED}/check/{kind}")
     found: list[Document] = []
@@ -116,11 +137,11 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, kind: 
     return float((guess == ids[:, 1:])[here].float().mean())
 
 
-def numbers(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def numbers(tokenizer: Qwen2Tokenizer) -> list[int]:
     return [tokenizer(str(n))["input_ids"][0] for n in range(100)]
 
 
-def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, work: Path, steps: int, log: Log) -> None:
+def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, work: Path, steps: int, log: Log) -> None:
     optimizer, schedule, step = optimizer_for(model), Schedule(3e-3, steps), 0
     checkpoint = work / "student.pt"
     if checkpoint.is_file():

@@ -1,7 +1,7 @@
 """What completes prompts. Two forms: the local engine (`local.py`) and, later, a remote server.
 
-A backend gets jobs (a prompt and the sample numbers still missing) and yields completions in whatever order they finish,
-so that a caller can store each one as it comes and ask again for the rest after a crash.
+A backend gets jobs (a prompt and the sample numbers still missing) and yields completions in whatever order they
+finish, so that a caller can store each one as it comes and ask again for the rest after a crash.
 """
 
 from collections.abc import Iterable, Iterator

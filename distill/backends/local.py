@@ -1,8 +1,8 @@
 """The local engine as a backend: messages in, text out.
 
-The engine knows token ids only. Here templates are applied, the prefilled `<think>` is put back, and prompts get their key
-for the random draws: the hash in the prompt's id, so that a sample's text depends on (seed, prompt, sample) and not on
-what else is in the batch.
+The engine knows token ids only. Here templates are applied, the prefilled `<think>` is put back, and prompts get
+their key for the random draws: the hash in the prompt's id, so that a sample's text depends on (seed, prompt, sample)
+and not on what else is in the batch.
 """
 
 from collections.abc import Iterable, Iterator

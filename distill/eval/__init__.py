@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill import catalog
 from distill.console import table
+from distill.errors import UserError
 from distill.eval.models import Contender, LocalModels, Models, contenders
 from distill.eval.part import Exam, Part
 from distill.fingerprint import digest
@@ -41,6 +42,8 @@ def evaluate(run: "Run", models: Models | None = None) -> dict[str, Any]:
     """
     recipe = run.recipe.eval
     exams = [Exam.of(catalog.load_benchmark(name), recipe) for name in dict.fromkeys(recipe.benchmarks)]
+    if len({exam.name for exam in exams}) < len(exams):
+        raise UserError("two cards in eval.benchmarks have one name: rename one, their samples share a directory")
     rivals = contenders(run)
     parts = {rival: [Part(run.directory / "eval", exam, rival) for exam in exams] for rival in rivals}
     for of_one in parts.values():

@@ -124,7 +124,7 @@ def scores(rows: Sequence[dict[str, Any]]) -> Picture:
                 y += 1
             colour = LIGHT[row["model"]]
             low, value, high = (100 * row[key] for key in ("pass@1_low", "pass@1", "pass@1_high"))
-            axes.plot([low, high], [y, y], color=colour, linewidth=5, alpha=0.35, solid_capstyle="round")
+            axes.plot([low, high], [y, y], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
             axes.plot([value], [y], marker="o", markersize=8, color=colour)
             right = high < 70  # the figure stands where there is room for it
             axes.text(high + 3 if right else low - 3, y, f"{value:.1f} %", va="center", ha="left" if right else "right")
@@ -137,6 +137,7 @@ def scores(rows: Sequence[dict[str, Any]]) -> Picture:
         axes.set_xticks(
             range(0, 101, 20), [f"{tick} %" if tick in (0, 100) else str(tick) for tick in range(0, 101, 20)]
         )
+        axes.set_xlabel("pass@1 with 95 % intervals" + (f", {benchmarks[0]}" if len(benchmarks) == 1 else ""))
         axes.grid(axis="x")
 
     told = "; ".join(
@@ -144,7 +145,7 @@ def scores(rows: Sequence[dict[str, Any]]) -> Picture:
         for row in rows
     )
     lines = len(rows) + (len(benchmarks) if len(benchmarks) > 1 else 0)
-    return Picture("scores", f"pass@1 with 95 % intervals: {told}", draw, 0.6 + 0.42 * lines)
+    return Picture("scores", f"pass@1 with 95 % intervals: {told}", draw, 0.8 + 0.42 * lines)
 
 
 def funnel(steps: Sequence[tuple[str, int, int]]) -> Picture:

@@ -30,7 +30,7 @@ def test_a_problem_worked_by_hand() -> None:
 
 
 def test_windows_of_a_chain_by_hand() -> None:
-    # 10 + 20 - 5 + 1: the working shows 10→30→25→26, so 10+20-5, 30-5+1; the expression shows 10 + 20 - 5 and 20 - 5 + 1.
+    # The working shows 10→30→25→26, so 10+20-5 and 30-5+1; the expression shows 10 + 20 - 5 and 20 - 5 + 1.
     shown = set(windows((10, 20, -5, 1)))
     assert shown == {(10, 20, -5, 1), (10, 20, -5), (30, -5, 1), (20, -5, 1)}
 

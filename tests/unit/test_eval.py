@@ -217,6 +217,12 @@ def test_without_a_student_nothing_is_written(tmp_path, recipe):
     assert not (tmp_path / "run").exists()
 
 
+def test_two_cards_of_one_name_are_refused(tmp_path, recipe):
+    (tmp_path / "copy.yaml").write_text((tmp_path / "sums.yaml").read_text())
+    with pytest.raises(UserError, match="one name"):
+        score(tmp_path, recipe, Scripted(knows), benchmarks=(*recipe.eval.benchmarks, str(tmp_path / "copy.yaml")))
+
+
 def test_problems_without_a_grader_are_refused(tmp_path, recipe):
     card = tmp_path / "sums.yaml"
     card.write_text(card.read_text().replace("problems.jsonl", "problems.jsonl, task: code"))
