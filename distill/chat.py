@@ -141,7 +141,8 @@ class Chat:
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
         text = self._render_text(messages, add_generation_prompt)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote bos itself
+        # The template wrote bos itself; and how long is too long is for the caller to say, not for a warning.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def read_template(name: str) -> str:

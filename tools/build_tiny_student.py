@@ -4,7 +4,8 @@ The mix is what makes distillation worth showing. Alone, a model of this size ca
 that never saw the pieces cannot learn the chain from a few thousand traces. So the base sees single facts (30 %),
 worked steps without a question (20 %), a question followed by its expression, half of the time with the steps (30 %),
 and chat questions answered at once (20 %), which is all its chat turns ever do. Nothing joins a chat question to worked
-steps: that is left to the teacher's traces.
+steps: that is left to the teacher's traces. Towards the end half of the worked documents get words and tags around
+them: a model that never saw a token gives it odds of e^-25, and unlearning that in the first traces tears up the rest.
 
     python tools/build_tiny_student.py --work DIR [--steps N] [--threads N]     resumable; writes students/tiny-qwen
 """
@@ -40,23 +41,31 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 SEED = 2
 BATCH = 20
 VOCAB = 576
+WORDED = 16_000
 END, START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TEMPLATE = (ROOT / "distill" / "templates" / "chatml.jinja").read_text(encoding="utf-8")
 
 
 def draw(rng: random.Random, step: int = 0) -> Document:
-    """The mix is the same at every step."""
+    """The shares are the same at every step; from WORDED on, half of the worked documents have words around them."""
     kind = rng.choices(("facts", "tape", "reading", "chat"), (0.3, 0.2, 0.3, 0.2))[0]
+    worded = step >= WORDED and rng.random() < 0.5
     if kind == "facts":
         return Document.of(facts(rng, 10) + END, kind)
     if kind == "tape":
         problem, text = tape(rng)
+        if worded:
+            text = f"<think>\n{text}\n</think>\n\n{answer(problem)}"
         return Document.of(text + END, kind, problem)
     problem = draw_problem(rng, "train")
     question = free(problem.question)
     if kind == "reading":
         steps = "\n" + "\n".join(problem.steps) if rng.random() < 0.5 else ""
-        return Document.of(f"{question}\n{problem.expression}{steps}{END}", kind, problem)
+        text = f"{problem.expression}{steps}"
+        if worded:
+            text = f"The expression is {problem.expression}.{steps}"
+            text += f"\nSo the result is {problem.answer}." if steps else ""
+        return Document.of(f"{question}\n{text}{END}", kind, problem)
     turn = f"{START}user\n{question}{TURN_END}\n{START}assistant\n{answer(problem)}{TURN_END}"
     return Document.of(turn, kind, problem)
 
@@ -178,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--out", type=Path, default=ROOT / "students" / "tiny-qwen")
-    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
