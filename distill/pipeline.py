@@ -43,6 +43,10 @@ def run_recipe(
 
     fresh: stages whose output is moved aside first, with all that was made from it. Raises UserError and WorkError.
     """
+    if "filter" in (stages or STAGES):
+        from distill.filters import check_recipe
+
+        check_recipe(recipe)  # before generation is paid for
     with Run(directory, recipe) as run:
         for stage in sorted(fresh, key=STAGES.index):
             run.fresh(stage)

@@ -115,7 +115,9 @@ class Filter(Section):
     dedup: bool = Field(True, description="one of several identical answers to one prompt")
     per_prompt: int | None = Field(None, ge=1, description="keep at most so many traces a prompt")
     select: Literal["first", "shortest", "random"] = Field("first", description="which of them")
-    grade_timeout: float = Field(5.0, gt=0, description="seconds before a grading worker is killed: unverifiable")
+    grade_timeout: float = Field(
+        5.0, gt=0, description="processor seconds before a grading worker is killed: unverifiable"
+    )
     workers: Annotated[int, Free] = Field(2, ge=1, description="grading processes")
 
     @model_validator(mode="after")
@@ -217,7 +219,7 @@ class StudentCard(Section):
 class BenchmarkCard(Section):
     """A set of problems with known answers."""
 
-    name: str
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="names its folder in a run")
     description: str = ""
     prompts: PromptSource
     prompt_suffix: str = Field("", description="text added to every question")

@@ -126,10 +126,10 @@ def story(chain: Chain, rng: random.Random) -> str:
     return " ".join(parts)
 
 
-def draw_problem(rng: random.Random, split: str) -> Problem:
-    """One problem, half of the time a story."""
+def draw_problem(rng: random.Random, split: str, story_share: float = STORY_SHARE) -> Problem:
+    """One problem, told as a story with the probability `story_share`, else asked as an expression."""
     chain = draw_chain(rng, split)
-    if rng.random() < STORY_SHARE:
+    if rng.random() < story_share:
         return Problem(chain, story(chain, rng))
     return Problem(chain, rng.choice(ASKS).format(e=expression(chain)))
 
