@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--out", type=Path, default=ROOT / "teachers" / "tiny-r1")
-    parser.add_argument("--steps", type=int, default=19_600)
+    parser.add_argument("--steps", type=int, default=18_400)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
