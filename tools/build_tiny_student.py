@@ -25,7 +25,6 @@ from tiny_pair import (
     Schedule,
     answer,
     batches,
-    documents,
     draw_problem,
     facts,
     free,
@@ -200,7 +199,6 @@ def main() -> None:
     train(model, tokenizer, args.work, args.steps, log)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    print(json.dumps({"documents": sum(1 for _ in documents(draw, SEED, args.steps, BATCH))}))
 
 
 if __name__ == "__main__":
