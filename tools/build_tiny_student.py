@@ -2,10 +2,10 @@
 
 The mix is what makes distillation worth showing. Alone, a model of this size cannot answer a chain at once, and a base
 that never saw the pieces cannot learn the chain from a few thousand traces. So the base sees single facts (30 %),
-worked steps without a question (20 %), a question followed by its expression, half of the time with the steps (30 %),
-and chat questions answered at once (20 %), which is all its chat turns ever do. Nothing joins a chat question to worked
-steps: that is left to the teacher's traces. Towards the end half of the worked documents get words and tags around
-them: a model that never saw a token gives it odds of e^-25, and unlearning that in the first traces tears up the rest.
+reasoning without a question (20 %), a plain question followed by what it says, half of the time worked out (30 %), and
+chat questions answered at once (20 %), which is all its chat turns ever do. Nothing joins a chat question to reasoning:
+that is left to the teacher's traces. Every token of a trace is in these texts, the tags too: a model that never saw a
+token gives it odds of e^-25, and unlearning that in the first traces tears up the rest.
 
     python tools/build_tiny_student.py --work DIR [--steps N] [--threads N]     resumable; writes students/tiny-qwen
 """
@@ -18,20 +18,19 @@ from pathlib import Path
 import torch
 from tiny_pair import (
     IGNORED,
-    POOL,
     ROOT,
     Document,
     Log,
-    Schedule,
     answer,
-    batches,
     draw_problem,
     facts,
+    fit,
     free,
-    optimizer_for,
+    optimizers_for,
     pad,
-    save_atomically,
     tape,
+    token_loss,
+    trace,
     train_tokenizer,
 )
 from tokenizers import AddedToken, Tokenizer
@@ -40,31 +39,23 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 SEED = 2
 BATCH = 20
 VOCAB = 576
-WORDED = 16_000
+Z_WEIGHT = 1e-4
 END, START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TEMPLATE = (ROOT / "distill" / "templates" / "chatml.jinja").read_text(encoding="utf-8")
 
 
 def draw(rng: random.Random, step: int = 0) -> Document:
-    """The shares are the same at every step; from WORDED on, half of the worked documents have words around them."""
+    """The shares are the same at every step."""
     kind = rng.choices(("facts", "tape", "reading", "chat"), (0.3, 0.2, 0.3, 0.2))[0]
-    worded = step >= WORDED and rng.random() < 0.5
     if kind == "facts":
         return Document.of(facts(rng, 10) + END, kind)
     if kind == "tape":
         problem, text = tape(rng)
-        if worded:
-            text = f"<think>\n{text}\n</think>\n\n{answer(problem)}"
         return Document.of(text + END, kind, problem)
     problem = draw_problem(rng, "train")
     question = free(problem.question)
     if kind == "reading":
-        steps = "\n" + "\n".join(problem.steps) if rng.random() < 0.5 else ""
-        text = f"{problem.expression}{steps}"
-        if worded:
-            text = f"The expression is {problem.expression}.{steps}"
-            text += f"\nSo the result is {problem.answer}." if steps else ""
-        return Document.of(f"{question}\n{text}{END}", kind, problem)
+        return Document.of(f"{question}\n{trace(problem, steps=rng.random() < 0.5)}{END}", kind, problem)
     turn = f"{START}user\n{question}{TURN_END}\n{START}assistant\n{answer(problem)}{TURN_END}"
     return Document.of(turn, kind, problem)
 
@@ -150,48 +141,37 @@ def numbers(tokenizer: Qwen2Tokenizer) -> list[int]:
 
 
 def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, work: Path, steps: int, log: Log) -> None:
-    optimizer, schedule, step = optimizer_for(model), Schedule(3e-3, steps), 0
-    checkpoint = work / "student.pt"
-    if checkpoint.is_file():
-        state = torch.load(checkpoint)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        log(resumed_at=step)
-    while step < steps:
-        for batch in batches(draw, SEED, step, BATCH)[: steps - step]:
-            ids, labels = encode(tokenizer, batch)
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(step)
-            logits = model(ids).logits[:, :-1]
-            targets = labels[:, 1:].flatten()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if step % 200 == 0:
-                log(step=step, loss=round(loss.item(), 4), lr=round(schedule(step), 6))
-            if step % 1000 == 0 or step == steps:
-                scores = {kind: accuracy(model, tokenizer, kind) for kind in ("facts", "tape", "reading", "chat")}
-                log(step=step, **{kind: round(score, 4) for kind, score in scores.items()})
-        if step % 200 < POOL or step == steps:
-            save_atomically(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, checkpoint
-            )
+    def loss(batch: list[Document], step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        ids, labels = encode(tokenizer, batch)
+        return token_loss(model(ids).logits[:, :-1], labels[:, 1:], Z_WEIGHT), {}
+
+    kinds = ("facts", "tape", "reading", "chat")
+    fit(
+        model,
+        optimizers_for(model, by_muon=lambda name: "_proj" in name),
+        draw=draw,
+        seed=SEED,
+        steps=steps,
+        batch_size=BATCH,
+        loss=loss,
+        check=lambda: {kind: round(accuracy(model, tokenizer, kind), 4) for kind in kinds},
+        checkpoint=work / "student.pt",
+        log=log,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--out", type=Path, default=ROOT / "students" / "tiny-qwen")
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.work / "student.pt").is_file():
+        (args.out / "training.jsonl").unlink(missing_ok=True)
     log = Log(args.out / "training.jsonl")
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)

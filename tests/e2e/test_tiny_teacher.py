@@ -139,11 +139,6 @@ def test_transformers_gives_the_same_logits(deviation: tuple[float, float]) -> N
     assert difference <= 1e-4 * largest
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="this checkpoint's logits reach 114, where float32 rounding alone moves transformers' own by 3.6e-3 from "
-    "float64; the figure stays, the weights have to be trained with smaller logits",
-)
 def test_transformers_gives_the_same_logits_to_a_thousandth(deviation: tuple[float, float]) -> None:
     assert deviation[0] <= 1e-3
 
@@ -181,13 +176,14 @@ def test_no_held_out_problem_is_in_the_training_texts(
     assert capsys.readouterr().out.count("none of 5,000 held-out problems") == 3
 
 
-def test_the_proof_finds_a_held_out_problem_as_question_expression_and_working() -> None:
+def test_the_proof_finds_a_held_out_problem_in_every_form() -> None:
     import prove_heldout
 
     chain = (23, 45, -12, 9)
     told = Problem(chain, story(chain, random.Random(0)))
     heldout = {tuple(sorted(chain)): told}
     working = "7 + 1 = 8\n" + "\n".join(told.steps) + "\n9 - 3 = 6"
-    for text in (told.question, "x 23 + 45 - 12 + 9 y", "1 + 23 + 9 + 45 - 12", working):
+    read = "Start 23.\nOn Monday + 45\nOn Tuesday - 12\nOn Wednesday + 9"
+    for text in (told.question, "x 23 + 45 - 12 + 9 y", "1 + 23 + 9 + 45 - 12", working, read):
         assert prove_heldout.search([text], heldout).found is told, text
     assert prove_heldout.search(["23 + 45 - 12 = 56", "23 + 45 = 68\n68 - 12 = 56"], heldout).found is None

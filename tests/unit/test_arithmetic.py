@@ -46,6 +46,7 @@ def test_a_drawn_problem_is_sound(seed: int, split: str) -> None:
     assert 3 <= len(problem.chain) <= 6
     assert all(0 <= value <= MAX_VALUE for value in problem.values)
     assert 0 not in problem.chain
+    assert len(set(map(abs, problem.chain))) == len(problem.chain)
     assert int(problem.answer) == sum(problem.chain)
     assert [int(n) for n in re.findall(r"\d+", problem.question)] == [abs(n) for n in problem.chain]
     assert belongs(problem.chain, split)
