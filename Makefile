@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` do all their own set-up in .venv and may be run in either order. A set-up that was
-# interrupted is taken up again; a finished one is repeated only when pyproject.toml or constraints.txt changed.
+# interrupted is taken up again; a finished one is repeated only when what is installed or compiled changed.
 # The network is needed for that installation alone.
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 JUNIT := build/junit.xml
-SOURCES := $(wildcard distill tests tools perf cli.py)
+SOURCES := $(wildcard distill tests tools perf cli.py setup.py)
 
 .PHONY: quickstart test lint format clean
 .DELETE_ON_ERROR:
@@ -33,13 +33,13 @@ clean: # not runs/: what was computed is the user's
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A venv whose creation was cut off has a python but no working pip; --clear starts it over.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt setup.py distill/engine/kernels/cpu.cpp
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
 	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "installing into .venv (some minutes the first time)"
 	$(INSTALL) -e .
 	touch $@
 
-.venv/installed-dev: pyproject.toml constraints.txt | .venv/installed
+.venv/installed-dev: pyproject.toml constraints.txt .venv/installed
 	$(INSTALL) -e '.[dev]'
 	touch $@

@@ -1,18 +1,15 @@
 """Attention over paged caches: grouped-query (GQA), and DeepSeek's latent form (MLA) in its two shapes.
 
-A step is one flat batch of tokens: first one token of every sequence that decodes, then the prefill chunks. Projections
-run over all of it at once; only the attention core tells the two apart.
+A step is one flat batch of tokens: first the rows that decode, then the chunks of prompts. Projections run over all of
+it at once; only the attention core tells the two apart.
 
 MLA caches per token the normalised latent c (512 numbers in V3) and the rotated key part that all heads share (64). It
 has two forms, equal up to rounding:
-  expanded (prefill): kv_b_proj turns the latents into keys and values per head; fewer multiplications when many queries
-    share the context;
-  absorbed (decode): kv_b_proj is moved to the query and the output, q' = q_nope·W_UK and o = (P·c)·W_UV, so that the
-    latents are read as they lie in the cache, once for all heads (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
-
-Decoding sequences come sorted by length, longest first, and are cut where a sequence has less than half the pages of
-the first of its group: gathered caches are padded to the longest of a group, so padding never doubles the work. One
-group for all would let one long sequence make every short one pay; one group a sequence would be a Python loop.
+  expanded (prompts): kv_b_proj turns the latents into keys and values per head; fewer multiplications when many
+    queries share the context;
+  absorbed (what is generated): kv_b_proj is moved to the query and the output, q' = q_nope·W_UK and o = (P·c)·W_UV, so
+    that the latents are read as they lie in the cache, once for all heads (DeepSeek-V2, arXiv:2405.04434, section
+    2.1.2).
 
 Legend: t tokens of the step, b decoding sequences, h query heads, k key-value heads, d width of q and k, n and r its
 unrotated and rotated parts, e width of values, c latent, l context, p pages.
@@ -28,7 +25,7 @@ from torch import Tensor
 
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
-from distill.engine.spec import LATENT_NORM_EPS, Mla, ModelSpec, Rope
+from distill.engine.spec import LATENT_NORM_EPS, ModelSpec, Rope
 from distill.engine.weights import GqaWeights, Linear, MlaWeights
 
 
@@ -43,11 +40,10 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class DecodeGroup:
-    """Rows `start … end-1` of the flat batch: one token each of sequences of similar length."""
+class DecodeRows:
+    """The first rows of the flat batch: one token each, at the end of a context of length_b tokens."""
 
-    start: int
-    end: int
+    count: int
     table_bp: Tensor
     length_b: Tensor
 
@@ -58,7 +54,7 @@ class PrefillChunk:
 
     start: int
     end: int
-    table_1p: Tensor
+    table_p: Tensor
     length: int
 
 
@@ -71,7 +67,7 @@ class Batch:
     offset_t: Tensor
     cos_tr: Tensor
     sin_tr: Tensor
-    decode: tuple[DecodeGroup, ...]
+    decode: DecodeRows | None
     prefill: tuple[PrefillChunk, ...]
 
 
@@ -88,7 +84,7 @@ def build_batch(
         ids += chunk.tokens[chunk.start : chunk.end]
         positions += range(chunk.start, chunk.end)
         pages += [chunk.pages[i // page_size] for i in range(chunk.start, chunk.end)]
-        table = torch.tensor([chunk.pages[: -(-chunk.end // page_size)]], device=device)
+        table = torch.tensor(chunk.pages[: -(-chunk.end // page_size)], device=device)
         prefills.append(PrefillChunk(row, len(ids), table, chunk.end))
     position_t = torch.tensor(positions, device=device)
     angle_tr = position_t[:, None].float() * torch.tensor(rope.inv_freq, dtype=torch.float32, device=device)
@@ -98,26 +94,17 @@ def build_batch(
         offset_t=position_t % page_size,
         cos_tr=angle_tr.cos() * rope.magnitude,
         sin_tr=angle_tr.sin() * rope.magnitude,
-        decode=_decode_groups(decode, page_size, device),
+        decode=_decode_rows(decode, page_size, device) if decode else None,
         prefill=tuple(prefills),
     )
 
 
-def _decode_groups(decode: Sequence[Chunk], page_size: int, device: torch.device) -> tuple[DecodeGroup, ...]:
+def _decode_rows(decode: Sequence[Chunk], page_size: int, device: torch.device) -> DecodeRows:
     used = [-(-chunk.end // page_size) for chunk in decode]
-    groups, start = [], 0
-    while start < len(decode):
-        widest = used[start]
-        end = start + 1
-        while end < len(decode) and 2 * used[end] >= widest:
-            assert used[end] <= widest, "decoding sequences must come longest first"
-            end += 1
-        rows = decode[start:end]
-        table = [[*row.pages[:n], *[0] * (widest - n)] for row, n in zip(rows, used[start:end], strict=True)]
-        lengths = torch.tensor([row.end for row in rows], device=device)
-        groups.append(DecodeGroup(start, end, torch.tensor(table, device=device), lengths))
-        start = end
-    return tuple(groups)
+    widest = max(used)
+    table = [[*row.pages[:n], *[0] * (widest - n)] for row, n in zip(decode, used, strict=True)]
+    lengths = torch.tensor([row.end for row in decode], device=device)
+    return DecodeRows(len(decode), torch.tensor(table, device=device), lengths)
 
 
 def _linear(ops: Ops, x_tc: Tensor, w: Linear) -> Tensor:
@@ -129,18 +116,20 @@ def gqa(spec: ModelSpec, ops: Ops, w: GqaWeights, layer: int, x_tc: Tensor, batc
     q_thd = _linear(ops, x_tc, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
     k_tkd = _linear(ops, x_tc, w.k).unflatten(-1, (spec.num_kv_heads, spec.head_dim))
     v_tkd = _linear(ops, x_tc, w.v).unflatten(-1, (spec.num_kv_heads, spec.head_dim))
+    if w.q_norm is not None and w.k_norm is not None:
+        q_thd = ops.rms_norm(q_thd.flatten(0, 1), w.q_norm, spec.norm_eps).view_as(q_thd)
+        k_tkd = ops.rms_norm(k_tkd.flatten(0, 1), w.k_norm, spec.norm_eps).view_as(k_tkd)
     q_thd = ops.rope(q_thd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
     k_tkd = ops.rope(k_tkd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
     cache.write(layer, batch.page_t, batch.offset_t, k_tkd, v_tkd)
     k_pool, v_pool = cache.pools[layer]
     parts = []
-    for group in batch.decode:
-        q_bhd = q_thd[group.start : group.end]
-        parts.append(ops.decode_gqa(q_bhd, k_pool, v_pool, group.table_bp, group.length_b, spec.softmax_scale))
+    if (rows := batch.decode) is not None:
+        q_bhd = q_thd[: rows.count]
+        parts.append(ops.decode_gqa(q_bhd, k_pool, v_pool, rows.table_bp, rows.length_b, spec.softmax_scale))
     for chunk in batch.prefill:
-        k_kld = ops.paged_gather(k_pool, chunk.table_1p)[0, :, : chunk.length]
-        v_kld = ops.paged_gather(v_pool, chunk.table_1p)[0, :, : chunk.length]
-        parts.append(ops.attend_causal(q_thd[chunk.start : chunk.end], k_kld, v_kld, spec.softmax_scale))
+        q_chunk = q_thd[chunk.start : chunk.end]
+        parts.append(ops.prefill_gqa(q_chunk, k_pool, v_pool, chunk.table_p, chunk.length, spec.softmax_scale))
     return _linear(ops, torch.cat(parts).flatten(1), w.o)
 
 
@@ -160,36 +149,16 @@ def mla(spec: ModelSpec, ops: Ops, w: MlaWeights, layer: int, x_tc: Tensor, batc
     (pool,) = cache.pools[layer]
 
     parts = []
-    if batch.decode:
-        rows = batch.decode[-1].end
-        parts.append(_mla_absorbed(spec, ops, w, dims, qn_thn[:rows], qr_thr[:rows], pool, batch))
+    if (rows := batch.decode) is not None:
+        qc_bhc = ops.per_head(qn_thn[: rows.count], w.absorb_q)
+        q_bhd = torch.cat((qc_bhc, qr_thr[: rows.count]), dim=-1)
+        out_bhc = ops.decode_mla(q_bhd, pool, rows.table_bp, rows.length_b, spec.softmax_scale, dims.kv_lora_rank)
+        parts.append(ops.per_head(out_bhc, w.expand_v))
+    if batch.prefill:
+        q_thd = torch.cat((qn_thn, qr_thr), dim=-1)
     for chunk in batch.prefill:
-        rows_of = slice(chunk.start, chunk.end)
-        cached_lc = ops.paged_gather(pool, chunk.table_1p)[0, 0, : chunk.length]
-        parts.append(_mla_expanded(spec, ops, w, dims, qn_thn[rows_of], qr_thr[rows_of], cached_lc))
+        q_chunk = q_thd[chunk.start : chunk.end]
+        parts.append(
+            ops.prefill_mla(q_chunk, pool, chunk.table_p, chunk.length, w.expand_k, w.expand_v, spec.softmax_scale)
+        )
     return _linear(ops, torch.cat(parts).flatten(1), w.o)
-
-
-def _mla_absorbed(
-    spec: ModelSpec, ops: Ops, w: MlaWeights, dims: Mla, qn_bhn: Tensor, qr_bhr: Tensor, pool: Tensor, batch: Batch
-) -> Tensor:
-    """Decode rows → [b, h, e], reading latents as they are cached."""
-    qc_bhc = torch.bmm(qn_bhn.transpose(0, 1), w.uk_hnc).transpose(0, 1)
-    q_bhd = torch.cat((qc_bhc, qr_bhr), dim=-1)
-    out = [
-        ops.decode_mla(q_bhd[g.start : g.end], pool, g.table_bp, g.length_b, spec.softmax_scale, dims.kv_lora_rank)
-        for g in batch.decode
-    ]
-    out_bhc = out[0] if len(out) == 1 else torch.cat(out)
-    return torch.bmm(out_bhc.transpose(0, 1), w.uv_hec.transpose(1, 2)).transpose(0, 1)
-
-
-def _mla_expanded(
-    spec: ModelSpec, ops: Ops, w: MlaWeights, dims: Mla, qn_thn: Tensor, qr_thr: Tensor, cached_lc: Tensor
-) -> Tensor:
-    """One prefill chunk → [t, h, e], with keys and values of every head written out."""
-    c_lc, kr_lr = cached_lc.split((dims.kv_lora_rank, dims.rope_dim), dim=-1)
-    kn_hln = torch.matmul(c_lc, w.uk_hnc.transpose(1, 2))
-    v_hle = torch.matmul(c_lc, w.uv_hec.transpose(1, 2))
-    k_hld = torch.cat((kn_hln, kr_lr.expand(spec.num_heads, -1, -1)), dim=-1)
-    return ops.attend_causal(torch.cat((qn_thn, qr_thr), dim=-1), k_hld, v_hle, spec.softmax_scale)

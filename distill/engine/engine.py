@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.engine.attention import Chunk, build_batch
 from distill.engine.cache import PageAllocator, PagedCache
-from distill.engine.kernels import describe, ops_for
+from distill.engine.kernels import column_for, describe, ops_for
 from distill.engine.model import Model
 from distill.engine.sampler import Draw, Drawn, TopLogprobs, logprobs_of, sample, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
@@ -94,14 +94,16 @@ class Engine:
         page_size: int = 16,
         cache_tokens: int | None = None,
         max_context: int | None = None,
+        kernels: str | None = None,
     ) -> Engine:
         """Load a published model directory (config.json and safetensors).
 
         dtype: of activations, cache, and weights once dequantised. max_batch: sequences that decode at once.
         max_step_tokens: prompt tokens computed per step at most. cache_tokens: size of the key-value cache (default:
         what max_batch full contexts can use, but no more than 512 MiB or one context, whichever is larger).
-        max_context: prompt and completion together (default and upper limit: the model's). ValueError, naming the
-        file and the fix, for a directory that is incomplete, damaged or unsupported.
+        max_context: prompt and completion together (default and upper limit: the model's). kernels: a column of the
+        table of ops (default: the device's). ValueError, naming the file and the fix, for a directory that is
+        incomplete, damaged or unsupported.
         """
         spec = ModelSpec.from_dir(model_dir)
         for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens), ("page_size", page_size)):
@@ -115,10 +117,11 @@ class Engine:
             cache_tokens = min(max_batch * context, max(affordable, min(context, _DEFAULT_LONG_CONTEXT)))
         if cache_tokens < page_size:
             raise ValueError(f"cache_tokens is {cache_tokens}; it must be at least one page ({page_size})")
-        ops = ops_for("cpu")
+        kernels = kernels or column_for("cpu")
+        ops = ops_for(kernels)
         weights = load_weights(model_dir, spec, ops, dtype)
         computed = str(dtype).removeprefix("torch.")
-        numerics = f"{describe('cpu')}, weights {weights.stored} as published, activations {computed}"
+        numerics = f"{describe(kernels)}, weights {weights.stored} as published, activations {computed}"
         return cls(
             Model(spec, weights, ops),
             numerics,
@@ -174,20 +177,27 @@ class Engine:
         if not (plan.decode or plan.prefill):
             return []
         self._cache.copy_pages(plan.copies)
-        decode = [Chunk(s.tokens, s.computed, len(s.tokens), s.pages) for s in plan.decode]
-        prefill = [Chunk(s.tokens, s.computed, s.computed + count, s.pages) for s, count in plan.prefill]
+        # A prompt's tokens are computed in chunks, generated ones as rows that decode, however many are missing: the
+        # two forms of attention round differently, and a recomputed sequence must come out as it did before.
+        decode: list[Chunk] = []
+        prefill: list[Chunk] = []
+        ends: list[tuple[SequenceState, list[Chunk], int]] = []  # whose last row is where
+        for sequence, count in [*((sequence, 1) for sequence in plan.decode), *plan.prefill]:
+            begin, end, prompt = sequence.computed, sequence.computed + count, len(sequence.request.prompt_ids)
+            if begin < prompt:
+                prefill.append(Chunk(sequence.tokens, begin, min(end, prompt), sequence.pages))
+            for position in range(max(begin, prompt), end):
+                decode.append(Chunk(sequence.tokens, position, position + 1, sequence.pages))
+            part = decode if end > prompt else prefill
+            ends.append((sequence, part, len(part)))
+            sequence.computed = end
         hidden_tc = self._forward(decode, prefill)
-
-        # Rows of the flat batch that end a sequence's known tokens, and whose sequence that is.
-        ready = list(enumerate(plan.decode))
-        row = len(plan.decode)
-        for sequence, count in plan.prefill:
-            row += count
-            sequence.computed += count
-            if sequence.missing == 0:
-                ready.append((row - 1, sequence))
-        for sequence in plan.decode:
-            sequence.computed += 1
+        prefilled = [0, *itertools.accumulate(chunk.end - chunk.start for chunk in prefill)]
+        ready = [
+            ((count if part is decode else len(decode) + prefilled[count]) - 1, sequence)
+            for sequence, part, count in ends
+            if sequence.missing == 0
+        ]
         if not ready:
             return []
         rows = torch.tensor([row for row, _ in ready], device=self._device)

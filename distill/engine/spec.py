@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Family = Literal["deepseek_v3", "llama", "qwen2"]
-FAMILIES: tuple[Family, ...] = ("deepseek_v3", "llama", "qwen2")
+Family = Literal["deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3"]
+FAMILIES: tuple[Family, ...] = ("deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3")
 
 # DeepSeek's code builds the norms on the q and kv latents with the default epsilon, not with `rms_norm_eps`.
 LATENT_NORM_EPS = 1e-6
@@ -56,7 +56,7 @@ class Mla:
 
 @dataclass(frozen=True)
 class Moe:
-    """Mixture of experts with sigmoid scores and a correction bias (DeepSeek-V3, arXiv:2412.19437, section 2.1.2)."""
+    """Mixture of experts. group_by: what a group of experts is worth; correction_bias: whether the router has one."""
 
     first_layer: int
     num_experts: int
@@ -65,6 +65,9 @@ class Moe:
     groups_kept: int
     shared_experts: int
     intermediate_size: int
+    scoring: Literal["sigmoid", "softmax"]
+    group_by: Literal["best", "best two"]
+    correction_bias: bool
     normalise: bool
     routed_scale: float
 
@@ -89,6 +92,7 @@ class ModelSpec:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    qk_norm: bool = False
     mla: Mla | None = None
     moe: Moe | None = None
     num_nextn_predict_layers: int = 0
@@ -142,7 +146,7 @@ class ModelSpec:
                 f"{where}: weights are quantised by {quantised.get('quant_method')!r}; only 'fp8' (DeepSeek's 128x128 "
                 "blocks) is supported, so use the unquantised or the FP8 checkpoint"
             )
-        return _deepseek_v3(config) if family == "deepseek_v3" else _dense(config, family)
+        return _deepseek(config, family) if family.startswith("deepseek") else _dense(config, family)
 
 
 class _Config:
@@ -183,7 +187,7 @@ class _Config:
 
 
 def _dense(c: _Config, family: Family) -> ModelSpec:
-    """Llama and Qwen2: grouped-query attention and a gated MLP in every layer."""
+    """Llama, Qwen2 and Qwen3: grouped-query attention and a gated MLP in every layer."""
     c.only("use_sliding_window", False)
     if any(kind != "full_attention" for kind in c.raw.get("layer_types") or ()):
         raise ValueError(f"{c.where}: 'layer_types' has sliding windows; only 'full_attention' is supported")
@@ -209,15 +213,21 @@ def _dense(c: _Config, family: Family) -> ModelSpec:
         tied_embeddings=c.bool("tie_word_embeddings", False),
         # Qwen2 has biases on q, k, v, and on them alone, without a key that says so.
         qkv_bias=attention_bias or family == "qwen2",
-        o_bias=attention_bias and family == "llama",
+        o_bias=attention_bias and family != "qwen2",
         mlp_bias=c.bool("mlp_bias", False),
+        qk_norm=family == "qwen3",
     )
 
 
-def _deepseek_v3(c: _Config) -> ModelSpec:
-    c.only("scoring_func", "sigmoid")
-    c.only("topk_method", "noaux_tc")
+def _deepseek(c: _Config, family: Family) -> ModelSpec:
+    """V2, V2-Lite and V3, R1: they differ in the router and in whether queries go through a latent."""
+    v2 = family == "deepseek_v2"
+    c.only("scoring_func", "softmax" if v2 else "sigmoid")
+    c.only("topk_method", *(("greedy", "group_limited_greedy") if v2 else ("noaux_tc",)))
     c.only("moe_layer_freq", 1)
+    if v2:
+        c.only("norm_topk_prob", False)
+    grouped = c.raw.get("topk_method") != "greedy"
     mla = Mla(
         q_lora_rank=c.int("q_lora_rank", None),
         kv_lora_rank=c.int("kv_lora_rank"),
@@ -229,18 +239,21 @@ def _deepseek_v3(c: _Config) -> ModelSpec:
         first_layer=c.int("first_k_dense_replace"),
         num_experts=c.int("n_routed_experts"),
         per_token=c.int("num_experts_per_tok"),
-        groups=c.int("n_group", 1),
-        groups_kept=c.int("topk_group", 1),
+        groups=c.int("n_group", 1) if grouped else 1,
+        groups_kept=c.int("topk_group", 1) if grouped else 1,
         shared_experts=c.int("n_shared_experts", 0),
         intermediate_size=c.int("moe_intermediate_size"),
-        normalise=c.bool("norm_topk_prob", True),
+        scoring="softmax" if v2 else "sigmoid",
+        group_by="best" if v2 else "best two",
+        correction_bias=not v2,
+        normalise=c.bool("norm_topk_prob", not v2),
         routed_scale=c.float("routed_scaling_factor", 1.0),
     )
     _check_router(moe, c.where)
     heads, head_dim = c.int("num_attention_heads"), mla.nope_dim + mla.rope_dim
     bias = c.bool("attention_bias", False)
     return ModelSpec(
-        family="deepseek_v3",
+        family=family,
         vocab_size=c.int("vocab_size"),
         hidden_size=c.int("hidden_size"),
         num_layers=c.int("num_hidden_layers"),

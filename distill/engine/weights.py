@@ -5,10 +5,8 @@ below say which published name fills which field. Every tensor's shape is checke
 the config does not account for is an error, because a bias or norm that is silently left out gives a model that is
 subtly wrong rather than one that fails.
 
-FP8 is decided tensor by tensor, from the dtype and the presence of a scale, never from a list or from the config.
-Reference kernels compute in one dtype, so FP8 weights are dequantised once, here: the values are those published (the
-product of code and scale, rounded once), and a small model would otherwise spend its time dequantising the same blocks
-in every step. A table with native FP8 kernels will keep code and scale instead; `Linear` is where the scale will live.
+FP8 is decided tensor by tensor, from the dtype and the presence of a scale, never from a list or from the config. A
+matrix goes from the mapped file straight to the kernels' `pack`, which keeps it in the form that they read.
 
 Knowingly not read: layers past `num_layers`, which are multi-token-prediction layers (drafts; they do not change what
 the model says), `rotary_emb.inv_freq` in old Llama files (computed from the config), and the head of tied models.
@@ -22,19 +20,27 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.engine.kernels import Ops
-from distill.engine.kernels.reference import FP8_BLOCK
+from distill.engine.kernels.reference import FP8_BLOCK, Fp8, Stored, dense
 from distill.engine.spec import Mla, ModelSpec, Moe
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 LAYER = "model.layers.{}."
 ATTENTION_NORM, MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
-GQA = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
+GQA = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+}
 MLA = {
     "q": "self_attn.q_proj",
     "q_a": "self_attn.q_a_proj",
@@ -59,51 +65,55 @@ _STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 @dataclass(frozen=True)
 class Linear:
-    """weight [n, c] in the compute dtype, bias [n] or None."""
+    """weight: [n, c], packed for the ops; bias [n] or None."""
 
-    weight: Tensor
+    weight: Any
     bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class GqaWeights:
+    """q_norm, k_norm: over each head, [head_dim], in families that have them."""
+
     q: Linear
     k: Linear
     v: Linear
     o: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
 
 
 @dataclass(frozen=True)
 class MlaWeights:
-    """`q` takes the normalised q latent where there is a `q_a`, the hidden state otherwise. uk, uv: the key and value
-    rows of kv_b_proj, per head."""
+    """`q` takes the normalised q latent where there is a `q_a`, the hidden state otherwise. Per head, packed: the key
+    rows of kv_b_proj transposed (absorb_q: query → latent) and as they are (expand_k: latent → key), and its value rows
+    (expand_v: latent → value)."""
 
     q_a: Linear | None
     q_norm: Tensor | None
     q: Linear
     kv_a: Linear
     kv_norm: Tensor
-    uk_hnc: Tensor
-    uv_hec: Tensor
+    absorb_q: Any
+    expand_k: Any
+    expand_v: Any
     o: Linear
 
 
 @dataclass(frozen=True)
 class MlpWeights:
-    """gate_up: gate's rows, then up's."""
-
-    gate_up: Linear
+    gate: Linear
+    up: Linear
     down: Linear
 
 
 @dataclass(frozen=True)
 class MoeWeights:
-    """Router and correction bias are float32 whatever the compute dtype."""
+    """Router and correction bias are float32 whatever the compute dtype. router and experts are packed."""
 
-    router: Tensor
-    correction_bias: Tensor
-    gate_up_x2fc: Tensor
-    down_xcf: Tensor
+    router: Any
+    correction_bias: Tensor | None
+    experts: Any
     shared: MlpWeights | None
 
 
@@ -117,24 +127,24 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """`stored` describes the numbers as published, for the numerics fingerprint. head_vc is embed_vc in tied models."""
+    """`stored` describes the numbers as published, for the numerics fingerprint. head: packed."""
 
     embed_vc: Tensor
     layers: tuple[LayerWeights, ...]
     norm_c: Tensor
-    head_vc: Tensor
+    head: Any
     stored: str
 
 
 def load_weights(model_dir: Path | str, spec: ModelSpec, ops: Ops, dtype: torch.dtype) -> ModelWeights:
     """Read a model directory. ValueError, one line with file, tensor and fix, where it is not what the config says."""
     reader = _Reader(Path(model_dir), ops, dtype)
-    embed_vc = reader.matrix(EMBED, spec.vocab_size, spec.hidden_size)
+    embed = reader.matrix(EMBED, spec.vocab_size, spec.hidden_size)
     layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
     norm_c = reader.tensor(NORM, (spec.hidden_size,))
-    head_vc = embed_vc if spec.tied_embeddings else reader.matrix(HEAD, spec.vocab_size, spec.hidden_size)
+    head = embed if spec.tied_embeddings else reader.matrix(HEAD, spec.vocab_size, spec.hidden_size)
     reader.refuse_unread(spec)
-    return ModelWeights(embed_vc, layers, norm_c, head_vc, reader.stored)
+    return ModelWeights(dense(embed, dtype), layers, norm_c, ops.pack(head, dtype), reader.stored)
 
 
 def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
@@ -158,6 +168,8 @@ def _gqa(reader: _Reader, spec: ModelSpec, at: str) -> GqaWeights:
         k=reader.linear(at + GQA["k"], kv_width, c, spec.qkv_bias),
         v=reader.linear(at + GQA["v"], kv_width, c, spec.qkv_bias),
         o=reader.linear(at + GQA["o"], c, q_width, spec.o_bias),
+        q_norm=reader.tensor(at + GQA["q_norm"], (spec.head_dim,)) if spec.qk_norm else None,
+        k_norm=reader.tensor(at + GQA["k_norm"], (spec.head_dim,)) if spec.qk_norm else None,
     )
 
 
@@ -170,7 +182,7 @@ def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str) -> MlaWeights:
         q_a = reader.linear(at + MLA["q_a"], dims.q_lora_rank, c, spec.qkv_bias)
         q_norm = reader.tensor(at + MLA["q_norm"], (dims.q_lora_rank,))
         q = reader.linear(at + MLA["q_b"], q_width, dims.q_lora_rank)
-    kv_b = reader.matrix(at + MLA["kv_b"] + ".weight", heads * per_head, dims.kv_lora_rank)
+    kv_b = dense(reader.matrix(at + MLA["kv_b"] + ".weight", heads * per_head, dims.kv_lora_rank), reader.dtype)
     uk_hnc, uv_hec = kv_b.unflatten(0, (heads, per_head)).split((dims.nope_dim, dims.v_dim), dim=1)
     return MlaWeights(
         q_a=q_a,
@@ -178,42 +190,47 @@ def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str) -> MlaWeights:
         q=q,
         kv_a=reader.linear(at + MLA["kv_a"], dims.kv_lora_rank + dims.rope_dim, c, spec.qkv_bias),
         kv_norm=reader.tensor(at + MLA["kv_norm"], (dims.kv_lora_rank,)),
-        uk_hnc=uk_hnc.contiguous(),
-        uv_hec=uv_hec.contiguous(),
+        absorb_q=reader.ops.pack_heads(uk_hnc.transpose(1, 2), reader.dtype),
+        expand_k=reader.ops.pack_heads(uk_hnc, reader.dtype),
+        expand_v=reader.ops.pack_heads(uv_hec, reader.dtype),
         o=reader.linear(at + MLA["o"], c, heads * dims.v_dim, spec.o_bias),
     )
 
 
 def _mlp(reader: _Reader, at: str, c: int, f: int, bias: bool = False) -> MlpWeights:
-    gate, up = reader.linear(at + MLP["gate"], f, c, bias), reader.linear(at + MLP["up"], f, c, bias)
-    gate_up_bias = None if gate.bias is None or up.bias is None else torch.cat((gate.bias, up.bias))
-    gate_up = Linear(torch.cat((gate.weight, up.weight)), gate_up_bias)
-    return MlpWeights(gate_up, reader.linear(at + MLP["down"], c, f, bias))
+    return MlpWeights(
+        gate=reader.linear(at + MLP["gate"], f, c, bias),
+        up=reader.linear(at + MLP["up"], f, c, bias),
+        down=reader.linear(at + MLP["down"], c, f, bias),
+    )
 
 
 def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
     c, f = spec.hidden_size, dims.intermediate_size
-    gate_up_x2fc = torch.empty(dims.num_experts, 2 * f, c, dtype=reader.dtype)
-    down_xcf = torch.empty(dims.num_experts, c, f, dtype=reader.dtype)
-    for expert in range(dims.num_experts):
-        expert_at = at + MOE["expert"].format(expert)
-        gate_up_x2fc[expert, :f] = reader.matrix(expert_at + MLP["gate"] + ".weight", f, c)
-        gate_up_x2fc[expert, f:] = reader.matrix(expert_at + MLP["up"] + ".weight", f, c)
-        down_xcf[expert] = reader.matrix(expert_at + MLP["down"] + ".weight", c, f)
+
+    def expert(index: int) -> tuple[Stored, Stored, Stored]:
+        expert_at = at + MOE["expert"].format(index)
+        gate, up, down = (expert_at + MLP[part] + ".weight" for part in ("gate", "up", "down"))
+        return reader.matrix(gate, f, c), reader.matrix(up, f, c), reader.matrix(down, c, f)
+
+    router = reader.tensor(at + MOE["router"], (dims.num_experts, c), torch.float32)
     return MoeWeights(
-        router=reader.tensor(at + MOE["router"], (dims.num_experts, c)).float(),
-        correction_bias=reader.tensor(at + MOE["correction_bias"], (dims.num_experts,), torch.float32),
-        gate_up_x2fc=gate_up_x2fc,
-        down_xcf=down_xcf,
+        router=reader.ops.pack(router, torch.float32),
+        correction_bias=(
+            reader.tensor(at + MOE["correction_bias"], (dims.num_experts,), torch.float32)
+            if dims.correction_bias
+            else None
+        ),
+        experts=reader.ops.pack_experts(map(expert, range(dims.num_experts)), dims.num_experts, reader.dtype),
         shared=_mlp(reader, at + MOE["shared"], c, f * dims.shared_experts) if dims.shared_experts else None,
     )
 
 
 class _Reader:
-    """The tensors of a model directory by name, checked, dequantised and in the compute dtype."""
+    """The tensors of a model directory by name, checked. `dtype` is the compute dtype."""
 
     def __init__(self, model_dir: Path, ops: Ops, dtype: torch.dtype) -> None:
-        self._ops, self.dtype = ops, dtype
+        self.ops, self.dtype = ops, dtype
         self._read: set[str] = set()
         self.stored = ""
         index = model_dir / "model.safetensors.index.json"
@@ -244,32 +261,32 @@ class _Reader:
 
     def linear(self, name: str, n: int, c: int, bias: bool = False) -> Linear:
         """`name.weight` and, if there is to be one, `name.bias`."""
-        weight_nc = self.matrix(name + ".weight", n, c)
-        return Linear(weight_nc, self.tensor(name + ".bias", (n,)) if bias else None)
+        weight = self.ops.pack(self.matrix(name + ".weight", n, c), self.dtype)
+        return Linear(weight, self.tensor(name + ".bias", (n,)) if bias else None)
 
-    def matrix(self, name: str, n: int, c: int) -> Tensor:
-        """[n, c] in the compute dtype; FP8 is dequantised with the scale that stands beside it."""
+    def matrix(self, name: str, n: int, c: int) -> Stored:
+        """[n, c] as stored; FP8 with the scale that stands beside it."""
         weight_nc = self._stored_tensor(name, (n, c))
         if weight_nc.dtype != torch.float8_e4m3fn:
             self.stored = self.stored or _name(weight_nc.dtype)
-            return weight_nc.to(self.dtype)
+            return weight_nc
         self.stored = f"fp8-e4m3 block {FP8_BLOCK}"
         where, scale_name = self._where(name), name + "_scale_inv"
         if scale_name not in self._file_of:
             raise ValueError(f"{where} is FP8 but {scale_name} is missing; download the checkpoint again")
-        if ((weight_nc.view(torch.uint8) & 0x7F) == 0x7F).any():
+        if self.ops.has_nan_codes(weight_nc):
             raise ValueError(f"{where} holds FP8 NaN codes; the file is damaged, download it again")
         scale = self._stored_tensor(scale_name, (-(-n // FP8_BLOCK), -(-c // FP8_BLOCK))).float()
         if not scale.isfinite().all():
             raise ValueError(f"{self._where(scale_name)} is not finite; the file is damaged, download it again")
-        return self._ops.dequantize_fp8_block(weight_nc, scale, self.dtype)
+        return Fp8(weight_nc, scale)
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor that is never quantised, in `dtype` (the compute dtype unless given)."""
+        """A tensor that is never quantised, in `dtype` (that of activations unless given)."""
         stored = self._stored_tensor(name, shape)
         if stored.dtype == torch.float8_e4m3fn:
             raise ValueError(f"{self._where(name)} is FP8; norms, biases and routers are expected unquantised")
-        return stored.to(dtype or self.dtype)
+        return stored.to(dtype or self.ops.activation_dtype(self.dtype))
 
     def refuse_unread(self, spec: ModelSpec) -> None:
         """ValueError if the checkpoint holds a tensor that the config gives no place to."""

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     LlamaConfig,
@@ -22,12 +24,16 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 FAMILIES = {
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 
 V3: dict[str, Any] = {
@@ -91,7 +97,17 @@ LLAMA: dict[str, Any] = {
 }
 QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False}
 
+QWEN3 = {**QWEN2, "model_type": "qwen3", "head_dim": 24}
+
 V3_YARN = {**V3, "rope_scaling": YARN}
+V2 = {
+    **{key: value for key, value in V3.items() if key not in ("scoring_func", "num_nextn_predict_layers")},
+    "model_type": "deepseek_v2",
+    "topk_method": "group_limited_greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 16.0,
+    "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "v3": V3,
     "v3-yarn": V3_YARN,
@@ -100,6 +116,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "v3-no-groups": {**V3_YARN, "n_group": 1, "topk_group": 1},
     "v3-no-norm": {**V3, "norm_topk_prob": False, "n_shared_experts": 2},
     "v3-bias-tied": {**V3, "attention_bias": True, "tie_word_embeddings": True},
+    "v2": V2,
+    "v2-lite": {
+        **V2,
+        "topk_method": "greedy",
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+    },
     "llama-gqa": LLAMA,
     "llama-mha-tied": {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True},
     "llama-mqa-biases": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
@@ -118,6 +143,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "qwen2": QWEN2,
     "qwen2-tied": {**QWEN2, "tie_word_embeddings": True},
+    "qwen3": QWEN3,
+    "qwen3-mha-tied": {**QWEN3, "num_key_value_heads": 4, "tie_word_embeddings": True},
     "qwen2-yarn": {
         **QWEN2,
         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},

@@ -12,6 +12,7 @@ from engine_checks import some_tokens
 from random_models import Checkpoint
 
 from distill.engine import Completion, Engine, Request, SamplingParams
+from distill.engine.kernels import cpu
 from distill.engine.scheduler import Scheduler
 
 GetCheckpoint = Callable[[str], Checkpoint]
@@ -208,3 +209,34 @@ def test_sequences_that_cannot_be_scored(checkpoint: GetCheckpoint) -> None:
 def test_impossible_budgets_are_refused(options: dict[str, int], checkpoint: GetCheckpoint) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Engine.load(checkpoint("qwen2").path, **options)
+
+
+@pytest.mark.parametrize("name", ["v3-yarn", "v3-no-q-lora", "llama-gqa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_kernels_give_the_same_bits_in_any_company(
+    name: str, dtype: torch.dtype, checkpoint: GetCheckpoint
+) -> None:
+    """Alone, among 63 others, in chunks, forked, and recomputed after preemption: every log-probability is equal."""
+    if why := cpu.why_missing():
+        pytest.skip(f"no compiled kernels: {why}")
+    path = checkpoint(name).path
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=24)
+
+    def request(number: int, samples: tuple[int, ...] = (0,)) -> Request:
+        prompt = tuple(some_tokens(3 + 5 * (number % 9), seed=number))
+        return Request(str(number), prompt, sampling, seed=5, prompt_key=number, samples=samples)
+
+    def run(requests: list[Request], **options: int) -> dict[tuple[str, int], Completion]:
+        engine = Engine.load(path, dtype=dtype, kernels="cpu", **options)
+        done = {(c.request_id, c.sample): c for c in engine.generate(requests)}
+        assert engine._pages.free_pages == engine._pages.num_pages
+        return done
+
+    together = run([request(number) for number in range(64)], cache_tokens=8192)
+    in_chunks = run([request(number) for number in range(64)], cache_tokens=8192, max_step_tokens=7, max_batch=16)
+    preempted = run([request(number) for number in range(64)], cache_tokens=160, page_size=8)
+    forked = run([request(8, tuple(range(16)))], cache_tokens=8192)
+    assert together == in_chunks == preempted
+    for number in (0, 8, 40):
+        assert run([request(number)], cache_tokens=8192).items() <= together.items()
+    assert forked["8", 0] == together["8", 0]

@@ -8,15 +8,17 @@ import pytest
 import torch
 from random_models import dequantise, quantise
 
-from distill.engine.kernels import OP_NAMES, TABLE, ops_for, reference
+from distill.engine.kernels import OP_NAMES, TABLE, column_for, ops_for, reference
+from distill.engine.kernels.reference import Fp8
 
 
 def test_every_op_has_an_implementation() -> None:
-    for device, column in TABLE.items():
+    for name, column in TABLE.items():
         assert set(column) == set(OP_NAMES)
-        assert ops_for(device).linear is reference.linear
+        assert callable(ops_for(name).linear)
+    assert ops_for("reference").linear is reference.linear
     with pytest.raises(ValueError, match="'tpu'"):
-        ops_for("tpu")
+        column_for("tpu")
 
 
 def test_rope_turns_the_right_pairs() -> None:
@@ -32,10 +34,10 @@ def test_router_chooses_by_bias_and_weighs_without_it() -> None:
     lower, and the weight is the expert's own score times the factor."""
     logits_tx = torch.tensor([[2.0, 2.0, -1.0, 0.0]])
     bias_x = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    experts, weights = reference.route_noaux_tc(logits_tx, bias_x, 2, 1, 1, False, 2.5)
+    experts, weights = reference.route(logits_tx, bias_x, "sigmoid", "best two", 2, 1, 1, False, 2.5)
     assert experts.tolist() == [[3]]
     assert weights.item() == pytest.approx(2.5 * 0.5)
-    experts, weights = reference.route_noaux_tc(logits_tx, bias_x, 2, 1, 2, True, 2.5)
+    experts, weights = reference.route(logits_tx, bias_x, "sigmoid", "best two", 2, 1, 2, True, 2.5)
     assert sorted(experts[0].tolist()) == [2, 3]
     assert weights.sum().item() == pytest.approx(2.5)
 
@@ -43,7 +45,7 @@ def test_router_chooses_by_bias_and_weighs_without_it() -> None:
 def test_a_group_is_worth_its_two_best() -> None:
     """Group 0 holds the best expert, group 1 the best pair."""
     logits_tx = torch.tensor([[3.0, -9.0, 1.0, 1.0]])
-    experts, _ = reference.route_noaux_tc(logits_tx, torch.zeros(4), 2, 1, 2, True, 1.0)
+    experts, _ = reference.route(logits_tx, torch.zeros(4), "sigmoid", "best two", 2, 1, 2, True, 1.0)
     assert sorted(experts[0].tolist()) == [2, 3]
 
 
@@ -85,7 +87,7 @@ def test_all_finite_fp8_codes_through_the_dot_product(activation: float) -> None
     codes = [code for code in range(256) if code & 0x7F != 0x7F]
     weight = torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None]
     scale = torch.tensor([[0.25], [0.5]])
-    out = reference.linear_fp8_block(torch.tensor([[activation]]), weight, scale)[0]
+    out = reference.linear(torch.tensor([[activation]]), reference.pack(Fp8(weight, scale), torch.float32))[0]
     x = torch.tensor(activation).item()
     for row, code in enumerate(codes):
         expected = _value_of(code) * (0.25 if row < 128 else 0.5) * x

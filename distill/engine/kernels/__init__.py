@@ -2,7 +2,7 @@
 
 Which kernel runs where is committed here and never measured at start-up: a run can be repeated only if the code that
 produced its numbers is known. `reference` implements every op and is its definition (see reference.py for signatures).
-A faster kernel is a module with a function of the same name and one changed cell in `TABLE`.
+A faster kernel is a module with a function of the same name and a changed cell in `TABLE`.
 """
 
 from __future__ import annotations
@@ -11,49 +11,68 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from distill.engine.kernels import reference
+from distill.engine.kernels import cpu, reference
 
-IMPLEMENTATIONS = {"reference": reference}
+IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
 
 
 @dataclass(frozen=True)
 class Ops:
     """One implementation of each op. The model calls ops through this and never names a kernel."""
 
+    session: Callable[..., Any]
+    activation_dtype: Callable[..., Any]
+    has_nan_codes: Callable[..., Any]
+    pack: Callable[..., Any]
+    pack_heads: Callable[..., Any]
+    pack_experts: Callable[..., Any]
     rms_norm: Callable[..., Any]
     rope: Callable[..., Any]
     linear: Callable[..., Any]
-    dequantize_fp8_block: Callable[..., Any]
-    linear_fp8_block: Callable[..., Any]
-    swiglu: Callable[..., Any]
-    grouped_linear: Callable[..., Any]
-    route_noaux_tc: Callable[..., Any]
+    swiglu_linear: Callable[..., Any]
+    per_head: Callable[..., Any]
+    experts: Callable[..., Any]
+    route: Callable[..., Any]
     paged_write: Callable[..., Any]
-    paged_gather: Callable[..., Any]
     decode_gqa: Callable[..., Any]
     decode_mla: Callable[..., Any]
-    attend_causal: Callable[..., Any]
+    prefill_gqa: Callable[..., Any]
+    prefill_mla: Callable[..., Any]
 
 
 OP_NAMES = tuple(field.name for field in fields(Ops))
+_REFERENCE = dict.fromkeys(OP_NAMES, "reference")
+_STILL_TORCH = dict.fromkeys(("rope", "paged_write"), "reference")
 
-# device type → op → implementation
+# column → op → implementation; the columns of device types, and `reference`, which is any device's
 TABLE: dict[str, dict[str, str]] = {
-    "cpu": dict.fromkeys(OP_NAMES, "reference"),
-    "cuda": dict.fromkeys(OP_NAMES, "reference"),
+    "cpu": dict.fromkeys(OP_NAMES, "cpu") | _STILL_TORCH,
+    "cuda": _REFERENCE,
+    "reference": _REFERENCE,
 }
 
 
-def ops_for(device_type: str) -> Ops:
-    """The ops that `TABLE` commits for a device type ("cpu", "cuda"). ValueError for one that has no column."""
-    if device_type not in TABLE:
-        raise ValueError(f"no kernels for device type {device_type!r}; there are some for {', '.join(TABLE)}")
-    return Ops(**{op: getattr(IMPLEMENTATIONS[who], op) for op, who in TABLE[device_type].items()})
+def column_for(device_type: str) -> str:
+    """The column of `TABLE` that a device type ("cpu", "cuda") runs. ValueError for one that has none.
+
+    Where the compiled kernels are missing, a CPU runs the reference.
+    """
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"no kernels for device type {device_type!r}; there are some for cpu and cuda")
+    return "reference" if device_type == "cpu" and cpu.why_missing() else device_type
 
 
-def describe(device_type: str) -> str:
-    """Who computes, for the numerics fingerprint. Matrix products of a library may sum in another order for another
-    batch, so that text can depend on batching where two tokens are nearly tied; kernels that sum in a fixed order will
-    say otherwise here."""
-    names = sorted(set(TABLE[device_type].values()))
-    return f"{' + '.join(names)} kernels (library matrix products)"
+def ops_for(column: str) -> Ops:
+    """The ops that `TABLE` commits for a column."""
+    return Ops(**{op: getattr(IMPLEMENTATIONS[who], op) for op, who in TABLE[column].items()})
+
+
+def describe(column: str) -> str:
+    """Who computes, for the numerics fingerprint.
+
+    Matrix products of a library may sum in another order for another batch, so that text can depend on batching where
+    two tokens are nearly tied; the CPU kernels sum in a fixed order.
+    """
+    if column == "cpu":
+        return f"cpu kernels ({cpu.instruction_set()}, fixed order of sums)"
+    return "reference kernels (library matrix products)"

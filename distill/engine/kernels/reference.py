@@ -2,12 +2,17 @@
 
 An op takes and returns tensors and numbers only: no spec, no module, no state beyond the page tensors it is handed. The
 cut between ops follows what a hand-written kernel would want to own whole: attention reads through the page table
-itself instead of being given gathered keys, so that a kernel which never materialises them fits the same slot.
+itself instead of being given gathered keys, and the experts of a layer are one op, so that a kernel which never
+materialises what lies between fits the same slot.
+
+Matrices are given to ops packed: `pack` and its kin turn what a checkpoint holds into whatever the kernels of the same
+column want to read, and nobody else looks inside. Here that is a dense matrix in the compute dtype, so an FP8 matrix is
+dequantised once: a small model would otherwise spend its time dequantising the same blocks in every step.
 
 Legend (suffixes of tensor names): t tokens, b sequences that decode, h query heads, k key-value heads, d width of
 queries and keys, e width of values, l context length, p pages of one sequence, s (token, expert) pairs sorted by
-expert, x experts, n output features, c input features, r half the rotated width. A pool of pages is [pages, k,
-page_size, width].
+expert, x experts, f expert width, n output features, c input features, r half the rotated width. A pool of pages is
+[pages, k, page_size, width].
 
 Scores, softmax and norms are in float32 whatever the compute dtype. Fused attention calls of torch were rejected: on
 CPU they fall back to slower paths for one query per sequence and for values narrower than keys, which is all MLA is.
@@ -15,11 +20,28 @@ CPU they fall back to slower paths for one query per sequence and for values nar
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FP8_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """A matrix as published: float8_e4m3fn codes [n, c], float32 scales [⌈n/128⌉, ⌈c/128⌉], edge blocks partial."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+Stored = Tensor | Fp8  # a matrix as the checkpoint holds it
+
 
 # Prefill computes attention for blocks of queries whose score matrix has at most so many elements (64 MiB in float32).
 _SCORE_ELEMENTS = 1 << 24
@@ -44,9 +66,24 @@ def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Te
     return torch.cat((a * cos_t1r - b * sin_t1r, b * cos_t1r + a * sin_t1r), dim=-1).to(x_thd.dtype)
 
 
-def linear(x_tc: Tensor, weight_nc: Tensor, bias_n: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias."""
-    return F.linear(x_tc, weight_nc, bias_n)
+def session() -> AbstractContextManager[None]:
+    """What a model's pass is wrapped in."""
+    return nullcontext()
+
+
+def activation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What activations are between ops when the compute dtype is `dtype`."""
+    return dtype
+
+
+def has_nan_codes(codes: Tensor) -> bool:
+    """Whether float8_e4m3fn codes hold a NaN, which a healthy checkpoint never does."""
+    return bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any())
+
+
+def dense(weight: Stored, dtype: torch.dtype) -> Tensor:
+    """[n, c] in `dtype`."""
+    return dequantize_fp8_block(weight.codes, weight.scale, dtype) if isinstance(weight, Fp8) else weight.to(dtype)
 
 
 def dequantize_fp8_block(weight_nc: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,15 +96,68 @@ def dequantize_fp8_block(weight_nc: Tensor, scale: Tensor, dtype: torch.dtype) -
     return (weight_nc.to(torch.float32) * scale_nc).to(dtype)
 
 
-def linear_fp8_block(x_tc: Tensor, weight_nc: Tensor, scale: Tensor, bias_n: Tensor | None = None) -> Tensor:
-    """x · dequantised(weight)ᵀ + bias, with x in its own precision (activations are not quantised here)."""
-    return F.linear(x_tc, dequantize_fp8_block(weight_nc, scale, x_tc.dtype), bias_n)
+def pack(weight: Stored, dtype: torch.dtype) -> Tensor:
+    """What `linear` and `swiglu_linear` take as a weight."""
+    return dense(weight, dtype)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up of a tensor that holds gate in its first and up in its second half (arXiv:2002.05202)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+def linear(x_tc: Tensor, weight_nc: Tensor, bias_n: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias, with x in its own precision (activations are not quantised)."""
+    return F.linear(x_tc, weight_nc, bias_n)
+
+
+def swiglu_linear(
+    x_tc: Tensor,
+    gate_fc: Tensor,
+    up_fc: Tensor,
+    gate_bias_f: Tensor | None = None,
+    up_bias_f: Tensor | None = None,
+) -> Tensor:
+    """silu(x · gateᵀ) · (x · upᵀ) (arXiv:2002.05202)."""
+    return F.silu(F.linear(x_tc, gate_fc, gate_bias_f)) * F.linear(x_tc, up_fc, up_bias_f)
+
+
+def pack_heads(weight_hnc: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `per_head` and `prefill_mla` take as a weight."""
+    return weight_hnc.to(dtype).contiguous()
+
+
+def per_head(x_thc: Tensor, weight_hnc: Tensor) -> Tensor:
+    """Each head's x times its own weightᵀ → [t, h, n]."""
+    return torch.bmm(x_thc.transpose(0, 1), weight_hnc.transpose(1, 2)).transpose(0, 1)
+
+
+def pack_experts(
+    experts: Iterable[tuple[Stored, Stored, Stored]], count: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(gate [f, c], up [f, c], down [c, f]) of `count` experts, read one by one → what `experts` takes."""
+    gate_up_x2fc = down_xcf = torch.empty(0)
+    for index, (gate, up, down) in enumerate(experts):
+        gate_fc, up_fc, down_cf = dense(gate, dtype), dense(up, dtype), dense(down, dtype)
+        if index == 0:
+            f, c = gate_fc.shape
+            gate_up_x2fc, down_xcf = gate_fc.new_empty(count, 2 * f, c), gate_fc.new_empty(count, c, f)
+        gate_up_x2fc[index, :f], gate_up_x2fc[index, f:], down_xcf[index] = gate_fc, up_fc, down_cf
+    return gate_up_x2fc, down_xcf
+
+
+def experts(x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
+    """Σ over a token's k experts of weight · down(silu(gate·x) · up·x), added in the router's order → [t, c].
+
+    Tokens are sorted by expert, so that each expert multiplies one contiguous slice once. A scatter-add back was
+    rejected: it sums in whatever order threads arrive. Padding every expert to the same number of tokens was rejected:
+    real routing is uneven, and the waste grows with it.
+    """
+    gate_up_x2fc, down_xcf = packed
+    order_s = torch.argsort(experts_tk.flatten(), stable=True)
+    counts = torch.bincount(experts_tk.flatten(), minlength=len(down_xcf)).tolist()
+    x_sc = x_tc.index_select(0, order_s // experts_tk.shape[1])
+    gate_sf, up_sf = grouped_linear(x_sc, gate_up_x2fc, counts).chunk(2, dim=-1)
+    y_sc = grouped_linear(F.silu(gate_sf) * up_sf, down_xcf, counts)
+    back_s = torch.empty_like(order_s)
+    back_s[order_s] = torch.arange(order_s.numel(), device=order_s.device)
+    y_tkc = y_sc.index_select(0, back_s).unflatten(0, experts_tk.shape)
+    return (y_tkc * weights_tk[..., None]).sum(1).to(x_tc.dtype)
 
 
 def grouped_linear(x_sc: Tensor, weight_xnc: Tensor, counts: list[int]) -> Tensor:
@@ -82,19 +172,29 @@ def grouped_linear(x_sc: Tensor, weight_xnc: Tensor, counts: list[int]) -> Tenso
     return out_sn
 
 
-def route_noaux_tc(
-    logits_tx: Tensor, bias_x: Tensor, groups: int, groups_kept: int, per_token: int, normalise: bool, scale: float
+def route(
+    logits_tx: Tensor,
+    bias_x: Tensor | None,
+    scoring: Literal["sigmoid", "softmax"],
+    group_by: Literal["best", "best two"],
+    groups: int,
+    groups_kept: int,
+    per_token: int,
+    normalise: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """DeepSeek-V3's router (arXiv:2412.19437, section 2.1.2) → experts [t, per_token] int64, weights likewise float32.
+    """The routers of DeepSeek-V2 (arXiv:2405.04434, section 2.1.3: softmax, a group is worth its best expert, no bias)
+    and V3 (arXiv:2412.19437, section 2.1.2: sigmoid, its best two) → experts [t, per_token] int64, weights float32.
 
-    The bias moves the choice and never the weight. A group's score is the sum of its two best biased scores; experts
-    outside the `groups_kept` best groups cannot be chosen.
+    The bias moves the choice and never the weight. Experts outside the `groups_kept` best groups cannot be chosen.
     """
-    scores_tx = logits_tx.float().sigmoid()
-    choice_tx = scores_tx + bias_x
+    logits_tx = logits_tx.float()
+    scores_tx = logits_tx.sigmoid() if scoring == "sigmoid" else logits_tx.softmax(-1)
+    choice_tx = scores_tx if bias_x is None else scores_tx + bias_x
     if groups > 1:
         choice_tgx = choice_tx.unflatten(-1, (groups, -1))
-        best_tg = choice_tgx.topk(2, dim=-1).values.sum(-1).topk(groups_kept, dim=-1).indices
+        counted = 1 if group_by == "best" else 2
+        best_tg = choice_tgx.topk(counted, dim=-1).values.sum(-1).topk(groups_kept, dim=-1).indices
         dropped_tg = torch.ones_like(choice_tgx[..., 0], dtype=torch.bool).scatter_(-1, best_tg, False)
         choice_tx = choice_tgx.masked_fill(dropped_tg[..., None], float("-inf")).flatten(-2)
     experts_tk = choice_tx.topk(per_token, dim=-1).indices
@@ -105,8 +205,8 @@ def route_noaux_tc(
 
 
 def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -> None:
-    """Store token t of x in `pool`, at page page_t[t], place offset_t[t]. In place."""
-    pool[page_t, :, offset_t] = x_tkd
+    """Store token t of x in `pool`, in the pool's dtype, at page page_t[t], place offset_t[t]. In place."""
+    pool[page_t, :, offset_t] = x_tkd.to(pool.dtype)
 
 
 def paged_gather(pool: Tensor, table_bp: Tensor) -> Tensor:
@@ -120,14 +220,37 @@ def paged_gather(pool: Tensor, table_bp: Tensor) -> Tensor:
 def decode_gqa(
     q_bhd: Tensor, k_pool: Tensor, v_pool: Tensor, table_bp: Tensor, length_b: Tensor, scale: float
 ) -> Tensor:
-    """One query per sequence over its first length_b cached tokens → [b, h, e]. Query head i reads kv head i·k//h."""
-    return _attend_one(q_bhd, paged_gather(k_pool, table_bp), paged_gather(v_pool, table_bp), length_b, scale)
+    """One query per row over its first length_b cached tokens → [b, h, e]. Query head i reads kv head i·k//h."""
+    parts = [
+        _attend_one(q_bhd[rows], paged_gather(k_pool, table_gp), paged_gather(v_pool, table_gp), length_b[rows], scale)
+        for rows, table_gp in _groups(table_bp, length_b, k_pool.shape[2])
+    ]
+    return torch.cat(parts)
 
 
 def decode_mla(q_bhd: Tensor, pool: Tensor, table_bp: Tensor, length_b: Tensor, scale: float, e: int) -> Tensor:
     """Absorbed MLA: all heads share one cached row per token, and its first e numbers are the values → [b, h, e]."""
-    kv_bkld = paged_gather(pool, table_bp)
-    return _attend_one(q_bhd, kv_bkld, kv_bkld[..., :e], length_b, scale)
+    parts = []
+    for rows, table_gp in _groups(table_bp, length_b, pool.shape[2]):
+        kv_gkld = paged_gather(pool, table_gp)
+        parts.append(_attend_one(q_bhd[rows], kv_gkld, kv_gkld[..., :e], length_b[rows], scale))
+    return torch.cat(parts)
+
+
+def _groups(table_bp: Tensor, length_b: Tensor, page_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Neighbouring rows and their table, cut where a row has less than half or more than twice the pages of the first.
+
+    Gathered caches are padded to the longest of a group, so padding never does much more than double the work if rows
+    come sorted by length. One group for all would let one long sequence make every short one pay.
+    """
+    used = [-(-length // page_size) for length in length_b.tolist()]
+    start = 0
+    while start < len(used):
+        end = start + 1
+        while end < len(used) and used[start] <= 2 * used[end] and used[end] <= 2 * used[start]:
+            end += 1
+        yield slice(start, end), table_bp[start:end, : max(used[start:end])]
+        start = end
 
 
 def _attend_one(q_bhd: Tensor, k_bkld: Tensor, v_bkle: Tensor, length_b: Tensor, scale: float) -> Tensor:
@@ -138,6 +261,26 @@ def _attend_one(q_bhd: Tensor, k_bkld: Tensor, v_bkle: Tensor, length_b: Tensor,
     scores = scores.view(b, h, length).float().masked_fill_(past_end_bl[:, None], float("-inf"))
     probs = scores.softmax(-1).to(v_bkle.dtype).view(b * k, h // k, length)
     return torch.bmm(probs, v_bkle.flatten(0, 1)).view(b, h, v_bkle.shape[-1])
+
+
+def prefill_gqa(q_thd: Tensor, k_pool: Tensor, v_pool: Tensor, table_p: Tensor, length: int, scale: float) -> Tensor:
+    """The last t of a sequence's `length` cached tokens attend to themselves and all before → [t, h, e]."""
+    k_kld = paged_gather(k_pool, table_p[None])[0, :, :length]
+    v_kle = paged_gather(v_pool, table_p[None])[0, :, :length]
+    return attend_causal(q_thd, k_kld, v_kle, scale)
+
+
+def prefill_mla(
+    q_thd: Tensor, pool: Tensor, table_p: Tensor, length: int, expand_k_hnc: Tensor, expand_v_hec: Tensor, scale: float
+) -> Tensor:
+    """The same with keys and values of every head written out from the cached latents: fewer operations than the
+    absorbed form where many queries share a context. A cached row is the latent, then the key part all heads share."""
+    h, latent = expand_k_hnc.shape[0], expand_k_hnc.shape[2]
+    c_lc, kr_lr = paged_gather(pool, table_p[None])[0, 0, :length].tensor_split((latent,), dim=-1)
+    kn_hln = torch.matmul(c_lc, expand_k_hnc.transpose(1, 2))
+    v_hle = torch.matmul(c_lc, expand_v_hec.transpose(1, 2))
+    k_hld = torch.cat((kn_hln, kr_lr.expand(h, -1, -1)), dim=-1)
+    return attend_causal(q_thd, k_hld, v_hle, scale)
 
 
 def attend_causal(q_thd: Tensor, k_kld: Tensor, v_kle: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,1044 @@
+// Kernels for CPUs, behind a plain C interface: no torch header, so that one build serves every torch.
+//
+// One layout carries everything. A matrix [n, k] is packed into panels of 64 outputs; inside a panel the outputs lie in
+// the lanes of a vector and k runs along memory, so that a product is: broadcast two activations, multiply-add into 64
+// sums. Nothing is ever summed across lanes, and the k products of one output are added in the same order whatever the
+// number of rows, the chunk or the thread: results are bit-identical alone and in a batch. Row-major weights with dot
+// products along k were measured and rejected: the sum across lanes and the scale of every 128 columns cost a third.
+//
+//   FP8   unit of 4 k: 4 vectors of 64 bytes, each 16 outputs × 4 codes, ordered so that looking up the two bytes of
+//         their bfloat16 and interleaving them gives the pairs (k, k+1) and (k+2, k+3) of 16 outputs in order
+//   BF16  unit of 2 k: 4 vectors of 16 outputs × (k, k+1)
+//   F32   unit of 1 k: 4 vectors of 16 outputs
+//
+// Codes are multiplied exactly: a bfloat16 holds every e4m3 value, and products go into float32 sums that are scaled once
+// per 128 k. (Shifting codes into bfloat16 and scaling later is a trap: vdpbf16ps flushes the denormals.) Activations are
+// rounded to bfloat16, or split into three of them (`parts` = 3), whose sum is the float32 itself.
+//
+// Attention is the same product twice. 16 queries lie in the lanes (the heads that share a key in decoding, consecutive
+// tokens in prefill), keys are the rows; softmax is online over blocks of 64 keys at fixed positions.
+//
+// The file includes itself once for each instruction set; `kernels()` picks one at run time.
+#ifndef ISA
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <pthread.h>
+#include <thread>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+enum Kind { FP8 = 0, BF16 = 1, F32 = 2 };
+constexpr int PANEL = 64, LANES = 16, BLOCK = 128, KEYS = 64;
+using bf16 = uint16_t;
+
+// A packed matrix, or `groups` of equal ones, one after the other. scale: [groups][panels][⌈k/128⌉], FP8 only.
+struct Packed {
+    int32_t kind, n, k, groups;
+    const uint8_t* data;
+    const float* scale;
+};
+
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+inline int unit_k(int kind) { return kind == FP8 ? 4 : kind == BF16 ? 2 : 1; }
+inline int padded_k(int k) { return ceil_div(k, 4) * 4; }
+inline int panels_of(int n) { return ceil_div(n, PANEL); }
+inline size_t panel_bytes(int kind, int k) { return size_t(ceil_div(k, unit_k(kind))) * 4 * 64; }
+
+// ---------------------------------------------------------------- threads
+
+// Workers spin for a moment after each job, because the next one usually comes within microseconds, then sleep. The
+// caller works too and waits only for workers that have begun: one that the system keeps off its core stalls nobody.
+class Pool {
+  public:
+    template <class F> void run(int threads, int tasks, F&& body) {
+        threads = std::min(threads, tasks);
+        if (threads <= 1) {
+            for (int task = 0; task < tasks; task++) body(task);
+            return;
+        }
+        while (int(workers_.size()) < threads - 1) {
+            const int index = int(workers_.size());
+            workers_.emplace_back([this, index] { work(index); });
+            workers_.back().detach();
+        }
+        body_ = [](void* f, int task) { (*static_cast<std::remove_reference_t<F>*>(f))(task); };
+        context_ = &body;
+        tasks_ = tasks;
+        next_.store(0);
+        helpers_.store(threads - 1);  // opens the job
+        jobs_.fetch_add(1);
+        if (sleeping_.load()) jobs_.notify_all();
+        take();
+        helpers_.store(0);
+        while (inside_.load()) pause();
+    }
+
+    // A forked child has none of its parent's threads.
+    void forget() {
+        new (&workers_) std::vector<std::thread>();
+        sleeping_.store(0);
+        inside_.store(0);
+    }
+
+  private:
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+    void take() {
+        for (int task; (task = next_.fetch_add(1)) < tasks_;) body_(context_, task);
+    }
+    void work(int index) {
+        unsigned seen = 0;
+        for (;;) {
+            unsigned now;
+            for (int spin = 0; (now = jobs_.load()) == seen && spin < 20000; spin++) pause();
+            if (now == seen) {
+                sleeping_.fetch_add(1);
+                jobs_.wait(seen);
+                sleeping_.fetch_sub(1);
+                continue;
+            }
+            seen = now;
+            inside_.fetch_add(1);  // from here on the caller waits, if the job is still open
+            if (index < helpers_.load()) take();
+            inside_.fetch_sub(1);
+        }
+    }
+
+    std::vector<std::thread> workers_;
+    std::atomic<unsigned> jobs_{0};
+    std::atomic<int> next_{0}, helpers_{0}, inside_{0}, sleeping_{0};
+    int tasks_ = 0;
+    void (*body_)(void*, int) = nullptr;
+    void* context_ = nullptr;
+};
+
+Pool& pool() {
+    static Pool* one = [] {
+        static Pool* made = new Pool;  // never destroyed: its workers outlive main's statics
+        pthread_atfork(nullptr, nullptr, [] { made->forget(); });
+        return made;
+    }();
+    return *one;
+}
+std::mutex one_caller;  // the pool and the scratch below serve one call at a time
+
+// Memory that grows and is kept, 64-byte aligned; contents are undefined.
+class Scratch {
+  public:
+    template <class T> T* take(size_t count) {
+        const size_t bytes = (count * sizeof(T) + 127) & ~size_t(63);
+        if (bytes > size_) {
+            std::free(data_);
+            data_ = std::aligned_alloc(64, bytes);
+            size_ = bytes;
+        }
+        return static_cast<T*>(data_);
+    }
+
+  private:
+    void* data_ = nullptr;
+    size_t size_ = 0;
+};
+Scratch shared_scratch[6];
+thread_local Scratch own_scratch[5];
+
+float e4m3_value(int code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    const float magnitude = exponent ? std::ldexp(float(8 + mantissa), exponent - 10) : std::ldexp(float(mantissa), -9);
+    return code & 0x80 ? -magnitude : magnitude;
+}
+
+// The high and the low byte of each code's bfloat16, without the sign.
+struct CodeBytes {
+    alignas(64) uint8_t high[128], low[128];
+    alignas(64) bf16 whole[256];
+    CodeBytes() {
+        for (int code = 0; code < 256; code++) {
+            const float value = e4m3_value(code);
+            uint32_t bits;
+            std::memcpy(&bits, &value, 4);
+            whole[code] = bf16(bits >> 16);
+            if (code < 128) high[code] = uint8_t(bits >> 24), low[code] = uint8_t(bits >> 16);
+        }
+    }
+};
+const CodeBytes code_bytes;
+
+// Where the cached keys or values of one sequence and key-value head lie.
+struct Rows {
+    const uint8_t* base;      // the pool, or the first row
+    const int64_t* table;     // page numbers; null: rows follow each other
+    int64_t page_bytes, head_bytes, row_bytes;
+    int page_size;
+    const uint8_t* at(int token) const {
+        if (!table) return base + token * row_bytes;
+        return base + table[token / page_size] * page_bytes + head_bytes + (token % page_size) * row_bytes;
+    }
+};
+
+}  // namespace
+
+// Arguments of the ops, laid out alike in cpu.py.
+struct LinearArgs {
+    const float* x;
+    int64_t x_stride;        // between rows
+    const Packed* w;
+    const float* bias;       // [n] or null
+    float* out;
+    int64_t out_stride;
+    int32_t rows, parts, add, threads;  // add: to what `out` holds
+};
+
+struct ExpertsArgs {
+    const float* x;          // [tokens, c]
+    const int64_t* expert;   // [tokens, per_token]
+    const float* weight;     // likewise
+    const Packed* gate;      // one per expert
+    const Packed* up;
+    const Packed* down;
+    float* out;              // [tokens, c], overwritten
+    int32_t tokens, per_token, experts, parts, threads, unused;
+};
+
+struct DecodeArgs {
+    const float* q;          // [rows, heads, d]
+    const void* k;           // pools [pages, kv_heads, page_size, width]
+    const void* v;
+    const int64_t* table;    // [rows, table_stride]
+    const int64_t* length;   // [rows]
+    float* out;              // [rows, heads, e]
+    int64_t table_stride;
+    int32_t rows, heads, kv_heads, d, e, k_width, v_width, page_size, wide, threads;  // wide: pools are float32
+    float scale;
+};
+
+struct PrefillArgs {
+    const float* q;          // [rows, heads, d]: the last `rows` of `length` positions
+    const void* k;
+    const void* v;           // GQA: pools as above. MLA: v is null, k the pool of latents
+    const int64_t* table;    // [pages]
+    const Packed* uk;        // MLA: groups = heads, [nope, latent] and [e, latent]
+    const Packed* uv;
+    float* out;              // [rows, heads, e]
+    int32_t rows, length, heads, kv_heads, d, e, k_width, v_width, page_size, wide, threads;
+    float scale;
+};
+
+struct RouteArgs {
+    const float* logits;     // [tokens, experts]
+    const float* bias;       // [experts] or null; moves the choice, never the weight
+    int64_t* expert;         // [tokens, per_token], best first
+    float* weight;
+    int32_t tokens, experts, groups, groups_kept, per_token, softmax, group_by_best, normalise;
+    float factor;
+    int32_t threads;
+};
+
+struct NormArgs {
+    const float* x;
+    int64_t x_stride;
+    const float* weight;
+    float* out;
+    int64_t out_stride;
+    int32_t rows, c;
+    float eps;
+    int32_t threads;
+};
+
+namespace {
+struct Kernels {
+    const char* name;
+    void (*linear)(const LinearArgs&);
+    void (*swiglu_linear)(const LinearArgs&, const Packed& up);
+    void (*experts)(const ExpertsArgs&);
+    void (*decode)(const DecodeArgs&);
+    void (*prefill)(const PrefillArgs&);
+    void (*route)(const RouteArgs&);
+    void (*rms_norm)(const NormArgs&);
+};
+}  // namespace
+
+#define ISA portable
+#define LEVEL 0
+#include "cpu.cpp"
+#undef ISA
+#undef LEVEL
+
+#if defined(__x86_64__)
+#define ISA avx2
+#define LEVEL 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
+#include "cpu.cpp"
+#pragma GCC pop_options
+#undef ISA
+#undef LEVEL
+#define ISA avx512
+#define LEVEL 2
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512vl,avx512dq")
+#include "cpu.cpp"
+#pragma GCC pop_options
+#undef ISA
+#undef LEVEL
+#define ISA avx512_bf16
+#define LEVEL 3
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16")
+#include "cpu.cpp"
+#pragma GCC pop_options
+#undef ISA
+#undef LEVEL
+#endif
+
+namespace {
+std::vector<const Kernels*> supported() {
+    std::vector<const Kernels*> list;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (wide && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16"))
+        list.push_back(&avx512_bf16::table);
+    if (wide) list.push_back(&avx512::table);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(&avx2::table);
+#endif
+    list.push_back(&portable::table);
+    return list;
+}
+const Kernels* chosen = supported().front();
+}  // namespace
+
+extern "C" {
+
+// The instruction set in use; with a name, switches to it first. Null if this machine does not have it.
+const char* distill_isa(const char* name) {
+    if (name) {
+        const auto list = supported();
+        const auto found = std::find_if(list.begin(), list.end(), [&](auto* k) { return !std::strcmp(k->name, name); });
+        if (found == list.end()) return nullptr;
+        chosen = *found;
+    }
+    return chosen->name;
+}
+
+int64_t distill_packed_bytes(int kind, int n, int k) { return int64_t(panels_of(n)) * int64_t(panel_bytes(kind, k)); }
+
+// Rows [n, k] of a row-major matrix (codes, bfloat16 or float32) into panels. Outputs past n and k past the end are zero.
+void distill_pack(int kind, int n, int k, const void* source, int64_t row_stride, uint8_t* out, int threads) {
+    std::lock_guard<std::mutex> lock(one_caller);
+    const size_t bytes = panel_bytes(kind, k);
+    pool().run(threads, panels_of(n), [&](int panel) {
+        uint8_t* to = out + panel * bytes;
+        const int rows = std::min(PANEL, n - panel * PANEL);
+        if (rows < PANEL || k % unit_k(kind)) std::memset(to, 0, bytes);
+        if (kind == FP8) {
+            const uint8_t* from = static_cast<const uint8_t*>(source) + int64_t(panel) * PANEL * row_stride;
+            for (int k0 = 0; k0 < k; k0 += 64)  // a tile of 64×64 codes stays in the first cache
+                for (int i = 0; i < rows; i++) {
+                    const uint8_t* row = from + i * row_stride;
+                    uint8_t* lane = to + i / 16 * 64 + i % 16 / 4 * 16 + i % 4 * 2;
+                    const int end = std::min(k, k0 + 64);
+                    int j = k0;
+                    for (; j + 4 <= end; j += 4) {
+                        std::memcpy(lane + j * 64, row + j, 2);
+                        std::memcpy(lane + j * 64 + 8, row + j + 2, 2);
+                    }
+                    for (; j < end; j++) lane[j / 4 * 256 + (j % 4) / 2 * 8 + j % 2] = row[j];
+                }
+        } else if (kind == BF16) {
+            const bf16* from = static_cast<const bf16*>(source) + int64_t(panel) * PANEL * row_stride;
+            bf16* lanes = reinterpret_cast<bf16*>(to);
+            for (int k0 = 0; k0 < k; k0 += 32)
+                for (int i = 0; i < rows; i++)
+                    for (int j = k0; j < std::min(k, k0 + 32); j++)
+                        lanes[j / 2 * 128 + i * 2 + j % 2] = from[i * row_stride + j];
+        } else {
+            const float* from = static_cast<const float*>(source) + int64_t(panel) * PANEL * row_stride;
+            float* lanes = reinterpret_cast<float*>(to);
+            for (int k0 = 0; k0 < k; k0 += 16)
+                for (int i = 0; i < rows; i++)
+                    for (int j = k0; j < std::min(k, k0 + 16); j++) lanes[j * 64 + i] = from[i * row_stride + j];
+        }
+    });
+}
+
+// Whether any e4m3 code is a NaN.
+int distill_has_nan(const uint8_t* codes, int64_t count, int threads) {
+    std::lock_guard<std::mutex> lock(one_caller);
+    constexpr int64_t SLICE = 1 << 20;
+    std::atomic<int> found{0};
+    pool().run(threads, int((count + SLICE - 1) / SLICE), [&](int task) {
+        uint8_t any = 0;
+        for (int64_t i = task * SLICE; i < std::min(count, (task + 1) * SLICE); i++) any |= (codes[i] & 0x7f) == 0x7f;
+        if (any) found = 1;
+    });
+    return found;
+}
+
+#define OP(name, Args)                                   \
+    void distill_##name(const Args* args) {              \
+        std::lock_guard<std::mutex> lock(one_caller);    \
+        chosen->name(*args);                             \
+    }
+OP(linear, LinearArgs)
+OP(experts, ExpertsArgs)
+OP(decode, DecodeArgs)
+OP(prefill, PrefillArgs)
+OP(route, RouteArgs)
+OP(rms_norm, NormArgs)
+#undef OP
+
+void distill_swiglu_linear(const LinearArgs* args, const Packed* up) {
+    std::lock_guard<std::mutex> lock(one_caller);
+    chosen->swiglu_linear(*args, *up);
+}
+
+}  // extern "C"
+
+#else  // ---------------------------------------------------------------- once for each instruction set
+namespace {
+namespace ISA {
+
+typedef float V __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef uint8_t B __attribute__((vector_size(64)));
+typedef uint16_t H __attribute__((vector_size(32)));
+#define INLINE inline __attribute__((always_inline))
+
+INLINE V load(const float* p) { V v; std::memcpy(&v, p, 64); return v; }
+INLINE void store(float* p, V v) { std::memcpy(p, &v, 64); }
+INLINE V all(float x) { return V{} + x; }
+INLINE V fma(V a, V b, V c) {
+#if LEVEL >= 2
+    return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LEVEL == 1
+    __m256 x[2], y[2], z[2];
+    std::memcpy(x, &a, 64), std::memcpy(y, &b, 64), std::memcpy(z, &c, 64);
+    for (int half = 0; half < 2; half++) z[half] = _mm256_fmadd_ps(x[half], y[half], z[half]);
+    std::memcpy(&c, z, 64);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+INLINE V max(V a, V b) { return a > b ? a : b; }
+
+INLINE bf16 round_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+INLINE float widen(bf16 x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// e^x in float32, 1 unit in the last place or so (Cody and Waite's reduction, Taylor to degree 7); 0 below e^-87.
+INLINE V exp(V x) {
+    const V shift = all(12582912.f);
+    x = x < all(-87.f) ? all(-87.f) : x;
+    x = x > all(88.f) ? all(88.f) : x;
+    const V n = fma(x, all(1.44269504f), shift) - shift;
+    V r = fma(n, all(-0.693359375f), x);
+    r = fma(n, all(2.12194440e-4f), r);
+    V p = all(1.f / 5040);
+    p = fma(p, r, all(1.f / 720));
+    p = fma(p, r, all(1.f / 120));
+    p = fma(p, r, all(1.f / 24));
+    p = fma(p, r, all(1.f / 6));
+    p = fma(p, r, all(.5f));
+    p = fma(p, r, all(1.f));
+    p = fma(p, r, all(1.f));
+    const I power = (__builtin_convertvector(n, I) + 127) << 23;
+    return p * (V)power;
+}
+
+// One unit of a panel as `unit_k / 2` vectors of pairs (k, k+1) for 16 outputs. Pairs are kept as 32-bit integers.
+INLINE I load_pairs(const void* p) { I v; std::memcpy(&v, p, 64); return v; }
+INLINE void decode_codes(const uint8_t* p, I& first, I& second) {
+#if LEVEL == 3
+    const __m512i code = _mm512_loadu_si512(p);
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(code_bytes.low), code, _mm512_load_si512(code_bytes.low + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(code_bytes.high), code, _mm512_load_si512(code_bytes.high + 64));
+    high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(char(0x80)), 0xF8);  // high | (code & sign)
+    first = (I)_mm512_unpacklo_epi8(low, high);
+    second = (I)_mm512_unpackhi_epi8(low, high);
+#else
+    alignas(64) bf16 pairs[64];
+    for (int lane = 0; lane < 4; lane++)
+        for (int i = 0; i < 8; i++) {
+            pairs[lane * 8 + i] = code_bytes.whole[p[lane * 16 + i]];
+            pairs[32 + lane * 8 + i] = code_bytes.whole[p[lane * 16 + 8 + i]];
+        }
+    std::memcpy(&first, pairs, 64);
+    std::memcpy(&second, pairs + 32, 64);
+#endif
+}
+
+// sum + w.first · x.first + w.second · x.second, for two bfloat16 in each 32 bits.
+INLINE V dot2(V sum, I w, I x) {
+#if LEVEL == 3
+    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+#else
+    const I high = I{} + int32_t(0xffff0000u);
+    sum = fma((V)(w << 16), (V)(x << 16), sum);
+    return fma((V)(w & high), (V)(x & high), sum);
+#endif
+}
+INLINE I pair_at(const void* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, 4);
+    return I{} + pair;
+}
+
+// out [ROWS, NV·16] = rows a · panel, k products in order, scaled and added up every 128 of them.
+// a[r]: row r's first part; `part` bytes further the next one. Float32 rows have one part.
+template <int KIND, int ROWS, int NV, int PARTS>
+INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out) {
+    constexpr int UNIT = KIND == FP8 ? 4 : KIND == BF16 ? 2 : 1;
+    for (int begin = 0; begin < k; begin += BLOCK) {
+        const int end = std::min(k, begin + BLOCK);
+        V sum[ROWS][NV];
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < NV; v++) sum[r][v] = V{};
+        for (int at = begin; at < end; at += UNIT, w += NV * 64) {
+#if defined(__x86_64__)
+            if (KIND == FP8)
+                for (int v = 0; v < NV; v++) _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + 64 * v, _MM_HINT_T0);
+#endif
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) {
+                if constexpr (KIND == F32) {
+                    const V b = load(reinterpret_cast<const float*>(w) + 16 * v);
+#pragma GCC unroll 16
+                    for (int r = 0; r < ROWS; r++)
+                        sum[r][v] = fma(b, all(reinterpret_cast<const float*>(a[r])[at]), sum[r][v]);
+                } else {
+                    I first, second;
+                    if constexpr (KIND == FP8) decode_codes(w + 64 * v, first, second);
+                    else first = load_pairs(w + 64 * v);
+#pragma GCC unroll 16
+                    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+                        for (int p = 0; p < PARTS; p++) {
+                            sum[r][v] = dot2(sum[r][v], first, pair_at(a[r] + p * part + 2 * at));
+                            if constexpr (KIND == FP8)
+                                sum[r][v] = dot2(sum[r][v], second, pair_at(a[r] + p * part + 2 * at + 4));
+                        }
+                }
+            }
+        }
+        const V s = all(scale ? scale[begin / BLOCK] : 1.f);
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < NV; v++) {
+                float* to = out + r * NV * 16 + 16 * v;
+                store(to, fma(sum[r][v], s, begin ? load(to) : V{}));
+            }
+    }
+}
+
+constexpr int MAX_ROWS = LEVEL >= 2 ? 6 : 2;  // sums of a tile: 24 of AVX512's 32 registers
+using Tile = void (*)(const uint8_t* const*, size_t, const uint8_t*, int, const float*, float*);
+template <int KIND, int ROWS, int NV, int PARTS>
+void tile_call(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out) {
+    tile<KIND, ROWS, NV, PARTS>(a, part, w, k, scale, out);
+}
+template <int KIND, int PARTS> Tile tile_for(int rows) {
+#if LEVEL >= 2
+    constexpr Tile by_rows[] = {tile_call<KIND, 1, 4, PARTS>, tile_call<KIND, 2, 4, PARTS>, tile_call<KIND, 3, 4, PARTS>,
+                                tile_call<KIND, 4, 4, PARTS>, tile_call<KIND, 5, 4, PARTS>, tile_call<KIND, 6, 4, PARTS>};
+#else
+    constexpr Tile by_rows[] = {tile_call<KIND, 1, 4, PARTS>, tile_call<KIND, 2, 4, PARTS>};
+#endif
+    return by_rows[rows - 1];
+}
+Tile tile_for(int kind, int parts, int rows) {
+    if (kind == F32) return tile_for<F32, 1>(rows);
+    if (kind == FP8) return parts == 1 ? tile_for<FP8, 1>(rows) : tile_for<FP8, 3>(rows);
+    return parts == 1 ? tile_for<BF16, 1>(rows) : tile_for<BF16, 3>(rows);
+}
+
+// All rows through one panel, in tiles of at most MAX_ROWS. row(i): pointer; done(i, sums[64]): takes the result.
+template <class Row, class Done>
+INLINE void through_panel(const Packed& w, int group, int panel, int rows, int parts, size_t part, Row row, Done done) {
+    const int all_panels = panels_of(w.n), index = group * all_panels + panel;
+    const uint8_t* data = w.data + index * panel_bytes(w.kind, w.k);
+    const float* scale = w.scale ? w.scale + size_t(index) * ceil_div(w.k, BLOCK) : nullptr;
+    alignas(64) float sums[MAX_ROWS * PANEL];
+    const uint8_t* a[MAX_ROWS];
+    for (int begin = 0, tiles = ceil_div(rows, MAX_ROWS); tiles; tiles--) {
+        const int count = ceil_div(rows - begin, tiles);
+        for (int r = 0; r < count; r++) a[r] = row(begin + r);
+        tile_for(w.kind, parts, count)(a, part, data, w.k, scale, sums);
+        for (int r = 0; r < count; r++) done(begin + r, sums + r * PANEL);
+        begin += count;
+    }
+}
+
+// Float32 rows as `parts` bfloat16 rows of padded_k(k), zero past k.
+void split(const float* x, int k, int parts, size_t part, bf16* out) {
+    for (int j = 0; j < k; j++) {
+        const bf16 high = round_bf16(x[j]);
+        out[j] = high;
+        if (parts == 3) {
+            const float rest = x[j] - widen(high);
+            const bf16 middle = round_bf16(rest);
+            out[part + j] = middle;
+            out[2 * part + j] = round_bf16(rest - widen(middle));
+        }
+    }
+    for (int p = 0; p < parts; p++)
+        for (int j = k; j < padded_k(k); j++) out[p * part + j] = 0;
+}
+
+constexpr int ROW_CHUNK = 96;  // rows a task takes through a panel while it is in the cache
+
+// What the products read: float32 rows as they are, or their bfloat16 parts in scratch, [parts][rows][groups · padded k].
+struct Activations {
+    const uint8_t* base;
+    size_t row_bytes, group_bytes, part_bytes;
+    const uint8_t* at(int row, int group) const { return base + row * row_bytes + group * group_bytes; }
+};
+Activations prepare(const float* x, int64_t stride, int rows, int k, int groups, int kind, int parts, int threads, Scratch& scratch) {
+    if (kind == F32) return {reinterpret_cast<const uint8_t*>(x), size_t(stride) * 4, size_t(k) * 4, 0};
+    const size_t width = size_t(padded_k(k)) * groups, part = width * rows;
+    bf16* out = scratch.take<bf16>(part * parts);
+    const int chunk = std::max(1, int(16384 / width));
+    pool().run(threads, ceil_div(rows, chunk), [&](int task) {
+        for (int row = task * chunk; row < std::min(rows, (task + 1) * chunk); row++)
+            for (int g = 0; g < groups; g++)
+                split(x + row * stride + size_t(g) * k, k, parts, part, out + row * width + size_t(g) * padded_k(k));
+    });
+    return {reinterpret_cast<const uint8_t*>(out), width * 2, size_t(padded_k(k)) * 2, part * 2};
+}
+
+void linear(const LinearArgs& args) {
+    const Packed& w = *args.w;
+    const int panels = panels_of(w.n), chunks = ceil_div(args.rows, ROW_CHUNK);
+    const Activations x = prepare(args.x, args.x_stride, args.rows, w.k, w.groups, w.kind, args.parts, args.threads, shared_scratch[0]);
+    pool().run(args.threads, w.groups * panels * chunks, [&](int task) {
+        const int chunk = task % chunks, panel = task / chunks % panels, group = task / chunks / panels;
+        const int first = chunk * ROW_CHUNK, count = std::min(ROW_CHUNK, args.rows - first);
+        const int column = panel * PANEL, width = std::min(PANEL, w.n - column);
+        const size_t at = size_t(group) * w.n + column;
+        through_panel(
+            w, group, panel, count, args.parts, x.part_bytes, [&](int i) { return x.at(first + i, group); },
+            [&](int i, const float* sums) {
+                float* to = args.out + (first + i) * args.out_stride + at;
+                const float* bias = args.bias ? args.bias + at : nullptr;
+                if (args.add)
+                    for (int j = 0; j < width; j++) to[j] += bias ? sums[j] + bias[j] : sums[j];
+                else
+                    for (int j = 0; j < width; j++) to[j] = bias ? sums[j] + bias[j] : sums[j];
+            });
+    });
+}
+
+// silu(gate) · up of 64 sums each.
+INLINE void swiglu(const float* gate, const float* up, float* out) {
+    for (int v = 0; v < PANEL; v += 16) {
+        const V g = load(gate + v);
+        store(out + v, g / (all(1.f) + exp(-g)) * load(up + v));
+    }
+}
+
+// out = silu(x·gateᵀ) · (x·upᵀ): args.w is the gate.
+void swiglu_linear(const LinearArgs& args, const Packed& up) {
+    const Packed& gate = *args.w;
+    const int panels = panels_of(gate.n), chunks = ceil_div(args.rows, ROW_CHUNK);
+    const Activations x = prepare(args.x, args.x_stride, args.rows, gate.k, 1, gate.kind, args.parts, args.threads, shared_scratch[0]);
+    pool().run(args.threads, panels * chunks, [&](int task) {
+        const int chunk = task % chunks, panel = task / chunks;
+        const int first = chunk * ROW_CHUNK, count = std::min(ROW_CHUNK, args.rows - first);
+        const int width = std::min(PANEL, gate.n - panel * PANEL);
+        alignas(64) float gates[ROW_CHUNK * PANEL];
+        const auto row = [&](int i) { return x.at(first + i, 0); };
+        through_panel(gate, 0, panel, count, args.parts, x.part_bytes, row,
+                      [&](int i, const float* sums) { std::memcpy(gates + i * PANEL, sums, PANEL * 4); });
+        through_panel(up, 0, panel, count, args.parts, x.part_bytes, row, [&](int i, const float* sums) {
+            alignas(64) float y[PANEL];
+            swiglu(gates + i * PANEL, sums, y);
+            std::memcpy(args.out + (first + i) * args.out_stride + panel * PANEL, y, size_t(width) * 4);
+        });
+    });
+}
+
+void experts(const ExpertsArgs& args) {
+    const int pairs = args.tokens * args.per_token, c = args.gate[0].k, f = args.gate[0].n, kind = args.gate[0].kind;
+    // Pairs (token, choice) sorted by expert: `start[e]` … `start[e+1]` of `order`.
+    int* start = shared_scratch[1].take<int>(size_t(args.experts) + 1 + 2 * size_t(pairs));
+    int *order = start + args.experts + 1, *place = order + pairs;
+    std::fill(start, start + args.experts + 1, 0);
+    for (int i = 0; i < pairs; i++) start[args.expert[i] + 1]++;
+    for (int e = 0; e < args.experts; e++) start[e + 1] += start[e];
+    std::vector<int> next(start, start + args.experts);
+    for (int i = 0; i < pairs; i++) place[i] = next[args.expert[i]]++, order[place[i]] = i;
+    std::vector<int> busy;  // experts with rows, so that tasks are even
+    for (int e = 0; e < args.experts; e++)
+        if (start[e + 1] > start[e]) busy.push_back(e);
+
+    const Activations x = prepare(args.x, c, args.tokens, c, 1, kind, args.parts, args.threads, shared_scratch[0]);
+    const int f_padded = kind == F32 ? f : padded_k(f);
+    const size_t h_part = size_t(pairs) * f_padded;
+    uint8_t* h = shared_scratch[2].take<uint8_t>(kind == F32 ? h_part * 4 : h_part * 2 * args.parts);
+    const int up_panels = panels_of(f), down_panels = panels_of(c);
+    pool().run(args.threads, int(busy.size()) * up_panels, [&](int task) {
+        const int e = busy[task / up_panels], panel = task % up_panels;
+        const int width = std::min(PANEL, f - panel * PANEL);
+        for (int first = start[e]; first < start[e + 1]; first += ROW_CHUNK) {
+            const int count = std::min(ROW_CHUNK, start[e + 1] - first);
+            alignas(64) float gates[ROW_CHUNK * PANEL];
+            const auto row = [&](int i) { return x.at(order[first + i] / args.per_token, 0); };
+            through_panel(args.gate[e], 0, panel, count, args.parts, x.part_bytes, row,
+                          [&](int i, const float* sums) { std::memcpy(gates + i * PANEL, sums, PANEL * 4); });
+            through_panel(args.up[e], 0, panel, count, args.parts, x.part_bytes, row, [&](int i, const float* sums) {
+                alignas(64) float y[PANEL];
+                swiglu(gates + i * PANEL, sums, y);
+                const size_t at = size_t(first + i) * f_padded + panel * PANEL;
+                if (kind == F32) std::memcpy(reinterpret_cast<float*>(h) + at, y, size_t(width) * 4);
+                else split(y, width, args.parts, h_part, reinterpret_cast<bf16*>(h) + at);
+            });
+        }
+    });
+    float* y = shared_scratch[3].take<float>(size_t(pairs) * c);
+    const size_t h_row = size_t(f_padded) * (kind == F32 ? 4 : 2);
+    pool().run(args.threads, int(busy.size()) * down_panels, [&](int task) {
+        const int e = busy[task / down_panels], panel = task % down_panels;
+        const size_t width = size_t(std::min(PANEL, c - panel * PANEL)) * 4;
+        through_panel(
+            args.down[e], 0, panel, start[e + 1] - start[e], args.parts, h_part * 2,
+            [&](int i) { return h + size_t(start[e] + i) * h_row; },
+            [&](int i, const float* sums) { std::memcpy(y + size_t(start[e] + i) * c + panel * PANEL, sums, width); });
+    });
+    const int chunk = std::max(1, 4096 / c);
+    pool().run(args.threads, ceil_div(args.tokens, chunk), [&](int task) {
+        for (int t = task * chunk; t < std::min(args.tokens, (task + 1) * chunk); t++) {
+            float* to = args.out + size_t(t) * c;
+            for (int i = 0; i < args.per_token; i++) {  // in the router's order
+                const int pair = t * args.per_token + i;
+                const float* from = y + size_t(place[pair]) * c;
+                const float weight = args.weight[pair];
+                if (i == 0)
+                    for (int j = 0; j < c; j++) to[j] = from[j] * weight;
+                else
+                    for (int j = 0; j < c; j++) to[j] += from[j] * weight;
+            }
+        }
+    });
+}
+
+void route(const RouteArgs& args) {
+    const int x = args.experts, per_group = x / args.groups;
+    const int chunk = std::max(1, 2048 / x);
+    pool().run(args.threads, ceil_div(args.tokens, chunk), [&](int task) {
+        float* score = own_scratch[0].take<float>(size_t(ceil_div(x, LANES) * LANES) * 2 + args.groups);
+        float *choice = score + ceil_div(x, LANES) * LANES, *group = choice + ceil_div(x, LANES) * LANES;
+        const auto best = [](const float* values, int count) { return int(std::max_element(values, values + count) - values); };
+        for (int t = task * chunk; t < std::min(args.tokens, (task + 1) * chunk); t++) {
+            std::memcpy(score, args.logits + size_t(t) * x, size_t(x) * 4);
+            if (args.softmax) {
+                const float top = score[best(score, x)];
+                float sum = 0;
+                for (int i = 0; i < x; i += LANES) store(score + i, exp(load(score + i) - top));
+                for (int i = 0; i < x; i++) sum += score[i];
+                for (int i = 0; i < x; i++) score[i] /= sum;
+            } else {
+                for (int i = 0; i < x; i += LANES) store(score + i, all(1.f) / (all(1.f) + exp(-load(score + i))));
+            }
+            for (int i = 0; i < x; i++) choice[i] = args.bias ? score[i] + args.bias[i] : score[i];
+            if (args.groups > 1) {
+                for (int g = 0; g < args.groups; g++) {
+                    const float* of = choice + g * per_group;
+                    const int first = best(of, per_group);
+                    group[g] = of[first];
+                    if (args.group_by_best) continue;
+                    float second = -INFINITY;
+                    for (int i = 0; i < per_group; i++)
+                        if (i != first) second = std::max(second, of[i]);
+                    group[g] += second;
+                }
+                for (int kept = 0; kept < args.groups_kept; kept++) group[best(group, args.groups)] = -INFINITY;
+                for (int g = 0; g < args.groups; g++)  // the chosen ones are marked by now
+                    if (group[g] != -INFINITY) std::fill(choice + g * per_group, choice + (g + 1) * per_group, -INFINITY);
+            }
+            float sum = 0;
+            for (int i = 0; i < args.per_token; i++) {
+                const int chosen = best(choice, x);
+                choice[chosen] = -INFINITY;
+                args.expert[size_t(t) * args.per_token + i] = chosen;
+                sum += args.weight[size_t(t) * args.per_token + i] = score[chosen];
+            }
+            const float divisor = args.normalise ? sum + 1e-20f : 1.f;
+            for (int i = 0; i < args.per_token; i++) {
+                float& weight = args.weight[size_t(t) * args.per_token + i];
+                weight = weight / divisor * args.factor;
+            }
+        }
+    });
+}
+
+// ---------------------------------------------------------------- attention
+
+// 16 queries against the keys and values of one head. Lane i sees tokens 0 … limit[i]-1 of those that come by.
+struct Lanes {
+    int d, e;             // width of keys and of values
+    bool wide;            // float32 keys and values, else bfloat16
+    float scale;
+    const uint8_t* q;     // packed: units of k, one vector of 16 lanes each
+    I limit;
+    V top, total;         // running maximum and sum of the softmax
+    float* out;           // [16, e rounded up to 64], not yet divided by `total`
+    int width;            // of a row of `out`
+};
+
+template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const Rows& values, int first, int count) {
+    constexpr int ROWS = LEVEL >= 2 ? 16 : 4, KIND = WIDE ? F32 : BF16;
+    alignas(64) float score[KEYS * LANES];
+    const uint8_t* a[KEYS];
+    for (int i = 0; i < KEYS; i++) a[i] = keys.at(first + std::min(i, count - 1));
+    for (int i = 0; i < count; i += ROWS) tile<KIND, ROWS, 1, 1>(a + i, 0, s.q, s.d, nullptr, score + i * LANES);
+
+    V top = s.top;
+    for (int i = 0; i < count; i++) {
+        V x = load(score + i * LANES) * s.scale;
+        x = (I{} + (first + i)) < s.limit ? x : all(-INFINITY);
+        store(score + i * LANES, x);
+        top = max(top, x);
+    }
+    const V kept = exp(s.top - top);  // first block: top was -inf, and e^-inf is as good as 0 for an empty sum
+    V total = s.total * kept;
+    alignas(64) bf16 narrow[LANES * KEYS];
+    alignas(64) float full[LANES * KEYS];
+    for (int i = 0; i < KEYS; i++) {
+        alignas(64) float p[LANES] = {};
+        if (i < count) {
+            const V x = load(score + i * LANES);
+            const V e = x > all(-INFINITY) ? exp(x - top) : V{};
+            total += e;
+            store(p, e);
+        }
+        if (WIDE)
+            for (int lane = 0; lane < LANES; lane++) full[lane * KEYS + i] = p[lane];
+        else
+            for (int lane = 0; lane < LANES; lane++) narrow[lane * KEYS + i] = round_bf16(p[lane]);
+    }
+    s.top = top;
+    s.total = total;
+
+    // Values of the block as panels of 64 columns, then out = out · kept + p · values.
+    const int units = WIDE ? KEYS : KEYS / 2;
+    uint8_t* panel = own_scratch[0].take<uint8_t>(size_t(units) * 256);
+    const uint8_t* rows[KEYS];
+    for (int i = 0; i < KEYS; i++) rows[i] = i < count ? values.at(first + i) : nullptr;
+    const uint8_t* p_row[LANES];
+    for (int lane = 0; lane < LANES; lane++)
+        p_row[lane] = WIDE ? reinterpret_cast<const uint8_t*>(full + lane * KEYS) : reinterpret_cast<const uint8_t*>(narrow + lane * KEYS);
+    const int used = WIDE ? count : (count + 1) / 2 * 2;
+    for (int column = 0; column < s.e; column += PANEL) {
+        const int width = std::min(PANEL, s.e - column);
+        if (width < PANEL) std::memset(panel, 0, size_t(units) * 256);
+        if (WIDE) {
+            for (int i = 0; i < used; i++) std::memcpy(panel + i * 256, rows[i] + size_t(column) * 4, size_t(width) * 4);
+        } else {
+            for (int i = 0; i < used; i += 2) {
+                const bf16* even = reinterpret_cast<const bf16*>(rows[i]) + column;
+                const bf16* odd = rows[i + 1] ? reinterpret_cast<const bf16*>(rows[i + 1]) + column : nullptr;
+                uint32_t* to = reinterpret_cast<uint32_t*>(panel + i / 2 * 256);
+                if (odd)
+                    for (int j = 0; j < width; j++) to[j] = uint32_t(even[j]) | uint32_t(odd[j]) << 16;
+                else
+                    for (int j = 0; j < width; j++) to[j] = even[j];
+            }
+        }
+        alignas(64) float sums[LANES * PANEL];
+        for (int lane = 0; lane < LANES; lane += 4)
+            tile<KIND, 4, 4, 1>(p_row + lane, 0, panel, used, nullptr, sums + lane * PANEL);
+        alignas(64) float factor[LANES];
+        store(factor, kept);
+        for (int lane = 0; lane < LANES; lane++)
+            for (int v = 0; v < PANEL; v += 16) {
+                float* to = s.out + size_t(lane) * s.width + column + v;
+                store(to, fma(load(to), all(factor[lane]), load(sums + lane * PANEL + v)));
+            }
+    }
+}
+
+void attend(Lanes& s, const Rows& keys, const Rows& values, int begin, int end) {
+    for (int first = begin; first < end; first += KEYS) {
+        const int count = std::min(KEYS, end - first);
+        if (s.wide) attend_block<true>(s, keys, values, first, count);
+        else attend_block<false>(s, keys, values, first, count);
+    }
+}
+
+// The queries q(lane) (null: an empty lane) packed for `tile`, and an empty sum. Uses own_scratch 1 and 2.
+template <class Q> Lanes lanes_for(int d, int e, bool wide, float scale, I limit, Q q) {
+    const int unit = wide ? 1 : 2, units = ceil_div(d, unit), width = ceil_div(e, PANEL) * PANEL;
+    uint8_t* packed = own_scratch[1].take<uint8_t>(size_t(units) * 64);
+    std::memset(packed, 0, size_t(units) * 64);
+    for (int lane = 0; lane < LANES; lane++)
+        if (const float* from = q(lane))
+            for (int j = 0; j < d; j++) {
+                if (wide) reinterpret_cast<float*>(packed)[j * LANES + lane] = from[j];
+                else reinterpret_cast<bf16*>(packed)[j / 2 * 32 + lane * 2 + j % 2] = round_bf16(from[j]);
+            }
+    float* out = own_scratch[2].take<float>(size_t(LANES) * width);
+    std::fill(out, out + LANES * width, 0.f);
+    return {d, e, wide, scale, packed, limit, all(-1e30f), V{}, out, width};
+}
+
+constexpr int SPLIT = 2048;  // tokens of one sequence that a task reads; partial softmaxes are joined in order
+
+void decode(const DecodeArgs& args) {
+    const int size = args.wide ? 4 : 2, shared_by = args.heads / args.kv_heads, sets = ceil_div(shared_by, LANES);
+    struct Task { int row, head, first, lanes, begin, end, slot; };
+    std::vector<Task> tasks;
+    int slots = 0;
+    for (int row = 0; row < args.rows; row++)
+        for (int head = 0; head < args.kv_heads; head++)
+            for (int set = 0; set < sets; set++) {
+                const int first = head * shared_by + set * LANES, lanes = std::min(LANES, shared_by - set * LANES);
+                const int length = int(args.length[row]);
+                for (int begin = 0; begin < length; begin += SPLIT)
+                    tasks.push_back({row, head, first, lanes, begin, std::min(length, begin + SPLIT), length > SPLIT ? slots++ : -1});
+            }
+    const int width = ceil_div(args.e, PANEL) * PANEL;
+    const size_t slot_size = size_t(LANES) * width + 2 * LANES;
+    float* partial = shared_scratch[4].take<float>(slot_size * slots + 1);
+    pool().run(args.threads, int(tasks.size()), [&](int index) {
+        const Task& t = tasks[index];
+        const auto rows = [&](const void* pool_, int width_) {
+            const int64_t row_bytes = int64_t(width_) * size, head_bytes = row_bytes * args.page_size;
+            return Rows{static_cast<const uint8_t*>(pool_), args.table + t.row * args.table_stride,
+                        head_bytes * args.kv_heads, head_bytes * t.head, row_bytes, args.page_size};
+        };
+        Lanes s = lanes_for(args.d, args.e, args.wide, args.scale, I{} + t.end, [&](int lane) {
+            return lane < t.lanes ? args.q + (size_t(t.row) * args.heads + t.first + lane) * args.d : nullptr;
+        });
+        attend(s, rows(args.k, args.k_width), rows(args.v, args.v_width), t.begin, t.end);
+        if (t.slot >= 0) {
+            float* to = partial + slot_size * t.slot;
+            store(to, s.top);
+            store(to + LANES, s.total);
+            std::memcpy(to + 2 * LANES, s.out, size_t(LANES) * width * 4);
+            return;
+        }
+        for (int lane = 0; lane < t.lanes; lane++)
+            for (int j = 0; j < args.e; j++)
+                args.out[(size_t(t.row) * args.heads + t.first + lane) * args.e + j] = s.out[size_t(lane) * width + j] / s.total[lane];
+    });
+    for (size_t i = 0; i < tasks.size();) {  // join the parts of the long ones
+        if (tasks[i].slot < 0) { i++; continue; }
+        size_t end = i + 1;
+        while (end < tasks.size() && tasks[end].slot >= 0 && tasks[end].row == tasks[i].row && tasks[end].first == tasks[i].first) end++;
+        V top = all(-INFINITY);
+        for (size_t j = i; j < end; j++) top = max(top, load(partial + slot_size * tasks[j].slot));
+        for (int lane = 0; lane < tasks[i].lanes; lane++) {
+            float* to = args.out + (size_t(tasks[i].row) * args.heads + tasks[i].first + lane) * args.e;
+            float total = 0;
+            std::fill(to, to + args.e, 0.f);
+            for (size_t j = i; j < end; j++) {
+                const float* from = partial + slot_size * tasks[j].slot;
+                const float factor = std::exp(from[lane] - top[lane]);
+                total += from[LANES + lane] * factor;
+                for (int c = 0; c < args.e; c++) to[c] += from[2 * LANES + size_t(lane) * width + c] * factor;
+            }
+            for (int c = 0; c < args.e; c++) to[c] /= total;
+        }
+        i = end;
+    }
+}
+
+// Causal attention of a chunk. For MLA each head's keys and values are first written out from the latents.
+void prefill(const PrefillArgs& args) {
+    const int size = args.wide ? 4 : 2, shared_by = args.heads / args.kv_heads, start = args.length - args.rows;
+    const bool latent = args.uk != nullptr;
+    const int nope = latent ? args.uk->n : 0, rank = latent ? args.uk->k : 0, rope = args.d - nope;
+    pool().run(args.threads, args.heads, [&](int head) {
+        const auto pooled = [&](const void* pool_, int width_) {
+            const int64_t row_bytes = int64_t(width_) * size, head_bytes = row_bytes * args.page_size;
+            return Rows{static_cast<const uint8_t*>(pool_), args.table, head_bytes * args.kv_heads,
+                        head_bytes * (head / shared_by), row_bytes, args.page_size};
+        };
+        Rows keys = pooled(args.k, args.k_width), values = latent ? keys : pooled(args.v, args.v_width);
+        if (latent) {
+            uint8_t* k = own_scratch[3].take<uint8_t>(size_t(args.length) * args.d * size);
+            uint8_t* v = own_scratch[4].take<uint8_t>(size_t(args.length) * args.e * size);
+            const auto expand = [&](const Packed& w, uint8_t* to, int width) {
+                for (int panel = 0; panel < panels_of(w.n); panel++)
+                    through_panel(
+                        w, head, panel, args.length, 1, 0, [&](int i) { return keys.at(i); },
+                        [&](int i, const float* sums) {
+                            const size_t at = size_t(i) * width + panel * PANEL;
+                            const int columns = std::min(PANEL, w.n - panel * PANEL);
+                            if (args.wide) std::memcpy(reinterpret_cast<float*>(to) + at, sums, size_t(columns) * 4);
+                            else
+                                for (int j = 0; j < columns; j++) reinterpret_cast<bf16*>(to)[at + j] = round_bf16(sums[j]);
+                        });
+            };
+            expand(*args.uk, k, args.d);
+            expand(*args.uv, v, args.e);
+            for (int i = 0; i < args.length; i++)
+                std::memcpy(k + (size_t(i) * args.d + nope) * size, keys.at(i) + size_t(rank) * size, size_t(rope) * size);
+            keys = {k, nullptr, 0, 0, int64_t(args.d) * size, 1};
+            values = {v, nullptr, 0, 0, int64_t(args.e) * size, 1};
+        }
+        for (int first = 0; first < args.rows; first += LANES) {
+            const int lanes = std::min(LANES, args.rows - first);
+            I limit{};
+            for (int lane = 0; lane < LANES; lane++) limit[lane] = start + first + std::min(lane, lanes - 1) + 1;
+            Lanes s = lanes_for(args.d, args.e, args.wide, args.scale, limit, [&](int lane) {
+                return lane < lanes ? args.q + (size_t(first + lane) * args.heads + head) * args.d : nullptr;
+            });
+            attend(s, keys, values, 0, start + first + lanes);
+            for (int lane = 0; lane < lanes; lane++)
+                for (int j = 0; j < args.e; j++)
+                    args.out[(size_t(first + lane) * args.heads + head) * args.e + j] = s.out[size_t(lane) * s.width + j] / s.total[lane];
+        }
+    });
+}
+
+void rms_norm(const NormArgs& args) {
+    const int chunk = std::max(1, 16384 / args.c);
+    pool().run(args.threads, ceil_div(args.rows, chunk), [&](int task) {
+        for (int row = task * chunk; row < std::min(args.rows, (task + 1) * chunk); row++) {
+            const float* x = args.x + row * args.x_stride;
+            float* out = args.out + row * args.out_stride;
+            V squares{};
+            int j = 0;
+            for (; j + 16 <= args.c; j += 16) squares = fma(load(x + j), load(x + j), squares);
+            float sum = 0;
+            for (int lane = 0; lane < LANES; lane++) sum += squares[lane];
+            for (; j < args.c; j++) sum += x[j] * x[j];
+            const float factor = 1 / std::sqrt(sum / float(args.c) + args.eps);
+            for (j = 0; j < args.c; j++) out[j] = x[j] * factor * args.weight[j];
+        }
+    });
+}
+
+#define STRINGIFY(x) #x
+#define NAME(x) STRINGIFY(x)
+const Kernels table = {NAME(ISA), linear, swiglu_linear, experts, decode, prefill, route, rms_norm};
+#undef NAME
+#undef STRINGIFY
+#undef INLINE
+
+}  // namespace ISA
+}  // namespace
+#endif

@@ -1,0 +1,15 @@
+"""The compiled part of the package. Everything else is in pyproject.toml, whose table for this is experimental."""
+
+from setuptools import Extension, setup
+
+# Loaded with ctypes: a C interface, no Python or torch header. Optional: without a compiler the reference kernels run.
+# Sums must not depend on which multiply-adds a compiler happens to fuse, hence -ffp-contract.
+cpu = Extension(
+    "distill.engine.kernels._cpu",
+    sources=["distill/engine/kernels/cpu.cpp"],
+    extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=off", "-pthread", "-Wno-psabi"],
+    extra_link_args=["-pthread"],
+    optional=True,
+)
+
+setup(ext_modules=[cpu])

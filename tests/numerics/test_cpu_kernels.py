@@ -1,0 +1,208 @@
+"""The compiled CPU kernels against the reference ops, on every instruction set that this machine has, and the promise
+that no result depends on what else is in the batch, on chunks, or on the number of threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from random_models import quantise
+from torch import Tensor
+
+from distill.engine.kernels import cpu, reference
+from distill.engine.kernels.reference import Fp8, Stored
+
+# The numerics of a float32 product of this length, relative to the largest result.
+CLOSE = 3e-6
+HALF = 2e-2  # where keys, values or probabilities are rounded to bfloat16
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if why := cpu.why_missing():
+        pytest.skip(f"no compiled kernels: {why}")
+    before = cpu.instruction_set()
+    try:
+        cpu.instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    cpu.instruction_set(before)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stored(n: int, c: int, kind: str) -> Stored:
+    weight = random(n, c, seed=n + c)
+    if kind == "fp8":
+        return Fp8(*quantise(weight))
+    return weight.bfloat16() if kind == "bfloat16" else weight
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    difference = (ours - exact).abs()
+    print(f"max {difference.max():.3g}, mean {difference.mean():.3g}, largest {exact.abs().max():.3g}")
+    return float(difference.max() / exact.abs().max())
+
+
+def reference_dense(weight: Stored) -> Tensor:
+    return reference.dense(weight, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(64, 128), (200, 300), (288, 1024), (37, 5)])
+def test_linear(isa: str, kind: str, shape: tuple[int, int]) -> None:
+    weight, bias = stored(*shape, kind), random(shape[0])
+    for dtype in (torch.float32, torch.bfloat16):
+        if kind == "float32" and dtype == torch.bfloat16:
+            continue  # the weight itself would be rounded
+        packed = cpu.pack(weight, dtype)
+        for rows in (1, 5, 7, 130):
+            x = random(rows, shape[1], seed=1)
+            seen = x if dtype == torch.float32 else x.to(dtype)
+            exact = seen.double() @ reference_dense(weight).double().T + bias
+            ours = cpu.linear(x, packed, bias)
+            assert error(ours, exact) < CLOSE
+            alone = torch.cat([cpu.linear(x[i : i + 1], packed, bias) for i in range(rows)])
+            assert torch.equal(ours, alone), "a row's result depends on the rows beside it"
+
+
+@pytest.mark.parametrize("activation", [1.0, 1e-2, 1e-4])
+def test_all_finite_fp8_codes_through_the_dot_product(isa: str, activation: float) -> None:
+    """Expected values worked out from the definition of e4m3, code by code."""
+    codes = [code for code in range(256) if code & 0x7F != 0x7F]
+    weight = torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None]
+    x = torch.tensor([[activation]])
+    for dtype in (torch.float32, torch.bfloat16):
+        out = cpu.linear(x, cpu.pack(Fp8(weight, torch.tensor([[0.25], [0.5]])), dtype))[0]
+        seen = x.to(dtype).item()
+        for row, code in enumerate(codes):
+            exponent, mantissa = (code >> 3) & 15, code & 7
+            value = mantissa * 2.0**-9 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+            expected = (-value if code & 0x80 else value) * (0.25 if row < 128 else 0.5) * seen
+            assert math.isclose(out[row].item(), expected, rel_tol=1e-6, abs_tol=0.0), hex(code)
+
+
+def test_nan_codes_are_found() -> None:
+    if why := cpu.why_missing():
+        pytest.skip(f"no compiled kernels: {why}")
+    codes = torch.arange(256, dtype=torch.uint8).repeat(9000)
+    healthy = codes[(codes & 0x7F) != 0x7F]
+    assert not cpu.has_nan_codes(healthy.view(torch.float8_e4m3fn))
+    for nan in (0x7F, 0xFF):
+        healthy[-1] = nan
+        assert cpu.has_nan_codes(healthy.view(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float32"])
+def test_swiglu_linear(isa: str, kind: str) -> None:
+    gate, up = stored(200, 96, kind), stored(200, 97, kind)
+    up = Fp8(up.codes[:, :96].contiguous(), up.scale) if isinstance(up, Fp8) else up[:, :96]
+    x = random(9, 96, seed=2)
+    ours = cpu.swiglu_linear(x, cpu.pack(gate, torch.float32), cpu.pack(up, torch.float32))
+    expected = reference.swiglu_linear(x, reference_dense(gate), reference_dense(up))
+    assert error(ours, expected) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float32"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_experts(isa: str, kind: str, tokens: int) -> None:
+    """Uneven routing: expert 0 takes every token, some take none."""
+    count, per_token, f, c = 7, 3, 136, 160
+    matrices = [(stored(f, c, kind), stored(f, c + 1, kind), stored(c, f, kind)) for _ in range(count)]
+    matrices = [
+        (g, Fp8(u.codes[:, :c].contiguous(), u.scale) if isinstance(u, Fp8) else u[:, :c], d) for g, u, d in matrices
+    ]
+    matrices[3] = (matrices[3][1], matrices[3][0], matrices[3][2])  # not all the same
+    x, weights = random(tokens, c, seed=3), random(tokens, per_token, seed=4).abs()
+    chosen = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(t))[:2] + 1 for t in range(tokens)])
+    chosen = torch.cat((torch.zeros(tokens, 1, dtype=torch.int64), chosen), dim=1)
+    packed = cpu.pack_experts(matrices, count, torch.float32)
+    ours = cpu.experts(x, chosen, weights, packed)
+    expected = reference.experts(x, chosen, weights, reference.pack_experts(matrices, count, torch.float32))
+    assert error(ours, expected) < CLOSE
+    alone = [cpu.experts(x[t : t + 1], chosen[t : t + 1], weights[t : t + 1], packed) for t in range(tokens)]
+    assert torch.equal(ours, torch.cat(alone))
+
+
+def test_per_head(isa: str) -> None:
+    x, weight = random(5, 3, 20), random(3, 70, 20, seed=1)
+    ours = cpu.per_head(x, cpu.pack_heads(weight, torch.float32))
+    assert error(ours, reference.per_head(x, weight)) < CLOSE
+    wide, packed = random(5, 3, 30)[:, :, :20], cpu.pack_heads(weight, torch.float32)
+    assert torch.equal(cpu.per_head(wide, packed), cpu.per_head(wide.contiguous(), packed)), "strides are not followed"
+
+
+def pool_of(pages: int, heads: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return random(pages, heads, 16, width, seed=seed).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, d, e, longest", [(4, 64, 32, 37), (16, 288, 256, 200), (20, 96, 80, 4500)])
+def test_decode_mla(isa: str, dtype: torch.dtype, heads: int, d: int, e: int, longest: int) -> None:
+    """More heads than lanes, one token, and a context long enough to be cut into parts."""
+    pages = longest // 16 + 2
+    pool = pool_of(3 * pages, 1, d, dtype)
+    table = torch.randperm(3 * pages, generator=torch.Generator().manual_seed(0)).view(3, pages)
+    length, q = torch.tensor([longest, longest // 2, 1]), random(3, heads, d).to(dtype).float()
+    ours = cpu.decode_mla(q, pool, table, length, 0.1, e)
+    expected = reference.decode_mla(q, pool.float(), table, length, 0.1, e)
+    assert error(ours, expected) < (CLOSE if dtype == torch.float32 else HALF)
+    alone = [cpu.decode_mla(q[i : i + 1], pool, table[i : i + 1], length[i : i + 1], 0.1, e) for i in range(3)]
+    assert torch.equal(ours, torch.cat(alone))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, kv_heads, d, length", [(8, 2, 32, 70), (6, 6, 64, 33), (40, 2, 24, 130)])
+def test_gqa(isa: str, dtype: torch.dtype, heads: int, kv_heads: int, d: int, length: int) -> None:
+    pages = length // 16 + 1
+    k, v = pool_of(pages, kv_heads, d, dtype), pool_of(pages, kv_heads, d, dtype, seed=1)
+    table = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
+    q = random(length, heads, d).to(dtype).float()
+    close = CLOSE if dtype == torch.float32 else HALF
+    whole = cpu.prefill_gqa(q, k, v, table, length, 0.2)
+    assert error(whole, reference.prefill_gqa(q, k.float(), v.float(), table, length, 0.2)) < close
+    half = length // 2
+    assert torch.equal(whole[:half], cpu.prefill_gqa(q[:half], k, v, table, half, 0.2)), "a chunk differs"
+    assert torch.equal(whole[-3:], cpu.prefill_gqa(q[-3:], k, v, table, length, 0.2)), "a chunk differs"
+    row = table[None], torch.tensor([length]), 0.2
+    one = cpu.decode_gqa(q[-1:], k, v, *row)
+    assert error(one, reference.decode_gqa(q[-1:], k.float(), v.float(), *row)) < close
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prefill_mla(isa: str, dtype: torch.dtype) -> None:
+    heads, nope, rope, e, rank, length = 3, 32, 16, 24, 48, 150
+    pages = length // 16 + 1
+    pool = pool_of(pages, 1, rank + rope, dtype)
+    table = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
+    uk, uv = (random(heads, nope, rank) * 0.2).to(dtype), (random(heads, e, rank, seed=1) * 0.2).to(dtype)
+    q = random(length, heads, nope + rope).to(dtype).float()
+    packed = cpu.pack_heads(uk, dtype), cpu.pack_heads(uv, dtype)
+    whole = cpu.prefill_mla(q, pool, table, length, *packed, 0.2)
+    expected = reference.prefill_mla(q, pool.float(), table, length, uk.float(), uv.float(), 0.2)
+    assert error(whole, expected) < (CLOSE if dtype == torch.float32 else HALF)
+    assert torch.equal(whole[-20:], cpu.prefill_mla(q[-20:], pool, table, length, *packed, 0.2)), "a chunk differs"
+
+
+def test_rms_norm(isa: str) -> None:
+    x, weight = random(5, 100)[:, :90], random(90, seed=1)
+    assert error(cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) < CLOSE
+
+
+def test_the_number_of_threads_changes_nothing(isa: str) -> None:
+    weight, x = stored(300, 256, "fp8"), random(200, 256)
+    packed = cpu.pack(weight, torch.bfloat16)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(cpu.linear(x, packed))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
