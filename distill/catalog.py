@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 
 from distill.config import did_you_mean, parse, read_yaml
 from distill.errors import UserError
+from distill.prompts import load_prompts
 from distill.recipe import BenchmarkCard, Recipe, Section, StudentCard, TeacherCard
 
 Kind = Literal["recipe", "teacher", "student", "benchmark"]
@@ -50,6 +51,8 @@ def find(kind: Kind, name_or_path: str) -> Path:
     known = entries(kind)
     path = Path(name_or_path).expanduser()
     if "/" in name_or_path or path.suffix in (".yaml", ".yml"):
+        if path.is_dir() and not (path / "card.yaml").exists():
+            raise UserError(f"{path}: a directory; a {kind} is a YAML file, or a directory with a card.yaml in it")
         path = path / "card.yaml" if path.is_dir() else path
         if not path.exists():
             hint = did_you_mean(path.stem, list(known))
@@ -91,17 +94,35 @@ def _load(model: type[S], kind: Kind, name_or_path: str, overrides: Sequence[str
 def check(kind: Kind, name_or_path: str) -> list[str]:
     """Read the entry and everything it names; `UserError` at the first mistake. Returns what is legal but doubtful."""
     if kind == "recipe":
-        return _check_recipe(load_recipe(name_or_path))
+        return check_recipe(load_recipe(name_or_path), prompts=True)
     card = load(kind, name_or_path)
-    if isinstance(card, TeacherCard | StudentCard) and _local_weights(card, find(kind, name_or_path)):
-        resolve_weights("teacher" if isinstance(card, TeacherCard) else "student", name_or_path)
+    if isinstance(card, TeacherCard | StudentCard):
+        _check_weights("teacher" if isinstance(card, TeacherCard) else "student", name_or_path)
     return []
 
 
-def _check_recipe(recipe: Recipe) -> list[str]:
+def _check_weights(kind: Literal["teacher", "student"], name_or_path: str) -> None:
+    """UserError when weights that lie on this machine are incomplete; those of the hub are not looked for."""
+    card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
+    if _local_weights(card, find(kind, name_or_path)):
+        resolve_weights(kind, name_or_path)
+
+
+def check_recipe(
+    recipe: Recipe, weights: Sequence[Literal["teacher", "student"]] = ("teacher", "student"), prompts: bool = False
+) -> list[str]:
+    """Look at what a recipe names: cards, `weights` as far as they lie on this machine, every row of prompt files.
+
+    Returns what is legal but doubtful. Raises UserError at the first mistake.
+    """
     teacher, student = load_teacher(recipe.teacher), load_student(recipe.student)
+    for kind in weights:
+        _check_weights(kind, recipe.teacher if kind == "teacher" else recipe.student)
     for name in recipe.eval.benchmarks:
         load_benchmark(name)
+    if prompts:
+        for _ in load_prompts([source for source in recipe.prompts if source.kind == "file"]):
+            pass
     notes = []
     if recipe.generate.sampling.max_new_tokens >= teacher.context:
         notes.append(f"generate.sampling.max_new_tokens fills {teacher.name}'s whole context of {teacher.context}")
@@ -163,14 +184,18 @@ def _download(repo: str, revision: str | None, kind: Kind, name: str) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
     except GatedRepoError:
         fix = "accept its licence on the hub and run `hf auth login`"
-    except (EntryNotFoundError, OfflineModeIsEnabled):
-        fix = "there is no connection to the hub"
+    except OfflineModeIsEnabled:
+        fix = "HF_HUB_OFFLINE is set: unset it"
+    except EntryNotFoundError:
+        fix = "there is no connection to the hub: connect"
     except HfHubHTTPError as error:
         fix = str(error).split("\n", maxsplit=1)[0]
-    raise UserError(
-        f"the weights {repo} are not on this machine: {fix}; or download them elsewhere, `distill {kind}s copy {name} "
-        f"my-{kind}.yaml`, set weights: there to their directory, and name that file as the recipe's {kind}"
-    )
+    card_file = find(kind, name)
+    own = folder(kind) not in card_file.resolve().parents
+    place = f"set weights: in {card_file} to their directory"
+    if not own:
+        place = f"`distill {kind}s copy {name} my-{kind}.yaml`, set weights: there, and name that file as the {kind}"
+    raise UserError(f"the weights {repo} are not on this machine: {fix}; or download them elsewhere, and {place}")
 
 
 # ---- copies for the user to edit

@@ -8,6 +8,7 @@ user's input is wrong (one line, no traceback), 130 interrupted. What is none of
 import errno
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -245,7 +246,12 @@ app.add_typer(_catalog_group("benchmark", "problems with known answers"), name="
 # ---- errors become exit codes
 
 
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, _interrupted)  # a scheduler's polite end is an interruption like any other
     try:
         code = app(prog_name="distill", standalone_mode=False) or 0
         sys.stdout.flush()
@@ -263,7 +269,8 @@ def main() -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             code = _fail(_disk_full(error), 1)
         elif error.filename is not None:
-            code = _fail(f"{os.fsdecode(error.filename)}: {error.strerror or error}", 2)
+            fix = "; give yourself the right to it, or name another place" if error.errno == errno.EACCES else ""
+            code = _fail(f"{os.fsdecode(error.filename)}: {error.strerror or error}{fix}", 2)
         else:
             raise
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ teacher, seed, prompts) is refused by the run directory.
 
 import statistics
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill import catalog
@@ -15,10 +16,11 @@ from distill.backends.collect import check_all, collect, missing
 from distill.backends.local import LocalBackend, identify
 from distill.console import progress, say
 from distill.fingerprint import digest
-from distill.prompts import load_prompts
+from distill.prompts import Prompt, load_prompts
 from distill.traces.store import TraceStore
 
 if TYPE_CHECKING:
+    from distill.recipe import Recipe
     from distill.run import Run
 
 
@@ -29,15 +31,7 @@ def generate(run: "Run") -> dict[str, Any]:
     than the context.
     """
     recipe = run.recipe
-    weights = catalog.resolve_weights("teacher", recipe.teacher)
-    prompts = list(load_prompts(recipe.prompts))
-    settings = recipe.generate.settings() | {
-        f"prompts.{i}.{key}": value
-        for i, source in enumerate(recipe.prompts)
-        for key, value in source.settings().items()
-    }
-    settings |= {"seed": recipe.seed} | {f"teacher.{key}": value for key, value in identify(weights).items()}
-    extent = {"samples": recipe.generate.samples, "prompts": digest([prompt.id for prompt in prompts])}
+    weights, prompts, settings, extent = _asked(recipe)
     if (summary := run.finished("generate", settings, extent)) is not None:
         return summary
 
@@ -61,6 +55,21 @@ def generate(run: "Run") -> dict[str, Any]:
     summary = _summary(store, backend, left, time.monotonic() - started)
     stage.finish(summary)
     return summary
+
+
+def is_finished(run: "Run") -> bool:
+    """Whether the traces are all there, as the recipe asks for them. Raises UserError as `generate` does."""
+    _, _, settings, extent = _asked(run.recipe)
+    return run.finished("generate", settings, extent) is not None
+
+
+def _asked(recipe: "Recipe") -> tuple[Path, list[Prompt], dict[str, Any], dict[str, Any]]:
+    """The teacher's weights, the prompts, and the stage's settings and extent."""
+    weights = catalog.resolve_weights("teacher", recipe.teacher)
+    prompts = list(load_prompts(recipe.prompts))
+    settings = recipe.generate_settings() | {f"teacher.{key}": value for key, value in identify(weights).items()}
+    extent = {"samples": recipe.generate.samples, "prompts": digest([prompt.id for prompt in prompts])}
+    return weights, prompts, settings, extent
 
 
 def _summary(store: TraceStore, backend: LocalBackend, made: int, seconds: float) -> dict[str, Any]:

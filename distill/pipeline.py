@@ -9,9 +9,11 @@ import importlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from distill import catalog
 from distill.console import say, table
+from distill.errors import UserError
 from distill.run import STAGES, Run
 
 if TYPE_CHECKING:
@@ -22,6 +24,13 @@ ENTRY = {  # stage → the function that runs it
     "filter": ("distill.filters", "filter_traces"),
     "train": ("distill.train", "train"),
     "eval": ("distill.eval", "evaluate"),
+}
+
+SETTINGS = {  # stage → what the recipe alone says of its settings; what it reads adds to them
+    "generate": lambda recipe: recipe.generate_settings(),
+    "filter": lambda recipe: recipe.filter_settings(),
+    "train": lambda recipe: recipe.train.settings(),
+    "eval": lambda recipe: {"eval.seed": recipe.eval.seed},
 }
 
 HEADLINE: dict[str, Callable[[dict[str, Any]], str]] = {  # stage → what its summary comes to, for the last table
@@ -41,13 +50,19 @@ def run_recipe(
 ) -> None:
     """Run `stages` (default: all four, then the report) of a recipe in `directory`.
 
-    fresh: stages whose output is moved aside first, with all that was made from it. Raises UserError and WorkError.
+    fresh: stages whose output is moved aside first, with all that was made from it. What can be refused is refused
+    before the first stage begins, and then nothing was touched. Raises UserError and WorkError.
     """
+    needed: list[Literal["teacher", "student"]] = []
+    needed += ["teacher"] if "generate" in (stages or STAGES) else []
+    needed += ["student"] if "train" in (stages or STAGES) else []
+    catalog.check_recipe(recipe, needed)
     if "filter" in (stages or STAGES):
-        from distill.filters import check_recipe
+        from distill.filters import check_gradable
 
-        check_recipe(recipe)  # before generation is paid for
+        check_gradable(recipe)
     with Run(directory, recipe) as run:
+        _look_ahead(run, stages or STAGES, fresh)
         for stage in sorted(fresh, key=STAGES.index):
             run.fresh(stage)
         rows = []
@@ -65,6 +80,33 @@ def run_recipe(
 
             say(f"report: {write_report(directory)}")
             say(f"student: {directory / 'student'}")
+
+
+def _look_ahead(run: Run, stages: Sequence[str], fresh: Sequence[str]) -> None:
+    """UserError where the recipe contradicts what is in the run directory, in any stage, run now or not."""
+    begun = [stage for stage in STAGES if run.begun(stage)]
+    stay = begun[: min((begun.index(stage) for stage in fresh if stage in begun), default=len(begun))]
+    for stage in stay:
+        run.refuse_other_settings(stage, SETTINGS[stage](run.recipe))
+    if "train" in stages and "train" in stay and (unfinished := _unfinished_before_training(run, stages)):
+        raise UserError(
+            f"{run.directory}: stage {unfinished} has work left (a prompt limit or samples changed), and the student "
+            f"was trained on the traces that are there; --fresh train trains it anew on all of them, or choose another "
+            f"--run-dir"
+        )
+    for stage in stages:
+        before = STAGES[: STAGES.index(stage)]
+        for earlier in before:
+            if earlier in begun and earlier not in stages and not run.is_finished(earlier):
+                say(f"note: {earlier} is not finished; {stage} reads what is there")
+
+
+def _unfinished_before_training(run: Run, stages: Sequence[str]) -> str | None:
+    from distill import filters, generate
+
+    if "generate" in stages and not generate.is_finished(run):
+        return "generate"
+    return "filter" if "filter" in stages and not filters.is_finished(run) else None
 
 
 def _call(stage: str, run: Run) -> dict[str, Any]:

@@ -182,6 +182,18 @@ class Recipe(Section):
     train: Train = Train()
     eval: Eval
 
+    def generate_settings(self) -> dict[str, Any]:
+        """What decides the traces, beside the teacher's weights."""
+        settings = self.generate.settings() | {"seed": self.seed}
+        for i, source in enumerate(self.prompts):
+            settings |= {f"prompts.{i}.{key}": value for key, value in source.settings().items()}
+        return settings
+
+    def filter_settings(self) -> dict[str, Any]:
+        """What decides the verdicts, beside the traces."""
+        seeded = self.filter.per_prompt and self.filter.select == "random"
+        return self.filter.settings() | ({"seed": self.seed} if seeded else {})
+
 
 class TeacherCard(Section):
     """A teacher: where its weights are and what is known of it."""

@@ -37,7 +37,7 @@ _UNUSABLE = {
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
     errno.EROFS: "read-only file system",
-    errno.ENOENT: "cannot be made",
+    errno.ENOENT: "cannot be made here",
     errno.ENOTDIR: "not a directory",
     errno.EEXIST: "not a directory",
     errno.ENAMETOOLONG: "name too long",
@@ -96,6 +96,24 @@ class Run:
         summary: dict[str, Any] = state["summary"]
         return summary
 
+    def begun(self, name: str) -> bool:
+        return self._state_path(name).exists()
+
+    def is_finished(self, name: str) -> bool:
+        """Whether a stage was finished, as some recipe asked for it."""
+        state = _read_json(self._state_path(name))
+        return state is not None and state["finished"] is not None
+
+    def refuse_other_settings(self, name: str, settings: dict[str, Any]) -> None:
+        """UserError naming each of these settings that differs from those the stage was begun with.
+
+        Unlike `finished`, these may be a part of them only.
+        """
+        state = _read_json(self._state_path(name))
+        if state is not None:
+            (settings,) = _as_stored(settings)
+            self._refuse_unless_equal(name, {key: state["settings"].get(key) for key in settings}, settings)
+
     def stage(self, name: str, settings: dict[str, Any], extent: dict[str, Any], outputs: Sequence[str]) -> "Stage":
         """Begin, resume or recognise a stage; afterwards it may write its `outputs` (names inside the directory).
 
@@ -140,7 +158,7 @@ class Run:
         if (recipe := self.directory / "recipe.yaml").exists():
             shutil.copy(recipe, old)
         names = dict.fromkeys(name for state in states.values() for name in state["outputs"])
-        for source in (self.directory / name for name in names):
+        for source in (self.directory / name for name in (*names, "report.html")):  # which told of what goes
             if source.exists():
                 source.rename(old / source.name)
         for path in states:
@@ -152,13 +170,16 @@ class Run:
         """The state of a stage on the disk, None when it was never begun. UserError when it was begun otherwise."""
         assert name in STAGES, name
         state = _read_json(self._state_path(name))
-        if state is not None and state["settings"] != settings:
-            raise UserError(
-                f"{self.directory}: stage {name} was run with other settings "
-                f"({_differences(state['settings'], settings)}); --fresh {name} moves its output aside, "
-                f"or choose another --run-dir"
-            )
+        if state is not None:
+            self._refuse_unless_equal(name, state["settings"], settings)
         return state
+
+    def _refuse_unless_equal(self, name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+        if old != new:
+            raise UserError(
+                f"{self.directory}: stage {name} was run with other settings ({_differences(old, new)}); "
+                f"--fresh {name} moves its output aside, or choose another --run-dir"
+            )
 
     def _state_path(self, name: str) -> Path:
         return self.directory / "stages" / f"{name}.json"

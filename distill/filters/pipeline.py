@@ -43,7 +43,7 @@ from distill.traces.trace import Trace, Verdict
 FLUSH_SECONDS = 0.5  # an fsync a trace would cost more than most gradings
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_gradable(recipe: Recipe) -> None:
     """Raise UserError when the filters cannot judge what the prompts ask. Cheap: worth asking before generating."""
     if recipe.filter.correct:
         for source in recipe.prompts:
@@ -57,17 +57,13 @@ def filter_traces(run: Run) -> dict[str, Any]:
     Resumable; finished with the same settings and traces, it returns the stored summary at once. Raises UserError when
     there are no traces, when a task has no grader, and when nothing is kept (the dropped traces are written before).
     """
-    check_recipe(run.recipe)
+    check_gradable(run.recipe)
     settings = run.recipe.filter
     store = TraceStore(run.directory / "traces")
     keys = store.keys()
     if not keys:
         raise UserError(f"{run.directory / 'traces'}: no traces to filter; run `distill generate` first")
-    fingerprint = settings.settings()
-    if settings.per_prompt and settings.select == "random":
-        fingerprint["seed"] = run.recipe.seed
-    extent = {"traces": len(keys), "keys": hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:16]}
-    stage = run.stage("filter", fingerprint, extent, ["filtered"])
+    stage = run.stage("filter", run.recipe.filter_settings(), _extent(keys), ["filtered"])
     if stage.finished:
         assert stage.summary is not None
         return stage.summary
@@ -86,6 +82,16 @@ def filter_traces(run: Run) -> dict[str, Any]:
     stage.finish(summary)
     print_summary(summary, str(directory / "kept"))
     return summary
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the traces that are there are all filtered, as the recipe asks."""
+    keys = TraceStore(run.directory / "traces").keys()
+    return run.finished("filter", run.recipe.filter_settings(), _extent(keys)) is not None
+
+
+def _extent(keys: set[Key]) -> dict[str, Any]:
+    return {"traces": len(keys), "keys": hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:16]}
 
 
 def _judge_each(store: TraceStore, keys: set[Key], settings: Filter, path: Path) -> dict[Key, Judged]:

@@ -82,5 +82,5 @@ def print_summary(summary: dict[str, Any], where: str) -> None:
     console.say(
         f"kept {summary['kept']:,} of {summary['total']:,} traces, for {summary['prompts_kept']:,} of "
         f"{summary['prompts']:,} prompts, {summary['tokens_kept']:,} {summary['unit']} long, "
-        f"with {summary['reasoning_median']:,} of reasoning in the median: {where}"
+        f"with {summary['reasoning_median']:,.0f} tokens of reasoning in the median: {where}"
     )

@@ -41,7 +41,8 @@ def require_columns(wanted: Sequence[str], there: Iterable[str], where: str) -> 
     there = list(there)
     for column in wanted:
         if column not in there:
-            raise UserError(f"{where}: no column {column}; the columns are {', '.join(there) or '(none)'}")
+            names = ", ".join(there) or "(none)"
+            raise UserError(f"{where}: no column {column}; the columns are {names}: name the right one under `prompts`")
 
 
 def prompts_from_rows(

@@ -59,7 +59,7 @@ def train(run: "Run") -> dict[str, Any]:
 
 
 def traces_hash(kept: "Path") -> str:
-    """16 hex digits over (prompt id, sample, text) of every kept trace, whatever the order they are stored in.
+    """Their number and a hash over (prompt id, sample, text) of every kept trace, whatever order they are stored in.
 
     Raises UserError when there is no trace.
     """
@@ -71,4 +71,4 @@ def traces_hash(kept: "Path") -> str:
     )
     if not digests:
         raise UserError(f"{kept} holds no trace: see why in filtered/dropped, and loosen `filter` or generate more")
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+    return f"{len(digests):,} traces {hashlib.sha256(b''.join(digests)).hexdigest()[:16]}"

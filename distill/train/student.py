@@ -95,6 +95,8 @@ def save(
     model.to(getattr(torch, recipe.train.dtype))
     with writing(scratch, directory):
         model.save_pretrained(scratch)
+        for weights in scratch.glob("*.safetensors"):
+            weights.chmod((scratch / "config.json").stat().st_mode)  # safetensors makes files for their owner alone
         chat.save(scratch)
         (scratch / "README.md").write_text(model_card(recipe, card, summary), encoding="utf-8")
 

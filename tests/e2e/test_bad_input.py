@@ -181,3 +181,10 @@ def test_a_disk_that_fills_in_the_middle(
     after = {trace.key: trace for trace in TraceStore(Path("runs/small/traces"))}
     assert len(after) == 10
     assert {key: after[key] for key in before} == before
+
+
+@pytest.mark.parametrize("change", ["eval.benchmarks=[nope]", "student=./nope.yaml", "teacher=nope"])
+def test_what_a_later_stage_needs_is_looked_for_before_the_first(
+    refused: Callable[..., str], recipe_file: Callable[..., Path], change: str
+) -> None:
+    assert "nope" in refused("run", str(recipe_file()), "--set", change)

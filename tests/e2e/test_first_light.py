@@ -5,11 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import load_dataset
 
 from distill.chat import Chat
+from distill.errors import UserError
 from distill.pipeline import run_recipe
 from distill.prompts.arithmetic import problems
 from distill.recipe import Recipe
@@ -100,6 +102,27 @@ def test_a_finished_run_is_recognised_without_torch(finished: Path, recipe_file:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script, str(recipe_file()), str(finished)], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "change, stages, message",
+    [
+        ({"prompts": {"limit": 41}}, None, "stage generate has work left .* --fresh train"),
+        ({"train": {"max_steps": 25}}, ["eval"], "stage train was run with other settings .*max_steps: 24 → 25"),
+        ({"generate": {"logprobs": 2}}, ["filter"], "stage generate was run with other settings"),
+        ({"eval": {"seed": 7}}, ["train"], "stage eval was run with other settings"),
+    ],
+)
+def test_a_recipe_that_contradicts_any_stage_is_refused_and_nothing_is_touched(
+    finished: Path, small_recipe: Recipe, change: dict[str, Any], stages: list[str] | None, message: str
+) -> None:
+    raw = small_recipe.model_dump(mode="json")
+    for section, values in change.items():
+        (raw[section][0] if section == "prompts" else raw[section]).update(values)
+    before = contents(finished)
+    with pytest.raises(UserError, match=message):
+        run_recipe(Recipe.model_validate_json(json.dumps(raw)), finished, stages=stages)
+    assert contents(finished) == before
 
 
 def test_more_samples_extend_the_ledger_and_keep_what_is_there(

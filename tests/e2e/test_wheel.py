@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CATALOGS = ("benchmarks", "recipes", "students", "teachers")
-SOURCE = ("pyproject.toml", "README.md", "LICENSE", "distill", *CATALOGS)
+SOURCE = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "distill", *CATALOGS)
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -58,7 +58,7 @@ def source(tmp_path_factory):
     directory = tmp_path_factory.mktemp("source")
     for name in SOURCE:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         else:
             shutil.copy(ROOT / name, directory / name)
     return directory
@@ -102,6 +102,12 @@ def test_the_wheel_holds_every_file_of_the_package_and_of_the_catalogs(from_whee
     expected = files_under(ROOT / "distill")
     expected |= {f"_catalog/{name}/{file}" for name in CATALOGS for file in files_under(ROOT / name)}
     assert files_under(installed) == expected
+
+
+def test_the_wheel_brings_its_compiled_kernels(from_wheel):
+    code = "from distill.engine.kernels import cpu; print(cpu.why_missing(), cpu.instruction_set())"
+    missing, instructions = from_wheel[0].python(code).split()
+    assert missing == "None" and instructions in ("avx512_bf16", "avx512", "avx2", "portable")
 
 
 def test_the_installed_command_finds_the_packaged_catalog(from_wheel):

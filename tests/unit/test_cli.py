@@ -89,7 +89,11 @@ def test_report_prints_where_the_page_is(distill, tmp_path, monkeypatch):
         (UserError("a key\n  is wrong"), 2, "error: a key is wrong"),
         (WorkError("a worker died; rerun"), 1, "error: a worker died; rerun"),
         (KeyboardInterrupt(), 130, "error: interrupted; rerun the same command to resume"),
-        (PermissionError(errno.EACCES, "Permission denied", "/some/file"), 2, "error: /some/file: Permission denied"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/some/file"),
+            2,
+            "error: /some/file: Permission denied; give yourself the right to it, or name another place",
+        ),
         (OSError(errno.EROFS, "Read-only file system"), 2, "error: runs/tiny: Read-only file system"),
     ],
 )

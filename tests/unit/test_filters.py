@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from distill import grading
 from distill.chat import split_reasoning
 from distill.errors import UserError
-from distill.filters import check_recipe, filter_traces
+from distill.filters import check_gradable, filter_traces
 from distill.filters.correct import check_correct
 from distill.filters.dedup import check_duplicates
 from distill.filters.finish import check_finish
@@ -281,7 +281,7 @@ def test_a_task_without_a_grader_is_refused_before_any_work(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"^filter.correct: task 'code' .* set it to false"):
         run_filter(tmp_path / "run", MIXED, prompts=code)
     assert not (tmp_path / "run" / "filtered").exists()
-    check_recipe(make_recipe(prompts=code, correct=False))
+    check_gradable(make_recipe(prompts=code, correct=False))
 
 
 def test_hostile_text_goes_through(tmp_path: Path) -> None:
