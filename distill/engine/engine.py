@@ -173,6 +173,10 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         """Run the model once over whatever can run, and return the samples that finished."""
+        with self._model.ops.session():
+            return self._step()
+
+    def _step(self) -> list[Completion]:
         plan = self._scheduler.schedule()
         if not (plan.decode or plan.prefill):
             return []
@@ -244,8 +248,9 @@ class Engine:
                     f"{self.max_context}; shorten it"
                 )
         scores: list[Scores] = []
-        while len(scores) < len(sequences):
-            scores += self._score_some(sequences, len(scores), top_k)
+        with self._model.ops.session():
+            while len(scores) < len(sequences):
+                scores += self._score_some(sequences, len(scores), top_k)
         return scores
 
     def _score_some(self, sequences: Sequence[Sequence[int]], first: int, top_k: int) -> list[Scores]:

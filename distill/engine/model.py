@@ -35,11 +35,10 @@ class Model:
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Hidden states after the final norm, [t, c]; the keys and values of all t tokens are left in `cache`."""
         embed_vc = self.weights.embed_vc
-        with self.ops.session():
-            x_tc = embed_vc.index_select(0, batch.ids_t).to(self.ops.activation_dtype(embed_vc.dtype))
-            for index, layer in enumerate(self.weights.layers):
-                x_tc = self._layer(index, layer, x_tc, batch, cache)
-            return self.ops.rms_norm(x_tc, self.weights.norm_c, self.spec.norm_eps)
+        x_tc = embed_vc.index_select(0, batch.ids_t).to(self.ops.activation_dtype(embed_vc.dtype))
+        for index, layer in enumerate(self.weights.layers):
+            x_tc = self._layer(index, layer, x_tc, batch, cache)
+        return self.ops.rms_norm(x_tc, self.weights.norm_c, self.spec.norm_eps)
 
     def logits(self, hidden_rc: Tensor) -> Tensor:
         """[r, c] → [r, v], float32."""

@@ -189,6 +189,22 @@ def test_prefill_mla(isa: str, dtype: torch.dtype) -> None:
     assert torch.equal(whole[-20:], cpu.prefill_mla(q[-20:], pool, table, length, *packed, 0.2)), "a chunk differs"
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rope(isa: str, interleaved: bool) -> None:
+    x, angle = random(5, 3, 40)[:, :, 8:], random(5, 16, seed=1)
+    ours = cpu.rope(x, angle.cos(), angle.sin(), interleaved)
+    assert error(ours, reference.rope(x, angle.cos(), angle.sin(), interleaved)) < CLOSE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_write(isa: str, dtype: torch.dtype) -> None:
+    x, page, offset = random(4, 2, 20)[:, :, 3:], torch.tensor([2, 0, 2, 1]), torch.tensor([0, 15, 1, 7])
+    ours, expected = pool_of(3, 2, 17, dtype), pool_of(3, 2, 17, dtype)
+    cpu.paged_write(ours, page, offset, x)
+    reference.paged_write(expected, page, offset, x)
+    assert torch.equal(ours, expected)
+
+
 def test_rms_norm(isa: str) -> None:
     x, weight = random(5, 100)[:, :90], random(90, seed=1)
     assert error(cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) < CLOSE

@@ -42,11 +42,10 @@ class Ops:
 
 OP_NAMES = tuple(field.name for field in fields(Ops))
 _REFERENCE = dict.fromkeys(OP_NAMES, "reference")
-_STILL_TORCH = dict.fromkeys(("rope", "paged_write"), "reference")
 
 # column → op → implementation; the columns of device types, and `reference`, which is any device's
 TABLE: dict[str, dict[str, str]] = {
-    "cpu": dict.fromkeys(OP_NAMES, "cpu") | _STILL_TORCH,
+    "cpu": dict.fromkeys(OP_NAMES, "cpu"),
     "cuda": _REFERENCE,
     "reference": _REFERENCE,
 }

@@ -31,6 +31,9 @@
 #include <pthread.h>
 #include <thread>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -247,6 +250,25 @@ struct RouteArgs {
     int32_t threads;
 };
 
+struct RopeArgs {
+    const float* x;          // [rows, heads, 2r]
+    int64_t x_row, x_head;   // strides
+    const float* cos;        // [rows, r]
+    const float* sin;
+    float* out;
+    int64_t out_row, out_head;
+    int32_t rows, heads, r, interleaved, threads, unused;
+};
+
+struct WriteArgs {
+    uint8_t* pool;           // [pages, heads, page_size, width]
+    const int64_t* page;     // [rows]
+    const int64_t* offset;
+    const float* x;          // [rows, heads, width]
+    int64_t x_row, x_head;
+    int32_t rows, heads, width, page_size, wide, unused;
+};
+
 struct NormArgs {
     const float* x;
     int64_t x_stride;
@@ -267,6 +289,8 @@ struct Kernels {
     void (*decode)(const DecodeArgs&);
     void (*prefill)(const PrefillArgs&);
     void (*route)(const RouteArgs&);
+    void (*rope)(const RopeArgs&);
+    void (*paged_write)(const WriteArgs&);
     void (*rms_norm)(const NormArgs&);
 };
 }  // namespace
@@ -376,6 +400,18 @@ void distill_pack(int kind, int n, int k, const void* source, int64_t row_stride
     });
 }
 
+// Ask for huge pages under memory that is not yet touched: reading weights through 4 KiB pages costs a tenth.
+void distill_huge_pages(void* begin, int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t PAGE = 4096;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + uintptr_t(bytes)) / PAGE * PAGE;
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)begin, (void)bytes;
+#endif
+}
+
 // Whether any e4m3 code is a NaN.
 int distill_has_nan(const uint8_t* codes, int64_t count, int threads) {
     std::lock_guard<std::mutex> lock(one_caller);
@@ -399,6 +435,8 @@ OP(experts, ExpertsArgs)
 OP(decode, DecodeArgs)
 OP(prefill, PrefillArgs)
 OP(route, RouteArgs)
+OP(rope, RopeArgs)
+OP(paged_write, WriteArgs)
 OP(rms_norm, NormArgs)
 #undef OP
 
@@ -415,6 +453,7 @@ namespace ISA {
 
 typedef float V __attribute__((vector_size(64)));
 typedef int32_t I __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
 typedef uint8_t B __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
 #define INLINE inline __attribute__((always_inline))
@@ -508,8 +547,9 @@ INLINE I pair_at(const void* p) {
 }
 
 // out [ROWS, NV·16] = rows a · panel, k products in order, scaled and added up every 128 of them.
-// a[r]: row r's first part; `part` bytes further the next one. Float32 rows have one part.
-template <int KIND, int ROWS, int NV, int PARTS>
+// a[r]: row r's first part; `part` bytes further the next one. Float32 rows have one part. STEP: bytes from one pair of
+// bfloat16, or one float32, of a row to the next.
+template <int KIND, int ROWS, int NV, int PARTS, int STEP = 4>
 INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out) {
     constexpr int UNIT = KIND == FP8 ? 4 : KIND == BF16 ? 2 : 1;
     for (int begin = 0; begin < k; begin += BLOCK) {
@@ -528,7 +568,7 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
                     const V b = load(reinterpret_cast<const float*>(w) + 16 * v);
 #pragma GCC unroll 16
                     for (int r = 0; r < ROWS; r++)
-                        sum[r][v] = fma(b, all(reinterpret_cast<const float*>(a[r])[at]), sum[r][v]);
+                        sum[r][v] = fma(b, all(*reinterpret_cast<const float*>(a[r] + size_t(at) * STEP)), sum[r][v]);
                 } else {
                     I first, second;
                     if constexpr (KIND == FP8) decode_codes(w + 64 * v, first, second);
@@ -537,9 +577,9 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
                     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 3
                         for (int p = 0; p < PARTS; p++) {
-                            sum[r][v] = dot2(sum[r][v], first, pair_at(a[r] + p * part + 2 * at));
-                            if constexpr (KIND == FP8)
-                                sum[r][v] = dot2(sum[r][v], second, pair_at(a[r] + p * part + 2 * at + 4));
+                            const uint8_t* x = a[r] + p * part + size_t(at / 2) * STEP;
+                            sum[r][v] = dot2(sum[r][v], first, pair_at(x));
+                            if constexpr (KIND == FP8) sum[r][v] = dot2(sum[r][v], second, pair_at(x + STEP));
                         }
                 }
             }
@@ -591,9 +631,31 @@ INLINE void through_panel(const Packed& w, int group, int panel, int rows, int p
     }
 }
 
+// Rounded to bfloat16, in the upper half of each 32 bits: as a float32 it is the rounded value.
+INLINE U rounded(V x) {
+    const U bits = (U)x;
+    return (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+}
+INLINE void store_upper(bf16* p, U bits) {
+    const H halves = __builtin_convertvector(bits >> 16, H);
+    std::memcpy(p, &halves, 32);
+}
+
 // Float32 rows as `parts` bfloat16 rows of padded_k(k), zero past k.
 void split(const float* x, int k, int parts, size_t part, bf16* out) {
-    for (int j = 0; j < k; j++) {
+    int j = 0;
+    for (; j + LANES <= k; j += LANES) {
+        const V value = load(x + j);
+        const U high = rounded(value);
+        store_upper(out + j, high);
+        if (parts == 3) {
+            const V rest = value - (V)high;
+            const U middle = rounded(rest);
+            store_upper(out + part + j, middle);
+            store_upper(out + 2 * part + j, rounded(rest - (V)middle));
+        }
+    }
+    for (; j < k; j++) {
         const bf16 high = round_bf16(x[j]);
         out[j] = high;
         if (parts == 3) {
@@ -823,20 +885,20 @@ template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const 
     }
     const V kept = exp(s.top - top);  // first block: top was -inf, and e^-inf is as good as 0 for an empty sum
     V total = s.total * kept;
-    alignas(64) bf16 narrow[LANES * KEYS];
-    alignas(64) float full[LANES * KEYS];
-    for (int i = 0; i < KEYS; i++) {
-        alignas(64) float p[LANES] = {};
-        if (i < count) {
-            const V x = load(score + i * LANES);
-            const V e = x > all(-INFINITY) ? exp(x - top) : V{};
-            total += e;
-            store(p, e);
+    // The probabilities replace the scores: as float32, or as pairs of bfloat16 of keys 2i and 2i+1 in row i.
+    for (int i = 0; i < count; i += 2) {
+        V p[2] = {};
+        for (int j = 0; j < 2 && i + j < count; j++) {
+            const V x = load(score + (i + j) * LANES);
+            p[j] = x > all(-INFINITY) ? exp(x - top) : V{};
+            total += p[j];
         }
-        if (WIDE)
-            for (int lane = 0; lane < LANES; lane++) full[lane * KEYS + i] = p[lane];
-        else
-            for (int lane = 0; lane < LANES; lane++) narrow[lane * KEYS + i] = round_bf16(p[lane]);
+        if (WIDE) {
+            store(score + i * LANES, p[0]);
+            store(score + (i + 1) * LANES, p[1]);
+        } else {
+            store(score + i / 2 * LANES, (V)(rounded(p[0]) >> 16 | rounded(p[1])));
+        }
     }
     s.top = top;
     s.total = total;
@@ -847,8 +909,7 @@ template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const 
     const uint8_t* rows[KEYS];
     for (int i = 0; i < KEYS; i++) rows[i] = i < count ? values.at(first + i) : nullptr;
     const uint8_t* p_row[LANES];
-    for (int lane = 0; lane < LANES; lane++)
-        p_row[lane] = WIDE ? reinterpret_cast<const uint8_t*>(full + lane * KEYS) : reinterpret_cast<const uint8_t*>(narrow + lane * KEYS);
+    for (int lane = 0; lane < LANES; lane++) p_row[lane] = reinterpret_cast<const uint8_t*>(score + lane);
     const int used = WIDE ? count : (count + 1) / 2 * 2;
     for (int column = 0; column < s.e; column += PANEL) {
         const int width = std::min(PANEL, s.e - column);
@@ -868,7 +929,7 @@ template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const 
         }
         alignas(64) float sums[LANES * PANEL];
         for (int lane = 0; lane < LANES; lane += 4)
-            tile<KIND, 4, 4, 1>(p_row + lane, 0, panel, used, nullptr, sums + lane * PANEL);
+            tile<KIND, 4, 4, 1, 64>(p_row + lane, 0, panel, used, nullptr, sums + lane * PANEL);
         alignas(64) float factor[LANES];
         store(factor, kept);
         for (int lane = 0; lane < LANES; lane++)
@@ -1014,6 +1075,39 @@ void prefill(const PrefillArgs& args) {
     });
 }
 
+// Interleaved pairs are (x0, x1), (x2, x3)…; otherwise pair i is (x[i], x[i + r]).
+void rope(const RopeArgs& args) {
+    const int chunk = std::max(1, 8192 / (args.heads * args.r));
+    pool().run(args.threads, ceil_div(args.rows, chunk), [&](int task) {
+        for (int row = task * chunk; row < std::min(args.rows, (task + 1) * chunk); row++)
+            for (int head = 0; head < args.heads; head++) {
+                const float* x = args.x + row * args.x_row + head * args.x_head;
+                float* out = args.out + row * args.out_row + head * args.out_head;
+                const float *cos = args.cos + size_t(row) * args.r, *sin = args.sin + size_t(row) * args.r;
+                const int step = args.interleaved ? 2 : 1, other = args.interleaved ? 1 : args.r;
+                for (int i = 0; i < args.r; i++) {
+                    const float a = x[i * step], b = x[i * step + other];
+                    out[i * step] = a * cos[i] - b * sin[i];
+                    out[i * step + other] = b * cos[i] + a * sin[i];
+                }
+            }
+    });
+}
+
+// Token t of x [rows, heads, width] to page[t], place offset[t] of a pool.
+void paged_write(const WriteArgs& args) {
+    const size_t size = args.wide ? 4 : 2;
+    for (int row = 0; row < args.rows; row++)
+        for (int head = 0; head < args.heads; head++) {
+            const float* x = args.x + row * args.x_row + head * args.x_head;
+            const size_t place = (size_t(args.page[row]) * args.heads + head) * args.page_size + args.offset[row];
+            uint8_t* to = args.pool + place * args.width * size;
+            if (args.wide) std::memcpy(to, x, size_t(args.width) * 4);
+            else
+                for (int j = 0; j < args.width; j++) reinterpret_cast<bf16*>(to)[j] = round_bf16(x[j]);
+        }
+}
+
 void rms_norm(const NormArgs& args) {
     const int chunk = std::max(1, 16384 / args.c);
     pool().run(args.threads, ceil_div(args.rows, chunk), [&](int task) {
@@ -1034,7 +1128,7 @@ void rms_norm(const NormArgs& args) {
 
 #define STRINGIFY(x) #x
 #define NAME(x) STRINGIFY(x)
-const Kernels table = {NAME(ISA), linear, swiglu_linear, experts, decode, prefill, route, rms_norm};
+const Kernels table = {NAME(ISA), linear, swiglu_linear, experts, decode, prefill, route, rope, paged_write, rms_norm};
 #undef NAME
 #undef STRINGIFY
 #undef INLINE

@@ -63,6 +63,14 @@ _Route = _struct(
     "pointer: logits bias expert weight; "
     "int: tokens experts groups groups_kept per_token softmax group_by_best normalise; float: factor; int: threads",
 )
+_Rope = _struct(
+    "_Rope",
+    "pointer: x; long: x_row x_head; pointer: cos sin out; long: out_row out_head; "
+    "int: rows heads r interleaved threads unused",
+)
+_Write = _struct(
+    "_Write", "pointer: pool page offset x; long: x_row x_head; int: rows heads width page_size wide unused"
+)
 _Norm = _struct(
     "_Norm", "pointer: x; long: x_stride; pointer: weight out; long: out_stride; int: rows c; float: eps; int: threads"
 )
@@ -135,18 +143,38 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-class Packed:
-    """A matrix [n, c], or `groups` of them, in panels. `parts`: bfloat16 parts that activations are split into."""
+class Memory:
+    """Bytes for packed matrices, given out one after the other."""
 
-    def __init__(self, weights: list[Stored], dtype: torch.dtype) -> None:
+    def __init__(self, size: int) -> None:
+        self._data = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+        self._end = self._data.data_ptr() + self._data.numel()
+        self._next = self._data.data_ptr()
+        _lib().distill_huge_pages(c_void_p(self._next), c_int64(self._data.numel()))
+
+    def take(self, size: int) -> int:
+        """The address of `size` bytes, aligned."""
+        begin = self._next + -self._next % _ALIGNMENT
+        self._next = begin + size
+        assert self._next <= self._end
+        return begin
+
+
+class Packed:
+    """A matrix [n, c], or `groups` of them, in panels. `parts`: bfloat16 parts that activations are split into.
+
+    memory: where to put it; its own unless given.
+    """
+
+    def __init__(self, weights: list[Stored], dtype: torch.dtype, memory: Memory | None = None) -> None:
         self.parts = 1 if dtype == torch.bfloat16 else 3
         first = weights[0]
         codes = [w.codes if isinstance(w, Fp8) else w.to(_kept(w.dtype, dtype)) for w in weights]
         self.n, self.k = codes[0].shape
         kind = _KINDS[codes[0].dtype]
         size = _lib().distill_packed_bytes(kind, self.n, self.k)
-        self._data = torch.empty(len(weights) * size + _ALIGNMENT, dtype=torch.uint8)
-        begin = -self._data.data_ptr() % _ALIGNMENT + self._data.data_ptr()
+        self._memory = memory or Memory(len(weights) * size)
+        begin = self._memory.take(len(weights) * size)
         for index, matrix in enumerate(codes):
             matrix = _rows(matrix)
             _lib().distill_pack(
@@ -172,6 +200,13 @@ def _kept(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if compute == torch.bfloat16 or stored == torch.bfloat16 else torch.float32
 
 
+def _packed_bytes(weight: Stored, dtype: torch.dtype) -> int:
+    matrix = weight.codes if isinstance(weight, Fp8) else weight
+    kept = matrix.dtype if isinstance(weight, Fp8) else _kept(matrix.dtype, dtype)
+    n, k = matrix.shape
+    return int(_lib().distill_packed_bytes(_KINDS[kept], n, k)) + _ALIGNMENT
+
+
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
@@ -192,8 +227,14 @@ def pack_heads(weight_hnc: Tensor, dtype: torch.dtype) -> Packed:
 class Experts:
     """The three matrices of every expert of a layer."""
 
-    def __init__(self, experts: Iterable[tuple[Stored, Stored, Stored]], dtype: torch.dtype) -> None:
-        self.matrices = [tuple(pack(matrix, dtype) for matrix in expert) for expert in experts]
+    def __init__(self, experts: Iterable[tuple[Stored, Stored, Stored]], count: int, dtype: torch.dtype) -> None:
+        self.matrices: list[tuple[Packed, ...]] = []
+        memory = None
+        for expert in experts:
+            if memory is None:  # one piece for all, which huge pages can back
+                memory = Memory(count * sum(_packed_bytes(matrix, dtype) for matrix in expert))
+            self.matrices.append(tuple(Packed([matrix], dtype, memory) for matrix in expert))
+        assert len(self.matrices) == count
         self.parts = self.matrices[0][0].parts
         self.arrays = [
             (_Packed * len(self.matrices))(*(matrices[part].struct for matrices in self.matrices)) for part in range(3)
@@ -202,9 +243,7 @@ class Experts:
 
 
 def pack_experts(experts: Iterable[tuple[Stored, Stored, Stored]], count: int, dtype: torch.dtype) -> Experts:
-    packed = Experts(experts, dtype)
-    assert len(packed.matrices) == count
-    return packed
+    return Experts(experts, count, dtype)
 
 
 def route(
@@ -242,6 +281,57 @@ def route(
         )
     )
     return experts_tk, weights_tk
+
+
+def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Tensor:
+    x_thd = _rows(x_thd)
+    t, h, d = x_thd.shape
+    out = torch.empty(t, h, d)
+    _lib().distill_rope(
+        byref(
+            _Rope(
+                x_thd.data_ptr(),
+                x_thd.stride(0),
+                x_thd.stride(1),
+                cos_tr.data_ptr(),
+                sin_tr.data_ptr(),
+                out.data_ptr(),
+                h * d,
+                d,
+                t,
+                h,
+                d // 2,
+                interleaved,
+                _threads(),
+                0,
+            )
+        )
+    )
+    return out
+
+
+def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -> None:
+    x_tkd = _rows(x_tkd)
+    t, heads, width = x_tkd.shape
+    assert pool.is_contiguous() and pool.shape[1] == heads and pool.shape[3] == width
+    _lib().distill_paged_write(
+        byref(
+            _Write(
+                pool.data_ptr(),
+                page_t.data_ptr(),
+                offset_t.data_ptr(),
+                x_tkd.data_ptr(),
+                x_tkd.stride(0),
+                x_tkd.stride(1),
+                t,
+                heads,
+                width,
+                pool.shape[2],
+                pool.dtype == torch.float32,
+                0,
+            )
+        )
+    )
 
 
 def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float) -> Tensor:

@@ -67,7 +67,7 @@ def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Te
 
 
 def session() -> AbstractContextManager[None]:
-    """What a model's pass is wrapped in."""
+    """What every step is wrapped in."""
     return nullcontext()
 
 
