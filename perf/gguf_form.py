@@ -31,7 +31,6 @@ NAMES = {
 }
 
 
-
 def write_q8_0(file: Path) -> Path:
     if file.is_file():
         return file

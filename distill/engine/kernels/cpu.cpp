@@ -283,6 +283,7 @@ struct NormArgs {
 namespace {
 struct Kernels {
     const char* name;
+    void (*pack_codes)(const uint8_t* rows, int64_t row_stride, int k, uint8_t* panel);
     void (*linear)(const LinearArgs&);
     void (*swiglu_linear)(const LinearArgs&, const Packed& up);
     void (*experts)(const ExpertsArgs&);
@@ -371,7 +372,12 @@ void distill_pack(int kind, int n, int k, const void* source, int64_t row_stride
         if (rows < PANEL || k % unit_k(kind)) std::memset(to, 0, bytes);
         if (kind == FP8) {
             const uint8_t* from = static_cast<const uint8_t*>(source) + int64_t(panel) * PANEL * row_stride;
-            for (int k0 = 0; k0 < k; k0 += 64)  // a tile of 64×64 codes stays in the first cache
+            int k0 = 0;
+            if (rows == PANEL) {
+                chosen->pack_codes(from, row_stride, k, to);
+                k0 = k / 64 * 64;
+            }
+            for (; k0 < k; k0 += 64)
                 for (int i = 0; i < rows; i++) {
                     const uint8_t* row = from + i * row_stride;
                     uint8_t* lane = to + i / 16 * 64 + i % 16 / 4 * 16 + i % 4 * 2;
@@ -400,27 +406,42 @@ void distill_pack(int kind, int n, int k, const void* source, int64_t row_stride
     });
 }
 
-// Ask for huge pages under memory that is not yet touched: reading weights through 4 KiB pages costs a tenth.
-void distill_huge_pages(void* begin, int64_t bytes) {
+// The whole pages inside a piece of memory, for madvise.
+static void advise(const void* begin, int64_t bytes, int advice) {
 #if defined(__linux__)
     constexpr uintptr_t PAGE = 4096;
     const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + PAGE - 1) / PAGE * PAGE;
     const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + uintptr_t(bytes)) / PAGE * PAGE;
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, advice);
 #else
-    (void)begin, (void)bytes;
+    (void)begin, (void)bytes, (void)advice;
 #endif
 }
+
+// Map a file's pages at once instead of by faults. All of these are hints: where the kernel does not know one, it is slower.
+static void populate(const void* begin, int64_t bytes) { advise(begin, bytes, 22 /* MADV_POPULATE_READ */); }
+
+// Give back the pages of a mapped file that are read and not needed again; other memory keeps its contents.
+void distill_page_out(const void* begin, int64_t bytes) { advise(begin, bytes, 21 /* MADV_PAGEOUT */); }
 
 // Whether any e4m3 code is a NaN.
 int distill_has_nan(const uint8_t* codes, int64_t count, int threads) {
     std::lock_guard<std::mutex> lock(one_caller);
-    constexpr int64_t SLICE = 1 << 20;
+    populate(codes, count);
+    constexpr int64_t SLICE = 1 << 18;
     std::atomic<int> found{0};
     pool().run(threads, int((count + SLICE - 1) / SLICE), [&](int task) {
-        uint8_t any = 0;
-        for (int64_t i = task * SLICE; i < std::min(count, (task + 1) * SLICE); i++) any |= (codes[i] & 0x7f) == 0x7f;
-        if (any) found = 1;
+        constexpr uint64_t ALL = 0x0101010101010101u;
+        const int64_t end = std::min(count, (task + 1) * SLICE);
+        uint64_t any = 0;
+        int64_t i = task * SLICE;
+        for (; i + 8 <= end; i += 8) {  // 0x7f is the one magnitude that carries into the sign's place
+            uint64_t word;
+            std::memcpy(&word, codes + i, 8);
+            any |= (word & 0x7f * ALL) + ALL;
+        }
+        for (; i < end; i++) any |= uint64_t(codes[i] & 0x7f) + 1;
+        if (any & 0x80 * ALL) found = 1;
     });
     return found;
 }
@@ -710,6 +731,36 @@ void linear(const LinearArgs& args) {
                     for (int j = 0; j < width; j++) to[j] = bias ? sums[j] + bias[j] : sums[j];
             });
     });
+}
+
+// 64 rows of codes into a panel: blocks of 16 rows × 64 codes are turned as 16×16 words of 4 codes, whose halves then
+// part. k up to the last multiple of 64; the caller does the rest.
+void pack_codes(const uint8_t* rows, int64_t row_stride, int k, uint8_t* panel) {
+    typedef int16_t S __attribute__((vector_size(64)));
+    I lane;
+    for (int i = 0; i < 16; i++) lane[i] = i;
+    S halves;
+    for (int i = 0; i < 32; i++) halves[i] = int16_t(i / 8 * 8 + i % 4 * 2 + i % 8 / 4);
+    for (int k0 = 0; k0 + 64 <= k; k0 += 64)
+        for (int set = 0; set < 4; set++) {
+            I word[16];
+            for (int r = 0; r < 16; r++) word[r] = load_pairs(rows + (set * 16 + r) * row_stride + k0);
+#pragma GCC unroll 4
+            for (int s = 8; s; s /= 2) {
+                const I low = (lane & s) != 0 ? lane - s + 16 : lane, high = (lane & s) != 0 ? lane + 16 : lane + s;
+#pragma GCC unroll 16
+                for (int r = 0; r < 16; r++)
+                    if (!(r & s)) {
+                        const I a = word[r], b = word[r + s];
+                        word[r] = __builtin_shuffle(a, b, low);
+                        word[r + s] = __builtin_shuffle(a, b, high);
+                    }
+            }
+            for (int unit = 0; unit < 16; unit++) {
+                const S parted = __builtin_shuffle((S)word[unit], halves);
+                std::memcpy(panel + size_t(k0 / 4 + unit) * 256 + set * 64, &parted, 64);
+            }
+        }
 }
 
 // silu(gate) · up of 64 sums each.
@@ -1128,7 +1179,7 @@ void rms_norm(const NormArgs& args) {
 
 #define STRINGIFY(x) #x
 #define NAME(x) STRINGIFY(x)
-const Kernels table = {NAME(ISA), linear, swiglu_linear, experts, decode, prefill, route, rope, paged_write, rms_norm};
+const Kernels table = {NAME(ISA), pack_codes, linear, swiglu_linear, experts, decode, prefill, route, rope, paged_write, rms_norm};
 #undef NAME
 #undef STRINGIFY
 #undef INLINE

@@ -150,7 +150,6 @@ class Memory:
         self._data = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
         self._end = self._data.data_ptr() + self._data.numel()
         self._next = self._data.data_ptr()
-        _lib().distill_huge_pages(c_void_p(self._next), c_int64(self._data.numel()))
 
     def take(self, size: int) -> int:
         """The address of `size` bytes, aligned."""
@@ -186,6 +185,7 @@ class Packed:
                 c_void_p(begin + index * size),
                 _threads(),
             )
+            _lib().distill_page_out(c_void_p(matrix.data_ptr()), c_int64(matrix.nbytes))
         self._scale: Tensor | None = None
         if isinstance(first, Fp8):  # one scale per panel and 128 columns
             rows = torch.arange(0, self.n, PANEL) // FP8_BLOCK
@@ -231,7 +231,7 @@ class Experts:
         self.matrices: list[tuple[Packed, ...]] = []
         memory = None
         for expert in experts:
-            if memory is None:  # one piece for all, which huge pages can back
+            if memory is None:
                 memory = Memory(count * sum(_packed_bytes(matrix, dtype) for matrix in expert))
             self.matrices.append(tuple(Packed([matrix], dtype, memory) for matrix in expert))
         assert len(self.matrices) == count
