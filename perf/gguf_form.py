@@ -1,4 +1,4 @@
-"""The random checkpoint as GGUF, Q8_0 as llama.cpp's own converter would write it; 1-d tensors and the router float32."""
+"""The random checkpoint as GGUF, Q8_0 as llama.cpp's own converter writes it: 1-d tensors and the router float32."""
 
 from pathlib import Path
 
