@@ -102,6 +102,11 @@ def active_parameters() -> int:
     return parameters() - idle - CONFIG["vocab_size"] * CONFIG["hidden_size"]
 
 
+def active_bytes() -> int:
+    """Bytes of those as we store them: one a parameter, two in the head."""
+    return active_parameters() + CONFIG["vocab_size"] * CONFIG["hidden_size"]
+
+
 def tensors() -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """(name, values or FP8 codes, scales); the same numbers every time."""
     generator = torch.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import CONFIG, active_parameters, write_bfloat16, write_fp8
+from checkpoint import CONFIG, active_bytes, active_parameters, write_bfloat16, write_fp8
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -233,7 +233,7 @@ def show(results: dict[str, dict[str, float]]) -> None:
     limits = results["limits"]
     print(f"limits: {limits['memory, GB/s']:.1f} GB/s, {limits['bfloat16, GFLOP/s']:.0f} GFLOP/s")
     if "ours" in results:
-        bytes_limit = limits["memory, GB/s"] * 1e9 / active_parameters()
+        bytes_limit = limits["memory, GB/s"] * 1e9 / active_bytes()
         flops_limit = limits["bfloat16, GFLOP/s"] * 1e9 / (2 * active_parameters())
         ours = results["ours"]
         print(f"decode × 1 is {ours['decode × 1'] / bytes_limit:.0%} of what the memory allows ({bytes_limit:.0f})")
