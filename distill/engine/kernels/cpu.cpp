@@ -194,7 +194,7 @@ struct Rows {
 
 }  // namespace
 
-// Arguments of the ops, laid out alike in cpu.py.
+// Arguments of the ops, laid out alike in cpu_library.py.
 struct LinearArgs {
     const float* x;
     int64_t x_stride;        // between rows

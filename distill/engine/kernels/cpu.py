@@ -5,137 +5,39 @@ float32 itself (compute dtype float32: exact to float32, at a third of the speed
 FP8 codes with their scales, bfloat16, or float32. Sums run in a fixed order, so that no result depends on what else is
 in the batch, on chunks, or on the number of threads.
 
-The library is compiled when the package is installed and is optional: `why_missing` says what its absence is due to.
-
 Legend: as in reference.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from ctypes import addressof, byref, c_float, c_int32, c_int64, c_void_p
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Iterable
+from ctypes import addressof, byref, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill.engine.kernels.cpu_library import (
+    DecodeArgs,
+    ExpertsArgs,
+    LinearArgs,
+    NormArgs,
+    PackedMatrix,
+    PrefillArgs,
+    RopeArgs,
+    RouteArgs,
+    WriteArgs,
+    library,
+    threads,
+)
+from distill.engine.kernels.cpu_library import instruction_set as instruction_set
+from distill.engine.kernels.cpu_library import session as session
+from distill.engine.kernels.cpu_library import why_missing as why_missing
 from distill.engine.kernels.reference import FP8_BLOCK, Fp8, Stored
 
 PANEL = 64  # outputs side by side in a packed matrix
 _ALIGNMENT = 64
 _KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: 2}
-
-
-def _struct(name: str, fields: str) -> type[ctypes.Structure]:
-    """A ctypes structure from "type: name name; …", in the order of cpu.cpp."""
-    types = {"int": c_int32, "long": c_int64, "float": c_float, "pointer": c_void_p}
-    listed = [
-        (field, types[kind.strip()])
-        for kind, names in (part.split(":") for part in fields.split(";"))
-        for field in names.split()
-    ]
-    return type(name, (ctypes.Structure,), {"_fields_": listed})
-
-
-_Packed = _struct("_Packed", "int: kind n k groups; pointer: data scale")
-_Linear = _struct(
-    "_Linear", "pointer: x; long: x_stride; pointer: w bias out; long: out_stride; int: rows parts add threads"
-)
-_Experts = _struct(
-    "_Experts", "pointer: x expert weight gate up down out; int: tokens per_token experts parts threads unused"
-)
-_Decode = _struct(
-    "_Decode",
-    "pointer: q k v table length out; long: table_stride; "
-    "int: rows heads kv_heads d e k_width v_width page_size wide threads; float: scale",
-)
-_Prefill = _struct(
-    "_Prefill",
-    "pointer: q k v table uk uv out; "
-    "int: rows length heads kv_heads d e k_width v_width page_size wide threads; float: scale",
-)
-_Route = _struct(
-    "_Route",
-    "pointer: logits bias expert weight; "
-    "int: tokens experts groups groups_kept per_token softmax group_by_best normalise; float: factor; int: threads",
-)
-_Rope = _struct(
-    "_Rope",
-    "pointer: x; long: x_row x_head; pointer: cos sin out; long: out_row out_head; "
-    "int: rows heads r interleaved threads unused",
-)
-_Write = _struct(
-    "_Write", "pointer: pool page offset x; long: x_row x_head; int: rows heads width page_size wide unused"
-)
-_Norm = _struct(
-    "_Norm", "pointer: x; long: x_stride; pointer: weight out; long: out_stride; int: rows c; float: eps; int: threads"
-)
-
-
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | str:
-    """The compiled kernels, or why there are none."""
-    found = sorted(Path(__file__).parent.glob("_cpu.*.so"))
-    if not found:
-        return "they were not compiled when distill was installed; install a C++20 compiler, then distill again"
-    try:
-        library = ctypes.CDLL(str(found[0]))
-        library.distill_isa.restype = ctypes.c_char_p
-    except (OSError, AttributeError) as error:
-        return f"{found[0].name} cannot be loaded ({error}); install distill again"
-    library.distill_packed_bytes.restype = c_int64
-    return library
-
-
-def why_missing() -> str | None:
-    """Why the compiled kernels are not there, and the fix; None if they are."""
-    library = _library()
-    return library if isinstance(library, str) else None
-
-
-def _lib() -> ctypes.CDLL:
-    library = _library()
-    assert not isinstance(library, str), library
-    return library
-
-
-def instruction_set(name: str | None = None) -> str:
-    """The instruction set in use ("avx512_bf16", "avx512", "avx2", "portable"), after switching to `name` if given.
-
-    ValueError if this machine does not have it.
-    """
-    used = _lib().distill_isa(name.encode() if name else None)
-    if used is None:
-        raise ValueError(f"this machine does not have the instruction set {name!r}")
-    return str(used.decode())
-
-
-_own_threads: int | None = None
-
-
-@contextmanager
-def session() -> Iterator[None]:
-    """While it is open, torch's own ops run on one thread and the kernels on as many as torch had.
-
-    What torch still does between kernels is small; its workers would spin on the cores that the kernels' need.
-    """
-    global _own_threads
-    threads, before = torch.get_num_threads(), _own_threads
-    _own_threads = before or threads
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        _own_threads = before
-
-
-def _threads() -> int:
-    return _own_threads or torch.get_num_threads()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -171,27 +73,27 @@ class Packed:
         codes = [w.codes if isinstance(w, Fp8) else w.to(_kept(w.dtype, dtype)) for w in weights]
         self.n, self.k = codes[0].shape
         kind = _KINDS[codes[0].dtype]
-        size = _lib().distill_packed_bytes(kind, self.n, self.k)
+        size = library().distill_packed_bytes(kind, self.n, self.k)
         self._memory = memory or Memory(len(weights) * size)
         begin = self._memory.take(len(weights) * size)
         for index, matrix in enumerate(codes):
             matrix = _rows(matrix)
-            _lib().distill_pack(
+            library().distill_pack(
                 kind,
                 self.n,
                 self.k,
                 c_void_p(matrix.data_ptr()),
                 c_int64(matrix.stride(0)),
                 c_void_p(begin + index * size),
-                _threads(),
+                threads(),
             )
-            _lib().distill_page_out(c_void_p(matrix.data_ptr()), c_int64(matrix.nbytes))
+            library().distill_page_out(c_void_p(matrix.data_ptr()), c_int64(matrix.nbytes))
         self._scale: Tensor | None = None
         if isinstance(first, Fp8):  # one scale per panel and 128 columns
             rows = torch.arange(0, self.n, PANEL) // FP8_BLOCK
             self._scale = torch.stack([w.scale.float()[rows] for w in weights if isinstance(w, Fp8)]).contiguous()
         scale = None if self._scale is None else self._scale.data_ptr()
-        self.struct = _Packed(kind, self.n, self.k, len(weights), begin, scale)
+        self.struct = PackedMatrix(kind, self.n, self.k, len(weights), begin, scale)
         self.address = addressof(self.struct)
 
 
@@ -204,7 +106,7 @@ def _packed_bytes(weight: Stored, dtype: torch.dtype) -> int:
     matrix = weight.codes if isinstance(weight, Fp8) else weight
     kept = matrix.dtype if isinstance(weight, Fp8) else _kept(matrix.dtype, dtype)
     n, k = matrix.shape
-    return int(_lib().distill_packed_bytes(_KINDS[kept], n, k)) + _ALIGNMENT
+    return int(library().distill_packed_bytes(_KINDS[kept], n, k)) + _ALIGNMENT
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -213,7 +115,7 @@ def activation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def has_nan_codes(codes: Tensor) -> bool:
     assert codes.is_contiguous()
-    return bool(_lib().distill_has_nan(c_void_p(codes.data_ptr()), c_int64(codes.numel()), _threads()))
+    return bool(library().distill_has_nan(c_void_p(codes.data_ptr()), c_int64(codes.numel()), threads()))
 
 
 def pack(weight: Stored, dtype: torch.dtype) -> Packed:
@@ -237,7 +139,8 @@ class Experts:
         assert len(self.matrices) == count
         self.parts = self.matrices[0][0].parts
         self.arrays = [
-            (_Packed * len(self.matrices))(*(matrices[part].struct for matrices in self.matrices)) for part in range(3)
+            (PackedMatrix * len(self.matrices))(*(matrices[part].struct for matrices in self.matrices))
+            for part in range(3)
         ]
         self.addresses = [addressof(array) for array in self.arrays]
 
@@ -260,9 +163,9 @@ def route(
     logits_tx = logits_tx.contiguous()
     t, x = logits_tx.shape
     experts_tk, weights_tk = torch.empty(t, per_token, dtype=torch.int64), torch.empty(t, per_token)
-    _lib().distill_route(
+    library().distill_route(
         byref(
-            _Route(
+            RouteArgs(
                 logits_tx.data_ptr(),
                 None if bias_x is None else bias_x.data_ptr(),
                 experts_tk.data_ptr(),
@@ -276,7 +179,7 @@ def route(
                 group_by == "best",
                 normalise,
                 scale,
-                _threads(),
+                threads(),
             )
         )
     )
@@ -287,9 +190,9 @@ def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Te
     x_thd = _rows(x_thd)
     t, h, d = x_thd.shape
     out = torch.empty(t, h, d)
-    _lib().distill_rope(
+    library().distill_rope(
         byref(
-            _Rope(
+            RopeArgs(
                 x_thd.data_ptr(),
                 x_thd.stride(0),
                 x_thd.stride(1),
@@ -302,7 +205,7 @@ def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Te
                 h,
                 d // 2,
                 interleaved,
-                _threads(),
+                threads(),
                 0,
             )
         )
@@ -314,9 +217,9 @@ def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -
     x_tkd = _rows(x_tkd)
     t, heads, width = x_tkd.shape
     assert pool.is_contiguous() and pool.shape[1] == heads and pool.shape[3] == width
-    _lib().distill_paged_write(
+    library().distill_paged_write(
         byref(
-            _Write(
+            WriteArgs(
                 pool.data_ptr(),
                 page_t.data_ptr(),
                 offset_t.data_ptr(),
@@ -338,14 +241,16 @@ def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float) -> Tensor:
     x_tc = _rows(x_tc)
     rows, c = x_tc.shape
     out = torch.empty(rows, c)
-    _lib().distill_rms_norm(
-        byref(_Norm(x_tc.data_ptr(), x_tc.stride(0), weight_c.data_ptr(), out.data_ptr(), c, rows, c, eps, _threads()))
+    library().distill_rms_norm(
+        byref(
+            NormArgs(x_tc.data_ptr(), x_tc.stride(0), weight_c.data_ptr(), out.data_ptr(), c, rows, c, eps, threads())
+        )
     )
     return out
 
 
 def _linear_args(x: Tensor, x_stride: int, w: Packed, bias: Tensor | None, out: Tensor, rows: int) -> Any:
-    return _Linear(
+    return LinearArgs(
         x.data_ptr(),
         x_stride,
         w.address,
@@ -355,7 +260,7 @@ def _linear_args(x: Tensor, x_stride: int, w: Packed, bias: Tensor | None, out: 
         rows,
         w.parts,
         0,
-        _threads(),
+        threads(),
     )
 
 
@@ -363,7 +268,7 @@ def linear(x_tc: Tensor, weight: Packed, bias_n: Tensor | None = None) -> Tensor
     x_tc = _rows(x_tc)
     assert x_tc.dtype == torch.float32 and x_tc.shape[1] == weight.k
     out = torch.empty(x_tc.shape[0], weight.n)
-    _lib().distill_linear(byref(_linear_args(x_tc, x_tc.stride(0), weight, bias_n, out, x_tc.shape[0])))
+    library().distill_linear(byref(_linear_args(x_tc, x_tc.stride(0), weight, bias_n, out, x_tc.shape[0])))
     return out
 
 
@@ -375,7 +280,7 @@ def swiglu_linear(
     x_tc = _rows(x_tc)
     out = torch.empty(x_tc.shape[0], gate.n)
     args = _linear_args(x_tc, x_tc.stride(0), gate, None, out, x_tc.shape[0])
-    _lib().distill_swiglu_linear(byref(args), c_void_p(up.address))
+    library().distill_swiglu_linear(byref(args), c_void_p(up.address))
     return out
 
 
@@ -384,7 +289,7 @@ def per_head(x_thc: Tensor, weight: Packed) -> Tensor:
     if x_thc.stride(2) != 1 or x_thc.stride(1) != c:
         x_thc = x_thc.contiguous()
     out = torch.empty(t, h, weight.n)
-    _lib().distill_linear(byref(_linear_args(x_thc, x_thc.stride(0), weight, None, out, t)))
+    library().distill_linear(byref(_linear_args(x_thc, x_thc.stride(0), weight, None, out, t)))
     return out
 
 
@@ -392,9 +297,9 @@ def experts(x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, packed: Expert
     x_tc, experts_tk, weights_tk = x_tc.contiguous(), experts_tk.contiguous(), weights_tk.contiguous()
     t, k = experts_tk.shape
     out = torch.empty_like(x_tc)
-    _lib().distill_experts(
+    library().distill_experts(
         byref(
-            _Experts(
+            ExpertsArgs(
                 x_tc.data_ptr(),
                 experts_tk.data_ptr(),
                 weights_tk.data_ptr(),
@@ -404,7 +309,7 @@ def experts(x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, packed: Expert
                 k,
                 len(packed.matrices),
                 packed.parts,
-                _threads(),
+                threads(),
                 0,
             )
         )
@@ -417,9 +322,9 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, table_bp: Tensor, length_b: Tensor,
     b, h, d = q.shape
     assert table_bp.shape[0] == length_b.shape[0] == b and table_bp.stride(1) == 1
     out = torch.empty(b, h, e)
-    _lib().distill_decode(
+    library().distill_decode(
         byref(
-            _Decode(
+            DecodeArgs(
                 q.data_ptr(),
                 k.data_ptr(),
                 v.data_ptr(),
@@ -436,7 +341,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, table_bp: Tensor, length_b: Tensor,
                 v.shape[3],
                 k.shape[2],
                 k.dtype == torch.float32,
-                _threads(),
+                threads(),
                 scale,
             )
         )
@@ -479,9 +384,9 @@ def _prefill(
     t, h, d = q.shape
     assert t <= length <= table_p.numel() * k.shape[2] and table_p.is_contiguous()
     out = torch.empty(t, h, e)
-    _lib().distill_prefill(
+    library().distill_prefill(
         byref(
-            _Prefill(
+            PrefillArgs(
                 q.data_ptr(),
                 k.data_ptr(),
                 None if v is None else v.data_ptr(),
@@ -499,7 +404,7 @@ def _prefill(
                 0 if v is None else v.shape[3],
                 k.shape[2],
                 k.dtype == torch.float32,
-                _threads(),
+                threads(),
                 scale,
             )
         )
