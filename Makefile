@@ -7,6 +7,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 JUNIT := build/junit.xml
+INSTALLED_FROM := pyproject.toml constraints.txt setup.py distill/engine/kernels/cpu.cpp
 SOURCES := $(wildcard distill tests tools perf cli.py setup.py)
 
 .PHONY: quickstart test lint format clean
@@ -33,13 +34,19 @@ clean: # not runs/: what was computed is the user's
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A venv whose creation was cut off has a python but no working pip; --clear starts it over.
-.venv/installed: pyproject.toml constraints.txt setup.py distill/engine/kernels/cpu.cpp
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
-	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@echo "installing into .venv (some minutes the first time)"
+define VENV
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
+$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+@echo "installing into .venv (some minutes the first time)"
+endef
+
+.venv/installed: $(INSTALLED_FROM)
+	$(VENV)
 	$(INSTALL) -e .
 	touch $@
 
-.venv/installed-dev: pyproject.toml constraints.txt .venv/installed
+# Holds all that `.venv/installed` does, which is therefore not made first: the kernels would be compiled twice.
+.venv/installed-dev: $(INSTALLED_FROM)
+	$(VENV)
 	$(INSTALL) -e '.[dev]'
-	touch $@
+	touch .venv/installed $@
