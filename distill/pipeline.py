@@ -33,6 +33,8 @@ SETTINGS = {  # stage → what the recipe alone says of its settings; what it re
     "eval": lambda recipe: {"eval.seed": recipe.eval.seed},
 }
 
+WEIGHTS: dict[str, Literal["teacher", "student"]] = {"generate": "teacher", "train": "student"}  # what a stage loads
+
 HEADLINE: dict[str, Callable[[dict[str, Any]], str]] = {  # stage → what its summary comes to, for the last table
     "generate": lambda s: f"{s['traces']:,} traces of {s['prompts']:,} prompts, {s['completion_tokens']:,} tokens",
     "filter": lambda s: f"{s['kept']:,} of {s['total']:,} traces kept",
@@ -53,10 +55,7 @@ def run_recipe(
     fresh: stages whose output is moved aside first, with all that was made from it. What can be refused is refused
     before the first stage begins, and then nothing was touched. Raises UserError and WorkError.
     """
-    needed: list[Literal["teacher", "student"]] = []
-    needed += ["teacher"] if "generate" in (stages or STAGES) else []
-    needed += ["student"] if "train" in (stages or STAGES) else []
-    catalog.check_recipe(recipe, needed)
+    catalog.check_recipe(recipe, [WEIGHTS[stage] for stage in stages or STAGES if stage in WEIGHTS])
     if "filter" in (stages or STAGES):
         from distill.filters import check_gradable
 
@@ -95,8 +94,7 @@ def _look_ahead(run: Run, stages: Sequence[str], fresh: Sequence[str]) -> None:
             f"--run-dir"
         )
     for stage in stages:
-        before = STAGES[: STAGES.index(stage)]
-        for earlier in before:
+        for earlier in STAGES[: STAGES.index(stage)]:
             if earlier in begun and earlier not in stages and not run.is_finished(earlier):
                 say(f"note: {earlier} is not finished; {stage} reads what is there")
 

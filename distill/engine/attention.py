@@ -74,7 +74,7 @@ class Batch:
 def build_batch(
     decode: Sequence[Chunk], prefill: Sequence[Chunk], page_size: int, rope: Rope, device: torch.device
 ) -> Batch:
-    """Lay chunks out as one flat batch: `decode` (one token each, longest sequence first), then `prefill`, in order."""
+    """Lay chunks out as one flat batch: `decode` (one token each), then `prefill`, in order."""
     ids: list[int] = [chunk.tokens[chunk.start] for chunk in decode]
     positions: list[int] = [chunk.start for chunk in decode]
     pages: list[int] = [chunk.pages[chunk.start // page_size] for chunk in decode]
