@@ -1,7 +1,7 @@
 """Attention over paged caches: grouped-query (GQA), and DeepSeek's latent form (MLA) in its two shapes.
 
 A step is one flat batch of tokens: first the rows that decode, then the chunks of prompts. Projections run over all of
-it at once; only the attention core tells the two apart.
+it at once; only the attention core tells segments of rows apart.
 
 MLA caches per token the normalised latent c (512 numbers in V3) and the rotated key part that all heads share (64). It
 has two forms, equal up to rounding:
@@ -9,7 +9,7 @@ has two forms, equal up to rounding:
     queries share the context;
   absorbed (what is generated): kv_b_proj is moved to the query and the output, q' = q_nope·W_UK and o = (P·c)·W_UV, so
     that the latents are read as they lie in the cache, once for all heads (DeepSeek-V2, arXiv:2405.04434, section
-    2.1.2).
+    2.1.2). Sparse attention (indexer.py) takes this form for prompts, too.
 
 Legend: t tokens of the step, b decoding sequences, h query heads, k key-value heads, d width of q and k, n and r its
 unrotated and rotated parts, e width of values, c latent, l context, p pages.
@@ -17,33 +17,41 @@ unrotated and rotated parts, e width of values, c latent, l context, p pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from distill.engine import indexer
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
-from distill.engine.spec import LATENT_NORM_EPS, ModelSpec, Rope
+from distill.engine.spec import LATENT_NORM_EPS, Indexer, ModelSpec
 from distill.engine.weights import GqaWeights, Linear, MlaWeights
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `start … end-1` of one sequence, to be computed in this step; those before are cached. Pages cover all."""
+    """`ids`, the tokens from position `start` on of one sequence, to be computed in this step; those before are cached.
+    Pages cover all."""
 
-    tokens: Sequence[int]
+    ids: Sequence[int]
     start: int
-    end: int
     pages: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.ids)
 
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """The first rows of the flat batch: one token each, at the end of a context of length_b tokens."""
+    """Rows `start … end-1` of the flat batch: one token each, at the end of a context of length_b tokens."""
 
-    count: int
+    start: int
+    end: int
     table_bp: Tensor
     length_b: Tensor
 
@@ -59,52 +67,83 @@ class PrefillChunk:
 
 
 @dataclass(frozen=True)
+class SparseRows:
+    """Rows `start … end-1` of the flat batch, each of which sees more tokens than sparse attention keeps: chunks of one
+    or more rows."""
+
+    start: int
+    end: int
+    chunks: tuple[PrefillChunk, ...]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One step's input, as tensors. cos and sin are [t, rotated width / 2], float32."""
+    """One step's input, as tensors. cos and sin: [t, rotated width / 2], float32. segments: of the rows, in order."""
 
     ids_t: Tensor
     page_t: Tensor
     offset_t: Tensor
     cos_tr: Tensor
     sin_tr: Tensor
-    decode: DecodeRows | None
-    prefill: tuple[PrefillChunk, ...]
+    segments: tuple[DecodeRows | PrefillChunk | SparseRows, ...]
 
 
 def build_batch(
-    decode: Sequence[Chunk], prefill: Sequence[Chunk], page_size: int, rope: Rope, device: torch.device
+    decode: Sequence[Chunk], prefill: Sequence[Chunk], page_size: int, spec: ModelSpec, device: torch.device
 ) -> Batch:
     """Lay chunks out as one flat batch: `decode` (one token each), then `prefill`, in order."""
-    ids: list[int] = [chunk.tokens[chunk.start] for chunk in decode]
+    ids: list[int] = [chunk.ids[0] for chunk in decode]
     positions: list[int] = [chunk.start for chunk in decode]
     pages: list[int] = [chunk.pages[chunk.start // page_size] for chunk in decode]
-    prefills = []
     for chunk in prefill:
-        row = len(ids)
-        ids += chunk.tokens[chunk.start : chunk.end]
+        ids += chunk.ids
         positions += range(chunk.start, chunk.end)
         pages += [chunk.pages[i // page_size] for i in range(chunk.start, chunk.end)]
-        table = torch.tensor(chunk.pages[: -(-chunk.end // page_size)], device=device)
-        prefills.append(PrefillChunk(row, len(ids), table, chunk.end))
     position_t = torch.tensor(positions, device=device)
-    angle_tr = position_t[:, None].float() * torch.tensor(rope.inv_freq, dtype=torch.float32, device=device)
+    angle_tr = position_t[:, None].float() * torch.tensor(spec.rope.inv_freq, dtype=torch.float32, device=device)
     return Batch(
         ids_t=torch.tensor(ids, device=device),
         page_t=torch.tensor(pages, device=device),
         offset_t=position_t % page_size,
-        cos_tr=angle_tr.cos() * rope.magnitude,
-        sin_tr=angle_tr.sin() * rope.magnitude,
-        decode=_decode_rows(decode, page_size, device) if decode else None,
-        prefill=tuple(prefills),
+        cos_tr=angle_tr.cos() * spec.rope.magnitude,
+        sin_tr=angle_tr.sin() * spec.rope.magnitude,
+        segments=tuple(_segments(decode, prefill, page_size, spec.indexer, device)),
     )
 
 
-def _decode_rows(decode: Sequence[Chunk], page_size: int, device: torch.device) -> DecodeRows:
+def _segments(
+    decode: Sequence[Chunk], prefill: Sequence[Chunk], page_size: int, indexer: Indexer | None, device: torch.device
+) -> Iterator[DecodeRows | PrefillChunk | SparseRows]:
+    def chunk_of(start: int, end: int, chunk: Chunk, length: int) -> PrefillChunk:
+        table_p = torch.tensor(chunk.pages[: -(-length // page_size)], device=device)
+        return PrefillChunk(start, end, table_p, length)
+
+    dense_until = indexer.top_k if indexer else sys.maxsize  # a longer context is not attended to whole
+    row = 0
+    for sparse, rows in itertools.groupby(decode, lambda chunk: chunk.end > dense_until):
+        some = list(rows)
+        start, row = row, row + len(some)
+        if sparse:
+            yield SparseRows(
+                start, row, tuple(chunk_of(start + i, start + i + 1, c, c.end) for i, c in enumerate(some))
+            )
+        else:
+            yield _decode_rows(start, some, page_size, device)
+    for chunk in prefill:
+        start, row = row, row + len(chunk.ids)
+        dense = min(max(dense_until - chunk.start, 0), len(chunk.ids))
+        if dense:
+            yield chunk_of(start, start + dense, chunk, chunk.start + dense)
+        if start + dense < row:
+            yield SparseRows(start + dense, row, (chunk_of(start + dense, row, chunk, chunk.end),))
+
+
+def _decode_rows(start: int, decode: Sequence[Chunk], page_size: int, device: torch.device) -> DecodeRows:
     used = [-(-chunk.end // page_size) for chunk in decode]
     widest = max(used)
     table = [[*row.pages[:n], *[0] * (widest - n)] for row, n in zip(decode, used, strict=True)]
     lengths = torch.tensor([row.end for row in decode], device=device)
-    return DecodeRows(len(decode), torch.tensor(table, device=device), lengths)
+    return DecodeRows(start, start + len(decode), torch.tensor(table, device=device), lengths)
 
 
 def _linear(ops: Ops, x_tc: Tensor, w: Linear) -> Tensor:
@@ -124,12 +163,13 @@ def gqa(spec: ModelSpec, ops: Ops, w: GqaWeights, layer: int, x_tc: Tensor, batc
     cache.write(layer, batch.page_t, batch.offset_t, k_tkd, v_tkd)
     k_pool, v_pool = cache.pools[layer]
     parts = []
-    if (rows := batch.decode) is not None:
-        q_bhd = q_thd[: rows.count]
-        parts.append(ops.decode_gqa(q_bhd, k_pool, v_pool, rows.table_bp, rows.length_b, spec.softmax_scale))
-    for chunk in batch.prefill:
-        q_chunk = q_thd[chunk.start : chunk.end]
-        parts.append(ops.prefill_gqa(q_chunk, k_pool, v_pool, chunk.table_p, chunk.length, spec.softmax_scale))
+    for rows in batch.segments:
+        q = q_thd[rows.start : rows.end]
+        if isinstance(rows, DecodeRows):
+            parts.append(ops.decode_gqa(q, k_pool, v_pool, rows.table_bp, rows.length_b, spec.softmax_scale))
+        else:
+            assert isinstance(rows, PrefillChunk)
+            parts.append(ops.prefill_gqa(q, k_pool, v_pool, rows.table_p, rows.length, spec.softmax_scale))
     return _linear(ops, torch.cat(parts).flatten(1), w.o)
 
 
@@ -145,20 +185,56 @@ def mla(spec: ModelSpec, ops: Ops, w: MlaWeights, layer: int, x_tc: Tensor, batc
     c_tc, kr_tr = _linear(ops, x_tc, w.kv_a).split((dims.kv_lora_rank, dims.rope_dim), dim=-1)
     c_tc = ops.rms_norm(c_tc, w.kv_norm, LATENT_NORM_EPS)
     kr_t1r = ops.rope(kr_tr[:, None], batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
-    cache.write(layer, batch.page_t, batch.offset_t, torch.cat((c_tc[:, None], kr_t1r), dim=-1))
-    (pool,) = cache.pools[layer]
+    cached = [torch.cat((c_tc[:, None], kr_t1r), dim=-1)]
+    if w.indexer is not None:
+        cached.append(indexer.keys(spec, ops, w.indexer, x_tc, batch.cos_tr, batch.sin_tr))
+    cache.write(layer, batch.page_t, batch.offset_t, *cached)
+    pool = cache.pools[layer][0]
+
+    def absorbed(rows: DecodeRows | SparseRows) -> Tensor:
+        qc_bhc = ops.per_head(qn_thn[rows.start : rows.end], w.absorb_q)
+        return torch.cat((qc_bhc, qr_thr[rows.start : rows.end]), dim=-1)
 
     parts = []
-    if (rows := batch.decode) is not None:
-        qc_bhc = ops.per_head(qn_thn[: rows.count], w.absorb_q)
-        q_bhd = torch.cat((qc_bhc, qr_thr[: rows.count]), dim=-1)
-        out_bhc = ops.decode_mla(q_bhd, pool, rows.table_bp, rows.length_b, spec.softmax_scale, dims.kv_lora_rank)
-        parts.append(ops.per_head(out_bhc, w.expand_v))
-    if batch.prefill:
-        q_thd = torch.cat((qn_thn, qr_thr), dim=-1)
-    for chunk in batch.prefill:
-        q_chunk = q_thd[chunk.start : chunk.end]
-        parts.append(
-            ops.prefill_mla(q_chunk, pool, chunk.table_p, chunk.length, w.expand_k, w.expand_v, spec.softmax_scale)
-        )
+    for rows in batch.segments:
+        if isinstance(rows, PrefillChunk):
+            q = torch.cat((qn_thn[rows.start : rows.end], qr_thr[rows.start : rows.end]), dim=-1)
+            part = ops.prefill_mla(q, pool, rows.table_p, rows.length, w.expand_k, w.expand_v, spec.softmax_scale)
+        elif isinstance(rows, DecodeRows):
+            part = ops.decode_mla(
+                absorbed(rows), pool, rows.table_bp, rows.length_b, spec.softmax_scale, dims.kv_lora_rank
+            )
+            part = ops.per_head(part, w.expand_v)
+        else:
+            part = _sparse(spec, ops, w, rows, absorbed(rows), to_q, x_tc, batch, cache.pools[layer])
+            part = ops.per_head(part, w.expand_v)
+        parts.append(part)
     return _linear(ops, torch.cat(parts).flatten(1), w.o)
+
+
+def _sparse(
+    spec: ModelSpec,
+    ops: Ops,
+    w: MlaWeights,
+    rows: SparseRows,
+    q_bhd: Tensor,
+    latent_tq: Tensor,
+    x_tc: Tensor,
+    batch: Batch,
+    pools: tuple[Tensor, ...],
+) -> Tensor:
+    """Absorbed attention to the tokens that the indexer keeps → [b, h, latent]."""
+    assert spec.mla is not None and spec.indexer is not None and w.indexer is not None
+    some, (pool, key_pool), top_k = slice(rows.start, rows.end), pools, spec.indexer.top_k
+    index_q_bhd, weight_bh = indexer.queries(
+        spec, ops, w.indexer, latent_tq[some], x_tc[some], batch.cos_tr[some], batch.sin_tr[some]
+    )
+    parts = []
+    for chunk in rows.chunks:
+        own = slice(chunk.start - rows.start, chunk.end - rows.start)
+        parts.append(
+            indexer.select(ops, index_q_bhd[own], weight_bh[own], key_pool, chunk.table_p, chunk.length, top_k)
+        )
+    lengths_b = torch.full((len(q_bhd),), top_k, device=pool.device)
+    single = pool.view(-1, 1, 1, pool.shape[-1])  # the same pool, in pages of one token
+    return ops.decode_mla(q_bhd, single, torch.cat(parts), lengths_b, spec.softmax_scale, spec.mla.kv_lora_rank)

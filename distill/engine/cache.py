@@ -73,7 +73,14 @@ class PagedCache:
     """The tensors: for each layer, one pool [pages, heads, page_size, width] per entry of `spec.cache_dims`."""
 
     def __init__(
-        self, spec: ModelSpec, ops: Ops, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        spec: ModelSpec,
+        ops: Ops,
+        layers: int,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._ops = ops
         # Zeros, not empty: attention multiplies the junk behind a sequence's end by zero, which NaN would survive.
@@ -82,7 +89,7 @@ class PagedCache:
                 torch.zeros(num_pages, spec.cache_heads, page_size, width, dtype=dtype, device=device)
                 for width in spec.cache_dims
             )
-            for _ in range(spec.num_layers)
+            for _ in range(layers)
         ]
 
     def write(self, layer: int, page_t: Tensor, offset_t: Tensor, *values_tkd: Tensor) -> None:

@@ -18,10 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.engine.attention import Chunk, build_batch
+from distill.engine.attention import Batch, Chunk, build_batch
 from distill.engine.cache import PageAllocator, PagedCache
 from distill.engine.kernels import column_for, describe, ops_for
 from distill.engine.model import Model
+from distill.engine.mtp import Drafter, accepted
 from distill.engine.sampler import Draw, Drawn, TopLogprobs, logprobs_of, sample, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
 from distill.engine.spec import ModelSpec
@@ -73,14 +74,19 @@ class Engine:
         page_size: int,
         cache_tokens: int,
         max_context: int,
+        drafts: int,
     ) -> None:
         weight = model.weights.embed_vc
         self.spec, self.numerics, self.max_context = model.spec, numerics, max_context
         self.tokens_generated = self.prompt_tokens = 0
         self._model, self._device, self._page_size = model, weight.device, page_size
         self._pages = PageAllocator(-(-cache_tokens // page_size), page_size)
-        self._cache = PagedCache(model.spec, model.ops, self._pages.num_pages, page_size, weight.dtype, weight.device)
-        self._scheduler = Scheduler(self._pages, max_batch, max_step_tokens)
+        layers = model.spec.num_layers + (drafts > 0)
+        self._cache = PagedCache(
+            model.spec, model.ops, layers, self._pages.num_pages, page_size, weight.dtype, weight.device
+        )
+        self._scheduler = Scheduler(self._pages, max_batch, max_step_tokens, drafts)
+        self._drafter = Drafter(model, self._cache, self._batch) if drafts else None
         self._unfinished: dict[str, int] = {}  # request id → samples still to come
 
     @classmethod
@@ -94,6 +100,7 @@ class Engine:
         page_size: int = 16,
         cache_tokens: int | None = None,
         max_context: int | None = None,
+        num_speculative_tokens: int = 0,
         kernels: str | None = None,
     ) -> Engine:
         """Load a published model directory (config.json and safetensors).
@@ -101,25 +108,37 @@ class Engine:
         dtype: of activations, cache, and weights once dequantised. max_batch: sequences that decode at once.
         max_step_tokens: prompt tokens computed per step at most. cache_tokens: size of the key-value cache (default:
         what max_batch full contexts can use, but no more than 512 MiB or one context, whichever is larger).
-        max_context: prompt and completion together (default and upper limit: the model's). kernels: a column of the
-        table of ops (default: the device's). ValueError, naming the file and the fix, for a directory that is
-        incomplete, damaged or unsupported.
+        max_context: prompt and completion together (default and upper limit: the model's). num_speculative_tokens:
+        tokens that the checkpoint's draft layer proposes at a time (faster where few sequences decode; the text is the
+        same). kernels: a column of the table of ops (default: the device's). ValueError, naming the file and the fix,
+        for a directory that is incomplete, damaged or unsupported.
         """
         spec = ModelSpec.from_dir(model_dir)
         for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens), ("page_size", page_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if num_speculative_tokens < 0 or (num_speculative_tokens and not spec.num_nextn_predict_layers):
+            raise ValueError(
+                f"num_speculative_tokens is {num_speculative_tokens}; "
+                + (
+                    "it must not be negative"
+                    if num_speculative_tokens < 0
+                    else "this model has no layer that drafts: set 0"
+                )
+            )
         context = spec.max_context if max_context is None else max_context
         if not 1 <= context <= spec.max_context:
             raise ValueError(f"max_context is {context}; this model's limit is {spec.max_context}")
         if cache_tokens is None:
-            affordable = _DEFAULT_CACHE_BYTES // (spec.cache_elements_per_token * dtype.itemsize)
+            affordable = _DEFAULT_CACHE_BYTES // (
+                spec.cache_elements_per_token(num_speculative_tokens > 0) * dtype.itemsize
+            )
             cache_tokens = min(max_batch * context, max(affordable, min(context, _DEFAULT_LONG_CONTEXT)))
         if cache_tokens < page_size:
             raise ValueError(f"cache_tokens is {cache_tokens}; it must be at least one page ({page_size})")
         kernels = kernels or column_for("cpu")
         ops = ops_for(kernels)
-        weights = load_weights(model_dir, spec, ops, dtype)
+        weights = load_weights(model_dir, spec, ops, dtype, drafts=num_speculative_tokens > 0)
         computed = str(dtype).removeprefix("torch.")
         numerics = f"{describe(kernels)}, weights {weights.stored} as published, activations {computed}"
         return cls(
@@ -130,6 +149,7 @@ class Engine:
             page_size=page_size,
             cache_tokens=cache_tokens,
             max_context=context,
+            drafts=num_speculative_tokens,
         )
 
     def add(self, request: Request) -> None:
@@ -161,6 +181,11 @@ class Engine:
         self._scheduler.add(request)
 
     @property
+    def drafts(self) -> tuple[int, int]:
+        """Tokens proposed by the draft layer so far, and how many of them stood."""
+        return (self._drafter.proposed, self._drafter.accepted) if self._drafter else (0, 0)
+
+    @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
@@ -181,32 +206,45 @@ class Engine:
         if not (plan.decode or plan.prefill):
             return []
         self._cache.copy_pages(plan.copies)
+        drafts: list[list[int]] = [[] for _ in plan.decode]
+        if self._drafter:
+            drafts = self._drafter.draft(plan.decode, [self._scheduler.drafts_for(s) for s in plan.decode])
         # A prompt's tokens are computed in chunks, generated ones as rows that decode, however many are missing: the
         # two forms of attention round differently, and a recomputed sequence must come out as it did before.
         decode: list[Chunk] = []
         prefill: list[Chunk] = []
-        ends: list[tuple[SequenceState, list[Chunk], int]] = []  # whose last row is where
-        for sequence, count in [*((sequence, 1) for sequence in plan.decode), *plan.prefill]:
-            begin, end, prompt = sequence.computed, sequence.computed + count, len(sequence.request.prompt_ids)
-            if begin < prompt:
-                prefill.append(Chunk(sequence.tokens, begin, min(end, prompt), sequence.pages))
-            for position in range(max(begin, prompt), end):
-                decode.append(Chunk(sequence.tokens, position, position + 1, sequence.pages))
-            part = decode if end > prompt else prefill
-            ends.append((sequence, part, len(part)))
-            sequence.computed = end
+        prefilled = 0
+        work: list[_Work] = []
+        for sequence, ids in [
+            *((s, [s.tokens[-1], *d]) for s, d in zip(plan.decode, drafts, strict=True)),
+            *((s, s.tokens[s.computed : s.computed + count]) for s, count in plan.prefill),
+        ]:
+            begin, prompt = sequence.computed, len(sequence.request.prompt_ids)
+            split = min(max(prompt - begin, 0), len(ids))
+            work.append(_Work(sequence, ids, prefilled, split, len(decode)))
+            if split:
+                prefill.append(Chunk(ids[:split], begin, sequence.pages))
+                prefilled += split
+            decode += [Chunk(ids[i : i + 1], begin + i, sequence.pages) for i in range(split, len(ids))]
         hidden_tc = self._forward(decode, prefill)
-        prefilled = [0, *itertools.accumulate(chunk.end - chunk.start for chunk in prefill)]
-        ready = [
-            ((count if part is decode else len(decode) + prefilled[count]) - 1, sequence)
-            for sequence, part, count in ends
-            if sequence.missing == 0
-        ]
-        if not ready:
-            return []
-        rows = torch.tensor([row for row, _ in ready], device=self._device)
-        logits_rv = self._model.logits(hidden_tc.index_select(0, rows))
-        return self._advance(logits_rv, [sequence for _, sequence in ready])
+        decoded_tc, prefilled_tc = hidden_tc.split((len(decode), prefilled))
+        decoding, rest = work[: len(plan.decode)], work[len(plan.decode) :]
+        for item in rest:
+            item.sequence.computed += len(item.ids)
+        if self._drafter:
+            self._drafter.follow([(item.sequence, item.rows(decoded_tc, prefilled_tc)) for item in rest])
+        ready = [item for item in rest if item.sequence.missing == 0]
+        last = [item.rows(decoded_tc, prefilled_tc)[-1:] for item in ready]
+        completions: list[Completion] = []
+        if decoding or ready:
+            # The rows that decode are the first ones, unless a sequence is being recomputed beside them.
+            rows = sum(len(item.ids) for item in decoding)
+            drawn = iter(self._draw(torch.cat((decoded_tc[:rows], *last)), decoding, ready))
+            for item in decoding:
+                completions += self._continue(item, [next(drawn) for _ in item.ids], decoded_tc)
+            for item in ready:
+                completions += self._begin(item.sequence, drawn)
+        return completions
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions of `requests`, as they finish. Requests are pulled only as fast as they can be started, so an
@@ -273,7 +311,7 @@ class Engine:
         try:
             if len(taken) == 1:
                 return [self._score_long(taken[0], held[0], top_k)]
-            chunks = [Chunk(tokens, 0, len(tokens), pages) for tokens, pages in zip(taken, held, strict=True)]
+            chunks = [Chunk(tokens, 0, pages) for tokens, pages in zip(taken, held, strict=True)]
             parts = self._forward([], chunks).split([len(tokens) for tokens in taken])
             return [self._scores(hidden_tc, tokens, top_k) for hidden_tc, tokens in zip(parts, taken, strict=True)]
         finally:
@@ -283,7 +321,7 @@ class Engine:
     def _score_long(self, tokens: Sequence[int], pages: list[int], top_k: int) -> Scores:
         budget = self._scheduler.max_step_tokens
         starts = range(0, len(tokens), budget)
-        parts = [self._forward([], [Chunk(tokens, start, min(start + budget, len(tokens)), pages)]) for start in starts]
+        parts = [self._forward([], [Chunk(tokens[start : start + budget], start, pages)]) for start in starts]
         return self._scores(torch.cat(parts), tokens, top_k)
 
     def _scores(self, hidden_tc: Tensor, tokens: Sequence[int], top_k: int) -> Scores:
@@ -309,35 +347,57 @@ class Engine:
             )
 
     def _forward(self, decode: list[Chunk], prefill: list[Chunk]) -> Tensor:
-        batch = build_batch(decode, prefill, self._page_size, self.spec.rope, self._device)
-        return self._model.forward(batch, self._cache)
+        return self._model.forward(self._batch(decode, prefill), self._cache)
 
-    def _advance(self, logits_rv: Tensor, ready: list[SequenceState]) -> list[Completion]:
-        """Draw the next token of every ready sequence (of a trunk: each sample's first); return what finished."""
+    def _batch(self, decode: list[Chunk], prefill: list[Chunk]) -> Batch:
+        return build_batch(decode, prefill, self._page_size, self.spec, self._device)
+
+    def _draw(self, hidden_rc: Tensor, decoding: list[_Work], ready: list[_Work]) -> list[Drawn]:
+        """The next token of every row of `decoding` and of every sequence in `ready` (of a trunk: each sample's first),
+        in this order."""
         draws: list[Draw] = []
-        for row, sequence in enumerate(ready):
-            request, position = sequence.request, len(sequence.tokens)
+        row = 0
+        for item in decoding:
+            sequence = item.sequence
+            for i in range(len(item.ids)):
+                draws.append(Draw(row, sequence.key, len(sequence.tokens) + i, sequence.request.sampling))
+                row += 1
+        for item in ready:
+            sequence, request = item.sequence, item.sequence.request
             keys = (
                 [stream_key(request.seed, request.prompt_key, number) for number in request.samples]
                 if sequence.sample is None
                 else [sequence.key]
             )
-            draws += [Draw(row, key, position, request.sampling) for key in keys]
-        drawn = iter(sample(logits_rv, draws))
-        completions = []
-        for sequence in ready:
-            for state in self._extend(sequence, drawn):
-                if reason := _finished(state):
-                    completions.append(self._complete(state, reason))
-        self.tokens_generated += len(draws)
-        return completions
+            draws += [Draw(row, key, len(sequence.tokens), request.sampling) for key in keys]
+            row += 1
+        return sample(self._model.logits(hidden_rc), draws)
 
-    def _extend(self, sequence: SequenceState, drawn: Iterator[Drawn]) -> list[SequenceState]:
-        if sequence.sample is not None:
+    def _continue(self, item: _Work, drawn: list[Drawn], decoded_tc: Tensor) -> list[Completion]:
+        """Append what was drawn for a sequence that decodes, as far as its drafts were right."""
+        sequence, drafts = item.sequence, item.ids[1:]
+        count, reason = 0, None
+        while count < accepted(drafts, [token.token for token in drawn]) and not reason:
+            sequence.append(drawn[count])
+            count += 1
+            reason = _finished(sequence)
+        sequence.computed += count
+        self.tokens_generated += count
+        if self._drafter:
+            self._drafter.accepted += count - 1
+            sequence.hidden = decoded_tc[item.decoded : item.decoded + count].clone()
+        return [self._complete(sequence, reason)] if reason else []
+
+    def _begin(self, sequence: SequenceState, drawn: Iterator[Drawn]) -> list[Completion]:
+        """The first tokens of a prompt's samples, or the next one of a sample that was recomputed."""
+        if sequence.sample is None:
+            self.prompt_tokens += len(sequence.tokens)
+            states = self._scheduler.fork(sequence, [next(drawn) for _ in sequence.request.samples])
+        else:
             sequence.append(next(drawn))
-            return [sequence]
-        self.prompt_tokens += len(sequence.tokens)
-        return self._scheduler.fork(sequence, [next(drawn) for _ in sequence.request.samples])
+            states = [sequence]
+        self.tokens_generated += len(states)
+        return [self._complete(state, reason) for state in states if (reason := _finished(state))]
 
     def _complete(self, state: SequenceState, reason: FinishReason) -> Completion:
         request = state.request
@@ -354,6 +414,25 @@ class Engine:
             logprobs=tuple(state.logprobs),
             top_logprobs=None if request.sampling.logprobs is None else tuple(state.top_logprobs),
         )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One sequence's part of a step: the tokens to compute, from its position `computed` on. The first `split` of them
+    lie in the prefill from row `prefilled` on, the others among the rows that decode, from `decoded` on."""
+
+    sequence: SequenceState
+    ids: list[int]
+    prefilled: int
+    split: int
+    decoded: int
+
+    def rows(self, decoded_tc: Tensor, prefilled_tc: Tensor) -> Tensor:
+        """Its rows, in order."""
+        first = prefilled_tc[self.prefilled : self.prefilled + self.split]
+        if self.split == len(self.ids):
+            return first
+        return torch.cat((first, decoded_tc[self.decoded : self.decoded + len(self.ids) - self.split]))
 
 
 def _finished(state: SequenceState) -> FinishReason | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from distill.engine import attention, moe
@@ -34,15 +35,30 @@ class Model:
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Hidden states after the final norm, [t, c]; the keys and values of all t tokens are left in `cache`."""
-        embed_vc = self.weights.embed_vc
-        x_tc = embed_vc.index_select(0, batch.ids_t).to(self.ops.activation_dtype(embed_vc.dtype))
+        x_tc = self._embed(batch)
         for index, layer in enumerate(self.weights.layers):
             x_tc = self._layer(index, layer, x_tc, batch, cache)
         return self.ops.rms_norm(x_tc, self.weights.norm_c, self.spec.norm_eps)
 
+    def draft(self, hidden_tc: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
+        """The layer that drafts: hidden states of positions i and the tokens of positions i+1 → the hidden states that
+        position i+1 is expected to have, [t, c]; `logits` of them predict position i+2. DeepSeek-V3, arXiv:2412.19437,
+        section 2.2."""
+        w, spec, ops = self.weights.draft, self.spec, self.ops
+        assert w is not None
+        embedding_tc = ops.rms_norm(self._embed(batch), w.embedding_norm_c, spec.norm_eps)
+        both_t2c = torch.cat((embedding_tc, ops.rms_norm(hidden_tc, w.hidden_norm_c, spec.norm_eps)), dim=-1)
+        x_tc = ops.linear(both_t2c, w.project.weight)
+        x_tc = self._layer(spec.num_layers, w.layer, x_tc, batch, cache)
+        return ops.rms_norm(x_tc, w.norm_c, spec.norm_eps)
+
     def logits(self, hidden_rc: Tensor) -> Tensor:
         """[r, c] → [r, v], float32."""
         return self.ops.linear(hidden_rc, self.weights.head).float()
+
+    def _embed(self, batch: Batch) -> Tensor:
+        embed_vc = self.weights.embed_vc
+        return embed_vc.index_select(0, batch.ids_t).to(self.ops.activation_dtype(embed_vc.dtype))
 
     def _layer(self, index: int, w: LayerWeights, x_tc: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
         spec, ops = self.spec, self.ops

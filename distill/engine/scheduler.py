@@ -22,6 +22,8 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from distill.engine.cache import PageAllocator
 from distill.engine.sampler import Drawn, SamplingParams, TopLogprobs, stream_key
 
@@ -53,12 +55,22 @@ class SequenceState:
     key: int = 0
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    hidden: Tensor | None = None  # states of the last computed positions, which the draft layer has not seen yet
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
 
     @property
     def missing(self) -> int:
         return len(self.tokens) - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        return self.missing == 1 and self.sample is not None
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be generated."""
+        return self.request.sampling.max_new_tokens - (len(self.tokens) - len(self.request.prompt_ids))
 
     def append(self, drawn: Drawn) -> None:
         self.tokens.append(drawn.token)
@@ -78,10 +90,10 @@ class Step:
 
 
 class Scheduler:
-    """Queues, slots and pages. It never sees a tensor."""
+    """Queues, slots and pages. It never looks into a tensor. drafts: tokens proposed for a sequence at once."""
 
-    def __init__(self, pages: PageAllocator, max_batch: int, max_step_tokens: int) -> None:
-        self.pages, self.max_batch, self.max_step_tokens = pages, max_batch, max_step_tokens
+    def __init__(self, pages: PageAllocator, max_batch: int, max_step_tokens: int, drafts: int = 0) -> None:
+        self.pages, self.max_batch, self.max_step_tokens, self._drafts = pages, max_batch, max_step_tokens, drafts
         self.waiting: list[SequenceState] = []  # by age; forked samples here still hold their shared pages
         self.running: list[SequenceState] = []  # by age; at most max_batch
         self._next_age = 0
@@ -102,7 +114,7 @@ class Scheduler:
             if sequence.pages and sequence.missing == 1:
                 self._make_room(sequence)
         self._admit()
-        decode = [s for s in self.running if s.missing == 1 and s.sample is not None]
+        decode = [s for s in self.running if s.decodes]
         decode.sort(key=lambda s: -len(s.tokens))
         prefill, budget = [], self.max_step_tokens
         for sequence in self.running:
@@ -112,6 +124,10 @@ class Scheduler:
                 budget -= count
         assert decode or prefill or not self.has_work, "work is waiting and none can run"
         return Step(decode, prefill, self._copies)
+
+    def drafts_for(self, sequence: SequenceState) -> int:
+        """How many tokens to propose for a sequence that decodes; the token after them is drawn as well."""
+        return min(self._drafts, sequence.left - 1) if sequence.decodes else 0
 
     def fork(self, trunk: SequenceState, drawn: list[Drawn]) -> list[SequenceState]:
         """Replace a computed trunk by its samples, each with its first token; they share pages and wait for slots."""
@@ -126,6 +142,7 @@ class Scheduler:
                 key=stream_key(request.seed, request.prompt_key, number),
                 computed=trunk.computed,
                 pages=self.pages.share(trunk.pages),
+                hidden=trunk.hidden,
             )
             state.append(first)
             insort(self.waiting, state, key=_age)
@@ -167,22 +184,28 @@ class Scheduler:
         else:
             self._preempt(sequence)
 
+    def _next_page(self, sequence: SequenceState) -> int:
+        """The page of its first write. The layer that drafts is one position behind: it needs the next token."""
+        return max(sequence.computed - (self._drafts > 0), 0) // self.pages.page_size
+
     def _writes_shared_page(self, sequence: SequenceState) -> bool:
-        page = sequence.computed // self.pages.page_size
+        page = self._next_page(sequence)
         return page < len(sequence.pages) and self.pages.is_shared(sequence.pages[page])
 
     def _pages_needed(self, sequence: SequenceState) -> int:
-        more = self.pages.pages_for(len(sequence.tokens)) - len(sequence.pages)
-        return more + self._writes_shared_page(sequence)
+        return self._pages_more(sequence) + self._writes_shared_page(sequence)
+
+    def _pages_more(self, sequence: SequenceState) -> int:
+        return self.pages.pages_for(len(sequence.tokens) + self.drafts_for(sequence)) - len(sequence.pages)
 
     def _take_pages(self, sequence: SequenceState) -> None:
         if self._writes_shared_page(sequence):
-            index = sequence.computed // self.pages.page_size
+            index = self._next_page(sequence)
             (private,) = self.pages.allocate(1)
             self._copies[private] = sequence.pages[index]
             self.pages.release([sequence.pages[index]])
             sequence.pages[index] = private
-        sequence.pages += self.pages.allocate(self.pages.pages_for(len(sequence.tokens)) - len(sequence.pages))
+        sequence.pages += self.pages.allocate(self._pages_more(sequence))
 
     def _free_up(self, count: int, sequence: SequenceState) -> bool:
         """Preempt the youngest holders, all of them younger than `sequence`, until `count` pages are free."""
@@ -205,7 +228,7 @@ class Scheduler:
         for page in sequence.pages:
             self._copies.pop(page, None)  # a copy into a page that is given up; whoever gets it next fills it
         self.pages.release(sequence.pages)
-        sequence.pages = []
+        sequence.pages, sequence.hidden = [], None
 
 
 def _age(sequence: SequenceState) -> tuple[int, int]:

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Family = Literal["deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3"]
-FAMILIES: tuple[Family, ...] = ("deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3")
+Family = Literal["deepseek_v2", "deepseek_v3", "deepseek_v32", "llama", "qwen2", "qwen3"]
+FAMILIES: tuple[Family, ...] = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "llama", "qwen2", "qwen3")
 
 # DeepSeek's code builds the norms on the q and kv latents with the default epsilon, not with `rms_norm_eps`.
 LATENT_NORM_EPS = 1e-6
@@ -52,6 +52,16 @@ class Mla:
     nope_dim: int
     rope_dim: int
     v_dim: int
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """DeepSeek sparse attention (V3.2-Exp's report, section 2.1): a token attends to the `top_k` tokens that `heads`
+    small heads of their own, `head_dim` wide, rank highest. Their first dimensions are rotated, as halves."""
+
+    heads: int
+    head_dim: int
+    top_k: int
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,7 @@ class ModelSpec:
     mlp_bias: bool
     qk_norm: bool = False
     mla: Mla | None = None
+    indexer: Indexer | None = None
     moe: Moe | None = None
     num_nextn_predict_layers: int = 0
 
@@ -107,15 +118,16 @@ class ModelSpec:
 
     @property
     def cache_dims(self) -> tuple[int, ...]:
-        """Width of each cached tensor of a layer: (latent + rope,) for MLA, (keys, values) otherwise."""
+        """Width of each cached tensor of a layer: (latent + rope,) for MLA, (latent + rope, index key) for sparse
+        attention, (keys, values) otherwise."""
         if self.mla:
-            return (self.mla.kv_lora_rank + self.mla.rope_dim,)
+            latent = self.mla.kv_lora_rank + self.mla.rope_dim
+            return (latent, self.indexer.head_dim) if self.indexer else (latent,)
         return (self.head_dim, self.head_dim)
 
-    @property
-    def cache_elements_per_token(self) -> int:
-        """Numbers cached for one token over all layers."""
-        return self.num_layers * self.cache_heads * sum(self.cache_dims)
+    def cache_elements_per_token(self, drafts: bool = False) -> int:
+        """Numbers cached for one token over all layers; `drafts`: and over the layer that drafts."""
+        return (self.num_layers + drafts) * self.cache_heads * sum(self.cache_dims)
 
     @staticmethod
     def from_dir(model_dir: Path | str) -> ModelSpec:
@@ -250,6 +262,10 @@ def _deepseek(c: _Config, family: Family) -> ModelSpec:
         routed_scale=c.float("routed_scaling_factor", 1.0),
     )
     _check_router(moe, c.where)
+    indexer = None
+    if family == "deepseek_v32":
+        c.int("q_lora_rank")  # what the indexer's queries are made from
+        indexer = Indexer(c.int("index_n_heads"), c.int("index_head_dim"), c.int("index_topk"))
     heads, head_dim = c.int("num_attention_heads"), mla.nope_dim + mla.rope_dim
     bias = c.bool("attention_bias", False)
     return ModelSpec(
@@ -270,6 +286,7 @@ def _deepseek(c: _Config, family: Family) -> ModelSpec:
         o_bias=bias,
         mlp_bias=False,
         mla=mla,
+        indexer=indexer,
         moe=moe,
         num_nextn_predict_layers=c.int("num_nextn_predict_layers", 0),
     )

@@ -8,10 +8,12 @@ subtly wrong rather than one that fails.
 FP8 is decided tensor by tensor, from the dtype and the presence of a scale, never from a list or from the config. A
 matrix goes from the mapped file straight to the kernels' `pack`, which keeps it in the form that they read.
 
-Knowingly not read: layers past `num_layers`, which are multi-token-prediction layers (drafts; they do not change what
-the model says), `rotary_emb.inv_freq` in old Llama files (computed from the config), and the head of tied models.
+Knowingly not read: the layer past `num_layers` unless it is to draft (multi-token prediction; it does not change what
+the model says), its copies of the embedding and the head, which it shares with the model (DeepSeek-V3,
+arXiv:2412.19437, section 2.2), `rotary_emb.inv_freq` in old Llama files (computed from the config), and the head of
+tied models.
 
-Legend: v vocabulary, n outputs, c inputs or hidden, h heads, x experts, f expert width.
+Legend: v vocabulary, n outputs, c inputs or hidden, h heads, x experts, f expert width, d head width.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from distill.engine.kernels import Ops
 from distill.engine.kernels.reference import FP8_BLOCK, Fp8, Stored, dense
-from distill.engine.spec import Mla, ModelSpec, Moe
+from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 LAYER = "model.layers.{}."
@@ -50,6 +52,19 @@ MLA = {
     "kv_norm": "self_attn.kv_a_layernorm.weight",
     "kv_b": "self_attn.kv_b_proj",
     "o": "self_attn.o_proj",
+}
+DRAFT = {
+    "embedding_norm": "enorm.weight",
+    "hidden_norm": "hnorm.weight",
+    "project": "eh_proj",
+    "norm": "shared_head.norm.weight",
+}
+INDEXER = {
+    "q": "self_attn.indexer.wq_b",
+    "k": "self_attn.indexer.wk",
+    "k_norm": "self_attn.indexer.k_norm.weight",
+    "k_norm_bias": "self_attn.indexer.k_norm.bias",
+    "head_weights": "self_attn.indexer.weights_proj",
 }
 MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 MOE = {
@@ -84,6 +99,17 @@ class GqaWeights:
 
 
 @dataclass(frozen=True)
+class IndexerWeights:
+    """q takes the normalised q latent, k and head_weights the hidden state."""
+
+    q: Linear
+    k: Linear
+    k_norm: Tensor
+    k_norm_bias: Tensor
+    head_weights: Linear
+
+
+@dataclass(frozen=True)
 class MlaWeights:
     """`q` takes the normalised q latent where there is a `q_a`, the hidden state otherwise. Per head, packed: the key
     rows of kv_b_proj transposed (absorb_q: query → latent) and as they are (expand_k: latent → key), and its value rows
@@ -98,6 +124,7 @@ class MlaWeights:
     expand_k: Any
     expand_v: Any
     o: Linear
+    indexer: IndexerWeights | None
 
 
 @dataclass(frozen=True)
@@ -126,25 +153,43 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
+class DraftWeights:
+    """The multi-token-prediction layer: `project` takes embedding and hidden state, both normalised, side by side."""
+
+    embedding_norm_c: Tensor
+    hidden_norm_c: Tensor
+    project: Linear
+    layer: LayerWeights
+    norm_c: Tensor
+
+
+@dataclass(frozen=True)
 class ModelWeights:
-    """`stored` describes the numbers as published, for the numerics fingerprint. head: packed."""
+    """`stored` describes the numbers as published, for the numerics fingerprint. head: packed. draft: if asked for."""
 
     embed_vc: Tensor
     layers: tuple[LayerWeights, ...]
     norm_c: Tensor
     head: Any
+    draft: DraftWeights | None
     stored: str
 
 
-def load_weights(model_dir: Path | str, spec: ModelSpec, ops: Ops, dtype: torch.dtype) -> ModelWeights:
-    """Read a model directory. ValueError, one line with file, tensor and fix, where it is not what the config says."""
+def load_weights(
+    model_dir: Path | str, spec: ModelSpec, ops: Ops, dtype: torch.dtype, drafts: bool = False
+) -> ModelWeights:
+    """Read a model directory. ValueError, one line with file, tensor and fix, where it is not what the config says.
+
+    drafts: read the layer that drafts, too.
+    """
     reader = _Reader(Path(model_dir), ops, dtype)
     embed = reader.matrix(EMBED, spec.vocab_size, spec.hidden_size)
     layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
+    draft = _draft(reader, spec) if drafts else None
     norm_c = reader.tensor(NORM, (spec.hidden_size,))
     head = embed if spec.tied_embeddings else reader.matrix(HEAD, spec.vocab_size, spec.hidden_size)
     reader.refuse_unread(spec)
-    return ModelWeights(dense(embed, dtype), layers, norm_c, ops.pack(head, dtype), reader.stored)
+    return ModelWeights(dense(embed, dtype), layers, norm_c, ops.pack(head, dtype), draft, reader.stored)
 
 
 def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
@@ -158,6 +203,17 @@ def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
             if spec.moe and spec.is_moe_layer(index)
             else _mlp(reader, at + MOE["dense"], spec.hidden_size, spec.intermediate_size, spec.mlp_bias)
         ),
+    )
+
+
+def _draft(reader: _Reader, spec: ModelSpec) -> DraftWeights:
+    at, c = LAYER.format(spec.num_layers), spec.hidden_size
+    return DraftWeights(
+        embedding_norm_c=reader.tensor(at + DRAFT["embedding_norm"], (c,)),
+        hidden_norm_c=reader.tensor(at + DRAFT["hidden_norm"], (c,)),
+        project=reader.linear(at + DRAFT["project"], c, 2 * c),
+        layer=_layer(reader, spec, spec.num_layers),
+        norm_c=reader.tensor(at + DRAFT["norm"], (c,)),
     )
 
 
@@ -194,6 +250,19 @@ def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str) -> MlaWeights:
         expand_k=reader.ops.pack_heads(uk_hnc, reader.dtype),
         expand_v=reader.ops.pack_heads(uv_hec, reader.dtype),
         o=reader.linear(at + MLA["o"], c, heads * dims.v_dim, spec.o_bias),
+        indexer=_indexer(reader, spec, spec.indexer, dims, at) if spec.indexer else None,
+    )
+
+
+def _indexer(reader: _Reader, spec: ModelSpec, index: Indexer, dims: Mla, at: str) -> IndexerWeights:
+    assert dims.q_lora_rank is not None
+    c, d = spec.hidden_size, index.head_dim
+    return IndexerWeights(
+        q=reader.linear(at + INDEXER["q"], index.heads * d, dims.q_lora_rank),
+        k=reader.linear(at + INDEXER["k"], d, c),
+        k_norm=reader.tensor(at + INDEXER["k_norm"], (d,)),
+        k_norm_bias=reader.tensor(at + INDEXER["k_norm_bias"], (d,)),
+        head_weights=reader.linear(at + INDEXER["head_weights"], index.heads, c),
     )
 
 

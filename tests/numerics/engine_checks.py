@@ -26,9 +26,9 @@ def engine_logits(
     ends = [*cuts, prefilled]
     parts = []
     for start, end in zip([0, *cuts], ends, strict=True):
-        parts.append(engine._forward([], [Chunk(tokens, start, end, pages)]))
+        parts.append(engine._forward([], [Chunk(tokens[start:end], start, pages)]))
     for position in range(prefilled, len(tokens)):
-        parts.append(engine._forward([Chunk(tokens, position, position + 1, pages)], []))
+        parts.append(engine._forward([Chunk(tokens[position : position + 1], position, pages)], []))
     engine._pages.release(pages)
     return engine._model.logits(torch.cat(parts))
 

@@ -19,6 +19,8 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -31,6 +33,7 @@ from transformers import (
 FAMILIES = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -108,10 +111,12 @@ V2 = {
     "routed_scaling_factor": 16.0,
     "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
 }
+V32 = {**V3_YARN, "model_type": "deepseek_v32", "index_n_heads": 16, "index_head_dim": 32, "index_topk": 24}
 CONFIGS: dict[str, dict[str, Any]] = {
     "v3": V3,
     "v3-yarn": V3_YARN,
     "v3-yarn-uneven-mscale": {**V3, "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.5}},
+    "v3-drafts": {**V3_YARN, "draft_layer": True},
     "v3-no-q-lora": {**V3_YARN, "q_lora_rank": None},
     "v3-no-groups": {**V3_YARN, "n_group": 1, "topk_group": 1},
     "v3-no-norm": {**V3, "norm_topk_prob": False, "n_shared_experts": 2},
@@ -125,6 +130,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "routed_scaling_factor": 1.0,
     },
+    "v32": V32,
+    "v32-many-heads-drafts": {**V32, "index_n_heads": 72, "index_head_dim": 16, "draft_layer": True},
+    "v32-dense": {**V32, "index_topk": 90},
     "llama-gqa": LLAMA,
     "llama-mha-tied": {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True},
     "llama-mqa-biases": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
@@ -171,7 +179,7 @@ def build(path: Path, config: dict[str, Any], *, seed: int = 0, fp8: bool = Fals
     path.mkdir(parents=True, exist_ok=True)
     model = _transformers_model(config)
     _scale_weights(model, seed)
-    tensors = _published(model, config)
+    tensors = _published(model, config) | (_draft_layer(model, config, seed) if config.get("draft_layer") else {})
     stored = {}
     for name, tensor in tensors.items():
         if fp8 and _is_quantised(name):
@@ -186,6 +194,27 @@ def build(path: Path, config: dict[str, Any], *, seed: int = 0, fp8: bool = Fals
     (path / "config.json").write_text(json.dumps(config))
     write(path, stored, shards)
     return Checkpoint(path, model, tensors)
+
+
+def _draft_layer(model: PreTrainedModel, config: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """A random multi-token-prediction layer under its published names, copies of embedding and head included."""
+    last, at = f"model.layers.{config['num_hidden_layers'] - 1}.", f"model.layers.{config['num_hidden_layers']}."
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    c, main = config["hidden_size"], _published(model, config)
+    norms = {f"{name}.weight": 1 + 0.2 * noise(c) for name in ("enorm", "hnorm", "shared_head.norm")}
+    shared = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+    layer = {
+        name.removeprefix(last): tensor[torch.randperm(len(tensor), generator=generator)]
+        for name, tensor in main.items()
+        if name.startswith(last)
+    }
+    layer |= norms | {name: main[of] for name, of in shared.items()}
+    layer |= {"eh_proj.weight": noise(c, 2 * c) * (2 * c) ** -0.5}
+    return {at + name: tensor for name, tensor in layer.items()}
 
 
 def write(path: Path, stored: dict[str, Tensor], shards: int = 1) -> None:
@@ -226,7 +255,7 @@ def dequantise(codes: Tensor, scale: Tensor, block: int = 128) -> Tensor:
 
 def _transformers_model(config: dict[str, Any]) -> PreTrainedModel:
     config_class, model_class = FAMILIES[config["model_type"]]
-    known = {k: v for k, v in config.items() if k not in ("model_type", "torch_dtype", "dtype")}
+    known = {k: v for k, v in config.items() if k not in ("model_type", "torch_dtype", "dtype", "draft_layer")}
     hf_config = config_class(**known)
     hf_config._attn_implementation = "eager"
     return model_class(hf_config).float().eval()
@@ -285,4 +314,6 @@ def _load_published(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
 
 def _is_quantised(name: str) -> bool:
     """What DeepSeek publishes in FP8: the projections, not embedding, head, norms or router."""
-    return name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")
+    kept = ("indexer.weights_proj.weight", "eh_proj.weight")
+    quantised = ("_proj.weight", "kv_a_proj_with_mqa.weight", "indexer.wq_b.weight", "indexer.wk.weight")
+    return name.endswith(quantised) and not name.endswith(kept)

@@ -189,6 +189,23 @@ def test_prefill_mla(isa: str, dtype: torch.dtype) -> None:
     assert torch.equal(whole[-20:], cpu.prefill_mla(q[-20:], pool, table, length, *packed, 0.2)), "a chunk differs"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, d", [(64, 128), (5, 24), (72, 32)])
+def test_index_scores(isa: str, dtype: torch.dtype, heads: int, d: int) -> None:
+    length = 1100
+    pages = length // 16 + 1
+    pool, table = pool_of(pages, 1, d, dtype), torch.randperm(pages, generator=torch.Generator().manual_seed(0))
+    q, weight = random(7, heads, d).to(dtype).float(), random(7, heads, seed=1)
+    ours = cpu.index_scores(q, weight, pool, table, length)
+    expected = reference.index_scores(q, weight, pool.float(), table, length)
+    seen = expected > float("-inf")
+    assert torch.equal(ours > float("-inf"), seen)
+    assert error(ours[seen], expected[seen]) < CLOSE
+    for row in range(7):
+        alone = cpu.index_scores(q[row : row + 1], weight[row : row + 1], pool, table, length - 6 + row)
+        assert torch.equal(alone[0], ours[row, : length - 6 + row])
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_rope(isa: str, interleaved: bool) -> None:
     x, angle = random(5, 3, 40)[:, :, 8:], random(5, 16, seed=1)

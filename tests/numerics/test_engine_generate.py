@@ -36,7 +36,7 @@ def texts(done: dict[tuple[str, int], Completion]) -> dict[tuple[str, int], tupl
     return {key: completion.token_ids for key, completion in done.items()}
 
 
-@pytest.fixture(params=["v3-yarn", "qwen2"])
+@pytest.fixture(params=["v3-yarn", "v32", "qwen2"])
 def ckpt(request: pytest.FixtureRequest, checkpoint: GetCheckpoint) -> Checkpoint:
     return checkpoint(request.param)
 
@@ -211,7 +211,7 @@ def test_impossible_budgets_are_refused(options: dict[str, int], checkpoint: Get
         Engine.load(checkpoint("qwen2").path, **options)
 
 
-@pytest.mark.parametrize("name", ["v3-yarn", "v3-no-q-lora", "llama-gqa"])
+@pytest.mark.parametrize("name", ["v3-yarn", "v3-no-q-lora", "v32", "llama-gqa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cpu_kernels_give_the_same_bits_in_any_company(
     name: str, dtype: torch.dtype, checkpoint: GetCheckpoint

@@ -38,6 +38,7 @@ class Ops:
     decode_mla: Callable[..., Any]
     prefill_gqa: Callable[..., Any]
     prefill_mla: Callable[..., Any]
+    index_scores: Callable[..., Any]
 
 
 OP_NAMES = tuple(field.name for field in fields(Ops))

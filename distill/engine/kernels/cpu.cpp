@@ -240,6 +240,15 @@ struct PrefillArgs {
     float scale;
 };
 
+struct IndexArgs {
+    const float* q;          // [rows, heads, d]: the last `rows` of `length` positions
+    const float* weight;     // [rows, heads]
+    const void* keys;        // pool [pages, 1, page_size, d]
+    const int64_t* table;    // [pages]
+    float* out;              // [rows, length]
+    int32_t rows, length, heads, d, page_size, wide, threads, unused;
+};
+
 struct RouteArgs {
     const float* logits;     // [tokens, experts]
     const float* bias;       // [experts] or null; moves the choice, never the weight
@@ -289,6 +298,7 @@ struct Kernels {
     void (*experts)(const ExpertsArgs&);
     void (*decode)(const DecodeArgs&);
     void (*prefill)(const PrefillArgs&);
+    void (*index_scores)(const IndexArgs&);
     void (*route)(const RouteArgs&);
     void (*rope)(const RopeArgs&);
     void (*paged_write)(const WriteArgs&);
@@ -455,6 +465,7 @@ OP(linear, LinearArgs)
 OP(experts, ExpertsArgs)
 OP(decode, DecodeArgs)
 OP(prefill, PrefillArgs)
+OP(index_scores, IndexArgs)
 OP(route, RouteArgs)
 OP(rope, RopeArgs)
 OP(paged_write, WriteArgs)
@@ -1126,6 +1137,55 @@ void prefill(const PrefillArgs& args) {
     });
 }
 
+// Scores of sparse attention: the heads of a query lie in the lanes, keys are the rows. -inf for keys yet to come.
+template <bool WIDE> void index_scores(const IndexArgs& args) {
+    constexpr int KIND = WIDE ? F32 : BF16, UNIT = WIDE ? 1 : 2, SLICE = 512;
+    const int panels = ceil_div(args.heads, PANEL), slices = ceil_div(args.length, SLICE);
+    const size_t panel = panel_bytes(KIND, args.d), row_bytes = size_t(args.d) * (WIDE ? 4 : 2);
+    const Rows keys{static_cast<const uint8_t*>(args.keys), args.table, int64_t(row_bytes) * args.page_size, 0,
+                    int64_t(row_bytes), args.page_size};
+    pool().run(args.threads, args.rows * slices, [&](int task) {
+        const int row = task / slices, begin = task % slices * SLICE, end = std::min(args.length, begin + SLICE);
+        const int seen = std::max(begin, std::min(end, args.length - args.rows + row + 1));
+        float* out = args.out + size_t(row) * args.length;
+        std::fill(out + seen, out + end, -INFINITY);
+        if (seen == begin) return;
+        uint8_t* packed = own_scratch[0].take<uint8_t>(panel * panels);
+        std::memset(packed, 0, panel * panels);
+        float* weight = own_scratch[1].take<float>(size_t(panels) * PANEL);
+        std::fill(weight, weight + panels * PANEL, 0.f);
+        for (int head = 0; head < args.heads; head++) {
+            const float* q = args.q + (size_t(row) * args.heads + head) * args.d;
+            uint8_t* to = packed + head / PANEL * panel;
+            const int lane = head % PANEL;
+            for (int j = 0; j < args.d; j++) {
+                if (WIDE) reinterpret_cast<float*>(to)[j * PANEL + lane] = q[j];
+                else reinterpret_cast<bf16*>(to)[j / UNIT * 2 * PANEL + lane * 2 + j % UNIT] = round_bf16(q[j]);
+            }
+            weight[head] = args.weight[size_t(row) * args.heads + head];
+        }
+        for (int first = begin; first < seen; first += MAX_ROWS) {
+            const int count = std::min(MAX_ROWS, seen - first);
+            const uint8_t* a[MAX_ROWS];
+            for (int i = 0; i < MAX_ROWS; i++) a[i] = keys.at(first + std::min(i, count - 1));
+            V total[MAX_ROWS] = {};
+            for (int p = 0; p < panels; p++) {
+                alignas(64) float sums[MAX_ROWS * PANEL];
+                tile<KIND, MAX_ROWS, 4, 1>(a, 0, packed + p * panel, args.d, nullptr, sums);
+                for (int i = 0; i < count; i++)
+                    for (int v = 0; v < PANEL; v += LANES)
+                        total[i] = fma(max(load(sums + i * PANEL + v), V{}), load(weight + p * PANEL + v), total[i]);
+            }
+            for (int i = 0; i < count; i++) {
+                float sum = 0;
+                for (int lane = 0; lane < LANES; lane++) sum += total[i][lane];
+                out[first + i] = sum;
+            }
+        }
+    });
+}
+void index_scores(const IndexArgs& args) { args.wide ? index_scores<true>(args) : index_scores<false>(args); }
+
 // Interleaved pairs are (x0, x1), (x2, x3)…; otherwise pair i is (x[i], x[i + r]).
 void rope(const RopeArgs& args) {
     const int chunk = std::max(1, 8192 / (args.heads * args.r));
@@ -1179,7 +1239,7 @@ void rms_norm(const NormArgs& args) {
 
 #define STRINGIFY(x) #x
 #define NAME(x) STRINGIFY(x)
-const Kernels table = {NAME(ISA), pack_codes, linear, swiglu_linear, experts, decode, prefill, route, rope, paged_write, rms_norm};
+const Kernels table = {NAME(ISA), pack_codes, linear, swiglu_linear, experts, decode, prefill, index_scores, route, rope, paged_write, rms_norm};
 #undef NAME
 #undef STRINGIFY
 #undef INLINE

@@ -20,6 +20,7 @@ from torch import Tensor
 from distill.engine.kernels.cpu_library import (
     DecodeArgs,
     ExpertsArgs,
+    IndexArgs,
     LinearArgs,
     NormArgs,
     PackedMatrix,
@@ -406,6 +407,33 @@ def _prefill(
                 k.dtype == torch.float32,
                 threads(),
                 scale,
+            )
+        )
+    )
+    return out
+
+
+def index_scores(q_thd: Tensor, weight_th: Tensor, pool: Tensor, table_p: Tensor, length: int) -> Tensor:
+    q_thd, weight_th = q_thd.contiguous(), weight_th.contiguous()
+    t, h, d = q_thd.shape
+    assert t <= length <= table_p.numel() * pool.shape[2] and table_p.is_contiguous()
+    out = torch.empty(t, length)
+    library().distill_index_scores(
+        byref(
+            IndexArgs(
+                q_thd.data_ptr(),
+                weight_th.data_ptr(),
+                pool.data_ptr(),
+                table_p.data_ptr(),
+                out.data_ptr(),
+                t,
+                length,
+                h,
+                d,
+                pool.shape[2],
+                pool.dtype == torch.float32,
+                threads(),
+                0,
             )
         )
     )

@@ -56,6 +56,9 @@ RopeArgs = struct(
 WriteArgs = struct(
     "WriteArgs", "pointer: pool page offset x; long: x_row x_head; int: rows heads width page_size wide unused"
 )
+IndexArgs = struct(
+    "IndexArgs", "pointer: q weight keys table out; int: rows length heads d page_size wide threads unused"
+)
 NormArgs = struct(
     "NormArgs",
     "pointer: x; long: x_stride; pointer: weight out; long: out_stride; int: rows c; float: eps; int: threads",

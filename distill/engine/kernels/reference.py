@@ -301,3 +301,14 @@ def attend_causal(q_thd: Tensor, k_kld: Tensor, v_kle: Tensor, scale: float) -> 
         out = torch.bmm(probs.view(k, -1, length), v_kle).view(h, rows, -1)
         out_the[start : start + rows] = out.transpose(0, 1)
     return out_the
+
+
+def index_scores(q_thd: Tensor, weight_th: Tensor, pool: Tensor, table_p: Tensor, length: int) -> Tensor:
+    """Σ over heads of weight · relu(q · key) of the last t of `length` cached tokens with those before them and
+    themselves → [t, l] float32, -inf for tokens that are yet to come. (DeepSeek-V3.2-Exp, equation 1.)"""
+    key_ld = paged_gather(pool, table_p[None])[0, 0, :length]
+    score_tl = q_thd.new_empty(len(q_thd), length, dtype=torch.float32)
+    for row, (q_hd, weight_h) in enumerate(zip(q_thd, weight_th, strict=True)):
+        score_tl[row] = weight_h.float() @ F.relu((q_hd @ key_ld.T).float())
+    position_l = torch.arange(length, device=q_thd.device)
+    return score_tl.masked_fill_(position_l > position_l[length - len(q_thd) :, None], float("-inf"))

@@ -1,0 +1,72 @@
+"""DeepSeek sparse attention (V3.2-Exp's report, section 2.1): which tokens a token attends to.
+
+Small heads of their own score every earlier token, I = Σ over heads of w · relu(q·k), and the `top_k` best are attended
+to. A context of top_k tokens or fewer is attended to whole, and attention is then dense, exactly. Here the chosen rows
+are handed to the absorbed attention as a table of pages of one token each, in the order of their positions.
+
+Unlike in the main path, the rotated dimensions come first and are rotated as halves. (The published code first rotated
+pairs, which shows only past top_k tokens.) It also multiplies q and k by a Hadamard matrix, which is orthogonal and
+leaves q·k as it is, and rounds both to FP8; neither is done here, as in transformers.
+
+Legend: t tokens, h index heads, d their width, r rotated part, l context, k chosen tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.engine.kernels import Ops
+from distill.engine.spec import ModelSpec
+from distill.engine.weights import IndexerWeights
+
+_KEY_NORM_EPS = 1e-6
+
+# Scores of at most so many (token, key) pairs are held at a time (64 MiB in float32).
+_SCORE_ELEMENTS = 1 << 24
+
+
+def keys(spec: ModelSpec, ops: Ops, w: IndexerWeights, x_tc: Tensor, cos_tr: Tensor, sin_tr: Tensor) -> Tensor:
+    """What a token is found by, one for all heads: [t, 1, d], to be cached."""
+    key_td = ops.linear(x_tc, w.k.weight)
+    key_td = F.layer_norm(key_td, key_td.shape[-1:], w.k_norm, w.k_norm_bias, _KEY_NORM_EPS)
+    return _rotated(spec, ops, key_td[:, None], cos_tr, sin_tr)
+
+
+def queries(
+    spec: ModelSpec, ops: Ops, w: IndexerWeights, latent_tq: Tensor, x_tc: Tensor, cos_tr: Tensor, sin_tr: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[t, h, d] from the normalised query latent, and the heads' weights [t, h], float32."""
+    assert spec.indexer is not None
+    heads, width = spec.indexer.heads, spec.indexer.head_dim
+    q_thd = ops.linear(latent_tq, w.q.weight).unflatten(-1, (heads, width))
+    weight_th = ops.linear(x_tc, w.head_weights.weight).float() * (heads * width) ** -0.5
+    return _rotated(spec, ops, q_thd, cos_tr, sin_tr), weight_th
+
+
+def select(
+    ops: Ops, q_thd: Tensor, weight_th: Tensor, pool: Tensor, table_p: Tensor, length: int, top_k: int
+) -> Tensor:
+    """The top_k places in a pool for the last t of `length` cached tokens, each of which sees more than top_k: [t, k]
+    numbers of page · page_size + offset, in the order of positions. Of equal scores the earlier token is chosen."""
+    t, page_size = len(q_thd), pool.shape[2]
+    position_l = torch.arange(length, device=pool.device)
+    place_l = table_p[position_l // page_size] * page_size + position_l % page_size
+    chosen = []
+    block = max(1, _SCORE_ELEMENTS // length)
+    for start in range(0, t, block):
+        end = min(start + block, t)
+        seen = length - t + end
+        score_tl = ops.index_scores(q_thd[start:end], weight_th[start:end], pool, table_p, seen)
+        least_t1 = score_tl.topk(top_k, dim=-1).values[:, -1:]
+        above_tl, equal_tl = score_tl > least_t1, score_tl == least_t1
+        room_t1 = top_k - above_tl.sum(-1, keepdim=True)
+        taken_tl = above_tl | (equal_tl & (equal_tl.cumsum(-1) <= room_t1))
+        chosen.append(place_l[taken_tl.nonzero()[:, 1]].view(end - start, top_k))
+    return torch.cat(chosen)
+
+
+def _rotated(spec: ModelSpec, ops: Ops, x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor) -> Tensor:
+    rotated = ops.rope(x_thd[..., : spec.rope.dim], cos_tr, sin_tr, interleaved=False)
+    return torch.cat((rotated, x_thd[..., spec.rope.dim :]), dim=-1)

@@ -1,0 +1,102 @@
+"""Sparse attention (V3.2-Exp): the choice of tokens by hand, and the mistakes that parity must catch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from engine_checks import engine_logits, relative_error, some_tokens
+from random_models import V32, Checkpoint
+from torch import Tensor
+
+from distill.engine import Engine, ModelSpec, indexer
+from distill.engine.kernels import ops_for, reference
+
+GetCheckpoint = Callable[[str], Checkpoint]
+TOKENS = some_tokens(90)
+TOP_K = 24  # of the checkpoint "v32"
+
+
+def test_index_scores_by_hand() -> None:
+    """Two heads: relu before the weights, a negative weight, a token that is yet to come."""
+    pool = torch.zeros(2, 1, 2, 1)
+    pool.view(-1)[:] = torch.tensor([5.0, 7.0, 1.0, -2.0])
+    q_thd, weight_th = torch.tensor([[[2.0], [-1.0]], [[1.0], [3.0]]]), torch.tensor([[1.0, 10.0], [0.5, -1.0]])
+    scores = reference.index_scores(q_thd, weight_th, pool, torch.tensor([1, 0]), 3)  # keys 1, -2, 5
+    assert scores.tolist() == [[2.0, 20.0, float("-inf")], [0.5 - 3.0, 0.0, 2.5 - 15.0]]
+
+
+def test_the_best_places_in_order_and_of_equals_the_earliest() -> None:
+    """Keys 3, 1, 3, 2, 3, 1 by position; pages of two tokens in the order 2, 0, 1."""
+    pool = torch.zeros(3, 1, 2, 1)
+    table_p = torch.tensor([2, 0, 1])
+    for position, key in enumerate([3.0, 1.0, 3.0, 2.0, 3.0, 1.0]):
+        pool[table_p[position // 2], 0, position % 2, 0] = key
+    q_thd, weight_th = torch.ones(2, 1, 1), torch.ones(2, 1)
+    ops = ops_for("reference")
+    assert indexer.select(ops, q_thd, weight_th, pool, table_p, 6, 2).tolist() == [[4, 0], [4, 0]]  # positions 0, 2
+    assert indexer.select(ops, q_thd, weight_th, pool, table_p, 6, 4).tolist() == [[4, 0, 1, 2]] * 2  # 0, 2, 3, 4
+
+
+@pytest.mark.parametrize("elements", [1, 100, 1 << 24])
+def test_selection_is_the_same_in_any_block(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(8, 1, 4, 6, generator=generator)
+    q, weight = torch.randn(9, 3, 6, generator=generator), torch.randn(9, 3, generator=generator)
+    table_p = torch.tensor([5, 2, 7, 0, 1, 3, 4, 6])
+    whole = indexer.select(ops_for("reference"), q, weight, pool, table_p, 30, 20)
+    monkeypatch.setattr(indexer, "_SCORE_ELEMENTS", elements)
+    assert torch.equal(indexer.select(ops_for("reference"), q, weight, pool, table_p, 30, 20), whole)
+    assert whole.shape == (9, 20) and all(len(set(row)) == 20 for row in whole.tolist())
+
+
+def _rope_in_pairs(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Tensor:
+    return reference.rope(x_thd, cos_tr, sin_tr, True)
+
+
+def _rope_last(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Tensor:
+    """The indexer's dimensions come first: rotating others is a rotation of nothing."""
+    return reference.rope(x_thd, cos_tr, sin_tr, interleaved) if interleaved else x_thd
+
+
+MUTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "RoPE in pairs": {"rope": _rope_in_pairs},
+    "not rotated": {"rope": _rope_last},
+    "heads not weighed": {
+        "index_scores": lambda q, w, *rest: reference.index_scores(q, torch.ones_like(w), *rest),
+    },
+    "weights without their sign": {"index_scores": lambda q, w, *rest: reference.index_scores(q, w.abs(), *rest)},
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_indexer_shows_past_top_k_and_only_there(name: str, checkpoint: GetCheckpoint) -> None:
+    ckpt = checkpoint("v32")
+    engine = Engine.load(ckpt.path, cache_tokens=1024, kernels="reference")
+    engine._model = replace(engine._model, ops=replace(engine._model.ops, **MUTATIONS[name]))
+    theirs = ckpt.logits(TOKENS)
+    for ours in (engine_logits(engine, TOKENS), engine_logits(engine, TOKENS, decode_from=10)):
+        error, report = relative_error(ours[TOP_K:], theirs[TOP_K:])
+        assert error > 1e-2, f"{name} goes unnoticed: {report}"
+        error, report = relative_error(ours[:TOP_K], theirs[:TOP_K])
+        assert error <= 1e-4, report
+
+
+def test_attention_to_everything_is_another_model(checkpoint: GetCheckpoint) -> None:
+    ckpt = checkpoint("v32")
+    engine = Engine.load(ckpt.path, cache_tokens=1024, kernels="reference")
+    engine.spec = replace(engine.spec, indexer=replace(engine.spec.indexer, top_k=1000))
+    error, report = relative_error(engine_logits(engine, TOKENS), ckpt.logits(TOKENS))
+    assert error > 1e-2, report
+
+
+def test_the_published_keys_are_read_and_needed() -> None:
+    spec = ModelSpec.from_config(V32)
+    assert spec.indexer is not None
+    assert (spec.indexer.heads, spec.indexer.head_dim, spec.indexer.top_k) == (16, 32, TOP_K)
+    assert spec.cache_dims == (48, 32)
+    for key in ("index_n_heads", "index_head_dim", "index_topk", "q_lora_rank"):
+        with pytest.raises(ValueError, match=f"'{key}' is missing"):
+            ModelSpec.from_config({k: v for k, v in V32.items() if k != key})
