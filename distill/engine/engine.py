@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ from distill.engine.cache import PageAllocator, PagedCache
 from distill.engine.kernels import column_for, describe, ops_for
 from distill.engine.model import Model
 from distill.engine.mtp import Drafter, accepted
+from distill.engine.offload import GIB, ExpertStream, bytes_of
+from distill.engine.offload import resident_experts as experts_that_fit
 from distill.engine.sampler import Draw, Drawn, TopLogprobs, logprobs_of, sample, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
 from distill.engine.spec import ModelSpec
-from distill.engine.weights import load_weights
+from distill.engine.weights import ModelWeights, load_weights
 
 FinishReason = Literal["stop", "length"]
 
@@ -101,6 +103,8 @@ class Engine:
         cache_tokens: int | None = None,
         max_context: int | None = None,
         num_speculative_tokens: int = 0,
+        memory_budget: int | None = None,
+        resident_experts: int | None = None,
         kernels: str | None = None,
     ) -> Engine:
         """Load a published model directory (config.json and safetensors).
@@ -110,8 +114,10 @@ class Engine:
         what max_batch full contexts can use, but no more than 512 MiB or one context, whichever is larger).
         max_context: prompt and completion together (default and upper limit: the model's). num_speculative_tokens:
         tokens that the checkpoint's draft layer proposes at a time (faster where few sequences decode; the text is the
-        same). kernels: a column of the table of ops (default: the device's). ValueError, naming the file and the fix,
-        for a directory that is incomplete, damaged or unsupported.
+        same). memory_budget: bytes that weights, cache and one step's activations may take together; experts that do
+        not fit are streamed from the files. resident_experts: how many of each layer to keep instead (default: as many
+        as fit). kernels: a column of the table of ops (default: the device's). ValueError, naming the file and the fix,
+        for a directory that is incomplete, damaged or unsupported, and for a budget that is too small.
         """
         spec = ModelSpec.from_dir(model_dir)
         for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens), ("page_size", page_size)):
@@ -129,20 +135,41 @@ class Engine:
         context = spec.max_context if max_context is None else max_context
         if not 1 <= context <= spec.max_context:
             raise ValueError(f"max_context is {context}; this model's limit is {spec.max_context}")
+        drafts = num_speculative_tokens > 0
+        token_bytes = spec.cache_elements_per_token(drafts) * dtype.itemsize
         if cache_tokens is None:
-            affordable = _DEFAULT_CACHE_BYTES // (
-                spec.cache_elements_per_token(num_speculative_tokens > 0) * dtype.itemsize
-            )
-            cache_tokens = min(max_batch * context, max(affordable, min(context, _DEFAULT_LONG_CONTEXT)))
+            share = _DEFAULT_CACHE_BYTES if memory_budget is None else memory_budget // 5
+            cache_tokens = min(max_batch * context, max(share // token_bytes, min(context, _DEFAULT_LONG_CONTEXT)))
         if cache_tokens < page_size:
             raise ValueError(f"cache_tokens is {cache_tokens}; it must be at least one page ({page_size})")
         kernels = kernels or column_for("cpu")
         ops = ops_for(kernels)
-        weights = load_weights(model_dir, spec, ops, dtype, drafts=num_speculative_tokens > 0)
+        streamed: list[Any] = []
+
+        def place(weights: ModelWeights, banks: list[Any]) -> int | None:
+            if spec.moe and resident_experts is not None and not 0 <= resident_experts <= spec.moe.num_experts:
+                raise ValueError(f"resident_experts is {resident_experts}; there are {spec.moe.num_experts} in a layer")
+            resident = resident_experts
+            if resident is None and memory_budget is not None:
+                rows = max_batch * (1 + num_speculative_tokens)
+                usable = int(0.97 * memory_budget)  # the rest is for what is not counted: small objects, fragments
+                fixed = bytes_of(weights, ops) + cache_tokens * token_bytes + _step_bytes(spec, max_step_tokens, rows)
+                if fixed > usable:
+                    raise ValueError(
+                        f"memory_budget is {memory_budget / GIB:.2f} GiB and {fixed / GIB:.2f} GiB are needed before "
+                        "any expert; raise it, or lower max_batch, max_step_tokens or cache_tokens"
+                    )
+                resident = experts_that_fit(usable - fixed, banks)
+            if resident is not None and banks and resident < banks[0].count:
+                streamed.extend(banks)
+            return resident
+
+        weights = load_weights(model_dir, spec, ops, dtype, drafts=drafts, place=place)
+        stream = ExpertStream(streamed, ops) if streamed else None
         computed = str(dtype).removeprefix("torch.")
         numerics = f"{describe(kernels)}, weights {weights.stored} as published, activations {computed}"
         return cls(
-            Model(spec, weights, ops),
+            Model(spec, weights, ops, stream),
             numerics,
             max_batch=max_batch,
             max_step_tokens=max_step_tokens,
@@ -414,6 +441,15 @@ class Engine:
             logprobs=tuple(state.logprobs),
             top_logprobs=None if request.sampling.logprobs is None else tuple(state.top_logprobs),
         )
+
+
+def _step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int) -> int:
+    """About what the activations of a step take: float32, what lives at the same time in the widest place."""
+    widest = 2 * spec.num_heads * spec.head_dim + 6 * spec.hidden_size
+    if spec.moe:
+        pairs = spec.moe.per_token
+        widest += pairs * (spec.hidden_size + 2 * spec.moe.intermediate_size)
+    return 4 * ((prompt_tokens + rows) * widest + 4 * rows * spec.vocab_size)
 
 
 @dataclass(frozen=True)

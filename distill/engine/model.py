@@ -21,17 +21,19 @@ from distill.engine import attention, moe
 from distill.engine.attention import Batch
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
+from distill.engine.offload import ExpertStream
 from distill.engine.spec import ModelSpec
 from distill.engine.weights import GqaWeights, LayerWeights, ModelWeights, MoeWeights
 
 
 @dataclass(frozen=True)
 class Model:
-    """A spec, its weights and the ops to run them with."""
+    """A spec, its weights and the ops to run them with. stream: where experts come from that are not in memory."""
 
     spec: ModelSpec
     weights: ModelWeights
     ops: Ops
+    stream: ExpertStream | None = None
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Hidden states after the final norm, [t, c]; the keys and values of all t tokens are left in `cache`."""
@@ -70,5 +72,6 @@ class Model:
         normed_tc = ops.rms_norm(x_tc, w.mlp_norm_c, spec.norm_eps)
         if isinstance(w.mlp, MoeWeights):
             assert spec.moe is not None
-            return x_tc + moe.moe(spec.moe, ops, w.mlp, normed_tc)
+            stream = self.stream if index < spec.num_layers else None  # those of the layer that drafts are in memory
+            return x_tc + moe.moe(spec.moe, ops, w.mlp, normed_tc, stream)
         return x_tc + moe.mlp(ops, w.mlp, normed_tc)

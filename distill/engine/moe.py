@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from distill.engine.kernels import Ops
+from distill.engine.offload import ExpertStream
 from distill.engine.spec import Moe
 from distill.engine.weights import MlpWeights, MoeWeights
 
@@ -18,8 +19,11 @@ def mlp(ops: Ops, w: MlpWeights, x_tc: Tensor) -> Tensor:
     return ops.linear(hidden, w.down.weight, w.down.bias)
 
 
-def moe(dims: Moe, ops: Ops, w: MoeWeights, x_tc: Tensor) -> Tensor:
-    """Σ over the chosen experts of weight · expert(x), plus the shared experts; the router works in float32."""
+def moe(dims: Moe, ops: Ops, w: MoeWeights, x_tc: Tensor, stream: ExpertStream | None) -> Tensor:
+    """Σ over the chosen experts of weight · expert(x), plus the shared experts; the router works in float32.
+
+    stream: brings the experts that are not in memory.
+    """
     logits_tx = ops.linear(x_tc.float(), w.router)
     experts_tk, weights_tk = ops.route(
         logits_tx,
@@ -32,5 +36,7 @@ def moe(dims: Moe, ops: Ops, w: MoeWeights, x_tc: Tensor) -> Tensor:
         dims.normalise,
         dims.routed_scale,
     )
+    if stream is not None:
+        stream.bring(w.experts, experts_tk)
     routed_tc = ops.experts(x_tc, experts_tk, weights_tk, w.experts)
     return routed_tc if w.shared is None else routed_tc + mlp(ops, w.shared, x_tc)

@@ -1,12 +1,12 @@
 """Published checkpoints in, parameters out.
 
-Files are safetensors, one or sharded with an index, memory-mapped and read tensor by tensor. Names are data: the tables
-below say which published name fills which field. Every tensor's shape is checked against the config, and a tensor that
-the config does not account for is an error, because a bias or norm that is silently left out gives a model that is
-subtly wrong rather than one that fails.
+Names are data: the tables below say which published name fills which field. Every tensor's shape is checked against the
+config, and a tensor that the config does not account for is an error, because a bias or norm that is silently left out
+gives a model that is subtly wrong rather than one that fails.
 
 FP8 is decided tensor by tensor, from the dtype and the presence of a scale, never from a list or from the config. A
-matrix goes from the mapped file straight to the kernels' `pack`, which keeps it in the form that they read.
+matrix goes from the mapped file straight to the kernels' `pack`, which keeps it in the form that they read. Experts
+come last, when it is known how much memory is left for them.
 
 Knowingly not read: the layer past `num_layers` unless it is to draft (multi-token prediction; it does not change what
 the model says), its copies of the embedding and the head, which it shares with the model (DeepSeek-V3,
@@ -18,18 +18,18 @@ Legend: v vocabulary, n outputs, c inputs or hidden, h heads, x experts, f exper
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distill.engine.checkpoint import Checkpoint
 from distill.engine.kernels import Ops
-from distill.engine.kernels.reference import FP8_BLOCK, Fp8, Stored, dense
+from distill.engine.kernels.reference import FP8_BLOCK, Damaged, Fp8, Stored, dense
 from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -74,8 +74,6 @@ MOE = {
     "shared": "mlp.shared_experts.",
     "dense": "mlp.",
 }
-
-_STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class MoeWeights:
-    """Router and correction bias are float32 whatever the compute dtype. router and experts are packed."""
+    """Router and correction bias are float32 whatever the compute dtype. router is packed, experts a bank of them."""
 
     router: Any
     correction_bias: Tensor | None
@@ -176,20 +174,34 @@ class ModelWeights:
 
 
 def load_weights(
-    model_dir: Path | str, spec: ModelSpec, ops: Ops, dtype: torch.dtype, drafts: bool = False
+    model_dir: Path | str,
+    spec: ModelSpec,
+    ops: Ops,
+    dtype: torch.dtype,
+    *,
+    drafts: bool = False,
+    place: Callable[[ModelWeights, list[Any]], int | None] = lambda weights, banks: None,
 ) -> ModelWeights:
     """Read a model directory. ValueError, one line with file, tensor and fix, where it is not what the config says.
 
-    drafts: read the layer that drafts, too.
+    drafts: read the layer that drafts, too. place: how many experts of each layer to keep in memory (None: all), given
+    everything else and the layers' banks of experts; those of the draft layer are always kept.
     """
-    reader = _Reader(Path(model_dir), ops, dtype)
-    embed = reader.matrix(EMBED, spec.vocab_size, spec.hidden_size)
-    layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
-    draft = _draft(reader, spec) if drafts else None
-    norm_c = reader.tensor(NORM, (spec.hidden_size,))
-    head = embed if spec.tied_embeddings else reader.matrix(HEAD, spec.vocab_size, spec.hidden_size)
-    reader.refuse_unread(spec)
-    return ModelWeights(dense(embed, dtype), layers, norm_c, ops.pack(head, dtype), draft, reader.stored)
+    reader = _Reader(Checkpoint(Path(model_dir)), ops, dtype)
+    with reader.checkpoint.read_ahead():
+        embed_vc = reader.dense(EMBED, spec.vocab_size, spec.hidden_size)
+        layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
+        norm_c = reader.tensor(NORM, (spec.hidden_size,))
+        head_name = EMBED if spec.tied_embeddings else HEAD
+        head = reader.pack(reader.matrix(head_name, spec.vocab_size, spec.hidden_size), head_name)
+        streamed = list(reader.banks)
+        draft = _draft(reader, spec) if drafts else None
+        reader.refuse_unread(spec)
+        weights = ModelWeights(embed_vc, layers, norm_c, head, draft, reader.stored)
+        resident = place(weights, [bank for _, bank in streamed])
+        for at, bank in reader.banks:
+            reader.settle(at, bank, resident if (at, bank) in streamed else None)
+    return weights
 
 
 def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
@@ -238,7 +250,7 @@ def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str) -> MlaWeights:
         q_a = reader.linear(at + MLA["q_a"], dims.q_lora_rank, c, spec.qkv_bias)
         q_norm = reader.tensor(at + MLA["q_norm"], (dims.q_lora_rank,))
         q = reader.linear(at + MLA["q_b"], q_width, dims.q_lora_rank)
-    kv_b = dense(reader.matrix(at + MLA["kv_b"] + ".weight", heads * per_head, dims.kv_lora_rank), reader.dtype)
+    kv_b = reader.dense(at + MLA["kv_b"] + ".weight", heads * per_head, dims.kv_lora_rank)
     uk_hnc, uv_hec = kv_b.unflatten(0, (heads, per_head)).split((dims.nope_dim, dims.v_dim), dim=1)
     return MlaWeights(
         q_a=q_a,
@@ -277,11 +289,12 @@ def _mlp(reader: _Reader, at: str, c: int, f: int, bias: bool = False) -> MlpWei
 def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
     c, f = spec.hidden_size, dims.intermediate_size
 
-    def expert(index: int) -> tuple[Stored, Stored, Stored]:
-        expert_at = at + MOE["expert"].format(index)
-        gate, up, down = (expert_at + MLP[part] + ".weight" for part in ("gate", "up", "down"))
-        return reader.matrix(gate, f, c), reader.matrix(up, f, c), reader.matrix(down, c, f)
-
+    bank = reader.ops.expert_bank(dims.num_experts, reader.dtype)
+    for index in range(dims.num_experts):
+        gate, up, down = (at + MOE["expert"].format(index) + MLP[part] + ".weight" for part in ("gate", "up", "down"))
+        expert = reader.matrix(gate, f, c), reader.matrix(up, f, c), reader.matrix(down, c, f)
+        bank.lend(expert, tuple(map(reader.checkpoint.place, (gate, up, down))))
+    reader.banks.append((at, bank))
     router = reader.tensor(at + MOE["router"], (dims.num_experts, c), torch.float32)
     return MoeWeights(
         router=reader.ops.pack(router, torch.float32),
@@ -290,76 +303,82 @@ def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
             if dims.correction_bias
             else None
         ),
-        experts=reader.ops.pack_experts(map(expert, range(dims.num_experts)), dims.num_experts, reader.dtype),
+        experts=bank,
         shared=_mlp(reader, at + MOE["shared"], c, f * dims.shared_experts) if dims.shared_experts else None,
     )
 
 
 class _Reader:
-    """The tensors of a model directory by name, checked. `dtype` is the compute dtype."""
+    """Parameters from the tensors of a model directory. `dtype` is the compute dtype."""
 
-    def __init__(self, model_dir: Path, ops: Ops, dtype: torch.dtype) -> None:
-        self.ops, self.dtype = ops, dtype
-        self._read: set[str] = set()
+    def __init__(self, checkpoint: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+        self.checkpoint, self.ops, self.dtype = checkpoint, ops, dtype
         self.stored = ""
-        index = model_dir / "model.safetensors.index.json"
-        single = model_dir / "model.safetensors"
-        if index.is_file():
-            self._file_of = self._from_index(index)
-        elif single.is_file():
-            self._file_of = dict.fromkeys(_open(single).keys(), single)
-        else:
-            raise ValueError(
-                f"{model_dir}: neither {single.name} nor {index.name} is there; download the weights, as safetensors"
-            )
-        self._open = {path: _open(path) for path in sorted(set(self._file_of.values()))}
-        self.model_dir = model_dir
-
-    @staticmethod
-    def _from_index(index: Path) -> dict[str, Path]:
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            file_of = {str(name): index.parent / str(shard) for name, shard in weight_map.items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: not a safetensors index ({error!r}); download it again") from error
-        missing = sorted({path.name for path in file_of.values() if not path.is_file()})
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"{index.parent / missing[0]}: shard is missing{more}; download it (the index names it)")
-        return file_of
+        self.banks: list[tuple[str, Any]] = []  # of the layers in order, with the beginning of their experts' names
 
     def linear(self, name: str, n: int, c: int, bias: bool = False) -> Linear:
         """`name.weight` and, if there is to be one, `name.bias`."""
-        weight = self.ops.pack(self.matrix(name + ".weight", n, c), self.dtype)
+        weight = self.pack(self.matrix(name + ".weight", n, c), name + ".weight")
         return Linear(weight, self.tensor(name + ".bias", (n,)) if bias else None)
 
+    def pack(self, matrix: Stored, name: str) -> Any:
+        try:
+            return self.ops.pack(matrix, self.dtype, self.checkpoint.place(name))
+        except Damaged as damage:
+            raise self._damaged(name, damage) from None
+
     def matrix(self, name: str, n: int, c: int) -> Stored:
-        """[n, c] as stored; FP8 with the scale that stands beside it."""
-        weight_nc = self._stored_tensor(name, (n, c))
+        """[n, c] as stored, FP8 with the scale that stands beside it. Packing looks at the numbers."""
+        weight_nc = self.checkpoint.tensor(name, (n, c))
         if weight_nc.dtype != torch.float8_e4m3fn:
             self.stored = self.stored or _name(weight_nc.dtype)
             return weight_nc
         self.stored = f"fp8-e4m3 block {FP8_BLOCK}"
-        where, scale_name = self._where(name), name + "_scale_inv"
-        if scale_name not in self._file_of:
-            raise ValueError(f"{where} is FP8 but {scale_name} is missing; download the checkpoint again")
-        if self.ops.has_nan_codes(weight_nc):
-            raise ValueError(f"{where} holds FP8 NaN codes; the file is damaged, download it again")
-        scale = self._stored_tensor(scale_name, (-(-n // FP8_BLOCK), -(-c // FP8_BLOCK))).float()
-        if not scale.isfinite().all():
-            raise ValueError(f"{self._where(scale_name)} is not finite; the file is damaged, download it again")
-        return Fp8(weight_nc, scale)
+        scale = name + "_scale_inv"
+        if scale not in self.checkpoint:
+            raise ValueError(
+                f"{self.checkpoint.where(name)} is FP8 but {scale} is missing; download the checkpoint again"
+            )
+        return Fp8(weight_nc, self.checkpoint.tensor(scale, (-(-n // FP8_BLOCK), -(-c // FP8_BLOCK))).float())
+
+    def dense(self, name: str, n: int, c: int) -> Tensor:
+        """[n, c] in the compute dtype."""
+        matrix = self.matrix(name, n, c)
+        if isinstance(matrix, Fp8):
+            if self.ops.has_nan_codes(matrix.codes):
+                raise self._damaged(name, Damaged("codes"))
+            if not matrix.scale.isfinite().all():
+                raise self._damaged(name, Damaged("scale"))
+        return dense(matrix, self.dtype)
+
+    def settle(self, at: str, bank: Any, resident: int | None) -> None:
+        """Pack a layer's first `resident` experts for good (None: all), and look at the numbers of all."""
+        try:
+            bank.settle(resident)
+        except Damaged as damage:
+            name = at + MOE["expert"].format(damage.expert) + tuple(MLP.values())[damage.part] + ".weight"
+            raise self._damaged(name, damage) from None
+
+    def _damaged(self, name: str, damage: Damaged) -> ValueError:
+        if damage.what == "codes":
+            return ValueError(
+                f"{self.checkpoint.where(name)} holds FP8 NaN codes; the file is damaged, download it again"
+            )
+        where = self.checkpoint.where(name + "_scale_inv")
+        return ValueError(f"{where} is not finite; the file is damaged, download it again")
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor that is never quantised, in `dtype` (that of activations unless given)."""
-        stored = self._stored_tensor(name, shape)
+        """A tensor that is never quantised, in `dtype` (that of activations unless given); a copy."""
+        stored = self.checkpoint.tensor(name, shape)
         if stored.dtype == torch.float8_e4m3fn:
-            raise ValueError(f"{self._where(name)} is FP8; norms, biases and routers are expected unquantised")
-        return stored.to(dtype or self.ops.activation_dtype(self.dtype))
+            raise ValueError(
+                f"{self.checkpoint.where(name)} is FP8; norms, biases and routers are expected unquantised"
+            )
+        return stored.to(dtype or self.ops.activation_dtype(self.dtype), copy=True)
 
     def refuse_unread(self, spec: ModelSpec) -> None:
         """ValueError if the checkpoint holds a tensor that the config gives no place to."""
-        for name in sorted(set(self._file_of) - self._read):
+        for name in self.checkpoint.unread():
             layer = re.match(r"model\.layers\.(\d+)\.", name)
             draft = layer is not None and spec.num_layers <= int(layer[1]) < (
                 spec.num_layers + spec.num_nextn_predict_layers
@@ -367,39 +386,9 @@ class _Reader:
             tied_head = spec.tied_embeddings and name == HEAD
             if not (draft or tied_head or name.endswith("rotary_emb.inv_freq")):
                 raise ValueError(
-                    f"{self._where(name)} has no place in the model that config.json describes; "
+                    f"{self.checkpoint.where(name)} has no place in the model that config.json describes; "
                     "use the config.json that was published with these weights"
                 )
-
-    def _where(self, name: str) -> str:
-        return f"{self._file_of[name]}: tensor {name}"
-
-    def _stored_tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in self._file_of:
-            raise ValueError(f"{self.model_dir}: tensor {name} is missing; config.json and weights do not match")
-        self._read.add(name)
-        file = self._open[self._file_of[name]]
-        try:
-            stored_shape = tuple(file.get_slice(name).get_shape())
-            if stored_shape != shape:
-                raise ValueError(
-                    f"{self._where(name)} has shape {list(stored_shape)}, config.json makes it {list(shape)}; "
-                    "config.json and weights do not match"
-                )
-            stored = file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{self._where(name)} cannot be read ({error}); download the file again") from error
-        allowed = (*_STORED, torch.float8_e8m0fnu) if name.endswith("_scale_inv") else _STORED
-        if stored.dtype not in allowed:
-            raise ValueError(f"{self._where(name)} is {_name(stored.dtype)}; supported are float32, bf16, f16 and FP8")
-        return stored
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error}); download it again") from error
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,16 @@ def test_swiglu_linear(isa: str, kind: str) -> None:
     assert error(ours, expected) < CLOSE
 
 
+def bank_of(
+    column: Any, matrices: list[tuple[Stored, ...]], resident: int | None = None, dtype: torch.dtype = torch.float32
+) -> Any:
+    bank = column.expert_bank(len(matrices), dtype)
+    for expert in matrices:
+        bank.lend(expert)
+    bank.settle(resident)
+    return bank
+
+
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float32"])
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_experts(isa: str, kind: str, tokens: int) -> None:
@@ -121,9 +132,9 @@ def test_experts(isa: str, kind: str, tokens: int) -> None:
     x, weights = random(tokens, c, seed=3), random(tokens, per_token, seed=4).abs()
     chosen = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(t))[:2] + 1 for t in range(tokens)])
     chosen = torch.cat((torch.zeros(tokens, 1, dtype=torch.int64), chosen), dim=1)
-    packed = cpu.pack_experts(matrices, count, torch.float32)
+    packed, plain = bank_of(cpu, matrices), bank_of(reference, matrices)
     ours = cpu.experts(x, chosen, weights, packed)
-    expected = reference.experts(x, chosen, weights, reference.pack_experts(matrices, count, torch.float32))
+    expected = reference.experts(x, chosen, weights, plain)
     assert error(ours, expected) < CLOSE
     alone = [cpu.experts(x[t : t + 1], chosen[t : t + 1], weights[t : t + 1], packed) for t in range(tokens)]
     assert torch.equal(ours, torch.cat(alone))

@@ -195,7 +195,7 @@ def test_damaged_scale(broken: Path) -> None:
 
 def test_a_dtype_that_is_not_a_weight(broken: Path) -> None:
     rewrite(broken, lambda t: t.update({"model.norm.weight": torch.ones(160, dtype=torch.int8)}))
-    refused(broken, "tensor model.norm.weight is int8")
+    refused(broken, "tensor model.norm.weight is I8")
 
 
 def test_an_unexpected_tensor_is_refused_and_a_draft_layer_is_not(broken: Path) -> None:

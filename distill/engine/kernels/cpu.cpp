@@ -23,6 +23,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -30,10 +31,8 @@
 #include <mutex>
 #include <pthread.h>
 #include <thread>
+#include <unistd.h>
 #include <vector>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -372,86 +371,114 @@ const char* distill_isa(const char* name) {
 
 int64_t distill_packed_bytes(int kind, int n, int k) { return int64_t(panels_of(n)) * int64_t(panel_bytes(kind, k)); }
 
-// Rows [n, k] of a row-major matrix (codes, bfloat16 or float32) into panels. Outputs past n and k past the end are zero.
-void distill_pack(int kind, int n, int k, const void* source, int64_t row_stride, uint8_t* out, int threads) {
-    std::lock_guard<std::mutex> lock(one_caller);
-    const size_t bytes = panel_bytes(kind, k);
-    pool().run(threads, panels_of(n), [&](int panel) {
-        uint8_t* to = out + panel * bytes;
-        const int rows = std::min(PANEL, n - panel * PANEL);
-        if (rows < PANEL || k % unit_k(kind)) std::memset(to, 0, bytes);
-        if (kind == FP8) {
-            const uint8_t* from = static_cast<const uint8_t*>(source) + int64_t(panel) * PANEL * row_stride;
-            int k0 = 0;
-            if (rows == PANEL) {
-                chosen->pack_codes(from, row_stride, k, to);
-                k0 = k / 64 * 64;
-            }
-            for (; k0 < k; k0 += 64)
-                for (int i = 0; i < rows; i++) {
-                    const uint8_t* row = from + i * row_stride;
-                    uint8_t* lane = to + i / 16 * 64 + i % 16 / 4 * 16 + i % 4 * 2;
-                    const int end = std::min(k, k0 + 64);
-                    int j = k0;
-                    for (; j + 4 <= end; j += 4) {
-                        std::memcpy(lane + j * 64, row + j, 2);
-                        std::memcpy(lane + j * 64 + 8, row + j + 2, 2);
-                    }
-                    for (; j < end; j++) lane[j / 4 * 256 + (j % 4) / 2 * 8 + j % 2] = row[j];
-                }
-        } else if (kind == BF16) {
-            const bf16* from = static_cast<const bf16*>(source) + int64_t(panel) * PANEL * row_stride;
-            bf16* lanes = reinterpret_cast<bf16*>(to);
-            for (int k0 = 0; k0 < k; k0 += 32)
-                for (int i = 0; i < rows; i++)
-                    for (int j = k0; j < std::min(k, k0 + 32); j++)
-                        lanes[j / 2 * 128 + i * 2 + j % 2] = from[i * row_stride + j];
-        } else {
-            const float* from = static_cast<const float*>(source) + int64_t(panel) * PANEL * row_stride;
-            float* lanes = reinterpret_cast<float*>(to);
-            for (int k0 = 0; k0 < k; k0 += 16)
-                for (int i = 0; i < rows; i++)
-                    for (int j = k0; j < std::min(k, k0 + 16); j++) lanes[j * 64 + i] = from[i * row_stride + j];
+}  // extern "C"
+
+namespace {
+// At most 64 rows of a row-major matrix (codes, bfloat16 or float32) as a panel. What is past them and past k is zero.
+void pack_panel(int kind, int rows, int k, const void* source, int64_t row_stride, uint8_t* to) {
+    if (rows < PANEL || k % unit_k(kind)) std::memset(to, 0, panel_bytes(kind, k));
+    if (kind == FP8) {
+        const uint8_t* from = static_cast<const uint8_t*>(source);
+        int k0 = 0;
+        if (rows == PANEL) {
+            chosen->pack_codes(from, row_stride, k, to);
+            k0 = k / 64 * 64;
         }
+        for (; k0 < k; k0 += 64)
+            for (int i = 0; i < rows; i++) {
+                const uint8_t* row = from + i * row_stride;
+                uint8_t* lane = to + i / 16 * 64 + i % 16 / 4 * 16 + i % 4 * 2;
+                const int end = std::min(k, k0 + 64);
+                int j = k0;
+                for (; j + 4 <= end; j += 4) {
+                    std::memcpy(lane + j * 64, row + j, 2);
+                    std::memcpy(lane + j * 64 + 8, row + j + 2, 2);
+                }
+                for (; j < end; j++) lane[j / 4 * 256 + (j % 4) / 2 * 8 + j % 2] = row[j];
+            }
+    } else if (kind == BF16) {
+        const bf16* from = static_cast<const bf16*>(source);
+        bf16* lanes = reinterpret_cast<bf16*>(to);
+        for (int k0 = 0; k0 < k; k0 += 32)
+            for (int i = 0; i < rows; i++)
+                for (int j = k0; j < std::min(k, k0 + 32); j++) lanes[j / 2 * 128 + i * 2 + j % 2] = from[i * row_stride + j];
+    } else {
+        const float* from = static_cast<const float*>(source);
+        float* lanes = reinterpret_cast<float*>(to);
+        for (int k0 = 0; k0 < k; k0 += 16)
+            for (int i = 0; i < rows; i++)
+                for (int j = k0; j < std::min(k, k0 + 16); j++) lanes[j * 64 + i] = from[i * row_stride + j];
+    }
+}
+
+// Whether any of some e4m3 codes is a NaN: 0x7f is the one magnitude that carries into the sign's place.
+bool has_nan(const uint8_t* codes, int64_t count) {
+    constexpr uint64_t ALL = 0x0101010101010101u;
+    uint64_t any = 0;
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        uint64_t word;
+        std::memcpy(&word, codes + i, 8);
+        any |= (word & 0x7f * ALL) + ALL;
+    }
+    for (; i < count; i++) any |= uint64_t(codes[i] & 0x7f) + 1;
+    return any & 0x80 * ALL;
+}
+}  // namespace
+
+extern "C" {
+
+// A row-major matrix to pack: in memory, or (fd ≥ 0) at a file's offset, rows without gaps. out: null to look at it only.
+struct PackJob {
+    const uint8_t* source;
+    int64_t row_stride, offset;
+    uint8_t* out;
+    int32_t fd, kind, n, k;
+};
+
+// Pack matrices, and look for NaN codes. A file is read a panel at a time, so that what is read is in the cache when it is
+// packed and takes no memory. Returns the number of a matrix with a NaN, -1 for none, -2 if a file could not be read. On
+// one thread it may run beside the other ops.
+int distill_pack(const PackJob* jobs, int count, int threads) {
+    std::unique_lock<std::mutex> lock(one_caller, std::defer_lock);
+    if (threads > 1) lock.lock();
+    std::vector<int> first(size_t(count) + 1, 0);
+    for (int i = 0; i < count; i++) first[i + 1] = first[i] + panels_of(jobs[i].n);
+    std::atomic<int> bad{-1};
+    pool().run(threads, first[count], [&](int task) {
+        const int index = int(std::upper_bound(first.begin(), first.end(), task) - first.begin()) - 1;
+        const PackJob& job = jobs[index];
+        const int panel = task - first[index], rows = std::min(PANEL, job.n - panel * PANEL);
+        const int64_t size = job.kind == FP8 ? 1 : job.kind == BF16 ? 2 : 4, stride = job.row_stride * size;
+        const uint8_t* from = job.source + panel * PANEL * stride;
+        if (job.fd >= 0) {
+            uint8_t* buffer = own_scratch[0].take<uint8_t>(size_t(rows * stride));
+            for (int64_t done = 0, all = rows * stride; done < all;) {
+                const int64_t got = pread(job.fd, buffer + done, size_t(all - done), job.offset + panel * PANEL * stride + done);
+                if (got <= 0) {
+                    if (got < 0 && errno == EINTR) continue;
+                    bad = -2;
+                    return;
+                }
+                done += got;
+            }
+            from = buffer;
+        }
+        if (job.kind == FP8)
+            for (int row = 0; row < rows; row++)
+                if (has_nan(from + row * stride, job.k) && bad == -1) bad = index;
+        if (job.out) pack_panel(job.kind, rows, job.k, from, job.row_stride, job.out + panel * panel_bytes(job.kind, job.k));
     });
+    return bad;
 }
-
-// The whole pages inside a piece of memory, for madvise.
-static void advise(const void* begin, int64_t bytes, int advice) {
-#if defined(__linux__)
-    constexpr uintptr_t PAGE = 4096;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + PAGE - 1) / PAGE * PAGE;
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + uintptr_t(bytes)) / PAGE * PAGE;
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, advice);
-#else
-    (void)begin, (void)bytes, (void)advice;
-#endif
-}
-
-// Map a file's pages at once instead of by faults. All of these are hints: where the kernel does not know one, it is slower.
-static void populate(const void* begin, int64_t bytes) { advise(begin, bytes, 22 /* MADV_POPULATE_READ */); }
-
-// Give back the pages of a mapped file that are read and not needed again; other memory keeps its contents.
-void distill_page_out(const void* begin, int64_t bytes) { advise(begin, bytes, 21 /* MADV_PAGEOUT */); }
 
 // Whether any e4m3 code is a NaN.
 int distill_has_nan(const uint8_t* codes, int64_t count, int threads) {
     std::lock_guard<std::mutex> lock(one_caller);
-    populate(codes, count);
     constexpr int64_t SLICE = 1 << 18;
     std::atomic<int> found{0};
     pool().run(threads, int((count + SLICE - 1) / SLICE), [&](int task) {
-        constexpr uint64_t ALL = 0x0101010101010101u;
-        const int64_t end = std::min(count, (task + 1) * SLICE);
-        uint64_t any = 0;
-        int64_t i = task * SLICE;
-        for (; i + 8 <= end; i += 8) {  // 0x7f is the one magnitude that carries into the sign's place
-            uint64_t word;
-            std::memcpy(&word, codes + i, 8);
-            any |= (word & 0x7f * ALL) + ALL;
-        }
-        for (; i < end; i++) any |= uint64_t(codes[i] & 0x7f) + 1;
-        if (any & 0x80 * ALL) found = 1;
+        if (has_nan(codes + task * SLICE, std::min(SLICE, count - task * SLICE))) found = 1;
     });
     return found;
 }

@@ -10,10 +10,12 @@ Legend: as in reference.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from ctypes import addressof, byref, c_int64, c_void_p
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,10 +36,24 @@ from distill.engine.kernels.cpu_library import (
 from distill.engine.kernels.cpu_library import instruction_set as instruction_set
 from distill.engine.kernels.cpu_library import session as session
 from distill.engine.kernels.cpu_library import why_missing as why_missing
-from distill.engine.kernels.reference import FP8_BLOCK, Fp8, Stored
+from distill.engine.kernels.reference import FP8_BLOCK, Damaged, Fp8, Place, Stored
 
 PANEL = 64  # outputs side by side in a packed matrix
 _ALIGNMENT = 64
+# PackedMatrix and PackJob of cpu.cpp, for arrays of them.
+_PACKED = np.dtype([("kind", "i4"), ("n", "i4"), ("k", "i4"), ("groups", "i4"), ("data", "u8"), ("scale", "u8")])
+_JOB = np.dtype(
+    [
+        ("source", "u8"),
+        ("row_stride", "i8"),
+        ("offset", "i8"),
+        ("out", "u8"),
+        ("fd", "i4"),
+        ("kind", "i4"),
+        ("n", "i4"),
+        ("k", "i4"),
+    ]
+)
 _KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -47,67 +63,71 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class Memory:
-    """Bytes for packed matrices, given out one after the other."""
+    """`size` bytes for packed matrices, from the aligned address `begin` on."""
 
     def __init__(self, size: int) -> None:
         self._data = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-        self._end = self._data.data_ptr() + self._data.numel()
-        self._next = self._data.data_ptr()
-
-    def take(self, size: int) -> int:
-        """The address of `size` bytes, aligned."""
-        begin = self._next + -self._next % _ALIGNMENT
-        self._next = begin + size
-        assert self._next <= self._end
-        return begin
+        self.begin = self._data.data_ptr() + -self._data.data_ptr() % _ALIGNMENT
 
 
 class Packed:
-    """A matrix [n, c], or `groups` of them, in panels. `parts`: bfloat16 parts that activations are split into.
+    """A matrix [n, c], or `groups` of them, in panels. `parts`: bfloat16 parts that activations are split into."""
 
-    memory: where to put it; its own unless given.
-    """
-
-    def __init__(self, weights: list[Stored], dtype: torch.dtype, memory: Memory | None = None) -> None:
-        self.parts = 1 if dtype == torch.bfloat16 else 3
-        first = weights[0]
-        codes = [w.codes if isinstance(w, Fp8) else w.to(_kept(w.dtype, dtype)) for w in weights]
-        self.n, self.k = codes[0].shape
-        kind = _KINDS[codes[0].dtype]
+    def __init__(self, weights: list[Stored], dtype: torch.dtype, place: Place | None = None) -> None:
+        self.parts = _parts(dtype)
+        matrices = [_in_kept_form(weight, dtype) for weight in weights]
+        self.n, self.k = matrices[0].shape
+        kind = _KINDS[matrices[0].dtype]
         size = library().distill_packed_bytes(kind, self.n, self.k)
-        self._memory = memory or Memory(len(weights) * size)
-        begin = self._memory.take(len(weights) * size)
-        for index, matrix in enumerate(codes):
-            matrix = _rows(matrix)
-            library().distill_pack(
-                kind,
-                self.n,
-                self.k,
-                c_void_p(matrix.data_ptr()),
-                c_int64(matrix.stride(0)),
-                c_void_p(begin + index * size),
-                threads(),
-            )
-            library().distill_page_out(c_void_p(matrix.data_ptr()), c_int64(matrix.nbytes))
-        self._scale: Tensor | None = None
-        if isinstance(first, Fp8):  # one scale per panel and 128 columns
-            rows = torch.arange(0, self.n, PANEL) // FP8_BLOCK
-            self._scale = torch.stack([w.scale.float()[rows] for w in weights if isinstance(w, Fp8)]).contiguous()
+        self._memory, self.bytes = Memory(len(weights) * size), len(weights) * size
+        jobs = np.zeros(len(weights), _JOB)
+        for index, (weight, matrix) in enumerate(zip(weights, matrices, strict=True)):
+            jobs[index] = _job(weight, matrix, place)
+            jobs[index]["out"] = self._memory.begin + index * size
+        if _run_jobs(jobs, threads()) >= 0:
+            raise Damaged("codes")
+        self._scale = _panel_scales(weights, self.n)
+        if self._scale is not None and not self._scale.isfinite().all():
+            raise Damaged("scale")
         scale = None if self._scale is None else self._scale.data_ptr()
-        self.struct = PackedMatrix(kind, self.n, self.k, len(weights), begin, scale)
-        self.address = addressof(self.struct)
+        self._struct = PackedMatrix(kind, self.n, self.k, len(weights), self._memory.begin, scale)
+        self.address = addressof(self._struct)
 
 
-def _kept(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """In which of the kernels' forms a dense matrix is kept: never less exact than the compute dtype asks."""
-    return torch.bfloat16 if compute == torch.bfloat16 or stored == torch.bfloat16 else torch.float32
+def _in_kept_form(weight: Stored, compute: torch.dtype) -> Tensor:
+    """Codes, bfloat16 or float32 with contiguous rows: never less exact than the compute dtype asks."""
+    if isinstance(weight, Fp8):
+        return _rows(weight.codes)
+    narrow = compute == torch.bfloat16 or weight.dtype == torch.bfloat16
+    return _rows(weight.to(torch.bfloat16 if narrow else torch.float32))
 
 
-def _packed_bytes(weight: Stored, dtype: torch.dtype) -> int:
-    matrix = weight.codes if isinstance(weight, Fp8) else weight
-    kept = matrix.dtype if isinstance(weight, Fp8) else _kept(matrix.dtype, dtype)
+def _job(weight: Stored, matrix: Tensor, place: Place | None) -> tuple[int, ...]:
+    """A PackJob without a destination, for the `matrix` that is kept of `weight`."""
     n, k = matrix.shape
-    return int(library().distill_packed_bytes(_KINDS[kept], n, k)) + _ALIGNMENT
+    stored = weight.codes if isinstance(weight, Fp8) else weight
+    if place is not None and matrix is stored:
+        return (0, k, place.offset, 0, place.descriptor, _KINDS[matrix.dtype], n, k)
+    return (matrix.data_ptr(), matrix.stride(0), 0, 0, -1, _KINDS[matrix.dtype], n, k)
+
+
+def _run_jobs(jobs: np.ndarray, workers: int) -> int:
+    """Pack; the number of a matrix with NaN codes, or -1."""
+    jobs = np.ascontiguousarray(jobs)
+    bad = int(library().distill_pack(c_void_p(jobs.ctypes.data), jobs.size, workers))
+    if bad == -2:
+        raise OSError("a weights file cannot be read any more; was it moved or changed?")
+    return bad
+
+
+def _parts(dtype: torch.dtype) -> int:
+    return 1 if dtype == torch.bfloat16 else 3
+
+
+def _panel_scales(weights: Sequence[Stored], n: int) -> Tensor | None:
+    """FP8 matrices of n rows: one scale per matrix, panel and 128 columns."""
+    scales = [w.scale.float() for w in weights if isinstance(w, Fp8)]
+    return torch.stack(scales)[:, torch.arange(0, n, PANEL) // FP8_BLOCK].contiguous() if scales else None
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -119,35 +139,103 @@ def has_nan_codes(codes: Tensor) -> bool:
     return bool(library().distill_has_nan(c_void_p(codes.data_ptr()), c_int64(codes.numel()), threads()))
 
 
-def pack(weight: Stored, dtype: torch.dtype) -> Packed:
-    return Packed([weight], dtype)
+def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Packed:
+    return Packed([weight], dtype, place)
 
 
 def pack_heads(weight_hnc: Tensor, dtype: torch.dtype) -> Packed:
     return Packed([head.contiguous() for head in weight_hnc.to(dtype)], dtype)
 
 
-class Experts:
-    """The three matrices of every expert of a layer."""
+class ExpertBank:
+    """As in reference.py. Packed experts lie one after the other, gate, up and down each; `arrays` holds what the
+    kernel reads, a PackedMatrix for each part and expert."""
 
-    def __init__(self, experts: Iterable[tuple[Stored, Stored, Stored]], count: int, dtype: torch.dtype) -> None:
-        self.matrices: list[tuple[Packed, ...]] = []
-        memory = None
-        for expert in experts:
-            if memory is None:
-                memory = Memory(count * sum(_packed_bytes(matrix, dtype) for matrix in expert))
-            self.matrices.append(tuple(Packed([matrix], dtype, memory) for matrix in expert))
-        assert len(self.matrices) == count
-        self.parts = self.matrices[0][0].parts
-        self.arrays = [
-            (PackedMatrix * len(self.matrices))(*(matrices[part].struct for matrices in self.matrices))
-            for part in range(3)
-        ]
-        self.addresses = [addressof(array) for array in self.arrays]
+    def __init__(self, count: int, dtype: torch.dtype) -> None:
+        self.count, self.resident, self.parts = count, count, _parts(dtype)
+        self._dtype = dtype
+        self._lent: list[tuple[tuple[Stored, Stored, Stored], tuple[Place, ...] | None]] = []
+        self._scales: list[Tensor | None] = []
+        self._memory: Memory | None = None
+        self._jobs = np.zeros((0, 3), _JOB)
+        self.arrays = np.zeros((3, count), _PACKED)
+        self.addresses = [self.arrays[part].ctypes.data for part in range(3)]
+
+    def lend(self, expert: tuple[Stored, Stored, Stored], places: tuple[Place, ...] | None = None) -> None:
+        self._lent.append((expert, places))
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Bytes of gate, up and down, packed."""
+        kept = [_in_kept_form(weight, self._dtype) for weight in self._lent[0][0]]
+        return [int(library().distill_packed_bytes(_KINDS[matrix.dtype], *matrix.shape)) for matrix in kept]
+
+    @property
+    def bytes_each(self) -> int:
+        return sum(self._sizes)
+
+    def settle(self, resident: int | None = None) -> None:
+        assert len(self._lent) == self.count
+        self.resident = self.count if resident is None else resident
+        files = {place.file for _, places in self._lent for place in places or ()}
+        converted = []  # matrices that are not kept as stored, until they are packed
+        jobs = np.zeros((self.count, 3), _JOB)
+        for index, (expert, places) in enumerate(self._lent):
+            for part, weight in enumerate(expert):
+                matrix = _in_kept_form(weight, self._dtype)
+                jobs[index, part] = _job(weight, matrix, places[part] if places else None)
+                if matrix is not (weight.codes if isinstance(weight, Fp8) else weight):
+                    converted.append(matrix)
+                    if index >= self.resident:
+                        raise ValueError(
+                            f"experts that are not stored as FP8 or {self._dtype} cannot be streamed; raise the memory "
+                            "budget to hold them all, or convert the checkpoint to bfloat16 or FP8"
+                        )
+        for name in ("kind", "n", "k"):
+            self.arrays[name] = jobs[name].T
+        self.arrays["groups"] = 1
+        for part in range(3):
+            scale = _panel_scales([expert[part] for expert, _ in self._lent], int(jobs["n"][0, part]))
+            self._scales.append(scale)
+            if scale is not None:
+                if not scale.isfinite().all():
+                    raise Damaged("scale", int((~scale.isfinite()).flatten(1).any(1).nonzero()[0]), part)
+                self.arrays["scale"][part] = scale.data_ptr() + np.arange(self.count) * (scale.stride(0) * 4)
+        offsets = np.concatenate(([0], np.cumsum(self._sizes)[:-1]))
+        self._offsets = (np.arange(self.count)[:, None] * self.bytes_each + offsets).astype(np.uint64)
+        self._memory = Memory(self.resident * self.bytes_each)
+        jobs["out"][: self.resident] = self._memory.begin + self._offsets[: self.resident]
+        bad = _run_jobs(jobs, threads())
+        if bad >= 0:
+            raise Damaged("codes", *divmod(bad, 3))
+        self.arrays["data"] = jobs["out"].T
+        self._jobs = jobs[self.resident :].copy()
+        self._offsets = self._offsets[: self.count - self.resident]
+        # What is streamed is read from its place, and of that only the file is needed: it must stay open.
+        self._lent = [(expert, places) for expert, places in self._lent[self.resident :] if places is None]
+        self._files = files
+
+    def fill(self, arena: Memory, chosen: Sequence[int] | None = None, background: bool = False) -> None:
+        jobs = self._jobs.copy()
+        jobs["out"] = arena.begin + self._offsets
+        if chosen is not None:
+            jobs = jobs[[i - self.resident for i in chosen if i >= self.resident]]
+        _run_jobs(jobs, 1 if background else threads())
+
+    def install(self, arena: Memory) -> None:
+        self.arrays["data"][:, self.resident :] = (arena.begin + self._offsets).T
 
 
-def pack_experts(experts: Iterable[tuple[Stored, Stored, Stored]], count: int, dtype: torch.dtype) -> Experts:
-    return Experts(experts, count, dtype)
+def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:
+    return ExpertBank(count, dtype)
+
+
+def arena(size: int) -> Memory:
+    return Memory(size)
+
+
+def packed_bytes(packed: Packed) -> int:
+    return packed.bytes
 
 
 def route(
@@ -294,7 +382,7 @@ def per_head(x_thc: Tensor, weight: Packed) -> Tensor:
     return out
 
 
-def experts(x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, packed: Experts) -> Tensor:
+def experts(x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, bank: ExpertBank) -> Tensor:
     x_tc, experts_tk, weights_tk = x_tc.contiguous(), experts_tk.contiguous(), weights_tk.contiguous()
     t, k = experts_tk.shape
     out = torch.empty_like(x_tc)
@@ -304,12 +392,12 @@ def experts(x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, packed: Expert
                 x_tc.data_ptr(),
                 experts_tk.data_ptr(),
                 weights_tk.data_ptr(),
-                *packed.addresses,
+                *bank.addresses,
                 out.data_ptr(),
                 t,
                 k,
-                len(packed.matrices),
-                packed.parts,
+                bank.count,
+                bank.parts,
                 threads(),
                 0,
             )

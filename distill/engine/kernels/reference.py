@@ -20,10 +20,10 @@ CPU they fall back to slower paths for one query per sequence and for values nar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,24 @@ class Fp8:
 
 
 Stored = Tensor | Fp8  # a matrix as the checkpoint holds it
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a matrix (the codes of an FP8 one) lies in a file, row-major. `file` keeps the descriptor open."""
+
+    descriptor: int
+    offset: int
+    file: Any
+
+
+class Damaged(Exception):
+    """A matrix with NaN codes (what: "codes") or a scale that is not finite ("scale"); in a bank of experts, the number
+    of the expert and of its part."""
+
+    def __init__(self, what: Literal["codes", "scale"], expert: int = 0, part: int = 0) -> None:
+        super().__init__(what, expert, part)
+        self.what, self.expert, self.part = what, expert, part
 
 
 # Prefill computes attention for blocks of queries whose score matrix has at most so many elements (64 MiB in float32).
@@ -96,9 +114,17 @@ def dequantize_fp8_block(weight_nc: Tensor, scale: Tensor, dtype: torch.dtype) -
     return (weight_nc.to(torch.float32) * scale_nc).to(dtype)
 
 
-def pack(weight: Stored, dtype: torch.dtype) -> Tensor:
-    """What `linear` and `swiglu_linear` take as a weight."""
+def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Tensor:
+    """What `linear` and `swiglu_linear` take as a weight. place: where it may be read instead. Raises Damaged."""
+    _check(weight)
     return dense(weight, dtype)
+
+
+def _check(weight: Stored, expert: int = 0, part: int = 0) -> None:
+    if isinstance(weight, Fp8) and has_nan_codes(weight.codes):
+        raise Damaged("codes", expert, part)
+    if isinstance(weight, Fp8) and not weight.scale.isfinite().all():
+        raise Damaged("scale", expert, part)
 
 
 def linear(x_tc: Tensor, weight_nc: Tensor, bias_n: Tensor | None = None) -> Tensor:
@@ -127,49 +153,96 @@ def per_head(x_thc: Tensor, weight_hnc: Tensor) -> Tensor:
     return torch.bmm(x_thc.transpose(0, 1), weight_hnc.transpose(1, 2)).transpose(0, 1)
 
 
-def pack_experts(
-    experts: Iterable[tuple[Stored, Stored, Stored]], count: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(gate [f, c], up [f, c], down [c, f]) of `count` experts, read one by one → what `experts` takes."""
-    gate_up_x2fc = down_xcf = torch.empty(0)
-    for index, (gate, up, down) in enumerate(experts):
-        gate_fc, up_fc, down_cf = dense(gate, dtype), dense(up, dtype), dense(down, dtype)
-        if index == 0:
-            f, c = gate_fc.shape
-            gate_up_x2fc, down_xcf = gate_fc.new_empty(count, 2 * f, c), gate_fc.new_empty(count, c, f)
-        gate_up_x2fc[index, :f], gate_up_x2fc[index, f:], down_xcf[index] = gate_fc, up_fc, down_cf
-    return gate_up_x2fc, down_xcf
+class ExpertBank:
+    """The experts of a layer, (gate [f, c], up [f, c], down [c, f]) each. They are lent as stored; `settle` packs some
+    for good, the others are packed into an arena when they are needed."""
+
+    def __init__(self, count: int, dtype: torch.dtype) -> None:
+        self.count, self._dtype = count, dtype
+        self._lent: list[tuple[Stored, Stored, Stored] | None] = []
+        self.packed: dict[int, tuple[Tensor, Tensor]] = {}  # gate and up as one [2f, c], and down
+        self.resident = count
+
+    def lend(self, expert: tuple[Stored, Stored, Stored], places: tuple[Place, ...] | None = None) -> None:
+        """The next expert, in memory that stays as it is. places: where its matrices may be read instead."""
+        self._lent.append(expert)
+
+    @property
+    def bytes_each(self) -> int:
+        """What one packed expert takes."""
+        last = self._lent[-1]
+        assert last is not None
+        return sum((m.codes if isinstance(m, Fp8) else m).numel() for m in last) * self._dtype.itemsize
+
+    def settle(self, resident: int | None = None) -> None:
+        """Pack the first `resident` experts (None: all), and look at the numbers of all. Raises Damaged."""
+        self.resident = self.count if resident is None else resident
+        for index, expert in enumerate(self._lent):
+            assert expert is not None
+            for part, matrix in enumerate(expert):
+                _check(matrix, index, part)
+            if index < self.resident:
+                self.packed[index] = self._pack(index)
+                self._lent[index] = None
+
+    def fill(
+        self, arena: dict[int, tuple[Tensor, Tensor]], chosen: Sequence[int] | None = None, background: bool = False
+    ) -> None:
+        """Pack the experts that are not resident into `arena`; `chosen`: only these of them. background: beside other
+        ops, on one thread."""
+        arena.clear()
+        wanted = range(self.resident, self.count) if chosen is None else [i for i in chosen if i >= self.resident]
+        arena.update((index, self._pack(index)) for index in wanted)
+
+    def install(self, arena: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """From now on the experts that `fill` packed are read from `arena`."""
+        self.packed = {i: self.packed[i] for i in range(self.resident)} | arena
+
+    def _pack(self, index: int) -> tuple[Tensor, Tensor]:
+        expert = self._lent[index]
+        assert expert is not None
+        gate_fc, up_fc, down_cf = (dense(matrix, self._dtype) for matrix in expert)
+        return torch.cat((gate_fc, up_fc)), down_cf.clone()
 
 
-def experts(x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
+def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:
+    """An empty bank for `count` experts."""
+    return ExpertBank(count, dtype)
+
+
+def arena(size: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """Where a bank packs what is not resident, `size` bytes."""
+    return {}
+
+
+def packed_bytes(packed: Tensor) -> int:
+    """The memory that a packed matrix takes."""
+    return packed.nbytes
+
+
+def experts(x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, bank: ExpertBank) -> Tensor:
     """Σ over a token's k experts of weight · down(silu(gate·x) · up·x), added in the router's order → [t, c].
 
     Tokens are sorted by expert, so that each expert multiplies one contiguous slice once. A scatter-add back was
     rejected: it sums in whatever order threads arrive. Padding every expert to the same number of tokens was rejected:
     real routing is uneven, and the waste grows with it.
     """
-    gate_up_x2fc, down_xcf = packed
     order_s = torch.argsort(experts_tk.flatten(), stable=True)
-    counts = torch.bincount(experts_tk.flatten(), minlength=len(down_xcf)).tolist()
+    counts = torch.bincount(experts_tk.flatten(), minlength=bank.count).tolist()
     x_sc = x_tc.index_select(0, order_s // experts_tk.shape[1])
-    gate_sf, up_sf = grouped_linear(x_sc, gate_up_x2fc, counts).chunk(2, dim=-1)
-    y_sc = grouped_linear(F.silu(gate_sf) * up_sf, down_xcf, counts)
-    back_s = torch.empty_like(order_s)
-    back_s[order_s] = torch.arange(order_s.numel(), device=order_s.device)
-    y_tkc = y_sc.index_select(0, back_s).unflatten(0, experts_tk.shape)
-    return (y_tkc * weights_tk[..., None]).sum(1).to(x_tc.dtype)
-
-
-def grouped_linear(x_sc: Tensor, weight_xnc: Tensor, counts: list[int]) -> Tensor:
-    """Rows sorted by expert, the first counts[0] of them expert 0's: each times its expert's weightᵀ → [s, n]."""
-    out_sn = x_sc.new_empty(x_sc.shape[0], weight_xnc.shape[1])
+    y_sc = torch.empty_like(x_sc)
     start = 0
     for expert, count in enumerate(counts):
         if count:
             rows = slice(start, start + count)
-            torch.mm(x_sc[rows], weight_xnc[expert].T, out=out_sn[rows])
+            gate_up_2fc, down_cf = bank.packed[expert]
+            gate_sf, up_sf = (x_sc[rows] @ gate_up_2fc.T).chunk(2, dim=-1)
+            torch.mm(F.silu(gate_sf) * up_sf, down_cf.T, out=y_sc[rows])
             start += count
-    return out_sn
+    back_s = torch.empty_like(order_s)
+    back_s[order_s] = torch.arange(order_s.numel(), device=order_s.device)
+    y_tkc = y_sc.index_select(0, back_s).unflatten(0, experts_tk.shape)
+    return (y_tkc * weights_tk[..., None]).sum(1).to(x_tc.dtype)
 
 
 def route(

@@ -1,0 +1,173 @@
+"""The files of a model directory: tensors by name, checked, memory-mapped.
+
+Files are safetensors, one or sharded with an index. The safetensors library judges whether a file is whole; the tensors
+are then views of one mapping per file. Mapped pages that were looked at count as memory in use, and mapping them costs
+more than reading them, so the kernels read large matrices from their `place` in the file, piece by piece.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from distill.engine.kernels.reference import Place
+
+STORED = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+_SCALE_ONLY = torch.float8_e8m0fnu
+_READ_AHEAD = 64 << 20  # bytes asked for at a time
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies in its file: bytes `begin … end-1`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class _File:
+    """One mapped safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            safe_open(path, framework="pt")
+            self._stream = path.open("rb", buffering=0)  # open as long as this object lives
+            self.descriptor = self._stream.fileno()
+            header = int.from_bytes(os.pread(self.descriptor, 8, 0), "little")
+            entries = json.loads(os.pread(self.descriptor, header, 8))
+            # A private mapping that nobody writes to: torch takes no read-only memory without a warning.
+            self._map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a complete safetensors file ({error}); download it again") from error
+        self.entries = {
+            name: _Entry(e["dtype"], tuple(e["shape"]), *(8 + header + offset for offset in e["data_offsets"]))
+            for name, e in entries.items()
+            if name != "__metadata__"
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        dtype = STORED[entry.dtype]
+        if entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=dtype)
+        count = (entry.end - entry.begin) // dtype.itemsize
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.begin).view(entry.shape)
+
+    def read_ahead(self, stop: threading.Event) -> None:
+        """Have the file read into the page cache, in the background."""
+        for begin in range(0, len(self._map), _READ_AHEAD):
+            if not stop.is_set():
+                os.posix_fadvise(self.descriptor, begin, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+
+
+class Checkpoint:
+    """The tensors of a model directory. ValueError, one line with file, tensor and fix, where one is broken."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        index = model_dir / "model.safetensors.index.json"
+        single = model_dir / "model.safetensors"
+        if index.is_file():
+            path_of = _from_index(index)
+        elif single.is_file():
+            path_of = dict.fromkeys(_File(single).entries, single)
+        else:
+            raise ValueError(
+                f"{model_dir}: neither {single.name} nor {index.name} is there; download the weights, as safetensors"
+            )
+        files = {path: _File(path) for path in sorted(set(path_of.values()))}
+        self._file_of = {name: files[path] for name, path in path_of.items()}
+        self._files = list(files.values())
+        self._read: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.end - entry.begin for file in self._files for entry in file.entries.values())
+
+    def where(self, name: str) -> str:
+        return f"{self._file_of[name].path}: tensor {name}"
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor as stored, a view of the mapped file."""
+        if name not in self._file_of:
+            raise ValueError(f"{self.model_dir}: tensor {name} is missing; config.json and weights do not match")
+        self._read.add(name)
+        file = self._file_of[name]
+        entry = file.entries.get(name)
+        if entry is None:
+            raise ValueError(f"{self.where(name)} cannot be read: the file does not hold it; download the file again")
+        if entry.shape != shape:
+            raise ValueError(
+                f"{self.where(name)} has shape {list(entry.shape)}, config.json makes it {list(shape)}; "
+                "config.json and weights do not match"
+            )
+        dtype = STORED.get(entry.dtype)
+        if dtype and entry.begin % dtype.itemsize:
+            raise ValueError(f"{self.where(name)} is not aligned; write the file anew with the safetensors library")
+        if dtype is None or (dtype == _SCALE_ONLY and not name.endswith("_scale_inv")):
+            raise ValueError(f"{self.where(name)} is {entry.dtype}; supported are F32, BF16, F16 and F8_E4M3")
+        return file.tensor(name)
+
+    def place(self, name: str) -> Place:
+        """Where the tensor lies, for those who would rather read it than map it."""
+        file = self._file_of[name]
+        return Place(file.descriptor, file.entries[name].begin, file)
+
+    def unread(self) -> Iterator[str]:
+        """Names that nobody asked for, sorted."""
+        yield from sorted(set(self._file_of) - self._read)
+
+    @contextmanager
+    def read_ahead(self) -> Iterator[None]:
+        """While it is open, all files are being read into the page cache, if they fit there well."""
+        stop = threading.Event()
+
+        def read() -> None:
+            for file in self._files:
+                file.read_ahead(stop)
+
+        reader = threading.Thread(target=read, name="read-ahead", daemon=True)
+        memory = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+        if hasattr(os, "posix_fadvise") and self.bytes < memory // 2:
+            reader.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            if reader.is_alive():
+                reader.join()
+
+
+def _from_index(index: Path) -> dict[str, Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        path_of = {str(name): index.parent / str(shard) for name, shard in weight_map.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: not a safetensors index ({error!r}); download it again") from error
+    missing = sorted({path.name for path in path_of.values() if not path.is_file()})
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{index.parent / missing[0]}: shard is missing{more}; download it (the index names it)")
+    return path_of

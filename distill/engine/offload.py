@@ -1,0 +1,83 @@
+"""Models larger than memory: which experts stay, and how the others come by.
+
+In batch work nearly every expert of every layer is needed in every step, so a cache of the most used ones would be
+useless: a fixed part of each layer's experts stays in memory, and the others are streamed layer by layer from the
+mapped files. While a layer computes, the next one's experts are read and packed beside it, into the other of two
+arenas. When few tokens are computed most experts are idle, and then only the chosen ones are read, and not ahead.
+
+What a budget of memory pays for, in this order: the weights that every token passes through, the cache, the activations
+of one step, the two arenas, and experts. Where an expert lies changes no bit of what it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+from distill.engine.kernels import Ops
+
+GIB = 1 << 30
+
+
+def resident_experts(budget: int, banks: Sequence[Any]) -> int | None:
+    """How many experts of each layer fit into `budget` bytes beside two arenas for the others; None: all of them.
+
+    ValueError if not even the arenas fit.
+    """
+    if not banks:
+        return None
+    count, each = banks[0].count, banks[0].bytes_each
+    if len(banks) * count * each <= budget:
+        return None
+    # resident · layers + 2 · (count - resident) experts are in memory. With two layers or fewer nothing is gained.
+    room = budget // each - 2 * count
+    if room < 0 or len(banks) <= 2:
+        needed = min(2, len(banks)) * count * each
+        raise ValueError(
+            f"{budget / GIB:.2f} GiB are left for experts and the least is {needed / GIB:.2f} GiB, those of two "
+            "layers; raise the memory budget, or lower max_batch or cache_tokens"
+        )
+    return min(count, room // (len(banks) - 2))
+
+
+def bytes_of(part: Any, ops: Ops) -> int:
+    """What weights take in memory: tensors and packed matrices in dataclasses; experts apart."""
+    if isinstance(part, Tensor):
+        return part.nbytes
+    if isinstance(part, tuple):
+        return sum(bytes_of(item, ops) for item in part)
+    if is_dataclass(part):
+        return sum(bytes_of(getattr(part, field.name), ops) for field in fields(part))
+    if part is None or isinstance(part, str) or hasattr(part, "bytes_each"):
+        return 0
+    return int(ops.packed_bytes(part))
+
+
+class ExpertStream:
+    """Brings the experts that are not resident, for banks that are asked for one after the other, again and again."""
+
+    def __init__(self, banks: Sequence[Any], ops: Ops) -> None:
+        self._next = {id(bank): after for bank, after in zip(banks, [*banks[1:], banks[0]], strict=True)}
+        size = (banks[0].count - banks[0].resident) * banks[0].bytes_each
+        self._arenas = [ops.arena(size), ops.arena(size)]
+        self._worker = ThreadPoolExecutor(1, "experts")
+        self._coming: tuple[Any, Future[None]] | None = None
+
+    def bring(self, bank: Any, experts_tk: Tensor) -> None:
+        """Have the experts of `bank` that the tokens chose in memory, until the next call."""
+        coming, self._coming = self._coming, None
+        if coming:
+            coming[1].result()
+        arena = self._arenas[0]
+        whole = 2 * experts_tk.numel() >= bank.count
+        if not coming or coming[0] is not bank:
+            bank.fill(arena, None if whole else sorted(set(experts_tk.flatten().tolist())))
+        bank.install(arena)
+        self._arenas.reverse()
+        if whole:
+            after = self._next[id(bank)]
+            self._coming = after, self._worker.submit(after.fill, self._arenas[0], None, True)
