@@ -36,6 +36,9 @@ FinishReason = Literal["stop", "length"]
 _DEFAULT_CACHE_BYTES = 512 << 20
 _DEFAULT_LONG_CONTEXT = 32768
 
+# Of a memory budget, beside 3 %: small objects, buffers, threads.
+_UNCOUNTED_BYTES = 8 << 20
+
 # `score` turns hidden states into logits for so many rows × vocabulary entries at a time.
 _SCORE_ELEMENTS = 1 << 24
 
@@ -152,7 +155,7 @@ class Engine:
             resident = resident_experts
             if resident is None and memory_budget is not None:
                 rows = max_batch * (1 + num_speculative_tokens)
-                usable = int(0.97 * memory_budget)  # the rest is for what is not counted: small objects, fragments
+                usable = int(0.97 * memory_budget) - _UNCOUNTED_BYTES
                 fixed = bytes_of(weights, ops) + cache_tokens * token_bytes + _step_bytes(spec, max_step_tokens, rows)
                 if fixed > usable:
                     raise ValueError(
