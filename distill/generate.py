@@ -39,7 +39,7 @@ def generate(run: "Run") -> dict[str, Any]:
     wanted = missing(prompts, recipe.generate.samples, store.keys())
     sampling = Sampling(**recipe.generate.sampling.model_dump(), logprobs=recipe.generate.logprobs)
     suffix = recipe.generate.prompt_suffix
-    backend = LocalBackend.load(weights, max_batch=recipe.generate.max_batch)
+    backend = LocalBackend.load(weights, max_batch=recipe.generate.max_batch, **recipe.engine.model_dump())
     check_all(backend, wanted, sampling, suffix)
     stage = run.stage("generate", settings, extent, ["traces"])
 
@@ -85,5 +85,6 @@ def _summary(store: TraceStore, backend: LocalBackend, made: int, seconds: float
         "made": made,
         "seconds": round(seconds, 1),
         "tokens_per_second": round(backend.engine.tokens_generated / max(seconds, 1e-3)),
+        "drafts": dict(zip(("proposed", "accepted"), backend.engine.drafts, strict=True)),
         "numerics": backend.engine.numerics,
     }

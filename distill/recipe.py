@@ -102,6 +102,20 @@ class Generate(Section):
     max_batch: Annotated[int, Free] = Field(128, ge=1, description="sequences decoded at once by the local engine")
 
 
+class LocalEngine(Section):
+    """The engine that runs models on this machine: the teacher, and whatever is scored."""
+
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="of activations and cache; weights are used as they are published"
+    )
+    memory_budget: Annotated[float | None, Free] = Field(
+        None, gt=0, description="GiB for weights, cache, activations; experts past it stay on disk; null: no limit"
+    )
+    num_speculative_tokens: Annotated[int, Free] = Field(
+        0, ge=0, description="drafts at a time by the teacher's multi-token-prediction layer; the text is the same"
+    )
+
+
 class Filter(Section):
     """Stage 2: which traces are kept. `null` or false turns a filter off, so that each can be ablated."""
 
@@ -177,6 +191,7 @@ class Recipe(Section):
     student: str = Field(description="name of a student card, or a path")
     seed: int = Field(0, description="of the teacher's sampling")
     prompts: tuple[PromptSource, ...] = Field(min_length=1, description="where the problems come from")
+    engine: LocalEngine = LocalEngine()
     generate: Generate = Generate()
     filter: Filter = Filter()
     train: Train = Train()
@@ -184,10 +199,14 @@ class Recipe(Section):
 
     def generate_settings(self) -> dict[str, Any]:
         """What decides the traces, beside the teacher's weights."""
-        settings = self.generate.settings() | {"seed": self.seed}
+        settings = self.generate.settings() | {"seed": self.seed} | self.engine_settings()
         for i, source in enumerate(self.prompts):
             settings |= {f"prompts.{i}.{key}": value for key, value in source.settings().items()}
         return settings
+
+    def engine_settings(self) -> dict[str, Any]:
+        """What decides the numbers that the local engine computes."""
+        return {f"engine.{key}": value for key, value in self.engine.settings().items()}
 
     def filter_settings(self) -> dict[str, Any]:
         """What decides the verdicts, beside the traces."""

@@ -28,12 +28,30 @@ class LocalBackend:
         self.identity = identity
 
     @classmethod
-    def load(cls, model_dir: Path, *, chat_template: str | None = None, max_batch: int = 128) -> "LocalBackend":
-        """Load a model directory. UserError, with file and fix, when it is incomplete, damaged or unsupported."""
+    def load(
+        cls,
+        model_dir: Path,
+        *,
+        chat_template: str | None = None,
+        max_batch: int = 128,
+        dtype: str = "float32",
+        memory_budget: float | None = None,
+        num_speculative_tokens: int = 0,
+    ) -> "LocalBackend":
+        """Load a model directory. memory_budget: in GiB. UserError, with file and fix, when the directory is
+        incomplete, damaged or unsupported, or the budget too small."""
+        import torch
+
         from distill.engine import Engine
 
         try:
-            engine = Engine.load(model_dir, max_batch=max_batch)
+            engine = Engine.load(
+                model_dir,
+                dtype=getattr(torch, dtype),
+                max_batch=max_batch,
+                memory_budget=None if memory_budget is None else int(memory_budget * 2**30),
+                num_speculative_tokens=num_speculative_tokens,
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
         chat = Chat.load(model_dir, chat_template)

@@ -14,8 +14,10 @@ samples of one prompt are covered by forking); one contiguous cache per sequence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,12 +85,8 @@ class PagedCache:
         device: torch.device,
     ) -> None:
         self._ops = ops
-        # Zeros, not empty: attention multiplies the junk behind a sequence's end by zero, which NaN would survive.
         self.pools: list[tuple[Tensor, ...]] = [
-            tuple(
-                torch.zeros(num_pages, spec.cache_heads, page_size, width, dtype=dtype, device=device)
-                for width in spec.cache_dims
-            )
+            tuple(_zeros((num_pages, spec.cache_heads, page_size, width), dtype, device) for width in spec.cache_dims)
             for _ in range(layers)
         ]
 
@@ -106,3 +104,11 @@ class PagedCache:
         for pools in self.pools:
             for pool in pools:
                 pool.index_copy_(0, to, pool.index_select(0, source))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not empty: attention multiplies the junk behind a sequence's end by zero, which NaN would survive. On a
+    CPU numpy makes them, whose zeros take memory only where they are written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

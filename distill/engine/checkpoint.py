@@ -88,13 +88,14 @@ class Checkpoint:
         single = model_dir / "model.safetensors"
         if index.is_file():
             path_of = _from_index(index)
+            files = {path: _File(path) for path in sorted(set(path_of.values()))}
         elif single.is_file():
-            path_of = dict.fromkeys(_File(single).entries, single)
+            files = {single: _File(single)}
+            path_of = dict.fromkeys(files[single].entries, single)
         else:
             raise ValueError(
                 f"{model_dir}: neither {single.name} nor {index.name} is there; download the weights, as safetensors"
             )
-        files = {path: _File(path) for path in sorted(set(path_of.values()))}
         self._file_of = {name: files[path] for name, path in path_of.items()}
         self._files = list(files.values())
         self._read: set[str] = set()

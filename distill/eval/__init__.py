@@ -49,7 +49,7 @@ def evaluate(run: "Run", models: Models | None = None) -> dict[str, Any]:
     for of_one in parts.values():
         for part in of_one:
             part.refuse_other_settings()
-    settings = {"eval.seed": recipe.seed}
+    settings = {"eval.seed": recipe.seed} | run.recipe.engine_settings()
     extent = {
         "sizes": {exam.name: [exam.samples, exam.limit, exam.card.prompts.limit] for exam in exams},
         "parts": {part.name: digest(part.settings) for of_one in parts.values() for part in of_one},
@@ -61,7 +61,7 @@ def evaluate(run: "Run", models: Models | None = None) -> dict[str, Any]:
         for prompt in exam.prompts:
             require_grader(prompt.task, f"leave {exam.name} out of eval.benchmarks")
     stage = run.stage("eval", settings, extent, OUTPUTS)
-    models = models or LocalModels(recipe.max_batch)
+    models = models or LocalModels(recipe.max_batch, run.recipe.engine)
     rows: list[dict[str, Any]] = []
     with Grader() as grader:
         for rival in rivals:

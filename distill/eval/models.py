@@ -18,6 +18,7 @@ from distill.chat import Chat
 from distill.errors import UserError
 
 if TYPE_CHECKING:
+    from distill.recipe import LocalEngine
     from distill.run import Run
 
 
@@ -46,13 +47,21 @@ class Models(Protocol):
 class LocalModels:
     """Model directories on the local engine."""
 
-    def __init__(self, max_batch: int) -> None:
-        self.max_batch = max_batch
+    def __init__(self, max_batch: int, engine: "LocalEngine") -> None:
+        self.max_batch, self.engine = max_batch, engine
 
     @contextmanager
     def backend(self, contender: Contender) -> Iterator[Backend]:
         gc.collect()  # the model before this one may hang in a reference cycle
-        yield LocalBackend.load(contender.directory, chat_template=contender.template, max_batch=self.max_batch)
+        drafts = self.engine.num_speculative_tokens if contender.name == "teacher" else 0
+        yield LocalBackend.load(
+            contender.directory,
+            chat_template=contender.template,
+            max_batch=self.max_batch,
+            dtype=self.engine.dtype,
+            memory_budget=self.engine.memory_budget,
+            num_speculative_tokens=drafts,
+        )
 
     def token_counter(self, contender: Contender) -> Callable[[str], int]:
         tokenizer = Chat.load(contender.directory, contender.template).tokenizer
