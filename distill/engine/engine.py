@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distill.engine.attention import Batch, Chunk, build_batch
 from distill.engine.cache import PageAllocator, PagedCache
+from distill.engine.fused import decode_plan
 from distill.engine.kernels import column_for, describe, ops_for
 from distill.engine.model import Model
 from distill.engine.mtp import Drafter, accepted
@@ -172,7 +173,7 @@ class Engine:
         computed = str(dtype).removeprefix("torch.")
         numerics = f"{describe(kernels)}, weights {weights.stored} as published, activations {computed}"
         return cls(
-            Model(spec, weights, ops, stream),
+            Model(spec, weights, ops, stream, None if stream else decode_plan(spec, weights, ops)),
             numerics,
             max_batch=max_batch,
             max_step_tokens=max_step_tokens,
@@ -401,7 +402,7 @@ class Engine:
             )
             draws += [Draw(row, key, len(sequence.tokens), request.sampling) for key in keys]
             row += 1
-        return sample(self._model.logits(hidden_rc), draws)
+        return sample(self._model.ops, self._model.logits(hidden_rc), draws)
 
     def _continue(self, item: _Work, drawn: list[Drawn], decoded_tc: Tensor) -> list[Completion]:
         """Append what was drawn for a sequence that decodes, as far as its drafts were right."""

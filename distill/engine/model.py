@@ -13,12 +13,13 @@ Legend: t tokens, r rows whose logits are wanted, c hidden, v vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.engine import attention, moe
-from distill.engine.attention import Batch
+from distill.engine.attention import Batch, DecodeRows
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
 from distill.engine.offload import ExpertStream
@@ -28,18 +29,26 @@ from distill.engine.weights import GqaWeights, LayerWeights, ModelWeights, MoeWe
 
 @dataclass(frozen=True)
 class Model:
-    """A spec, its weights and the ops to run them with. stream: where experts come from that are not in memory."""
+    """A spec, its weights and the ops to run them with. stream: where experts come from that are not in memory.
+    decode_plan: computes all layers at once for rows that decode (fused.py)."""
 
     spec: ModelSpec
     weights: ModelWeights
     ops: Ops
     stream: ExpertStream | None = None
+    decode_plan: Any | None = None
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Hidden states after the final norm, [t, c]; the keys and values of all t tokens are left in `cache`."""
         x_tc = self._embed(batch)
-        for index, layer in enumerate(self.weights.layers):
-            x_tc = self._layer(index, layer, x_tc, batch, cache)
+        rows = batch.segments[0]
+        if self.decode_plan is not None and len(batch.segments) == 1 and isinstance(rows, DecodeRows):
+            pools = [pool for (pool,) in cache.pools[: self.spec.num_layers]]
+            where = batch.cos_tr, batch.sin_tr, batch.page_t, batch.offset_t, rows.table_bp, rows.length_b
+            x_tc = self.decode_plan(x_tc, pools, *where)
+        else:
+            for index, layer in enumerate(self.weights.layers):
+                x_tc = self._layer(index, layer, x_tc, batch, cache)
         return self.ops.rms_norm(x_tc, self.weights.norm_c, self.spec.norm_eps)
 
     def draft(self, hidden_tc: Tensor, batch: Batch, cache: PagedCache) -> Tensor:

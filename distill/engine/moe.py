@@ -38,5 +38,5 @@ def moe(dims: Moe, ops: Ops, w: MoeWeights, x_tc: Tensor, stream: ExpertStream |
     )
     if stream is not None:
         stream.bring(w.experts, experts_tk)
-    routed_tc = ops.experts(x_tc, experts_tk, weights_tk, w.experts)
-    return routed_tc if w.shared is None else routed_tc + mlp(ops, w.shared, x_tc)
+    shared = None if w.shared is None else (w.shared.gate.weight, w.shared.up.weight, w.shared.down.weight)
+    return ops.experts(x_tc, experts_tk, weights_tk, w.experts, shared)

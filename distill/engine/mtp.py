@@ -78,6 +78,7 @@ class Drafter:
         while True:
             depth = len(drafts[asked[0]])
             drawn = sample(
+                self._model.ops,
                 self._model.logits(state_bc),
                 [
                     Draw(row, sequences[i].key, len(sequences[i].tokens) + depth, sequences[i].request.sampling)

@@ -7,10 +7,9 @@ Flood, 2014), chained over the four words; 52 bits of it make the uniform. It is
 64-bit words per step, and torch has no unsigned shifts.
 
 Order of operations: divide by the temperature, keep the top k, of those the smallest set whose mass reaches top p,
-draw. The draw inverts the cumulative distribution *in vocabulary order*, over the tokens that pass a threshold. The
-usual draw over sorted tokens was rejected: it depends on how a sort breaks ties, and it must sort the whole
-vocabulary, where a threshold needs only the largest few logits, more of them only if they do not reach top p. Tokens
-tied with the last one kept are all kept.
+draw. The draw (the op `draw`) inverts the cumulative distribution *in vocabulary order*, over the tokens that pass a
+threshold. The usual draw over sorted tokens was rejected: it depends on how a sort breaks ties, and it must sort the
+whole vocabulary.
 
 Log-probabilities are raw: of the model's own distribution, temperature 1, before top k and top p.
 
@@ -25,6 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from distill.engine.kernels import Ops
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -105,25 +106,32 @@ def _splitmix64(x: int) -> int:
     return z ^ (z >> 31)
 
 
-def sample(logits_rv: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+def sample(ops: Ops, logits_rv: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     """Draw one token per entry of `draws` from float32 logits."""
     block = max(1, _BLOCK_ELEMENTS // logits_rv.shape[1])
     drawn: list[Drawn] = []
     for start in range(0, len(draws), block):
-        drawn += _sample_block(logits_rv, draws[start : start + block])
+        drawn += _sample_block(ops, logits_rv, draws[start : start + block])
     return drawn
 
 
-def _sample_block(logits_rv: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
-    rows = [draw.row for draw in draws]
-    in_order = rows == list(range(logits_rv.shape[0]))
-    logits_bv = logits_rv if in_order else logits_rv.index_select(0, torch.tensor(rows, device=logits_rv.device))
-    token_b = _draw_tokens(logits_bv, draws)
-    width = max(draw.params.logprobs or 0 for draw in draws)
-    logprob_b, tops = logprobs_of(logits_bv, token_b, width)
+def _sample_block(ops: Ops, logits_rv: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+    device = logits_rv.device
+    row_b = torch.tensor([draw.row for draw in draws], device=device)
+    token_b, logprob_b = ops.draw(
+        logits_rv,
+        row_b,
+        torch.from_numpy(uniforms([d.key for d in draws], [d.position for d in draws])).to(device),
+        torch.tensor([d.params.temperature for d in draws], dtype=torch.float32, device=device),
+        torch.tensor([d.params.top_k for d in draws], device=device),
+        torch.tensor([d.params.top_p for d in draws], dtype=torch.float64, device=device),
+    )
+    tops: list[TopLogprobs] = [()] * len(draws)
+    if width := max(draw.params.logprobs or 0 for draw in draws):
+        _, tops = logprobs_of(logits_rv.index_select(0, row_b), token_b, width)
     return [
         Drawn(token, logprob, top[: draw.params.logprobs or 0])
-        for draw, token, logprob, top in zip(draws, token_b.tolist(), logprob_b, tops, strict=True)
+        for draw, token, logprob, top in zip(draws, token_b.tolist(), logprob_b.tolist(), tops, strict=True)
     ]
 
 
@@ -136,46 +144,3 @@ def logprobs_of(logits_bv: Tensor, token_b: Tensor, top_k: int) -> tuple[list[fl
     top = logits_bv.topk(min(top_k, logits_bv.shape[1]), dim=-1)
     values, ids = (top.values - normaliser_b1).tolist(), top.indices.tolist()
     return logprob_b, [tuple(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
-
-
-def _draw_tokens(logits_bv: Tensor, draws: Sequence[Draw]) -> Tensor:
-    greedy_b = [draw.params.temperature == 0 for draw in draws]
-    if all(greedy_b):
-        return logits_bv.argmax(-1)
-    device = logits_bv.device
-    u_b = torch.from_numpy(uniforms([d.key for d in draws], [d.position for d in draws])).to(device)
-    # Greedy rows are drawn at temperature 1 and then overruled: one vectorised path, no splitting of the batch.
-    temperature_b = torch.tensor([d.params.temperature or 1.0 for d in draws], device=device)
-    probs_bv = ((logits_bv - logits_bv.amax(-1, keepdim=True)) / temperature_b[:, None]).exp()
-    if any(d.params.top_k or d.params.top_p < 1 for d in draws):
-        probs_bv = probs_bv.masked_fill(probs_bv < _threshold(probs_bv, draws)[:, None], 0.0)
-    cumulative_bv = probs_bv.cumsum(-1, dtype=torch.float64)
-    token_b = torch.searchsorted(cumulative_bv, (u_b * cumulative_bv[:, -1])[:, None], right=True)[:, 0]
-    if any(greedy_b):
-        token_b = torch.where(torch.tensor(greedy_b, device=device), logits_bv.argmax(-1), token_b)
-    return token_b
-
-
-def _threshold(probs_bv: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The smallest unnormalised probability that top k, then top p, let through: [b]."""
-    vocab = probs_bv.shape[1]
-    device = probs_bv.device
-    k_b = torch.tensor([min(d.params.top_k, vocab) or vocab for d in draws], device=device)
-    p_b = torch.tensor([d.params.top_p for d in draws], dtype=torch.float64, device=device)
-    limited = [min(d.params.top_k, vocab) for d in draws if d.params.top_k]
-    looked_at = min(vocab, max([64, *limited]))
-    total_b = probs_bv.sum(-1, dtype=torch.float64)
-    while True:
-        top_bm = probs_bv.topk(looked_at, dim=-1).values
-        before_bm = top_bm.cumsum(-1, dtype=torch.float64) - top_bm
-        within_k_bm = torch.arange(looked_at, device=device) < k_b[:, None]
-        mass_b = torch.where(k_b < vocab, (top_bm * within_k_bm).sum(-1, dtype=torch.float64), total_b)
-        kept_bm = within_k_bm & (before_bm < (p_b * mass_b)[:, None])
-        # A row is settled once the last candidate looked at is dropped, or if nothing limits it.
-        open_b = kept_bm[:, -1] & (p_b < 1)
-        if looked_at == vocab or not open_b.any():
-            break
-        looked_at = min(vocab, 8 * looked_at)
-    smallest_b = top_bm.masked_fill(~kept_bm, float("inf")).amin(-1)
-    unlimited_b = (k_b == vocab) & (p_b == 1)
-    return torch.where(unlimited_b, torch.zeros_like(smallest_b), smallest_b)

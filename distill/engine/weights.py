@@ -295,7 +295,7 @@ def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
         expert = reader.matrix(gate, f, c), reader.matrix(up, f, c), reader.matrix(down, c, f)
         bank.lend(expert, tuple(map(reader.checkpoint.place, (gate, up, down))))
     reader.banks.append((at, bank))
-    router = reader.tensor(at + MOE["router"], (dims.num_experts, c), torch.float32)
+    router = reader.unquantised(at + MOE["router"], (dims.num_experts, c))
     return MoeWeights(
         router=reader.ops.pack(router, torch.float32),
         correction_bias=(
@@ -369,12 +369,16 @@ class _Reader:
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """A tensor that is never quantised, in `dtype` (that of activations unless given); a copy."""
+        stored = self.unquantised(name, shape)
+        return stored.to(dtype or self.ops.activation_dtype(self.dtype), copy=True)
+
+    def unquantised(self, name: str, shape: tuple[int, ...]) -> Tensor:
         stored = self.checkpoint.tensor(name, shape)
         if stored.dtype == torch.float8_e4m3fn:
             raise ValueError(
                 f"{self.checkpoint.where(name)} is FP8; norms, biases and routers are expected unquantised"
             )
-        return stored.to(dtype or self.ops.activation_dtype(self.dtype), copy=True)
+        return stored
 
     def refuse_unread(self, spec: ModelSpec) -> None:
         """ValueError if the checkpoint holds a tensor that the config gives no place to."""

@@ -133,11 +133,28 @@ def test_experts(isa: str, kind: str, tokens: int) -> None:
     chosen = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(t))[:2] + 1 for t in range(tokens)])
     chosen = torch.cat((torch.zeros(tokens, 1, dtype=torch.int64), chosen), dim=1)
     packed, plain = bank_of(cpu, matrices), bank_of(reference, matrices)
-    ours = cpu.experts(x, chosen, weights, packed)
-    expected = reference.experts(x, chosen, weights, plain)
+    ours = cpu.experts(x, chosen, weights, packed, None)
+    expected = reference.experts(x, chosen, weights, plain, None)
     assert error(ours, expected) < CLOSE
-    alone = [cpu.experts(x[t : t + 1], chosen[t : t + 1], weights[t : t + 1], packed) for t in range(tokens)]
+    alone = [cpu.experts(x[t : t + 1], chosen[t : t + 1], weights[t : t + 1], packed, None) for t in range(tokens)]
     assert torch.equal(ours, torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float32"])
+@pytest.mark.parametrize("shared_kind", ["fp8", "float32"])
+def test_experts_with_a_shared_one(isa: str, kind: str, shared_kind: str) -> None:
+    """Wider than the routed ones; in a form that can be computed beside them or not. The bits are those of apart."""
+    f, c, tokens = 136, 160, 9
+    matrices = [(stored(f, c, kind), stored(f, c, kind), stored(c, f, kind)) for _ in range(5)]
+    shared = stored(2 * f, c, shared_kind), stored(2 * f, c, shared_kind), stored(c, 2 * f, shared_kind)
+    x, weights = random(tokens, c, seed=3), random(tokens, 2, seed=4).abs()
+    chosen = torch.arange(2 * tokens).view(tokens, 2) % 5
+    packed, ours_shared = bank_of(cpu, matrices), tuple(cpu.pack(w, torch.float32) for w in shared)
+    ours = cpu.experts(x, chosen, weights, packed, ours_shared)
+    plain, plain_shared = bank_of(reference, matrices), tuple(map(reference_dense, shared))
+    assert error(ours, reference.experts(x, chosen, weights, plain, plain_shared)) < CLOSE
+    mlp = cpu.linear(cpu.swiglu_linear(x, *ours_shared[:2]), ours_shared[2])
+    assert torch.equal(ours, cpu.experts(x, chosen, weights, packed, None) + mlp)
 
 
 def test_per_head(isa: str) -> None:

@@ -48,6 +48,20 @@ def test_logits_match_transformers(name: str, kernels: str, checkpoint: GetCheck
         assert error <= TOLERANCE, f"{how}: {report}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config["model_type"].startswith("deep")])
+def test_layers_in_one_call_give_the_bits_of_single_ops(
+    name: str, dtype: torch.dtype, checkpoint: GetCheckpoint
+) -> None:
+    if why := cpu.why_missing():
+        pytest.skip(f"no compiled kernels: {why}")
+    engine = Engine.load(checkpoint(name).path, dtype=dtype, cache_tokens=1024, kernels="cpu")
+    assert (engine._model.decode_plan is None) == name.startswith("v32"), "sparse attention is computed op by op"
+    at_once = engine_logits(engine, TOKENS, decode_from=60)
+    engine._model = replace(engine._model, decode_plan=None)
+    assert torch.equal(engine_logits(engine, TOKENS, decode_from=60), at_once)
+
+
 @pytest.mark.parametrize("name", ["v3-yarn", "qwen2"])
 def test_greedy_text_matches_transformers(name: str, checkpoint: GetCheckpoint) -> None:
     from distill.engine import Request, SamplingParams

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from distill.engine import SamplingParams
-from distill.engine.sampler import Draw, _splitmix64, sample, stream_key, uniforms
+from distill.engine.kernels import cpu, ops_for, reference
+from distill.engine.sampler import Draw, Drawn, _splitmix64, stream_key, uniforms
+from distill.engine.sampler import sample as sample_with
 
 HALVES = torch.tensor([[1 / 2, 1 / 16, 1 / 4, 1 / 8, 1 / 16]]).log()
 POSITIONS = 20_000
+Sample = Callable[[Tensor, Sequence[Draw]], list[Drawn]]
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def sample(request: pytest.FixtureRequest) -> Sample:
+    if request.param == "cpu" and (why := cpu.why_missing()):
+        pytest.skip(f"no compiled kernels: {why}")
+    return partial(sample_with, ops_for(request.param))
 
 
 def test_splitmix64_is_the_published_one() -> None:
@@ -60,7 +74,7 @@ def test_any_64_bit_key_is_accepted() -> None:
         (SamplingParams(top_k=1000), [1 / 2, 1 / 16, 1 / 4, 1 / 8, 1 / 16]),
     ],
 )
-def test_distribution(params: SamplingParams, expected: list[float]) -> None:
+def test_distribution(sample: Sample, params: SamplingParams, expected: list[float]) -> None:
     key = stream_key(0, 0, 0)
     drawn = sample(HALVES, [Draw(0, key, position, params) for position in range(POSITIONS)])
     counts = np.bincount([d.token for d in drawn], minlength=5)
@@ -71,7 +85,7 @@ def test_distribution(params: SamplingParams, expected: list[float]) -> None:
     assert chi_square < 23.5, f"{counts} drawn, {wanted} expected"  # 4 degrees of freedom, one in ten thousand
 
 
-def test_top_p_looks_as_far_as_it_must() -> None:
+def test_top_p_looks_as_far_as_it_must(sample: Sample) -> None:
     """A flat distribution over 5,000 tokens: top p keeps half of them, far beyond the first look."""
     logits = torch.linspace(0, 0.01, 5000)[None]
     draws = [Draw(0, 1, position, SamplingParams(top_p=0.5)) for position in range(2000)]
@@ -80,7 +94,7 @@ def test_top_p_looks_as_far_as_it_must() -> None:
     assert max(tokens) > 4970
 
 
-def test_rows_do_not_see_each_other() -> None:
+def test_rows_do_not_see_each_other(sample: Sample) -> None:
     """A mixed batch draws for each entry what it draws alone."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(6, 400, generator=generator)
@@ -98,7 +112,7 @@ def test_rows_do_not_see_each_other() -> None:
     assert sample(logits, draws[::-1]) == together[::-1]
 
 
-def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_change_nothing(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     draws = [Draw(i % 4, i, i, SamplingParams(top_p=0.9, logprobs=3)) for i in range(11)]
     whole = sample(logits, draws)
@@ -106,13 +120,37 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sample(logits, draws) == whole
 
 
-def test_logprobs_are_raw() -> None:
+def test_logprobs_are_raw(sample: Sample) -> None:
     params = SamplingParams(temperature=0.1, top_k=1, logprobs=3)
     (drawn,) = sample(HALVES + 5.0, [Draw(0, 0, 0, params)])
     assert drawn.token == 0
     assert drawn.logprob == pytest.approx(np.log(1 / 2), abs=1e-6)
     assert [i for i, _ in drawn.top_logprobs] == [0, 2, 3]
     assert [p for _, p in drawn.top_logprobs] == pytest.approx(np.log([1 / 2, 1 / 4, 1 / 8]), abs=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 15, 300, 5000])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 12.0])
+def test_the_compiled_draw_is_the_reference(vocabulary: int, spread: float) -> None:
+    """Every sampler setting at once, flat and peaked logits, some of them -inf; uniforms at both ends."""
+    if why := cpu.why_missing():
+        pytest.skip(f"no compiled kernels: {why}")
+    generator = torch.Generator().manual_seed(vocabulary)
+    draws = 400
+    logits = spread * torch.randn(7, vocabulary, generator=generator)
+    logits[:, 1::3] = float("-inf")
+    row = torch.randint(7, (draws,), generator=generator)
+    uniform = torch.rand(draws, generator=generator, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-52])
+    temperature = torch.tensor([0.0, 0.3, 1.0, 4.0]).repeat(draws // 4)
+    top_k = torch.tensor([0, 0, 1, 5, 100]).repeat(draws // 5)
+    top_p = torch.tensor([1.0, 0.95, 0.5, 1e-9, 1.0, 0.999, 0.8, 1.0], dtype=torch.float64).repeat(draws // 8)
+    arguments = logits, row, uniform, temperature, top_k, top_p
+    (ours, ours_logprob), (theirs, theirs_logprob) = cpu.draw(*arguments), reference.draw(*arguments)
+    assert (ours == theirs).float().mean() >= 0.99, "rounding may move a token, rarely"
+    assert ours_logprob.isfinite().all()
+    same = ours == theirs
+    torch.testing.assert_close(ours_logprob[same], theirs_logprob[same], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

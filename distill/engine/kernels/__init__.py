@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from distill.engine.kernels import cpu, reference
+from distill.engine.kernels import cpu, cpu_layer, reference
 
-IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
+IMPLEMENTATIONS = {"cpu": cpu, "cpu_layer": cpu_layer, "reference": reference}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Ops:
     prefill_gqa: Callable[..., Any]
     prefill_mla: Callable[..., Any]
     index_scores: Callable[..., Any]
+    draw: Callable[..., Any]
+    decode_plan: Callable[..., Any]
 
 
 OP_NAMES = tuple(field.name for field in fields(Ops))
@@ -48,7 +50,7 @@ _REFERENCE = dict.fromkeys(OP_NAMES, "reference")
 
 # column → op → implementation; the columns of device types, and `reference`, which is any device's
 TABLE: dict[str, dict[str, str]] = {
-    "cpu": dict.fromkeys(OP_NAMES, "cpu"),
+    "cpu": dict.fromkeys(OP_NAMES, "cpu") | {"decode_plan": "cpu_layer"},
     "cuda": _REFERENCE,
     "reference": _REFERENCE,
 }

@@ -28,6 +28,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <mutex>
 #include <pthread.h>
 #include <thread>
@@ -154,7 +155,7 @@ class Scratch {
     void* data_ = nullptr;
     size_t size_ = 0;
 };
-Scratch shared_scratch[6];
+Scratch shared_scratch[8];
 thread_local Scratch own_scratch[5];
 
 float e4m3_value(int code) {
@@ -189,6 +190,14 @@ struct Rows {
         if (!table) return base + token * row_bytes;
         return base + table[token / page_size] * page_bytes + head_bytes + (token % page_size) * row_bytes;
     }
+    // Where `count` tokens lie, from `first` on.
+    void find(int first, int count, const uint8_t** rows) const {
+        for (int i = 0; i < count;) {
+            const uint8_t* row = at(first + i);
+            const int end = table ? std::min(count, i + page_size - (first + i) % page_size) : count;
+            for (; i < end; i++, row += row_bytes) rows[i] = row;
+        }
+    }
 };
 
 }  // namespace
@@ -196,11 +205,11 @@ struct Rows {
 // Arguments of the ops, laid out alike in cpu_library.py.
 struct LinearArgs {
     const float* x;
-    int64_t x_stride;        // between rows
+    int64_t x_stride, x_group;      // between rows, and between the groups of a row
     const Packed* w;
-    const float* bias;       // [n] or null
+    const float* bias;              // [groups · n] or null
     float* out;
-    int64_t out_stride;
+    int64_t out_stride, out_group;
     int32_t rows, parts, add, threads;  // add: to what `out` holds
 };
 
@@ -211,8 +220,11 @@ struct ExpertsArgs {
     const Packed* gate;      // one per expert
     const Packed* up;
     const Packed* down;
-    float* out;              // [tokens, c], overwritten
-    int32_t tokens, per_token, experts, parts, threads, unused;
+    const Packed* shared_gate;  // null: no shared expert
+    const Packed* shared_up;
+    const Packed* shared_down;
+    float* out;              // [tokens, c]
+    int32_t tokens, per_token, experts, parts, add, threads;
 };
 
 struct DecodeArgs {
@@ -288,6 +300,40 @@ struct NormArgs {
     int32_t threads;
 };
 
+// A layer with latent attention, and where its intermediate results are computed for rows that decode.
+struct LayerArgs {
+    const float *attention_norm, *q_norm, *kv_norm, *mlp_norm, *correction;
+    const Packed *q_a, *q, *kv_a, *absorb, *expand_v, *o;  // q_a null: q takes the hidden state
+    const float *q_a_bias, *kv_a_bias, *o_bias;            // or null
+    const Packed* router;                                  // null: gate, up and down are a plain MLP
+    const Packed *gate, *up, *down, *shared_gate, *shared_up, *shared_down;
+    int32_t c, heads, nope, rope, interleaved, experts, groups, groups_kept, per_token, softmax, group_by_best, normalise, parts;
+    float eps, latent_eps, scale, factor;
+    int32_t unused;
+};
+
+struct StepArgs {
+    float* x;                // [rows, c], in and out
+    const float* cos;        // [rows, rope/2]
+    const float* sin;
+    const int64_t *page, *offset, *table, *length;
+    int64_t table_stride;
+    int32_t rows, page_size, wide, threads;
+};
+
+// Drawing tokens: see `draw` in reference.py. Threads take rows.
+struct DrawArgs {
+    const float* logits;     // [rows, vocabulary]
+    const int64_t* row;      // [draws]
+    const double* uniform;
+    const float* temperature;
+    const int64_t* top_k;    // 0: off
+    const double* top_p;
+    int64_t* token;
+    float* logprob;
+    int32_t draws, vocabulary, threads, unused;
+};
+
 namespace {
 struct Kernels {
     const char* name;
@@ -302,6 +348,8 @@ struct Kernels {
     void (*rope)(const RopeArgs&);
     void (*paged_write)(const WriteArgs&);
     void (*rms_norm)(const NormArgs&);
+    void (*draw)(const DrawArgs&);
+    void (*decode_layer)(const LayerArgs&, const StepArgs&, uint8_t* pool);
 };
 }  // namespace
 
@@ -497,11 +545,17 @@ OP(route, RouteArgs)
 OP(rope, RopeArgs)
 OP(paged_write, WriteArgs)
 OP(rms_norm, NormArgs)
+OP(draw, DrawArgs)
 #undef OP
 
 void distill_swiglu_linear(const LinearArgs* args, const Packed* up) {
     std::lock_guard<std::mutex> lock(one_caller);
     chosen->swiglu_linear(*args, *up);
+}
+
+void distill_decode_layer(const LayerArgs* layer, const StepArgs* step, uint8_t* cache) {
+    std::lock_guard<std::mutex> lock(one_caller);
+    chosen->decode_layer(*layer, *step, cache);
 }
 
 }  // extern "C"
@@ -736,40 +790,48 @@ struct Activations {
     size_t row_bytes, group_bytes, part_bytes;
     const uint8_t* at(int row, int group) const { return base + row * row_bytes + group * group_bytes; }
 };
-Activations prepare(const float* x, int64_t stride, int rows, int k, int groups, int kind, int parts, int threads, Scratch& scratch) {
-    if (kind == F32) return {reinterpret_cast<const uint8_t*>(x), size_t(stride) * 4, size_t(k) * 4, 0};
+Activations prepare(const float* x, int64_t stride, int64_t group, int rows, int k, int groups, int kind, int parts, int threads, Scratch& scratch) {
+    if (kind == F32) return {reinterpret_cast<const uint8_t*>(x), size_t(stride) * 4, size_t(group) * 4, 0};
     const size_t width = size_t(padded_k(k)) * groups, part = width * rows;
     bf16* out = scratch.take<bf16>(part * parts);
     const int chunk = std::max(1, int(16384 / width));
     pool().run(threads, ceil_div(rows, chunk), [&](int task) {
         for (int row = task * chunk; row < std::min(rows, (task + 1) * chunk); row++)
             for (int g = 0; g < groups; g++)
-                split(x + row * stride + size_t(g) * k, k, parts, part, out + row * width + size_t(g) * padded_k(k));
+                split(x + row * stride + g * group, k, parts, part, out + row * width + size_t(g) * padded_k(k));
     });
     return {reinterpret_cast<const uint8_t*>(out), width * 2, size_t(padded_k(k)) * 2, part * 2};
 }
 
-void linear(const LinearArgs& args) {
-    const Packed& w = *args.w;
-    const int panels = panels_of(w.n), chunks = ceil_div(args.rows, ROW_CHUNK);
-    const Activations x = prepare(args.x, args.x_stride, args.rows, w.k, w.groups, w.kind, args.parts, args.threads, shared_scratch[0]);
-    pool().run(args.threads, w.groups * panels * chunks, [&](int task) {
-        const int chunk = task % chunks, panel = task / chunks % panels, group = task / chunks / panels;
-        const int first = chunk * ROW_CHUNK, count = std::min(ROW_CHUNK, args.rows - first);
+// Products with several matrices that read the same rows, as one job.
+void linears(const LinearArgs* args, int count) {
+    const LinearArgs& first_of = args[0];
+    const Packed& w0 = *first_of.w;
+    const int chunks = ceil_div(first_of.rows, ROW_CHUNK);
+    const Activations x = prepare(first_of.x, first_of.x_stride, first_of.x_group, first_of.rows, w0.k, w0.groups, w0.kind,
+                                  first_of.parts, first_of.threads, shared_scratch[0]);
+    int tasks = 0;
+    for (int i = 0; i < count; i++) tasks += args[i].w->groups * panels_of(args[i].w->n) * chunks;
+    pool().run(first_of.threads, tasks, [&](int task) {
+        const LinearArgs* of = args;
+        for (int own; task >= (own = of->w->groups * panels_of(of->w->n) * chunks); of++) task -= own;
+        const Packed& w = *of->w;
+        const int panels = panels_of(w.n), chunk = task % chunks, panel = task / chunks % panels, group = task / chunks / panels;
+        const int first = chunk * ROW_CHUNK, rows = std::min(ROW_CHUNK, of->rows - first);
         const int column = panel * PANEL, width = std::min(PANEL, w.n - column);
-        const size_t at = size_t(group) * w.n + column;
+        const float* bias = of->bias ? of->bias + size_t(group) * w.n + column : nullptr;
         through_panel(
-            w, group, panel, count, args.parts, x.part_bytes, [&](int i) { return x.at(first + i, group); },
+            w, group, panel, rows, of->parts, x.part_bytes, [&](int i) { return x.at(first + i, group); },
             [&](int i, const float* sums) {
-                float* to = args.out + (first + i) * args.out_stride + at;
-                const float* bias = args.bias ? args.bias + at : nullptr;
-                if (args.add)
+                float* to = of->out + (first + i) * of->out_stride + group * of->out_group + column;
+                if (of->add)
                     for (int j = 0; j < width; j++) to[j] += bias ? sums[j] + bias[j] : sums[j];
                 else
                     for (int j = 0; j < width; j++) to[j] = bias ? sums[j] + bias[j] : sums[j];
             });
     });
 }
+void linear(const LinearArgs& args) { linears(&args, 1); }
 
 // 64 rows of codes into a panel: blocks of 16 rows × 64 codes are turned as 16×16 words of 4 codes, whose halves then
 // part. k up to the last multiple of 64; the caller does the rest.
@@ -813,7 +875,7 @@ INLINE void swiglu(const float* gate, const float* up, float* out) {
 void swiglu_linear(const LinearArgs& args, const Packed& up) {
     const Packed& gate = *args.w;
     const int panels = panels_of(gate.n), chunks = ceil_div(args.rows, ROW_CHUNK);
-    const Activations x = prepare(args.x, args.x_stride, args.rows, gate.k, 1, gate.kind, args.parts, args.threads, shared_scratch[0]);
+    const Activations x = prepare(args.x, args.x_stride, 0, args.rows, gate.k, 1, gate.kind, args.parts, args.threads, shared_scratch[0]);
     pool().run(args.threads, panels * chunks, [&](int task) {
         const int chunk = task % chunks, panel = task / chunks;
         const int first = chunk * ROW_CHUNK, count = std::min(ROW_CHUNK, args.rows - first);
@@ -830,8 +892,27 @@ void swiglu_linear(const LinearArgs& args, const Packed& up) {
     });
 }
 
+// The gated half of an MLP for some rows and one panel: silu(x·gateᵀ) · (x·upᵀ), split into what the product with `down`
+// reads: rows of h from `first` on.
+template <class Row>
+INLINE void gated_panel(const Packed& gate, const Packed& up, int panel, int rows, int parts, size_t part, Row row, uint8_t* h,
+                        size_t h_part, size_t h_width, size_t first) {
+    const int width = std::min(PANEL, gate.n - panel * PANEL);
+    alignas(64) float gates[ROW_CHUNK * PANEL];
+    through_panel(gate, 0, panel, rows, parts, part, row,
+                  [&](int i, const float* sums) { std::memcpy(gates + i * PANEL, sums, PANEL * 4); });
+    through_panel(up, 0, panel, rows, parts, part, row, [&](int i, const float* sums) {
+        alignas(64) float y[PANEL];
+        swiglu(gates + i * PANEL, sums, y);
+        const size_t at = (first + i) * h_width + size_t(panel) * PANEL;
+        if (gate.kind == F32) std::memcpy(reinterpret_cast<float*>(h) + at, y, size_t(width) * 4);
+        else split(y, width, parts, h_part, reinterpret_cast<bf16*>(h) + at);
+    });
+}
+
+// The shared expert is computed beside the routed ones, as one more whose rows are all tokens, and added last.
 void experts(const ExpertsArgs& args) {
-    const int pairs = args.tokens * args.per_token, c = args.gate[0].k, f = args.gate[0].n, kind = args.gate[0].kind;
+    const int pairs = args.tokens * args.per_token, c = args.gate[0].k, kind = args.gate[0].kind;
     // Pairs (token, choice) sorted by expert: `start[e]` … `start[e+1]` of `order`.
     int* start = shared_scratch[1].take<int>(size_t(args.experts) + 1 + 2 * size_t(pairs));
     int *order = start + args.experts + 1, *place = order + pairs;
@@ -840,56 +921,66 @@ void experts(const ExpertsArgs& args) {
     for (int e = 0; e < args.experts; e++) start[e + 1] += start[e];
     std::vector<int> next(start, start + args.experts);
     for (int i = 0; i < pairs; i++) place[i] = next[args.expert[i]]++, order[place[i]] = i;
-    std::vector<int> busy;  // experts with rows, so that tasks are even
-    for (int e = 0; e < args.experts; e++)
-        if (start[e + 1] > start[e]) busy.push_back(e);
 
-    const Activations x = prepare(args.x, c, args.tokens, c, 1, kind, args.parts, args.threads, shared_scratch[0]);
-    const int f_padded = kind == F32 ? f : padded_k(f);
-    const size_t h_part = size_t(pairs) * f_padded;
+    // Who has rows, so that tasks are even: `rows` of h and y, from `first` on.
+    struct Busy { const Packed *gate, *up, *down; int first, rows, expert; };
+    std::vector<Busy> busy;
+    for (int e = 0; e < args.experts; e++)
+        if (start[e + 1] > start[e])
+            busy.push_back({args.gate + e, args.up + e, args.down + e, start[e], start[e + 1] - start[e], e});
+    const bool shared = args.shared_gate;
+    if (shared) busy.push_back({args.shared_gate, args.shared_up, args.shared_down, pairs, args.tokens, -1});
+    const auto task_of = [&](int task, bool down) {
+        size_t i = 0;
+        for (int own; task >= (own = panels_of(down ? c : busy[i].gate->n)); i++) task -= own;
+        return std::pair<const Busy&, int>(busy[i], task);
+    };
+
+    const Activations x = prepare(args.x, c, 0, args.tokens, c, 1, kind, args.parts, args.threads, shared_scratch[0]);
+    const int widest = std::max(args.gate[0].n, shared ? args.shared_gate->n : 0);
+    const size_t all = size_t(pairs) + (shared ? args.tokens : 0), h_width = kind == F32 ? widest : padded_k(widest), h_part = all * h_width;
     uint8_t* h = shared_scratch[2].take<uint8_t>(kind == F32 ? h_part * 4 : h_part * 2 * args.parts);
-    const int up_panels = panels_of(f), down_panels = panels_of(c);
-    pool().run(args.threads, int(busy.size()) * up_panels, [&](int task) {
-        const int e = busy[task / up_panels], panel = task % up_panels;
-        const int width = std::min(PANEL, f - panel * PANEL);
-        for (int first = start[e]; first < start[e + 1]; first += ROW_CHUNK) {
-            const int count = std::min(ROW_CHUNK, start[e + 1] - first);
-            alignas(64) float gates[ROW_CHUNK * PANEL];
-            const auto row = [&](int i) { return x.at(order[first + i] / args.per_token, 0); };
-            through_panel(args.gate[e], 0, panel, count, args.parts, x.part_bytes, row,
-                          [&](int i, const float* sums) { std::memcpy(gates + i * PANEL, sums, PANEL * 4); });
-            through_panel(args.up[e], 0, panel, count, args.parts, x.part_bytes, row, [&](int i, const float* sums) {
-                alignas(64) float y[PANEL];
-                swiglu(gates + i * PANEL, sums, y);
-                const size_t at = size_t(first + i) * f_padded + panel * PANEL;
-                if (kind == F32) std::memcpy(reinterpret_cast<float*>(h) + at, y, size_t(width) * 4);
-                else split(y, width, args.parts, h_part, reinterpret_cast<bf16*>(h) + at);
-            });
+    int tasks = 0;
+    for (const Busy& b : busy) tasks += panels_of(b.gate->n);
+    pool().run(args.threads, tasks, [&](int task) {
+        const auto [b, panel] = task_of(task, false);
+        for (int done = 0; done < b.rows; done += ROW_CHUNK) {
+            const int first = b.first + done;
+            const auto row = [&](int i) { return x.at(b.expert < 0 ? first + i - pairs : order[first + i] / args.per_token, 0); };
+            gated_panel(*b.gate, *b.up, panel, std::min(ROW_CHUNK, b.rows - done), args.parts, x.part_bytes, row, h, h_part, h_width, size_t(first));
         }
     });
-    float* y = shared_scratch[3].take<float>(size_t(pairs) * c);
-    const size_t h_row = size_t(f_padded) * (kind == F32 ? 4 : 2);
-    pool().run(args.threads, int(busy.size()) * down_panels, [&](int task) {
-        const int e = busy[task / down_panels], panel = task % down_panels;
+    float* y = shared_scratch[3].take<float>(all * c);
+    const size_t h_row = h_width * (kind == F32 ? 4 : 2);
+    pool().run(args.threads, int(busy.size()) * panels_of(c), [&](int task) {
+        const auto [b, panel] = task_of(task, true);
+        const int first = b.first;
         const size_t width = size_t(std::min(PANEL, c - panel * PANEL)) * 4;
         through_panel(
-            args.down[e], 0, panel, start[e + 1] - start[e], args.parts, h_part * 2,
-            [&](int i) { return h + size_t(start[e] + i) * h_row; },
-            [&](int i, const float* sums) { std::memcpy(y + size_t(start[e] + i) * c + panel * PANEL, sums, width); });
+            *b.down, 0, panel, b.rows, args.parts, h_part * 2, [&](int i) { return h + size_t(first + i) * h_row; },
+            [&](int i, const float* sums) { std::memcpy(y + size_t(first + i) * c + panel * PANEL, sums, width); });
     });
     const int chunk = std::max(1, 4096 / c);
     pool().run(args.threads, ceil_div(args.tokens, chunk), [&](int task) {
+        float* sum = own_scratch[0].take<float>(size_t(c));
         for (int t = task * chunk; t < std::min(args.tokens, (task + 1) * chunk); t++) {
-            float* to = args.out + size_t(t) * c;
             for (int i = 0; i < args.per_token; i++) {  // in the router's order
                 const int pair = t * args.per_token + i;
                 const float* from = y + size_t(place[pair]) * c;
                 const float weight = args.weight[pair];
                 if (i == 0)
-                    for (int j = 0; j < c; j++) to[j] = from[j] * weight;
+                    for (int j = 0; j < c; j++) sum[j] = from[j] * weight;
                 else
-                    for (int j = 0; j < c; j++) to[j] += from[j] * weight;
+                    for (int j = 0; j < c; j++) sum[j] += from[j] * weight;
             }
+            const float* last = y + (size_t(pairs) + t) * c;
+            float* to = args.out + size_t(t) * c;
+            if (shared)
+                for (int j = 0; j < c; j++) sum[j] += last[j];
+            if (args.add)
+                for (int j = 0; j < c; j++) to[j] += sum[j];
+            else
+                std::memcpy(to, sum, size_t(c) * 4);
         }
     });
 }
@@ -959,10 +1050,11 @@ struct Lanes {
 };
 
 template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const Rows& values, int first, int count) {
-    constexpr int ROWS = LEVEL >= 2 ? 16 : 4, KIND = WIDE ? F32 : BF16;
+    constexpr int ROWS = LEVEL >= 2 ? 8 : 4, KIND = WIDE ? F32 : BF16;
     alignas(64) float score[KEYS * LANES];
     const uint8_t* a[KEYS];
-    for (int i = 0; i < KEYS; i++) a[i] = keys.at(first + std::min(i, count - 1));
+    keys.find(first, count, a);
+    for (int i = count; i < KEYS; i++) a[i] = a[count - 1];
     for (int i = 0; i < count; i += ROWS) tile<KIND, ROWS, 1, 1>(a + i, 0, s.q, s.d, nullptr, score + i * LANES);
 
     V top = s.top;
@@ -995,8 +1087,9 @@ template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const 
     // Values of the block as panels of 64 columns, then out = out · kept + p · values.
     const int units = WIDE ? KEYS : KEYS / 2;
     uint8_t* panel = own_scratch[0].take<uint8_t>(size_t(units) * 256);
-    const uint8_t* rows[KEYS];
-    for (int i = 0; i < KEYS; i++) rows[i] = i < count ? values.at(first + i) : nullptr;
+    const uint8_t* rows[KEYS + 1];
+    values.find(first, count, rows);
+    rows[count] = nullptr;
     const uint8_t* p_row[LANES];
     for (int lane = 0; lane < LANES; lane++) p_row[lane] = reinterpret_cast<const uint8_t*>(score + lane);
     const int used = WIDE ? count : (count + 1) / 2 * 2;
@@ -1041,13 +1134,25 @@ void attend(Lanes& s, const Rows& keys, const Rows& values, int begin, int end) 
 template <class Q> Lanes lanes_for(int d, int e, bool wide, float scale, I limit, Q q) {
     const int unit = wide ? 1 : 2, units = ceil_div(d, unit), width = ceil_div(e, PANEL) * PANEL;
     uint8_t* packed = own_scratch[1].take<uint8_t>(size_t(units) * 64);
-    std::memset(packed, 0, size_t(units) * 64);
-    for (int lane = 0; lane < LANES; lane++)
-        if (const float* from = q(lane))
-            for (int j = 0; j < d; j++) {
-                if (wide) reinterpret_cast<float*>(packed)[j * LANES + lane] = from[j];
-                else reinterpret_cast<bf16*>(packed)[j / 2 * 32 + lane * 2 + j % 2] = round_bf16(from[j]);
+    for (int lane = 0; lane < LANES; lane++) {
+        uint32_t* to = reinterpret_cast<uint32_t*>(packed) + lane;
+        const float* from = q(lane);
+        if (!from) {
+            for (int i = 0; i < units; i++) to[i * LANES] = 0;
+        } else if (wide) {
+            for (int j = 0; j < d; j++) std::memcpy(to + j * LANES, from + j, 4);
+        } else {
+            alignas(64) bf16 part[LANES + 1];
+            for (int j = 0; j < d; j += LANES) {
+                const int count = std::min(LANES, d - j);
+                if (count == LANES) store_upper(part, rounded(load(from + j)));
+                else
+                    for (int i = 0; i < count; i++) part[i] = round_bf16(from[j + i]);
+                part[count] = 0;
+                for (int i = 0; i < count; i += 2) std::memcpy(to + (j + i) / 2 * LANES, part + i, 4);
             }
+        }
+    }
     float* out = own_scratch[2].take<float>(size_t(LANES) * width);
     std::fill(out, out + LANES * width, 0.f);
     return {d, e, wide, scale, packed, limit, all(-1e30f), V{}, out, width};
@@ -1264,9 +1369,171 @@ void rms_norm(const NormArgs& args) {
     });
 }
 
+// Maximum and Σ e^(x - maximum) of one row.
+struct Row { float top; int where; double total; };
+Row softmax_of(const float* x, int n) {
+    V best = all(-INFINITY);
+    int j = 0;
+    for (; j + LANES <= n; j += LANES) best = max(best, load(x + j));
+    float top = -INFINITY;
+    for (int lane = 0; lane < LANES; lane++) top = std::max(top, best[lane]);
+    for (; j < n; j++) top = std::max(top, x[j]);
+    double total = 0;
+    V part{};
+    for (j = 0; j + LANES <= n; j += LANES) {
+        part += exp(load(x + j) - top);
+        if (j % 4096 == 4096 - LANES) {
+            for (int lane = 0; lane < LANES; lane++) total += part[lane];
+            part = V{};
+        }
+    }
+    for (int lane = 0; lane < LANES; lane++) total += part[lane];
+    for (; j < n; j++) total += std::exp(x[j] - top);
+    return {top, int(std::find(x, x + n, top) - x), total};
+}
+
+// The smallest of the probabilities p (unnormalised, the largest is 1) that top k, then top p let through.
+float threshold(const float* p, int n, double total, int64_t top_k, double top_p, std::vector<float>& best) {
+    const size_t k = top_k > 0 ? size_t(std::min<int64_t>(top_k, n)) : size_t(n);
+    for (float floor = 1.f / 256;; floor = floor > 1e-30f ? floor / 4096 : -1.f) {
+        best.clear();
+        for (int j = 0; j < n; j += LANES) {  // padded with zeros
+            const I some = load(p + j) >= floor;
+            int any = 0;
+            for (int lane = 0; lane < LANES; lane++) any |= some[lane];
+            if (any)
+                for (int lane = 0; lane < std::min(LANES, n - j); lane++)
+                    if (p[j + lane] >= floor) best.push_back(p[j + lane]);
+        }
+        const bool everything = best.size() == size_t(n);
+        if (best.size() < k && k < size_t(n) && !everything) continue;
+        std::sort(best.begin(), best.end(), std::greater<float>());
+        const size_t among = std::min(k, best.size());
+        double mass = total;
+        if (k < size_t(n)) {
+            mass = 0;
+            for (size_t i = 0; i < among; i++) mass += best[i];
+        }
+        double before = 0;
+        size_t kept = 0;
+        while (kept < among && (top_p >= 1 || before < top_p * mass)) before += best[kept++];
+        if (kept < best.size() || among == k || everything) return best[kept - 1];  // else more may be let through
+    }
+}
+
+void draw(const DrawArgs& args) {
+    const int n = args.vocabulary, padded = ceil_div(n, LANES) * LANES;
+    pool().run(args.threads, args.draws, [&](int index) {
+        const float* x = args.logits + size_t(args.row[index]) * n;
+        const Row raw = softmax_of(x, n);
+        int token = raw.where;
+        if (const float temperature = args.temperature[index]; temperature > 0) {
+            float* p = own_scratch[0].take<float>(size_t(padded));
+            double total = 0;
+            for (int j = 0; j < n; j += LANES) {
+                alignas(64) float some[LANES];
+                std::fill(some, some + LANES, -INFINITY);
+                std::memcpy(some, x + j, size_t(std::min(LANES, n - j)) * 4);
+                V value = exp((load(some) - raw.top) / temperature);
+                value = load(some) > all(-INFINITY) ? value : V{};
+                store(p + j, value);
+                float sum = 0;
+                for (int lane = 0; lane < LANES; lane++) sum += value[lane];
+                total += sum;
+            }
+            float least = 0;
+            if (args.top_k[index] > 0 || args.top_p[index] < 1) {
+                static thread_local std::vector<float> best;
+                least = threshold(p, n, total, args.top_k[index], args.top_p[index], best);
+            }
+            // The cumulative distribution in vocabulary order, by blocks.
+            constexpr int BLOCK_OF = 256;
+            double* sums = own_scratch[1].take<double>(size_t(ceil_div(n, BLOCK_OF)));
+            double kept = 0;
+            for (int block = 0; block * BLOCK_OF < n; block++) {
+                double sum = 0;
+                for (int j = block * BLOCK_OF; j < std::min(padded, (block + 1) * BLOCK_OF); j += LANES) {
+                    const V value = load(p + j), some = value >= all(least) ? value : V{};
+                    store(p + j, some);
+                    for (int lane = 0; lane < LANES; lane++) sum += some[lane];
+                }
+                sums[block] = sum;
+                kept += sum;
+            }
+            const double aim = args.uniform[index] * kept;
+            double before = 0;
+            int block = 0;
+            while ((block + 1) * BLOCK_OF < n && before + sums[block] <= aim) before += sums[block++];
+            token = -1;
+            for (int j = block * BLOCK_OF; j < n; j++) {
+                if (p[j] > 0) token = j;  // if rounding leaves nothing past the aim, the last one that is possible
+                before += p[j];
+                if (before > aim && p[j] > 0) break;
+            }
+            for (int j = block * BLOCK_OF; token < 0; j--)
+                if (p[j] > 0) token = j;
+        }
+        args.token[index] = token;
+        args.logprob[index] = float(double(x[token]) - raw.top - std::log(raw.total));
+    });
+}
+
+// One layer for rows that decode: what model.py does op by op, in one call.
+void decode_layer(const LayerArgs& w, const StepArgs& s, uint8_t* cache) {
+    const int rows = s.rows, head = w.nope + w.rope, rank = w.kv_a->n - w.rope, latent = w.kv_a->n, q_rank = w.q_a ? w.q_a->n : 0;
+    const int v = w.expand_v->n, threads = s.threads;
+    Scratch& scratch = shared_scratch[6];
+    const size_t width = size_t(w.c) + q_rank + size_t(w.heads) * (head + latent + rank + v) + 2 * latent + w.experts + w.per_token;
+    float* normed = scratch.take<float>(width * rows);
+    float *q_a = normed + size_t(rows) * w.c, *q = q_a + size_t(rows) * q_rank, *kv = q + size_t(rows) * w.heads * head;
+    float *row = kv + size_t(rows) * latent, *query = row + size_t(rows) * latent, *mixed = query + size_t(rows) * w.heads * latent;
+    float *value = mixed + size_t(rows) * w.heads * rank, *logits = value + size_t(rows) * w.heads * v;
+    float* weight = logits + size_t(rows) * w.experts;
+    const auto product = [&](const float* x, const Packed* m, const float* bias, float* out, int add) {
+        return LinearArgs{x, m->k, 0, m, bias, out, m->n, 0, rows, w.parts, add, threads};
+    };
+
+    rms_norm({s.x, w.c, w.attention_norm, normed, w.c, rows, w.c, w.eps, threads});
+    if (w.q_a) {
+        const LinearArgs both[2] = {product(normed, w.q_a, w.q_a_bias, q_a, 0), product(normed, w.kv_a, w.kv_a_bias, kv, 0)};
+        linears(both, 2);
+        rms_norm({q_a, q_rank, w.q_norm, q_a, q_rank, rows, q_rank, w.latent_eps, threads});
+        linear(product(q_a, w.q, nullptr, q, 0));
+    } else {
+        const LinearArgs both[2] = {product(normed, w.q, nullptr, q, 0), product(normed, w.kv_a, w.kv_a_bias, kv, 0)};
+        linears(both, 2);
+    }
+    rms_norm({kv, latent, w.kv_norm, row, latent, rows, rank, w.latent_eps, threads});
+    rope({kv + rank, latent, 0, s.cos, s.sin, row + rank, latent, 0, rows, 1, w.rope / 2, w.interleaved, threads, 0});
+    paged_write({cache, s.page, s.offset, row, latent, 0, rows, 1, latent, s.page_size, s.wide, 0});
+    linear({q, w.heads * head, head, w.absorb, nullptr, query, int64_t(w.heads) * latent, latent, rows, w.parts, 0, threads});
+    rope({q + w.nope, w.heads * head, head, s.cos, s.sin, query + rank, int64_t(w.heads) * latent, latent, rows, w.heads, w.rope / 2,
+          w.interleaved, threads, 0});
+    decode({query, cache, cache, s.table, s.length, mixed, s.table_stride, rows, w.heads, 1, latent, rank, latent, latent, s.page_size,
+            s.wide, threads, w.scale});
+    linear({mixed, w.heads * rank, rank, w.expand_v, nullptr, value, int64_t(w.heads) * v, v, rows, w.parts, 0, threads});
+    linear(product(value, w.o, w.o_bias, s.x, 1));
+
+    rms_norm({s.x, w.c, w.mlp_norm, normed, w.c, rows, w.c, w.eps, threads});
+    if (!w.router) {
+        float* gated = shared_scratch[7].take<float>(size_t(rows) * w.gate->n);
+        swiglu_linear({normed, w.c, 0, w.gate, nullptr, gated, w.gate->n, 0, rows, w.parts, 0, threads}, *w.up);
+        linear(product(gated, w.down, nullptr, s.x, 1));
+        return;
+    }
+    int64_t* expert = shared_scratch[7].take<int64_t>(size_t(rows) * w.per_token);
+    LinearArgs to_router = product(normed, w.router, nullptr, logits, 0);
+    to_router.parts = 3;
+    linear(to_router);
+    route({logits, w.correction, expert, weight, rows, w.experts, w.groups, w.groups_kept, w.per_token, w.softmax, w.group_by_best,
+           w.normalise, w.factor, threads});
+    experts({normed, expert, weight, w.gate, w.up, w.down, w.shared_gate, w.shared_up, w.shared_down, s.x, rows, w.per_token, w.experts,
+             w.parts, 1, threads});
+}
+
 #define STRINGIFY(x) #x
 #define NAME(x) STRINGIFY(x)
-const Kernels table = {NAME(ISA), pack_codes, linear, swiglu_linear, experts, decode, prefill, index_scores, route, rope, paged_write, rms_norm};
+const Kernels table = {NAME(ISA), pack_codes, linear, swiglu_linear, experts, decode, prefill, index_scores, route, rope, paged_write, rms_norm, draw, decode_layer};
 #undef NAME
 #undef STRINGIFY
 #undef INLINE

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distill.engine.kernels.cpu_library import (
     DecodeArgs,
+    DrawArgs,
     ExpertsArgs,
     IndexArgs,
     LinearArgs,
@@ -54,7 +55,8 @@ _JOB = np.dtype(
         ("k", "i4"),
     ]
 )
-_KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: 2}
+_FLOAT32 = 2
+_KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: _FLOAT32}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ class Packed:
         self.parts = _parts(dtype)
         matrices = [_in_kept_form(weight, dtype) for weight in weights]
         self.n, self.k = matrices[0].shape
-        kind = _KINDS[matrices[0].dtype]
+        self.kind = kind = _KINDS[matrices[0].dtype]
         size = library().distill_packed_bytes(kind, self.n, self.k)
         self._memory, self.bytes = Memory(len(weights) * size), len(weights) * size
         jobs = np.zeros(len(weights), _JOB)
@@ -92,6 +94,10 @@ class Packed:
         scale = None if self._scale is None else self._scale.data_ptr()
         self._struct = PackedMatrix(kind, self.n, self.k, len(weights), self._memory.begin, scale)
         self.address = addressof(self._struct)
+
+    def reads_like(self, other: Packed) -> bool:
+        """Whether both read activations in the same form: float32 as it is, or parts of it."""
+        return (self.kind == _FLOAT32) == (other.kind == _FLOAT32)
 
 
 def _in_kept_form(weight: Stored, compute: torch.dtype) -> Tensor:
@@ -222,6 +228,10 @@ class ExpertBank:
             jobs = jobs[[i - self.resident for i in chosen if i >= self.resident]]
         _run_jobs(jobs, 1 if background else threads())
 
+    def goes_with(self, shared: Packed) -> bool:
+        """Whether the kernel can compute a shared expert beside these: both read activations in the same form."""
+        return (shared.kind == _FLOAT32) == (int(self.arrays["kind"][0, 0]) == _FLOAT32)
+
     def install(self, arena: Memory) -> None:
         self.arrays["data"][:, self.resident :] = (arena.begin + self._offsets).T
 
@@ -338,15 +348,19 @@ def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float) -> Tensor:
     return out
 
 
-def _linear_args(x: Tensor, x_stride: int, w: Packed, bias: Tensor | None, out: Tensor, rows: int) -> Any:
+def _linear_args(x: Tensor, w: Packed, bias: Tensor | None, out: Tensor) -> Any:
+    """x [t, c] or [t, h, c], out [t, n] or [t, h, n], their last dimensions contiguous."""
+    grouped = x.dim() == 3
     return LinearArgs(
         x.data_ptr(),
-        x_stride,
+        x.stride(0),
+        x.stride(1) if grouped else 0,
         w.address,
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        out.shape[1] if out.dim() == 2 else out.shape[1] * out.shape[2],
-        rows,
+        out.stride(0),
+        out.stride(1) if grouped else 0,
+        x.shape[0],
         w.parts,
         0,
         threads(),
@@ -357,7 +371,7 @@ def linear(x_tc: Tensor, weight: Packed, bias_n: Tensor | None = None) -> Tensor
     x_tc = _rows(x_tc)
     assert x_tc.dtype == torch.float32 and x_tc.shape[1] == weight.k
     out = torch.empty(x_tc.shape[0], weight.n)
-    library().distill_linear(byref(_linear_args(x_tc, x_tc.stride(0), weight, bias_n, out, x_tc.shape[0])))
+    library().distill_linear(byref(_linear_args(x_tc, weight, bias_n, out)))
     return out
 
 
@@ -368,24 +382,24 @@ def swiglu_linear(
         return torch.nn.functional.silu(linear(x_tc, gate, gate_bias_f)) * linear(x_tc, up, up_bias_f)
     x_tc = _rows(x_tc)
     out = torch.empty(x_tc.shape[0], gate.n)
-    args = _linear_args(x_tc, x_tc.stride(0), gate, None, out, x_tc.shape[0])
-    library().distill_swiglu_linear(byref(args), c_void_p(up.address))
+    library().distill_swiglu_linear(byref(_linear_args(x_tc, gate, None, out)), c_void_p(up.address))
     return out
 
 
 def per_head(x_thc: Tensor, weight: Packed) -> Tensor:
-    t, h, c = x_thc.shape
-    if x_thc.stride(2) != 1 or x_thc.stride(1) != c:
-        x_thc = x_thc.contiguous()
-    out = torch.empty(t, h, weight.n)
-    library().distill_linear(byref(_linear_args(x_thc, x_thc.stride(0), weight, None, out, t)))
+    x_thc = _rows(x_thc)
+    out = torch.empty(*x_thc.shape[:2], weight.n)
+    library().distill_linear(byref(_linear_args(x_thc, weight, None, out)))
     return out
 
 
-def experts(x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, bank: ExpertBank) -> Tensor:
+def experts(
+    x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, bank: ExpertBank, shared: tuple[Packed, Packed, Packed] | None
+) -> Tensor:
     x_tc, experts_tk, weights_tk = x_tc.contiguous(), experts_tk.contiguous(), weights_tk.contiguous()
     t, k = experts_tk.shape
     out = torch.empty_like(x_tc)
+    beside = shared is not None and bank.goes_with(shared[0])
     library().distill_experts(
         byref(
             ExpertsArgs(
@@ -393,16 +407,19 @@ def experts(x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, bank: ExpertBa
                 experts_tk.data_ptr(),
                 weights_tk.data_ptr(),
                 *bank.addresses,
+                *([matrix.address for matrix in shared] if shared and beside else [None] * 3),
                 out.data_ptr(),
                 t,
                 k,
                 bank.count,
                 bank.parts,
-                threads(),
                 0,
+                threads(),
             )
         )
     )
+    if shared is not None and not beside:
+        out += linear(swiglu_linear(x_tc, *shared[:2]), shared[2])
     return out
 
 
@@ -526,3 +543,34 @@ def index_scores(q_thd: Tensor, weight_th: Tensor, pool: Tensor, table_p: Tensor
         )
     )
     return out
+
+
+def draw(
+    logits_rv: Tensor,
+    row_b: Tensor,
+    uniform_b: Tensor,
+    temperature_b: Tensor,
+    top_k_b: Tensor,
+    top_p_b: Tensor,
+) -> tuple[Tensor, Tensor]:
+    logits_rv = logits_rv.contiguous()
+    token_b, logprob_b = torch.empty_like(row_b), torch.empty_like(temperature_b)
+    library().distill_draw(
+        byref(
+            DrawArgs(
+                logits_rv.data_ptr(),
+                row_b.data_ptr(),
+                uniform_b.data_ptr(),
+                temperature_b.data_ptr(),
+                top_k_b.data_ptr(),
+                top_p_b.data_ptr(),
+                token_b.data_ptr(),
+                logprob_b.data_ptr(),
+                len(row_b),
+                logits_rv.shape[1],
+                threads(),
+                0,
+            )
+        )
+    )
+    return token_b, logprob_b

@@ -28,10 +28,13 @@ def struct(name: str, fields: str) -> type[ctypes.Structure]:
 
 PackedMatrix = struct("PackedMatrix", "int: kind n k groups; pointer: data scale")
 LinearArgs = struct(
-    "LinearArgs", "pointer: x; long: x_stride; pointer: w bias out; long: out_stride; int: rows parts add threads"
+    "LinearArgs",
+    "pointer: x; long: x_stride x_group; pointer: w bias out; long: out_stride out_group; int: rows parts add threads",
 )
 ExpertsArgs = struct(
-    "ExpertsArgs", "pointer: x expert weight gate up down out; int: tokens per_token experts parts threads unused"
+    "ExpertsArgs",
+    "pointer: x expert weight gate up down shared_gate shared_up shared_down out; "
+    "int: tokens per_token experts parts add threads",
 )
 DecodeArgs = struct(
     "DecodeArgs",
@@ -55,6 +58,20 @@ RopeArgs = struct(
 )
 WriteArgs = struct(
     "WriteArgs", "pointer: pool page offset x; long: x_row x_head; int: rows heads width page_size wide unused"
+)
+LayerArgs = struct(
+    "LayerArgs",
+    "pointer: attention_norm q_norm kv_norm mlp_norm correction q_a q kv_a absorb expand_v o q_a_bias kv_a_bias o_bias "
+    "router gate up down shared_gate shared_up shared_down; "
+    "int: c heads nope rope interleaved experts groups groups_kept per_token softmax group_by_best normalise parts; "
+    "float: eps latent_eps scale factor; int: unused",
+)
+StepArgs = struct(
+    "StepArgs", "pointer: x cos sin page offset table length; long: table_stride; int: rows page_size wide threads"
+)
+DrawArgs = struct(
+    "DrawArgs",
+    "pointer: logits row uniform temperature top_k top_p token logprob; int: draws vocabulary threads unused",
 )
 IndexArgs = struct(
     "IndexArgs", "pointer: q weight keys table out; int: rows length heads d page_size wide threads unused"

@@ -220,8 +220,15 @@ def packed_bytes(packed: Tensor) -> int:
     return packed.nbytes
 
 
-def experts(x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, bank: ExpertBank) -> Tensor:
-    """Σ over a token's k experts of weight · down(silu(gate·x) · up·x), added in the router's order → [t, c].
+def experts(
+    x_tc: Tensor,
+    experts_tk: Tensor,
+    weights_tk: Tensor,
+    bank: ExpertBank,
+    shared: tuple[Tensor, Tensor, Tensor] | None,
+) -> Tensor:
+    """Σ over a token's k experts of weight · down(silu(gate·x) · up·x), added in the router's order, then the shared
+    expert (gate, up, down) if there is one → [t, c].
 
     Tokens are sorted by expert, so that each expert multiplies one contiguous slice once. A scatter-add back was
     rejected: it sums in whatever order threads arrive. Padding every expert to the same number of tokens was rejected:
@@ -242,7 +249,8 @@ def experts(x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, bank: ExpertBa
     back_s = torch.empty_like(order_s)
     back_s[order_s] = torch.arange(order_s.numel(), device=order_s.device)
     y_tkc = y_sc.index_select(0, back_s).unflatten(0, experts_tk.shape)
-    return (y_tkc * weights_tk[..., None]).sum(1).to(x_tc.dtype)
+    routed_tc = (y_tkc * weights_tk[..., None]).sum(1).to(x_tc.dtype)
+    return routed_tc if shared is None else routed_tc + linear(swiglu_linear(x_tc, *shared[:2]), shared[2])
 
 
 def route(
@@ -385,3 +393,65 @@ def index_scores(q_thd: Tensor, weight_th: Tensor, pool: Tensor, table_p: Tensor
         score_tl[row] = weight_h.float() @ F.relu((q_hd @ key_ld.T).float())
     position_l = torch.arange(length, device=q_thd.device)
     return score_tl.masked_fill_(position_l > position_l[length - len(q_thd) :, None], float("-inf"))
+
+
+def draw(
+    logits_rv: Tensor,
+    row_b: Tensor,
+    uniform_b: Tensor,
+    temperature_b: Tensor,
+    top_k_b: Tensor,
+    top_p_b: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Draw a token from row row_b[b] with a uniform in [0, 1) → tokens, int64, and their raw log-probabilities.
+
+    float32 logits; temperature 0 is greedy (the first of equals), top_k 0 and top_p 1 are off; uniform and top_p are
+    float64. The draw inverts the cumulative distribution in vocabulary order, over the tokens that pass a threshold:
+    divide by the temperature, keep the top k, of those the smallest set whose mass reaches top p. Tokens tied with the
+    last one kept are all kept.
+    """
+    logits_bv = logits_rv.index_select(0, row_b)
+    normaliser_b1 = logits_bv.logsumexp(-1, keepdim=True)
+    greedy_b = temperature_b == 0
+    # Greedy rows are drawn at temperature 1 and then overruled: one vectorised path, no splitting of the batch.
+    divisor_b = torch.where(greedy_b, torch.ones_like(temperature_b), temperature_b)
+    probs_bv = ((logits_bv - logits_bv.amax(-1, keepdim=True)) / divisor_b[:, None]).exp()
+    probs_bv = probs_bv.masked_fill(probs_bv < _threshold(probs_bv, top_k_b, top_p_b)[:, None], 0.0)
+    cumulative_bv = probs_bv.cumsum(-1, dtype=torch.float64)
+    total_b = cumulative_bv[:, -1]
+    aim_b = torch.minimum(
+        uniform_b * total_b, total_b.nextafter(torch.zeros_like(total_b))
+    )  # below it, if it rounds up
+    token_b = torch.searchsorted(cumulative_bv, aim_b[:, None], right=True)[:, 0]
+    token_b = torch.where(greedy_b, logits_bv.argmax(-1), token_b)
+    return token_b, (logits_bv.gather(-1, token_b[:, None]) - normaliser_b1)[:, 0]
+
+
+def _threshold(probs_bv: Tensor, top_k_b: Tensor, top_p_b: Tensor) -> Tensor:
+    """The smallest unnormalised probability that top k, then top p, let through: [b]. A threshold needs the largest few
+    only, and more of them only if they do not reach top p; a sort would need the whole vocabulary."""
+    vocab = probs_bv.shape[1]
+    k_b = torch.where(top_k_b == 0, vocab, top_k_b.clamp(max=vocab))
+    looked_at = min(vocab, max(64, int(top_k_b.max())))
+    total_b = probs_bv.sum(-1, dtype=torch.float64)
+    while True:
+        top_bm = probs_bv.topk(looked_at, dim=-1).values
+        before_bm = top_bm.cumsum(-1, dtype=torch.float64) - top_bm
+        within_k_bm = torch.arange(looked_at, device=probs_bv.device) < k_b[:, None]
+        mass_b = torch.where(k_b < vocab, (top_bm * within_k_bm).sum(-1, dtype=torch.float64), total_b)
+        kept_bm = within_k_bm & (before_bm < (top_p_b * mass_b)[:, None])
+        # A row is settled once the last candidate looked at is dropped, or if nothing limits it.
+        open_b = kept_bm[:, -1] & (top_p_b < 1)
+        if looked_at == vocab or not open_b.any():
+            break
+        looked_at = min(vocab, 8 * looked_at)
+    smallest_b = top_bm.masked_fill(~kept_bm, float("inf")).amin(-1)
+    unlimited_b = (k_b == vocab) & (top_p_b == 1)
+    return torch.where(unlimited_b, torch.zeros_like(smallest_b), smallest_b)
+
+
+def decode_plan(layers: list[dict[str, Any]]) -> None:
+    """What computes all layers with latent attention for rows that decode, in one go: called with hidden states [b, c],
+    the layers' pools, cos and sin, page_b, offset_b, table_bp and length_b → hidden states. None: op by op, as here.
+    The dictionaries are those of fused.py."""
+    return None

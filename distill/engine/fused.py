@@ -1,0 +1,73 @@
+"""Whole layers in one call, where the kernels have one.
+
+A step in which every row decodes is many small ops, and what it costs to call them adds up. `decode_plan` gives the
+kernels all layers at once, as tensors and numbers; they may decline, and then the model runs op by op, which is the
+definition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill.engine.kernels import Ops
+from distill.engine.spec import LATENT_NORM_EPS, Mla, ModelSpec, Moe
+from distill.engine.weights import LayerWeights, MlaWeights, MlpWeights, ModelWeights, MoeWeights
+
+
+def decode_plan(spec: ModelSpec, weights: ModelWeights, ops: Ops) -> Any | None:
+    """What runs all layers over rows that decode, or None: op by op."""
+    if spec.mla is None or spec.indexer is not None:
+        return None
+    return ops.decode_plan([_layer(spec, spec.mla, layer) for layer in weights.layers])
+
+
+def _layer(spec: ModelSpec, dims: Mla, w: LayerWeights) -> dict[str, Any]:
+    a = w.attention
+    assert isinstance(a, MlaWeights)
+    layer = {
+        "attention_norm": w.attention_norm_c,
+        "q_norm": a.q_norm,
+        "kv_norm": a.kv_norm,
+        "mlp_norm": w.mlp_norm_c,
+        "q_a": a.q_a.weight if a.q_a else None,
+        "q_a_bias": a.q_a.bias if a.q_a else None,
+        "q": a.q.weight,
+        "kv_a": a.kv_a.weight,
+        "kv_a_bias": a.kv_a.bias,
+        "absorb": a.absorb_q,
+        "expand_v": a.expand_v,
+        "o": a.o.weight,
+        "o_bias": a.o.bias,
+        "c": spec.hidden_size,
+        "heads": spec.num_heads,
+        "nope": dims.nope_dim,
+        "rope": dims.rope_dim,
+        "interleaved": spec.rope.interleaved,
+        "eps": spec.norm_eps,
+        "latent_eps": LATENT_NORM_EPS,
+        "scale": spec.softmax_scale,
+    }
+    if isinstance(w.mlp, MoeWeights):
+        assert spec.moe is not None
+        return layer | _experts(spec.moe, w.mlp)
+    return layer | _mlp(w.mlp)
+
+
+def _mlp(w: MlpWeights, prefix: str = "") -> dict[str, Any]:
+    return {f"{prefix}{name}": getattr(w, name).weight for name in ("gate", "up", "down")}
+
+
+def _experts(dims: Moe, w: MoeWeights) -> dict[str, Any]:
+    return {
+        "router": w.router,
+        "correction": w.correction_bias,
+        "experts": w.experts,
+        "scoring": dims.scoring,
+        "group_by": dims.group_by,
+        "groups": dims.groups,
+        "groups_kept": dims.groups_kept,
+        "per_token": dims.per_token,
+        "normalise": dims.normalise,
+        "factor": dims.routed_scale,
+        **(_mlp(w.shared, "shared_") if w.shared else {}),
+    }
