@@ -1158,65 +1158,89 @@ template <class Q> Lanes lanes_for(int d, int e, bool wide, float scale, I limit
     return {d, e, wide, scale, packed, limit, all(-1e30f), V{}, out, width};
 }
 
-constexpr int SPLIT = 2048;  // tokens of one sequence that a task reads; partial softmaxes are joined in order
+// A context is attended to in parts of so many tokens, which are then joined in order, whoever computed them.
+constexpr int PART = 128;
+
+// The softmax over some tokens of 16 queries: maximum, sum, and the values weighed, not yet divided by the sum.
+struct Part {
+    float* data;  // [2][16], then [16][width]
+    static size_t size(int width) { return size_t(LANES) * (2 + width); }
+    void put(const Lanes& s) {
+        store(data, s.top);
+        store(data + LANES, s.total);
+        std::memcpy(data + 2 * LANES, s.out, size_t(LANES) * s.width * 4);
+    }
+    void join(const Part& next, int width) {
+        const V top = max(load(data), load(next.data));
+        alignas(64) float own[LANES], other[LANES];
+        store(own, exp(load(data) - top));
+        store(other, exp(load(next.data) - top));
+        store(data, top);
+        store(data + LANES, fma(load(data + LANES), load(own), load(next.data + LANES) * load(other)));
+        for (int lane = 0; lane < LANES; lane++) {
+            float* to = data + 2 * LANES + size_t(lane) * width;
+            const float* from = next.data + 2 * LANES + size_t(lane) * width;
+            for (int j = 0; j < width; j += LANES) store(to + j, fma(load(to + j), all(own[lane]), load(from + j) * other[lane]));
+        }
+    }
+    void finish(int lanes, int e, int width, float* out) const {
+        for (int lane = 0; lane < lanes; lane++) {
+            const float* from = data + 2 * LANES + size_t(lane) * width;
+            for (int j = 0; j < e; j++) out[size_t(lane) * e + j] = from[j] / data[LANES + lane];
+        }
+    }
+};
 
 void decode(const DecodeArgs& args) {
     const int size = args.wide ? 4 : 2, shared_by = args.heads / args.kv_heads, sets = ceil_div(shared_by, LANES);
-    struct Task { int row, head, first, lanes, begin, end, slot; };
-    std::vector<Task> tasks;
-    int slots = 0;
-    for (int row = 0; row < args.rows; row++)
-        for (int head = 0; head < args.kv_heads; head++)
-            for (int set = 0; set < sets; set++) {
-                const int first = head * shared_by + set * LANES, lanes = std::min(LANES, shared_by - set * LANES);
-                const int length = int(args.length[row]);
-                for (int begin = 0; begin < length; begin += SPLIT)
-                    tasks.push_back({row, head, first, lanes, begin, std::min(length, begin + SPLIT), length > SPLIT ? slots++ : -1});
-            }
-    const int width = ceil_div(args.e, PANEL) * PANEL;
-    const size_t slot_size = size_t(LANES) * width + 2 * LANES;
-    float* partial = shared_scratch[4].take<float>(slot_size * slots + 1);
-    pool().run(args.threads, int(tasks.size()), [&](int index) {
-        const Task& t = tasks[index];
+    const int units = args.rows * args.kv_heads * sets, width = ceil_div(args.e, PANEL) * PANEL;
+    const auto part_of = [&](int unit, int part, Part result) {
+        const int row = unit / (args.kv_heads * sets), head = unit / sets % args.kv_heads, set = unit % sets;
+        const int lanes = std::min(LANES, shared_by - set * LANES), first = head * shared_by + set * LANES;
         const auto rows = [&](const void* pool_, int width_) {
             const int64_t row_bytes = int64_t(width_) * size, head_bytes = row_bytes * args.page_size;
-            return Rows{static_cast<const uint8_t*>(pool_), args.table + t.row * args.table_stride,
-                        head_bytes * args.kv_heads, head_bytes * t.head, row_bytes, args.page_size};
+            return Rows{static_cast<const uint8_t*>(pool_), args.table + row * args.table_stride,
+                        head_bytes * args.kv_heads, head_bytes * head, row_bytes, args.page_size};
         };
-        Lanes s = lanes_for(args.d, args.e, args.wide, args.scale, I{} + t.end, [&](int lane) {
-            return lane < t.lanes ? args.q + (size_t(t.row) * args.heads + t.first + lane) * args.d : nullptr;
+        const int begin = part * PART, end = std::min(int(args.length[row]), begin + PART);
+        Lanes s = lanes_for(args.d, args.e, args.wide, args.scale, I{} + end, [&](int lane) {
+            return lane < lanes ? args.q + (size_t(row) * args.heads + first + lane) * args.d : nullptr;
         });
-        attend(s, rows(args.k, args.k_width), rows(args.v, args.v_width), t.begin, t.end);
-        if (t.slot >= 0) {
-            float* to = partial + slot_size * t.slot;
-            store(to, s.top);
-            store(to + LANES, s.total);
-            std::memcpy(to + 2 * LANES, s.out, size_t(LANES) * width * 4);
-            return;
-        }
-        for (int lane = 0; lane < t.lanes; lane++)
-            for (int j = 0; j < args.e; j++)
-                args.out[(size_t(t.row) * args.heads + t.first + lane) * args.e + j] = s.out[size_t(lane) * width + j] / s.total[lane];
-    });
-    for (size_t i = 0; i < tasks.size();) {  // join the parts of the long ones
-        if (tasks[i].slot < 0) { i++; continue; }
-        size_t end = i + 1;
-        while (end < tasks.size() && tasks[end].slot >= 0 && tasks[end].row == tasks[i].row && tasks[end].first == tasks[i].first) end++;
-        V top = all(-INFINITY);
-        for (size_t j = i; j < end; j++) top = max(top, load(partial + slot_size * tasks[j].slot));
-        for (int lane = 0; lane < tasks[i].lanes; lane++) {
-            float* to = args.out + (size_t(tasks[i].row) * args.heads + tasks[i].first + lane) * args.e;
-            float total = 0;
-            std::fill(to, to + args.e, 0.f);
-            for (size_t j = i; j < end; j++) {
-                const float* from = partial + slot_size * tasks[j].slot;
-                const float factor = std::exp(from[lane] - top[lane]);
-                total += from[LANES + lane] * factor;
-                for (int c = 0; c < args.e; c++) to[c] += from[2 * LANES + size_t(lane) * width + c] * factor;
+        attend(s, rows(args.k, args.k_width), rows(args.v, args.v_width), begin, end);
+        result.put(s);
+    };
+    const auto finish = [&](int unit, Part result) {
+        const int row = unit / (args.kv_heads * sets), head = unit / sets % args.kv_heads, set = unit % sets;
+        const int lanes = std::min(LANES, shared_by - set * LANES), first = head * shared_by + set * LANES;
+        result.finish(lanes, args.e, width, args.out + (size_t(row) * args.heads + first) * args.e);
+    };
+    const auto parts_of = [&](int unit) { return ceil_div(int(args.length[unit / (args.kv_heads * sets)]), PART); };
+
+    if (units >= 2 * args.threads) {
+        pool().run(args.threads, units, [&](int unit) {
+            float* memory = own_scratch[3].take<float>(2 * Part::size(width));
+            Part whole{memory}, next{memory + Part::size(width)};
+            part_of(unit, 0, whole);
+            for (int part = 1; part < parts_of(unit); part++) {
+                part_of(unit, part, next);
+                whole.join(next, width);
             }
-            for (int c = 0; c < args.e; c++) to[c] /= total;
-        }
-        i = end;
+            finish(unit, whole);
+        });
+        return;
+    }
+    std::vector<int> first(size_t(units) + 1, 0);
+    for (int unit = 0; unit < units; unit++) first[unit + 1] = first[unit] + parts_of(unit);
+    float* memory = shared_scratch[4].take<float>(Part::size(width) * first[units]);
+    const auto at = [&](int index) { return Part{memory + Part::size(width) * index}; };
+    pool().run(args.threads, first[units], [&](int index) {
+        const int unit = int(std::upper_bound(first.begin(), first.end(), index) - first.begin()) - 1;
+        part_of(unit, index - first[unit], at(index));
+    });
+    for (int unit = 0; unit < units; unit++) {
+        Part whole = at(first[unit]);
+        for (int index = first[unit] + 1; index < first[unit + 1]; index++) whole.join(at(index), width);
+        finish(unit, whole);
     }
 }
 
