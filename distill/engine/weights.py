@@ -29,7 +29,7 @@ from torch import Tensor
 
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.kernels import Ops
-from distill.engine.kernels.reference import FP8_BLOCK, Damaged, Fp8, Stored, dense
+from distill.engine.kernels.reference import FP8_BLOCK, Damaged, Fp8, Stored, dense, rows_of, transposed
 from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -189,7 +189,7 @@ def load_weights(
     """
     reader = _Reader(Checkpoint(Path(model_dir)), ops, dtype)
     with reader.checkpoint.read_ahead():
-        embed_vc = reader.dense(EMBED, spec.vocab_size, spec.hidden_size)
+        embed_vc = dense(reader.checked(EMBED, spec.vocab_size, spec.hidden_size), dtype)
         layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
         norm_c = reader.tensor(NORM, (spec.hidden_size,))
         head_name = EMBED if spec.tied_embeddings else HEAD
@@ -250,17 +250,25 @@ def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str) -> MlaWeights:
         q_a = reader.linear(at + MLA["q_a"], dims.q_lora_rank, c, spec.qkv_bias)
         q_norm = reader.tensor(at + MLA["q_norm"], (dims.q_lora_rank,))
         q = reader.linear(at + MLA["q_b"], q_width, dims.q_lora_rank)
-    kv_b = reader.dense(at + MLA["kv_b"] + ".weight", heads * per_head, dims.kv_lora_rank)
-    uk_hnc, uv_hec = kv_b.unflatten(0, (heads, per_head)).split((dims.nope_dim, dims.v_dim), dim=1)
+    to_keys: list[Stored] = []
+    to_values: list[Stored] = []
+    kv_b = reader.checked(at + MLA["kv_b"] + ".weight", heads * per_head, dims.kv_lora_rank)
+    for begin in range(0, heads * per_head, per_head):
+        to_keys.append(rows_of(kv_b, begin, begin + dims.nope_dim))
+        to_values.append(rows_of(kv_b, begin + dims.nope_dim, begin + per_head))
+    # Codes stay codes where the cache is bfloat16, which products with them can read.
+    if reader.dtype != torch.bfloat16 or not all(isinstance(part, Fp8) for part in (*to_keys, *to_values)):
+        to_keys = [dense(part, reader.dtype) for part in to_keys]
+        to_values = [dense(part, reader.dtype) for part in to_values]
     return MlaWeights(
         q_a=q_a,
         q_norm=q_norm,
         q=q,
         kv_a=reader.linear(at + MLA["kv_a"], dims.kv_lora_rank + dims.rope_dim, c, spec.qkv_bias),
         kv_norm=reader.tensor(at + MLA["kv_norm"], (dims.kv_lora_rank,)),
-        absorb_q=reader.ops.pack_heads(uk_hnc.transpose(1, 2), reader.dtype),
-        expand_k=reader.ops.pack_heads(uk_hnc, reader.dtype),
-        expand_v=reader.ops.pack_heads(uv_hec, reader.dtype),
+        absorb_q=reader.ops.pack_heads([transposed(part) for part in to_keys], reader.dtype),
+        expand_k=reader.ops.pack_heads(to_keys, reader.dtype),
+        expand_v=reader.ops.pack_heads(to_values, reader.dtype),
         o=reader.linear(at + MLA["o"], c, heads * dims.v_dim, spec.o_bias),
         indexer=_indexer(reader, spec, spec.indexer, dims, at) if spec.indexer else None,
     )
@@ -341,15 +349,15 @@ class _Reader:
             )
         return Fp8(weight_nc, self.checkpoint.tensor(scale, (-(-n // FP8_BLOCK), -(-c // FP8_BLOCK))).float())
 
-    def dense(self, name: str, n: int, c: int) -> Tensor:
-        """[n, c] in the compute dtype."""
+    def checked(self, name: str, n: int, c: int) -> Stored:
+        """The same for those who do not pack it as it is."""
         matrix = self.matrix(name, n, c)
         if isinstance(matrix, Fp8):
             if self.ops.has_nan_codes(matrix.codes):
                 raise self._damaged(name, Damaged("codes"))
             if not matrix.scale.isfinite().all():
                 raise self._damaged(name, Damaged("scale"))
-        return dense(matrix, self.dtype)
+        return matrix
 
     def settle(self, at: str, bank: Any, resident: int | None) -> None:
         """Pack a layer's first `resident` experts for good (None: all), and look at the numbers of all."""

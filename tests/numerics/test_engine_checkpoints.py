@@ -17,6 +17,7 @@ from random_models import CONFIGS, LLAMA, V3, V3_YARN, YARN, Checkpoint, build, 
 from safetensors.torch import load_file
 
 from distill.engine import Engine, ModelSpec
+from distill.engine.kernels import cpu
 
 R1 = {
     **{"model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432},
@@ -205,6 +206,22 @@ def test_an_unexpected_tensor_is_refused_and_a_draft_layer_is_not(broken: Path) 
     Engine.load(broken, cache_tokens=64)
     rewrite(broken, lambda t: t.update({"model.layers.2.self_attn.o_proj.bias": torch.ones(160)}))
     refused(broken, "tensor model.layers.2.self_attn.o_proj.bias has no place")
+
+
+@pytest.mark.parametrize(("nope", "v"), [(64, 64), (32, 96), (128, 128), (64, 128), (24, 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_of_kv_b_in_any_cut_of_its_blocks(nope: int, v: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """In the published shapes the rows of a head lie in whole blocks, and stay FP8; elsewhere they are dequantised."""
+    ckpt = build(tmp_path, {**V3_YARN, "qk_nope_head_dim": nope, "v_head_dim": v, "kv_lora_rank": 160}, fp8=True)
+    tokens = some_tokens(40)
+    for kernels in ("reference", *([] if cpu.why_missing() else ["cpu"])):
+        engine = Engine.load(ckpt.path, dtype=dtype, cache_tokens=64, kernels=kernels)
+        ours, theirs = engine_logits(engine, tokens, decode_from=20), ckpt.logits(tokens)
+        error, report = relative_error(ours, theirs)
+        if dtype == torch.float32:
+            assert error < 1e-4, f"{kernels}: {report}"
+        else:  # rounding changes some tokens' experts, and then their logits by much
+            assert (ours - theirs).abs().median() < 0.05 * theirs.std(), f"{kernels}: {report}"
 
 
 def test_scales_as_powers_of_two_in_one_byte(broken: Path) -> None:

@@ -149,8 +149,8 @@ def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Pack
     return Packed([weight], dtype, place)
 
 
-def pack_heads(weight_hnc: Tensor, dtype: torch.dtype) -> Packed:
-    return Packed([head.contiguous() for head in weight_hnc.to(dtype)], dtype)
+def pack_heads(weights: Sequence[Stored], dtype: torch.dtype) -> Packed:
+    return Packed(list(weights), dtype)
 
 
 class ExpertBank:

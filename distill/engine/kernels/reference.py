@@ -143,9 +143,26 @@ def swiglu_linear(
     return F.silu(F.linear(x_tc, gate_fc, gate_bias_f)) * F.linear(x_tc, up_fc, up_bias_f)
 
 
-def pack_heads(weight_hnc: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `per_head` and `prefill_mla` take as a weight."""
-    return weight_hnc.to(dtype).contiguous()
+def rows_of(weight: Stored, begin: int, end: int) -> Stored:
+    """Rows `begin … end-1`: in FP8 where their blocks are those of a matrix of its own, else as float32."""
+    if not isinstance(weight, Fp8):
+        return weight[begin:end]
+    blocks = slice(begin // FP8_BLOCK, -(-end // FP8_BLOCK))
+    if begin % FP8_BLOCK == 0 or blocks.stop - blocks.start == 1:
+        return Fp8(weight.codes[begin:end], weight.scale[blocks])
+    return dense(weight, torch.float32)[begin:end]
+
+
+def transposed(weight: Stored) -> Stored:
+    """[n, c] → [c, n]."""
+    if isinstance(weight, Fp8):
+        return Fp8(weight.codes.T.contiguous(), weight.scale.T.contiguous())
+    return weight.T
+
+
+def pack_heads(weights: Sequence[Stored], dtype: torch.dtype) -> Tensor:
+    """One matrix a head → what `per_head` and `prefill_mla` take as a weight."""
+    return torch.stack([dense(weight, dtype) for weight in weights])
 
 
 def per_head(x_thc: Tensor, weight_hnc: Tensor) -> Tensor:
