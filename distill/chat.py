@@ -8,6 +8,10 @@ in a score.
 
 Where a template opens the thinking itself (`…<｜Assistant｜><think>\\n`) a completion has only the closing tag;
 `prefill` says what was opened, and `Chat.restore` puts it back, so that stored text always has both tags.
+
+Some checkpoints have two modes in one template and choose by a variable: `thinking` in DeepSeek-V3.1, `enable_thinking`
+in Qwen3. Both names are passed, a template reads its own. Without thinking the prompt ends with the block closed
+(`…<｜Assistant｜></think>`): nothing is open, nothing is put back, and the completion has no reasoning.
 """
 
 from collections.abc import Sequence
@@ -42,9 +46,9 @@ def split_reasoning(text: str) -> tuple[str | None, str]:
 
 
 class Chat:
-    """One tokenizer with one chat template."""
+    """One tokenizer with one chat template, in one of its modes. thinking: None is the template's default."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", where: str) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", where: str, thinking: bool | None = None) -> None:
         if not tokenizer.chat_template:
             raise UserError(
                 f"{where} has no chat template; set `chat_template` in the student's card or `train.chat_template` "
@@ -54,10 +58,16 @@ class Chat:
             raise UserError(f"{where}/tokenizer_config.json names no eos_token: generation could never stop")
         self.tokenizer = tokenizer
         self.where = where
+        self._mode: dict[str, bool] = {}
+        if thinking is not None:
+            self._choose(thinking)
 
     @classmethod
-    def load(cls, model_dir: Path, template: str | None = None) -> "Chat":
-        """Load a model directory's tokenizer; `template` is a built-in name, a .jinja file, or None for its own."""
+    def load(cls, model_dir: Path, template: str | None = None, thinking: bool | None = None) -> "Chat":
+        """Load a model directory's tokenizer; `template` is a built-in name, a .jinja file, or None for its own.
+
+        thinking: which of the template's two modes, None for its default. UserError where it has only one.
+        """
         from transformers import AutoTokenizer
 
         try:
@@ -66,7 +76,19 @@ class Chat:
             raise UserError(f"no usable tokenizer in {model_dir}: {str(error).splitlines()[0]}") from error
         if template is not None:
             tokenizer.chat_template = read_template(template)
-        return cls(tokenizer, str(model_dir))
+        return cls(tokenizer, str(model_dir), thinking)
+
+    def _choose(self, thinking: bool) -> None:
+        probe: list[Message] = [{"role": "user", "content": "q"}]
+        prompts = {}
+        for mode in (not thinking, thinking):  # the one that stays comes last
+            self._mode = {"thinking": mode, "enable_thinking": mode}
+            prompts[mode] = self.prompt_text(probe)
+        if prompts[True] == prompts[False]:
+            raise UserError(
+                f"the chat template of {self.where} has one mode only, with or without thinking: "
+                f"remove `thinking` from the teacher's card"
+            )
 
     @property
     def eos_token_id(self) -> int:
@@ -136,7 +158,7 @@ class Chat:
 
     def _render_text(self, messages: Sequence[Message], add_generation_prompt: bool) -> Any:
         return self.tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt, **self._mode
         )
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:

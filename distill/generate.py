@@ -39,7 +39,12 @@ def generate(run: "Run") -> dict[str, Any]:
     wanted = missing(prompts, recipe.generate.samples, store.keys())
     sampling = Sampling(**recipe.generate.sampling.model_dump(), logprobs=recipe.generate.logprobs)
     suffix = recipe.generate.prompt_suffix
-    backend = LocalBackend.load(weights, max_batch=recipe.generate.max_batch, **recipe.engine.model_dump())
+    backend = LocalBackend.load(
+        weights,
+        thinking=catalog.load_teacher(recipe.teacher).thinking,
+        max_batch=recipe.generate.max_batch,
+        **recipe.engine.model_dump(),
+    )
     check_all(backend, wanted, sampling, suffix)
     stage = run.stage("generate", settings, extent, ["traces"])
 
@@ -67,7 +72,8 @@ def _asked(recipe: "Recipe") -> tuple[Path, list[Prompt], dict[str, Any], dict[s
     """The teacher's weights, the prompts, and the stage's settings and extent."""
     weights = catalog.resolve_weights("teacher", recipe.teacher)
     prompts = list(load_prompts(recipe.prompts))
-    settings = recipe.generate_settings() | {f"teacher.{key}": value for key, value in identify(weights).items()}
+    identity = identify(weights, thinking=catalog.load_teacher(recipe.teacher).thinking)
+    settings = recipe.generate_settings() | {f"teacher.{key}": value for key, value in identity.items()}
     extent = {"samples": recipe.generate.samples, "prompts": digest([prompt.id for prompt in prompts])}
     return weights, prompts, settings, extent
 

@@ -227,6 +227,9 @@ class TeacherCard(Section):
     context: int = Field(description="longest sequence, tokens")
     license: str = Field(description="the hub's identifier, such as mit, apache-2.0 or llama3.1")
     source: str = Field("", description="where the card's figures come from")
+    thinking: bool | None = Field(
+        None, description="mode of the checkpoint's own chat template, where that has both; null is its default"
+    )
     sampling: SamplingSettings = Field(SamplingSettings(), description="the publisher's recommendation")
 
 
@@ -235,7 +238,7 @@ class StudentCard(Section):
 
     name: str
     description: str = ""
-    family: Literal["qwen2", "llama"] = Field(description="architecture")
+    family: Literal["qwen2", "qwen3", "llama"] = Field(description="architecture")
     weights: str = Field(description="hub id, or a directory relative to the card")
     revision: str | None = Field(None, description="commit on the hub")
     parameters: float = Field(description="billions")

@@ -33,17 +33,19 @@ class LocalBackend:
         model_dir: Path,
         *,
         chat_template: str | None = None,
+        thinking: bool | None = None,
         max_batch: int = 128,
         dtype: str = "float32",
         memory_budget: float | None = None,
         num_speculative_tokens: int = 0,
     ) -> "LocalBackend":
-        """Load a model directory. memory_budget: in GiB. UserError, with file and fix, when the directory is
-        incomplete, damaged or unsupported, or the budget too small."""
+        """Load a model directory. thinking: the template's mode (`distill.chat`). memory_budget: in GiB. UserError,
+        with file and fix, when the directory is incomplete, damaged or unsupported, or the budget too small."""
         import torch
 
         from distill.engine import Engine
 
+        chat = Chat.load(model_dir, chat_template, thinking)  # first: what it refuses is not worth loading weights for
         try:
             engine = Engine.load(
                 model_dir,
@@ -54,8 +56,7 @@ class LocalBackend:
             )
         except ValueError as error:
             raise UserError(str(error)) from error
-        chat = Chat.load(model_dir, chat_template)
-        return cls(engine, chat, identify(model_dir, chat_template) | {"numerics": engine.numerics})
+        return cls(engine, chat, identify(model_dir, chat_template, thinking) | {"numerics": engine.numerics})
 
     def check(self, prompt: Prompt, sampling: Sampling) -> None:
         """UserError when prompt and completion do not fit into the model's context."""
@@ -109,9 +110,11 @@ class LocalBackend:
         return ids
 
 
-def identify(model_dir: Path, chat_template: str | None = None) -> dict[str, Any]:
-    """What the fingerprint of a stage says of a model: its weights, and the template when it is not its own."""
+def identify(model_dir: Path, chat_template: str | None = None, thinking: bool | None = None) -> dict[str, Any]:
+    """What the fingerprint of a stage says of a model: its weights, the template when it is not its own, and the
+    template's mode where one was chosen."""
     from distill.chat import read_template
 
     template = digest(read_template(chat_template)) if chat_template else "own"
-    return {"weights": weights_hash(model_dir), "chat_template": template}
+    mode = {} if thinking is None else {"thinking": thinking}
+    return {"weights": weights_hash(model_dir), "chat_template": template} | mode

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A model to be scored. `template` None: the directory's own; `identity`: hashes of weights and template."""
+    """A model to be scored. `template` None: the directory's own; `thinking`: its mode; `identity`: hashes of weights
+    and template, and the mode."""
 
     name: str
     directory: Path
     template: str | None
+    thinking: bool | None
     identity: dict[str, Any]
 
 
@@ -57,6 +59,7 @@ class LocalModels:
         yield LocalBackend.load(
             contender.directory,
             chat_template=contender.template,
+            thinking=contender.thinking,
             max_batch=self.max_batch,
             dtype=self.engine.dtype,
             memory_budget=self.engine.memory_budget,
@@ -74,7 +77,7 @@ def contenders(run: "Run") -> list[Contender]:
     card = catalog.load_student(recipe.student)
     found = []
     for name in dict.fromkeys(recipe.eval.models):
-        template = None
+        template = thinking = None
         match name:
             case "base":
                 directory = catalog.resolve_weights("student", recipe.student)
@@ -87,5 +90,6 @@ def contenders(run: "Run") -> list[Contender]:
                     )
             case "teacher":
                 directory = catalog.resolve_weights("teacher", recipe.teacher)
-        found.append(Contender(name, directory, template, identify(directory, template)))
+                thinking = catalog.load_teacher(recipe.teacher).thinking
+        found.append(Contender(name, directory, template, thinking, identify(directory, template, thinking)))
     return found

@@ -160,6 +160,16 @@ def test_the_check_notes_lengths_past_the_context(tmp_path):
     assert catalog.check("recipe", "tiny") == []
 
 
+def test_the_check_notes_a_filter_that_drops_every_answer_without_thinking(card, tmp_path):
+    file = tmp_path / "r.yaml"
+    recipe = catalog.load_recipe("tiny", [f"teacher={card(thinking=False, context=4096)}"])
+    file.write_text(recipe.to_yaml())
+    (note,) = catalog.check("recipe", str(file))
+    assert note.startswith("filter.format drops all that mine writes")
+    file.write_text(recipe.model_copy(update={"filter": recipe.filter.model_copy(update={"format": False})}).to_yaml())
+    assert catalog.check("recipe", str(file)) == []
+
+
 # ---- weights
 
 

@@ -16,6 +16,17 @@ R1_INFERENCE = (
     "{% else %}<|assistant|>{{ m['content'].split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
+# What DeepSeek and Qwen document of their templates, each in its fewest words: how the answer is opened in each mode.
+BARE = R1_INFERENCE.replace("<|assistant|><think>\n{% endif %}", "<|assistant|>{% endif %}")  # R1's first release
+V3_1 = R1_INFERENCE.replace(
+    "<|assistant|><think>\n{% endif %}",
+    "<|assistant|>{% if thinking is defined and thinking %}<think>{% else %}</think>{% endif %}{% endif %}",
+)
+QWEN3 = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 QUESTION = [{"role": "user", "content": "1 + 1?"}]
 ANSWERED = [*QUESTION, {"role": "assistant", "content": "<think>\ntwo\n</think>\n\n2"}]
 
@@ -75,6 +86,43 @@ def test_r1s_inference_template_is_refused_for_training_and_its_prefill_is_put_b
         match=r"deletes the reasoning and renders .* does not begin with its inference prompt.*train\.chat_template",
     ):
         chat.training_ids(ANSWERED)
+
+
+@pytest.mark.parametrize(
+    ("template", "thinking", "opened", "prefill", "completion", "stored"),
+    [
+        (R1_INFERENCE, None, "<|assistant|><think>\n", "<think>\n", "two\n</think>\n\n2", ("two", "2")),
+        (BARE, None, "<|assistant|>", "", "<think>\ntwo\n</think>\n\n2", ("two", "2")),
+        (V3_1, True, "<|assistant|><think>", "<think>", "two</think>2", ("two", "2")),
+        (V3_1, False, "<|assistant|></think>", "", "2", (None, "2")),
+        (V3_1, None, "<|assistant|></think>", "", "2", (None, "2")),  # the template's own default
+        (QWEN3, True, "<|im_start|>assistant\n", "", "<think>\ntwo\n</think>\n\n2", ("two", "2")),
+        (QWEN3, False, "<think>\n\n</think>\n\n", "", "2", (None, "2")),
+    ],
+    ids=["r1", "r1-first", "v3.1-thinking", "v3.1-plain", "v3.1-default", "qwen3-thinking", "qwen3-plain"],
+)
+def test_what_the_prompt_opens_is_put_back_and_nothing_else(
+    template: str,
+    thinking: bool | None,
+    opened: str,
+    prefill: str,
+    completion: str,
+    stored: tuple[str | None, str],
+    tmp_path: Path,
+) -> None:
+    chat = Chat.load(save_tokenizer(tmp_path, template), thinking=thinking)
+    assert chat.prompt_text(QUESTION).endswith(opened)
+    assert chat.tokenizer.decode(chat.prompt_ids(QUESTION)).endswith(opened), "the ids are in the mode too"
+    assert chat.prefill == prefill
+    assert chat.restore(completion) == prefill + completion
+    assert split_reasoning(chat.restore(completion)) == stored
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("template", [R1_INFERENCE, BARE])
+def test_a_mode_is_refused_where_there_is_only_one(template: str, thinking: bool, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has one mode only.*remove `thinking` from the teacher's card"):
+        Chat.load(save_tokenizer(tmp_path, template), thinking=thinking)
 
 
 def test_a_base_without_a_template_is_told_which_to_set(tmp_path: Path) -> None:

@@ -661,19 +661,21 @@ INLINE I pair_at(const void* p) {
 
 // out [ROWS, NV·16] = rows a · panel, k products in order, scaled and added up every 128 of them.
 // a[r]: row r's first part; `part` bytes further the next one. Float32 rows have one part. STEP: bytes from one pair of
-// bfloat16, or one float32, of a row to the next.
+// bfloat16, or one float32, of a row to the next. after: the panel that will be read after this one, fetched from memory
+// while the last block is computed, as each block is while the one before it is.
 template <int KIND, int ROWS, int NV, int PARTS, int STEP = 4>
-INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out) {
+INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out, const uint8_t* after) {
     constexpr int UNIT = KIND == FP8 ? 4 : KIND == BF16 ? 2 : 1;
     for (int begin = 0; begin < k; begin += BLOCK) {
         const int end = std::min(k, begin + BLOCK);
+        const int64_t ahead = end < k ? BLOCK / UNIT * NV * 64 : after - w;
         V sum[ROWS][NV];
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < NV; v++) sum[r][v] = V{};
         for (int at = begin; at < end; at += UNIT, w += NV * 64) {
 #if defined(__x86_64__)
-            if (KIND == FP8)
-                for (int v = 0; v < NV; v++) _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + 64 * v, _MM_HINT_T0);
+            if (KIND != F32)
+                for (int v = 0; v < NV; v++) _mm_prefetch(reinterpret_cast<const char*>(w) + ahead + 64 * v, _MM_HINT_T0);
 #endif
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) {
@@ -707,10 +709,10 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
 }
 
 constexpr int MAX_ROWS = LEVEL >= 2 ? 6 : 2;  // sums of a tile: 24 of AVX512's 32 registers
-using Tile = void (*)(const uint8_t* const*, size_t, const uint8_t*, int, const float*, float*);
+using Tile = void (*)(const uint8_t* const*, size_t, const uint8_t*, int, const float*, float*, const uint8_t*);
 template <int KIND, int ROWS, int NV, int PARTS>
-void tile_call(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out) {
-    tile<KIND, ROWS, NV, PARTS>(a, part, w, k, scale, out);
+void tile_call(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out, const uint8_t* after) {
+    tile<KIND, ROWS, NV, PARTS>(a, part, w, k, scale, out, after);
 }
 template <int KIND, int PARTS> Tile tile_for(int rows) {
 #if LEVEL >= 2
@@ -727,18 +729,20 @@ Tile tile_for(int kind, int parts, int rows) {
     return parts == 1 ? tile_for<BF16, 1>(rows) : tile_for<BF16, 3>(rows);
 }
 
-// All rows through one panel, in tiles of at most MAX_ROWS. row(i): pointer; done(i, sums[64]): takes the result.
+// All rows through one panel, in tiles of at most MAX_ROWS. row(i): pointer; done(i, sums[64]): takes the result; after:
+// the panel that comes next (null: the next one of the matrix).
 template <class Row, class Done>
-INLINE void through_panel(const Packed& w, int group, int panel, int rows, int parts, size_t part, Row row, Done done) {
+INLINE void through_panel(const Packed& w, int group, int panel, int rows, int parts, size_t part, Row row, Done done, const uint8_t* after = nullptr) {
     const int all_panels = panels_of(w.n), index = group * all_panels + panel;
     const uint8_t* data = w.data + index * panel_bytes(w.kind, w.k);
+    if (!after) after = data + panel_bytes(w.kind, w.k);
     const float* scale = w.scale ? w.scale + size_t(index) * ceil_div(w.k, BLOCK) : nullptr;
     alignas(64) float sums[MAX_ROWS * PANEL];
     const uint8_t* a[MAX_ROWS];
     for (int begin = 0, tiles = ceil_div(rows, MAX_ROWS); tiles; tiles--) {
         const int count = ceil_div(rows - begin, tiles);
         for (int r = 0; r < count; r++) a[r] = row(begin + r);
-        tile_for(w.kind, parts, count)(a, part, data, w.k, scale, sums);
+        tile_for(w.kind, parts, count)(a, part, data, w.k, scale, sums, tiles > 1 ? data : after);
         for (int r = 0; r < count; r++) done(begin + r, sums + r * PANEL);
         begin += count;
     }
@@ -820,6 +824,8 @@ void linears(const LinearArgs* args, int count) {
         const int first = chunk * ROW_CHUNK, rows = std::min(ROW_CHUNK, of->rows - first);
         const int column = panel * PANEL, width = std::min(PANEL, w.n - column);
         const float* bias = of->bias ? of->bias + size_t(group) * w.n + column : nullptr;
+        const size_t step = chunks > 1 ? 1 : size_t(of->threads);  // threads take panels in turn
+        const uint8_t* after = w.data + (size_t(group) * panels + panel + step) * panel_bytes(w.kind, w.k);
         through_panel(
             w, group, panel, rows, of->parts, x.part_bytes, [&](int i) { return x.at(first + i, group); },
             [&](int i, const float* sums) {
@@ -828,7 +834,8 @@ void linears(const LinearArgs* args, int count) {
                     for (int j = 0; j < width; j++) to[j] += bias ? sums[j] + bias[j] : sums[j];
                 else
                     for (int j = 0; j < width; j++) to[j] = bias ? sums[j] + bias[j] : sums[j];
-            });
+            },
+            after);
     });
 }
 void linear(const LinearArgs& args) { linears(&args, 1); }
@@ -899,15 +906,16 @@ INLINE void gated_panel(const Packed& gate, const Packed& up, int panel, int row
                         size_t h_part, size_t h_width, size_t first) {
     const int width = std::min(PANEL, gate.n - panel * PANEL);
     alignas(64) float gates[ROW_CHUNK * PANEL];
-    through_panel(gate, 0, panel, rows, parts, part, row,
-                  [&](int i, const float* sums) { std::memcpy(gates + i * PANEL, sums, PANEL * 4); });
+    through_panel(
+        gate, 0, panel, rows, parts, part, row, [&](int i, const float* sums) { std::memcpy(gates + i * PANEL, sums, PANEL * 4); },
+        up.data + panel * panel_bytes(up.kind, up.k));
     through_panel(up, 0, panel, rows, parts, part, row, [&](int i, const float* sums) {
         alignas(64) float y[PANEL];
         swiglu(gates + i * PANEL, sums, y);
         const size_t at = (first + i) * h_width + size_t(panel) * PANEL;
         if (gate.kind == F32) std::memcpy(reinterpret_cast<float*>(h) + at, y, size_t(width) * 4);
         else split(y, width, parts, h_part, reinterpret_cast<bf16*>(h) + at);
-    });
+    }, gate.data + (panel + 2) * panel_bytes(gate.kind, gate.k));
 }
 
 // The shared expert is computed beside the routed ones, as one more whose rows are all tokens, and added last.
@@ -930,57 +938,52 @@ void experts(const ExpertsArgs& args) {
             busy.push_back({args.gate + e, args.up + e, args.down + e, start[e], start[e + 1] - start[e], e});
     const bool shared = args.shared_gate;
     if (shared) busy.push_back({args.shared_gate, args.shared_up, args.shared_down, pairs, args.tokens, -1});
-    const auto task_of = [&](int task, bool down) {
+    const auto task_of = [&](int task) {
         size_t i = 0;
-        for (int own; task >= (own = panels_of(down ? c : busy[i].gate->n)); i++) task -= own;
+        for (int own; task >= (own = panels_of(busy[i].gate->n)); i++) task -= own;
         return std::pair<const Busy&, int>(busy[i], task);
     };
 
     const Activations x = prepare(args.x, c, 0, args.tokens, c, 1, kind, args.parts, args.threads, shared_scratch[0]);
     const int widest = std::max(args.gate[0].n, shared ? args.shared_gate->n : 0);
-    const size_t all = size_t(pairs) + (shared ? args.tokens : 0), h_width = kind == F32 ? widest : padded_k(widest), h_part = all * h_width;
+    const size_t h_rows = size_t(pairs) + (shared ? args.tokens : 0), h_width = kind == F32 ? widest : padded_k(widest), h_part = h_rows * h_width;
     uint8_t* h = shared_scratch[2].take<uint8_t>(kind == F32 ? h_part * 4 : h_part * 2 * args.parts);
     int tasks = 0;
     for (const Busy& b : busy) tasks += panels_of(b.gate->n);
     pool().run(args.threads, tasks, [&](int task) {
-        const auto [b, panel] = task_of(task, false);
+        const auto [b, panel] = task_of(task);
         for (int done = 0; done < b.rows; done += ROW_CHUNK) {
             const int first = b.first + done;
             const auto row = [&](int i) { return x.at(b.expert < 0 ? first + i - pairs : order[first + i] / args.per_token, 0); };
             gated_panel(*b.gate, *b.up, panel, std::min(ROW_CHUNK, b.rows - done), args.parts, x.part_bytes, row, h, h_part, h_width, size_t(first));
         }
     });
-    float* y = shared_scratch[3].take<float>(all * c);
+    // A task sums up 64 columns of all tokens: experts in the order of their numbers, the shared one last.
     const size_t h_row = h_width * (kind == F32 ? 4 : 2);
-    pool().run(args.threads, int(busy.size()) * panels_of(c), [&](int task) {
-        const auto [b, panel] = task_of(task, true);
-        const int first = b.first;
-        const size_t width = size_t(std::min(PANEL, c - panel * PANEL)) * 4;
-        through_panel(
-            *b.down, 0, panel, b.rows, args.parts, h_part * 2, [&](int i) { return h + size_t(first + i) * h_row; },
-            [&](int i, const float* sums) { std::memcpy(y + size_t(first + i) * c + panel * PANEL, sums, width); });
-    });
-    const int chunk = std::max(1, 4096 / c);
-    pool().run(args.threads, ceil_div(args.tokens, chunk), [&](int task) {
-        float* sum = own_scratch[0].take<float>(size_t(c));
-        for (int t = task * chunk; t < std::min(args.tokens, (task + 1) * chunk); t++) {
-            for (int i = 0; i < args.per_token; i++) {  // in the router's order
-                const int pair = t * args.per_token + i;
-                const float* from = y + size_t(place[pair]) * c;
-                const float weight = args.weight[pair];
-                if (i == 0)
-                    for (int j = 0; j < c; j++) sum[j] = from[j] * weight;
-                else
-                    for (int j = 0; j < c; j++) sum[j] += from[j] * weight;
-            }
-            const float* last = y + (size_t(pairs) + t) * c;
-            float* to = args.out + size_t(t) * c;
-            if (shared)
-                for (int j = 0; j < c; j++) sum[j] += last[j];
+    pool().run(args.threads, panels_of(c), [&](int panel) {
+        float* sum = own_scratch[0].take<float>(size_t(args.tokens) * PANEL);
+        std::fill(sum, sum + size_t(args.tokens) * PANEL, 0.f);
+        for (size_t n = 0; n < busy.size(); n++) {
+            const Busy& b = busy[n];
+            const Packed* next = n + 1 < busy.size() ? busy[n + 1].down : nullptr;
+            through_panel(
+                *b.down, 0, panel, b.rows, args.parts, h_part * 2, [&](int i) { return h + size_t(b.first + i) * h_row; },
+                [&](int i, const float* sums) {
+                    const int pair = b.expert < 0 ? 0 : order[b.first + i];
+                    const V weight = all(b.expert < 0 ? 1.f : args.weight[pair]);
+                    float* to = sum + size_t(b.expert < 0 ? i : pair / args.per_token) * PANEL;
+                    for (int v = 0; v < PANEL; v += LANES) store(to + v, load(to + v) + load(sums + v) * weight);
+                },
+                next ? next->data + panel * panel_bytes(next->kind, next->k) : nullptr);
+        }
+        const int width = std::min(PANEL, c - panel * PANEL);
+        for (int t = 0; t < args.tokens; t++) {
+            float* to = args.out + size_t(t) * c + panel * PANEL;
+            const float* from = sum + size_t(t) * PANEL;
             if (args.add)
-                for (int j = 0; j < c; j++) to[j] += sum[j];
+                for (int j = 0; j < width; j++) to[j] += from[j];
             else
-                std::memcpy(to, sum, size_t(c) * 4);
+                std::memcpy(to, from, size_t(width) * 4);
         }
     });
 }
@@ -1055,7 +1058,7 @@ template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const 
     const uint8_t* a[KEYS];
     keys.find(first, count, a);
     for (int i = count; i < KEYS; i++) a[i] = a[count - 1];
-    for (int i = 0; i < count; i += ROWS) tile<KIND, ROWS, 1, 1>(a + i, 0, s.q, s.d, nullptr, score + i * LANES);
+    for (int i = 0; i < count; i += ROWS) tile<KIND, ROWS, 1, 1>(a + i, 0, s.q, s.d, nullptr, score + i * LANES, s.q);
 
     V top = s.top;
     for (int i = 0; i < count; i++) {
@@ -1111,7 +1114,7 @@ template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const 
         }
         alignas(64) float sums[LANES * PANEL];
         for (int lane = 0; lane < LANES; lane += 4)
-            tile<KIND, 4, 4, 1, 64>(p_row + lane, 0, panel, used, nullptr, sums + lane * PANEL);
+            tile<KIND, 4, 4, 1, 64>(p_row + lane, 0, panel, used, nullptr, sums + lane * PANEL, panel);
         alignas(64) float factor[LANES];
         store(factor, kept);
         for (int lane = 0; lane < LANES; lane++)
@@ -1327,7 +1330,7 @@ template <bool WIDE> void index_scores(const IndexArgs& args) {
             V total[MAX_ROWS] = {};
             for (int p = 0; p < panels; p++) {
                 alignas(64) float sums[MAX_ROWS * PANEL];
-                tile<KIND, MAX_ROWS, 4, 1>(a, 0, packed + p * panel, args.d, nullptr, sums);
+                tile<KIND, MAX_ROWS, 4, 1>(a, 0, packed + p * panel, args.d, nullptr, sums, packed);
                 for (int i = 0; i < count; i++)
                     for (int v = 0; v < PANEL; v += LANES)
                         total[i] = fma(max(load(sums + i * PANEL + v), V{}), load(weight + p * PANEL + v), total[i]);
