@@ -14,6 +14,7 @@ in Qwen3. Both names are passed, a template reads its own. Without thinking the 
 (`…<｜Assistant｜></think>`): nothing is open, nothing is put back, and the completion has no reasoning.
 """
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -68,10 +69,15 @@ class Chat:
 
         thinking: which of the template's two modes, None for its default. UserError where it has only one.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        # A model directory is data. Where it names a tokenizer class in code of its own, that is neither run nor asked
+        # about: tokenizer.json is read instead.
+        config = model_dir / "tokenizer_config.json"
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model_dir)
+            own_code = config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+            loader = PreTrainedTokenizerFast if own_code else AutoTokenizer
+            tokenizer = loader.from_pretrained(model_dir, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"no usable tokenizer in {model_dir}: {str(error).splitlines()[0]}") from error
         if template is not None:

@@ -102,7 +102,7 @@ class Engine:
         *,
         dtype: torch.dtype = torch.float32,
         max_batch: int = 256,
-        max_step_tokens: int = 4096,
+        max_step_tokens: int = 2048,
         page_size: int = 16,
         cache_tokens: int | None = None,
         max_context: int | None = None,
@@ -157,7 +157,11 @@ class Engine:
             if resident is None and memory_budget is not None:
                 rows = max_batch * (1 + num_speculative_tokens)
                 usable = int(0.97 * memory_budget) - _UNCOUNTED_BYTES
-                fixed = bytes_of(weights, ops) + cache_tokens * token_bytes + _step_bytes(spec, max_step_tokens, rows)
+                fixed = (
+                    bytes_of(weights, ops)
+                    + cache_tokens * token_bytes
+                    + _step_bytes(spec, max_step_tokens, rows, 1 if dtype == torch.bfloat16 else 3)
+                )
                 if fixed > usable:
                     raise ValueError(
                         f"memory_budget is {memory_budget / GIB:.2f} GiB and {fixed / GIB:.2f} GiB are needed before "
@@ -173,7 +177,14 @@ class Engine:
         computed = str(dtype).removeprefix("torch.")
         numerics = f"{describe(kernels)}, weights {weights.stored} as published, activations {computed}"
         return cls(
-            Model(spec, weights, ops, stream, None if stream else decode_plan(spec, weights, ops)),
+            Model(
+                spec,
+                weights,
+                ops,
+                stream,
+                None if stream else decode_plan(spec, weights.layers, ops),
+                decode_plan(spec, (weights.draft.layer,), ops) if weights.draft else None,
+            ),
             numerics,
             max_batch=max_batch,
             max_step_tokens=max_step_tokens,
@@ -447,13 +458,14 @@ class Engine:
         )
 
 
-def _step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int) -> int:
-    """About what the activations of a step take: float32, what lives at the same time in the widest place."""
-    widest = 2 * spec.num_heads * spec.head_dim + 6 * spec.hidden_size
+def _step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int, parts: int) -> int:
+    """About what a step takes beside the weights: activations, what products read of them (`parts` bfloat16 of each
+    number), and logits."""
+    numbers = 2 * spec.num_heads * spec.head_dim + 6 * spec.hidden_size
+    read = max(spec.intermediate_size, spec.hidden_size)
     if spec.moe:
-        pairs = spec.moe.per_token
-        widest += pairs * (spec.hidden_size + 2 * spec.moe.intermediate_size)
-    return 4 * ((prompt_tokens + rows) * widest + 4 * rows * spec.vocab_size)
+        read = max(read, (spec.moe.per_token + spec.moe.shared_experts) * spec.moe.intermediate_size)
+    return (prompt_tokens + rows) * (4 * numbers + 2 * parts * read) + 8 * rows * spec.vocab_size
 
 
 @dataclass(frozen=True)

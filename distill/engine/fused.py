@@ -7,18 +7,19 @@ definition.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from distill.engine.kernels import Ops
 from distill.engine.spec import LATENT_NORM_EPS, Mla, ModelSpec, Moe
-from distill.engine.weights import LayerWeights, MlaWeights, MlpWeights, ModelWeights, MoeWeights
+from distill.engine.weights import LayerWeights, MlaWeights, MlpWeights, MoeWeights
 
 
-def decode_plan(spec: ModelSpec, weights: ModelWeights, ops: Ops) -> Any | None:
-    """What runs all layers over rows that decode, or None: op by op."""
-    if spec.mla is None or spec.indexer is not None:
+def decode_plan(spec: ModelSpec, layers: Sequence[LayerWeights], ops: Ops) -> Any | None:
+    """What runs these layers, one after the other, over rows that decode; None: op by op."""
+    if spec.mla is None or spec.indexer is not None or not layers:
         return None
-    return ops.decode_plan([_layer(spec, spec.mla, layer) for layer in weights.layers])
+    return ops.decode_plan([_layer(spec, spec.mla, layer) for layer in layers])
 
 
 def _layer(spec: ModelSpec, dims: Mla, w: LayerWeights) -> dict[str, Any]:

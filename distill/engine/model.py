@@ -12,6 +12,7 @@ Legend: t tokens, r rows whose logits are wanted, c hidden, v vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,25 +31,18 @@ from distill.engine.weights import GqaWeights, LayerWeights, ModelWeights, MoeWe
 @dataclass(frozen=True)
 class Model:
     """A spec, its weights and the ops to run them with. stream: where experts come from that are not in memory.
-    decode_plan: computes all layers at once for rows that decode (fused.py)."""
+    decode_plan, draft_plan: compute all layers, and the one that drafts, at once for rows that decode (fused.py)."""
 
     spec: ModelSpec
     weights: ModelWeights
     ops: Ops
     stream: ExpertStream | None = None
     decode_plan: Any | None = None
+    draft_plan: Any | None = None
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Hidden states after the final norm, [t, c]; the keys and values of all t tokens are left in `cache`."""
-        x_tc = self._embed(batch)
-        rows = batch.segments[0]
-        if self.decode_plan is not None and len(batch.segments) == 1 and isinstance(rows, DecodeRows):
-            pools = [pool for (pool,) in cache.pools[: self.spec.num_layers]]
-            where = batch.cos_tr, batch.sin_tr, batch.page_t, batch.offset_t, rows.table_bp, rows.length_b
-            x_tc = self.decode_plan(x_tc, pools, *where)
-        else:
-            for index, layer in enumerate(self.weights.layers):
-                x_tc = self._layer(index, layer, x_tc, batch, cache)
+        x_tc = self._run(self.weights.layers, 0, self.decode_plan, self._embed(batch), batch, cache)
         return self.ops.rms_norm(x_tc, self.weights.norm_c, self.spec.norm_eps)
 
     def draft(self, hidden_tc: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
@@ -60,12 +54,32 @@ class Model:
         embedding_tc = ops.rms_norm(self._embed(batch), w.embedding_norm_c, spec.norm_eps)
         both_t2c = torch.cat((embedding_tc, ops.rms_norm(hidden_tc, w.hidden_norm_c, spec.norm_eps)), dim=-1)
         x_tc = ops.linear(both_t2c, w.project.weight)
-        x_tc = self._layer(spec.num_layers, w.layer, x_tc, batch, cache)
+        x_tc = self._run((w.layer,), spec.num_layers, self.draft_plan, x_tc, batch, cache)
         return ops.rms_norm(x_tc, w.norm_c, spec.norm_eps)
 
     def logits(self, hidden_rc: Tensor) -> Tensor:
         """[r, c] → [r, v], float32."""
         return self.ops.linear(hidden_rc, self.weights.head).float()
+
+    def _run(
+        self,
+        layers: Sequence[LayerWeights],
+        first: int,
+        plan: Any | None,
+        x_tc: Tensor,
+        batch: Batch,
+        cache: PagedCache,
+    ) -> Tensor:
+        """Layers number `first` and on: at once, if there is a plan and every row decodes, or op by op."""
+        rows = batch.segments[0]
+        if plan is None or len(batch.segments) > 1 or not isinstance(rows, DecodeRows):
+            for index, layer in enumerate(layers, start=first):
+                x_tc = self._layer(index, layer, x_tc, batch, cache)
+            return x_tc
+        pools = [pool for (pool,) in cache.pools[first : first + len(layers)]]
+        where = batch.cos_tr, batch.sin_tr, batch.page_t, batch.offset_t, rows.table_bp, rows.length_b
+        computed: Tensor = plan(x_tc, pools, *where)
+        return computed
 
     def _embed(self, batch: Batch) -> Tensor:
         embed_vc = self.weights.embed_vc

@@ -1,5 +1,6 @@
 """Templates and tags: what is split, put back, supervised, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,17 @@ def test_a_mode_is_refused_where_there_is_only_one(template: str, thinking: bool
 def test_a_base_without_a_template_is_told_which_to_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no chat template; set `chat_template`.*chatml, llama3"):
         Chat.load(save_tokenizer(tmp_path, None))
+
+
+def test_a_tokenizer_class_in_a_directorys_own_code_is_not_run(tmp_path: Path) -> None:
+    """DeepSeek-V2 and others bring one: the tokenizer is read from its data, without a question."""
+    config = save_tokenizer(tmp_path, R1_INFERENCE) / "tokenizer_config.json"
+    auto_map = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizerFast"]}
+    named = json.loads(config.read_text()) | {"tokenizer_class": "OwnTokenizerFast", "auto_map": auto_map}
+    config.write_text(json.dumps(named))
+    (tmp_path / "tokenization_own.py").write_text("raise SystemExit('executed')\n")
+    chat = Chat.load(tmp_path)
+    assert chat.decode(chat.prompt_ids(QUESTION)) == "<|bos|><|user|>1 + 1?<|assistant|><think>\n"
 
 
 def test_a_directory_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:

@@ -244,8 +244,8 @@ def experts(
     bank: ExpertBank,
     shared: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
-    """Σ over a token's k experts of weight · down(silu(gate·x) · up·x), added in the order of experts' numbers, then the
-    shared expert (gate, up, down) if there is one → [t, c].
+    """Σ over a token's k experts of weight · down(silu(gate·x) · up·x), added in the order of experts' numbers, then
+    the shared expert (gate, up, down) if there is one → [t, c].
 
     Tokens are sorted by expert, so that each expert multiplies one contiguous slice once. A scatter-add back was
     rejected: it sums in whatever order threads arrive. Padding every expert to the same number of tokens was rejected:
