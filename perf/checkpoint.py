@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -142,6 +143,29 @@ def write_fp8(directory: Path) -> Path:
                 stored[name + "_scale_inv"] = scale
         save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
         (directory / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": FP8}), encoding="utf-8")
+    return directory
+
+
+def write_fp8_with_drafts(directory: Path, fp8: Path) -> Path:
+    """The checkpoint of `write_fp8` (in `fp8`, a sibling directory) with a multi-token-prediction layer, its last layer
+    once more."""
+    if not _finished(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        layers, d = CONFIG["num_hidden_layers"], CONFIG["hidden_size"]
+        last, at = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+        with safe_open(fp8 / "model.safetensors", framework="pt") as file:
+            names = list(file.keys())
+            draft = {at + n.removeprefix(last): file.get_tensor(n) for n in names if n.startswith(last)}
+        draft |= {at + f"{name}.weight": torch.ones(d, dtype=torch.bfloat16) for name in ("enorm", "hnorm")}
+        draft[at + "shared_head.norm.weight"] = torch.ones(d, dtype=torch.bfloat16)
+        draft[at + "eh_proj.weight"] = (torch.randn(d, 2 * d) * (2 * d) ** -0.5).bfloat16()
+        save_file(draft, directory / "draft.safetensors", metadata={"format": "pt"})
+        weight_map = dict.fromkeys(names, f"../{fp8.name}/model.safetensors") | dict.fromkeys(
+            draft, "draft.safetensors"
+        )
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        config = {**CONFIG, "quantization_config": FP8, "num_nextn_predict_layers": 1}
+        (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory
 
 

@@ -146,20 +146,33 @@ def _decode_rows(start: int, decode: Sequence[Chunk], page_size: int, device: to
     return DecodeRows(start, start + len(decode), torch.tensor(table, device=device), lengths)
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def _linear(ops: Ops, x_tc: Tensor, w: Linear) -> Tensor:
     return ops.linear(x_tc, w.weight, w.bias)
 
 
-def gqa(spec: ModelSpec, ops: Ops, w: GqaWeights, layer: int, x_tc: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
-    """Grouped-query attention (arXiv:2305.13245) of one layer, [t, hidden] → [t, hidden]; writes the cache."""
+def gqa(
+    spec: ModelSpec,
+    ops: Ops,
+    w: GqaWeights,
+    layer: int,
+    x_tc: Tensor,
+    batch: Batch,
+    cache: PagedCache,
+    onto_tc: Tensor,
+) -> Tensor:
+    """Grouped-query attention (arXiv:2305.13245) of one layer, added to `onto`, in place; writes the cache."""
     q_thd = _linear(ops, x_tc, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
     k_tkd = _linear(ops, x_tc, w.k).unflatten(-1, (spec.num_kv_heads, spec.head_dim))
     v_tkd = _linear(ops, x_tc, w.v).unflatten(-1, (spec.num_kv_heads, spec.head_dim))
     if w.q_norm is not None and w.k_norm is not None:
         q_thd = ops.rms_norm(q_thd.flatten(0, 1), w.q_norm, spec.norm_eps).view_as(q_thd)
         k_tkd = ops.rms_norm(k_tkd.flatten(0, 1), w.k_norm, spec.norm_eps).view_as(k_tkd)
-    q_thd = ops.rope(q_thd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
-    k_tkd = ops.rope(k_tkd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
+    ops.rope(q_thd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
+    ops.rope(k_tkd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
     cache.write(layer, batch.page_t, batch.offset_t, k_tkd, v_tkd)
     k_pool, v_pool = cache.pools[layer]
     parts = []
@@ -170,22 +183,32 @@ def gqa(spec: ModelSpec, ops: Ops, w: GqaWeights, layer: int, x_tc: Tensor, batc
         else:
             assert isinstance(rows, PrefillChunk)
             parts.append(ops.prefill_gqa(q, k_pool, v_pool, rows.table_p, rows.length, spec.softmax_scale))
-    return _linear(ops, torch.cat(parts).flatten(1), w.o)
+    return ops.linear(_joined(parts).flatten(1), w.o.weight, w.o.bias, onto_tc)
 
 
-def mla(spec: ModelSpec, ops: Ops, w: MlaWeights, layer: int, x_tc: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
-    """Multi-head latent attention of one layer, [t, hidden] → [t, hidden]; writes the cache."""
+def mla(
+    spec: ModelSpec,
+    ops: Ops,
+    w: MlaWeights,
+    layer: int,
+    x_tc: Tensor,
+    batch: Batch,
+    cache: PagedCache,
+    onto_tc: Tensor,
+) -> Tensor:
+    """Multi-head latent attention of one layer, added to `onto`, in place; writes the cache."""
     dims = spec.mla
     assert dims is not None
     to_q = x_tc if w.q_a is None else ops.rms_norm(_linear(ops, x_tc, w.q_a), w.q_norm, LATENT_NORM_EPS)
     q_thd = _linear(ops, to_q, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
     qn_thn, qr_thr = q_thd.split((dims.nope_dim, dims.rope_dim), dim=-1)
-    qr_thr = ops.rope(qr_thr, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
+    ops.rope(qr_thr, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
 
-    c_tc, kr_tr = _linear(ops, x_tc, w.kv_a).split((dims.kv_lora_rank, dims.rope_dim), dim=-1)
-    c_tc = ops.rms_norm(c_tc, w.kv_norm, LATENT_NORM_EPS)
-    kr_t1r = ops.rope(kr_tr[:, None], batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
-    cached = [torch.cat((c_tc[:, None], kr_t1r), dim=-1)]
+    latent_tc = _linear(ops, x_tc, w.kv_a)  # and, behind the latent, the part of the keys that all heads share
+    c_tc, kr_tr = latent_tc.split((dims.kv_lora_rank, dims.rope_dim), dim=-1)
+    c_tc.copy_(ops.rms_norm(c_tc, w.kv_norm, LATENT_NORM_EPS))
+    ops.rope(kr_tr[:, None], batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
+    cached = [latent_tc[:, None]]
     if w.indexer is not None:
         cached.append(indexer.keys(spec, ops, w.indexer, x_tc, batch.cos_tr, batch.sin_tr))
     cache.write(layer, batch.page_t, batch.offset_t, *cached)
@@ -198,7 +221,7 @@ def mla(spec: ModelSpec, ops: Ops, w: MlaWeights, layer: int, x_tc: Tensor, batc
     parts = []
     for rows in batch.segments:
         if isinstance(rows, PrefillChunk):
-            q = torch.cat((qn_thn[rows.start : rows.end], qr_thr[rows.start : rows.end]), dim=-1)
+            q = q_thd[rows.start : rows.end]
             part = ops.prefill_mla(q, pool, rows.table_p, rows.length, w.expand_k, w.expand_v, spec.softmax_scale)
         elif isinstance(rows, DecodeRows):
             part = ops.decode_mla(
@@ -209,7 +232,7 @@ def mla(spec: ModelSpec, ops: Ops, w: MlaWeights, layer: int, x_tc: Tensor, batc
             part = _sparse(spec, ops, w, rows, absorbed(rows), to_q, x_tc, batch, cache.pools[layer])
             part = ops.per_head(part, w.expand_v)
         parts.append(part)
-    return _linear(ops, torch.cat(parts).flatten(1), w.o)
+    return ops.linear(_joined(parts).flatten(1), w.o.weight, w.o.bias, onto_tc)
 
 
 def _sparse(

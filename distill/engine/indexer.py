@@ -31,7 +31,8 @@ def keys(spec: ModelSpec, ops: Ops, w: IndexerWeights, x_tc: Tensor, cos_tr: Ten
     """What a token is found by, one for all heads: [t, 1, d], to be cached."""
     key_td = ops.linear(x_tc, w.k.weight)
     key_td = F.layer_norm(key_td, key_td.shape[-1:], w.k_norm, w.k_norm_bias, _KEY_NORM_EPS)
-    return _rotated(spec, ops, key_td[:, None], cos_tr, sin_tr)
+    ops.rope(key_td[:, None, : spec.rope.dim], cos_tr, sin_tr, interleaved=False)
+    return key_td[:, None]
 
 
 def queries(
@@ -42,7 +43,8 @@ def queries(
     heads, width = spec.indexer.heads, spec.indexer.head_dim
     q_thd = ops.linear(latent_tq, w.q.weight).unflatten(-1, (heads, width))
     weight_th = ops.linear(x_tc, w.head_weights.weight).float() * (heads * width) ** -0.5
-    return _rotated(spec, ops, q_thd, cos_tr, sin_tr), weight_th
+    ops.rope(q_thd[..., : spec.rope.dim], cos_tr, sin_tr, interleaved=False)
+    return q_thd, weight_th
 
 
 def select(
@@ -65,8 +67,3 @@ def select(
         taken_tl = above_tl | (equal_tl & (equal_tl.cumsum(-1) <= room_t1))
         chosen.append(place_l[taken_tl.nonzero()[:, 1]].view(end - start, top_k))
     return torch.cat(chosen)
-
-
-def _rotated(spec: ModelSpec, ops: Ops, x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor) -> Tensor:
-    rotated = ops.rope(x_thd[..., : spec.rope.dim], cos_tr, sin_tr, interleaved=False)
-    return torch.cat((rotated, x_thd[..., spec.rope.dim :]), dim=-1)

@@ -86,15 +86,16 @@ class Model:
         return embed_vc.index_select(0, batch.ids_t).to(self.ops.activation_dtype(embed_vc.dtype))
 
     def _layer(self, index: int, w: LayerWeights, x_tc: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
+        """x plus what the layer adds to it; x itself is overwritten."""
         spec, ops = self.spec, self.ops
         normed_tc = ops.rms_norm(x_tc, w.attention_norm_c, spec.norm_eps)
         if isinstance(w.attention, GqaWeights):
-            x_tc = x_tc + attention.gqa(spec, ops, w.attention, index, normed_tc, batch, cache)
+            x_tc = attention.gqa(spec, ops, w.attention, index, normed_tc, batch, cache, x_tc)
         else:
-            x_tc = x_tc + attention.mla(spec, ops, w.attention, index, normed_tc, batch, cache)
+            x_tc = attention.mla(spec, ops, w.attention, index, normed_tc, batch, cache, x_tc)
         normed_tc = ops.rms_norm(x_tc, w.mlp_norm_c, spec.norm_eps)
         if isinstance(w.mlp, MoeWeights):
             assert spec.moe is not None
             stream = self.stream if index < spec.num_layers else None  # those of the layer that drafts are in memory
-            return x_tc + moe.moe(spec.moe, ops, w.mlp, normed_tc, stream)
-        return x_tc + moe.mlp(ops, w.mlp, normed_tc)
+            return moe.moe(spec.moe, ops, w.mlp, normed_tc, stream, x_tc)
+        return moe.mlp(ops, w.mlp, normed_tc, x_tc)

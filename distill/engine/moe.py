@@ -13,14 +13,15 @@ from distill.engine.spec import Moe
 from distill.engine.weights import MlpWeights, MoeWeights
 
 
-def mlp(ops: Ops, w: MlpWeights, x_tc: Tensor) -> Tensor:
-    """down(silu(gate(x)) · up(x))."""
+def mlp(ops: Ops, w: MlpWeights, x_tc: Tensor, onto_tc: Tensor) -> Tensor:
+    """down(silu(gate(x)) · up(x)), added to `onto`, in place."""
     hidden = ops.swiglu_linear(x_tc, w.gate.weight, w.up.weight, w.gate.bias, w.up.bias)
-    return ops.linear(hidden, w.down.weight, w.down.bias)
+    return ops.linear(hidden, w.down.weight, w.down.bias, onto_tc)
 
 
-def moe(dims: Moe, ops: Ops, w: MoeWeights, x_tc: Tensor, stream: ExpertStream | None) -> Tensor:
-    """Σ over the chosen experts of weight · expert(x), plus the shared experts; the router works in float32.
+def moe(dims: Moe, ops: Ops, w: MoeWeights, x_tc: Tensor, stream: ExpertStream | None, onto_tc: Tensor) -> Tensor:
+    """Σ over the chosen experts of weight · expert(x), plus the shared experts, added to `onto`, in place; the router
+    works in float32.
 
     stream: brings the experts that are not in memory.
     """
@@ -39,4 +40,4 @@ def moe(dims: Moe, ops: Ops, w: MoeWeights, x_tc: Tensor, stream: ExpertStream |
     if stream is not None:
         stream.bring(w.experts, experts_tk)
     shared = None if w.shared is None else (w.shared.gate.weight, w.shared.up.weight, w.shared.down.weight)
-    return ops.experts(x_tc, experts_tk, weights_tk, w.experts, shared)
+    return ops.experts(x_tc, experts_tk, weights_tk, w.experts, shared, onto_tc)

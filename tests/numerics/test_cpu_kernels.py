@@ -68,6 +68,8 @@ def test_linear(isa: str, kind: str, shape: tuple[int, int]) -> None:
             exact = seen.double() @ reference_dense(weight).double().T + bias
             ours = cpu.linear(x, packed, bias)
             assert error(ours, exact) < CLOSE
+            onto = random(rows, shape[0], seed=2)
+            assert error(cpu.linear(x, packed, bias, onto.clone()), onto + exact) < CLOSE
             alone = torch.cat([cpu.linear(x[i : i + 1], packed, bias) for i in range(rows)])
             assert torch.equal(ours, alone), "a row's result depends on the rows beside it"
 
@@ -133,10 +135,14 @@ def test_experts(isa: str, kind: str, tokens: int) -> None:
     chosen = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(t))[:2] + 1 for t in range(tokens)])
     chosen = torch.cat((torch.zeros(tokens, 1, dtype=torch.int64), chosen), dim=1)
     packed, plain = bank_of(cpu, matrices), bank_of(reference, matrices)
-    ours = cpu.experts(x, chosen, weights, packed, None)
-    expected = reference.experts(x, chosen, weights, plain, None)
+    onto = random(tokens, c, seed=5)
+    ours = cpu.experts(x, chosen, weights, packed, None, onto.clone())
+    expected = reference.experts(x, chosen, weights, plain, None, onto.clone())
     assert error(ours, expected) < CLOSE
-    alone = [cpu.experts(x[t : t + 1], chosen[t : t + 1], weights[t : t + 1], packed, None) for t in range(tokens)]
+    alone = [
+        cpu.experts(x[t : t + 1], chosen[t : t + 1], weights[t : t + 1], packed, None, onto[t : t + 1].clone())
+        for t in range(tokens)
+    ]
     assert torch.equal(ours, torch.cat(alone))
 
 
@@ -150,11 +156,12 @@ def test_experts_with_a_shared_one(isa: str, kind: str, shared_kind: str) -> Non
     x, weights = random(tokens, c, seed=3), random(tokens, 2, seed=4).abs()
     chosen = torch.arange(2 * tokens).view(tokens, 2) % 5
     packed, ours_shared = bank_of(cpu, matrices), tuple(cpu.pack(w, torch.float32) for w in shared)
-    ours = cpu.experts(x, chosen, weights, packed, ours_shared)
+    onto = random(tokens, c, seed=5)
+    ours = cpu.experts(x, chosen, weights, packed, ours_shared, onto.clone())
     plain, plain_shared = bank_of(reference, matrices), tuple(map(reference_dense, shared))
-    assert error(ours, reference.experts(x, chosen, weights, plain, plain_shared)) < CLOSE
-    mlp = cpu.linear(cpu.swiglu_linear(x, *ours_shared[:2]), ours_shared[2])
-    assert torch.equal(ours, cpu.experts(x, chosen, weights, packed, None) + mlp)
+    assert error(ours, reference.experts(x, chosen, weights, plain, plain_shared, onto.clone())) < CLOSE
+    alone = cpu.experts(x[3:4], chosen[3:4], weights[3:4], packed, ours_shared, onto[3:4].clone())
+    assert torch.equal(ours[3:4], alone)
 
 
 def test_per_head(isa: str) -> None:
@@ -236,9 +243,12 @@ def test_index_scores(isa: str, dtype: torch.dtype, heads: int, d: int) -> None:
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_rope(isa: str, interleaved: bool) -> None:
-    x, angle = random(5, 3, 40)[:, :, 8:], random(5, 16, seed=1)
-    ours = cpu.rope(x, angle.cos(), angle.sin(), interleaved)
-    assert error(ours, reference.rope(x, angle.cos(), angle.sin(), interleaved)) < CLOSE
+    whole, angle = random(5, 3, 40), random(5, 16, seed=1)
+    ours, expected = whole.clone(), whole.clone()
+    cpu.rope(ours[:, :, 8:], angle.cos(), angle.sin(), interleaved)
+    reference.rope(expected[:, :, 8:], angle.cos(), angle.sin(), interleaved)
+    assert error(ours, expected) < CLOSE
+    assert torch.equal(ours[:, :, :8], whole[:, :, :8])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

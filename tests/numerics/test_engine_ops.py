@@ -23,10 +23,11 @@ def test_every_op_has_an_implementation() -> None:
 
 def test_rope_turns_the_right_pairs() -> None:
     """One quarter turn of the first pair, none of the second: (a, b) becomes (-b, a)."""
-    x_thd = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
     cos_tr, sin_tr = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
-    assert reference.rope(x_thd, cos_tr, sin_tr, True).tolist() == [[[-2.0, 1.0, 3.0, 4.0]]]
-    assert reference.rope(x_thd, cos_tr, sin_tr, False).tolist() == [[[-3.0, 2.0, 1.0, 4.0]]]
+    for interleaved, turned in ((True, [-2.0, 1.0, 3.0, 4.0]), (False, [-3.0, 2.0, 1.0, 4.0])):
+        x_thd = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+        reference.rope(x_thd, cos_tr, sin_tr, interleaved)
+        assert x_thd.tolist() == [[turned]]
 
 
 def test_router_chooses_by_bias_and_weighs_without_it() -> None:

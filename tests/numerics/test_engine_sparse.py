@@ -52,18 +52,18 @@ def test_selection_is_the_same_in_any_block(elements: int, monkeypatch: pytest.M
     assert whole.shape == (9, 20) and all(len(set(row)) == 20 for row in whole.tolist())
 
 
-def _rope_in_pairs(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Tensor:
-    return reference.rope(x_thd, cos_tr, sin_tr, True)
+def _rope_in_pairs(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> None:
+    reference.rope(x_thd, cos_tr, sin_tr, True)
 
 
-def _rope_last(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Tensor:
-    """The indexer's dimensions come first: rotating others is a rotation of nothing."""
-    return reference.rope(x_thd, cos_tr, sin_tr, interleaved) if interleaved else x_thd
+def _rope_of_the_main_path(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> None:
+    if interleaved:
+        reference.rope(x_thd, cos_tr, sin_tr, True)
 
 
-MUTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
+MUTATIONS: dict[str, dict[str, Callable[..., Tensor | None]]] = {
     "RoPE in pairs": {"rope": _rope_in_pairs},
-    "not rotated": {"rope": _rope_last},
+    "not rotated": {"rope": _rope_of_the_main_path},
     "heads not weighed": {
         "index_scores": lambda q, w, *rest: reference.index_scores(q, torch.ones_like(w), *rest),
     },

@@ -285,10 +285,9 @@ def route(
     return experts_tk, weights_tk
 
 
-def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Tensor:
-    x_thd = _rows(x_thd)
+def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> None:
+    assert x_thd.stride(-1) == 1
     t, h, d = x_thd.shape
-    out = torch.empty(t, h, d)
     library().distill_rope(
         byref(
             RopeArgs(
@@ -297,9 +296,9 @@ def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Te
                 x_thd.stride(1),
                 cos_tr.data_ptr(),
                 sin_tr.data_ptr(),
-                out.data_ptr(),
-                h * d,
-                d,
+                x_thd.data_ptr(),
+                x_thd.stride(0),
+                x_thd.stride(1),
                 t,
                 h,
                 d // 2,
@@ -309,7 +308,6 @@ def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Te
             )
         )
     )
-    return out
 
 
 def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -> None:
@@ -348,7 +346,7 @@ def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float) -> Tensor:
     return out
 
 
-def _linear_args(x: Tensor, w: Packed, bias: Tensor | None, out: Tensor) -> Any:
+def _linear_args(x: Tensor, w: Packed, bias: Tensor | None, out: Tensor, add: bool = False) -> Any:
     """x [t, c] or [t, h, c], out [t, n] or [t, h, n], their last dimensions contiguous."""
     grouped = x.dim() == 3
     return LinearArgs(
@@ -362,16 +360,17 @@ def _linear_args(x: Tensor, w: Packed, bias: Tensor | None, out: Tensor) -> Any:
         out.stride(1) if grouped else 0,
         x.shape[0],
         w.parts,
-        0,
+        add,
         threads(),
     )
 
 
-def linear(x_tc: Tensor, weight: Packed, bias_n: Tensor | None = None) -> Tensor:
+def linear(x_tc: Tensor, weight: Packed, bias_n: Tensor | None = None, onto_tn: Tensor | None = None) -> Tensor:
     x_tc = _rows(x_tc)
     assert x_tc.dtype == torch.float32 and x_tc.shape[1] == weight.k
-    out = torch.empty(x_tc.shape[0], weight.n)
-    library().distill_linear(byref(_linear_args(x_tc, weight, bias_n, out)))
+    out = torch.empty(x_tc.shape[0], weight.n) if onto_tn is None else onto_tn
+    assert out.stride(-1) == 1
+    library().distill_linear(byref(_linear_args(x_tc, weight, bias_n, out, onto_tn is not None)))
     return out
 
 
@@ -394,11 +393,16 @@ def per_head(x_thc: Tensor, weight: Packed) -> Tensor:
 
 
 def experts(
-    x_tc: Tensor, experts_tk: Tensor, weights_tk: Tensor, bank: ExpertBank, shared: tuple[Packed, Packed, Packed] | None
+    x_tc: Tensor,
+    experts_tk: Tensor,
+    weights_tk: Tensor,
+    bank: ExpertBank,
+    shared: tuple[Packed, Packed, Packed] | None,
+    onto_tc: Tensor,
 ) -> Tensor:
     x_tc, experts_tk, weights_tk = x_tc.contiguous(), experts_tk.contiguous(), weights_tk.contiguous()
     t, k = experts_tk.shape
-    out = torch.empty_like(x_tc)
+    assert onto_tc.is_contiguous()
     beside = shared is not None and bank.goes_with(shared[0])
     library().distill_experts(
         byref(
@@ -408,19 +412,19 @@ def experts(
                 weights_tk.data_ptr(),
                 *bank.addresses,
                 *([matrix.address for matrix in shared] if shared and beside else [None] * 3),
-                out.data_ptr(),
+                onto_tc.data_ptr(),
                 t,
                 k,
                 bank.count,
                 bank.parts,
-                0,
+                True,
                 threads(),
             )
         )
     )
     if shared is not None and not beside:
-        out += linear(swiglu_linear(x_tc, *shared[:2]), shared[2])
-    return out
+        linear(swiglu_linear(x_tc, *shared[:2]), shared[2], None, onto_tc)
+    return onto_tc
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, table_bp: Tensor, length_b: Tensor, scale: float, e: int) -> Tensor:

@@ -70,18 +70,17 @@ def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x_tc, (x_tc.shape[-1],), weight_c, eps)
 
 
-def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> Tensor:
-    """Rotate all of x's last dimension, 2r wide: pair i by the angle whose cos and sin are column i (arXiv:2104.09864).
-
-    interleaved: pair i is (x[2i], x[2i+1]); otherwise it is (x[i], x[i+r]). The layout of the output is that of x.
-    """
+def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> None:
+    """Rotate all of x's last dimension, 2r wide, in place: pair i by the angle whose cos and sin are column i
+    (arXiv:2104.09864). interleaved: pair i is (x[2i], x[2i+1]); otherwise it is (x[i], x[i+r])."""
     cos_t1r, sin_t1r = cos_tr[:, None], sin_tr[:, None]
     if interleaved:
         a, b = x_thd[..., 0::2], x_thd[..., 1::2]
-        rotated = torch.stack((a * cos_t1r - b * sin_t1r, b * cos_t1r + a * sin_t1r), dim=-1)
-        return rotated.flatten(-2).to(x_thd.dtype)
-    a, b = x_thd.chunk(2, dim=-1)
-    return torch.cat((a * cos_t1r - b * sin_t1r, b * cos_t1r + a * sin_t1r), dim=-1).to(x_thd.dtype)
+    else:
+        a, b = x_thd.chunk(2, dim=-1)
+    rotated_a, rotated_b = a * cos_t1r - b * sin_t1r, b * cos_t1r + a * sin_t1r
+    a.copy_(rotated_a)
+    b.copy_(rotated_b)
 
 
 def session() -> AbstractContextManager[None]:
@@ -127,9 +126,11 @@ def _check(weight: Stored, expert: int = 0, part: int = 0) -> None:
         raise Damaged("scale", expert, part)
 
 
-def linear(x_tc: Tensor, weight_nc: Tensor, bias_n: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias, with x in its own precision (activations are not quantised)."""
-    return F.linear(x_tc, weight_nc, bias_n)
+def linear(x_tc: Tensor, weight_nc: Tensor, bias_n: Tensor | None = None, onto_tn: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias, with x in its own precision (activations are not quantised); added to `onto`, in place, if
+    that is given."""
+    out_tn = F.linear(x_tc, weight_nc, bias_n)
+    return out_tn if onto_tn is None else onto_tn.add_(out_tn)
 
 
 def swiglu_linear(
@@ -243,9 +244,10 @@ def experts(
     weights_tk: Tensor,
     bank: ExpertBank,
     shared: tuple[Tensor, Tensor, Tensor] | None,
+    onto_tc: Tensor,
 ) -> Tensor:
     """Σ over a token's k experts of weight · down(silu(gate·x) · up·x), added in the order of experts' numbers, then
-    the shared expert (gate, up, down) if there is one → [t, c].
+    the shared expert (gate, up, down) if there is one; added to `onto`, in place.
 
     Tokens are sorted by expert, so that each expert multiplies one contiguous slice once. A scatter-add back was
     rejected: it sums in whatever order threads arrive. Padding every expert to the same number of tokens was rejected:
@@ -267,7 +269,9 @@ def experts(
     back_s[order_s] = torch.arange(order_s.numel(), device=order_s.device)
     y_tkc = y_sc.index_select(0, back_s).unflatten(0, experts_tk.shape)
     routed_tc = (y_tkc * weights_tk[..., None]).sum(1).to(x_tc.dtype)
-    return routed_tc if shared is None else routed_tc + linear(swiglu_linear(x_tc, *shared[:2]), shared[2])
+    if shared is not None:
+        routed_tc += linear(swiglu_linear(x_tc, *shared[:2]), shared[2])
+    return onto_tc.add_(routed_tc)
 
 
 def route(
