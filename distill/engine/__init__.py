@@ -1,4 +1,4 @@
-"""Local inference for DeepSeek-V3 and dense Llama/Qwen2 checkpoints: token ids in, token ids out.
+"""Local inference for every DeepSeek generation and for dense Llama and Qwen checkpoints: token ids in, token ids out.
 
 Names are resolved on first use, because reading a `ModelSpec` (planning does) must not import torch.
 """

@@ -164,8 +164,8 @@ class Engine:
                 )
                 if fixed > usable:
                     raise ValueError(
-                        f"memory_budget is {memory_budget / GIB:.2f} GiB and {fixed / GIB:.2f} GiB are needed before "
-                        "any expert; raise it, or lower max_batch, max_step_tokens or cache_tokens"
+                        f"memory_budget is {memory_budget / GIB:.3g} GiB and {fixed / GIB:.3g} GiB are needed before "
+                        "any expert; raise it or lower max_batch"
                     )
                 resident = experts_that_fit(usable - fixed, banks)
             if resident is not None and banks and resident < banks[0].count:

@@ -38,8 +38,8 @@ def resident_experts(budget: int, banks: Sequence[Any]) -> int | None:
     if room < 0 or len(banks) <= 2:
         needed = min(2, len(banks)) * count * each
         raise ValueError(
-            f"{budget / GIB:.2f} GiB are left for experts and the least is {needed / GIB:.2f} GiB, those of two "
-            "layers; raise the memory budget, or lower max_batch or cache_tokens"
+            f"{budget / GIB:.3g} GiB are left for experts and the least is {needed / GIB:.3g} GiB, those of two "
+            "layers; raise the memory budget or lower max_batch"
         )
     return min(count, room // (len(banks) - 2))
 
