@@ -156,7 +156,7 @@ class Scratch {
     size_t size_ = 0;
 };
 Scratch shared_scratch[8];
-thread_local Scratch own_scratch[5];
+thread_local Scratch own_scratch[6];
 
 float e4m3_value(int code) {
     const int exponent = code >> 3 & 15, mantissa = code & 7;
@@ -690,12 +690,11 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
                     else first = load_pairs(w + 64 * v);
 #pragma GCC unroll 16
                     for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+                        for (int half = 0; half < UNIT / 2; half++)
 #pragma GCC unroll 3
-                        for (int p = 0; p < PARTS; p++) {
-                            const uint8_t* x = a[r] + p * part + size_t(at / 2) * STEP;
-                            sum[r][v] = dot2(sum[r][v], first, pair_at(x));
-                            if constexpr (KIND == FP8) sum[r][v] = dot2(sum[r][v], second, pair_at(x + STEP));
-                        }
+                            for (int p = 0; p < PARTS; p++)
+                                sum[r][v] = dot2(sum[r][v], half ? second : first, pair_at(a[r] + p * part + (size_t(at / 2) + half) * STEP));
                 }
             }
         }
@@ -729,6 +728,20 @@ Tile tile_for(int kind, int parts, int rows) {
     return parts == 1 ? tile_for<BF16, 1>(rows) : tile_for<BF16, 3>(rows);
 }
 
+constexpr int UNPACK_ROWS = 3 * MAX_ROWS;  // from here on it pays to turn a panel's codes into bfloat16 once
+
+const uint8_t* unpacked(const uint8_t* codes, int units) {
+    uint8_t* out = own_scratch[5].take<uint8_t>(size_t(units) * 512);
+    for (int unit = 0; unit < units; unit++)
+        for (int v = 0; v < 4; v++) {
+            I first, second;
+            decode_codes(codes + size_t(unit) * 256 + v * 64, first, second);
+            std::memcpy(out + size_t(unit) * 512 + v * 64, &first, 64);
+            std::memcpy(out + size_t(unit) * 512 + 256 + v * 64, &second, 64);
+        }
+    return out;
+}
+
 // All rows through one panel, in tiles of at most MAX_ROWS. row(i): pointer; done(i, sums[64]): takes the result; after:
 // the panel that comes next (null: the next one of the matrix).
 template <class Row, class Done>
@@ -736,13 +749,18 @@ INLINE void through_panel(const Packed& w, int group, int panel, int rows, int p
     const int all_panels = panels_of(w.n), index = group * all_panels + panel;
     const uint8_t* data = w.data + index * panel_bytes(w.kind, w.k);
     if (!after) after = data + panel_bytes(w.kind, w.k);
+    int kind = w.kind, k = w.k;
+    if (kind == FP8 && rows >= UNPACK_ROWS) {
+        data = unpacked(data, ceil_div(k, 4));
+        kind = BF16, k = padded_k(k);
+    }
     const float* scale = w.scale ? w.scale + size_t(index) * ceil_div(w.k, BLOCK) : nullptr;
     alignas(64) float sums[MAX_ROWS * PANEL];
     const uint8_t* a[MAX_ROWS];
     for (int begin = 0, tiles = ceil_div(rows, MAX_ROWS); tiles; tiles--) {
         const int count = ceil_div(rows - begin, tiles);
         for (int r = 0; r < count; r++) a[r] = row(begin + r);
-        tile_for(w.kind, parts, count)(a, part, data, w.k, scale, sums, tiles > 1 ? data : after);
+        tile_for(kind, parts, count)(a, part, data, k, scale, sums, tiles > 1 ? data : after);
         for (int r = 0; r < count; r++) done(begin + r, sums + r * PANEL);
         begin += count;
     }
