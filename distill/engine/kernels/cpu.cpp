@@ -1151,7 +1151,7 @@ void attend(Lanes& s, const Rows& keys, const Rows& values, int begin, int end) 
     }
 }
 
-// The queries q(lane) (null: an empty lane) packed for `tile`, and an empty sum. Uses own_scratch 1 and 2.
+// The queries q(lane) (null: an empty lane) packed for `tile`, in own_scratch 1; to be followed by `restart`.
 template <class Q> Lanes lanes_for(int d, int e, bool wide, float scale, I limit, Q q) {
     const int unit = wide ? 1 : 2, units = ceil_div(d, unit), width = ceil_div(e, PANEL) * PANEL;
     uint8_t* packed = own_scratch[1].take<uint8_t>(size_t(units) * 64);
@@ -1174,22 +1174,28 @@ template <class Q> Lanes lanes_for(int d, int e, bool wide, float scale, I limit
             }
         }
     }
-    float* out = own_scratch[2].take<float>(size_t(LANES) * width);
-    std::fill(out, out + LANES * width, 0.f);
-    return {d, e, wide, scale, packed, limit, all(-1e30f), V{}, out, width};
+    return {d, e, wide, scale, packed, limit, V{}, V{}, nullptr, width};
+}
+
+// Begin with nothing seen, and sum into `out` [16, width].
+void restart(Lanes& s, float* out) {
+    s.top = all(-1e30f);
+    s.total = V{};
+    s.out = out;
+    std::fill(out, out + LANES * s.width, 0.f);
 }
 
 // A context is attended to in parts of so many tokens, which are then joined in order, whoever computed them.
-constexpr int PART = 128;
+constexpr int PART = 2 * KEYS;
 
 // The softmax over some tokens of 16 queries: maximum, sum, and the values weighed, not yet divided by the sum.
 struct Part {
     float* data;  // [2][16], then [16][width]
     static size_t size(int width) { return size_t(LANES) * (2 + width); }
+    float* values() const { return data + 2 * LANES; }
     void put(const Lanes& s) {
         store(data, s.top);
         store(data + LANES, s.total);
-        std::memcpy(data + 2 * LANES, s.out, size_t(LANES) * s.width * 4);
     }
     void join(const Part& next, int width) {
         const V top = max(load(data), load(next.data));
@@ -1199,14 +1205,14 @@ struct Part {
         store(data, top);
         store(data + LANES, fma(load(data + LANES), load(own), load(next.data + LANES) * load(other)));
         for (int lane = 0; lane < LANES; lane++) {
-            float* to = data + 2 * LANES + size_t(lane) * width;
-            const float* from = next.data + 2 * LANES + size_t(lane) * width;
+            float* to = values() + size_t(lane) * width;
+            const float* from = next.values() + size_t(lane) * width;
             for (int j = 0; j < width; j += LANES) store(to + j, fma(load(to + j), all(own[lane]), load(from + j) * other[lane]));
         }
     }
     void finish(int lanes, int e, int width, float* out) const {
         for (int lane = 0; lane < lanes; lane++) {
-            const float* from = data + 2 * LANES + size_t(lane) * width;
+            const float* from = values() + size_t(lane) * width;
             for (int j = 0; j < e; j++) out[size_t(lane) * e + j] = from[j] / data[LANES + lane];
         }
     }
@@ -1215,18 +1221,22 @@ struct Part {
 void decode(const DecodeArgs& args) {
     const int size = args.wide ? 4 : 2, shared_by = args.heads / args.kv_heads, sets = ceil_div(shared_by, LANES);
     const int units = args.rows * args.kv_heads * sets, width = ceil_div(args.e, PANEL) * PANEL;
-    const auto part_of = [&](int unit, int part, Part result) {
+    const auto queries_of = [&](int unit) {
         const int row = unit / (args.kv_heads * sets), head = unit / sets % args.kv_heads, set = unit % sets;
         const int lanes = std::min(LANES, shared_by - set * LANES), first = head * shared_by + set * LANES;
+        return lanes_for(args.d, args.e, args.wide, args.scale, I{} + int(args.length[row]), [&](int lane) {
+            return lane < lanes ? args.q + (size_t(row) * args.heads + first + lane) * args.d : nullptr;
+        });
+    };
+    const auto part_of = [&](int unit, int part, Lanes& s, Part result) {
+        const int row = unit / (args.kv_heads * sets), head = unit / sets % args.kv_heads;
         const auto rows = [&](const void* pool_, int width_) {
             const int64_t row_bytes = int64_t(width_) * size, head_bytes = row_bytes * args.page_size;
             return Rows{static_cast<const uint8_t*>(pool_), args.table + row * args.table_stride,
                         head_bytes * args.kv_heads, head_bytes * head, row_bytes, args.page_size};
         };
         const int begin = part * PART, end = std::min(int(args.length[row]), begin + PART);
-        Lanes s = lanes_for(args.d, args.e, args.wide, args.scale, I{} + end, [&](int lane) {
-            return lane < lanes ? args.q + (size_t(row) * args.heads + first + lane) * args.d : nullptr;
-        });
+        restart(s, result.values());
         attend(s, rows(args.k, args.k_width), rows(args.v, args.v_width), begin, end);
         result.put(s);
     };
@@ -1241,9 +1251,10 @@ void decode(const DecodeArgs& args) {
         pool().run(args.threads, units, [&](int unit) {
             float* memory = own_scratch[3].take<float>(2 * Part::size(width));
             Part whole{memory}, next{memory + Part::size(width)};
-            part_of(unit, 0, whole);
+            Lanes s = queries_of(unit);
+            part_of(unit, 0, s, whole);
             for (int part = 1; part < parts_of(unit); part++) {
-                part_of(unit, part, next);
+                part_of(unit, part, s, next);
                 whole.join(next, width);
             }
             finish(unit, whole);
@@ -1256,7 +1267,8 @@ void decode(const DecodeArgs& args) {
     const auto at = [&](int index) { return Part{memory + Part::size(width) * index}; };
     pool().run(args.threads, first[units], [&](int index) {
         const int unit = int(std::upper_bound(first.begin(), first.end(), index) - first.begin()) - 1;
-        part_of(unit, index - first[unit], at(index));
+        Lanes s = queries_of(unit);
+        part_of(unit, index - first[unit], s, at(index));
     });
     for (int unit = 0; unit < units; unit++) {
         Part whole = at(first[unit]);
@@ -1306,6 +1318,7 @@ void prefill(const PrefillArgs& args) {
             Lanes s = lanes_for(args.d, args.e, args.wide, args.scale, limit, [&](int lane) {
                 return lane < lanes ? args.q + (size_t(first + lane) * args.heads + head) * args.d : nullptr;
             });
+            restart(s, own_scratch[2].take<float>(size_t(LANES) * s.width));
             attend(s, keys, values, 0, start + first + lanes);
             for (int lane = 0; lane < lanes; lane++)
                 for (int j = 0; j < args.e; j++)
