@@ -165,6 +165,12 @@ def _local_weights(card: TeacherCard | StudentCard, card_file: Path) -> Path | N
     )
 
 
+def local_weights(kind: Literal["teacher", "student"], name_or_path: str) -> Path | None:
+    """The directory of a card's weights, or None for a hub id. UserError for a directory that is not there."""
+    card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
+    return _local_weights(card, find(kind, name_or_path))
+
+
 def _missing_file(directory: Path) -> Path | None:
     if not (directory / "config.json").is_file():
         return directory / "config.json"

@@ -243,6 +243,24 @@ app.add_typer(_catalog_group("student", "dense base models that are trained"), n
 app.add_typer(_catalog_group("benchmark", "problems with known answers"), name="benchmarks")
 
 
+# ---- the machine
+
+
+@app.command()
+def doctor(
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", metavar="NAME", help="only this teacher's speed: a name, or a path")
+    ] = None,
+) -> None:
+    """Show what this machine can run: processor, memory, kernels, and tokens a second to expect of each teacher.
+
+    Example: `distill doctor --teacher deepseek-v2-lite-chat`
+    """
+    from distill.doctor import doctor
+
+    doctor(teacher)
+
+
 # ---- errors become exit codes
 
 

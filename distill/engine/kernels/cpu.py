@@ -35,6 +35,7 @@ from distill.engine.kernels.cpu_library import (
     threads,
 )
 from distill.engine.kernels.cpu_library import instruction_set as instruction_set
+from distill.engine.kernels.cpu_library import instruction_sets as instruction_sets
 from distill.engine.kernels.cpu_library import session as session
 from distill.engine.kernels.cpu_library import why_missing as why_missing
 from distill.engine.kernels.reference import FP8_BLOCK, Damaged, Fp8, Place, Stored

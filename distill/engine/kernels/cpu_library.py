@@ -120,6 +120,16 @@ def instruction_set(name: str | None = None) -> str:
     return str(used.decode())
 
 
+def instruction_sets() -> tuple[str, ...]:
+    """Those that this machine has, the best first."""
+    used, found = instruction_set(), []
+    for name in ("avx512_bf16", "avx512", "avx2", "portable"):
+        if library().distill_isa(name.encode()) is not None:
+            found.append(name)
+    instruction_set(used)
+    return tuple(found)
+
+
 _own_threads: int | None = None
 
 

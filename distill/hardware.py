@@ -1,0 +1,119 @@
+"""What this machine has: processor, memory, disk, devices; and how fast its memory and its products are.
+
+Limits of a container count: the cores a process may use, and the memory that its control group allows it, are often
+less than what the machine has. The two measurements are the limits that perf/ compares everything with.
+"""
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Machine:
+    """memory and available: bytes, a control group's limit respected; disk: free bytes where the command runs; gpus:
+    one line each."""
+
+    processor: str
+    cores: int
+    memory: int
+    available: int
+    disk: int
+    gpus: tuple[str, ...]
+
+
+def this_machine() -> Machine:
+    total, available = memory()
+    return Machine(processor(), cores(), total, available, shutil.disk_usage(Path.cwd()).free, gpus())
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, or that of the architecture where the system does not say."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may keep busy: its affinity, or its control group's quota (version 2) if that is less."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _first_line(cgroup / "cpu.max").partition(" ")
+    if quota.isdigit() and period.isdigit():
+        usable = min(usable, max(1, int(quota) // int(period)))
+    return usable
+
+
+def memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> tuple[int, int]:
+    """(total, available) bytes."""
+    try:
+        fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines())
+        total, available = (int(fields[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError):  # not Linux
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = total
+    limit, used = _first_line(cgroup / "memory.max"), _first_line(cgroup / "memory.current")
+    if limit.isdigit() and int(limit) < total:
+        total = int(limit)
+        available = min(available, total - (int(used) if used.isdigit() else 0))
+    return total, max(available, 0)
+
+
+def gpus() -> tuple[str, ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return tuple(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in found)
+
+
+def memory_bandwidth(size: int = 1 << 30) -> float:
+    """Bytes a second of reading `size` bytes of memory, on torch's threads; the fastest of three."""
+    import torch
+
+    data = torch.ones(size // 4, dtype=torch.int32)
+    return data.nbytes / _fastest(lambda: data.max().item())
+
+
+def product_rate(rows: int = 2048, size: int = 4096) -> float:
+    """Operations a second of a bfloat16 product [rows, size] × [size, size] by torch; the fastest of three."""
+    import torch
+
+    a, b = torch.ones(rows, size, dtype=torch.bfloat16), torch.ones(size, size, dtype=torch.bfloat16)
+    return 2 * rows * size * size / _fastest(lambda: torch.mm(a, b))
+
+
+def disk_rate(file: Path, size: int = 1 << 30) -> float:
+    """Bytes a second of reading the first `size` bytes of a file, past the page cache where the system allows that."""
+    with file.open("rb", buffering=0) as stream:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+        done, begun = 0, time.perf_counter()
+        while done < size and (block := stream.read(min(4 << 20, size - done))):
+            done += len(block)
+    return done / max(time.perf_counter() - begun, 1e-9)
+
+
+def _fastest(action: Callable[[], Any], times: int = 3) -> float:
+    seconds = []
+    for _ in range(times):
+        begun = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
+
+
+def _first_line(file: Path) -> str:
+    """Of a file that may not be there, or may not be readable: then nothing."""
+    try:
+        return file.read_text(encoding="utf-8").strip().partition("\n")[0]
+    except OSError:
+        return ""
