@@ -5,15 +5,18 @@
 Each engine runs in a process of its own, one after the other, and measures the same things: a prompt of 512 tokens, 8
 prompts of 512, and decoding 1, 8 and 64 sequences with 128 tokens of prompt, over the 128 tokens that follow the
 prompts (their prefill is not counted). Beside them stand the machine's two limits as measured in the same run: a plain
-read of memory, and bfloat16 products as fast as torch multiplies them. The peers are installed by
+read of memory, and bfloat16 products as fast as torch multiplies them. Before each engine loads, its files are read
+from end to end, past the page cache, and dropped from it, so that loading finds them where reading did: on the disk.
+The peers are installed by
 
     pip install -c constraints.txt -r perf/requirements.txt
 """
 
 import argparse
 import json
+import os
 import random
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -25,6 +28,8 @@ import torch
 from checkpoint import CONFIG, active_bytes, active_parameters, write_bfloat16, write_fp8
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from distill.hardware import memory_bandwidth, product_rate
 
 PROMPT, NEW = 128, 128
 BATCHES = (1, 8, 64)
@@ -46,15 +51,48 @@ def best(action: Callable[[], None], repeats: int = REPEATS) -> float:
     return min(seconds)
 
 
+def drop(files: list[Path]) -> None:
+    """Drop files from the page cache."""
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def seconds_to_read(files: list[Path]) -> float:
+    """Of reading files from end to end, past the page cache; afterwards they are not in it."""
+    drop(files)
+    begun = time.perf_counter()
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.read(4 << 20):
+                pass
+    seconds = time.perf_counter() - begun
+    drop(files)
+    return seconds
+
+
+def peak_memory() -> int:
+    """The process's largest resident memory since `reset_peak`, bytes; pages of mapped files count."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) << 10
+
+
+def reset_peak() -> int:
+    """Forget the peak; the memory in use now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
 def measure_ours(work: Path, threads: int) -> dict[str, float]:
     from distill.engine import Engine, Request, SamplingParams
 
     torch.set_num_threads(threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    directory = write_fp8(work / "fp8")
+    figures = {"reading the files, s": seconds_to_read(list(directory.glob("*.safetensors")))}
+    before = reset_peak()
     begun = time.perf_counter()
-    engine = Engine.load(
-        write_fp8(work / "fp8"), dtype=torch.bfloat16, max_batch=max(BATCHES), cache_tokens=max(BATCHES) * 272
-    )
+    engine = Engine.load(directory, dtype=torch.bfloat16, max_batch=max(BATCHES), cache_tokens=max(BATCHES) * 272)
     numbers = iter(range(10**6))
 
     def add(length: int, new: int) -> None:
@@ -73,7 +111,7 @@ def measure_ours(work: Path, threads: int) -> dict[str, float]:
 
     add(1, 1)
     finish()
-    figures = {"ready and first token, s": time.perf_counter() - begun}
+    figures["ready and first token, s"] = time.perf_counter() - begun
     for count in (1, 8):
         seconds = best(lambda count=count: prefill(count, 512))  # type: ignore[misc]
         figures[f"prompt {count} × 512"] = count * 512 / seconds
@@ -85,7 +123,7 @@ def measure_ours(work: Path, threads: int) -> dict[str, float]:
         tokens, begun = engine.tokens_generated, time.perf_counter()
         finish()
         figures[f"decode × {count}"] = (engine.tokens_generated - tokens) / (time.perf_counter() - begun)
-    figures["peak memory, GB"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
+    figures["peak memory, GB"] = (peak_memory() - before) / 1e9
     return figures
 
 
@@ -100,7 +138,10 @@ def measure_llama(work: Path, threads: int) -> dict[str, float]:
     from gguf_form import write_q8_0
 
     file = write_q8_0(work / "q8_0.gguf")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    figures = {"reading the files, s": seconds_to_read([file])}
+    before = reset_peak()
+    silent = ll.llama_log_callback(lambda level, text, data: None)
+    ll.llama_log_set(silent, None)
     ll.llama_backend_init()
     begun = time.perf_counter()
     model = ll.llama_model_load_from_file(str(file).encode(), ll.llama_model_default_params())
@@ -142,7 +183,7 @@ def measure_llama(work: Path, threads: int) -> dict[str, float]:
         return int(numpy.ctypeslib.as_array(logits, shape=(vocabulary,)).argmax())
 
     prefill(1, 1)
-    figures = {"ready and first token, s": time.perf_counter() - begun}
+    figures["ready and first token, s"] = time.perf_counter() - begun
     for count in (1, 8):
         seconds = best(lambda count=count: prefill(count, 512))  # type: ignore[misc]
         figures[f"prompt {count} × 512"] = count * 512 / seconds
@@ -154,7 +195,7 @@ def measure_llama(work: Path, threads: int) -> dict[str, float]:
             decode([(token, PROMPT + step, sequence, True) for sequence, token in enumerate(tokens)])
             tokens = [greedy(row) for row in range(count)]
         figures[f"decode × {count}"] = count * (NEW - 1) / (time.perf_counter() - begun)
-    figures["peak memory, GB"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
+    figures["peak memory, GB"] = (peak_memory() - before) / 1e9
     return figures
 
 
@@ -163,7 +204,8 @@ def measure_transformers(work: Path, threads: int) -> dict[str, float]:
 
     torch.set_num_threads(threads)
     directory = write_bfloat16(work / "bfloat16")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    figures = {"reading the files, s": seconds_to_read(list(directory.glob("*.safetensors")))}
+    before = reset_peak()
     begun = time.perf_counter()
     model = DeepseekV3ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
 
@@ -178,28 +220,21 @@ def measure_transformers(work: Path, threads: int) -> dict[str, float]:
         return time.perf_counter() - begun
 
     generate(1, 1, 1)
-    figures = {"ready and first token, s": time.perf_counter() - begun}
+    figures["ready and first token, s"] = time.perf_counter() - begun
     for count in (1, 8):
         figures[f"prompt {count} × 512"] = count * 512 / min(generate(count, 512, 1) for _ in range(2))
     for count in BATCHES:
         new = NEW if count < max(BATCHES) else 32  # a hundred seconds of it say the same
         seconds = generate(count, PROMPT, new) - generate(count, PROMPT, 1)
         figures[f"decode × {count}"] = count * (new - 1) / seconds
-    figures["peak memory, GB"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
+    figures["peak memory, GB"] = (peak_memory() - before) / 1e9
     return figures
 
 
 def measure_limits(work: Path, threads: int) -> dict[str, float]:
     """GB/s of reading memory, GFLOP/s of bfloat16 products."""
     torch.set_num_threads(threads)
-    memory = torch.ones(1 << 28, dtype=torch.int32)
-    a, b = torch.ones(2048, 4096, dtype=torch.bfloat16), torch.ones(4096, 4096, dtype=torch.bfloat16)
-    read = best(lambda: memory.max().item(), 5)  # type: ignore[arg-type, return-value]
-    product = best(lambda: torch.mm(a, b), 5)  # type: ignore[arg-type, return-value]
-    return {
-        "memory, GB/s": memory.numel() * 4 / read / 1e9,
-        "bfloat16, GFLOP/s": 2 * 2048 * 4096 * 4096 / product / 1e9,
-    }
+    return {"memory, GB/s": memory_bandwidth() / 1e9, "bfloat16, GFLOP/s": product_rate() / 1e9}
 
 
 MEASURES = {

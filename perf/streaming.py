@@ -10,49 +10,17 @@ disk reads the file from end to end in the same run.
 
 import argparse
 import json
-import os
-import re
 import sys
 import time
 from pathlib import Path
 
 import torch
 from checkpoint import write_fp8
-from engine import prompt
+from engine import drop, peak_memory, prompt, reset_peak, seconds_to_read
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SEQUENCES, PROMPT, NEW = 64, 32, 24
-
-
-def drop(files: list[Path]) -> None:
-    """Drop files from the page cache."""
-    for path in files:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def disk_rate(files: list[Path]) -> float:
-    """Bytes a second of reading the files from end to end, past the page cache."""
-    drop(files)
-    size, begun = 0, time.perf_counter()
-    for path in files:
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(4 << 20):
-                size += len(block)
-    return size / (time.perf_counter() - begun)
-
-
-def peak() -> int:
-    """The process's largest resident memory since `reset_peak`, bytes."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) << 10
-
-
-def reset_peak() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
 
 
 def decode(directory: Path, files: list[Path], budget: int | None, cold: bool) -> dict[str, float]:
@@ -84,7 +52,7 @@ def decode(directory: Path, files: list[Path], budget: int | None, cold: bool) -
     streamed = sum((bank.count - bank.resident) * bank.bytes_each for bank in banks) if engine._model.stream else 0
     return {
         "tokens/s": (engine.tokens_generated - tokens) / seconds,
-        "peak memory, GB": (peak() - before) / 1e9,
+        "peak memory, GB": (peak_memory() - before) / 1e9,
         "streamed per step, GB": streamed / 1e9,
         "resident experts of a layer": float(banks[0].resident),
     }
@@ -101,10 +69,10 @@ def main() -> None:
     files = sorted(directory.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
     decode(directory, files, None, cold=False)  # whatever is set up on first use
-    disk = disk_rate(files)
+    disk = size / seconds_to_read(files)
     whole = decode(directory, files, None, cold=False)
     half = decode(directory, files, size // 2, cold=True)
-    disk = max(disk, disk_rate(files))
+    disk = max(disk, size / seconds_to_read(files))
     limit = min(whole["tokens/s"], SEQUENCES / (half["streamed per step, GB"] * 1e9 / disk))
     results = {
         "checkpoint, GB": size / 1e9,

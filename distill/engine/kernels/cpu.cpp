@@ -34,6 +34,10 @@
 #include <thread>
 #include <unistd.h>
 #include <vector>
+// Instruction sets past the portable one are chosen function by function, which is written differently for other compilers.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define X86_LEVELS
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -359,7 +363,7 @@ struct Kernels {
 #undef ISA
 #undef LEVEL
 
-#if defined(__x86_64__)
+#ifdef X86_LEVELS
 #define ISA avx2
 #define LEVEL 1
 #pragma GCC push_options
@@ -389,7 +393,7 @@ struct Kernels {
 namespace {
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> list;
-#if defined(__x86_64__)
+#ifdef X86_LEVELS
     __builtin_cpu_init();
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -571,6 +575,13 @@ typedef uint8_t B __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
 #define INLINE inline __attribute__((always_inline))
 
+INLINE void fetch(const uint8_t* p) {
+#if defined(__x86_64__)
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+#else
+    __builtin_prefetch(p);
+#endif
+}
 INLINE V load(const float* p) { V v; std::memcpy(&v, p, 64); return v; }
 INLINE void store(float* p, V v) { std::memcpy(p, &v, 64); }
 INLINE V all(float x) { return V{} + x; }
@@ -673,10 +684,8 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < NV; v++) sum[r][v] = V{};
         for (int at = begin; at < end; at += UNIT, w += NV * 64) {
-#if defined(__x86_64__)
             if (KIND != F32)
-                for (int v = 0; v < NV; v++) _mm_prefetch(reinterpret_cast<const char*>(w) + ahead + 64 * v, _MM_HINT_T0);
-#endif
+                for (int v = 0; v < NV; v++) fetch(w + ahead + 64 * v);
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) {
                 if constexpr (KIND == F32) {
@@ -858,6 +867,18 @@ void linears(const LinearArgs* args, int count) {
 }
 void linear(const LinearArgs& args) { linears(&args, 1); }
 
+// Elements of a and b by number: those of b come after a's.
+template <class T, class N> INLINE T shuffled(T a, T b, N number) {
+#if defined(__clang__)
+    constexpr int COUNT = sizeof(N) / sizeof(number[0]);
+    T out;
+    for (int i = 0; i < COUNT; i++) out[i] = number[i] < COUNT ? a[number[i]] : b[number[i] - COUNT];
+    return out;
+#else
+    return __builtin_shuffle(a, b, number);
+#endif
+}
+
 // 64 rows of codes into a panel: blocks of 16 rows × 64 codes are turned as 16×16 words of 4 codes, whose halves then
 // part. k up to the last multiple of 64; the caller does the rest.
 void pack_codes(const uint8_t* rows, int64_t row_stride, int k, uint8_t* panel) {
@@ -877,12 +898,12 @@ void pack_codes(const uint8_t* rows, int64_t row_stride, int k, uint8_t* panel) 
                 for (int r = 0; r < 16; r++)
                     if (!(r & s)) {
                         const I a = word[r], b = word[r + s];
-                        word[r] = __builtin_shuffle(a, b, low);
-                        word[r + s] = __builtin_shuffle(a, b, high);
+                        word[r] = shuffled(a, b, low);
+                        word[r + s] = shuffled(a, b, high);
                     }
             }
             for (int unit = 0; unit < 16; unit++) {
-                const S parted = __builtin_shuffle((S)word[unit], halves);
+                const S parted = shuffled((S)word[unit], (S)word[unit], halves);
                 std::memcpy(panel + size_t(k0 / 4 + unit) * 256 + set * 64, &parted, 64);
             }
         }
