@@ -43,10 +43,11 @@ class LocalBackend:
         with file and fix, when the directory is incomplete, damaged or unsupported, or the budget too small."""
         import torch
 
-        from distill.engine import Engine
+        from distill.engine import Engine, ModelSpec
 
-        chat = Chat.load(model_dir, chat_template, thinking)  # first: what it refuses is not worth loading weights for
-        try:
+        try:  # config and tokenizer first: what they refuse is not worth loading weights for
+            ModelSpec.from_dir(model_dir)
+            chat = Chat.load(model_dir, chat_template, thinking)
             engine = Engine.load(
                 model_dir,
                 dtype=getattr(torch, dtype),

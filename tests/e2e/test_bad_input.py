@@ -1,6 +1,7 @@
 """What a user gets wrong: one line with the fix, exit code 2, nothing written. Full disk: 1, and the rerun resumes."""
 
 import errno
+import json
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from distill import cli
 from distill.traces.ledger import Ledger
@@ -85,6 +88,64 @@ def test_a_truncated_weights_file(
     weights.write_bytes(weights.read_bytes()[:-1000])
     err = refused("generate", str(recipe_file(teacher=card)))
     assert str(weights) in err
+
+
+DOWN = "model.layers.2.mlp.experts.5.down_proj.weight"
+
+
+def _nan_code(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[DOWN].view(torch.uint8)[1, 2] = 0x7F
+
+
+def _no_scale(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[DOWN + "_scale_inv"]
+
+
+def _other_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[DOWN] = tensors[DOWN][:-1].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(_nan_code, "holds FP8 NaN codes"), (_no_scale, "_scale_inv is missing"), (_other_shape, "has shape")],
+)
+def test_damaged_weights_are_named_with_tensor_and_file(
+    damage: Callable[[dict[str, torch.Tensor]], None],
+    message: str,
+    refused: Callable[..., str],
+    recipe_file: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    card = teacher_card(tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.safetensors"
+    tensors = load_file(weights)
+    damage(tensors)
+    save_file(tensors, weights)
+    err = refused("generate", str(recipe_file(teacher=card)))
+    assert message in err and DOWN in err and str(weights) in err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"model_type": "mamba"}, "model_type is 'mamba'"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'")],
+)
+def test_a_family_that_is_not_supported(
+    change: dict[str, str],
+    message: str,
+    refused: Callable[..., str],
+    recipe_file: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    card = teacher_card(tmp_path / "teacher")
+    config = tmp_path / "teacher" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    err = refused("generate", str(recipe_file(teacher=card)))
+    assert message in err and str(config) in err
+
+
+def test_a_memory_budget_that_is_too_small(refused: Callable[..., str], recipe_file: Callable[..., Path]) -> None:
+    err = refused("generate", str(recipe_file(engine={"memory_budget": 0.001})))
+    assert "memory_budget is 0.001 GiB" in err and "raise it" in err
 
 
 def test_a_broken_line_of_a_prompt_file(
