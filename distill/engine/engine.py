@@ -24,8 +24,7 @@ from distill.engine.fused import decode_plan
 from distill.engine.kernels import column_for, describe, ops_for
 from distill.engine.model import Model
 from distill.engine.mtp import Drafter, accepted
-from distill.engine.offload import GIB, ExpertStream, bytes_of
-from distill.engine.offload import resident_experts as experts_that_fit
+from distill.engine.offload import ExpertStream, bytes_of, experts_within, step_bytes
 from distill.engine.sampler import Draw, Drawn, TopLogprobs, logprobs_of, sample, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
 from distill.engine.spec import ModelSpec
@@ -36,9 +35,6 @@ FinishReason = Literal["stop", "length"]
 # Default size of the cache: what max_batch full contexts need, but no more than this, unless one long context needs it.
 _DEFAULT_CACHE_BYTES = 512 << 20
 _DEFAULT_LONG_CONTEXT = 32768
-
-# Of a memory budget, beside 3 %: small objects, buffers, threads.
-_UNCOUNTED_BYTES = 8 << 20
 
 # `score` turns hidden states into logits for so many rows × vocabulary entries at a time.
 _SCORE_ELEMENTS = 1 << 24
@@ -151,23 +147,13 @@ class Engine:
         streamed: list[Any] = []
 
         def place(weights: ModelWeights, banks: list[Any]) -> int | None:
-            if spec.moe and resident_experts is not None and not 0 <= resident_experts <= spec.moe.num_experts:
-                raise ValueError(f"resident_experts is {resident_experts}; there are {spec.moe.num_experts} in a layer")
+            rows = max_batch * (1 + num_speculative_tokens)
+            beside = cache_tokens * token_bytes + step_bytes(spec, max_step_tokens, rows, dtype)
             resident = resident_experts
+            if spec.moe and resident is not None and not 0 <= resident <= spec.moe.num_experts:
+                raise ValueError(f"resident_experts is {resident}; there are {spec.moe.num_experts} in a layer")
             if resident is None and memory_budget is not None:
-                rows = max_batch * (1 + num_speculative_tokens)
-                usable = int(0.97 * memory_budget) - _UNCOUNTED_BYTES
-                fixed = (
-                    bytes_of(weights, ops)
-                    + cache_tokens * token_bytes
-                    + _step_bytes(spec, max_step_tokens, rows, 1 if dtype == torch.bfloat16 else 3)
-                )
-                if fixed > usable:
-                    raise ValueError(
-                        f"memory_budget is {memory_budget / GIB:.3g} GiB and {fixed / GIB:.3g} GiB are needed before "
-                        "any expert; raise it or lower max_batch"
-                    )
-                resident = experts_that_fit(usable - fixed, banks)
+                resident = experts_within(memory_budget, bytes_of(weights, ops) + beside, banks)
             if resident is not None and banks and resident < banks[0].count:
                 streamed.extend(banks)
             return resident
@@ -456,16 +442,6 @@ class Engine:
             logprobs=tuple(state.logprobs),
             top_logprobs=None if request.sampling.logprobs is None else tuple(state.top_logprobs),
         )
-
-
-def _step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int, parts: int) -> int:
-    """About what a step takes beside the weights: activations, what products read of them (`parts` bfloat16 of each
-    number), and logits."""
-    numbers = 2 * spec.num_heads * spec.head_dim + 6 * spec.hidden_size
-    read = max(spec.intermediate_size, spec.hidden_size)
-    if spec.moe:
-        read = max(read, (spec.moe.per_token + spec.moe.shared_experts) * spec.moe.intermediate_size)
-    return (prompt_tokens + rows) * (4 * numbers + 2 * parts * read) + 8 * rows * spec.vocab_size
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,28 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distill.engine.kernels import Ops
+from distill.engine.spec import ModelSpec
 
 GIB = 1 << 30
+_UNCOUNTED = 8 << 20  # bytes of a budget, beside 3 %: small objects, buffers, threads
+
+
+def experts_within(budget: int, fixed: int, banks: Sequence[Any]) -> int | None:
+    """How many experts of each layer fit into a budget of memory, `fixed` bytes of which are spoken for; None: all.
+
+    ValueError if the budget is too small for any.
+    """
+    usable = int(0.97 * budget) - _UNCOUNTED
+    if fixed > usable:
+        raise ValueError(
+            f"memory_budget is {budget / GIB:.3g} GiB and {fixed / GIB:.3g} GiB are needed before any expert; "
+            "raise it or lower max_batch"
+        )
+    return resident_experts(usable - fixed, banks)
 
 
 def resident_experts(budget: int, banks: Sequence[Any]) -> int | None:
@@ -42,6 +59,16 @@ def resident_experts(budget: int, banks: Sequence[Any]) -> int | None:
             "layers; raise the memory budget or lower max_batch"
         )
     return min(count, room // (len(banks) - 2))
+
+
+def step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int, dtype: torch.dtype) -> int:
+    """About what a step takes beside the weights: activations, what products read of them, and logits."""
+    parts = 1 if dtype == torch.bfloat16 else 3  # bfloat16 numbers that a product reads for one
+    numbers = 2 * spec.num_heads * spec.head_dim + 6 * spec.hidden_size
+    read = max(spec.intermediate_size, spec.hidden_size)
+    if spec.moe:
+        read = max(read, (spec.moe.per_token + spec.moe.shared_experts) * spec.moe.intermediate_size)
+    return (prompt_tokens + rows) * (4 * numbers + 2 * parts * read) + 8 * rows * spec.vocab_size
 
 
 def bytes_of(part: Any, ops: Ops) -> int:

@@ -11,11 +11,9 @@ Legend: as in reference.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import addressof, byref, c_int64, c_void_p
-from functools import cached_property
+from ctypes import byref, c_int64, c_void_p
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +24,6 @@ from distill.engine.kernels.cpu_library import (
     IndexArgs,
     LinearArgs,
     NormArgs,
-    PackedMatrix,
     PrefillArgs,
     RopeArgs,
     RouteArgs,
@@ -38,103 +35,8 @@ from distill.engine.kernels.cpu_library import instruction_set as instruction_se
 from distill.engine.kernels.cpu_library import instruction_sets as instruction_sets
 from distill.engine.kernels.cpu_library import session as session
 from distill.engine.kernels.cpu_library import why_missing as why_missing
-from distill.engine.kernels.reference import FP8_BLOCK, Damaged, Fp8, Place, Stored
-
-PANEL = 64  # outputs side by side in a packed matrix
-_ALIGNMENT = 64
-# PackedMatrix and PackJob of cpu.cpp, for arrays of them.
-_PACKED = np.dtype([("kind", "i4"), ("n", "i4"), ("k", "i4"), ("groups", "i4"), ("data", "u8"), ("scale", "u8")])
-_JOB = np.dtype(
-    [
-        ("source", "u8"),
-        ("row_stride", "i8"),
-        ("offset", "i8"),
-        ("out", "u8"),
-        ("fd", "i4"),
-        ("kind", "i4"),
-        ("n", "i4"),
-        ("k", "i4"),
-    ]
-)
-_FLOAT32 = 2
-_KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: _FLOAT32}
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous and 2-dimensional strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class Memory:
-    """`size` bytes for packed matrices, from the aligned address `begin` on."""
-
-    def __init__(self, size: int) -> None:
-        self._data = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-        self.begin = self._data.data_ptr() + -self._data.data_ptr() % _ALIGNMENT
-
-
-class Packed:
-    """A matrix [n, c], or `groups` of them, in panels. `parts`: bfloat16 parts that activations are split into."""
-
-    def __init__(self, weights: list[Stored], dtype: torch.dtype, place: Place | None = None) -> None:
-        self.parts = _parts(dtype)
-        matrices = [_in_kept_form(weight, dtype) for weight in weights]
-        self.n, self.k = matrices[0].shape
-        self.kind = kind = _KINDS[matrices[0].dtype]
-        size = library().distill_packed_bytes(kind, self.n, self.k)
-        self._memory, self.bytes = Memory(len(weights) * size), len(weights) * size
-        jobs = np.zeros(len(weights), _JOB)
-        for index, (weight, matrix) in enumerate(zip(weights, matrices, strict=True)):
-            jobs[index] = _job(weight, matrix, place)
-            jobs[index]["out"] = self._memory.begin + index * size
-        if _run_jobs(jobs, threads()) >= 0:
-            raise Damaged("codes")
-        self._scale = _panel_scales(weights, self.n)
-        if self._scale is not None and not self._scale.isfinite().all():
-            raise Damaged("scale")
-        scale = None if self._scale is None else self._scale.data_ptr()
-        self._struct = PackedMatrix(kind, self.n, self.k, len(weights), self._memory.begin, scale)
-        self.address = addressof(self._struct)
-
-    def reads_like(self, other: Packed) -> bool:
-        """Whether both read activations in the same form: float32 as it is, or parts of it."""
-        return (self.kind == _FLOAT32) == (other.kind == _FLOAT32)
-
-
-def _in_kept_form(weight: Stored, compute: torch.dtype) -> Tensor:
-    """Codes, bfloat16 or float32 with contiguous rows: never less exact than the compute dtype asks."""
-    if isinstance(weight, Fp8):
-        return _rows(weight.codes)
-    narrow = compute == torch.bfloat16 or weight.dtype == torch.bfloat16
-    return _rows(weight.to(torch.bfloat16 if narrow else torch.float32))
-
-
-def _job(weight: Stored, matrix: Tensor, place: Place | None) -> tuple[int, ...]:
-    """A PackJob without a destination, for the `matrix` that is kept of `weight`."""
-    n, k = matrix.shape
-    stored = weight.codes if isinstance(weight, Fp8) else weight
-    if place is not None and matrix is stored:
-        return (0, k, place.offset, 0, place.descriptor, _KINDS[matrix.dtype], n, k)
-    return (matrix.data_ptr(), matrix.stride(0), 0, 0, -1, _KINDS[matrix.dtype], n, k)
-
-
-def _run_jobs(jobs: np.ndarray, workers: int) -> int:
-    """Pack; the number of a matrix with NaN codes, or -1."""
-    jobs = np.ascontiguousarray(jobs)
-    bad = int(library().distill_pack(c_void_p(jobs.ctypes.data), jobs.size, workers))
-    if bad == -2:
-        raise OSError("a weights file cannot be read any more; was it moved or changed?")
-    return bad
-
-
-def _parts(dtype: torch.dtype) -> int:
-    return 1 if dtype == torch.bfloat16 else 3
-
-
-def _panel_scales(weights: Sequence[Stored], n: int) -> Tensor | None:
-    """FP8 matrices of n rows: one scale per matrix, panel and 128 columns."""
-    scales = [w.scale.float() for w in weights if isinstance(w, Fp8)]
-    return torch.stack(scales)[:, torch.arange(0, n, PANEL) // FP8_BLOCK].contiguous() if scales else None
+from distill.engine.kernels.cpu_packing import ExpertBank, Memory, Packed, with_rows
+from distill.engine.kernels.reference import Place, Stored
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -152,89 +54,6 @@ def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Pack
 
 def pack_heads(weights: Sequence[Stored], dtype: torch.dtype) -> Packed:
     return Packed(list(weights), dtype)
-
-
-class ExpertBank:
-    """As in reference.py. Packed experts lie one after the other, gate, up and down each; `arrays` holds what the
-    kernel reads, a PackedMatrix for each part and expert."""
-
-    def __init__(self, count: int, dtype: torch.dtype) -> None:
-        self.count, self.resident, self.parts = count, count, _parts(dtype)
-        self._dtype = dtype
-        self._lent: list[tuple[tuple[Stored, Stored, Stored], tuple[Place, ...] | None]] = []
-        self._scales: list[Tensor | None] = []
-        self._memory: Memory | None = None
-        self._jobs = np.zeros((0, 3), _JOB)
-        self.arrays = np.zeros((3, count), _PACKED)
-        self.addresses = [self.arrays[part].ctypes.data for part in range(3)]
-
-    def lend(self, expert: tuple[Stored, Stored, Stored], places: tuple[Place, ...] | None = None) -> None:
-        self._lent.append((expert, places))
-
-    @cached_property
-    def _sizes(self) -> list[int]:
-        """Bytes of gate, up and down, packed."""
-        kept = [_in_kept_form(weight, self._dtype) for weight in self._lent[0][0]]
-        return [int(library().distill_packed_bytes(_KINDS[matrix.dtype], *matrix.shape)) for matrix in kept]
-
-    @property
-    def bytes_each(self) -> int:
-        return sum(self._sizes)
-
-    def settle(self, resident: int | None = None) -> None:
-        assert len(self._lent) == self.count
-        self.resident = self.count if resident is None else resident
-        files = {place.file for _, places in self._lent for place in places or ()}
-        converted = []  # matrices that are not kept as stored, until they are packed
-        jobs = np.zeros((self.count, 3), _JOB)
-        for index, (expert, places) in enumerate(self._lent):
-            for part, weight in enumerate(expert):
-                matrix = _in_kept_form(weight, self._dtype)
-                jobs[index, part] = _job(weight, matrix, places[part] if places else None)
-                if matrix is not (weight.codes if isinstance(weight, Fp8) else weight):
-                    converted.append(matrix)
-                    if index >= self.resident:
-                        raise ValueError(
-                            f"experts that are not stored as FP8 or {self._dtype} cannot be streamed; raise the memory "
-                            "budget to hold them all, or convert the checkpoint to bfloat16 or FP8"
-                        )
-        for name in ("kind", "n", "k"):
-            self.arrays[name] = jobs[name].T
-        self.arrays["groups"] = 1
-        for part in range(3):
-            scale = _panel_scales([expert[part] for expert, _ in self._lent], int(jobs["n"][0, part]))
-            self._scales.append(scale)
-            if scale is not None:
-                if not scale.isfinite().all():
-                    raise Damaged("scale", int((~scale.isfinite()).flatten(1).any(1).nonzero()[0]), part)
-                self.arrays["scale"][part] = scale.data_ptr() + np.arange(self.count) * (scale.stride(0) * 4)
-        offsets = np.concatenate(([0], np.cumsum(self._sizes)[:-1]))
-        self._offsets = (np.arange(self.count)[:, None] * self.bytes_each + offsets).astype(np.uint64)
-        self._memory = Memory(self.resident * self.bytes_each)
-        jobs["out"][: self.resident] = self._memory.begin + self._offsets[: self.resident]
-        bad = _run_jobs(jobs, threads())
-        if bad >= 0:
-            raise Damaged("codes", *divmod(bad, 3))
-        self.arrays["data"] = jobs["out"].T
-        self._jobs = jobs[self.resident :].copy()
-        self._offsets = self._offsets[: self.count - self.resident]
-        # What is streamed is read from its place, and of that only the file is needed: it must stay open.
-        self._lent = [(expert, places) for expert, places in self._lent[self.resident :] if places is None]
-        self._files = files
-
-    def fill(self, arena: Memory, chosen: Sequence[int] | None = None, background: bool = False) -> None:
-        jobs = self._jobs.copy()
-        jobs["out"] = arena.begin + self._offsets
-        if chosen is not None:
-            jobs = jobs[[i - self.resident for i in chosen if i >= self.resident]]
-        _run_jobs(jobs, 1 if background else threads())
-
-    def goes_with(self, shared: Packed) -> bool:
-        """Whether the kernel can compute a shared expert beside these: both read activations in the same form."""
-        return (shared.kind == _FLOAT32) == (int(self.arrays["kind"][0, 0]) == _FLOAT32)
-
-    def install(self, arena: Memory) -> None:
-        self.arrays["data"][:, self.resident :] = (arena.begin + self._offsets).T
 
 
 def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:
@@ -312,7 +131,7 @@ def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> No
 
 
 def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -> None:
-    x_tkd = _rows(x_tkd)
+    x_tkd = with_rows(x_tkd)
     t, heads, width = x_tkd.shape
     assert pool.is_contiguous() and pool.shape[1] == heads and pool.shape[3] == width
     library().distill_paged_write(
@@ -336,7 +155,7 @@ def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -
 
 
 def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float) -> Tensor:
-    x_tc = _rows(x_tc)
+    x_tc = with_rows(x_tc)
     rows, c = x_tc.shape
     out = torch.empty(rows, c)
     library().distill_rms_norm(
@@ -367,7 +186,7 @@ def _linear_args(x: Tensor, w: Packed, bias: Tensor | None, out: Tensor, add: bo
 
 
 def linear(x_tc: Tensor, weight: Packed, bias_n: Tensor | None = None, onto_tn: Tensor | None = None) -> Tensor:
-    x_tc = _rows(x_tc)
+    x_tc = with_rows(x_tc)
     assert x_tc.dtype == torch.float32 and x_tc.shape[1] == weight.k
     out = torch.empty(x_tc.shape[0], weight.n) if onto_tn is None else onto_tn
     assert out.stride(-1) == 1
@@ -380,14 +199,14 @@ def swiglu_linear(
 ) -> Tensor:
     if gate_bias_f is not None or up_bias_f is not None:
         return torch.nn.functional.silu(linear(x_tc, gate, gate_bias_f)) * linear(x_tc, up, up_bias_f)
-    x_tc = _rows(x_tc)
+    x_tc = with_rows(x_tc)
     out = torch.empty(x_tc.shape[0], gate.n)
     library().distill_swiglu_linear(byref(_linear_args(x_tc, gate, None, out)), c_void_p(up.address))
     return out
 
 
 def per_head(x_thc: Tensor, weight: Packed) -> Tensor:
-    x_thc = _rows(x_thc)
+    x_thc = with_rows(x_thc)
     out = torch.empty(*x_thc.shape[:2], weight.n)
     library().distill_linear(byref(_linear_args(x_thc, weight, None, out)))
     return out

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.engine.kernels.cpu import ExpertBank, Packed
 from distill.engine.kernels.cpu_library import LayerArgs, StepArgs, library, threads
+from distill.engine.kernels.cpu_packing import ExpertBank, Packed
 
 
 class DecodePlan:
