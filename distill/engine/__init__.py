@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill.engine.engine import Completion, Engine, Scores
+    from distill.engine.engine import Completion, Engine
     from distill.engine.sampler import SamplingParams
     from distill.engine.scheduler import Request
+    from distill.engine.score import Scores
     from distill.engine.spec import ModelSpec
 
 _HOME = {
@@ -20,7 +21,7 @@ _HOME = {
     "ModelSpec": "spec",
     "Request": "scheduler",
     "SamplingParams": "sampler",
-    "Scores": "engine",
+    "Scores": "score",
 }
 
 __all__ = ["Completion", "Engine", "ModelSpec", "Request", "SamplingParams", "Scores"]

@@ -9,7 +9,6 @@ Token ids in, token ids out. Templates, stop strings and detokenising are the ca
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,9 @@ from distill.engine.kernels import column_for, describe, ops_for
 from distill.engine.model import Model
 from distill.engine.mtp import Drafter, accepted
 from distill.engine.offload import ExpertStream, bytes_of, experts_within, step_bytes
-from distill.engine.sampler import Draw, Drawn, TopLogprobs, logprobs_of, sample, stream_key
+from distill.engine.sampler import Draw, Drawn, TopLogprobs, sample, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
+from distill.engine.score import Scores, score
 from distill.engine.spec import ModelSpec
 from distill.engine.weights import ModelWeights, load_weights
 
@@ -35,9 +35,6 @@ FinishReason = Literal["stop", "length"]
 # Default size of the cache: what max_batch full contexts need, but no more than this, unless one long context needs it.
 _DEFAULT_CACHE_BYTES = 512 << 20
 _DEFAULT_LONG_CONTEXT = 32768
-
-# `score` turns hidden states into logits for so many rows × vocabulary entries at a time.
-_SCORE_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -49,14 +46,6 @@ class Completion:
     sample: int
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    logprobs: tuple[float, ...]
-    top_logprobs: tuple[TopLogprobs, ...] | None
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Raw log-probabilities of tokens 1 … n-1 of a sequence, each given those before it; top_logprobs likewise."""
-
     logprobs: tuple[float, ...]
     top_logprobs: tuple[TopLogprobs, ...] | None
 
@@ -313,57 +302,9 @@ class Engine:
                     f"sequence {number} has {len(tokens)} tokens, more than the context of "
                     f"{self.max_context}; shorten it"
                 )
-        scores: list[Scores] = []
-        with self._model.ops.session():
-            while len(scores) < len(sequences):
-                scores += self._score_some(sequences, len(scores), top_k)
-        return scores
-
-    def _score_some(self, sequences: Sequence[Sequence[int]], first: int, top_k: int) -> list[Scores]:
-        """Score as many sequences from number `first` on as one step and the free pages allow; at least one."""
-        free, budget = self._pages.free_pages, self._scheduler.max_step_tokens
-        taken: list[Sequence[int]] = []
-        for tokens in itertools.islice(sequences, first, None):
-            need = self._pages.pages_for(len(tokens))
-            if need > free or (taken and len(tokens) > budget):
-                break
-            taken.append(tokens)
-            free, budget = free - need, budget - len(tokens)
-        if not taken:
-            need = self._pages.pages_for(len(sequences[first]))
-            raise ValueError(
-                f"sequence {first} needs {need} pages of cache and {free} are free; "
-                "raise cache_tokens, or finish or abort what is being generated"
-            )
-        held = [self._pages.allocate(self._pages.pages_for(len(tokens))) for tokens in taken]
-        try:
-            if len(taken) == 1:
-                return [self._score_long(taken[0], held[0], top_k)]
-            chunks = [Chunk(tokens, 0, pages) for tokens, pages in zip(taken, held, strict=True)]
-            parts = self._forward([], chunks).split([len(tokens) for tokens in taken])
-            return [self._scores(hidden_tc, tokens, top_k) for hidden_tc, tokens in zip(parts, taken, strict=True)]
-        finally:
-            for pages in held:
-                self._pages.release(pages)
-
-    def _score_long(self, tokens: Sequence[int], pages: list[int], top_k: int) -> Scores:
         budget = self._scheduler.max_step_tokens
-        starts = range(0, len(tokens), budget)
-        parts = [self._forward([], [Chunk(tokens[start : start + budget], start, pages)]) for start in starts]
-        return self._scores(torch.cat(parts), tokens, top_k)
-
-    def _scores(self, hidden_tc: Tensor, tokens: Sequence[int], top_k: int) -> Scores:
-        target_t = torch.tensor(tokens[1:], dtype=torch.int64, device=self._device)
-        block = max(1, _SCORE_ELEMENTS // self.spec.vocab_size)
-        logprobs: list[float] = []
-        tops: list[TopLogprobs] = []
-        for start in range(0, len(tokens) - 1, block):
-            target_r = target_t[start : start + block]
-            logits_rv = self._model.logits(hidden_tc[start : start + len(target_r)])
-            some, some_top = logprobs_of(logits_rv, target_r, top_k)
-            logprobs += some
-            tops += some_top
-        return Scores(tuple(logprobs), tuple(tops) if top_k else None)
+        with self._model.ops.session():
+            return score(sequences, top_k, budget, self._pages, lambda chunks: self._forward([], chunks), self._model)
 
     def _check_tokens(self, tokens: Sequence[int], what: str) -> None:
         if not tokens:
