@@ -11,7 +11,7 @@ has two forms, equal up to rounding:
     that the latents are read as they lie in the cache, once for all heads (DeepSeek-V2, arXiv:2405.04434, section
     2.1.2). Sparse attention (indexer.py) takes this form for prompts, too.
 
-Legend: t tokens of the step, b decoding sequences, h query heads, k key-value heads, d width of q and k, n and r its
+Legend: t tokens of the step, r those whose result is wanted (or, as a width, rotated), b decoding sequences, h query heads, k key-value heads, d width of q and k, n and r its
 unrotated and rotated parts, e width of values, c latent, l context, p pages.
 """
 
@@ -88,6 +88,15 @@ class Batch:
     segments: tuple[DecodeRows | PrefillChunk | SparseRows, ...]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The rows of a batch whose hidden states are asked for, and the batch that they make alone. The last layer writes
+    the cache for all rows and computes the rest for these."""
+
+    row_r: Tensor
+    batch: Batch
+
+
 def build_batch(
     decode: Sequence[Chunk], prefill: Sequence[Chunk], page_size: int, spec: ModelSpec, device: torch.device
 ) -> Batch:
@@ -99,11 +108,11 @@ def build_batch(
         ids += chunk.ids
         positions += range(chunk.start, chunk.end)
         pages += [chunk.pages[i // page_size] for i in range(chunk.start, chunk.end)]
-    position_t = torch.tensor(positions, device=device)
+    position_t = torch.tensor(positions, dtype=torch.int64, device=device)
     angle_tr = position_t[:, None].float() * torch.tensor(spec.rope.inv_freq, dtype=torch.float32, device=device)
     return Batch(
-        ids_t=torch.tensor(ids, device=device),
-        page_t=torch.tensor(pages, device=device),
+        ids_t=torch.tensor(ids, dtype=torch.int64, device=device),
+        page_t=torch.tensor(pages, dtype=torch.int64, device=device),
         offset_t=position_t % page_size,
         cos_tr=angle_tr.cos() * spec.rope.magnitude,
         sin_tr=angle_tr.sin() * spec.rope.magnitude,
@@ -146,6 +155,10 @@ def _decode_rows(start: int, decode: Sequence[Chunk], page_size: int, device: to
     return DecodeRows(start, start + len(decode), torch.tensor(table, device=device), lengths)
 
 
+def _narrowed(batch: Batch, x_tc: Tensor, wanted: Wanted | None) -> tuple[Batch, Tensor]:
+    return (batch, x_tc) if wanted is None else (wanted.batch, x_tc.index_select(0, wanted.row_r))
+
+
 def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -162,19 +175,27 @@ def gqa(
     x_tc: Tensor,
     batch: Batch,
     cache: PagedCache,
-    onto_tc: Tensor,
+    onto_rc: Tensor,
+    wanted: Wanted | None = None,
 ) -> Tensor:
-    """Grouped-query attention (arXiv:2305.13245) of one layer, added to `onto`, in place; writes the cache."""
-    q_thd = _linear(ops, x_tc, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
+    """Grouped-query attention (arXiv:2305.13245) of one layer, added to `onto`, in place; writes the cache.
+
+    wanted: the rows of `onto`, if they are not all.
+    """
     k_tkd = _linear(ops, x_tc, w.k).unflatten(-1, (spec.num_kv_heads, spec.head_dim))
     v_tkd = _linear(ops, x_tc, w.v).unflatten(-1, (spec.num_kv_heads, spec.head_dim))
-    if w.q_norm is not None and w.k_norm is not None:
-        q_thd = ops.rms_norm(q_thd.flatten(0, 1), w.q_norm, spec.norm_eps).view_as(q_thd)
+    if w.k_norm is not None:
         k_tkd = ops.rms_norm(k_tkd.flatten(0, 1), w.k_norm, spec.norm_eps).view_as(k_tkd)
-    ops.rope(q_thd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
     ops.rope(k_tkd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
     cache.write(layer, batch.page_t, batch.offset_t, k_tkd, v_tkd)
+    if not len(onto_rc):
+        return onto_rc
     k_pool, v_pool = cache.pools[layer]
+    batch, x_rc = _narrowed(batch, x_tc, wanted)
+    q_thd = _linear(ops, x_rc, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
+    if w.q_norm is not None:
+        q_thd = ops.rms_norm(q_thd.flatten(0, 1), w.q_norm, spec.norm_eps).view_as(q_thd)
+    ops.rope(q_thd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
     parts = []
     for rows in batch.segments:
         q = q_thd[rows.start : rows.end]
@@ -183,7 +204,7 @@ def gqa(
         else:
             assert isinstance(rows, PrefillChunk)
             parts.append(ops.prefill_gqa(q, k_pool, v_pool, rows.table_p, rows.length, spec.softmax_scale))
-    return ops.linear(_joined(parts).flatten(1), w.o.weight, w.o.bias, onto_tc)
+    return ops.linear(_joined(parts).flatten(1), w.o.weight, w.o.bias, onto_rc)
 
 
 def mla(
@@ -194,16 +215,15 @@ def mla(
     x_tc: Tensor,
     batch: Batch,
     cache: PagedCache,
-    onto_tc: Tensor,
+    onto_rc: Tensor,
+    wanted: Wanted | None = None,
 ) -> Tensor:
-    """Multi-head latent attention of one layer, added to `onto`, in place; writes the cache."""
+    """Multi-head latent attention of one layer, added to `onto`, in place; writes the cache.
+
+    wanted: the rows of `onto`, if they are not all.
+    """
     dims = spec.mla
     assert dims is not None
-    to_q = x_tc if w.q_a is None else ops.rms_norm(_linear(ops, x_tc, w.q_a), w.q_norm, LATENT_NORM_EPS)
-    q_thd = _linear(ops, to_q, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
-    qn_thn, qr_thr = q_thd.split((dims.nope_dim, dims.rope_dim), dim=-1)
-    ops.rope(qr_thr, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
-
     latent_tc = _linear(ops, x_tc, w.kv_a)  # and, behind the latent, the part of the keys that all heads share
     c_tc, kr_tr = latent_tc.split((dims.kv_lora_rank, dims.rope_dim), dim=-1)
     c_tc.copy_(ops.rms_norm(c_tc, w.kv_norm, LATENT_NORM_EPS))
@@ -212,7 +232,15 @@ def mla(
     if w.indexer is not None:
         cached.append(indexer.keys(spec, ops, w.indexer, x_tc, batch.cos_tr, batch.sin_tr))
     cache.write(layer, batch.page_t, batch.offset_t, *cached)
+    if not len(onto_rc):
+        return onto_rc
     pool = cache.pools[layer][0]
+
+    batch, x_rc = _narrowed(batch, x_tc, wanted)
+    to_q = x_rc if w.q_a is None else ops.rms_norm(_linear(ops, x_rc, w.q_a), w.q_norm, LATENT_NORM_EPS)
+    q_thd = _linear(ops, to_q, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
+    qn_thn, qr_thr = q_thd.split((dims.nope_dim, dims.rope_dim), dim=-1)
+    ops.rope(qr_thr, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
 
     def absorbed(rows: DecodeRows | SparseRows) -> Tensor:
         qc_bhc = ops.per_head(qn_thn[rows.start : rows.end], w.absorb_q)
@@ -229,10 +257,10 @@ def mla(
             )
             part = ops.per_head(part, w.expand_v)
         else:
-            part = _sparse(spec, ops, w, rows, absorbed(rows), to_q, x_tc, batch, cache.pools[layer])
+            part = _sparse(spec, ops, w, rows, absorbed(rows), to_q, x_rc, batch, cache.pools[layer])
             part = ops.per_head(part, w.expand_v)
         parts.append(part)
-    return ops.linear(_joined(parts).flatten(1), w.o.weight, w.o.bias, onto_tc)
+    return ops.linear(_joined(parts).flatten(1), w.o.weight, w.o.bias, onto_rc)
 
 
 def _sparse(

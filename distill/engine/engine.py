@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distill.engine.attention import Batch, Chunk, build_batch
+from distill.engine.attention import Batch, Chunk, Wanted, build_batch
 from distill.engine.cache import PageAllocator, PagedCache
 from distill.engine.fused import decode_plan
 from distill.engine.kernels import column_for, describe, ops_for
@@ -230,28 +230,32 @@ class Engine:
         # two forms of attention round differently, and a recomputed sequence must come out as it did before.
         decode: list[Chunk] = []
         prefill: list[Chunk] = []
-        prefilled = 0
+        ends: list[bool] = []  # whether the last token of a chunk is one that another is drawn after
         work: list[_Work] = []
+        prefilled = 0
         for sequence, ids in [
             *((s, [s.tokens[-1], *d]) for s, d in zip(plan.decode, drafts, strict=True)),
             *((s, s.tokens[s.computed : s.computed + count]) for s, count in plan.prefill),
         ]:
             begin, prompt = sequence.computed, len(sequence.request.prompt_ids)
             split = min(max(prompt - begin, 0), len(ids))
-            work.append(_Work(sequence, ids, prefilled, split, len(decode)))
+            decoded = slice(len(decode), len(decode) + len(ids) - split)
             if split:
                 prefill.append(Chunk(ids[:split], begin, sequence.pages))
-                prefilled += split
+                ends.append(split == len(ids) == sequence.missing)
+            kept = split if self._drafter else int(split > 0 and ends[-1])
+            work.append(_Work(sequence, ids, decoded, slice(prefilled, prefilled + kept)))
+            prefilled += kept
             decode += [Chunk(ids[i : i + 1], begin + i, sequence.pages) for i in range(split, len(ids))]
-        hidden_tc = self._forward(decode, prefill)
-        decoded_tc, prefilled_tc = hidden_tc.split((len(decode), prefilled))
+        hidden_rc = self._forward(decode, prefill, None if self._drafter else ends)
+        decoded_tc, prefilled_rc = hidden_rc.split((len(decode), prefilled))
         decoding, rest = work[: len(plan.decode)], work[len(plan.decode) :]
         for item in rest:
             item.sequence.computed += len(item.ids)
         if self._drafter:
-            self._drafter.follow([(item.sequence, item.rows(decoded_tc, prefilled_tc)) for item in rest])
+            self._drafter.follow([(item.sequence, item.rows(decoded_tc, prefilled_rc)) for item in rest])
         ready = [item for item in rest if item.sequence.missing == 0]
-        last = [item.rows(decoded_tc, prefilled_tc)[-1:] for item in ready]
+        last = [item.rows(decoded_tc, prefilled_rc)[-1:] for item in ready]
         completions: list[Completion] = []
         if decoding or ready:
             # The rows that decode are the first ones, unless a sequence is being recomputed beside them.
@@ -315,8 +319,17 @@ class Engine:
                 "use the tokenizer that belongs to the model"
             )
 
-    def _forward(self, decode: list[Chunk], prefill: list[Chunk]) -> Tensor:
-        return self._model.forward(self._batch(decode, prefill), self._cache)
+    def _forward(self, decode: list[Chunk], prefill: list[Chunk], ends: list[bool] | None = None) -> Tensor:
+        """Hidden states of all tokens; with `ends`, of those that decode and of the last ones of chunks it is true for."""
+        batch, wanted = self._batch(decode, prefill), None
+        if ends is not None and prefill:
+            rows, row = list(range(len(decode))), len(decode)
+            for chunk, end in zip(prefill, ends, strict=True):
+                row += len(chunk.ids)
+                rows += [row - 1] * end
+            last = [Chunk(c.ids[-1:], c.end - 1, c.pages) for c, end in zip(prefill, ends, strict=True) if end]
+            wanted = Wanted(torch.tensor(rows, dtype=torch.int64, device=self._device), self._batch(decode, last))
+        return self._model.forward(batch, self._cache, wanted)
 
     def _batch(self, decode: list[Chunk], prefill: list[Chunk]) -> Batch:
         return build_batch(decode, prefill, self._page_size, self.spec, self._device)
@@ -354,7 +367,7 @@ class Engine:
         self.tokens_generated += count
         if self._drafter:
             self._drafter.accepted += count - 1
-            sequence.hidden = decoded_tc[item.decoded : item.decoded + count].clone()
+            sequence.hidden = decoded_tc[item.decoded][:count].clone()
         return [self._complete(sequence, reason)] if reason else []
 
     def _begin(self, sequence: SequenceState, drawn: Iterator[Drawn]) -> list[Completion]:
@@ -387,21 +400,17 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Work:
-    """One sequence's part of a step: the tokens to compute, from its position `computed` on. The first `split` of them
-    lie in the prefill from row `prefilled` on, the others among the rows that decode, from `decoded` on."""
+    """One sequence's part of a step: the tokens to compute, from its position `computed` on, and where their hidden
+    states will be: first those of its prompt that are asked for, among the prefilled, then those that decode."""
 
     sequence: SequenceState
     ids: list[int]
-    prefilled: int
-    split: int
-    decoded: int
+    decoded: slice
+    prefilled: slice
 
-    def rows(self, decoded_tc: Tensor, prefilled_tc: Tensor) -> Tensor:
-        """Its rows, in order."""
-        first = prefilled_tc[self.prefilled : self.prefilled + self.split]
-        if self.split == len(self.ids):
-            return first
-        return torch.cat((first, decoded_tc[self.decoded : self.decoded + len(self.ids) - self.split]))
+    def rows(self, decoded_tc: Tensor, prefilled_rc: Tensor) -> Tensor:
+        """Its hidden states, in order."""
+        return torch.cat((prefilled_rc[self.prefilled], decoded_tc[self.decoded]))
 
 
 def _finished(state: SequenceState) -> FinishReason | None:

@@ -7,7 +7,10 @@ prefill chunks of any length share every matrix product; only attention looks at
 Plain functions over frozen dataclasses of tensors rather than nn.Module: nothing here is trained, and a weight that is
 streamed, quantised or shared is then just another field.
 
-Legend: t tokens, r rows whose logits are wanted, c hidden, v vocabulary.
+Of a prompt only the last token's hidden state is asked for: its other rows end with their keys and values in the last
+layer, which computes attention and feed-forward for the rows that are wanted (one layer less for most of a prompt).
+
+Legend: t tokens, r rows whose hidden states or logits are wanted, c hidden, v vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from distill.engine import attention, moe
-from distill.engine.attention import Batch, DecodeRows
+from distill.engine.attention import Batch, DecodeRows, Wanted
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
 from distill.engine.offload import ExpertStream
@@ -40,10 +43,11 @@ class Model:
     decode_plan: Any | None = None
     draft_plan: Any | None = None
 
-    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
-        """Hidden states after the final norm, [t, c]; the keys and values of all t tokens are left in `cache`."""
-        x_tc = self._run(self.weights.layers, 0, self.decode_plan, self._embed(batch), batch, cache)
-        return self.ops.rms_norm(x_tc, self.weights.norm_c, self.spec.norm_eps)
+    def forward(self, batch: Batch, cache: PagedCache, wanted: Wanted | None = None) -> Tensor:
+        """Hidden states after the final norm, of all rows or those wanted, [r, c]; the keys and values of all t tokens
+        are left in `cache`."""
+        x_rc = self._run(self.weights.layers, 0, self.decode_plan, self._embed(batch), batch, cache, wanted)
+        return self.ops.rms_norm(x_rc, self.weights.norm_c, self.spec.norm_eps) if len(x_rc) else x_rc
 
     def draft(self, hidden_tc: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
         """The layer that drafts: hidden states of positions i and the tokens of positions i+1 → the hidden states that
@@ -69,12 +73,13 @@ class Model:
         x_tc: Tensor,
         batch: Batch,
         cache: PagedCache,
+        wanted: Wanted | None = None,
     ) -> Tensor:
         """Layers number `first` and on: at once, if there is a plan and every row decodes, or op by op."""
         rows = batch.segments[0]
         if plan is None or len(batch.segments) > 1 or not isinstance(rows, DecodeRows):
             for index, layer in enumerate(layers, start=first):
-                x_tc = self._layer(index, layer, x_tc, batch, cache)
+                x_tc = self._layer(index, layer, x_tc, batch, cache, wanted if layer is layers[-1] else None)
             return x_tc
         pools = [pool for (pool,) in cache.pools[first : first + len(layers)]]
         where = batch.cos_tr, batch.sin_tr, batch.page_t, batch.offset_t, rows.table_bp, rows.length_b
@@ -85,17 +90,22 @@ class Model:
         embed_vc = self.weights.embed_vc
         return embed_vc.index_select(0, batch.ids_t).to(self.ops.activation_dtype(embed_vc.dtype))
 
-    def _layer(self, index: int, w: LayerWeights, x_tc: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
-        """x plus what the layer adds to it; x itself is overwritten."""
+    def _layer(
+        self, index: int, w: LayerWeights, x_tc: Tensor, batch: Batch, cache: PagedCache, wanted: Wanted | None
+    ) -> Tensor:
+        """x plus what the layer adds to it, of all rows or those wanted, [r, c]; x itself is overwritten."""
         spec, ops = self.spec, self.ops
         normed_tc = ops.rms_norm(x_tc, w.attention_norm_c, spec.norm_eps)
+        x_rc = x_tc if wanted is None else x_tc.index_select(0, wanted.row_r)
         if isinstance(w.attention, GqaWeights):
-            x_tc = attention.gqa(spec, ops, w.attention, index, normed_tc, batch, cache, x_tc)
+            x_rc = attention.gqa(spec, ops, w.attention, index, normed_tc, batch, cache, x_rc, wanted)
         else:
-            x_tc = attention.mla(spec, ops, w.attention, index, normed_tc, batch, cache, x_tc)
-        normed_tc = ops.rms_norm(x_tc, w.mlp_norm_c, spec.norm_eps)
+            x_rc = attention.mla(spec, ops, w.attention, index, normed_tc, batch, cache, x_rc, wanted)
+        if not len(x_rc):
+            return x_rc
+        normed_rc = ops.rms_norm(x_rc, w.mlp_norm_c, spec.norm_eps)
         if isinstance(w.mlp, MoeWeights):
             assert spec.moe is not None
             stream = self.stream if index < spec.num_layers else None  # those of the layer that drafts are in memory
-            return moe.moe(spec.moe, ops, w.mlp, normed_tc, stream, x_tc)
-        return moe.mlp(ops, w.mlp, normed_tc, x_tc)
+            return moe.moe(spec.moe, ops, w.mlp, normed_rc, stream, x_rc)
+        return moe.mlp(ops, w.mlp, normed_rc, x_rc)

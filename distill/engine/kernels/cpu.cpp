@@ -584,7 +584,7 @@ INLINE void fetch(const uint8_t* p) {
 }
 INLINE V load(const float* p) { V v; std::memcpy(&v, p, 64); return v; }
 INLINE void store(float* p, V v) { std::memcpy(p, &v, 64); }
-INLINE V all(float x) { return V{} + x; }
+INLINE V all(float x) { return x - V{}; }  // adding to zero would lose the sign of a zero, and thus be done
 INLINE V fma(V a, V b, V c) {
 #if LEVEL >= 2
     return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -670,12 +670,15 @@ INLINE I pair_at(const void* p) {
     return I{} + pair;
 }
 
+// Where a tile finds its panel: in memory, fetched a block ahead and `after` next; there, and its codes are written to
+// `kept` as bfloat16 for the tiles that follow; or in the cache, while a line from `after` on is fetched for every unit.
+enum Where { MEMORY, KEEPING, CACHE };
+
 // out [ROWS, NV·16] = rows a · panel, k products in order, scaled and added up every 128 of them.
 // a[r]: row r's first part; `part` bytes further the next one. Float32 rows have one part. STEP: bytes from one pair of
-// bfloat16, or one float32, of a row to the next. after: the panel that will be read after this one, fetched from memory
-// while the last block is computed, as each block is while the one before it is.
-template <int KIND, int ROWS, int NV, int PARTS, int STEP = 4>
-INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out, const uint8_t* after) {
+// bfloat16, or one float32, of a row to the next. after: the panel that will be read after this one.
+template <int KIND, int ROWS, int NV, int PARTS, int STEP = 4, Where WHERE = MEMORY>
+INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out, const uint8_t* after, uint8_t* kept = nullptr) {
     constexpr int UNIT = KIND == FP8 ? 4 : KIND == BF16 ? 2 : 1;
     for (int begin = 0; begin < k; begin += BLOCK) {
         const int end = std::min(k, begin + BLOCK);
@@ -684,7 +687,8 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < NV; v++) sum[r][v] = V{};
         for (int at = begin; at < end; at += UNIT, w += NV * 64) {
-            if (KIND != F32)
+            if (WHERE == CACHE) fetch(after + size_t(at / UNIT) * 64);
+            else if (KIND != F32)
                 for (int v = 0; v < NV; v++) fetch(w + ahead + 64 * v);
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) {
@@ -697,6 +701,10 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
                     I first, second;
                     if constexpr (KIND == FP8) decode_codes(w + 64 * v, first, second);
                     else first = load_pairs(w + 64 * v);
+                    if constexpr (WHERE == KEEPING) {
+                        std::memcpy(kept + size_t(at / UNIT) * 512 + 64 * v, &first, 64);
+                        std::memcpy(kept + size_t(at / UNIT) * 512 + 256 + 64 * v, &second, 64);
+                    }
 #pragma GCC unroll 16
                     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
@@ -717,39 +725,29 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
 }
 
 constexpr int MAX_ROWS = LEVEL >= 2 ? 6 : 2;  // sums of a tile: 24 of AVX512's 32 registers
-using Tile = void (*)(const uint8_t* const*, size_t, const uint8_t*, int, const float*, float*, const uint8_t*);
-template <int KIND, int ROWS, int NV, int PARTS>
-void tile_call(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out, const uint8_t* after) {
-    tile<KIND, ROWS, NV, PARTS>(a, part, w, k, scale, out, after);
+using Tile = void (*)(const uint8_t* const*, size_t, const uint8_t*, int, const float*, float*, const uint8_t*, uint8_t*);
+template <int KIND, int ROWS, int PARTS, Where WHERE>
+void tile_call(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out, const uint8_t* after, uint8_t* kept) {
+    tile<KIND, ROWS, 4, PARTS, 4, WHERE>(a, part, w, k, scale, out, after, kept);
 }
-template <int KIND, int PARTS> Tile tile_for(int rows) {
+template <int KIND, int PARTS, Where WHERE> Tile tile_for(int rows) {
 #if LEVEL >= 2
-    constexpr Tile by_rows[] = {tile_call<KIND, 1, 4, PARTS>, tile_call<KIND, 2, 4, PARTS>, tile_call<KIND, 3, 4, PARTS>,
-                                tile_call<KIND, 4, 4, PARTS>, tile_call<KIND, 5, 4, PARTS>, tile_call<KIND, 6, 4, PARTS>};
+    constexpr Tile by_rows[] = {tile_call<KIND, 1, PARTS, WHERE>, tile_call<KIND, 2, PARTS, WHERE>, tile_call<KIND, 3, PARTS, WHERE>,
+                                tile_call<KIND, 4, PARTS, WHERE>, tile_call<KIND, 5, PARTS, WHERE>, tile_call<KIND, 6, PARTS, WHERE>};
 #else
-    constexpr Tile by_rows[] = {tile_call<KIND, 1, 4, PARTS>, tile_call<KIND, 2, 4, PARTS>};
+    constexpr Tile by_rows[] = {tile_call<KIND, 1, PARTS, WHERE>, tile_call<KIND, 2, PARTS, WHERE>};
 #endif
     return by_rows[rows - 1];
 }
-Tile tile_for(int kind, int parts, int rows) {
-    if (kind == F32) return tile_for<F32, 1>(rows);
-    if (kind == FP8) return parts == 1 ? tile_for<FP8, 1>(rows) : tile_for<FP8, 3>(rows);
-    return parts == 1 ? tile_for<BF16, 1>(rows) : tile_for<BF16, 3>(rows);
+Tile tile_for(int kind, int parts, int rows, Where where) {
+    if (kind == F32) return tile_for<F32, 1, MEMORY>(rows);
+    if (kind == BF16 && where == CACHE) return parts == 1 ? tile_for<BF16, 1, CACHE>(rows) : tile_for<BF16, 3, CACHE>(rows);
+    if (kind == BF16) return parts == 1 ? tile_for<BF16, 1, MEMORY>(rows) : tile_for<BF16, 3, MEMORY>(rows);
+    if (where == KEEPING) return parts == 1 ? tile_for<FP8, 1, KEEPING>(rows) : tile_for<FP8, 3, KEEPING>(rows);
+    return parts == 1 ? tile_for<FP8, 1, MEMORY>(rows) : tile_for<FP8, 3, MEMORY>(rows);
 }
 
-constexpr int UNPACK_ROWS = 3 * MAX_ROWS;  // from here on it pays to turn a panel's codes into bfloat16 once
-
-const uint8_t* unpacked(const uint8_t* codes, int units) {
-    uint8_t* out = own_scratch[5].take<uint8_t>(size_t(units) * 512);
-    for (int unit = 0; unit < units; unit++)
-        for (int v = 0; v < 4; v++) {
-            I first, second;
-            decode_codes(codes + size_t(unit) * 256 + v * 64, first, second);
-            std::memcpy(out + size_t(unit) * 512 + v * 64, &first, 64);
-            std::memcpy(out + size_t(unit) * 512 + 256 + v * 64, &second, 64);
-        }
-    return out;
-}
+constexpr int KEEP_ROWS = 2 * MAX_ROWS + 1;  // from here on it pays to turn a panel's codes into bfloat16 once
 
 // All rows through one panel, in tiles of at most MAX_ROWS. row(i): pointer; done(i, sums[64]): takes the result; after:
 // the panel that comes next (null: the next one of the matrix).
@@ -758,18 +756,22 @@ INLINE void through_panel(const Packed& w, int group, int panel, int rows, int p
     const int all_panels = panels_of(w.n), index = group * all_panels + panel;
     const uint8_t* data = w.data + index * panel_bytes(w.kind, w.k);
     if (!after) after = data + panel_bytes(w.kind, w.k);
-    int kind = w.kind, k = w.k;
-    if (kind == FP8 && rows >= UNPACK_ROWS) {
-        data = unpacked(data, ceil_div(k, 4));
-        kind = BF16, k = padded_k(k);
-    }
     const float* scale = w.scale ? w.scale + size_t(index) * ceil_div(w.k, BLOCK) : nullptr;
     alignas(64) float sums[MAX_ROWS * PANEL];
     const uint8_t* a[MAX_ROWS];
+    uint8_t* const kept = w.kind == FP8 && rows >= KEEP_ROWS ? own_scratch[5].take<uint8_t>(size_t(padded_k(w.k)) * 128) : nullptr;
+    const uint8_t* const after_end = after + panel_bytes(w.kind, w.k);
     for (int begin = 0, tiles = ceil_div(rows, MAX_ROWS); tiles; tiles--) {
         const int count = ceil_div(rows - begin, tiles);
         for (int r = 0; r < count; r++) a[r] = row(begin + r);
-        tile_for(kind, parts, count)(a, part, data, k, scale, sums, tiles > 1 ? data : after);
+        if (!kept) {
+            tile_for(w.kind, parts, count, MEMORY)(a, part, data, w.k, scale, sums, tiles > 1 ? data : after, nullptr);
+        } else if (begin == 0) {
+            tile_for(FP8, parts, count, KEEPING)(a, part, data, w.k, scale, sums, after, kept);
+        } else {
+            tile_for(BF16, parts, count, CACHE)(a, part, kept, padded_k(w.k), scale, sums, after < after_end ? after : kept, nullptr);
+            after += padded_k(w.k) * 32;
+        }
         for (int r = 0; r < count; r++) done(begin + r, sums + r * PANEL);
         begin += count;
     }
@@ -813,7 +815,8 @@ void split(const float* x, int k, int parts, size_t part, bf16* out) {
         for (int j = k; j < padded_k(k); j++) out[p * part + j] = 0;
 }
 
-constexpr int ROW_CHUNK = 96;  // rows a task takes through a panel while it is in the cache
+// Rows a task takes through a panel: few where tasks would otherwise be too few or too large to be even.
+constexpr int ROW_CHUNK = 96, WHOLE_ROWS = 768;
 
 // What the products read: float32 rows as they are, or their bfloat16 parts in scratch, [parts][rows][groups · padded k].
 struct Activations {
@@ -838,17 +841,17 @@ Activations prepare(const float* x, int64_t stride, int64_t group, int rows, int
 void linears(const LinearArgs* args, int count) {
     const LinearArgs& first_of = args[0];
     const Packed& w0 = *first_of.w;
-    const int chunks = ceil_div(first_of.rows, ROW_CHUNK);
+    int all = 0;
+    for (int i = 0; i < count; i++) all += args[i].w->groups * panels_of(args[i].w->n);
+    const int chunk_rows = all < 8 * first_of.threads ? ROW_CHUNK : WHOLE_ROWS, chunks = ceil_div(first_of.rows, chunk_rows);
     const Activations x = prepare(first_of.x, first_of.x_stride, first_of.x_group, first_of.rows, w0.k, w0.groups, w0.kind,
                                   first_of.parts, first_of.threads, shared_scratch[0]);
-    int tasks = 0;
-    for (int i = 0; i < count; i++) tasks += args[i].w->groups * panels_of(args[i].w->n) * chunks;
-    pool().run(first_of.threads, tasks, [&](int task) {
+    pool().run(first_of.threads, all * chunks, [&](int task) {
         const LinearArgs* of = args;
         for (int own; task >= (own = of->w->groups * panels_of(of->w->n) * chunks); of++) task -= own;
         const Packed& w = *of->w;
         const int panels = panels_of(w.n), chunk = task % chunks, panel = task / chunks % panels, group = task / chunks / panels;
-        const int first = chunk * ROW_CHUNK, rows = std::min(ROW_CHUNK, of->rows - first);
+        const int first = chunk * chunk_rows, rows = std::min(chunk_rows, of->rows - first);
         const int column = panel * PANEL, width = std::min(PANEL, w.n - column);
         const float* bias = of->bias ? of->bias + size_t(group) * w.n + column : nullptr;
         const size_t step = chunks > 1 ? 1 : size_t(of->threads);  // threads take panels in turn
@@ -1089,7 +1092,10 @@ struct Lanes {
     V top, total;         // running maximum and sum of the softmax
     float* out;           // [16, e rounded up to 64], not yet divided by `total`
     int width;            // of a row of `out`
+    const uint8_t* panels = nullptr;  // all values in the form of `value_panel`; null: they are rows
 };
+// Values of KEYS keys and 64 columns: float32 rows, or rows of the pairs (key 2i, key 2i+1) of bfloat16.
+constexpr size_t value_panel_bytes(bool wide) { return size_t(wide ? KEYS : KEYS / 2) * 256; }
 
 template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const Rows& values, int first, int count) {
     constexpr int ROWS = LEVEL >= 2 ? 8 : 4, KIND = WIDE ? F32 : BF16;
@@ -1127,24 +1133,30 @@ template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const 
     s.total = total;
 
     // Values of the block as panels of 64 columns, then out = out · kept + p · values.
-    const int units = WIDE ? KEYS : KEYS / 2;
-    uint8_t* panel = own_scratch[0].take<uint8_t>(size_t(units) * 256);
+    constexpr size_t SIZE = value_panel_bytes(WIDE);
     const uint8_t* rows[KEYS + 1];
-    values.find(first, count, rows);
-    rows[count] = nullptr;
+    uint8_t* made = nullptr;
+    if (!s.panels) {
+        made = own_scratch[0].take<uint8_t>(SIZE);
+        values.find(first, count, rows);
+        rows[count] = nullptr;
+    }
     const uint8_t* p_row[LANES];
     for (int lane = 0; lane < LANES; lane++) p_row[lane] = reinterpret_cast<const uint8_t*>(score + lane);
     const int used = WIDE ? count : (count + 1) / 2 * 2;
     for (int column = 0; column < s.e; column += PANEL) {
         const int width = std::min(PANEL, s.e - column);
-        if (width < PANEL) std::memset(panel, 0, size_t(units) * 256);
-        if (WIDE) {
-            for (int i = 0; i < used; i++) std::memcpy(panel + i * 256, rows[i] + size_t(column) * 4, size_t(width) * 4);
+        const uint8_t* panel = made;
+        if (made && width < PANEL) std::memset(made, 0, SIZE);
+        if (!made) {
+            panel = s.panels + size_t(first / KEYS * panels_of(s.e) + column / PANEL) * SIZE;
+        } else if (WIDE) {
+            for (int i = 0; i < used; i++) std::memcpy(made + i * 256, rows[i] + size_t(column) * 4, size_t(width) * 4);
         } else {
             for (int i = 0; i < used; i += 2) {
                 const bf16* even = reinterpret_cast<const bf16*>(rows[i]) + column;
                 const bf16* odd = rows[i + 1] ? reinterpret_cast<const bf16*>(rows[i + 1]) + column : nullptr;
-                uint32_t* to = reinterpret_cast<uint32_t*>(panel + i / 2 * 256);
+                uint32_t* to = reinterpret_cast<uint32_t*>(made + i / 2 * 256);
                 if (odd)
                     for (int j = 0; j < width; j++) to[j] = uint32_t(even[j]) | uint32_t(odd[j]) << 16;
                 else
@@ -1310,27 +1322,34 @@ void prefill(const PrefillArgs& args) {
                         head_bytes * (head / shared_by), row_bytes, args.page_size};
         };
         Rows keys = pooled(args.k, args.k_width), values = latent ? keys : pooled(args.v, args.v_width);
+        uint8_t* v = nullptr;
         if (latent) {
-            uint8_t* k = own_scratch[3].take<uint8_t>(size_t(args.length) * args.d * size);
-            uint8_t* v = own_scratch[4].take<uint8_t>(size_t(args.length) * args.e * size);
-            const auto expand = [&](const Packed& w, uint8_t* to, int width) {
+            uint8_t* const k = own_scratch[3].take<uint8_t>(size_t(args.length) * args.d * size);
+            const size_t block = value_panel_bytes(args.wide) * panels_of(args.e);
+            v = own_scratch[4].take<uint8_t>(ceil_div(args.length, KEYS) * block);
+            const auto expand = [&](const Packed& w, auto put) {
                 for (int panel = 0; panel < panels_of(w.n); panel++)
-                    through_panel(
-                        w, head, panel, args.length, 1, 0, [&](int i) { return keys.at(i); },
-                        [&](int i, const float* sums) {
-                            const size_t at = size_t(i) * width + panel * PANEL;
-                            const int columns = std::min(PANEL, w.n - panel * PANEL);
-                            if (args.wide) std::memcpy(reinterpret_cast<float*>(to) + at, sums, size_t(columns) * 4);
-                            else
-                                for (int j = 0; j < columns; j++) reinterpret_cast<bf16*>(to)[at + j] = round_bf16(sums[j]);
-                        });
+                    through_panel(w, head, panel, args.length, 1, 0, [&](int i) { return keys.at(i); },
+                                  [&](int i, const float* sums) { put(i, panel, sums, std::min(PANEL, w.n - panel * PANEL)); });
             };
-            expand(*args.uk, k, args.d);
-            expand(*args.uv, v, args.e);
+            expand(*args.uk, [&](int i, int panel, const float* sums, int columns) {
+                const size_t at = size_t(i) * args.d + panel * PANEL;
+                if (args.wide) std::memcpy(reinterpret_cast<float*>(k) + at, sums, size_t(columns) * 4);
+                else
+                    for (int j = 0; j < columns; j++) reinterpret_cast<bf16*>(k)[at + j] = round_bf16(sums[j]);
+            });
+            expand(*args.uv, [&](int i, int panel, const float* sums, int) {
+                uint8_t* to = v + i / KEYS * block + panel * value_panel_bytes(args.wide) + i % KEYS / (args.wide ? 1 : 2) * 256;
+                if (args.wide) std::memcpy(to, sums, 256);
+                else
+                    for (int j = 0; j < PANEL; j += LANES, to += 64) {
+                        const U value = rounded(load(sums + j));
+                        store(reinterpret_cast<float*>(to), (V)(i % 2 ? value | (U)load(reinterpret_cast<float*>(to)) : value >> 16));
+                    }
+            });
             for (int i = 0; i < args.length; i++)
                 std::memcpy(k + (size_t(i) * args.d + nope) * size, keys.at(i) + size_t(rank) * size, size_t(rope) * size);
             keys = {k, nullptr, 0, 0, int64_t(args.d) * size, 1};
-            values = {v, nullptr, 0, 0, int64_t(args.e) * size, 1};
         }
         for (int first = 0; first < args.rows; first += LANES) {
             const int lanes = std::min(LANES, args.rows - first);
@@ -1339,6 +1358,7 @@ void prefill(const PrefillArgs& args) {
             Lanes s = lanes_for(args.d, args.e, args.wide, args.scale, limit, [&](int lane) {
                 return lane < lanes ? args.q + (size_t(first + lane) * args.heads + head) * args.d : nullptr;
             });
+            s.panels = v;
             restart(s, own_scratch[2].take<float>(size_t(LANES) * s.width));
             attend(s, keys, values, 0, start + first + lanes);
             for (int lane = 0; lane < lanes; lane++)
