@@ -688,7 +688,7 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
             for (int v = 0; v < NV; v++) sum[r][v] = V{};
         for (int at = begin; at < end; at += UNIT, w += NV * 64) {
             if (WHERE == CACHE) fetch(after + size_t(at / UNIT) * 64);
-            else if (KIND != F32)
+            else if (KIND != F32 && NV > 1)  // one vector: queries, which stay in the cache
                 for (int v = 0; v < NV; v++) fetch(w + ahead + 64 * v);
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) {
