@@ -10,8 +10,10 @@ import pytest
 import torch
 from engine_checks import some_tokens
 from random_models import Checkpoint
+from torch import Tensor
 
 from distill.engine import Completion, Engine, Request, SamplingParams
+from distill.engine.attention import Chunk
 from distill.engine.kernels import cpu
 from distill.engine.scheduler import Scheduler
 
@@ -240,3 +242,32 @@ def test_cpu_kernels_give_the_same_bits_in_any_company(
     for number in (0, 8, 40):
         assert run([request(number)], cache_tokens=8192).items() <= together.items()
     assert forked["8", 0] == together["8", 0]
+
+
+@pytest.mark.parametrize("name", ["v3-yarn", "v2-lite", "v32", "llama-gqa", "qwen3"])
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@torch.inference_mode()
+def test_rows_that_nobody_asked_for(name: str, kernels: str, checkpoint: GetCheckpoint) -> None:
+    """The last layer leaves them out; the others, and what is read from the cache later, are as if it had not."""
+    if kernels == "cpu" and (why := cpu.why_missing()):
+        pytest.skip(f"no compiled kernels: {why}")
+    engine = Engine.load(checkpoint(name).path, kernels=kernels, cache_tokens=1024)
+    tokens = [some_tokens(60, seed=seed) for seed in range(4)]
+    pages = [engine._pages.allocate(engine._pages.pages_for(60)) for _ in tokens]
+
+    def chunk(number: int, start: int, end: int) -> Chunk:
+        return Chunk(tokens[number][start:end], start, pages[number])
+
+    def run(leave_out: bool) -> list[Tensor]:
+        ends = [[False], [False, True, True], [False]] if leave_out else [None] * 3
+        return [
+            engine._forward([], [chunk(0, 0, 40)], ends[0]),  # nothing is asked for at all
+            engine._forward([chunk(0, 40, 41)], [chunk(1, 0, 30), chunk(2, 0, 50), chunk(3, 0, 1)], ends[1]),
+            engine._forward([chunk(0, 41, 42), chunk(2, 50, 51)], [chunk(1, 30, 60)], ends[2]),
+        ]
+
+    (_, second, third), (nothing, some, last) = run(False), run(True)
+    assert nothing.shape == (0, second.shape[1])
+    tolerance = 0 if kernels == "cpu" else 1e-5
+    torch.testing.assert_close(some, second[[0, 80, 81]], rtol=0, atol=tolerance * second.abs().max().item())
+    torch.testing.assert_close(last, third[:2], rtol=0, atol=tolerance * third.abs().max().item())

@@ -815,8 +815,7 @@ void split(const float* x, int k, int parts, size_t part, bf16* out) {
         for (int j = k; j < padded_k(k); j++) out[p * part + j] = 0;
 }
 
-// Rows a task takes through a panel: few where tasks would otherwise be too few or too large to be even.
-constexpr int ROW_CHUNK = 96, WHOLE_ROWS = 768;
+constexpr int ROW_CHUNK = 96;  // rows a task takes through a panel
 
 // What the products read: float32 rows as they are, or their bfloat16 parts in scratch, [parts][rows][groups · padded k].
 struct Activations {
@@ -841,17 +840,17 @@ Activations prepare(const float* x, int64_t stride, int64_t group, int rows, int
 void linears(const LinearArgs* args, int count) {
     const LinearArgs& first_of = args[0];
     const Packed& w0 = *first_of.w;
-    int all = 0;
-    for (int i = 0; i < count; i++) all += args[i].w->groups * panels_of(args[i].w->n);
-    const int chunk_rows = all < 8 * first_of.threads ? ROW_CHUNK : WHOLE_ROWS, chunks = ceil_div(first_of.rows, chunk_rows);
+    const int chunks = ceil_div(first_of.rows, ROW_CHUNK);
     const Activations x = prepare(first_of.x, first_of.x_stride, first_of.x_group, first_of.rows, w0.k, w0.groups, w0.kind,
                                   first_of.parts, first_of.threads, shared_scratch[0]);
-    pool().run(first_of.threads, all * chunks, [&](int task) {
+    int tasks = 0;
+    for (int i = 0; i < count; i++) tasks += args[i].w->groups * panels_of(args[i].w->n) * chunks;
+    pool().run(first_of.threads, tasks, [&](int task) {
         const LinearArgs* of = args;
         for (int own; task >= (own = of->w->groups * panels_of(of->w->n) * chunks); of++) task -= own;
         const Packed& w = *of->w;
         const int panels = panels_of(w.n), chunk = task % chunks, panel = task / chunks % panels, group = task / chunks / panels;
-        const int first = chunk * chunk_rows, rows = std::min(chunk_rows, of->rows - first);
+        const int first = chunk * ROW_CHUNK, rows = std::min(ROW_CHUNK, of->rows - first);
         const int column = panel * PANEL, width = std::min(PANEL, w.n - column);
         const float* bias = of->bias ? of->bias + size_t(group) * w.n + column : nullptr;
         const size_t step = chunks > 1 ? 1 : size_t(of->threads);  // threads take panels in turn
@@ -1335,8 +1334,7 @@ void prefill(const PrefillArgs& args) {
             expand(*args.uk, [&](int i, int panel, const float* sums, int columns) {
                 const size_t at = size_t(i) * args.d + panel * PANEL;
                 if (args.wide) std::memcpy(reinterpret_cast<float*>(k) + at, sums, size_t(columns) * 4);
-                else
-                    for (int j = 0; j < columns; j++) reinterpret_cast<bf16*>(k)[at + j] = round_bf16(sums[j]);
+                else split(sums, columns, 1, 0, reinterpret_cast<bf16*>(k) + at);
             });
             expand(*args.uv, [&](int i, int panel, const float* sums, int) {
                 uint8_t* to = v + i / KEYS * block + panel * value_panel_bytes(args.wide) + i % KEYS / (args.wide ? 1 : 2) * 256;
