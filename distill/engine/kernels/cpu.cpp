@@ -674,18 +674,26 @@ INLINE I pair_at(const void* p) {
 // `kept` as bfloat16 for the tiles that follow; or in the cache, while a line from `after` on is fetched for every unit.
 enum Where { MEMORY, KEEPING, CACHE };
 
-// out [ROWS, NV·16] = rows a · panel, k products in order, scaled and added up every 128 of them.
+// Whether sums may change from the unit of one block's scale to that of the next without leaving float32's range.
+INLINE bool steady(const float* scale, int blocks) {
+    bool within = true;
+    for (int b = 0; b < blocks; b++) within &= scale[b] >= 0x1p-30f && scale[b] <= 0x1p30f;
+    return within;
+}
+
+// out [ROWS, NV·16] = rows a · panel, k products in order. At the end of each 128 of them the sums, which are in units of
+// the block's scale, are turned into units of the next one's; where scales are too far apart for that (zero, say), they
+// are scaled and added up in `out`.
 // a[r]: row r's first part; `part` bytes further the next one. Float32 rows have one part. STEP: bytes from one pair of
 // bfloat16, or one float32, of a row to the next. after: the panel that will be read after this one.
 template <int KIND, int ROWS, int NV, int PARTS, int STEP = 4, Where WHERE = MEMORY>
 INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out, const uint8_t* after, uint8_t* kept = nullptr) {
     constexpr int UNIT = KIND == FP8 ? 4 : KIND == BF16 ? 2 : 1;
+    const bool together = !scale || steady(scale, ceil_div(k, BLOCK));
+    V sum[ROWS][NV] = {};
     for (int begin = 0; begin < k; begin += BLOCK) {
-        const int end = std::min(k, begin + BLOCK);
+        const int end = std::min(k, begin + BLOCK), block = begin / BLOCK;
         const int64_t ahead = end < k ? BLOCK / UNIT * NV * 64 : after - w;
-        V sum[ROWS][NV];
-        for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < NV; v++) sum[r][v] = V{};
         for (int at = begin; at < end; at += UNIT, w += NV * 64) {
             if (WHERE == CACHE) fetch(after + size_t(at / UNIT) * 64);
             else if (KIND != F32 && NV > 1)  // one vector: queries, which stay in the cache
@@ -715,11 +723,19 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
                 }
             }
         }
-        const V s = all(scale ? scale[begin / BLOCK] : 1.f);
+        if (together && end < k) {
+            if (!scale) continue;
+            const V next = all(scale[block] / scale[block + 1]);
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < NV; v++) sum[r][v] *= next;
+            continue;
+        }
+        const V s = all(scale ? scale[block] : 1.f);
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < NV; v++) {
                 float* to = out + r * NV * 16 + 16 * v;
-                store(to, fma(sum[r][v], s, begin ? load(to) : V{}));
+                store(to, fma(sum[r][v], s, begin && !together ? load(to) : V{}));
+                sum[r][v] = V{};
             }
     }
 }
