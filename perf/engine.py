@@ -34,7 +34,7 @@ from distill.hardware import memory_bandwidth, product_rate
 PROMPT, NEW = 128, 128
 BATCHES = (1, 8, 64)
 ENGINES = ("ours", "llama.cpp", "transformers")
-REPEATS = 3  # of the prompt measurements, whose best is taken; decoding is long enough once
+REPEATS = 5  # of the prompt measurements, whose best is taken; decoding is long enough once
 
 
 def prompt(number: int, length: int) -> list[int]:
@@ -222,7 +222,7 @@ def measure_transformers(work: Path, threads: int) -> dict[str, float]:
     generate(1, 1, 1)
     figures["ready and first token, s"] = time.perf_counter() - begun
     for count in (1, 8):
-        figures[f"prompt {count} × 512"] = count * 512 / min(generate(count, 512, 1) for _ in range(2))
+        figures[f"prompt {count} × 512"] = count * 512 / min(generate(count, 512, 1) for _ in range(REPEATS))
     for count in BATCHES:
         new = NEW if count < max(BATCHES) else 32  # a hundred seconds of it say the same
         seconds = generate(count, PROMPT, new) - generate(count, PROMPT, 1)

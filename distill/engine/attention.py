@@ -11,8 +11,9 @@ has two forms, equal up to rounding:
     that the latents are read as they lie in the cache, once for all heads (DeepSeek-V2, arXiv:2405.04434, section
     2.1.2). Sparse attention (indexer.py) takes this form for prompts, too.
 
-Legend: t tokens of the step, r those whose result is wanted (or, as a width, rotated), b decoding sequences, h query heads, k key-value heads, d width of q and k, n and r its
-unrotated and rotated parts, e width of values, c latent, l context, p pages.
+Legend: t tokens of the step, r those whose result is wanted (or, as a width, rotated), b decoding sequences, h query
+heads, k key-value heads, d width of q and k, n and r its unrotated and rotated parts, e width of values, c latent, l
+context, p pages.
 """
 
 from __future__ import annotations
