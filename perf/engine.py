@@ -1,13 +1,14 @@
 """Our engine against llama.cpp and transformers: one checkpoint, one machine, one run.
 
-    python perf/engine.py [--json FILE] [--work DIR] [--threads N] [--only ours llama.cpp transformers]
+    python perf/engine.py [--json FILE] [--work DIR] [--threads N] [--rounds N] [--only ours llama.cpp transformers]
 
-Each engine runs in a process of its own, one after the other, and measures the same things: a prompt of 512 tokens, 8
-prompts of 512, and decoding 1, 8 and 64 sequences with 128 tokens of prompt, over the 128 tokens that follow the
-prompts (their prefill is not counted). Beside them stand the machine's two limits as measured in the same run: a plain
-read of memory, and bfloat16 products as fast as torch multiplies them. Before each engine loads, its files are read
-from end to end, past the page cache, and dropped from it, so that loading finds them where reading did: on the disk.
-The peers are installed by
+A machine is now and then a tenth faster or slower for some minutes, so the engines take turns for several rounds, and
+the figures are medians of the rounds. Each engine runs in a process of its own and measures the same things: a prompt
+of 512 tokens, 8 prompts of 512, and decoding 1, 8 and 64 sequences with 128 tokens of prompt, over the 128 tokens that
+follow the prompts (their prefill is not counted). Beside them stand the machine's two limits as measured in the same
+run: a plain read of memory, and bfloat16 products as fast as torch multiplies them. Before each engine loads, its files
+are read from end to end, past the page cache, and dropped from it, so that loading finds them where reading did: on the
+disk. The peers are installed by
 
     pip install -c constraints.txt -r perf/requirements.txt
 """
@@ -17,6 +18,7 @@ import json
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -34,7 +36,7 @@ from distill.hardware import memory_bandwidth, product_rate
 PROMPT, NEW = 128, 128
 BATCHES = (1, 8, 64)
 ENGINES = ("ours", "llama.cpp", "transformers")
-REPEATS = 5  # of the prompt measurements, whose best is taken; decoding is long enough once
+REPEATS = 3  # in a round, of the prompt measurements, whose best is taken; decoding is long enough once
 
 
 def prompt(number: int, length: int) -> list[int]:
@@ -254,6 +256,14 @@ def in_its_own_process(what: str, work: Path, threads: int) -> dict[str, float]:
     return figures
 
 
+def medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each figure of each engine."""
+    return {
+        what: {name: statistics.median(one[what][name] for one in rounds) for name in figures}
+        for what, figures in rounds[0].items()
+    }
+
+
 def show(results: dict[str, dict[str, float]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -281,16 +291,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("--work", type=Path, default=Path("build/perf"), help="where the checkpoints are kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(MEASURES[args.measure](args.work, args.threads)))
         return
-    results = {what: in_its_own_process(what, args.work, args.threads) for what in ("limits", *args.only)}
+    rounds: list[dict[str, dict[str, float]]] = []
+    for number in range(args.rounds):
+        print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+        rounds.append({what: in_its_own_process(what, args.work, args.threads) for what in ("limits", *args.only)})
+    results = medians(rounds)
     show(results)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(results | {"rounds": rounds}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,27 @@ def test_linear(isa: str, kind: str, shape: tuple[int, int]) -> None:
             assert torch.equal(ours, alone), "a row's result depends on the rows beside it"
 
 
+@pytest.mark.parametrize(
+    "scales",
+    [
+        [1e-3, 2e-3, 5e-4, 1e-3],
+        [1e-9, 1e8, 1e-9, 1e-9],  # as far apart as sums may be carried from one block to the next
+        [1e-3, 0.0, 1e-3, 0.0],  # blocks of zeros
+        [1e-30, 1e-38, 1e-30, 1e-36],
+        [1e30, 1e-3, 1e20, 1.0],
+    ],
+)
+def test_scales_of_any_size(isa: str, scales: list[float]) -> None:
+    codes = quantise(random(64, 512, seed=3))[0]
+    weight = Fp8(codes, torch.tensor([scales]))
+    packed = cpu.pack(weight, torch.float32)
+    x = random(40, 512, seed=4)
+    ours = cpu.linear(x, packed)
+    blocks = (x[:, None].double() * codes.double()).unflatten(-1, (4, 128)).sum(-1)
+    assert error(ours, blocks @ torch.tensor(scales).double()) < CLOSE
+    assert torch.equal(ours, torch.cat([cpu.linear(x[i : i + 1], packed) for i in range(40)]))
+
+
 @pytest.mark.parametrize("activation", [1.0, 1e-2, 1e-4])
 def test_all_finite_fp8_codes_through_the_dot_product(isa: str, activation: float) -> None:
     """Expected values worked out from the definition of e4m3, code by code."""
