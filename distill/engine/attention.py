@@ -238,7 +238,7 @@ def mla(
     pool = cache.pools[layer][0]
 
     batch, x_rc = _narrowed(batch, x_tc, wanted)
-    to_q = x_rc if w.q_a is None else ops.rms_norm(_linear(ops, x_rc, w.q_a), w.q_norm, LATENT_NORM_EPS)
+    to_q = x_rc if w.q_a is None else ops.rms_norm(_linear(ops, x_rc, w.q_a), w.q_norm, LATENT_NORM_EPS, w.q.weight)
     q_thd = _linear(ops, to_q, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
     qn_thn, qr_thr = q_thd.split((dims.nope_dim, dims.rope_dim), dim=-1)
     ops.rope(qr_thr, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from distill.engine.kernels import Ops
+from distill.engine.kernels.reference import FP8_BLOCK
+from distill.engine.kernels.w8a8 import fp8_row_bytes
 from distill.engine.spec import ModelSpec
 
 
@@ -71,8 +73,24 @@ class PageAllocator:
                 self._free.append(page)
 
 
+def pool_forms(spec: ModelSpec, dtype: torch.dtype) -> list[tuple[int, torch.dtype]]:
+    """(width, dtype) of each tensor that a layer caches. dtype uint8: latents as FP8 rows of bytes (kernels/w8a8.py),
+    what is cached beside them in bfloat16. ValueError where there are no latents that fit it."""
+    if dtype != torch.uint8:
+        return [(width, dtype) for width in spec.cache_dims]
+    if spec.mla is None or spec.mla.kv_lora_rank % FP8_BLOCK:
+        raise ValueError("kv_cache_dtype is 'fp8'; this model caches no latents of whole blocks of 128: set 'auto'")
+    row = fp8_row_bytes(spec.mla.kv_lora_rank, spec.mla.rope_dim)
+    return [(row, torch.uint8), *((width, torch.bfloat16) for width in spec.cache_dims[1:])]
+
+
+def token_bytes(spec: ModelSpec, layers: int, dtype: torch.dtype) -> int:
+    """What one token takes in a cache of so many layers."""
+    return layers * spec.cache_heads * sum(width * form.itemsize for width, form in pool_forms(spec, dtype))
+
+
 class PagedCache:
-    """The tensors: for each layer, one pool [pages, heads, page_size, width] per entry of `spec.cache_dims`."""
+    """The tensors: for each layer, one pool [pages, heads, page_size, width] per entry of `pool_forms`."""
 
     def __init__(
         self,
@@ -86,7 +104,10 @@ class PagedCache:
     ) -> None:
         self._ops = ops
         self.pools: list[tuple[Tensor, ...]] = [
-            tuple(_zeros((num_pages, spec.cache_heads, page_size, width), dtype, device) for width in spec.cache_dims)
+            tuple(
+                _zeros((num_pages, spec.cache_heads, page_size, width), form, device)
+                for width, form in pool_forms(spec, dtype)
+            )
             for _ in range(layers)
         ]
 

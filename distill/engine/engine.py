@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from distill.engine.attention import Batch, Chunk, Wanted, build_batch
-from distill.engine.cache import PageAllocator, PagedCache
+from distill.engine.cache import PageAllocator, PagedCache, token_bytes
+from distill.engine.device import choose_device, memory_of
 from distill.engine.fused import decode_plan
+from distill.engine.graphs import DecodeGraphs
 from distill.engine.kernels import column_for, describe, ops_for
 from distill.engine.model import Model
 from distill.engine.mtp import Drafter, accepted
@@ -66,6 +68,8 @@ class Engine:
         cache_tokens: int,
         max_context: int,
         drafts: int,
+        cache_dtype: torch.dtype | None = None,
+        graphs: bool = False,
     ) -> None:
         weight = model.weights.embed_vc
         self.spec, self.numerics, self.max_context = model.spec, numerics, max_context
@@ -73,8 +77,15 @@ class Engine:
         self._model, self._device, self._page_size = model, weight.device, page_size
         self._pages = PageAllocator(-(-cache_tokens // page_size), page_size)
         layers = model.spec.num_layers + (drafts > 0)
+        pages = self._pages.num_pages
+        # One page more than is handed out, for rows of a graph that belong to nobody.
         self._cache = PagedCache(
-            model.spec, model.ops, layers, self._pages.num_pages, page_size, weight.dtype, weight.device
+            model.spec, model.ops, layers, pages + graphs, page_size, cache_dtype or weight.dtype, weight.device
+        )
+        self._graphs = (
+            DecodeGraphs(model, self._cache, page_size, pages, max_context, max_batch)
+            if graphs and not drafts
+            else None
         )
         self._scheduler = Scheduler(self._pages, max_batch, max_step_tokens, drafts)
         self._drafter = Drafter(model, self._cache, self._batch) if drafts else None
@@ -85,59 +96,60 @@ class Engine:
         cls,
         model_dir: Path | str,
         *,
+        device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         max_batch: int = 256,
         max_step_tokens: int = 2048,
-        page_size: int = 16,
+        page_size: int | None = None,
         cache_tokens: int | None = None,
         max_context: int | None = None,
         num_speculative_tokens: int = 0,
         memory_budget: int | None = None,
         resident_experts: int | None = None,
+        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
         kernels: str | None = None,
     ) -> Engine:
         """Load a published model directory (config.json and safetensors).
 
-        dtype: of activations, cache, and weights once dequantised. max_batch: sequences that decode at once.
-        max_step_tokens: prompt tokens computed per step at most. cache_tokens: size of the key-value cache (default:
-        what max_batch full contexts can use, but no more than 512 MiB or one context, whichever is larger).
-        max_context: prompt and completion together (default and upper limit: the model's). num_speculative_tokens:
-        tokens that the checkpoint's draft layer proposes at a time (faster where few sequences decode; the text is the
-        same). memory_budget: bytes that weights, cache and one step's activations may take together; experts that do
-        not fit are streamed from the files. resident_experts: how many of each layer to keep instead (default: as many
-        as fit). kernels: a column of the table of ops (default: the device's). ValueError, naming the file and the fix,
-        for a directory that is incomplete, damaged or unsupported, and for a budget that is too small.
+        device: "cpu" or "cuda" (default: a GPU that multiplies FP8, if there is one). dtype: of activations, cache, and
+        weights once dequantised. max_batch: sequences that decode at once. max_step_tokens: prompt tokens computed per
+        step at most. page_size: tokens (default: 64 on a GPU, else 16). cache_tokens: size of the key-value cache
+        (default: what max_batch full contexts can use, but no more than a fifth of the budget, or without one 512 MiB
+        or one context, whichever is larger). max_context: prompt and completion together (default and upper limit: the
+        model's). num_speculative_tokens: tokens that the checkpoint's draft layer proposes at a time (faster where few
+        sequences decode; the text is the same). memory_budget: bytes that weights, cache and one step's activations may
+        take together (default: most of a GPU's free memory; on a CPU, no limit); experts that do not fit are streamed,
+        from the files or, to a GPU, from the host's memory. resident_experts: how many of each layer to keep instead.
+        kv_cache_dtype: "fp8" quantises cached latents, which halves them (GPU). kernels: a column of the table of ops
+        (default: the device's). ValueError, naming the file and the fix, for a directory that is incomplete, damaged or
+        unsupported, and for a budget that is too small.
         """
         spec = ModelSpec.from_dir(model_dir)
+        place_of = choose_device(device) if kernels is None else torch.device("cpu")
+        kernels = kernels or column_for(place_of.type)
+        ops = ops_for(kernels)
+        if page_size is None:
+            page_size = 64 if kernels == "cuda" else 16
+        context = _checked_context(spec, max_context, num_speculative_tokens)
         for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens), ("page_size", page_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if num_speculative_tokens < 0 or (num_speculative_tokens and not spec.num_nextn_predict_layers):
-            raise ValueError(
-                f"num_speculative_tokens is {num_speculative_tokens}; "
-                + (
-                    "it must not be negative"
-                    if num_speculative_tokens < 0
-                    else "this model has no layer that drafts: set 0"
-                )
-            )
-        context = spec.max_context if max_context is None else max_context
-        if not 1 <= context <= spec.max_context:
-            raise ValueError(f"max_context is {context}; this model's limit is {spec.max_context}")
+        if kv_cache_dtype == "fp8" and (kernels not in ("cuda", "w8a8") or dtype != torch.bfloat16):
+            raise ValueError("kv_cache_dtype is 'fp8', which takes a GPU and dtype bfloat16; set 'auto'")
         drafts = num_speculative_tokens > 0
-        token_bytes = spec.cache_elements_per_token(drafts) * dtype.itemsize
+        cache_dtype = torch.uint8 if kv_cache_dtype == "fp8" else dtype
+        each = token_bytes(spec, spec.num_layers + drafts, cache_dtype)
+        memory_budget = memory_of(place_of) if memory_budget is None else memory_budget
         if cache_tokens is None:
             share = _DEFAULT_CACHE_BYTES if memory_budget is None else memory_budget // 5
-            cache_tokens = min(max_batch * context, max(share // token_bytes, min(context, _DEFAULT_LONG_CONTEXT)))
+            cache_tokens = min(max_batch * context, max(share // each, min(context, _DEFAULT_LONG_CONTEXT)))
         if cache_tokens < page_size:
             raise ValueError(f"cache_tokens is {cache_tokens}; it must be at least one page ({page_size})")
-        kernels = kernels or column_for("cpu")
-        ops = ops_for(kernels)
         streamed: list[Any] = []
 
         def place(weights: ModelWeights, banks: list[Any]) -> int | None:
             rows = max_batch * (1 + num_speculative_tokens)
-            beside = cache_tokens * token_bytes + step_bytes(spec, max_step_tokens, rows, dtype)
+            beside = cache_tokens * each + step_bytes(spec, max_step_tokens, rows, dtype)
             resident = resident_experts
             if spec.moe and resident is not None and not 0 <= resident <= spec.moe.num_experts:
                 raise ValueError(f"resident_experts is {resident}; there are {spec.moe.num_experts} in a layer")
@@ -147,10 +159,12 @@ class Engine:
                 streamed.extend(banks)
             return resident
 
-        weights = load_weights(model_dir, spec, ops, dtype, drafts=drafts, place=place)
+        limited = memory_budget is not None or resident_experts is not None
+        weights = load_weights(model_dir, spec, ops, dtype, drafts=drafts, place=place if limited else None)
         stream = ExpertStream(streamed, ops) if streamed else None
         computed = str(dtype).removeprefix("torch.")
         numerics = f"{describe(kernels)}, weights {weights.stored} as published, activations {computed}"
+        numerics += ", latents cached in fp8" if kv_cache_dtype == "fp8" else ""
         return cls(
             Model(
                 spec,
@@ -167,6 +181,8 @@ class Engine:
             cache_tokens=cache_tokens,
             max_context=context,
             drafts=num_speculative_tokens,
+            cache_dtype=cache_dtype,
+            graphs=kernels == "cuda" and not stream,
         )
 
     def add(self, request: Request) -> None:
@@ -247,6 +263,9 @@ class Engine:
             work.append(_Work(sequence, ids, decoded, slice(prefilled, prefilled + kept)))
             prefilled += kept
             decode += [Chunk(ids[i : i + 1], begin + i, sequence.pages) for i in range(split, len(ids))]
+        if self._graphs and not prefill and len(decode) == len(plan.decode) and self._graphs.serve(decode):
+            tokens = self._graphs.step(decode, self._draws(work, []))
+            return [done for item, token in zip(work, tokens, strict=True) for done in self._continue(item, [token])]
         hidden_rc = self._forward(decode, prefill, None if self._drafter else ends)
         decoded_tc, prefilled_rc = hidden_rc.split((len(decode), prefilled))
         decoding, rest = work[: len(plan.decode)], work[len(plan.decode) :]
@@ -260,9 +279,10 @@ class Engine:
         if decoding or ready:
             # The rows that decode are the first ones, unless a sequence is being recomputed beside them.
             rows = sum(len(item.ids) for item in decoding)
-            drawn = iter(self._draw(torch.cat((decoded_tc[:rows], *last)), decoding, ready))
+            logits = self._model.logits(torch.cat((decoded_tc[:rows], *last)))
+            drawn = iter(sample(self._model.ops, logits, self._draws(decoding, ready)))
             for item in decoding:
-                completions += self._continue(item, [next(drawn) for _ in item.ids], decoded_tc)
+                completions += self._continue(item, [next(drawn) for _ in item.ids], decoded_tc[item.decoded])
             for item in ready:
                 completions += self._begin(item.sequence, drawn)
         return completions
@@ -334,9 +354,9 @@ class Engine:
     def _batch(self, decode: list[Chunk], prefill: list[Chunk]) -> Batch:
         return build_batch(decode, prefill, self._page_size, self.spec, self._device)
 
-    def _draw(self, hidden_rc: Tensor, decoding: list[_Work], ready: list[_Work]) -> list[Drawn]:
-        """The next token of every row of `decoding` and of every sequence in `ready` (of a trunk: each sample's first),
-        in this order."""
+    def _draws(self, decoding: list[_Work], ready: list[_Work]) -> list[Draw]:
+        """For the next token of every row of `decoding` and of every sequence in `ready` (of a trunk: each sample's
+        first), in this order."""
         draws: list[Draw] = []
         row = 0
         for item in decoding:
@@ -353,10 +373,11 @@ class Engine:
             )
             draws += [Draw(row, key, len(sequence.tokens), request.sampling) for key in keys]
             row += 1
-        return sample(self._model.ops, self._model.logits(hidden_rc), draws)
+        return draws
 
-    def _continue(self, item: _Work, drawn: list[Drawn], decoded_tc: Tensor) -> list[Completion]:
-        """Append what was drawn for a sequence that decodes, as far as its drafts were right."""
+    def _continue(self, item: _Work, drawn: list[Drawn], hidden_tc: Tensor | None = None) -> list[Completion]:
+        """Append what was drawn for a sequence that decodes, as far as its drafts were right. hidden: its states, for
+        the layer that drafts."""
         sequence, drafts = item.sequence, item.ids[1:]
         count, reason = 0, None
         while count < accepted(drafts, [token.token for token in drawn]) and not reason:
@@ -367,7 +388,8 @@ class Engine:
         self.tokens_generated += count
         if self._drafter:
             self._drafter.accepted += count - 1
-            sequence.hidden = decoded_tc[item.decoded][:count].clone()
+            assert hidden_tc is not None
+            sequence.hidden = hidden_tc[:count].clone()
         return [self._complete(sequence, reason)] if reason else []
 
     def _begin(self, sequence: SequenceState, drawn: Iterator[Drawn]) -> list[Completion]:
@@ -411,6 +433,18 @@ class _Work:
     def rows(self, decoded_tc: Tensor, prefilled_rc: Tensor) -> Tensor:
         """Its hidden states, in order."""
         return torch.cat((prefilled_rc[self.prefilled], decoded_tc[self.decoded]))
+
+
+def _checked_context(spec: ModelSpec, asked: int | None, drafts: int) -> int:
+    """The longest context. ValueError for one, or for a number of drafts, that the model does not have."""
+    if drafts < 0:
+        raise ValueError(f"num_speculative_tokens is {drafts}; it must not be negative")
+    if drafts and not spec.num_nextn_predict_layers:
+        raise ValueError(f"num_speculative_tokens is {drafts}; this model has no layer that drafts: set 0")
+    context = spec.max_context if asked is None else asked
+    if not 1 <= context <= spec.max_context:
+        raise ValueError(f"max_context is {context}; this model's limit is {spec.max_context}")
+    return context
 
 
 def _finished(state: SequenceState) -> FinishReason | None:

@@ -95,7 +95,7 @@ class Model:
     ) -> Tensor:
         """x plus what the layer adds to it, of all rows or those wanted, [r, c]; x itself is overwritten."""
         spec, ops = self.spec, self.ops
-        normed_tc = ops.rms_norm(x_tc, w.attention_norm_c, spec.norm_eps)
+        normed_tc = ops.rms_norm(x_tc, w.attention_norm_c, spec.norm_eps, w.attention.reader)
         x_rc = x_tc if wanted is None else x_tc.index_select(0, wanted.row_r)
         if isinstance(w.attention, GqaWeights):
             x_rc = attention.gqa(spec, ops, w.attention, index, normed_tc, batch, cache, x_rc, wanted)
@@ -103,7 +103,7 @@ class Model:
             x_rc = attention.mla(spec, ops, w.attention, index, normed_tc, batch, cache, x_rc, wanted)
         if not len(x_rc):
             return x_rc
-        normed_rc = ops.rms_norm(x_rc, w.mlp_norm_c, spec.norm_eps)
+        normed_rc = ops.rms_norm(x_rc, w.mlp_norm_c, spec.norm_eps, w.mlp.reader)
         if isinstance(w.mlp, MoeWeights):
             assert spec.moe is not None
             stream = self.stream if index < spec.num_layers else None  # those of the layer that drafts are in memory

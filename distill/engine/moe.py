@@ -15,7 +15,7 @@ from distill.engine.weights import MlpWeights, MoeWeights
 
 def mlp(ops: Ops, w: MlpWeights, x_tc: Tensor, onto_tc: Tensor) -> Tensor:
     """down(silu(gate(x)) · up(x)), added to `onto`, in place."""
-    hidden = ops.swiglu_linear(x_tc, w.gate.weight, w.up.weight, w.gate.bias, w.up.bias)
+    hidden = ops.swiglu_linear(x_tc, w.gate.weight, w.up.weight, w.gate.bias, w.up.bias, w.down.weight)
     return ops.linear(hidden, w.down.weight, w.down.bias, onto_tc)
 
 

@@ -107,4 +107,13 @@ class ExpertStream:
         self._arenas.reverse()
         if whole:
             after = self._next[id(bank)]
-            self._coming = after, self._worker.submit(after.fill, self._arenas[0], None, True)
+            self._coming = after, self._begin(after)
+
+    def _begin(self, bank: Any) -> Future[None]:
+        """Fill the next arena beside what is computed: on a thread, or on a device's stream, which needs none."""
+        if not bank.queued:
+            return self._worker.submit(bank.fill, self._arenas[0], None, True)
+        bank.fill(self._arenas[0], None, True)
+        queued: Future[None] = Future()
+        queued.set_result(None)
+        return queued

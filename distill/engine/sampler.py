@@ -118,16 +118,30 @@ def sample(ops: Ops, logits_rv: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
 def _sample_block(ops: Ops, logits_rv: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     device = logits_rv.device
     row_b = torch.tensor([draw.row for draw in draws], device=device)
-    token_b, logprob_b = ops.draw(
-        logits_rv,
-        row_b,
-        torch.from_numpy(uniforms([d.key for d in draws], [d.position for d in draws])).to(device),
-        torch.tensor([d.params.temperature for d in draws], dtype=torch.float32, device=device),
-        torch.tensor([d.params.top_k for d in draws], device=device),
-        torch.tensor([d.params.top_p for d in draws], dtype=torch.float64, device=device),
+    uniform_b, temperature_b, top_k_b, top_p_b = (
+        torch.from_numpy(numbers).to(device, dtype)
+        for numbers, dtype in zip(draw_numbers(draws), (None, torch.float32, None, None), strict=True)
     )
+    token_b, logprob_b = ops.draw(logits_rv, row_b, uniform_b, temperature_b, top_k_b, top_p_b)
+    return drawn_of(draws, token_b, logprob_b, logits_rv)
+
+
+def draw_numbers(draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What the op `draw` takes: uniforms, temperatures, top k (int64) and top p, else float64."""
+    params = [draw.params for draw in draws]
+    return (
+        uniforms([draw.key for draw in draws], [draw.position for draw in draws]),
+        np.array([p.temperature for p in params], np.float64),
+        np.array([p.top_k for p in params], np.int64),
+        np.array([p.top_p for p in params], np.float64),
+    )
+
+
+def drawn_of(draws: Sequence[Draw], token_b: Tensor, logprob_b: Tensor, logits_rv: Tensor) -> list[Drawn]:
+    """Tokens and raw log-probabilities, with the largest ones where they were asked for."""
     tops: list[TopLogprobs] = [()] * len(draws)
     if width := max(draw.params.logprobs or 0 for draw in draws):
+        row_b = torch.tensor([draw.row for draw in draws], device=logits_rv.device)
         _, tops = logprobs_of(logits_rv.index_select(0, row_b), token_b, width)
     return [
         Drawn(token, logprob, top[: draw.params.logprobs or 0])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,7 +84,8 @@ class Moe:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model, all families. Sizes are in elements; `softmax_scale` multiplies q·k; `head_dim` is that of q and k."""
+    """One model, all families. Sizes are in elements; `softmax_scale` multiplies q·k; `head_dim` is that of q and k;
+    ue8m0: where activations are quantised, to scales that are powers of two."""
 
     family: Family
     vocab_size: int
@@ -107,6 +108,7 @@ class ModelSpec:
     indexer: Indexer | None = None
     moe: Moe | None = None
     num_nextn_predict_layers: int = 0
+    ue8m0: bool = False
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe is not None and layer >= self.moe.first_layer
@@ -158,7 +160,11 @@ class ModelSpec:
                 f"{where}: weights are quantised by {quantised.get('quant_method')!r}; only 'fp8' (DeepSeek's 128x128 "
                 "blocks) is supported, so use the unquantised or the FP8 checkpoint"
             )
-        return _deepseek(config, family) if family.startswith("deepseek") else _dense(config, family)
+        scale_fmt = quantised.get("scale_fmt")
+        if scale_fmt not in (None, "ue8m0", "float"):
+            raise ValueError(f"{where}: 'scale_fmt' is {scale_fmt!r}; only 'ue8m0' and 'float' are supported")
+        spec = _deepseek(config, family) if family.startswith("deepseek") else _dense(config, family)
+        return replace(spec, ue8m0=scale_fmt == "ue8m0")
 
 
 class _Config:

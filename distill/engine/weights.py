@@ -95,6 +95,11 @@ class GqaWeights:
     q_norm: Tensor | None
     k_norm: Tensor | None
 
+    @property
+    def reader(self) -> Any:
+        """What reads the layer's normalised state first."""
+        return self.k.weight
+
 
 @dataclass(frozen=True)
 class IndexerWeights:
@@ -124,12 +129,22 @@ class MlaWeights:
     o: Linear
     indexer: IndexerWeights | None
 
+    @property
+    def reader(self) -> Any:
+        """What reads the layer's normalised state first."""
+        return self.kv_a.weight
+
 
 @dataclass(frozen=True)
 class MlpWeights:
     gate: Linear
     up: Linear
     down: Linear
+
+    @property
+    def reader(self) -> Any:
+        """What reads the layer's normalised state first."""
+        return self.gate.weight
 
 
 @dataclass(frozen=True)
@@ -140,6 +155,11 @@ class MoeWeights:
     correction_bias: Tensor | None
     experts: Any
     shared: MlpWeights | None
+
+    @property
+    def reader(self) -> Any:
+        """What reads the layer's normalised state first."""
+        return self.experts
 
 
 @dataclass(frozen=True)
@@ -180,25 +200,27 @@ def load_weights(
     dtype: torch.dtype,
     *,
     drafts: bool = False,
-    place: Callable[[ModelWeights, list[Any]], int | None] = lambda weights, banks: None,
+    place: Callable[[ModelWeights, list[Any]], int | None] | None = None,
 ) -> ModelWeights:
     """Read a model directory. ValueError, one line with file, tensor and fix, where it is not what the config says.
 
     drafts: read the layer that drafts, too. place: how many experts of each layer to keep in memory (None: all), given
-    everything else and the layers' banks of experts; those of the draft layer are always kept.
+    everything else and the layers' banks of experts; those of the draft layer are always kept. Without `place` all are
+    kept, and each layer is packed while the next ones are being read.
     """
-    reader = _Reader(Checkpoint(Path(model_dir)), ops, dtype)
-    with reader.checkpoint.read_ahead():
-        embed_vc = dense(reader.checked(EMBED, spec.vocab_size, spec.hidden_size), dtype)
+    reader = _Reader(Checkpoint(Path(model_dir)), ops, dtype, spec.ue8m0, settles_at_once=place is None)
+    head_name = EMBED if spec.tied_embeddings else HEAD
+    layers_read = range(spec.num_layers + drafts)
+    with reader.checkpoint.read_ahead([EMBED, *map(LAYER.format, layers_read), NORM, head_name]):
+        embed_vc = dense(reader.checked(EMBED, spec.vocab_size, spec.hidden_size), dtype).to(ops.device())
         layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
         norm_c = reader.tensor(NORM, (spec.hidden_size,))
-        head_name = EMBED if spec.tied_embeddings else HEAD
         head = reader.pack(reader.matrix(head_name, spec.vocab_size, spec.hidden_size), head_name)
         streamed = list(reader.banks)
         draft = _draft(reader, spec) if drafts else None
         reader.refuse_unread(spec)
         weights = ModelWeights(embed_vc, layers, norm_c, head, draft, reader.stored)
-        resident = place(weights, [bank for _, bank in streamed])
+        resident = place(weights, [bank for _, bank in streamed]) if place else None
         for at, bank in reader.banks:
             reader.settle(at, bank, resident if (at, bank) in streamed else None)
     return weights
@@ -302,7 +324,10 @@ def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
         gate, up, down = (at + MOE["expert"].format(index) + MLP[part] + ".weight" for part in ("gate", "up", "down"))
         expert = reader.matrix(gate, f, c), reader.matrix(up, f, c), reader.matrix(down, c, f)
         bank.lend(expert, tuple(map(reader.checkpoint.place, (gate, up, down))))
-    reader.banks.append((at, bank))
+    if reader.settles_at_once:
+        reader.settle(at, bank, None)
+    else:
+        reader.banks.append((at, bank))
     router = reader.unquantised(at + MOE["router"], (dims.num_experts, c))
     return MoeWeights(
         router=reader.ops.pack(router, torch.float32),
@@ -317,10 +342,14 @@ def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
 
 
 class _Reader:
-    """Parameters from the tensors of a model directory. `dtype` is the compute dtype."""
+    """Parameters from the tensors of a model directory. `dtype` is the compute dtype; ue8m0: the spec's. Banks of
+    experts are settled as they come, or collected in `banks`."""
 
-    def __init__(self, checkpoint: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
-        self.checkpoint, self.ops, self.dtype = checkpoint, ops, dtype
+    def __init__(
+        self, checkpoint: Checkpoint, ops: Ops, dtype: torch.dtype, ue8m0: bool, settles_at_once: bool
+    ) -> None:
+        self.checkpoint, self.ops, self.dtype, self.ue8m0 = checkpoint, ops, dtype, ue8m0
+        self.settles_at_once = settles_at_once
         self.stored = ""
         self.banks: list[tuple[str, Any]] = []  # of the layers in order, with the beginning of their experts' names
 
@@ -347,7 +376,8 @@ class _Reader:
             raise ValueError(
                 f"{self.checkpoint.where(name)} is FP8 but {scale} is missing; download the checkpoint again"
             )
-        return Fp8(weight_nc, self.checkpoint.tensor(scale, (-(-n // FP8_BLOCK), -(-c // FP8_BLOCK))).float())
+        blocks = -(-n // FP8_BLOCK), -(-c // FP8_BLOCK)
+        return Fp8(weight_nc, self.checkpoint.tensor(scale, blocks).float(), self.ue8m0)
 
     def checked(self, name: str, n: int, c: int) -> Stored:
         """The same for those who do not pack it as it is."""
@@ -378,7 +408,7 @@ class _Reader:
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """A tensor that is never quantised, in `dtype` (that of activations unless given); a copy."""
         stored = self.unquantised(name, shape)
-        return stored.to(dtype or self.ops.activation_dtype(self.dtype), copy=True)
+        return stored.to(self.ops.device(), dtype or self.ops.activation_dtype(self.dtype), copy=True)
 
     def unquantised(self, name: str, shape: tuple[int, ...]) -> Tensor:
         stored = self.checkpoint.tensor(name, shape)

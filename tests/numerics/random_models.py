@@ -174,7 +174,15 @@ class Checkpoint:
             return self.model(torch.tensor([tokens]), use_cache=False).logits[0]
 
 
-def build(path: Path, config: dict[str, Any], *, seed: int = 0, fp8: bool = False, shards: int = 1) -> Checkpoint:
+def build(
+    path: Path,
+    config: dict[str, Any],
+    *,
+    seed: int = 0,
+    fp8: bool = False,
+    scale_fmt: str | None = None,
+    shards: int = 1,
+) -> Checkpoint:
     """Write a random model to `path` as it would be published, and keep it in transformers for comparison."""
     path.mkdir(parents=True, exist_ok=True)
     model = _transformers_model(config)
@@ -190,6 +198,7 @@ def build(path: Path, config: dict[str, Any], *, seed: int = 0, fp8: bool = Fals
     if fp8:
         _load_published(model, tensors)
         quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        quantization |= {"scale_fmt": scale_fmt} if scale_fmt else {}
         config = {**config, "quantization_config": quantization}
     (path / "config.json").write_text(json.dumps(config))
     write(path, stored, shards)

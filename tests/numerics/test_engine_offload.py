@@ -127,7 +127,7 @@ def test_experts_that_would_have_to_be_converted_are_not_streamed(checkpoint: Ge
 
 def test_what_failed_in_the_background_is_not_lost() -> None:
     class Bank:
-        count, resident, bytes_each = 4, 0, 1
+        count, resident, bytes_each, queued = 4, 0, 1, False
 
         def __init__(self, error: Exception | None) -> None:
             self.error = error

@@ -155,7 +155,7 @@ OP_MUTATIONS = {
     "bias ignored": {"route": _bias_ignored},
     "group worth its maximum": {"route": _group_by_maximum},
     "gate and up swapped": {"swiglu_linear": lambda x, gate, up, *_: reference.swiglu_linear(x, up, gate)},
-    "norm without weight": {"rms_norm": lambda x, w, eps: reference.rms_norm(x, torch.ones_like(w), eps)},
+    "norm without weight": {"rms_norm": lambda x, w, eps, to=None: reference.rms_norm(x, torch.ones_like(w), eps)},
 }
 
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any
 
-from distill.engine.kernels import cpu, cpu_layer, reference
+from distill.engine.kernels import cpu
 
-IMPLEMENTATIONS = {"cpu": cpu, "cpu_layer": cpu_layer, "reference": reference}
+_HERE = "distill.engine.kernels."  # of the implementations, which are imported when a table names them
 
 
 @dataclass(frozen=True)
 class Ops:
     """One implementation of each op. The model calls ops through this and never names a kernel."""
 
+    device: Callable[..., Any]
     session: Callable[..., Any]
     activation_dtype: Callable[..., Any]
     has_nan_codes: Callable[..., Any]
@@ -48,11 +50,16 @@ class Ops:
 OP_NAMES = tuple(field.name for field in fields(Ops))
 _REFERENCE = dict.fromkeys(OP_NAMES, "reference")
 
-# column → op → implementation; the columns of device types, and `reference`, which is any device's
+# column → op → implementation: the columns of device types, and the definitions of what they compute, for any device
 TABLE: dict[str, dict[str, str]] = {
     "cpu": dict.fromkeys(OP_NAMES, "cpu") | {"decode_plan": "cpu_layer"},
-    "cuda": _REFERENCE,
+    "cuda": dict.fromkeys(OP_NAMES, "gpu"),
     "reference": _REFERENCE,
+    "w8a8": _REFERENCE
+    | dict.fromkeys(
+        ("pack", "linear", "swiglu_linear", "expert_bank", "experts", "paged_write", "decode_mla", "prefill_mla"),
+        "w8a8",
+    ),
 }
 
 
@@ -68,7 +75,7 @@ def column_for(device_type: str) -> str:
 
 def ops_for(column: str) -> Ops:
     """The ops that `TABLE` commits for a column."""
-    return Ops(**{op: getattr(IMPLEMENTATIONS[who], op) for op, who in TABLE[column].items()})
+    return Ops(**{op: getattr(import_module(_HERE + who), op) for op, who in TABLE[column].items()})
 
 
 def describe(column: str) -> str:
@@ -79,4 +86,7 @@ def describe(column: str) -> str:
     """
     if column == "cpu":
         return f"cpu kernels ({cpu.instruction_set()}, fixed order of sums)"
+    if column in ("cuda", "w8a8"):
+        who = "gpu kernels" if column == "cuda" else "reference kernels"
+        return f"{who} (FP8 products with activations quantised 1x128, library matrix products)"
     return "reference kernels (library matrix products)"

@@ -37,6 +37,7 @@ from distill.engine.kernels.cpu_library import session as session
 from distill.engine.kernels.cpu_library import why_missing as why_missing
 from distill.engine.kernels.cpu_packing import ExpertBank, Memory, Packed, with_rows
 from distill.engine.kernels.reference import Place, Stored
+from distill.engine.kernels.reference import device as device
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -154,7 +155,7 @@ def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -
     )
 
 
-def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float) -> Tensor:
+def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float, to: Any = None) -> Tensor:
     x_tc = with_rows(x_tc)
     rows, c = x_tc.shape
     out = torch.empty(rows, c)
@@ -195,7 +196,12 @@ def linear(x_tc: Tensor, weight: Packed, bias_n: Tensor | None = None, onto_tn: 
 
 
 def swiglu_linear(
-    x_tc: Tensor, gate: Packed, up: Packed, gate_bias_f: Tensor | None = None, up_bias_f: Tensor | None = None
+    x_tc: Tensor,
+    gate: Packed,
+    up: Packed,
+    gate_bias_f: Tensor | None = None,
+    up_bias_f: Tensor | None = None,
+    to: Any = None,
 ) -> Tensor:
     if gate_bias_f is not None or up_bias_f is not None:
         return torch.nn.functional.silu(linear(x_tc, gate, gate_bias_f)) * linear(x_tc, up, up_bias_f)

@@ -118,6 +118,8 @@ class ExpertBank:
     """As in reference.py. Packed experts lie one after the other, gate, up and down each; `arrays` holds what the
     kernel reads, a PackedMatrix for each part and expert."""
 
+    queued = False
+
     def __init__(self, count: int, dtype: torch.dtype) -> None:
         self.count, self.resident, self.parts = count, count, _parts(dtype)
         self._dtype = dtype

@@ -34,10 +34,12 @@ FP8_BLOCK = 128
 
 @dataclass(frozen=True)
 class Fp8:
-    """A matrix as published: float8_e4m3fn codes [n, c], float32 scales [⌈n/128⌉, ⌈c/128⌉], edge blocks partial."""
+    """A matrix as published: float8_e4m3fn codes [n, c], float32 scales [⌈n/128⌉, ⌈c/128⌉], edge blocks partial. ue8m0:
+    scales are powers of two, and so are to be those of activations, where they are quantised."""
 
     codes: Tensor
     scale: Tensor
+    ue8m0: bool = False
 
 
 Stored = Tensor | Fp8  # a matrix as the checkpoint holds it
@@ -45,10 +47,12 @@ Stored = Tensor | Fp8  # a matrix as the checkpoint holds it
 
 @dataclass(frozen=True)
 class Place:
-    """Where a matrix (the codes of an FP8 one) lies in a file, row-major. `file` keeps the descriptor open."""
+    """Where a matrix (the codes of an FP8 one) lies in a file, row-major: `size` bytes. `file` keeps the descriptor
+    open."""
 
     descriptor: int
     offset: int
+    size: int
     file: Any
 
 
@@ -65,8 +69,9 @@ class Damaged(Exception):
 _SCORE_ELEMENTS = 1 << 24
 
 
-def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · weight over the last dimension (arXiv:1910.07467)."""
+def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float, to: Any = None) -> Tensor:
+    """x / rms(x) · weight over the last dimension (arXiv:1910.07467). to: the packed matrix or bank of experts that
+    reads it, for kernels that can make what that wants on the way; the result is the same."""
     return F.rms_norm(x_tc, (x_tc.shape[-1],), weight_c, eps)
 
 
@@ -81,6 +86,11 @@ def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> No
     rotated_a, rotated_b = a * cos_t1r - b * sin_t1r, b * cos_t1r + a * sin_t1r
     a.copy_(rotated_a)
     b.copy_(rotated_b)
+
+
+def device() -> torch.device:
+    """Where tensors are to be for these ops."""
+    return torch.device("cpu")
 
 
 def session() -> AbstractContextManager[None]:
@@ -115,11 +125,12 @@ def dequantize_fp8_block(weight_nc: Tensor, scale: Tensor, dtype: torch.dtype) -
 
 def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Tensor:
     """What `linear` and `swiglu_linear` take as a weight. place: where it may be read instead. Raises Damaged."""
-    _check(weight)
+    check(weight)
     return dense(weight, dtype)
 
 
-def _check(weight: Stored, expert: int = 0, part: int = 0) -> None:
+def check(weight: Stored, expert: int = 0, part: int = 0) -> None:
+    """Raises Damaged."""
     if isinstance(weight, Fp8) and has_nan_codes(weight.codes):
         raise Damaged("codes", expert, part)
     if isinstance(weight, Fp8) and not weight.scale.isfinite().all():
@@ -139,8 +150,10 @@ def swiglu_linear(
     up_fc: Tensor,
     gate_bias_f: Tensor | None = None,
     up_bias_f: Tensor | None = None,
+    to: Any = None,
 ) -> Tensor:
-    """silu(x · gateᵀ) · (x · upᵀ) (arXiv:2002.05202)."""
+    """silu(x · gateᵀ) · (x · upᵀ) (arXiv:2002.05202). to: the packed matrix that reads it, as for `rms_norm`; what is
+    returned may be made for that matrix alone."""
     return F.silu(F.linear(x_tc, gate_fc, gate_bias_f)) * F.linear(x_tc, up_fc, up_bias_f)
 
 
@@ -150,14 +163,14 @@ def rows_of(weight: Stored, begin: int, end: int) -> Stored:
         return weight[begin:end]
     blocks = slice(begin // FP8_BLOCK, -(-end // FP8_BLOCK))
     if begin % FP8_BLOCK == 0 or blocks.stop - blocks.start == 1:
-        return Fp8(weight.codes[begin:end], weight.scale[blocks])
+        return Fp8(weight.codes[begin:end], weight.scale[blocks], weight.ue8m0)
     return dense(weight, torch.float32)[begin:end]
 
 
 def transposed(weight: Stored) -> Stored:
     """[n, c] → [c, n]."""
     if isinstance(weight, Fp8):
-        return Fp8(weight.codes.T.contiguous(), weight.scale.T.contiguous())
+        return Fp8(weight.codes.T.contiguous(), weight.scale.T.contiguous(), weight.ue8m0)
     return weight.T
 
 
@@ -173,7 +186,10 @@ def per_head(x_thc: Tensor, weight_hnc: Tensor) -> Tensor:
 
 class ExpertBank:
     """The experts of a layer, (gate [f, c], up [f, c], down [c, f]) each. They are lent as stored; `settle` packs some
-    for good, the others are packed into an arena when they are needed."""
+    for good, the others are packed into an arena when they are needed. queued: whether `fill` returns at once, its work
+    being in order with that of ops called later."""
+
+    queued = False
 
     def __init__(self, count: int, dtype: torch.dtype) -> None:
         self.count, self._dtype = count, dtype
@@ -198,7 +214,7 @@ class ExpertBank:
         for index, expert in enumerate(self._lent):
             assert expert is not None
             for part, matrix in enumerate(expert):
-                _check(matrix, index, part)
+                check(matrix, index, part)
             if index < self.resident:
                 self.packed[index] = self._pack(index)
                 self._lent[index] = None

@@ -1,0 +1,53 @@
+"""Where a model runs: the GPU, if there is one that multiplies FP8, else the CPU; and how much memory it has there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from distill.engine.kernels import column_for
+
+GIB = 1 << 30
+_FP8_CAPABILITY = (8, 9)  # Ada and Hopper; before them, no tensor core multiplies e4m3
+_SHARE = 0.9  # of a GPU's free memory; the rest is for its libraries' and the graphs' own
+
+
+def choose_device(asked: torch.device | str | None) -> torch.device:
+    """The device that is asked for, or the best there is. ValueError, with the fix, for one that will not do."""
+    device = torch.device(asked) if asked is not None else None
+    if device is None:
+        able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _FP8_CAPABILITY
+        return torch.device("cuda", torch.cuda.current_device()) if able else torch.device("cpu")
+    column_for(device.type)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device is 'cuda' and no GPU can be used here; set it to cpu or see `distill doctor`")
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FP8_CAPABILITY:
+            name = torch.cuda.get_device_name(device)
+            raise ValueError(
+                f"device is 'cuda' and {name} (compute capability {capability[0]}.{capability[1]}) cannot multiply "
+                "FP8, which needs 8.9 (Ada, Hopper) or newer; set it to cpu, or name a server that has the model"
+            )
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
+
+
+def memory_of(device: torch.device) -> int | None:
+    """The budget of a GPU that nobody gave one, bytes; None on a CPU: no limit."""
+    return int(_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
+def refuse_too_large(model_dir: Path | str, needed: int, whole: int, budget: int) -> None:
+    """ValueError, with the command that serves the model elsewhere, if `needed` bytes, all that cannot be streamed, do
+    not fit into `budget`. whole: bytes of the model."""
+    if needed <= budget:
+        return
+    gpus = 1 << (int(1.2 * whole) // budget).bit_length()
+    raise ValueError(
+        f"{model_dir}: {needed / GIB:.3g} GiB have to be on the GPU at once and {budget / GIB:.3g} GiB are free there; "
+        f"serve it with more GPUs (`vllm serve {model_dir} --tensor-parallel-size {gpus}` or `python -m "
+        f"sglang.launch_server --model-path {model_dir} --tp {gpus}`) and give the recipe that server's address"
+    )

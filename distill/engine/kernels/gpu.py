@@ -1,0 +1,186 @@
+"""The GPU's column of the table: FP8 products in Triton, everything that a step needs on the device, no waiting host.
+
+FP8 matrices stay as published and are multiplied with quantised activations (w8a8.py). Matrices in bfloat16, and all of
+them in float32, are multiplied by torch. Attention over prompts is torch's, too: it works on whole blocks of queries,
+for which torch brings the best kernels there are.
+
+A tensor that `rms_norm` made for an FP8 matrix carries its quantised form as an attribute, which products with FP8
+matrices take; it is lost when rows are picked out, and then they quantise for themselves.
+
+Under Triton's interpreter (TRITON_INTERPRET=1) all of it runs on a CPU, slowly.
+
+Legend: as in reference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from distill.engine.kernels import gpu_attention, gpu_gemm, gpu_moe, gpu_rows, reference, w8a8
+from distill.engine.kernels.gpu_attention import decode_gqa as decode_gqa
+from distill.engine.kernels.gpu_attention import index_scores as index_scores
+from distill.engine.kernels.gpu_draw import draw as draw
+from distill.engine.kernels.gpu_experts import ExpertBank
+from distill.engine.kernels.gpu_moe import route as route
+from distill.engine.kernels.gpu_rows import rope as rope
+from distill.engine.kernels.gpu_tiles import grouped_tile
+from distill.engine.kernels.reference import Fp8, Place, Stored
+from distill.engine.kernels.reference import activation_dtype as activation_dtype
+from distill.engine.kernels.reference import decode_plan as decode_plan
+from distill.engine.kernels.reference import per_head as per_head
+from distill.engine.kernels.reference import session as session
+from distill.engine.kernels.w8a8 import Fp8Matrix, Packed, Quantised, dense_rows
+
+if triton.knobs.runtime.interpret:
+    from distill.engine.kernels.gpu_interpreter import correct
+
+    correct()
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def has_nan_codes(codes: Tensor) -> bool:
+    return reference.has_nan_codes(codes.to(device(), non_blocking=True))
+
+
+def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Packed:
+    return w8a8.pack(_moved(weight), dtype)
+
+
+def pack_heads(weights: Sequence[Stored], dtype: torch.dtype) -> Tensor:
+    return reference.pack_heads([_moved(weight) for weight in weights], dtype)
+
+
+def _moved(weight: Stored) -> Stored:
+    """A copy, which begins where a descriptor may: a tensor in a file may lie anywhere."""
+    if isinstance(weight, Fp8):
+        return Fp8(weight.codes.to(device(), copy=True), weight.scale.to(device()), weight.ue8m0)
+    return weight.to(device(), copy=True)
+
+
+def packed_bytes(packed: Packed) -> int:
+    return packed.nbytes
+
+
+def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:
+    return ExpertBank(count, dtype, device())
+
+
+def arena(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device())
+
+
+def _format(to: Any) -> bool | None:
+    """Whether the matrix that will read activations wants scales that are powers of two; None: it reads them as they
+    are."""
+    return to.ue8m0 if isinstance(to, Fp8Matrix) or (isinstance(to, ExpertBank) and to.fp8) else None
+
+
+def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float, to: Any = None) -> Tensor:
+    out_tc, quantised = gpu_rows.rms_norm(x_tc, weight_c, eps, _format(to))
+    if quantised is not None:
+        out_tc.quantised = quantised  # type: ignore[attr-defined]
+    return out_tc
+
+
+def _quantised(x: Tensor | Quantised, ue8m0: bool) -> Quantised:
+    if isinstance(x, Quantised):
+        return x
+    made: Quantised | None = getattr(x, "quantised", None)
+    return made or gpu_rows.quantise(x, ue8m0)
+
+
+def linear(
+    x: Tensor | Quantised, weight: Packed, bias_n: Tensor | None = None, onto_tn: Tensor | None = None
+) -> Tensor:
+    if isinstance(weight, Tensor):
+        assert isinstance(x, Tensor)
+        return reference.linear(x, weight, bias_n, onto_tn)
+    return gpu_gemm.linear(_quantised(x, weight.ue8m0), weight, bias_n, onto_tn)
+
+
+def swiglu_linear(
+    x_tc: Tensor,
+    gate: Packed,
+    up: Packed,
+    gate_bias_f: Tensor | None = None,
+    up_bias_f: Tensor | None = None,
+    to: Any = None,
+) -> Tensor | Quantised:
+    gate_tf, up_tf = linear(x_tc, gate, gate_bias_f), linear(x_tc, up, up_bias_f)
+    return gpu_rows.swiglu(gate_tf, up_tf, _format(to))
+
+
+def experts(
+    x_tc: Tensor,
+    experts_tk: Tensor,
+    weights_tk: Tensor,
+    bank: ExpertBank,
+    shared: tuple[Packed, Packed, Packed] | None,
+    onto_tc: Tensor,
+) -> Tensor:
+    tile = grouped_tile(experts_tk.numel(), bank.count)
+    places = gpu_moe.slots(experts_tk, bank.count, tile.rows)
+    x = _quantised(x_tc, bank.ue8m0) if bank.fp8 else F.pad(x_tc, (0, bank.c - x_tc.shape[1]))
+    per_row, f = experts_tk.shape[1], bank.f
+    both_s2f = gpu_gemm.grouped(
+        x, places.pair_s, per_row, bank.gate_up_x, bank.gate_up_scale_x, places.expert_b, 2 * f, tile
+    )
+    hidden = gpu_rows.swiglu(both_s2f[:, :f], both_s2f[:, f:], _format(bank))
+    y_sc = gpu_gemm.grouped(hidden, None, 1, bank.down_x, bank.down_scale_x, places.expert_b, x_tc.shape[1], tile)
+    gpu_moe.combine(y_sc, places.slot_p, weights_tk, onto_tc)
+    if shared is not None:
+        gate, up, down = shared
+        linear(swiglu_linear(x_tc, gate, up, to=down), down, None, onto_tc)
+    return onto_tc
+
+
+def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -> None:
+    if pool.dtype != torch.uint8:
+        reference.paged_write(pool, page_t, offset_t, x_tkd)
+        return
+    latent = w8a8.latent_width(x_tkd.shape[2], pool.shape[3])
+    gpu_attention.write_fp8(pool, page_t, offset_t, x_tkd[:, 0], latent)
+
+
+def decode_mla(q_bhd: Tensor, pool: Tensor, table_bp: Tensor, length_b: Tensor, scale: float, e: int) -> Tensor:
+    return gpu_attention.decode_mla(q_bhd, pool, table_bp, length_b, scale, e)
+
+
+def prefill_gqa(q_thd: Tensor, k_pool: Tensor, v_pool: Tensor, table_p: Tensor, length: int, scale: float) -> Tensor:
+    k_kld, v_kle = (reference.paged_gather(pool, table_p[None])[0, :, :length] for pool in (k_pool, v_pool))
+    return _attend(q_thd, k_kld, v_kle, scale)
+
+
+def prefill_mla(
+    q_thd: Tensor, pool: Tensor, table_p: Tensor, length: int, expand_k_hnc: Tensor, expand_v_hec: Tensor, scale: float
+) -> Tensor:
+    h, _, latent = expand_k_hnc.shape
+    row_ld = dense_rows(reference.paged_gather(pool, table_p[None])[0, 0, :length], latent, q_thd.dtype)
+    c_lc, kr_lr = row_ld.tensor_split((latent,), dim=-1)
+    k_hld = torch.cat((torch.matmul(c_lc, expand_k_hnc.transpose(1, 2)), kr_lr.expand(h, -1, -1)), dim=-1)
+    return _attend(q_thd, k_hld, torch.matmul(c_lc, expand_v_hec.transpose(1, 2)), scale)
+
+
+def _attend(q_thd: Tensor, k_kld: Tensor, v_kle: Tensor, scale: float) -> Tensor:
+    """As reference.attend_causal."""
+    t, length = len(q_thd), k_kld.shape[1]
+    out_1hte = F.scaled_dot_product_attention(
+        q_thd.transpose(0, 1)[None],
+        k_kld[None],
+        v_kle[None],
+        attn_mask=None if t == length else causal_lower_right(t, length),
+        is_causal=t == length,
+        scale=scale,
+        enable_gqa=q_thd.shape[1] != k_kld.shape[0],
+    )
+    return out_1hte[0].transpose(0, 1)

@@ -1,0 +1,124 @@
+"""Drawing tokens on the GPU: one program a draw, no sort, and nothing that a host has to wait for.
+
+Top k and top p are thresholds: the least probability p for which fewer than k tokens lie above it, and the least for
+which the mass above it is less than top p of all. Both are found exactly by bisecting the bits of a float32, whose
+order as integers is that of the numbers: 30 passes over a row that lies in the cache. Sorting 129,280 logits takes
+longer, and looking at the largest few needs a host that decides whether they were enough.
+
+The draw inverts the cumulative distribution in vocabulary order, in float64, as reference.draw does.
+
+Legend: as in reference.py; v vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 2048
+
+
+@triton.jit
+def _probabilities(x_ptr, first, V, top, temperature, BLOCK: tl.constexpr):
+    """Of columns first … first+BLOCK-1, the largest of the row being 1."""
+    v = first + tl.arange(0, BLOCK)
+    return tl.exp((tl.load(x_ptr + v, mask=v < V, other=float("-inf")) - top) / temperature)
+
+
+@triton.jit
+def _above(x_ptr, bits, V, top, temperature, BLOCK: tl.constexpr):
+    """How many probabilities exceed the one with these bits, and their mass (float64)."""
+    threshold = bits.to(tl.float32, bitcast=True)
+    count, mass = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, V, BLOCK):
+        p = _probabilities(x_ptr, first, V, top, temperature, BLOCK)
+        count += (p > threshold).to(tl.int32)
+        mass += tl.where(p > threshold, p, 0.0).to(tl.float64)
+    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
+
+
+@triton.jit
+def _draw(
+    logits_ptr, row_ptr, uniform_ptr, temperature_ptr, top_k_ptr, top_p_ptr, token_ptr, logprob_ptr, V, stride,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    draw = tl.program_id(0)
+    x_ptr = logits_ptr + tl.load(row_ptr + draw).to(tl.int64) * stride
+    temperature = tl.load(temperature_ptr + draw)
+    greedy = temperature == 0.0
+    temperature = tl.where(greedy, 1.0, temperature)
+
+    lane = tl.arange(0, BLOCK)
+    highest, highest_at = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, V, BLOCK):
+        x = tl.load(x_ptr + first + lane, mask=first + lane < V, other=float("-inf"))
+        highest_at = tl.where(x > highest, first + lane, highest_at)
+        highest = tl.maximum(highest, x)
+    top = tl.max(highest, axis=0)
+    best = tl.min(tl.where(highest == top, highest_at, V), axis=0)
+    raw = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, V, BLOCK):
+        raw += _probabilities(x_ptr, first, V, top, 1.0, BLOCK)
+    normaliser = top + tl.log(tl.sum(raw, axis=0))
+
+    one: tl.constexpr = 0x3F800000
+    top_k, top_p = tl.load(top_k_ptr + draw).to(tl.int32), tl.load(top_p_ptr + draw)
+    low, high = tl.full((), 0, tl.int32), tl.full((), one, tl.int32)
+    limited = (top_k > 0) & (top_k < V) & (greedy == 0)
+    for _ in range(tl.where(limited, 30, 0)):
+        middle = low + (high - low) // 2
+        count, _mass = _above(x_ptr, middle, V, top, temperature, BLOCK)
+        enough = count < top_k
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, middle + 1)
+    least = tl.where(limited, high, 0)
+    count, mass = _above(x_ptr, least, V, top, temperature, BLOCK)
+    if limited:
+        mass += (top_k - count).to(tl.float64) * least.to(tl.float32, bitcast=True).to(tl.float64)
+    nucleus = (top_p < 1.0) & (greedy == 0)
+    low, high = least, tl.full((), one, tl.int32)
+    for _ in range(tl.where(nucleus, 30, 0)):
+        middle = low + (high - low) // 2
+        _count, above = _above(x_ptr, middle, V, top, temperature, BLOCK)
+        enough = above < top_p * mass
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, middle + 1)
+    threshold = tl.where(nucleus, high, least).to(tl.float32, bitcast=True)
+
+    mass = tl.full((), 0.0, tl.float64)
+    last = tl.full((), 0, tl.int32)
+    for first in range(0, V, BLOCK):
+        p = _probabilities(x_ptr, first, V, top, temperature, BLOCK)
+        kept = (p >= threshold) & (p > 0.0)
+        mass += tl.sum(tl.where(kept, p, 0.0).to(tl.float64), axis=0)
+        last = tl.maximum(last, tl.max(tl.where(kept, first + lane, 0), axis=0))
+    aim = tl.load(uniform_ptr + draw) * mass
+    token, before = tl.full((), 0x7FFFFFFF, tl.int32), tl.full((), 0.0, tl.float64)
+    for first in range(0, V, BLOCK):
+        p = _probabilities(x_ptr, first, V, top, temperature, BLOCK)
+        kept = (p >= threshold) & (p > 0.0)
+        p = tl.where(kept, p, 0.0).to(tl.float64)
+        reached = kept & (before + tl.cumsum(p, axis=0) > aim)
+        token = tl.minimum(token, tl.min(tl.where(reached, first + lane, 0x7FFFFFFF), axis=0))
+        before += tl.sum(p, axis=0)
+    token = tl.where(greedy, best, tl.minimum(token, last))
+    tl.store(token_ptr + draw, token.to(tl.int64))
+    tl.store(logprob_ptr + draw, tl.load(x_ptr + token) - normaliser)
+
+
+def draw(
+    logits_rv: Tensor, row_b: Tensor, uniform_b: Tensor, temperature_b: Tensor, top_k_b: Tensor, top_p_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As reference.draw."""
+    assert logits_rv.dtype == torch.float32 and logits_rv.stride(1) == 1
+    b, device = len(row_b), logits_rv.device
+    token_b, logprob_b = torch.empty(b, dtype=torch.int64, device=device), torch.empty(b, device=device)
+    if b:
+        block = min(_BLOCK, triton.next_power_of_2(logits_rv.shape[1]))
+        _draw[b,](
+            logits_rv, row_b, uniform_b, temperature_b, top_k_b, top_p_b, token_b, logprob_b,
+            logits_rv.shape[1], logits_rv.stride(0), block, num_warps=8,
+        )  # fmt: skip
+    return token_b, logprob_b

@@ -1,0 +1,171 @@
+"""The experts of a layer on the GPU, those that stay there and those that are streamed to it.
+
+An expert is one record of bytes: gate over up, [2f, c], then down, [c, f], codes first and their scales behind them;
+each width is padded with zeros to whole blocks of 128. Resident records lie on the device one after the other. The
+others lie so in page-locked host memory, from where a layer's are copied in one go, beside what is being computed, into
+one of two arenas. Products are handed addresses, so that it does not matter where a record lies.
+
+Legend: as in w8a8.py; f and c are the padded widths.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.engine.kernels.reference import FP8_BLOCK, Fp8, Place, Stored, check, dense
+
+_ALIGNED = 256
+
+
+class ExpertBank:
+    """As reference.ExpertBank; filling is queued and not waited for."""
+
+    queued = True
+
+    def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.count, self.resident, self.fp8, self.ue8m0 = count, count, False, False
+        self._dtype, self._device = dtype, device
+        self._lent: list[tuple[Stored, Stored, Stored]] = []
+        self._addresses: dict[int, tuple[Tensor, ...]] = {}  # by the arena that streamed experts are read from
+
+    def lend(self, expert: tuple[Stored, Stored, Stored], places: tuple[Place, ...] | None = None) -> None:
+        if not self._lent:
+            gate, _, down = expert
+            fp8 = [isinstance(matrix, Fp8) for matrix in expert]
+            self.fp8 = all(fp8) and self._dtype == torch.bfloat16
+            self.ue8m0 = isinstance(gate, Fp8) and gate.ue8m0
+            (f, c), self.width = _shape(gate), _shape(down)[0]
+            self.f, self.c = _padded(f), _padded(c)
+            self._lay_out()
+        self._lent.append(expert)
+
+    def _lay_out(self) -> None:
+        """Sizes and offsets of a record's parts: gate over up, down, and the scales of both."""
+        item = 1 if self.fp8 else self._dtype.itemsize
+        blocks = self.f // FP8_BLOCK, self.c // FP8_BLOCK, -(-self.width // FP8_BLOCK)
+        sizes = [
+            2 * self.f * self.c * item,
+            self.width * self.f * item,
+            2 * blocks[0] * blocks[1] * 4 * self.fp8,
+            blocks[2] * blocks[0] * 4 * self.fp8,
+        ]
+        self._offsets, at = [], 0
+        for size in sizes:
+            self._offsets.append(at)
+            at += -(-size // _ALIGNED) * _ALIGNED
+        self.bytes_each = at
+
+    def settle(self, resident: int | None = None) -> None:
+        """Raises Damaged. ValueError if the host has no room for those that do not stay on the device."""
+        self.resident = self.count if resident is None else resident
+        streamed = self.count - self.resident
+        _refuse_more_than_memory(streamed * self.bytes_each)
+        self._here = torch.zeros(self.resident * self.bytes_each, dtype=torch.uint8, device=self._device)
+        pinned = self._device.type == "cuda" and streamed > 0
+        self._there = torch.zeros(streamed * self.bytes_each, dtype=torch.uint8, pin_memory=pinned)
+        for index, expert in enumerate(self._lent):
+            where, number = (self._here, index) if index < self.resident else (self._there, index - self.resident)
+            self._write(where[number * self.bytes_each :][: self.bytes_each], index, expert)
+        self._lent = []
+        self._filled = torch.cuda.Event() if pinned else None
+        self._read_from(self._here)
+
+    def _write(self, record: Tensor, index: int, expert: tuple[Stored, Stored, Stored]) -> None:
+        for part, matrix in enumerate(expert):
+            check(matrix, index, part)
+        gate, up, down = expert
+        at, f, c = self._offsets, self.f, self.c
+        for offset, matrix, rows, columns in (
+            (at[0], gate, f, c),
+            (at[0] + f * c * self._item, up, f, c),
+            (at[1], down, self.width, f),
+        ):
+            if self.fp8:
+                assert isinstance(matrix, Fp8)
+                values = matrix.codes.view(torch.uint8)
+            else:
+                values = dense(matrix, self._dtype)
+            values = F.pad(values, (0, columns - values.shape[1], 0, rows - values.shape[0]))
+            _put(record, offset, values)
+        if self.fp8:
+            scales = [matrix.scale for matrix in expert if isinstance(matrix, Fp8)]
+            for offset, scale in zip((at[2], at[2] + scales[0].nbytes, at[3]), scales, strict=True):
+                _put(record, offset, scale)
+
+    @property
+    def _item(self) -> int:
+        return 1 if self.fp8 else self._dtype.itemsize
+
+    def fill(self, arena: Tensor, chosen: Sequence[int] | None = None, background: bool = False) -> None:
+        """Queue copies to `arena` behind what has been queued so far: nobody reads it any more after that."""
+        wanted = None if chosen is None else [i - self.resident for i in chosen if i >= self.resident]
+        if self._filled is None:
+            self._copy(arena, wanted)
+            return
+        stream = _copies(self._device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._copy(arena, wanted)
+            self._filled.record(stream)
+
+    def _copy(self, arena: Tensor, wanted: Sequence[int] | None) -> None:
+        if wanted is None:
+            arena[: len(self._there)].copy_(self._there, non_blocking=True)
+            return
+        for number in wanted:
+            record = slice(number * self.bytes_each, (number + 1) * self.bytes_each)
+            arena[record].copy_(self._there[record], non_blocking=True)
+
+    def install(self, arena: Tensor) -> None:
+        """Products queued from now on read the streamed experts from `arena`, once they are there."""
+        if self._filled is not None:
+            torch.cuda.current_stream().wait_event(self._filled)
+        self._read_from(arena)
+
+    def _read_from(self, arena: Tensor) -> None:
+        if arena.data_ptr() not in self._addresses:
+            begin = [self._here.data_ptr() + i * self.bytes_each for i in range(self.resident)]
+            begin += [arena.data_ptr() + i * self.bytes_each for i in range(self.count - self.resident)]
+            begin_x = torch.tensor(begin, dtype=torch.int64, device=self._device)
+            self._addresses[arena.data_ptr()] = tuple(begin_x + offset for offset in self._offsets)
+        parts = self._addresses[arena.data_ptr()]
+        self.gate_up_x, self.down_x, self.gate_up_scale_x, self.down_scale_x = parts
+
+
+_streams: dict[torch.device, Any] = {}
+
+
+def _copies(device: torch.device) -> Any:
+    """The device's stream for copies from the host."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+def _shape(matrix: Stored) -> tuple[int, int]:
+    n, c = (matrix.codes if isinstance(matrix, Fp8) else matrix).shape
+    return n, c
+
+
+def _refuse_more_than_memory(size: int) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > 0.9 * memory:
+        raise ValueError(
+            f"{size / 2**30:.3g} GiB of experts do not fit on the device and not into the {memory / 2**30:.3g} GiB of "
+            "this machine's memory either; use a remote server with more GPUs"
+        )
+
+
+def _padded(width: int) -> int:
+    return -(-width // FP8_BLOCK) * FP8_BLOCK
+
+
+def _put(record: Tensor, offset: int, values: Tensor) -> None:
+    data = values.contiguous().view(torch.uint8).flatten()
+    record[offset : offset + len(data)].copy_(data)

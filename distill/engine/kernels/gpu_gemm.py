@@ -1,0 +1,175 @@
+"""Products of FP8 matrices with FP8 activations on the GPU: one matrix, or the experts of a layer.
+
+Both sides are e4m3 and a scale belongs to 128 channels, so a step along the sum is 128 wide: the tensor cores add up
+128 products, and the sum is scaled and added in float32. (Hopper's FP8 accumulators keep about 14 bits, which is why
+the checkpoints were trained this way: DeepSeek-V3, arXiv:2412.19437, section 3.5.2.) A tile is never wider than a block
+of the weights, which makes the scale of its weights one number.
+
+`linear`: tiles come through tensor descriptors, which the hardware's copy engine reads, bounds and edges included. With
+few rows there are fewer tiles than multiprocessors: the sum is cut into parts, which a second kernel adds in order, so
+that the result is the same every time.
+
+`grouped`: rows are sorted by expert, each expert's padded to whole tiles (gpu_moe.py). Every tile knows its expert, and
+an expert is an address: where it lies, in its own place or in one it was streamed to, is the table's business. The
+number of tiles is an upper bound that depends on shapes only, so that a CUDA graph can hold it; those that are not
+needed end at once.
+
+Legend: m rows, n columns of a result, g groups of 128 along the sum, s slots for (token, expert) pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from distill.engine.kernels.gpu_tiles import Tile, linear_tile
+from distill.engine.kernels.reference import FP8_BLOCK
+from distill.engine.kernels.w8a8 import Activations, Fp8Matrix, Quantised
+
+_TILES_DOWN = 8  # tiles are numbered down columns of so many, so that neighbours share what they read
+_JOIN_COLUMNS = 1024
+
+
+@triton.jit
+def _linear(
+    a, a_scale_ptr, w, w_scale_ptr, bias_ptr, onto_ptr, out_ptr, M, N, GROUPS, a_scale_stride, out_stride,
+    BIAS: tl.constexpr, ONTO: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_DOWN: tl.constexpr,
+):  # fmt: skip
+    tile, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    band = tile // (TILES_DOWN * tiles_n) * TILES_DOWN
+    height = tl.minimum(tiles_m - band, TILES_DOWN)
+    within = tile % (TILES_DOWN * tiles_n)
+    first_m, first_n = (band + within % height) * BLOCK_M, within // height * BLOCK_N
+    m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+
+    part = tl.program_id(1)
+    each = tl.cdiv(GROUPS, PARTS)
+    begin = part * each
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    w_scale_ptr += first_n // 128 * GROUPS
+    for g in range(begin, tl.minimum(begin + each, GROUPS)):
+        a_scale = tl.load(a_scale_ptr + g * a_scale_stride + m, mask=m < M, other=0.0)
+        w_scale = tl.load(w_scale_ptr + g)
+        products = tl.dot(a.load([first_m, g * 128]), w.load([first_n, g * 128]).T)
+        total += products * (a_scale * w_scale)[:, None]
+
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    at = m[:, None].to(tl.int64) * out_stride + n[None, :]
+    if PARTS > 1:
+        tl.store(out_ptr + part.to(tl.int64) * M * out_stride + at, total, mask=inside)
+    else:
+        if BIAS:
+            total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if ONTO:
+            total += tl.load(onto_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_parts(
+    parts_ptr, bias_ptr, onto_ptr, out_ptr, M, N, out_stride,
+    BIAS: tl.constexpr, ONTO: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for part in range(PARTS):
+        total += tl.load(parts_ptr + (part * M + row) * N + n, mask=n < N, other=0.0)
+    if BIAS:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    if ONTO:
+        total += tl.load(onto_ptr + row * out_stride + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * out_stride + n, total.to(out_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _grouped(
+    a_ptr, a_scale_ptr, row_ptr, w_address_ptr, w_scale_address_ptr, expert_ptr, out_ptr,
+    N, GROUPS, BLOCKS, a_scale_stride, PER_ROW: tl.constexpr, GATHER: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """a, w: FP8 with scales, or bfloat16 (float32) without."""
+    block, first_n = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS * BLOCK_N
+    expert = tl.load(expert_ptr + block)
+    if expert < 0:
+        return
+    slot, n, k = block * BLOCK_M + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N), tl.arange(0, 128)
+    width = GROUPS * 128
+    if GATHER:
+        pair = tl.load(row_ptr + slot)
+        row, real = pair // PER_ROW, pair >= 0
+    else:
+        row, real = slot, slot >= 0
+    a_ptrs = a_ptr + row[:, None].to(tl.int64) * width + k[None, :]
+    w_ptr = tl.load(w_address_ptr + expert).to(tl.pointer_type(a_ptr.dtype.element_ty))
+    w_ptrs = w_ptr + tl.minimum(n, N - 1)[None, :].to(tl.int64) * width + k[:, None]
+    w_scale_ptr = tl.load(w_scale_address_ptr + expert).to(tl.pointer_type(tl.float32)) + first_n // 128 * GROUPS
+    a_scale_ptrs = a_scale_ptr + row
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for g in range(GROUPS):
+        a = tl.load(a_ptrs + g * 128, mask=real[:, None], other=0.0)
+        w = tl.load(w_ptrs + g * 128)
+        if FP8:
+            a_scale = tl.load(a_scale_ptrs + g * a_scale_stride, mask=real, other=0.0)
+            total += tl.dot(a, w) * (a_scale * tl.load(w_scale_ptr + g))[:, None]
+        else:
+            total = tl.dot(a, w, total, input_precision="ieee")
+    at = slot[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=(n < N)[None, :] & real[:, None])
+
+
+def linear(
+    x: Quantised, weight: Fp8Matrix, bias_n: Tensor | None = None, onto_mn: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
+    """x · weightᵀ + bias → bfloat16 [m, n]; added to `onto`, in place, if that is given. tile: other than the
+    table's."""
+    (m, n), groups, device = (len(x.codes), len(weight.codes)), weight.scale.shape[1], x.codes.device
+    assert x.codes.shape[1] == weight.codes.shape[1] == groups * FP8_BLOCK and x.scale.stride(0) == 1
+    out_mn = torch.empty(m, n, dtype=torch.bfloat16, device=device) if onto_mn is None else onto_mn
+    assert out_mn.stride(1) == 1
+    if not m:
+        return out_mn
+    tile = tile or linear_tile(m, n, groups)
+    grid = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns), tile.parts
+    into = out_mn if tile.parts == 1 else torch.empty(tile.parts, m, n, device=device)
+    bias, onto = bias_n if bias_n is not None else out_mn, out_mn
+    flags = bias_n is not None, onto_mn is not None, tile.parts
+    _linear[grid](
+        TensorDescriptor.from_tensor(x.codes, [tile.rows, FP8_BLOCK]), x.scale,
+        TensorDescriptor.from_tensor(weight.codes, [tile.columns, FP8_BLOCK]), weight.scale,
+        bias, onto, into, m, n, groups, x.scale.stride(1), into.stride(-2), *flags,
+        tile.rows, tile.columns, _TILES_DOWN, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if tile.parts > 1:
+        join = m, triton.cdiv(n, _JOIN_COLUMNS)
+        _add_parts[join](into, bias, onto, out_mn, m, n, out_mn.stride(0), *flags, _JOIN_COLUMNS)
+    return out_mn
+
+
+def grouped(
+    x: Activations, row_s: Tensor | None, per_row: int, weights_x: Tensor, scales_x: Tensor, expert_b: Tensor, n: int,
+    tile: Tile,
+) -> Tensor:  # fmt: skip
+    """Slot s times the matrix [n, g·128] of the expert of its block of tile.rows slots → [s, n], bfloat16 if x is FP8.
+
+    x: quantised if the matrices are FP8, of their dtype if they are not. row_s: the pair in a slot, whose row of x is
+    pair // per_row, or -1; None: a slot is its own row. weights_x, scales_x: addresses of matrices, and of scales of
+    FP8 ones. expert_b: int32, -1 for blocks that nobody needs. Their slots, and those of pairs -1, hold junk.
+    """
+    fp8, blocks = isinstance(x, Quantised), len(expert_b)
+    values, scale = (x.codes, x.scale) if isinstance(x, Quantised) else (x, x)
+    assert values.is_contiguous() and values.shape[1] % FP8_BLOCK == 0 and (not fp8 or scale.stride(0) == 1)
+    assert row_s is not None or len(values) == blocks * tile.rows
+    dtype = torch.bfloat16 if fp8 else values.dtype
+    out_sn = torch.empty(blocks * tile.rows, n, dtype=dtype, device=values.device)
+    _grouped[blocks * triton.cdiv(n, tile.columns),](
+        values, scale, expert_b if row_s is None else row_s, weights_x, scales_x, expert_b, out_sn,
+        n, values.shape[1] // FP8_BLOCK, blocks, scale.stride(1), per_row, row_s is not None, fp8,
+        tile.rows, tile.columns, num_warps=tile.warps, num_stages=tile.stages if fp8 else 2,
+    )  # fmt: skip
+    return out_sn

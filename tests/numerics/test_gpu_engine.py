@@ -1,0 +1,111 @@
+"""The engine through the GPU's ops: against transformers where numbers are plain, against the ops' definition in FP8;
+the same with graphs, with streamed experts and with an FP8 cache."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_checks import engine_logits, relative_error, some_tokens
+from random_models import CONFIGS, build
+
+from distill.engine import Completion, Engine, Request, SamplingParams
+from distill.engine.graphs import DecodeGraphs
+
+gpu = pytest.importorskip("distill.engine.kernels.gpu", reason="triton is not installed: pip install triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # junk in slots that nobody fills
+
+TINY_R1 = Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1"
+
+
+@pytest.mark.parametrize("name", ["v3-yarn", "v2", "v2-lite", "v32", "llama-mqa-biases", "qwen2", "qwen3"])
+def test_float32_is_that_of_transformers(name: str, tmp_path: Path) -> None:
+    checkpoint = build(tmp_path, CONFIGS[name])
+    engine = Engine.load(checkpoint.path, kernels="cuda", cache_tokens=512)
+    tokens = some_tokens(60)
+    ours = engine_logits(engine, tokens, cuts=(20,), decode_from=55)
+    error, what = relative_error(ours.cpu(), checkpoint.logits(tokens))
+    assert error < 1e-4, what
+
+
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_fp8_is_what_its_definition_says(ue8m0: bool, cache: Any, tmp_path: Path) -> None:
+    """On a trained model, whose logits do not hang on single bits as random ones do."""
+    path = Path(shutil.copytree(TINY_R1, tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] |= {"scale_fmt": "ue8m0"} if ue8m0 else {}
+    (path / "config.json").write_text(json.dumps(config))
+    tokens = some_tokens(40, config["vocab_size"])
+    load = {"dtype": torch.bfloat16, "cache_tokens": 512, "kv_cache_dtype": cache}
+    ours, defined = (
+        engine_logits(Engine.load(path, kernels=kernels, **load), tokens, cuts=(20,), decode_from=36).cpu()
+        for kernels in ("cuda", "w8a8")
+    )
+    plain = engine_logits(Engine.load(path, kernels="reference", cache_tokens=512), tokens)
+    far, near = ((one - plain).norm() / plain.norm() for one in (defined, ours))
+    print(f"from the unquantised model: defined {far:.3g}, ours {near:.3g}")
+    assert near < 1.25 * far < 0.06
+    assert (ours - defined).norm() / plain.norm() < 1.5 * far  # two roundings of the same numbers
+
+
+def completions(engine: Engine, count: int = 3, new: int = 4, **sampling: Any) -> dict[tuple[str, int], Completion]:
+    params = SamplingParams(max_new_tokens=new, **sampling)
+    requests = [Request(str(i), tuple(some_tokens(9 + 7 * i, seed=i)), params, 0, i, (0, 1)) for i in range(count)]
+    return {(done.request_id, done.sample): done for done in engine.generate(requests)}
+
+
+def test_graphs_decode_what_single_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a graph pads with, and another size of batch, leave text and log-probabilities as they are."""
+    path, load = build(tmp_path, CONFIGS["v3-yarn"]).path, {"max_context": 100, "max_batch": 6}
+    engine = Engine.load(path, kernels="cuda", **load)
+    sizes: list[int] = []
+    assert engine._graphs is not None
+    compute = engine._graphs._compute
+    monkeypatch.setattr(engine._graphs, "_compute", lambda size: sizes.append(size) or compute(size))
+    ours = completions(engine, temperature=0.7, top_p=0.9, logprobs=2)
+    theirs = completions(Engine.load(path, kernels="reference", **load), temperature=0.7, top_p=0.9, logprobs=2)
+    assert {1, 8} <= set(sizes) and len(ours) == 6
+    assert ours.keys() == theirs.keys()
+    for key, done in ours.items():
+        assert done.token_ids == theirs[key].token_ids
+        assert done.logprobs == pytest.approx(theirs[key].logprobs, abs=1e-4)
+        assert done.top_logprobs is not None and theirs[key].top_logprobs is not None
+        for top, expected in zip(done.top_logprobs, theirs[key].top_logprobs, strict=True):
+            assert dict(top) == pytest.approx(dict(expected), abs=1e-4)
+    assert engine._pages.free_pages == engine._pages.num_pages
+
+
+def test_where_experts_lie_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build(tmp_path, CONFIGS["v3"], fp8=True).path
+    monkeypatch.setattr(DecodeGraphs, "serve", lambda self, chunks: False)  # a padded batch may take another tile
+    load = {"kernels": "cuda", "dtype": torch.bfloat16, "max_context": 100, "max_batch": 6}
+    whole = completions(Engine.load(path, **load), count=1, new=3)
+    for resident in (0, 9):
+        streamed = completions(Engine.load(path, resident_experts=resident, **load), count=1, new=3)
+        assert {k: (d.token_ids, d.logprobs) for k, d in streamed.items()} == {
+            k: (d.token_ids, d.logprobs) for k, d in whole.items()
+        }
+
+
+def test_sparse_attention_decodes_without_a_graph(tmp_path: Path) -> None:
+    path = build(tmp_path, CONFIGS["v32"]).path
+    load = {"dtype": torch.float32, "max_context": 100, "max_batch": 6}
+    ours = completions(Engine.load(path, kernels="cuda", **load), count=3, new=5)
+    reference = completions(Engine.load(path, kernels="reference", **load), count=3, new=5)
+    assert {k: d.token_ids for k, d in ours.items()} == {k: d.token_ids for k, d in reference.items()}
+
+
+def test_an_fp8_cache_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
+    path = build(tmp_path, CONFIGS["v3"]).path
+    for options, message in (
+        ({"kernels": "reference"}, "takes a GPU"),
+        ({"kernels": "cuda"}, "bfloat16"),
+        ({"kernels": "cuda", "dtype": torch.bfloat16}, "blocks of 128"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine.load(path, kv_cache_dtype="fp8", **options)
