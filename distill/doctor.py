@@ -16,11 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from distill import __version__, catalog
+from distill.backends.local import device_type
 from distill.console import say, table
-from distill.hardware import Machine, disk_rate, memory_bandwidth, product_rate, this_machine
+from distill.hardware import Machine, disk_rate, gpu_memory, memory_bandwidth, product_rate, this_machine
 from distill.recipe import TeacherCard
 
-REACHED = 0.6  # share of the limits, from perf/engine.json: 53 % (64 sequences) to 73 % (one)
+HOST_LINK = 25e9  # bytes a second from the host's memory to a GPU, assumed (PCIe 4.0 × 16)
+REACHED = 0.6  # share of the limits, from perf/engine.json: 58 % (64 sequences) to 76 % (one); on a GPU: a guess
 USABLE = 0.9  # share of the available memory that weights may take; the rest is for cache and activations
 ASSUMED_DISK = 1e9  # bytes a second, where no weights lie on this machine to try it with
 BATCHES = (1, 8, 64)
@@ -31,12 +33,14 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
 @dataclass(frozen=True)
 class Limits:
-    """bandwidth, disk: bytes a second; products: operations a second; memory: bytes for weights."""
+    """bandwidth: bytes a second; products: operations a second; memory: bytes for weights; disk: bytes a second of what
+    does not fit there, and lies `elsewhere`."""
 
     bandwidth: float
     products: float
     disk: float
     memory: float
+    elsewhere: str = "on disk"
 
 
 def tokens_per_second(size: float, total: float, active: float, batch: int, limits: Limits) -> float:
@@ -54,19 +58,27 @@ def doctor(teacher: str | None = None) -> None:
     machine = this_machine()
     _show_machine(machine)
     _show_software()
-    say("measuring memory and products …")
-    bandwidth, products = memory_bandwidth(), product_rate()
-    say(f"memory is read at {bandwidth / 1e9:.1f} GB/s, bfloat16 multiplied at {products / 1e9:,.0f} GFLOP/s")
     found = [_weights_file(name) for name in names]
     file = next((path for path in found if path is not None and path.stat().st_size >= 1 << 28), None)
-    disk = disk_rate(file) if file else ASSUMED_DISK
-    limits = Limits(bandwidth, products, disk, USABLE * machine.available)
+    limits = _limits(machine, file)
     columns = ("teacher", "weights", *(f"×{batch}" for batch in BATCHES), "they are")
     rows = [_row(card, path, limits, machine) for card, path in zip(cards, found, strict=True)]
     table("Tokens a second to expect, decoding 1, 8 and 64 sequences", columns, rows)
     if any("on disk" in row[-1] for row in rows):
-        say(f"The disk: {disk / 1e9:.1f} GB/s, {'as measured' if file else 'assumed: there is no large file to try'}.")
+        how = "as measured" if file else "assumed: there is no large file to try"
+        say(f"The disk: {limits.disk / 1e9:.1f} GB/s, {how}.")
         say("What is on disk is read once a step: raise generate.max_batch, and set engine.memory_budget.")
+
+
+def _limits(machine: Machine, file: Path | None) -> Limits:
+    """Of the device that the engine would take."""
+    device = device_type("auto")
+    say("measuring memory and products …")
+    bandwidth, products = memory_bandwidth(device=device), product_rate(device=device)
+    say(f"memory is read at {bandwidth / 1e9:,.1f} GB/s, bfloat16 multiplied at {products / 1e9:,.0f} GFLOP/s")
+    if device == "cpu":
+        return Limits(bandwidth, products, disk_rate(file) if file else ASSUMED_DISK, USABLE * machine.available)
+    return Limits(bandwidth, 2 * products, HOST_LINK, USABLE * gpu_memory(), "in host memory")  # FP8: twice the rate
 
 
 def _show_machine(machine: Machine) -> None:
@@ -87,7 +99,7 @@ def _show_software() -> None:
 
     rows = [("distill", f"{__version__}, Python {platform.python_version()}")]
     rows += [(package, version(package)) for package in PACKAGES]
-    rows.append(("engine", describe(column_for("cpu"))))
+    rows.append(("engine", describe(column_for(device_type("auto")))))
     if why := cpu.why_missing():
         rows.append(("kernels", f"{why}. Without them the engine is several times slower and takes more memory"))
     else:
@@ -105,7 +117,7 @@ def _weights_file(teacher: str) -> Path | None:
 def _row(card: TeacherCard, file: Path | None, limits: Limits, machine: Machine) -> tuple[str, ...]:
     total, active = card.parameters * 1e9, card.active_parameters * 1e9
     size = total * WEIGHT_BYTES[card.family]
-    where = "in memory" if size <= limits.memory else f"{1 - limits.memory / size:.0%} on disk"
+    where = "in memory" if size <= limits.memory else f"{1 - limits.memory / size:.0%} {limits.elsewhere}"
     if size > limits.memory and card.family == "llama":
         where = "too large for memory"
     elif size > limits.memory and file is None and size > machine.disk:

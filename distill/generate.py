@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distill import catalog
 from distill.backends import Sampling
 from distill.backends.collect import check_all, collect, missing
-from distill.backends.local import LocalBackend, identify
+from distill.backends.local import LocalBackend, device_type, identify
 from distill.console import progress, say
 from distill.fingerprint import digest
 from distill.prompts import Prompt, load_prompts
@@ -74,6 +74,7 @@ def _asked(recipe: "Recipe") -> tuple[Path, list[Prompt], dict[str, Any], dict[s
     prompts = list(load_prompts(recipe.prompts))
     identity = identify(weights, thinking=catalog.load_teacher(recipe.teacher).thinking)
     settings = recipe.generate_settings() | {f"teacher.{key}": value for key, value in identity.items()}
+    settings["engine.device"] = device_type(recipe.engine.device)
     extent = {"samples": recipe.generate.samples, "prompts": digest([prompt.id for prompt in prompts])}
     return weights, prompts, settings, extent
 

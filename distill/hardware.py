@@ -75,20 +75,31 @@ def gpus() -> tuple[str, ...]:
     return tuple(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in found)
 
 
-def memory_bandwidth(size: int = 1 << 30) -> float:
-    """Bytes a second of reading `size` bytes of memory, on torch's threads; the fastest of three."""
+def memory_bandwidth(size: int = 1 << 30, device: str = "cpu") -> float:
+    """Bytes a second of reading `size` bytes of memory on torch's threads, on a GPU of copying them (each byte counts
+    twice); the fastest of three."""
     import torch
 
-    data = torch.ones(size // 4, dtype=torch.int32)
-    return data.nbytes / _fastest(lambda: data.max().item())
+    data = torch.ones(size // 4, dtype=torch.int32, device=device)
+    if device == "cpu":
+        return data.nbytes / _fastest(lambda: data.max().item())
+    copy = torch.empty_like(data)
+    return 2 * data.nbytes / _fastest(lambda: copy.copy_(data)[:1].item())
 
 
-def product_rate(rows: int = 2048, size: int = 4096) -> float:
+def product_rate(rows: int = 2048, size: int = 4096, device: str = "cpu") -> float:
     """Operations a second of a bfloat16 product [rows, size] × [size, size] by torch; the fastest of three."""
     import torch
 
-    a, b = torch.ones(rows, size, dtype=torch.bfloat16), torch.ones(size, size, dtype=torch.bfloat16)
-    return 2 * rows * size * size / _fastest(lambda: torch.mm(a, b))
+    a, b = (torch.ones(n, size, dtype=torch.bfloat16, device=device) for n in (rows, size))
+    return 2 * rows * size * size / _fastest(lambda: torch.mm(a, b)[0, 0].item())  # which waits for a GPU
+
+
+def gpu_memory() -> int:
+    """Bytes of the first GPU."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def disk_rate(file: Path, size: int = 1 << 30) -> float:

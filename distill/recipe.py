@@ -105,11 +105,20 @@ class Generate(Section):
 class LocalEngine(Section):
     """The engine that runs models on this machine: the teacher, and whatever is scored."""
 
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU that multiplies FP8, or else the CPU"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="of activations and cache; weights are used as they are published"
     )
     memory_budget: Annotated[float | None, Free] = Field(
-        None, gt=0, description="GiB for weights, cache, activations; experts past it stay on disk; null: no limit"
+        None,
+        gt=0,
+        description="GiB for weights, cache, activations; experts past it are streamed; null: no limit, a GPU's memory",
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="fp8 halves the cached latents on a GPU")
+    data_parallel_size: Annotated[int | None, Free] = Field(
+        None, ge=1, description="whole models side by side, sharing the prompts; null: one on each GPU, or one"
     )
     num_speculative_tokens: Annotated[int, Free] = Field(
         0, ge=0, description="drafts at a time by the teacher's multi-token-prediction layer; the text is the same"

@@ -55,9 +55,8 @@ CONFIG: dict[str, Any] = {
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 
-def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Published names and shapes, in the order of the file."""
-    c = CONFIG
+def shapes(c: dict[str, Any] = CONFIG) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Published names and shapes of a config, in the order of the file."""
     d, heads, latent = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
     nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
     yield "model.embed_tokens.weight", (c["vocab_size"], d)
@@ -65,9 +64,12 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
         at = f"model.layers.{layer}."
         yield at + "input_layernorm.weight", (d,)
         yield at + "post_attention_layernorm.weight", (d,)
-        yield at + "self_attn.q_a_proj.weight", (c["q_lora_rank"], d)
-        yield at + "self_attn.q_a_layernorm.weight", (c["q_lora_rank"],)
-        yield at + "self_attn.q_b_proj.weight", (heads * (nope + rope), c["q_lora_rank"])
+        if c["q_lora_rank"]:
+            yield at + "self_attn.q_a_proj.weight", (c["q_lora_rank"], d)
+            yield at + "self_attn.q_a_layernorm.weight", (c["q_lora_rank"],)
+            yield at + "self_attn.q_b_proj.weight", (heads * (nope + rope), c["q_lora_rank"])
+        else:
+            yield at + "self_attn.q_proj.weight", (heads * (nope + rope), d)
         yield at + "self_attn.kv_a_proj_with_mqa.weight", (latent + rope, d)
         yield at + "self_attn.kv_a_layernorm.weight", (latent,)
         yield at + "self_attn.kv_b_proj.weight", (heads * (nope + value), latent)

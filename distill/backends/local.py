@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from distill.backends import Completed, Job, Sampling
 from distill.chat import Chat
-from distill.errors import UserError
+from distill.errors import UserError, WorkError
 from distill.fingerprint import digest, weights_hash
 from distill.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
-    from distill.engine import Engine
+    from distill.engine import Completion, Engine, Engines, Request
 
 
 class LocalBackend:
     """A model directory, loaded. `identity` is known without loading (`identify`), for stages that are finished."""
 
-    def __init__(self, engine: "Engine", chat: Chat, identity: dict[str, Any]) -> None:
+    def __init__(self, engine: "Engine | Engines", chat: Chat, identity: dict[str, Any]) -> None:
         self.engine = engine
         self.chat = chat
         self.identity = identity
@@ -38,22 +38,34 @@ class LocalBackend:
         dtype: str = "float32",
         memory_budget: float | None = None,
         num_speculative_tokens: int = 0,
+        device: str = "auto",
+        kv_cache_dtype: str = "auto",
+        data_parallel_size: int | None = None,
     ) -> "LocalBackend":
-        """Load a model directory. thinking: the template's mode (`distill.chat`). memory_budget: in GiB. UserError,
-        with file and fix, when the directory is incomplete, damaged or unsupported, or the budget too small."""
+        """Load a model directory. thinking: the template's mode (`distill.chat`). memory_budget: in GiB, of each
+        device. data_parallel_size: engines side by side, each with the whole model (None: one on each GPU, or one).
+        UserError, with file and fix, when the directory is incomplete, damaged or unsupported, or the budget too
+        small."""
         import torch
 
-        from distill.engine import Engine, ModelSpec
+        from distill.engine import Engine, Engines, ModelSpec
+        from distill.engine.device import devices_for
 
         try:  # config and tokenizer first: what they refuse is not worth loading weights for
             ModelSpec.from_dir(model_dir)
             chat = Chat.load(model_dir, chat_template, thinking)
-            engine = Engine.load(
-                model_dir,
-                dtype=getattr(torch, dtype),
-                max_batch=max_batch,
-                memory_budget=None if memory_budget is None else int(memory_budget * 2**30),
-                num_speculative_tokens=num_speculative_tokens,
+            devices = devices_for(None if device == "auto" else device, data_parallel_size)
+            options: dict[str, Any] = {
+                "dtype": getattr(torch, dtype),
+                "max_batch": max_batch,
+                "memory_budget": None if memory_budget is None else int(memory_budget * 2**30),
+                "num_speculative_tokens": num_speculative_tokens,
+                "kv_cache_dtype": kv_cache_dtype,
+            }
+            engine = (
+                Engine.load(model_dir, device=devices[0], **options)
+                if len(devices) == 1
+                else Engines.load(model_dir, devices, **options)
             )
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -83,7 +95,7 @@ class LocalBackend:
                 running[job.prompt.id] = (job.prompt, ids, len(job.samples))
                 yield Request(job.prompt.id, ids, params, seed, int(job.prompt.id, 16), job.samples)
 
-        for done in self.engine.generate(requests()):
+        for done in self._finished(requests()):
             prompt, ids, left = running.pop(done.request_id)
             if left > 1:
                 running[done.request_id] = (prompt, ids, left - 1)
@@ -98,6 +110,14 @@ class LocalBackend:
                 top_logprobs=done.top_logprobs,
             )
 
+    def _finished(self, requests: "Iterable[Request]") -> "Iterator[Completion]":
+        from distill.engine import EngineDied
+
+        try:
+            yield from self.engine.generate(requests)
+        except EngineDied as error:
+            raise WorkError(f"{error}; what was finished is kept, run the same command to go on") from error
+
     def _checked_ids(self, prompt: Prompt, sampling: Sampling) -> tuple[int, ...]:
         ids = tuple(self.chat.prompt_ids(prompt.messages))
         context = self.engine.max_context
@@ -109,6 +129,18 @@ class LocalBackend:
                 f"lower max_new_tokens or leave the prompt out"
             )
         return ids
+
+
+def device_type(asked: str) -> str:
+    """ "cpu" or "cuda" for a recipe's device, which may leave the choice open: part of what decides the numbers. torch
+    is not asked where no GPU's driver is in sight."""
+    if asked != "auto":
+        return asked
+    if not any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/dxg")):
+        return "cpu"
+    from distill.engine.device import choose_device
+
+    return choose_device(None).type
 
 
 def identify(model_dir: Path, chat_template: str | None = None, thinking: bool | None = None) -> dict[str, Any]:

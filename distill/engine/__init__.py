@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from distill.engine.scheduler import Request
     from distill.engine.score import Scores
     from distill.engine.spec import ModelSpec
+    from distill.engine.workers import EngineDied, Engines
 
 _HOME = {
     "Completion": "engine",
     "Engine": "engine",
+    "EngineDied": "workers",
+    "Engines": "workers",
     "ModelSpec": "spec",
     "Request": "scheduler",
     "SamplingParams": "sampler",
     "Scores": "score",
 }
 
-__all__ = ["Completion", "Engine", "ModelSpec", "Request", "SamplingParams", "Scores"]
+__all__ = ["Completion", "Engine", "EngineDied", "Engines", "ModelSpec", "Request", "SamplingParams", "Scores"]
 
 
 def __getattr__(name: str) -> Any:

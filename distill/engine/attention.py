@@ -22,14 +22,16 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distill.engine import indexer
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
-from distill.engine.spec import LATENT_NORM_EPS, Indexer, ModelSpec
+from distill.engine.spec import LATENT_NORM_EPS, Indexer, ModelSpec, Rope
 from distill.engine.weights import GqaWeights, Linear, MlaWeights
 
 
@@ -109,16 +111,23 @@ def build_batch(
         ids += chunk.ids
         positions += range(chunk.start, chunk.end)
         pages += [chunk.pages[i // page_size] for i in range(chunk.start, chunk.end)]
-    position_t = torch.tensor(positions, dtype=torch.int64, device=device)
-    angle_tr = position_t[:, None].float() * torch.tensor(spec.rope.inv_freq, dtype=torch.float32, device=device)
-    return Batch(
-        ids_t=torch.tensor(ids, dtype=torch.int64, device=device),
-        page_t=torch.tensor(pages, dtype=torch.int64, device=device),
-        offset_t=position_t % page_size,
-        cos_tr=angle_tr.cos() * spec.rope.magnitude,
-        sin_tr=angle_tr.sin() * spec.rope.magnitude,
-        segments=tuple(_segments(decode, prefill, page_size, spec.indexer, device)),
-    )
+    ids_t, page_t, position_t = torch.from_numpy(np.array((ids, pages, positions), np.int64)).to(device).unbind()
+    cos_tr, sin_tr = rotations(spec.rope, position_t)
+    segments = tuple(_segments(decode, prefill, page_size, spec.indexer, device))
+    return Batch(ids_t, page_t, position_t % page_size, cos_tr, sin_tr, segments)
+
+
+def rotations(rope: Rope, position_t: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions, [t, rotated width / 2], float32."""
+    angle_tr = position_t[:, None].float() * _inv_freq(rope, position_t.device)
+    if rope.magnitude == 1:
+        return angle_tr.cos(), angle_tr.sin()
+    return angle_tr.cos() * rope.magnitude, angle_tr.sin() * rope.magnitude
+
+
+@lru_cache(maxsize=8)
+def _inv_freq(rope: Rope, device: torch.device) -> Tensor:
+    return torch.tensor(rope.inv_freq, dtype=torch.float32, device=device)
 
 
 def _segments(
@@ -152,8 +161,10 @@ def _decode_rows(start: int, decode: Sequence[Chunk], page_size: int, device: to
     used = [-(-chunk.end // page_size) for chunk in decode]
     widest = max(used)
     table = [[*row.pages[:n], *[0] * (widest - n)] for row, n in zip(decode, used, strict=True)]
-    lengths = torch.tensor([row.end for row in decode], device=device)
-    return DecodeRows(start, start + len(decode), torch.tensor(table, device=device), lengths)
+    table_bp, length_b = (
+        torch.from_numpy(np.array(numbers, np.int64)).to(device) for numbers in (table, [row.end for row in decode])
+    )
+    return DecodeRows(start, start + len(decode), table_bp, length_b)
 
 
 def _narrowed(batch: Batch, x_tc: Tensor, wanted: Wanted | None) -> tuple[Batch, Tensor]:

@@ -101,6 +101,12 @@ class Checkpoint:
     def bytes(self) -> int:
         return sum(entry.end - entry.begin for file in self._files for entry in file.entries.values())
 
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Names and bytes of all tensors."""
+        for name, file in self._file_of.items():
+            if (entry := file.entries.get(name)) is not None:
+                yield name, entry.end - entry.begin
+
     def where(self, name: str) -> str:
         return f"{self._file_of[name].path}: tensor {name}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -35,19 +37,40 @@ def choose_device(asked: torch.device | str | None) -> torch.device:
     return device
 
 
+def devices_for(asked: str | None, count: int | None) -> list[str]:
+    """One device for each engine that is to run side by side: every GPU, or one CPU, unless `count` says otherwise.
+    ValueError for more than there are."""
+    first = choose_device(asked)
+    if first.type == "cpu":
+        return ["cpu"] * (count or 1)
+    there = torch.cuda.device_count()
+    if (count or there) > there:
+        raise ValueError(f"data_parallel_size is {count} and there are {there} GPUs; lower it")
+    return [f"cuda:{index}" for index in range(count or there)]
+
+
 def memory_of(device: torch.device) -> int | None:
     """The budget of a GPU that nobody gave one, bytes; None on a CPU: no limit."""
     return int(_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
-def refuse_too_large(model_dir: Path | str, needed: int, whole: int, budget: int) -> None:
-    """ValueError, with the command that serves the model elsewhere, if `needed` bytes, all that cannot be streamed, do
-    not fit into `budget`. whole: bytes of the model."""
+def refuse_too_large(model_dir: Path | str, sizes: Iterable[tuple[str, int]], budget: int) -> None:
+    """ValueError, with the command that serves the model elsewhere, if what cannot be streamed does not fit into
+    `budget` bytes: all but the experts, and two layers of those. sizes: of the checkpoint's tensors, by name."""
+    experts: Counter[str] = Counter()
+    rest = 0
+    for name, size in sizes:
+        layer, routed, _ = name.partition(".mlp.experts.")
+        if routed:
+            experts[layer] += size
+        else:
+            rest += size
+    needed = rest + min(2, len(experts)) * max(experts.values(), default=0)
     if needed <= budget:
         return
-    gpus = 1 << (int(1.2 * whole) // budget).bit_length()
+    gpus = 1 << (int(1.2 * (rest + experts.total())) // budget).bit_length()
     raise ValueError(
         f"{model_dir}: {needed / GIB:.3g} GiB have to be on the GPU at once and {budget / GIB:.3g} GiB are free there; "
-        f"serve it with more GPUs (`vllm serve {model_dir} --tensor-parallel-size {gpus}` or `python -m "
-        f"sglang.launch_server --model-path {model_dir} --tp {gpus}`) and give the recipe that server's address"
+        f"serve it on more GPUs: `vllm serve {model_dir} --tensor-parallel-size {gpus}`, or `python -m "
+        f"sglang.launch_server --model-path {model_dir} --tp {gpus}`"
     )

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from distill.engine.attention import Batch, Chunk, Wanted, build_batch
 from distill.engine.cache import PageAllocator, PagedCache, token_bytes
-from distill.engine.device import choose_device, memory_of
+from distill.engine.checkpoint import Checkpoint
+from distill.engine.device import choose_device, memory_of, refuse_too_large
 from distill.engine.fused import decode_plan
 from distill.engine.graphs import DecodeGraphs
 from distill.engine.kernels import column_for, describe, ops_for
@@ -140,6 +141,9 @@ class Engine:
         cache_dtype = torch.uint8 if kv_cache_dtype == "fp8" else dtype
         each = token_bytes(spec, spec.num_layers + drafts, cache_dtype)
         memory_budget = memory_of(place_of) if memory_budget is None else memory_budget
+        if place_of.type == "cuda":
+            assert memory_budget is not None
+            refuse_too_large(model_dir, Checkpoint(Path(model_dir)).sizes(), memory_budget)
         if cache_tokens is None:
             share = _DEFAULT_CACHE_BYTES if memory_budget is None else memory_budget // 5
             cache_tokens = min(max_batch * context, max(share // each, min(context, _DEFAULT_LONG_CONTEXT)))
@@ -263,8 +267,12 @@ class Engine:
             work.append(_Work(sequence, ids, decoded, slice(prefilled, prefilled + kept)))
             prefilled += kept
             decode += [Chunk(ids[i : i + 1], begin + i, sequence.pages) for i in range(split, len(ids))]
-        if self._graphs and not prefill and len(decode) == len(plan.decode) and self._graphs.serve(decode):
-            tokens = self._graphs.step(decode, self._draws(work, []))
+        if not prefill and not self._drafter and len(decode) == len(plan.decode):
+            draws = self._draws(work, [])
+            if self._graphs and self._graphs.serve(decode):
+                tokens = self._graphs.step(decode, draws)
+            else:
+                tokens = sample(self._model.ops, self._model.logits(self._forward(decode, [])), draws)
             return [done for item, token in zip(work, tokens, strict=True) for done in self._continue(item, [token])]
         hidden_rc = self._forward(decode, prefill, None if self._drafter else ends)
         decoded_tc, prefilled_rc = hidden_rc.split((len(decode), prefilled))

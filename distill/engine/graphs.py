@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.engine.attention import Batch, Chunk, DecodeRows
+from distill.engine.attention import Batch, Chunk, DecodeRows, rotations
 from distill.engine.cache import PagedCache
 from distill.engine.model import Model
 from distill.engine.sampler import Draw, Drawn, draw_numbers, drawn_of
@@ -44,7 +44,6 @@ class DecodeGraphs:
             torch.zeros(size, pages, dtype=torch.int32, pin_memory=pinned),
         ]
         self._here = [torch.zeros_like(host, device=self._device) for host in self._host]
-        self._inv_freq_r = torch.tensor(model.spec.rope.inv_freq, dtype=torch.float32, device=self._device)
         self._graphs: dict[int, Callable[[], tuple[Tensor, Tensor, Tensor]]] = {}
         self._pool = torch.cuda.graph_pool_handle() if pinned else None
 
@@ -91,9 +90,7 @@ class DecodeGraphs:
         whole, real, table = self._here
         id_b, page_b, offset_b, length_b, top_k_b = whole[:, :size].unbind()
         uniform_b, temperature_b, top_p_b = real[:, :size].unbind()
-        spec = self._model.spec
-        angle_br = (length_b - 1)[:, None].float() * self._inv_freq_r
-        cos_br, sin_br = angle_br.cos() * spec.rope.magnitude, angle_br.sin() * spec.rope.magnitude
+        cos_br, sin_br = rotations(self._model.spec.rope, length_b - 1)
         rows = DecodeRows(0, size, table[:size], length_b)
         hidden_bc = self._model.forward(Batch(id_b, page_b, offset_b, cos_br, sin_br, (rows,)), self._cache)
         logits_bv = self._model.logits(hidden_bc)

@@ -116,22 +116,18 @@ def sample(ops: Ops, logits_rv: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
 
 
 def _sample_block(ops: Ops, logits_rv: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
-    device = logits_rv.device
-    row_b = torch.tensor([draw.row for draw in draws], device=device)
-    uniform_b, temperature_b, top_k_b, top_p_b = (
-        torch.from_numpy(numbers).to(device, dtype)
-        for numbers, dtype in zip(draw_numbers(draws), (None, torch.float32, None, None), strict=True)
-    )
-    token_b, logprob_b = ops.draw(logits_rv, row_b, uniform_b, temperature_b, top_k_b, top_p_b)
+    rows = np.array([draw.row for draw in draws], np.int64)
+    numbers = [torch.from_numpy(given).to(logits_rv.device) for given in (rows, *draw_numbers(draws))]
+    token_b, logprob_b = ops.draw(logits_rv, *numbers)
     return drawn_of(draws, token_b, logprob_b, logits_rv)
 
 
 def draw_numbers(draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What the op `draw` takes: uniforms, temperatures, top k (int64) and top p, else float64."""
+    """What the op `draw` takes: uniforms, temperatures (float32), top k (int64) and top p, else float64."""
     params = [draw.params for draw in draws]
     return (
         uniforms([draw.key for draw in draws], [draw.position for draw in draws]),
-        np.array([p.temperature for p in params], np.float64),
+        np.array([p.temperature for p in params], np.float32),
         np.array([p.top_k for p in params], np.int64),
         np.array([p.top_p for p in params], np.float64),
     )

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from distill import catalog
+from distill.backends.local import device_type
 from distill.console import table
 from distill.errors import UserError
 from distill.eval.models import Contender, LocalModels, Models, contenders
@@ -50,6 +51,7 @@ def evaluate(run: "Run", models: Models | None = None) -> dict[str, Any]:
         for part in of_one:
             part.refuse_other_settings()
     settings = {"eval.seed": recipe.seed} | run.recipe.engine_settings()
+    settings["engine.device"] = device_type(run.recipe.engine.device)
     extent = {
         "sizes": {exam.name: [exam.samples, exam.limit, exam.card.prompts.limit] for exam in exams},
         "parts": {part.name: digest(part.settings) for of_one in parts.values() for part in of_one},

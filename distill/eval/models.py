@@ -61,9 +61,7 @@ class LocalModels:
             chat_template=contender.template,
             thinking=contender.thinking,
             max_batch=self.max_batch,
-            dtype=self.engine.dtype,
-            memory_budget=self.engine.memory_budget,
-            num_speculative_tokens=drafts,
+            **self.engine.model_dump() | {"num_speculative_tokens": drafts},
         )
 
     def token_counter(self, contender: Contender) -> Callable[[str], int]:

@@ -75,8 +75,8 @@ def test_measurements_are_positive_and_small_ones_are_quick(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(doctor, "memory_bandwidth", lambda: 40e9)
-    monkeypatch.setattr(doctor, "product_rate", lambda: 400e9)
+    monkeypatch.setattr(doctor, "memory_bandwidth", lambda device: 40e9)
+    monkeypatch.setattr(doctor, "product_rate", lambda device: 400e9)
     machine = hardware.Machine("Some CPU", 2, 24 * GIB, 20 * GIB, int(1e12), ())
     monkeypatch.setattr(doctor, "this_machine", lambda: machine)
 
