@@ -131,12 +131,9 @@ def experts(
     tile = grouped_tile(experts_tk.numel(), bank.count)
     places = gpu_moe.slots(experts_tk, bank.count, tile.rows)
     x = _quantised(x_tc, bank.ue8m0) if bank.fp8 else F.pad(x_tc, (0, bank.c - x_tc.shape[1]))
-    per_row, f = experts_tk.shape[1], bank.f
-    both_s2f = gpu_gemm.grouped(
-        x, places.pair_s, per_row, bank.gate_up_x, bank.gate_up_scale_x, places.expert_b, 2 * f, tile
-    )
-    hidden = gpu_rows.swiglu(both_s2f[:, :f], both_s2f[:, f:], _format(bank))
-    y_sc = gpu_gemm.grouped(hidden, None, 1, bank.down_x, bank.down_scale_x, places.expert_b, x_tc.shape[1], tile)
+    both_s2f = gpu_gemm.grouped(x, places.pair_s, experts_tk.shape[1], bank.gate_up, places.expert_b, tile)
+    gate_sf, up_sf = both_s2f.chunk(2, dim=1)
+    y_sc = gpu_gemm.grouped(gpu_rows.swiglu(gate_sf, up_sf, _format(bank)), None, 1, bank.down, places.expert_b, tile)
     gpu_moe.combine(y_sc, places.slot_p, weights_tk, onto_tc)
     if shared is not None:
         gate, up, down = shared

@@ -22,9 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distill.engine.kernels.gpu_rows import quantise_groups
-from distill.engine.kernels.gpu_tiles import attention_parts
+from distill.engine.kernels.gpu_tiles import attention_parts, mla_tile
 from distill.engine.kernels.reference import FP8_BLOCK
 from distill.engine.kernels.w8a8 import fp8_row_bytes
 
@@ -47,23 +48,21 @@ def _rows_of(table_ptr, position, end, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _latent(codes_ptr, row, column, inside, WIDTH: tl.constexpr, LATENT: tl.constexpr, FP8: tl.constexpr, dtype):
-    """Latents [rows, columns] in bfloat16 (a float32 cache: as they are)."""
-    values = tl.load(codes_ptr + row[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
-    if FP8:
-        scale_ptr = codes_ptr.to(tl.pointer_type(tl.float32)) + LATENT // 4
-        scale = tl.load(scale_ptr + row[:, None] * (WIDTH // 4) + column[None, :] // 128, mask=inside, other=0.0)
-        values = (values.to(tl.float32) * scale).to(dtype)
-    return values
+def _scaled(codes, scale, KEYS: tl.constexpr, LATENT: tl.constexpr, dtype):
+    """Latents from codes [keys, latent] and their scales [keys, latent / 128]."""
+    groups = tl.reshape(codes, (KEYS, LATENT // 128, 128)).to(tl.float32) * scale[:, :, None]
+    return tl.reshape(groups, (KEYS, LATENT)).to(dtype)
 
 
 @triton.jit
 def _mla(
-    q_ptr, pool_ptr, table_ptr, length_ptr, part_ptr, log_ptr, H, table_stride, scale,
+    q_ptr, pool_ptr, rope_ptr, scale_ptr, pool, rope, table_ptr, length_ptr, part_ptr, log_ptr, H, table_stride, scale,
     PARTS: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
-    FP8: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, ALL_LATENT: tl.constexpr, ALL_ROPE: tl.constexpr,
+    FP8: tl.constexpr, WHOLE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    ALL_LATENT: tl.constexpr, ALL_ROPE: tl.constexpr,
 ):  # fmt: skip
-    """WIDTH: of a cached row, in elements of the pool (FP8: bytes)."""
+    """pool_ptr, rope_ptr, scale_ptr: where a cached row's three parts begin, the row being WIDTH bytes. WHOLE: pages
+    are of whole blocks of KEYS, and the descriptors `pool` and `rope` read those."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     begin, end = _range_of_part(tl.load(length_ptr + row).to(tl.int32), part, PARTS, KEYS)
@@ -71,28 +70,38 @@ def _mla(
     q_at = q_ptr + (row * H + head[:, None]) * (LATENT + ROPE)
     q_c = tl.load(q_at + c[None, :], mask=(head < H)[:, None] & (c < LATENT)[None, :], other=0.0)
     q_r = tl.load(q_at + LATENT + r[None, :], mask=(head < H)[:, None] & (r < ROPE)[None, :], other=0.0)
-    if FP8:  # noqa: SIM108 (the two have different types)
-        rope_ptr = pool_ptr.to(tl.pointer_type(tl.bfloat16)) + LATENT // 2 + LATENT // 64
-    else:
-        rope_ptr = pool_ptr + LATENT
-    rope_width: tl.constexpr = WIDTH // 2 if FP8 else WIDTH
+    latent_width: tl.constexpr = WIDTH // (pool_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    rope_width: tl.constexpr = WIDTH // (rope_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    table_ptr += row * table_stride
 
     top = tl.full((HEADS,), float("-inf"), tl.float32)
     weight, out = tl.zeros((HEADS,), tl.float32), tl.zeros((HEADS, ALL_LATENT), tl.float32)
+    page = tl.load(table_ptr + begin // PAGE, mask=begin < end, other=0).to(tl.int32)
     for first in range(begin, end, KEYS):
         position = first + tl.arange(0, KEYS)
-        at = _rows_of(table_ptr + row * table_stride, position, end, PAGE)
         seen = position < end
-        kv = _latent(pool_ptr, at, c, seen[:, None] & (c < LATENT)[None, :], WIDTH, LATENT, FP8, q_c.dtype)
-        k_r = tl.load(
-            rope_ptr + at[:, None] * rope_width + r[None, :], mask=seen[:, None] & (r < ROPE)[None, :], other=0.0
-        )
-        scores = tl.dot(q_c, kv.T, input_precision="ieee") + tl.dot(q_r, k_r.T, input_precision="ieee")
+        if WHOLE:
+            start = page * PAGE + first % PAGE
+            at = start.to(tl.int64) + tl.arange(0, KEYS)
+            kv, k_r = pool.load([start, 0]), rope.load([start, 0])
+            # Of the next block, so that its rows can be asked for while this one is computed.
+            page = tl.load(table_ptr + (first + KEYS) // PAGE, mask=first + KEYS < end, other=0).to(tl.int32)
+        else:
+            at = _rows_of(table_ptr, position, end, PAGE)
+            inside = seen[:, None] & (c < LATENT)[None, :]
+            kv = tl.load(pool_ptr + at[:, None] * latent_width + c[None, :], mask=inside, other=0.0)
+            inside = seen[:, None] & (r < ROPE)[None, :]
+            k_r = tl.load(rope_ptr + at[:, None] * rope_width + r[None, :], mask=inside, other=0.0)
+        if FP8:
+            scale_at = scale_ptr + at[:, None] * (WIDTH // 4) + tl.arange(0, LATENT // 128)[None, :]
+            kv = _scaled(kv, tl.load(scale_at, mask=seen[:, None], other=0.0), KEYS, LATENT, q_c.dtype)
+        scores = tl.dot(q_c, kv.T, input_precision="ieee")
+        scores = tl.dot(q_r, k_r.T, scores, input_precision="ieee")
         scores = tl.where(seen[None, :], scores * scale, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, axis=1))
         shrink, p = tl.exp2(top - highest), tl.exp2(scores - highest[:, None])
         weight = weight * shrink + tl.sum(p, axis=1)
-        out = out * shrink[:, None] + tl.dot(p.to(kv.dtype), kv, input_precision="ieee")
+        out = tl.dot(p.to(kv.dtype), kv, out * shrink[:, None], input_precision="ieee")
         top = highest
     _store_part(part_ptr, log_ptr, (row * H + head) * PARTS + part, head < H, c, LATENT, top, weight, out)
 
@@ -209,15 +218,28 @@ def decode_mla(
     q_bhd = q_bhd.contiguous()
     (b, h, d), (_, _, page, width), fp8 = q_bhd.shape, pool.shape, pool.dtype == torch.uint8
     assert table_bp.stride(1) == 1 and pool.is_contiguous()
-    heads = min(64, max(16, triton.next_power_of_2(h)))
-    blocks = triton.cdiv(h, heads)
-    keys = _KEYS if heads >= 64 else _KEYS // 2
-    parts = attention_parts(b * blocks, longest or table_bp.shape[1] * page, keys)
+    tile = mla_tile(h, fp8, page)
+    parts = attention_parts(b * triton.cdiv(h, tile.rows), longest or table_bp.shape[1] * page, tile.columns)
     part, log = _parts(b, h, parts, e, q_bhd.device)
-    _mla[b, parts, blocks](
-        q_bhd, pool.view(torch.float8_e4m3fn) if fp8 else pool, table_bp, length_b, part, log, h, table_bp.stride(0),
-        scale * _LOG2_E, parts, page, width, e, d - e, fp8, heads, keys, triton.next_power_of_2(e),
-        max(16, triton.next_power_of_2(d - e)), num_warps=8 if heads == 64 else 4, num_stages=2,
+    if fp8:
+        rows = pool.view(-1, width)
+        latents, rotated = rows[:, :e].view(torch.float8_e4m3fn), rows[:, width - 2 * (d - e) :].view(torch.bfloat16)
+        scales = rows[:, e : e + e // 32].view(torch.float32)
+    else:
+        rows = pool.view(-1, d)
+        latents, rotated, scales = rows[:, :e], rows[:, e:], rows
+    # Descriptors take widths that are powers of two, rows at multiples of 16 bytes, and keys that lie side by side.
+    row_bytes, before = width * pool.itemsize, rotated.data_ptr() - pool.data_ptr()
+    whole = page % tile.columns == 0 and row_bytes % 16 == before % 16 == 0
+    whole = whole and e & (e - 1) == 0 and (d - e) & (d - e - 1) == 0 and d - e >= 16
+    described = [
+        TensorDescriptor.from_tensor(view, [tile.columns, view.shape[1]]) if whole else view
+        for view in (latents, rotated)
+    ]
+    _mla[b, parts, triton.cdiv(h, tile.rows)](
+        q_bhd, latents, rotated, scales, *described, table_bp, length_b, part, log, h, table_bp.stride(0),
+        scale * _LOG2_E, parts, page, row_bytes, e, d - e, fp8, whole, tile.rows, tile.columns,
+        triton.next_power_of_2(e), max(16, triton.next_power_of_2(d - e)), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return _joined(part, log, q_bhd.dtype)
 

@@ -3,7 +3,7 @@
 An expert is one record of bytes: gate over up, [2f, c], then down, [c, f], codes first and their scales behind them;
 each width is padded with zeros to whole blocks of 128. Resident records lie on the device one after the other. The
 others lie so in page-locked host memory, from where a layer's are copied in one go, beside what is being computed, into
-one of two arenas. Products are handed addresses, so that it does not matter where a record lies.
+one of two arenas. Products take both places, so that it does not matter where a record lies.
 
 Legend: as in w8a8.py; f and c are the padded widths.
 """
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.engine.kernels.gpu_gemm import Matrices
 from distill.engine.kernels.reference import FP8_BLOCK, Fp8, Place, Stored, check, dense
 
 _ALIGNED = 256
@@ -32,7 +33,7 @@ class ExpertBank:
         self.count, self.resident, self.fp8, self.ue8m0 = count, count, False, False
         self._dtype, self._device = dtype, device
         self._lent: list[tuple[Stored, Stored, Stored]] = []
-        self._addresses: dict[int, tuple[Tensor, ...]] = {}  # by the arena that streamed experts are read from
+        self._parts: dict[int, tuple[list[Matrices], ...]] = {}  # by the arena that streamed experts are read from
 
     def lend(self, expert: tuple[Stored, Stored, Stored], places: tuple[Place, ...] | None = None) -> None:
         if not self._lent:
@@ -74,12 +75,12 @@ class ExpertBank:
             self._write(where[number * self.bytes_each :][: self.bytes_each], index, expert)
         self._lent = []
         self._filled = torch.cuda.Event() if pinned else None
-        self._read_from(self._here)
+        self._read_from(None)
 
-    def _write(self, record: Tensor, index: int, expert: tuple[Stored, Stored, Stored]) -> None:
+    def _write(self, record: Tensor, index: int, lent: tuple[Stored, Stored, Stored]) -> None:
+        gate, up, down = expert = [_on(matrix, record.device) for matrix in lent]  # where looking at numbers is fast
         for part, matrix in enumerate(expert):
             check(matrix, index, part)
-        gate, up, down = expert
         at, f, c = self._offsets, self.f, self.c
         for offset, matrix, rows, columns in (
             (at[0], gate, f, c),
@@ -91,7 +92,8 @@ class ExpertBank:
                 values = matrix.codes.view(torch.uint8)
             else:
                 values = dense(matrix, self._dtype)
-            values = F.pad(values, (0, columns - values.shape[1], 0, rows - values.shape[0]))
+            if values.shape != (rows, columns):
+                values = F.pad(values, (0, columns - values.shape[1], 0, rows - values.shape[0]))
             _put(record, offset, values)
         if self.fp8:
             scales = [matrix.scale for matrix in expert if isinstance(matrix, Fp8)]
@@ -128,14 +130,29 @@ class ExpertBank:
             torch.cuda.current_stream().wait_event(self._filled)
         self._read_from(arena)
 
-    def _read_from(self, arena: Tensor) -> None:
-        if arena.data_ptr() not in self._addresses:
-            begin = [self._here.data_ptr() + i * self.bytes_each for i in range(self.resident)]
-            begin += [arena.data_ptr() + i * self.bytes_each for i in range(self.count - self.resident)]
-            begin_x = torch.tensor(begin, dtype=torch.int64, device=self._device)
-            self._addresses[arena.data_ptr()] = tuple(begin_x + offset for offset in self._offsets)
-        parts = self._addresses[arena.data_ptr()]
-        self.gate_up_x, self.down_x, self.gate_up_scale_x, self.down_scale_x = parts
+    def _read_from(self, arena: Tensor | None) -> None:
+        """The experts' matrices from now on: `gate_up` and `down`, in one place or two."""
+        key = 0 if arena is None else arena.data_ptr()
+        if key not in self._parts:
+            some = [(self._here, 0, self.resident)] if self.resident else []
+            if arena is not None and self.resident < self.count:
+                some.append((arena, self.resident, self.count - self.resident))
+            shapes = (2 * self.f, self.c), (self.width, self.f)
+            self._parts[key] = tuple(
+                [self._matrices(*place, self._offsets[i], self._offsets[2 + i], *shapes[i]) for place in some]
+                for i in range(2)
+            )
+        self.gate_up, self.down = self._parts[key]
+
+    def _matrices(self, memory: Tensor, first: int, count: int, at: int, scale_at: int, n: int, k: int) -> Matrices:
+        dtype = torch.float8_e4m3fn if self.fp8 else self._dtype
+        values = memory[: count * self.bytes_each].view(dtype)
+        each = self.bytes_each // dtype.itemsize
+        values = values.as_strided((count, n, k), (each, k, 1), at // dtype.itemsize)
+        scales = -(-n // FP8_BLOCK) * (k // FP8_BLOCK) if self.fp8 else 0
+        floats = memory[: count * self.bytes_each].view(torch.float32)
+        scale = floats.as_strided((count, scales), (self.bytes_each // 4, 1), scale_at // 4)
+        return Matrices(values, scale, first)
 
 
 _streams: dict[torch.device, Any] = {}
@@ -146,6 +163,12 @@ def _copies(device: torch.device) -> Any:
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
     return _streams[device]
+
+
+def _on(matrix: Stored, device: torch.device) -> Stored:
+    if isinstance(matrix, Fp8):
+        return Fp8(matrix.codes.to(device), matrix.scale.to(device), matrix.ue8m0)
+    return matrix.to(device)
 
 
 def _shape(matrix: Stored) -> tuple[int, int]:

@@ -9,15 +9,17 @@ of the weights, which makes the scale of its weights one number.
 few rows there are fewer tiles than multiprocessors: the sum is cut into parts, which a second kernel adds in order, so
 that the result is the same every time.
 
-`grouped`: rows are sorted by expert, each expert's padded to whole tiles (gpu_moe.py). Every tile knows its expert, and
-an expert is an address: where it lies, in its own place or in one it was streamed to, is the table's business. The
-number of tiles is an upper bound that depends on shapes only, so that a CUDA graph can hold it; those that are not
-needed end at once.
+`grouped`: rows are sorted by expert, each expert's padded to whole tiles (gpu_moe.py), and every tile knows its expert.
+Experts may lie in several places, resident and streamed; each place takes a launch, in which tiles of others end at
+once. The number of tiles is an upper bound that depends on shapes only, so that a CUDA graph can hold it.
 
 Legend: m rows, n columns of a result, g groups of 128 along the sum, s slots for (token, expert) pairs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -87,37 +89,34 @@ def _add_parts(
 
 @triton.jit
 def _grouped(
-    a_ptr, a_scale_ptr, row_ptr, w_address_ptr, w_scale_address_ptr, expert_ptr, out_ptr,
-    N, GROUPS, BLOCKS, a_scale_stride, PER_ROW: tl.constexpr, GATHER: tl.constexpr, FP8: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    a_ptr, a_scale_ptr, row_ptr, w, w_scale_ptr, expert_ptr, out_ptr,
+    N, GROUPS, BLOCKS, FIRST, EXPERTS, a_scale_stride, w_scale_stride,
+    PER_ROW: tl.constexpr, GATHER: tl.constexpr, FP8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """a, w: FP8 with scales, or bfloat16 (float32) without."""
+    """a, w: FP8 with scales, or bfloat16 (float32) without. w: [experts, n, k], of experts FIRST and on."""
     block, first_n = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS * BLOCK_N
-    expert = tl.load(expert_ptr + block)
-    if expert < 0:
+    expert = tl.load(expert_ptr + block) - FIRST
+    if (expert < 0) | (expert >= EXPERTS):
         return
     slot, n, k = block * BLOCK_M + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N), tl.arange(0, 128)
-    width = GROUPS * 128
     if GATHER:
         pair = tl.load(row_ptr + slot)
         row, real = pair // PER_ROW, pair >= 0
     else:
         row, real = slot, slot >= 0
-    a_ptrs = a_ptr + row[:, None].to(tl.int64) * width + k[None, :]
-    w_ptr = tl.load(w_address_ptr + expert).to(tl.pointer_type(a_ptr.dtype.element_ty))
-    w_ptrs = w_ptr + tl.minimum(n, N - 1)[None, :].to(tl.int64) * width + k[:, None]
-    w_scale_ptr = tl.load(w_scale_address_ptr + expert).to(tl.pointer_type(tl.float32)) + first_n // 128 * GROUPS
+    a_ptrs = a_ptr + row[:, None].to(tl.int64) * (GROUPS * 128) + k[None, :]
     a_scale_ptrs = a_scale_ptr + row
+    w_scale_ptr += expert * w_scale_stride + first_n // 128 * GROUPS
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for g in range(GROUPS):
         a = tl.load(a_ptrs + g * 128, mask=real[:, None], other=0.0)
-        w = tl.load(w_ptrs + g * 128)
+        w_tile = w.load([expert, first_n, g * 128]).reshape(BLOCK_N, 128)
         if FP8:
             a_scale = tl.load(a_scale_ptrs + g * a_scale_stride, mask=real, other=0.0)
-            total += tl.dot(a, w) * (a_scale * tl.load(w_scale_ptr + g))[:, None]
+            total += tl.dot(a, w_tile.T) * (a_scale * tl.load(w_scale_ptr + g))[:, None]
         else:
-            total = tl.dot(a, w, total, input_precision="ieee")
+            total = tl.dot(a, w_tile.T, total, input_precision="ieee")
     at = slot[:, None].to(tl.int64) * N + n[None, :]
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=(n < N)[None, :] & real[:, None])
 
@@ -151,25 +150,37 @@ def linear(
     return out_mn
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """One matrix [n, g·128] of each of the experts `first` and on, of the same distance in memory. scale: float32
+    [experts, ⌈n/128⌉ · g] for FP8 ones."""
+
+    values: Tensor
+    scale: Tensor
+    first: int
+
+
 def grouped(
-    x: Activations, row_s: Tensor | None, per_row: int, weights_x: Tensor, scales_x: Tensor, expert_b: Tensor, n: int,
-    tile: Tile,
-) -> Tensor:  # fmt: skip
-    """Slot s times the matrix [n, g·128] of the expert of its block of tile.rows slots → [s, n], bfloat16 if x is FP8.
+    x: Activations, row_s: Tensor | None, per_row: int, places: Sequence[Matrices], expert_b: Tensor, tile: Tile
+) -> Tensor:
+    """Slot s times the matrix of the expert of its block of tile.rows slots → [s, n], bfloat16 if x is FP8.
 
     x: quantised if the matrices are FP8, of their dtype if they are not. row_s: the pair in a slot, whose row of x is
-    pair // per_row, or -1; None: a slot is its own row. weights_x, scales_x: addresses of matrices, and of scales of
-    FP8 ones. expert_b: int32, -1 for blocks that nobody needs. Their slots, and those of pairs -1, hold junk.
+    pair // per_row, or -1; None: a slot is its own row. places: where the experts lie. expert_b: int32, -1 for blocks
+    that nobody needs. Their slots, and those of pairs -1, hold junk.
     """
     fp8, blocks = isinstance(x, Quantised), len(expert_b)
     values, scale = (x.codes, x.scale) if isinstance(x, Quantised) else (x, x)
     assert values.is_contiguous() and values.shape[1] % FP8_BLOCK == 0 and (not fp8 or scale.stride(0) == 1)
     assert row_s is not None or len(values) == blocks * tile.rows
-    dtype = torch.bfloat16 if fp8 else values.dtype
+    n, dtype = places[0].values.shape[1], torch.bfloat16 if fp8 else values.dtype
     out_sn = torch.empty(blocks * tile.rows, n, dtype=dtype, device=values.device)
-    _grouped[blocks * triton.cdiv(n, tile.columns),](
-        values, scale, expert_b if row_s is None else row_s, weights_x, scales_x, expert_b, out_sn,
-        n, values.shape[1] // FP8_BLOCK, blocks, scale.stride(1), per_row, row_s is not None, fp8,
-        tile.rows, tile.columns, num_warps=tile.warps, num_stages=tile.stages if fp8 else 2,
-    )  # fmt: skip
+    for some in places:
+        w = TensorDescriptor.from_tensor(some.values, [1, tile.columns, FP8_BLOCK])
+        _grouped[blocks * triton.cdiv(n, tile.columns),](
+            values, scale, expert_b if row_s is None else row_s, w, some.scale, expert_b, out_sn,
+            n, values.shape[1] // FP8_BLOCK, blocks, some.first, len(some.values),
+            scale.stride(1), some.scale.stride(0), per_row, row_s is not None, fp8,
+            tile.rows, tile.columns, num_warps=tile.warps, num_stages=tile.stages if fp8 else 2,
+        )  # fmt: skip
     return out_sn

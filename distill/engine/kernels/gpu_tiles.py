@@ -55,6 +55,14 @@ def grouped_tile(pairs: int, experts: int) -> Tile:
     return Tile(m, n, 1, warps, stages)
 
 
+def mla_tile(heads: int, fp8: bool, page: int) -> Tile:
+    """rows: heads; columns: keys read in one go. Three stages keep two blocks of keys in shared memory; more keys, or
+    FP8 ones with fewer warps, no longer fit into registers beside 512 columns of sums."""
+    if heads > 16:
+        return Tile(64, 32 if page % 32 == 0 else 16, 1, 8, 3)
+    return Tile(16, 32, 1, 8 if fp8 else 4, 3)
+
+
 def attention_parts(programs: int, longest: int, block: int) -> int:
     """Parts that contexts are split into, where one part each gives `programs` programs."""
     return max(1, min(2 * MULTIPROCESSORS // max(programs, 1), -(-longest // (4 * block)), 64))
