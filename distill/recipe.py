@@ -105,8 +105,8 @@ class Generate(Section):
 class LocalEngine(Section):
     """The engine that runs models on this machine: the teacher, and whatever is scored."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a GPU that multiplies FP8, or else the CPU"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Free] = Field(  # what it comes to is a setting (`device_type`)
+        "auto", description="auto: a GPU that multiplies FP8, else the CPU; a run stays on what it began on"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="of activations and cache; weights are used as they are published"

@@ -5,7 +5,7 @@ through the same lines.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,16 +91,8 @@ def linear_case(m: int, n: int, k: int) -> Case:
     weight, x = w8a8.fp8_matrix(random_fp8(n, k)), gpu_rows.quantise(random(m, k))
     plain = random(n, k)
     activations = random(m, k)
-    weight_scale = weight.scale.T.contiguous().T  # as cuBLAS wants it
-    recipe, swizzle = F.ScalingType, F.SwizzleType.NO_SWIZZLE
-
-    def scaled_mm() -> Tensor:
-        return F.scaled_mm(
-            x.codes, weight.codes.T, x.scale, recipe.BlockWise1x128, weight_scale.T, recipe.BlockWise128x128,
-            swizzle, swizzle, output_dtype=torch.bfloat16,
-        )  # fmt: skip
-
     tile = linear_tile(m, n, k // 128)
+    by_torch = replace(tile, by="torch")
     return Case(
         "linear",
         f"{m} × {k} · {n}" + f" ({tile.rows}×{tile.columns}×{tile.parts})",
@@ -110,7 +102,10 @@ def linear_case(m: int, n: int, k: int) -> Case:
         m * k + n * k + 2 * m * n,
         2 * m * n * k,
         fp8=True,
-        peers={"scaled_mm": scaled_mm, "bfloat16": lambda: activations @ plain.T},
+        peers={
+            "scaled_mm": lambda: gpu_gemm.linear(x, weight, tile=by_torch),
+            "bfloat16": lambda: activations @ plain.T,
+        },
     )
 
 

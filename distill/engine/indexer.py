@@ -65,5 +65,8 @@ def select(
         above_tl, equal_tl = score_tl > least_t1, score_tl == least_t1
         room_t1 = top_k - above_tl.sum(-1, keepdim=True)
         taken_tl = above_tl | (equal_tl & (equal_tl.cumsum(-1) <= room_t1))
-        chosen.append(place_l[taken_tl.nonzero()[:, 1]].view(end - start, top_k))
+        # Each taken one goes to its rank, all others past the end: a GPU's host need not wait for how many there are.
+        rank_tl = torch.where(taken_tl, taken_tl.cumsum(-1) - 1, top_k)
+        row_tk = place_l.new_empty(end - start, top_k + 1)
+        chosen.append(row_tk.scatter_(1, rank_tl, place_l.expand(end - start, -1))[:, :top_k])
     return torch.cat(chosen)

@@ -145,6 +145,24 @@ def test_every_way_through_linear(tile: Tile, bias: bool, onto: bool) -> None:
     assert not onto or ours is onto_mn
 
 
+def test_where_the_table_names_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scaled_mm` needs a GPU, so one that does what its documentation says stands in for it."""
+
+    def scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, a_recipe: object, b_scale: Tensor, b_recipe: object,
+                  *swizzles: object, output_dtype: torch.dtype) -> Tensor:  # fmt: skip
+        kinds = torch.nn.functional.ScalingType
+        assert (a_recipe, b_recipe) == (kinds.BlockWise1x128, kinds.BlockWise128x128)
+        assert a.stride(1) == 1 and b.stride(0) == 1 and a_scale.stride(0) == 1
+        return w8a8.product(w8a8.Quantised(a, a_scale), w8a8.Fp8Matrix(b.T, b_scale.T, False)).to(output_dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", scaled_mm)
+    weight, x = w8a8.fp8_matrix(fp8(256, 384)), gpu_rows.quantise(random(9, 384, seed=2))
+    bias, onto = random(256, seed=3, dtype=torch.bfloat16), random(9, 256, seed=4, dtype=torch.bfloat16)
+    theirs = w8a8.linear(x, weight, bias, onto.clone())
+    tile = Tile(64, 128, 1, 4, 2, "torch")
+    assert error(gpu_gemm.linear(x, weight, bias, onto, tile), theirs) < CLOSE_BFLOAT16
+
+
 def routing(kind: str, t: int, k: int, experts: int) -> Tensor:
     if kind == "one":
         return torch.full((t, 1), experts - 1, device=DEVICE)
@@ -217,6 +235,22 @@ def check_experts(t: int, kind: str, ue8m0: bool, dtype: torch.dtype, shared: bo
     added = gpu.experts(x, experts_tk.int(), weights_tk, ours_bank, packed, onto)
     assert added is onto and error(added, theirs + random(t, c, seed=6, dtype=dtype)) < CLOSE_BFLOAT16
     assert torch.equal(ours, gpu.experts(x, experts_tk.int(), weights_tk, ours_bank, packed, torch.zeros_like(onto)))
+
+
+@pytest.mark.parametrize("what", ["codes", "scale"])
+@pytest.mark.parametrize("resident", [0, 4])
+def test_damaged_experts_are_named(what: str, resident: int) -> None:
+    bank = gpu.expert_bank(4, torch.bfloat16)
+    for index in range(4):
+        parts = [fp8(128, 128), fp8(128, 128), fp8(128, 128)]
+        if index == 2 and what == "codes":
+            parts[1].codes.view(torch.uint8)[5, 7] = 0xFF
+        elif index == 2:
+            parts[1].scale[0, 0] = float("inf")
+        bank.lend(tuple(parts))
+    with pytest.raises(reference.Damaged) as damage:
+        bank.settle(resident)
+    assert (damage.value.what, damage.value.expert, damage.value.part) == (what, 2, 1)
 
 
 @pytest.mark.parametrize(

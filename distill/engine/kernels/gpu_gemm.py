@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -134,6 +135,8 @@ def linear(
     if not m:
         return out_mn
     tile = tile or linear_tile(m, n, groups)
+    if tile.by == "torch":
+        return _by_torch(x, weight, bias_n, onto_mn)
     grid = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns), tile.parts
     into = out_mn if tile.parts == 1 else torch.empty(tile.parts, m, n, device=device)
     bias, onto = bias_n if bias_n is not None else out_mn, out_mn
@@ -148,6 +151,18 @@ def linear(
         join = m, triton.cdiv(n, _JOIN_COLUMNS)
         _add_parts[join](into, bias, onto, out_mn, m, n, out_mn.stride(0), *flags, _JOIN_COLUMNS)
     return out_mn
+
+
+def _by_torch(x: Quantised, weight: Fp8Matrix, bias_n: Tensor | None, onto_mn: Tensor | None) -> Tensor:
+    """cuBLAS takes scales column by column: x's lie so already, those of weights are turned."""
+    whole, plain = (F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128), F.SwizzleType.NO_SWIZZLE
+    scale = weight.scale.T.contiguous()
+    out_mn = F.scaled_mm(
+        x.codes, weight.codes.T, x.scale, whole[0], scale, whole[1], plain, plain, output_dtype=torch.bfloat16
+    )
+    if bias_n is not None:
+        out_mn += bias_n
+    return out_mn if onto_mn is None else onto_mn.add_(out_mn)
 
 
 @dataclass(frozen=True)

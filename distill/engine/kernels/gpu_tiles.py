@@ -8,6 +8,7 @@ accumulators of eight warps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 MULTIPROCESSORS = 132  # of an H100 SXM, H200
 _LEAST_GROUPS = 4  # of 128 channels, for which a part of a sum is worth a program
@@ -15,17 +16,20 @@ _LEAST_GROUPS = 4  # of 128 channels, for which a part of a sum is worth a progr
 
 @dataclass(frozen=True)
 class Tile:
-    """rows × columns of the result that a program computes; parts that a sum is split into; stages: loads in flight."""
+    """rows × columns of the result that a program computes; parts that a sum is split into; stages: loads in flight.
+    by: "triton", our kernel, or "torch", its `scaled_mm`, where that was measured to be faster."""
 
     rows: int
     columns: int
     parts: int
     warps: int
     stages: int
+    by: Literal["triton", "torch"] = "triton"
 
 
-# rows of the product, at most → rows and columns of a tile, warps, stages
-_LINEAR = {
+# rows of the product, at most → rows and columns of a tile, warps, stages; "torch" where it is faster (perf/RESULTS.md:
+# not measured yet)
+_LINEAR: dict[int, tuple[Any, ...]] = {
     16: (16, 64, 4, 5),
     32: (32, 64, 4, 5),
     64: (64, 64, 4, 5),
@@ -43,10 +47,10 @@ _GROUPED = {
 
 def linear_tile(rows: int, columns: int, groups: int) -> Tile:
     """For [rows, groups · 128] × [groups · 128, columns]."""
-    m, n, warps, stages = next(tile for most, tile in _LINEAR.items() if rows <= most)
+    m, n, warps, stages, *by = next(tile for most, tile in _LINEAR.items() if rows <= most)
     tiles = -(-rows // m) * -(-columns // n)
     parts = max(1, min(2 * MULTIPROCESSORS // tiles, groups // _LEAST_GROUPS))
-    return Tile(m, n, parts, warps, stages)
+    return Tile(m, n, parts, warps, stages, *by)
 
 
 def grouped_tile(pairs: int, experts: int) -> Tile:
