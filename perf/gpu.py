@@ -161,6 +161,8 @@ def markdown(results: dict[str, Any]) -> str:
                 f"{row['of its limit']:.0%} | {peers} |"
             )
         lines.append("")
+        for row in results["kernels"]:
+            lines += [f"{row['kernel']} {row['shape']}: {key}, {row[key]}\n" for key in row if key.startswith("no ")]
     if "engine" in results:
         lines += ["| engine | tokens/s | of its limit | × transformers |", "|---|---|---|---|"]
         for row in results["engine"]:

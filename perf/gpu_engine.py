@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import checkpoint
 import torch
 from checkpoint import FP8, is_fp8, shapes
 from safetensors.torch import save_file
@@ -18,42 +19,10 @@ from safetensors.torch import save_file
 from distill.engine import Engine, Request, SamplingParams
 from distill.engine.kernels import gpu
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "vocab_size": 102400,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27,
-    "num_nextn_predict_layers": 0,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "n_shared_experts": 2,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 6,
-    "n_group": 8,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "moe_layer_freq": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": None,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 16384,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "torch_dtype": "bfloat16",
+CONFIG: dict[str, Any] = checkpoint.CONFIG | {
+    **{"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408},
+    **{"num_hidden_layers": 27, "n_shared_experts": 2, "q_lora_rank": None, "kv_lora_rank": 512},
+    **{"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "max_position_embeddings": 16384},
 }
 TINY = CONFIG | {
     **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128},

@@ -126,9 +126,9 @@ class Engine:
         unsupported, and for a budget that is too small.
         """
         spec = ModelSpec.from_dir(model_dir)
-        place_of = choose_device(device) if kernels is None else torch.device("cpu")
-        kernels = kernels or column_for(place_of.type)
+        kernels = kernels or column_for(choose_device(device).type)
         ops = ops_for(kernels)
+        place_of = ops.device()
         if page_size is None:
             page_size = 64 if kernels == "cuda" else 16
         context = _checked_context(spec, max_context, num_speculative_tokens)
