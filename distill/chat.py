@@ -131,9 +131,16 @@ class Chat:
 
         Raises UserError when the template renders training text that does not begin with the inference prompt.
         """
-        assert messages[-1]["role"] == "assistant", "the last message is what is learnt"
-        prompt = self.prompt_ids(messages[:-1])
-        whole = self._render(messages, add_generation_prompt=False)
+        return self.training_rows([messages])[0]
+
+    def training_rows(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], int]]:
+        """`training_ids` of many conversations at once, which the tokenizer spreads over the cores."""
+        assert all(messages[-1]["role"] == "assistant" for messages in conversations), "the last message is learnt"
+        prompts = self._encode([self._render_text(messages[:-1], True) for messages in conversations])
+        wholes = self._encode([self._render_text(messages, False) for messages in conversations])
+        return [self._row(*row) for row in zip(conversations, prompts, wholes, strict=True)]
+
+    def _row(self, messages: Sequence[Message], prompt: list[int], whole: list[int]) -> tuple[list[int], int]:
         if whole[: len(prompt)] != prompt:
             reasoning = split_reasoning(messages[-1]["content"])[0]
             kept = not reasoning or reasoning in self._render_text(messages, add_generation_prompt=False)
@@ -168,9 +175,12 @@ class Chat:
         )
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        text = self._render_text(messages, add_generation_prompt)
+        return self._encode([self._render_text(messages, add_generation_prompt)])[0]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         # The template wrote bos itself; and how long is too long is for the caller to say, not for a warning.
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
 
 def read_template(name: str) -> str:

@@ -95,6 +95,14 @@ def product_rate(rows: int = 2048, size: int = 4096, device: str = "cpu") -> flo
     return 2 * rows * size * size / _fastest(lambda: torch.mm(a, b)[0, 0].item())  # which waits for a GPU
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has products of bfloat16 that torch uses. Without them torch computes such a product a
+    hundred times slower than one of float32."""
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def gpu_memory() -> int:
     """Bytes of the first GPU."""
     import torch

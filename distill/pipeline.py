@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill import catalog
+from distill import train as training
 from distill.console import say, table
 from distill.errors import UserError
 from distill.run import STAGES, Run
@@ -55,6 +56,11 @@ def run_recipe(
     fresh: stages whose output is moved aside first, with all that was made from it. What can be refused is refused
     before the first stage begins, and then nothing was touched. Raises UserError and WorkError.
     """
+    if training.several():
+        if list(stages or ()) != ["train"]:
+            raise UserError("several processes can only train: run the other stages by themselves, without torchrun")
+        if training.follow(recipe, directory):
+            return
     catalog.check_recipe(recipe, [WEIGHTS[stage] for stage in stages or STAGES if stage in WEIGHTS])
     if "filter" in (stages or STAGES):
         from distill.filters import check_gradable

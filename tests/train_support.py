@@ -74,7 +74,7 @@ def make_recipe(student: Path, train: dict[str, Any] | None = None) -> Recipe:
             "teacher": "tiny-r1",
             "student": f"{student}/card.yaml",
             "prompts": [{"kind": "procedural", "name": "arithmetic"}],
-            "eval": {"benchmarks": ["arithmetic"]},
+            "eval": {"benchmarks": ["tiny-arithmetic"]},
             "train": small | (train or {}),
         }
     )
@@ -85,6 +85,24 @@ def prepare(directory: Path, traces: Iterable[Trace]) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     write_traces(directory / "filtered" / "kept", traces)
     return directory
+
+
+def make_loop(student: Path, run_dir: Path, checkpoints: Path, settings: dict[str, Any] | None = None) -> Any:
+    """The loop of a training in this process, before its first step. Its checkpoints are not in the run's directory."""
+    from distill.train.checkpoint import Checkpoints
+    from distill.train.fit import Task, build
+    from distill.train.loop import Loop
+    from distill.train.objectives import Sft
+    from distill.train.prepare import prepare as prepare_rows
+    from distill.train.world import World
+
+    recipe = make_recipe(student, settings)
+    rows = prepare_rows(recipe, run_dir, repr(settings))
+    world = World("one")
+    task = Task(recipe, None, student, "chatml", run_dir)  # type: ignore[arg-type]
+    built = build(task, Sft(), world)
+    saved = Checkpoints(checkpoints, recipe.train.save_total_limit, world)
+    return Loop(built.learner, rows, recipe.train, saved, world, laid_out=built.wrapped)
 
 
 def train_here(directory: Path, student: Path, settings: dict[str, Any] | None = None) -> dict[str, Any]:

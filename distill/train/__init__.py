@@ -1,14 +1,18 @@
 """Stage 3: the kept traces are taught to the student.
 
-    kept traces ─▶ data: template, mask ─▶ gate: prove it ─▶ loop: learn, save, resume ─▶ student: a model directory
+    kept traces ─▶ data: template, mask ─▶ gate: prove it ─▶ fit ─▶ loop: learn, save, resume ─▶ student: a directory
 
-The files follow that line. What the stage rests on is decided here, before torch is imported, so that a finished stage
-answers at once: the training settings, the template, the student's weights and the kept traces make the fingerprint.
-The traces belong to it, and not to what may grow: a schedule and a data order are made for one set of rows, and a run
-that continued on another would be neither the old training nor the new one.
+What the stage rests on is decided here, before torch is imported, so that a finished stage answers at once: the
+training settings, the template, the student's weights and the traces make the fingerprint. The traces belong to it, and
+not to what may grow: a schedule and a data order are made for one set of rows, and a run that continued on another
+would be neither the old training nor the new one.
+
+Several processes: this one encodes, proves, starts them (`launch`) and waits. Under torchrun it is one of them already:
+the first rank does all of that, and the others wait for its word (`follow`).
 """
 
 import hashlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from distill import catalog
@@ -20,7 +24,9 @@ from distill.traces.store import read_traces
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from distill.recipe import Recipe
     from distill.run import Run
+    from distill.train.world import World
 
 OUTPUTS = ("checkpoints", "student")
 
@@ -35,27 +41,69 @@ def train(run: "Run") -> dict[str, Any]:
     Raises UserError for what the user can mend (no kept traces, a template that deletes the reasoning, broken weights…)
     and WorkError when a loss is not finite or a checkpoint cannot be written.
     """
-    recipe = run.recipe
-    kept = run.directory / "filtered" / "kept"
-    card = catalog.load_student(recipe.student)
-    weights = catalog.resolve_weights("student", recipe.student)
-    template = recipe.train.chat_template or card.chat_template
-    settings = recipe.train.settings() | {
-        "chat_template": template,
-        "chat_template_text": digest(read_template(template)) if template else None,
-        "student": weights_hash(weights),
-        "kept_traces": traces_hash(kept),
-    }
-    if (finished := run.finished("train", settings, {})) is not None:
-        return finished
+    from distill.train import launch
 
-    from distill.train.loop import fit, prepare
+    world = _join(run) if several() else None
+    nothing_to_do = True
+    try:
+        processes = launch.processes(run.recipe.train)
+        settings = stage_settings(run, processes)
+        if (finished := run.finished("train", settings, {})) is not None:
+            return finished
 
-    prepared = prepare(kept, recipe.train, weights, template)
-    stage = run.stage("train", settings, {}, OUTPUTS)
-    summary = fit(prepared, run.directory, recipe, card)
+        from distill.train.prepare import prepare
+
+        prepare(run.recipe, run.directory, digest(settings))
+        stage = run.stage("train", settings, {}, OUTPUTS)
+        nothing_to_do = False
+    finally:
+        if world is not None:
+            world.any(nothing_to_do)
+    if world is None and processes > 1:
+        summary = launch.start(run.directory, processes)
+    else:
+        from distill.train.ranks import train_rank
+
+        summary = train_rank(run.recipe, run.directory, world)
     stage.finish(summary)
     return summary
+
+
+def several() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def follow(recipe: "Recipe", directory: "Path") -> bool:
+    """Under torchrun, on any rank but the first: train with it. Gives whether this is such a rank."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        return False
+    from distill.train import ranks
+
+    ranks.follow(recipe, directory)
+    return True
+
+
+def _join(run: "Run") -> "World":
+    from distill.train import ranks
+
+    return ranks.join(run.recipe, run.directory)
+
+
+def stage_settings(run: "Run", processes: int) -> dict[str, Any]:
+    """All that decides the student."""
+    recipe = run.recipe
+    template = template_of(recipe)
+    settings = recipe.train.settings() | {
+        "chat_template_text": digest(read_template(template)) if template else None,
+        "student": weights_hash(catalog.resolve_weights("student", recipe.student)),
+        "kept_traces": traces_hash(run.directory / "filtered" / "kept"),
+    }
+    return settings | ({"world_size": processes} if processes > 1 else {})  # with it a step's batches change
+
+
+def template_of(recipe: "Recipe") -> str | None:
+    return recipe.train.chat_template or catalog.load_student(recipe.student).chat_template
 
 
 def traces_hash(kept: "Path") -> str:

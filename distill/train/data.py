@@ -1,74 +1,123 @@
-"""Traces → token ids, which of them are learnt, and which rows make up which step.
+"""Traces → rows of token ids, made once and kept on the disk.
 
 A row is token ids and the length of its prompt. That number is the mask, because what is learnt is the end of the row:
 the completion and the token that closes it. No -100 is stored, so no pass over a mask can get it wrong.
 
-Rows are padded on the right, by length and never by id (R1's published pad token *is* its end token). Attention is
-causal, so a real token never sees the padding behind it: no attention mask is built, and torch keeps its fast path.
+800,000 traces of a reasoner are 26 GB of ids, so they lie in a file that is mapped, not read: all ranks of a machine
+share its pages. The file is a cache: it carries the fingerprint of what it was made from, and is made again when that
+differs. It is written aside and renamed when the integrity gate has passed.
 
-Which rows make up step k is a pure function of k and the seed (`Order`): resuming needs no state of a loader, and a row
-that made a loss explode is named after the fact. Rejected: a DataLoader with workers. Rows are token ids in memory, and
-padding sixteen of them costs microseconds.
-
-Shapes: b rows of a batch, t tokens of its longest row, s supervised tokens of the batch.
+    tokens/ids.bin         int32, the rows one after the other
+    tokens/index.parquet   of every row: its trace, its source, lengths of row and prompt, whether held out
+    tokens/rows.json       fingerprint, what was dropped, what the gate proved
 """
 
+import hashlib
+import json
 import random
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import torch
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from distill.chat import Chat
+from distill.durable import write_whole
 from distill.errors import UserError
 from distill.prompts.prompt import Message
 from distill.traces.trace import Trace
+from distill.train.batches import Row
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-WINDOW = 8  # batches of a window in which rows are sorted by length: more saves little padding and shuffles less
+TOGETHER = 256  # conversations tokenised at once: the tokenizer spreads them over the cores
+
+Overlong = Literal["drop", "truncate", "raise"]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One conversation as token ids. `ids[prompt_tokens:]` is supervised: the completion and its end token."""
+class Source:
+    """One of the trace sets that are mixed. share: how often an epoch sees its rows (`batches.Order`).
 
-    key: tuple[str, int]
-    ids: np.ndarray  # int32 [length]
-    prompt_tokens: int
+    plain: rows without a think block are meant to be there.
+    """
 
-    @property
-    def supervised(self) -> int:
-        return len(self.ids) - self.prompt_tokens
+    name: str
+    traces: Iterable[Trace]
+    share: float = 1.0
+    plain: bool = False
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows, padded. `targets_s[i]` is what the model must say at the flat position `positions_s[i]` of [b, t]."""
+class Encoding:
+    """How traces become rows. max_length: tokens of a row; overlong: what happens to a longer one.
 
-    input_ids_bt: torch.Tensor  # int64
-    positions_s: torch.Tensor  # int64, into the flattened [b·t]
-    targets_s: torch.Tensor  # int64
+    held_out: share of the prompts whose rows are not trained but scored.
+    """
+
+    max_length: int
+    content: Literal["reasoning", "answer"] = "reasoning"
+    overlong: Overlong = "drop"
+    held_out: float = 0.0
+    seed: int = 0
 
 
 @dataclass
-class Encoded:
-    """The training set: rows in the order of their keys, what was dropped, and the traces the gate will look at."""
+class Counts:
+    """Of rows and tokens, before and after."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0
     dropped_rows: int = 0
     dropped_tokens: int = 0
-    witnesses: dict[str, Trace] = field(default_factory=dict)  # "first", "longest", "random"
+    truncated_rows: int = 0
+    truncated_tokens: int = 0  # that were cut off
+    held_out_rows: int = 0
+    plain_rows: int = 0  # without a think block
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(row.ids) for row in self.rows)
 
-    @property
-    def supervised(self) -> int:
-        return sum(row.supervised for row in self.rows)
+@dataclass
+class TrainingSet:
+    """Rows on the disk, in the order of their sources and keys. Indexing gives a `Row`, read when it is used."""
+
+    ids: np.ndarray  # int32, mapped
+    keys: list[tuple[str, int]]
+    starts: np.ndarray  # int64 [rows], into ids
+    lengths: np.ndarray  # int32 [rows]
+    prompt_tokens: np.ndarray  # int32 [rows]
+    sources: np.ndarray  # int16 [rows]
+    held_out: np.ndarray  # bool [rows]
+    truncated: np.ndarray  # bool [rows]
+    counts: Counts
+    proved: list[str] = field(default_factory=list)  # the integrity gate's lines
+
+    def __post_init__(self) -> None:
+        supervised = self.lengths - self.prompt_tokens
+        self.places = np.cumsum(supervised) - supervised
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, i: int) -> Row:
+        start = int(self.starts[i])
+        ids = self.ids[start : start + int(self.lengths[i])]
+        return Row(self.keys[i], ids, int(self.prompt_tokens[i]), int(self.sources[i]), int(self.places[i]))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+    def supervised(self, rows: Iterable[int]) -> int:
+        some = np.fromiter(rows, dtype=np.int64)
+        return int((self.lengths[some] - self.prompt_tokens[some]).sum())
+
+    def tokens(self, rows: Iterable[int]) -> int:
+        return int(self.lengths[np.fromiter(rows, dtype=np.int64)].sum())
 
 
 def conversation(trace: Trace, content: str) -> list[Message]:
@@ -78,90 +127,166 @@ def conversation(trace: Trace, content: str) -> list[Message]:
     return [*trace.prompt.messages, {"role": "assistant", "content": trace.response}]
 
 
-def encode(traces: Iterable[Trace], chat: Chat, content: str, max_length: int, seed: int) -> Encoded:
-    """Tokenise every trace once. Rows longer than `max_length` tokens are dropped and counted, never cut: half a
-    reasoning teaches not to finish.
+class Encoder:
+    """Tokenises traces into `directory`, row by row; `finish` sorts the index.
 
-    Raises UserError when a row has nothing to learn from, or when no row is left.
+    witnesses: the traces that the integrity gate looks at: the first row, the longest, one at random.
     """
-    data, shortest, longest = Encoded(), 0, 0
-    draw = random.Random(seed)
-    for trace in traces:
-        messages = conversation(trace, content)
-        if any(SURROGATE.search(message["content"]) for message in messages):
+
+    def __init__(self, directory: Path, chat: Chat, encoding: Encoding) -> None:
+        self.directory, self.chat, self.encoding = directory, chat, encoding
+        self.counts = Counts()
+        self.witnesses: dict[str, Trace] = {}
+        self._rows: list[tuple[str, int, int, int, int, int, bool, bool]] = []
+        self._draw = random.Random(encoding.seed)
+        self._tokens = self._longest = self._shortest_dropped = 0
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        self._file = (directory / "ids.bin").open("wb")
+
+    def add(self, source: Source, number: int) -> Iterator[int]:
+        """Encode a source, as number `number`. Yields how many traces were taken in, as they are.
+
+        Raises UserError when a row has nothing to learn from, is too long where that is refused, or has no think block
+        where it should.
+        """
+        traces = iter(source.traces)
+        while some := list(islice(traces, TOGETHER)):
+            for trace in some:
+                self._check(trace, source)
+            rows = self.chat.training_rows([conversation(trace, self.encoding.content) for trace in some])
+            for trace, (ids, prompt_tokens) in zip(some, rows, strict=True):
+                self._row(trace, ids, prompt_tokens, number)
+            yield len(some)
+
+    def finish(self) -> TrainingSet:
+        """The rows, in the order of source and key: the order in which a teacher happened to finish decides nothing.
+
+        Raises UserError when no row is left to train.
+        """
+        self._file.close()
+        limit = self.encoding.max_length
+        if not self._rows:
+            raise UserError(
+                f"all {self.counts.dropped_rows} kept traces are longer than train.max_length {limit}; the shortest "
+                f"has {self._shortest_dropped} tokens"
+            )
+        self._rows.sort(key=lambda row: (row[2], row[0], row[1]))
+        names = ("id", "sample", "source", "start", "length", "prompt_tokens", "held_out", "truncated")
+        index = pa.table(
+            {name: list(column) for name, column in zip(names, zip(*self._rows, strict=True), strict=True)}
+        )
+        rows = from_index(self.directory, index, self.counts)
+        if rows.held_out.all():
+            raise UserError(
+                f"train.val_size {self.encoding.held_out:g} holds out all {len(rows)} rows and leaves none to train"
+            )
+        pq.write_table(index, self.directory / "index.parquet", compression="zstd")
+        return rows
+
+    def close(self) -> None:
+        """Remove what was written: the rows were refused."""
+        self._file.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _check(self, trace: Trace, source: Source) -> None:
+        if any(SURROGATE.search(message["content"]) for message in conversation(trace, self.encoding.content)):
             raise UserError(
                 f"trace {trace.prompt.id} sample {trace.sample} holds half a character (a lone surrogate), which no "
                 f"tokenizer takes: mend the file that its prompt or text came from"
             )
-        ids, prompt_tokens = chat.training_ids(messages)
+        if self.encoding.content == "reasoning" and trace.reasoning is None:
+            if not source.plain:
+                raise UserError(
+                    f"trace {trace.prompt.id} sample {trace.sample} of {source.name} has no closed think block: set "
+                    f"filter.format to drop such traces, or `plain: true` for this source in train.data if they are "
+                    f"meant to teach answers without reasoning"
+                )
+            self.counts.plain_rows += 1
+
+    def _row(self, trace: Trace, ids: list[int], prompt_tokens: int, source: int) -> None:
+        limit, counts = self.encoding.max_length, self.counts
         if prompt_tokens >= len(ids):
             raise UserError(
                 f"trace {trace.prompt.id} sample {trace.sample} has no supervised token: the chat template of "
-                f"{chat.where} renders nothing for the assistant; set train.chat_template"
+                f"{self.chat.where} renders nothing for the assistant; set train.chat_template"
             )
-        if len(ids) > max_length:
-            data.dropped_rows += 1
-            data.dropped_tokens += len(ids)
-            shortest = min(shortest or len(ids), len(ids))
-            continue
-        data.rows.append(Row(trace.key, np.asarray(ids, dtype=np.int32), prompt_tokens))
-        data.witnesses.setdefault("first", trace)
-        if len(ids) > longest:
-            longest, data.witnesses["longest"] = len(ids), trace
-        if draw.random() * len(data.rows) < 1:  # a reservoir of one: every row is equally likely
-            data.witnesses["random"] = trace
-    if not data.rows:
-        raise UserError(
-            f"all {data.dropped_rows} kept traces are longer than train.max_length {max_length}; the shortest has "
-            f"{shortest} tokens"
+        truncated = len(ids) > limit and self.encoding.overlong == "truncate" and prompt_tokens < limit
+        if truncated:
+            counts.truncated_rows += 1
+            counts.truncated_tokens += len(ids) - limit
+            ids = ids[:limit]
+        elif len(ids) > limit:
+            if self.encoding.overlong == "raise":
+                raise UserError(
+                    f"trace {trace.prompt.id} sample {trace.sample} has {len(ids)} tokens, more than train.max_length "
+                    f"{limit}, and train.overlong is `raise`: raise max_length, or set overlong to `drop` or `truncate`"
+                )
+            counts.dropped_rows += 1
+            counts.dropped_tokens += len(ids)
+            self._shortest_dropped = min(self._shortest_dropped or len(ids), len(ids))
+            return
+        held_out = is_held_out(trace.prompt.id, self.encoding)
+        self._rows.append(
+            (trace.prompt.id, trace.sample, source, self._tokens, len(ids), prompt_tokens, held_out, truncated)
         )
-    data.rows.sort(key=lambda row: row.key)  # the order in which a teacher happened to finish decides nothing
-    return data
+        self._file.write(np.asarray(ids, dtype=np.int32).tobytes())
+        self._tokens += len(ids)
+        counts.rows += 1
+        counts.tokens += len(ids)
+        counts.supervised += len(ids) - prompt_tokens
+        counts.held_out_rows += held_out
+        if not truncated:
+            self._witness(trace, len(ids))
+
+    def _witness(self, trace: Trace, length: int) -> None:
+        self.witnesses.setdefault("first", trace)
+        if length > self._longest:
+            self._longest, self.witnesses["longest"] = length, trace
+        if self._draw.random() * self.counts.rows < 1:  # a reservoir of one: every row is equally likely
+            self.witnesses["random"] = trace
 
 
-def collate(rows: Sequence[Row], pad_id: int) -> Batch:
-    """Pad rows on the right and list the supervised positions. Position p predicts token p + 1."""
-    width = max(len(row.ids) for row in rows)
-    input_ids_bt = np.full((len(rows), width), pad_id, dtype=np.int64)
-    positions: list[np.ndarray] = []
-    for b, row in enumerate(rows):
-        input_ids_bt[b, : len(row.ids)] = row.ids
-        positions.append(np.arange(row.prompt_tokens, len(row.ids)) + (b * width - 1))
-    positions_s = np.concatenate(positions)
-    targets_s = input_ids_bt.reshape(-1)[positions_s + 1]
-    return Batch(torch.from_numpy(input_ids_bt), torch.from_numpy(positions_s), torch.from_numpy(targets_s))
+def is_held_out(prompt_id: str, encoding: Encoding) -> bool:
+    """By the prompt alone, so that all its samples fall on one side, and stay there when traces are added."""
+    if not encoding.held_out:
+        return False
+    number = int.from_bytes(hashlib.sha256(f"{encoding.seed}\0{prompt_id}".encode()).digest()[:8], "big")
+    return number < encoding.held_out * 2**64
 
 
-class Order:
-    """Which rows make up which optimiser step, for ever, from the seed alone.
-
-    Every epoch is a permutation of its own. Inside windows of a few batches rows are sorted by length, so that a batch
-    carries little padding; then the batches are shuffled, so that lengths do not come in waves.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, accumulation: int, seed: int) -> None:
-        self.lengths = np.asarray(lengths)
-        self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
-        batches = -(-len(self.lengths) // batch_size)
-        self.steps_per_epoch = -(-batches // accumulation)
-        self._epoch = lru_cache(maxsize=1)(self._shuffle)
-
-    def step(self, number: int) -> list[list[int]]:
-        """The batches (lists of row indices) of optimiser step `number`, from 0. An epoch's last may be smaller."""
-        epoch, place = divmod(number, self.steps_per_epoch)
-        return self._epoch(epoch)[place * self.accumulation : (place + 1) * self.accumulation]
-
-    def _shuffle(self, epoch: int) -> list[list[int]]:
-        draw = np.random.default_rng([self.seed, epoch])
-        order = draw.permutation(len(self.lengths))
-        batches: list[list[int]] = []
-        for window in cut(order, WINDOW * self.batch_size):
-            by_length = window[np.argsort(self.lengths[window], kind="stable")]
-            batches.extend(batch.tolist() for batch in cut(by_length, self.batch_size))
-        draw.shuffle(batches)
-        return batches
+def store(rows: TrainingSet, directory: Path, fingerprint: str) -> None:
+    """Write the cache's last file, which says that it is whole and what it was made from."""
+    about = {"fingerprint": fingerprint, "counts": asdict(rows.counts), "proved": rows.proved}
+    write_whole(directory / "rows.json", json.dumps(about, indent=1, ensure_ascii=False))
 
 
-def cut(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(array), size):
-        yield array[start : start + size]
+def load(directory: Path, fingerprint: str | None = None) -> TrainingSet | None:
+    """The rows of a cache that was made from the same things (whatever they are, without a fingerprint), else None."""
+    try:
+        about: dict[str, Any] = json.loads((directory / "rows.json").read_text(encoding="utf-8"))
+        if fingerprint not in (None, about["fingerprint"]):
+            return None
+        index = pq.read_table(directory / "index.parquet")
+        return from_index(directory, index, Counts(**about["counts"]), about["proved"])
+    except (OSError, ValueError, KeyError, pa.ArrowInvalid):  # half of a copied directory: it is made again
+        return None
+
+
+def from_index(directory: Path, index: pa.Table, counts: Counts, proved: Sequence[str] = ()) -> TrainingSet:
+    column = {name: index[name].to_numpy() for name in index.column_names if name != "id"}
+    ids = np.memmap(directory / "ids.bin", dtype=np.int32, mode="r")
+    if len(ids) != column["length"].sum():
+        raise ValueError("ids.bin has another length than its index says")
+    return TrainingSet(
+        ids=ids,
+        keys=list(zip(index["id"].to_pylist(), column["sample"].tolist(), strict=True)),
+        starts=column["start"],
+        lengths=column["length"],
+        prompt_tokens=column["prompt_tokens"],
+        sources=column["source"],
+        held_out=column["held_out"].astype(bool),
+        truncated=column["truncated"].astype(bool),
+        counts=counts,
+        proved=list(proved),
+    )

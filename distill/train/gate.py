@@ -12,79 +12,100 @@ and templates trim; nothing else may differ.
 
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
+
+import numpy as np
 
 from distill.chat import Chat
 from distill.errors import UserError
 from distill.traces.trace import Trace
-from distill.train.data import Batch, Encoded, Row, collate, conversation
+from distill.train.batches import Batch, Row, collate
+from distill.train.data import TrainingSet, conversation
 
+CHUNK = 1 << 24  # ids looked at together
 MEND = "set train.chat_template to `chatml` or `llama3`, or to a training template of your own"
 
 
-def prove(data: Encoded, chat: Chat, content: str, vocabulary: int, context: int, pad_id: int) -> list[str]:
+@dataclass(frozen=True)
+class Limits:
+    """What a model can take: ids below `vocabulary`, rows of at most `context` tokens."""
+
+    vocabulary: int
+    context: int
+
+
+def prove(rows: TrainingSet, witnesses: dict[str, Trace], chat: Chat, content: str, limits: Limits) -> list[str]:
     """Raise UserError at the first thing that would make the training pointless; else return lines that say what holds.
 
-    vocabulary: rows of the model's embedding. context: the longest position the model knows, in tokens.
+    witnesses: traces among the rows' own, under what they stand for. They are looked at token by token.
     """
-    by_key = {row.key: row for row in data.rows}
-    traces = list({trace.key: trace for trace in data.witnesses.values()}.values())
-    rows = [by_key[trace.key] for trace in traces]
-    batch = collate(rows, pad_id)
-
-    prove_every_row(data.rows, chat, vocabulary, context)
-    prove_mask(rows, batch, pad_id)
-    for trace, row, targets in zip(traces, rows, split(batch), strict=True):
+    prove_every_row(rows, chat, limits)
+    by_key = {key: i for i, key in enumerate(rows.keys)}
+    traces = list({trace.key: trace for trace in witnesses.values()}.values())
+    batch_rows = [rows[by_key[trace.key]] for trace in traces]
+    batch = collate(batch_rows)
+    prove_mask(batch_rows, batch)
+    for trace, row, targets in zip(traces, batch_rows, split(batch), strict=True):
         prove_prefix(trace, row, chat, content)
         prove_text(trace, targets, chat, content)
 
+    counts = rows.counts
     reasoning = sum(len((trace.reasoning or "").strip()) for trace in traces) if content == "reasoning" else 0
-    width = max(len(row.ids) for row in data.rows)
-    end = chat.tokenizer.convert_ids_to_tokens(int(data.rows[0].ids[-1]))
+    end = chat.tokenizer.convert_ids_to_tokens(int(rows[int(np.argmin(rows.truncated))].ids[-1]))
+    some = f"{counts.rows - counts.truncated_rows:,} of {counts.rows:,} rows end" if counts.truncated_rows else None
     return [
-        f"integrity gate, on {len(data.rows):,} rows and, token by token, on {' '.join(data.witnesses)}:",
+        f"integrity gate, on {len(rows):,} rows and, token by token, on {' '.join(witnesses)}:",
         f"  what is learnt is exactly the completion, {reasoning:,} characters of reasoning included"
         if content == "reasoning"
         else "  what is learnt is exactly the response; the reasoning is left out, as train.content says",
-        f"  every row ends in a supervised {end}; prompt and padding are masked",
-        f"  {data.supervised:,} of {data.tokens:,} tokens are supervised",
+        f"  {some or 'every row ends'} in a supervised {end}; prompts are masked, and nothing is padded",
+        f"  {counts.supervised:,} of {counts.tokens:,} tokens are supervised",
         "  the training prefix is the inference prompt, id for id",
-        f"  ids fit the vocabulary of {vocabulary:,}, the longest row ({width:,} tokens) the context of {context:,}",
+        f"  ids fit the vocabulary of {limits.vocabulary:,}, the longest row ({int(rows.lengths.max()):,} tokens) the "
+        f"context of {limits.context:,}",
+        *([f"  {counts.plain_rows:,} rows have no reasoning, as train.data says"] if counts.plain_rows else []),
     ]
 
 
-def prove_every_row(rows: Sequence[Row], chat: Chat, vocabulary: int, context: int) -> None:
-    largest = max(int(row.ids.max()) for row in rows)
-    if largest >= vocabulary:
+def prove_every_row(rows: TrainingSet, chat: Chat, limits: Limits) -> None:
+    largest = max(int(rows.ids[start : start + CHUNK].max()) for start in range(0, len(rows.ids), CHUNK))
+    if largest >= limits.vocabulary:
         raise UserError(
             f"the tokenizer of {chat.where} gives id {largest} ({chat.tokenizer.convert_ids_to_tokens(largest)}) but "
-            f"the model's vocabulary ends at {vocabulary - 1}: tokenizer and weights are not of one model, or the "
-            f"embedding must be resized to {largest + 1} rows first"
+            f"the model's vocabulary ends at {limits.vocabulary - 1}: tokenizer and weights are not of one model, or "
+            f"the embedding must be resized to {largest + 1} rows first"
         )
-    longest = max(rows, key=lambda row: len(row.ids))
-    if len(longest.ids) > context:
+    longest = int(rows.lengths.argmax())
+    if rows.lengths[longest] > limits.context:
         raise UserError(
-            f"trace {name(longest.key)} has {len(longest.ids)} tokens and the model's context is {context}: set "
-            f"train.max_length to {context} (longer rows are dropped and counted), or extend the model, in its "
-            f"config.json: max_position_embeddings and the RoPE base"
+            f"trace {name(rows.keys[longest])} has {rows.lengths[longest]} tokens and the model's context is "
+            f"{limits.context}, beyond which its RoPE was never trained: set train.max_length to {limits.context} "
+            f"(longer rows are dropped and counted), or say how the model is extended: train.max_position_embeddings, "
+            f"and train.rope_theta if the base of its rotary embedding is to grow"
         )
-    for row in rows:
-        if int(row.ids[-1]) not in chat.stop_token_ids:
-            raise UserError(
-                f"trace {name(row.key)} does not end in an end token: the chat template of {chat.where} closes an "
-                f"assistant's turn with nothing that stops generation, so the student would never learn to stop; {MEND}"
-            )
+    last_ids = rows.ids[rows.starts + rows.lengths - 1]
+    unended = np.flatnonzero(~np.isin(last_ids, chat.stop_token_ids) & ~rows.truncated)
+    if len(unended):
+        raise UserError(
+            f"trace {name(rows.keys[unended[0]])} does not end in an end token: the chat template of {chat.where} "
+            f"closes an assistant's turn with nothing that stops generation, so the student would never learn to stop; "
+            f"{MEND}"
+        )
 
 
-def prove_mask(rows: Sequence[Row], batch: Batch, pad_id: int) -> None:
+def prove_mask(rows: Sequence[Row], batch: Batch) -> None:
     """The tensors hold the rows, their supervised positions and nothing else. A failure is our bug: it asserts."""
-    width = batch.input_ids_bt.shape[1]
-    expected = [b * width + t for b, row in enumerate(rows) for t in range(row.prompt_tokens, len(row.ids))]
+    starts = np.cumsum((0, *(len(row.ids) for row in rows))).tolist()
+    ids, positions = batch.input_ids_t.tolist(), batch.position_ids_t.tolist()
+    expected = [
+        start + t for start, row in zip(starts, rows, strict=False) for t in range(row.prompt_tokens, len(row.ids))
+    ]
     assert (batch.positions_s + 1).tolist() == expected, "the mask does not cover exactly the completions"
-    for b, row in enumerate(rows):
-        ids_t = batch.input_ids_bt[b].tolist()
-        assert ids_t[: len(row.ids)] == row.ids.tolist(), "the collator changed a row"
-        assert all(i == pad_id for i in ids_t[len(row.ids) :]), "something other than padding follows a row"
+    assert len(ids) == starts[-1] and batch.lengths == tuple(len(row.ids) for row in rows)
+    for row, start, stop in zip(rows, starts, starts[1:], strict=False):
+        assert ids[start:stop] == row.ids.tolist(), "the collator changed a row"
+        assert positions[start:stop] == list(range(stop - start)), "positions do not restart with a row"
     assert sum(len(targets) for targets in split(batch)) == len(expected)
 
 
@@ -117,10 +138,11 @@ def prove_text(trace: Trace, targets: list[int], chat: Chat, content: str) -> No
 
 def split(batch: Batch) -> list[list[int]]:
     """The supervised token ids of each row, taken from the batch's tensors."""
-    row_s = (batch.positions_s // batch.input_ids_bt.shape[1]).tolist()
-    targets: list[list[int]] = [[] for _ in range(batch.input_ids_bt.shape[0])]
-    for b, target in zip(row_s, batch.targets_s.tolist(), strict=True):
-        targets[b].append(target)
+    ends = np.cumsum(batch.lengths)
+    row_s = np.searchsorted(ends, batch.positions_s.numpy(), side="right")
+    targets: list[list[int]] = [[] for _ in batch.lengths]
+    for row, target in zip(row_s.tolist(), batch.targets_s.tolist(), strict=True):
+        targets[row].append(target)
     return targets
 
 

@@ -1,36 +1,127 @@
-"""The objective as a module: a batch in, the summed cross-entropy of its supervised tokens out.
+"""The head and its loss, a few rows at a time: the logits of a batch are never all there.
 
-Two things are decided here. The head is applied to supervised positions only: a prompt's logits, 152,000 wide, would be
-made to be thrown away. And the loss is a *sum*: the caller divides by the supervised tokens of the whole step, so that
-every token weighs the same however the step was cut into batches (a mean of means does not do that).
+A vocabulary has 150,000 entries, so a row's logits are twenty to fifty times as large as its hidden state: for 32,768
+supervised tokens 10 GB in bfloat16, and autograd keeps several copies. But a loss over tokens is a sum, and so are its
+gradients: for some rows at a time logits are made, turned into their own gradient in place, multiplied back into the
+gradients of hidden states and head, and forgotten. All of that happens in the forward pass, as the gradients are there
+already; the backward pass scales them. The three products are those that any implementation needs; a fourth, to make
+the logits again in the backward pass, is not.
 
-It is a module around the model, and it is what Accelerate wraps: whatever hooks a parallel wrapper needs on `forward`
-see one forward per batch.
+What the loss is, a function says that is given some rows' logits (`Criterion`): cross-entropy below, and what is learnt
+from a teacher's distributions in `train.objectives`.
 
-Shapes: b rows, t tokens, d hidden, s supervised tokens, v vocabulary.
+Rejected: blocks of the vocabulary beside blocks of rows. They need the logits twice, and save memory that nobody
+misses: a block of rows is a few dozen megabytes.
+
+Shapes: s supervised tokens, r of them in a block, v vocabulary, d hidden.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
-from torch.nn import functional as F
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from distill.train.data import Batch
+BLOCK = {"cpu": 1 << 25, "cuda": 1 << 27}  # logits made at once: 64 MB and 256 MB in bfloat16
+PASS = {"cpu": 1 << 20, "cuda": 1 << 27}  # of them in float32 at once; on a CPU they stay in its cache
+
+# Of the rows start … stop: given their logits [r, v] in float32, which it may overwrite, and whether a gradient is
+# wanted, it returns the sums of the loss's parts [parts], of which the first is what is differentiated, and writes
+# its gradient over the logits.
+Criterion = Callable[[Tensor, int, int, bool], Tensor]
 
 
-class SupervisedLoss(nn.Module):
-    """Σ −log p(target) in nats over a batch's supervised tokens; the weights stay as they are, float32, and the forward
-    pass runs in `dtype`. For decoders whose head is one plain linear layer (the Qwen2 and Llama families)."""
+def linear_loss(hidden_sd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, criterion: Criterion) -> Tensor:
+    """The sums of a criterion's parts over the rows of `hidden_sd` through a head, float32 [parts].
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model = model
-        self.dtype = dtype
+    Only the first has a gradient; the others are told, not learnt. Products run in the dtype of autocast, or else of
+    the hidden states; the sums over the vocabulary in float32.
+    """
+    device = hidden_sd.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_sd.dtype
+    parts: Tensor = _LinearLoss.apply(hidden_sd, weight_vd, bias_v, criterion, dtype, torch.is_grad_enabled())
+    return parts
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        ids_bt = batch.input_ids_bt
-        with torch.autocast(ids_bt.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            hidden_btd = self.model.get_decoder()(input_ids=ids_bt, use_cache=False).last_hidden_state
-            hidden_sd = hidden_btd.flatten(0, 1).index_select(0, batch.positions_s)
-            logits_sv = self.model.get_output_embeddings()(hidden_sd)
-        return F.cross_entropy(logits_sv.float(), batch.targets_s, reduction="sum")
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_sd: Tensor,
+        weight_vd: Tensor,
+        bias_v: Tensor | None,
+        criterion: Criterion,
+        dtype: torch.dtype,
+        learning: bool,
+    ) -> Tensor:
+        wanted = [learning and needed for needed in ctx.needs_input_grad[:3]]
+        vocabulary, device = len(weight_vd), hidden_sd.device.type
+        h_sd, w_vd = hidden_sd.to(dtype), weight_vd.to(dtype)
+        bias = None if bias_v is None else bias_v.to(dtype)
+        grad_h_sd = torch.empty_like(h_sd) if wanted[0] else None
+        grad_w_vd: Tensor | None = None
+        grad_b_v = torch.zeros_like(bias_v, dtype=torch.float32) if bias_v is not None and wanted[2] else None
+        total: Tensor | None = None
+        with torch.autocast(device, enabled=False):
+            for start, stop in blocks(len(h_sd), vocabulary, BLOCK[device]):
+                h_rd = h_sd[start:stop]
+                logits_rv = torch.nn.functional.linear(h_rd, w_vd, bias)
+                sums = in_passes(logits_rv, start, criterion, any(wanted))
+                total = sums if total is None else total + sums
+                if grad_h_sd is not None:
+                    torch.mm(logits_rv, w_vd, out=grad_h_sd[start:stop])
+                if wanted[1]:
+                    grad = torch.mm(logits_rv.T, h_rd)
+                    if grad_w_vd is None:  # the only block, mostly; else float32, so that many small ones are not lost
+                        grad_w_vd = grad if stop == len(h_sd) else grad.float()
+                    else:
+                        grad_w_vd += grad
+                if grad_b_v is not None:
+                    grad_b_v += logits_rv.sum(0, dtype=torch.float32)
+        assert total is not None, "a batch without a supervised token"
+        ctx.gradients = [
+            None if grad is None or like is None else grad.to(like.dtype)
+            for grad, like in ((grad_h_sd, hidden_sd), (grad_w_vd, weight_vd), (grad_b_v, bias_v))
+        ]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad_outputs[0][0]
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in gradients), None, None, None)
+
+
+def in_passes(logits_rv: Tensor, first: int, criterion: Criterion, learning: bool) -> Tensor:
+    """The criterion's sums over a block of rows, whose logits become their gradient where `learning`."""
+    total: Tensor | None = None
+    in_float = logits_rv.dtype == torch.float32
+    for start, stop in blocks(len(logits_rv), logits_rv.shape[1], PASS[logits_rv.device.type]):
+        some_rv = logits_rv[start:stop] if in_float else logits_rv[start:stop].float()
+        sums = criterion(some_rv, first + start, first + stop, learning)
+        total = sums if total is None else total + sums
+        if learning and not in_float:
+            logits_rv[start:stop] = some_rv
+    assert total is not None
+    return total
+
+
+def blocks(rows: int, columns: int, size: int) -> list[tuple[int, int]]:
+    """Ranges of rows of about `size` elements each, as equal as can be."""
+    count = min(rows, max(1, -(-rows * columns // size)))
+    return [(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+
+
+def cross_entropy(targets_s: Tensor) -> Criterion:
+    """Σ −log p(target), in nats; its gradient is softmax − one-hot."""
+
+    def criterion(logits_rv: Tensor, start: int, stop: int, learning: bool) -> Tensor:
+        targets_r1 = targets_s[start:stop, None]
+        logits_rv.sub_(logits_rv.amax(1, keepdim=True))
+        target_r1 = logits_rv.gather(1, targets_r1)
+        sum_r1 = logits_rv.exp_().sum(1, keepdim=True)
+        if learning:
+            logits_rv.mul_(sum_r1.reciprocal()).scatter_add_(1, targets_r1, torch.full_like(sum_r1, -1.0))
+        return (sum_r1.log() - target_r1).sum()[None]
+
+    return criterion

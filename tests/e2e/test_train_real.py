@@ -10,7 +10,9 @@ from distill import catalog
 from distill.chat import split_reasoning
 from distill.prompts.prompt import Prompt
 from distill.traces.trace import Trace
-from distill.train import loop
+from distill.train.fit import Task, fit
+from distill.train.prepare import prepare
+from distill.train.world import World
 
 TINY = Path(__file__).resolve().parents[2] / "students" / "tiny-qwen"
 
@@ -42,14 +44,14 @@ def test_fifty_steps_on_real_traces(real_data, student, tmp_path, capsys):
     )
     card = catalog.load_student(recipe.student)
 
-    prepared = loop.prepare(directory / "filtered" / "kept", recipe.train, student, card.chat_template)
-    summary = loop.fit(prepared, directory, recipe, card)
+    rows = prepare(recipe, directory, "real")
+    summary = fit(Task(recipe, card, student, "chatml", directory), rows, World("one"))
 
-    rows = [json.loads(line) for line in (directory / "checkpoints" / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(5, 51, 5))
-    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    lines = [json.loads(line) for line in (directory / "checkpoints" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == list(range(5, 51, 5))
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     said = capsys.readouterr().out
     assert f"dropped {summary['dropped_rows']:,} of {len(traces):,} traces" in said
-    assert f"{prepared.data.supervised:,} of {prepared.data.tokens:,} tokens are supervised" in said
+    assert f"{rows.counts.supervised:,} of {rows.counts.tokens:,} tokens are supervised" in said
     assert summary["rows"] + summary["dropped_rows"] == len(traces) and summary["dropped_rows"] > 0
-    assert summary["supervised_tokens"] == rows[-1]["supervised_tokens"] > 20_000
+    assert summary["supervised_tokens"] == lines[-1]["supervised_tokens"] > 20_000

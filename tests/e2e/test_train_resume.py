@@ -12,14 +12,14 @@ from distill.run import Run
 
 STEPS = 60
 SETTINGS = {"max_steps": STEPS, "logging_steps": 3, "save_steps": 4, "gradient_accumulation_steps": 2}
-KILLS = 6
+KILLS = 20
 
 
 @pytest.fixture(scope="module")
 def spawn():
     """Start a training in a process of its own; torch is imported once, in the server that forks them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill.train.loop", "train_support"])
+    context.set_forkserver_preload(["distill.train.fit", "train_support"])
 
     def start(directory, student):
         process = context.Process(target=support.train_here, args=(directory, student, SETTINGS))
@@ -31,7 +31,7 @@ def spawn():
 
 def begin(directory, student):
     with Run(directory, support.make_recipe(student)) as run:
-        run.stage("filter", {}, {}, ["filtered"]).finish({})
+        run.stage("filter", {}, {}, ["filtered"]).finish({"funnel": [], "kept": 40, "total": 40})
         support.prepare(directory, support.sums(40))
     return directory
 

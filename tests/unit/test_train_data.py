@@ -1,18 +1,15 @@
-"""Rows, batches and the order of steps: small cases worked out by hand, and properties over many."""
-
-import itertools
+"""Traces as rows: what is dropped, cut, refused or held out, always counted; and the cache they are read from."""
 
 import numpy as np
 import pytest
 import train_support as support
-from hypothesis import given
-from hypothesis import strategies as st
 
 from distill.chat import Chat
 from distill.errors import UserError
 from distill.prompts.prompt import Prompt
 from distill.traces.trace import Trace
-from distill.train.data import Order, Row, collate, conversation, encode
+from distill.train import data as module
+from distill.train.data import Encoder, Encoding, Source, conversation
 
 
 @pytest.fixture(scope="module")
@@ -20,70 +17,98 @@ def chat(tmp_path_factory):
     return Chat.load(support.make_student(tmp_path_factory.mktemp("student")), "chatml")
 
 
-def row(length, prompt_tokens, first_id=0):
-    return Row(("p", 0), np.arange(first_id, first_id + length, dtype=np.int32), prompt_tokens)
+@pytest.fixture
+def encode(chat, tmp_path):
+    """Traces → (rows, witnesses)."""
+
+    def encode(traces, plain=False, **encoding):
+        encoder = Encoder(tmp_path / "tokens", chat, Encoding(**({"max_length": 256} | encoding)))
+        for _ in encoder.add(Source("test", traces, plain=plain), 0):
+            pass
+        return encoder.finish(), encoder.witnesses
+
+    return encode
 
 
-def test_a_batch_worked_out_by_hand():
-    batch = collate([row(5, 2, 10), row(3, 1, 20)], pad_id=99)
-    assert batch.input_ids_bt.tolist() == [[10, 11, 12, 13, 14], [20, 21, 22, 99, 99]]
-    # Row 0 learns 12, 13, 14, said at its positions 1, 2, 3; row 1 learns 21, 22, at 0 and 1, flat 5 and 6.
-    assert batch.positions_s.tolist() == [1, 2, 3, 5, 6]
-    assert batch.targets_s.tolist() == [12, 13, 14, 21, 22]
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))
-def test_what_is_supervised_is_every_completion_whole_even_where_pad_is_eos(parts):
-    """The pad id is also the id of every row's end token: masking by id would lose it."""
-    rows = [
-        Row(("p", i), np.asarray([5] * prompt + [6] * (done - 1) + [7], dtype=np.int32), prompt)
-        for i, (prompt, done) in enumerate(parts)
-    ]
-    batch = collate(rows, pad_id=7)
-    width = batch.input_ids_bt.shape[1]
-    for b, (prompt, done) in enumerate(parts):
-        mine = [
-            (p, t) for p, t in zip(batch.positions_s.tolist(), batch.targets_s.tolist(), strict=True) if p // width == b
-        ]
-        assert [p % width + 1 for p, _ in mine] == list(range(prompt, prompt + done))
-        assert [t for _, t in mine] == [6] * (done - 1) + [7]
-
-
-def test_rows_are_in_the_order_of_their_keys_whatever_the_order_of_the_traces(chat):
+def test_rows_are_in_the_order_of_their_keys_whatever_the_order_of_the_traces(encode):
     traces = support.sums(20)
-    there, back = (encode(order, chat, "reasoning", 256, 0) for order in (traces, traces[::-1]))
-    assert [r.key for r in there.rows] == [r.key for r in back.rows] == sorted(t.key for t in traces)
+    there, back = ([r.key for r in encode(order)[0]] for order in (traces, traces[::-1]))
+    assert there == back == sorted(t.key for t in traces)
 
 
-def test_long_rows_are_dropped_whole_and_counted(chat):
+def test_a_row_is_what_the_chat_renders(encode, chat):
+    traces = support.sums(300)  # more than are tokenised together
+    rows, _ = encode(traces)
+    by_key = {trace.key: trace for trace in traces}
+    place = 0
+    for row in rows:
+        ids, prompt_tokens = chat.training_ids(by_key[row.key].messages)
+        assert (row.ids.tolist(), row.prompt_tokens, row.place) == (ids, prompt_tokens, place)
+        place += row.supervised
+    assert rows.counts.supervised == place and rows.counts.tokens == sum(len(row.ids) for row in rows)
+
+
+def test_long_rows_are_dropped_whole_and_counted(encode, chat):
     short, long = support.trace("q", "<think>a</think>b"), support.trace("q", f"<think>{'a' * 100}</think>b", 1)
-    data = encode([short, long], chat, "reasoning", 80, 0)
+    rows, _ = encode([short, long], max_length=80)
     ids, _ = chat.training_ids(long.messages)
-    assert [r.key for r in data.rows] == [short.key]
-    assert (data.dropped_rows, data.dropped_tokens) == (1, len(ids))
-    assert data.tokens == len(data.rows[0].ids) and data.supervised == len("<think>a</think>b") + 1  # and the end token
+    assert [r.key for r in rows] == [short.key]
+    assert (rows.counts.dropped_rows, rows.counts.dropped_tokens) == (1, len(ids))
+    assert rows.counts.supervised == len("<think>a</think>b") + 1  # and the end token
 
 
-def test_only_long_rows_is_an_error_that_says_how_long(chat):
-    traces = [support.trace("q", "a" * 60), support.trace("q", "a" * 70, 1)]
+def test_long_rows_are_cut_where_that_is_asked_for_and_counted(encode, chat):
+    long = support.trace("q", f"<think>{'a' * 100}</think>b", 1)
+    hopeless = support.trace("q" * 90, "<think>a</think>b", 2)  # its prompt alone is longer
+    short = support.trace("q", "<think>a</think>b")
+    rows, witnesses = encode([long, short, hopeless], max_length=80, overlong="truncate")
+    ids, _ = chat.training_ids(long.messages)
+    assert [(r.key[1], len(r.ids)) for r in rows] == [(0, len(chat.training_ids(short.messages)[0])), (1, 80)]
+    assert rows[1].ids.tolist() == ids[:80] and rows.truncated.tolist() == [False, True]
+    assert (rows.counts.truncated_rows, rows.counts.truncated_tokens) == (1, len(ids) - 80)
+    assert rows.counts.dropped_rows == 1
+    assert {w.sample for w in witnesses.values()} == {0}, "a cut row proves nothing about the text"
+
+
+def test_long_rows_are_refused_where_that_is_asked_for(encode):
+    with pytest.raises(
+        UserError, match=r"sample 1 has \d+ tokens, more than train\.max_length 80.*`drop` or `truncate`"
+    ):
+        encode([support.trace("q", f"<think>{'a' * 100}</think>b", 1)], max_length=80, overlong="raise")
+
+
+def test_only_long_rows_is_an_error_that_says_how_long(encode, chat):
+    traces = [support.trace("q", "<think></think>" + "a" * 60), support.trace("q", "<think></think>" + "a" * 70, 1)]
     shortest = len(chat.training_ids(traces[0].messages)[0])
     with pytest.raises(
         UserError, match=rf"^all 2 kept traces .* train\.max_length 20; the shortest has {shortest} tokens$"
     ):
-        encode(traces, chat, "reasoning", 20, 0)
+        encode(traces, max_length=20)
 
 
 @pytest.mark.parametrize("question, text", [("q\ud800", "a"), ("q", "<think>\udfff</think>a")])
-def test_text_that_is_not_unicode_is_one_line(chat, question, text):
+def test_text_that_is_not_unicode_is_one_line(encode, question, text):
     """JSON can hold it, and a tokenizer would stop with a TypeError."""
     trace = Trace(Prompt.from_question(question, None), 7, 0, text, None, text, "stop", "t")
     with pytest.raises(UserError, match=r"^trace \w+ sample 7 holds half a character"):
-        encode([trace], chat, "reasoning", 99, 0)
+        encode([trace])
 
 
-def test_the_witnesses_are_the_first_the_longest_and_one_at_random(chat):
+def test_a_trace_without_reasoning_is_refused_unless_it_is_meant(encode):
+    plain = support.trace("q", "four")
+    with pytest.raises(
+        UserError, match=r"sample 0 of test has no closed think block: set filter\.format .* `plain: true`"
+    ):
+        encode([*support.sums(3), plain])
+    rows, _ = encode([*support.sums(3), plain], plain=True)
+    assert len(rows) == 4 and rows.counts.plain_rows == 1
+    rows, _ = encode([plain], content="answer")
+    assert rows.counts.plain_rows == 0
+
+
+def test_the_witnesses_are_the_first_the_longest_and_one_at_random(encode, chat):
     traces = support.sums(30)
-    seeds = [encode(traces, chat, "reasoning", 256, seed).witnesses for seed in range(20)]
+    seeds = [encode(traces, seed=seed)[1] for seed in range(20)]
     longest = max(traces, key=lambda t: len(chat.training_ids(t.messages)[0]))
     assert {w["first"].key for w in seeds} == {traces[0].key}
     assert {w["longest"].key for w in seeds} == {longest.key}
@@ -96,35 +121,46 @@ def test_answer_leaves_the_reasoning_out():
     assert conversation(trace, "reasoning")[-1]["content"] == trace.text
 
 
-@given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=200),
-    st.integers(1, 7),
-    st.integers(1, 4),
-    st.integers(0, 3),
-)
-def test_every_epoch_holds_every_row_once(lengths, batch_size, accumulation, seed):
-    order = Order(lengths, batch_size, accumulation, seed)
-    for epoch in range(2):
-        steps = [order.step(epoch * order.steps_per_epoch + i) for i in range(order.steps_per_epoch)]
-        assert sorted(itertools.chain.from_iterable(itertools.chain.from_iterable(steps))) == list(range(len(lengths)))
-        assert all(1 <= len(step) <= accumulation for step in steps)
-        assert all(1 <= len(batch) <= batch_size for step in steps for batch in step)
+def test_held_out_rows_are_whole_prompts_about_as_many_as_asked_for_and_stay(encode):
+    traces = [support.trace(f"{i}?", f"<think>{s}</think>b", s) for i in range(400) for s in range(2)]
+    rows, _ = encode(traces, held_out=0.2)
+    out = {key for key, held in zip(rows.keys, rows.held_out, strict=True) if held}
+    assert 0.14 < len(out) / len(traces) < 0.26 and rows.counts.held_out_rows == len(out)
+    assert all((prompt, 1 - sample) in out for prompt, sample in out)
+    fewer, _ = encode(traces[:300], held_out=0.2)
+    assert {key for key, held in zip(fewer.keys, fewer.held_out, strict=True) if held} == out & set(fewer.keys)
+    assert not encode(traces)[0].held_out.any()
 
 
-def test_a_step_depends_on_its_number_and_the_seed_alone():
-    lengths = [i % 13 + 1 for i in range(100)]
-    one, other, reseeded = Order(lengths, 4, 2, 0), Order(lengths, 4, 2, 0), Order(lengths, 4, 2, 1)
-    forward = [one.step(k) for k in range(40)]
-    assert [other.step(k) for k in reversed(range(40))] == forward[::-1]
-    assert [reseeded.step(k) for k in range(40)] != forward
-    assert forward[: one.steps_per_epoch] != forward[one.steps_per_epoch : 2 * one.steps_per_epoch]
+def test_holding_out_everything_is_an_error(encode):
+    with pytest.raises(UserError, match=r"train\.val_size 0\.999999 holds out all 2 rows"):
+        encode(support.sums(2), held_out=0.999999)
 
 
-def test_batches_hold_rows_of_similar_length():
-    lengths = np.random.default_rng(0).integers(10, 100, 512).tolist()
-    order = Order(lengths, 16, 1, 0)
-    batches = [[lengths[i] for i in order.step(k)[0]] for k in range(order.steps_per_epoch)]
-    padded = sum(max(batch) * len(batch) for batch in batches)
-    assert sum(lengths) / padded > 0.9  # unsorted batches of these lengths are filled to 0.58
-    means = [np.mean(batch) for batch in batches]
-    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.5  # and the batches come in no order of length
+def test_the_cache_gives_back_the_rows_and_knows_what_it_was_made_from(encode, tmp_path):
+    rows, _ = encode(support.sums(20), held_out=0.3)
+    rows.proved = ["proved"]
+    place = tmp_path / "tokens"
+    assert module.load(place, "abc") is None, "without its last file it is not whole"
+    module.store(rows, place, "abc")
+    again = module.load(place, "abc")
+    assert [(r.key, r.ids.tolist(), r.prompt_tokens, r.place) for r in again] == [
+        (r.key, r.ids.tolist(), r.prompt_tokens, r.place) for r in rows
+    ]
+    assert np.array_equal(again.held_out, rows.held_out)
+    assert (again.counts, again.proved) == (rows.counts, ["proved"])
+    assert isinstance(again.ids, np.memmap)
+    assert module.load(place, "abd") is None
+    assert module.load(place) is not None
+
+
+@pytest.mark.parametrize("damage", ["ids.bin", "index.parquet", "rows.json"])
+def test_a_cache_that_is_not_whole_is_not_taken(encode, tmp_path, damage):
+    rows, _ = encode(support.sums(20))
+    place = tmp_path / "tokens"
+    module.store(rows, place, "abc")
+    file = place / damage
+    file.write_bytes(file.read_bytes()[:-8])
+    assert module.load(place, "abc") is None
+    file.unlink()
+    assert module.load(place, "abc") is None

@@ -1,6 +1,7 @@
 """The integrity gate: what it proves on good rows, and the line a user reads for each way of failing."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import train_support as support
 from distill.chat import Chat
 from distill.errors import UserError
 from distill.train import gate
-from distill.train.data import Row, collate, encode
+from distill.train.batches import collate
+from distill.train.data import Encoder, Encoding, Source
+from distill.train.gate import Limits
 
 TRACES = support.sums(12)
 
@@ -37,11 +40,26 @@ def load(student, tmp_path, template):
     return Chat.load(student, str(path))
 
 
-def prove(chat, traces=TRACES, content="reasoning", vocabulary=272, context=512, pad_id=257):
-    return gate.prove(encode(traces, chat, content, 256, 0), chat, content, vocabulary, context, pad_id)
+@pytest.fixture
+def encode(tmp_path):
+    def encode(chat, traces=TRACES, content="reasoning", **encoding):
+        encoder = Encoder(tmp_path / "tokens", chat, Encoding(**({"max_length": 256, "content": content} | encoding)))
+        for _ in encoder.add(Source("test", traces, plain=True), 0):
+            pass
+        return encoder.finish(), encoder.witnesses
+
+    return encode
 
 
-def test_good_rows_pass_and_the_lines_say_what_holds(student):
+@pytest.fixture
+def prove(encode):
+    def prove(chat, traces=TRACES, content="reasoning", vocabulary=272, context=512, **encoding):
+        return gate.prove(*encode(chat, traces, content, **encoding), chat, content, Limits(vocabulary, context))
+
+    return prove
+
+
+def test_good_rows_pass_and_the_lines_say_what_holds(student, prove):
     lines = "\n".join(prove(Chat.load(student, "chatml")))
     assert "12 rows" in lines and "first longest random" in lines
     assert "exactly the completion" in lines and "characters of reasoning included" in lines
@@ -50,21 +68,27 @@ def test_good_rows_pass_and_the_lines_say_what_holds(student):
     assert f"{supervised:,} of " in lines
 
 
-def test_the_answer_alone_passes_as_a_control(student):
+def test_the_answer_alone_passes_as_a_control(student, prove):
     lines = "\n".join(prove(Chat.load(student, "chatml"), content="answer"))
     assert "the reasoning is left out" in lines
 
 
-def test_pad_equal_to_the_end_token_passes(student):
-    assert prove(Chat.load(student, "chatml"), pad_id=256)
+def test_rows_that_were_cut_may_end_without_an_end_token_and_it_is_said(student, prove):
+    lines = "\n".join(prove(Chat.load(student, "chatml"), max_length=90, overlong="truncate"))
+    assert "9 of 12 rows end in a supervised <|im_end|>" in lines
 
 
-def test_a_template_that_deletes_the_reasoning(student, tmp_path):
+def test_rows_without_reasoning_are_counted(student, prove):
+    lines = "\n".join(prove(Chat.load(student, "chatml"), [*TRACES, support.trace("1+1?", "2")]))
+    assert "1 rows have no reasoning, as train.data says" in lines
+
+
+def test_a_template_that_deletes_the_reasoning(student, tmp_path, prove):
     with pytest.raises(UserError, match=r"deletes the reasoning: of trace .* set train\.chat_template to `chatml`"):
         prove(load(student, tmp_path, R1))
 
 
-def test_the_same_template_with_a_prefilled_think_tag(student, tmp_path):
+def test_the_same_template_with_a_prefilled_think_tag(student, tmp_path, prove):
     """The newer published R1 template opens <think> itself: then its training row cannot begin with its prompt."""
     prefilled = R1.replace("assistant\n' }}{%- endif -%}", "assistant\n<think>\n' }}{%- endif -%}")
     assert prefilled != R1
@@ -72,13 +96,13 @@ def test_the_same_template_with_a_prefilled_think_tag(student, tmp_path):
         prove(load(student, tmp_path, prefilled))
 
 
-def test_a_template_that_changes_the_text_is_shown_where(student, tmp_path):
+def test_a_template_that_changes_the_text_is_shown_where(student, tmp_path, prove):
     changed = R1.replace(".split('</think>')[-1]", ".replace('answer', 'reply')")
     with pytest.raises(UserError, match=r"from character \d+ on \('reply is .* instead of 'answer is "):
         prove(load(student, tmp_path, changed))
 
 
-def test_a_template_without_an_end_token(student, tmp_path):
+def test_a_template_without_an_end_token(student, tmp_path, prove):
     with pytest.raises(UserError, match=r"does not end in an end token.*never learn to stop; set train\.chat_template"):
         prove(load(student, tmp_path, NO_END))
 
@@ -88,36 +112,49 @@ def test_a_base_model_without_a_template_says_which_to_set(student):
         Chat.load(student)
 
 
-def test_a_vocabulary_smaller_than_the_tokenizer(student):
+def test_a_vocabulary_smaller_than_the_tokenizer(student, prove):
     with pytest.raises(UserError, match=r"gives id 258 \(<\|im_start\|>\) but the model's vocabulary ends at 257"):
         prove(Chat.load(student, "chatml"), vocabulary=258)
 
 
-def test_a_row_longer_than_the_context(student):
-    with pytest.raises(UserError, match=r"tokens and the model's context is 64: set train\.max_length to 64 "):
+def test_a_row_longer_than_the_context(student, prove):
+    with pytest.raises(
+        UserError, match=r"tokens and the model's context is 64, beyond which its RoPE .*: set train\.max_length to 64 "
+    ):
         prove(Chat.load(student, "chatml"), context=64)
 
 
-def test_a_prompt_that_inference_would_not_send(student):
+def test_a_prompt_that_inference_would_not_send(student, encode):
     chat = Chat.load(student, "chatml")
-    data = encode(TRACES, chat, "reasoning", 256, 0)
-    data.rows = [Row(r.key, np.concatenate([r.ids[:1], r.ids]), r.prompt_tokens + 1) for r in data.rows]
+    rows, witnesses = encode(chat)
+    rows.ids = np.concatenate(
+        [np.concatenate([row.ids[:1], row.ids]) for row in rows]
+    )  # each row begins with one too many
+    rows.lengths, rows.prompt_tokens = rows.lengths + 1, rows.prompt_tokens + 1
+    rows.starts = np.cumsum(rows.lengths) - rows.lengths
     with pytest.raises(UserError, match="does not begin with the prompt that inference will send"):
-        gate.prove(data, chat, "reasoning", 272, 512, 257)
+        gate.prove(rows, witnesses, chat, "reasoning", Limits(272, 512))
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_a_mask_that_is_off_by_one_is_noticed(student, shift):
+def test_a_mask_that_is_off_by_one_is_noticed(student, shift, encode):
     """The bug is put into the batch, where a collator would make it: all targets moved by one position."""
     chat = Chat.load(student, "chatml")
-    rows = encode(TRACES, chat, "reasoning", 256, 0).rows[:3]
-    batch = collate(rows, 257)
-    gate.prove_mask(rows, batch, 257)
+    rows = list(encode(chat)[0])[:3]
+    batch = collate(rows)
+    gate.prove_mask(rows, batch)
     with pytest.raises(AssertionError, match="does not cover exactly the completions"):
-        gate.prove_mask(rows, type(batch)(batch.input_ids_bt, batch.positions_s + shift, batch.targets_s), 257)
+        gate.prove_mask(rows, replace(batch, positions_s=batch.positions_s + shift))
 
 
-def test_text_that_tokenizers_may_normalise_is_not_a_failure(student):
+def test_positions_that_run_on_are_noticed(student, encode):
+    rows = list(encode(Chat.load(student, "chatml"))[0])[:3]
+    batch = collate(rows)
+    with pytest.raises(AssertionError, match="positions do not restart"):
+        gate.prove_mask(rows, replace(batch, position_ids_t=batch.position_ids_t.new_tensor(range(sum(batch.lengths)))))
+
+
+def test_text_that_tokenizers_may_normalise_is_not_a_failure(student, prove):
     """A tokenizer with NFC (as Qwen's) gives back composed characters; the trace has them decomposed."""
     chat = Chat.load(student, "chatml")
     state = json.loads(chat.tokenizer.backend_tokenizer.to_str())

@@ -1,4 +1,4 @@
-"""The optimiser step: loss and gradients against transformers' own, the schedule by hand, NaN, exact resuming."""
+"""The training loop: any split of a step, the schedule by hand, held-out rows, NaN, jumps, exact resuming."""
 
 import json
 import signal
@@ -6,17 +6,15 @@ import signal
 import pytest
 import torch
 import train_support as support
-from safetensors.torch import load_file
-from torch.nn import functional as F
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from distill.errors import WorkError
 from distill.recipe import Train
+from distill.train import gate, methods
 from distill.train import loop as loop_module
-from distill.train.checkpoint import Checkpoints
-from distill.train.data import collate
-from distill.train.loop import Loop, adamw, prepare, schedule
-from distill.train.loss import SupervisedLoss
+from distill.train.loop import schedule
+from distill.train.methods import optimizer
 
 
 @pytest.fixture(scope="module")
@@ -29,68 +27,36 @@ def run_dir(tmp_path_factory):
     return support.prepare(tmp_path_factory.mktemp("run"), support.sums(24))
 
 
-def prepared(student, run_dir, recipe):
-    return prepare(run_dir / "filtered" / "kept", recipe.train, student, "chatml")
-
-
 def make_loop(student, run_dir, directory, **settings):
-    recipe = support.make_recipe(student, settings)
-    checkpoints = Checkpoints(directory, recipe.train.save_total_limit)
-    return Loop(prepared(student, run_dir, recipe), recipe.train, checkpoints)
+    return support.make_loop(student, run_dir, directory / "checkpoints", settings)
 
 
 def logged(directory):
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (directory / "checkpoints" / "log.jsonl").read_text().splitlines()]
 
 
 def losses(directory):
     return [(row["step"], row["loss"], row["grad_norm"], row["learning_rate"]) for row in logged(directory)]
 
 
-def test_loss_and_gradients_are_those_of_transformers_with_an_attention_mask_and_labels(student, run_dir):
-    data = prepared(student, run_dir, support.make_recipe(student)).data
-    rows = data.rows[:6]
-    batch = collate(rows, 257)
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32) for _ in range(2))
-
-    loss = SupervisedLoss(ours, torch.float32)(batch)
-    loss.backward()
-
-    mask_bt = torch.zeros_like(batch.input_ids_bt)
-    labels_bt = torch.full_like(batch.input_ids_bt, -100)
-    for b, row in enumerate(rows):
-        mask_bt[b, : len(row.ids)] = 1
-        labels_bt[b, row.prompt_tokens : len(row.ids)] = torch.as_tensor(row.ids[row.prompt_tokens :])
-    logits_btv = theirs(batch.input_ids_bt, attention_mask=mask_bt).logits
-    reference = F.cross_entropy(logits_btv[:, :-1].flatten(0, 1), labels_bt[:, 1:].flatten(), reduction="sum")
-    reference.backward()
-
-    assert len({len(row.ids) for row in rows}) > 1, "without padding the comparison is empty"
-    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
-    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        difference = (a.grad - b.grad).abs()
-        assert difference.max() <= 1e-5 * b.grad.abs().max(), (
-            f"{name}: {difference.max():.2e}, mean {difference.mean():.2e}"
-        )
-
-
 def test_any_split_of_a_step_into_batches_gives_the_same_training(student, tmp_path):
     run_dir = support.prepare(tmp_path / "run", support.sums(8))  # one step an epoch: the same rows whatever the split
     weights = []
-    for batch_size, accumulation in ((8, 1), (2, 4), (3, 3)):
+    for batch_size, accumulation, packing in ((8, 1, False), (2, 4, False), (3, 3, False), (1, 8, True)):
         loop = make_loop(
             student,
             run_dir,
             tmp_path / f"{batch_size}",
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
+            packing=packing,
             learning_rate=1e-4,
             max_steps=3,
             logging_steps=1,
         )
         loop.run()
-        weights.append(torch.cat([p.detach().flatten() for p in loop.objective.parameters()]))
-    reference, *others = (losses(tmp_path / name) for name in ("8", "2", "3"))
+        weights.append(torch.cat([p.detach().flatten() for p in loop.learner.parameters()]))
+    reference, *others = (losses(tmp_path / name) for name in ("8", "2", "3", "1"))
     for other in others:
         assert [row[1] for row in other] == pytest.approx([row[1] for row in reference], rel=1e-5)
         assert [row[2] for row in other] == pytest.approx([row[2] for row in reference], rel=1e-4)
@@ -110,7 +76,7 @@ def test_schedule_by_hand():
 
 def test_decay_is_on_matrices_only(student):
     model = AutoModelForCausalLM.from_pretrained(student)
-    decayed, rest = adamw(model, Train(weight_decay=0.1)).param_groups
+    decayed, rest = optimizer(model, Train(weight_decay=0.1)).param_groups
     assert decayed["weight_decay"] == 0.1 and all(p.ndim == 2 for p in decayed["params"])
     assert rest["weight_decay"] == 0 and all(p.ndim == 1 for p in rest["params"])
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
@@ -124,26 +90,34 @@ def test_training_learns_and_the_log_adds_up(student, run_dir, tmp_path):
     assert summary["steps"] == 15 and summary["epochs"] == 2.5
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert (summary["first_loss"], summary["last_loss"]) == (rows[0]["loss"], rows[-1]["loss"])
-    batches = [i for k in range(15) for i in loop.order.step(k)[0]]
-    data = loop.data.rows
-    assert rows[-1]["tokens"] == summary["tokens"] == sum(len(data[i].ids) for i in batches)
-    assert rows[-1]["supervised_tokens"] == sum(data[i].supervised for i in batches)
+    batches = [i for k in range(15) for i in loop.batches(k)[0]]
+    assert rows[-1]["tokens"] == summary["tokens"] == sum(len(loop.rows[i].ids) for i in batches)
+    assert rows[-1]["supervised_tokens"] == sum(loop.rows[i].supervised for i in batches)
 
 
-def test_bfloat16_keeps_float32_weights_and_comes_near_float32(student, run_dir, tmp_path):
+def test_bfloat16_keeps_float32_weights_and_comes_near_float32(student, run_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "multiplies_bfloat16", lambda: True)  # if need be slowly
     for dtype in ("float32", "bfloat16"):
         loop = make_loop(student, run_dir, tmp_path / dtype, dtype=dtype, max_steps=6, logging_steps=3)
         loop.run()
-        assert {p.dtype for p in loop.objective.parameters()} == {torch.float32}
+        assert {p.dtype for p in loop.learner.parameters()} == {torch.float32}
     plain, mixed = ([row[1] for row in losses(tmp_path / dtype)] for dtype in ("float32", "bfloat16"))
     assert mixed == pytest.approx(plain, rel=0.02) and mixed != plain
+
+
+def test_a_processor_without_bfloat16_computes_in_float32_and_says_so(student, run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(methods, "multiplies_bfloat16", lambda: False)
+    for dtype in ("float32", "bfloat16"):
+        make_loop(student, run_dir, tmp_path / dtype, dtype=dtype, max_steps=3, logging_steps=1).run()
+    assert losses(tmp_path / "bfloat16") == losses(tmp_path / "float32")
+    assert capsys.readouterr().out.count("does not multiply bfloat16: the forward pass runs in float32") == 1
 
 
 def test_gradient_checkpointing_changes_no_loss(student, run_dir, tmp_path):
     for on in (False, True):
         loop = make_loop(student, run_dir, tmp_path / str(on), gradient_checkpointing=on, max_steps=4, logging_steps=1)
         loop.run()
-        assert loop.objective.model.is_activation_checkpointing is on
+        assert loop.learner.model.is_activation_checkpointing is on
     plain, lean = ([row[1] for row in losses(tmp_path / str(on))] for on in (False, True))
     assert lean == pytest.approx(plain, rel=1e-6)
 
@@ -155,13 +129,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_rows(student, run
     def poisoned():
         if loop.position.step == 5:  # the sixth: a weight goes bad, as an overflow would make it
             with torch.no_grad():
-                next(loop.objective.parameters()).fill_(float("nan"))
+                next(loop.learner.parameters()).fill_(float("nan"))
         step()
 
     monkeypatch.setattr(loop, "step", poisoned)
     with pytest.raises(WorkError, match=r"^step 6: loss nan, gradient norm nan, on the traces") as caught:
         loop.run()
-    keys = [loop.data.rows[i].key for i in loop.order.step(5)[0]]
+    keys = [loop.rows[i].key for i in loop.batches(5)[0]]
     assert all(f"{key[0]} sample {key[1]}" in str(caught.value) for key in keys)
     assert "nothing after step-000004 was kept" in str(caught.value)
     assert loop.checkpoints.newest().name == "step-000004"  # the one of step 8 was not written
@@ -185,7 +159,7 @@ def test_stopping_anywhere_and_going_on_gives_the_same_losses_and_weights(studen
     assert loop.position.step == 10
     loop.run()
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    for a, b in zip(loop.objective.parameters(), whole.objective.parameters(), strict=True):
+    for a, b in zip(loop.learner.parameters(), whole.learner.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -230,8 +204,70 @@ def test_a_second_interrupt_is_not_waited_with():
 
 def test_a_tied_head_is_stored_once_and_comes_back_tied(student, run_dir, tmp_path):
     make_loop(student, run_dir, tmp_path, max_steps=2).run()
-    stored = load_file(tmp_path / "step-000002" / "model.safetensors")
-    assert "model.model.embed_tokens.weight" in stored and "model.lm_head.weight" not in stored
-    model = make_loop(student, run_dir, tmp_path, max_steps=2).objective.model
-    assert torch.equal(model.lm_head.weight, stored["model.model.embed_tokens.weight"])
+    stored = FileSystemReader(tmp_path / "checkpoints" / "step-000002").read_metadata().state_dict_metadata
+    names = {name for name in stored if name.startswith("model.")}
+    assert "model.model.embed_tokens.weight" in names and not any("lm_head" in name for name in names)
+    model = make_loop(student, run_dir, tmp_path, max_steps=2).learner.model
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_held_out_rows_are_scored_and_not_trained(student, run_dir, tmp_path):
+    loop = make_loop(student, run_dir, tmp_path, val_size=0.3, eval_steps=2, logging_steps=3, max_steps=6)
+    held_out = [i for i, held in enumerate(loop.rows.held_out) if held]
+    assert held_out and not set(held_out) & {i for k in range(12) for batch in loop.batches(k) for i in batch}
+    loop.run()
+    rows = logged(tmp_path)
+    assert [row["step"] for row in rows] == [2, 3, 4, 6] and [("eval_loss" in row) for row in rows] == [1, 0, 1, 1]
+    model, total, supervised = loop.learner.model, 0.0, 0
+    for i in held_out:  # by transformers' own loss, one row after the other
+        row = loop.rows[i]
+        ids_1t = torch.from_numpy(row.ids.astype("int64"))[None]
+        labels = ids_1t.clone()
+        labels[0, : row.prompt_tokens] = -100
+        model.set_attn_implementation("eager")
+        total += model(ids_1t, labels=labels).loss.item() * row.supervised
+        supervised += row.supervised
+    assert rows[-1]["eval_loss"] == loop.summary()["eval_loss"] == pytest.approx(total / supervised, rel=1e-5)
+
+
+def test_scoring_changes_no_training(student, run_dir, tmp_path):
+    for every in (1, 100):
+        make_loop(student, run_dir, tmp_path / str(every), val_size=0.3, eval_steps=every, max_steps=5).run()
+    often, once = (logged(tmp_path / str(every))[-1] for every in (1, 100))
+    assert often["eval_loss"] == once["eval_loss"] and often["grad_norm"] == once["grad_norm"]
+
+
+def test_a_jump_of_the_loss_is_warned_of_with_its_rows(student, run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop_module, "RECENT", 4)
+    loop = make_loop(student, run_dir, tmp_path, max_steps=8, logging_steps=1, learning_rate=1e-4)
+    step = loop.step
+
+    def disturbed():
+        step()
+        if loop.position.step == 6:
+            parts, norm, supervised = loop.pending.pop()
+            loop.pending.append((parts * 3, norm, supervised))
+
+    monkeypatch.setattr(loop, "step", disturbed)
+    loop.run()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(said) == 1 and said[0].startswith("warning: step 6: loss 1") and "5." in said[0]
+    assert all(gate.name(loop.rows.keys[i]) in said[0] for i in loop.batches(5)[0])
+
+
+def test_figures_go_to_a_tracker(student, run_dir, tmp_path):
+    """TensorBoard's is not installed; a tracker of ours stands for any of Accelerate's."""
+    from accelerate.tracking import GeneralTracker
+
+    told = []
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker = "told", False, None
+
+        def log(self, values, step=None, **kwargs):
+            told.append((step, values))
+
+    loop = make_loop(student, run_dir, tmp_path, max_steps=4, logging_steps=2)
+    loop.world.accelerator.trackers = [Tracker()]
+    loop.run()
+    assert [(step, values["loss"]) for step, values in told] == [(r["step"], r["loss"]) for r in logged(tmp_path)]

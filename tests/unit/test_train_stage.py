@@ -7,14 +7,14 @@ import pytest
 import torch
 import train_support as support
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.chat import Chat
 from distill.errors import UserError
 from distill.run import Run
 from distill.traces.store import write_traces
-from distill.train import loop, traces_hash, train
+from distill.train import prepare, traces_hash, train
+from distill.train.state import State
 
 SETTINGS = {"max_steps": 4, "logging_steps": 2, "save_steps": 2}
 
@@ -43,8 +43,13 @@ def test_the_student_loads_in_transformers_and_is_the_last_checkpoint(trained):
     directory, _ = trained
     model = AutoModelForCausalLM.from_pretrained(directory / "student")
     assert model.dtype == torch.float32
-    for name, last in load_file(directory / "checkpoints" / "step-000004" / "model.safetensors").items():
-        assert torch.equal(model.get_parameter(name.removeprefix("model.")), last), name
+    learner = torch.nn.Module()
+    learner.model = AutoModelForCausalLM.from_pretrained(directory / "student")
+    for parameter in learner.parameters():
+        parameter.data.zero_()
+    State(learner, torch.optim.AdamW(learner.parameters(), fused=True)).load(directory / "checkpoints" / "step-000004")
+    for (name, last), written in zip(learner.model.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(last, written), name
 
 
 def test_its_chat_template_gives_the_prompt_it_was_trained_on(trained, student):
@@ -84,7 +89,7 @@ def test_a_bfloat16_recipe_gives_bfloat16_weights(student, tmp_path):
 
 def test_a_finished_stage_is_not_done_again(trained, student, monkeypatch):
     directory, summary = trained
-    monkeypatch.setattr(loop, "prepare", None)  # calling it would raise
+    monkeypatch.setattr(prepare, "prepare", None)  # calling it would raise
     assert support.train_here(directory, student, SETTINGS) == summary
     assert support.train_here(directory, student, SETTINGS | {"save_steps": 7, "logging_steps": 1}) == summary
 
@@ -184,7 +189,9 @@ def test_a_config_that_contradicts_itself(broken):
 
 def test_a_vocabulary_smaller_than_the_tokenizers(broken):
     student, directory = broken
-    edit(student, vocab_size=200)
+    model = AutoModelForCausalLM.from_pretrained(student)
+    model.resize_token_embeddings(200)
+    model.save_pretrained(student)
     assert "the model's vocabulary ends at 199" in refused(directory, student)
 
 

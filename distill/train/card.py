@@ -1,0 +1,86 @@
+"""The student's model card: what it came from and what it was made of, from the run's own figures.
+
+The front matter has the hub's keys, scores as `model-index` when the student has been scored (`with_scores`; the
+evaluation stage adds them). Nothing in it is written by hand: what the run does not know is not said.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill.recipe import HubPrompts, Recipe, StudentCard
+from distill.train.student import TEMPERATURE, TOP_P
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def model_card(recipe: Recipe, card: StudentCard, summary: dict[str, Any], filtered: dict[str, Any] | None) -> str:
+    """summary: of the training; filtered: of the filter stage, where there was one."""
+    front = {
+        "base_model": card.weights if HUB_ID.fullmatch(card.weights) else card.name,
+        "datasets": [source.dataset for source in recipe.prompts if isinstance(source, HubPrompts)],
+        "library_name": "transformers",
+        "license": card.license,
+        "model_name": recipe.name,
+        "tags": ["distillation", "reasoning", "sft"],
+    }
+    header = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
+    settings = recipe.train
+    learnt = "reasoning and answer" if settings.content == "reasoning" else "the answer alone"
+    method = {"full": "all weights", "lora": "LoRA", "qlora": "QLoRA"}[settings.method]
+    if settings.method != "full":
+        method += f", rank {settings.lora_r}, alpha {settings.lora_alpha}, merged"
+    rows = [
+        ("traces", f"{summary['rows']:,} ({summary['dropped_rows']:,} dropped for length)"),
+        *_filters(filtered),
+        (
+            "supervised tokens",
+            f"{summary['supervised_tokens']:,} in {summary['steps']:,} steps, {summary['epochs']:.2f} epochs",
+        ),
+        ("loss, first → last", f"{summary['first_loss']:.3f} → {summary['last_loss']:.3f} nats a token"),
+        ("trained", method),
+        ("learning rate", f"{settings.learning_rate:g}, {settings.lr_scheduler_type}"),
+        *_context(recipe),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+{header}---
+
+# {recipe.name}
+
+`{card.name}`, fine-tuned on traces of `{recipe.teacher}` ({learnt}).
+
+| | |
+|---|---|
+{table}
+
+Sample at temperature {TEMPERATURE} and top-p {TOP_P} (`generation_config.json` says so), with the chat template of this
+directory: it is the one that was trained. The licence is the base's.
+"""
+
+
+def _filters(filtered: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if not filtered:
+        return []
+    dropped = ", ".join(f"{step['filter']} {step['dropped']:,}" for step in filtered["funnel"] if step["dropped"])
+    kept = f"{filtered['kept']:,} of {filtered['total']:,} traces"
+    return [("filtered", kept + (f" (dropped: {dropped})" if dropped else ""))]
+
+
+def _context(recipe: Recipe) -> list[tuple[str, str]]:
+    """A context that was extended is said: a student whose RoPE was changed silently cannot be compared."""
+    settings = recipe.train
+    if not settings.max_position_embeddings:
+        return []
+    base = f", RoPE base {settings.rope_theta:g}" if settings.rope_theta else ""
+    return [("context extended to", f"{settings.max_position_embeddings:,} tokens{base}")]
+
+
+def filter_summary(directory: Path) -> dict[str, Any] | None:
+    """The filter stage's summary of a run directory, None where it never ran."""
+    path = directory / "stages" / "filter.json"
+    summary: dict[str, Any] | None = json.loads(path.read_text())["summary"] if path.exists() else None
+    return summary

@@ -1,0 +1,87 @@
+"""Before the first step: the traces are encoded, once, and the integrity gate looks at the rows.
+
+Nothing is left behind when something is refused: rows are encoded aside and take their place in `tokens/` only after
+the gate. There they survive `--fresh train`, as long as they are the rows that are asked for.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill import catalog
+from distill.chat import Chat
+from distill.console import progress, say
+from distill.durable import sync_directory
+from distill.recipe import Recipe
+from distill.traces.store import read_traces
+from distill.traces.trace import Trace
+from distill.train import data, gate, student, template_of
+from distill.train.data import Counts, Encoder, Encoding, Source, TrainingSet
+
+TOKENS = "tokens"  # inside a run directory
+
+
+def prepare(recipe: Recipe, directory: Path, fingerprint: str) -> TrainingSet:
+    """The rows of a run's training, proved; from the cache where they were made from the same things.
+
+    Raises UserError for whatever the user can mend; then nothing was written.
+    """
+    settings = recipe.train
+    weights = catalog.resolve_weights("student", recipe.student)
+    limits = student.inspect(weights, settings)
+    if (cached := data.load(directory / TOKENS, fingerprint)) is not None:
+        for line in cached.proved:
+            say(line)
+        return cached
+    chat = Chat.load(weights, template_of(recipe))
+    encoding = Encoding(settings.max_length, settings.content, settings.overlong, settings.val_size, settings.seed)
+    encoder = Encoder(directory / f".{TOKENS}.tmp", chat, encoding)
+    try:
+        with progress("encode", None, "traces") as advance:
+            for number, source in enumerate(sources(recipe, directory)):
+                for count in encoder.add(source, number):
+                    advance(count)
+        rows = encoder.finish()
+        say_losses(rows.counts, settings.max_length)
+        rows.proved = gate.prove(rows, encoder.witnesses, chat, settings.content, limits)
+    except BaseException:
+        encoder.close()
+        raise
+    for line in rows.proved:
+        say(line)
+    data.store(rows, encoder.directory, fingerprint)
+    return keep(encoder.directory, directory / TOKENS, fingerprint)
+
+
+def sources(recipe: Recipe, directory: Path) -> list[Source]:
+    """The trace sets that are mixed: those that the run kept."""
+    kept = directory / "filtered" / "kept"
+    return [Source(str(kept), kept_traces(kept), plain=not recipe.filter.format)]
+
+
+def kept_traces(kept: Path) -> Iterator[Trace]:
+    return (trace for trace, _ in read_traces(kept))
+
+
+def say_losses(counts: Counts, max_length: int) -> None:
+    if counts.dropped_rows:
+        say(
+            f"dropped {counts.dropped_rows:,} of {counts.dropped_rows + counts.rows:,} traces "
+            f"({counts.dropped_tokens:,} tokens): longer than train.max_length {max_length:,}"
+        )
+    if counts.truncated_rows:
+        say(
+            f"cut {counts.truncated_rows:,} of {counts.rows:,} traces at train.max_length {max_length:,} "
+            f"({counts.truncated_tokens:,} tokens lost): these do not teach how to finish"
+        )
+    if counts.held_out_rows:
+        say(f"held out {counts.held_out_rows:,} of {counts.rows:,} rows, by prompt")
+
+
+def keep(scratch: Path, place: Path, fingerprint: str) -> TrainingSet:
+    shutil.rmtree(place, ignore_errors=True)
+    scratch.rename(place)
+    sync_directory(place.parent)
+    rows = data.load(place, fingerprint)
+    assert rows is not None, "the cache that was just written is not whole"
+    return rows

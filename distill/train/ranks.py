@@ -1,0 +1,43 @@
+"""What a process does that is one of several, or the only one.
+
+Ranks that torchrun started run the same command; the first one encodes, proves, holds the run's lock and speaks, and
+the others wait here for its word.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from distill import catalog
+from distill.recipe import Recipe
+from distill.train import data, template_of
+from distill.train.fit import Task, fit
+from distill.train.prepare import TOKENS
+from distill.train.world import Layout, World, size
+
+
+def join(recipe: Recipe, directory: Path) -> World:
+    """Become one of the processes that train together. Waits until all are there."""
+    return World(layout(recipe), recipe.train.report_to, str(directory / "checkpoints"))
+
+
+def layout(recipe: Recipe) -> Layout:
+    if size() == 1:
+        return "one"
+    return "ddp" if recipe.train.parallel == "auto" else recipe.train.parallel
+
+
+def train_rank(recipe: Recipe, directory: Path, world: World | None = None) -> dict[str, Any]:
+    """Train on the rows that were prepared in the run's directory; gives the stage's summary."""
+    rows = data.load(directory / TOKENS)
+    assert rows is not None, "rows are prepared before ranks train on them"
+    student = catalog.load_student(recipe.student)
+    weights = catalog.resolve_weights("student", recipe.student)
+    return fit(Task(recipe, student, weights, template_of(recipe), directory), rows, world or join(recipe, directory))
+
+
+def follow(recipe: Recipe, directory: Path) -> None:
+    """Train with the first rank once it says so (`train.train`), or leave when it has nothing to do."""
+    world = join(recipe, directory)
+    if not world.any(False):
+        train_rank(recipe, directory, world)
+    world.close()

@@ -1,0 +1,197 @@
+"""Several processes on a CPU: the losses of one, sharding that is real, and what happens when one of them dies."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import train_support as support
+from safetensors.torch import load_file
+
+from distill.errors import WorkError
+from distill.run import Run
+from distill.train import launch
+
+REPO = Path(__file__).resolve().parents[2]
+SETTINGS = {"max_steps": 8, "logging_steps": 1, "save_steps": 3}
+ROWS = 22  # in batches of four: a step of two ranks, and one in which a rank has nothing left
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return support.make_student(tmp_path_factory.mktemp("student"))
+
+
+def begin(directory, student, count=ROWS):
+    with Run(directory, support.make_recipe(student)) as run:
+        run.stage("filter", run.recipe.filter_settings(), {}, ["filtered"]).finish(
+            {"funnel": [], "kept": count, "total": count}
+        )
+        support.prepare(directory, support.sums(count))
+    return directory
+
+
+def log(directory):
+    return [json.loads(line) for line in (directory / "checkpoints" / "log.jsonl").read_text().splitlines()]
+
+
+def figures(directory):
+    return [value for row in log(directory) for value in (row["loss"], row["grad_norm"])]
+
+
+@pytest.fixture(scope="module")
+def one(student, tmp_path_factory):
+    """One process that takes the batches of two."""
+    directory = begin(tmp_path_factory.mktemp("one") / "run", student)
+    support.train_here(directory, student, SETTINGS | {"gradient_accumulation_steps": 2})
+    return directory
+
+
+@pytest.mark.parametrize("parallel, method", [("ddp", "full"), ("fsdp", "full")])
+def test_two_ranks_train_as_one_does(one, student, tmp_path, parallel, method):
+    directory = begin(tmp_path / "run", student)
+    summary = support.train_here(directory, student, SETTINGS | {"num_processes": 2, "parallel": parallel})
+    assert summary["processes"] == 2
+    assert figures(directory) == pytest.approx(figures(one), rel=1e-5)
+    for name, ours in load_file(directory / "student" / "model.safetensors").items():
+        theirs = load_file(one / "student" / "model.safetensors")[name]
+        assert (ours - theirs).abs().max() < 1e-5, name
+    assert not (directory / "checkpoints" / "step-000003").exists(), "two checkpoints are kept"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_adapters_on_two_ranks_train_as_on_one(student, tmp_path, parallel):
+    """Adapters of a sharded model are initialised shard by shard, and so begin elsewhere; what they begin with is the
+    base all the same, and they learn."""
+    settings = SETTINGS | {"method": "lora", "learning_rate": 1e-2}
+    alone, several = (begin(tmp_path / name, student) for name in ("alone", "several"))
+    support.train_here(alone, student, settings | {"gradient_accumulation_steps": 2})
+    support.train_here(several, student, settings | {"num_processes": 2, "parallel": parallel})
+    if parallel == "ddp":
+        assert figures(several) == pytest.approx(figures(alone), rel=1e-5)
+    losses = [row["loss"] for row in log(several)]
+    assert losses[0] == pytest.approx(log(alone)[0]["loss"], rel=1e-5) and losses[-1] < 0.97 * losses[0]
+    assert (several / "checkpoints" / "adapter" / "adapter_config.json").exists()
+
+
+SHARDED = """
+    import sys, torch
+    from pathlib import Path
+    from torch.distributed.tensor import DTensor
+    from distill.recipe import Recipe
+    from distill.train import methods
+    from distill.train.fit import Task, build
+    from distill.train.objectives import Sft
+    from distill.train.world import World
+
+    sys.path.insert(0, "{tests}")
+    import train_support as support
+
+    recipe = support.make_recipe(Path("{student}"), {{"parallel": "fsdp"}})
+    world = World("fsdp")
+    built = build(Task(recipe, None, Path("{student}"), "chatml", Path(".")), Sft(), world)
+    parameters = dict(built.learner.named_parameters())
+    assert all(isinstance(p, DTensor) for p in parameters.values()), "a parameter is whole on every rank"
+    mine = sum(p.to_local().nbytes for p in parameters.values())
+    whole = sum(p.nbytes for p in parameters.values())
+    optimizer = methods.optimizer(built.learner, recipe.train)
+    for p in parameters.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    states = [s for p in parameters.values() for s in optimizer.state[p].values() if s.ndim]
+    assert all(isinstance(s, DTensor) for s in states)
+    kept = sum(s.to_local().nbytes for s in states)
+    print(f"share {{mine / whole:.3f}} {{kept / (2 * whole):.3f}}", flush=True)
+    world.close()
+"""
+
+
+def test_sharded_means_that_a_rank_holds_half(student, tmp_path):
+    """Of parameters and of the optimiser's state, as DTensors: on a CPU a library may quietly copy instead."""
+    script = tmp_path / "sharded.py"
+    script.write_text(textwrap.dedent(SHARDED.format(tests=REPO / "tests", student=student)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    done = subprocess.run(
+        [*command, str(launch.free_port()), str(script)], capture_output=True, text=True, cwd=REPO, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shares = [float(share) for share in re.findall(r"share ([\d.]+) ", done.stdout)]
+    states = [float(share) for share in re.findall(r"share [\d.]+ ([\d.]+)", done.stdout)]
+    assert len(shares) == 2 and sum(shares) == pytest.approx(1, abs=0.01)
+    assert all(0.45 < share < 0.55 for share in (*shares, *states))
+
+
+def test_torchrun_may_start_the_processes(one, student, tmp_path):
+    directory = begin(tmp_path / "run", student)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(support.make_recipe(student, SETTINGS).to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    arguments = [str(launch.free_port()), str(REPO / "cli.py"), "train", str(recipe), "--run-dir", str(directory)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, cwd=REPO, env=environment, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert figures(directory) == pytest.approx(figures(one), rel=1e-5)
+    assert done.stdout.count("integrity gate") == 1, "only the first rank speaks"
+    again = subprocess.run(
+        [*command, str(launch.free_port()), *arguments[1:]], capture_output=True, text=True, cwd=REPO, timeout=180
+    )
+    assert again.returncode == 0 and "nothing to do: train" in again.stdout
+
+
+def test_a_rank_that_dies_ends_the_others_and_a_rerun_goes_on(one, student, tmp_path):
+    directory = begin(tmp_path / "run", student)
+    settings = SETTINGS | {"num_processes": 2}
+    killer = threading.Thread(target=kill_a_rank, args=(directory, 4))
+    killer.start()
+    with pytest.raises(WorkError, match=r"training process \d of 2 ended with exit code -?\d+: rerun the same command"):
+        support.train_here(directory, student, settings | {"max_steps": 4000, "lr_scheduler_type": "constant"})
+    killer.join()
+    assert not worker_pids(directory), "a rank was left behind"
+
+
+def worker_pids(directory):
+    found = subprocess.run(["pgrep", "-f", f"distill.train.worker {directory} "], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
+
+
+def kill_a_rank(directory, step):
+    path = directory / "checkpoints" / "log.jsonl"
+    while not path.exists() or len(path.read_text().splitlines()) < step:
+        time.sleep(0.02)
+    os.kill(worker_pids(directory)[-1], signal.SIGKILL)
+
+
+def test_an_interrupt_saves_on_all_ranks_and_a_rerun_goes_on(one, student, tmp_path):
+    directory = begin(tmp_path / "run", student)
+    recipe = tmp_path / "recipe.yaml"
+    settings = SETTINGS | {"num_processes": 2, "parallel": "fsdp"}
+    recipe.write_text(support.make_recipe(student, settings | {"max_steps": 4000}).to_yaml())
+    command = [sys.executable, str(REPO / "cli.py"), "train", str(recipe), "--run-dir", str(directory)]
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    path = directory / "checkpoints" / "log.jsonl"
+    while process.poll() is None and (not path.exists() or len(path.read_text().splitlines()) < 5):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; rerun the same command to resume" in said
+    newest = max((directory / "checkpoints").glob("step-*"))
+    step = int(newest.name.removeprefix("step-"))
+    assert log(directory)[-1]["step"] == step and step % 3 >= 0
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(path.read_text().splitlines()) < step + 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"resuming at step {step} of 4000" in out
+    assert [row["step"] for row in log(directory)] == list(range(1, len(log(directory)) + 1))
+    first = [row["loss"] for row in log(directory)][:3]
+    assert len(first) == 3 and all(loss > 4 for loss in first)

@@ -1,0 +1,203 @@
+"""The loss, a few rows at a time, against torch's on whole logits; attention inside rows against transformers'."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_support as support
+
+from distill.train import attention, loss
+from distill.train.attention import Rows
+from distill.train.batches import Row, collate
+from distill.train.objectives import Learner, Sft
+
+S, V, D = 37, 211, 16
+
+
+def tensors(dtype=torch.float32, bias=False):
+    generator = torch.Generator().manual_seed(0)
+    hidden_sd = torch.randn(S, D, generator=generator).to(dtype).requires_grad_()
+    weight_vd = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
+    bias_v = torch.randn(V, generator=generator).requires_grad_() if bias else None
+    return hidden_sd, weight_vd, bias_v, torch.randint(V, (S,), generator=generator)
+
+
+def grads(*leaves):
+    return [leaf.grad for leaf in leaves if leaf is not None]
+
+
+def assert_close(ours, theirs, bound):
+    for a, b in zip(ours, theirs, strict=True):
+        difference = (a.float() - b.float()).abs()
+        assert difference.max() <= bound * b.float().abs().max(), (
+            f"max {difference.max():.2e}, mean {difference.mean():.2e}"
+        )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("block, one_pass", [(10**9, 10**9), (V * 5, 10**9), (V * 5, V * 2), (1, 1)])
+def test_a_few_rows_at_a_time_give_what_whole_logits_give(monkeypatch, block, one_pass, bias):
+    monkeypatch.setitem(loss.BLOCK, "cpu", block)
+    monkeypatch.setitem(loss.PASS, "cpu", one_pass)
+    ours, theirs = tensors(bias=bias), tensors(bias=bias)
+    value = loss.linear_loss(*ours[:3], loss.cross_entropy(ours[3]))[0]
+    (3 * value).backward()
+    reference = F.cross_entropy(F.linear(*theirs[:3]), theirs[3], reduction="sum")
+    (3 * reference).backward()
+    assert value.item() == pytest.approx(reference.item(), rel=1e-6)
+    assert_close(grads(*ours[:3]), grads(*theirs[:3]), 1e-5)
+
+
+def test_half_precision_comes_as_near_as_the_plain_way():
+    """Against float64: the error is that of rounding inputs and logits, which the plain way has, too."""
+    ours, plain = tensors(torch.bfloat16), tensors(torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in ours[:2]]
+    loss.linear_loss(*ours[:3], loss.cross_entropy(ours[3]))[0].backward()
+    F.cross_entropy(F.linear(*plain[:2]).float(), plain[3], reduction="sum").backward()
+    F.cross_entropy(F.linear(*exact), ours[3], reduction="sum").backward()
+    for mine, theirs, right in zip(grads(*ours[:2]), grads(*plain[:2]), grads(*exact), strict=True):
+        errors = [(grad.double() - right).norm() / right.norm() for grad in (mine, theirs)]
+        assert errors[0] < 1.2 * errors[1] + 1e-3
+
+
+def test_a_frozen_head_gets_no_gradient_and_costs_none(monkeypatch):
+    hidden_sd, weight_vd, _, targets_s = tensors()
+    weight_vd = weight_vd.detach()
+    products = []
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kw: products.append(args[0].shape) or real(*args, **kw))
+    loss.linear_loss(hidden_sd, weight_vd, None, loss.cross_entropy(targets_s))[0].backward()
+    assert products == [(S, V)], "the gradient of the hidden states alone"
+    assert hidden_sd.grad is not None
+
+
+def test_scoring_makes_no_gradient(monkeypatch):
+    hidden_sd, weight_vd, _, targets_s = tensors()
+    monkeypatch.setattr(torch, "mm", None)
+    with torch.no_grad():
+        value = loss.linear_loss(hidden_sd, weight_vd, None, loss.cross_entropy(targets_s))
+    assert value.item() == pytest.approx(F.cross_entropy(hidden_sd @ weight_vd.T, targets_s, reduction="sum").item())
+
+
+def test_the_logits_are_never_all_there():
+    """Peak memory of 512 rows × 32,768 entries: whole logits in float32 are 64 MB, and the plain way keeps three."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_sd = torch.randn(512, 8, generator=generator).requires_grad_()
+    weight_vd = torch.randn(32768, 8, generator=generator).requires_grad_()
+    targets_s = torch.randint(32768, (512,), generator=generator)
+    sizes = {}
+    for name in ("ours", "plain"):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            if name == "ours":
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setitem(loss.BLOCK, "cpu", 1 << 20)
+                    loss.linear_loss(hidden_sd, weight_vd, None, loss.cross_entropy(targets_s))[0].backward()
+            else:
+                F.cross_entropy(hidden_sd @ weight_vd.T, targets_s, reduction="sum").backward()
+        sizes[name] = max(event.cpu_memory_usage for event in profile.events())
+    assert sizes["plain"] >= 64 << 20 and sizes["ours"] <= 12 << 20, sizes
+
+
+# ---- attention
+
+
+@pytest.mark.parametrize("lengths", [(7,), (5, 5, 5), (9, 8, 8, 3, 1), (1, 20, 2)])
+def test_attention_inside_rows_is_a_causal_block_diagonal_mask(lengths):
+    t, h, g, c = sum(lengths), 4, 2, 8
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(1, n, t, c, generator=generator).requires_grad_() for n in (h, g, g)]
+    weights = torch.randn(1, t, h, c, generator=generator)
+    out, _ = attention.attend(None, *leaves, None, rows=Rows(lengths, torch.device("cpu")), scaling=0.3)
+    (out * weights).sum().backward()
+    ours = grads(*leaves)
+    for leaf in leaves:
+        leaf.grad = None
+    row_t = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask_tt = (row_t[:, None] == row_t) & torch.ones(t, t, dtype=torch.bool).tril()
+    plain = F.scaled_dot_product_attention(*leaves, attn_mask=mask_tt, scale=0.3, enable_gqa=True).transpose(1, 2)
+    (plain * weights).sum().backward()
+    assert_close([out.detach()], [plain.detach()], 1e-5)
+    assert_close(ours, grads(*leaves), 1e-5)
+
+
+def test_rows_of_like_length_share_a_call_and_others_do_not():
+    groups = Rows((100, 98, 90, 40, 39, 3), torch.device("cpu")).groups
+    assert [(group.rows, group.width) for group in groups] == [(3, 100), (2, 40), (1, 3)]
+    assert [(group.start, group.stop) for group in groups] == [(0, 288), (288, 367), (367, 370)]
+
+
+SHAPE = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+FAMILIES = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_end_to_end_learn_what_each_would_learn_alone(family):
+    """Loss and every gradient, against transformers on one row after the other with its own attention and loss."""
+    torch.manual_seed(0)
+    theirs = FAMILIES[family]()
+    ours = FAMILIES[family]()
+    ours.load_state_dict(theirs.state_dict())
+    ours.set_attn_implementation(attention.NAME)
+    draw = np.random.default_rng(0)
+    rows = [
+        Row(("p", i), draw.integers(0, 97, length).astype(np.int32), prompt)
+        for i, (length, prompt) in enumerate([(20, 4), (19, 9), (7, 1), (33, 30)])
+    ]
+    value = Learner(ours, Sft(), None)(collate(rows))[0]
+    value.backward()
+    total = 0.0
+    for row in rows:
+        ids_1t = torch.from_numpy(row.ids.astype(np.int64))[None]
+        logits_tv = theirs(ids_1t).logits[0]
+        alone = F.cross_entropy(logits_tv[row.prompt_tokens - 1 : -1], ids_1t[0, row.prompt_tokens :], reduction="sum")
+        alone.backward()
+        total += alone.item()
+    assert value.item() == pytest.approx(total, rel=1e-6)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        difference = (a.grad - b.grad).abs()
+        assert difference.max() <= 1e-5 * b.grad.abs().max(), f"{name}: {difference.max():.2e}"
+
+
+def test_a_changed_row_changes_nothing_in_its_neighbours(tmp_path):
+    """Not a bit: hidden states of the others are compared before and after."""
+    model = AutoModelForCausalLM.from_pretrained(support.make_student(tmp_path), attn_implementation=attention.NAME)
+    lengths = (12, 30, 17)
+    generator = torch.Generator().manual_seed(0)
+    ids_t = torch.randint(200, (sum(lengths),), generator=generator)
+    positions_t = torch.cat([torch.arange(n) for n in lengths])
+
+    def hidden(ids_t):
+        rows = Rows(lengths, torch.device("cpu"))
+        return model.model(input_ids=ids_t[None], position_ids=positions_t[None], rows=rows, use_cache=False)[0][0]
+
+    changed_t = ids_t.clone()
+    changed_t[12:42] = torch.randint(200, (30,), generator=generator)
+    before, after = hidden(ids_t), hidden(changed_t)
+    assert torch.equal(before[:12], after[:12]) and torch.equal(before[42:], after[42:])
+    assert not torch.equal(before[12:42], after[12:42])
