@@ -17,7 +17,8 @@ from typing import Literal, TypeVar
 from distill.config import did_you_mean, parse, read_yaml
 from distill.errors import UserError
 from distill.prompts import load_prompts
-from distill.recipe import BenchmarkCard, Recipe, Section, StudentCard, TeacherCard
+from distill.recipe import BenchmarkCard, Recipe, StudentCard, TeacherCard
+from distill.section import Section
 
 Kind = Literal["recipe", "teacher", "student", "benchmark"]
 S = TypeVar("S", bound=Section)
@@ -131,6 +132,11 @@ def check_recipe(
     if teacher.thinking is False and recipe.filter.format:
         notes.append(f"filter.format drops all that {teacher.name} writes: without thinking there is no <think> block")
     return notes
+
+
+def training_template(recipe: Recipe) -> str | None:
+    """The chat template a student is trained with: the recipe's, or its card's; None is the checkpoint's own."""
+    return recipe.train.chat_template or load_student(recipe.student).chat_template
 
 
 # ---- weights

@@ -198,7 +198,8 @@ def _unknown_key(root: Model, path: _Path) -> str:
         return f"unknown key: there are no keys below {'.'.join(parents)}"
     if near := _nearest(key, path.siblings):
         return f"unknown key; did you mean {prefix}{near}?"
-    others = [dotted for dotted in _all_keys(root) if dotted != prefix + key]  # another branch of the union has it
+    # Nothing of a list: another branch of a union may have it, and which item of another list would be meant?
+    others = [dotted for dotted in _all_keys(root) if dotted != prefix + key and ".0" not in dotted]
     elsewhere = {dotted.rpartition(".")[2]: dotted for dotted in reversed(others)}
     if near := _nearest(key, list(elsewhere)):
         return f"unknown key; did you mean {elsewhere[near]}?"

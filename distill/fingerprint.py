@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distill.errors import UserError
+
 READ = {".json", ".safetensors", ".jinja", ".model", ".txt"}  # configuration, weights, template, tokenizer
 WHOLE = 64 << 20  # files up to this many bytes are hashed whole
 PIECES, PIECE = 64, 1 << 20  # larger ones: this many evenly spaced pieces of this many bytes
@@ -31,6 +33,14 @@ def weights_hash(model_dir: Path) -> str:
                 file.seek((size - PIECE) * piece // (PIECES - 1))
                 total.update(file.read(PIECE))
     return total.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """16 hex digits over a file, which is read whole. UserError when it is not there."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a path is relative to where the command runs")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def digest(value: Any) -> str:

@@ -37,7 +37,10 @@ SETTINGS = {  # stage → what the recipe alone says of its settings; what it re
 WEIGHTS: dict[str, Literal["teacher", "student"]] = {"generate": "teacher", "train": "student"}  # what a stage loads
 
 HEADLINE: dict[str, Callable[[dict[str, Any]], str]] = {  # stage → what its summary comes to, for the last table
-    "generate": lambda s: f"{s['traces']:,} traces of {s['prompts']:,} prompts, {s['completion_tokens']:,} tokens",
+    "generate": lambda s: (
+        f"{s['traces']:,} traces of {s['prompts']:,} prompts"
+        + (f", {s['completion_tokens']:,} tokens" if s["completion_tokens"] else ", published")
+    ),
     "filter": lambda s: f"{s['kept']:,} of {s['total']:,} traces kept",
     "train": lambda s: f"{s['steps']:,} steps, {s['supervised_tokens']:,} supervised tokens, loss {s['last_loss']:.3f}",
     "eval": lambda s: ", ".join(f"{row['model']} {row['pass@1']:.1%}" for row in s["scores"]),
@@ -61,7 +64,8 @@ def run_recipe(
             raise UserError("several processes can only train: run the other stages by themselves, without torchrun")
         if training.follow(recipe, directory):
             return
-    catalog.check_recipe(recipe, [WEIGHTS[stage] for stage in stages or STAGES if stage in WEIGHTS])
+    loaded = [WEIGHTS[stage] for stage in stages or STAGES if stage in WEIGHTS]
+    catalog.check_recipe(recipe, [kind for kind in loaded if kind == "student" or not recipe.traces])
     if "filter" in (stages or STAGES):
         from distill.filters import check_gradable
 

@@ -10,77 +10,10 @@ How YAML and `--set` overrides become these models, and how mistakes are reporte
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from distill.config import dump_yaml
-
-
-class Free:
-    """Marks a field that does not decide what a stage's output *is*: how many, how fast, where."""
-
-
-class Section(BaseModel):
-    """Part of a recipe or a card. Frozen, so that what was validated is what runs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def settings(self) -> dict[str, Any]:
-        """The fields that belong to the stage's fingerprint: dotted keys → JSON values; `Free` ones are left out."""
-        flat: dict[str, Any] = {}
-        for name, info in type(self).model_fields.items():
-            if not any(m is Free for m in info.metadata):
-                flat |= _flattened(name, getattr(self, name))
-        return flat
-
-    def to_yaml(self) -> str:
-        """The whole of it as YAML, every default written out, in the order of the fields."""
-        return dump_yaml(self.model_dump(mode="json"))
-
-
-def _flattened(key: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, Section):
-        return {f"{key}.{inner}": v for inner, v in value.settings().items()}
-    if isinstance(value, tuple) and any(isinstance(item, Section) for item in value):
-        return {k: v for i, item in enumerate(value) for k, v in _flattened(f"{key}.{i}", item).items()}
-    return {key: list(value) if isinstance(value, tuple) else value}
-
-
-class ProceduralPrompts(Section):
-    """Problems made by a generator of this package."""
-
-    kind: Literal["procedural"]
-    name: Literal["arithmetic"] = Field(description="which generator")
-    split: Literal["train", "heldout"] = Field("train", description="the two splits share no problem")
-    seed: int = Field(0, description="which problems of the split")
-    limit: Annotated[int, Free] = Field(1000, ge=1, description="how many problems")
-
-
-class FilePrompts(Section):
-    """Problems read from a JSONL or Parquet file."""
-
-    kind: Literal["file"]
-    path: str = Field(description="a .jsonl or .parquet file; relative to where the command runs")
-    question: str = Field("question", description="column with the question")
-    answer: str | None = Field("answer", description="column with the gold answer; null when there is none")
-    task: Literal["math", "code", "choice", "chat"] = Field("math", description="decides the grader")
-    limit: Annotated[int | None, Free] = Field(None, ge=1, description="read at most so many rows")
-
-
-class HubPrompts(Section):
-    """Problems read from a Hugging Face dataset."""
-
-    kind: Literal["hub"]
-    dataset: str = Field(description="id on the hub, or a local dataset directory")
-    revision: str | None = Field(None, description="commit or tag; null takes the newest")
-    subset: str | None = Field(None, description="the dataset's configuration name")
-    split: str = Field("train", description="split to read")
-    question: str = Field("problem", description="column with the question")
-    answer: str | None = Field("answer", description="column with the gold answer; null when there is none")
-    task: Literal["math", "code", "choice", "chat"] = Field("math", description="decides the grader")
-    limit: Annotated[int | None, Free] = Field(None, ge=1, description="read at most so many rows")
-
-
-PromptSource = Annotated[ProceduralPrompts | FilePrompts | HubPrompts, Field(discriminator="kind")]
+from distill.section import Free, Section
+from distill.sources import MixedKept, MixedSource, PromptSource, TraceSource
 
 
 class SamplingSettings(Section):
@@ -198,6 +131,9 @@ class Train(Section):
     chat_template: Annotated[str | None, Free] = Field(  # its text is a setting, wherever it comes from
         None, description="template that overrides the student card's"
     )
+    data: tuple[MixedSource, ...] = Field(
+        (MixedKept(kind="kept"),), min_length=1, description="the trace sets that are mixed"
+    )
     content: Literal["reasoning", "answer"] = Field(
         "reasoning", description="what the student learns to write; `answer` strips the reasoning (a control)"
     )
@@ -239,15 +175,27 @@ class Recipe(Section):
     teacher: str = Field(description="name of a teacher card, or a path")
     student: str = Field(description="name of a student card, or a path")
     seed: int = Field(0, description="of the teacher's sampling")
-    prompts: tuple[PromptSource, ...] = Field(min_length=1, description="where the problems come from")
+    prompts: tuple[PromptSource, ...] = Field((), description="where the problems come from")
+    traces: tuple[TraceSource, ...] = Field((), description="published traces, instead of asking the teacher")
     engine: LocalEngine = LocalEngine()
     generate: Generate = Generate()
     filter: Filter = Filter()
     train: Train = Train()
     eval: Eval
 
+    @model_validator(mode="after")
+    def traces_come_from_somewhere(self) -> "Recipe":
+        if bool(self.prompts) == bool(self.traces):
+            raise ValueError(
+                "one of `prompts` (which the teacher answers) and `traces` (which others have published) is needed, "
+                "and not both"
+            )
+        return self
+
     def generate_settings(self) -> dict[str, Any]:
         """What decides the traces, beside the teacher's weights."""
+        if self.traces:
+            return {key: value for i, source in enumerate(self.traces) for key, value in _keyed(f"traces.{i}", source)}
         settings = self.generate.settings() | {"seed": self.seed} | self.engine_settings()
         for i, source in enumerate(self.prompts):
             settings |= {f"prompts.{i}.{key}": value for key, value in source.settings().items()}
@@ -261,6 +209,10 @@ class Recipe(Section):
         """What decides the verdicts, beside the traces."""
         seeded = self.filter.per_prompt and self.filter.select == "random"
         return self.filter.settings() | ({"seed": self.seed} if seeded else {})
+
+
+def _keyed(prefix: str, section: Section) -> list[tuple[str, Any]]:
+    return [(f"{prefix}.{key}", value) for key, value in section.settings().items()]
 
 
 class TeacherCard(Section):

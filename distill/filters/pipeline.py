@@ -46,7 +46,7 @@ FLUSH_SECONDS = 0.5  # an fsync a trace would cost more than most gradings
 def check_gradable(recipe: Recipe) -> None:
     """Raise UserError when the filters cannot judge what the prompts ask. Cheap: worth asking before generating."""
     if recipe.filter.correct:
-        for source in recipe.prompts:
+        for source in (*recipe.prompts, *recipe.traces):
             task = getattr(source, "task", "math")  # procedural problems are mathematics
             require_grader(task, "filter.correct", "set it to false, or leave such prompts out")
 

@@ -15,7 +15,7 @@ from distill.errors import UserError
 from distill.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
-    from distill.recipe import FilePrompts, HubPrompts
+    from distill.sources import FilePrompts, HubPrompts
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its columns
 
@@ -23,14 +23,19 @@ Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its colum
 def read_file(source: "FilePrompts") -> Iterator[Prompt]:
     """The prompts of the file, at most `source.limit` rows of it. Errors: UserError, see the module."""
     path = Path(source.path)
-    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: not a file of prompts; give a {' or '.join(readers)} file")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; prompts.path is relative to where the command runs")
-    rows = readers[path.suffix](path, wanted_columns(source))
+    rows = rows_of_file(path, wanted_columns(source))
     # the last two parts of the path tell files apart, and put no home directory into a published data set
     return prompts_from_rows(rows, source, str(path), "/".join(path.absolute().parts[-2:]).lstrip("/"))
+
+
+def rows_of_file(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Every row of a JSONL or Parquet file. columns: those that must be there; None: all that are. UserError."""
+    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: not a file of rows; give a {' or '.join(readers)} file")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a path is relative to where the command runs")
+    return readers[path.suffix](path, columns)
 
 
 def wanted_columns(source: "FilePrompts | HubPrompts") -> list[str]:
@@ -82,7 +87,7 @@ def _as_text(answer: Any) -> str | None:
     return json.dumps(answer, ensure_ascii=False, default=str)
 
 
-def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _jsonl_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -94,19 +99,19 @@ def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                 raise UserError(f"{where}: not JSON ({error}); mend or remove the line") from error
             if not isinstance(row, dict):
                 raise UserError(f"{where}: not a JSON object; each line is one {{column: value}} object")
-            require_columns(columns, row, where)
+            require_columns(columns or (), row, where)
             yield where, row
 
 
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            require_columns(columns, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
+            require_columns(columns or (), file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=1024, columns=None if columns is None else list(columns)):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row

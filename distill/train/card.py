@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from distill.recipe import HubPrompts, Recipe, StudentCard
+from distill.recipe import Recipe, StudentCard
+from distill.sources import HubPrompts, HubTraces
 from distill.train.student import TEMPERATURE, TOP_P
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -21,7 +22,7 @@ def model_card(recipe: Recipe, card: StudentCard, summary: dict[str, Any], filte
     """summary: of the training; filtered: of the filter stage, where there was one."""
     front = {
         "base_model": card.weights if HUB_ID.fullmatch(card.weights) else card.name,
-        "datasets": [source.dataset for source in recipe.prompts if isinstance(source, HubPrompts)],
+        "datasets": published(recipe),
         "library_name": "transformers",
         "license": card.license,
         "model_name": recipe.name,
@@ -60,6 +61,13 @@ def model_card(recipe: Recipe, card: StudentCard, summary: dict[str, Any], filte
 Sample at temperature {TEMPERATURE} and top-p {TOP_P} (`generation_config.json` says so), with the chat template of this
 directory: it is the one that was trained. The licence is the base's.
 """
+
+
+def published(recipe: Recipe) -> list[str]:
+    """The data sets of the hub that problems or traces came from."""
+    sources = (*recipe.prompts, *recipe.traces, *recipe.train.data)
+    names = [source.dataset for source in sources if isinstance(source, HubPrompts | HubTraces)]
+    return sorted({name for name in names if HUB_ID.fullmatch(name)})
 
 
 def _filters(filtered: dict[str, Any] | None) -> list[tuple[str, str]]:

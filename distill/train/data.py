@@ -42,14 +42,10 @@ Overlong = Literal["drop", "truncate", "raise"]
 
 @dataclass(frozen=True)
 class Source:
-    """One of the trace sets that are mixed. share: how often an epoch sees its rows (`batches.Order`).
-
-    plain: rows without a think block are meant to be there.
-    """
+    """One of the trace sets that are mixed. plain: rows without a think block are meant to be there."""
 
     name: str
     traces: Iterable[Trace]
-    share: float = 1.0
     plain: bool = False
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = {"cpu": 1 << 25, "cuda": 1 << 27}  # logits made at once: 64 MB and 256 MB in bfloat16
+BLOCK = {"cpu": 1 << 26, "cuda": 1 << 27}  # logits made at once: 128 MB and 256 MB in bfloat16
 PASS = {"cpu": 1 << 20, "cuda": 1 << 27}  # of them in float32 at once; on a CPU they stay in its cache
 
 # Of the rows start … stop: given their logits [r, v] in float32, which it may overwrite, and whether a gradient is
@@ -58,30 +58,34 @@ class _LinearLoss(torch.autograd.Function):
         vocabulary, device = len(weight_vd), hidden_sd.device.type
         h_sd, w_vd = hidden_sd.to(dtype), weight_vd.to(dtype)
         bias = None if bias_v is None else bias_v.to(dtype)
+        ranges = blocks(len(h_sd), vocabulary, BLOCK[device])
+        buffer = scratch(max(stop - start for start, stop in ranges), vocabulary, h_sd)
         grad_h_sd = torch.empty_like(h_sd) if wanted[0] else None
-        grad_w_vd: Tensor | None = None
+        grad_w_vd = Sum(len(ranges), w_vd) if wanted[1] else None
         grad_b_v = torch.zeros_like(bias_v, dtype=torch.float32) if bias_v is not None and wanted[2] else None
         total: Tensor | None = None
         with torch.autocast(device, enabled=False):
-            for start, stop in blocks(len(h_sd), vocabulary, BLOCK[device]):
+            for start, stop in ranges:
                 h_rd = h_sd[start:stop]
-                logits_rv = torch.nn.functional.linear(h_rd, w_vd, bias)
+                logits_rv = torch.mm(h_rd, w_vd.T, out=buffer[: stop - start])
+                if bias is not None:
+                    logits_rv += bias
                 sums = in_passes(logits_rv, start, criterion, any(wanted))
                 total = sums if total is None else total + sums
                 if grad_h_sd is not None:
                     torch.mm(logits_rv, w_vd, out=grad_h_sd[start:stop])
-                if wanted[1]:
-                    grad = torch.mm(logits_rv.T, h_rd)
-                    if grad_w_vd is None:  # the only block, mostly; else float32, so that many small ones are not lost
-                        grad_w_vd = grad if stop == len(h_sd) else grad.float()
-                    else:
-                        grad_w_vd += grad
+                if grad_w_vd is not None:
+                    grad_w_vd.add_product(logits_rv.T, h_rd)
                 if grad_b_v is not None:
                     grad_b_v += logits_rv.sum(0, dtype=torch.float32)
         assert total is not None, "a batch without a supervised token"
         ctx.gradients = [
             None if grad is None or like is None else grad.to(like.dtype)
-            for grad, like in ((grad_h_sd, hidden_sd), (grad_w_vd, weight_vd), (grad_b_v, bias_v))
+            for grad, like in (
+                (grad_h_sd, hidden_sd),
+                (grad_w_vd.total if grad_w_vd else None, weight_vd),
+                (grad_b_v, bias_v),
+            )
         ]
         return total
 
@@ -90,6 +94,40 @@ class _LinearLoss(torch.autograd.Function):
         scale = grad_outputs[0][0]
         gradients, ctx.gradients = ctx.gradients, None
         return (*(None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in gradients), None, None, None)
+
+
+class Sum:
+    """Of some products, in float32 where there are several: many small ones would be lost in bfloat16."""
+
+    def __init__(self, products: int, like: Tensor) -> None:
+        self.several = products > 1
+        self.total = torch.empty_like(like, dtype=torch.float32 if self.several else like.dtype)
+        self._empty = True
+        self._part = torch.empty_like(like) if self.several and like.dtype != torch.float32 else None
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        if self._part is not None:
+            torch.mm(a, b, out=self._part)
+            self.total = self.total.copy_(self._part) if self._empty else self.total.add_(self._part)
+        elif self._empty:
+            torch.mm(a, b, out=self.total)
+        else:
+            self.total.addmm_(a, b)
+        self._empty = False
+
+
+_scratch: dict[torch.dtype, Tensor] = {}
+
+
+def scratch(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Memory for the logits of a block. On a CPU it is kept: to be given new pages costs as much as filling them with
+    exponentials. A GPU's allocator keeps them by itself."""
+    if like.device.type != "cpu":
+        return like.new_empty(rows, columns)
+    kept = _scratch.get(like.dtype)
+    if kept is None or kept.numel() < rows * columns:
+        kept = _scratch[like.dtype] = like.new_empty(rows * columns)
+    return kept[: rows * columns].view(rows, columns)
 
 
 def in_passes(logits_rv: Tensor, first: int, criterion: Criterion, learning: bool) -> Tensor:

@@ -13,9 +13,11 @@ from distill.chat import Chat
 from distill.console import progress, say
 from distill.durable import sync_directory
 from distill.recipe import Recipe
+from distill.sources import MixedSource
+from distill.traces.published import read_published
 from distill.traces.store import read_traces
 from distill.traces.trace import Trace
-from distill.train import data, gate, student, template_of
+from distill.train import data, gate, student
 from distill.train.data import Counts, Encoder, Encoding, Source, TrainingSet
 
 TOKENS = "tokens"  # inside a run directory
@@ -33,7 +35,7 @@ def prepare(recipe: Recipe, directory: Path, fingerprint: str) -> TrainingSet:
         for line in cached.proved:
             say(line)
         return cached
-    chat = Chat.load(weights, template_of(recipe))
+    chat = Chat.load(weights, catalog.training_template(recipe))
     encoding = Encoding(settings.max_length, settings.content, settings.overlong, settings.val_size, settings.seed)
     encoder = Encoder(directory / f".{TOKENS}.tmp", chat, encoding)
     try:
@@ -54,13 +56,21 @@ def prepare(recipe: Recipe, directory: Path, fingerprint: str) -> TrainingSet:
 
 
 def sources(recipe: Recipe, directory: Path) -> list[Source]:
-    """The trace sets that are mixed: those that the run kept."""
-    kept = directory / "filtered" / "kept"
-    return [Source(str(kept), kept_traces(kept), plain=not recipe.filter.format)]
+    """The trace sets that are mixed, as `train.data` says. Those that the run kept are plain where no filter asks for
+    their form."""
+    mixed = []
+    for number, source in enumerate(recipe.train.data):
+        name, plain = f"train.data[{number}]", source.plain
+        if source.kind == "kept":
+            name, plain = str(directory / "filtered" / "kept"), plain or not recipe.filter.format
+        mixed.append(Source(name, traces_of(source, directory), plain))
+    return mixed
 
 
-def kept_traces(kept: Path) -> Iterator[Trace]:
-    return (trace for trace, _ in read_traces(kept))
+def traces_of(source: MixedSource, directory: Path) -> Iterator[Trace]:
+    if source.kind == "kept":
+        return (trace for trace, _ in read_traces(directory / "filtered" / "kept"))
+    return read_published(source)
 
 
 def say_losses(counts: Counts, max_length: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from distill import catalog
 from distill.recipe import Recipe
-from distill.train import data, template_of
+from distill.train import data
 from distill.train.fit import Task, fit
 from distill.train.prepare import TOKENS
 from distill.train.world import Layout, World, size
@@ -32,7 +32,9 @@ def train_rank(recipe: Recipe, directory: Path, world: World | None = None) -> d
     assert rows is not None, "rows are prepared before ranks train on them"
     student = catalog.load_student(recipe.student)
     weights = catalog.resolve_weights("student", recipe.student)
-    return fit(Task(recipe, student, weights, template_of(recipe), directory), rows, world or join(recipe, directory))
+    shares = tuple(source.weight for source in recipe.train.data)
+    task = Task(recipe, student, weights, catalog.training_template(recipe), directory, shares)
+    return fit(task, rows, world or join(recipe, directory))
 
 
 def follow(recipe: Recipe, directory: Path) -> None:

@@ -81,15 +81,18 @@ def test_a_frozen_head_gets_no_gradient_and_costs_none(monkeypatch):
     real = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, **kw: products.append(args[0].shape) or real(*args, **kw))
     loss.linear_loss(hidden_sd, weight_vd, None, loss.cross_entropy(targets_s))[0].backward()
-    assert products == [(S, V)], "the gradient of the hidden states alone"
+    assert products == [(S, D), (S, V)], "the logits, and the gradient of the hidden states"
     assert hidden_sd.grad is not None
 
 
 def test_scoring_makes_no_gradient(monkeypatch):
     hidden_sd, weight_vd, _, targets_s = tensors()
-    monkeypatch.setattr(torch, "mm", None)
+    products = []
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kw: products.append(args[0].shape) or real(*args, **kw))
     with torch.no_grad():
         value = loss.linear_loss(hidden_sd, weight_vd, None, loss.cross_entropy(targets_s))
+    assert products == [(S, D)], "the logits"
     assert value.item() == pytest.approx(F.cross_entropy(hidden_sd @ weight_vd.T, targets_s, reduction="sum").item())
 
 
@@ -105,6 +108,7 @@ def test_the_logits_are_never_all_there():
             if name == "ours":
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setitem(loss.BLOCK, "cpu", 1 << 20)
+                    patch.setattr(loss, "_scratch", {})
                     loss.linear_loss(hidden_sd, weight_vd, None, loss.cross_entropy(targets_s))[0].backward()
             else:
                 F.cross_entropy(hidden_sd @ weight_vd.T, targets_s, reduction="sum").backward()

@@ -156,7 +156,7 @@ def test_overrides_apply_in_order_and_leave_the_data_alone():
         ("generate.samples=0", "--set generate.samples: should be greater than or equal to 1, not 0"),
         ("generate.samples=yes", "should be a valid integer, not true"),
         ('generate.samples="4"', "should be a valid integer"),
-        ("prompts=[]", "--set prompts: needs at least 1 item"),
+        ("train.data=[]", "--set train.data: needs at least 1 item"),
     ],
 )
 def test_a_bad_override_says_what_is_wrong(override, message):
@@ -240,7 +240,7 @@ def test_missing_keys_are_named():
 
 def test_the_file_and_the_override_are_blamed_apart():
     message = error_of("seed=x", train={"method": "magic"})
-    assert "my.yaml: train.method: should be 'full', not \"magic\"" in message
+    assert "my.yaml: train.method: should be 'full', 'lora' or 'qlora', not \"magic\"" in message
     assert '--set seed: should be a valid integer, not "x"' in message
 
 
