@@ -155,6 +155,10 @@ class Chat:
             end -= 1
         return (whole[:end] if end > len(prompt) else whole), len(prompt)
 
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a piece of text, no template around it."""
+        return self._encode([text])[0]
+
     def restore(self, completion: str) -> str:
         """The completion with the opening tag that the prompt had prefilled put back."""
         return self.prefill + completion if self.prefill else completion

@@ -168,6 +168,33 @@ def _run_stages(
         raise
 
 
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    hardware: Annotated[
+        list[str] | None,
+        typer.Option("--hardware", metavar="NAME", help="8xH100, 1x24GB, 4x8x80GB; repeatable"),
+    ] = None,
+    traces: Annotated[int | None, typer.Option("--traces", metavar="N", help="how many will be trained on")] = None,
+    mean_tokens: Annotated[
+        int | None, typer.Option("--mean-tokens", metavar="N", help="how many tokens one has in the mean")
+    ] = None,
+) -> None:
+    """Show what training a recipe takes: memory by part, hours and disk, on machines you name.
+
+    Example: `distill plan r1-distill-qwen-7b --hardware 8xH100`
+    """
+    from distill.catalog import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    from distill.pipeline import default_run_dir
+    from distill.plan import plan_training
+
+    plan_training(loaded, run_dir or default_run_dir(loaded), hardware or (), traces, mean_tokens)
+
+
 # ---- the catalogs
 
 

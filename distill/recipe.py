@@ -94,6 +94,9 @@ class Train(Section):
         1, ge=1, description="rows a device takes at once; with packing, times max_length tokens"
     )
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes of a device per optimiser step")
+    train_batch_size: int | None = Field(
+        None, ge=1, description="rows of an optimiser step on all devices together, instead of the accumulation steps"
+    )
     packing: bool = Field(False, description="batches are filled to max_length; rows do not see each other")
     max_length: int = Field(32768, ge=16, description="tokens in a row")
     overlong: Literal["drop", "truncate", "raise"] = Field(
@@ -116,6 +119,10 @@ class Train(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the forward pass")
     gradient_checkpointing: Annotated[bool, Free] = Field(False, description="less memory, a third more time")
+    activation_offloading: Annotated[bool, Free] = Field(
+        False,
+        description="what gradient checkpointing keeps lies in the host's memory: long rows, large students",
+    )
     lora_r: int = Field(16, ge=1, description="rank of the adapters (lora, qlora)")
     lora_alpha: int = Field(32, ge=1, description="they count lora_alpha / lora_r times")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input")
@@ -127,6 +134,18 @@ class Train(Section):
     )
     num_processes: Annotated[int | None, Free] = Field(  # what it comes to is a setting (`world_size`)
         None, ge=1, description="processes that train together here; null: one on each GPU, or one"
+    )
+    objective: Literal["sft", "logits"] = Field(
+        "sft", description="what is learnt: the traces' tokens, or the teacher's distribution at each of them"
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl", description="between the teacher's distribution and the student's (logits)"
+    )
+    logits_weight: float = Field(
+        1.0, gt=0, le=1, description="share of the divergence in the loss; the rest is the cross-entropy (logits)"
+    )
+    logits_top_k: int = Field(
+        32, ge=1, le=1024, description="the teacher's likeliest tokens that are compared one by one; the rest together"
     )
     chat_template: Annotated[str | None, Free] = Field(  # its text is a setting, wherever it comes from
         None, description="template that overrides the student card's"
@@ -146,6 +165,32 @@ class Train(Section):
     report_to: Annotated[tuple[str, ...], Free] = Field(
         (), description="trackers of Accelerate beside log.jsonl, such as tensorboard or wandb"
     )
+
+    @model_validator(mode="after")
+    def batches_add_up(self) -> "Train":
+        if self.train_batch_size is not None:
+            if self.gradient_accumulation_steps != 1:
+                raise ValueError(
+                    "train_batch_size and gradient_accumulation_steps both say how large a step is: set one"
+                )
+            if self.train_batch_size % self.per_device_train_batch_size:
+                raise ValueError(
+                    f"train_batch_size {self.train_batch_size} is no multiple of per_device_train_batch_size "
+                    f"{self.per_device_train_batch_size}"
+                )
+        return self
+
+    def batches_per_step(self, processes: int) -> int:
+        """Forward passes that make up an optimiser step, on all devices together."""
+        if self.train_batch_size is not None:
+            return self.train_batch_size // self.per_device_train_batch_size
+        return self.gradient_accumulation_steps * processes
+
+    @model_validator(mode="after")
+    def offloads_what_is_kept(self) -> "Train":
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ValueError("activation_offloading moves what gradient_checkpointing keeps: set that, too")
+        return self
 
     @model_validator(mode="after")
     def context_takes_the_rows(self) -> "Train":
@@ -234,6 +279,19 @@ class TeacherCard(Section):
     sampling: SamplingSettings = Field(SamplingSettings(), description="the publisher's recommendation")
 
 
+class Architecture(Section):
+    """The shape of a dense decoder, by the names of its config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    head_dim: int | None = Field(None, description="where it is not hidden_size / num_attention_heads")
+    tie_word_embeddings: bool = False
+
+
 class StudentCard(Section):
     """A dense base model that is trained."""
 
@@ -246,6 +304,7 @@ class StudentCard(Section):
     context: int = Field(description="longest sequence, tokens")
     license: str = Field(description="the hub's identifier, such as mit, apache-2.0 or llama3.1")
     source: str = Field("", description="where the card's figures come from")
+    architecture: Architecture | None = Field(None, description="its shape, to plan before anything is downloaded")
     chat_template: str | None = Field(
         None, description="built-in training template (`chatml`, `llama3`); null keeps the checkpoint's own"
     )

@@ -167,7 +167,7 @@ def train_ours(work: Path, out: Path, steps: int, seed: int, dtype: str) -> dict
         }
     )
     rows = prepare_rows(recipe, out, "perf")
-    world = World("one")
+    world = World()
     built = build(Task(recipe, None, work / "base", None, out), Sft(), world)  # type: ignore[arg-type]
     loop = Loop(built.learner, rows, recipe.train, Checkpoints(out / "checkpoints", 1), world, laid_out=built.wrapped)
     clock, step = Clock(), loop.step

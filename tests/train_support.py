@@ -98,7 +98,7 @@ def make_loop(student: Path, run_dir: Path, checkpoints: Path, settings: dict[st
 
     recipe = make_recipe(student, settings)
     rows = prepare_rows(recipe, run_dir, repr(settings))
-    world = World("one")
+    world = World()
     task = Task(recipe, None, student, "chatml", run_dir)  # type: ignore[arg-type]
     built = build(task, Sft(), world)
     saved = Checkpoints(checkpoints, recipe.train.save_total_limit, world)

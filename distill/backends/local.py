@@ -5,7 +5,8 @@ their key for the random draws: the hash in the prompt's id, so that a sample's 
 and not on what else is in the batch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from distill.chat import Chat
 from distill.errors import UserError, WorkError
 from distill.fingerprint import digest, weights_hash
 from distill.prompts.prompt import Prompt
+from distill.traces.trace import Trace
 
 if TYPE_CHECKING:
     from distill.engine import Completion, Engine, Engines, Request
@@ -109,6 +111,42 @@ class LocalBackend:
                 logprobs=done.logprobs,
                 top_logprobs=done.top_logprobs,
             )
+
+    def score(self, traces: Sequence[Trace], top_k: int) -> list[Trace]:
+        """The traces with this model's log-probabilities of their tokens, and of its `top_k` likeliest at each.
+
+        Tokens that this model sampled are taken as they are; a text of somebody else's is tokenised and ends with this
+        model's end token. UserError where one is longer than the context.
+        """
+        from distill.engine import Engine
+
+        assert isinstance(self.engine, Engine), "several engines sample, one scores"
+        prompts = [self.chat.prompt_ids(trace.prompt.messages) for trace in traces]
+        completions = [self._completion_ids(trace) for trace in traces]
+        try:
+            scores = self.engine.score([p + c for p, c in zip(prompts, completions, strict=True)], top_k)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        found = []
+        for trace, prompt, completion, score in zip(traces, prompts, completions, scores, strict=True):
+            assert score.top_logprobs is not None
+            found.append(
+                replace(
+                    trace,
+                    prompt_token_ids=tuple(prompt),
+                    completion_token_ids=tuple(completion),
+                    logprobs=score.logprobs[len(prompt) - 1 :],
+                    top_logprobs=score.top_logprobs[len(prompt) - 1 :],
+                )
+            )
+        return found
+
+    def _completion_ids(self, trace: Trace) -> list[int]:
+        ids = list(trace.completion_token_ids)
+        if ids and max(ids) < self.engine.spec.vocab_size and self.chat.restore(self.chat.decode(ids)) == trace.text:
+            return ids
+        text = trace.text.removeprefix(self.chat.prefill)
+        return [*self.chat.text_ids(text), self.chat.stop_token_ids[-1]]
 
     def _finished(self, requests: "Iterable[Request]") -> "Iterator[Completion]":
         from distill.engine import EngineDied

@@ -112,16 +112,15 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Batching:
-    """How rows become batches and batches become steps. ranks: processes that share a step's batches.
+    """How rows become batches and batches become steps. per_step: batches of a step, on all ranks together.
 
     packing: tokens of a batch's bins, or None: then batches are counted in rows.
     """
 
     batch_size: int
-    accumulation: int
+    per_step: int
     seed: int
     packing: int | None = None
-    ranks: int = 1
 
 
 class Order:
@@ -149,11 +148,14 @@ class Order:
         self._starts = [0]  # the first step of every epoch that was asked for; packed epochs differ in their length
 
     def step(self, number: int) -> list[list[int]]:
-        """The batches (lists of row indices) of optimiser step `number`, from 0. An epoch's last may have fewer."""
+        """The batches (lists of row indices) of optimiser step `number`, from 0. An epoch's last may have fewer.
+
+        The one with the most tokens comes first: ranks that take them in turns have about the same to do at a time.
+        """
         epoch = self.epoch_of(number)
-        per_step = self.batching.accumulation * self.batching.ranks
-        place = (number - self._starts[epoch]) * per_step
-        return self._epoch(epoch)[place : place + per_step]
+        place = (number - self._starts[epoch]) * self.batching.per_step
+        batches = self._epoch(epoch)[place : place + self.batching.per_step]
+        return sorted(batches, key=lambda batch: -int(self.lengths[batch].sum()))
 
     def epoch_of(self, number: int) -> int:
         """The epoch that step `number` belongs to, from 0."""
@@ -170,7 +172,7 @@ class Order:
         return self._starts[whole] + (int(np.ceil(part * self._steps(whole))) if part else 0)
 
     def _steps(self, epoch: int) -> int:
-        return -(-len(self._epoch(epoch)) // (self.batching.accumulation * self.batching.ranks))
+        return -(-len(self._epoch(epoch)) // self.batching.per_step)
 
     def _batches(self, epoch: int) -> list[list[int]]:
         draw = np.random.default_rng([self.batching.seed, epoch])

@@ -16,13 +16,14 @@ from transformers.utils import logging as transformers_logging
 from distill.chat import Chat
 from distill.console import say
 from distill.errors import UserError
-from distill.recipe import Recipe, StudentCard
+from distill.recipe import Recipe, StudentCard, Train
 from distill.train import card as cards
-from distill.train import methods, student
+from distill.train import methods, student, teaching
 from distill.train.checkpoint import Checkpoints, writing
 from distill.train.data import TrainingSet
 from distill.train.loop import Loop
-from distill.train.objectives import Learner, Objective, Sft
+from distill.train.objectives import Learner, Logits, Objective, Sft
+from distill.train.prepare import TOKENS
 from distill.train.world import World, whole
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def fit(task: Task, rows: TrainingSet, world: World) -> dict[str, Any]:
     if settings.report_to:
         world.accelerator.init_trackers(recipe.name, config=settings.settings())
     checkpoints = Checkpoints(task.directory / "checkpoints", settings.save_total_limit, world)
-    built = build(task, objective(), world)
+    built = build(task, objective(settings, task.directory / TOKENS), world)
     loop = Loop(built.learner, rows, settings, checkpoints, world, task.shares, built.wrapped)
     loop.run()
     summary = loop.summary()
@@ -74,8 +75,10 @@ class Built:
     wrapped: nn.Module
 
 
-def objective() -> Objective:
-    return Sft()
+def objective(settings: Train, tokens: Path) -> Objective:
+    if settings.objective == "sft":
+        return Sft()
+    return Logits(teaching.load(tokens), settings.divergence, settings.logits_weight)
 
 
 def build(task: Task, objective: Objective, world: World) -> Built:
@@ -94,7 +97,7 @@ def build(task: Task, objective: Objective, world: World) -> Built:
         base = student.load(task.weights, settings, dtypes.weights, quantization)
     adapted = None if settings.method == "full" else methods.with_adapters(base, settings)
     if settings.gradient_checkpointing:
-        base.activation_checkpointing_enable()
+        base.activation_checkpointing_enable(offload=settings.activation_offloading)
     learner = Learner(base, objective, dtypes.autocast)
     wrapped = world.lay_out(learner, list(base.get_decoder().layers), dtypes.compute)
     if sharded:
@@ -131,11 +134,10 @@ def trained_weights(task: Task, built: Built, world: World) -> dict[str, Tensor]
     if built.adapted is None or not world.main:
         return gathered
     adapter = adapter_tensors(gathered)
-    config = built.adapted.peft_config["default"]
     path = task.directory / "checkpoints" / "adapter"
     with writing(path.with_name(f"tmp-{path.name}"), path):
         built.adapted.save_pretrained(path.with_name(f"tmp-{path.name}"), state_dict=adapter)
-    plain = student.merged(task.weights, task.recipe.train, adapter, config, dtype)
+    plain = student.merged(task.weights, task.recipe.train, adapter, dtype)
     return dict(plain.state_dict())
 
 

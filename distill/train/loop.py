@@ -63,10 +63,9 @@ def order(
     trained = [i for i, held_out in enumerate(rows.held_out.tolist()) if not held_out]
     batching = Batching(
         settings.per_device_train_batch_size,
-        settings.gradient_accumulation_steps,
+        settings.batches_per_step(ranks),
         settings.seed,
         settings.max_length if settings.packing else None,
-        ranks,
     )
     return Order(rows.lengths[trained].tolist(), batching, rows.sources[trained].tolist(), shares), trained
 

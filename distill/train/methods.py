@@ -10,6 +10,7 @@ read again, unquantised, from the disk.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,9 @@ def with_adapters(model: PreTrainedModel, settings: Train) -> "PeftModel":
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():  # PEFT asks transformers by a name that goes with its version 6
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(

@@ -5,32 +5,36 @@ the gate. There they survive `--fresh train`, as long as they are the rows that 
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from distill import catalog
 from distill.chat import Chat
 from distill.console import progress, say
 from distill.durable import sync_directory
+from distill.errors import UserError
 from distill.recipe import Recipe
 from distill.sources import MixedSource
 from distill.traces.published import read_published
 from distill.traces.store import read_traces
 from distill.traces.trace import Trace
-from distill.train import data, gate, student
+from distill.train import data, gate, memory, student
 from distill.train.data import Counts, Encoder, Encoding, Source, TrainingSet
+from distill.train.teaching import teach
 
 TOKENS = "tokens"  # inside a run directory
 
 
-def prepare(recipe: Recipe, directory: Path, fingerprint: str) -> TrainingSet:
+def prepare(recipe: Recipe, directory: Path, fingerprint: str, processes: int = 1) -> TrainingSet:
     """The rows of a run's training, proved; from the cache where they were made from the same things.
 
-    Raises UserError for whatever the user can mend; then nothing was written.
+    processes: that will train together. Raises UserError for whatever the user can mend; then nothing was written.
     """
     settings = recipe.train
     weights = catalog.resolve_weights("student", recipe.student)
     limits = student.inspect(weights, settings)
+    check_trackers(settings.report_to)
     if (cached := data.load(directory / TOKENS, fingerprint)) is not None:
         for line in cached.proved:
             say(line)
@@ -46,13 +50,29 @@ def prepare(recipe: Recipe, directory: Path, fingerprint: str) -> TrainingSet:
         rows = encoder.finish()
         say_losses(rows.counts, settings.max_length)
         rows.proved = gate.prove(rows, encoder.witnesses, chat, settings.content, limits)
+        memory.check(recipe, rows, student.configuration(weights, settings), processes)
     except BaseException:
         encoder.close()
         raise
     for line in rows.proved:
         say(line)
+    if settings.objective == "logits":
+        kept = chain.from_iterable(traces_of(source, directory) for source in recipe.train.data)
+        teach(recipe, rows, kept, chat, directory, encoder.directory)
     data.store(rows, encoder.directory, fingerprint)
     return keep(encoder.directory, directory / TOKENS, fingerprint)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Accelerate passes over a tracker whose package is not installed; who asked for it would look in vain."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, available = list(LOGGER_TYPE_TO_CLASS), [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"train.report_to: no tracker is called {name!r}; one of {', '.join(known)}")
+        if name not in available:
+            raise UserError(f"train.report_to: the package of {name} is not installed: pip install {name}")
 
 
 def sources(recipe: Recipe, directory: Path) -> list[Source]:

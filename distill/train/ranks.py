@@ -9,21 +9,16 @@ from typing import Any
 
 from distill import catalog
 from distill.recipe import Recipe
-from distill.train import data
+from distill.train import data, memory
 from distill.train.fit import Task, fit
 from distill.train.prepare import TOKENS
-from distill.train.world import Layout, World, size
+from distill.train.student import configuration
+from distill.train.world import World
 
 
 def join(recipe: Recipe, directory: Path) -> World:
     """Become one of the processes that train together. Waits until all are there."""
-    return World(layout(recipe), recipe.train.report_to, str(directory / "checkpoints"))
-
-
-def layout(recipe: Recipe) -> Layout:
-    if size() == 1:
-        return "one"
-    return "ddp" if recipe.train.parallel == "auto" else recipe.train.parallel
+    return World(recipe.train.report_to, str(directory / "checkpoints"))
 
 
 def train_rank(recipe: Recipe, directory: Path, world: World | None = None) -> dict[str, Any]:
@@ -33,8 +28,10 @@ def train_rank(recipe: Recipe, directory: Path, world: World | None = None) -> d
     student = catalog.load_student(recipe.student)
     weights = catalog.resolve_weights("student", recipe.student)
     shares = tuple(source.weight for source in recipe.train.data)
+    world = world or join(recipe, directory)
+    world.layout = memory.check(recipe, rows, configuration(weights, recipe.train), world.size)
     task = Task(recipe, student, weights, catalog.training_template(recipe), directory, shares)
-    return fit(task, rows, world or join(recipe, directory))
+    return fit(task, rows, world)
 
 
 def follow(recipe: Recipe, directory: Path) -> None:

@@ -52,7 +52,7 @@ def train(run: "Run") -> dict[str, Any]:
 
         from distill.train.prepare import prepare
 
-        prepare(run.recipe, run.directory, digest(settings))
+        prepare(run.recipe, run.directory, digest(settings), processes)
         stage = run.stage("train", settings, {}, OUTPUTS)
         nothing_to_do = False
     finally:
@@ -104,7 +104,9 @@ def stage_settings(run: "Run", processes: int) -> dict[str, Any]:
             settings[f"data.{number}.traces"] = traces_hash(Path(source.path) / "filtered" / "kept")
         elif source.kind == "file":
             settings[f"data.{number}.file"] = file_hash(Path(source.path))
-    return settings | ({"world_size": processes} if processes > 1 else {})  # with it a step's batches change
+    if processes > 1 and recipe.train.train_batch_size is None:
+        settings["world_size"] = processes  # a step has as many more batches
+    return settings
 
 
 def traces_hash(kept: Path) -> str:

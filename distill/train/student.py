@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from distill.chat import Chat
 from distill.errors import UserError
 from distill.recipe import Train
-from distill.train import attention
+from distill.train import attention, methods
 from distill.train.checkpoint import SCRATCH, Ranks, writing
 from distill.train.gate import Limits
 
@@ -120,16 +120,11 @@ def trainable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def merged(
-    model_dir: Path, settings: Train, adapters: dict[str, Tensor], config: Any, dtype: torch.dtype
-) -> PreTrainedModel:
-    """The base, read again in `dtype`, with adapters (PEFT's names → tensors, and its config) added to its weights."""
-    from peft import get_peft_model, set_peft_model_state_dict
+def merged(model_dir: Path, settings: Train, adapters: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """The base, read again in `dtype`, with adapters (PEFT's names → tensors) added to its weights."""
+    from peft import set_peft_model_state_dict
 
-    adapted = get_peft_model(load(model_dir, settings, dtype), config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    adapted = methods.with_adapters(load(model_dir, settings, dtype), settings)
     set_peft_model_state_dict(adapted, adapters)
     plain: PreTrainedModel = adapted.merge_and_unload()
     return plain

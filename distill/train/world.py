@@ -43,7 +43,9 @@ def size() -> int:
 class World:
     """This process among those that train together."""
 
-    def __init__(self, layout: Layout, report_to: tuple[str, ...] = (), project_dir: str | None = None) -> None:
+    layout: Layout = "one"  # until it is known what fits
+
+    def __init__(self, report_to: tuple[str, ...] = (), project_dir: str | None = None) -> None:
         # Gloo beside NCCL: flags and counters live on the host, and a GPU is not waited for to exchange them.
         gpus = torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
@@ -55,7 +57,6 @@ class World:
             kwargs_handlers=joining,
         )
         assert self.accelerator.num_processes == size(), "Accelerate does not know of the other ranks"
-        self.layout = layout if size() > 1 else "one"
         self.device: torch.device = self.accelerator.device
         self.rank, self.size = rank(), size()
 

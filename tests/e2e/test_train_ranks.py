@@ -95,7 +95,8 @@ SHARDED = """
     import train_support as support
 
     recipe = support.make_recipe(Path("{student}"), {{"parallel": "fsdp"}})
-    world = World("fsdp")
+    world = World()
+    world.layout = "fsdp"
     built = build(Task(recipe, None, Path("{student}"), "chatml", Path(".")), Sft(), world)
     parameters = dict(built.learner.named_parameters())
     assert all(isinstance(p, DTensor) for p in parameters.values()), "a parameter is whole on every rank"

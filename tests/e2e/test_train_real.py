@@ -45,7 +45,7 @@ def test_fifty_steps_on_real_traces(real_data, student, tmp_path, capsys):
     card = catalog.load_student(recipe.student)
 
     rows = prepare(recipe, directory, "real")
-    summary = fit(Task(recipe, card, student, "chatml", directory), rows, World("one"))
+    summary = fit(Task(recipe, card, student, "chatml", directory), rows, World())
 
     lines = [json.loads(line) for line in (directory / "checkpoints" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in lines] == list(range(5, 51, 5))

@@ -80,7 +80,7 @@ def test_the_r1_recipes_are_those_of_the_report():
     for name, rate in rates.items():
         train = catalog.load_recipe(f"r1-distill-{name}").train
         assert train.learning_rate == rate
-        assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 64
+        assert train.train_batch_size == 64 and train.batches_per_step(8) == 64
         assert (train.max_length, train.lr_scheduler_type, train.min_lr_rate) == (32768, "cosine", 0.1)
         assert "NOT verified here" in catalog.find("recipe", f"r1-distill-{name}").read_text()
 

@@ -1,0 +1,234 @@
+"""Learning from distributions: each divergence computes what it says, by hand and by autograd; alignment by text."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.train import loss
+from distill.train.align import Projector, Vocabulary, byte_symbols, common, logaddexp
+from distill.train.batches import Row, collate
+from distill.train.objectives import Logits, divergence
+from distill.train.teaching import Teaching
+
+NAMES = ("forward_kl", "reverse_kl", "jsd")
+P, Q = [0.5, 0.25], [0.25, 0.5]  # of two events; the tail has 0.25 in both
+
+
+def by_hand(name, p, q):
+    """Over whole distributions, the tail being one of the events."""
+    m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    kl = {
+        "forward_kl": sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)),
+        "reverse_kl": sum(b * math.log(b / a) for a, b in zip(p, q, strict=True)),
+    }
+    half = [sum(a * math.log(a / b) for a, b in zip(x, m, strict=True)) / 2 for x in (p, q)]
+    return kl.get(name, sum(half))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_divergence_worked_out_by_hand(name):
+    value, *_ = divergence(name, torch.tensor([P]).log(), torch.tensor([Q]).log())
+    # ½ ln 2 − ¼ ln 2, both ways; and for the mean of the two, ½ ln 4/3 + ¼ ln 2/3 twice halved
+    expected = {"forward_kl": 0.25 * math.log(2), "reverse_kl": 0.25 * math.log(2)}
+    expected["jsd"] = 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3)
+    assert value.item() == pytest.approx(expected[name], rel=1e-5)
+    assert expected[name] == pytest.approx(by_hand(name, [*P, 0.25], [*Q, 0.25]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_distributions_do_not_diverge_and_others_do(name):
+    p = torch.tensor([[0.6, 0.3]]).log()
+    assert divergence(name, p, p)[0].item() == pytest.approx(0, abs=1e-6)
+    apart = divergence(name, p, torch.tensor([[1e-4, 1e-4]]).log())[0].item()
+    assert apart > 0.5 and (name != "jsd" or apart < math.log(2))
+
+
+def test_forward_covers_and_reverse_leaves():
+    """A student that misses a mode of the teacher's costs much forwards; one that makes up a mode, backwards."""
+    both, one = torch.tensor([[0.49, 0.49]]).log(), torch.tensor([[0.97, 0.01]]).log()
+    missing = [divergence(name, both, one)[0].item() for name in ("forward_kl", "reverse_kl")]
+    making_up = [divergence(name, one, both)[0].item() for name in ("forward_kl", "reverse_kl")]
+    assert missing[0] > missing[1] and making_up[1] > making_up[0]
+
+
+S, V, D, K = 9, 31, 8, 4
+
+
+def setting(divergence_name, weight, unknown=(2, 5)):
+    generator = torch.Generator().manual_seed(0)
+    hidden_sd = torch.randn(S, D, generator=generator).requires_grad_()
+    weight_vd = torch.randn(V, D, generator=generator).requires_grad_()
+    teacher_sv = (2 * torch.randn(S, V, generator=generator)).log_softmax(1)
+    logp_sk, ids_sk = teacher_sv.topk(K)
+    logp_sk[1, 2:] = -torch.inf  # fewer are known there
+    for s in unknown:
+        logp_sk[s] = -torch.inf
+    draw = np.random.default_rng(0)
+    batch = collate([Row(("p", 0), draw.integers(0, V, S + 3).astype(np.int32), 3)])
+    teaching = Teaching(ids_sk.numpy().astype(np.int32), logp_sk.numpy(), 0.0)
+    return hidden_sd, weight_vd, batch, Logits(teaching, divergence_name, weight), logp_sk, ids_sk
+
+
+def plainly(name, weight, logits_sv, batch, logp_sk, ids_sk):
+    """The same by whole distributions over the events, and autograd."""
+    logq_sv = logits_sv.double().log_softmax(1)
+    nll = -logq_sv[torch.arange(S), batch.targets_s]
+    total = 0.0
+    for s in range(S):
+        known = logp_sk[s] > -torch.inf
+        value = nll[s]
+        if known.any():
+            p = logp_sk[s][known].double().exp()
+            q = logq_sv[s][ids_sk[s][known]].exp()
+            p, q = (torch.cat([x, (1 - x.sum())[None]]) for x in (p, q))
+            m = (p + q) / 2
+            value = {
+                "forward_kl": lambda p=p, q=q: (p * (p / q).log()).sum(),
+                "reverse_kl": lambda p=p, q=q: (q * (q / p).log()).sum(),
+                "jsd": lambda p=p, q=q, m=m: ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2,
+            }[name]()
+        total = total + weight * value + (1 - weight) * nll[s]
+    return total
+
+
+@pytest.mark.parametrize("block", [10**9, V * 2])
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.parametrize("name", NAMES)
+def test_value_and_gradient_are_those_of_autograd_on_whole_distributions(monkeypatch, name, weight, block):
+    monkeypatch.setitem(loss.BLOCK, "cpu", block)
+    hidden_sd, weight_vd, batch, objective, logp_sk, ids_sk = setting(name, weight)
+    parts = loss.linear_loss(hidden_sd, weight_vd, None, objective.criterion(batch))
+    parts[0].backward()
+    ours = [hidden_sd.grad, weight_vd.grad]
+    hidden_sd.grad = weight_vd.grad = None
+    reference = plainly(name, weight, hidden_sd @ weight_vd.T, batch, logp_sk, ids_sk)
+    reference.backward()
+    assert parts[0].item() == pytest.approx(reference.item(), rel=1e-5)
+    assert parts[0].item() == pytest.approx((weight * parts[2] + (1 - weight) * parts[1]).item(), rel=1e-6)
+    for a, b in zip(ours, [hidden_sd.grad, weight_vd.grad], strict=True):
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max(), f"{(a - b).abs().max():.2e} of {b.abs().max():.2e}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_nothing_is_known_it_is_cross_entropy(name):
+    hidden_sd, weight_vd, batch, objective, *_ = setting(name, 1.0, unknown=range(S))
+    total, sft, logits = loss.linear_loss(hidden_sd, weight_vd, None, objective.criterion(batch)).tolist()
+    assert total == pytest.approx(sft) == pytest.approx(logits)
+
+
+def test_forward_kl_is_cross_entropy_less_the_teachers_entropy_in_the_mean():
+    """Over what the teacher samples; which is why the two are at one scale and may be mixed."""
+    torch.manual_seed(0)
+    teacher_v, student_v = (torch.randn(6).log_softmax(0) for _ in range(2))
+    logp, order = teacher_v.topk(5)
+    kl = divergence("forward_kl", logp[None], student_v[order][None])[0].item()
+    cross = -(teacher_v.exp() * student_v).sum().item()
+    entropy = -(teacher_v.exp() * teacher_v).sum().item()
+    assert kl == pytest.approx(cross - entropy, rel=1e-4)
+
+
+# ---- alignment
+
+
+def vocabulary(*pieces, stops=()):
+    return Vocabulary([piece.encode() for piece in pieces], frozenset(stops))
+
+
+def projector(teacher, student, end):
+    """The student's tokeniser takes the longest piece that fits."""
+
+    def encode(text):
+        ids, rest = [], text.encode()
+        while rest:
+            fitting = [i for i, piece in enumerate(student.pieces) if piece and rest.startswith(piece)]
+            ids.append(max(fitting, key=lambda i: len(student.pieces[i])))
+            rest = rest[len(student.pieces[ids[-1]]) :]
+        return ids
+
+    return Projector(teacher, student, end, encode)
+
+
+TEACHER = vocabulary("<end>", "hel", "lo", "a", " b", "bye", stops=[0])
+STUDENT = vocabulary("hello", "a", " ", "b", "by", "e", "<stop>", "h", "e", "l", "lo", stops=[6])
+
+
+def probabilities(masses):
+    return {id_: round(math.exp(logprob), 6) for id_, logprob in masses.items()}
+
+
+def test_alignment_worked_out_by_hand():
+    """Teacher: hel·lo·a·␣b·end. Student: hello·a·␣·b·stop."""
+    log = math.log
+    logprobs = [log(0.5), log(0.8), log(0.6), log(0.9), log(0.7)]
+    tops = [
+        [(1, log(0.5)), (5, log(0.3)), (3, log(0.1))],  # hel, bye, a
+        [(2, log(0.8)), (3, log(0.1))],
+        [(3, log(0.6)), (0, log(0.2)), (1, log(0.1))],  # a, the end, hel
+        [(4, log(0.9)), (3, log(0.05))],  # ␣b, a
+        [(0, log(0.7)), (3, log(0.2))],
+    ]
+    found = projector(TEACHER, STUDENT, 6).project(b"", [1, 2, 3, 4, 0], logprobs, tops, [0, 1, 2, 3, 6])
+    assert probabilities(found[0]) == {0: 0.4, 4: 0.3, 1: 0.1}  # hello: 0.5 · 0.8; bye begins with `by`; a is a
+    assert probabilities(found[1]) == {1: 0.6, 6: 0.2, 7: 0.1}  # the end is the student's end; hel begins with h there
+    assert probabilities(found[2]) == {2: 0.9, 1: 0.05}  # ␣b begins with a blank
+    assert found[3] is None  # inside ␣b
+    assert probabilities(found[4]) == {6: 0.7, 1: 0.2}
+
+
+def test_what_the_teacher_was_given_has_no_distribution():
+    found = projector(TEACHER, STUDENT, 6).project(b"hello", [3, 0], [0.0, 0.0], [[(3, 0.0)], [(0, 0.0)]], [0, 1, 6])
+    assert found[0] is None and probabilities(found[1]) == {1: 1.0} and probabilities(found[2]) == {6: 1.0}
+
+
+def test_after_a_difference_between_the_texts_nothing_is_said():
+    tops = [[(3, 0.0)], [(5, 0.0)], [(0, 0.0)]]
+    found = projector(TEACHER, STUDENT, 6).project(b"", [3, 5, 0], [0.0] * 3, tops, [1, 1, 6])  # `abye` against `aa`
+    assert probabilities(found[0]) == {1: 1.0} and found[1:] == [None, None]
+
+
+@given(st.lists(st.sampled_from([3, 5, 1, 2]), min_size=1, max_size=8), st.data())
+def test_one_tokenizer_is_the_identity(completion, data):
+    k = data.draw(st.integers(1, 4))
+    tops = [
+        [(id_, -float(i + 1)) for i, id_ in enumerate(data.draw(st.permutations(range(6)))[:k])] for _ in completion
+    ]
+    same = vocabulary("<end>", "hel", "lo", "a", " b", "bye", stops=[0])
+    found = projector(TEACHER, same, 0).project(b"", completion, [0.0] * len(completion), tops, completion)
+    assert found == [dict(top) for top in tops]
+
+
+@given(st.text(alphabet="ab ", min_size=1, max_size=30), st.data())
+def test_masses_are_never_more_than_the_teacher_has(text, data):
+    """Whatever two tokenisers cut a text into: no distribution sums to more than one; the text's own token is in it."""
+    teacher, student = (
+        vocabulary(
+            "<end>", *sorted({"a", "b", " ", *data.draw(st.sets(st.text("ab ", min_size=2, max_size=4)))}), stops=[0]
+        )
+        for _ in range(2)
+    )
+    ours, theirs = (projector(v, v, 0)._encode(text) for v in (student, teacher))
+    tops, logprobs = [], []
+    for id_ in [*theirs, 0]:
+        weights = data.draw(st.lists(st.floats(0.01, 1), min_size=3, max_size=3))
+        ids = list(dict.fromkeys([id_, *data.draw(st.permutations(range(len(teacher.pieces))))]))[:3]
+        top = [(i, math.log(w / (sum(weights) + 0.1))) for i, w in zip(ids, weights, strict=False)]
+        tops.append(top)
+        logprobs.append(top[0][1])
+    found = projector(teacher, student, 0).project(b"", [*theirs, 0], logprobs, tops, [*ours, 0])
+    for id_, masses in zip([*ours, 0], found, strict=True):
+        if masses is not None:
+            assert sum(math.exp(logprob) for logprob in masses.values()) < 1 + 1e-6
+            assert id_ in masses
+    assert found[0] is not None or len(teacher.pieces[theirs[0]]) != len(student.pieces[ours[0]])
+
+
+def test_small_helpers():
+    assert math.exp(logaddexp(math.log(0.2), math.log(0.3))) == pytest.approx(0.5)
+    assert logaddexp(-math.inf, -2.0) == -2.0
+    assert [common(a, b) for a, b in ((b"abc", b"abd"), (b"", b"a"), (b"ab", b"ab"), (b"x", b"y"))] == [2, 0, 2, 0]
+    symbols = byte_symbols()
+    assert len(set(symbols)) == 256 and symbols[ord("a")] == "a" and symbols[ord(" ")] == "Ġ" and symbols[10] == "Ċ"
