@@ -27,7 +27,8 @@ USABLE = 0.9  # share of the available memory that weights may take; the rest is
 ASSUMED_DISK = 1e9  # bytes a second, where no weights lie on this machine to try it with
 BATCHES = (1, 8, 64)
 SMALL = 1e8  # parameters; below, making calls takes the time, and neither limit says anything
-WEIGHT_BYTES = {"deepseek_v3": 1, "deepseek_v32": 1, "deepseek_v2": 2, "llama": 2}  # as published: FP8 or bfloat16
+DENSE = ("llama", "qwen2", "qwen3")
+WEIGHT_BYTES = {"deepseek_v3": 1, "deepseek_v32": 1, "deepseek_v2": 2, **dict.fromkeys(DENSE, 2)}  # FP8 or bfloat16
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
 
@@ -118,7 +119,7 @@ def _row(card: TeacherCard, file: Path | None, limits: Limits, machine: Machine)
     total, active = card.parameters * 1e9, card.active_parameters * 1e9
     size = total * WEIGHT_BYTES[card.family]
     where = "in memory" if size <= limits.memory else f"{1 - limits.memory / size:.0%} {limits.elsewhere}"
-    if size > limits.memory and card.family == "llama":
+    if size > limits.memory and card.family in DENSE:
         where = "too large for memory"
     elif size > limits.memory and file is None and size > machine.disk:
         where = "too large for the disk"

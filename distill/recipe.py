@@ -144,6 +144,9 @@ class Train(Section):
     logits_weight: float = Field(
         1.0, gt=0, le=1, description="share of the divergence in the loss; the rest is the cross-entropy (logits)"
     )
+    logits_temperature: float = Field(
+        1.0, gt=0, description="softens how the likeliest tokens are told apart, on both sides (logits)"
+    )
     logits_top_k: int = Field(
         32, ge=1, le=1024, description="the teacher's likeliest tokens that are compared one by one; the rest together"
     )
@@ -265,7 +268,9 @@ class TeacherCard(Section):
 
     name: str
     description: str = ""
-    family: Literal["deepseek_v3", "deepseek_v2", "deepseek_v32", "llama"] = Field(description="architecture")
+    family: Literal["deepseek_v3", "deepseek_v2", "deepseek_v32", "llama", "qwen2", "qwen3"] = Field(
+        description="architecture"
+    )
     weights: str = Field(description="hub id, or a directory relative to the card")
     revision: str | None = Field(None, description="commit on the hub")
     parameters: float = Field(description="total parameters, billions")

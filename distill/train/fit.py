@@ -78,7 +78,7 @@ class Built:
 def objective(settings: Train, tokens: Path) -> Objective:
     if settings.objective == "sft":
         return Sft()
-    return Logits(teaching.load(tokens), settings.divergence, settings.logits_weight)
+    return Logits(teaching.load(tokens), settings.divergence, settings.logits_weight, settings.logits_temperature)
 
 
 def build(task: Task, objective: Objective, world: World) -> Built:

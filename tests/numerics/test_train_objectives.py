@@ -58,7 +58,7 @@ def test_forward_covers_and_reverse_leaves():
 S, V, D, K = 9, 31, 8, 4
 
 
-def setting(divergence_name, weight, unknown=(2, 5)):
+def setting(divergence_name, weight, temperature=1.0, unknown=(2, 5)):
     generator = torch.Generator().manual_seed(0)
     hidden_sd = torch.randn(S, D, generator=generator).requires_grad_()
     weight_vd = torch.randn(V, D, generator=generator).requires_grad_()
@@ -70,10 +70,19 @@ def setting(divergence_name, weight, unknown=(2, 5)):
     draw = np.random.default_rng(0)
     batch = collate([Row(("p", 0), draw.integers(0, V, S + 3).astype(np.int32), 3)])
     teaching = Teaching(ids_sk.numpy().astype(np.int32), logp_sk.numpy(), 0.0)
-    return hidden_sd, weight_vd, batch, Logits(teaching, divergence_name, weight), logp_sk, ids_sk
+    return hidden_sd, weight_vd, batch, Logits(teaching, divergence_name, weight, temperature), logp_sk, ids_sk
 
 
-def plainly(name, weight, logits_sv, batch, logp_sk, ids_sk):
+def plain_divergence(name, p, q):
+    m = (p + q) / 2
+    return {
+        "forward_kl": lambda: (p * (p / q).log()).sum(),
+        "reverse_kl": lambda: (q * (q / p).log()).sum(),
+        "jsd": lambda: ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2,
+    }[name]()
+
+
+def plainly(name, weight, temperature, logits_sv, batch, logp_sk, ids_sk):
     """The same by whole distributions over the events, and autograd."""
     logq_sv = logits_sv.double().log_softmax(1)
     nll = -logq_sv[torch.arange(S), batch.targets_s]
@@ -82,30 +91,30 @@ def plainly(name, weight, logits_sv, batch, logp_sk, ids_sk):
         known = logp_sk[s] > -torch.inf
         value = nll[s]
         if known.any():
-            p = logp_sk[s][known].double().exp()
-            q = logq_sv[s][ids_sk[s][known]].exp()
-            p, q = (torch.cat([x, (1 - x.sum())[None]]) for x in (p, q))
-            m = (p + q) / 2
-            value = {
-                "forward_kl": lambda p=p, q=q: (p * (p / q).log()).sum(),
-                "reverse_kl": lambda p=p, q=q: (q * (q / p).log()).sum(),
-                "jsd": lambda p=p, q=q, m=m: ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2,
-            }[name]()
+            p, q = logp_sk[s][known].double().exp(), logq_sv[s][ids_sk[s][known]].exp()
+            soft = [x.pow(1 / temperature) for x in (p, q)]
+            apart = plain_divergence(name, *(x / x.sum() for x in soft))
+            if temperature == 1:
+                value = plain_divergence(name, *(torch.cat([x, (1 - x.sum())[None]]) for x in (p, q)))
+            else:
+                together = [torch.stack([x.sum(), 1 - x.sum()]) for x in (p, q)]
+                value = plain_divergence(name, *together) + temperature**2 * apart
         total = total + weight * value + (1 - weight) * nll[s]
     return total
 
 
 @pytest.mark.parametrize("block", [10**9, V * 2])
 @pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("name", NAMES)
-def test_value_and_gradient_are_those_of_autograd_on_whole_distributions(monkeypatch, name, weight, block):
+def test_value_and_gradient_are_those_of_autograd_on_whole_distributions(monkeypatch, name, temperature, weight, block):
     monkeypatch.setitem(loss.BLOCK, "cpu", block)
-    hidden_sd, weight_vd, batch, objective, logp_sk, ids_sk = setting(name, weight)
+    hidden_sd, weight_vd, batch, objective, logp_sk, ids_sk = setting(name, weight, temperature)
     parts = loss.linear_loss(hidden_sd, weight_vd, None, objective.criterion(batch))
     parts[0].backward()
     ours = [hidden_sd.grad, weight_vd.grad]
     hidden_sd.grad = weight_vd.grad = None
-    reference = plainly(name, weight, hidden_sd @ weight_vd.T, batch, logp_sk, ids_sk)
+    reference = plainly(name, weight, temperature, hidden_sd @ weight_vd.T, batch, logp_sk, ids_sk)
     reference.backward()
     assert parts[0].item() == pytest.approx(reference.item(), rel=1e-5)
     assert parts[0].item() == pytest.approx((weight * parts[2] + (1 - weight) * parts[1]).item(), rel=1e-6)

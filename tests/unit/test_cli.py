@@ -203,7 +203,7 @@ def test_check_reports_every_entry_and_fails_if_one_is_wrong(distill, tmp_path):
     assert out.startswith("tiny: ok\nr1-distill-qwen-7b: ok\n  note: train.max_length is past the context of 4096")
     assert err == (
         "error: bad.yaml: teacher: is missing, and has no default; student: is missing, and has no default; "
-        "prompts: is missing, and has no default; eval: is missing, and has no default\n"
+        "eval: is missing, and has no default\n"
     )
 
 

@@ -1,0 +1,198 @@
+"""How many tokens each objective needs: learning curves of the tiny pair, several seeds.
+
+    python tools/compare_objectives.py --out DIR [--runs DIR] [--seeds 3] [--steps 300] [--every 30]
+
+Two teachers, one student (the embedded base):
+
+- one tokenizer: the student that `distill run tiny` makes, teaching the base it was made from
+- two tokenizers: tiny-r1
+
+Each teaches by its traces alone (`sft`) and by its distributions at them (`logits`), with the same rows in the same
+order and the same schedule. After every so many steps the student answers the held-out problems of tiny-arithmetic.
+Writes `objectives.json` and `objectives.png` into --out. --runs: where `distill run tiny` has been, if it has.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+BAR = 0.85
+OBJECTIVES = ("sft", "logits")
+
+
+def distil(out: Path, runs: Path | None) -> Path:
+    """The run directory of `distill run tiny`."""
+    directory = (runs or out) / "tiny"
+    if not (directory / "student").exists():
+        subprocess.run([sys.executable, str(ROOT / "cli.py"), "run", "tiny", "--run-dir", str(directory)], check=True)
+    return directory
+
+
+def recipe_of(teacher: str, objective: str, seed: int, steps: int, directory: Path) -> Any:
+    from distill.catalog import load_recipe
+
+    train = [f"train.objective={objective}", f"train.seed={seed}", f"train.max_steps={steps}"]
+    return load_recipe("tiny", [f"teacher={teacher}", "train.save_steps=100000", *train])
+
+
+def taught_by_the_student(out: Path, tiny: Path) -> Path:
+    """A run directory with traces of the distilled student, and its card as a teacher."""
+    from distill.pipeline import run_recipe
+
+    card = out / "distilled.yaml"
+    fields = {
+        "name": "tiny-distilled",
+        "family": "qwen2",
+        "weights": str((tiny / "student").absolute()),
+        "parameters": 0.00086,
+        "active_parameters": 0.00086,
+        "context": 4096,
+        "license": "mit",
+    }
+    card.write_text(yaml.safe_dump(fields))
+    from distill.catalog import load_recipe
+
+    recipe = load_recipe("tiny", [f"teacher={card}"])
+    run_recipe(recipe, out / "one", ["generate", "filter"])  # a second call finds them finished
+    return card
+
+
+def curve(
+    run: Path, teacher: str, objective: str, seed: int, steps: int, every: int, out: Path
+) -> list[dict[str, float]]:
+    """Train in this process; pass@1 and tokens after every so many steps."""
+    import torch
+
+    from distill import catalog
+    from distill.fingerprint import digest
+    from distill.train import fit as fitting
+    from distill.train import student
+    from distill.train.checkpoint import Checkpoints
+    from distill.train.fit import Task, build
+    from distill.train.loop import Loop
+    from distill.train.prepare import TOKENS, prepare
+    from distill.train.world import World
+
+    recipe = recipe_of(teacher, objective, seed, steps, run)
+    weights = catalog.resolve_weights("student", recipe.student)
+    rows = prepare(recipe, run, digest({"objective": objective, "teacher": teacher}))
+    world = World()
+    torch.manual_seed(seed)
+    task = Task(recipe, catalog.load_student(recipe.student), weights, None, run)
+    built = build(task, fitting.objective(recipe.train, run / TOKENS), world)
+    loop = Loop(built.learner, rows, recipe.train, Checkpoints(out / "log", 1), world, laid_out=built.wrapped)
+    chat = student.Chat.load(weights)
+    points = []
+    while loop.position.step < loop.total:
+        loop.step()
+        if loop.position.step % every == 0:
+            loop.settle()
+            tensors = {name: p.detach().clone() for name, p in built.base.named_parameters()}
+            place = out / "student"
+            student.save(place, student.empty(weights, recipe.train, torch.float32), tensors, chat, "")
+            score = pass_at_1(place)
+            points.append({"step": loop.position.step, "tokens": loop.position.supervised_tokens, "pass@1": score})
+            print(f"  step {loop.position.step}: {points[-1]['tokens']:,} tokens, pass@1 {score:.1%}", flush=True)
+    return points
+
+
+def pass_at_1(model: Path) -> float:
+    from distill.backends import Job, Sampling
+    from distill.backends.local import LocalBackend
+    from distill.catalog import load_benchmark
+    from distill.chat import split_reasoning
+    from distill.grading import Grader
+    from distill.prompts import load_prompts
+
+    card = load_benchmark("tiny-arithmetic")
+    prompts = list(load_prompts([card.prompts]))
+    backend = LocalBackend.load(model, dtype="float32", max_batch=128)
+    sampling = Sampling(**card.sampling.model_dump())
+    answers = backend.complete((Job(prompt, (0,)) for prompt in prompts), sampling, seed=1)
+    with Grader() as grader:
+        items = ((done.prompt.id, done.prompt, split_reasoning(done.text)[1]) for done in answers)
+        verdicts = [grade.verdict == "correct" for _, grade in grader.grade(items)]
+    return sum(verdicts) / len(prompts)
+
+
+def tokens_to(points: list[dict[str, float]], bar: float) -> float | None:
+    """Supervised tokens at which a curve first reaches the bar, between two points by a straight line."""
+    before = {"tokens": 0.0, "pass@1": 0.0}
+    for point in points:
+        if point["pass@1"] >= bar:
+            share = (bar - before["pass@1"]) / (point["pass@1"] - before["pass@1"])
+            return before["tokens"] + share * (point["tokens"] - before["tokens"])
+        before = point
+    return None
+
+
+def draw(curves: dict[str, dict[str, list[list[dict[str, float]]]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(9, 3.6), sharey=True)
+    for axis, (pair, by_objective) in zip(axes, curves.items(), strict=True):
+        for objective, color in zip(OBJECTIVES, ("#8a8f98", "#1f6feb"), strict=True):
+            for number, points in enumerate(by_objective[objective]):
+                axis.plot(
+                    [point["tokens"] / 1000 for point in points],
+                    [100 * point["pass@1"] for point in points],
+                    color=color,
+                    alpha=0.85,
+                    linewidth=1.4,
+                    label=objective if number == 0 else None,
+                )
+        axis.axhline(100 * BAR, color="#d0d4da", linewidth=0.8, zorder=0)
+        axis.set_title(pair)
+        axis.set_xlabel("supervised tokens, thousands")
+    axes[0].set_ylabel("pass@1, %")
+    axes[0].legend(frameon=False)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--every", type=int, default=30)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tiny = distil(args.out, args.runs)
+    card = taught_by_the_student(args.out, tiny)
+    pairs = {"one tokenizer": (args.out / "one", str(card)), "two tokenizers": (tiny, "tiny-r1")}
+    curves: dict[str, dict[str, list[list[dict[str, float]]]]] = {pair: {o: [] for o in OBJECTIVES} for pair in pairs}
+    for seed in range(args.seeds):
+        for pair, (run, teacher) in pairs.items():
+            for objective in OBJECTIVES:
+                print(f"seed {seed}, {pair}, {objective}", flush=True)
+                work = args.out / "work"
+                points = curve(run, teacher, objective, seed, args.steps, args.every, work)
+                curves[pair][objective].append(points)
+                (args.out / "objectives.json").write_text(json.dumps(curves, indent=1) + "\n")
+    draw(curves, args.out / "objectives.png")
+    for pair, by_objective in curves.items():
+        for objective, runs in by_objective.items():
+            reached = [tokens_to(points, BAR) for points in runs]
+            last = [points[-1]["pass@1"] for points in runs]
+            shown = ", ".join("never" if tokens is None else f"{tokens:,.0f}" for tokens in reached)
+            print(f"{pair}, {objective}: {BAR:.0%} after {shown} tokens; at the end {statistics.mean(last):.1%} {last}")
+
+
+if __name__ == "__main__":
+    main()
