@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from distill.chat import Chat
 from distill.console import say
 from distill.errors import UserError
+from distill.hardware import give_memory_back
 from distill.recipe import Recipe, StudentCard, Train
 from distill.train import card as cards
 from distill.train import methods, student, teaching
@@ -84,6 +85,8 @@ def objective(settings: Train, tokens: Path) -> Objective:
 def build(task: Task, objective: Objective, world: World) -> Built:
     """The student with its objective, laid out over the world. Errors: UserError for weights that do not fit."""
     settings = task.recipe.train
+    if world.device.type == "cpu":
+        give_memory_back()
     sharded = world.layout == "fsdp"
     dtypes = methods.dtypes(settings, world.device, sharded)
     if world.main and settings.dtype == "bfloat16" and dtypes.compute == torch.float32:

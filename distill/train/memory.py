@@ -30,7 +30,7 @@ from distill.train.data import TrainingSet
 from distill.train.methods import Dtypes, with_adapters
 from distill.train.world import Layout
 
-BASE = {"cpu": 0.62e9, "cuda": 1.2e9}  # the process with its libraries; context, workspaces and NCCL's buffers
+BASE = {"cpu": 0.5e9, "cuda": 1.2e9}  # the process with its libraries; context, workspaces and NCCL's buffers
 NF4 = 0.516  # bytes a parameter: 4 bits, and scales quantised themselves in blocks of 256 (QLoRA, section 3)
 PROBE = 256  # tokens of the run without memory
 
