@@ -127,7 +127,7 @@ def check_recipe(
     notes = []
     if recipe.generate.sampling.max_new_tokens >= teacher.context:
         notes.append(f"generate.sampling.max_new_tokens fills {teacher.name}'s whole context of {teacher.context}")
-    if recipe.train.max_length > student.context:
+    if recipe.train.max_length > (recipe.train.max_position_embeddings or student.context):
         notes.append(f"train.max_length is past the context of {student.context} that {student.name} declares")
     if teacher.thinking is False and recipe.filter.format:
         notes.append(f"filter.format drops all that {teacher.name} writes: without thinking there is no <think> block")

@@ -16,6 +16,7 @@ from distill import train as training
 from distill.console import say, table
 from distill.errors import UserError
 from distill.run import STAGES, Run
+from distill.train.card import add_scores
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -83,6 +84,8 @@ def run_recipe(
         if not run.worked:
             say(f"nothing to do: {', '.join(stages or STAGES)} of {directory} finished before, with these settings")
             return
+        if "eval" in run.worked:
+            add_scores(directory / "student", summary["scores"])
         table("", ("stage", "time", "result"), rows)
         if stages is None:
             from distill.report import write_report

@@ -173,9 +173,7 @@ class Train(Section):
     def batches_add_up(self) -> "Train":
         if self.train_batch_size is not None:
             if self.gradient_accumulation_steps != 1:
-                raise ValueError(
-                    "train_batch_size and gradient_accumulation_steps both say how large a step is: set one"
-                )
+                raise ValueError("train_batch_size and gradient_accumulation_steps both size a step: set one of them")
             if self.train_batch_size % self.per_device_train_batch_size:
                 raise ValueError(
                     f"train_batch_size {self.train_batch_size} is no multiple of per_device_train_batch_size "

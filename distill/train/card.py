@@ -1,7 +1,7 @@
 """The student's model card: what it came from and what it was made of, from the run's own figures.
 
-The front matter has the hub's keys, scores as `model-index` when the student has been scored (`with_scores`; the
-evaluation stage adds them). Nothing in it is written by hand: what the run does not know is not said.
+The front matter has the hub's keys, scores as `model-index` once the student has been scored (`add_scores`). Nothing in
+it is written by hand: what the run does not know is not said.
 """
 
 import json
@@ -11,10 +11,12 @@ from typing import Any
 
 import yaml
 
+from distill.durable import write_whole
 from distill.recipe import Recipe, StudentCard
 from distill.sources import HubPrompts, HubTraces
-from distill.train.student import TEMPERATURE, TOP_P
 
+# "We recommend 0.6 … top-p 0.95 … to prevent endless repetitions": DeepSeek-R1's model card, usage recommendations.
+TEMPERATURE, TOP_P = 0.6, 0.95
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -85,6 +87,32 @@ def _context(recipe: Recipe) -> list[tuple[str, str]]:
         return []
     base = f", RoPE base {settings.rope_theta:g}" if settings.rope_theta else ""
     return [("context extended to", f"{settings.max_position_embeddings:,} tokens{base}")]
+
+
+def add_scores(student: Path, scores: list[dict[str, Any]]) -> None:
+    """Write the student's scores into the front matter of its card, as the hub's `model-index`. scores: of all models.
+
+    A directory without a card is left alone.
+    """
+    path = student / "README.md"
+    own = [row for row in scores if row["model"] == "student"]
+    if not path.exists() or not own:
+        return
+    _, header, body = path.read_text(encoding="utf-8").split("---\n", 2)
+    front = yaml.safe_load(header)
+    front["model-index"] = [{"name": front["model_name"], "results": [_result(row) for row in own]}]
+    header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    write_whole(path, f"---\n{header}---\n{body}")
+
+
+def _result(row: dict[str, Any]) -> dict[str, Any]:
+    interval = f"95 %: {100 * row['pass@1_low']:.1f} to {100 * row['pass@1_high']:.1f}"
+    how = f"pass@1, {row['problems']} problems × {row['samples_per_problem']} ({interval})"
+    return {
+        "task": {"type": "text-generation"},
+        "dataset": {"name": row["benchmark"], "type": row["benchmark"]},
+        "metrics": [{"type": "pass@1", "name": how, "value": round(100 * row["pass@1"], 1)}],
+    }
 
 
 def filter_summary(directory: Path) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ def train(run: "Run") -> dict[str, Any]:
 
         from distill.train.prepare import prepare
 
-        prepare(run.recipe, run.directory, digest(settings), processes)
+        prepare(run.recipe, run.directory, rows_fingerprint(settings), processes)
         stage = run.stage("train", settings, {}, OUTPUTS)
         nothing_to_do = False
     finally:
@@ -66,6 +66,16 @@ def train(run: "Run") -> dict[str, Any]:
         summary = train_rank(run.recipe, run.directory, world)
     stage.finish(summary)
     return summary
+
+
+def rows_fingerprint(settings: dict[str, Any]) -> str:
+    """Of what decides the rows: with another learning rate they are the same, and are not made again."""
+    decides = (
+        *("chat_template_text", "student", "kept_traces", "content", "max_length", "max_position_embeddings"),
+        *("overlong", "val_size", "seed"),
+    )
+    teaching = ("objective", "teacher", "logits_top_k")
+    return digest({key: value for key, value in settings.items() if key in (*decides, *teaching) or key[:5] == "data."})
 
 
 def several() -> bool:
@@ -104,6 +114,8 @@ def stage_settings(run: "Run", processes: int) -> dict[str, Any]:
             settings[f"data.{number}.traces"] = traces_hash(Path(source.path) / "filtered" / "kept")
         elif source.kind == "file":
             settings[f"data.{number}.file"] = file_hash(Path(source.path))
+    if recipe.train.objective == "logits":
+        settings["teacher"] = weights_hash(catalog.resolve_weights("teacher", recipe.teacher))
     if processes > 1 and recipe.train.train_batch_size is None:
         settings["world_size"] = processes  # a step has as many more batches
     return settings

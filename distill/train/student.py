@@ -24,11 +24,10 @@ from distill.chat import Chat
 from distill.errors import UserError
 from distill.recipe import Train
 from distill.train import attention, methods
+from distill.train.card import TEMPERATURE, TOP_P
 from distill.train.checkpoint import SCRATCH, Ranks, writing
 from distill.train.gate import Limits
 
-# "We recommend 0.6 … top-p 0.95 … to prevent endless repetitions": DeepSeek-R1's model card, usage recommendations.
-TEMPERATURE, TOP_P = 0.6, 0.95
 # Never sampled and never an end token, so that who pads with it and masks it by id loses nothing. In the tokenizers of
 # Qwen and Llama 3; the first that a tokenizer knows is taken.
 PADS = ("<|fim_pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<unk>")

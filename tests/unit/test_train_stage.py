@@ -14,6 +14,7 @@ from distill.errors import UserError
 from distill.run import Run
 from distill.traces.store import write_traces
 from distill.train import prepare, traces_hash, train
+from distill.train.card import add_scores
 from distill.train.state import State
 
 SETTINGS = {"max_steps": 4, "logging_steps": 2, "save_steps": 2}
@@ -79,6 +80,40 @@ def test_its_card_tells_where_it_comes_from(trained):
     assert (front["base_model"], front["license"], front["model_name"]) == ("tiny-test", "mit", "test")
     assert (front["library_name"], "distillation" in front["tags"]) == ("transformers", True)
     assert f"{summary['supervised_tokens']:,} in 4 steps" in body and "`tiny-r1`" in body
+
+
+def test_scores_go_into_the_front_matter_of_the_card(trained, tmp_path):
+    directory, _ = trained
+    copy = tmp_path / "student"
+    copy.mkdir()
+    shutil.copy(directory / "student" / "README.md", copy)
+    before = (copy / "README.md").read_text()
+    row = {"benchmark": "b", "problems": 300, "samples_per_problem": 4, "pass@1": 0.5, "pass@1_low": 0.4}
+    rows = [row | {"model": model, "pass@1_high": 0.6} for model in ("base", "student")]
+    for _ in range(2):  # a second evaluation replaces the first
+        add_scores(copy, rows)
+    _, header, body = (copy / "README.md").read_text().split("---\n", 2)
+    assert body == before.split("---\n", 2)[2]
+    (result,) = yaml.safe_load(header)["model-index"][0]["results"]
+    assert result["metrics"] == [
+        {"type": "pass@1", "name": "pass@1, 300 problems × 4 (95 %: 40.0 to 60.0)", "value": 50.0}
+    ]
+    add_scores(tmp_path / "nothing", rows)
+    add_scores(copy, [])
+
+
+def test_other_learning_rates_have_the_same_rows(student, tmp_path):
+    directory = start(tmp_path / "run", student)
+    support.train_here(directory, student, SETTINGS)
+    made = (directory / "tokens" / "ids.bin").stat()
+    with Run(directory, support.make_recipe(student)) as run:
+        run.fresh("train")
+    support.train_here(directory, student, SETTINGS | {"learning_rate": 1e-4})
+    assert (directory / "tokens" / "ids.bin").stat().st_ino == made.st_ino
+    with Run(directory, support.make_recipe(student)) as run:
+        run.fresh("train")
+    support.train_here(directory, student, SETTINGS | {"max_length": 200})
+    assert (directory / "tokens" / "ids.bin").stat().st_ino != made.st_ino
 
 
 def test_a_bfloat16_recipe_gives_bfloat16_weights(student, tmp_path):
