@@ -198,9 +198,14 @@ def test_copy_prints_where_the_copy_is_and_the_copy_runs(distill, pipeline):
 
 def test_check_reports_every_entry_and_fails_if_one_is_wrong(distill, tmp_path):
     (tmp_path / "bad.yaml").write_text("name: bad\n")
-    code, out, err = distill("recipes", "check", "tiny", "bad.yaml", "r1-distill-qwen-7b")
+    extended = catalog.find("recipe", "r1-distill-qwen-7b").read_text()
+    assert "  max_position_embeddings: 131072\n" in extended
+    (tmp_path / "past.yaml").write_text(extended.replace("  max_position_embeddings: 131072\n", ""))
+    code, out, err = distill("recipes", "check", "tiny", "bad.yaml", "r1-distill-qwen-7b", "past.yaml")
     assert code == 2
-    assert out.startswith("tiny: ok\nr1-distill-qwen-7b: ok\n  note: train.max_length is past the context of 4096")
+    assert out.startswith(
+        "tiny: ok\nr1-distill-qwen-7b: ok\npast.yaml: ok\n  note: train.max_length is past the context"
+    )
     assert err == (
         "error: bad.yaml: teacher: is missing, and has no default; student: is missing, and has no default; "
         "eval: is missing, and has no default\n"
