@@ -174,13 +174,25 @@ def funnel(steps: Sequence[tuple[str, int, int]]) -> Picture:
 
 
 def training(rows: Sequence[dict[str, Any]]) -> Picture:
-    """Loss, and under it the learning rate, over optimiser steps. rows: of checkpoints/log.jsonl."""
+    """Loss, and under it the learning rate, over optimiser steps. rows: of checkpoints/log.jsonl.
+
+    Beside the loss what else was logged: of held-out rows, and the parts of a mixed objective.
+    """
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    others = {
+        label: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        for label, key in (("held out", "eval_loss"), ("cross-entropy", "sft"), ("divergence", "logits"))
+    }
     logarithmic = min(losses) > 0 and max(losses) > 20 * min(losses)
 
     def draw(figure: "Figure", narrow: bool) -> None:
         loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        loss.plot(steps, losses, color=LIGHT["student"], linewidth=1.6)
+        loss.plot(steps, losses, color=LIGHT["student"], linewidth=1.6, label="training")
+        for (label, points), name in zip(others.items(), ("teacher", "base", "muted"), strict=True):
+            if points:
+                loss.plot(*zip(*points, strict=True), color=LIGHT[name], linewidth=1.2, label=label)
+        if any(others.values()):
+            loss.legend(frameon=False, fontsize=9, labelcolor=LIGHT["ink"])
         loss.set_yscale("log" if logarithmic else "linear")
         if not logarithmic:
             loss.set_ylim(bottom=0)
@@ -194,6 +206,8 @@ def training(rows: Sequence[dict[str, Any]]) -> Picture:
             _plain_ticks(axes)
 
     told = f"Training loss from {losses[0]:.3g} at step {steps[0]:,} to {losses[-1]:.3g} at step {steps[-1]:,}"
+    if scored := others["held out"]:
+        told += f"; on held-out rows {scored[0][1]:.3g} to {scored[-1][1]:.3g}"
     return Picture("loss", told, draw, 3.6)
 
 

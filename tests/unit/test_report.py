@@ -14,7 +14,7 @@ from distill.eval.statistics import Sample, summarise
 from distill.prompts import Prompt
 from distill.prompts.arithmetic import draw_problem
 from distill.recipe import Recipe
-from distill.report import write_report
+from distill.report import pictures, write_report
 from distill.report.contents import read_contents
 from distill.report.pictures import LIGHT
 from distill.traces.ledger import Ledger
@@ -222,6 +222,17 @@ def test_both_themes_know_every_colour(finished):
         assert f"--{name}: #" in dark.partition("</style>")[0]
     drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert re.findall(r"(?:fill|stroke): ?#[0-9a-f]{6}", drawings) == [], "a colour that does not follow the theme"
+
+
+def test_held_out_rows_and_parts_of_an_objective_are_drawn_beside_the_loss():
+    rows = [{"step": i, "loss": 2.0 / i, "learning_rate": 1e-3, "sft": 3.0 / i, "logits": 1.0 / i} for i in (1, 2, 3)]
+    plain = pictures.training([{key: row[key] for key in ("step", "loss", "learning_rate")} for row in rows])
+    mixed = pictures.training(rows)
+    scored = pictures.training([row | ({"eval_loss": 1.5} if row["step"] == 2 else {}) for row in rows])
+    assert "held-out" not in plain.caption and scored.caption.endswith("; on held-out rows 1.5 to 1.5")
+    drawn = [picture.svg["wide"] for picture in (plain, mixed, scored)]
+    assert ["cross-entropy" in svg for svg in drawn] == [False, True, True]
+    assert ["held out" in svg for svg in drawn] == [False, False, True]
 
 
 @pytest.mark.parametrize("name", ["scores", "funnel", "lengths", "loss"])
