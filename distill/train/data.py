@@ -108,6 +108,10 @@ class TrainingSet:
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
 
+    def end(self) -> int:
+        """The token that closes a row; those that were cut have none."""
+        return int(self[int(np.argmin(self.truncated))].ids[-1])
+
     def supervised(self, rows: Iterable[int]) -> int:
         some = np.fromiter(rows, dtype=np.int64)
         return int((self.lengths[some] - self.prompt_tokens[some]).sum())

@@ -52,7 +52,7 @@ def prove(rows: TrainingSet, witnesses: dict[str, Trace], chat: Chat, content: s
 
     counts = rows.counts
     reasoning = sum(len((trace.reasoning or "").strip()) for trace in traces) if content == "reasoning" else 0
-    end = chat.tokenizer.convert_ids_to_tokens(int(rows[int(np.argmin(rows.truncated))].ids[-1]))
+    end = chat.tokenizer.convert_ids_to_tokens(rows.end())
     some = f"{counts.rows - counts.truncated_rows:,} of {counts.rows:,} rows end" if counts.truncated_rows else None
     return [
         f"integrity gate, on {len(rows):,} rows and, token by token, on {' '.join(witnesses)}:",

@@ -218,9 +218,7 @@ def estimate(
         root = model.embedding + model.head
         gathered = half * (2 * model.layer + root) + (4 * model.layer if settings.method == "full" else 0)
     elif dtypes.autocast is not None and settings.method == "full":
-        gathered = float(
-            half * (model.layers * model.layer)
-        )  # casts live until the forward pass ends, and autograd's do
+        gathered = float(half * model.layers * model.layer)  # casts, which autograd keeps
 
     whole = activations(config, settings.model_copy(update={"gradient_checkpointing": False}), dtypes)
     if settings.gradient_checkpointing:  # one layer is computed again, with all that it keeps
@@ -233,7 +231,7 @@ def estimate(
     floats = min(supervised * model.vocabulary, loss.PASS[device]) * 4 * 2
     learns = settings.method == "full"
     in_loss = block + floats + supervised * model.width * 8
-    in_loss += head_size * (4 + (half if half == 2 else 0)) if learns else 0  # its gradient, and a part of the sum
+    in_loss += head_size * (6 if half == 2 else 4) if learns else 0  # its gradient, and a part of the sum
     in_loss += head_size * half if dtypes.autocast is not None else 0  # its cast
     at_end = (block if device == "cpu" else 0) + (head_size * 8 if learns and not model.head else 0)
     loss_moment = kept + in_loss + (gradients if several_batches else 0)

@@ -51,14 +51,14 @@ def prepare(recipe: Recipe, directory: Path, fingerprint: str, processes: int = 
         say_losses(rows.counts, settings.max_length)
         rows.proved = gate.prove(rows, encoder.witnesses, chat, settings.content, limits)
         memory.check(recipe, rows, student.configuration(weights, settings), processes)
+        for line in rows.proved:
+            say(line)
+        if settings.objective == "logits":
+            kept = chain.from_iterable(traces_of(source, directory) for source in recipe.train.data)
+            teach(recipe, rows, kept, chat, directory, encoder.directory)
     except BaseException:
         encoder.close()
         raise
-    for line in rows.proved:
-        say(line)
-    if settings.objective == "logits":
-        kept = chain.from_iterable(traces_of(source, directory) for source in recipe.train.data)
-        teach(recipe, rows, kept, chat, directory, encoder.directory)
     data.store(rows, encoder.directory, fingerprint)
     return keep(encoder.directory, directory / TOKENS, fingerprint)
 

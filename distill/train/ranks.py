@@ -29,7 +29,8 @@ def train_rank(recipe: Recipe, directory: Path, world: World | None = None) -> d
     weights = catalog.resolve_weights("student", recipe.student)
     shares = tuple(source.weight for source in recipe.train.data)
     world = world or join(recipe, directory)
-    world.layout = memory.check(recipe, rows, configuration(weights, recipe.train), world.size)
+    layout = memory.check(recipe, rows, configuration(weights, recipe.train), world.size)
+    world.layout = "fsdp" if world.any(layout == "fsdp") else layout  # what is free may look different to each rank
     task = Task(recipe, student, weights, catalog.training_template(recipe), directory, shares)
     return fit(task, rows, world)
 

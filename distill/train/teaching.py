@@ -78,7 +78,7 @@ def teach(recipe: Recipe, rows: TrainingSet, traces: Iterator[Trace], chat: Chat
     projector = Projector(
         Vocabulary(token_bytes(teacher.tokenizer, teacher.where), frozenset(teacher.stop_token_ids)),
         Vocabulary(token_bytes(chat.tokenizer, chat.where), frozenset(chat.stop_token_ids)),
-        int(rows[0].ids[-1]),
+        rows.end(),
         lambda text: chat.tokenizer(text, add_special_tokens=False)["input_ids"],
     )
     k = recipe.train.logits_top_k

@@ -177,6 +177,16 @@ def test_an_empty_trace_set(student, tmp_path):
     assert "holds no trace" in refused(start(tmp_path / "run", student, []), student)
 
 
+def test_a_teacher_that_cannot_be_loaded_leaves_nothing(student, tmp_path, monkeypatch):
+    def fail(*_):
+        raise UserError("no such teacher")
+
+    monkeypatch.setattr(prepare, "teach", fail)
+    directory = start(tmp_path / "run", student)
+    assert refused(directory, student, {"objective": "logits"}) == "no such teacher"
+    assert not (directory / "tokens").exists() and not list(directory.glob(".tokens*"))
+
+
 def test_an_unknown_template(student, tmp_path):
     message = refused(start(tmp_path / "run", student), student, {"chat_template": "alpaca"})
     assert "no chat template 'alpaca'" in message and "chatml, llama3" in message
