@@ -130,13 +130,14 @@ def conversation(trace: Trace, content: str) -> list[Message]:
 class Encoder:
     """Tokenises traces into `directory`, row by row; `finish` sorts the index.
 
-    witnesses: the traces that the integrity gate looks at: the first row, the longest, one at random.
+    witnesses: the traces that the integrity gate looks at, each with the number of its source, as two sources may hold
+    samples of one prompt: the first row, the longest, one at random.
     """
 
     def __init__(self, directory: Path, chat: Chat, encoding: Encoding) -> None:
         self.directory, self.chat, self.encoding = directory, chat, encoding
         self.counts = Counts()
-        self.witnesses: dict[str, Trace] = {}
+        self.witnesses: dict[str, tuple[int, Trace]] = {}
         self._rows: list[tuple[str, int, int, int, int, int, bool, bool]] = []
         self._draw = random.Random(encoding.seed)
         self._tokens = self._longest = self._shortest_dropped = 0
@@ -237,14 +238,14 @@ class Encoder:
         counts.supervised += len(ids) - prompt_tokens
         counts.held_out_rows += held_out
         if not truncated:
-            self._witness(trace, len(ids))
+            self._witness((source, trace), len(ids))
 
-    def _witness(self, trace: Trace, length: int) -> None:
-        self.witnesses.setdefault("first", trace)
+    def _witness(self, witness: tuple[int, Trace], length: int) -> None:
+        self.witnesses.setdefault("first", witness)
         if length > self._longest:
-            self._longest, self.witnesses["longest"] = length, trace
+            self._longest, self.witnesses["longest"] = length, witness
         if self._draw.random() * self.counts.rows < 1:  # a reservoir of one: every row is equally likely
-            self.witnesses["random"] = trace
+            self.witnesses["random"] = witness
 
 
 def is_held_out(prompt_id: str, encoding: Encoding) -> bool:

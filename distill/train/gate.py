@@ -35,15 +35,17 @@ class Limits:
     context: int
 
 
-def prove(rows: TrainingSet, witnesses: dict[str, Trace], chat: Chat, content: str, limits: Limits) -> list[str]:
+def prove(
+    rows: TrainingSet, witnesses: dict[str, tuple[int, Trace]], chat: Chat, content: str, limits: Limits
+) -> list[str]:
     """Raise UserError at the first thing that would make the training pointless; else return lines that say what holds.
 
-    witnesses: traces among the rows' own, under what they stand for. They are looked at token by token.
+    witnesses: traces among the rows' own (`Encoder.witnesses`). They are looked at token by token.
     """
     prove_every_row(rows, chat, limits)
-    by_key = {key: i for i, key in enumerate(rows.keys)}
-    traces = list({trace.key: trace for trace in witnesses.values()}.values())
-    batch_rows = [rows[by_key[trace.key]] for trace in traces]
+    numbers = {place: i for i, place in enumerate(zip(rows.sources.tolist(), rows.keys, strict=True))}
+    found = {numbers[source, trace.key]: trace for source, trace in witnesses.values()}
+    traces, batch_rows = list(found.values()), [rows[i] for i in found]
     batch = collate(batch_rows)
     prove_mask(batch_rows, batch)
     for trace, row, targets in zip(traces, batch_rows, split(batch), strict=True):

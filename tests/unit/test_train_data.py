@@ -67,7 +67,7 @@ def test_long_rows_are_cut_where_that_is_asked_for_and_counted(encode, chat):
     assert rows[1].ids.tolist() == ids[:80] and rows.truncated.tolist() == [False, True]
     assert (rows.counts.truncated_rows, rows.counts.truncated_tokens) == (1, len(ids) - 80)
     assert rows.counts.dropped_rows == 1
-    assert {w.sample for w in witnesses.values()} == {0}, "a cut row proves nothing about the text"
+    assert {w.sample for _, w in witnesses.values()} == {0}, "a cut row proves nothing about the text"
 
 
 def test_long_rows_are_refused_where_that_is_asked_for(encode):
@@ -110,9 +110,9 @@ def test_the_witnesses_are_the_first_the_longest_and_one_at_random(encode, chat)
     traces = support.sums(30)
     seeds = [encode(traces, seed=seed)[1] for seed in range(20)]
     longest = max(traces, key=lambda t: len(chat.training_ids(t.messages)[0]))
-    assert {w["first"].key for w in seeds} == {traces[0].key}
-    assert {w["longest"].key for w in seeds} == {longest.key}
-    assert len({w["random"].key for w in seeds}) > 5
+    assert {w["first"][1].key for w in seeds} == {traces[0].key}
+    assert {w["longest"][1].key for w in seeds} == {longest.key}
+    assert len({w["random"][1].key for w in seeds}) > 5
 
 
 def test_answer_leaves_the_reasoning_out():

@@ -78,6 +78,15 @@ def test_rows_that_were_cut_may_end_without_an_end_token_and_it_is_said(student,
     assert "9 of 12 rows end in a supervised <|im_end|>" in lines
 
 
+def test_two_sources_may_hold_samples_of_one_prompt(student, tmp_path):
+    chat = Chat.load(student, "chatml")
+    encoder = Encoder(tmp_path / "tokens", chat, Encoding(256))
+    for number, text in enumerate(("<think>\none\n</think>\n\n1", "<think>\nanother\n</think>\n\n2")):
+        for _ in encoder.add(Source("test", [support.trace("q?", text)]), number):
+            pass
+    assert gate.prove(encoder.finish(), encoder.witnesses, chat, "reasoning", Limits(272, 512))
+
+
 def test_rows_without_reasoning_are_counted(student, prove):
     lines = "\n".join(prove(Chat.load(student, "chatml"), [*TRACES, support.trace("1+1?", "2")]))
     assert "1 rows have no reasoning, as train.data says" in lines
