@@ -2,10 +2,11 @@
 
     python perf/gpu.py [--json FILE] [--results perf/RESULTS.md] [--work DIR] [--only checks kernels engine]
 
-First every kernel against the plain op that defines it, on fresh random numbers. Then the chip's two ceilings, a copy
-and a bfloat16 product by torch, and each kernel at DeepSeek-V3's shapes beside its limit (bytes at the copy's rate,
-operations at the product's, twice that in FP8) and torch's own. Then the engine on a random checkpoint of 16 B
-parameters (V2-Lite's shapes, V3's router, FP8), beside its limit and transformers' `generate` in bfloat16.
+First every kernel is compiled, in several processes side by side. Then each is checked against the plain op that
+defines it, on fresh random numbers. Then the chip's two ceilings, a copy and a bfloat16 product by torch, and each
+kernel at DeepSeek-V3's shapes beside its limit (bytes at the copy's rate, operations at the product's, twice that in
+FP8) and torch's own. Then the engine on a random checkpoint of 16 B parameters (V2-Lite's shapes, V3's router, FP8),
+beside its limit and transformers' `generate` in bfloat16.
 
 Needs torch ≥ 2.11, triton, transformers and safetensors; no network. Without a GPU all of it runs at tiny sizes in
 Triton's interpreter: a rehearsal, whose times mean nothing and are not printed.
@@ -17,6 +18,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -38,10 +40,13 @@ from distill.engine.kernels import gpu  # noqa: E402
 
 DEVICE = gpu.device()
 PARTS = ("checks", "kernels", "engine")
+COMPILERS = 10  # processes, of 0.6 GB of the device each
+_BUSY = 2_000_000  # cycles, about a millisecond
 
 
 def seconds(action: Callable[[], Any], budget: float = 0.15) -> float:
-    """Of one call on the device, the cache cleared before it: the median of some."""
+    """Of one call on the device, the cache cleared before it: the median of some. The device is kept busy until all of
+    it is queued, as a graph would have it, so that the host's time for launches does not count."""
     if REHEARSAL:
         begun = time.perf_counter()
         action()
@@ -53,6 +58,7 @@ def seconds(action: Callable[[], Any], budget: float = 0.15) -> float:
     begun = time.perf_counter()
     while len(times) < 5 or (time.perf_counter() - begun < budget and len(times) < 50):
         flush.zero_()
+        torch.cuda._sleep(_BUSY)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         action()
@@ -104,10 +110,47 @@ def measure(case: Case, limits: dict[str, float]) -> dict[str, Any]:
     return row
 
 
+def builders() -> tuple[list[Callable[[], Case]], list[Callable[[], Case]]]:
+    """Of the cases that are checked, and of those that are timed."""
+    if REHEARSAL:
+        fixed = [lambda case=case: case for case in gpu_cases.rows_cases(16, 512, True)]
+        return checked(), [*fixed, *gpu_cases.small()]
+    fixed = [lambda case=case: case for t in (16, 4096) for case in gpu_cases.rows_cases(t, 7168, True)]
+    return checked(), [*fixed, *gpu_cases.published(), *gpu_cases.published_experts()]
+
+
+def checked() -> list[Callable[[], Case]]:
+    return [*(lambda case=case: case for case in gpu_cases.rows_cases(129, 576, False)), *gpu_cases.small()]
+
+
+def compile_all() -> None:
+    """Fills Triton's cache; a kernel that fails says so when it is checked or timed."""
+    begun = time.perf_counter()
+    command = [sys.executable, __file__, "--compile"]
+    processes = [subprocess.Popen([*command, str(number)], stdout=subprocess.DEVNULL) for number in range(COMPILERS)]
+    for process in processes:
+        process.wait()
+    print(f"compiled in {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+def compile_share(number: int) -> None:
+    """What is large lies in the last process's share, one after the other."""
+    large = list(gpu_cases.published_experts())
+    checks, timed = builders()
+    rest = [*checks, *timed][: -len(large)]
+    for build in large if number == COMPILERS - 1 else rest[number :: COMPILERS - 1]:
+        case = build()
+        try:
+            case.ours()
+            torch.cuda.synchronize()
+        except Exception as error:  # not this process's to judge
+            print(f"{case.kernel} {case.shape}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
 def run_checks() -> list[dict[str, Any]]:
     torch.manual_seed(time.time_ns() % 2**31)
     rows = []
-    for build in [*(lambda case=case: case for case in gpu_cases.rows_cases(129, 576, False)), *gpu_cases.small()]:
+    for build in checked():
         rows.append(check(build()))
         verdict = "" if rows[-1]["error"] < rows[-1]["allowed"] else "  WRONG"
         print(f"{rows[-1]['kernel']:24} {rows[-1]['shape']:44} error {rows[-1]['error']:.1e}{verdict}")
@@ -116,10 +159,7 @@ def run_checks() -> list[dict[str, Any]]:
 
 def run_kernels(limits: dict[str, float]) -> list[dict[str, Any]]:
     rows = []
-    sizes = gpu_cases.small() if REHEARSAL else gpu_cases.published()
-    row_sizes = ((16, 512),) if REHEARSAL else ((16, 7168), (4096, 7168))
-    fixed = [lambda case=case: case for size in row_sizes for case in gpu_cases.rows_cases(*size, True)]
-    for build in [*fixed, *sizes]:
+    for build in builders()[1]:
         case = build()
         rows.append(measure(case, limits))
         print(line(rows[-1]), flush=True)
@@ -178,13 +218,20 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="write the page of results there (needs a GPU)")
     parser.add_argument("--work", type=Path, default=Path("build/perf"), help="where the checkpoint is kept")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.compile is not None:
+        with torch.inference_mode():
+            compile_share(args.compile)
+        return
     import triton
 
     chip = "no GPU (interpreter)" if REHEARSAL else torch.cuda.get_device_name()
     machine = {"chip": chip, "date": str(date.today()), "torch": torch.__version__, "triton": triton.__version__}
     results: dict[str, Any] = {"machine": machine | {"python": platform.python_version()}, "limits": ceilings()}
     print(f"{chip}, torch {torch.__version__}, triton {triton.__version__}")
+    if not REHEARSAL and set(args.only) & {"checks", "kernels"}:
+        compile_all()
     with torch.inference_mode():
         if "checks" in args.only:
             results["checks"] = run_checks()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.engine.kernels import Ops
+from distill.engine.kernels.w8a8 import Fp8Matrix
 from distill.engine.spec import ModelSpec
 
 GIB = 1 << 30
@@ -73,7 +74,7 @@ def step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int, dtype: torch.dtyp
 
 def bytes_of(part: Any, ops: Ops) -> int:
     """What weights take in memory: tensors and packed matrices in dataclasses; experts apart."""
-    if isinstance(part, Tensor):
+    if isinstance(part, Tensor | Fp8Matrix):
         return part.nbytes
     if isinstance(part, tuple):
         return sum(bytes_of(item, ops) for item in part)

@@ -85,8 +85,8 @@ def test_where_experts_lie_changes_no_bit(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(DecodeGraphs, "serve", lambda self, chunks: False)  # a padded batch may take another tile
     load = {"kernels": "cuda", "dtype": torch.bfloat16, "max_context": 100, "max_batch": 6}
     whole = completions(Engine.load(path, **load), count=1, new=3)
-    for resident in (0, 9):
-        streamed = completions(Engine.load(path, resident_experts=resident, **load), count=1, new=3)
+    for limit in ({"resident_experts": 0}, {"resident_experts": 9}, {"memory_budget": 1 << 30}):
+        streamed = completions(Engine.load(path, **limit, **load), count=1, new=3)
         assert {k: (d.token_ids, d.logprobs) for k, d in streamed.items()} == {
             k: (d.token_ids, d.logprobs) for k, d in whole.items()
         }

@@ -152,7 +152,7 @@ def test_where_the_table_names_torch(monkeypatch: pytest.MonkeyPatch) -> None:
                   *swizzles: object, output_dtype: torch.dtype) -> Tensor:  # fmt: skip
         kinds = torch.nn.functional.ScalingType
         assert (a_recipe, b_recipe) == (kinds.BlockWise1x128, kinds.BlockWise128x128)
-        assert a.stride(1) == 1 and b.stride(0) == 1 and a_scale.stride(0) == 1
+        assert len(a) % 4 == 0 and a.stride(1) == b.stride(0) == a_scale.stride(0) == b_scale.stride(0) == 1
         return w8a8.product(w8a8.Quantised(a, a_scale), w8a8.Fp8Matrix(b.T, b_scale.T, False)).to(output_dtype)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", scaled_mm)
@@ -202,6 +202,19 @@ def test_slots_of_any_routing(pairs: list[int], rows: int) -> None:
 @pytest.mark.parametrize(("kind", "ue8m0"), [("even", False), ("even", True), ("empty", True), ("one", False)])
 def test_experts(t: int, kind: str, ue8m0: bool) -> None:
     check_experts(t, kind, ue8m0, torch.bfloat16, shared=True)
+
+
+def test_experts_that_lie_far_apart() -> None:
+    """As 256 of DeepSeek-V3's do: a scale's place is beyond what 32 bits count. Nobody fills the room between."""
+    apart = 2**30 + 16
+    scale = torch.empty(2 * apart + 1, device=DEVICE).as_strided((3, 1), (apart, 1))
+    scale[2] = 0.25
+    values = torch.stack([fp8(128, 128, seed).codes for seed in range(3)])
+    x, expert_b = gpu_rows.quantise(random(16, 128)), torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    row_s = torch.arange(16, dtype=torch.int32, device=DEVICE)
+    places = [gpu_gemm.Matrices(values, scale, 0)]
+    ours = gpu_gemm.grouped(x, row_s, 1, places, expert_b, Tile(16, 128, 1, 4, 3))
+    assert error(ours, w8a8.product(x, w8a8.Fp8Matrix(values[2], scale[2:], False))) < CLOSE_BFLOAT16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -309,7 +322,7 @@ def test_decode_mla_of_an_fp8_cache() -> None:
     gpu.paged_write(ours_pool, where // page, where % page, x)
     w8a8.paged_write(pool, where // page, where % page, x)
     assert torch.equal(ours_pool, pool)
-    back = w8a8.dense_rows(pool, latent, torch.float32).flatten(0, 2)
+    back = w8a8.dense_rows(pool, latent, rope, torch.float32).flatten(0, 2)
     assert torch.equal(back[:, latent:], x[:, 0, latent:].float())
     assert error(back, x[:, 0]) < 0.05
     q = random(3, 16, latent + rope, seed=1, dtype=torch.bfloat16)
@@ -322,6 +335,12 @@ def test_decode_mla_of_an_fp8_cache() -> None:
     q = random(5, 4, 32 + rope, seed=4, dtype=torch.bfloat16)
     theirs = w8a8.prefill_mla(q.float(), pool, table[0], 150, expand_k.float(), expand_v.float(), 0.1)
     assert error(gpu.prefill_mla(q, pool, table[0], 150, expand_k, expand_v, 0.1), theirs) < CLOSE_BFLOAT16
+
+
+@given(st.integers(1, 8), st.integers(0, 200))
+def test_a_row_of_bytes_says_how_wide_its_latent_is(groups: int, rope: int) -> None:
+    width = w8a8.fp8_row_bytes(128 * groups, rope)
+    assert width % 16 == 0 and w8a8.latent_width(128 * groups + rope, width) == 128 * groups
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

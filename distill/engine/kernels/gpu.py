@@ -161,8 +161,9 @@ def prefill_gqa(q_thd: Tensor, k_pool: Tensor, v_pool: Tensor, table_p: Tensor, 
 def prefill_mla(
     q_thd: Tensor, pool: Tensor, table_p: Tensor, length: int, expand_k_hnc: Tensor, expand_v_hec: Tensor, scale: float
 ) -> Tensor:
-    h, _, latent = expand_k_hnc.shape
-    row_ld = dense_rows(reference.paged_gather(pool, table_p[None])[0, 0, :length], latent, q_thd.dtype)
+    h, n, latent = expand_k_hnc.shape
+    row_lw = reference.paged_gather(pool, table_p[None])[0, 0, :length]
+    row_ld = dense_rows(row_lw, latent, q_thd.shape[2] - n, q_thd.dtype)
     c_lc, kr_lr = row_ld.tensor_split((latent,), dim=-1)
     k_hld = torch.cat((torch.matmul(c_lc, expand_k_hnc.transpose(1, 2)), kr_lr.expand(h, -1, -1)), dim=-1)
     return _attend(q_thd, k_hld, torch.matmul(c_lc, expand_v_hec.transpose(1, 2)), scale)

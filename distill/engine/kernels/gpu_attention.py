@@ -9,7 +9,8 @@ operations a byte with 128 heads, which is where an H200 has as much of both. Sp
 rows that the indexer chose are a table of pages of one token, and the kernel's look-ups are the gather.
 
 The FP8 cache holds a token's latent as e4m3 codes with a float32 scale for each 128, then the rotated part in bfloat16:
-656 bytes instead of 1152 for 512 + 64, laid out as FlashMLA's. Codes become bfloat16 on their way into a product.
+656 bytes instead of 1152 for 512 + 64, laid out as FlashMLA's (other widths are padded to 16 bytes, up to which the
+compiler takes rows to be aligned). Codes become bfloat16 on their way into a product.
 
 Scores, softmax and sums are float32; exponentials are of base 2, the logarithm's factor is in the scale.
 
@@ -35,7 +36,7 @@ _COLUMNS = 512
 
 
 @triton.jit
-def _range_of_part(length, part, PARTS: tl.constexpr, KEYS: tl.constexpr):
+def _range_of_part(length, part, PARTS, KEYS: tl.constexpr):
     each = tl.cdiv(tl.cdiv(length, PARTS), KEYS) * KEYS
     return part * each, tl.minimum((part + 1) * each, length)
 
@@ -54,10 +55,10 @@ def _scaled(codes, scale, KEYS: tl.constexpr, LATENT: tl.constexpr, dtype):
     return tl.reshape(groups, (KEYS, LATENT)).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "PARTS"])
 def _mla(
     q_ptr, pool_ptr, rope_ptr, scale_ptr, pool, rope, table_ptr, length_ptr, part_ptr, log_ptr, H, table_stride, scale,
-    PARTS: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
+    PARTS, PAGE: tl.constexpr, WIDTH: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
     FP8: tl.constexpr, WHOLE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
     ALL_LATENT: tl.constexpr, ALL_ROPE: tl.constexpr,
 ):  # fmt: skip
@@ -119,10 +120,10 @@ def _store_part(part_ptr, log_ptr, at, real, column, WIDTH: tl.constexpr, top, w
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "PARTS"])
 def _gqa(
     q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, part_ptr, log_ptr, H, K, table_stride, scale,
-    PARTS: tl.constexpr, PAGE: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    PARTS, PAGE: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, ALL_D: tl.constexpr, ALL_E: tl.constexpr,
 ):  # fmt: skip
     """SHARED: query heads that share one of keys and values; HEADS: their number as a product wants it."""
@@ -152,8 +153,8 @@ def _gqa(
     _store_part(part_ptr, log_ptr, (row * H + head) * PARTS + part, real, e, E, top, weight, out)
 
 
-@triton.jit
-def _join(part_ptr, log_ptr, out_ptr, E, PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["PARTS"])
+def _join(part_ptr, log_ptr, out_ptr, E, PARTS, ALL_PARTS: tl.constexpr, BLOCK: tl.constexpr):
     at, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, ALL_PARTS)
     logs = tl.load(log_ptr + at * PARTS + part, mask=part < PARTS, other=float("-inf"))
@@ -195,7 +196,7 @@ def _write_fp8(x_ptr, pool_ptr, page_ptr, offset_ptr, x_stride, PAGE, WIDTH: tl.
     tl.store(pool_ptr + at * WIDTH + c, codes, mask=c < LATENT)
     scale_ptr = pool_ptr.to(tl.pointer_type(tl.float32)) + at * (WIDTH // 4) + LATENT // 4
     tl.store(scale_ptr + group, scale, mask=group * 128 < LATENT)
-    rope_ptr = pool_ptr.to(tl.pointer_type(tl.bfloat16)) + at * (WIDTH // 2) + LATENT // 2 + LATENT // 64
+    rope_ptr = pool_ptr.to(tl.pointer_type(tl.bfloat16)) + (at + 1) * (WIDTH // 2) - ROPE
     rotated = tl.load(x_ptr + token * x_stride + LATENT + r, mask=r < ROPE, other=0.0)
     tl.store(rope_ptr + r, rotated.to(tl.bfloat16), mask=r < ROPE)
 

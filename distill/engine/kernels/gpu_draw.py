@@ -1,9 +1,9 @@
 """Drawing tokens on the GPU: one program a draw, no sort, and nothing that a host has to wait for.
 
 Top k and top p are thresholds: the least probability p for which fewer than k tokens lie above it, and the least for
-which the mass above it is less than top p of all. Both are found exactly by bisecting the bits of a float32, whose
-order as integers is that of the numbers: 30 passes over a row that lies in the cache. Sorting 129,280 logits takes
-longer, and looking at the largest few needs a host that decides whether they were enough.
+which the mass above it is less than top p of all. Both are found exactly by cutting a range of bits of a float32, whose
+order as integers is that of the numbers, into four: 16 passes over a row that lies in the cache. Sorting 129,280 logits
+takes longer, and looking at the largest few needs a host that decides whether they were enough.
 
 The draw inverts the cumulative distribution in vocabulary order, in float64, as reference.draw does.
 
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 2048
+_BLOCK, _WARPS = 8192, 16
+_CUTS = 16  # of a range of 2³⁰ bits into four
 
 
 @triton.jit
@@ -40,9 +41,54 @@ def _above(x_ptr, bits, V, top, temperature, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _cuts(low, high):
+    """Where a range is cut into four."""
+    second = low + (high - low) // 2
+    return low + (high - low) // 4, second, second + (high - second) // 2
+
+
+@triton.jit
+def _narrowed(low, high, first, second, third, enough_1, enough_2, enough_3):
+    """The quarter of the range that the least `enough` lies in: what is enough at one cut is so at those above it."""
+    down = tl.where(enough_1, low, tl.where(enough_2, first + 1, tl.where(enough_3, second + 1, third + 1)))
+    up = tl.where(enough_1, first, tl.where(enough_2, second, tl.where(enough_3, third, high)))
+    return down, up
+
+
+@triton.jit
+def _counts_above(x_ptr, first, second, third, V, top, temperature, BLOCK: tl.constexpr):
+    a = first.to(tl.float32, bitcast=True)
+    b = second.to(tl.float32, bitcast=True)
+    c = third.to(tl.float32, bitcast=True)
+    zeros = tl.zeros((BLOCK,), tl.int32)
+    count_a, count_b, count_c = zeros, zeros, zeros
+    for begin in range(0, V, BLOCK):
+        p = _probabilities(x_ptr, begin, V, top, temperature, BLOCK)
+        count_a += (p > a).to(tl.int32)
+        count_b += (p > b).to(tl.int32)
+        count_c += (p > c).to(tl.int32)
+    return tl.sum(count_a, axis=0), tl.sum(count_b, axis=0), tl.sum(count_c, axis=0)
+
+
+@triton.jit
+def _masses_above(x_ptr, first, second, third, V, top, temperature, BLOCK: tl.constexpr):
+    a = first.to(tl.float32, bitcast=True)
+    b = second.to(tl.float32, bitcast=True)
+    c = third.to(tl.float32, bitcast=True)
+    zeros = tl.zeros((BLOCK,), tl.float64)
+    mass_a, mass_b, mass_c = zeros, zeros, zeros
+    for begin in range(0, V, BLOCK):
+        p = _probabilities(x_ptr, begin, V, top, temperature, BLOCK)
+        mass_a += tl.where(p > a, p, 0.0).to(tl.float64)
+        mass_b += tl.where(p > b, p, 0.0).to(tl.float64)
+        mass_c += tl.where(p > c, p, 0.0).to(tl.float64)
+    return tl.sum(mass_a, axis=0), tl.sum(mass_b, axis=0), tl.sum(mass_c, axis=0)
+
+
+@triton.jit
 def _draw(
     logits_ptr, row_ptr, uniform_ptr, temperature_ptr, top_k_ptr, top_p_ptr, token_ptr, logprob_ptr, V, stride,
-    BLOCK: tl.constexpr,
+    CUTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     draw = tl.program_id(0)
     x_ptr = logits_ptr + tl.load(row_ptr + draw).to(tl.int64) * stride
@@ -52,56 +98,53 @@ def _draw(
 
     lane = tl.arange(0, BLOCK)
     highest, highest_at = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, V, BLOCK):
-        x = tl.load(x_ptr + first + lane, mask=first + lane < V, other=float("-inf"))
-        highest_at = tl.where(x > highest, first + lane, highest_at)
+    for begin in range(0, V, BLOCK):
+        x = tl.load(x_ptr + begin + lane, mask=begin + lane < V, other=float("-inf"))
+        highest_at = tl.where(x > highest, begin + lane, highest_at)
         highest = tl.maximum(highest, x)
     top = tl.max(highest, axis=0)
     best = tl.min(tl.where(highest == top, highest_at, V), axis=0)
     raw = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, V, BLOCK):
-        raw += _probabilities(x_ptr, first, V, top, 1.0, BLOCK)
+    for begin in range(0, V, BLOCK):
+        raw += _probabilities(x_ptr, begin, V, top, 1.0, BLOCK)
     normaliser = top + tl.log(tl.sum(raw, axis=0))
 
     one: tl.constexpr = 0x3F800000
     top_k, top_p = tl.load(top_k_ptr + draw).to(tl.int32), tl.load(top_p_ptr + draw)
     low, high = tl.full((), 0, tl.int32), tl.full((), one, tl.int32)
     limited = (top_k > 0) & (top_k < V) & (greedy == 0)
-    for _ in range(tl.where(limited, 30, 0)):
-        middle = low + (high - low) // 2
-        count, _mass = _above(x_ptr, middle, V, top, temperature, BLOCK)
-        enough = count < top_k
-        high = tl.where(enough, middle, high)
-        low = tl.where(enough, low, middle + 1)
+    for _ in range(tl.where(limited, CUTS, 0)):
+        first, second, third = _cuts(low, high)
+        above_1, above_2, above_3 = _counts_above(x_ptr, first, second, third, V, top, temperature, BLOCK)
+        low, high = _narrowed(low, high, first, second, third, above_1 < top_k, above_2 < top_k, above_3 < top_k)
     least = tl.where(limited, high, 0)
     count, mass = _above(x_ptr, least, V, top, temperature, BLOCK)
     if limited:
         mass += (top_k - count).to(tl.float64) * least.to(tl.float32, bitcast=True).to(tl.float64)
     nucleus = (top_p < 1.0) & (greedy == 0)
     low, high = least, tl.full((), one, tl.int32)
-    for _ in range(tl.where(nucleus, 30, 0)):
-        middle = low + (high - low) // 2
-        _count, above = _above(x_ptr, middle, V, top, temperature, BLOCK)
-        enough = above < top_p * mass
-        high = tl.where(enough, middle, high)
-        low = tl.where(enough, low, middle + 1)
+    wanted = top_p * mass
+    for _ in range(tl.where(nucleus, CUTS, 0)):
+        first, second, third = _cuts(low, high)
+        above_1, above_2, above_3 = _masses_above(x_ptr, first, second, third, V, top, temperature, BLOCK)
+        low, high = _narrowed(low, high, first, second, third, above_1 < wanted, above_2 < wanted, above_3 < wanted)
     threshold = tl.where(nucleus, high, least).to(tl.float32, bitcast=True)
 
     mass = tl.full((), 0.0, tl.float64)
     last = tl.full((), 0, tl.int32)
-    for first in range(0, V, BLOCK):
-        p = _probabilities(x_ptr, first, V, top, temperature, BLOCK)
+    for begin in range(0, V, BLOCK):
+        p = _probabilities(x_ptr, begin, V, top, temperature, BLOCK)
         kept = (p >= threshold) & (p > 0.0)
         mass += tl.sum(tl.where(kept, p, 0.0).to(tl.float64), axis=0)
-        last = tl.maximum(last, tl.max(tl.where(kept, first + lane, 0), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(kept, begin + lane, 0), axis=0))
     aim = tl.load(uniform_ptr + draw) * mass
     token, before = tl.full((), 0x7FFFFFFF, tl.int32), tl.full((), 0.0, tl.float64)
-    for first in range(0, V, BLOCK):
-        p = _probabilities(x_ptr, first, V, top, temperature, BLOCK)
+    for begin in range(0, V, BLOCK):
+        p = _probabilities(x_ptr, begin, V, top, temperature, BLOCK)
         kept = (p >= threshold) & (p > 0.0)
         p = tl.where(kept, p, 0.0).to(tl.float64)
         reached = kept & (before + tl.cumsum(p, axis=0) > aim)
-        token = tl.minimum(token, tl.min(tl.where(reached, first + lane, 0x7FFFFFFF), axis=0))
+        token = tl.minimum(token, tl.min(tl.where(reached, begin + lane, 0x7FFFFFFF), axis=0))
         before += tl.sum(p, axis=0)
     token = tl.where(greedy, best, tl.minimum(token, last))
     tl.store(token_ptr + draw, token.to(tl.int64))
@@ -119,6 +162,6 @@ def draw(
         block = min(_BLOCK, triton.next_power_of_2(logits_rv.shape[1]))
         _draw[b,](
             logits_rv, row_b, uniform_b, temperature_b, top_k_b, top_p_b, token_b, logprob_b,
-            logits_rv.shape[1], logits_rv.stride(0), block, num_warps=8,
+            logits_rv.shape[1], logits_rv.stride(0), _CUTS, block, num_warps=_WARPS,
         )  # fmt: skip
     return token_b, logprob_b

@@ -19,7 +19,7 @@ Legend: m rows, n columns of a result, g groups of 128 along the sum, s slots fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from distill.engine.kernels.gpu_rows import ROWS
 from distill.engine.kernels.gpu_tiles import Tile, linear_tile
 from distill.engine.kernels.reference import FP8_BLOCK
 from distill.engine.kernels.w8a8 import Activations, Fp8Matrix, Quantised
@@ -36,10 +37,10 @@ _TILES_DOWN = 8  # tiles are numbered down columns of so many, so that neighbour
 _JOIN_COLUMNS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "PARTS", "a_scale_stride"])
 def _linear(
-    a, a_scale_ptr, w, w_scale_ptr, bias_ptr, onto_ptr, out_ptr, M, N, GROUPS, a_scale_stride, out_stride,
-    BIAS: tl.constexpr, ONTO: tl.constexpr, PARTS: tl.constexpr,
+    a, a_scale_ptr, w, w_scale_ptr, bias_ptr, onto_ptr, out_ptr, M, N, GROUPS, a_scale_stride, out_stride, PARTS,
+    BIAS: tl.constexpr, ONTO: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_DOWN: tl.constexpr,
 ):  # fmt: skip
     tile, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -53,16 +54,21 @@ def _linear(
     each = tl.cdiv(GROUPS, PARTS)
     begin = part * each
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    a_scale_ptr += m
     w_scale_ptr += first_n // 128 * GROUPS
+    at = tl.minimum(begin, GROUPS - 1)
+    a_scale, w_scale = tl.load(a_scale_ptr + at * a_scale_stride, mask=m < M, other=0.0), tl.load(w_scale_ptr + at)
     for g in range(begin, tl.minimum(begin + each, GROUPS)):
-        a_scale = tl.load(a_scale_ptr + g * a_scale_stride + m, mask=m < M, other=0.0)
-        w_scale = tl.load(w_scale_ptr + g)
+        at = tl.minimum(g + 1, GROUPS - 1)  # scales are asked for a step ahead: products wait for nothing else
+        next_a = tl.load(a_scale_ptr + at * a_scale_stride, mask=m < M, other=0.0)
+        next_w = tl.load(w_scale_ptr + at)
         products = tl.dot(a.load([first_m, g * 128]), w.load([first_n, g * 128]).T)
         total += products * (a_scale * w_scale)[:, None]
+        a_scale, w_scale = next_a, next_w
 
     inside = (m < M)[:, None] & (n < N)[None, :]
     at = m[:, None].to(tl.int64) * out_stride + n[None, :]
-    if PARTS > 1:
+    if SPLIT:
         tl.store(out_ptr + part.to(tl.int64) * M * out_stride + at, total, mask=inside)
     else:
         if BIAS:
@@ -72,10 +78,10 @@ def _linear(
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "PARTS"])
 def _add_parts(
-    parts_ptr, bias_ptr, onto_ptr, out_ptr, M, N, out_stride,
-    BIAS: tl.constexpr, ONTO: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    parts_ptr, bias_ptr, onto_ptr, out_ptr, M, N, out_stride, PARTS,
+    BIAS: tl.constexpr, ONTO: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -88,7 +94,7 @@ def _add_parts(
     tl.store(out_ptr + row * out_stride + n, total.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["BLOCKS", "FIRST", "EXPERTS", "a_scale_stride"])
 def _grouped(
     a_ptr, a_scale_ptr, row_ptr, w, w_scale_ptr, expert_ptr, out_ptr,
     N, GROUPS, BLOCKS, FIRST, EXPERTS, a_scale_stride, w_scale_stride,
@@ -107,15 +113,20 @@ def _grouped(
         row, real = slot, slot >= 0
     a_ptrs = a_ptr + row[:, None].to(tl.int64) * (GROUPS * 128) + k[None, :]
     a_scale_ptrs = a_scale_ptr + row
-    w_scale_ptr += expert * w_scale_stride + first_n // 128 * GROUPS
+    w_scale_ptr += expert.to(tl.int64) * w_scale_stride + first_n // 128 * GROUPS
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if FP8:
+        a_scale, w_scale = tl.load(a_scale_ptrs, mask=real, other=0.0), tl.load(w_scale_ptr)
     for g in range(GROUPS):
         a = tl.load(a_ptrs + g * 128, mask=real[:, None], other=0.0)
         w_tile = w.load([expert, first_n, g * 128]).reshape(BLOCK_N, 128)
         if FP8:
-            a_scale = tl.load(a_scale_ptrs + g * a_scale_stride, mask=real, other=0.0)
-            total += tl.dot(a, w_tile.T) * (a_scale * tl.load(w_scale_ptr + g))[:, None]
+            at = tl.minimum(g + 1, GROUPS - 1)
+            next_a = tl.load(a_scale_ptrs + at * a_scale_stride, mask=real, other=0.0)
+            next_w = tl.load(w_scale_ptr + at)
+            total += tl.dot(a, w_tile.T) * (a_scale * w_scale)[:, None]
+            a_scale, w_scale = next_a, next_w
         else:
             total = tl.dot(a, w_tile.T, total, input_precision="ieee")
     at = slot[:, None].to(tl.int64) * N + n[None, :]
@@ -134,32 +145,37 @@ def linear(
     assert out_mn.stride(1) == 1
     if not m:
         return out_mn
-    tile = tile or linear_tile(m, n, groups)
+    if tile is None:
+        tile = linear_tile(m, n, groups)
+        if not x.codes.is_cuda:  # the interpreter
+            tile = replace(tile, by="triton")
     if tile.by == "torch":
         return _by_torch(x, weight, bias_n, onto_mn)
     grid = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns), tile.parts
     into = out_mn if tile.parts == 1 else torch.empty(tile.parts, m, n, device=device)
     bias, onto = bias_n if bias_n is not None else out_mn, out_mn
-    flags = bias_n is not None, onto_mn is not None, tile.parts
+    flags = bias_n is not None, onto_mn is not None
     _linear[grid](
         TensorDescriptor.from_tensor(x.codes, [tile.rows, FP8_BLOCK]), x.scale,
         TensorDescriptor.from_tensor(weight.codes, [tile.columns, FP8_BLOCK]), weight.scale,
-        bias, onto, into, m, n, groups, x.scale.stride(1), into.stride(-2), *flags,
+        bias, onto, into, m, n, groups, x.scale.stride(1), into.stride(-2), tile.parts, *flags, tile.parts > 1,
         tile.rows, tile.columns, _TILES_DOWN, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if tile.parts > 1:
         join = m, triton.cdiv(n, _JOIN_COLUMNS)
-        _add_parts[join](into, bias, onto, out_mn, m, n, out_mn.stride(0), *flags, _JOIN_COLUMNS)
+        _add_parts[join](into, bias, onto, out_mn, m, n, out_mn.stride(0), tile.parts, *flags, _JOIN_COLUMNS)
     return out_mn
 
 
 def _by_torch(x: Quantised, weight: Fp8Matrix, bias_n: Tensor | None, onto_mn: Tensor | None) -> Tensor:
-    """cuBLAS takes scales column by column: x's lie so already, those of weights are turned."""
     whole, plain = (F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128), F.SwizzleType.NO_SWIZZLE
-    scale = weight.scale.T.contiguous()
+    m, codes, scale = len(x.codes), x.codes, x.scale
+    if m % ROWS:  # what lies behind the rows is multiplied, too, and left out
+        rows = -(-m // ROWS) * ROWS
+        codes, scale = (part.as_strided((rows, part.shape[1]), part.stride()) for part in (codes, scale))
     out_mn = F.scaled_mm(
-        x.codes, weight.codes.T, x.scale, whole[0], scale, whole[1], plain, plain, output_dtype=torch.bfloat16
-    )
+        codes, weight.codes.T, scale, whole[0], weight.scale.T, whole[1], plain, plain, output_dtype=torch.bfloat16
+    )[:m]
     if bias_n is not None:
         out_mn += bias_n
     return out_mn if onto_mn is None else onto_mn.add_(out_mn)

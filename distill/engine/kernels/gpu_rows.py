@@ -5,7 +5,8 @@ activation quantise what they have in hand. They round to the compute dtype firs
 so that they give the same codes as the plain form does. Divisions are rounded correctly: an approximate one moves codes
 at ties.
 
-Scales lie group by group, [g, t] in memory, so that a product reads those of its rows side by side.
+Scales lie group by group, [g, t] in memory, so that a product reads those of its rows side by side. There is room for
+a multiple of four rows, as torch's product wants it; nobody fills the rest.
 
 Legend: as in w8a8.py.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from distill.engine.kernels.reference import FP8_BLOCK
 from distill.engine.kernels.w8a8 import Quantised
 
+ROWS = 4  # of which quantised activations have room for a multiple
 _GROUPS = 8  # groups of a row that a program takes, where a row need not be seen whole
 
 
@@ -43,25 +45,26 @@ def quantise_groups(x, UE8M0: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _store_quantised(x, codes_ptr, scale_ptr, row, rows, first, width, UE8M0: tl.constexpr, GROUPS: tl.constexpr):
-    """x: float32 [GROUPS · 128], of a row's groups `first` and on; what lies past `width` is left out."""
+def _store_quantised(x, codes_ptr, scale_ptr, row, apart, first, width, UE8M0: tl.constexpr, GROUPS: tl.constexpr):
+    """x: float32 [GROUPS · 128], of a row's groups `first` and on; what lies past `width` is left out. apart: numbers
+    between the scales of two groups."""
     codes, scale = quantise_groups(x, UE8M0, GROUPS)
     column, group = first * 128 + tl.arange(0, GROUPS * 128), first + tl.arange(0, GROUPS)
     tl.store(codes_ptr + row * width + column, codes, mask=column < width)
-    tl.store(scale_ptr + group * rows + row, scale, mask=group * 128 < width)
+    tl.store(scale_ptr + group * apart + row, scale, mask=group * 128 < width)
 
 
 @triton.jit
-def _quantise(x_ptr, codes_ptr, scale_ptr, x_stride, rows, C, width, UE8M0: tl.constexpr, GROUPS: tl.constexpr):
+def _quantise(x_ptr, codes_ptr, scale_ptr, x_stride, apart, C, width, UE8M0: tl.constexpr, GROUPS: tl.constexpr):
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * GROUPS
     column = first * 128 + tl.arange(0, GROUPS * 128)
     x = tl.load(x_ptr + row * x_stride + column, mask=column < C, other=0.0).to(tl.float32)
-    _store_quantised(x, codes_ptr, scale_ptr, row, rows, first, width, UE8M0, GROUPS)
+    _store_quantised(x, codes_ptr, scale_ptr, row, apart, first, width, UE8M0, GROUPS)
 
 
 @triton.jit
 def _rms_norm(
-    x_ptr, weight_ptr, out_ptr, codes_ptr, scale_ptr, x_stride, rows, C, width, eps,
+    x_ptr, weight_ptr, out_ptr, codes_ptr, scale_ptr, x_stride, apart, C, width, eps,
     QUANTISE: tl.constexpr, UE8M0: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, GROUPS * 128)
@@ -70,12 +73,12 @@ def _rms_norm(
     y = (x * tl.rsqrt(tl.sum(x * x, axis=0) / C + eps) * weight).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * C + column, y, mask=column < C)
     if QUANTISE:
-        _store_quantised(y.to(tl.float32), codes_ptr, scale_ptr, row, rows, 0, width, UE8M0, GROUPS)
+        _store_quantised(y.to(tl.float32), codes_ptr, scale_ptr, row, apart, 0, width, UE8M0, GROUPS)
 
 
 @triton.jit
 def _swiglu(
-    gate_ptr, up_ptr, out_ptr, codes_ptr, scale_ptr, stride, rows, F, width,
+    gate_ptr, up_ptr, out_ptr, codes_ptr, scale_ptr, stride, apart, F, width,
     QUANTISE: tl.constexpr, UE8M0: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * GROUPS
@@ -84,7 +87,7 @@ def _swiglu(
     up = tl.load(up_ptr + row * stride + column, mask=column < F, other=0.0).to(tl.float32)
     y = (gate / (1.0 + tl.exp(-gate)) * up).to(gate_ptr.dtype.element_ty)
     if QUANTISE:
-        _store_quantised(y.to(tl.float32), codes_ptr, scale_ptr, row, rows, first, width, UE8M0, GROUPS)
+        _store_quantised(y.to(tl.float32), codes_ptr, scale_ptr, row, apart, first, width, UE8M0, GROUPS)
     else:
         tl.store(out_ptr + row * F + column, y, mask=column < F)
 
@@ -114,9 +117,9 @@ def _rope(
 
 
 def _empty(rows: int, columns: int, device: torch.device) -> Quantised:
-    groups = -(-columns // FP8_BLOCK)
-    codes = torch.empty(rows, groups * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
-    return Quantised(codes, torch.empty(groups, rows, device=device).T)
+    groups, room = -(-columns // FP8_BLOCK), -(-rows // ROWS) * ROWS
+    codes = torch.empty(room, groups * FP8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
+    return Quantised(codes[:rows], torch.empty(groups, room, device=device).T[:rows])
 
 
 def quantise(x_tc: Tensor, ue8m0: bool = False) -> Quantised:
@@ -127,7 +130,7 @@ def quantise(x_tc: Tensor, ue8m0: bool = False) -> Quantised:
     width = out.codes.shape[1]
     if t:
         _quantise[t, triton.cdiv(width, _GROUPS * FP8_BLOCK)](
-            x_tc, out.codes, out.scale, x_tc.stride(0), t, c, width, ue8m0, _GROUPS
+            x_tc, out.codes, out.scale, x_tc.stride(0), out.scale.stride(1), c, width, ue8m0, _GROUPS
         )
     return out
 
@@ -142,9 +145,10 @@ def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float, ue8m0: bool | None = No
     if t:
         groups = triton.next_power_of_2(triton.cdiv(c, FP8_BLOCK))
         codes, scale = (quantised.codes, quantised.scale) if quantised else (out_tc, out_tc)
+        apart = scale.stride(1)
         width = -(-c // FP8_BLOCK) * FP8_BLOCK
         _rms_norm[t,](
-            x_tc, weight_c, out_tc, codes, scale, x_tc.stride(0), t, c, width, eps,
+            x_tc, weight_c, out_tc, codes, scale, x_tc.stride(0), apart, c, width, eps,
             quantised is not None, bool(ue8m0), groups, num_warps=4 if groups <= 16 else 8,
         )  # fmt: skip
     return out_tc, quantised
@@ -160,7 +164,7 @@ def swiglu(gate_tf: Tensor, up_tf: Tensor, ue8m0: bool | None = None) -> Tensor 
     if t:
         codes, scale = (quantised.codes, quantised.scale) if quantised else (out_tf, out_tf)
         _swiglu[t, triton.cdiv(width, _GROUPS * FP8_BLOCK)](
-            gate_tf, up_tf, out_tf, codes, scale, gate_tf.stride(0), t, f, width,
+            gate_tf, up_tf, out_tf, codes, scale, gate_tf.stride(0), scale.stride(1), f, width,
             quantised is not None, bool(ue8m0), _GROUPS,
         )  # fmt: skip
     return quantised or out_tf

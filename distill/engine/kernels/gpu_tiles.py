@@ -1,14 +1,15 @@
-"""Which tile a product takes, by its shape: a committed table, so that nothing is tuned at start-up.
+"""Which tile a product takes, by its shape: a committed table, so that nothing is tuned at start-up. It is written from
+what perf/gpu_sweep.py measured on an H200.
 
 Few rows: the product reads weights and little else. Tiles are narrow and the sum is split until every multiprocessor of
-an H100 or H200 has something to read. Many rows: tiles of 128×128, which keep the tensor cores busy and fit the
-accumulators of eight warps.
+an H100 or H200 has something to read. Many rows: tiles of 128×128 by four warps, which keep the tensor cores busy.
+Where rows and columns are many, torch's `scaled_mm` is 1.3 to 1.5 times as fast and takes over.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 MULTIPROCESSORS = 132  # of an H100 SXM, H200
 _LEAST_GROUPS = 4  # of 128 channels, for which a part of a sum is worth a program
@@ -27,30 +28,32 @@ class Tile:
     by: Literal["triton", "torch"] = "triton"
 
 
-# rows of the product, at most → rows and columns of a tile, warps, stages; "torch" where it is faster (perf/RESULTS.md:
-# not measured yet)
-_LINEAR: dict[int, tuple[Any, ...]] = {
-    16: (16, 64, 4, 5),
-    32: (32, 64, 4, 5),
-    64: (64, 64, 4, 5),
+# rows of the product, at most → rows and columns of a tile, warps, stages
+_LINEAR = {
+    16: (16, 128, 4, 4),
+    32: (32, 128, 4, 4),
+    64: (64, 128, 4, 4),
     256: (64, 128, 4, 4),
-    1 << 62: (128, 128, 8, 4),
+    1 << 62: (128, 128, 4, 3),
 }
 # rows an expert has on average, at most → the same
 _GROUPED = {
-    16: (16, 128, 4, 4),
+    16: (16, 128, 4, 3),
     32: (32, 128, 4, 4),
     128: (64, 128, 4, 4),
-    1 << 62: (128, 128, 8, 4),
+    1 << 62: (128, 128, 4, 3),
 }
+_BY_TORCH = 1 << 20  # numbers of a result, from which on torch is faster if rows are more than one tile
 
 
 def linear_tile(rows: int, columns: int, groups: int) -> Tile:
     """For [rows, groups · 128] × [groups · 128, columns]."""
-    m, n, warps, stages, *by = next(tile for most, tile in _LINEAR.items() if rows <= most)
+    m, n, warps, stages = next(tile for most, tile in _LINEAR.items() if rows <= most)
     tiles = -(-rows // m) * -(-columns // n)
     parts = max(1, min(2 * MULTIPROCESSORS // tiles, groups // _LEAST_GROUPS))
-    return Tile(m, n, parts, warps, stages, *by)
+    # torch wants the scales of four groups side by side.
+    by_torch = rows > 64 and rows * columns >= _BY_TORCH and columns % 16 == groups % 4 == 0
+    return Tile(m, n, parts, warps, stages, "torch" if by_torch else "triton")
 
 
 def grouped_tile(pairs: int, experts: int) -> Tile:
@@ -60,11 +63,11 @@ def grouped_tile(pairs: int, experts: int) -> Tile:
 
 
 def mla_tile(heads: int, fp8: bool, page: int) -> Tile:
-    """rows: heads; columns: keys read in one go. Three stages keep two blocks of keys in shared memory; more keys, or
-    FP8 ones with fewer warps, no longer fit into registers beside 512 columns of sums."""
-    if heads > 16:
-        return Tile(64, 32 if page % 32 == 0 else 16, 1, 8, 3)
-    return Tile(16, 32, 1, 8 if fp8 else 4, 3)
+    """rows: heads; columns: keys read in one go, which a page holds in whole."""
+    if heads <= 16:
+        return Tile(16, 32, 1, 4, 3)
+    columns = next((keys for keys in (64, 32) if page % keys == 0), 16)
+    return Tile(64, columns, 1, 8, 2 if columns == 64 and not fp8 else 3)
 
 
 def attention_parts(programs: int, longest: int, block: int) -> int:

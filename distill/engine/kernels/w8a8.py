@@ -57,7 +57,8 @@ def quantise(x_tc: Tensor, ue8m0: bool = False) -> Quantised:
     """One scale for each row and 128 columns: s = max(amax, 1e-4) / 448, rounded up to a power of two for ue8m0."""
     groups = -(-x_tc.shape[1] // FP8_BLOCK)
     x_tgb = F.pad(x_tc.float(), (0, groups * FP8_BLOCK - x_tc.shape[1])).unflatten(1, (groups, FP8_BLOCK))
-    scale_tg = x_tgb.abs().amax(-1).clamp(min=LEAST_AMAX) / E4M3_MAX
+    amax_tg = x_tgb.abs().amax(-1).clamp(min=LEAST_AMAX)
+    scale_tg = amax_tg / torch.full_like(amax_tg, E4M3_MAX)  # by a number, a GPU multiplies by a rounded reciprocal
     if ue8m0:
         scale_tg = power_of_two_above(scale_tg)
     return Quantised((x_tgb / scale_tg[..., None]).to(torch.float8_e4m3fn).flatten(1), scale_tg)
@@ -120,28 +121,32 @@ def swiglu_linear(
 
 
 def fp8_row_bytes(latent: int, rope: int) -> int:
-    """Of a token in an FP8 cache of latents: codes, float32 scales, the rotated part in bfloat16."""
-    return latent + 4 * (latent // FP8_BLOCK) + 2 * rope
+    """Of a token in an FP8 cache of latents: codes, float32 scales, zeros up to a multiple of 16, which is what a GPU
+    reads in one go, the rotated part in bfloat16."""
+    return -(-(latent + 4 * (latent // FP8_BLOCK) + 2 * rope) // 16) * 16
 
 
 def latent_width(width: int, row_bytes: int) -> int:
     """Of the `width` numbers that `fp8_row_bytes` is for, how many are latent."""
-    return (2 * width - row_bytes) * 32 // 31
+    return -(-(2 * width - row_bytes) // 124) * FP8_BLOCK  # 128 of them save 124 bytes, and zeros are fewer than 16
 
 
 def fp8_rows(x_td: Tensor, latent: int) -> Tensor:
-    """[t, latent | rotated part] → bytes [t, row's bytes]: codes, scales, rotated part. latent: a multiple of 128."""
-    made = quantise(x_td[:, :latent])
+    """[t, latent | rotated part] → bytes [t, row's bytes], as `fp8_row_bytes` lists them. latent: a multiple of 128."""
+    made, rope = quantise(x_td[:, :latent]), x_td.shape[1] - latent
     parts = made.codes, made.scale.contiguous(), x_td[:, latent:].to(torch.bfloat16).contiguous()
-    return torch.cat([part.view(torch.uint8) for part in parts], dim=1)
+    codes, scale, rotated = (part.view(torch.uint8) for part in parts)
+    padding = fp8_row_bytes(latent, rope) - sum(part.shape[1] for part in (codes, scale, rotated))
+    return torch.cat((codes, F.pad(scale, (0, padding)), rotated), dim=1)
 
 
-def dense_rows(row_lw: Tensor, latent: int, dtype: torch.dtype) -> Tensor:
+def dense_rows(row_lw: Tensor, latent: int, rope: int, dtype: torch.dtype) -> Tensor:
     """The inverse, in `dtype`; rows that are not bytes stay as they are."""
     if row_lw.dtype != torch.uint8:
         return row_lw
     groups = latent // FP8_BLOCK
-    codes, scale, rotated = (part.contiguous() for part in row_lw.tensor_split((latent, latent + 4 * groups), dim=-1))
+    cuts = latent, latent + 4 * groups, row_lw.shape[-1] - 2 * rope
+    codes, scale, _, rotated = (part.contiguous() for part in row_lw.tensor_split(cuts, dim=-1))
     values = codes.view(torch.float8_e4m3fn).float().unflatten(-1, (groups, FP8_BLOCK))
     values = (values * scale.view(torch.float32)[..., None]).flatten(-2)
     return torch.cat((values.to(dtype), rotated.view(torch.bfloat16).to(dtype)), dim=-1)
@@ -155,13 +160,14 @@ def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -
 
 
 def decode_mla(q_bhd: Tensor, pool: Tensor, table_bp: Tensor, length_b: Tensor, scale: float, e: int) -> Tensor:
-    return reference.decode_mla(q_bhd, dense_rows(pool, e, q_bhd.dtype), table_bp, length_b, scale, e)
+    rows = dense_rows(pool, e, q_bhd.shape[2] - e, q_bhd.dtype)
+    return reference.decode_mla(q_bhd, rows, table_bp, length_b, scale, e)
 
 
 def prefill_mla(
     q_thd: Tensor, pool: Tensor, table_p: Tensor, length: int, expand_k_hnc: Tensor, expand_v_hec: Tensor, scale: float
 ) -> Tensor:
-    rows = dense_rows(pool, expand_k_hnc.shape[2], q_thd.dtype)
+    rows = dense_rows(pool, expand_k_hnc.shape[2], q_thd.shape[2] - expand_k_hnc.shape[1], q_thd.dtype)
     return reference.prefill_mla(q_thd, rows, table_p, length, expand_k_hnc, expand_v_hec, scale)
 
 
