@@ -43,7 +43,8 @@ _GROUPED = {
     128: (64, 128, 4, 4),
     1 << 62: (128, 128, 4, 3),
 }
-_BY_TORCH = 1 << 20  # numbers of a result, from which on torch is faster if rows are more than one tile
+# rows, at most → numbers of a result, from which on torch is faster
+_BY_TORCH = {64: 1 << 21, 1 << 62: 1 << 19}
 
 
 def linear_tile(rows: int, columns: int, groups: int) -> Tile:
@@ -52,7 +53,8 @@ def linear_tile(rows: int, columns: int, groups: int) -> Tile:
     tiles = -(-rows // m) * -(-columns // n)
     parts = max(1, min(2 * MULTIPROCESSORS // tiles, groups // _LEAST_GROUPS))
     # torch wants the scales of four groups side by side.
-    by_torch = rows > 64 and rows * columns >= _BY_TORCH and columns % 16 == groups % 4 == 0
+    large = rows * columns >= next(least for most, least in _BY_TORCH.items() if rows <= most)
+    by_torch = large and rows >= 64 and columns % 16 == groups % 4 == 0
     return Tile(m, n, parts, warps, stages, "torch" if by_torch else "triton")
 
 
