@@ -21,6 +21,7 @@ from distill.recipe import BenchmarkCard, Recipe, StudentCard, TeacherCard
 from distill.section import Section
 
 Kind = Literal["recipe", "teacher", "student", "benchmark"]
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 S = TypeVar("S", bound=Section)
 
 MODELS: dict[Kind, type[Section]] = {
@@ -164,7 +165,7 @@ def _local_weights(card: TeacherCard | StudentCard, card_file: Path) -> Path | N
     directory = (card_file.parent / Path(card.weights).expanduser()).resolve()
     if directory.is_dir():
         return directory
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", card.weights):
+    if HUB_ID.fullmatch(card.weights):
         return None
     raise UserError(
         f"{card_file}: weights: no directory {directory}; set it to a directory or to a hub id (owner/name)"
@@ -175,6 +176,21 @@ def local_weights(kind: Literal["teacher", "student"], name_or_path: str) -> Pat
     """The directory of a card's weights, or None for a hub id. UserError for a directory that is not there."""
     card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
     return _local_weights(card, find(kind, name_or_path))
+
+
+def model_directory(name: str) -> Path:
+    """A model directory, or the one of a hub id, downloaded. UserError where there is none, or a file is missing."""
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        if not HUB_ID.fullmatch(name) or directory.is_absolute():
+            raise UserError(f"{name}: no such model directory; give one, a hub id (owner/name), or a server's address")
+        reason = download(name, None)
+        if isinstance(reason, str):
+            raise UserError(f"{name} is no directory here, and as a hub id it is not on this machine: {reason}")
+        directory = reason
+    if missing := _missing_file(directory):
+        raise UserError(f"{missing} is missing: {name} is not a complete model directory")
+    return directory
 
 
 def _missing_file(directory: Path) -> Path | None:
@@ -190,20 +206,27 @@ def _missing_file(directory: Path) -> Path | None:
     return None if any(directory.glob("*.safetensors")) else directory / "model.safetensors"
 
 
-def _download(repo: str, revision: str | None, kind: Kind, name: str) -> Path:
+def download(repo: str, revision: str | None) -> Path | str:
+    """The directory of a model on the hub, or why it cannot be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
     except GatedRepoError:
-        fix = "accept its licence on the hub and run `hf auth login`"
+        return "accept its licence on the hub and run `hf auth login`"
     except OfflineModeIsEnabled:
-        fix = "HF_HUB_OFFLINE is set: unset it"
+        return "HF_HUB_OFFLINE is set: unset it"
     except EntryNotFoundError:
-        fix = "there is no connection to the hub: connect"
+        return "there is no connection to the hub: connect"
     except HfHubHTTPError as error:
-        fix = str(error).split("\n", maxsplit=1)[0]
+        return str(error).split("\n", maxsplit=1)[0]
+
+
+def _download(repo: str, revision: str | None, kind: Kind, name: str) -> Path:
+    fix = download(repo, revision)
+    if isinstance(fix, Path):
+        return fix
     card_file = find(kind, name)
     own = folder(kind) not in card_file.resolve().parents
     place = f"set weights: in {card_file} to their directory"

@@ -149,7 +149,7 @@ def _counts(store: TraceStore) -> dict[str, Any]:
     """completion_tokens: of the traces whose token ids are known; published ones have text alone."""
     lengths, prompts, truncated = [], set(), 0
     for trace in store:
-        lengths.append(len(trace.completion_token_ids))
+        lengths.append(trace.tokens)
         prompts.add(trace.prompt.id)
         truncated += trace.finish_reason == "length"
     return {

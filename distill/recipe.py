@@ -209,6 +209,15 @@ class Eval(Section):
     )
     samples: Annotated[int | None, Free] = Field(None, ge=1, description="answers per problem; null takes the card's")
     limit: Annotated[int | None, Free] = Field(None, ge=1, description="problems at most")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="of an answer; null takes the card's; another number is another benchmark"
+    )
+    sources: dict[str, str] = Field(
+        default_factory=dict, description="benchmark → a .jsonl or .parquet file with its problems, instead of the hub"
+    )
+    published: str | None = Field(
+        None, description="whose published scores stand beside the student's, as cards name it"
+    )
     seed: int = Field(1, description="of the sampling")
     max_batch: Annotated[int, Free] = Field(128, ge=1, description="sequences decoded at once by the local engine")
 
@@ -319,9 +328,15 @@ class BenchmarkCard(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="names its folder in a run")
     description: str = ""
     prompts: PromptSource
-    prompt_suffix: str = Field("", description="text added to every question")
+    problems: int | None = Field(
+        None, ge=1, description="how many there are: a source that has another number is refused"
+    )
+    prompt_suffix: str = Field("", description="text added to every question that does not end with it")
     samples: int = Field(1, ge=1, description="answers per problem")
     sampling: SamplingSettings = SamplingSettings()
+    published: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="model → score (pass@1, cons@64) → percent, as published"
+    )
     license: str = ""
     source: str = ""
 

@@ -303,6 +303,22 @@ def _take_lock(directory: Path) -> int:
     return descriptor
 
 
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """A directory that is no run, made if it is not there, for this process alone while the context lasts. UserError
+    when another process works there; the lock's file goes with it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = _take_lock(directory)
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        (directory / ".lock").unlink(missing_ok=True)
+        _held.discard(lock)
+        os.close(lock)
+
+
 # Small files
 
 

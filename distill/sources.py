@@ -20,29 +20,43 @@ class ProceduralPrompts(Section):
     limit: Annotated[int, Free] = Field(1000, ge=1, description="how many problems")
 
 
-class FilePrompts(Section):
-    """Problems read from a JSONL or Parquet file."""
-
+class _InFile(Section):
     kind: Literal["file"]
     path: str = Field(description="a .jsonl or .parquet file; relative to where the command runs")
-    question: str = Field("question", description="column with the question")
-    answer: str | None = Field("answer", description="column with the gold answer; null when there is none")
-    task: Literal["math", "code", "choice", "chat"] = Field("math", description="decides the grader")
-    limit: Annotated[int | None, Free] = Field(None, ge=1, description="read at most so many rows")
 
 
-class HubPrompts(Section):
-    """Problems read from a Hugging Face dataset."""
-
+class _OnHub(Section):
     kind: Literal["hub"]
     dataset: str = Field(description="id on the hub, or a local dataset directory")
     revision: str | None = Field(None, description="commit or tag; null takes the newest")
     subset: str | None = Field(None, description="the dataset's configuration name")
     split: str = Field("train", description="split to read")
-    question: str = Field("problem", description="column with the question")
+
+
+class _Problems(Section):
+    """What the columns of a row mean."""
+
+    question: str = Field("question", description="column with the question")
     answer: str | None = Field("answer", description="column with the gold answer; null when there is none")
+    choices: tuple[str, ...] = Field(
+        (),
+        description="columns with wrong choices: the question then lists them and the answer, in an order of its own",
+    )
+    date: str | None = Field(None, description="column with a date, for `since` and `until`")
+    since: str | None = Field(None, description="the first day of the window, as 2024-08-01")
+    until: str | None = Field(None, description="the last day of the window")
     task: Literal["math", "code", "choice", "chat"] = Field("math", description="decides the grader")
     limit: Annotated[int | None, Free] = Field(None, ge=1, description="read at most so many rows")
+
+
+class FilePrompts(_Problems, _InFile):
+    """Problems read from a JSONL or Parquet file."""
+
+
+class HubPrompts(_Problems, _OnHub):
+    """Problems read from a Hugging Face dataset."""
+
+    question: str = Field("problem", description="column with the question")
 
 
 PromptSource = Annotated[ProceduralPrompts | FilePrompts | HubPrompts, Field(discriminator="kind")]
@@ -60,21 +74,12 @@ class _Published(Section):
     limit: Annotated[int | None, Free] = Field(None, ge=1, description="read at most so many rows")
 
 
-class HubTraces(_Published):
+class HubTraces(_Published, _OnHub):
     """Traces published as a Hugging Face dataset."""
 
-    kind: Literal["hub"]
-    dataset: str = Field(description="id on the hub, or a local dataset directory")
-    revision: str | None = Field(None, description="commit or tag; null takes the newest")
-    subset: str | None = Field(None, description="the dataset's configuration name")
-    split: str = Field("train", description="split to read")
 
-
-class FileTraces(_Published):
+class FileTraces(_Published, _InFile):
     """Traces in a JSONL or Parquet file."""
-
-    kind: Literal["file"]
-    path: str = Field(description="a .jsonl or .parquet file; relative to where the command runs")
 
 
 class RunTraces(Section):

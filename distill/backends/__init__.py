@@ -1,4 +1,4 @@
-"""What completes prompts. Two forms: the local engine (`local.py`) and, later, a remote server.
+"""What completes prompts. Two forms: the local engine (`local.py`) and a remote server (`remote.py`).
 
 A backend gets jobs (a prompt and the sample numbers still missing) and yields completions in whatever order they
 finish, so that a caller can store each one as it comes and ask again for the rest after a crash.
@@ -43,6 +43,7 @@ class Completed:
     completion_token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    completion_tokens: int | None = None  # as counted by a server that gives no ids
 
 
 class Backend(Protocol):

@@ -57,9 +57,10 @@ def check_all(backend: Backend, jobs: Iterable[Job], sampling: Sampling, suffix:
 
 
 def _ask(prompt: Prompt, suffix: str) -> Prompt:
-    if not suffix:
-        return prompt
+    """What the model is asked. Some copies of a benchmark end their questions with the request already."""
     *before, last = prompt.messages
+    if not suffix or last["content"].rstrip().endswith(suffix.strip()):
+        return prompt
     return replace(prompt, messages=(*before, {"role": last["role"], "content": last["content"] + suffix}))
 
 
@@ -78,4 +79,5 @@ def _trace(done: Completed, prompt: Prompt, seed: int, teacher: str) -> Trace:
         completion_token_ids=done.completion_token_ids,
         logprobs=done.logprobs,
         top_logprobs=done.top_logprobs,
+        completion_tokens=done.completion_tokens,
     )

@@ -3,6 +3,7 @@
     eval/<benchmark>/<model>/settings.json    how the samples were drawn: nothing drawn otherwise is added to them
                              traces/          the samples, a TraceStore
                              grades.jsonl     one verdict a sample, and its lengths in the model's tokens
+                             votes.jsonl      which answers of a problem are one
                              scores.json      pass@1 with its interval, the rates, and all it takes to repeat them
 
 Each (benchmark, model) is a *part* with settings of its own, so that another model, another benchmark, more problems or
@@ -14,18 +15,24 @@ them), this one (all of it, in order).
 """
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill import catalog
 from distill.backends.local import device_type
+from distill.backends.remote import RemoteBackend
 from distill.console import table
 from distill.errors import UserError
-from distill.eval.models import Contender, LocalModels, Models, contenders
+from distill.eval.compare import told
+from distill.eval.models import Contender, LocalModels, Models, ServedModel, contenders, model_directory
 from distill.eval.part import Exam, Part
+from distill.eval.statistics import compare
 from distill.fingerprint import digest
 from distill.grading import Grader, require_grader
+from distill.run import locked
 
 if TYPE_CHECKING:
+    from distill.recipe import Eval, LocalEngine
     from distill.run import Run
 
 OUTPUTS = ("eval",)
@@ -42,9 +49,7 @@ def evaluate(run: "Run", models: Models | None = None) -> dict[str, Any]:
     drawn with other settings.
     """
     recipe = run.recipe.eval
-    exams = [Exam.of(catalog.load_benchmark(name), recipe) for name in dict.fromkeys(recipe.benchmarks)]
-    if len({exam.name for exam in exams}) < len(exams):
-        raise UserError("two cards in eval.benchmarks have one name: rename one, their samples share a directory")
+    exams = exams_of(recipe)
     rivals = contenders(run)
     parts = {rival: [Part(run.directory / "eval", exam, rival) for exam in exams] for rival in rivals}
     for of_one in parts.values():
@@ -59,6 +64,7 @@ def evaluate(run: "Run", models: Models | None = None) -> dict[str, Any]:
     if (summary := run.finished("eval", settings, extent)) is not None:
         return summary
 
+    _published(exams, recipe.published)
     for exam in exams:
         for prompt in exam.prompts:
             require_grader(prompt.task, f"leave {exam.name} out of eval.benchmarks")
@@ -69,8 +75,51 @@ def evaluate(run: "Run", models: Models | None = None) -> dict[str, Any]:
         for rival in rivals:
             rows += _examine(rival, parts[rival], models, grader)
     rows.sort(key=lambda row: [exam.name for exam in exams].index(row["benchmark"]))  # stable: models keep their order
-    summary = {"scores": rows}
+    summary = {
+        "scores": rows,
+        "differences": _differences(exams, parts),
+        "published": _published(exams, recipe.published),
+    }
     stage.finish(summary)
+    show(summary)
+    return summary
+
+
+def exams_of(recipe: "Eval") -> list[Exam]:
+    """The benchmarks that a recipe asks for. UserError when one cannot be, or `sources` names another."""
+    exams = [Exam.of(catalog.load_benchmark(name), recipe) for name in dict.fromkeys(recipe.benchmarks)]
+    names = [exam.name for exam in exams]
+    if len(set(names)) < len(names):
+        raise UserError("two cards in eval.benchmarks have one name: rename one, their samples share a directory")
+    if strange := recipe.sources.keys() - set(names):
+        raise UserError(f"eval.sources: {', '.join(sorted(strange))} is not evaluated; there are {', '.join(names)}")
+    return exams
+
+
+def evaluate_model(
+    model: str, name: str | None, recipe: "Eval", engine: "LocalEngine", directory: Path, key: str | None = None
+) -> dict[str, Any]:
+    """Score one model without a recipe: a directory, or an OpenAI-compatible server. Returns {"scores": […]}.
+
+    name: of the model on the server, or what the directory's scores are called. Samples lie in
+    `directory/<benchmark>/<name>/`, where a second call finds them, as in a run. Raises UserError as `evaluate` does.
+    """
+    exams = exams_of(recipe)
+    _published(exams, recipe.published)
+    for exam in exams:
+        for prompt in exam.prompts:
+            require_grader(prompt.task, f"leave {exam.name} out")
+    models: Models
+    if "://" in model:
+        models = ServedModel(RemoteBackend.connect(model, name, recipe.max_batch, key))
+    else:
+        models = LocalModels(recipe.max_batch, engine)
+    rival = models.contender if isinstance(models, ServedModel) else model_directory(Path(model), name)
+    parts = [Part(directory, exam, rival) for exam in exams]
+    for part in parts:
+        part.refuse_other_settings()
+    with locked(directory), Grader() as grader:
+        summary = {"scores": _examine(rival, parts, models, grader), "published": _published(exams, recipe.published)}
     show(summary)
     return summary
 
@@ -85,15 +134,83 @@ def _examine(rival: Contender, parts: list[Part], models: Models, grader: Grader
                 part.sample(backend, jobs)
     for part in parts:
         part.grade(grader, lambda: models.token_counter(rival))
+        part.vote(grader)
     return [part.score() for part in parts]
 
 
+def _differences(exams: list[Exam], parts: dict[Contender, list[Part]]) -> list[dict[str, Any]]:
+    """The student against each of the others, problem by problem."""
+    by_name = {rival.name: of_one for rival, of_one in parts.items()}
+    student = by_name.pop("student", [])
+    rows = []
+    for number, exam in enumerate(exams if student else ()):
+        one = student[number].correct()
+        for name, of_one in by_name.items():
+            two = of_one[number].correct()
+            rows.append(told(exam.name, compare(one, two), one, two, one) | {"models": ["student", name]})
+    return rows
+
+
+def _published(exams: list[Exam], model: str | None) -> list[dict[str, Any]]:
+    """Scores that others have published for `model`, as shares; UserError where no card names it."""
+    if model is None:
+        return []
+    found = [
+        {"benchmark": exam.name, "model": model}
+        | {key: value / 100 for key, value in exam.card.published[model].items()}
+        for exam in exams
+        if model in exam.card.published
+    ]
+    if not found:
+        known = sorted({name for exam in exams for name in exam.card.published})
+        raise UserError(f"eval.published: no benchmark has scores of {model}; there are {', '.join(known) or 'none'}")
+    return found
+
+
 def show(summary: dict[str, Any]) -> None:
-    """Print the table of scores, one for each benchmark."""
+    """Print the tables of scores, for each benchmark; differences and published scores under them."""
     for benchmark in dict.fromkeys(row["benchmark"] for row in summary["scores"]):
         rows = [row for row in summary["scores"] if row["benchmark"] == benchmark]
         size = f"{rows[0]['problems']:,} problems × {rows[0]['samples_per_problem']:,}"  # the same for all models
         table(f"Scores on {benchmark}, {size}", COLUMNS, map(cells, rows))
+        if several := [row for row in rows if "pass@k" in row]:
+            names = [f"pass@{k}" for k in several[0]["pass@k"]] + [f"cons@{k}" for k in several[0]["cons@k"]]
+            table("", ("model", *names, "ties"), map(_cells_of_several, several))
+        for made in summary.get("differences", ()):
+            if made["benchmark"] == benchmark:
+                print(difference(made))
+        for other in summary.get("published", ()):
+            if other["benchmark"] == benchmark:
+                print(beside_published(other, next((row for row in rows if row["model"] == "student"), rows[0])))
+
+
+def difference(made: dict[str, Any]) -> str:
+    """One line: how far apart two models are, and in how many problems."""
+    one, two = made["models"]
+    return (
+        f"{one} − {two}: {100 * made['difference']:+.1f} points (95 %: {100 * made['low']:+.1f} to "
+        f"{100 * made['high']:+.1f}); better in {len(made['gained']):,} problems, worse in {len(made['lost']):,}, "
+        f"sign test p = {made['p']:.2g}"
+    )
+
+
+def beside_published(other: dict[str, Any], row: dict[str, Any]) -> str:
+    """One line: whether a published pass@1 falls inside our interval."""
+    value = other["pass@1"]
+    where = "inside" if row["pass@1_low"] <= value <= row["pass@1_high"] else "outside"
+    line = f"published for {other['model']}: pass@1 {value:.1%}, {where} the interval of {row['model']}"
+    extra = [f"{key} {other[key]:.1%}" for key in other if key.startswith(("cons@", "pass@")) and key != "pass@1"]
+    return ", ".join([line, *extra])
+
+
+def _cells_of_several(row: dict[str, Any]) -> tuple[str, ...]:
+    made = [*row["pass@k"].values(), *row["cons@k"].values()]
+    ties = next(iter(row["cons@k"].values()))["ties"]
+    return (
+        row["model"],
+        *(f"{one['value']:.1%} ({100 * one['low']:.1f} – {100 * one['high']:.1f})" for one in made),
+        f"{ties:,}",
+    )
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:

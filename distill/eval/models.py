@@ -5,6 +5,7 @@ difference between them is the training. The student's directory carries that te
 """
 
 import gc
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from distill import catalog
 from distill.backends import Backend
 from distill.backends.local import LocalBackend, identify
+from distill.backends.remote import RemoteBackend
 from distill.chat import Chat
 from distill.errors import UserError
 
@@ -67,6 +69,28 @@ class LocalModels:
     def token_counter(self, contender: Contender) -> Callable[[str], int]:
         tokenizer = Chat.load(contender.directory, contender.template).tokenizer
         return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class ServedModel:
+    """The one model of a server. Its tokenizer is not known: reasoning is counted in words."""
+
+    def __init__(self, served: RemoteBackend) -> None:
+        self.served = served
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", served.model).strip("-.") or "model"
+        self.contender = Contender(name, Path(), None, None, served.identity)
+
+    @contextmanager
+    def backend(self, contender: Contender) -> Iterator[Backend]:
+        yield self.served
+
+    def token_counter(self, contender: Contender) -> Callable[[str], int]:
+        return lambda text: len(text.split())
+
+
+def model_directory(directory: Path, name: str | None) -> Contender:
+    """A model directory, or an id on the hub. UserError where there is none."""
+    place = catalog.model_directory(str(directory))
+    return Contender(name or place.name, place, None, None, identify(place))
 
 
 def contenders(run: "Run") -> list[Contender]:

@@ -9,6 +9,7 @@ first samples are drawn, and compared when more are.
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +27,12 @@ from distill.durable import write_whole
 from distill.errors import UserError
 from distill.eval.models import Contender
 from distill.eval.statistics import Sample, summarise
+from distill.eval.votes import classes
 from distill.fingerprint import digest
+from distill.grading import require_grader
 from distill.prompts import Prompt, load_prompts
+from distill.prompts.files import rows_of_file
+from distill.sources import FilePrompts, ProceduralPrompts
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace
@@ -35,6 +40,7 @@ from distill.traces.trace import Trace
 if TYPE_CHECKING:
     from distill.grading import Grade, Grader
     from distill.recipe import BenchmarkCard, Eval
+    from distill.sources import PromptSource
 
 FLUSH_SECONDS = 0.5  # of grading may be lost and done again: an fsync a grade would cost more than most gradings
 PACKAGES = ("torch", "transformers", "math-verify")  # whose versions a score may depend on
@@ -42,16 +48,24 @@ PACKAGES = ("torch", "transformers", "math-verify")  # whose versions a score ma
 
 @dataclass(frozen=True)
 class Exam:
-    """A benchmark as one recipe asks for it: `limit` problems at most, `samples` answers of each."""
+    """A benchmark as one recipe asks for it: `limit` problems at most of `source`, `samples` answers of each."""
 
     card: "BenchmarkCard"
     samples: int
     limit: int | None
     seed: int
+    source: "PromptSource"
+    max_new_tokens: int
 
     @classmethod
     def of(cls, card: "BenchmarkCard", recipe: "Eval") -> "Exam":
-        return cls(card, recipe.samples or card.samples, recipe.limit, recipe.seed)
+        """UserError where nobody can grade it, or the file that is named for it has other columns."""
+        task = "math" if isinstance(card.prompts, ProceduralPrompts) else card.prompts.task
+        require_grader(task, f"benchmark {card.name}", f"leave {card.name} out")
+        path = recipe.sources.get(card.name)
+        source = card.prompts if path is None else local_source(card, Path(path))
+        longest = recipe.max_new_tokens or card.sampling.max_new_tokens
+        return cls(card, recipe.samples or card.samples, recipe.limit, recipe.seed, source, longest)
 
     @property
     def name(self) -> str:
@@ -59,20 +73,46 @@ class Exam:
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(**self.card.sampling.model_dump())
+        return Sampling(**self.card.sampling.model_dump() | {"max_new_tokens": self.max_new_tokens})
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        found = list(islice(load_prompts([self.card.prompts]), self.limit))
+        seen: Counter[str] = Counter()
+        found = list(islice(load_prompts([self.source], seen), self.limit))
         if not found:
             raise UserError(f"benchmark {self.name} has no problems: check `prompts` in its card")
+        expected = self.card.problems
+        if expected is not None and (self.limit is None or self.limit >= expected) and seen.total() != expected:
+            raise UserError(
+                f"benchmark {self.name} has {seen.total():,} problems where its card says {expected:,}: another "
+                f"version of the data set; name the right revision or file, or set eval.limit to take the first ones"
+            )
         return found
 
     def settings(self) -> dict[str, Any]:
         """What decides the samples beside the model: dotted keys → JSON values."""
-        settings = {f"prompts.{key}": value for key, value in self.card.prompts.settings().items()}
+        settings = {f"prompts.{key}": value for key, value in self.source.settings().items()}
         settings |= {f"sampling.{key}": value for key, value in self.card.sampling.settings().items()}
+        settings["sampling.max_new_tokens"] = self.max_new_tokens
         return settings | {"prompt_suffix": self.card.prompt_suffix, "seed": self.seed}
+
+
+QUESTIONS = ("problem", "question", "prompt")  # what copies of a benchmark call their questions
+
+
+def local_source(card: "BenchmarkCard", path: Path) -> FilePrompts:
+    """A file in place of the card's source: its columns are the card's, or those that copies usually have."""
+    prompts = card.prompts
+    if isinstance(prompts, ProceduralPrompts):
+        raise UserError(f"eval.sources: {card.name} is made by a generator and read from no file; leave it out")
+    where, row = next(rows_of_file(path), (str(path), None))
+    if row is None:
+        raise UserError(f"{path}: no rows; give a file with at least one problem")
+    question = next((name for name in (prompts.question, *QUESTIONS) if name in row), None)
+    if question is None:
+        raise UserError(f"{where}: no column {prompts.question} with the question; the columns are {', '.join(row)}")
+    columns = prompts.model_dump(include={"answer", "choices", "date", "since", "until", "task"})
+    return FilePrompts(kind="file", path=str(path), question=question, **columns)
 
 
 class Part:
@@ -138,14 +178,36 @@ class Part:
                     rows, flushed = [], time.monotonic()
             ledger.append(rows)
 
+    def vote(self, grader: "Grader") -> None:
+        """Find out which of a problem's marked answers are one, where that is not known yet."""
+        if self.exam.samples < 2:
+            return
+        answers: dict[str, dict[str, None]] = {}
+        for row in self._wanted_grades():
+            if (answer := _marked(row)) is not None:
+                answers.setdefault(row["prompt"], {})[answer] = None
+        known = self._classes()
+        new = {
+            prompt: of_one for prompt, of_one in answers.items() if not of_one.keys() <= known.get(prompt, {}).keys()
+        }
+        if not new:
+            return
+        with (
+            Ledger(self.directory / "votes.jsonl") as ledger,
+            progress(f"vote {self.name}", len(new), "problems") as advance,
+        ):
+            for prompt, found in classes(grader, new):
+                ledger.append([{"prompt": prompt, "answers": found}])
+                advance(1)
+
     def score(self) -> dict[str, Any]:
         """Write scores.json, and return it."""
-        grades = {(row["prompt"], row["sample"]): row for row in self._grades()}
+        known = self._classes()
         scores = {
             "benchmark": self.exam.name,
             "model": self.contender.name,
             "samples_per_problem": self.exam.samples,
-            **summarise(_sample(grades[key]) for key in self.wanted),
+            **summarise(_sample(row, known.get(row["prompt"], {})) for row in self._wanted_grades()),
             "interval": "95 %: Wilson's score interval with the effective trials of problems as clusters",
             "prompts_hash": digest([prompt.id for prompt in self.exam.prompts]),
             "settings": self._drawn_with(),
@@ -158,8 +220,23 @@ class Part:
         _write(self.directory / "scores.json", scores)
         return scores
 
+    def correct(self) -> dict[str, list[bool]]:
+        """Prompt id → whether each of its samples is right."""
+        found: dict[str, list[bool]] = {}
+        for row in self._wanted_grades():
+            found.setdefault(row["prompt"], []).append(row["verdict"] == "correct")
+        return found
+
     def _grades(self) -> Iterator[dict[str, Any]]:
         return Ledger(self.directory / "grades.jsonl").rows()
+
+    def _wanted_grades(self) -> list[dict[str, Any]]:
+        grades = {(row["prompt"], row["sample"]): row for row in self._grades()}
+        return [grades[key] for key in self.wanted]
+
+    def _classes(self) -> dict[str, dict[str, int]]:
+        """Prompt id → answer → which of the problem's different answers it is; later rows know more answers."""
+        return {row["prompt"]: row["answers"] for row in Ledger(self.directory / "votes.jsonl").rows()}
 
     def _drawn_with(self) -> dict[str, Any] | None:
         path = self.directory / "settings.json"
@@ -189,12 +266,19 @@ def _graded(trace: Trace, grade: "Grade", count: Callable[[str], int]) -> dict[s
         "reason": grade.reason,
         "evidence": grade.evidence,
         "finish_reason": trace.finish_reason,
-        "completion_tokens": len(trace.completion_token_ids),
+        "completion_tokens": trace.tokens,
         "reasoning_tokens": count(thought) if thought else 0,
     }
 
 
-def _sample(row: dict[str, Any]) -> Sample:
+def _marked(row: dict[str, Any]) -> str | None:
+    """The answer that a sample votes with."""
+    evidence = row["evidence"]
+    return None if evidence.get("method") == "last line" else evidence.get("extracted")
+
+
+def _sample(row: dict[str, Any], numbers: dict[str, int]) -> Sample:
+    marked = _marked(row)
     return Sample(
         problem=row["prompt"],
         verdict=row["verdict"],
@@ -202,6 +286,7 @@ def _sample(row: dict[str, Any]) -> Sample:
         truncated=row["finish_reason"] == "length",
         completion_tokens=row["completion_tokens"],
         reasoning_tokens=row["reasoning_tokens"],
+        vote=None if marked is None else numbers.get(marked),
     )
 
 

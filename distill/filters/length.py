@@ -10,8 +10,8 @@ TOKENS, WORDS = "teacher tokens", "words"
 
 def length(trace: Trace) -> tuple[int, str]:
     """(length of the whole completion, its unit)."""
-    if trace.completion_token_ids:
-        return len(trace.completion_token_ids), TOKENS
+    if trace.tokens:
+        return trace.tokens, TOKENS
     return len(trace.text.split()), WORDS
 
 

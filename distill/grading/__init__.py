@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from distill.errors import UserError
-from distill.grading.math import final_answer, gold_answer, quick_judge
+from distill.grading.choice import judge_choice
+from distill.grading.math import Answer, final_answer, gold_answer, quick_judge
 from distill.grading.pool import MEMORY, Lost, WorkerPool
 
 if TYPE_CHECKING:  # the worker imports this package too, and must stay light
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # the worker imports this package too, and must stay light
 
 K = TypeVar("K")
 
-GRADABLE = ("math",)
+GRADABLE = ("math", "choice")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Grade:
 def require_grader(task: str, where: str, remedy: str = "leave such prompts out") -> None:
     """Raise UserError when no grader knows this task. `where`: the setting that asks for it; `remedy`: what to do."""
     if task not in GRADABLE:
-        raise UserError(f"{where}: task {task!r} has no grader yet (only {', '.join(GRADABLE)} has); {remedy}")
+        raise UserError(f"{where}: task {task!r} has no grader yet (only {', '.join(GRADABLE)} have); {remedy}")
 
 
 class Grader:
@@ -78,6 +79,8 @@ class Grader:
                 if not gold or answer is None:
                     reason = "no answer found" if gold else "no gold answer"
                     finished.append((key, Grade("unverifiable", reason, evidence)))
+                elif prompt.task == "choice":
+                    finished.append((key, _grade(judge_choice(gold, answer), evidence)))
                 elif verdict := quick_judge(gold, answer):
                     finished.append((key, _grade(verdict, evidence)))
                 else:
@@ -90,6 +93,24 @@ class Grader:
                 evidence["exit_code"] = result.exit_code
                 result = ("unverifiable", result.reason)
             yield key, _grade(result, evidence)
+        yield from finished
+
+    def same(self, pairs: Iterable[tuple[K, str, str]]) -> Iterator[tuple[K, bool]]:
+        """Yield (key, whether two answers are one) for every (key, answer, answer), in order of completion. What a
+        parser cannot read, or not in time, is not the same."""
+        finished: list[tuple[K, bool]] = []
+
+        def questions() -> Iterator[tuple[K, dict[str, Any]]]:
+            for key, one, other in pairs:
+                if verdict := quick_judge(one, Answer(other, "boxed")):
+                    finished.append((key, verdict[0] == "correct"))
+                else:
+                    yield key, {"gold": one, "answer": other, "marked": True}
+
+        for key, result in self.pool.map(questions()):
+            yield from finished
+            finished.clear()
+            yield key, not isinstance(result, Lost) and result[0] == "correct"
         yield from finished
 
 

@@ -5,6 +5,7 @@ which one, and `datasets` says "An error occurred while generating the dataset".
 `UserError` that names the file and the line (Parquet: the row).
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -16,6 +17,8 @@ from distill.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
     from distill.sources import FilePrompts, HubPrompts
+
+LETTERS = "ABCDEFGHIJ"
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its columns
 
@@ -39,7 +42,8 @@ def rows_of_file(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
 
 
 def wanted_columns(source: "FilePrompts | HubPrompts") -> list[str]:
-    return [column for column in (source.question, source.answer) if column is not None]
+    columns = source.question, source.answer, *source.choices, source.date
+    return list(dict.fromkeys(column for column in columns if column is not None))
 
 
 def require_columns(wanted: Sequence[str], there: Iterable[str], where: str) -> None:
@@ -55,15 +59,41 @@ def prompts_from_rows(
 ) -> Iterator[Prompt]:
     """Turn rows into prompts. whole: what the rows come from, for messages; name: the prompts' `source`."""
     empty = True
-    for where, row in islice(rows, source.limit):
+    for where, row in islice(_within(rows, source), source.limit):
         empty = False
         question = row[source.question]
         if wrong := _wrong_question(question):
             raise UserError(f"{where}: column {source.question} {wrong}; mend or remove the row")
         answer = None if source.answer is None else _as_text(row[source.answer])
+        if source.choices:
+            if answer is None:
+                raise UserError(
+                    f"{where}: column {source.answer} is empty; a question with choices needs the right one"
+                )
+            question, answer = with_choices(question, answer, [str(row[column]) for column in source.choices])
         yield Prompt.from_question(question, answer, source.task, name)
     if empty:
         raise UserError(f"{whole}: no rows; give a source with at least one problem")
+
+
+def _within(rows: Iterator[Row], source: "FilePrompts | HubPrompts") -> Iterator[Row]:
+    """The rows of the window. Dates are compared as text, which is right for the year first."""
+    if source.date is None or (source.since is None and source.until is None):
+        return rows
+    first, last = source.since or "", source.until or "9"
+    return ((where, row) for where, row in rows if first <= str(row[source.date])[:10] <= last)
+
+
+def with_choices(question: str, right: str, wrong: Sequence[str]) -> tuple[str, str]:
+    """The question with its choices listed, and the right one's letter. The order is a hash's, so that it is the same
+    everywhere and says nothing."""
+
+    def rank(choice: str) -> bytes:
+        return hashlib.sha256(json.dumps([question, choice]).encode()).digest()
+
+    choices = sorted([right, *wrong], key=rank)
+    listed = "\n".join(f"{letter}) {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False))
+    return f"{question.strip()}\n\n{listed}", LETTERS[choices.index(right)]
 
 
 def _wrong_question(question: Any) -> str | None:

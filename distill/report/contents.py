@@ -123,7 +123,7 @@ def _filtered(directory: Path) -> tuple[list[int], list[Shown]]:
     lengths: list[int] = []
     shown: dict[str, list[Shown]] = defaultdict(list)
     for trace, verdicts in read_traces(directory) if directory.is_dir() else ():
-        lengths.append(len(trace.completion_token_ids))
+        lengths.append(trace.tokens)
         dropped_by = next((verdict for verdict in verdicts if not verdict.keep), None)
         reason = f"{dropped_by.filter}: {dropped_by.reason}" if dropped_by else "kept"
         if len(shown[reason]) < (DROPPED_SHOWN if dropped_by else KEPT_SHOWN):
@@ -140,7 +140,7 @@ def _shown(who: str, verdict: str, good: bool, trace: Trace, verdicts: Iterable[
         gold=trace.prompt.answer,
         reasoning=None if trace.reasoning is None else _cut(trace.reasoning),
         response=_cut(trace.text if trace.reasoning is None else trace.response),
-        tokens=len(trace.completion_token_ids),
+        tokens=trace.tokens,
         evidence=[(v.filter, v.reason, _told(v.evidence)) for v in verdicts],
     )
 

@@ -61,6 +61,7 @@ _SCHEMA = pa.schema(
         ("logprobs", pa.list_(pa.float32())),
         ("top_logprobs", pa.list_(pa.list_(pa.struct([("token", pa.int32()), ("logprob", pa.float32())])))),
         ("exact", pa.string()),
+        ("completion_tokens", pa.int32()),
     ]
 )
 _VERDICT = [("filter", pa.string()), ("keep", pa.bool_()), ("reason", pa.string()), ("evidence", pa.string())]
@@ -253,6 +254,7 @@ def _row(trace: Trace, verdicts: Mapping[Key, list[Verdict]] | None) -> dict[str
         "logprobs": trace.logprobs,
         "top_logprobs": trace.top_logprobs,
         "exact": None,
+        "completion_tokens": trace.completion_tokens,
     }
     if trace.top_logprobs is not None:
         row["top_logprobs"] = [[{"token": t, "logprob": p} for t, p in top] for top in trace.top_logprobs]
@@ -280,6 +282,7 @@ def _trace(row: dict[str, Any]) -> Trace:
         completion_token_ids=tuple(row["completion_token_ids"]),
         logprobs=None if row["logprobs"] is None else tuple(row["logprobs"]),
         top_logprobs=None if top is None else tuple(tuple((c["token"], c["logprob"]) for c in alts) for alts in top),
+        completion_tokens=row.get("completion_tokens"),  # older files have no such column
     )
 
 

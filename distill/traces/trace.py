@@ -22,6 +22,7 @@ class Trace:
     teacher: fingerprint (hex) of weights revision, numerics and sampling settings.
     logprobs: raw log-probability (natural log, temperature 1) of each completion token, where known.
     top_logprobs: per completion token the k most likely (token id, log-probability) pairs, where asked for.
+    completion_tokens: their number, where it was counted by a server that gives no ids.
     """
 
     prompt: Prompt
@@ -36,6 +37,12 @@ class Trace:
     completion_token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    completion_tokens: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How long the completion is; 0 where nobody counted."""
+        return len(self.completion_token_ids) or self.completion_tokens or 0
 
     @property
     def key(self) -> tuple[str, int]:

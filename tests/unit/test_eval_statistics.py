@@ -1,6 +1,8 @@
 """pass@1 and its interval, against figures one can look up or work out by hand, and by simulation."""
 
+import itertools
 import json
+import math
 import random
 import statistics
 
@@ -8,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.eval.statistics import Sample, pass_at_1, summarise, wilson
+from distill.eval.statistics import (
+    Sample,
+    Vote,
+    compare,
+    consensus,
+    pass_at_1,
+    pass_at_k,
+    sign_test,
+    summarise,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -119,3 +131,105 @@ def test_rates_and_lengths():
     assert (scores["mean_completion_tokens"], scores["median_completion_tokens"]) == (30, 25)
     assert (scores["mean_reasoning_tokens"], scores["median_reasoning_tokens"]) == (19.5, 9)
     json.dumps(scores, allow_nan=False)
+
+
+# ---- several samples
+
+
+def by_every_choice(correct: list[bool], k: int) -> float:
+    """pass@k by its definition: the share of the ways to choose k samples that have a right one among them."""
+    ways = list(itertools.combinations(correct, k))
+    return sum(any(way) for way in ways) / len(ways)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=7), min_size=1, max_size=6), st.integers(1, 4))
+def test_pass_at_k_is_its_definition(correct, k):
+    made = pass_at_k(correct, k)
+    assert made.value == pytest.approx(statistics.fmean(by_every_choice(of_one, k) for of_one in correct))
+    assert 0 <= made.low <= made.value <= made.high <= 1
+
+
+def test_pass_at_k_by_hand():
+    """One right of four: of the six pairs three have it."""
+    assert pass_at_k([[True, False, False, False]], 2).value == 0.5
+    assert pass_at_k([[True, False, False, False], [False] * 4], 4).value == 0.5
+    assert pass_at_k([[True, False]] * 9, 1) == pass_at_1([[True, False]] * 9)
+
+
+def test_too_few_samples_are_refused_and_not_divided_by():
+    """A model of 0.4375 scored 0.0547 where eight samples were taken for 64."""
+    correct = [[True] * 3 + [False] * 5, [True] * 4 + [False] * 4]
+    assert pass_at_1(correct).value == 0.4375
+    with pytest.raises(ValueError, match="pass@64 needs 64 samples of every problem; there are 8"):
+        pass_at_k(correct, 64)
+    with pytest.raises(ValueError, match="pass@1 was asked of 64 samples a problem; there are 8"):
+        pass_at_k(correct, 1, samples=64)
+    with pytest.raises(ValueError, match="there are 2 to 3"):
+        pass_at_k([[True] * 2, [True] * 3], 3)
+
+
+def test_consensus_by_hand():
+    """Right by two votes of three; a tie of a right and a wrong answer; a right answer that is outvoted; no vote."""
+    right, wrong, other, none = Vote(0, True), Vote(1, False), Vote(2, False), Vote(None, False)
+    made = consensus([[right, wrong, right], [right, wrong, none], [wrong, right, wrong], [none] * 3])
+    assert made.estimate.value == (1 + 0.5 + 0 + 0) / 4
+    assert (made.ties, made.silent) == (1, 1)
+    assert consensus([[right, wrong, other]]).estimate.value == pytest.approx(1 / 3)
+    assert consensus([[wrong, other, none]]).ties == 0  # two wrong answers: no way to be right
+    with pytest.raises(ValueError, match="at least one problem"):
+        consensus([])
+
+
+def newcombe_paired(a: int, b: int, c: int, d: int) -> tuple[float, float]:
+    """Method 10 of Newcombe 1998 as its paper writes it: both right, only the first, only the second, neither."""
+    n = a + b + c + d
+    (l1, u1), (l2, u2) = wilson((a + b) / n, n), wilson((a + c) / n, n)
+    p1, p2 = (a + b) / n, (a + c) / n
+    margins = (a + b) * (c + d) * (a + c) * (b + d)
+    top = a * d - b * c
+    phi = 0.0 if not margins else (max(top - n / 2, 0) if top > 0 else top) / math.sqrt(margins)
+    low = math.sqrt((p1 - l1) ** 2 - 2 * phi * (p1 - l1) * (u2 - p2) + (u2 - p2) ** 2)
+    high = math.sqrt((u1 - p1) ** 2 - 2 * phi * (u1 - p1) * (p2 - l2) + (p2 - l2) ** 2)
+    return p1 - p2 - low, p1 - p2 + high
+
+
+@pytest.mark.parametrize(
+    "table", [(20, 12, 2, 16), (1, 7, 0, 2), (15, 0, 0, 15), (0, 30, 0, 0), (3, 5, 9, 40), (2, 8, 9, 1)]
+)
+def test_two_models_of_one_sample_are_compared_as_newcombe_does(table):
+    a, b, c, d = table
+    outcomes = [(True, True)] * a + [(True, False)] * b + [(False, True)] * c + [(False, False)] * d
+    first, second = ({str(i): [pair[side]] for i, pair in enumerate(outcomes)} for side in (0, 1))
+    made = compare(first, second)
+    assert made.value == pytest.approx((b - c) / len(outcomes))
+    low, high = newcombe_paired(*table)
+    assert (made.low, made.high) == pytest.approx((max(low, -1), min(high, 1)))
+    assert (len(made.gained), len(made.lost)) == (b, c)
+    if table == (15, 0, 0, 15):
+        assert made.high - made.low > 0.1, "thirty problems of agreement are no certainty"
+
+
+def test_sign_test_by_hand():
+    """Seven of eight: 2 · (1 + 8) / 256."""
+    assert sign_test(7, 1) == pytest.approx(18 / 256)
+    assert sign_test(0, 0) == sign_test(4, 4) == 1.0
+
+
+def test_models_on_other_problems_are_not_compared():
+    with pytest.raises(ValueError, match="same problems"):
+        compare({"a": [True]}, {"b": [True]})
+
+
+def test_the_difference_covers_the_truth():
+    """Two models whose difficulty is shared: 60 problems, 4 samples, 400 experiments."""
+    rng = random.Random(5)
+    inside = 0
+    for _ in range(400):
+        first, second = {}, {}
+        for problem in range(60):
+            hard = rng.betavariate(1.5, 1.5)
+            first[str(problem)] = [rng.random() < hard for _ in range(4)]
+            second[str(problem)] = [rng.random() < 0.8 * hard for _ in range(4)]
+        made = compare(first, second)
+        inside += made.low <= 0.5 - 0.8 * 0.5 <= made.high
+    assert 0.93 <= inside / 400 <= 0.99

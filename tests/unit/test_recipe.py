@@ -66,7 +66,11 @@ def test_the_resolved_recipe_reads_back_as_the_same_recipe(name, tmp_path):
 
 def every_key(section: Section) -> dict:
     return {
-        name: every_key(value) if isinstance(value := getattr(section, name), Section) else None
+        name: every_key(value)
+        if isinstance(value := getattr(section, name), Section)
+        else dict.fromkeys(value)
+        if isinstance(value, dict)
+        else None
         for name in type(section).model_fields
     }
 

@@ -1,0 +1,112 @@
+"""A server with an OpenAI-compatible address (vLLM, SGLang, llama.cpp, an API) as a backend.
+
+One request a sample, many at once: servers batch what arrives together. The seed of a request is a hash of (seed,
+prompt, sample), so that a server that honours it repeats itself. Reasoning that a server returns apart from the answer
+is put back into `<think>`. The address is no part of the identity: a run may move to another server of the same model.
+"""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from distill.backends import Completed, Job, Sampling
+from distill.chat import THINK
+from distill.errors import UserError, WorkError
+from distill.fingerprint import digest
+from distill.prompts.prompt import Prompt
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+RETRIES = 5  # with growing pauses: of a server that is busy, restarts, or drops a connection
+TIMEOUT = 3600.0  # seconds for one sample: 32,768 tokens at 10 a second
+
+
+class RemoteBackend:
+    """model: as the server calls it. concurrency: requests under way at once."""
+
+    def __init__(self, client: "OpenAI", model: str, concurrency: int) -> None:
+        self.client, self.model, self.concurrency = client, model, concurrency
+        self.identity: dict[str, Any] = {"model": model, "numerics": "the server's"}
+
+    @classmethod
+    def connect(
+        cls, url: str, model: str | None = None, concurrency: int = 64, key: str | None = None
+    ) -> "RemoteBackend":
+        """Ask the server which models it has. UserError when nobody answers there, or `model` is none of them."""
+        import openai
+
+        client = openai.OpenAI(base_url=url.rstrip("/"), api_key=key or "none", max_retries=RETRIES, timeout=TIMEOUT)
+        try:
+            names = [item.id for item in client.with_options(max_retries=1, timeout=30.0).models.list()]
+        except openai.OpenAIError as error:
+            raise UserError(
+                f"{url}: no model server answers there ({_reason(error)}); give an OpenAI-compatible address, as "
+                f"http://localhost:8000/v1"
+            ) from error
+        if model is None and len(names) == 1:
+            model = names[0]
+        if model is None or (names and model not in names):
+            raise UserError(f"{url}: which model? the server has {', '.join(names) or 'none'}; name one")
+        return cls(client, model, concurrency)
+
+    def check(self, prompt: Prompt, sampling: Sampling) -> None:
+        """The server knows its context; it refuses what does not fit."""
+
+    def complete(self, jobs: Iterable[Job], sampling: Sampling, seed: int) -> Iterator[Completed]:
+        """Yield every wanted sample once, as it finishes. WorkError, after retries, when the server fails."""
+        wanted = ((job.prompt, sample) for job in jobs for sample in job.samples)
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            running: set[Future[Completed]] = set()
+            try:
+                while True:
+                    for prompt, sample in islice(wanted, self.concurrency - len(running)):
+                        running.add(pool.submit(self._sample, prompt, sample, sampling, seed))
+                    if not running:
+                        return
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for one in done:
+                        yield one.result()
+            finally:
+                for one in running:
+                    one.cancel()
+
+    def _sample(self, prompt: Prompt, sample: int, sampling: Sampling, seed: int) -> Completed:
+        import openai
+
+        try:
+            reply = self.client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": m["role"], "content": m["content"]} for m in prompt.messages],  # type: ignore[misc]
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_new_tokens,
+                seed=int(digest([seed, prompt.id, sample]), 16) % 2**31,
+                extra_body={"top_k": sampling.top_k} if sampling.top_k else None,
+            )
+        except openai.BadRequestError as error:
+            raise UserError(f"prompt {prompt.id}: the server refuses it: {_reason(error)}") from error
+        except openai.OpenAIError as error:
+            raise WorkError(
+                f"the server failed: {_reason(error)}; what was finished is kept, run the same command to go on"
+            ) from error
+        choice = reply.choices[0]
+        content = choice.message.content or ""
+        reasoning = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
+        if reasoning:
+            closed = f"\n</think>\n\n{content}" if content else ""
+            content = f"{THINK}\n{reasoning.strip()}{closed}"
+        return Completed(
+            prompt=prompt,
+            sample=sample,
+            text=content,
+            finish_reason="length" if choice.finish_reason == "length" else "stop",
+            prompt_token_ids=(),
+            completion_token_ids=(),
+            completion_tokens=reply.usage.completion_tokens if reply.usage else None,
+        )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__

@@ -1,0 +1,124 @@
+"""Two models that answered the same problems: the difference, how sure it is, and which problems flipped.
+
+Reads what evaluations left: `RUN/eval/<benchmark>/<model>/`, or `DIR/<benchmark>/<model>/` of one without a recipe.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from distill.console import table
+from distill.errors import UserError
+from distill.eval.statistics import Difference, compare
+from distill.traces.ledger import Ledger
+from distill.traces.store import TraceStore
+
+FLIPPED_SHOWN = 10
+COLUMNS = ("benchmark", "problems", "first", "second", "difference", "95 % interval", "gained", "lost", "p")
+
+
+def compare_evaluations(first: Path, second: Path, models: tuple[str | None, str | None]) -> list[dict[str, Any]]:
+    """One row a benchmark that both have. models: which of a directory's models; None: its student, or its only one.
+
+    UserError when a directory has no evaluation, or they share no problem.
+    """
+    parts = [_parts(directory, model) for directory, model in zip((first, second), models, strict=True)]
+    rows = []
+    for benchmark in sorted(parts[0].keys() & parts[1].keys()):
+        one, two = (_correct(of_one[benchmark]) for of_one in parts)
+        common = [problem for problem in one if problem in two]
+        if common:
+            made = compare({key: one[key] for key in common}, {key: two[key] for key in common})
+            left_out = len(one) + len(two) - 2 * len(common)
+            rows.append(told(benchmark, made, one, two, common) | {"left_out": left_out})
+    if not rows:
+        raise UserError(f"{first} and {second} have no benchmark with a problem in common: evaluate both on one")
+    return rows
+
+
+def told(
+    benchmark: str,
+    made: Difference,
+    one: dict[str, list[bool]],
+    two: dict[str, list[bool]],
+    common: Iterable[str],
+) -> dict[str, Any]:
+    common = list(common)
+    return {
+        "benchmark": benchmark,
+        "problems": len(common),
+        "first": sum(sum(one[key]) / len(one[key]) for key in common) / len(common),
+        "second": sum(sum(two[key]) / len(two[key]) for key in common) / len(common),
+        "difference": made.value,
+        "low": made.low,
+        "high": made.high,
+        "gained": list(made.gained),
+        "lost": list(made.lost),
+        "p": made.p,
+    }
+
+
+def show(rows: list[dict[str, Any]], questions: dict[str, str]) -> None:
+    """The table, and the problems that flipped. questions: prompt id → text."""
+    table("First less second, on the same problems", COLUMNS, map(_cells, rows))
+    for row in rows:
+        if row["left_out"]:
+            print(f"{row['benchmark']}: {row['left_out']} problems that only one of them answered are left out")
+        for what in ("gained", "lost"):
+            for key in row[what][:FLIPPED_SHOWN]:
+                print(f"  {what} {key}: {' '.join(questions.get(key, '').split())[:90]}")
+            if len(row[what]) > FLIPPED_SHOWN:
+                print(f"  {what}: and {len(row[what]) - FLIPPED_SHOWN:,} more")
+
+
+def questions(directories: Iterable[Path], keys: set[str]) -> dict[str, str]:
+    """The texts of these problems, from the stored samples."""
+    found: dict[str, str] = {}
+    for directory in directories:
+        for traces in sorted(directory.glob("**/traces")):
+            for trace in TraceStore(traces):
+                if trace.prompt.id in keys:
+                    found.setdefault(trace.prompt.id, trace.prompt.messages[-1]["content"])
+    return found
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["benchmark"],
+        f"{row['problems']:,}",
+        f"{row['first']:.1%}",
+        f"{row['second']:.1%}",
+        f"{100 * row['difference']:+.1f}",
+        f"{100 * row['low']:+.1f} – {100 * row['high']:+.1f}",
+        f"{len(row['gained']):,}",
+        f"{len(row['lost']):,}",
+        f"{row['p']:.2g}",
+    )
+
+
+def _parts(directory: Path, model: str | None) -> dict[str, Path]:
+    """Benchmark → the directory of the model's samples."""
+    root = directory / "eval" if (directory / "eval").is_dir() else directory
+    found: dict[str, dict[str, Path]] = {}
+    for scores in root.glob("*/*/scores.json"):
+        found.setdefault(scores.parent.parent.name, {})[scores.parent.name] = scores.parent
+    if not found:
+        raise UserError(f"{directory} holds no finished evaluation: `distill eval` makes one")
+    chosen = {}
+    for benchmark, of_one in found.items():
+        name = model or ("student" if "student" in of_one else next(iter(of_one)) if len(of_one) == 1 else None)
+        if name is None or name not in of_one:
+            names = ", ".join(sorted(of_one))
+            raise UserError(f"{directory}: which model of {benchmark}? there are {names}: name one with --models")
+        chosen[benchmark] = of_one[name]
+    return chosen
+
+
+def _correct(part: Path) -> dict[str, list[bool]]:
+    wanted = json.loads((part / "scores.json").read_text(encoding="utf-8"))["samples_per_problem"]
+    found: dict[str, list[bool]] = {}
+    for row in Ledger(part / "grades.jsonl").rows():
+        if row["sample"] < wanted:
+            found.setdefault(row["prompt"], []).append(row["verdict"] == "correct")
+    return found

@@ -1,0 +1,78 @@
+"""How often our 95 % intervals hold the truth: the table of docs/statistics.md, by simulation.
+
+    python tools/coverage.py [--experiments 2000] [--seed 0]
+
+A model of a given true score answers P problems n times each. How hard a problem is, is drawn anew in every experiment,
+from a beta distribution whose mean is the true score: that is "problems like these". spread: 1 is U-shaped or uniform
+at a score of a half, larger values make problems more alike. Beside our interval stand the mean ± 1.96 standard errors
+and a percentile bootstrap over problems (200 resamples), which is what most harnesses print.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from distill.eval.statistics import pass_at_1
+
+PROBLEMS, SCORES, SAMPLES, SPREADS = (30, 200, 500), (0.05, 0.5, 0.97), (1, 8), (1.0, 4.0)
+RESAMPLES = 200
+
+
+def normal(shares: Sequence[float]) -> tuple[float, float]:
+    p, error = fmean(shares), stdev(shares) / sqrt(len(shares))
+    return p - 1.96 * error, p + 1.96 * error
+
+
+def bootstrap(shares: Sequence[float], rng: random.Random) -> tuple[float, float]:
+    means = sorted(fmean(rng.choices(shares, k=len(shares))) for _ in range(RESAMPLES))
+    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+
+
+def covered(
+    problems: int, score: float, samples: int, spread: float, experiments: int, rng: random.Random
+) -> tuple[float, float, float]:
+    """Shares of the experiments in which ours, the normal and the bootstrap interval held the true score."""
+    hits = [0, 0, 0]
+    tried = min(experiments, 200)  # of the bootstrap, which is slow
+    for number in range(experiments):
+        easy = [rng.betavariate(spread * score, spread * (1 - score)) for _ in range(problems)]
+        correct = [[rng.random() < p for _ in range(samples)] for p in easy]
+        shares = [fmean(of_one) for of_one in correct]
+        made = pass_at_1(correct)
+        hits[0] += made.low <= score <= made.high
+        low, high = normal(shares)
+        hits[1] += low <= score <= high
+        if number < tried:
+            low, high = bootstrap(shares, rng)
+            hits[2] += low <= score <= high
+    return hits[0] / experiments, hits[1] / experiments, hits[2] / tried
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiments", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    print(
+        "| problems | true score | samples | spread | ours | ± 1.96 errors | bootstrap |\n|---|---|---|---|---|---|---|"
+    )
+    for problems in PROBLEMS:
+        for score in SCORES:
+            for samples in SAMPLES:
+                for spread in SPREADS:
+                    ours, plain, resampled = covered(problems, score, samples, spread, args.experiments, rng)
+                    print(
+                        f"| {problems} | {score} | {samples} | {spread:g} | {ours:.1%} | {plain:.1%} | {resampled:.1%} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()
