@@ -68,10 +68,8 @@ def main() -> None:
             for samples in SAMPLES:
                 for spread in SPREADS:
                     ours, plain, resampled = covered(problems, score, samples, spread, args.experiments, rng)
-                    print(
-                        f"| {problems} | {score} | {samples} | {spread:g} | {ours:.1%} | {plain:.1%} | {resampled:.1%} |",
-                        flush=True,
-                    )
+                    shares = " | ".join(f"{share:.1%}" for share in (ours, plain, resampled))
+                    print(f"| {problems} | {score} | {samples} | {spread:g} | {shares} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from distill.eval.statistics import compare
 from distill.fingerprint import digest
 from distill.grading import Grader, require_grader
 from distill.run import locked
+from distill.scores import beside_published, difference
 
 if TYPE_CHECKING:
     from distill.recipe import Eval, LocalEngine
@@ -182,25 +183,6 @@ def show(summary: dict[str, Any]) -> None:
         for other in summary.get("published", ()):
             if other["benchmark"] == benchmark:
                 print(beside_published(other, next((row for row in rows if row["model"] == "student"), rows[0])))
-
-
-def difference(made: dict[str, Any]) -> str:
-    """One line: how far apart two models are, and in how many problems."""
-    one, two = made["models"]
-    return (
-        f"{one} − {two}: {100 * made['difference']:+.1f} points (95 %: {100 * made['low']:+.1f} to "
-        f"{100 * made['high']:+.1f}); better in {len(made['gained']):,} problems, worse in {len(made['lost']):,}, "
-        f"sign test p = {made['p']:.2g}"
-    )
-
-
-def beside_published(other: dict[str, Any], row: dict[str, Any]) -> str:
-    """One line: whether a published pass@1 falls inside our interval."""
-    value = other["pass@1"]
-    where = "inside" if row["pass@1_low"] <= value <= row["pass@1_high"] else "outside"
-    line = f"published for {other['model']}: pass@1 {value:.1%}, {where} the interval of {row['model']}"
-    extra = [f"{key} {other[key]:.1%}" for key in other if key.startswith(("cons@", "pass@")) and key != "pass@1"]
-    return ", ".join([line, *extra])
 
 
 def _cells_of_several(row: dict[str, Any]) -> tuple[str, ...]:

@@ -91,6 +91,12 @@ def boxed(text: str) -> str | None:
     return ", ".join(found) or None
 
 
+def boxed_end(text: str, start: int) -> int | None:
+    """Index just past the `\\boxed{…}` that begins at `start`; None where it is cut off."""
+    match = BOX.match(text, start)
+    return None if match is None else match.end() if match[1] else _closing_brace(text, match.end())
+
+
 def _closing_brace(text: str, start: int) -> int | None:
     """Index just past the brace that closes the one before `start`; escaped braces do not count."""
     depth = 1

@@ -1,19 +1,22 @@
 """`report.html`: what a run did, on one page that can be mailed.
 
-Self-contained: styles and pictures are inside the file, it has no script, and its content security policy forbids
-every request. It reads the run directory only, so a report can be written anew, also of a run copied from another
-machine, without torch or the weights. contents.py says what is read, pictures.py what is drawn, page.html.jinja how it
-looks.
+Self-contained: styles, pictures and one small script are inside the file, and its content security policy forbids every
+request and every other script. It reads the run directory only, so a report can be written anew, also of a run copied
+from another machine, without torch or the weights. contents.py says what is read, pictures.py what is drawn,
+mathematics.py how formulas are, page.html.jinja how it looks, reader.js how traces are found in it.
 
 The pictures also go to `<run>/report/`, as SVG and PNG, for slides and READMEs.
 """
 
+import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from distill.durable import write_whole
 from distill.report import pictures
 from distill.report.contents import Contents, read_contents
+from distill.report.mathematics import marked_up
 
 
 def write_report(directory: Path) -> Path:
@@ -59,8 +62,12 @@ def _render(contents: Contents, drawn: dict[str, pictures.Picture]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "duration": _duration, "count": _count}
-    return environment.get_template("page.html.jinja").render(c=contents, pictures=drawn, light=pictures.LIGHT)
+    environment.filters |= {"percent": _percent, "duration": _duration, "count": _count, "mathematics": marked_up}
+    reader = (Path(__file__).parent / "reader.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(reader.encode()).digest()).decode()
+    return environment.get_template("page.html.jinja").render(
+        c=contents, pictures=drawn, light=pictures.LIGHT, reader=reader, reader_hash=f"sha256-{digest}"
+    )
 
 
 def _percent(share: float) -> str:

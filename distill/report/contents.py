@@ -1,8 +1,8 @@
 """What the report tells, read from the files of a run directory and nothing else.
 
 A run may have stopped after any stage, so everything but the recipe may be missing; the page says so in its place.
-Large runs are not put into a page: lengths are counted over all traces, texts are shown of a few, chosen by rule (the
-first kept ones, the first of each reason for dropping), never by how well they look.
+Large runs are not put into a page: lengths are counted over all traces, texts are shown of some, chosen by rule (the
+first kept ones, the first of each reason for dropping, as long as there is room), never by how well they look.
 """
 
 import json
@@ -17,13 +17,15 @@ import yaml
 
 from distill.errors import UserError
 from distill.run import STAGES
+from distill.scores import beside_published, difference
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, read_traces
 from distill.traces.trace import Trace, Verdict
 
-KEPT_SHOWN = 3  # kept traces in the page
-DROPPED_SHOWN = 2  # dropped traces of each reason
-REASONS_SHOWN = 8
+KEPT_SHOWN = 60  # kept traces in the page
+DROPPED_SHOWN = 15  # dropped traces of each reason
+REASONS_SHOWN = 12
+ROOM = 500_000  # characters of kept traces, and as many of dropped ones: the page stays below 3 MB
 TEXT_SHOWN = 20_000  # characters of one text; an R1 trace may have ten times as many
 MODELS = ("base", "student", "teacher")
 
@@ -68,6 +70,7 @@ class Contents:
     dropped_lengths: list[int]
     traces: list[Shown]
     scores: list[dict[str, Any]]
+    beside: list[str]  # lines under the scores: differences between models, published scores
     answers: list[Shown]  # to one problem of the first benchmark, by each model
 
 
@@ -98,6 +101,7 @@ def read_contents(directory: Path) -> Contents:
         dropped_lengths=dropped_lengths,
         traces=kept + dropped,
         scores=scores,
+        beside=_beside(summaries.get("eval"), scores),
         answers=_answers(directory / "eval" / scores[0]["benchmark"]) if scores else [],
     )
 
@@ -121,13 +125,16 @@ def _stage_time(name: str, state: dict[str, Any]) -> StageTime:
 def _filtered(directory: Path) -> tuple[list[int], list[Shown]]:
     """The completion lengths of all traces, and the few that are shown."""
     lengths: list[int] = []
+    room = ROOM
     shown: dict[str, list[Shown]] = defaultdict(list)
     for trace, verdicts in read_traces(directory) if directory.is_dir() else ():
         lengths.append(trace.tokens)
         dropped_by = next((verdict for verdict in verdicts if not verdict.keep), None)
         reason = f"{dropped_by.filter}: {dropped_by.reason}" if dropped_by else "kept"
-        if len(shown[reason]) < (DROPPED_SHOWN if dropped_by else KEPT_SHOWN):
+        wanted = len(shown[reason]) < (DROPPED_SHOWN if dropped_by else KEPT_SHOWN)
+        if wanted and (room > 0 or not shown[reason]):  # one of each reason, however long
             shown[reason].append(_shown("teacher", reason, dropped_by is None, trace, verdicts))
+            room -= len(trace.text) + len(trace.prompt.messages[-1]["content"])
     return lengths, [one for of_reason in list(shown.values())[:REASONS_SHOWN] for one in of_reason]
 
 
@@ -161,6 +168,17 @@ def _scores(directory: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """The scores.json of every part, benchmarks by name, models from base to teacher."""
     found = [row for path in directory.glob("*/*/scores.json") if (row := _json(path))]
     return sorted(found, key=lambda row: (row["benchmark"], MODELS.index(row["model"])))
+
+
+def _beside(summary: dict[str, Any] | None, scores: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for made in (summary or {}).get("differences", ()):
+        lines.append(f"{made['benchmark']}: {difference(made)}")
+    for other in (summary or {}).get("published", ()):
+        row = next((r for r in scores if (r["benchmark"], r["model"]) == (other["benchmark"], "student")), None)
+        if row is not None:
+            lines.append(f"{other['benchmark']}: {beside_published(other, row)}")
+    return lines
 
 
 def _answers(directory: Path) -> list[Shown]:

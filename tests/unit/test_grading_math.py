@@ -170,5 +170,24 @@ def test_a_task_without_a_grader_is_refused_in_one_line() -> None:
     assert (
         str(refusal.value) == "filter.correct: task 'code' has no grader yet (only math, choice have); set it to false"
     )
-    with Grader() as grader, pytest.raises(UserError, match="'choice' has no grader"):
-        list(grader.grade([(0, Prompt.from_question("A or B?", "A", "choice"), "A")]))
+    with Grader() as grader, pytest.raises(UserError, match="'chat' has no grader"):
+        list(grader.grade([(0, Prompt.from_question("How are you?", None, "chat"), "Fine.")]))
+
+
+@pytest.mark.parametrize(
+    ("response", "verdict"),
+    [
+        ("<think>\nA? B?\n</think>\nSo \\boxed{B}.", "correct"),
+        ("\\boxed{\\text{(B)}}", "correct"),
+        ("The answer is (B) 4 mol.", "correct"),
+        ("Answer: **B**", "correct"),
+        ("\\boxed{A}", "wrong"),
+        ("\\boxed{4 mol}", "unverifiable"),
+        ("It could be A or\nC, I think", "unverifiable"),
+        ("", "unverifiable"),
+    ],
+)
+def test_choices_are_letters(response: str, verdict: str) -> None:
+    with Grader() as grader:
+        ((_, grade),) = grader.grade([(0, Prompt.from_question("A) 3 mol B) 4 mol", "B", "choice"), response)])
+    assert grade.verdict == verdict, grade

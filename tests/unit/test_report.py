@@ -1,14 +1,22 @@
 """The report of a made-up run directory: what stands in the page, what it survives, and that it needs nobody else."""
 
+import base64
+import hashlib
+import html
 import json
 import math
 import random
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from distill import report
 from distill.errors import UserError
 from distill.eval.statistics import Sample, summarise
 from distill.prompts import Prompt
@@ -16,6 +24,7 @@ from distill.prompts.arithmetic import draw_problem
 from distill.recipe import Recipe
 from distill.report import pictures, write_report
 from distill.report.contents import read_contents
+from distill.report.mathematics import TAG, marked_up
 from distill.report.pictures import LIGHT
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, write_traces
@@ -141,7 +150,7 @@ def _evaluate(directory, problems, rng):
 class Page(HTMLParser):
     """Text, ids, and everything that could make a browser ask for something; tags must close as they opened."""
 
-    VOID = frozenset({"meta", "link", "br", "path", "use"})
+    VOID = frozenset({"meta", "link", "br", "path", "use", "input"})
     OPTIONAL = frozenset({"li", "tr", "th", "td", "p", "thead", "tbody"})  # whose end tags HTML lets us leave out
 
     def __init__(self, text):
@@ -175,6 +184,10 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
+def reader():
+    return (Path(report.__file__).parent / "reader.js").read_text(encoding="utf-8")
+
+
 def page_of(directory):
     return Page(write_report(directory).read_text(encoding="utf-8"))
 
@@ -201,7 +214,9 @@ def test_the_page_stands_alone(finished):
     text = (finished / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.requests == []
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1 and f"<script>{reader()}</script>" in text
+    digest = base64.b64encode(hashlib.sha256(reader().encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in text, "the browser runs this script and no other"
     assert "@import" not in text
     assert re.findall(r"url\((?!#)", text) == []
     assert len(page.ids) == len(set(page.ids)), "one id twice: a clip path would clip another picture"
@@ -281,8 +296,8 @@ def test_what_a_model_wrote_is_text(tmp_path):
     for scores in run.glob("eval/*/*/scores.json"):
         scores.write_text(scores.read_text().replace("tiny-arithmetic", "<i>$\\\\frac$</i>"))
     page = page_of(run)
-    assert not {"script", "b", "i"} & set(page.tags)
-    assert "alert('$x$ & y')" in page.text
+    assert not {"b", "i"} & set(page.tags) and page.tags.count("script") == 1
+    assert "<script>alert('" in page.text and "& y')</script>" in page.text
     assert "<b>$bold$</b>" in page.text
 
 
@@ -315,3 +330,42 @@ def test_a_damaged_state_is_named(tmp_path):
     (run / "stages" / "generate.json").write_text("{")
     with pytest.raises(UserError, match=r"stages/generate\.json: damaged"):
         write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("text", "formulas"),
+    [
+        ("It costs $2 per egg and $3 per hen, US$5 and $6.50 in all", 0),
+        ("so $x^2 + 1 = 5$, $n$ and $17$", 3),
+        (r"\[ \frac{1}{2} \] and \(\sqrt{3}\), $$y = 2$$", 3),
+        (r"the answer is \boxed{\frac{3}{4}}.", 1),
+        (r"\boxed{cut off", 0),
+        (r"\begin{aligned} not fenced \end{aligned}", 0),
+    ],
+)
+def test_formulas_are_found_and_money_is_none(text, formulas):
+    made = str(marked_up(text))
+    assert made.count("<math ") == made.count("</math>") == formulas
+    if not formulas:
+        assert html.unescape(made) == text
+
+
+@given(st.text(st.sampled_from("$\\()[]{}<>&\"'=^_ abx1\n/") | st.characters(codec="utf-8"), max_size=60))
+def test_no_text_becomes_markup(text):
+    """Whatever is written, and however it is fenced: nothing but MathML without links, styles and classes comes out."""
+    for fenced in (text, f"${text}$", f"\\({text}\\)", f"$\\text{{{text}}}$", f"$\\href{{{text}}}{{x}}$"):
+        tags = re.findall(r"<[^>]*>?", str(marked_up(fenced)))
+        assert all(TAG.fullmatch(tag) for tag in tags), tags
+        assert not any(re.search("href|style|class| on", tag) for tag in tags)
+
+
+def test_a_large_run_gives_a_small_page(tmp_path, monkeypatch):
+    """Sampled to a budget, and it says so; the lengths are of all."""
+    run = make_run(tmp_path / "run", "filter", traces=20)
+    rng = random.Random(3)
+    long = [replace(_trace(rng, "train", sample=i), reasoning="x " * 20_000, text="x " * 20_000) for i in range(300)]
+    write_traces(run / "filtered" / "kept", long)
+    contents = read_contents(run)
+    assert len(contents.kept_lengths) == 300 and 5 < len([t for t in contents.traces if t.good]) < 60
+    path = write_report(run)
+    assert path.stat().st_size < 3_000_000 and " of 3" in Page(path.read_text(encoding="utf-8")).text
