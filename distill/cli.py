@@ -239,6 +239,37 @@ def eval_compare(
 
 
 @app.command()
+def traces(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, e.g. runs/tiny")],
+    verdict: Annotated[
+        str | None,
+        typer.Option("--verdict", metavar="TEXT", help="kept, dropped, or how a verdict begins: `correct: wrong`"),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="ID", help="how a prompt's id begins")] = None,
+    search: Annotated[str | None, typer.Option("--search", metavar="TEXT", help="in question or completion")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="the reasoning in full")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="a kept and a dropped trace of --prompt, line by line")] = False,
+    counts: Annotated[bool, typer.Option("--counts", help="only how many traces each verdict has")] = False,
+) -> None:
+    """Page through the traces of a run, with what the filters said of each.
+
+    Examples: `distill traces runs/tiny --verdict dropped` · `distill traces runs/tiny --prompt 3f2a --diff`
+    """
+    from distill.console import paged, table
+    from distill.traces import browse
+
+    if diff and prompt is None:
+        raise UserError("--diff compares the traces of one prompt: name it with --prompt ID")
+    judged = browse.judged(run)
+    if counts:
+        table("", ("verdict", "traces"), browse.counts(browse.chosen(judged, verdict, prompt, search)))
+    elif diff:
+        paged(browse.differences(judged, prompt or ""))
+    else:
+        paged(browse.told(browse.chosen(judged, verdict, prompt, search), whole))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, e.g. runs/tiny")]) -> None:
     """Write RUN/report.html anew from what the run directory holds.
 

@@ -5,10 +5,14 @@ noise, so the same calls print a plain line now and then. Rich is imported when 
 `--help` needs no tables.
 """
 
+import os
+import shlex
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -28,6 +32,23 @@ def console() -> "Console":
 def say(message: str) -> None:
     """Print one line, as it is: square brackets are text, not markup."""
     console().print(message, markup=False)
+
+
+def paged(parts: Iterable[str]) -> None:
+    """Show a long text in the user's pager ($PAGER, less); plainly where the output is no terminal, or no pager is."""
+    command = shlex.split(os.environ.get("PAGER", "less")) if sys.stdout.isatty() else []
+    texts = (part.encode("utf-8", "replace").decode() for part in parts)
+    if not command or shutil.which(command[0]) is None:
+        for text in texts:
+            sys.stdout.write(text)
+        return
+    pager = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, encoding="utf-8")
+    assert pager.stdin is not None
+    with suppress(BrokenPipeError):  # who has read enough closes it
+        for text in texts:
+            pager.stdin.write(text)
+        pager.stdin.close()
+    pager.wait()
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> None:

@@ -1,0 +1,90 @@
+"""`distill traces`: which traces are shown, what is said of them, and the diff of a kept and a dropped one."""
+
+import pytest
+
+from distill.cli import main
+from distill.prompts import Prompt
+from distill.traces.store import TraceStore, write_traces
+from distill.traces.trace import Trace, Verdict
+
+QUESTION = Prompt.from_question("What is 6 × 7?", "42")
+OTHER = Prompt.from_question("What is 1 + 1?", "2")
+
+
+def trace(prompt, sample, answer, steps=3):
+    reasoning = "\n".join(f"step {i} of {answer}" for i in range(steps))
+    response = f"The answer is {answer}."
+    text = f"<think>\n{reasoning}\n</think>\n{response}"
+    return Trace(prompt, sample, 0, text, reasoning, response, "stop", "t", (1,), (1, 2, 3))
+
+
+@pytest.fixture
+def run(tmp_path):
+    kept, wrong = trace(QUESTION, 0, "42"), trace(QUESTION, 1, "41", steps=20)
+    right = [Verdict("correct", True, "identical", {"extracted": "42"})]
+    write_traces(tmp_path / "filtered" / "kept", [kept], {kept.key: right})
+    said = [Verdict("correct", False, "wrong", {"extracted": "41", "gold": "42"})]
+    write_traces(tmp_path / "filtered" / "dropped", [wrong], {wrong.key: said})
+    return tmp_path
+
+
+def shown(monkeypatch, capsys, *arguments, code=0):
+    monkeypatch.setattr("sys.argv", ["distill", "traces", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    output = capsys.readouterr()
+    assert ended.value.code == code, output.err
+    return output.err if code else output.out
+
+
+def test_traces_by_verdict(run, monkeypatch, capsys):
+    everything = shown(monkeypatch, capsys, run)
+    assert everything.index("The answer is 42.") < everything.index("The answer is 41.")
+    assert "gold answer: 42" in everything
+    assert "12 lines; --whole shows them" in everything, "twenty, less four at each end"
+    for asked in ("dropped", "correct: wrong", "correct"):
+        dropped = shown(monkeypatch, capsys, run, "--verdict", asked)
+        assert "41" in dropped and "The answer is 42." not in dropped
+        assert "dropped correct: wrong  extracted 41, gold 42" in dropped
+    assert "The answer is 41." not in shown(monkeypatch, capsys, run, "--verdict", "kept")
+    assert shown(monkeypatch, capsys, run, "--search", "STEP 19") == shown(
+        monkeypatch, capsys, run, "--verdict", "dropped"
+    )
+    assert shown(monkeypatch, capsys, run, "--search", "nowhere") == ""
+    assert "step 9 of 41" in shown(monkeypatch, capsys, run, "--whole", "--verdict", "dropped")
+
+
+def test_counts(run, monkeypatch, capsys):
+    lines = shown(monkeypatch, capsys, run, "--counts").split("\n")
+    assert [line.split() for line in lines if "kept" in line or "wrong" in line] == [
+        ["kept", "1"],
+        ["correct:", "wrong", "1"],
+    ]
+
+
+def test_diff(run, monkeypatch, capsys):
+    made = shown(monkeypatch, capsys, run, "--prompt", QUESTION.id[:6], "--diff")
+    assert "--- sample 0, kept" in made and "+++ sample 1, correct: wrong" in made
+    assert "-The answer is 42." in made and "+The answer is 41." in made
+
+
+def test_a_run_that_was_not_filtered(tmp_path, monkeypatch, capsys):
+    with TraceStore(tmp_path / "traces") as store:
+        store.append([trace(OTHER, 0, "2")])
+    assert "not filtered" in shown(monkeypatch, capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "--diff"], "name it with --prompt ID"),
+        (["RUN", "--diff", "--prompt", "zz"], "no trace of a prompt zz"),
+        (["RUN/none"], "no such run directory"),
+        (["EMPTY"], "no traces yet"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, message, run, monkeypatch, capsys):
+    (run / "empty").mkdir()
+    places = {"RUN": run, "RUN/none": run / "none", "EMPTY": run / "empty"}
+    error = shown(monkeypatch, capsys, *(places.get(argument, argument) for argument in arguments), code=2)
+    assert message in error and error.count("\n") == 1
