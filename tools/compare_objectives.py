@@ -1,11 +1,12 @@
 """How many tokens each objective needs: learning curves of the tiny pair, several seeds.
 
-    python tools/compare_objectives.py --out DIR [--runs DIR] [--seeds 3] [--steps 240] [--every 30]
+    python tools/compare_objectives.py --out DIR [--runs DIR] [--seeds 3]
 
 Two teachers, one student (the embedded base):
 
-- one tokenizer: the student that `distill run tiny` makes, teaching the base it was made from
-- two tokenizers: tiny-r1
+- one tokenizer: the student that `distill run tiny` makes, teaching the base it was made from; 240 steps, to see how
+  many tokens take it to 85 %
+- two tokenizers: tiny-r1; all of the recipe's steps, to see what comes out
 
 Each teaches by its traces alone (`sft`) and by its distributions at them (`logits`), with the same rows in the same
 order and the same schedule. After every so many steps the student answers the held-out problems of tiny-arithmetic.
@@ -29,7 +30,10 @@ sys.path.insert(0, str(ROOT))
 BAR = 0.85
 # With one tokenizer softened, as the teacher is nearly certain: what it says beyond its traces is in the small numbers.
 # Across tokenizers those are the ones that are aligned worst, and softening makes them large.
-TEMPERATURES = {"one tokenizer": 4.0, "two tokenizers": 1.0}
+PAIRS: dict[str, dict[str, Any]] = {
+    "one tokenizer": {"steps": 240, "every": 30, "temperature": 4.0},
+    "two tokenizers": {"steps": None, "every": 60, "temperature": 1.0},
+}
 OBJECTIVES = ("sft", "logits")
 
 
@@ -41,10 +45,10 @@ def distil(out: Path, runs: Path | None) -> Path:
     return directory
 
 
-def recipe_of(teacher: str, objective: str, temperature: float, seed: int, steps: int) -> Any:
+def recipe_of(teacher: str, objective: str, temperature: float, seed: int, steps: int | None) -> Any:
     from distill.catalog import load_recipe
 
-    train = [f"train.objective={objective}", f"train.seed={seed}", f"train.max_steps={steps}"]
+    train = [f"train.objective={objective}", f"train.seed={seed}", f"train.max_steps={json.dumps(steps)}"]
     train.append(f"train.logits_temperature={temperature}")
     return load_recipe("tiny", [f"teacher={teacher}", "train.save_steps=100000", *train])
 
@@ -72,9 +76,9 @@ def taught_by_the_student(out: Path, tiny: Path) -> Path:
 
 
 def curve(
-    run: Path, teacher: str, objective: str, temperature: float, seed: int, steps: int, every: int, out: Path
-) -> list[dict[str, float]]:
-    """Train in this process; pass@1 and tokens after every so many steps."""
+    run: Path, teacher: str, objective: str, seed: int, out: Path, *, steps: int | None, every: int, temperature: float
+) -> list[dict[str, Any]]:
+    """Train in this process; pass@1 and tokens after every so many steps, and which problems were right in the end."""
     import torch
 
     from distill import catalog
@@ -100,18 +104,21 @@ def curve(
     points = []
     while loop.position.step < loop.total:
         loop.step()
-        if loop.position.step % every == 0:
+        if loop.position.step % every == 0 or loop.position.step == loop.total:
             loop.settle()
             tensors = {name: p.detach().clone() for name, p in built.base.named_parameters()}
             place = out / "student"
             student.save(place, student.empty(weights, recipe.train, torch.float32), tensors, chat, "")
-            score = pass_at_1(place)
+            right = answered(place)
+            score = sum(right) / len(right)
             points.append({"step": loop.position.step, "tokens": loop.position.supervised_tokens, "pass@1": score})
             print(f"  step {loop.position.step}: {points[-1]['tokens']:,} tokens, pass@1 {score:.1%}", flush=True)
+    points[-1]["right"] = right
     return points
 
 
-def pass_at_1(model: Path) -> float:
+def answered(model: Path) -> list[bool]:
+    """Whether each held-out problem was answered correctly, in the problems' order."""
     from distill.backends import Job, Sampling
     from distill.backends.local import LocalBackend
     from distill.catalog import load_benchmark
@@ -126,8 +133,8 @@ def pass_at_1(model: Path) -> float:
     answers = backend.complete((Job(prompt, (0,)) for prompt in prompts), sampling, seed=1)
     with Grader() as grader:
         items = ((done.prompt.id, done.prompt, split_reasoning(done.text)[1]) for done in answers)
-        verdicts = [grade.verdict == "correct" for _, grade in grader.grade(items)]
-    return sum(verdicts) / len(prompts)
+        verdicts = {prompt: grade.verdict == "correct" for prompt, grade in grader.grade(items)}
+    return [verdicts[prompt.id] for prompt in prompts]
 
 
 def tokens_to(points: list[dict[str, float]], bar: float) -> float | None:
@@ -141,7 +148,7 @@ def tokens_to(points: list[dict[str, float]], bar: float) -> float | None:
     return None
 
 
-def draw(curves: dict[str, dict[str, list[list[dict[str, float]]]]], path: Path) -> None:
+def draw(curves: dict[str, dict[str, list[list[dict[str, Any]]]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -175,19 +182,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--every", type=int, default=30)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tiny = distil(args.out, args.runs)
     card = taught_by_the_student(args.out, tiny)
     pairs = {"one tokenizer": (args.out / "one", str(card)), "two tokenizers": (tiny, "tiny-r1")}
-    curves: dict[str, dict[str, list[list[dict[str, float]]]]] = {pair: {o: [] for o in OBJECTIVES} for pair in pairs}
+    curves: dict[str, dict[str, list[list[dict[str, Any]]]]] = {pair: {o: [] for o in OBJECTIVES} for pair in pairs}
     file = args.out / "objectives.json"
-    settings = {"steps": args.steps, "every": args.every, "temperatures": TEMPERATURES}
     if file.exists():
         found = json.loads(file.read_text())
-        if found["settings"] != settings:
+        if found["settings"] != PAIRS:
             sys.exit(f"error: {file} was made with other settings ({found['settings']}); give another --out")
         curves = found["curves"]
     for seed in range(args.seeds):
@@ -196,10 +200,9 @@ def main() -> None:
                 if len(curves[pair][objective]) > seed:
                     continue
                 print(f"seed {seed}, {pair}, {objective}", flush=True)
-                work, temperature = args.out / "work", TEMPERATURES[pair]
-                points = curve(run, teacher, objective, temperature, seed, args.steps, args.every, work)
+                points = curve(run, teacher, objective, seed, args.out / "work", **PAIRS[pair])
                 curves[pair][objective].append(points)
-                file.write_text(json.dumps({"settings": settings, "curves": curves}, indent=1) + "\n")
+                file.write_text(json.dumps({"settings": PAIRS, "curves": curves}) + "\n")
     draw(curves, args.out / "objectives.png")
     for pair, by_objective in curves.items():
         for objective, runs in by_objective.items():
@@ -207,6 +210,18 @@ def main() -> None:
             last = [points[-1]["pass@1"] for points in runs]
             shown = ", ".join("never" if tokens is None else f"{tokens:,.0f}" for tokens in reached)
             print(f"{pair}, {objective}: {BAR:.0%} after {shown} tokens; at the end {statistics.mean(last):.1%} {last}")
+        if all("right" in points[-1] for runs in by_objective.values() for points in runs):
+            print(f"{pair}, logits less sft at the end: {difference(by_objective)}")
+
+
+def difference(by_objective: dict[str, list[list[dict[str, Any]]]]) -> str:
+    """Problem by problem, the seeds being samples of a problem."""
+    from distill.eval.statistics import compare
+
+    rights = [[points[-1]["right"] for points in by_objective[objective]] for objective in ("logits", "sft")]
+    first, second = ({str(i): list(of_one) for i, of_one in enumerate(zip(*seeds, strict=True))} for seeds in rights)
+    made = compare(first, second)
+    return f"{100 * made.value:+.2f} points, 95 %: {100 * made.low:+.2f} to {100 * made.high:+.2f}"
 
 
 if __name__ == "__main__":
