@@ -32,11 +32,13 @@ MODELS = ("base", "student", "teacher")
 
 @dataclass(frozen=True)
 class StageTime:
-    """One stage that was begun. `seconds` from its beginning to its end, pauses included; None: not finished."""
+    """One stage that was begun. `seconds` from its beginning to its end, pauses included; None: not finished. tokens:
+    that it generated or learnt; None where it has none."""
 
     name: str
     begun: str
     seconds: float | None
+    tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,14 @@ def _json(path: Path) -> dict[str, Any] | None:
 def _stage_time(name: str, state: dict[str, Any]) -> StageTime:
     begun = datetime.fromisoformat(state["begun"]).astimezone(UTC)
     ended = datetime.fromisoformat(state["finished"]) if state["finished"] else None
-    return StageTime(name, f"{begun:%Y-%m-%d %H:%M} UTC", (ended - begun).total_seconds() if ended else None)
+    seconds = (ended - begun).total_seconds() if ended else None
+    return StageTime(name, f"{begun:%Y-%m-%d %H:%M} UTC", seconds, _tokens(name, state["summary"] if ended else {}))
+
+
+def _tokens(stage: str, summary: dict[str, Any]) -> int | None:
+    if stage == "eval" and summary.get("scores"):
+        return round(sum(row["samples"] * row["mean_completion_tokens"] for row in summary["scores"]))
+    return summary.get({"generate": "completion_tokens", "train": "supervised_tokens"}.get(stage, ""))
 
 
 def _filtered(directory: Path) -> tuple[list[int], list[Shown]]:
