@@ -111,7 +111,7 @@ class Scheduler:
         """Admit, find a page for every next token (preempting the youngest if need be), and share out the budget."""
         self._copies = {}
         for sequence in list(self.running):
-            if sequence.pages and sequence.missing == 1:
+            if sequence.pages and sequence.missing == 1 and self._pages_needed(sequence):
                 self._make_room(sequence)
         self._admit()
         decode = [s for s in self.running if s.decodes]

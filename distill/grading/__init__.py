@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from distill.errors import UserError
-from distill.grading.choice import judge_choice
+from distill.grading.choice import judge_choice, letter
 from distill.grading.math import Answer, final_answer, gold_answer, quick_judge
 from distill.grading.pool import MEMORY, Lost, WorkerPool
 
@@ -80,6 +80,7 @@ class Grader:
                     reason = "no answer found" if gold else "no gold answer"
                     finished.append((key, Grade("unverifiable", reason, evidence)))
                 elif prompt.task == "choice":
+                    evidence["extracted"] = letter(answer.text) or answer.text  # so that votes are for letters
                     finished.append((key, _grade(judge_choice(gold, answer), evidence)))
                 elif verdict := quick_judge(gold, answer):
                     finished.append((key, _grade(verdict, evidence)))

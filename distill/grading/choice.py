@@ -9,12 +9,17 @@ Verdict = tuple[str, str]
 LETTER = re.compile(r"\(?([A-J])\)?(?:[).:,]|\s|$)")
 
 
+def letter(text: str) -> str | None:
+    """The letter that an answer begins with, as in `(B)`, `\\text{B}` or `B) 4 mol`."""
+    match = LETTER.match(FONT.sub(r"\1", text).replace("\\", "").strip("*$ "))
+    return match[1] if match else None
+
+
 def judge_choice(gold: str, answer: Answer) -> Verdict:
-    """A letter with anything behind it, as in `(B)` or `B) 4 mol`. What is no marked answer can only be right."""
-    text = FONT.sub(r"\1", answer.text).replace("\\", "").strip("*$ ")
-    match = LETTER.match(text)
-    if match and match[1] == gold.strip().upper():
+    """What is no marked answer can only be right."""
+    given = letter(answer.text)
+    if given == gold.strip().upper():
         return "correct", "same letter"
     if not answer.marked:
         return "unverifiable", "no marked answer"
-    return ("wrong", "another letter") if match else ("unverifiable", "not a letter")
+    return ("wrong", "another letter") if given else ("unverifiable", "not a letter")
