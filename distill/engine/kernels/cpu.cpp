@@ -1507,6 +1507,61 @@ Row softmax_of(const float* x, int n) {
     return {top, int(std::find(x, x + n, top) - x), total};
 }
 
+// The largest of some probabilities (at most 1): how many, their mass, and the smallest of them.
+struct Taken {
+    float last;
+    size_t count;
+    double mass;
+};
+
+// Those that come before `most` are taken or their mass reaches `target`. Nothing is sorted but the bucket in which that
+// happens, buckets being the upper bits of the numbers: a flat distribution has tens of thousands of candidates.
+Taken take(const std::vector<float>& from, size_t most, double target) {
+    constexpr int SHIFT = 17, BUCKETS = (0x3F800000 >> SHIFT) + 1;
+    static thread_local std::vector<double> mass;
+    static thread_local std::vector<size_t> count;
+    static thread_local std::vector<float> some;
+    const auto bucket = [](float p) {
+        uint32_t bits;
+        std::memcpy(&bits, &p, 4);
+        return std::min(int(bits >> SHIFT), BUCKETS - 1);
+    };
+    mass.assign(BUCKETS, 0);
+    count.assign(BUCKETS, 0);
+    for (float p : from) {
+        mass[bucket(p)] += p;
+        count[bucket(p)]++;
+    }
+    Taken taken{0, 0, 0};
+    int whole = -1;  // the last bucket, if all of it was taken
+    for (int b = BUCKETS - 1; b >= 0 && taken.count < most && taken.mass < target; b--) {
+        if (!count[b]) continue;
+        if (taken.count + count[b] < most && taken.mass + mass[b] < target) {
+            taken.count += count[b];
+            taken.mass += mass[b];
+            whole = b;
+            continue;
+        }
+        whole = -1;
+        some.clear();
+        for (float p : from)
+            if (bucket(p) == b) some.push_back(p);
+        std::sort(some.begin(), some.end(), std::greater<float>());
+        for (float p : some) {
+            if (taken.count >= most || !(taken.mass < target)) break;
+            taken.count++;
+            taken.mass += p;
+            taken.last = p;
+        }
+    }
+    if (whole >= 0) {
+        taken.last = INFINITY;
+        for (float p : from)
+            if (bucket(p) == whole) taken.last = std::min(taken.last, p);
+    }
+    return taken;
+}
+
 // The smallest of the probabilities p (unnormalised, the largest is 1) that top k, then top p let through.
 float threshold(const float* p, int n, double total, int64_t top_k, double top_p, std::vector<float>& best) {
     const size_t k = top_k > 0 ? size_t(std::min<int64_t>(top_k, n)) : size_t(n);
@@ -1522,8 +1577,14 @@ float threshold(const float* p, int n, double total, int64_t top_k, double top_p
         }
         const bool everything = best.size() == size_t(n);
         if (best.size() < k && k < size_t(n) && !everything) continue;
-        std::sort(best.begin(), best.end(), std::greater<float>());
         const size_t among = std::min(k, best.size());
+        if (best.size() > 1024) {
+            const double of_k = k < size_t(n) ? take(best, among, INFINITY).mass : total;
+            const Taken taken = take(best, among, top_p < 1 ? top_p * of_k : INFINITY);
+            if (taken.count < best.size() || among == k || everything) return taken.last;
+            continue;
+        }
+        std::sort(best.begin(), best.end(), std::greater<float>());
         double mass = total;
         if (k < size_t(n)) {
             mass = 0;
