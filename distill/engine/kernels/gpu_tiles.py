@@ -40,8 +40,7 @@ _LINEAR = {
 _GROUPED = {
     16: (16, 128, 4, 3),
     32: (32, 128, 4, 4),
-    128: (64, 128, 4, 4),
-    1 << 62: (128, 128, 4, 3),
+    1 << 62: (64, 128, 4, 4),
 }
 # rows, at most → numbers of a result, from which on torch is faster
 _BY_TORCH = {64: 1 << 21, 1 << 62: 1 << 19}
