@@ -66,7 +66,7 @@ class RemoteBackend:
                     if not running:
                         return
                     done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for one in done:
+                    for one in sorted(done, key=lambda one: one.exception() is not None):  # what succeeded is kept
                         yield one.result()
             finally:
                 for one in running:

@@ -113,6 +113,17 @@ def score(tmp_path, recipe, scripted, **eval_settings):
         return {(row["benchmark"], row["model"]): row for row in evaluate(run, scripted)["scores"]}
 
 
+def test_published_scores_can_be_asked_for_afterwards(tmp_path, recipe, capsys):
+    score(tmp_path, recipe, Scripted(knows))
+    card = tmp_path / "sums.yaml"
+    card.write_text(card.read_text().rstrip() + "\n        published: {Somebody: {pass@1: 50}}\n")
+    again = Scripted(knows)
+    capsys.readouterr()
+    score(tmp_path, recipe, again, published="Somebody")
+    assert again.drawn == [], "nothing is drawn for it"
+    assert "published for Somebody: pass@1 50.0%, inside the interval of student" in capsys.readouterr().out
+
+
 def test_three_models_side_by_side(tmp_path, recipe):
     models = Scripted(knows)
     rows = score(tmp_path, recipe, models)

@@ -3,13 +3,18 @@
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ALL_COMPLETED
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from distill.backends import Completed, Job, Sampling
+from distill.backends.remote import RemoteBackend
 from distill.cli import main
+from distill.errors import WorkError
 from distill.grading.math import gold_answer
+from distill.prompts import Prompt
 
 
 class Script(BaseHTTPRequestHandler):
@@ -135,6 +140,24 @@ def test_what_is_missing_is_asked_again_after_a_failure(sums, tmp_path, monkeypa
         assert distill(monkeypatch, *asked) == 0
         assert len(calls) == 17, "eight were kept, one failed, eight were drawn in the end"
     assert scores(tmp_path / "out")["pass@1"] == 1
+
+
+def test_what_ended_beside_a_failure_is_kept(monkeypatch):
+    """Ten samples end at once, the first of them with a failure: the nine are yielded before it is raised."""
+
+    class Failing(RemoteBackend):
+        def _sample(self, prompt, sample, sampling, seed):
+            if sample == 0:
+                raise WorkError("down")
+            return Completed(prompt, sample, "x", "stop", (), ())
+
+    monkeypatch.setattr("distill.backends.remote.FIRST_COMPLETED", ALL_COMPLETED)
+    kept = []
+    with pytest.raises(WorkError, match="down"):
+        job = Job(Prompt.from_question("q", "1"), tuple(range(10)))
+        for done in Failing(None, "m", 10).complete([job], Sampling(), 0):
+            kept.append(done.sample)
+    assert sorted(kept) == list(range(1, 10))
 
 
 def test_cut_off_reasoning_is_truncated_and_no_answer(sums, tmp_path, monkeypatch):
