@@ -75,8 +75,10 @@ class Chat:
         # about: tokenizer.json is read instead.
         config = model_dir / "tokenizer_config.json"
         try:
-            own_code = config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8"))
-            loader = PreTrainedTokenizerFast if own_code else AutoTokenizer
+            settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            if not isinstance(settings, dict):
+                raise ValueError("tokenizer_config.json holds no settings; download it again")
+            loader = PreTrainedTokenizerFast if "auto_map" in settings else AutoTokenizer
             tokenizer = loader.from_pretrained(model_dir, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"no usable tokenizer in {model_dir}: {str(error).splitlines()[0]}") from error

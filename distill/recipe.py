@@ -230,6 +230,9 @@ class Recipe(Section):
     teacher: str = Field(description="name of a teacher card, or a path")
     student: str = Field(description="name of a student card, or a path")
     seed: int = Field(0, description="of the teacher's sampling")
+    price_per_hour: float | None = Field(
+        None, ge=0, description="what an hour of the machine costs; the report then says what each stage did"
+    )
     prompts: tuple[PromptSource, ...] = Field((), description="where the problems come from")
     traces: tuple[TraceSource, ...] = Field((), description="published traces, instead of asking the teacher")
     engine: LocalEngine = LocalEngine()

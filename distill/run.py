@@ -3,7 +3,7 @@
     run.json            format version, the recipe's name, when the run began
     recipe.yaml         the recipe of the last stage that had work to do, every default written out
     .lock               held with flock while a process works here; holds that process's id
-    stages/<name>.json  settings, extent, outputs, begun, finished (a time, or null) and summary of one stage
+    stages/<name>.json  settings, extent, outputs, begun, finished (a time, or null), seconds, summary of a stage
     old/<stage>-<n>/    what `--fresh STAGE` moved aside
 
 A stage says what it depends on in two groups. Its *settings* decide what the output is: with other settings it is
@@ -131,6 +131,8 @@ class Run:
             "extent": extent,
             "outputs": list(outputs),
             "begun": state["begun"] if state else _now(),
+            "resumed": _now(),
+            "seconds": self._seconds(state) if state else 0.0,
             "finished": None,
             "summary": None,
         }
@@ -173,6 +175,16 @@ class Run:
         if state is not None:
             self._refuse_unless_equal(name, state["settings"], settings)
         return state
+
+    def _seconds(self, state: dict[str, Any]) -> float:
+        """Worked on a stage that was begun before. A session that did not finish counts until its last write."""
+        seconds: float = state.get("seconds", 0.0)
+        if not state.get("resumed"):
+            return seconds
+        places = [self.directory / name for name in state["outputs"]]
+        files = [path for place in places for path in (place, *place.rglob("*")) if path.exists()]
+        last = max((path.stat().st_mtime for path in files), default=0.0)
+        return seconds + max(0.0, last - datetime.fromisoformat(state["resumed"]).timestamp())
 
     def _refuse_unless_equal(self, name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old != new:
@@ -263,7 +275,10 @@ class Stage:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Record, in one step, that the stage is done. Everything it wrote must be on the disk before."""
-        self._state = self._state | {"finished": _now(), "summary": summary}
+        now = datetime.now(UTC)
+        seconds = self._state["seconds"] + (now - datetime.fromisoformat(self._state["resumed"])).total_seconds()
+        told = {"resumed": None, "seconds": round(seconds, 3), "finished": now.isoformat(), "summary": summary}
+        self._state |= told
         _write_json(self._path, self._state)
 
 
@@ -344,7 +359,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat()
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:

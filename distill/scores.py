@@ -14,9 +14,10 @@ def difference(made: dict[str, Any]) -> str:
 
 
 def beside_published(other: dict[str, Any], row: dict[str, Any]) -> str:
-    """One line: whether a published pass@1 falls inside our interval."""
-    value = other["pass@1"]
-    where = "inside" if row["pass@1_low"] <= value <= row["pass@1_high"] else "outside"
-    line = f"published for {other['model']}: pass@1 {value:.1%}, {where} the interval of {row['model']}"
-    extra = [f"{key} {other[key]:.1%}" for key in other if key.startswith(("cons@", "pass@")) and key != "pass@1"]
-    return ", ".join([line, *extra])
+    """One line: what was published, and whether a pass@1 falls inside our interval."""
+    said = []
+    if (value := other.get("pass@1")) is not None:
+        where = "inside" if row["pass@1_low"] <= value <= row["pass@1_high"] else "outside"
+        said.append(f"pass@1 {value:.1%}, {where} the interval of {row['model']}")
+    said += [f"{key} {other[key]:.1%}" for key in other if key.startswith(("cons@", "pass@")) and key != "pass@1"]
+    return f"published for {other['model']}: {', '.join(said)}"

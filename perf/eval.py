@@ -86,10 +86,8 @@ def ours(place: Path, batch: int) -> dict[str, float]:
 
     prompts, wanted = lengths()
     longest = max(max(of_one) for of_one in wanted)
-    room._finished = lambda state: (  # in place of an end token, which random weights never draw
-        "stop"
-        if len(state.tokens) - len(state.request.prompt_ids) >= wanted[int(state.request.id)][state.sample]
-        else None
+    room._finished = lambda state, length: (  # in place of an end token, which random weights never draw
+        "stop" if length - len(state.request.prompt_ids) >= wanted[int(state.request.id)][state.sample] else None
     )
     engine = Engine.load(place, dtype=dtype(), max_batch=batch, max_context=max(prompts) + longest + 1)
     params = SamplingParams(temperature=0.6, top_p=0.95, max_new_tokens=longest)

@@ -1,12 +1,14 @@
 """A server with an OpenAI-compatible address (vLLM, SGLang, llama.cpp, an API) as a backend.
 
-One request a sample, many at once: servers batch what arrives together. The seed of a request is a hash of (seed,
-prompt, sample), so that a server that honours it repeats itself. Reasoning that a server returns apart from the answer
-is put back into `<think>`. The address is no part of the identity: a run may move to another server of the same model.
+One request a sample, many at once: servers batch what arrives together. Coroutines and not threads: a thread that waits
+for an answer cannot be stopped, and an interruption would last as long as the longest request. The seed of a request is
+a hash of (seed, prompt, sample), so that a server that honours it repeats itself. Reasoning that a server returns apart
+from the answer is put back into `<think>`. The address is no part of the identity: a run may move to another server of
+the same model.
 """
 
+import asyncio
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +19,19 @@ from distill.fingerprint import digest
 from distill.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
-    from openai import OpenAI
+    from openai import AsyncOpenAI
 
 RETRIES = 5  # with growing pauses: of a server that is busy, restarts, or drops a connection
 TIMEOUT = 3600.0  # seconds for one sample: 32,768 tokens at 10 a second
 
 
 class RemoteBackend:
-    """model: as the server calls it. concurrency: requests under way at once."""
+    """url, key: of the server; model: as it calls it; concurrency: requests under way at once."""
 
-    def __init__(self, client: "OpenAI", model: str, concurrency: int) -> None:
-        self.client, self.model, self.concurrency = client, model, concurrency
+    def __init__(self, url: str, model: str, concurrency: int = 64, key: str | None = None) -> None:
+        self.model, self.concurrency = model, concurrency
         self.identity: dict[str, Any] = {"model": model, "numerics": "the server's"}
+        self._server: dict[str, Any] = {"base_url": url.rstrip("/"), "api_key": key or "none"}
 
     @classmethod
     def connect(
@@ -37,9 +40,9 @@ class RemoteBackend:
         """Ask the server which models it has. UserError when nobody answers there, or `model` is none of them."""
         import openai
 
-        client = openai.OpenAI(base_url=url.rstrip("/"), api_key=key or "none", max_retries=RETRIES, timeout=TIMEOUT)
         try:
-            names = [item.id for item in client.with_options(max_retries=1, timeout=30.0).models.list()]
+            with openai.OpenAI(base_url=url.rstrip("/"), api_key=key or "none", max_retries=1, timeout=30.0) as client:
+                names = [item.id for item in client.models.list()]
         except openai.OpenAIError as error:
             raise UserError(
                 f"{url}: no model server answers there ({_reason(error)}); give an OpenAI-compatible address, as "
@@ -49,34 +52,42 @@ class RemoteBackend:
             model = names[0]
         if model is None or (names and model not in names):
             raise UserError(f"{url}: which model? the server has {', '.join(names) or 'none'}; name one")
-        return cls(client, model, concurrency)
+        return cls(url, model, concurrency, key)
 
     def check(self, prompt: Prompt, sampling: Sampling) -> None:
         """The server knows its context; it refuses what does not fit."""
 
     def complete(self, jobs: Iterable[Job], sampling: Sampling, seed: int) -> Iterator[Completed]:
         """Yield every wanted sample once, as it finishes. WorkError, after retries, when the server fails."""
+        import openai
+
         wanted = ((job.prompt, sample) for job in jobs for sample in job.samples)
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            running: set[Future[Completed]] = set()
+        running: set[asyncio.Task[Completed]] = set()
+        with asyncio.Runner() as runner:
+            loop = runner.get_loop()
+            client = openai.AsyncOpenAI(**self._server, max_retries=RETRIES, timeout=TIMEOUT)
             try:
                 while True:
                     for prompt, sample in islice(wanted, self.concurrency - len(running)):
-                        running.add(pool.submit(self._sample, prompt, sample, sampling, seed))
+                        running.add(loop.create_task(self._sample(client, prompt, sample, sampling, seed)))
                     if not running:
                         return
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    waited = asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    done, running = loop.run_until_complete(waited)
                     for one in sorted(done, key=lambda one: one.exception() is not None):  # what succeeded is kept
                         yield one.result()
             finally:
                 for one in running:
                     one.cancel()
+                runner.run(client.close())
 
-    def _sample(self, prompt: Prompt, sample: int, sampling: Sampling, seed: int) -> Completed:
+    async def _sample(
+        self, client: "AsyncOpenAI", prompt: Prompt, sample: int, sampling: Sampling, seed: int
+    ) -> Completed:
         import openai
 
         try:
-            reply = self.client.chat.completions.create(
+            reply = await client.chat.completions.create(
                 model=self.model,
                 messages=[{"role": m["role"], "content": m["content"]} for m in prompt.messages],  # type: ignore[misc]
                 temperature=sampling.temperature,

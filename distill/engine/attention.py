@@ -179,6 +179,10 @@ def _linear(ops: Ops, x_tc: Tensor, w: Linear) -> Tensor:
     return ops.linear(x_tc, w.weight, w.bias)
 
 
+def _linears(ops: Ops, x_tc: Tensor, *some: Linear) -> Sequence[Tensor]:
+    return ops.linears(x_tc, [w.weight for w in some], [w.bias for w in some])  # type: ignore[no-any-return]
+
+
 def gqa(
     spec: ModelSpec,
     ops: Ops,
@@ -236,27 +240,31 @@ def mla(
     """
     dims = spec.mla
     assert dims is not None
-    latent_tc = _linear(ops, x_tc, w.kv_a)  # and, behind the latent, the part of the keys that all heads share
-    c_tc, kr_tr = latent_tc.split((dims.kv_lora_rank, dims.rope_dim), dim=-1)
-    c_tc.copy_(ops.rms_norm(c_tc, w.kv_norm, LATENT_NORM_EPS))
-    ops.rope(kr_tr[:, None], batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
-    cached = [latent_tc[:, None]]
+    # Behind the latent, the part of the keys that all heads share. first: of the queries, which this layer may want of
+    # some rows only.
+    if wanted is None:
+        first_tn, latent_tc = _linears(ops, x_tc, w.q_a or w.q, w.kv_a)
+    else:
+        latent_tc = _linear(ops, x_tc, w.kv_a)
+    pool, *key_pool = cache.pools[layer]
+    where, angles = (batch.page_t, batch.offset_t), (batch.cos_tr, batch.sin_tr)
+    ops.write_latents(pool, *where, latent_tc, w.kv_norm, LATENT_NORM_EPS, *angles, spec.rope.interleaved)
     if w.indexer is not None:
-        cached.append(indexer.keys(spec, ops, w.indexer, x_tc, batch.cos_tr, batch.sin_tr))
-    cache.write(layer, batch.page_t, batch.offset_t, *cached)
+        ops.paged_write(*key_pool, *where, indexer.keys(spec, ops, w.indexer, x_tc, *angles))
     if not len(onto_rc):
         return onto_rc
-    pool = cache.pools[layer][0]
 
     batch, x_rc = _narrowed(batch, x_tc, wanted)
-    to_q = x_rc if w.q_a is None else ops.rms_norm(_linear(ops, x_rc, w.q_a), w.q_norm, LATENT_NORM_EPS, w.q.weight)
-    q_thd = _linear(ops, to_q, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
+    if wanted is not None:
+        first_tn = _linear(ops, x_rc, w.q_a or w.q)
+    to_q = x_rc if w.q_a is None else ops.rms_norm(first_tn, w.q_norm, LATENT_NORM_EPS, w.q.weight)
+    q_tn = first_tn if w.q_a is None else _linear(ops, to_q, w.q)
+    q_thd = q_tn.unflatten(-1, (spec.num_heads, spec.head_dim))
     qn_thn, qr_thr = q_thd.split((dims.nope_dim, dims.rope_dim), dim=-1)
     ops.rope(qr_thr, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
 
     def absorbed(rows: DecodeRows | SparseRows) -> Tensor:
-        qc_bhc = ops.per_head(qn_thn[rows.start : rows.end], w.absorb_q)
-        return torch.cat((qc_bhc, qr_thr[rows.start : rows.end]), dim=-1)
+        return ops.per_head(qn_thn[rows.start : rows.end], w.absorb_q, qr_thr[rows.start : rows.end])  # type: ignore[no-any-return]
 
     parts = []
     for rows in batch.segments:

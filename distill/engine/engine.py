@@ -12,32 +12,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from distill.engine.ahead import Ahead
 from distill.engine.attention import Batch, Chunk, Wanted, build_batch
-from distill.engine.cache import PageAllocator, PagedCache, token_bytes
-from distill.engine.checkpoint import Checkpoint
-from distill.engine.device import choose_device, memory_of, refuse_too_large
-from distill.engine.fused import decode_plan
+from distill.engine.cache import PageAllocator, PagedCache
 from distill.engine.graphs import DecodeGraphs
-from distill.engine.kernels import column_for, describe, ops_for
+from distill.engine.loading import prepare
 from distill.engine.model import Model
 from distill.engine.mtp import Drafter, accepted
-from distill.engine.offload import ExpertStream, bytes_of, experts_within, step_bytes
 from distill.engine.sampler import Draw, Drawn, TopLogprobs, sample, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
 from distill.engine.score import Scores, score
-from distill.engine.spec import ModelSpec
-from distill.engine.weights import ModelWeights, load_weights
 
 FinishReason = Literal["stop", "length"]
-
-# Default size of the cache: what max_batch full contexts need, but no more than this, unless one long context needs it.
-_DEFAULT_CACHE_BYTES = 512 << 20
-_DEFAULT_LONG_CONTEXT = 32768
 
 
 @dataclass(frozen=True)
@@ -83,8 +74,8 @@ class Engine:
         self._cache = PagedCache(
             model.spec, model.ops, layers, pages + graphs, page_size, cache_dtype or weight.dtype, weight.device
         )
-        self._graphs = (
-            DecodeGraphs(model, self._cache, page_size, pages, max_context, max_batch)
+        self._ahead = (
+            Ahead(DecodeGraphs(model, self._cache, page_size, pages, max_context, max_batch))
             if graphs and not drafts
             else None
         )
@@ -125,69 +116,22 @@ class Engine:
         (default: the device's). ValueError, naming the file and the fix, for a directory that is incomplete, damaged or
         unsupported, and for a budget that is too small.
         """
-        spec = ModelSpec.from_dir(model_dir)
-        kernels = kernels or column_for(choose_device(device).type)
-        ops = ops_for(kernels)
-        place_of = ops.device()
-        if page_size is None:
-            page_size = 64 if kernels == "cuda" else 16
-        context = _checked_context(spec, max_context, num_speculative_tokens)
-        for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens), ("page_size", page_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if kv_cache_dtype == "fp8" and (kernels not in ("cuda", "w8a8") or dtype != torch.bfloat16):
-            raise ValueError("kv_cache_dtype is 'fp8', which takes a GPU and dtype bfloat16; set 'auto'")
-        drafts = num_speculative_tokens > 0
-        cache_dtype = torch.uint8 if kv_cache_dtype == "fp8" else dtype
-        each = token_bytes(spec, spec.num_layers + drafts, cache_dtype)
-        memory_budget = memory_of(place_of) if memory_budget is None else memory_budget
-        if place_of.type == "cuda":
-            assert memory_budget is not None
-            refuse_too_large(model_dir, Checkpoint(Path(model_dir)).sizes(), memory_budget)
-        if cache_tokens is None:
-            share = _DEFAULT_CACHE_BYTES if memory_budget is None else memory_budget // 5
-            cache_tokens = min(max_batch * context, max(share // each, min(context, _DEFAULT_LONG_CONTEXT)))
-        if cache_tokens < page_size:
-            raise ValueError(f"cache_tokens is {cache_tokens}; it must be at least one page ({page_size})")
-        streamed: list[Any] = []
-
-        def place(weights: ModelWeights, banks: list[Any]) -> int | None:
-            rows = max_batch * (1 + num_speculative_tokens)
-            beside = cache_tokens * each + step_bytes(spec, max_step_tokens, rows, dtype)
-            resident = resident_experts
-            if spec.moe and resident is not None and not 0 <= resident <= spec.moe.num_experts:
-                raise ValueError(f"resident_experts is {resident}; there are {spec.moe.num_experts} in a layer")
-            if resident is None and memory_budget is not None:
-                resident = experts_within(memory_budget, bytes_of(weights, ops) + beside, banks)
-            if resident is not None and banks and resident < banks[0].count:
-                streamed.extend(banks)
-            return resident
-
-        limited = memory_budget is not None or resident_experts is not None
-        weights = load_weights(model_dir, spec, ops, dtype, drafts=drafts, place=place if limited else None)
-        stream = ExpertStream(streamed, ops) if streamed else None
-        computed = str(dtype).removeprefix("torch.")
-        numerics = f"{describe(kernels)}, weights {weights.stored} as published, activations {computed}"
-        numerics += ", latents cached in fp8" if kv_cache_dtype == "fp8" else ""
-        return cls(
-            Model(
-                spec,
-                weights,
-                ops,
-                stream,
-                None if stream else decode_plan(spec, weights.layers, ops),
-                decode_plan(spec, (weights.draft.layer,), ops) if weights.draft else None,
-            ),
-            numerics,
+        model, numerics, sizes = prepare(
+            model_dir,
+            device=device,
+            dtype=dtype,
             max_batch=max_batch,
             max_step_tokens=max_step_tokens,
             page_size=page_size,
             cache_tokens=cache_tokens,
-            max_context=context,
-            drafts=num_speculative_tokens,
-            cache_dtype=cache_dtype,
-            graphs=kernels == "cuda" and not stream,
+            max_context=max_context,
+            num_speculative_tokens=num_speculative_tokens,
+            memory_budget=memory_budget,
+            resident_experts=resident_experts,
+            kv_cache_dtype=kv_cache_dtype,
+            kernels=kernels,
         )
+        return cls(model, numerics, **sizes)
 
     def add(self, request: Request) -> None:
         """Queue a request. ValueError, with the lengths and the fix, for one that can never be served."""
@@ -239,9 +183,12 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[Completion]:
+        completions: list[Completion] = []
+        if self._ahead and self._ahead.must_take_in(self._scheduler):
+            completions += self._told(self._ahead.take_in())
         plan = self._scheduler.schedule()
         if not (plan.decode or plan.prefill):
-            return []
+            return completions
         self._cache.copy_pages(plan.copies)
         drafts: list[list[int]] = [[] for _ in plan.decode]
         if self._drafter:
@@ -269,11 +216,12 @@ class Engine:
             decode += [Chunk(ids[i : i + 1], begin + i, sequence.pages) for i in range(split, len(ids))]
         if not prefill and not self._drafter and len(decode) == len(plan.decode):
             draws = self._draws(work, [])
-            if self._graphs and self._graphs.serve(decode):
-                tokens = self._graphs.step(decode, draws)
-            else:
-                tokens = sample(self._model.ops, self._model.logits(self._forward(decode, [])), draws)
-            return [done for item, token in zip(work, tokens, strict=True) for done in self._continue(item, [token])]
+            if self._ahead and self._ahead.serve(plan.decode):
+                return completions + self._told(self._ahead.decode(plan.decode, decode, draws))
+            tokens = sample(self._model.ops, self._model.logits(self._forward(decode, [])), draws)
+            for item, token in zip(work, tokens, strict=True):
+                completions += self._continue(item, [token])
+            return completions
         hidden_rc = self._forward(decode, prefill, None if self._drafter else ends)
         decoded_tc, prefilled_rc = hidden_rc.split((len(decode), prefilled))
         decoding, rest = work[: len(plan.decode)], work[len(plan.decode) :]
@@ -283,7 +231,6 @@ class Engine:
             self._drafter.follow([(item.sequence, item.rows(decoded_tc, prefilled_rc)) for item in rest])
         ready = [item for item in rest if item.sequence.missing == 0]
         last = [item.rows(decoded_tc, prefilled_rc)[-1:] for item in ready]
-        completions: list[Completion] = []
         if decoding or ready:
             # The rows that decode are the first ones, unless a sequence is being recomputed beside them.
             rows = sum(len(item.ids) for item in decoding)
@@ -391,7 +338,7 @@ class Engine:
         while count < accepted(drafts, [token.token for token in drawn]) and not reason:
             sequence.append(drawn[count])
             count += 1
-            reason = _finished(sequence)
+            reason = _finished(sequence, len(sequence.tokens))
         sequence.computed += count
         self.tokens_generated += count
         if self._drafter:
@@ -409,7 +356,17 @@ class Engine:
             sequence.append(next(drawn))
             states = [sequence]
         self.tokens_generated += len(states)
-        return [self._complete(state, reason) for state in states if (reason := _finished(state))]
+        return [self._complete(state, reason) for state in states if (reason := _finished(state, len(state.tokens)))]
+
+    def _told(self, known: Iterator[tuple[SequenceState, int]]) -> list[Completion]:
+        """What has finished of sequences that were told their next token; the second number is how many they know."""
+        completions = []
+        for sequence, length in known:
+            self.tokens_generated += 1
+            if reason := _finished(sequence, length):
+                del sequence.tokens[length:]
+                completions.append(self._complete(sequence, reason))
+        return completions
 
     def _complete(self, state: SequenceState, reason: FinishReason) -> Completion:
         request = state.request
@@ -443,22 +400,11 @@ class _Work:
         return torch.cat((prefilled_rc[self.prefilled], decoded_tc[self.decoded]))
 
 
-def _checked_context(spec: ModelSpec, asked: int | None, drafts: int) -> int:
-    """The longest context. ValueError for one, or for a number of drafts, that the model does not have."""
-    if drafts < 0:
-        raise ValueError(f"num_speculative_tokens is {drafts}; it must not be negative")
-    if drafts and not spec.num_nextn_predict_layers:
-        raise ValueError(f"num_speculative_tokens is {drafts}; this model has no layer that drafts: set 0")
-    context = spec.max_context if asked is None else asked
-    if not 1 <= context <= spec.max_context:
-        raise ValueError(f"max_context is {context}; this model's limit is {spec.max_context}")
-    return context
-
-
-def _finished(state: SequenceState) -> FinishReason | None:
+def _finished(state: SequenceState, length: int) -> FinishReason | None:
+    """Whether the last of its first `length` tokens ends it."""
     sampling = state.request.sampling
-    if state.tokens[-1] in sampling.stop_token_ids:
+    if state.tokens[length - 1] in sampling.stop_token_ids:
         return "stop"
-    if len(state.tokens) - len(state.request.prompt_ids) >= sampling.max_new_tokens:
+    if length - len(state.request.prompt_ids) >= sampling.max_new_tokens:
         return "length"
     return None

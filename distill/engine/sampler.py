@@ -138,7 +138,7 @@ def drawn_of(draws: Sequence[Draw], token_b: Tensor, logprob_b: Tensor, logits_r
     tops: list[TopLogprobs] = [()] * len(draws)
     if width := max(draw.params.logprobs or 0 for draw in draws):
         row_b = torch.tensor([draw.row for draw in draws], device=logits_rv.device)
-        _, tops = logprobs_of(logits_rv.index_select(0, row_b), token_b, width)
+        _, tops = logprobs_of(logits_rv.index_select(0, row_b), token_b.to(row_b.device), width)
     return [
         Drawn(token, logprob, top[: draw.params.logprobs or 0])
         for draw, token, logprob, top in zip(draws, token_b.tolist(), logprob_b.tolist(), tops, strict=True)

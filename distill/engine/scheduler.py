@@ -74,6 +74,14 @@ class SequenceState:
 
     def append(self, drawn: Drawn) -> None:
         self.tokens.append(drawn.token)
+        self._note(drawn)
+
+    def fill(self, at: int, drawn: Drawn) -> None:
+        """Token `at`, which has a place already."""
+        self.tokens[at] = drawn.token
+        self._note(drawn)
+
+    def _note(self, drawn: Drawn) -> None:
         self.logprobs.append(drawn.logprob)
         if self.request.sampling.logprobs is not None:
             self.top_logprobs.append(drawn.top_logprobs)
@@ -102,6 +110,13 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def steady(self) -> bool:
+        """Whether the next step is one token of every running sequence, whatever the last one has drawn: nobody can be
+        admitted, preempted, or at its limit."""
+        full = len(self.running) >= self.max_batch or not self.waiting
+        return full and self.pages.free_pages >= len(self.running) and all(s.decodes and s.left for s in self.running)
 
     def add(self, request: Request) -> None:
         self.waiting.append(SequenceState(request, (self._next_age, -1), list(request.prompt_ids)))

@@ -266,10 +266,13 @@ def _gqa(reader: _Reader, spec: ModelSpec, at: str) -> GqaWeights:
 def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str) -> MlaWeights:
     c, heads, q_width = spec.hidden_size, spec.num_heads, spec.num_heads * spec.head_dim
     per_head = dims.nope_dim + dims.v_dim
+    kv_a = reader.linear(at + MLA["kv_a"], dims.kv_lora_rank + dims.rope_dim, c, spec.qkv_bias)
     if dims.q_lora_rank is None:
-        q_a, q_norm, q = None, None, reader.linear(at + MLA["q"], q_width, c)
+        q_a, q_norm = None, None
+        q, kv_a = reader.beside(reader.linear(at + MLA["q"], q_width, c), kv_a)
     else:
         q_a = reader.linear(at + MLA["q_a"], dims.q_lora_rank, c, spec.qkv_bias)
+        q_a, kv_a = reader.beside(q_a, kv_a)
         q_norm = reader.tensor(at + MLA["q_norm"], (dims.q_lora_rank,))
         q = reader.linear(at + MLA["q_b"], q_width, dims.q_lora_rank)
     to_keys: list[Stored] = []
@@ -286,7 +289,7 @@ def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str) -> MlaWeights:
         q_a=q_a,
         q_norm=q_norm,
         q=q,
-        kv_a=reader.linear(at + MLA["kv_a"], dims.kv_lora_rank + dims.rope_dim, c, spec.qkv_bias),
+        kv_a=kv_a,
         kv_norm=reader.tensor(at + MLA["kv_norm"], (dims.kv_lora_rank,)),
         absorb_q=reader.ops.pack_heads([transposed(part) for part in to_keys], reader.dtype),
         expand_k=reader.ops.pack_heads(to_keys, reader.dtype),
@@ -309,11 +312,8 @@ def _indexer(reader: _Reader, spec: ModelSpec, index: Indexer, dims: Mla, at: st
 
 
 def _mlp(reader: _Reader, at: str, c: int, f: int, bias: bool = False) -> MlpWeights:
-    return MlpWeights(
-        gate=reader.linear(at + MLP["gate"], f, c, bias),
-        up=reader.linear(at + MLP["up"], f, c, bias),
-        down=reader.linear(at + MLP["down"], c, f, bias),
-    )
+    gate, up = reader.beside(reader.linear(at + MLP["gate"], f, c, bias), reader.linear(at + MLP["up"], f, c, bias))
+    return MlpWeights(gate, up, down=reader.linear(at + MLP["down"], c, f, bias))
 
 
 def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
@@ -357,6 +357,11 @@ class _Reader:
         """`name.weight` and, if there is to be one, `name.bias`."""
         weight = self.pack(self.matrix(name + ".weight", n, c), name + ".weight")
         return Linear(weight, self.tensor(name + ".bias", (n,)) if bias else None)
+
+    def beside(self, *some: Linear) -> list[Linear]:
+        """The same, for ops that would rather have them side by side: they read the same activations."""
+        weights = self.ops.side_by_side([one.weight for one in some])
+        return [Linear(weight, one.bias) for weight, one in zip(weights, some, strict=True)]
 
     def pack(self, matrix: Stored, name: str) -> Any:
         try:

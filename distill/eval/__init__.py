@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from distill.run import Run
 
 OUTPUTS = ("eval",)
-COLUMNS = ("model", "pass@1", "95 % interval", "truncated", "no answer", "median reasoning")
+COLUMNS = (
+    "model", "pass@1", "95 % interval", "truncated", "no answer", "unverifiable", "mean tokens", "median reasoning",
+)  # fmt: skip
 
 
 def evaluate(run: "Run", models: Models | None = None) -> dict[str, Any]:
@@ -204,5 +206,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{100 * row['pass@1_low']:.1f} – {row['pass@1_high']:.1%}",
         f"{row['truncated_rate']:.1%}",
         f"{row['no_answer_rate']:.1%}",
-        f"{row['median_reasoning_tokens']:,.0f} tokens",
+        f"{row['unverifiable_rate']:.1%}",
+        f"{row['mean_completion_tokens']:,.0f}",
+        f"{row['median_reasoning_tokens']:,.0f} {row['reasoning_counted_in']}",
     )

@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class Contender:
     """A model to be scored. `template` None: the directory's own; `thinking`: its mode; `identity`: hashes of weights
-    and template, and the mode."""
+    and template, and the mode; `counted_in`: what `token_counter` counts."""
 
     name: str
     directory: Path
     template: str | None
     thinking: bool | None
     identity: dict[str, Any]
+    counted_in: str = "tokens"
 
 
 class Models(Protocol):
@@ -77,7 +78,7 @@ class ServedModel:
     def __init__(self, served: RemoteBackend) -> None:
         self.served = served
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", served.model).strip("-.") or "model"
-        self.contender = Contender(name, Path(), None, None, served.identity)
+        self.contender = Contender(name, Path(), None, None, served.identity, counted_in="words")
 
     @contextmanager
     def backend(self, contender: Contender) -> Iterator[Backend]:

@@ -208,6 +208,7 @@ class Part:
             "model": self.contender.name,
             "samples_per_problem": self.exam.samples,
             **summarise(_sample(row, known.get(row["prompt"], {})) for row in self._wanted_grades()),
+            "reasoning_counted_in": self.contender.counted_in,
             "interval": "95 %: Wilson's score interval with the effective trials of problems as clusters",
             "prompts_hash": digest([prompt.id for prompt in self.exam.prompts]),
             "settings": self._drawn_with(),

@@ -15,16 +15,17 @@ from typing import Any
 
 from distill.durable import write_whole
 from distill.report import pictures
-from distill.report.contents import Contents, read_contents
+from distill.report.contents import Contents, StageTime, read_contents
 from distill.report.mathematics import marked_up
 
 
-def write_report(directory: Path) -> Path:
+def write_report(directory: Path, price_per_hour: float | None = None) -> Path:
     """Write `report.html` and `report/*.{svg,png}` of a run directory; returns the page's path.
 
+    price_per_hour: what an hour of the machine costs; the recipe's by default.
     Stages that have not run are named as missing. Raises UserError when this is no run directory, or is damaged.
     """
-    contents = read_contents(directory)
+    contents = read_contents(directory, price_per_hour)
     drawn = _pictures(contents)
     page = _render(contents, drawn)
     folder = directory / "report"
@@ -40,7 +41,12 @@ def write_report(directory: Path) -> Path:
 def _pictures(contents: Contents) -> dict[str, pictures.Picture]:
     drawn = []
     if contents.scores:
-        drawn.append(pictures.scores(contents.scores))
+        drawn.append(pictures.scores(contents.scores, contents.published))
+    if contents.solved_of:
+        drawn.append(pictures.solved("solved", contents.solved_of))
+    if contents.solved:
+        title = f"{contents.recipe['teacher']} on the prompts"
+        drawn.append(pictures.solved("prompts", {title: {"teacher": contents.solved}}))
     if contents.filtered:
         steps = [("generated", contents.filtered["total"], 0)]
         steps += [(step["filter"], step["kept"], step["dropped"]) for step in contents.filtered["funnel"]]
@@ -62,7 +68,8 @@ def _render(contents: Contents, drawn: dict[str, pictures.Picture]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "duration": _duration, "count": _count, "mathematics": marked_up}
+    environment.filters |= {"percent": _percent, "count": _count, "money": _money, "mathematics": marked_up}
+    environment.filters |= {"duration": _duration, "worked": _worked}
     reader = (Path(__file__).parent / "reader.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(reader.encode()).digest()).decode()
     return environment.get_template("page.html.jinja").render(
@@ -78,9 +85,17 @@ def _count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
+def _money(amount: float | None) -> str:
+    return "" if amount is None else f"{amount:,.2f}"
+
+
+def _worked(stage: StageTime) -> str:
+    if not stage.finished:
         return "not finished"
+    return "not known" if stage.seconds is None else _duration(stage.seconds)
+
+
+def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     minutes, seconds = divmod(rest, 60)
     parts: list[tuple[Any, str]] = [(hours, "h"), (minutes, "min"), (seconds, "s")]

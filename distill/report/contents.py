@@ -18,6 +18,7 @@ import yaml
 from distill.errors import UserError
 from distill.run import STAGES
 from distill.scores import beside_published, difference
+from distill.traces.browse import KEPT, verdict_of
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, read_traces
 from distill.traces.trace import Trace, Verdict
@@ -29,16 +30,20 @@ ROOM = 500_000  # characters of kept traces, and as many of dropped ones: the pa
 TEXT_SHOWN = 20_000  # characters of one text; an R1 trace may have ten times as many
 MODELS = ("base", "student", "teacher")
 
+Solved = tuple[int, int]  # (right, drawn) samples of one prompt
+
 
 @dataclass(frozen=True)
 class StageTime:
-    """One stage that was begun. `seconds` from its beginning to its end, pauses included; None: not finished. tokens:
-    that it generated or learnt; None where it has none."""
+    """One stage that was begun. `seconds` that it was worked on, where they are known. tokens: that it generated or
+    learnt; None where it has none. cost: in the recipe's currency; None where it names no price."""
 
     name: str
     begun: str
+    finished: bool
     seconds: float | None
     tokens: int | None
+    cost: float | None
 
 
 @dataclass(frozen=True)
@@ -64,20 +69,34 @@ class Contents:
     recipe: dict[str, Any]
     recipe_text: str
     stages: list[StageTime]
+    price: float | None  # of an hour
     generated: dict[str, Any] | None  # the stages' summaries
     filtered: dict[str, Any] | None
     trained: dict[str, Any] | None
     log: list[dict[str, Any]]
     kept_lengths: list[int]
     dropped_lengths: list[int]
+    solved: list[Solved]  # of each prompt, by the teacher; empty where one sample a prompt was drawn or none graded
     traces: list[Shown]
     scores: list[dict[str, Any]]
+    solved_of: dict[str, dict[str, list[Solved]]]  # benchmark → model → of each problem; those with several samples
+    published: list[dict[str, Any]]  # benchmark, model, and its scores as shares
     beside: list[str]  # lines under the scores: differences between models, published scores
     answers: list[Shown]  # to one problem of the first benchmark, by each model
 
+    @property
+    def worked(self) -> float:
+        """Seconds of all stages that are finished."""
+        return sum(stage.seconds or 0 for stage in self.stages)
 
-def read_contents(directory: Path) -> Contents:
-    """Raises UserError when this is no run directory, or a file in it is damaged."""
+    @property
+    def cost(self) -> float:
+        return sum(stage.cost or 0 for stage in self.stages)
+
+
+def read_contents(directory: Path, price_per_hour: float | None = None) -> Contents:
+    """price_per_hour: of the machine; the recipe's by default. Raises UserError when this is no run directory, or a
+    file in it is damaged."""
     path = directory / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{directory} is not a run directory (no recipe.yaml in it); `distill run RECIPE` makes one")
@@ -87,23 +106,29 @@ def read_contents(directory: Path) -> Contents:
         raise UserError(f"{path} is not a recipe: restore it, or run the recipe again")
     states = {name: state for name in STAGES if (state := _json(directory / "stages" / f"{name}.json"))}
     summaries = {name: state["summary"] for name, state in states.items() if state["finished"]}
-    kept_lengths, kept = _filtered(directory / "filtered" / "kept")
-    dropped_lengths, dropped = _filtered(directory / "filtered" / "dropped")
+    price = recipe.get("price_per_hour") if price_per_hour is None else price_per_hour
+    solved: dict[str, Solved] = {}
+    kept_lengths, kept = _filtered(directory / "filtered" / "kept", solved)
+    dropped_lengths, dropped = _filtered(directory / "filtered" / "dropped", solved)
     scores = _scores(directory / "eval", recipe)
     return Contents(
         name=recipe["name"],
         recipe=recipe,
         recipe_text=text,
-        stages=[_stage_time(name, state) for name, state in states.items()],
+        stages=[_stage_time(name, state, price) for name, state in states.items()],
+        price=price,
         generated=summaries.get("generate"),
         filtered=summaries.get("filter"),
         trained=summaries.get("train"),
         log=[row for row in Ledger(directory / "checkpoints" / "log.jsonl").rows() if "loss" in row],
         kept_lengths=kept_lengths,
         dropped_lengths=dropped_lengths,
+        solved=_several(solved),
         traces=kept + dropped,
         scores=scores,
-        beside=_beside(summaries.get("eval"), scores),
+        solved_of=_solved_of(directory / "eval", scores),
+        published=summaries.get("eval", {}).get("published", []),
+        beside=_beside(summaries.get("eval", {}), scores),
         answers=_answers(directory / "eval" / scores[0]["benchmark"]) if scores else [],
     )
 
@@ -118,11 +143,12 @@ def _json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _stage_time(name: str, state: dict[str, Any]) -> StageTime:
+def _stage_time(name: str, state: dict[str, Any], price: float | None) -> StageTime:
     begun = datetime.fromisoformat(state["begun"]).astimezone(UTC)
-    ended = datetime.fromisoformat(state["finished"]) if state["finished"] else None
-    seconds = (ended - begun).total_seconds() if ended else None
-    return StageTime(name, f"{begun:%Y-%m-%d %H:%M} UTC", seconds, _tokens(name, state["summary"] if ended else {}))
+    seconds = state.get("seconds") if state["finished"] else None  # runs of earlier versions did not count them
+    cost = None if seconds is None or price is None else seconds / 3600 * price
+    tokens = _tokens(name, state["summary"] or {})
+    return StageTime(name, f"{begun:%Y-%m-%d %H:%M} UTC", bool(state["finished"]), seconds, tokens, cost)
 
 
 def _tokens(stage: str, summary: dict[str, Any]) -> int | None:
@@ -131,20 +157,44 @@ def _tokens(stage: str, summary: dict[str, Any]) -> int | None:
     return summary.get({"generate": "completion_tokens", "train": "supervised_tokens"}.get(stage, ""))
 
 
-def _filtered(directory: Path) -> tuple[list[int], list[Shown]]:
-    """The completion lengths of all traces, and the few that are shown."""
+def _filtered(directory: Path, solved: dict[str, Solved]) -> tuple[list[int], list[Shown]]:
+    """The completion lengths of all traces, and the few that are shown. Adds to `solved` what was graded, by prompt."""
     lengths: list[int] = []
     room = ROOM
     shown: dict[str, list[Shown]] = defaultdict(list)
     for trace, verdicts in read_traces(directory) if directory.is_dir() else ():
         lengths.append(trace.tokens)
-        dropped_by = next((verdict for verdict in verdicts if not verdict.keep), None)
-        reason = f"{dropped_by.filter}: {dropped_by.reason}" if dropped_by else "kept"
-        wanted = len(shown[reason]) < (DROPPED_SHOWN if dropped_by else KEPT_SHOWN)
-        if wanted and (room > 0 or not shown[reason]):  # one of each reason, however long
-            shown[reason].append(_shown("teacher", reason, dropped_by is None, trace, verdicts))
+        for right in (verdict.keep for verdict in verdicts if verdict.filter == "correct"):
+            solved[trace.prompt.id] = _with_one(solved.get(trace.prompt.id), right)
+        said = verdict_of(verdicts)
+        kept = said == KEPT
+        wanted = len(shown[said]) < (KEPT_SHOWN if kept else DROPPED_SHOWN)
+        if wanted and (room > 0 or not shown[said]):  # one of each reason, however long
+            shown[said].append(_shown("teacher", said, kept, trace, verdicts))
             room -= len(trace.text) + len(trace.prompt.messages[-1]["content"])
     return lengths, [one for of_reason in list(shown.values())[:REASONS_SHOWN] for one in of_reason]
+
+
+def _with_one(solved: Solved | None, right: bool) -> Solved:
+    before = solved or (0, 0)
+    return before[0] + right, before[1] + 1
+
+
+def _several(solved: dict[str, Solved]) -> list[Solved]:
+    """Nothing where no prompt has two samples: then the rate of each is 0 or 1, and their mean says all."""
+    return list(solved.values()) if any(drawn > 1 for _, drawn in solved.values()) else []
+
+
+def _solved_of(directory: Path, scores: list[dict[str, Any]]) -> dict[str, dict[str, list[Solved]]]:
+    found: dict[str, dict[str, list[Solved]]] = {}
+    for row in scores:
+        solved: dict[str, Solved] = {}
+        for grade in Ledger(directory / row["benchmark"] / row["model"] / "grades.jsonl").rows():
+            if grade["sample"] < row["samples_per_problem"]:
+                solved[grade["prompt"]] = _with_one(solved.get(grade["prompt"]), grade["verdict"] == "correct")
+        if rates := _several(solved):
+            found.setdefault(row["benchmark"], {})[row["model"]] = rates
+    return found
 
 
 def _shown(who: str, verdict: str, good: bool, trace: Trace, verdicts: Iterable[Verdict] = ()) -> Shown:
@@ -179,11 +229,11 @@ def _scores(directory: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (row["benchmark"], MODELS.index(row["model"])))
 
 
-def _beside(summary: dict[str, Any] | None, scores: list[dict[str, Any]]) -> list[str]:
+def _beside(summary: dict[str, Any], scores: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for made in (summary or {}).get("differences", ()):
+    for made in summary.get("differences", ()):
         lines.append(f"{made['benchmark']}: {difference(made)}")
-    for other in (summary or {}).get("published", ()):
+    for other in summary.get("published", ()):
         row = next((r for r in scores if (r["benchmark"], r["model"]) == (other["benchmark"], "student")), None)
         if row is not None:
             lines.append(f"{other['benchmark']}: {beside_published(other, row)}")

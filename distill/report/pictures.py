@@ -11,7 +11,8 @@ the one that fits. Rejected: a JavaScript chart library (weight, and nothing her
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -110,10 +111,12 @@ def _style() -> dict[str, Any]:
     }
 
 
-def scores(rows: Sequence[dict[str, Any]]) -> Picture:
-    """pass@1 of every model on every benchmark, a point and its interval. rows: as in scores.json."""
+def scores(rows: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> Picture:
+    """pass@1 of every model on every benchmark, a point and its interval. rows: as in scores.json. published: what
+    others report, a hollow point; {"benchmark", "model", "pass@1" (a share)}."""
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
-    rows = sorted(rows, key=lambda row: benchmarks.index(row["benchmark"]))
+    others = [one for one in published if one["benchmark"] in benchmarks and "pass@1" in one]
+    rows = sorted([*rows, *others], key=lambda row: benchmarks.index(row["benchmark"]))
 
     def draw(figure: "Figure", narrow: bool) -> None:
         axes = figure.subplots()
@@ -122,13 +125,14 @@ def scores(rows: Sequence[dict[str, Any]]) -> Picture:
             if len(benchmarks) > 1 and (i == 0 or rows[i - 1]["benchmark"] != row["benchmark"]):
                 axes.text(0, y, row["benchmark"], va="center", fontweight="bold")
                 y += 1
-            colour = LIGHT[row["model"]]
-            low, value, high = (100 * row[key] for key in ("pass@1_low", "pass@1", "pass@1_high"))
+            ours = "pass@1_low" in row
+            colour, value = LIGHT[row["model"] if ours else "muted"], 100 * row["pass@1"]
+            low, high = (100 * row[key] if ours else value for key in ("pass@1_low", "pass@1_high"))
             axes.plot([low, high], [y, y], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
-            axes.plot([value], [y], marker="o", markersize=8, color=colour)
+            axes.plot([value], [y], marker="o", markersize=8, color=colour, fillstyle="full" if ours else "none")
             right = high < 70  # the figure stands where there is room for it
             axes.text(high + 3 if right else low - 3, y, f"{value:.1f} %", va="center", ha="left" if right else "right")
-            labels.append(row["model"])
+            labels.append(row["model"] if ours else "published" if narrow else f"{row['model']}, published")
             places.append(y)
             y += 1
         axes.set_yticks(places, labels, color=LIGHT["ink"])
@@ -141,7 +145,8 @@ def scores(rows: Sequence[dict[str, Any]]) -> Picture:
         axes.grid(axis="x")
 
     told = "; ".join(
-        f"{row['model']} on {row['benchmark']} {row['pass@1']:.1%}, {row['pass@1_low']:.1%} to {row['pass@1_high']:.1%}"
+        f"{row['model']} on {row['benchmark']} {row['pass@1']:.1%}, "
+        + (f"{row['pass@1_low']:.1%} to {row['pass@1_high']:.1%}" if "pass@1_low" in row else "as published")
         for row in rows
     )
     lines = len(rows) + (len(benchmarks) if len(benchmarks) > 1 else 0)
@@ -253,3 +258,50 @@ def lengths(kept: Sequence[int], dropped: Sequence[int]) -> Picture:
 
     told = f"Lengths of {len(kept):,} kept and {len(dropped):,} dropped traces, up to {longest:,} tokens"
     return Picture("lengths", told, draw, 2.6)
+
+
+def solved(name: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, int]]]]) -> Picture:
+    """How often each problem was solved: histograms of pass rates, a panel under the other.
+
+    panels: title → model → (right, drawn) samples of each of its problems. Bars are shares of the model's problems;
+    where all have the same number of samples, up to 16, a bar is a number of right ones, else a tenth.
+    """
+
+    def draw(figure: "Figure", narrow: bool) -> None:
+        for axes, (title, models) in zip(
+            figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True
+        ):
+            bins = _bins(models.values())
+            width = 0.84 / bins / len(models)
+            for number, (model, of_model) in enumerate(models.items()):
+                shares = _shares(of_model, bins)
+                places = [at / bins + (number - (len(models) - 1) / 2) * width for at in range(bins + 1)]
+                axes.bar(places, [100 * share for share in shares], width, color=LIGHT[model], label=model)
+            axes.set_title(title, loc="left", fontsize=9.5, color=LIGHT["muted"])
+            axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25", "50", "75", "100 %"])
+            axes.set_ylabel("% of problems")
+            axes.grid(axis="y")
+            axes.margins(x=0.01)
+        axes.set_xlabel("right answers, of all samples of a problem")
+        if any(len(models) > 1 for models in panels.values()):
+            handles, labels = figure.axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=1, labelcolor=LIGHT["ink"])
+
+    told = "; ".join(
+        f"{title}: of {len(of_model):,} problems {model} solved {sum(right == drawn for right, drawn in of_model):,} "
+        f"every time, {sum(right == 0 for right, _ in of_model):,} never"
+        for title, models in panels.items()
+        for model, of_model in models.items()
+    )
+    return Picture(name, f"How often each problem was solved. {told}", draw, 0.7 + 1.7 * len(panels))
+
+
+def _bins(models: Iterable[Sequence[tuple[int, int]]]) -> int:
+    counts = {drawn for of_model in models for _, drawn in of_model}
+    return min(counts) if len(counts) == 1 and max(counts) <= 16 else 10
+
+
+def _shares(solved: Sequence[tuple[int, int]], bins: int) -> list[float]:
+    """Of problems, by the nearest of the rates 0, 1/bins … 1."""
+    counts = Counter(round(bins * right / drawn) for right, drawn in solved)
+    return [counts[at] / len(solved) for at in range(bins + 1)]

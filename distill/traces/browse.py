@@ -13,8 +13,9 @@ from distill.errors import UserError
 from distill.traces.store import TraceStore, read_traces
 from distill.traces.trace import Trace, Verdict
 
-Judged = tuple[Trace, list[Verdict]]
+Judged = tuple[Trace, list[Verdict] | None]  # None: no filter has seen it
 WIDTH = 100
+KEPT = "kept"
 
 
 def judged(run: Path) -> Iterator[Judged]:
@@ -28,16 +29,17 @@ def judged(run: Path) -> Iterator[Judged]:
             yield from read_traces(folder)
     elif (run / "traces").is_dir():
         for trace in TraceStore(run / "traces"):
-            yield trace, []
+            yield trace, None
     else:
         raise UserError(f"{run}: no traces yet; `distill generate` makes them")
 
 
-def verdict_of(verdicts: Iterable[Verdict]) -> str:
+def verdict_of(verdicts: Iterable[Verdict] | None) -> str:
     """ "kept", or the first reason for dropping."""
-    verdicts = list(verdicts)
+    if verdicts is None:
+        return "not filtered"
     dropped = next((verdict for verdict in verdicts if not verdict.keep), None)
-    return f"{dropped.filter}: {dropped.reason}" if dropped else "kept" if verdicts else "not filtered"
+    return f"{dropped.filter}: {dropped.reason}" if dropped else KEPT
 
 
 def counts(traces: Iterable[Judged]) -> list[tuple[str, str]]:
@@ -70,7 +72,7 @@ def told(traces: Iterable[Judged], whole: bool) -> Iterator[str]:
         if trace.reasoning is not None:
             yield f"<think>\n{_folded(trace.reasoning.strip(), whole)}\n</think>\n\n"
         yield f"{trace.response.strip() if trace.reasoning is not None else _folded(trace.text, whole)}\n\n"
-        for verdict in verdicts:
+        for verdict in verdicts or ():
             evidence = ", ".join(f"{key} {value}" for key, value in verdict.evidence.items() if value is not None)
             yield f"  {'kept   ' if verdict.keep else 'dropped'} {verdict.filter}: {verdict.reason}  {evidence}\n"
         yield "\n"
@@ -91,7 +93,7 @@ def differences(traces: Iterable[Judged], prompt: str) -> Iterator[str]:
         raise UserError(f"no trace of a prompt {prompt}")
     if len({trace.prompt.id for trace, _ in of_one}) > 1:
         raise UserError(f"several prompts begin with {prompt}: give more of the id")
-    kept = next((one for one in of_one if verdict_of(one[1]) == "kept"), None)
+    kept = next((one for one in of_one if verdict_of(one[1]) == KEPT), None)
     dropped = next((one for one in of_one if ": " in verdict_of(one[1])), None)
     if kept is None or dropped is None:
         raise UserError(

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = {"cpu": 1 << 26, "cuda": 1 << 27}  # logits made at once: 128 MB and 256 MB in bfloat16
-PASS = {"cpu": 1 << 20, "cuda": 1 << 27}  # of them in float32 at once; on a CPU they stay in its cache
+BLOCK = 1 << 26  # logits made at once: 128 MB in bfloat16
+PASS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of them in float32 at once; on a CPU they stay in its cache
 
 # Of the rows start … stop: given their logits [r, v] in float32, which it may overwrite, and whether a gradient is
 # wanted, it returns the sums of the loss's parts [parts], of which the first is what is differentiated, and writes
@@ -58,7 +58,7 @@ class _LinearLoss(torch.autograd.Function):
         vocabulary, device = len(weight_vd), hidden_sd.device.type
         h_sd, w_vd = hidden_sd.to(dtype), weight_vd.to(dtype)
         bias = None if bias_v is None else bias_v.to(dtype)
-        ranges = blocks(len(h_sd), vocabulary, BLOCK[device])
+        ranges = blocks(len(h_sd), vocabulary, BLOCK)
         buffer = scratch(max(stop - start for start, stop in ranges), vocabulary, h_sd)
         grad_h_sd = torch.empty_like(h_sd) if wanted[0] else None
         grad_w_vd = Sum(len(ranges), w_vd) if wanted[1] else None
@@ -97,16 +97,22 @@ class _LinearLoss(torch.autograd.Function):
 
 
 class Sum:
-    """Of some products, in float32 where there are several: many small ones would be lost in bfloat16."""
+    """Of some products, in float32 where there are several: many small ones would be lost in bfloat16. A GPU's products
+    add to it by themselves; on a CPU each is made apart."""
 
     def __init__(self, products: int, like: Tensor) -> None:
-        self.several = products > 1
-        self.total = torch.empty_like(like, dtype=torch.float32 if self.several else like.dtype)
+        widened = products > 1 and like.dtype != torch.float32
+        self.total = torch.empty_like(like, dtype=torch.float32 if widened else like.dtype)
         self._empty = True
-        self._part = torch.empty_like(like) if self.several and like.dtype != torch.float32 else None
+        self._widens = widened and like.device.type == "cuda"
+        self._part = torch.empty_like(like) if widened and not self._widens else None
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
-        if self._part is not None:
+        if self._widens and self._empty:
+            torch.mm(a, b, out_dtype=torch.float32, out=self.total)
+        elif self._widens:
+            torch.addmm(self.total, a, b, out_dtype=torch.float32, out=self.total)
+        elif self._part is not None:
             torch.mm(a, b, out=self._part)
             self.total = self.total.copy_(self._part) if self._empty else self.total.add_(self._part)
         elif self._empty:

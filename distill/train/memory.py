@@ -227,11 +227,12 @@ def estimate(
         kept = tokens * (layers * lean.layer + lean.rest + whole.layer)
     else:
         kept = tokens * (model.layers * whole.layer + whole.rest)
-    block = min(supervised * model.vocabulary, loss.BLOCK[device]) * half
+    block = min(supervised * model.vocabulary, loss.BLOCK) * half
     floats = min(supervised * model.vocabulary, loss.PASS[device]) * 4 * 2
     learns = settings.method == "full"
     in_loss = block + floats + supervised * model.width * 8
-    in_loss += head_size * (6 if half == 2 else 4) if learns else 0  # its gradient, and a part of the sum
+    apart = half == 2 and device == "cpu"  # a part of the sum, which a GPU adds by itself
+    in_loss += head_size * (6 if apart else 4) if learns else 0  # its gradient
     in_loss += head_size * half if dtypes.autocast is not None else 0  # its cast
     at_end = (block if device == "cpu" else 0) + (head_size * 8 if learns and not model.head else 0)
     loss_moment = kept + in_loss + (gradients if several_batches else 0)

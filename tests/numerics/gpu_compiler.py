@@ -125,6 +125,10 @@ def main() -> None:
     of_heads = empty(4, 64, dtype=torch.float32)
     gpu_attention.index_scores(empty(4, 64, 128), of_heads, empty(512, 1, 64, 128), table[0], 300)
     gpu_attention.write_fp8(empty(512, 1, 64, 656, dtype=torch.uint8), lengths, lengths, empty(4, 576), 512)
+    angles = empty(2, 4, 32, dtype=torch.float32)
+    gpu_attention.write_latents(
+        empty(512, 1, 64, 576), lengths, lengths, empty(4, 3648)[:, 3072:], empty(512), 1e-6, *angles, True
+    )
     current = "draws"
     uniform = empty(4, dtype=torch.float64)
     gpu_draw.draw(empty(4, 129280, dtype=torch.float32), lengths, uniform, uniform.float(), lengths, uniform)

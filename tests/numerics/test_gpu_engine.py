@@ -64,9 +64,10 @@ def test_graphs_decode_what_single_steps_do(tmp_path: Path, monkeypatch: pytest.
     path, load = build(tmp_path, CONFIGS["v3-yarn"]).path, {"max_context": 100, "max_batch": 6}
     engine = Engine.load(path, kernels="cuda", **load)
     sizes: list[int] = []
-    assert engine._graphs is not None
-    compute = engine._graphs._compute
-    monkeypatch.setattr(engine._graphs, "_compute", lambda size: sizes.append(size) or compute(size))
+    assert engine._ahead is not None
+    graphs = engine._ahead._graphs
+    compute = graphs._compute
+    monkeypatch.setattr(graphs, "_compute", lambda size: sizes.append(size) or compute(size))
     ours = completions(engine, temperature=0.7, top_p=0.9, logprobs=2)
     theirs = completions(Engine.load(path, kernels="reference", **load), temperature=0.7, top_p=0.9, logprobs=2)
     assert {1, 8} <= set(sizes) and len(ours) == 6
@@ -80,9 +81,26 @@ def test_graphs_decode_what_single_steps_do(tmp_path: Path, monkeypatch: pytest.
     assert engine._pages.free_pages == engine._pages.num_pages
 
 
+def test_steps_that_are_launched_ahead_change_nothing(tmp_path: Path) -> None:
+    """As in test_engine_ahead.py, with these kernels and, on a GPU, with graphs."""
+    path, load = build(tmp_path, CONFIGS["v3"]).path, {"max_context": 60, "max_batch": 3, "page_size": 4}
+    engine, reference = (Engine.load(path, kernels=kernels, **load) for kernels in ("cuda", "reference"))
+    ours, theirs = (
+        completions(each, count=2, new=6, temperature=0.8, stop_token_ids=tuple(range(0, 500, 7)))
+        for each in (engine, reference)
+    )
+    assert engine._ahead is not None and engine._pages.free_pages == engine._pages.num_pages
+    assert {"stop", "length"} == {one.finish_reason for one in ours.values()} and ours.keys() == theirs.keys()
+    for key, done in ours.items():
+        assert (done.token_ids, done.finish_reason) == (theirs[key].token_ids, theirs[key].finish_reason)
+        assert done.logprobs == pytest.approx(theirs[key].logprobs, abs=1e-4)
+
+
 def test_where_experts_lie_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build(tmp_path, CONFIGS["v3"], fp8=True).path
-    monkeypatch.setattr(DecodeGraphs, "serve", lambda self, chunks: False)  # a padded batch may take another tile
+    monkeypatch.setattr(
+        DecodeGraphs, "serve", lambda self, rows, longest: False
+    )  # a padded batch may take another tile
     load = {"kernels": "cuda", "dtype": torch.bfloat16, "max_context": 100, "max_batch": 6}
     whole = completions(Engine.load(path, **load), count=1, new=3)
     for limit in ({"resident_experts": 0}, {"resident_experts": 9}, {"memory_budget": 1 << 30}):

@@ -102,6 +102,18 @@ def test_swiglu(rows: int, ue8m0: bool | None) -> None:
         same(gpu_rows.swiglu(gate, up, ue8m0), w8a8.quantise(plain, ue8m0))
 
 
+@pytest.mark.parametrize("ue8m0", [None, False])
+def test_swiglu_of_the_slots_in_use(ue8m0: bool | None) -> None:
+    gate, up = random(5, 2 * 200, dtype=torch.bfloat16).chunk(2, dim=1)
+    used = torch.tensor([3, -1, 0, -1, 7], dtype=torch.int32, device=gate.device)
+    some, every = (gpu_rows.swiglu(gate, up, ue8m0, which) for which in (used, None))
+    at = (used >= 0).nonzero()[:, 0]
+    if ue8m0 is None:
+        assert torch.equal(some[at], every[at])
+    else:
+        same(w8a8.Quantised(some.codes[at], some.scale[at]), w8a8.Quantised(every.codes[at], every.scale[at]))
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rope(interleaved: bool, dtype: torch.dtype) -> None:
@@ -113,7 +125,46 @@ def test_rope(interleaved: bool, dtype: torch.dtype) -> None:
     assert error(ours, theirs) < (1e-6 if dtype == torch.float32 else CLOSE_BFLOAT16)
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latents_are_written_as_norm_rope_and_write_would(interleaved: bool, dtype: torch.dtype) -> None:
+    """Of columns of a wider tensor; every bit is that of the three ops."""
+    wide, weight, angle = random(5, 100, dtype=dtype), random(40, seed=1, dtype=dtype), random(5, 8, seed=2)
+    page, offset = (torch.tensor(numbers, device=DEVICE) for numbers in ([2, 0, 1, 2, 0], [0, 3, 1, 2, 0]))
+    pools = [torch.zeros(3, 1, 4, 56, dtype=dtype, device=DEVICE) for _ in range(2)]
+    for write, pool in zip((gpu_attention.write_latents, gpu._composed), pools, strict=True):
+        x = wide.clone()[:, 20:76]
+        write(pool, page, offset, x, weight, 1e-6, angle.cos(), angle.sin(), interleaved)
+    assert torch.equal(*pools) and pools[0].count_nonzero() == 5 * 56
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_per_head(behind: bool) -> None:
+    wide, weight = random(6, 3 * 24, dtype=torch.bfloat16).view(6, 3, 24), random(3, 20, 16, dtype=torch.bfloat16)
+    x, rest = wide[..., :16], wide[..., 16:] if behind else None
+    ours, theirs = gpu.per_head(x, weight, rest), reference.per_head(x, weight, rest)
+    assert ours.is_contiguous() and error(ours, theirs) < CLOSE_BFLOAT16
+    if rest is not None:
+        assert torch.equal(ours[..., 20:], rest)
+
+
 # ---- products
+
+
+def test_matrices_side_by_side_are_one_product() -> None:
+    stored = [fp8(256, 300, seed=1), fp8(70, 300, seed=2)]
+    alone = [w8a8.fp8_matrix(one) for one in stored]
+    together = gpu.side_by_side(alone)
+    assert together[0].whole is together[1].whole is not None
+    x = random(9, 300, seed=3, dtype=torch.bfloat16)
+    for matrices in (alone, together):
+        made = gpu.linears(x, matrices, [None, None])
+        for ours, weight in zip(made, alone, strict=True):
+            assert error(ours, w8a8.linear(x, weight)) < CLOSE_BFLOAT16
+    for one, other in zip(together, alone, strict=True):
+        same(w8a8.Quantised(one.codes, one.scale), w8a8.Quantised(other.codes, other.scale))
+    assert gpu.side_by_side(alone[::-1])[0].whole is None, "the second's blocks of 128 would not begin with it"
+    assert gpu.side_by_side([alone[0], x]) == [alone[0], x], "one is not FP8"
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])

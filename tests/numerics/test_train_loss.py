@@ -28,12 +28,12 @@ from distill.train.objectives import Learner, Sft
 S, V, D = 37, 211, 16
 
 
-def tensors(dtype=torch.float32, bias=False):
+def tensors(dtype=torch.float32, bias=False, device="cpu"):
     generator = torch.Generator().manual_seed(0)
-    hidden_sd = torch.randn(S, D, generator=generator).to(dtype).requires_grad_()
-    weight_vd = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
+    hidden_sd = torch.randn(S, D, generator=generator).to(device, dtype).requires_grad_()
+    weight_vd = torch.randn(V, D, generator=generator).to(device, dtype).requires_grad_()
     bias_v = torch.randn(V, generator=generator).requires_grad_() if bias else None
-    return hidden_sd, weight_vd, bias_v, torch.randint(V, (S,), generator=generator)
+    return hidden_sd, weight_vd, bias_v, torch.randint(V, (S,), generator=generator).to(device)
 
 
 def grads(*leaves):
@@ -51,7 +51,7 @@ def assert_close(ours, theirs, bound):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("block, one_pass", [(10**9, 10**9), (V * 5, 10**9), (V * 5, V * 2), (1, 1)])
 def test_a_few_rows_at_a_time_give_what_whole_logits_give(monkeypatch, block, one_pass, bias):
-    monkeypatch.setitem(loss.BLOCK, "cpu", block)
+    monkeypatch.setattr(loss, "BLOCK", block)
     monkeypatch.setitem(loss.PASS, "cpu", one_pass)
     ours, theirs = tensors(bias=bias), tensors(bias=bias)
     value = loss.linear_loss(*ours[:3], loss.cross_entropy(ours[3]))[0]
@@ -62,9 +62,15 @@ def test_a_few_rows_at_a_time_give_what_whole_logits_give(monkeypatch, block, on
     assert_close(grads(*ours[:3]), grads(*theirs[:3]), 1e-5)
 
 
-def test_half_precision_comes_as_near_as_the_plain_way():
+@pytest.mark.parametrize("block", [10**9, V * 5])
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here"))],
+)
+def test_half_precision_comes_as_near_as_the_plain_way(monkeypatch, device, block):
     """Against float64: the error is that of rounding inputs and logits, which the plain way has, too."""
-    ours, plain = tensors(torch.bfloat16), tensors(torch.bfloat16)
+    monkeypatch.setattr(loss, "BLOCK", block)
+    ours, plain = ([*tensors(torch.bfloat16, device=device)] for _ in range(2))
     exact = [t.detach().double().requires_grad_() for t in ours[:2]]
     loss.linear_loss(*ours[:3], loss.cross_entropy(ours[3]))[0].backward()
     F.cross_entropy(F.linear(*plain[:2]).float(), plain[3], reduction="sum").backward()
@@ -107,7 +113,7 @@ def test_the_logits_are_never_all_there():
         with torch.profiler.profile(profile_memory=True) as profile:
             if name == "ours":
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setitem(loss.BLOCK, "cpu", 1 << 20)
+                    patch.setattr(loss, "BLOCK", 1 << 20)
                     patch.setattr(loss, "_scratch", {})
                     loss.linear_loss(hidden_sd, weight_vd, None, loss.cross_entropy(targets_s))[0].backward()
             else:

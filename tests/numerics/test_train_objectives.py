@@ -108,7 +108,7 @@ def plainly(name, weight, temperature, logits_sv, batch, logp_sk, ids_sk):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient_are_those_of_autograd_on_whole_distributions(monkeypatch, name, temperature, weight, block):
-    monkeypatch.setitem(loss.BLOCK, "cpu", block)
+    monkeypatch.setattr(loss, "BLOCK", block)
     hidden_sd, weight_vd, batch, objective, logp_sk, ids_sk = setting(name, weight, temperature)
     parts = loss.linear_loss(hidden_sd, weight_vd, None, objective.criterion(batch))
     parts[0].backward()

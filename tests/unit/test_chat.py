@@ -146,6 +146,10 @@ def test_a_directory_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no usable tokenizer") as error:
         Chat.load(tmp_path)
     assert "\n" not in str(error.value)
+    config = save_tokenizer(tmp_path, R1_INFERENCE) / "tokenizer_config.json"
+    config.write_text("[]")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json holds no settings"):
+        Chat.load(tmp_path)
 
 
 def test_an_unknown_template_lists_the_built_in_ones() -> None:

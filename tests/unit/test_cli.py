@@ -74,10 +74,13 @@ def test_report_needs_a_run_directory(distill, tmp_path):
 
 def test_report_prints_where_the_page_is(distill, tmp_path, monkeypatch):
     stand_in = types.ModuleType("distill.report")
-    stand_in.write_report = lambda directory: directory / "report.html"
+    prices = []
+    stand_in.write_report = lambda directory, price: prices.append(price) or directory / "report.html"
     monkeypatch.setitem(sys.modules, "distill.report", stand_in)
     (tmp_path / "recipe.yaml").touch()
     assert distill("report", str(tmp_path)) == (0, f"{tmp_path / 'report.html'}\n", "")
+    assert distill("report", str(tmp_path), "--price-per-hour", "2.5")[0] == 0 and prices == [None, 2.5]
+    assert distill("report", str(tmp_path), "--price-per-hour", "-1")[0] == 2
 
 
 # ---- exit codes

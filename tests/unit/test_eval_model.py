@@ -1,9 +1,12 @@
 """`distill eval --model`: one model without a recipe, on a server that follows a script; also on files of real data."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import ALL_COMPLETED
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -114,7 +117,8 @@ def test_a_server_is_scored(sums, tmp_path, monkeypatch, capsys):
         assert made.asked[0]["messages"][-1]["content"].endswith("?\n\nBox it.")
         row = scores(tmp_path / "out")
         assert row["pass@1"] == 1 and row["no_answer_rate"] == 0 and row["truncated_rate"] == 0
-        assert row["mean_completion_tokens"] == 7 and row["median_reasoning_tokens"] == 2
+        assert row["mean_completion_tokens"] == 7
+        assert (row["median_reasoning_tokens"], row["reasoning_counted_in"]) == (2, "words")
         assert row["pass@k"]["2"]["value"] == row["cons@k"]["2"]["value"] == 1
         assert "published for Somebody: pass@1 55.0%, outside the interval of scripted, cons@64 60.0%" in (
             capsys.readouterr().out
@@ -142,22 +146,49 @@ def test_what_is_missing_is_asked_again_after_a_failure(sums, tmp_path, monkeypa
     assert scores(tmp_path / "out")["pass@1"] == 1
 
 
-def test_what_ended_beside_a_failure_is_kept(monkeypatch):
+def test_what_ended_beside_a_failure_is_kept():
     """Ten samples end at once, the first of them with a failure: the nine are yielded before it is raised."""
 
     class Failing(RemoteBackend):
-        def _sample(self, prompt, sample, sampling, seed):
+        async def _sample(self, client, prompt, sample, sampling, seed):
             if sample == 0:
                 raise WorkError("down")
             return Completed(prompt, sample, "x", "stop", (), ())
 
-    monkeypatch.setattr("distill.backends.remote.FIRST_COMPLETED", ALL_COMPLETED)
     kept = []
     with pytest.raises(WorkError, match="down"):
         job = Job(Prompt.from_question("q", "1"), tuple(range(10)))
-        for done in Failing(None, "m", 10).complete([job], Sampling(), 0):
+        for done in Failing("http://127.0.0.1:9/v1", "m", 10).complete([job], Sampling(), 0):
             kept.append(done.sample)
     assert sorted(kept) == list(range(1, 10))
+
+
+def test_an_interruption_does_not_wait_for_the_server(sums, tmp_path):
+    """Half of the samples are answered, the others never; Ctrl-C ends at once, and what was answered is kept."""
+    wait = threading.Event()
+
+    def half(question, seed):
+        if int(question.split()[2]) % 2:
+            wait.wait()
+        return right(question, seed)
+
+    ledger = tmp_path / "out" / "sums" / "scripted" / "traces" / "ledger.jsonl"
+    with server(half) as made:
+        command = [sys.executable, "-m", "distill.cli", "eval", "--model", url(made), "--benchmark", str(sums)]
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            while not (ledger.exists() and ledger.read_bytes().count(b"\n") == 8):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=60)  # the server would have kept it for ever
+        finally:
+            process.kill()
+            wait.set()
+    assert process.returncode == 130 and "interrupted; rerun the same command to resume" in error
+    assert ledger.read_bytes().count(b"\n") == 8 and "Traceback" not in error
 
 
 def test_cut_off_reasoning_is_truncated_and_no_answer(sums, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from distill.report import pictures, write_report
 from distill.report.contents import read_contents
 from distill.report.mathematics import TAG, marked_up
 from distill.report.pictures import LIGHT
+from distill.scores import beside_published
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, write_traces
 from distill.traces.trace import Trace, Verdict
@@ -66,6 +67,7 @@ def _finish(directory, stage, summary, minute=0):
     state = {
         "begun": f"2026-03-01T10:{minute:02d}:00+00:00",
         "finished": f"2026-03-01T10:{minute + 1:02d}:34+00:00",
+        "seconds": 94.0,
         "summary": summary,
     }
     (directory / "stages" / f"{stage}.json").write_text(json.dumps(state))
@@ -248,6 +250,50 @@ def test_held_out_rows_and_parts_of_an_objective_are_drawn_beside_the_loss():
     drawn = [picture.svg["wide"] for picture in (plain, mixed, scored)]
     assert ["cross-entropy" in svg for svg in drawn] == [False, True, True]
     assert ["held out" in svg for svg in drawn] == [False, False, True]
+
+
+def test_published_scores_stand_beside_ours(finished):
+    ours = read_contents(finished).scores
+    published = [
+        {"benchmark": "tiny-arithmetic", "model": "Somebody", "pass@1": 0.433, "cons@64": 0.6},
+        {"benchmark": "tiny-arithmetic", "model": "Only votes", "cons@64": 0.6},
+        {"benchmark": "another", "model": "Nobody", "pass@1": 0.1},
+    ]
+    drawn = pictures.scores(ours, published)
+    assert "Somebody on tiny-arithmetic 43.3%, as published" in drawn.caption
+    assert "Nobody" not in drawn.caption and "Only votes" not in drawn.caption
+    assert "Somebody, published" in drawn.svg["wide"] and "43.3 %" in drawn.svg["narrow"]
+    assert beside_published(published[1], ours[0]) == "published for Only votes: cons@64 60.0%"
+    assert "outside the interval of base, cons@64 60.0%" in beside_published(published[0], ours[0])
+
+
+def test_pass_rates_are_of_each_problem(tmp_path):
+    """By hand: of four samples a prompt, one is solved twice and one never; one sample a prompt tells no rates."""
+    run = make_run(tmp_path / "run", "filter", traces=20)
+    assert read_contents(run).solved == [] and "solved every time" not in page_of(run).text
+    rng, traces, verdicts = random.Random(0), [], {}
+    for question, right in (("a", (1, 0, 1, 0)), ("b", (0, 0, 0, 0)), ("c", (1, 1, 1, 1))):
+        for sample, one in enumerate(right):
+            trace = replace(_trace(rng, "train", sample=sample), prompt=Prompt.from_question(question, "1"))
+            traces.append(trace)
+            verdicts[trace.key] = [Verdict("correct", bool(one), "ok" if one else "wrong", {})]
+    for name, good in (("kept", True), ("dropped", False)):
+        write_traces(run / "filtered" / name, [t for t in traces if verdicts[t.key][0].keep is good], verdicts)
+    contents = read_contents(run)
+    assert sorted(contents.solved) == [(0, 4), (2, 4), (4, 4)]
+    assert pictures._bins([contents.solved]) == 4
+    assert pictures._shares(contents.solved, 4) == pytest.approx([1 / 3, 0, 1 / 3, 0, 1 / 3])
+    assert pictures._bins([[(3, 64)]]) == pictures._bins([[(1, 4), (1, 5)]]) == 10
+    drawn = pictures.solved("prompts", {"teacher": {"teacher": contents.solved}})
+    assert "of 3 problems teacher solved 1 every time, 1 never" in drawn.caption
+    assert "How often each prompt was solved" in page_of(run).text
+
+
+def test_time_and_its_price(finished):
+    plain, priced = (Page(write_report(finished, price).read_text(encoding="utf-8")).text for price in (None, 3.6))
+    assert "all 6 min 16 s" in plain and "price_per_hour" in plain
+    assert "1 min 34 s 0.09" in priced and "all 6 min 16 s 0.38" in priced and "at 3.60 an hour" in priced
+    write_report(finished)
 
 
 @pytest.mark.parametrize("name", ["scores", "funnel", "lengths", "loss"])

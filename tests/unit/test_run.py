@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,31 @@ def test_finished_stage_changes_nothing(tmp_path: Path) -> None:
     with Run(tmp_path, recipe(generate={"max_batch": 7})) as run:
         assert run.stage("generate", {"seed": 0}, {"samples": 1}, ["traces"]).finished
     assert content(tmp_path) == before
+
+
+def test_seconds_count_sessions_and_not_the_pauses_between_them(tmp_path: Path) -> None:
+    def begin() -> Any:
+        return run.stage("generate", {}, {"samples": 1}, ["traces"])
+
+    state = tmp_path / "stages" / "generate.json"
+    with Run(tmp_path, recipe()) as run:
+        begin()
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "ledger.jsonl").write_text("a trace")
+    told = json.loads(state.read_text())
+    begun = datetime.fromisoformat(told["resumed"])
+    hours_ago = (begun - timedelta(hours=5)).isoformat()
+    state.write_text(json.dumps(told | {"begun": hours_ago, "resumed": hours_ago}))
+    for path in (tmp_path / "traces", tmp_path / "traces" / "ledger.jsonl"):  # 90 s later it wrote for the last time
+        os.utime(path, times=(begun.timestamp() - 5 * 3600 + 90,) * 2)
+    with Run(tmp_path, recipe()) as run:
+        assert json.loads(state.read_text())["begun"] == hours_ago
+        begin().finish({})
+    told = json.loads(state.read_text())
+    assert 90 <= told["seconds"] < 90 + 60 and told["begun"] == hours_ago
+    with Run(tmp_path, recipe()) as run:
+        run.stage("generate", {}, {"samples": 2}, ["traces"])
+    assert json.loads(state.read_text())["seconds"] == told["seconds"], "extending goes on from what was worked"
 
 
 # Fresh

@@ -27,17 +27,20 @@ class Ops:
     has_nan_codes: Callable[..., Any]
     pack: Callable[..., Any]
     pack_heads: Callable[..., Any]
+    side_by_side: Callable[..., Any]
     packed_bytes: Callable[..., Any]
     expert_bank: Callable[..., Any]
     arena: Callable[..., Any]
     rms_norm: Callable[..., Any]
     rope: Callable[..., Any]
     linear: Callable[..., Any]
+    linears: Callable[..., Any]
     swiglu_linear: Callable[..., Any]
     per_head: Callable[..., Any]
     experts: Callable[..., Any]
     route: Callable[..., Any]
     paged_write: Callable[..., Any]
+    write_latents: Callable[..., Any]
     decode_gqa: Callable[..., Any]
     decode_mla: Callable[..., Any]
     prefill_gqa: Callable[..., Any]
@@ -57,7 +60,18 @@ TABLE: dict[str, dict[str, str]] = {
     "reference": _REFERENCE,
     "w8a8": _REFERENCE
     | dict.fromkeys(
-        ("pack", "linear", "swiglu_linear", "expert_bank", "experts", "paged_write", "decode_mla", "prefill_mla"),
+        (
+            "pack",
+            "linear",
+            "linears",
+            "swiglu_linear",
+            "expert_bank",
+            "experts",
+            "paged_write",
+            "write_latents",
+            "decode_mla",
+            "prefill_mla",
+        ),
         "w8a8",
     ),
 }

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import byref, c_int64, c_void_p
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill.engine.kernels import reference
 from distill.engine.kernels.cpu_library import (
     DecodeArgs,
     DrawArgs,
@@ -38,6 +40,7 @@ from distill.engine.kernels.cpu_library import why_missing as why_missing
 from distill.engine.kernels.cpu_packing import ExpertBank, Memory, Packed, with_rows
 from distill.engine.kernels.reference import Place, Stored
 from distill.engine.kernels.reference import device as device
+from distill.engine.kernels.reference import side_by_side as side_by_side
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -167,6 +170,9 @@ def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float, to: Any = None) -> Tens
     return out
 
 
+write_latents = partial(reference.write_latents, rms_norm=rms_norm, rope=rope, paged_write=paged_write)
+
+
 def _linear_args(x: Tensor, w: Packed, bias: Tensor | None, out: Tensor, add: bool = False) -> Any:
     """x [t, c] or [t, h, c], out [t, n] or [t, h, n], their last dimensions contiguous."""
     grouped = x.dim() == 3
@@ -195,6 +201,10 @@ def linear(x_tc: Tensor, weight: Packed, bias_n: Tensor | None = None, onto_tn: 
     return out
 
 
+def linears(x_tc: Tensor, weights: Sequence[Packed], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    return [linear(x_tc, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
 def swiglu_linear(
     x_tc: Tensor,
     gate: Packed,
@@ -211,11 +221,11 @@ def swiglu_linear(
     return out
 
 
-def per_head(x_thc: Tensor, weight: Packed) -> Tensor:
+def per_head(x_thc: Tensor, weight: Packed, behind_thr: Tensor | None = None) -> Tensor:
     x_thc = with_rows(x_thc)
     out = torch.empty(*x_thc.shape[:2], weight.n)
     library().distill_linear(byref(_linear_args(x_thc, weight, None, out)))
-    return out
+    return out if behind_thr is None else torch.cat((out, behind_thr), dim=-1)
 
 
 def experts(

@@ -15,6 +15,7 @@ Legend: as in reference.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +32,9 @@ from distill.engine.kernels.gpu_experts import ExpertBank
 from distill.engine.kernels.gpu_moe import route as route
 from distill.engine.kernels.gpu_rows import rope as rope
 from distill.engine.kernels.gpu_tiles import grouped_tile
-from distill.engine.kernels.reference import Fp8, Place, Stored
+from distill.engine.kernels.reference import FP8_BLOCK, Fp8, Place, Stored
 from distill.engine.kernels.reference import activation_dtype as activation_dtype
 from distill.engine.kernels.reference import decode_plan as decode_plan
-from distill.engine.kernels.reference import per_head as per_head
 from distill.engine.kernels.reference import session as session
 from distill.engine.kernels.w8a8 import Fp8Matrix, Packed, Quantised, dense_rows
 
@@ -65,6 +65,19 @@ def _moved(weight: Stored) -> Stored:
     if isinstance(weight, Fp8):
         return Fp8(weight.codes.to(device(), copy=True), weight.scale.to(device()), weight.ue8m0)
     return weight.to(device(), copy=True)
+
+
+def side_by_side(weights: Sequence[Packed]) -> Sequence[Packed]:
+    """FP8 matrices become rows of one, where the scales' blocks allow it: a product of few rows takes hardly longer for
+    more columns."""
+    matrices = [weight for weight in weights if isinstance(weight, Fp8Matrix)]
+    rows = [len(matrix.codes) for matrix in matrices]
+    if len(matrices) < len(weights) or any(n % FP8_BLOCK for n in rows[:-1]):
+        return weights
+    codes, scale = (torch.cat([getattr(matrix, name) for matrix in matrices]) for name in ("codes", "scale"))
+    whole = Fp8Matrix(codes, scale, matrices[0].ue8m0)
+    blocks = [len(matrix.scale) for matrix in matrices]
+    return [Fp8Matrix(*both, whole.ue8m0, whole) for both in zip(codes.split(rows), scale.split(blocks), strict=True)]
 
 
 def packed_bytes(packed: Packed) -> int:
@@ -108,6 +121,24 @@ def linear(
     return gpu_gemm.linear(_quantised(x, weight.ue8m0), weight, bias_n, onto_tn)
 
 
+def linears(x_tc: Tensor, weights: Sequence[Packed], biases: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    wholes = [weight.whole if isinstance(weight, Fp8Matrix) else None for weight in weights]
+    whole = wholes[0]
+    if whole is None or any(one is not whole for one in wholes) or any(bias is not None for bias in biases):
+        return [linear(x_tc, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return linear(x_tc, whole).split([len(weight.codes) for weight in weights if isinstance(weight, Fp8Matrix)], dim=1)
+
+
+def per_head(x_thc: Tensor, weight_hnc: Tensor, behind_thr: Tensor | None = None) -> Tensor:
+    """As reference.per_head; each head's product is written where it belongs."""
+    (t, h, _), n, r = x_thc.shape, weight_hnc.shape[1], 0 if behind_thr is None else behind_thr.shape[2]
+    out = torch.empty(t, h, n + r, dtype=x_thc.dtype, device=x_thc.device)
+    torch.bmm(x_thc.transpose(0, 1), weight_hnc.transpose(1, 2), out=out[..., :n].transpose(0, 1))
+    if behind_thr is not None:
+        out[..., n:] = behind_thr
+    return out
+
+
 def swiglu_linear(
     x_tc: Tensor,
     gate: Packed,
@@ -116,7 +147,7 @@ def swiglu_linear(
     up_bias_f: Tensor | None = None,
     to: Any = None,
 ) -> Tensor | Quantised:
-    gate_tf, up_tf = linear(x_tc, gate, gate_bias_f), linear(x_tc, up, up_bias_f)
+    gate_tf, up_tf = linears(x_tc, (gate, up), (gate_bias_f, up_bias_f))
     return gpu_rows.swiglu(gate_tf, up_tf, _format(to))
 
 
@@ -133,7 +164,8 @@ def experts(
     x = _quantised(x_tc, bank.ue8m0) if bank.fp8 else F.pad(x_tc, (0, bank.c - x_tc.shape[1]))
     both_s2f = gpu_gemm.grouped(x, places.pair_s, experts_tk.shape[1], bank.gate_up, places.expert_b, tile)
     gate_sf, up_sf = both_s2f.chunk(2, dim=1)
-    y_sc = gpu_gemm.grouped(gpu_rows.swiglu(gate_sf, up_sf, _format(bank)), None, 1, bank.down, places.expert_b, tile)
+    hidden = gpu_rows.swiglu(gate_sf, up_sf, _format(bank), places.pair_s)
+    y_sc = gpu_gemm.grouped(hidden, None, 1, bank.down, places.expert_b, tile)
     gpu_moe.combine(y_sc, places.slot_p, weights_tk, onto_tc)
     if shared is not None:
         gate, up, down = shared
@@ -147,6 +179,17 @@ def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -
         return
     latent = w8a8.latent_width(x_tkd.shape[2], pool.shape[3])
     gpu_attention.write_fp8(pool, page_t, offset_t, x_tkd[:, 0], latent)
+
+
+_composed = partial(reference.write_latents, rms_norm=rms_norm, rope=rope, paged_write=paged_write)
+
+
+def write_latents(
+    pool: Tensor, page_t: Tensor, offset_t: Tensor, x_td: Tensor, norm_c: Tensor, eps: float, cos_tr: Tensor,
+    sin_tr: Tensor, interleaved: bool,
+) -> None:  # fmt: skip
+    write = _composed if pool.dtype == torch.uint8 else gpu_attention.write_latents
+    write(pool, page_t, offset_t, x_td, norm_c, eps, cos_tr, sin_tr, interleaved)
 
 
 def decode_mla(q_bhd: Tensor, pool: Tensor, table_bp: Tensor, length_b: Tensor, scale: float, e: int) -> Tensor:

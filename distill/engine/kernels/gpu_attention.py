@@ -201,6 +201,44 @@ def _write_fp8(x_ptr, pool_ptr, page_ptr, offset_ptr, x_stride, PAGE, WIDTH: tl.
     tl.store(rope_ptr + r, rotated.to(tl.bfloat16), mask=r < ROPE)
 
 
+@triton.jit
+def _write_latents(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, pool_ptr, page_ptr, offset_ptr, x_stride, eps, PAGE, LATENT, R,
+    INTERLEAVED: tl.constexpr, ALL_LATENT: tl.constexpr, ALL_R: tl.constexpr,
+):  # fmt: skip
+    """The arithmetic is that of gpu_rows' norm and rotation."""
+    token, c, r = tl.program_id(0).to(tl.int64), tl.arange(0, ALL_LATENT), tl.arange(0, ALL_R)
+    at = tl.load(page_ptr + token).to(tl.int64) * PAGE + tl.load(offset_ptr + token)
+    x_ptr, pool_ptr = x_ptr + token * x_stride, pool_ptr + at * (LATENT + 2 * R)
+    x = tl.load(x_ptr + c, mask=c < LATENT, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + c, mask=c < LATENT, other=0.0).to(tl.float32)
+    y = (x * tl.rsqrt(tl.sum(x * x, axis=0) / LATENT + eps) * weight).to(x_ptr.dtype.element_ty)
+    tl.store(pool_ptr + c, y.to(pool_ptr.dtype.element_ty), mask=c < LATENT)
+    cos = tl.load(cos_ptr + token * R + r, mask=r < R, other=0.0)
+    sin = tl.load(sin_ptr + token * R + r, mask=r < R, other=0.0)
+    first, second = (LATENT + 2 * r, LATENT + 2 * r + 1) if INTERLEAVED else (LATENT + r, LATENT + R + r)
+    a = tl.load(x_ptr + first, mask=r < R, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + second, mask=r < R, other=0.0).to(tl.float32)
+    kind = x_ptr.dtype.element_ty
+    tl.store(pool_ptr + first, (a * cos - b * sin).to(kind).to(pool_ptr.dtype.element_ty), mask=r < R)
+    tl.store(pool_ptr + second, (b * cos + a * sin).to(kind).to(pool_ptr.dtype.element_ty), mask=r < R)
+
+
+def write_latents(
+    pool: Tensor, page_t: Tensor, offset_t: Tensor, x_td: Tensor, norm_c: Tensor, eps: float, cos_tr: Tensor,
+    sin_tr: Tensor, interleaved: bool,
+) -> None:  # fmt: skip
+    """As reference.write_latents, in one go; x stays as it is."""
+    (t, d), (_, heads, page, width), latent = x_td.shape, pool.shape, len(norm_c)
+    assert heads == 1 and width == d and x_td.stride(1) == 1 and pool.is_contiguous() and cos_tr.is_contiguous()
+    r = (d - latent) // 2
+    if t:
+        _write_latents[t,](
+            x_td, norm_c, cos_tr, sin_tr, pool, page_t, offset_t, x_td.stride(0), eps, page, latent, r, interleaved,
+            triton.next_power_of_2(latent), triton.next_power_of_2(r),
+        )  # fmt: skip
+
+
 def write_fp8(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_td: Tensor, latent: int) -> None:
     """Store tokens' [latent | rotated part] in a pool of bytes [pages, 1, page_size, row's bytes]."""
     (t, d), (_, heads, page, width) = x_td.shape, pool.shape

@@ -56,33 +56,20 @@ def _narrowed(low, high, first, second, third, enough_1, enough_2, enough_3):
 
 
 @triton.jit
-def _counts_above(x_ptr, first, second, third, V, top, temperature, BLOCK: tl.constexpr):
+def _sums_above(x_ptr, first, second, third, V, top, temperature, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the probabilities above each of three, which are given as bits: their mass (float64), or their number."""
     a = first.to(tl.float32, bitcast=True)
     b = second.to(tl.float32, bitcast=True)
     c = third.to(tl.float32, bitcast=True)
-    zeros = tl.zeros((BLOCK,), tl.int32)
-    count_a, count_b, count_c = zeros, zeros, zeros
+    none = tl.zeros((BLOCK,), tl.float64 if MASS else tl.int32)
+    sum_a, sum_b, sum_c = none, none, none
     for begin in range(0, V, BLOCK):
         p = _probabilities(x_ptr, begin, V, top, temperature, BLOCK)
-        count_a += (p > a).to(tl.int32)
-        count_b += (p > b).to(tl.int32)
-        count_c += (p > c).to(tl.int32)
-    return tl.sum(count_a, axis=0), tl.sum(count_b, axis=0), tl.sum(count_c, axis=0)
-
-
-@triton.jit
-def _masses_above(x_ptr, first, second, third, V, top, temperature, BLOCK: tl.constexpr):
-    a = first.to(tl.float32, bitcast=True)
-    b = second.to(tl.float32, bitcast=True)
-    c = third.to(tl.float32, bitcast=True)
-    zeros = tl.zeros((BLOCK,), tl.float64)
-    mass_a, mass_b, mass_c = zeros, zeros, zeros
-    for begin in range(0, V, BLOCK):
-        p = _probabilities(x_ptr, begin, V, top, temperature, BLOCK)
-        mass_a += tl.where(p > a, p, 0.0).to(tl.float64)
-        mass_b += tl.where(p > b, p, 0.0).to(tl.float64)
-        mass_c += tl.where(p > c, p, 0.0).to(tl.float64)
-    return tl.sum(mass_a, axis=0), tl.sum(mass_b, axis=0), tl.sum(mass_c, axis=0)
+        value = p.to(tl.float64) if MASS else none + 1  # once: a conversion takes longer than an addition
+        sum_a += tl.where(p > a, value, none)
+        sum_b += tl.where(p > b, value, none)
+        sum_c += tl.where(p > c, value, none)
+    return tl.sum(sum_a, axis=0), tl.sum(sum_b, axis=0), tl.sum(sum_c, axis=0)
 
 
 @triton.jit
@@ -115,18 +102,20 @@ def _draw(
     limited = (top_k > 0) & (top_k < V) & (greedy == 0)
     for _ in range(tl.where(limited, CUTS, 0)):
         first, second, third = _cuts(low, high)
-        above_1, above_2, above_3 = _counts_above(x_ptr, first, second, third, V, top, temperature, BLOCK)
+        above_1, above_2, above_3 = _sums_above(x_ptr, first, second, third, V, top, temperature, False, BLOCK)
         low, high = _narrowed(low, high, first, second, third, above_1 < top_k, above_2 < top_k, above_3 < top_k)
     least = tl.where(limited, high, 0)
     count, mass = _above(x_ptr, least, V, top, temperature, BLOCK)
     if limited:
         mass += (top_k - count).to(tl.float64) * least.to(tl.float32, bitcast=True).to(tl.float64)
     nucleus = (top_p < 1.0) & (greedy == 0)
-    low, high = least, tl.full((), one, tl.int32)
     wanted = top_p * mass
-    for _ in range(tl.where(nucleus, CUTS, 0)):
+    # Without all tokens up to this one, most of what may be left out would still be there.
+    spared = (0.5 * (1.0 - top_p) * mass / V).to(tl.float32)
+    low, high = tl.maximum(least, spared.to(tl.int32, bitcast=True)), tl.full((), one, tl.int32)
+    while nucleus & (low < high):
         first, second, third = _cuts(low, high)
-        above_1, above_2, above_3 = _masses_above(x_ptr, first, second, third, V, top, temperature, BLOCK)
+        above_1, above_2, above_3 = _sums_above(x_ptr, first, second, third, V, top, temperature, True, BLOCK)
         low, high = _narrowed(low, high, first, second, third, above_1 < wanted, above_2 < wanted, above_3 < wanted)
     threshold = tl.where(nucleus, high, least).to(tl.float32, bitcast=True)
 

@@ -78,10 +78,13 @@ def _rms_norm(
 
 @triton.jit
 def _swiglu(
-    gate_ptr, up_ptr, out_ptr, codes_ptr, scale_ptr, stride, apart, F, width,
-    QUANTISE: tl.constexpr, UE8M0: tl.constexpr, GROUPS: tl.constexpr,
+    gate_ptr, up_ptr, used_ptr, out_ptr, codes_ptr, scale_ptr, stride, apart, F, width,
+    SOME: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * GROUPS
+    if SOME:  # noqa: SIM102
+        if tl.load(used_ptr + row) < 0:
+            return
     column = first * 128 + tl.arange(0, GROUPS * 128)
     gate = tl.load(gate_ptr + row * stride + column, mask=column < F, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride + column, mask=column < F, other=0.0).to(tl.float32)
@@ -154,8 +157,11 @@ def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float, ue8m0: bool | None = No
     return out_tc, quantised
 
 
-def swiglu(gate_tf: Tensor, up_tf: Tensor, ue8m0: bool | None = None) -> Tensor | Quantised:
-    """silu(gate) · up [t, f], quantised unless `ue8m0` is None. Both have the same strides."""
+def swiglu(
+    gate_tf: Tensor, up_tf: Tensor, ue8m0: bool | None = None, used_t: Tensor | None = None
+) -> Tensor | Quantised:
+    """silu(gate) · up [t, f], quantised unless `ue8m0` is None. Both have the same strides. used (int32): rows where it
+    is negative are left as they are."""
     assert gate_tf.stride() == up_tf.stride() and gate_tf.stride(1) == 1
     (t, f), device = gate_tf.shape, gate_tf.device
     quantised = None if ue8m0 is None else _empty(t, f, device)
@@ -164,8 +170,8 @@ def swiglu(gate_tf: Tensor, up_tf: Tensor, ue8m0: bool | None = None) -> Tensor 
     if t:
         codes, scale = (quantised.codes, quantised.scale) if quantised else (out_tf, out_tf)
         _swiglu[t, triton.cdiv(width, _GROUPS * FP8_BLOCK)](
-            gate_tf, up_tf, out_tf, codes, scale, gate_tf.stride(0), scale.stride(1), f, width,
-            quantised is not None, bool(ue8m0), _GROUPS,
+            gate_tf, up_tf, gate_tf if used_t is None else used_t, out_tf, codes, scale, gate_tf.stride(0),
+            scale.stride(1), f, width, used_t is not None, quantised is not None, bool(ue8m0), _GROUPS,
         )  # fmt: skip
     return quantised or out_tf
 

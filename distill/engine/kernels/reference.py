@@ -20,7 +20,7 @@ CPU they fall back to slower paths for one query per sequence and for values nar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -144,6 +144,12 @@ def linear(x_tc: Tensor, weight_nc: Tensor, bias_n: Tensor | None = None, onto_t
     return out_tn if onto_tn is None else onto_tn.add_(out_tn)
 
 
+def linears(x_tc: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """The products of one x with several matrices, which may have been packed side by side. Results may be columns of
+    one tensor."""
+    return [linear(x_tc, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
 def swiglu_linear(
     x_tc: Tensor,
     gate_fc: Tensor,
@@ -174,14 +180,20 @@ def transposed(weight: Stored) -> Stored:
     return weight.T
 
 
+def side_by_side(weights: Sequence[Any]) -> Sequence[Any]:
+    """Packed matrices that read the same activations, and are done with them: `linears` may then take one product."""
+    return weights
+
+
 def pack_heads(weights: Sequence[Stored], dtype: torch.dtype) -> Tensor:
     """One matrix a head → what `per_head` and `prefill_mla` take as a weight."""
     return torch.stack([dense(weight, dtype) for weight in weights])
 
 
-def per_head(x_thc: Tensor, weight_hnc: Tensor) -> Tensor:
-    """Each head's x times its own weightᵀ → [t, h, n]."""
-    return torch.bmm(x_thc.transpose(0, 1), weight_hnc.transpose(1, 2)).transpose(0, 1)
+def per_head(x_thc: Tensor, weight_hnc: Tensor, behind_thr: Tensor | None = None) -> Tensor:
+    """Each head's x times its own weightᵀ → [t, h, n], or [t, h, n + r] with what is given to stand behind it."""
+    out_thn = torch.bmm(x_thc.transpose(0, 1), weight_hnc.transpose(1, 2)).transpose(0, 1)
+    return out_thn if behind_thr is None else torch.cat((out_thn, behind_thr), dim=-1)
 
 
 class ExpertBank:
@@ -325,6 +337,20 @@ def route(
 def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -> None:
     """Store token t of x in `pool`, in the pool's dtype, at page page_t[t], place offset_t[t]. In place."""
     pool[page_t, :, offset_t] = x_tkd.to(pool.dtype)
+
+
+def write_latents(
+    pool: Tensor, page_t: Tensor, offset_t: Tensor, x_td: Tensor, norm_c: Tensor, eps: float, cos_tr: Tensor,
+    sin_tr: Tensor, interleaved: bool,
+    rms_norm: Callable[..., Tensor] = rms_norm, rope: Callable[..., None] = rope,
+    paged_write: Callable[..., None] = paged_write,
+) -> None:  # fmt: skip
+    """Store [latent | shared part of the keys] of each token, the latent normalised and the rest rotated. x is used up.
+    The last three: of another column, to be put together in the same way."""
+    c_tc, kr_tr = x_td.split((len(norm_c), x_td.shape[1] - len(norm_c)), dim=-1)
+    c_tc.copy_(rms_norm(c_tc, norm_c, eps))
+    rope(kr_tr[:, None], cos_tr, sin_tr, interleaved)
+    paged_write(pool, page_t, offset_t, x_td[:, None])
 
 
 def paged_gather(pool: Tensor, table_bp: Tensor) -> Tensor:

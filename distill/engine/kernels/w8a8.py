@@ -14,7 +14,9 @@ Legend: as in reference.py; g groups of 128 channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +40,12 @@ class Quantised:
 @dataclass(frozen=True)
 class Fp8Matrix:
     """A packed FP8 matrix [n, c]: codes [n, g·128], scale [⌈n/128⌉, g]. ue8m0: the scales of what it is multiplied with
-    are powers of two."""
+    are powers of two. whole: the matrix whose rows these are, with those of others that read the same activations."""
 
     codes: Tensor
     scale: Tensor
     ue8m0: bool
+    whole: Fp8Matrix | None = None
 
     @property
     def nbytes(self) -> int:
@@ -107,6 +110,10 @@ def linear(x: Activations, weight: Packed, bias_n: Tensor | None = None, onto_tn
     return out_tn.to(dtype) if onto_tn is None else onto_tn.copy_(onto_tn + out_tn)
 
 
+def linears(x: Activations, weights: Sequence[Packed], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
 def swiglu_linear(
     x_tc: Tensor,
     gate: Packed,
@@ -157,6 +164,9 @@ def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -
     if pool.dtype == torch.uint8:
         x_tkd = fp8_rows(x_tkd[:, 0], latent_width(x_tkd.shape[2], pool.shape[3]))[:, None]
     reference.paged_write(pool, page_t, offset_t, x_tkd)
+
+
+write_latents = partial(reference.write_latents, paged_write=paged_write)
 
 
 def decode_mla(q_bhd: Tensor, pool: Tensor, table_bp: Tensor, length_b: Tensor, scale: float, e: int) -> Tensor:

@@ -1,0 +1,125 @@
+"""`distill eval`: scores of a recipe's models, or of one model; two evaluations side by side."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from distill.cli.options import FreshOption, RunDirOption, SetOption, StageName
+from distill.cli.stages import run_stages
+from distill.errors import UserError
+
+
+class _ScoreFirst(TyperGroup):
+    """`distill eval RECIPE` is `distill eval score RECIPE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["score", *args]
+        return super().parse_args(ctx, args)
+
+
+group = typer.Typer(
+    cls=_ScoreFirst,
+    no_args_is_help=True,
+    help="Stage 4: score a recipe's models, or any one model; compare two evaluations.\n\n"
+    "Examples: `distill eval tiny` · `distill eval --model ./student --benchmark gsm8k --out scores` · "
+    "`distill eval compare runs/a runs/b`",
+)
+
+
+@group.command("score")
+def score(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="a name from `distill recipes list`, or a path; or --model instead"),
+    ] = None,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    fresh: FreshOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="PATH|URL", help="a model directory, a hub id, or an OpenAI-compatible server"),
+    ] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option("--benchmark", metavar="NAME", help="from the catalog, or a card; repeatable")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where samples and scores go")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="of the model on the server, or for its scores")
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="answers per problem; the card's")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="problems at most")] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", metavar="NAME=FILE", help="read a benchmark from a .jsonl or .parquet; repeatable"),
+    ] = None,
+    published: Annotated[
+        str | None, typer.Option("--published", metavar="MODEL", help="set its published scores beside these")
+    ] = None,
+) -> None:
+    """Score the base, the student and the teacher of a recipe, or one model without a recipe.
+
+    Examples: `distill eval tiny --set eval.samples=4` · `distill eval --model http://localhost:8000/v1 --benchmark
+    aime-2024 --samples 16 --out scores`
+    """
+    alone = {"--benchmark": benchmark, "--out": out, "--name": name, "--samples": samples, "--limit": limit}
+    alone |= {"--source": source, "--published": published}
+    if recipe is not None:
+        given = ["--model"] * (model is not None) + [flag for flag, value in alone.items() if value is not None]
+        if given:
+            raise UserError(f"{given[0]} goes with --model and without a recipe; a recipe has it under `eval:` (--set)")
+        run_stages(recipe, [StageName.eval], set_, run_dir, fresh)
+        return
+    if model is None or not benchmark or out is None:
+        raise UserError("give a recipe, or --model with --benchmark and --out; see `distill eval score --help`")
+    if run_dir is not None or fresh:
+        raise UserError("--run-dir and --fresh go with a recipe; --out DIR is where a model's scores go")
+    from distill.config import parse
+    from distill.eval import evaluate_model
+    from distill.recipe import Eval, LocalEngine
+
+    sources = dict(_pair(item) for item in source or ())
+    values = {"benchmarks": benchmark, "samples": samples, "limit": limit, "published": published, "sources": sources}
+    overrides = [item.removeprefix("eval.") for item in set_ or () if not item.startswith("engine.")]
+    engine = [item.removeprefix("engine.") for item in set_ or () if item.startswith("engine.")]
+    asked = parse(Eval, values, "--model", overrides)
+    evaluate_model(model, name, asked, parse(LocalEngine, {}, "--model", engine), out, os.environ.get("OPENAI_API_KEY"))
+    print(out)
+
+
+def _pair(item: str) -> tuple[str, str]:
+    name, sign, path = item.partition("=")
+    if not (name and sign and path):
+        raise UserError(f"--source {item}: write it as NAME=FILE, e.g. gsm8k=data/test.jsonl")
+    return name, path
+
+
+@group.command("compare")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or the --out of an evaluation")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="another; or the same, with --models")],
+    models: Annotated[
+        str | None, typer.Option("--models", metavar="A,B", help="which model of each; the student of a run by default")
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write the comparison there, too")
+    ] = None,
+) -> None:
+    """Compare two models on the problems that both answered: the difference, its interval, and which ones flipped.
+
+    Examples: `distill eval compare runs/a runs/b` · `distill eval compare runs/a runs/a --models student,base`
+    """
+    from distill.eval.compare import compare_evaluations, questions, show
+
+    names = (models or ",").split(",")
+    if len(names) != 2:
+        raise UserError(f"--models {models}: name two, separated by a comma, as student,base")
+    rows = compare_evaluations(first, second, (names[0] or None, names[1] or None))
+    if json_:
+        json_.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    flipped = {key for row in rows for key in (*row["gained"], *row["lost"])}
+    show(rows, questions((first, second), flipped))

@@ -1,0 +1,33 @@
+"""Arguments and options that several commands share."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class StageName(StrEnum):
+    generate = "generate"
+    filter = "filter"
+    train = "train"
+    eval = "eval"
+
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a name from `distill recipes list`, or a path")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. train.learning_rate=2e-5; repeatable"),
+]
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="where everything is written; runs/NAME by default")
+]
+FreshOption = Annotated[
+    list[StageName] | None,
+    typer.Option(
+        "--fresh",
+        metavar="STAGE",
+        help="move aside what this stage wrote, and what was made from it, and start over: "
+        "generate, filter, train or eval; repeatable",
+    ),
+]

@@ -1,0 +1,148 @@
+"""Commands that make a run and show it: the stages, the report, the traces, what training would take."""
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill.cli.options import FreshOption, RecipeArgument, RunDirOption, SetOption, StageName
+from distill.errors import UserError
+
+
+def run(
+    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+) -> None:
+    """Run all four stages and write the report. What is finished is skipped; what was interrupted resumes.
+
+    Examples: `distill run tiny` · `distill run my.yaml --set generate.samples=4` · `distill run tiny --fresh train`
+    """
+    run_stages(recipe, None, set_, run_dir, fresh)
+
+
+def generate(
+    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+) -> None:
+    """Stage 1: the teacher answers the prompts.
+
+    Example: `distill generate tiny --set prompts.0.limit=100`
+    """
+    run_stages(recipe, [StageName.generate], set_, run_dir, fresh)
+
+
+def filter_(
+    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+) -> None:
+    """Stage 2: decide which traces are kept, and record why.
+
+    Example: `distill filter tiny --set filter.per_prompt=1 --fresh filter`
+    """
+    run_stages(recipe, [StageName.filter], set_, run_dir, fresh)
+
+
+def train(
+    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+) -> None:
+    """Stage 3: fine-tune the student on the kept traces.
+
+    Example: `distill train tiny --set train.learning_rate=2e-5 --fresh train`
+    """
+    run_stages(recipe, [StageName.train], set_, run_dir, fresh)
+
+
+def run_stages(
+    name: str,
+    stages: Sequence[StageName] | None,
+    overrides: Sequence[str] | None,
+    run_dir: Path | None,
+    fresh: Sequence[StageName] | None,
+) -> None:
+    from distill.catalog import load_recipe
+
+    recipe = load_recipe(name, overrides or ())
+    from distill.pipeline import default_run_dir, run_recipe
+
+    directory = run_dir or default_run_dir(recipe)
+    try:
+        run_recipe(recipe, directory, stages=stages, fresh=fresh or ())
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            error.filename = error.filename or str(directory)  # a failed write to an open file does not say where
+        raise
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, e.g. runs/tiny")],
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            "--price-per-hour", metavar="N", min=0, help="of the machine, for a column of costs; the recipe's"
+        ),
+    ] = None,
+) -> None:
+    """Write RUN/report.html anew from what the run directory holds.
+
+    Example: `distill report runs/tiny --price-per-hour 2.50`
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not a run directory (no recipe.yaml in it); `distill run RECIPE` makes one")
+    from distill.report import write_report
+
+    print(write_report(run, price_per_hour))
+
+
+def traces(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, e.g. runs/tiny")],
+    verdict: Annotated[
+        str | None,
+        typer.Option("--verdict", metavar="TEXT", help="kept, dropped, or how a verdict begins: `correct: wrong`"),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="ID", help="how a prompt's id begins")] = None,
+    search: Annotated[str | None, typer.Option("--search", metavar="TEXT", help="in question or completion")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="the reasoning in full")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="a kept and a dropped trace of --prompt, line by line")] = False,
+    counts: Annotated[bool, typer.Option("--counts", help="only how many traces each verdict has")] = False,
+) -> None:
+    """Page through the traces of a run, with what the filters said of each.
+
+    Examples: `distill traces runs/tiny --verdict dropped` · `distill traces runs/tiny --prompt 3f2a --diff`
+    """
+    from distill.console import paged, table
+    from distill.traces import browse
+
+    if diff and prompt is None:
+        raise UserError("--diff compares the traces of one prompt: name it with --prompt ID")
+    judged = browse.judged(run)
+    if counts:
+        table("", ("verdict", "traces"), browse.counts(browse.chosen(judged, verdict, prompt, search)))
+    elif diff:
+        paged(browse.differences(judged, prompt or ""))
+    else:
+        paged(browse.told(browse.chosen(judged, verdict, prompt, search), whole))
+
+
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    hardware: Annotated[
+        list[str] | None,
+        typer.Option("--hardware", metavar="NAME", help="8xH100, 1x24GB, 4x8x80GB; repeatable"),
+    ] = None,
+    traces: Annotated[int | None, typer.Option("--traces", metavar="N", help="how many will be trained on")] = None,
+    mean_tokens: Annotated[
+        int | None, typer.Option("--mean-tokens", metavar="N", help="how many tokens one has in the mean")
+    ] = None,
+) -> None:
+    """Show what training a recipe takes: memory by part, hours and disk, on machines you name.
+
+    Example: `distill plan r1-distill-qwen-7b --hardware 8xH100`
+    """
+    from distill.catalog import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    from distill.pipeline import default_run_dir
+    from distill.plan import plan_training
+
+    plan_training(loaded, run_dir or default_run_dir(loaded), hardware or (), traces, mean_tokens)
