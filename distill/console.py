@@ -57,9 +57,16 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], tex
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    grid = Table(
+        title=title or None,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i < text_columns else "right", overflow="fold")
+        grid.add_column(column, justify="left" if i < text_columns else "right", overflow="fold", no_wrap=i == 0)
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     console().print(grid)

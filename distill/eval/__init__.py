@@ -37,9 +37,7 @@ if TYPE_CHECKING:
     from distill.run import Run
 
 OUTPUTS = ("eval",)
-COLUMNS = (
-    "model", "pass@1", "95 % interval", "truncated", "no answer", "unverifiable", "mean tokens", "median reasoning",
-)  # fmt: skip
+COLUMNS = ("model", "pass@1 (95 %)", "truncated", "no\nanswer", "unverifiable", "mean\ntokens")
 
 
 def evaluate(run: "Run", models: Models | None = None) -> dict[str, Any]:
@@ -191,22 +189,20 @@ def show(summary: dict[str, Any]) -> None:
 def _cells_of_several(row: dict[str, Any]) -> tuple[str, ...]:
     made = [*row["pass@k"].values(), *row["cons@k"].values()]
     ties = next(iter(row["cons@k"].values()))["ties"]
-    return (
-        row["model"],
-        *(f"{one['value']:.1%} ({100 * one['low']:.1f} – {100 * one['high']:.1f})" for one in made),
-        f"{ties:,}",
-    )
+    return (row["model"], *(_estimate(one["value"], one["low"], one["high"]) for one in made), f"{ties:,}")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """One row of scores as text, in the order of COLUMNS."""
     return (
         row["model"],
-        f"{row['pass@1']:.1%}",
-        f"{100 * row['pass@1_low']:.1f} – {row['pass@1_high']:.1%}",
+        _estimate(row["pass@1"], row["pass@1_low"], row["pass@1_high"]),
         f"{row['truncated_rate']:.1%}",
         f"{row['no_answer_rate']:.1%}",
         f"{row['unverifiable_rate']:.1%}",
         f"{row['mean_completion_tokens']:,.0f}",
-        f"{row['median_reasoning_tokens']:,.0f} {row['reasoning_counted_in']}",
     )
+
+
+def _estimate(value: float, low: float, high: float) -> str:
+    return f"{value:.1%} ({100 * low:.1f}–{100 * high:.1f})"

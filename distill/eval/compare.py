@@ -15,7 +15,7 @@ from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore
 
 FLIPPED_SHOWN = 10
-COLUMNS = ("benchmark", "problems", "first", "second", "difference", "95 % interval", "gained", "lost", "p")
+COLUMNS = ("benchmark", "first", "second", "difference (95 %)", "gained, lost", "sign\ntest p")
 
 
 def compare_evaluations(first: Path, second: Path, models: tuple[str | None, str | None]) -> list[dict[str, Any]]:
@@ -86,14 +86,11 @@ def questions(directories: Iterable[Path], keys: set[str]) -> dict[str, str]:
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["benchmark"],
-        f"{row['problems']:,}",
         f"{row['first']:.1%}",
         f"{row['second']:.1%}",
-        f"{100 * row['difference']:+.1f}",
-        f"{100 * row['low']:+.1f} – {100 * row['high']:+.1f}",
-        f"{len(row['gained']):,}",
-        f"{len(row['lost']):,}",
-        f"{row['p']:.2g}",
+        f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f}, {100 * row['high']:+.1f})",
+        f"{len(row['gained']):,}, {len(row['lost']):,} of {row['problems']:,}",
+        f"{row['p']:.1g}",
     )
 
 

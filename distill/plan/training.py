@@ -13,7 +13,7 @@ to be assumed where they are not.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distill import catalog
 from distill.console import say, table
@@ -205,33 +205,24 @@ def count(recipe: "Recipe", directory: Path, traces: int | None, mean: int | Non
 
 
 def show(ways: Sequence[Way], settings: "Train") -> None:
-    names = {
-        "weights": "weights",
-        "gradients": "gradients",
-        "optimizer": "optimiser",
-        "gathered": "casts",
-        "activations": "activations",
-        "head": "head",
-        "base": "base",
-    }
-    rows: list[Sequence[Any]] = []
+    rows = []
     for one in ways:
-        parts = [f"{size / 1e9:,.1f}" for _, size in one.memory.parts()]
-        mark = "→ " if one.method == settings.method else "  "
+        parts = {name: size / 1e9 for name, size in one.memory.parts()}
+        own = [parts.pop(name) for name in ("weights", "gradients", "optimizer", "activations")]
+        saved = "c" * one.checkpointing + "o" * one.offloading
         rows.append(
             (
                 one.hardware.name,
-                f"{mark}{one.method}",
-                one.layout + (", offloading" if one.offloading else ", checkpointing" if one.checkpointing else ""),
-                *parts,
+                f"{'→ ' if one.method == settings.method else '  '}{one.method}",
+                one.layout + (f" +{saved}" if saved else ""),
+                *(f"{size:,.1f}" for size in (*own, sum(parts.values()))),
                 f"{one.memory.total / 1e9:,.1f}",
-                f"of {one.hardware.memory / 1e9:,.0f}",
-                f"{one.hours:,.1f}" if one.fits else "does not fit",
+                f"{one.hours:,.1f}" if one.fits else "too big",
             )
         )
-    table(
-        "Training, GB a device at its peak; → is the recipe's method",
-        ("machine", "method", "layout", *names.values(), "total", "GB", "hours"),
-        rows,
-        text_columns=3,
+    columns = ("machine", "method", "layout", "model", "grads", "optim.", "activ.", "other", "total", "hours")
+    table("Training, GB a device at its peak", columns, rows, text_columns=3)
+    say(
+        "→ the recipe's method; c gradient checkpointing, o activations offloaded; other: casts, the head's logits, "
+        "what torch takes; too big: over the device's memory"
     )
