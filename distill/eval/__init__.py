@@ -10,8 +10,9 @@ Each (benchmark, model) is a *part* with settings of its own, so that another mo
 more samples extend a finished evaluation, and a student that was trained anew is refused rather than mixed with the old
 one's answers. Keeping all of it in the stage's settings was rejected: adding a benchmark would throw the others away.
 
-The files: statistics.py (pure functions), part.py (one model on one benchmark), models.py (which models, and loading
-them), this one (all of it, in order).
+The files: statistics.py (pure functions), votes.py (which answers are one), part.py (one model on one benchmark),
+models.py (which models, and loading them), this one (all of it, in order); compare.py (two evaluations side by side),
+metrics.py (pass@k and consensus for use elsewhere).
 """
 
 from contextlib import ExitStack
