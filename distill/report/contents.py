@@ -8,6 +8,7 @@ first kept ones, the first of each reason for dropping, as long as there is room
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,18 +16,20 @@ from typing import Any
 
 import yaml
 
+from distill.console import progress
 from distill.errors import UserError
 from distill.run import STAGES
 from distill.scores import beside_published, difference
 from distill.traces.browse import KEPT, verdict_of
 from distill.traces.ledger import Ledger
-from distill.traces.store import TraceStore, read_traces
+from distill.traces.store import TraceStore, count_traces, read_traces
 from distill.traces.trace import Trace, Verdict
 
 KEPT_SHOWN = 60  # kept traces in the page
 DROPPED_SHOWN = 15  # dropped traces of each reason
 REASONS_SHOWN = 12
 ROOM = 500_000  # characters of kept traces, and as many of dropped ones: the page stays below 3 MB
+MANY = 20_000  # traces that take some seconds to read
 TEXT_SHOWN = 20_000  # characters of one text; an R1 trace may have ten times as many
 MODELS = ("base", "student", "teacher")
 
@@ -162,7 +165,7 @@ def _filtered(directory: Path, solved: dict[str, Solved]) -> tuple[list[int], li
     lengths: list[int] = []
     room = ROOM
     shown: dict[str, list[Shown]] = defaultdict(list)
-    for trace, verdicts in read_traces(directory) if directory.is_dir() else ():
+    for trace, verdicts in _told_of(directory) if directory.is_dir() else ():
         lengths.append(trace.tokens)
         for right in (verdict.keep for verdict in verdicts if verdict.filter == "correct"):
             solved[trace.prompt.id] = _with_one(solved.get(trace.prompt.id), right)
@@ -173,6 +176,16 @@ def _filtered(directory: Path, solved: dict[str, Solved]) -> tuple[list[int], li
             shown[said].append(_shown("teacher", said, kept, trace, verdicts))
             room -= len(trace.text) + len(trace.prompt.messages[-1]["content"])
     return lengths, [one for of_reason in list(shown.values())[:REASONS_SHOWN] for one in of_reason]
+
+
+def _told_of(directory: Path) -> Iterator[tuple[Trace, list[Verdict]]]:
+    """All traces; with a progress bar where they are many."""
+    total = count_traces(directory)
+    bar = progress("report", total, f"{directory.name} traces") if total >= MANY else nullcontext(lambda _: None)
+    with bar as told:
+        for one in read_traces(directory, ids=False):
+            yield one
+            told(1)
 
 
 def _with_one(solved: Solved | None, right: bool) -> Solved:

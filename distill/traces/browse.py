@@ -26,7 +26,7 @@ def judged(run: Path) -> Iterator[Judged]:
     folders = [folder for folder in folders if folder.is_dir() and any(folder.glob("part-*.parquet"))]
     if folders:
         for folder in folders:
-            yield from read_traces(folder)
+            yield from read_traces(folder, ids=False)
     elif (run / "traces").is_dir():
         for trace in TraceStore(run / "traces"):
             yield trace, None

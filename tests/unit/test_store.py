@@ -12,7 +12,7 @@ from store_support import full_disk, killed_writers, trace
 from distill.errors import UserError
 from distill.prompts.prompt import Prompt
 from distill.traces import store as store_module
-from distill.traces.store import TraceStore, read_traces, write_traces
+from distill.traces.store import TraceStore, count_traces, read_traces, write_traces
 from distill.traces.trace import Trace, Verdict
 
 TEXT = st.text(st.characters(exclude_categories=[]), max_size=30)  # lone surrogates included
@@ -90,6 +90,10 @@ def test_judged_traces_come_back_exactly(
     }
     write_traces(directory, traces, verdicts)
     assert list(read_traces(directory)) == [(t, verdicts.get(t.key, [])) for t in traces]
+    assert count_traces(directory) == len(traces)
+    for (light, said), t in zip(read_traces(directory, ids=False), traces, strict=True):
+        assert (light.text, light.prompt, light.key, light.tokens) == (t.text, t.prompt, t.key, t.tokens)
+        assert said == verdicts.get(t.key, [])
 
 
 def test_log_probabilities_are_rounded_to_float32_when_stored(tmp_path: Path) -> None:
