@@ -21,7 +21,9 @@ from distill.prompts.prompt import Prompt
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-RETRIES = 5  # with growing pauses: of a server that is busy, restarts, or drops a connection
+RETRIES = 5  # with growing pauses: of a server that is busy, restarts, drops a connection or answers nothing
+FIRST_PAUSE = 2.0  # seconds
+GAVE_UP = "insufficient_system_resource"  # DeepSeek's reason for an answer that it did not finish
 TIMEOUT = 3600.0  # seconds for one sample: 32,768 tokens at 10 a second
 
 
@@ -86,37 +88,58 @@ class RemoteBackend:
     ) -> Completed:
         import openai
 
-        try:
-            reply = await client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": m["role"], "content": m["content"]} for m in prompt.messages],  # type: ignore[misc]
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_new_tokens,
-                seed=int(digest([seed, prompt.id, sample]), 16) % 2**31,
-                extra_body={"top_k": sampling.top_k} if sampling.top_k else None,
-            )
-        except openai.BadRequestError as error:
-            raise UserError(f"prompt {prompt.id}: the server refuses it: {_reason(error)}") from error
-        except openai.OpenAIError as error:
-            raise WorkError(
-                f"the server failed: {_reason(error)}; what was finished is kept, run the same command to go on"
-            ) from error
-        choice = reply.choices[0]
-        content = choice.message.content or ""
-        reasoning = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
-        if reasoning:
-            closed = f"\n</think>\n\n{content}" if content else ""
-            content = f"{THINK}\n{reasoning.strip()}{closed}"
-        return Completed(
-            prompt=prompt,
-            sample=sample,
-            text=content,
-            finish_reason="length" if choice.finish_reason == "length" else "stop",
-            prompt_token_ids=(),
-            completion_token_ids=(),
-            completion_tokens=reply.usage.completion_tokens if reply.usage else None,
-        )
+        pause = FIRST_PAUSE
+        for left in reversed(range(RETRIES + 1)):
+            try:
+                reply = await client.chat.completions.create(
+                    model=self.model,
+                    messages=[{"role": m["role"], "content": m["content"]} for m in prompt.messages],  # type: ignore[misc]
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_new_tokens,
+                    seed=int(digest([seed, prompt.id, sample]), 16) % 2**31,
+                    extra_body={"top_k": sampling.top_k} if sampling.top_k else None,
+                )
+            except openai.BadRequestError as error:
+                raise UserError(f"prompt {prompt.id}: the server refuses it: {_reason(error)}") from error
+            except openai.OpenAIError as error:
+                raise WorkError(_failed(_reason(error))) from error
+            done = _completed(reply, prompt, sample)
+            if done is not None:
+                return done
+            if left:
+                await asyncio.sleep(pause)
+                pause *= 2
+        raise WorkError(_failed("its answers are empty, as those of a server under load may be"))
+
+
+def _completed(reply: Any, prompt: Prompt, sample: int) -> Completed | None:
+    """None for an answer without a token: that of a server that gave up, and not of a model."""
+    choice = reply.choices[0] if reply.choices else None
+    message = choice.message if choice else None
+    if choice is None or message is None or choice.finish_reason == GAVE_UP:
+        return None
+    content = message.content or ""
+    reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    tokens = reply.usage.completion_tokens if reply.usage else None
+    if not (content or reasoning or tokens):
+        return None
+    if reasoning:
+        closed = f"\n</think>\n\n{content}" if content else ""
+        content = f"{THINK}\n{reasoning.strip()}{closed}"
+    return Completed(
+        prompt=prompt,
+        sample=sample,
+        text=content,
+        finish_reason="length" if choice.finish_reason == "length" else "stop",
+        prompt_token_ids=(),
+        completion_token_ids=(),
+        completion_tokens=tokens,
+    )
+
+
+def _failed(why: str) -> str:
+    return f"the server failed: {why}; what was finished is kept, run the same command to go on"
 
 
 def _reason(error: Exception) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,7 +47,7 @@ class Script(BaseHTTPRequestHandler):
                 "created": 0,
                 "model": "scripted",
                 "choices": [{"index": 0, "finish_reason": finish, "message": message}],
-                "usage": {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8},
+                "usage": {"prompt_tokens": 1, "completion_tokens": 7 if text else 0, "total_tokens": 8},
             }
         )
 
@@ -144,6 +145,29 @@ def test_what_is_missing_is_asked_again_after_a_failure(sums, tmp_path, monkeypa
         assert distill(monkeypatch, *asked) == 0
         assert len(calls) == 17, "eight were kept, one failed, eight were drawn in the end"
     assert scores(tmp_path / "out")["pass@1"] == 1
+
+
+def test_an_empty_answer_is_asked_again(sums, tmp_path, monkeypatch, capsys):
+    """Under load some servers answer nothing, with the status of success; that is no answer of the model."""
+    monkeypatch.setattr("distill.backends.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("distill.backends.remote.RETRIES", 2)
+    asked = Counter()
+
+    def at_the_third_time(question, seed):
+        asked[seed] += 1
+        return (
+            [("", "stop"), ("So it", "insufficient_system_resource")][asked[seed] - 1]
+            if asked[seed] < 3
+            else right(question, seed)
+        )
+
+    with server(at_the_third_time) as made:
+        command = ["eval", "--model", url(made), "--benchmark", sums, "--out", tmp_path / "out"]
+        assert distill(monkeypatch, *command) == 0 and set(asked.values()) == {3}
+    assert scores(tmp_path / "out")["pass@1"] == 1
+    with server(lambda question, seed: ("", "stop")) as made:
+        assert distill(monkeypatch, *command[:2], url(made), *command[3:-1], tmp_path / "none") == 1
+    assert "the server failed: its answers are empty" in capsys.readouterr().err
 
 
 def test_what_ended_beside_a_failure_is_kept():
