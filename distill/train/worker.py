@@ -6,6 +6,7 @@ that dies closes this process's input, which ends it.
 
 import json
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -22,10 +23,11 @@ def end_with_parent() -> None:
 def main() -> int:
     directory, outcome = map(Path, sys.argv[1:])
     threading.Thread(target=end_with_parent, daemon=True).start()
-    from distill.catalog import load_recipe
-    from distill.train.ranks import train_rank
-
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training has handlers of its own
     try:
+        from distill.catalog import load_recipe  # torch takes seconds, in which an interruption may come, too
+        from distill.train.ranks import train_rank
+
         outcome.write_text(json.dumps({"summary": train_rank(load_recipe(str(directory / "recipe.yaml")), directory)}))
     except (UserError, WorkError) as error:
         code = 2 if isinstance(error, UserError) else 1

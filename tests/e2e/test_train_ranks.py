@@ -196,3 +196,21 @@ def test_an_interrupt_saves_on_all_ranks_and_a_rerun_goes_on(one, student, tmp_p
     assert [row["step"] for row in log(directory)] == list(range(1, len(log(directory)) + 1))
     first = [row["loss"] for row in log(directory)][:3]
     assert len(first) == 3 and all(loss > 4 for loss in first)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_that_is_still_importing_torch_is_interrupted_like_any_other(number, tmp_path):
+    command = [sys.executable, "-m", "distill.train.worker", str(tmp_path), str(tmp_path / "outcome.json")]
+    with (
+        open(tmp_path / "said", "w") as said,
+        subprocess.Popen(
+            command, cwd=REPO, stdin=subprocess.PIPE, stderr=said
+        ) as process,  # the end of its input ends it
+    ):
+        maps = Path(f"/proc/{process.pid}/maps")
+        while process.poll() is None and "libtorch" not in maps.read_text():
+            time.sleep(0.002)
+        process.send_signal(number)
+        process.wait(timeout=60)
+    assert process.returncode == 130 and not (tmp_path / "outcome.json").exists()
+    assert (tmp_path / "said").read_text() == ""
