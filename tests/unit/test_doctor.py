@@ -89,7 +89,7 @@ def test_every_teacher_of_the_catalog_has_a_line(quick, capsys):
     assert f"{torch.get_num_threads()}" in out and "40.0 GB/s" in out and "400 GFLOP/s" in out
     assert "assumed" in out, "671 GB do not fit into 20 GiB"
     line = next(line for line in out.splitlines() if "deepseek-llm-67b" in line)
-    assert "too large for memory" in line and "–" in line, "a dense model cannot be streamed"
+    assert "too large for" in line and "–" in line, "a dense model cannot be streamed"
 
 
 def test_one_teacher_and_an_unknown_one(quick, capsys):
