@@ -26,6 +26,7 @@ from distill.prompts.prompt import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
 THINK, END_THINK = "<think>", "</think>"
 TEMPLATES = {"chatml": "chatml.jinja", "llama3": "llama3.jinja"}  # built-in training templates
 
@@ -78,6 +79,8 @@ class Chat:
             settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
             if not isinstance(settings, dict):
                 raise ValueError("tokenizer_config.json holds no settings; download it again")
+            if not any((model_dir / name).is_file() for name in VOCABULARIES):  # of none, an empty tokenizer is made
+                raise ValueError(f"{VOCABULARIES[0]} is missing; download it again")
             loader = PreTrainedTokenizerFast if "auto_map" in settings else AutoTokenizer
             tokenizer = loader.from_pretrained(model_dir, trust_remote_code=False)
         except (OSError, ValueError) as error:

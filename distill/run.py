@@ -297,7 +297,7 @@ def _forget_locks() -> None:
 os.register_at_fork(after_in_child=_forget_locks)
 
 
-def _take_lock(directory: Path) -> int:
+def _take_lock(directory: Path, option: str = "--run-dir") -> int:
     """A descriptor that holds the lock until it is closed. Errors: UserError when another process holds it."""
     path = directory / ".lock"
     while True:
@@ -308,9 +308,7 @@ def _take_lock(directory: Path) -> int:
             holder = os.pread(descriptor, 32, 0).decode().strip()
             os.close(descriptor)
             by = f"process {holder}" if holder else "another process"
-            raise UserError(
-                f"{directory}: in use by {by}; wait for it, stop it, or choose another --run-dir"
-            ) from error
+            raise UserError(f"{directory}: in use by {by}; wait for it, stop it, or choose another {option}") from error
         if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
             break
         os.close(descriptor)  # its last holder removed the file between our open and our lock
@@ -323,7 +321,7 @@ def locked(directory: Path) -> Iterator[None]:
     """A directory that is no run, made if it is not there, for this process alone while the context lasts. UserError
     when another process works there; the lock's file goes with it."""
     directory.mkdir(parents=True, exist_ok=True)
-    lock = _take_lock(directory)
+    lock = _take_lock(directory, "--out")
     try:
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)

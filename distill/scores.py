@@ -1,6 +1,40 @@
-"""What scores say in words, for the terminal and the report: one model beside another, ours beside the published."""
+"""Scores on the disk, and what they say in words, for the terminal and the report: one model beside another, ours
+beside the published.
+"""
 
+import json
+from collections.abc import Iterator
+from math import isfinite
+from pathlib import Path
 from typing import Any
+
+from distill.errors import UserError
+from distill.traces.ledger import Ledger
+
+GRADED = {"prompt", "sample", "verdict"}
+NUMBERS = ("pass@1", "pass@1_low", "pass@1_high", "truncated_rate", "no_answer_rate", "unverifiable_rate")
+
+
+def grades(part: Path) -> Iterator[dict[str, Any]]:
+    """The rows of `part`/grades.jsonl, none where there is no file. UserError where one is not what was written."""
+    path = part / "grades.jsonl"
+    for row in Ledger(path).rows():
+        if not row.keys() >= GRADED:
+            raise UserError(f"{path}: damaged; delete it and evaluate again: the samples are kept, and graded anew")
+        yield row
+
+
+def scores_of(part: Path) -> dict[str, Any]:
+    """The content of `part`/scores.json. UserError where it is not what was written."""
+    path = part / "scores.json"
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        whole = row.keys() >= {"benchmark", "model", "problems", "samples", "samples_per_problem"}
+        if whole and all(isfinite(row[name]) for name in NUMBERS):
+            return row  # type: ignore[no-any-return]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path}: damaged; delete it and evaluate again: the samples are kept")
 
 
 def difference(made: dict[str, Any]) -> str:

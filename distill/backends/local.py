@@ -164,7 +164,8 @@ class LocalBackend:
             raise UserError(
                 f"prompt {prompt.id} ({start!r}…, from {prompt.source or 'memory'}) has {len(ids)} tokens and "
                 f"max_new_tokens is {sampling.max_new_tokens}, together more than the model's context of {context}; "
-                f"lower max_new_tokens or leave the prompt out"
+                f"set max_new_tokens to {context - len(ids)} or less (`distill eval`: --set eval.max_new_tokens=N, or "
+                f"--set max_new_tokens=N beside --model), or leave the prompt out"
             )
         return ids
 

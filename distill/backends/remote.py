@@ -45,7 +45,11 @@ class RemoteBackend:
         try:
             with openai.OpenAI(base_url=url.rstrip("/"), api_key=key or "none", max_retries=1, timeout=30.0) as client:
                 names = [item.id for item in client.models.list()]
-        except openai.OpenAIError as error:
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise UserError(
+                f"{url}: it lets nobody in ({_reason(error)}); set OPENAI_API_KEY to a key of it"
+            ) from error
+        except (openai.OpenAIError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{url}: no model server answers there ({_reason(error)}); give an OpenAI-compatible address, as "
                 f"http://localhost:8000/v1"
@@ -53,7 +57,8 @@ class RemoteBackend:
         if model is None and len(names) == 1:
             model = names[0]
         if model is None or (names and model not in names):
-            raise UserError(f"{url}: which model? the server has {', '.join(names) or 'none'}; name one")
+            asked = "which model?" if model is None else f"it has no model {model};"
+            raise UserError(f"{url}: {asked} there are {', '.join(names) or 'none'}: choose with --name")
         return cls(url, model, concurrency, key)
 
     def check(self, prompt: Prompt, sampling: Sampling) -> None:
@@ -101,21 +106,29 @@ class RemoteBackend:
                     extra_body={"top_k": sampling.top_k} if sampling.top_k else None,
                 )
             except openai.BadRequestError as error:
-                raise UserError(f"prompt {prompt.id}: the server refuses it: {_reason(error)}") from error
+                raise UserError(
+                    f"prompt {prompt.id}: the server refuses it: {_reason(error)}; if it is too long, lower "
+                    f"max_new_tokens"
+                ) from error
+            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+                raise UserError(_refused(error)) from error
             except openai.OpenAIError as error:
                 raise WorkError(_failed(_reason(error))) from error
+            except ValueError:  # what came is no JSON
+                reply = None
             done = _completed(reply, prompt, sample)
             if done is not None:
                 return done
             if left:
                 await asyncio.sleep(pause)
                 pause *= 2
-        raise WorkError(_failed("its answers are empty, as those of a server under load may be"))
+        raise WorkError(_failed("its answers are empty or unreadable, as those of a server under load may be"))
 
 
 def _completed(reply: Any, prompt: Prompt, sample: int) -> Completed | None:
     """None for an answer without a token: that of a server that gave up, and not of a model."""
-    choice = reply.choices[0] if reply.choices else None
+    choices = getattr(reply, "choices", None)  # a page in HTML comes as its text
+    choice = choices[0] if choices else None
     message = choice.message if choice else None
     if choice is None or message is None or choice.finish_reason == GAVE_UP:
         return None
@@ -136,6 +149,10 @@ def _completed(reply: Any, prompt: Prompt, sample: int) -> Completed | None:
         completion_token_ids=(),
         completion_tokens=tokens,
     )
+
+
+def _refused(error: Exception) -> str:
+    return f"the server lets nobody in ({_reason(error)}); set OPENAI_API_KEY to a key of its"
 
 
 def _failed(why: str) -> str:

@@ -26,6 +26,7 @@ group = typer.Typer(
     cls=_ScoreFirst,
     no_args_is_help=True,
     help="Stage 4: score a recipe's models, or any one model; compare two evaluations.\n\n"
+    "`distill eval …` is `distill eval score …`, whose --help has all options.\n\n"
     "Examples: `distill eval tiny` · `distill eval --model ./student --benchmark gsm8k --out scores` · "
     "`distill eval compare runs/a runs/b`",
 )
@@ -69,13 +70,18 @@ def score(
     alone = {"--benchmark": benchmark, "--out": out, "--name": name, "--samples": samples, "--limit": limit}
     alone |= {"--source": source, "--published": published}
     if recipe is not None:
-        given = ["--model"] * (model is not None) + [flag for flag, value in alone.items() if value is not None]
-        if given:
+        if model is not None:
+            raise UserError("a recipe names its models: give either RECIPE or --model")
+        if given := [flag for flag, value in alone.items() if value is not None]:
             raise UserError(f"{given[0]} goes with --model and without a recipe; a recipe has it under `eval:` (--set)")
         run_stages(recipe, [StageName.eval], set_, run_dir, fresh)
         return
+    missing = [flag for flag, value in (("--model", model), ("--benchmark", benchmark), ("--out", out)) if not value]
     if model is None or not benchmark or out is None:
-        raise UserError("give a recipe, or --model with --benchmark and --out; see `distill eval score --help`")
+        raise UserError(
+            f"give a recipe, or --model with --benchmark and --out ({' and '.join(missing)} missing); see "
+            f"`distill eval score --help`"
+        )
     if run_dir is not None or fresh:
         raise UserError("--run-dir and --fresh go with a recipe; --out DIR is where a model's scores go")
     from distill.config import parse

@@ -109,16 +109,17 @@ def evaluate_model(
     """
     exams = exams_of(recipe)
     _published(exams, recipe.published)
-    for exam in exams:
-        for prompt in exam.prompts:
-            require_grader(prompt.task, f"leave {exam.name} out")
     models: Models
     if "://" in model:
         models = ServedModel(RemoteBackend.connect(model, name, recipe.max_batch, key))
     else:
         models = LocalModels(recipe.max_batch, engine)
     rival = models.contender if isinstance(models, ServedModel) else model_directory(Path(model), name)
-    parts = [Part(directory, exam, rival) for exam in exams]
+    for exam in exams:
+        for prompt in exam.prompts:
+            require_grader(prompt.task, f"leave {exam.name} out")
+    advice = "choose another --out, or delete that directory"
+    parts = [Part(directory, exam, rival, advice) for exam in exams]
     for part in parts:
         part.refuse_other_settings()
     with locked(directory), Grader() as grader:
@@ -201,7 +202,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['truncated_rate']:.1%}",
         f"{row['no_answer_rate']:.1%}",
         f"{row['unverifiable_rate']:.1%}",
-        f"{row['mean_completion_tokens']:,.0f}",
+        "–" if row["mean_completion_tokens"] is None else f"{row['mean_completion_tokens']:,.0f}",
     )
 
 

@@ -3,7 +3,6 @@
 Reads what evaluations left: `RUN/eval/<benchmark>/<model>/`, or `DIR/<benchmark>/<model>/` of one without a recipe.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from distill.console import table
 from distill.errors import UserError
 from distill.eval.statistics import Difference, compare
-from distill.traces.ledger import Ledger
+from distill.scores import grades, scores_of
 from distill.traces.store import TraceStore
 
 FLIPPED_SHOWN = 10
@@ -31,10 +30,17 @@ def compare_evaluations(first: Path, second: Path, models: tuple[str | None, str
         if common:
             made = compare({key: one[key] for key in common}, {key: two[key] for key in common})
             left_out = len(one) + len(two) - 2 * len(common)
-            rows.append(told(benchmark, made, one, two, common) | {"left_out": left_out})
+            differ = _differ(*(scores_of(of_one[benchmark]).get("settings") or {} for of_one in parts))
+            rows.append(told(benchmark, made, one, two, common) | {"left_out": left_out, "differ": differ})
     if not rows:
         raise UserError(f"{first} and {second} have no benchmark with a problem in common: evaluate both on one")
     return rows
+
+
+def _differ(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
+    """Settings that were not the same, the models' own left out: `key: first, second`."""
+    keys = [key for key in one if not key.startswith("model.") or key == "model.numerics"]
+    return [f"{key}: {one[key]}, {two.get(key)}" for key in keys if one[key] != two.get(key)]
 
 
 def told(
@@ -63,6 +69,8 @@ def show(rows: list[dict[str, Any]], questions: dict[str, str]) -> None:
     """The table, and the problems that flipped. questions: prompt id → text."""
     table("First less second, on the same problems", COLUMNS, map(_cells, rows))
     for row in rows:
+        if row["differ"]:
+            print(f"{row['benchmark']}: not drawn alike: {'; '.join(row['differ'])}")
         if row["left_out"]:
             print(f"{row['benchmark']}: {row['left_out']} problems that only one of them answered are left out")
         for what in ("gained", "lost"):
@@ -113,9 +121,9 @@ def _parts(directory: Path, model: str | None) -> dict[str, Path]:
 
 
 def _correct(part: Path) -> dict[str, list[bool]]:
-    wanted = json.loads((part / "scores.json").read_text(encoding="utf-8"))["samples_per_problem"]
+    wanted = scores_of(part)["samples_per_problem"]
     found: dict[str, list[bool]] = {}
-    for row in Ledger(part / "grades.jsonl").rows():
+    for row in grades(part):
         if row["sample"] < wanted:
             found.setdefault(row["prompt"], []).append(row["verdict"] == "correct")
     return found

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from distill.run import Run
 
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
 @dataclass(frozen=True, eq=False)
 class Contender:
     """A model to be scored. `template` None: the directory's own; `thinking`: its mode; `identity`: hashes of weights
@@ -89,7 +92,11 @@ class ServedModel:
 
 
 def model_directory(directory: Path, name: str | None) -> Contender:
-    """A model directory, or an id on the hub. UserError where there is none."""
+    """A model directory, or an id on the hub. UserError where there is none, or its scores cannot be called so."""
+    if name is not None and not NAME.fullmatch(name):
+        raise UserError(
+            f"--name {name}: a directory is called so: letters, digits, `.`, `_`, `-`; the first a letter or digit"
+        )
     place = catalog.model_directory(str(directory))
     return Contender(name or place.name, place, None, None, identify(place))
 

@@ -22,7 +22,7 @@ from distill import __version__
 from distill.backends import Backend, Job, Sampling
 from distill.backends.collect import check_all, collect, missing
 from distill.chat import THINK
-from distill.console import progress
+from distill.console import progress, say
 from distill.durable import write_whole
 from distill.errors import UserError
 from distill.eval.models import Contender
@@ -32,6 +32,7 @@ from distill.fingerprint import digest
 from distill.grading import require_grader
 from distill.prompts import Prompt, load_prompts
 from distill.prompts.files import rows_of_file
+from distill.scores import grades
 from distill.sources import FilePrompts, ProceduralPrompts
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore
@@ -78,9 +79,18 @@ class Exam:
     @cached_property
     def prompts(self) -> list[Prompt]:
         seen: Counter[str] = Counter()
-        found = list(islice(load_prompts([self.source], seen), self.limit))
+        try:
+            found = list(islice(load_prompts([self.source], seen), self.limit))
+        except UserError as error:
+            hint = f"; or read {self.name} from a file: --source {self.name}=FILE, in a recipe eval.sources"
+            raise UserError(f"{error}{hint if self.source is self.card.prompts else ''}") from error
         if not found:
             raise UserError(f"benchmark {self.name} has no problems: check `prompts` in its card")
+        if unanswered := [prompt for prompt in found if not prompt.answer]:
+            raise UserError(
+                f"benchmark {self.name}: {len(unanswered):,} of its problems have no answer to compare with, the first "
+                f"is {unanswered[0].messages[-1]['content'][:40]!r}…: leave them out of its file"
+            )
         expected = self.card.problems
         if expected is not None and (self.limit is None or self.limit >= expected) and seen.total() != expected:
             raise UserError(
@@ -105,9 +115,13 @@ def local_source(card: "BenchmarkCard", path: Path) -> FilePrompts:
     prompts = card.prompts
     if isinstance(prompts, ProceduralPrompts):
         raise UserError(f"eval.sources: {card.name} is made by a generator and read from no file; leave it out")
-    where, row = next(rows_of_file(path), (str(path), None))
+    rows = rows_of_file(path)
+    where, row = next(rows, (str(path), None))
     if row is None:
         raise UserError(f"{path}: no rows; give a file with at least one problem")
+    count = 1 + sum(1 for _ in rows)
+    if card.problems not in (None, count):
+        say(f"note: {path} has {count:,} rows, {card.name} has {card.problems:,} problems: is it the right file?")
     question = next((name for name in (prompts.question, *QUESTIONS) if name in row), None)
     if question is None:
         raise UserError(f"{where}: no column {prompts.question} with the question; the columns are {', '.join(row)}")
@@ -115,11 +129,15 @@ def local_source(card: "BenchmarkCard", path: Path) -> FilePrompts:
     return FilePrompts(kind="file", path=str(path), question=question, **columns)
 
 
+OF_A_RUN = "--fresh eval moves all evaluations of this run aside, or choose another --run-dir"
+
+
 class Part:
     """The directory `eval/<benchmark>/<model>`."""
 
-    def __init__(self, root: Path, exam: Exam, contender: Contender) -> None:
-        self.exam = exam
+    def __init__(self, root: Path, exam: Exam, contender: Contender, advice: str = OF_A_RUN) -> None:
+        """advice: how to get rid of samples that were drawn otherwise."""
+        self.exam, self.advice = exam, advice
         self.contender = contender
         self.name = f"{exam.name}/{contender.name}"
         self.directory = root / exam.name / contender.name
@@ -229,7 +247,7 @@ class Part:
         return found
 
     def _grades(self) -> Iterator[dict[str, Any]]:
-        return Ledger(self.directory / "grades.jsonl").rows()
+        return grades(self.directory)
 
     def _wanted_grades(self) -> list[dict[str, Any]]:
         grades = {(row["prompt"], row["sample"]): row for row in self._grades()}
@@ -240,16 +258,24 @@ class Part:
         return {row["prompt"]: row["answers"] for row in Ledger(self.directory / "votes.jsonl").rows()}
 
     def _drawn_with(self) -> dict[str, Any] | None:
+        """None where nothing has been drawn yet, whatever it was to be drawn with."""
         path = self.directory / "settings.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists() or self.store.is_empty():
+            return None
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(settings, dict):
+                return settings
+        except ValueError:
+            pass
+        raise UserError(f"{path}: damaged: restore it, or delete {self.directory} and evaluate again")
 
     def _refuse(self, drawn: dict[str, Any], now: dict[str, Any]) -> None:
         now = json.loads(json.dumps(now))  # as it would read from the disk
         changed = [f"{key}: {drawn.get(key)!r} → {now.get(key)!r}" for key in now if drawn.get(key) != now.get(key)]
         if changed:
             raise UserError(
-                f"{self.directory}: its samples were drawn with other settings ({', '.join(changed)}); --fresh eval "
-                f"moves all evaluations of this run aside, or choose another --run-dir"
+                f"{self.directory}: its samples were drawn with other settings ({', '.join(changed)}); {self.advice}"
             )
 
 
@@ -267,7 +293,7 @@ def _graded(trace: Trace, grade: "Grade", count: Callable[[str], int]) -> dict[s
         "reason": grade.reason,
         "evidence": grade.evidence,
         "finish_reason": trace.finish_reason,
-        "completion_tokens": trace.tokens,
+        "completion_tokens": trace.tokens or None,  # a server need not say
         "reasoning_tokens": count(thought) if thought else 0,
     }
 

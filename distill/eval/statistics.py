@@ -48,7 +48,7 @@ class Sample:
     verdict: Literal["correct", "wrong", "unverifiable"]
     answered: bool
     truncated: bool
-    completion_tokens: int
+    completion_tokens: int | None  # None: a server that does not say
     reasoning_tokens: int
     vote: int | None = None
 
@@ -208,7 +208,7 @@ def summarise(samples: Iterable[Sample]) -> dict[str, Any]:
     correct = [[sample.verdict == "correct" for sample in of_one] for of_one in problems.values()]
     estimate = pass_at_1(correct)
     reasoning = [sample.reasoning_tokens for sample in samples]
-    completion = [sample.completion_tokens for sample in samples]
+    completion = [sample.completion_tokens for sample in samples if sample.completion_tokens is not None]
     return {
         "problems": len(problems),
         "samples": len(samples),
@@ -221,8 +221,8 @@ def summarise(samples: Iterable[Sample]) -> dict[str, Any]:
         "truncated_rate": fmean(sample.truncated for sample in samples),
         "no_answer_rate": fmean(not sample.answered for sample in samples),
         "unverifiable_rate": fmean(sample.verdict == "unverifiable" for sample in samples),
-        "mean_completion_tokens": fmean(completion),
-        "median_completion_tokens": median(completion),
+        "mean_completion_tokens": fmean(completion) if completion else None,
+        "median_completion_tokens": median(completion) if completion else None,
         "mean_reasoning_tokens": fmean(reasoning),
         "median_reasoning_tokens": median(reasoning),
     }

@@ -54,7 +54,7 @@ def final_answer(response: str) -> Answer | None:
         ("bare", _one_line(scope) if not has_words(scope) else None),
         ("last line", scope.splitlines()[-1] if scope else None),
     ):
-        if text:
+        if text and not (method != "boxed" and CUT_OFF_BOX.search(text)):
             return Answer(_trim(text), method)
     return None
 
@@ -65,6 +65,7 @@ def gold_answer(gold: str) -> str:
 
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([^\s{}$\\]+))")
+CUT_OFF_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")  # in a text without a whole one
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 BETWEEN_BOXES = re.compile(r"(?:\s|[,;$]|\\[,;:!\s()\[\]]|\\q?quad|and|or|\\(?:text|mathrm)\{\s*(?:and|or)\s*\})*")
 STATED = re.compile(r"\banswer[*_]*(?:\s+is\b[\s:*]*|\s*[:=][\s*]*)", re.IGNORECASE)

@@ -81,8 +81,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _count(number: float) -> str:
-    return f"{number:,.0f}"
+def _count(number: float | None) -> str:
+    return "–" if number is None else f"{number:,.0f}"
 
 
 def _money(amount: float | None) -> str:

@@ -19,7 +19,7 @@ import yaml
 from distill.console import progress
 from distill.errors import UserError
 from distill.run import STAGES
-from distill.scores import beside_published, difference
+from distill.scores import beside_published, difference, grades, scores_of
 from distill.traces.browse import KEPT, verdict_of
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, count_traces, read_traces
@@ -104,7 +104,10 @@ def read_contents(directory: Path, price_per_hour: float | None = None) -> Conte
     if not path.is_file():
         raise UserError(f"{directory} is not a run directory (no recipe.yaml in it); `distill run RECIPE` makes one")
     text = path.read_text(encoding="utf-8")
-    recipe = yaml.safe_load(text)
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError:
+        recipe = None
     if not isinstance(recipe, dict) or "name" not in recipe:
         raise UserError(f"{path} is not a recipe: restore it, or run the recipe again")
     states = {name: state for name in STAGES if (state := _json(directory / "stages" / f"{name}.json"))}
@@ -143,7 +146,9 @@ def _json(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); restore it, or run the stage again with --fresh") from error
-    return content if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: damaged; restore it, or run the stage again with --fresh")
+    return content
 
 
 def _stage_time(name: str, state: dict[str, Any], price: float | None) -> StageTime:
@@ -202,7 +207,7 @@ def _solved_of(directory: Path, scores: list[dict[str, Any]]) -> dict[str, dict[
     found: dict[str, dict[str, list[Solved]]] = {}
     for row in scores:
         solved: dict[str, Solved] = {}
-        for grade in Ledger(directory / row["benchmark"] / row["model"] / "grades.jsonl").rows():
+        for grade in grades(directory / row["benchmark"] / row["model"]):
             if grade["sample"] < row["samples_per_problem"]:
                 solved[grade["prompt"]] = _with_one(solved.get(grade["prompt"]), grade["verdict"] == "correct")
         if rates := _several(solved):
@@ -238,7 +243,7 @@ def _cut(text: str) -> str:
 
 def _scores(directory: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """The scores.json of every part, benchmarks by name, models from base to teacher."""
-    found = [row for path in directory.glob("*/*/scores.json") if (row := _json(path))]
+    found = [scores_of(path.parent) for name in MODELS for path in directory.glob(f"*/{name}/scores.json")]
     return sorted(found, key=lambda row: (row["benchmark"], MODELS.index(row["model"])))
 
 
@@ -255,23 +260,23 @@ def _beside(summary: dict[str, Any], scores: list[dict[str, Any]]) -> list[str]:
 
 def _answers(directory: Path) -> list[Shown]:
     """What each model answered to one problem: one that the student learnt (right, base wrong), else the first."""
-    grades = {
-        model: {(row["prompt"], row["sample"]): row for row in Ledger(directory / model / "grades.jsonl").rows()}
+    graded = {
+        model: {(row["prompt"], row["sample"]): row for row in grades(directory / model)}
         for model in MODELS
         if (directory / model / "grades.jsonl").is_file()
     }
-    common = set.intersection(*(set(of_model) for of_model in grades.values())) if grades else set()
+    common = set.intersection(*(set(of_model) for of_model in graded.values())) if graded else set()
 
     def learnt(key: tuple[str, int]) -> bool:
-        verdicts = {model: of_model[key]["verdict"] for model, of_model in grades.items()}
+        verdicts = {model: of_model[key]["verdict"] for model, of_model in graded.items()}
         return verdicts.get("student", "correct") == "correct" and verdicts.get("base", "wrong") != "correct"
 
     key = next(iter(sorted(common, key=lambda k: (not learnt(k), k))), None)
-    return list(_to_one_problem(directory, grades, key)) if key else []
+    return list(_to_one_problem(directory, graded, key)) if key else []
 
 
-def _to_one_problem(directory: Path, grades: dict[str, Any], key: tuple[str, int]) -> Iterator[Shown]:
-    for model, of_model in grades.items():
+def _to_one_problem(directory: Path, graded: dict[str, Any], key: tuple[str, int]) -> Iterator[Shown]:
+    for model, of_model in graded.items():
         trace = next((trace for trace in TraceStore(directory / model / "traces") if trace.key == key), None)
         if trace is not None:
             verdict = of_model[key]["verdict"]

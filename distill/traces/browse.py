@@ -7,6 +7,7 @@ so that `distill traces RUN | grep …` works.
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from distill.errors import UserError
@@ -14,7 +15,7 @@ from distill.traces.store import TraceStore, read_traces
 from distill.traces.trace import Trace, Verdict
 
 Judged = tuple[Trace, list[Verdict] | None]  # None: no filter has seen it
-WIDTH = 100
+WIDTH = 80
 KEPT = "kept"
 
 
@@ -62,8 +63,12 @@ def chosen(traces: Iterable[Judged], verdict: str | None, prompt: str | None, se
 
 
 def told(traces: Iterable[Judged], whole: bool) -> Iterator[str]:
-    """Text of each trace. whole: the reasoning in full, and not its first and last lines."""
-    for trace, verdicts in traces:
+    """Text of each trace. whole: the reasoning in full, and not its first and last lines. UserError for none."""
+    traces = iter(traces)
+    first = next(traces, None)
+    if first is None:
+        raise UserError("no trace is like that; --counts lists the verdicts, and how many traces each has")
+    for trace, verdicts in chain([first], traces):
         head = f"{trace.prompt.id}, sample {trace.sample} · {verdict_of(verdicts)} · {trace.tokens:,} tokens"
         yield f"{'─' * WIDTH}\n{head}\n\n"
         yield f"{trace.prompt.messages[-1]['content']}\n\n"

@@ -106,6 +106,11 @@ class TraceStore:
         """(prompt id, sample) of every stored trace. Reads only the two key columns of the parts."""
         return self._part_keys() | {_ledger_key(row) for row in self._ledger.rows()}
 
+    def is_empty(self) -> bool:
+        """Whether no trace is stored. Opens no file."""
+        ledger = self._ledger.path
+        return not _parts(self.directory) and not (ledger.exists() and ledger.stat().st_size)
+
     def __len__(self) -> int:
         return len(self.keys())
 

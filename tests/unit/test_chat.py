@@ -146,6 +146,9 @@ def test_a_directory_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no usable tokenizer") as error:
         Chat.load(tmp_path)
     assert "\n" not in str(error.value)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        Chat.load(tmp_path)
     config = save_tokenizer(tmp_path, R1_INFERENCE) / "tokenizer_config.json"
     config.write_text("[]")
     with pytest.raises(UserError, match=r"tokenizer_config\.json holds no settings"):

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from distill import catalog
 from distill.backends import Completed, Job, Sampling
 from distill.backends.remote import RemoteBackend
 from distill.cli import main
@@ -67,6 +68,7 @@ class Script(BaseHTTPRequestHandler):
 def server(reply) -> Iterator[ThreadingHTTPServer]:
     made = ThreadingHTTPServer(("127.0.0.1", 0), Script)
     made.reply, made.asked = reply, []
+    made.handle_error = lambda *_: None  # of clients that hang up
     thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()
     try:
@@ -264,7 +266,9 @@ def test_two_evaluations_are_compared(sums, tmp_path, monkeypatch, capsys):
         (["--model", "nowhere"], "give a recipe, or --model with --benchmark and --out"),
         (["--model", "nowhere", "--benchmark", "SUMS", "--out", "OUT"], "nowhere: no such model directory"),
         (["--model", "http://127.0.0.1:9/v1", "--benchmark", "SUMS", "--out", "OUT"], "no model server answers there"),
-        (["tiny", "--model", "x"], "--model goes with --model and without a recipe"),
+        (["--model", "x", "--out", "OUT"], "(--benchmark missing)"),
+        (["tiny", "--model", "x"], "give either RECIPE or --model"),
+        (["tiny", "--samples", "2"], "--samples goes with --model and without a recipe"),
         (
             ["--model", "x", "--benchmark", "humaneval", "--out", "OUT"],
             "benchmark humaneval: task 'code' has no grader",
@@ -283,6 +287,88 @@ def test_wrong_input_is_one_line(arguments, message, sums, tmp_path, monkeypatch
     assert not (tmp_path / "out").exists(), "nothing is left half-written"
 
 
+def test_a_name_stays_below_the_directory(sums, tmp_path, monkeypatch, capsys):
+    base = catalog.folder("student") / "tiny-qwen"
+    for name in ("../../escaped", "a/b", ".hidden"):
+        asked = ["eval", "--model", base, "--benchmark", sums, "--out", tmp_path / "out", "--name", name]
+        assert distill(monkeypatch, *asked) == 2 and "a directory is called so" in capsys.readouterr().err
+    assert not (tmp_path / "escaped").exists()
+
+
+def test_settings_may_change_until_something_is_drawn(sums, tmp_path, monkeypatch, capsys):
+    """A server that refuses the first request leaves no samples, and so nothing that others could be mixed with."""
+    made: list[int] = [400]
+    with server(lambda question, seed: made[0] if made[0] == 400 else right(question, seed)) as one:
+        asked = ["eval", "--model", url(one), "--benchmark", sums, "--out", tmp_path / "out"]
+        assert distill(monkeypatch, *asked) == 2 and "lower max_new_tokens" in capsys.readouterr().err
+        made[0] = 200
+        assert distill(monkeypatch, *asked, "--set", "max_new_tokens=64") == 0
+        assert distill(monkeypatch, *asked) == 2
+        assert "choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reply", [b'{"choices": [{"mess', b"<html>gateway</html>"])
+def test_replies_that_cannot_be_read_are_a_failure_of_the_server(reply, sums, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("distill.backends.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("distill.backends.remote.RETRIES", 1)
+    with server(right) as made:
+        monkeypatch.setattr(Script, "send_json", unreadable(reply))
+        assert distill(monkeypatch, "eval", "--model", url(made), "--benchmark", sums, "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "empty or unreadable" in error and error.count("\n") == 1
+
+
+def unreadable(reply):
+    whole = Script.send_json
+
+    def send(self, content, status=200):
+        if content["object"] == "list":
+            whole(self, content, status)
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json" if reply.startswith(b"{") else "text/html")
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    return send
+
+
+def test_a_server_that_wants_a_key_says_where_to_put_it(sums, tmp_path, monkeypatch, capsys):
+    with server(lambda question, seed: 401) as made:
+        assert distill(monkeypatch, "eval", "--model", url(made), "--benchmark", sums, "--out", tmp_path / "out") == 2
+    assert "set OPENAI_API_KEY" in capsys.readouterr().err
+
+
+def test_problems_without_an_answer_are_refused(sums, tmp_path, monkeypatch, capsys):
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n) if n else None} for n in range(8)]
+    (tmp_path / "holes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with server(right) as made:
+        asked = ["eval", "--model", url(made), "--benchmark", sums, "--out", tmp_path / "out"]
+        assert distill(monkeypatch, *asked, "--source", f"sums={tmp_path}/holes.jsonl") == 2
+        assert "1 of its problems have no answer to compare with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("settings.json", "{", "settings.json: damaged"),
+        ("grades.jsonl", "{}\n", "grades.jsonl: damaged"),
+        ("scores.json", "[]", "scores.json: damaged"),
+        ("scores.json", '{"pass@1": "abc"}', "scores.json: damaged"),
+    ],
+)
+def test_damaged_files_are_named(file, content, message, sums, tmp_path, monkeypatch, capsys):
+    with server(right) as made:
+        asked = ["eval", "--model", url(made), "--benchmark", sums, "--out", tmp_path / "out"]
+        assert distill(monkeypatch, *asked) == 0
+        (tmp_path / "out" / "sums" / "scripted" / file).write_text(content)
+        again = ["eval", "compare", tmp_path / "out", tmp_path / "out"] if file == "scores.json" else asked
+        assert distill(monkeypatch, *again) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
 def test_another_number_of_problems_is_refused(sums, tmp_path, monkeypatch, capsys):
     (tmp_path / "fewer.jsonl").write_text(json.dumps({"problem": "What is 1 + 1?", "answer": "2"}) + "\n")
     with server(right) as made:
@@ -290,6 +376,18 @@ def test_another_number_of_problems_is_refused(sums, tmp_path, monkeypatch, caps
         assert distill(monkeypatch, *asked, "--source", f"sums={tmp_path}/fewer.jsonl") == 2
         assert "has 1 problems where its card says 8" in capsys.readouterr().err
         assert distill(monkeypatch, *asked, "--source", f"sums={tmp_path}/fewer.jsonl", "--limit", 1) == 0
+
+
+def test_tokens_that_nobody_counted_are_not_none(sums, tmp_path, monkeypatch, capsys):
+    def without(self, content, status=200):
+        content.pop("usage", None)
+        whole(self, content, status)
+
+    whole = Script.send_json
+    monkeypatch.setattr(Script, "send_json", without)
+    with server(right) as made:
+        assert distill(monkeypatch, "eval", "--model", url(made), "--benchmark", sums, "--out", tmp_path / "out") == 0
+    assert scores(tmp_path / "out")["mean_completion_tokens"] is None and "–" in capsys.readouterr().out
 
 
 REAL = {

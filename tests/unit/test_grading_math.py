@@ -100,6 +100,11 @@ def test_different_answers_stay_different(one: str, other: str) -> None:
     assert normalise(one) != normalise(other)
 
 
+@pytest.mark.parametrize("text", [r"so the answer is \boxed{12", "Thus\n\\boxed{", r"$x = \fbox{\frac{1}{2}$"])
+def test_a_box_that_was_cut_off_is_no_answer(text: str) -> None:
+    assert final_answer(text) is None
+
+
 def test_words_are_told_from_products() -> None:
     assert has_words("no solution") and has_words("3 hours")
     assert not has_words(r"\frac{abc}{\sqrt{2}} \text{ hours}") and not has_words("xyz + sqrt(2)")

@@ -50,7 +50,7 @@ def test_traces_by_verdict(run, monkeypatch, capsys):
     assert shown(monkeypatch, capsys, run, "--search", "STEP 19") == shown(
         monkeypatch, capsys, run, "--verdict", "dropped"
     )
-    assert shown(monkeypatch, capsys, run, "--search", "nowhere") == ""
+    assert "no trace is like that" in shown(monkeypatch, capsys, run, "--search", "nowhere", code=2)
     assert "step 9 of 41" in shown(monkeypatch, capsys, run, "--whole", "--verdict", "dropped")
 
 
