@@ -100,6 +100,9 @@ def check(kind: Kind, name_or_path: str) -> list[str]:
     card = load(kind, name_or_path)
     if isinstance(card, TeacherCard | StudentCard):
         _check_weights("teacher" if isinstance(card, TeacherCard) else "student", name_or_path)
+    if isinstance(card, BenchmarkCard) and card.prompts.kind == "file":
+        for _ in load_prompts([card.prompts]):
+            pass
     return []
 
 

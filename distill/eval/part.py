@@ -100,8 +100,11 @@ class Exam:
         return found
 
     def settings(self) -> dict[str, Any]:
-        """What decides the samples beside the model: dotted keys → JSON values."""
-        settings = {f"prompts.{key}": value for key, value in self.source.settings().items()}
+        """What decides the samples beside the model: dotted keys → JSON values.
+
+        Not where a file lies: a problem's samples go by its text, and the file may move, or grow.
+        """
+        settings = {f"prompts.{key}": value for key, value in self.source.settings().items() if key != "path"}
         settings |= {f"sampling.{key}": value for key, value in self.card.sampling.settings().items()}
         settings["sampling.max_new_tokens"] = self.max_new_tokens
         return settings | {"prompt_suffix": self.card.prompt_suffix, "seed": self.seed}
@@ -228,6 +231,7 @@ class Part:
             **summarise(_sample(row, known.get(row["prompt"], {})) for row in self._wanted_grades()),
             "reasoning_counted_in": self.contender.counted_in,
             "interval": "95 %: Wilson's score interval with the effective trials of problems as clusters",
+            "source": self.exam.source.model_dump(mode="json"),
             "prompts_hash": digest([prompt.id for prompt in self.exam.prompts]),
             "settings": self._drawn_with(),
             "versions": {

@@ -369,6 +369,24 @@ def test_damaged_files_are_named(file, content, message, sums, tmp_path, monkeyp
     assert message in error and "Traceback" not in error
 
 
+def test_a_file_may_move_and_grow(sums, tmp_path, monkeypatch):
+    rows = [json.dumps({"question": f"What is {n} + {n}?", "answer": str(2 * n)}) + "\n" for n in range(8)]
+    for name, count in (("few.jsonl", 3), ("more.jsonl", 8)):
+        (tmp_path / name).write_text("".join(rows[:count]))
+    with server(right) as made:
+        asked = ["eval", "--model", url(made), "--benchmark", sums, "--out", tmp_path / "out"]
+        assert distill(monkeypatch, *asked, "--limit", 3, "--source", f"sums={tmp_path}/few.jsonl") == 0
+        assert distill(monkeypatch, *asked, "--source", f"sums={tmp_path}/more.jsonl") == 0
+        assert len(made.asked) == 16, "what was answered is not asked again"
+    assert scores(tmp_path / "out")["source"]["path"] == str(tmp_path / "more.jsonl")
+
+
+def test_a_card_is_checked_with_its_file(sums, tmp_path, monkeypatch, capsys):
+    assert distill(monkeypatch, "benchmarks", "check", sums) == 0
+    (tmp_path / "sums.jsonl").unlink()
+    assert distill(monkeypatch, "benchmarks", "check", sums) == 2 and "sums.jsonl" in capsys.readouterr().err
+
+
 def test_another_number_of_problems_is_refused(sums, tmp_path, monkeypatch, capsys):
     (tmp_path / "fewer.jsonl").write_text(json.dumps({"problem": "What is 1 + 1?", "answer": "2"}) + "\n")
     with server(right) as made:
