@@ -51,8 +51,8 @@ class Backend(Protocol):
 
     identity: dict[str, Any]
 
-    def check(self, prompt: Prompt, sampling: Sampling) -> None:
-        """Raise `UserError` when this prompt cannot be completed (longer than the context, …)."""
+    def check(self, prompts: Iterable[Prompt], sampling: Sampling) -> None:
+        """Raise `UserError` when one of them cannot be completed (longer than the context, …)."""
 
     def complete(self, jobs: Iterable[Job], sampling: Sampling, seed: int) -> Iterator[Completed]:
         """Yield every wanted sample once, in order of completion. Lazy in `jobs`."""

@@ -51,9 +51,8 @@ def collect(
 
 
 def check_all(backend: Backend, jobs: Iterable[Job], sampling: Sampling, suffix: str = "") -> None:
-    """UserError for the first job that could never be completed: before any work, not in the middle of it."""
-    for job in jobs:
-        backend.check(_ask(job.prompt, suffix), sampling)
+    """UserError where a job could never be completed: before any work, not in the middle of it."""
+    backend.check((_ask(job.prompt, suffix) for job in jobs), sampling)
 
 
 def _ask(prompt: Prompt, suffix: str) -> Prompt:

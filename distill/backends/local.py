@@ -73,9 +73,14 @@ class LocalBackend:
             raise UserError(str(error)) from error
         return cls(engine, chat, identify(model_dir, chat_template, thinking) | {"numerics": engine.numerics})
 
-    def check(self, prompt: Prompt, sampling: Sampling) -> None:
-        """UserError when prompt and completion do not fit into the model's context."""
-        self._checked_ids(prompt, sampling)
+    def check(self, prompts: Iterable[Prompt], sampling: Sampling) -> None:
+        """UserError when a prompt and its completion do not fit into the model's context; it names the longest."""
+        sized = [(len(self.chat.prompt_ids(prompt.messages)), prompt) for prompt in prompts]
+        room = self.engine.max_context - sampling.max_new_tokens
+        if too_long := sum(length > room for length, _ in sized):
+            longest = max(sized, key=lambda one: one[0])
+            which = f"{too_long:,} of {len(sized):,} prompts do not fit; the longest, "
+            raise self._too_long(which, *longest, sampling)
 
     def complete(self, jobs: Iterable[Job], sampling: Sampling, seed: int) -> Iterator[Completed]:
         """Yield every wanted sample once, as it finishes. Pulls jobs only as fast as they can be started."""
@@ -158,16 +163,18 @@ class LocalBackend:
 
     def _checked_ids(self, prompt: Prompt, sampling: Sampling) -> tuple[int, ...]:
         ids = tuple(self.chat.prompt_ids(prompt.messages))
-        context = self.engine.max_context
-        if len(ids) + sampling.max_new_tokens > context:
-            start = prompt.messages[-1]["content"][:40]
-            raise UserError(
-                f"prompt {prompt.id} ({start!r}…, from {prompt.source or 'memory'}) has {len(ids)} tokens and "
-                f"max_new_tokens is {sampling.max_new_tokens}, together more than the model's context of {context}; "
-                f"set max_new_tokens to {context - len(ids)} or less (`distill eval`: --set eval.max_new_tokens=N, or "
-                f"--set max_new_tokens=N beside --model), or leave the prompt out"
-            )
+        if len(ids) + sampling.max_new_tokens > self.engine.max_context:
+            raise self._too_long("prompt ", len(ids), prompt, sampling)
         return ids
+
+    def _too_long(self, which: str, length: int, prompt: Prompt, sampling: Sampling) -> UserError:
+        context, start = self.engine.max_context, prompt.messages[-1]["content"][:40]
+        fix = f"set max_new_tokens to {context - length} or less, or" if length < context else "shorten it, or"
+        return UserError(
+            f"{which}{prompt.id} ({start!r}…, from {prompt.source or 'memory'}), has {length} tokens and "
+            f"max_new_tokens is {sampling.max_new_tokens}, together more than the model's context of {context}; "
+            f"{fix} leave it out"
+        )
 
 
 def device_type(asked: str) -> str:

@@ -61,7 +61,7 @@ class RemoteBackend:
             raise UserError(f"{url}: {asked} there are {', '.join(names) or 'none'}: choose with --name")
         return cls(url, model, concurrency, key)
 
-    def check(self, prompt: Prompt, sampling: Sampling) -> None:
+    def check(self, prompts: Iterable[Prompt], sampling: Sampling) -> None:
         """The server knows its context; it refuses what does not fit."""
 
     def complete(self, jobs: Iterable[Job], sampling: Sampling, seed: int) -> Iterator[Completed]:

@@ -39,7 +39,7 @@ class Scripted:
     def token_counter(self, contender):
         return lambda text: len(text.split())
 
-    def check(self, prompt, sampling):
+    def check(self, prompts, sampling):
         pass
 
     def complete(self, jobs, sampling, seed):
