@@ -62,6 +62,7 @@ def evaluate(run: "Run", models: Models | None = None) -> dict[str, Any]:
     extent = {
         "sizes": {exam.name: [exam.samples, exam.limit, exam.card.prompts.limit] for exam in exams},
         "parts": {part.name: digest(part.settings) for of_one in parts.values() for part in of_one},
+        "sources": {exam.name: exam.source.settings() for exam in exams},
         "published": recipe.published,
     }
     if (summary := run.finished("eval", settings, extent)) is not None:

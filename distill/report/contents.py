@@ -161,7 +161,7 @@ def _stage_time(name: str, state: dict[str, Any], price: float | None) -> StageT
 
 def _tokens(stage: str, summary: dict[str, Any]) -> int | None:
     if stage == "eval" and summary.get("scores"):
-        return round(sum(row["samples"] * row["mean_completion_tokens"] for row in summary["scores"]))
+        return round(sum(row["samples"] * (row["mean_completion_tokens"] or 0) for row in summary["scores"]))
     return summary.get({"generate": "completion_tokens", "train": "supervised_tokens"}.get(stage, ""))
 
 

@@ -157,6 +157,18 @@ def test_finished_is_finished(tmp_path, recipe):
     assert again.loaded == []
 
 
+def test_another_file_is_another_evaluation(tmp_path, recipe):
+    """Finished is what was asked of this file; what its problems share with the last one's is not drawn again."""
+    card = str(tmp_path / "sums.yaml")
+    score(tmp_path, recipe, Scripted(knows), benchmarks=(card,))
+    rows = [{"question": f"What is {n} + 0?", "answer": str(n)} for n in range(PROBLEMS - 2, PROBLEMS + 1)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    others = Scripted(knows)
+    found = score(tmp_path, recipe, others, benchmarks=(card,), sources={"sums": str(tmp_path / "others.jsonl")})
+    assert found["sums", "teacher"]["problems"] == 3
+    assert len(others.drawn) == 3 * 2, "two samples of the one new problem, by each model"
+
+
 @pytest.mark.parametrize("die_after", [0, 1, 2 * PROBLEMS, 2 * PROBLEMS + 5, 6 * PROBLEMS - 1])
 def test_a_killed_evaluation_draws_only_what_is_missing(tmp_path, recipe, die_after):
     killed, rest = Scripted(knows, die_after), Scripted(knows)
