@@ -32,8 +32,8 @@ from distill.fingerprint import digest
 from distill.grading import require_grader
 from distill.prompts import Prompt, load_prompts
 from distill.prompts.files import rows_of_file
+from distill.recipe.sources import FilePrompts, ProceduralPrompts
 from distill.scores import grades
-from distill.sources import FilePrompts, ProceduralPrompts
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace
@@ -41,7 +41,7 @@ from distill.traces.trace import Trace
 if TYPE_CHECKING:
     from distill.grading import Grade, Grader
     from distill.recipe import BenchmarkCard, Eval
-    from distill.sources import PromptSource
+    from distill.recipe.sources import PromptSource
 
 FLUSH_SECONDS = 0.5  # of grading may be lost and done again: an fsync a grade would cost more than most gradings
 PACKAGES = ("torch", "transformers", "math-verify")  # whose versions a score may depend on

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from distill.prompts.prompt import Message, Prompt, Task
 
 if TYPE_CHECKING:
-    from distill.sources import ProceduralPrompts, PromptSource
+    from distill.recipe.sources import ProceduralPrompts, PromptSource
 
 __all__ = ["Message", "Prompt", "Task", "load_prompts"]
 

@@ -16,7 +16,7 @@ from distill.errors import UserError
 from distill.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
-    from distill.sources import FilePrompts, HubPrompts
+    from distill.recipe.sources import FilePrompts, HubPrompts
 
 LETTERS = "ABCDEFGHIJ"
 

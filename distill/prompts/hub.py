@@ -13,7 +13,7 @@ from distill.prompts.files import Row, prompts_from_rows, require_columns, wante
 from distill.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
-    from distill.sources import HubPrompts
+    from distill.recipe.sources import HubPrompts
 
 
 def read_hub(source: "HubPrompts") -> Iterator[Prompt]:

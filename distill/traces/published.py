@@ -30,7 +30,7 @@ from distill.traces.store import read_traces
 from distill.traces.trace import FinishReason, Trace
 
 if TYPE_CHECKING:
-    from distill.sources import FileTraces, HubTraces, TraceSource
+    from distill.recipe.sources import FileTraces, HubTraces, TraceSource
 
 TAGS = [  # theirs → ours; what stands around the answer goes
     (re.compile(r"<\|begin_of_thought\|>|<Thought>"), "<think>"),

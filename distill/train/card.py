@@ -13,7 +13,7 @@ import yaml
 
 from distill.durable import write_whole
 from distill.recipe import Recipe, StudentCard
-from distill.sources import HubPrompts, HubTraces
+from distill.recipe.sources import HubPrompts, HubTraces
 
 # "We recommend 0.6 … top-p 0.95 … to prevent endless repetitions": DeepSeek-R1's model card, usage recommendations.
 TEMPERATURE, TOP_P = 0.6, 0.95

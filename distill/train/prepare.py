@@ -15,7 +15,7 @@ from distill.console import progress, say
 from distill.durable import sync_directory
 from distill.errors import UserError
 from distill.recipe import Recipe
-from distill.sources import MixedSource
+from distill.recipe.sources import MixedSource
 from distill.traces.published import read_published
 from distill.traces.store import read_traces
 from distill.traces.trace import Trace

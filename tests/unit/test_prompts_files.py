@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from distill.errors import UserError
 from distill.prompts import Prompt, load_prompts
-from distill.sources import FilePrompts, HubPrompts, ProceduralPrompts
+from distill.recipe.sources import FilePrompts, HubPrompts, ProceduralPrompts
 
 
 def jsonl(path: Path, *rows: dict[str, Any]) -> Path:

@@ -8,8 +8,8 @@ from pydantic import TypeAdapter
 from distill import generate
 from distill.errors import UserError
 from distill.recipe import Recipe
+from distill.recipe.sources import TraceSource
 from distill.run import Run
-from distill.sources import TraceSource
 from distill.traces.published import read_published
 from distill.traces.store import TraceStore
 

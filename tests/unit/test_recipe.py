@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from distill.catalog import entries, folder, load_recipe
 from distill.config import parse, read_yaml
 from distill.recipe import Filter, Generate, Recipe, SamplingSettings, recipe_schema
+from distill.recipe.sources import FilePrompts
 from distill.section import Section
-from distill.sources import FilePrompts
 
 
 def test_settings_leave_counts_and_means_out():

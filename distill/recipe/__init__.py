@@ -1,0 +1,94 @@
+"""What a recipe may say: pydantic models, unknown keys refused, defaults written out.
+
+Every field carries one line of description (the JSON schema that editors use is made from it). A field marked `Free` is
+a count or a means: it may change between two runs of the same run directory. Everything else is part of its stage's
+fingerprint (`distill.run`), and changing it on a finished stage is refused.
+
+How YAML and `--set` overrides become these models, and how mistakes are reported, is `distill.config`.
+"""
+
+import json
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from distill.recipe.cards import Architecture, BenchmarkCard, StudentCard, TeacherCard
+from distill.recipe.evaluate import Eval
+from distill.recipe.filter import Filter
+from distill.recipe.generate import Generate, LocalEngine
+from distill.recipe.sampling import SamplingSettings
+from distill.recipe.sources import PromptSource, TraceSource
+from distill.recipe.train import Train
+from distill.section import Section
+
+__all__ = [
+    "Architecture",
+    "BenchmarkCard",
+    "Eval",
+    "Filter",
+    "Generate",
+    "LocalEngine",
+    "Recipe",
+    "SamplingSettings",
+    "StudentCard",
+    "TeacherCard",
+    "Train",
+    "recipe_schema",
+]
+
+
+class Recipe(Section):
+    """One teacher–student pair and the four stages between them."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="names the run directory")
+    description: str = Field("", description="one line for `distill recipes list`")
+    teacher: str = Field(description="name of a teacher card, or a path")
+    student: str = Field(description="name of a student card, or a path")
+    seed: int = Field(0, description="of the teacher's sampling")
+    price_per_hour: float | None = Field(
+        None, ge=0, description="what an hour of the machine costs; the report then says what each stage did"
+    )
+    prompts: tuple[PromptSource, ...] = Field((), description="where the problems come from")
+    traces: tuple[TraceSource, ...] = Field((), description="published traces, instead of asking the teacher")
+    engine: LocalEngine = LocalEngine()
+    generate: Generate = Generate()
+    filter: Filter = Filter()
+    train: Train = Train()
+    eval: Eval
+
+    @model_validator(mode="after")
+    def traces_come_from_somewhere(self) -> "Recipe":
+        if bool(self.prompts) == bool(self.traces):
+            raise ValueError(
+                "one of `prompts` (which the teacher answers) and `traces` (which others have published) is needed, "
+                "and not both"
+            )
+        return self
+
+    def generate_settings(self) -> dict[str, Any]:
+        """What decides the traces, beside the teacher's weights."""
+        if self.traces:
+            return {key: value for i, source in enumerate(self.traces) for key, value in _keyed(f"traces.{i}", source)}
+        settings = self.generate.settings() | {"seed": self.seed} | self.engine_settings()
+        for i, source in enumerate(self.prompts):
+            settings |= {f"prompts.{i}.{key}": value for key, value in source.settings().items()}
+        return settings
+
+    def engine_settings(self) -> dict[str, Any]:
+        """What decides the numbers that the local engine computes."""
+        return {f"engine.{key}": value for key, value in self.engine.settings().items()}
+
+    def filter_settings(self) -> dict[str, Any]:
+        """What decides the verdicts, beside the traces."""
+        seeded = self.filter.per_prompt and self.filter.select == "random"
+        return self.filter.settings() | ({"seed": self.seed} if seeded else {})
+
+
+def _keyed(prefix: str, section: Section) -> list[tuple[str, Any]]:
+    return [(f"{prefix}.{key}", value) for key, value in section.settings().items()]
+
+
+def recipe_schema() -> str:
+    """The JSON schema that editors check and complete a recipe with: `recipes/recipe.schema.json`."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
