@@ -1,4 +1,4 @@
-"""Bounds on the code itself: sizes, docstrings, untyped values. `python tests/unit/test_house.py PATH` lists what exceeds.
+"""Bounds on the code itself: sizes, docstrings, untyped values. `python tests/unit/test_house.py PATH` lists the rest.
 
 Complexity is ruff's C901 (pyproject.toml); imports have a test of their own.
 """
