@@ -38,12 +38,13 @@ class LocalBackend:
         memory budget too small."""
         import torch
 
-        from distill.engine import Engine, Engines, ModelSpec
+        from distill.engine import Engine, Engines
         from distill.engine.device import devices_for
+        from distill.engine.families import read_spec
 
         directory, budget = model.directory, settings.memory_budget
         try:  # config and tokenizer first: what they refuse is not worth loading weights for
-            ModelSpec.from_dir(directory)
+            read_spec(directory)
             model.chat  # noqa: B018  loads the tokenizer
             device = None if settings.device == "auto" else settings.device
             devices = devices_for(device, settings.data_parallel_size)

@@ -12,12 +12,14 @@ import torch
 from distill.engine.cache import token_bytes
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.device import choose_device, memory_of, refuse_too_large
+from distill.engine.families import read_spec
 from distill.engine.fused import decode_plan
 from distill.engine.kernels import column_for, describe, ops_for
 from distill.engine.model import Model
 from distill.engine.offload import ExpertStream, bytes_of, experts_within, step_bytes
+from distill.engine.reader import load_weights
 from distill.engine.spec import ModelSpec
-from distill.engine.weights import ModelWeights, load_weights
+from distill.engine.weights import ModelWeights
 
 # Default size of the cache: what max_batch full contexts need, but no more than this, unless one long context needs it.
 _DEFAULT_CACHE_BYTES = 512 << 20
@@ -41,7 +43,7 @@ def prepare(
     kernels: str | None,
 ) -> tuple[Model, str, dict[str, Any]]:
     """The model, its numerics, and the engine's other arguments. As `Engine.load` takes them, and with its errors."""
-    spec = ModelSpec.from_dir(model_dir)
+    spec = read_spec(model_dir)
     kernels = kernels or column_for(choose_device(device).type)
     ops = ops_for(kernels)
     place_of = ops.device()

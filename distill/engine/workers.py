@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 
 from distill.engine.engine import Completion
+from distill.engine.families import read_spec
 from distill.engine.scheduler import Request
 from distill.engine.spec import ModelSpec
 
@@ -105,7 +106,7 @@ class Engines:
     @classmethod
     def load(cls, model_dir: Path | str, devices: Sequence[str], *, max_batch: int = 256, **options: Any) -> Engines:
         """Load a model once a device. options: as `Engine.load`'s; a memory budget is for each. ValueError as there."""
-        spec = ModelSpec.from_dir(model_dir)
+        spec = read_spec(model_dir)
         threads = max(1, torch.get_num_threads() // len(devices))
         workers = [_Worker(device, threads) for device in devices]
         try:

@@ -11,7 +11,8 @@ from engine_checks import engine_logits, relative_error, some_tokens
 from random_models import V32, Checkpoint
 from torch import Tensor
 
-from distill.engine import Engine, ModelSpec, indexer
+from distill.engine import Engine, indexer
+from distill.engine.families import spec_of
 from distill.engine.kernels import ops_for, reference
 
 GetCheckpoint = Callable[[str], Checkpoint]
@@ -93,10 +94,10 @@ def test_attention_to_everything_is_another_model(checkpoint: GetCheckpoint) -> 
 
 
 def test_the_published_keys_are_read_and_needed() -> None:
-    spec = ModelSpec.from_config(V32)
+    spec = spec_of(V32)
     assert spec.indexer is not None
     assert (spec.indexer.heads, spec.indexer.head_dim, spec.indexer.top_k) == (16, 32, TOP_K)
     assert spec.cache_dims == (48, 32)
     for key in ("index_n_heads", "index_head_dim", "index_topk", "q_lora_rank"):
         with pytest.raises(ValueError, match=f"'{key}' is missing"):
-            ModelSpec.from_config({k: v for k, v in V32.items() if k != key})
+            spec_of({k: v for k, v in V32.items() if k != key})

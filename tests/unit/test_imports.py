@@ -24,13 +24,14 @@ BELOW_STAGES = {"grading", "backends"} | SHARED
 # room → the rooms it may import. What is not listed here is not a room yet: add it, and say what it may know.
 ALLOWED: dict[str, set[str]] = {
     "cli": {"pipeline", "doctor", "plan"} | STAGES | BELOW_STAGES,
-    "doctor": BELOW_STAGES | {"engine.kernels"},
+    "doctor": BELOW_STAGES | {"engine.kernels", "engine.families"},
     "pipeline": STAGES | BELOW_STAGES,
     **{stage: BELOW_STAGES for stage in STAGES},
-    "plan": BELOW_STAGES | {"train", "engine.spec"},
+    "plan": BELOW_STAGES | {"train", "engine.spec", "engine.families"},
     "grading": {"backends"} | SHARED,
     "backends": {"engine"} | SHARED,
     **{room: SHARED for room in SHARED},
+    "recipe": SHARED | {"engine.families"},
     "engine": {"engine.kernels"},
     "engine.kernels": {"engine.kernels"},
 }
