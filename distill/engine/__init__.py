@@ -21,9 +21,11 @@ _HOME = {
     "Engine": "engine",
     "EngineDied": "workers",
     "Engines": "workers",
+    "EngineOptions": "options",
+    "EngineUsage": "engine",
     "ModelSpec": "spec",
     "Request": "scheduler",
-    "SamplingParams": "sampler",
+    "SamplingParams": "options",
     "Scores": "score",
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_checks import engine_logits, relative_error, some_tokens
+from engine_checks import engine_logits, engine_options, relative_error, some_tokens
 from random_models import CONFIGS, LLAMA, V3, V3_YARN, YARN, Checkpoint, build, write
 from safetensors.torch import load_file
 
@@ -115,7 +115,7 @@ def broken(published: Path, tmp_path: Path) -> Path:
 
 def refused(path: Path, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        Engine.load(path, cache_tokens=64)
+        Engine.load(path, engine_options(cache_tokens=64))
     assert str(path) in str(caught.value), "the file is named"
     assert "\n" not in str(caught.value)
 
@@ -204,9 +204,9 @@ def test_a_dtype_that_is_not_a_weight(broken: Path) -> None:
 
 def test_an_unexpected_tensor_is_refused_and_a_draft_layer_is_not(broken: Path) -> None:
     rewrite(broken, lambda t: t.update({"model.layers.3.eh_proj.weight": torch.ones(4, 4)}))
-    Engine.load(broken, cache_tokens=64)
+    Engine.load(broken, engine_options(cache_tokens=64))
     rewrite(broken, lambda t: t.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    Engine.load(broken, cache_tokens=64)
+    Engine.load(broken, engine_options(cache_tokens=64))
     rewrite(broken, lambda t: t.update({"model.layers.2.self_attn.o_proj.bias": torch.ones(160)}))
     refused(broken, "tensor model.layers.2.self_attn.o_proj.bias has no place")
 
@@ -218,7 +218,7 @@ def test_heads_of_kv_b_in_any_cut_of_its_blocks(nope: int, v: int, dtype: torch.
     ckpt = build(tmp_path, {**V3_YARN, "qk_nope_head_dim": nope, "v_head_dim": v, "kv_lora_rank": 160}, fp8=True)
     tokens = some_tokens(40)
     for kernels in ("reference", *([] if cpu.why_missing() else ["cpu"])):
-        engine = Engine.load(ckpt.path, dtype=dtype, cache_tokens=64, kernels=kernels)
+        engine = Engine.load(ckpt.path, engine_options(dtype=dtype, cache_tokens=64, kernels=kernels))
         ours, theirs = engine_logits(engine, tokens, decode_from=20), ckpt.logits(tokens)
         error, report = relative_error(ours, theirs)
         if dtype == torch.float32:
@@ -234,11 +234,11 @@ def test_scales_as_powers_of_two_in_one_byte(broken: Path) -> None:
         tensors[name] = tensors[name].log2().round().exp2()
     write(broken, tensors)
     tokens = some_tokens(20)
-    in_float32 = engine_logits(Engine.load(broken, cache_tokens=64), tokens)
+    in_float32 = engine_logits(Engine.load(broken, engine_options(cache_tokens=64)), tokens)
     for name in [n for n in tensors if n.endswith("_scale_inv")]:
         tensors[name] = tensors[name].to(torch.float8_e8m0fnu)
     write(broken, tensors)
-    assert torch.equal(engine_logits(Engine.load(broken, cache_tokens=64), tokens), in_float32)
+    assert torch.equal(engine_logits(Engine.load(broken, engine_options(cache_tokens=64)), tokens), in_float32)
 
 
 def test_half_precision_checkpoints(broken: Path, tmp_path: Path) -> None:
@@ -248,10 +248,14 @@ def test_half_precision_checkpoints(broken: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in ckpt.model.parameters():
             parameter.copy_(parameter.bfloat16())
-    engine = Engine.load(ckpt.path, cache_tokens=256, kernels="reference")
-    assert engine.numerics == (
-        "reference kernels (library matrix products), weights bfloat16 as published, activations float32"
-    )
-    for each in (engine, Engine.load(ckpt.path, cache_tokens=256)):
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=256, kernels="reference"))
+    assert engine.numerics.to_json() == {
+        "kernels": "reference",
+        "matrix_products": "library",
+        "weights": "bfloat16",
+        "activations": "float32",
+        "cache": "float32",
+    }
+    for each in (engine, Engine.load(ckpt.path, engine_options(cache_tokens=256))):
         error, report = relative_error(engine_logits(each, some_tokens(50)), ckpt.logits(some_tokens(50)))
         assert error <= 1e-4, report

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from engine_checks import engine_logits, relative_error, some_tokens
+from engine_checks import engine_logits, engine_options, relative_error, some_tokens
 from random_models import FAMILIES as IN_TRANSFORMERS
 from random_models import LLAMA, Checkpoint, build, write
 from transformers import MistralConfig, MistralForCausalLM
@@ -88,7 +88,7 @@ def test_a_family_is_one_file_and_one_line(add_family: Callable[[str, str], Fami
         read_spec(ckpt.path)
     add_family("mistral", MISTRAL)
     error, report = relative_error(
-        engine_logits(Engine.load(ckpt.path, cache_tokens=256), some_tokens(60), decode_from=40),
+        engine_logits(Engine.load(ckpt.path, engine_options(cache_tokens=256)), some_tokens(60), decode_from=40),
         ckpt.logits(some_tokens(60)),
     )
     assert error <= 1e-4, report
@@ -109,7 +109,7 @@ def test_a_family_with_other_names(
     write(tmp_path / "model", tensors)
     (tmp_path / "model" / "config.json").write_text(json.dumps({**LLAMA, "model_type": "renamed"}))
     ours, theirs = (
-        engine_logits(Engine.load(path, cache_tokens=256), some_tokens(30))
+        engine_logits(Engine.load(path, engine_options(cache_tokens=256)), some_tokens(30))
         for path in (tmp_path / "model", source.path)
     )
     assert torch.equal(ours, theirs)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_checks import engine_logits, relative_error, some_tokens
+from engine_checks import engine_logits, engine_options, relative_error, some_tokens
 from random_models import V32, Checkpoint
 from torch import Tensor
 
@@ -75,7 +75,7 @@ MUTATIONS: dict[str, dict[str, Callable[..., Tensor | None]]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_indexer_shows_past_top_k_and_only_there(name: str, checkpoint: GetCheckpoint) -> None:
     ckpt = checkpoint("v32")
-    engine = Engine.load(ckpt.path, cache_tokens=1024, kernels="reference")
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=1024, kernels="reference"))
     engine._model = replace(engine._model, ops=replace(engine._model.ops, **MUTATIONS[name]))
     theirs = ckpt.logits(TOKENS)
     for ours in (engine_logits(engine, TOKENS), engine_logits(engine, TOKENS, decode_from=10)):
@@ -87,7 +87,7 @@ def test_a_wrong_indexer_shows_past_top_k_and_only_there(name: str, checkpoint: 
 
 def test_attention_to_everything_is_another_model(checkpoint: GetCheckpoint) -> None:
     ckpt = checkpoint("v32")
-    engine = Engine.load(ckpt.path, cache_tokens=1024, kernels="reference")
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=1024, kernels="reference"))
     engine.spec = replace(engine.spec, indexer=replace(engine.spec.indexer, top_k=1000))
     error, report = relative_error(engine_logits(engine, TOKENS), ckpt.logits(TOKENS))
     assert error > 1e-2, report
