@@ -148,9 +148,9 @@ def _summary(store: TraceStore, backend: LocalBackend, made: int, seconds: float
 def _counts(store: TraceStore) -> dict[str, Any]:
     """completion_tokens: of the traces whose token ids are known; published ones have text alone."""
     lengths, prompts, truncated = [], set(), 0
-    for trace in store:
+    for trace in store.figures():
         lengths.append(trace.tokens)
-        prompts.add(trace.prompt.id)
+        prompts.add(trace.key[0])
         truncated += trace.finish_reason == "length"
     return {
         "traces": len(lengths),
