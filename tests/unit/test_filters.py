@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill import grading
 from distill.chat import split_reasoning
 from distill.errors import UserError
 from distill.filters import check_gradable, filter_traces
@@ -23,6 +22,7 @@ from distill.filters.judged import Judged
 from distill.filters.length import check_length, length, reasoning_length
 from distill.filters.select import check_selected
 from distill.grading import Grade
+from distill.grading import math as mathematics
 from distill.prompts.prompt import Prompt
 from distill.recipe import Recipe
 from distill.run import Run
@@ -238,8 +238,8 @@ def test_finished_is_finished_and_more_samples_are_graded_alone(
     assert run_filter(run) == first
     assert capsys.readouterr().out == ""
     graded: list[str] = []
-    find = grading.final_answer
-    monkeypatch.setattr(grading, "final_answer", lambda response: graded.append(response) or find(response))
+    find = mathematics.final_answer
+    monkeypatch.setattr(mathematics, "final_answer", lambda response: graded.append(response) or find(response))
     assert run_filter(run, MIXED[3:])["total"] == 7
     assert graded == [trace.response for trace in MIXED[3:]]
     keys = [tuple(row["key"]) for row in Ledger(run / "filtered/verdicts.jsonl").rows()]
