@@ -125,8 +125,8 @@ class Ledger:
         if text is None:
             where = "its last line" if number is None else f"line {number}"
             raise UserError(
-                f"{self.path}, {where}: damaged (its checksum does not match); delete this line and run the same "
-                f"command again: it makes what is missing"
+                f"{self.path}, {where}: damaged (its checksum does not match); delete this line and rerun the command "
+                f"that wrote it: it makes what is missing"
             )
         row: Row = json.loads(text + b"}")
         return row

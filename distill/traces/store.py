@@ -8,11 +8,12 @@ goes last, so a process killed in between leaves rows that are in both: every re
 Appending to Parquet directly was rejected because a file without its footer is unreadable, and one file per trace
 because a run has hundreds of thousands.
 
-Making Python objects of a large store takes minutes, so three readings have three prices: `keys` and `figures` read
-narrow columns, `iterate(tokens=False)` leaves out token ids and log-probabilities, which are most of the bytes, and
-iterating reads everything. Judged traces are copied as columns (`split`), without making objects of them.
+Making Python objects of a large store takes minutes, so readings have different prices: `keys` reads two narrow
+columns, `figures` the text and a few numbers, `iterate(tokens=False)` everything but token ids and log-probabilities,
+which are most of the bytes, and iterating reads all. `split` copies columns, without making objects of them.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -37,7 +38,7 @@ from distill.traces.rows import (
     verdicts_of,
     without_tokens,
 )
-from distill.traces.trace import FinishReason, Trace, Verdict
+from distill.traces.trace import FinishReason, Trace, Verdict, trace_digest
 
 Key = tuple[str, int]
 T = TypeVar("T")
@@ -46,11 +47,12 @@ JUDGED_SCHEMA = SCHEMA.append(VERDICTS)
 
 
 class Figures(NamedTuple):
-    """What the summaries need of a trace. tokens: of the completion, 0 where it is not known."""
+    """What the summaries need of a trace. tokens: 0 where their number is not known. digest: `Trace.digest`."""
 
     key: Key
     finish_reason: FinishReason
     tokens: int
+    digest: str
 
 
 def decoded(directory: Path, traces: Iterator[T]) -> Iterator[T]:
@@ -105,19 +107,19 @@ class TraceStore:
         return self._part_keys() | {_ledger_key(row) for row in self._ledger.rows()}
 
     def figures(self) -> Iterator[Figures]:
-        """Key, finish reason and length of every stored trace once, in order. Reads narrow columns only."""
+        """Key, finish reason and length of every stored trace once, in order. Reads no token."""
         seen: set[Key] = set()
-        for batch in batches(self.directory, ["id", "sample", "finish_reason", "completion_tokens"]):
+        for batch in batches(self.directory, ["id", "sample", "text", "exact", "finish_reason", "completion_tokens"]):
             for row in batch.to_pylist():
                 key = (row["id"], row["sample"])
                 if key not in seen:
                     seen.add(key)
-                    yield Figures(key, row["finish_reason"], row["completion_tokens"] or 0)
+                    yield _figures(key, row if row["exact"] is None else json.loads(row["exact"]))
         for row in self._ledger.rows():
             key = _ledger_key(row)
             if key not in seen:
                 seen.add(key)
-                yield Figures(key, row["finish_reason"], row["completion_tokens"] or 0)
+                yield _figures(key, row)
 
     def is_empty(self) -> bool:
         """Whether no trace is stored. Opens no file."""
@@ -235,6 +237,10 @@ def _judged(directory: Path, columns: Sequence[str] | None) -> Iterator[tuple[Tr
     for batch in batches(directory, columns):
         for row in batch.to_pylist():
             yield trace_of(row), verdicts_of(row)
+
+
+def _figures(key: Key, row: Row) -> Figures:
+    return Figures(key, row["finish_reason"], row["completion_tokens"] or 0, trace_digest(*key, row["text"]))
 
 
 def _keys_of(table: pa.Table | pa.RecordBatch) -> list[Key]:

@@ -8,15 +8,26 @@ store cannot hold is refused with the field's name, before it is on the disk. Nu
 are checked once, when the trace is stored (`Trace.check_tokens`), because reading makes a trace many times.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from distill.prompts.prompt import Message, Prompt
 
 FinishReason = str | None  # "stop", "length", "content_filter", or what else a server says; None: it does not say
 
+THINK, END_THINK = "<think>", "</think>"
+TOKENS, WORDS = "teacher tokens", "words"  # units of length
+
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+
+
+class Length(NamedTuple):
+    """How long a completion is, and in which unit: `TOKENS`, or `WORDS` where the number of tokens is not known."""
+
+    value: int
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -68,9 +79,28 @@ class Trace:
         return self.completion_tokens or 0
 
     @property
+    def length(self) -> Length:
+        """The completion's length in tokens, or in words where its tokens were not counted."""
+        return Length(self.tokens, TOKENS) if self.tokens else Length(len(self.text.split()), WORDS)
+
+    @property
+    def answer(self) -> str:
+        """The text in which a grader looks for the answer: the response.
+
+        Empty for a text that was cut off before any reasoning was closed: some servers leave out the opening tag, and
+        then the whole text may be reasoning, whose boxes are no answers.
+        """
+        return "" if self.finish_reason == "length" and END_THINK not in self.text else self.response
+
+    @property
     def key(self) -> tuple[str, int]:
         """(prompt id, sample number): unique within one ledger, whose settings are fixed by its run."""
         return (self.prompt.id, self.sample)
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits over prompt id, sample number and text."""
+        return trace_digest(self.prompt.id, self.sample, self.text)
 
     @property
     def messages(self) -> list[Message]:
@@ -107,6 +137,16 @@ class Trace:
         if row.get("top_logprobs") is not None:
             values["top_logprobs"] = tuple(tuple((int(t), float(p)) for t, p in top) for top in row["top_logprobs"])
         return cls(**values)
+
+
+def content_hash(digests: Iterable[str]) -> str:
+    """16 hex digits over the digests of traces, whatever their order."""
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
+
+
+def trace_digest(prompt: str, sample: int, text: str) -> str:
+    """32 hex digits over what makes a trace: its prompt's id, its sample number and its text."""
+    return hashlib.sha256(f"{prompt}\0{sample}\0{text}".encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def test_figures_and_texts_are_those_of_the_traces(tmp_path: Path, small_shards:
     traces = [trace(i) for i in range(5)]
     traces += [replace(trace(5), completion_token_ids=(), completion_tokens=9, text="\ud800")]
     traces += [replace(trace(6), completion_token_ids=(), completion_tokens=None, finish_reason=None)]
-    expected = [(t.key, t.finish_reason, tokens) for t, tokens in zip(traces, [5] * 5 + [9, 0], strict=True)]
+    expected = [(t.key, t.finish_reason, tokens, t.digest) for t, tokens in zip(traces, [5] * 5 + [9, 0], strict=True)]
     light = [
         replace(t, prompt_token_ids=(), completion_token_ids=(), logprobs=None, completion_tokens=t.completion_tokens)
         for t in traces
@@ -304,7 +304,7 @@ def test_damaged_part_is_named(tmp_path: Path) -> None:
     store.compact()
     (tmp_path / "part-00000.parquet").write_bytes(b"PAR1 nonsense")
     for read in (lambda: list(store), store.keys, lambda: list(read_traces(tmp_path))):
-        with pytest.raises(UserError, match=r"part-00000\.parquet: damaged .*delete it and run") as refusal:
+        with pytest.raises(UserError, match=r"part-00000\.parquet: damaged .*delete it and rerun") as refusal:
             read()
         assert "\n" not in str(refusal.value)
 
