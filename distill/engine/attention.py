@@ -300,12 +300,16 @@ def _sparse(
     index_q_bhd, weight_bh = indexer.queries(
         spec, ops, w.indexer, latent_tq[some], x_tc[some], batch.cos_tr[some], batch.sin_tr[some]
     )
-    parts = []
+    parts, undefined = [], []
     for chunk in rows.chunks:
         own = slice(chunk.start - rows.start, chunk.end - rows.start)
-        parts.append(
-            indexer.select(ops, index_q_bhd[own], weight_bh[own], key_pool, chunk.table_p, chunk.length, top_k)
+        places, undefined_t = indexer.select(
+            ops, index_q_bhd[own], weight_bh[own], key_pool, chunk.table_p, chunk.length, top_k
         )
+        parts.append(places)
+        undefined.append(undefined_t)
+    # Which tokens such a row attends to is not known, so its result must not be a number.
+    q_bhd = q_bhd.masked_fill(torch.cat(undefined)[:, None, None], float("nan"))
     lengths_b = torch.full((len(q_bhd),), top_k, device=pool.device)
     single = pool.view(-1, 1, 1, pool.shape[-1])  # the same pool, in pages of one token
     return ops.decode_mla(q_bhd, single, torch.cat(parts), lengths_b, spec.softmax_scale, spec.mla.kv_lora_rank)

@@ -29,7 +29,17 @@ from torch import Tensor
 
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.kernels import Ops
-from distill.engine.kernels.reference import FP8_BLOCK, Damaged, Fp8, Stored, dense, rows_of, transposed
+from distill.engine.kernels.reference import (
+    FP8_BLOCK,
+    Damaged,
+    Fp8,
+    Stored,
+    check,
+    check_scale,
+    dense,
+    rows_of,
+    transposed,
+)
 from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -387,11 +397,15 @@ class _Reader:
     def checked(self, name: str, n: int, c: int) -> Stored:
         """The same for those who do not pack it as it is."""
         matrix = self.matrix(name, n, c)
-        if isinstance(matrix, Fp8):
-            if self.ops.has_nan_codes(matrix.codes):
-                raise self._damaged(name, Damaged("codes"))
-            if not matrix.scale.isfinite().all():
-                raise self._damaged(name, Damaged("scale"))
+        try:
+            if isinstance(matrix, Fp8):
+                if self.ops.has_nan_codes(matrix.codes):
+                    raise Damaged("codes")
+                check_scale(matrix)
+            else:
+                check(matrix)
+        except Damaged as damage:
+            raise self._damaged(name, damage) from None
         return matrix
 
     def settle(self, at: str, bank: Any, resident: int | None) -> None:
@@ -407,8 +421,13 @@ class _Reader:
             return ValueError(
                 f"{self.checkpoint.where(name)} holds FP8 NaN codes; the file is damaged, download it again"
             )
+        if damage.what == "values":
+            return ValueError(
+                f"{self.checkpoint.where(name)} holds numbers that are not finite (NaN or infinity); the file is "
+                "damaged, or its training diverged: download it again or use another checkpoint"
+            )
         where = self.checkpoint.where(name + "_scale_inv")
-        return ValueError(f"{where} is not finite; the file is damaged, download it again")
+        return ValueError(f"{where} is not finite and positive; the file is damaged, download it again")
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """A tensor that is never quantised, in `dtype` (that of activations unless given); a copy."""
@@ -421,6 +440,8 @@ class _Reader:
             raise ValueError(
                 f"{self.checkpoint.where(name)} is FP8; norms, biases and routers are expected unquantised"
             )
+        if not stored.isfinite().all():
+            raise self._damaged(name, Damaged("values"))
         return stored
 
     def refuse_unread(self, spec: ModelSpec) -> None:

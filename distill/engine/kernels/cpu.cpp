@@ -25,13 +25,18 @@
 #include <atomic>
 #include <cerrno>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <mutex>
 #include <pthread.h>
+#include <sstream>
+#include <string>
 #include <thread>
+#include <type_traits>
 #include <unistd.h>
 #include <vector>
 // Instruction sets past the portable one are chosen function by function, which is written differently for other compilers.
@@ -206,7 +211,15 @@ struct Rows {
 
 }  // namespace
 
-// Arguments of the ops, laid out alike in cpu_library.py.
+// Arguments of the ops, laid out alike in cpu_structs.py.
+// A row-major matrix to pack: in memory, or (fd ≥ 0) at a file's offset, rows without gaps. out: null to look at it only.
+struct PackJob {
+    const uint8_t* source;
+    int64_t row_stride, offset;
+    uint8_t* out;
+    int32_t fd, kind, n, k;
+};
+
 struct LinearArgs {
     const float* x;
     int64_t x_stride, x_group;      // between rows, and between the groups of a row
@@ -239,7 +252,7 @@ struct DecodeArgs {
     const int64_t* length;   // [rows]
     float* out;              // [rows, heads, e]
     int64_t table_stride;
-    int32_t rows, heads, kv_heads, d, e, k_width, v_width, page_size, wide, threads;  // wide: pools are float32
+    int32_t table_width, pages, rows, heads, kv_heads, d, e, k_width, v_width, page_size, wide, threads;  // wide: pools are float32
     float scale;
 };
 
@@ -251,7 +264,7 @@ struct PrefillArgs {
     const Packed* uk;        // MLA: groups = heads, [nope, latent] and [e, latent]
     const Packed* uv;
     float* out;              // [rows, heads, e]
-    int32_t rows, length, heads, kv_heads, d, e, k_width, v_width, page_size, wide, threads;
+    int32_t table_width, pages, rows, length, heads, kv_heads, d, e, k_width, v_width, page_size, wide, threads;
     float scale;
 };
 
@@ -261,7 +274,7 @@ struct IndexArgs {
     const void* keys;        // pool [pages, 1, page_size, d]
     const int64_t* table;    // [pages]
     float* out;              // [rows, length]
-    int32_t rows, length, heads, d, page_size, wide, threads, unused;
+    int32_t table_width, pages, rows, length, heads, d, page_size, wide, threads, unused;
 };
 
 struct RouteArgs {
@@ -290,7 +303,7 @@ struct WriteArgs {
     const int64_t* offset;
     const float* x;          // [rows, heads, width]
     int64_t x_row, x_head;
-    int32_t rows, heads, width, page_size, wide, unused;
+    int32_t pages, rows, heads, width, page_size, wide;
 };
 
 struct NormArgs {
@@ -322,7 +335,7 @@ struct StepArgs {
     const float* sin;
     const int64_t *page, *offset, *table, *length;
     int64_t table_stride;
-    int32_t rows, page_size, wide, threads;
+    int32_t table_width, pages, rows, page_size, wide, threads;
 };
 
 // Drawing tokens: see `draw` in reference.py. Threads take rows.
@@ -335,10 +348,129 @@ struct DrawArgs {
     const double* top_p;
     int64_t* token;
     float* logprob;
-    int32_t draws, vocabulary, threads, unused;
+    int32_t rows, draws, vocabulary, threads;
 };
 
+// ---------------------------------------------------------------- layouts
+
 namespace {
+struct Field {
+    const char* name;
+    char code;  // p: pointer, f: floating point, i: integer
+    size_t size, offset;
+};
+template <class T> constexpr char code_of() { return std::is_pointer_v<T> ? 'p' : std::is_floating_point_v<T> ? 'f' : 'i'; }
+
+std::string describe(const char* name, size_t size, std::initializer_list<Field> fields) {
+    std::ostringstream text;
+    text << name << ' ' << size;
+    for (const Field& f : fields) text << ' ' << f.name << ':' << f.code << f.size << '@' << f.offset;
+    return text.str();
+}
+
+// FIELDS(S, a, b, …): a Field for each of the named members of S.
+#define PARENS ()
+#define EXPAND(...) EXPAND_3(EXPAND_3(EXPAND_3(EXPAND_3(__VA_ARGS__))))
+#define EXPAND_3(...) EXPAND_2(EXPAND_2(EXPAND_2(EXPAND_2(__VA_ARGS__))))
+#define EXPAND_2(...) EXPAND_1(EXPAND_1(EXPAND_1(EXPAND_1(__VA_ARGS__))))
+#define EXPAND_1(...) __VA_ARGS__
+#define FIELD_OF(S, member, ...) {#member, code_of<decltype(S::member)>(), sizeof(S::member), offsetof(S, member)}, __VA_OPT__(FIELD_AGAIN PARENS(S, __VA_ARGS__))
+#define FIELD_AGAIN() FIELD_OF
+#define LAYOUT(name, S, ...) describe(name, sizeof(S), {EXPAND(FIELD_OF(S, __VA_ARGS__))})
+
+// Every struct that crosses the C interface, one a line. A member that is missing here is missed by the comparison in
+// cpu_library.py, which then refuses the library.
+std::string all_layouts() {
+    const std::string lines[] = {
+        LAYOUT("PackedMatrix", Packed, kind, n, k, groups, data, scale),
+        LAYOUT("PackJob", PackJob, source, row_stride, offset, out, fd, kind, n, k),
+        LAYOUT("LinearArgs", LinearArgs, x, x_stride, x_group, w, bias, out, out_stride, out_group, rows, parts, add, threads),
+        LAYOUT("ExpertsArgs", ExpertsArgs, x, expert, weight, gate, up, down, shared_gate, shared_up, shared_down, out, tokens, per_token, experts, parts, add, threads),
+        LAYOUT("DecodeArgs", DecodeArgs, q, k, v, table, length, out, table_stride, table_width, pages, rows, heads, kv_heads, d, e, k_width, v_width, page_size, wide, threads, scale),
+        LAYOUT("PrefillArgs", PrefillArgs, q, k, v, table, uk, uv, out, table_width, pages, rows, length, heads, kv_heads, d, e, k_width, v_width, page_size, wide, threads, scale),
+        LAYOUT("IndexArgs", IndexArgs, q, weight, keys, table, out, table_width, pages, rows, length, heads, d, page_size, wide, threads, unused),
+        LAYOUT("RouteArgs", RouteArgs, logits, bias, expert, weight, tokens, experts, groups, groups_kept, per_token, softmax, group_by_best, normalise, factor, threads),
+        LAYOUT("RopeArgs", RopeArgs, x, x_row, x_head, cos, sin, out, out_row, out_head, rows, heads, r, interleaved, threads, unused),
+        LAYOUT("WriteArgs", WriteArgs, pool, page, offset, x, x_row, x_head, pages, rows, heads, width, page_size, wide),
+        LAYOUT("NormArgs", NormArgs, x, x_stride, weight, out, out_stride, rows, c, eps, threads),
+        LAYOUT("DrawArgs", DrawArgs, logits, row, uniform, temperature, top_k, top_p, token, logprob, rows, draws, vocabulary, threads),
+        LAYOUT("LayerArgs", LayerArgs, attention_norm, q_norm, kv_norm, mlp_norm, correction, q_a, q, kv_a, absorb, expand_v, o, q_a_bias, kv_a_bias, o_bias, router, gate, up, down, shared_gate, shared_up, shared_down, c, heads, nope, rope, interleaved, experts, groups, groups_kept, per_token, softmax, group_by_best, normalise, parts, eps, latent_eps, scale, factor, unused),
+        LAYOUT("StepArgs", StepArgs, x, cos, sin, page, offset, table, length, table_stride, table_width, pages, rows, page_size, wide, threads),
+    };
+    std::string text;
+    for (const std::string& line : lines) {
+        if (!text.empty()) text += '\n';
+        text += line;
+    }
+    return text;
+}
+#undef PARENS
+#undef EXPAND
+#undef EXPAND_1
+#undef EXPAND_2
+#undef EXPAND_3
+#undef FIELD_OF
+#undef FIELD_AGAIN
+#undef LAYOUT
+}  // namespace
+
+// ---------------------------------------------------------------- numbers that are used as places
+
+namespace {
+// What is wrong with the numbers that an op takes as places in memory, or null. Every op looks before it begins: a wrong
+// number is an error of the caller's, and must not become a read or write outside the tensors.
+const char* check_pages(const int64_t* table, int64_t width, int64_t length, int page_size, int pages) {
+    if (length < 1 || length > width * page_size) return "a length is not covered by the page table";
+    const int64_t used = (length + page_size - 1) / page_size;
+    for (int64_t i = 0; i < used; i++)
+        if (table[i] < 0 || table[i] >= pages) return "a page number is outside the pool";
+    return nullptr;
+}
+const char* check_table(const int64_t* table, int64_t stride, int64_t width, const int64_t* length, int rows, int page_size, int pages) {
+    for (int row = 0; row < rows; row++)
+        if (const char* wrong = check_pages(table + row * stride, width, length[row], page_size, pages)) return wrong;
+    return nullptr;
+}
+const char* check_places(const int64_t* page, const int64_t* offset, int rows, int page_size, int pages) {
+    for (int row = 0; row < rows; row++) {
+        if (page[row] < 0 || page[row] >= pages) return "a page number is outside the pool";
+        if (offset[row] < 0 || offset[row] >= page_size) return "an offset is outside the page";
+    }
+    return nullptr;
+}
+const char* check(const DecodeArgs& a) {
+    return check_table(a.table, a.table_stride, a.table_width, a.length, a.rows, a.page_size, a.pages);
+}
+const char* check(const PrefillArgs& a) {
+    if (a.rows > a.length) return "there are more queries than tokens in the context";
+    return check_pages(a.table, a.table_width, a.length, a.page_size, a.pages);
+}
+const char* check(const IndexArgs& a) {
+    if (a.rows > a.length) return "there are more queries than tokens in the context";
+    return check_pages(a.table, a.table_width, a.length, a.page_size, a.pages);
+}
+const char* check(const WriteArgs& a) { return check_places(a.page, a.offset, a.rows, a.page_size, a.pages); }
+const char* check(const StepArgs& a) {
+    if (const char* wrong = check_places(a.page, a.offset, a.rows, a.page_size, a.pages)) return wrong;
+    return check_table(a.table, a.table_stride, a.table_width, a.length, a.rows, a.page_size, a.pages);
+}
+const char* check(const ExpertsArgs& a) {
+    for (int64_t i = 0, pairs = int64_t(a.tokens) * a.per_token; i < pairs; i++)
+        if (a.expert[i] < 0 || a.expert[i] >= a.experts) return "the number of an expert is outside the bank";
+    return nullptr;
+}
+const char* check(const DrawArgs& a) {
+    for (int i = 0; i < a.draws; i++)
+        if (a.row[i] < 0 || a.row[i] >= a.rows) return "the number of a row is outside the logits";
+    return nullptr;
+}
+const char* check(const RouteArgs& a) {
+    return a.per_token < 1 || a.per_token > a.experts || a.groups < 1 || a.groups_kept < 1 || a.groups_kept > a.groups || a.experts % a.groups
+               ? "experts cannot be grouped or chosen in these numbers"
+               : nullptr;
+}
+template <class Args> const char* check(const Args&) { return nullptr; }  // numbers that are no places
+
 struct Kernels {
     const char* name;
     void (*pack_codes)(const uint8_t* rows, int64_t row_stride, int k, uint8_t* panel);
@@ -421,6 +553,12 @@ const char* distill_isa(const char* name) {
     return chosen->name;
 }
 
+// The layout of every struct of the interface (see `all_layouts`).
+const char* distill_layouts() {
+    static const std::string text = all_layouts();
+    return text.c_str();
+}
+
 int64_t distill_packed_bytes(int kind, int n, int k) { return int64_t(panels_of(n)) * int64_t(panel_bytes(kind, k)); }
 
 }  // extern "C"
@@ -476,20 +614,24 @@ bool has_nan(const uint8_t* codes, int64_t count) {
     for (; i < count; i++) any |= uint64_t(codes[i] & 0x7f) + 1;
     return any & 0x80 * ALL;
 }
+
+// Whether any of some numbers is infinite or NaN: all bits of the exponent are set.
+template <class T> bool has_nonfinite(const void* numbers, int64_t count, T exponent) {
+    const T* values = static_cast<const T*>(numbers);
+    T any = 0;
+    for (int64_t i = 0; i < count; i++) any |= T((values[i] & exponent) == exponent);
+    return any;
+}
+bool has_damage(int kind, const uint8_t* row, int64_t count) {
+    if (kind == FP8) return has_nan(row, count);
+    return kind == BF16 ? has_nonfinite<uint16_t>(row, count, 0x7f80) : has_nonfinite<uint32_t>(row, count, 0x7f800000);
+}
 }  // namespace
 
 extern "C" {
 
-// A row-major matrix to pack: in memory, or (fd ≥ 0) at a file's offset, rows without gaps. out: null to look at it only.
-struct PackJob {
-    const uint8_t* source;
-    int64_t row_stride, offset;
-    uint8_t* out;
-    int32_t fd, kind, n, k;
-};
-
-// Pack matrices, and look for NaN codes. A file is read a panel at a time, so that what is read is in the cache when it is
-// packed and takes no memory. Returns the number of a matrix with a NaN, -1 for none, -2 if a file could not be read. On
+// Pack matrices, and look for NaN codes and numbers that are not finite. A file is read a panel at a time, so that what is read is in the cache when it is
+// packed and takes no memory. Returns the number of a matrix that has some, -1 for none, -2 if a file could not be read. On
 // one thread it may run beside the other ops.
 int distill_pack(const PackJob* jobs, int count, int threads) {
     std::unique_lock<std::mutex> lock(one_caller, std::defer_lock);
@@ -516,9 +658,8 @@ int distill_pack(const PackJob* jobs, int count, int threads) {
             }
             from = buffer;
         }
-        if (job.kind == FP8)
-            for (int row = 0; row < rows; row++)
-                if (has_nan(from + row * stride, job.k) && bad == -1) bad = index;
+        for (int row = 0; row < rows; row++)
+            if (has_damage(job.kind, from + row * stride, job.k) && bad == -1) bad = index;
         if (job.out) pack_panel(job.kind, rows, job.k, from, job.row_stride, job.out + panel * panel_bytes(job.kind, job.k));
     });
     return bad;
@@ -535,10 +676,13 @@ int distill_has_nan(const uint8_t* codes, int64_t count, int threads) {
     return found;
 }
 
-#define OP(name, Args)                                   \
-    void distill_##name(const Args* args) {              \
-        std::lock_guard<std::mutex> lock(one_caller);    \
-        chosen->name(*args);                             \
+// Each op returns null, or what is wrong with its arguments, in which case it has done nothing.
+#define OP(name, Args)                                     \
+    const char* distill_##name(const Args* args) {         \
+        if (const char* wrong = check(*args)) return wrong; \
+        std::lock_guard<std::mutex> lock(one_caller);      \
+        chosen->name(*args);                               \
+        return nullptr;                                    \
     }
 OP(linear, LinearArgs)
 OP(experts, ExpertsArgs)
@@ -552,14 +696,17 @@ OP(rms_norm, NormArgs)
 OP(draw, DrawArgs)
 #undef OP
 
-void distill_swiglu_linear(const LinearArgs* args, const Packed* up) {
+const char* distill_swiglu_linear(const LinearArgs* args, const Packed* up) {
     std::lock_guard<std::mutex> lock(one_caller);
     chosen->swiglu_linear(*args, *up);
+    return nullptr;
 }
 
-void distill_decode_layer(const LayerArgs* layer, const StepArgs* step, uint8_t* cache) {
+const char* distill_decode_layer(const LayerArgs* layer, const StepArgs* step, uint8_t* cache) {
+    if (const char* wrong = check(*step)) return wrong;
     std::lock_guard<std::mutex> lock(one_caller);
     chosen->decode_layer(*layer, *step, cache);
+    return nullptr;
 }
 
 }  // extern "C"
@@ -600,7 +747,7 @@ INLINE V fma(V a, V b, V c) {
     return a * b + c;
 #endif
 }
-INLINE V max(V a, V b) { return a > b ? a : b; }
+INLINE V max(V a, V b) { return a > b ? a : b; }  // b where either is NaN
 
 INLINE bf16 round_bf16(float x) {
     uint32_t bits;
@@ -1065,7 +1212,18 @@ void route(const RouteArgs& args) {
             } else {
                 for (int i = 0; i < x; i += LANES) store(score + i, all(1.f) / (all(1.f) + exp(-load(score + i))));
             }
-            for (int i = 0; i < x; i++) choice[i] = args.bias ? score[i] + args.bias[i] : score[i];
+            bool ordered = true;
+            for (int i = 0; i < x; i++) {
+                choice[i] = args.bias ? score[i] + args.bias[i] : score[i];
+                ordered &= choice[i] == choice[i];
+            }
+            if (!ordered) {  // there is no best one
+                for (int i = 0; i < args.per_token; i++) {
+                    args.expert[size_t(t) * args.per_token + i] = i;
+                    args.weight[size_t(t) * args.per_token + i] = NAN;
+                }
+                continue;
+            }
             if (args.groups > 1) {
                 for (int g = 0; g < args.groups; g++) {
                     const float* of = choice + g * per_group;
@@ -1136,7 +1294,7 @@ template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const 
         V p[2] = {};
         for (int j = 0; j < 2 && i + j < count; j++) {
             const V x = load(score + (i + j) * LANES);
-            p[j] = x > all(-INFINITY) ? exp(x - top) : V{};
+            p[j] = x == all(-INFINITY) ? V{} : exp(x - top);  // a NaN stays one
             total += p[j];
         }
         if (WIDE) {
@@ -1421,7 +1579,7 @@ template <bool WIDE> void index_scores(const IndexArgs& args) {
                 tile<KIND, MAX_ROWS, 4, 1>(a, 0, packed + p * panel, args.d, nullptr, sums, packed);
                 for (int i = 0; i < count; i++)
                     for (int v = 0; v < PANEL; v += LANES)
-                        total[i] = fma(max(load(sums + i * PANEL + v), V{}), load(weight + p * PANEL + v), total[i]);
+                        total[i] = fma(max(V{}, load(sums + i * PANEL + v)), load(weight + p * PANEL + v), total[i]);
             }
             for (int i = 0; i < count; i++) {
                 float sum = 0;
@@ -1534,7 +1692,7 @@ Taken take(const std::vector<float>& from, size_t most, double target) {
     }
     Taken taken{0, 0, 0};
     int whole = -1;  // the last bucket, if all of it was taken
-    for (int b = BUCKETS - 1; b >= 0 && taken.count < most && taken.mass < target; b--) {
+    for (int b = BUCKETS - 1; b >= 0 && (!taken.count || (taken.count < most && taken.mass < target)); b--) {
         if (!count[b]) continue;
         if (taken.count + count[b] < most && taken.mass + mass[b] < target) {
             taken.count += count[b];
@@ -1548,7 +1706,7 @@ Taken take(const std::vector<float>& from, size_t most, double target) {
             if (bucket(p) == b) some.push_back(p);
         std::sort(some.begin(), some.end(), std::greater<float>());
         for (float p : some) {
-            if (taken.count >= most || !(taken.mass < target)) break;
+            if (taken.count && (taken.count >= most || !(taken.mass < target))) break;
             taken.count++;
             taken.mass += p;
             taken.last = p;
@@ -1592,7 +1750,8 @@ float threshold(const float* p, int n, double total, int64_t top_k, double top_p
         }
         double before = 0;
         size_t kept = 0;
-        while (kept < among && (top_p >= 1 || before < top_p * mass)) before += best[kept++];
+        do before += best[kept++];
+        while (kept < among && (top_p >= 1 || before < top_p * mass));
         if (kept < best.size() || among == k || everything) return best[kept - 1];  // else more may be let through
     }
 }
@@ -1602,6 +1761,11 @@ void draw(const DrawArgs& args) {
     pool().run(args.threads, args.draws, [&](int index) {
         const float* x = args.logits + size_t(args.row[index]) * n;
         const Row raw = softmax_of(x, n);
+        if (!std::isfinite(raw.total)) {  // a NaN, an infinity, or nothing but -inf: no distribution
+            args.token[index] = 0;
+            args.logprob[index] = NAN;
+            return;
+        }
         int token = raw.where;
         if (const float temperature = args.temperature[index]; temperature > 0) {
             float* p = own_scratch[0].take<float>(size_t(padded));
@@ -1681,11 +1845,11 @@ void decode_layer(const LayerArgs& w, const StepArgs& s, uint8_t* cache) {
     }
     rms_norm({kv, latent, w.kv_norm, row, latent, rows, rank, w.latent_eps, threads});
     rope({kv + rank, latent, 0, s.cos, s.sin, row + rank, latent, 0, rows, 1, w.rope / 2, w.interleaved, threads, 0});
-    paged_write({cache, s.page, s.offset, row, latent, 0, rows, 1, latent, s.page_size, s.wide, 0});
+    paged_write({cache, s.page, s.offset, row, latent, 0, s.pages, rows, 1, latent, s.page_size, s.wide});
     linear({q, w.heads * head, head, w.absorb, nullptr, query, int64_t(w.heads) * latent, latent, rows, w.parts, 0, threads});
     rope({q + w.nope, w.heads * head, head, s.cos, s.sin, query + rank, int64_t(w.heads) * latent, latent, rows, w.heads, w.rope / 2,
           w.interleaved, threads, 0});
-    decode({query, cache, cache, s.table, s.length, mixed, s.table_stride, rows, w.heads, 1, latent, rank, latent, latent, s.page_size,
+    decode({query, cache, cache, s.table, s.length, mixed, s.table_stride, s.table_width, s.pages, rows, w.heads, 1, latent, rank, latent, latent, s.page_size,
             s.wide, threads, w.scale});
     linear({mixed, w.heads * rank, rank, w.expand_v, nullptr, value, int64_t(w.heads) * v, v, rows, w.parts, 0, threads});
     linear(product(value, w.o, w.o_bias, s.x, 1));

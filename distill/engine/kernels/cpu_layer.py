@@ -7,14 +7,14 @@ The kernels called, and so the bits, are those of the single ops.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import byref, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.engine.kernels.cpu_library import LayerArgs, StepArgs, library, threads
+from distill.engine.kernels.cpu_library import call, threads
 from distill.engine.kernels.cpu_packing import ExpertBank, Packed
+from distill.engine.kernels.cpu_structs import LayerArgs, StepArgs, address
 
 
 class DecodePlan:
@@ -37,22 +37,23 @@ class DecodePlan:
     ) -> Tensor:
         x_bc = x_bc.clone()
         step = StepArgs(
-            x_bc.data_ptr(),
-            cos_br.data_ptr(),
-            sin_br.data_ptr(),
-            page_b.data_ptr(),
-            offset_b.data_ptr(),
-            table_bp.data_ptr(),
-            length_b.data_ptr(),
-            table_bp.stride(0),
-            len(x_bc),
-            pools[0].shape[2],
-            pools[0].dtype == torch.float32,
-            threads(),
+            x=address(x_bc),
+            cos=address(cos_br),
+            sin=address(sin_br),
+            page=address(page_b),
+            offset=address(offset_b),
+            table=address(table_bp),
+            length=address(length_b),
+            table_stride=table_bp.stride(0),
+            table_width=table_bp.shape[1],
+            pages=len(pools[0]),
+            rows=len(x_bc),
+            page_size=pools[0].shape[2],
+            wide=pools[0].dtype == torch.float32,
+            threads=threads(),
         )
-        call = library().distill_decode_layer
         for layer, pool in zip(self._layers, pools, strict=True):
-            call(byref(layer), byref(step), c_void_p(pool.data_ptr()))
+            call("decode_layer", layer, step, pool=pool.data_ptr())
         return x_bc
 
 
@@ -73,7 +74,7 @@ def _arguments(layer: dict[str, Any]) -> Any:
         gate, up, down = experts.addresses
         fields |= {"gate": gate, "up": up, "down": down, "experts": experts.count}
         fields |= {"softmax": layer["scoring"] == "softmax", "group_by_best": layer["group_by"] == "best"}
-    return LayerArgs(parts=parts, **fields)
+    return LayerArgs(**dict.fromkeys(LayerArgs.names, 0) | {"parts": parts} | fields)
 
 
 def _pointer(value: Any) -> Any:

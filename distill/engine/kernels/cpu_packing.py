@@ -14,25 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.engine.kernels.cpu_library import PackedMatrix, library, threads
-from distill.engine.kernels.reference import FP8_BLOCK, Damaged, Fp8, Place, Stored
+from distill.engine.kernels.cpu_library import library, packed_bytes, threads
+from distill.engine.kernels.cpu_structs import PackedMatrix, PackJob
+from distill.engine.kernels.reference import FP8_BLOCK, Damaged, Fp8, Place, Stored, check_scale
 
 PANEL = 64  # outputs side by side in a packed matrix
 _ALIGNMENT = 64
-# PackedMatrix and PackJob of cpu.cpp, for arrays of them.
-_PACKED = np.dtype([("kind", "i4"), ("n", "i4"), ("k", "i4"), ("groups", "i4"), ("data", "u8"), ("scale", "u8")])
-_JOB = np.dtype(
-    [
-        ("source", "u8"),
-        ("row_stride", "i8"),
-        ("offset", "i8"),
-        ("out", "u8"),
-        ("fd", "i4"),
-        ("kind", "i4"),
-        ("n", "i4"),
-        ("k", "i4"),
-    ]
-)
+_PACKED, _JOB = np.dtype(PackedMatrix), np.dtype(PackJob)  # for arrays of them
 _FLOAT32 = 2
 _KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: _FLOAT32}
 
@@ -58,20 +46,23 @@ class Packed:
         matrices = [_in_kept_form(weight, dtype) for weight in weights]
         self.n, self.k = matrices[0].shape
         self.kind = kind = _KINDS[matrices[0].dtype]
-        size = library().distill_packed_bytes(kind, self.n, self.k)
+        size = packed_bytes(kind, self.n, self.k)
         self._memory, self.bytes = Memory(len(weights) * size), len(weights) * size
         jobs = np.zeros(len(weights), _JOB)
         for index, (weight, matrix) in enumerate(zip(weights, matrices, strict=True)):
             jobs[index] = _job(weight, matrix, place)
             jobs[index]["out"] = self._memory.begin + index * size
-        if _run_jobs(jobs, threads()) >= 0:
-            raise Damaged("codes")
+        if (number := _run_jobs(jobs, threads())) >= 0:
+            raise Damaged("codes" if isinstance(weights[number], Fp8) else "values")
         self._scale = _panel_scales(weights, self.n)
-        if self._scale is not None and not self._scale.isfinite().all():
-            raise Damaged("scale")
+        for weight in weights:
+            if isinstance(weight, Fp8):
+                check_scale(weight)
         scale = None if self._scale is None else self._scale.data_ptr()
-        self._struct = PackedMatrix(kind, self.n, self.k, len(weights), self._memory.begin, scale)
-        self.address = addressof(self._struct)
+        self.struct = PackedMatrix(
+            kind=kind, n=self.n, k=self.k, groups=len(weights), data=self._memory.begin, scale=scale
+        )
+        self.address = addressof(self.struct)
 
     def reads_like(self, other: Packed) -> bool:
         """Whether both read activations in the same form: float32 as it is, or parts of it."""
@@ -96,7 +87,7 @@ def _job(weight: Stored, matrix: Tensor, place: Place | None) -> tuple[int, ...]
 
 
 def _run_jobs(jobs: np.ndarray, workers: int) -> int:
-    """Pack; the number of a matrix with NaN codes, or -1."""
+    """Pack; the number of a matrix with NaN codes or numbers that are not finite, or -1."""
     jobs = np.ascontiguousarray(jobs)
     bad = int(library().distill_pack(c_void_p(jobs.ctypes.data), jobs.size, workers))
     if bad == -2:
@@ -137,7 +128,7 @@ class ExpertBank:
     def _sizes(self) -> list[int]:
         """Bytes of gate, up and down, packed."""
         kept = [_in_kept_form(weight, self._dtype) for weight in self._lent[0][0]]
-        return [int(library().distill_packed_bytes(_KINDS[matrix.dtype], *matrix.shape)) for matrix in kept]
+        return [packed_bytes(_KINDS[matrix.dtype], *matrix.shape) for matrix in kept]
 
     @property
     def bytes_each(self) -> int:
@@ -167,8 +158,11 @@ class ExpertBank:
             scale = _panel_scales([expert[part] for expert, _ in self._lent], int(jobs["n"][0, part]))
             self._scales.append(scale)
             if scale is not None:
-                if not scale.isfinite().all():
-                    raise Damaged("scale", int((~scale.isfinite()).flatten(1).any(1).nonzero()[0]), part)
+                usual = (scale > 0) & scale.isfinite()
+                for index in (~usual).flatten(1).any(1).nonzero()[:, 0].tolist():
+                    weight = self._lent[index][0][part]
+                    assert isinstance(weight, Fp8)
+                    check_scale(weight, index, part)
                 self.arrays["scale"][part] = scale.data_ptr() + np.arange(self.count) * (scale.stride(0) * 4)
         offsets = np.concatenate(([0], np.cumsum(self._sizes)[:-1]))
         self._offsets = (np.arange(self.count)[:, None] * self.bytes_each + offsets).astype(np.uint64)
@@ -176,7 +170,9 @@ class ExpertBank:
         jobs["out"][: self.resident] = self._memory.begin + self._offsets[: self.resident]
         bad = _run_jobs(jobs, threads())
         if bad >= 0:
-            raise Damaged("codes", *divmod(bad, 3))
+            index, part = divmod(bad, 3)
+            codes = int(jobs["kind"][index, part]) == _KINDS[torch.float8_e4m3fn]
+            raise Damaged("codes" if codes else "values", index, part)
         self.arrays["data"] = jobs["out"].T
         self._jobs = jobs[self.resident :].copy()
         self._offsets = self._offsets[: self.count - self.resident]

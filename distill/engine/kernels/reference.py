@@ -57,10 +57,11 @@ class Place:
 
 
 class Damaged(Exception):
-    """A matrix with NaN codes (what: "codes") or a scale that is not finite ("scale"); in a bank of experts, the number
-    of the expert and of its part."""
+    """A stored matrix that no healthy checkpoint holds. what: "codes" (FP8 NaN codes), "scale" (a scale that is not
+    finite and positive), "values" (a number that is not finite). In a bank of experts: the number of the expert and of
+    its part."""
 
-    def __init__(self, what: Literal["codes", "scale"], expert: int = 0, part: int = 0) -> None:
+    def __init__(self, what: Literal["codes", "scale", "values"], expert: int = 0, part: int = 0) -> None:
         super().__init__(what, expert, part)
         self.what, self.expert, self.part = what, expert, part
 
@@ -131,10 +132,26 @@ def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Tens
 
 def check(weight: Stored, expert: int = 0, part: int = 0) -> None:
     """Raises Damaged."""
-    if isinstance(weight, Fp8) and has_nan_codes(weight.codes):
+    if not isinstance(weight, Fp8):
+        if not weight.isfinite().all():
+            raise Damaged("values", expert, part)
+        return
+    if has_nan_codes(weight.codes):
         raise Damaged("codes", expert, part)
-    if isinstance(weight, Fp8) and not weight.scale.isfinite().all():
+    check_scale(weight, expert, part)
+
+
+def check_scale(weight: Fp8, expert: int = 0, part: int = 0) -> None:
+    """Raises Damaged for a scale that is not finite and positive. Zero is accepted where all codes of the block are
+    zeros: some quantisers divide the largest of them by 448."""
+    scale = weight.scale
+    if not (scale.isfinite() & (scale >= 0)).all():
         raise Damaged("scale", expert, part)
+    for row, column in (scale == 0).nonzero().tolist():
+        rows = slice(row * FP8_BLOCK, (row + 1) * FP8_BLOCK)
+        block = weight.codes[rows, column * FP8_BLOCK : (column + 1) * FP8_BLOCK]
+        if (block.contiguous().view(torch.uint8) & 0x7F).any():
+            raise Damaged("scale", expert, part)
 
 
 def linear(x_tc: Tensor, weight_nc: Tensor, bias_n: Tensor | None = None, onto_tn: Tensor | None = None) -> Tensor:
@@ -316,11 +333,13 @@ def route(
     """The routers of DeepSeek-V2 (arXiv:2405.04434, section 2.1.3: softmax, a group is worth its best expert, no bias)
     and V3 (arXiv:2412.19437, section 2.1.2: sigmoid, its best two) → experts [t, per_token] int64, weights float32.
 
-    The bias moves the choice and never the weight. Experts outside the `groups_kept` best groups cannot be chosen.
+    The bias moves the choice and never the weight. Experts outside the `groups_kept` best groups cannot be chosen. A
+    token with a NaN among its scores has no best experts: it gets the first `per_token` with weights of NaN.
     """
     logits_tx = logits_tx.float()
     scores_tx = logits_tx.sigmoid() if scoring == "sigmoid" else logits_tx.softmax(-1)
     choice_tx = scores_tx if bias_x is None else scores_tx + bias_x
+    undefined_t1 = choice_tx.isnan().any(-1, keepdim=True)
     if groups > 1:
         choice_tgx = choice_tx.unflatten(-1, (groups, -1))
         counted = 1 if group_by == "best" else 2
@@ -331,7 +350,9 @@ def route(
     weights_tk = scores_tx.gather(-1, experts_tk)
     if normalise:
         weights_tk = weights_tk / (weights_tk.sum(-1, keepdim=True) + 1e-20)
-    return experts_tk, weights_tk * scale
+    first_k = torch.arange(per_token, device=logits_tx.device)
+    experts_tk = torch.where(undefined_t1, first_k, experts_tk)
+    return experts_tk, (weights_tk * scale).masked_fill(undefined_t1, float("nan"))
 
 
 def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -> None:
@@ -472,6 +493,8 @@ def draw(
     float64. The draw inverts the cumulative distribution in vocabulary order, over the tokens that pass a threshold:
     divide by the temperature, keep the top k, of those the smallest set whose mass reaches top p. Tokens tied with the
     last one kept are all kept.
+
+    A row that holds NaN or +inf, or nothing but -inf, has no distribution: its token is 0, its log-probability NaN.
     """
     logits_bv = logits_rv.index_select(0, row_b)
     normaliser_b1 = logits_bv.logsumexp(-1, keepdim=True)
@@ -487,7 +510,10 @@ def draw(
     )  # below it, if it rounds up
     token_b = torch.searchsorted(cumulative_bv, aim_b[:, None], right=True)[:, 0]
     token_b = torch.where(greedy_b, logits_bv.argmax(-1), token_b)
-    return token_b, (logits_bv.gather(-1, token_b[:, None]) - normaliser_b1)[:, 0]
+    undefined_b = ~normaliser_b1[:, 0].isfinite()
+    token_b = token_b.masked_fill(undefined_b, 0)
+    logprob_b = (logits_bv.gather(-1, token_b[:, None]) - normaliser_b1)[:, 0]
+    return token_b, logprob_b.masked_fill(undefined_b, float("nan"))
 
 
 def _threshold(probs_bv: Tensor, top_k_b: Tensor, top_p_b: Tensor) -> Tensor:
@@ -503,6 +529,7 @@ def _threshold(probs_bv: Tensor, top_k_b: Tensor, top_p_b: Tensor) -> Tensor:
         within_k_bm = torch.arange(looked_at, device=probs_bv.device) < k_b[:, None]
         mass_b = torch.where(k_b < vocab, (top_bm * within_k_bm).sum(-1, dtype=torch.float64), total_b)
         kept_bm = within_k_bm & (before_bm < (top_p_b * mass_b)[:, None])
+        kept_bm[:, 0] = True  # whatever top p is
         # A row is settled once the last candidate looked at is dropped, or if nothing limits it.
         open_b = kept_bm[:, -1] & (top_p_b < 1)
         if looked_at == vocab or not open_b.any():
