@@ -18,7 +18,7 @@ from distill.engine.kernels.cpu_structs import LayerArgs, StepArgs, address
 
 
 class DecodePlan:
-    """All layers, with their arguments laid out as cpu.cpp reads them."""
+    """All layers, with their arguments laid out as native/isa/layer.h reads them."""
 
     def __init__(self, layers: Sequence[dict[str, Any]]) -> None:
         self._held = layers  # the memory that the arguments point to
