@@ -250,14 +250,14 @@ def mla(
     where, angles = (batch.page_t, batch.offset_t), (batch.cos_tr, batch.sin_tr)
     ops.write_latents(pool, *where, latent_tc, w.kv_norm, LATENT_NORM_EPS, *angles, spec.rope.interleaved)
     if w.indexer is not None:
-        ops.paged_write(*key_pool, *where, indexer.keys(spec, ops, w.indexer, x_tc, *angles))
+        ops.paged_write(key_pool[0], *where, indexer.keys(spec, ops, w.indexer, x_tc, *angles))
     if not len(onto_rc):
         return onto_rc
 
     batch, x_rc = _narrowed(batch, x_tc, wanted)
     if wanted is not None:
         first_tn = _linear(ops, x_rc, w.q_a or w.q)
-    to_q = x_rc if w.q_a is None else ops.rms_norm(first_tn, w.q_norm, LATENT_NORM_EPS, w.q.weight)
+    to_q = x_rc if w.q_norm is None else ops.rms_norm(first_tn, w.q_norm, LATENT_NORM_EPS, w.q.weight)
     q_tn = first_tn if w.q_a is None else _linear(ops, to_q, w.q)
     q_thd = q_tn.unflatten(-1, (spec.num_heads, spec.head_dim))
     qn_thn, qr_thr = q_thd.split((dims.nope_dim, dims.rope_dim), dim=-1)

@@ -29,17 +29,7 @@ from torch import Tensor
 
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.kernels import Ops
-from distill.engine.kernels.reference import (
-    FP8_BLOCK,
-    Damaged,
-    Fp8,
-    Stored,
-    check,
-    check_scale,
-    dense,
-    rows_of,
-    transposed,
-)
+from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Fp8, Plain, Stored
 from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -222,7 +212,7 @@ def load_weights(
     head_name = EMBED if spec.tied_embeddings else HEAD
     layers_read = range(spec.num_layers + drafts)
     with reader.checkpoint.read_ahead([EMBED, *map(LAYER.format, layers_read), NORM, head_name]):
-        embed_vc = dense(reader.checked(EMBED, spec.vocab_size, spec.hidden_size), dtype).to(ops.device())
+        embed_vc = reader.checked(EMBED, spec.vocab_size, spec.hidden_size).dense(dtype).to(ops.device())
         layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
         norm_c = reader.tensor(NORM, (spec.hidden_size,))
         head = reader.pack(reader.matrix(head_name, spec.vocab_size, spec.hidden_size), head_name)
@@ -289,19 +279,19 @@ def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str) -> MlaWeights:
     to_values: list[Stored] = []
     kv_b = reader.checked(at + MLA["kv_b"] + ".weight", heads * per_head, dims.kv_lora_rank)
     for begin in range(0, heads * per_head, per_head):
-        to_keys.append(rows_of(kv_b, begin, begin + dims.nope_dim))
-        to_values.append(rows_of(kv_b, begin + dims.nope_dim, begin + per_head))
+        to_keys.append(kv_b.rows(begin, begin + dims.nope_dim))
+        to_values.append(kv_b.rows(begin + dims.nope_dim, begin + per_head))
     # Codes stay codes where the cache is bfloat16, which products with them can read.
-    if reader.dtype != torch.bfloat16 or not all(isinstance(part, Fp8) for part in (*to_keys, *to_values)):
-        to_keys = [dense(part, reader.dtype) for part in to_keys]
-        to_values = [dense(part, reader.dtype) for part in to_values]
+    if not all(part.for_fp8_products(reader.dtype) for part in (*to_keys, *to_values)):
+        to_keys = [Plain(part.dense(reader.dtype)) for part in to_keys]
+        to_values = [Plain(part.dense(reader.dtype)) for part in to_values]
     return MlaWeights(
         q_a=q_a,
         q_norm=q_norm,
         q=q,
         kv_a=kv_a,
         kv_norm=reader.tensor(at + MLA["kv_norm"], (dims.kv_lora_rank,)),
-        absorb_q=reader.ops.pack_heads([transposed(part) for part in to_keys], reader.dtype),
+        absorb_q=reader.ops.pack_heads([part.transposed() for part in to_keys], reader.dtype),
         expand_k=reader.ops.pack_heads(to_keys, reader.dtype),
         expand_v=reader.ops.pack_heads(to_values, reader.dtype),
         o=reader.linear(at + MLA["o"], c, heads * dims.v_dim, spec.o_bias),
@@ -340,7 +330,7 @@ def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
         reader.banks.append((at, bank))
     router = reader.unquantised(at + MOE["router"], (dims.num_experts, c))
     return MoeWeights(
-        router=reader.ops.pack(router, torch.float32),
+        router=reader.ops.pack(Plain(router), torch.float32),
         correction_bias=(
             reader.tensor(at + MOE["correction_bias"], (dims.num_experts,), torch.float32)
             if dims.correction_bias
@@ -384,7 +374,7 @@ class _Reader:
         weight_nc = self.checkpoint.tensor(name, (n, c))
         if weight_nc.dtype != torch.float8_e4m3fn:
             self.stored = self.stored or _name(weight_nc.dtype)
-            return weight_nc
+            return Plain(weight_nc)
         self.stored = f"fp8-e4m3 block {FP8_BLOCK}"
         scale = name + "_scale_inv"
         if scale not in self.checkpoint:
@@ -398,12 +388,7 @@ class _Reader:
         """The same for those who do not pack it as it is."""
         matrix = self.matrix(name, n, c)
         try:
-            if isinstance(matrix, Fp8):
-                if self.ops.has_nan_codes(matrix.codes):
-                    raise Damaged("codes")
-                check_scale(matrix)
-            else:
-                check(matrix)
+            self.ops.check(matrix)
         except Damaged as damage:
             raise self._damaged(name, damage) from None
         return matrix

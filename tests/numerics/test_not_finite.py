@@ -20,6 +20,7 @@ from distill.backends import Job, Sampling
 from distill.backends.local import LocalBackend
 from distill.engine import Engine, Request, SamplingParams
 from distill.engine.kernels import cpu, ops_for, reference
+from distill.engine.kernels.stored import Plain
 from distill.engine.sampler import Draw, NonFiniteLogits, logprobs_of, sample
 from distill.errors import UserError
 from distill.prompts.prompt import Prompt
@@ -196,7 +197,7 @@ def test_routing_in_triton(options: tuple[str, str, int, int, int, bool, float])
 def test_experts_outside_the_bank_are_refused(isa: str) -> None:
     bank = cpu.expert_bank(3, torch.float32)
     for i in range(3):
-        bank.lend((random(8, 4, seed=i), random(8, 4, seed=i), random(4, 8, seed=i)))
+        bank.lend((Plain(random(8, 4, seed=i)), Plain(random(8, 4, seed=i)), Plain(random(4, 8, seed=i))))
     bank.settle()
     for expert in (-1, 3, 1 << 40):
         onto = torch.zeros(1, 4)

@@ -27,6 +27,7 @@ from distill.engine.kernels.cpu_attention import index_scores as index_scores
 from distill.engine.kernels.cpu_attention import paged_write as paged_write
 from distill.engine.kernels.cpu_attention import prefill_gqa as prefill_gqa
 from distill.engine.kernels.cpu_attention import prefill_mla as prefill_mla
+from distill.engine.kernels.cpu_layer import decode_plan as decode_plan
 from distill.engine.kernels.cpu_library import call, library, threads
 from distill.engine.kernels.cpu_library import instruction_set as instruction_set
 from distill.engine.kernels.cpu_library import instruction_sets as instruction_sets
@@ -43,9 +44,10 @@ from distill.engine.kernels.cpu_structs import (
     RouteArgs,
     address,
 )
-from distill.engine.kernels.reference import Place, Stored
+from distill.engine.kernels.ops import GroupBy, Scoring
 from distill.engine.kernels.reference import device as device
 from distill.engine.kernels.reference import side_by_side as side_by_side
+from distill.engine.kernels.stored import Place, Stored
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,8 +55,13 @@ def activation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
+def check(weight: Stored) -> None:
+    """As reference.check."""
+    weight.check(has_nan=has_nan_codes)
+
+
 def has_nan_codes(codes: Tensor) -> bool:
-    """As reference.has_nan_codes, for contiguous codes."""
+    """As stored.has_nan_codes, for contiguous codes."""
     assert codes.is_contiguous()
     return bool(library().distill_has_nan(c_void_p(codes.data_ptr()), c_int64(codes.numel()), threads()))
 
@@ -79,16 +86,11 @@ def arena(size: int) -> Memory:
     return Memory(size)
 
 
-def packed_bytes(packed: Packed) -> int:
-    """The memory that a packed matrix takes."""
-    return packed.bytes
-
-
 def route(
     logits_tx: Tensor,
     bias_x: Tensor | None,
-    scoring: str,
-    group_by: str,
+    scoring: Scoring,
+    group_by: GroupBy,
     groups: int,
     groups_kept: int,
     per_token: int,
