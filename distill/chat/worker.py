@@ -10,6 +10,7 @@ import json
 import resource
 import signal
 import sys
+from collections.abc import Iterable
 from datetime import datetime
 from functools import lru_cache
 
@@ -44,9 +45,9 @@ class TemplateDict:
         made.update(*args, **kwargs)
         return made
 
-    def fromkeys(self, *args: object) -> dict[object, object]:
+    def fromkeys(self, keys: Iterable[object], value: object = None) -> dict[object, object]:
         """Make a dictionary of keys with one value."""
-        return dict.fromkeys(*args)
+        return dict.fromkeys(keys, value)
 
 
 class TemplateNamespace(Namespace):
