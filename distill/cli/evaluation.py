@@ -126,6 +126,6 @@ def compare(
         raise UserError(f"--models {models}: name two, separated by a comma, as student,base")
     rows = compare_evaluations(first, second, (names[0] or None, names[1] or None))
     if json_:
-        json_.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    flipped = {key for row in rows for key in (*row["gained"], *row["lost"])}
+        json_.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n", encoding="utf-8")
+    flipped = {key for row in rows for key in (*row.gained, *row.lost)}
     show(rows, questions((first, second), flipped))

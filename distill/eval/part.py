@@ -10,7 +10,7 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill import __version__
+from distill.artefacts import Scores
 from distill.backends import Backend, Job, Sampling
 from distill.backends.collect import check_all, collect, missing
 from distill.chat import THINK
@@ -164,7 +165,11 @@ class Part:
     def sample(self, backend: Backend, jobs: Sequence[Job]) -> None:
         """Draw the samples of `jobs`; each is on the disk before the next one is looked at."""
         sampling, suffix = self.exam.sampling, self.exam.card.prompt_suffix
-        settings = self.settings | _of_model(backend.identity)
+        settings = (
+            self.settings
+            | _of_model(backend.identity)
+            | {f"model.numerics.{key}": value for key, value in backend.numerics.items()}
+        )
         drawn = self._drawn_with()
         if drawn is not None:
             self._refuse(drawn, settings)
@@ -221,15 +226,15 @@ class Part:
                 ledger.append([{"prompt": prompt, "answers": found}])
                 advance(1)
 
-    def score(self) -> dict[str, Any]:
+    def score(self) -> Scores:
         """Write scores.json, and return it."""
         known = self._classes()
-        scores = {
+        content = {
             "benchmark": self.exam.name,
             "model": self.contender.name,
             "samples_per_problem": self.exam.samples,
             **summarise(_sample(row, known.get(row["prompt"], {})) for row in self._wanted_grades()),
-            "reasoning_counted_in": self.contender.counted_in,
+            "reasoning_unit": self.contender.counted_in,
             "interval": "95 %: Wilson's score interval with the effective trials of problems as clusters",
             "source": self.exam.source.model_dump(mode="json"),
             "prompts_hash": digest([prompt.id for prompt in self.exam.prompts]),
@@ -240,7 +245,8 @@ class Part:
                 **{name: version(name) for name in PACKAGES},
             },
         }
-        _write(self.directory / "scores.json", scores)
+        scores = Scores.model_validate_json(json.dumps(content))
+        scores.write(self.directory / "scores.json")
         return scores
 
     def correct(self) -> dict[str, list[bool]]:
@@ -283,7 +289,7 @@ class Part:
             )
 
 
-def _of_model(identity: dict[str, Any]) -> dict[str, Any]:
+def _of_model(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {f"model.{key}": value for key, value in identity.items()}
 
 

@@ -15,15 +15,14 @@ traces of one identity, and `--fresh generate` moves the filter's output aside t
 all the same, its digest no longer fits its ledger row, and it is judged again.
 """
 
-import hashlib
-import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from distill import console
+from distill.artefacts import FilterSummary, GenerateSummary, Settings
 from distill.errors import UserError
 from distill.filters.correct import check_correct
 from distill.filters.dedup import check_duplicates
@@ -36,9 +35,10 @@ from distill.filters.summary import print_summary, summarise
 from distill.grading import Grade, Grader, require_grader
 from distill.recipe import Filter, Recipe
 from distill.run import Run
+from distill.stage import Stage
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, write_traces
-from distill.traces.trace import Trace, Verdict
+from distill.traces.trace import Trace, Verdict, content_hash
 
 FLUSH_SECONDS = 0.5  # an fsync a trace would cost more than most gradings
 
@@ -51,47 +51,64 @@ def check_gradable(recipe: Recipe) -> None:
             require_grader(task, "filter.correct", "set it to false, or leave such prompts out")
 
 
-def filter_traces(run: Run) -> dict[str, Any]:
-    """Filter `traces` into `filtered/kept` and `filtered/dropped`; gives the summary (see `summarise`).
+class FilterStage(Stage[FilterSummary]):
+    """The traces with their verdicts, in `filtered/kept` and `filtered/dropped`."""
 
-    Resumable; finished with the same settings and traces, it returns the stored summary at once. Raises UserError when
-    there are no traces, when a task has no grader, and when nothing is kept (the dropped traces are written before).
-    """
-    check_gradable(run.recipe)
-    settings = run.recipe.filter
-    store = TraceStore(run.directory / "traces")
-    keys = store.keys()
-    if not keys:
-        raise UserError(f"{run.directory / 'traces'}: no traces to filter; run `distill generate` first")
-    stage = run.stage("filter", run.recipe.filter_settings(), _extent(keys), ["filtered"])
-    if stage.finished:
-        assert stage.summary is not None
-        return stage.summary
+    name = "filter"
+    outputs = ("filtered",)
+    products = ("filtered/kept/part-*.parquet", "filtered/dropped/part-*.parquet")
+    reads = ("generate",)
+    summary = FilterSummary
 
-    directory = run.directory / "filtered"
-    directory.mkdir(exist_ok=True)
-    judged = _judge_each(store, keys, settings, directory / "verdicts.jsonl")
-    _choose(judged, settings, run.recipe.seed)
-    kept = {trace.key for trace in judged.values() if trace.kept}
-    verdicts = {key: trace.verdicts for key, trace in judged.items()}
-    write_traces(directory / "kept", (trace for trace in store if trace.key in kept), verdicts)
-    write_traces(directory / "dropped", (trace for trace in store if trace.key not in kept), verdicts)
-    summary = summarise(list(judged.values()))
-    if not kept:
-        raise _nothing_kept(summary, directory / "dropped")
-    stage.finish(summary)
-    print_summary(summary, str(directory / "kept"))
-    return summary
+    def recipe_settings(self, recipe: Recipe) -> Settings:
+        """What decides the verdicts, besides the traces."""
+        return recipe.filter_settings()
+
+    def settings(self, run: Run) -> Settings:
+        """Those of the recipe."""
+        return self.recipe_settings(run.recipe)
+
+    def extent(self, run: Run) -> Settings:
+        """The traces: from the record of a finished `generate`, else from the store. UserError when there are none."""
+        if (generated := run.stored_summary("generate", GenerateSummary)) is not None:
+            return {"traces": generated.traces, "content": generated.content_hash}
+        store = TraceStore(run.paths.traces)
+        count = len(store)
+        if not count:
+            raise UserError(f"{run.paths.traces}: no traces to filter; run `distill generate` first")
+        return {"traces": count, "content": content_hash(store)}
+
+    def work(self, run: Run, begin: Callable[[], None]) -> FilterSummary:
+        """Judge the traces that have no verdict yet, choose among them, write both directories.
+
+        Errors: UserError when there are no traces, when a task has no grader, and when nothing is kept (the dropped
+        traces are written before).
+        """
+        check_gradable(run.recipe)
+        settings = run.recipe.filter
+        store = TraceStore(run.paths.traces)
+        keys = store.keys()
+        begin()
+        run.paths.filtered.mkdir(exist_ok=True)
+        judged = _judge_each(store, keys, settings, run.paths.verdicts)
+        _choose(judged, settings, run.recipe.seed)
+        kept = {trace.key for trace in judged.values() if trace.kept}
+        verdicts = {key: trace.verdicts for key, trace in judged.items()}
+        write_traces(run.paths.kept, (trace for trace in store if trace.key in kept), verdicts)
+        write_traces(run.paths.dropped, (trace for trace in store if trace.key not in kept), verdicts)
+        kept_hash = content_hash(trace for trace in store if trace.key in kept)
+        summary = summarise(list(judged.values()), kept_hash)
+        if not kept:
+            raise _nothing_kept(summary, run.paths.dropped)
+        print_summary(summary, str(run.paths.kept))
+        return summary
+
+    def headline(self, summary: FilterSummary) -> str:
+        """Kept of all."""
+        return f"{summary.kept:,} of {summary.total:,} traces kept"
 
 
-def is_finished(run: Run) -> bool:
-    """Whether the traces that are there are all filtered, as the recipe asks."""
-    keys = TraceStore(run.directory / "traces").keys()
-    return run.finished("filter", run.recipe.filter_settings(), _extent(keys)) is not None
-
-
-def _extent(keys: set[Key]) -> dict[str, Any]:
-    return {"traces": len(keys), "keys": hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:16]}
+STAGE = FilterStage()
 
 
 def _judge_each(store: TraceStore, keys: set[Key], settings: Filter, path: Path) -> dict[Key, Judged]:
@@ -155,10 +172,10 @@ def _choose(judged: dict[Key, Judged], settings: Filter, seed: int) -> None:
             judged[key].verdicts.append(verdict)
 
 
-def _nothing_kept(summary: dict[str, Any], dropped: Path) -> UserError:
-    step = max(summary["funnel"], key=lambda step: step["dropped"])
-    reason, count = next(iter(step["reasons"].items()))
+def _nothing_kept(summary: FilterSummary, dropped: Path) -> UserError:
+    step = max(summary.funnel, key=lambda step: step.dropped)
+    reason, count = next(iter(step.reasons.items()))
     return UserError(
-        f"nothing kept of {summary['total']:,} traces: {step['filter']} dropped {step['dropped']:,}, {count:,} of them "
+        f"nothing kept of {summary.total:,} traces: {step.filter} dropped {step.dropped:,}, {count:,} of them "
         f"as {reason!r}; read them with their verdicts in {dropped}, then loosen `filter` or change `generate`"
     )

@@ -4,6 +4,8 @@ The raw text is kept as sampled; `reasoning` and `response` are views of it made
 ids are kept where the backend gives them, so that nothing downstream has to guess how the text was tokenised.
 """
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -70,6 +72,15 @@ class Trace:
         if row.get("top_logprobs") is not None:
             values["top_logprobs"] = tuple(tuple((int(t), float(p)) for t, p in top) for top in row["top_logprobs"])
         return cls(**values)
+
+
+def content_hash(traces: Iterable[Trace]) -> str:
+    """16 hex digits over (prompt id, sample, text) of the traces, whatever their order."""
+    digests = sorted(
+        hashlib.sha256(f"{trace.prompt.id}\0{trace.sample}\0{trace.text}".encode(errors="surrogatepass")).digest()
+        for trace in traces
+    )
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
