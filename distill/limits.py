@@ -12,7 +12,6 @@ below what a small machine cannot take. They are constants and not settings: who
 ROW_BYTES = 64 << 20  # of one JSONL line, or of the text in one Parquet row
 JSON_DEPTH = 100  # brackets inside one another, in a row or in JSON kept as text in a column
 BATCH_BYTES = 64 << 20  # of Parquet rows decoded together
-PAGE_BYTES = 1 << 30  # of one column chunk of a Parquet file, decompressed
 
 YAML_BYTES = 4 << 20  # of a recipe, a card or one `--set` value
 YAML_NODES = 100_000  # values in it, an alias counting for everything that it repeats
