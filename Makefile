@@ -10,7 +10,7 @@ JUNIT := build/junit.xml
 INSTALLED_FROM := pyproject.toml constraints.txt setup.py distill/engine/kernels/cpu.cpp
 SOURCES := $(wildcard distill tests tools perf cli.py setup.py)
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-slow lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -18,7 +18,11 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev lint
 	rm -f $(JUNIT)
-	$(OFFLINE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --junitxml $(JUNIT) $(PYTEST_ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m 'not slow' --junitxml $(JUNIT) $(PYTEST_ARGS)
+
+# What takes minutes and rarely breaks: run by hand before a release.
+test-slow: .venv/installed-dev
+	$(OFFLINE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m slow $(PYTEST_ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)

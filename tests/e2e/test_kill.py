@@ -77,7 +77,7 @@ def outcome(directory: Path) -> dict[str, Any]:
     scores = {}
     for path in sorted((directory / "eval").rglob("scores.json")):
         row = json.loads(path.read_text(encoding="utf-8"))
-        scores[path.parent.name] = [row[key] for key in ("problems", "pass@1", "pass@1_low", "pass@1_high")]
+        scores[path.parent.name] = [row[key] for key in ("problems", "pass@1")]
     return {
         "traces": traces(directory / "traces"),
         "kept": judged("kept"),
