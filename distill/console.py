@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING
 
+from distill import interrupts
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -103,7 +105,7 @@ def _bar(description: str, total: int | None, unit: str, done: int) -> Iterator[
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console()) as bar:
+    with interrupts.held(), Progress(*columns, console=console()) as bar:
         task = bar.add_task(description, total=total, completed=done, rate=unit)
 
         def advance(n: int = 1) -> None:

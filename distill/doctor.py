@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from distill import __version__, catalog
-from distill.backends.local import device_type
+from distill.backends.device import device_type
 from distill.console import say, table
 from distill.engine.families import FAMILIES
 from distill.hardware import Machine, disk_rate, gpu_memory, memory_bandwidth, product_rate, this_machine

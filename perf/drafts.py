@@ -15,6 +15,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from checkpoint import CONFIG, write_fp8, write_fp8_with_drafts
@@ -29,7 +30,9 @@ PUBLISHED = (
 )
 
 
-def measure_tiny(batch: int, drafts: int, dtype: Dtype) -> tuple[dict[str, float], list[tuple[int, ...]]]:
+def measure_tiny(
+    batch: int, drafts: int, dtype: Literal["float32", "bfloat16"]
+) -> tuple[dict[str, float], list[tuple[int, ...]]]:
     from distill.chat import Chat
     from distill.engine import Engine, EngineOptions, Request, SamplingParams
     from distill.prompts import load_prompts

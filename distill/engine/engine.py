@@ -136,6 +136,9 @@ class Engine:
         """Whether a request is unfinished."""
         return self._scheduler.has_work
 
+    def close(self) -> None:
+        """Nothing: memory is released with the object. Several engines (`Engines`) end their processes here."""
+
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds; samples already returned stay valid. Unknown ids are ignored."""
         for sequence in list(self._scheduler.of_request(request_id)):

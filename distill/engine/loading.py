@@ -15,13 +15,14 @@ from distill.engine.device import choose_device, memory_of, refuse_too_large
 from distill.engine.families import FAMILIES, read_spec
 from distill.engine.fused import decode_plan
 from distill.engine.kernels import Ops, column_for, ops_for
+from distill.engine.kernels.ops import ExpertBank
 from distill.engine.model import Model
 from distill.engine.numerics import Numerics
 from distill.engine.offload import ExpertStream, bytes_of, experts_within, step_bytes
 from distill.engine.options import EngineOptions
 from distill.engine.reader import load_weights
 from distill.engine.spec import ModelSpec
-from distill.engine.weights import ExpertBank, ModelWeights
+from distill.engine.weights import ModelWeights
 
 # Default size of the cache: what max_batch full contexts need, but no more than this, unless one long context needs it.
 _DEFAULT_CACHE_BYTES = 512 << 20
@@ -54,9 +55,9 @@ def prepare(model_dir: Path | str, options: EngineOptions) -> tuple[Model, Numer
         assert budget is not None
         expert = FAMILIES[spec.family].names.moe.expert
         refuse_too_large(model_dir, Checkpoint(Path(model_dir)).sizes(), budget, expert)
-    streamed: list[ExpertBank] = []
+    streamed: list[ExpertBank[object]] = []
 
-    def place(weights: ModelWeights, banks: list[ExpertBank]) -> int | None:
+    def place(weights: ModelWeights, banks: list[ExpertBank[object]]) -> int | None:
         resident = _resident(spec, options, sizes, ops, budget, weights, banks)
         if resident is not None and banks and resident < banks[0].count:
             streamed.extend(banks)
@@ -114,7 +115,7 @@ def _resident(
     ops: Ops,
     budget: int | None,
     weights: ModelWeights,
-    banks: list[ExpertBank],
+    banks: list[ExpertBank[object]],
 ) -> int | None:
     """How many experts of each layer stay in memory; None: all. Errors: ValueError when the budget is too small."""
     asked = options.resident_experts
@@ -125,7 +126,7 @@ def _resident(
     each = token_bytes(spec, spec.num_layers + (sizes.drafts > 0), sizes.cache_dtype)
     rows = sizes.max_batch * (1 + sizes.drafts)
     beside = sizes.cache_tokens * each + step_bytes(spec, sizes.max_step_tokens, rows, _dtype(options))
-    return experts_within(budget, bytes_of(weights, ops) + beside, banks)
+    return experts_within(budget, bytes_of(weights) + beside, banks)
 
 
 def _checked_context(spec: ModelSpec, options: EngineOptions) -> int:

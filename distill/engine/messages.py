@@ -1,7 +1,8 @@
 """What an engine in a process of its own and its parent say to each other: JSON lines.
 
     parent → worker    {"model_dir": …, "options": {…}}, then {"request": {…}} and {"abort": id}
-    worker → parent    {"loaded": {…}} or {"refused": why}, then {"completion": {…}, "usage": {…}} or {"failed": why}
+    worker → parent    {"loaded": {…}} or {"refused": why}, then {"completion": {…}, "usage": {…}}
+                       or {"not_finite": position}
 
 The dataclasses of the engine travel whole, as `asdict` gives them; `from_json` is the way back. JSON and not pickle,
 because a line can be read by eye and runs nothing.

@@ -8,44 +8,11 @@ Legend: v vocabulary, n outputs, c inputs or hidden, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
-from distill.engine.kernels.reference import Place, Stored
-
-Packed: TypeAlias = object  # a matrix as the kernels that packed it read it
-Arena: TypeAlias = object  # memory that experts are streamed into, as the kernels made it
-
-
-class ExpertBank(Protocol):
-    """The experts of a layer (kernels/reference.py: ExpertBank is the definition).
-
-    count: all of them; resident: those in memory for good; bytes_each: of a packed expert; queued: whether `fill`
-    returns at once, its work being in order with that of later ops.
-    """
-
-    count: int
-    resident: int
-    queued: bool
-
-    @property
-    def bytes_each(self) -> int:
-        """Bytes of one packed expert."""
-
-    def lend(self, expert: tuple[Stored, Stored, Stored], places: tuple[Place, ...] | None = None) -> None:
-        """Add the next expert (gate, up, down), which stays as it is; places: where its matrices are in files."""
-
-    def settle(self, resident: int | None = None) -> None:
-        """Pack the first `resident` experts (None: all), and check the numbers of all. Errors: Damaged."""
-
-    def fill(self, arena: Arena, chosen: Sequence[int] | None = None, background: bool = False) -> None:
-        """Pack the experts that are not resident, or the chosen of them, into an arena."""
-
-    def install(self, arena: Arena) -> None:
-        """Read the streamed experts from this arena from now on."""
+from distill.engine.kernels.ops import ExpertBank, Packed
 
 
 @dataclass(frozen=True)
@@ -68,7 +35,7 @@ class GqaWeights:
     k_norm: Tensor | None
 
     @property
-    def reader(self) -> Packed:
+    def reader(self) -> object:
         """The packed matrix (or bank) that reads the normalised state first."""
         return self.k.weight
 
@@ -102,7 +69,7 @@ class MlaWeights:
     indexer: IndexerWeights | None
 
     @property
-    def reader(self) -> Packed:
+    def reader(self) -> object:
         """The packed matrix (or bank) that reads the normalised state first."""
         return self.kv_a.weight
 
@@ -116,7 +83,7 @@ class MlpWeights:
     down: Linear
 
     @property
-    def reader(self) -> Packed:
+    def reader(self) -> object:
         """The packed matrix (or bank) that reads the normalised state first."""
         return self.gate.weight
 
@@ -127,11 +94,11 @@ class MoeWeights:
 
     router: Packed
     correction_bias: Tensor | None
-    experts: ExpertBank
+    experts: ExpertBank[object]
     shared: MlpWeights | None
 
     @property
-    def reader(self) -> Packed:
+    def reader(self) -> object:
         """The packed matrix (or bank) that reads the normalised state first."""
         return self.experts
 

@@ -19,6 +19,7 @@ import torch
 from distill.engine import messages
 from distill.engine.engine import Engine
 from distill.engine.options import EngineOptions
+from distill.engine.sampler import NonFiniteLogits
 
 Message = Mapping[str, object]
 
@@ -40,12 +41,12 @@ def main() -> None:
     threading.Thread(target=_read, args=(incoming,), daemon=True).start()
     try:
         _serve(engine, incoming, out)
-    except ValueError as error:
-        _send(out, {"failed": str(error)})
+    except NonFiniteLogits as error:
+        _send(out, {"not_finite": error.position})
 
 
 def _serve(engine: Engine, incoming: queue.SimpleQueue[Message], out: BinaryIO) -> None:
-    """Never returns. Errors: ValueError where the engine cannot serve a request, or its numbers are not finite."""
+    """Never returns. Errors: NonFiniteLogits."""
     while True:
         while not (incoming.empty() and engine.has_work):  # waits when there is nothing to do
             message = incoming.get()

@@ -30,6 +30,7 @@ from distill.engine.engine import Completion, EngineUsage
 from distill.engine.families import read_spec
 from distill.engine.messages import Loaded
 from distill.engine.options import EngineOptions
+from distill.engine.sampler import NonFiniteLogits
 from distill.engine.scheduler import Request
 from distill.engine.spec import ModelSpec
 
@@ -132,7 +133,7 @@ class Engines:
         return sum((worker.usage for worker in self._workers), EngineUsage())
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Completions of `requests`, as they finish; see `Engine.generate`. Errors: EngineDied; ValueError as there."""
+        """Completions of `requests`, as they finish; see `Engine.generate`. Errors: EngineDied; NonFiniteLogits."""
         source = iter(requests)
         waiting = next(source, None)
         sent: dict[int, tuple[Request, _Worker]] = {}  # by the number it was sent with
@@ -188,8 +189,11 @@ class Engines:
 
 
 def _checked(message: Message) -> Message:
-    """The message. Errors: ValueError where it says that the engine refused the model, or could not go on."""
-    for problem in ("refused", "failed"):
-        if problem in message:
-            raise ValueError(message[problem])
+    """The message. Errors: ValueError where the engine refused the model; NonFiniteLogits where it met these."""
+    if "refused" in message:
+        raise ValueError(message["refused"])
+    if "not_finite" in message:
+        position = message["not_finite"]
+        assert isinstance(position, int | None)
+        raise NonFiniteLogits(position)
     return message

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from distill import catalog
 from distill.artefacts import Comparison, EvalSummary, Interval, PublishedScores, Scores, Settings
-from distill.backends.local import device_type
+from distill.backends.device import device_type
 from distill.backends.remote import RemoteBackend
 from distill.console import table
 from distill.errors import UserError
@@ -33,6 +33,7 @@ from distill.eval.statistics import compare
 from distill.fingerprint import digest
 from distill.grading import Grader, require_grader
 from distill.lock import locked
+from distill.models import Server
 from distill.scores import beside_published, difference
 from distill.stage import Stage
 
@@ -149,7 +150,7 @@ def evaluate_model(
     _published(exams, recipe.published)
     models: Models
     if "://" in model:
-        models = ServedModel(RemoteBackend.connect(model, name, recipe.max_batch, key))
+        models = ServedModel(RemoteBackend.connect(Server(model, name, key), recipe.max_batch))
     else:
         models = LocalModels(recipe.max_batch, engine)
     rival = models.contender if isinstance(models, ServedModel) else model_directory(Path(model), name)

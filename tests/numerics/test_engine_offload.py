@@ -161,7 +161,8 @@ import torch
 from distill.engine import Engine, EngineOptions, Request, SamplingParams
 path, budget = sys.argv[1], int(sys.argv[2])
 def run(path, budget):
-    engine = Engine.load(path, EngineOptions(dtype="bfloat16", max_batch=16, max_step_tokens=256, memory_budget=budget or None))
+    options = EngineOptions(dtype="bfloat16", max_batch=16, max_step_tokens=256, memory_budget=budget or None)
+    engine = Engine.load(path, options)
     sampling = SamplingParams(temperature=0, max_new_tokens=4)
     requests = [Request(str(n), tuple(range(1, 60 + n)), sampling, 0, n, (0,)) for n in range(16)]
     return engine, sorted((c.request_id, c.token_ids) for c in engine.generate(requests))
