@@ -20,7 +20,7 @@ from pydantic import JsonValue
 
 from distill.backends.backend import Completed, Job, Usage
 from distill.backends.reply import Unreadable, read_model_names, read_reply
-from distill.backends.secrets import Secrets, shown_url
+from distill.backends.secrets import Secrets, checked_url, shown_url
 from distill.engine.options import SamplingParams
 from distill.errors import UserError, WorkError
 from distill.fingerprint import digest
@@ -50,7 +50,7 @@ class RemoteBackend:
     numerics: dict[str, str] = {"kernels": "server"}  # noqa: RUF012  what else decides the numbers is not known
 
     def __init__(self, url: str, model: str, concurrency: int = 64, key: str | None = None) -> None:
-        self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
+        self.url, self.model, self.concurrency = checked_url(url), model, concurrency
         self.identity: dict[str, JsonValue] = {"model": model}
         self.usage = Usage()
         self._secrets = Secrets(url, key)
@@ -130,6 +130,8 @@ class RemoteBackend:
                 reply = read_reply(body)
             except Unreadable as error:
                 problem = str(error)
+            except _TooLarge as error:
+                raise WorkError(f"the server failed: {error}; {KEPT}") from error
             except TimeoutError:
                 raise WorkError(f"the server sent no answer within {TIMEOUT:,.0f} seconds; {KEPT}") from None
             except openai.OpenAIError as error:
@@ -180,7 +182,7 @@ class RemoteBackend:
                 return read_model_names(runner.run(ask()))
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise UserError(f"{where}: {self._rejected(error)}") from error
-        except (openai.OpenAIError, httpx2.InvalidURL, Unreadable) as error:
+        except (openai.OpenAIError, httpx2.InvalidURL, OSError, Unreadable, _TooLarge) as error:
             raise UserError(
                 f"{where}: no model server answers there ({self._secrets.reason(error)}); give an OpenAI-compatible "
                 "address such as http://localhost:8000/v1"

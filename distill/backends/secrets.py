@@ -1,4 +1,5 @@
-"""API keys never reach a message: every text that comes from a server or from an HTTP library passes through here."""
+"""Addresses and API keys. A key never reaches a message: every text that comes from a server or from an HTTP library
+passes through here."""
 
 import html
 import json
@@ -45,6 +46,21 @@ def shown_url(url: str) -> str:
         return urlunsplit((parts.scheme, host, parts.path, "", ""))
     except ValueError:
         return HIDDEN
+
+
+def checked_url(url: str) -> str:
+    """The address without a slash at its end. Errors: UserError when it is none."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port past 65535
+        usable = False
+    if not usable:
+        raise UserError(
+            f"{shown_url(url)}: not the address of a server; give an OpenAI-compatible one such as "
+            "http://localhost:8000/v1"
+        )
+    return url.rstrip("/")
 
 
 def _credentials(url: str) -> list[str]:

@@ -28,6 +28,7 @@ MOST_LAYERS = 4096
 MOST_EXPERTS = 1 << 16
 WIDEST_HEAD = 1 << 16
 
+_LFS_POINTER = b"version https://git-lfs"
 _SHOWN = 60  # characters of a wrong value that a message repeats
 
 
@@ -35,6 +36,7 @@ def read_json(path: Path) -> dict[str, Json]:
     """The object in a JSON file. Errors: ValueError, with file and remedy, when it is missing, too large or not one."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a model directory needs the {path.name} it was published with")
+    refuse_lfs_pointer(path)
     if (size := path.stat().st_size) > MOST_BYTES:
         raise ValueError(f"{path}: {size:,} bytes; at most {MOST_BYTES:,} are read, download it again")
     try:
@@ -48,6 +50,13 @@ def read_json(path: Path) -> dict[str, Json]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: holds a {type(raw).__name__}, not an object; download it again")
     return cast(dict[str, Json], raw)
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Errors: ValueError when a clone left a Git LFS pointer in the file's place."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in {path.parent}")
 
 
 class Config:

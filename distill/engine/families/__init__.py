@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from distill.engine.config import Config, Json, read_json, shown
+from distill.engine.config import WIDEST, Config, Json, read_json, shown
 from distill.engine.families import deepseek_v2, deepseek_v3, deepseek_v32, llama, qwen2, qwen3
 from distill.engine.families.family import Family
 from distill.engine.spec import ModelSpec
@@ -61,6 +61,7 @@ def _check_common(config: Config) -> None:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config.token_ids(key)
     config.bool("use_cache", True)
+    config.int_or("num_key_value_heads", None, most=WIDEST)
     for key in ("torch_dtype", "dtype", "transformers_version"):
         config.text(key, "")
     config.texts("architectures")
