@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from distill import __version__
+from distill import __version__, console
 from distill.cli import catalogs, evaluation, stages
 from distill.errors import UserError, WorkError
 
@@ -83,6 +83,7 @@ def _interrupted(*_: object) -> None:
 
 
 def main() -> None:
+    console.prepare()
     signal.signal(signal.SIGTERM, _interrupted)  # a scheduler's polite end is an interruption like any other
     try:
         code = app(prog_name="distill", standalone_mode=False) or 0
@@ -108,12 +109,13 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     if code == 130:  # Typer turns an interruption inside a command into this code
-        _fail("interrupted; rerun the same command to resume", code)
+        done = f" ({kept})" if (kept := console.kept()) else ""
+        _fail(f"interrupted{done}; rerun the same command to resume", code)
     sys.exit(code)
 
 
 def _fail(message: object, code: int) -> int:
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    print("error:", console.escaped(" ".join(str(message).split())), file=sys.stderr)
     return code
 
 
