@@ -8,7 +8,6 @@ first samples are drawn, and compared when more are.
 
 import json
 import platform
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,8 +29,8 @@ from distill.eval.statistics import Sample, summarise
 from distill.eval.votes import classes
 from distill.fingerprint import digest
 from distill.grading import require_grader
-from distill.prompts import Prompt, load_prompts
-from distill.prompts.files import rows_of_file
+from distill.prompts import Prompt, PromptCounts, load_prompts
+from distill.prompts.rows import rows_of_file
 from distill.recipe.sources import FilePrompts, ProceduralPrompts
 from distill.scores import grades
 from distill.traces.ledger import Ledger
@@ -77,9 +76,9 @@ class Exam:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        seen: Counter[str] = Counter()
+        counts = PromptCounts()
         try:
-            found = list(islice(load_prompts([self.source], seen), self.limit))
+            found = list(islice(load_prompts([self.source], counts), self.limit))
         except UserError as error:
             hint = f"; or read {self.name} from a file: --source {self.name}=FILE, in a recipe eval.sources"
             raise UserError(f"{error}{hint if self.source is self.card.prompts else ''}") from error
@@ -91,9 +90,9 @@ class Exam:
                 f"is {unanswered[0].messages[-1]['content'][:40]!r}…: leave them out of its file"
             )
         expected = self.card.problems
-        if expected is not None and (self.limit is None or self.limit >= expected) and seen.total() != expected:
+        if expected is not None and (self.limit is None or self.limit >= expected) and counts.seen.total() != expected:
             raise UserError(
-                f"benchmark {self.name} has {seen.total():,} problems where its card says {expected:,}: another "
+                f"benchmark {self.name} has {counts.seen.total():,} problems where its card says {expected:,}: another "
                 f"version of the data set; name the right revision or file, or set eval.limit to take the first ones"
             )
         return found

@@ -17,7 +17,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "distill"
 
 STAGES = {"generate", "filters", "train", "eval", "report", "serve", "plan"}
-SHARED = {"recipe", "config", "catalog", "chat", "traces", "prompts", "run", "hardware"}
+SHARED = {"recipe", "config", "catalog", "chat", "limits", "traces", "prompts", "run", "hardware"}
 SHARED |= {
     "artefacts",
     "lock",
