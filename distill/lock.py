@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from distill import interrupts
 from distill.errors import UserError
 
 NAME = ".lock"
@@ -45,6 +46,7 @@ def take(directory: Path, option: str) -> int:
             break
         os.close(descriptor)  # its last holder removed the file between our open and our lock
     _held.add(descriptor)
+    interrupts.hold()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
@@ -54,6 +56,7 @@ def release(descriptor: int) -> None:
     """Give up a lock that `take` gave."""
     _held.discard(descriptor)
     os.close(descriptor)
+    interrupts.release()
 
 
 @contextmanager

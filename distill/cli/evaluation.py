@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from distill.cli.options import FreshOption, RunDirOption, SetOption, StageName
+from distill.cli.options import FreshOption, RunDirOption, SetOption, StageName, VerifyOption
 from distill.cli.stages import run_stages
 from distill.errors import UserError
 
@@ -42,6 +42,7 @@ def score(
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     fresh: FreshOption = None,
+    verify: VerifyOption = False,
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="PATH|URL", help="a model directory, a hub id, or an OpenAI-compatible server"),
@@ -88,7 +89,7 @@ def score(
             raise UserError(
                 f"{given[0]} needs --model; with a recipe, set the key under `eval:` (--set eval.KEY=VALUE)"
             )
-        run_stages(recipe, [StageName.eval], set_, run_dir, fresh)
+        run_stages(recipe, [StageName.eval], set_, run_dir, fresh, verify)
         return
     missing = [flag for flag, value in (("--model", model), ("--benchmark", benchmark), ("--out", out)) if not value]
     if model is None or not benchmark or out is None:
@@ -96,8 +97,11 @@ def score(
             f"give a recipe, or --model with --benchmark and --out ({' and '.join(missing)} missing); see "
             f"`distill eval score --help`"
         )
-    if run_dir is not None or fresh:
-        raise UserError("--run-dir and --fresh need a recipe; with --model, --out is the directory for its scores")
+    if run_dir is not None or fresh or verify:
+        raise UserError(
+            "--run-dir, --fresh and --verify need a recipe; with --model, --out is the directory for its scores, and "
+            "damaged files in it are always made again"
+        )
     from distill.config import parse
     from distill.eval import evaluate_model
     from distill.recipe import Eval, LocalEngine

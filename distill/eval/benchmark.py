@@ -1,6 +1,5 @@
 """A benchmark as a recipe asks for it: which problems, how many samples of each, drawn how."""
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -13,8 +12,8 @@ from distill.backends import Sampling
 from distill.console import say
 from distill.errors import UserError
 from distill.grading import require_grader
-from distill.prompts import Prompt, load_prompts
-from distill.prompts.files import rows_of_file
+from distill.prompts import Prompt, PromptCounts, load_prompts
+from distill.prompts.rows import rows_of_file
 from distill.recipe.sources import FilePrompts, ProceduralPrompts
 
 if TYPE_CHECKING:
@@ -60,9 +59,9 @@ class Benchmark:
     def prompts(self) -> list[Prompt]:
         """The problems. Errors: UserError when there are none, when their number is not the card's, when a problem has
         no answer or no grader, or the source cannot be read."""
-        seen: Counter[str] = Counter()
+        counts = PromptCounts()
         try:
-            prompts = list(islice(load_prompts([self.source], seen), self.limit))
+            prompts = list(islice(load_prompts([self.source], counts), self.limit))
         except UserError as error:
             hint = f"; or read {self.name} from a file: --source {self.name}=FILE, in a recipe eval.sources"
             raise UserError(f"{error}{hint if self.source is self.card.prompts else ''}") from error
@@ -76,10 +75,10 @@ class Benchmark:
                 f"benchmark {self.name}: {len(unanswered):,} problems have no answer to compare with, the first is "
                 f"{start!r}…; remove them from its file"
             )
-        expected = self.card.problems
-        if expected is not None and (self.limit is None or self.limit >= expected) and seen.total() != expected:
+        expected, total = self.card.problems, counts.seen.total()
+        if expected is not None and (self.limit is None or self.limit >= expected) and total != expected:
             raise UserError(
-                f"benchmark {self.name} has {seen.total():,} problems but its card says {expected:,}: this is another "
+                f"benchmark {self.name} has {total:,} problems but its card says {expected:,}: this is another "
                 f"version of the data set; name the right revision or file, or set a limit (--limit, in a recipe "
                 f"eval.limit) to take the first problems"
             )

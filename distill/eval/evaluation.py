@@ -11,7 +11,6 @@ A finished evaluation has a record of its files (`distill.evaluations`). Files t
 """
 
 import platform
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -53,7 +52,6 @@ from distill.traces.trace import Trace
 if TYPE_CHECKING:
     from distill.grading import Grade, Grader
 
-FLUSH_SECONDS = 0.5  # of grading that a kill may repeat: an fsync a grade would cost more than most gradings
 PACKAGES = ("torch", "transformers", "math-verify")  # whose versions a score may depend on
 LONGEST = "sampling.max_new_tokens"  # as it was used
 ASKED = "sampling.max_new_tokens_asked"  # where the model's context has less room than the benchmark asks for
@@ -164,21 +162,15 @@ class Evaluation:
             return
         self._unfinish()
         length = length_function(self.model)
-        items = ((trace, trace.prompt, trace.response) for trace in self.store if trace.key in ungraded)
+        items = ((trace, trace.prompt, trace.answer) for trace in self.store if trace.key in ungraded)
         done = len(self.wanted) - len(ungraded)
         with (
             Ledger(self.paths.grades) as ledger,
             progress(f"grade {self.name}", len(self.wanted), "samples", done) as advance,
         ):
-            rows: list[dict[str, object]] = []
-            flushed = time.monotonic()
             for trace, grade in grader.grade(items):
-                rows.append(_row(trace, grade, length).to_row())
+                ledger.add(_row(trace, grade, length).to_row())
                 advance(1)
-                if time.monotonic() - flushed >= FLUSH_SECONDS:
-                    ledger.append(rows)
-                    rows, flushed = [], time.monotonic()
-            ledger.append(rows)
 
     def vote(self, grader: "Grader") -> None:
         """Find out which of a problem's answers are equal, where that is not known yet."""
@@ -341,7 +333,7 @@ def _row(trace: Trace, grade: "Grade", length: Callable[[str], int]) -> GradeRow
         reason=grade.reason,
         evidence=grade.evidence,
         finish_reason=trace.finish_reason,
-        completion_tokens=trace.tokens or None,
+        completion_tokens=trace.completion_tokens,
         reasoning_tokens=length(reasoning) if reasoning else 0,
     )
 

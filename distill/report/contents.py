@@ -42,7 +42,7 @@ from distill.record import StageRecord, read_recipe
 from distill.traces.browse import KEPT, verdict_of
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, count_traces, read_traces
-from distill.traces.trace import Trace, Verdict
+from distill.traces.trace import WORDS, Trace, Verdict
 
 KEPT_SHOWN = 60  # kept traces in the page
 DROPPED_SHOWN = 15  # dropped traces of each reason
@@ -51,7 +51,6 @@ ROOM = 500_000  # characters of kept traces, and as many of dropped ones: the pa
 MANY = 20_000  # traces that take some seconds to read
 TEXT_SHOWN = 20_000  # characters of one text; an R1 trace may have ten times as many
 MODELS = ("base", "student", "teacher")
-TOKENS, WORDS = "tokens", "words"
 READ = ("filtered/kept/", "filtered/dropped/", "eval/", "checkpoints/log.jsonl")  # recorded files that the page shows
 
 Counts = tuple[int, int]  # (right, all) samples of one problem
@@ -296,12 +295,11 @@ def _judged(directory: Path) -> Iterator[tuple[Trace, list[Verdict]]]:
 
 def _lengths(kept: _Traces, dropped: _Traces) -> Lengths:
     if all(kept.tokens) and all(dropped.tokens):
-        return Lengths(kept.tokens, dropped.tokens, TOKENS)
+        return Lengths(kept.tokens, dropped.tokens, "tokens")
     return Lengths(kept.words, dropped.words, WORDS)
 
 
 def _shown(model: str, verdict: str, good: bool, trace: Trace, verdicts: Iterable[Verdict] = ()) -> Shown:
-    words = len(trace.text.split())
     return Shown(
         model=model,
         verdict=verdict,
@@ -310,7 +308,7 @@ def _shown(model: str, verdict: str, good: bool, trace: Trace, verdicts: Iterabl
         gold=trace.prompt.answer,
         reasoning=None if trace.reasoning is None else _cut(trace.reasoning),
         response=_cut(trace.text if trace.reasoning is None else trace.response),
-        length=f"{trace.tokens:,} {TOKENS}" if trace.tokens else f"{words:,} {WORDS}, tokens not counted",
+        length=f"{trace.tokens:,} tokens" if trace.tokens else f"{trace.length.value:,} {WORDS}, tokens not counted",
         evidence=[(verdict.filter, verdict.reason, _evidence(verdict.evidence)) for verdict in verdicts],
     )
 
