@@ -104,8 +104,8 @@ def main() -> None:
     except KeyboardInterrupt:
         code = interrupts.CODE
     if code == interrupts.CODE:  # Typer turns an interruption inside a command into this code
-        kept = console.kept()
-        _fail(f"{interrupts.MESSAGE} ({kept})" if kept else interrupts.MESSAGE, code)
+        done = f" ({kept})" if (kept := console.kept()) else ""
+        _fail(f"interrupted{done}; rerun the same command to resume", code)
     sys.exit(code)
 
 

@@ -88,6 +88,7 @@ class EvalStage(Stage[EvalSummary]):
         published = tuple(published_scores(benchmarks, recipe.published))
         _read_problems(benchmarks)
         begin()
+        _say_unreadable_golds(evaluation for of_model in evaluations for evaluation in of_model)
         scores: list[Scores] = []
         with Grader() as grader:
             for of_model in evaluations:
@@ -133,6 +134,7 @@ def evaluate_model(
     for evaluation in evaluations:
         evaluation.refuse_other_settings()
     with locked(directory), Grader() as grader:
+        _say_unreadable_golds(evaluations)
         scores = _evaluate(evaluations, open_, engine, recipe.max_batch, grader)
     summary = EvalSummary(scores=tuple(scores), published=published)
     show(summary)
@@ -154,6 +156,14 @@ def _read_problems(benchmarks: Iterable[Benchmark]) -> None:
     """Read every problem, so that an unusable one is refused before any work."""
     for benchmark in benchmarks:
         benchmark.prompts  # noqa: B018  a cached property that checks what it reads
+
+
+def _say_unreadable_golds(evaluations: Iterable[Evaluation]) -> None:
+    """Say it once for each benchmark with samples to draw, before tokens are spent on its problems."""
+    unanswered = {evaluation.benchmark.name: evaluation.benchmark for evaluation in evaluations if evaluation.missing()}
+    for benchmark in unanswered.values():
+        if benchmark.unreadable_golds:
+            say(f"note: {benchmark.unreadable_golds}")
 
 
 def _evaluate(

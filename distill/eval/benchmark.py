@@ -11,7 +11,7 @@ from distill.artefacts import PublishedScores, Settings
 from distill.backends import Sampling
 from distill.console import say
 from distill.errors import UserError
-from distill.grading import require_grader
+from distill.grading import require_grader, unreadable_golds
 from distill.prompts import Prompt, PromptCounts, load_prompts
 from distill.prompts.rows import rows_of_file
 from distill.recipe.sources import FilePrompts, ProceduralPrompts
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distill.recipe import BenchmarkCard, Eval
     from distill.recipe.sources import PromptSource
 
+WORKERS, TIMEOUT = 2, 5.0  # of the processes that try to read gold answers; seconds of processor time for each
 QUESTIONS = ("problem", "question", "prompt")  # columns in which copies of a benchmark keep their questions
 
 
@@ -83,6 +84,17 @@ class Benchmark:
                 f"eval.limit) to take the first problems"
             )
         return prompts
+
+    @cached_property
+    def unreadable_golds(self) -> str | None:
+        """A line on the gold answers that no grader can read, None where there are none."""
+        golds, tried = unreadable_golds(self.prompts, WORKERS, TIMEOUT)
+        if not golds:
+            return None
+        return (
+            f"{self.name}: {len(golds):,} of {tried:,} gold answers cannot be read by a grader, such as "
+            f"{golds[0][:60]!r}: an answer counts as correct only in the same spelling, and as unverifiable in every other"
+        )
 
     def settings(self) -> Settings:
         """What decides the samples besides the model: dotted keys → JSON values.
