@@ -31,7 +31,7 @@ SHARED |= {
     "console",
     "durable",
     "fingerprint",
-    "scores",
+    "evaluations",
 }
 BELOW_STAGES = {"grading", "backends"} | SHARED
 
