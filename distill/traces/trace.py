@@ -7,11 +7,11 @@ ids are kept where the backend gives them, so that nothing downstream has to gue
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from distill.prompts.prompt import Message, Prompt
 
-FinishReason = Literal["stop", "length"]
+FinishReason = str | None  # "stop", "length", "content_filter", or what else a server says; None: it does not say
 
 
 @dataclass(frozen=True)
