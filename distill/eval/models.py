@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pydantic import JsonValue
 
-from distill import backends, catalog
+from distill import backends
 from distill.backends import Backend
 from distill.backends.remote import RemoteBackend
 from distill.errors import UserError
@@ -99,7 +99,7 @@ def model_directory(directory: Path, name: str | None) -> Contender:
         raise UserError(
             f"--name {name}: a directory is called so: letters, digits, `.`, `_`, `-`; the first a letter or digit"
         )
-    place = catalog.model_directory(str(directory))
+    place = model_files.model_directory(str(directory))
     return Contender(Model(name or place.name, place))
 
 

@@ -8,7 +8,6 @@ first samples are drawn, and compared when more are.
 
 import json
 import platform
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from distill.recipe import BenchmarkCard, Eval
     from distill.recipe.sources import PromptSource
 
-FLUSH_SECONDS = 0.5  # of grading may be lost and done again: an fsync a grade would cost more than most gradings
 PACKAGES = ("torch", "transformers", "math-verify")  # whose versions a score may depend on
 
 
@@ -193,15 +191,9 @@ class Part:
             Ledger(self.directory / "grades.jsonl") as ledger,
             progress(f"grade {self.name}", len(self.wanted), "samples", done) as advance,
         ):
-            rows: list[dict[str, Any]] = []
-            flushed = time.monotonic()
             for trace, grade in grader.grade(items):
-                rows.append(_graded(trace, grade, count))
+                ledger.add(_graded(trace, grade, count))
                 advance(1)
-                if time.monotonic() - flushed >= FLUSH_SECONDS:
-                    ledger.append(rows)
-                    rows, flushed = [], time.monotonic()
-            ledger.append(rows)
 
     def vote(self, grader: "Grader") -> None:
         """Find out which of a problem's marked answers are one, where that is not known yet."""

@@ -8,6 +8,7 @@ cannot be used are left out, and one line says how many, why, and where the firs
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,7 +109,7 @@ class _Reader:
                     self.first.setdefault(str(answer), where)
                     continue
                 trace = self._trace(row, answer, teacher)
-                yield Trace(**vars(trace) | {"sample": samples[trace.prompt.id]})
+                yield replace(trace, sample=samples[trace.prompt.id])
                 samples[trace.prompt.id] += 1
                 self.taken += 1
         self._finish()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from distill.config import RENAMED, dump_yaml, parse, read_yaml
 from distill.errors import UserError
+from distill.filters.format import Format
 from distill.recipe import BenchmarkCard, Recipe
 from distill.section import Section
 
@@ -182,8 +183,8 @@ def test_strings_that_look_like_something_else_are_quoted(tmp_path, text):
         ("generate.sampling.temperature=0", lambda r: r.generate.sampling.temperature, 0),
         ("generate.prompt_suffix=", lambda r: r.generate.prompt_suffix, ""),
         ("generate.prompt_suffix=a=b", lambda r: r.generate.prompt_suffix, "a=b"),
-        ("filter.max_tokens=null", lambda r: r.filter.max_tokens, None),
-        ("filter={dedup: false}", lambda r: (r.filter.dedup, r.filter.format), (False, True)),
+        ("filter.length.max_tokens=9", lambda r: r.filter.length.max_tokens, 9),
+        ("filter={dedup: false}", lambda r: (r.filter.dedup, r.filter.format), (None, Format())),
         ("eval.benchmarks=[a, b]", lambda r: r.eval.benchmarks, ("a", "b")),
         ("eval.benchmarks.0=c", lambda r: r.eval.benchmarks, ("c",)),
         ('name="007"', lambda r: r.name, "007"),
