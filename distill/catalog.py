@@ -95,7 +95,8 @@ def _load(model: type[S], kind: Kind, name_or_path: str, overrides: Sequence[str
     if overrides:
         return parse(model, read_yaml(path), str(path), overrides)
     about = path.stat()
-    return _parsed(model, path, (about.st_mtime_ns, about.st_size))
+    card: S = _parsed(model, path, (about.st_mtime_ns, about.st_size))
+    return card
 
 
 @cache

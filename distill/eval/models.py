@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pydantic import JsonValue
 
-from distill import backends
+from distill import backends, model_files
 from distill.backends import Backend
 from distill.backends.remote import RemoteBackend
 from distill.errors import UserError
