@@ -11,7 +11,7 @@ pandas and Python write for a missing value and JSON does not know, is a missing
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +82,7 @@ def columns_of(path: Path) -> list[str] | None:
         return list(file.schema_arrow.names)
 
 
-def value_at(row: dict[str, object], column: str) -> object:
+def value_at(row: Mapping[str, object], column: str) -> object:
     """The value of a column, None where it is missing. `a.b` is the key b of the column a, if no column is named so."""
     if column in row or "." not in column:
         return row.get(column)
@@ -92,7 +92,7 @@ def value_at(row: dict[str, object], column: str) -> object:
     return value
 
 
-def has_column(row: dict[str, object], column: str) -> bool:
+def has_column(row: Mapping[str, object], column: str) -> bool:
     """Whether a row has a column, or the first part of a dotted one."""
     return column in row or column.partition(".")[0] in row
 

@@ -22,6 +22,7 @@ SHARED |= {
     "artefacts",
     "interrupts",
     "lock",
+    "model_files",
     "models",
     "record",
     "section",
