@@ -7,7 +7,8 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 JUNIT := build/junit.xml
-INSTALLED_FROM := pyproject.toml constraints.txt setup.py distill/engine/kernels/cpu.cpp
+NATIVE := $(wildcard $(addprefix distill/engine/kernels/native/,*.cpp *.h isa/*.h))
+INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(NATIVE)
 SOURCES := $(wildcard distill tests tools perf cli.py setup.py)
 
 .PHONY: quickstart test test-slow lint format clean
@@ -27,11 +28,13 @@ test-slow: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/clang-format -i $(NATIVE)
 
 clean: # not runs/: what was computed is the user's
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

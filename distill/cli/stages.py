@@ -48,7 +48,7 @@ def filter_(
 ) -> None:
     """Stage 2: decide which traces are kept, and record why.
 
-    Example: `distill filter tiny --set filter.per_prompt=1 --fresh filter`
+    Example: `distill filter tiny --set filter.select.per_prompt=1 --fresh filter`
     """
     run_stages(recipe, [StageName.filter], set_, run_dir, fresh, verify)
 
@@ -133,11 +133,11 @@ def traces(
         raise UserError("--diff compares the traces of one prompt: name it with --prompt ID")
     judged = browse.judged(run)
     if counts:
-        table("", ("verdict", "traces"), browse.counts(browse.chosen(judged, verdict, prompt, search)))
+        table("", ("verdict", "traces"), browse.counts(browse.select(judged, verdict, prompt, search)))
     elif diff:
         paged(browse.differences(judged, prompt or ""))
     else:
-        paged(browse.told(browse.chosen(judged, verdict, prompt, search), whole))
+        paged(browse.texts(browse.select(judged, verdict, prompt, search), whole))
 
 
 def plan(

@@ -8,8 +8,6 @@ first samples are drawn, and compared when more are.
 
 import json
 import platform
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,8 +29,8 @@ from distill.eval.statistics import Sample, summarise
 from distill.eval.votes import classes
 from distill.fingerprint import digest
 from distill.grading import require_grader
-from distill.prompts import Prompt, load_prompts
-from distill.prompts.files import rows_of_file
+from distill.prompts import Prompt, PromptCounts, load_prompts
+from distill.prompts.rows import rows_of_file
 from distill.recipe.sources import FilePrompts, ProceduralPrompts
 from distill.scores import grades
 from distill.traces.ledger import Ledger
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
     from distill.recipe import BenchmarkCard, Eval
     from distill.recipe.sources import PromptSource
 
-FLUSH_SECONDS = 0.5  # of grading may be lost and done again: an fsync a grade would cost more than most gradings
 PACKAGES = ("torch", "transformers", "math-verify")  # whose versions a score may depend on
 
 
@@ -79,9 +76,9 @@ class Exam:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        seen: Counter[str] = Counter()
+        counts = PromptCounts()
         try:
-            found = list(islice(load_prompts([self.source], seen), self.limit))
+            found = list(islice(load_prompts([self.source], counts), self.limit))
         except UserError as error:
             hint = f"; or read {self.name} from a file: --source {self.name}=FILE, in a recipe eval.sources"
             raise UserError(f"{error}{hint if self.source is self.card.prompts else ''}") from error
@@ -93,9 +90,9 @@ class Exam:
                 f"is {unanswered[0].messages[-1]['content'][:40]!r}…: leave them out of its file"
             )
         expected = self.card.problems
-        if expected is not None and (self.limit is None or self.limit >= expected) and seen.total() != expected:
+        if expected is not None and (self.limit is None or self.limit >= expected) and counts.seen.total() != expected:
             raise UserError(
-                f"benchmark {self.name} has {seen.total():,} problems where its card says {expected:,}: another "
+                f"benchmark {self.name} has {counts.seen.total():,} problems where its card says {expected:,}: another "
                 f"version of the data set; name the right revision or file, or set eval.limit to take the first ones"
             )
         return found
@@ -194,15 +191,9 @@ class Part:
             Ledger(self.directory / "grades.jsonl") as ledger,
             progress(f"grade {self.name}", len(self.wanted), "samples", done) as advance,
         ):
-            rows: list[dict[str, Any]] = []
-            flushed = time.monotonic()
             for trace, grade in grader.grade(items):
-                rows.append(_graded(trace, grade, count))
+                ledger.add(_graded(trace, grade, count))
                 advance(1)
-                if time.monotonic() - flushed >= FLUSH_SECONDS:
-                    ledger.append(rows)
-                    rows, flushed = [], time.monotonic()
-            ledger.append(rows)
 
     def vote(self, grader: "Grader") -> None:
         """Find out which of a problem's marked answers are one, where that is not known yet."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distill.engine.kernels import reference, w8a8
-from distill.engine.kernels.reference import Fp8
+from distill.engine.kernels.stored import Damaged, Fp8, Plain, dequantize_fp8_block
 
 gpu = pytest.importorskip("distill.engine.kernels.gpu", reason="triton is not installed: pip install triton")
 from distill.engine.kernels import (  # noqa: E402
@@ -176,7 +176,7 @@ def test_linear(rows: int, shape: tuple[int, int], ue8m0: bool) -> None:
     ours = gpu_gemm.linear(gpu_rows.quantise(random(rows, shape[1], seed=2), ue8m0), weight)
     assert error(ours, w8a8.product(x, weight)) < CLOSE_BFLOAT16
     exact = x.codes.double().unflatten(1, (-1, 128)) * x.scale.double()[..., None]
-    dense = reference.dequantize_fp8_block(weight.codes, weight.scale, torch.float64)
+    dense = dequantize_fp8_block(weight.codes, weight.scale, torch.float64)
     assert error(w8a8.product(x, weight), exact.flatten(1) @ dense.T) < CLOSE
     assert torch.equal(ours, gpu_gemm.linear(gpu_rows.quantise(random(rows, shape[1], seed=2), ue8m0), weight))
 
@@ -282,7 +282,7 @@ def check_experts(t: int, kind: str, ue8m0: bool, dtype: torch.dtype, shared: bo
         shapes = ((f, c), (f, c), (c, f))
         parts = tuple(fp8(*shape, seed=10 * i + j, ue8m0=ue8m0) for j, shape in enumerate(shapes))
         if plain:
-            parts = tuple(reference.dense(part, torch.float32) for part in parts)
+            parts = tuple(Plain(part.dense(torch.float32)) for part in parts)
         ours_bank.lend(parts)
         bank.lend(parts)
     ours_bank.settle()
@@ -312,7 +312,7 @@ def test_damaged_experts_are_named(what: str, resident: int) -> None:
         elif index == 2:
             parts[1].scale[0, 0] = float("inf")
         bank.lend(tuple(parts))
-    with pytest.raises(reference.Damaged) as damage:
+    with pytest.raises(Damaged) as damage:
         bank.settle(resident)
     assert (damage.value.what, damage.value.expert, damage.value.part) == (what, 2, 1)
 

@@ -428,7 +428,7 @@ def test_real_benchmarks_with_a_scripted_server(benchmark, kind, real_data, tmp_
         row = json.loads(line)
         question = next(row[name] for name in ("problem", "question", "prompt") if name in row)
         gold[question.strip()] = gold_answer(str(row["answer"]))
-    monkeypatch.setattr("distill.grading.WorkerPool.map", refuse) if kind == "reference" else None
+    monkeypatch.setattr("distill.grading.grader.WorkerPool.map", refuse) if kind == "reference" else None
 
     def reply(question, seed):
         if kind == "cut off":

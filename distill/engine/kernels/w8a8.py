@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.engine.kernels import reference
-from distill.engine.kernels.reference import FP8_BLOCK, Fp8, Place, Stored
+from distill.engine.kernels.stored import FP8_BLOCK, Fp8, Place, Stored
 
 E4M3_MAX = 448.0
 LEAST_AMAX = 1e-4  # of a group, so that zeros have a scale
@@ -84,10 +84,12 @@ def product(x: Quantised, weight: Fp8Matrix) -> Tensor:
 
 
 def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Packed:
-    if not isinstance(weight, Fp8) or dtype != torch.bfloat16:
+    """As reference.pack; FP8 matrices stay FP8 in bfloat16. Raises Damaged."""
+    quantised = weight.for_fp8_products(dtype)
+    if quantised is None:
         return reference.pack(weight, dtype, place)
-    reference.check(weight)
-    return fp8_matrix(weight)
+    quantised.check()
+    return fp8_matrix(quantised)
 
 
 def fp8_matrix(weight: Fp8) -> Fp8Matrix:
