@@ -1,9 +1,9 @@
-"""Write the reference pages of the documentation from the code: recipe keys, card keys, commands.
+"""Write the reference pages of the documentation from the code: recipe keys, card keys, filters, commands.
 
     python tools/write_reference.py
 
-`docs/recipe-reference.md`, `docs/card-reference.md` and `docs/commands.md` come from the pydantic models and from the
-command line itself, so a key, a default or an option is described in one place. `tests/unit/test_docs.py` compares the
+The pages of `PAGES` come from the pydantic models, the filters and the command line itself, so a key, a default, a
+reason or an option is described in one place. `tests/unit/test_docs.py` compares the
 committed pages with what this writes.
 """
 
@@ -21,6 +21,7 @@ from pydantic_core import PydanticUndefined
 
 from distill.cli import app
 from distill.recipe import BenchmarkCard, Recipe, StudentCard, TeacherCard
+from distill.recipe.filter import FILTERS
 from distill.section import Free, Section
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -46,6 +47,16 @@ CARDS_INTRODUCTION = """
 Every key of a teacher, student or benchmark card. A card is a YAML file: `distill teachers copy NAME FILE` writes one
 to edit, `distill teachers check FILE` validates it; `students` and `benchmarks` have the same commands. See
 [Teachers](teachers.md) and [Benchmarks](benchmarks.md).
+"""
+FILTERS_INTRODUCTION = """
+# Filter reference
+
+The filters in the order in which they are applied, and every reason that they give. A verdict reads `FILTER: REASON`,
+such as `format: not_closed`; some reasons are followed by details, such as `correct: unverifiable: timeout`.
+`distill traces RUN --verdict "correct: unverifiable"` shows the traces whose verdict begins so.
+
+[Filtering](filtering.md)
+explains the stage, and the [recipe reference](recipe-reference.md#filter) lists the settings.
 """
 COMMANDS_INTRODUCTION = """
 # Commands
@@ -171,15 +182,20 @@ def rows(section: type[Section], prefix: str = "", default: Section | None = Non
             assert isinstance(annotation, type)
             yield from rows(annotation, f"{key}.", value if isinstance(value, Section) else None)
             continue
-        yield Row(key, type_name(annotation) + bounds(info), as_yaml(value), description(info), free)
+        if nested and nested[0] in FILTERS.values():  # a switch, with settings of its own
+            text = one_line(nested[0].__doc__ or "")
+            yield Row(key, "true, false or settings", as_yaml(value is not None), text, free)
+            yield from rows(nested[0], f"{key}.", value if isinstance(value, Section) else None)
+            continue
+        yield Row(key, type_name(annotation) + bounds(info), as_yaml(value), one_line(info.description or ""), free)
         for variant in nested:
             title = f"`{key}`, {tag(variant)}" if len(nested) > 1 else f"`{key}`"
             yield Variant(title, variant)
 
 
-def description(info: FieldInfo) -> str:
-    """The field's description as one table cell."""
-    return (info.description or "").replace("|", "\\|").replace("\n", " ")
+def one_line(text: str) -> str:
+    """A text as one table cell, in which tags such as `<think>` stay text."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def anchored(title: str) -> str:
@@ -201,8 +217,11 @@ def table(found: list[Row], free: bool) -> str:
 def part(title: str, section: type[Section], free: bool, prefix: str = "", level: str = "##") -> list[str]:
     """A heading, the section's note, its table, and the tables of its variants."""
     found = list(rows(section, prefix))
-    note = " ".join((section.__doc__ or "").split())
-    texts = [f"{level} {anchored(title)}", note, table([row for row in found if isinstance(row, Row)], free)]
+    texts = [
+        f"{level} {anchored(title)}",
+        one_line(section.__doc__ or ""),
+        table([row for row in found if isinstance(row, Row)], free),
+    ]
     for variant in found:
         if isinstance(variant, Variant):
             texts += part(variant.title, variant.section, free, level=level + "#")
@@ -236,6 +255,16 @@ def cards_page() -> str:
     return "\n\n".join(texts) + "\n"
 
 
+def filters_page() -> str:
+    """`docs/filter-reference.md`."""
+    texts = [GENERATED, FILTERS_INTRODUCTION.strip()]
+    for name, kind in FILTERS.items():
+        lines = [f"| `{reason}` | {one_line(meaning)} |" for reason, meaning in kind.reasons.items()]
+        texts += [f"## {anchored(f'`{name}`')}", one_line(kind.__doc__ or "")]
+        texts.append("\n".join(["| reason | meaning |", "| --- | --- |", *lines]))
+    return "\n\n".join(texts) + "\n"
+
+
 # ---- commands
 
 
@@ -244,10 +273,10 @@ def commands_page() -> str:
     texts = [GENERATED, COMMANDS_INTRODUCTION.strip()]
     for name, command in commands(typer.main.get_command(app)):
         texts.append(f"## {anchored(f'`distill {name}`')}")
-        texts.append((command.help or "").strip())
+        texts.append((command.help or "").replace("<", "&lt;").strip())
         options = [
             [f"`{' '.join([*p.opts, p.metavar or '']).strip()}`" if p.param_type_name == "option" else f"`{p.metavar}`",
-             (getattr(p, "help", None) or "").replace("|", "\\|")]
+             one_line(getattr(p, "help", None) or "")]
             for p in command.params
             if "--help" not in p.opts
         ]  # fmt: skip
@@ -266,7 +295,12 @@ def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", command
 
 
-PAGES = {"recipe-reference.md": recipe_page, "card-reference.md": cards_page, "commands.md": commands_page}
+PAGES = {
+    "recipe-reference.md": recipe_page,
+    "card-reference.md": cards_page,
+    "filter-reference.md": filters_page,
+    "commands.md": commands_page,
+}
 
 
 def main() -> None:
