@@ -20,6 +20,7 @@ STAGES = {"generate", "filters", "train", "eval", "report", "serve", "plan"}
 SHARED = {"recipe", "config", "catalog", "chat", "limits", "traces", "prompts", "run", "hardware"}
 SHARED |= {
     "artefacts",
+    "interrupts",
     "lock",
     "models",
     "record",
