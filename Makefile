@@ -11,7 +11,7 @@ NATIVE := $(wildcard $(addprefix distill/engine/kernels/native/,*.cpp *.h isa/*.
 INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(NATIVE)
 SOURCES := $(wildcard distill tests tools perf cli.py setup.py)
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-slow lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -19,7 +19,11 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev lint
 	rm -f $(JUNIT)
-	$(OFFLINE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --junitxml $(JUNIT) $(PYTEST_ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m 'not slow' --junitxml $(JUNIT) $(PYTEST_ARGS)
+
+# What takes minutes and rarely breaks: run by hand before a release.
+test-slow: .venv/installed-dev
+	$(OFFLINE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m slow $(PYTEST_ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)

@@ -11,6 +11,7 @@ A registry in code was rejected: a folder listing cannot go stale.
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -90,7 +91,16 @@ def load_benchmark(name_or_path: str) -> BenchmarkCard:
 
 def _load(model: type[S], kind: Kind, name_or_path: str, overrides: Sequence[str] = ()) -> S:
     path = find(kind, name_or_path)
-    return parse(model, read_yaml(path), str(path), overrides)
+    if overrides:
+        return parse(model, read_yaml(path), str(path), overrides)
+    about = path.stat()
+    return _parsed(model, path, (about.st_mtime_ns, about.st_size))
+
+
+@cache
+def _parsed(model: type[S], path: Path, stamp: tuple[int, int]) -> S:
+    """A card is parsed once in a process, and again when its file changed (stamp: time and size)."""
+    return parse(model, read_yaml(path), str(path))
 
 
 def check(kind: Kind, name_or_path: str) -> list[str]:

@@ -32,10 +32,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_directory(path.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace the file's content with `text` (UTF-8) in one step."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace the file's content (text as UTF-8) in one step. Errors: OSError."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_directory(directory: Path) -> None:

@@ -4,28 +4,29 @@ Every (prompt, sample) is stored the moment it finishes, so that a killed run lo
 never pays twice. Raising `samples` or a prompt limit extends the ledger; changing what the samples *are* (sampling,
 teacher, seed, prompts) is refused by the run directory.
 
-Or somebody else has asked a teacher and published its answers: then these are taken, and everything after is the same.
+Where a recipe has `traces:`, the answers that others have published are copied instead; everything after is the same.
 """
 
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from distill import catalog
+from distill import backends
+from distill.artefacts import Drafts, GenerateSummary, Settings
 from distill.backends import Sampling
 from distill.backends.collect import check_all, collect, missing
-from distill.backends.local import LocalBackend, device_type, identify
+from distill.backends.local import device_type
 from distill.console import progress, say
 from distill.fingerprint import digest
-from distill.prompts import Prompt, load_prompts
+from distill.grading import unreadable_golds
+from distill.stage import Stage
 from distill.traces.published import read_published
 from distill.traces.store import TraceStore
-from distill.traces.trace import Trace
+from distill.traces.trace import Trace, content_hash
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -34,75 +35,116 @@ if TYPE_CHECKING:
 TOGETHER = 256  # published traces stored at once
 
 
-def generate(run: "Run") -> dict[str, Any]:
-    """Sample the teacher of the run's recipe into `traces/`; returns the stored summary.
+class Generate(Stage[GenerateSummary]):
+    """The teacher's answers, or published ones, in `traces/`."""
 
-    Raises UserError for what the user can mend: a missing or broken checkpoint, a broken prompt file, a prompt longer
-    than the context.
-    """
+    name = "generate"
+    outputs = ("traces",)
+    products = ("traces/part-*.parquet", "traces/ledger.jsonl")
+    summary = GenerateSummary
+
+    def recipe_settings(self, recipe: "Recipe") -> Settings:
+        """What decides the traces, besides the teacher's weights."""
+        return recipe.generate_settings()
+
+    def settings(self, run: "Run") -> Settings:
+        """The recipe's settings, the teacher's identity and the kind of device."""
+        settings = self.recipe_settings(run.recipe)
+        if run.recipe.traces:
+            return settings
+        settings |= {f"teacher.{key}": value for key, value in run.models.teacher.identity.items()}
+        return settings | {"engine.device": device_type(run.recipe.engine.device)}
+
+    def extent(self, run: "Run") -> Settings:
+        """How many samples of which prompts, or how many rows of each source."""
+        recipe = run.recipe
+        if recipe.traces:
+            return {f"traces.{i}.limit": getattr(source, "limit", None) for i, source in enumerate(recipe.traces)}
+        return {"samples": recipe.generate.samples, "prompts": digest([prompt.id for prompt in run.prompts])}
+
+    def work(self, run: "Run", begin: Callable[[], None]) -> GenerateSummary:
+        """Sample what is missing, or copy the published traces. Errors: UserError for what the user can correct: a
+        missing or broken checkpoint, a broken prompt file, a prompt longer than the context."""
+        return _copy(run, begin) if run.recipe.traces else _sample(run, begin)
+
+    def headline(self, summary: GenerateSummary) -> str:
+        """Traces, prompts and tokens."""
+        tokens = f", {summary.completion_tokens:,} tokens" if summary.completion_tokens else ", published"
+        return f"{summary.traces:,} traces of {summary.prompts:,} prompts{tokens}"
+
+
+def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
     recipe = run.recipe
-    if recipe.traces:
-        return take_published(run)
-    weights, prompts, settings, extent = _asked(recipe)
-    if (summary := run.finished("generate", settings, extent)) is not None:
-        return summary
-
-    store = TraceStore(run.directory / "traces")
-    wanted = missing(prompts, recipe.generate.samples, store.keys())
+    store = TraceStore(run.paths.traces)
+    wanted = missing(run.prompts, recipe.generate.samples, store.keys())
     sampling = Sampling(**recipe.generate.sampling.model_dump(), logprobs=recipe.generate.logprobs)
     suffix = recipe.generate.prompt_suffix
-    backend = LocalBackend.load(
-        weights,
-        thinking=catalog.load_teacher(recipe.teacher).thinking,
-        max_batch=recipe.generate.max_batch,
-        **recipe.engine.model_dump(),
-    )
-    check_all(backend, wanted, sampling, suffix)
-    stage = run.stage("generate", settings, extent, ["traces"])
-
-    total = len(prompts) * recipe.generate.samples
-    left = sum(len(job.samples) for job in wanted)
-    started, teacher = time.monotonic(), digest(settings | backend.identity)
-    with store:
-        if store.cut_off:
-            say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
-        with progress("generate", total, "traces", done=total - left) as advance:
-            collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix)
+    with backends.open(run.models.teacher, recipe.engine, recipe.generate.max_batch) as backend:
+        check_all(backend, wanted, sampling, suffix)
+        if wanted:
+            _say_unreadable(run)
+        begin()
+        total = len(run.prompts) * recipe.generate.samples
+        left = sum(len(job.samples) for job in wanted)
+        started, teacher = time.monotonic(), _teacher(run, backend)
+        with store:
+            if store.cut_off:
+                say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
+            with progress("generate", total, "traces", done=total - left, stored=True) as advance:
+                collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix)
+        seconds, usage, numerics = time.monotonic() - started, backend.usage, dict(backend.numerics)
     store.compact()
-    summary = _summary(store, backend, left, time.monotonic() - started)
-    stage.finish(summary)
-    return summary
+    return _counts(store).model_copy(
+        update={
+            "made": left,
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round(usage.completion_tokens / max(seconds, 1e-3)),
+            "drafts": usage.drafts and Drafts(proposed=usage.drafts[0], accepted=usage.drafts[1]),
+            "numerics": numerics,
+        }
+    )
 
 
-def take_published(run: "Run") -> dict[str, Any]:
-    """Copy the published traces of the run's recipe into `traces/`; returns the stored summary. Errors: UserError."""
-    recipe = run.recipe
-    settings, extent = _published(recipe)
-    if (summary := run.finished("generate", settings, extent)) is not None:
-        return summary
-    traces = (trace for source in recipe.traces for trace in read_published(source))
+def _say_unreadable(run: "Run") -> None:
+    """Say how many gold answers no grader can read, before anything is spent on their prompts."""
+    if (correct := run.recipe.filter.correct) is None:
+        return
+    golds, tried = unreadable_golds(run.prompts, correct.workers, correct.timeout)
+    if golds:
+        say(
+            f"note: {len(golds):,} of {tried:,} gold answers cannot be read by a grader, such as {golds[0][:60]!r}: an "
+            f"answer counts as correct only in the same spelling, and as unverifiable in every other"
+        )
+
+
+def _teacher(run: "Run", backend: backends.Backend) -> str:
+    """The fingerprint that every trace carries: settings, weights and numerics."""
+    numerics = {f"numerics.{key}": value for key, value in backend.numerics.items()}
+    return digest(STAGE.settings(run) | numerics)
+
+
+def _copy(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
+    traces = (trace for source in run.recipe.traces for trace in read_published(source))
     first = list(islice(traces, 1))  # a source that cannot be read is refused before anything is written
-    stage = run.stage("generate", settings, extent, ["traces"])
+    begin()
     started, made = time.monotonic(), 0
-    with TraceStore(run.directory / "traces") as store, progress("take", None, "traces") as advance:
+    with TraceStore(run.paths.traces) as store, progress("copy", None, "traces") as advance:
         known = store.keys()
         samples: Counter[str] = Counter()
-        for some in batched(chain(first, traces), TOGETHER):
-            renumbered = [_renumbered(trace, samples) for trace in some]  # the sources may share a prompt
+        for group in _grouped(chain(first, traces), TOGETHER):
+            renumbered = [_renumbered(trace, samples) for trace in group]  # the sources may share a prompt
             new = [trace for trace in renumbered if trace.key not in known]
             store.append(new)
             made += len(new)
-            advance(len(some))
+            advance(len(group))
     store.compact()
-    summary = _counts(store) | {"made": made, "seconds": round(time.monotonic() - started, 1)}
-    stage.finish(summary)
-    return summary
+    return _counts(store).model_copy(update={"made": made, "seconds": round(time.monotonic() - started, 1)})
 
 
-def batched(traces: Iterable[Trace], count: int) -> Iterator[list[Trace]]:
+def _grouped(traces: Iterable[Trace], count: int) -> Iterator[list[Trace]]:
     traces = iter(traces)
-    while some := list(islice(traces, count)):
-        yield some
+    while group := list(islice(traces, count)):
+        yield group
 
 
 def _renumbered(trace: Trace, samples: Counter[str]) -> Trace:
@@ -110,52 +152,25 @@ def _renumbered(trace: Trace, samples: Counter[str]) -> Trace:
     return replace(trace, sample=samples[trace.prompt.id] - 1)
 
 
-def _published(recipe: "Recipe") -> tuple[dict[str, Any], dict[str, Any]]:
-    extent = {f"traces.{i}.limit": getattr(source, "limit", None) for i, source in enumerate(recipe.traces)}
-    return recipe.generate_settings(), extent
-
-
-def is_finished(run: "Run") -> bool:
-    """Whether the traces are all there, as the recipe asks for them. Raises UserError as `generate` does."""
-    if run.recipe.traces:
-        return run.finished("generate", *_published(run.recipe)) is not None
-    _, _, settings, extent = _asked(run.recipe)
-    return run.finished("generate", settings, extent) is not None
-
-
-def _asked(recipe: "Recipe") -> tuple[Path, list[Prompt], dict[str, Any], dict[str, Any]]:
-    """The teacher's weights, the prompts, and the stage's settings and extent."""
-    weights = catalog.resolve_weights("teacher", recipe.teacher)
-    prompts = list(load_prompts(recipe.prompts))
-    identity = identify(weights, thinking=catalog.load_teacher(recipe.teacher).thinking)
-    settings = recipe.generate_settings() | {f"teacher.{key}": value for key, value in identity.items()}
-    settings["engine.device"] = device_type(recipe.engine.device)
-    extent = {"samples": recipe.generate.samples, "prompts": digest([prompt.id for prompt in prompts])}
-    return weights, prompts, settings, extent
-
-
-def _summary(store: TraceStore, backend: LocalBackend, made: int, seconds: float) -> dict[str, Any]:
-    """Counts over the whole store; `made`, seconds and the rate are of this session."""
-    return _counts(store) | {
-        "made": made,
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(backend.engine.tokens_generated / max(seconds, 1e-3)),
-        "drafts": dict(zip(("proposed", "accepted"), backend.engine.drafts, strict=True)),
-        "numerics": backend.engine.numerics,
-    }
-
-
-def _counts(store: TraceStore) -> dict[str, Any]:
-    """completion_tokens: of the traces whose token ids are known; published ones have text alone."""
+def _counts(store: TraceStore) -> GenerateSummary:
+    """Counts over the whole store, in one pass. completion_tokens: of the traces whose token ids are known."""
     lengths, prompts, truncated = [], set(), 0
-    for trace in store:
-        lengths.append(trace.tokens)
-        prompts.add(trace.prompt.id)
-        truncated += trace.finish_reason == "length"
-    return {
-        "traces": len(lengths),
-        "prompts": len(prompts),
-        "truncated": truncated,
-        "completion_tokens": sum(lengths),
-        "median_completion_tokens": statistics.median(lengths),
-    }
+    digests = []
+    for figures in store.figures():
+        digests.append(figures.digest)
+        lengths.append(figures.tokens)
+        prompts.add(figures.key[0])
+        truncated += figures.finish_reason == "length"
+    return GenerateSummary(
+        traces=len(lengths),
+        content_hash=content_hash(digests),
+        prompts=len(prompts),
+        truncated=truncated,
+        completion_tokens=sum(lengths),
+        median_completion_tokens=statistics.median(lengths),
+        made=0,
+        seconds=0.0,
+    )
+
+
+STAGE = Generate()

@@ -1,47 +1,55 @@
-"""A run directory: who may write in it, what was done in it and how, and the refusal to mix.
+"""A run directory: who may write in it, what was done in it and how, whether it is still there, the refusal to mix.
 
-    run.json            format version, the recipe's name, when the run began
+    run.json            format version, the recipe's name, when the run began, the checksum of recipe.yaml
     recipe.yaml         the recipe of the last stage that had work to do, every default written out
-    .lock               held with flock while a process works here; holds that process's id
-    stages/<name>.json  settings, extent, outputs, begun, finished (a time, or null), seconds, summary of a stage
+    .lock               held while a process works here; holds that process's id
+    stages/<name>.json  the record of a stage: settings, extent, times, summary, and the files that later stages read
     old/<stage>-<n>/    what `--fresh STAGE` moved aside
+    old/damaged-<n>/    files that were not as the record says, before they were made again
 
-A stage says what it depends on in two groups. Its *settings* decide what the output is: with other settings it is
-refused. Its *extent* says how much of it is wanted: with another extent the stage is merely not finished, and goes on.
+A stage is finished while its record says so *and* its products are there and whole. Before "nothing to do" names, sizes
+and times are compared, one `stat` a file; where they differ, and with `verify`, the content is hashed. Content is also
+hashed when a later stage is about to read it. What is damaged is moved aside, and the stage makes it again.
 
-Nothing is written but the lock until a stage has been accepted, and a directory that was made for a run that got no
-further is removed again: a refused command leaves no trace. flock and not a pid file, because the kernel drops it when
-the process dies, however it dies; and not fcntl's record locks, which any close of the file in the process drops.
+Nothing is written but the lock until a stage begins, and a directory that was made for a run that got no further is
+removed again: a refused command leaves no trace.
 """
 
 import errno
-import fcntl
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TypeVar
 
+from distill import lock
+from distill.artefacts import Artefact, RunPaths, Settings
+from distill.console import say
 from distill.durable import aside, sync_directory, write_whole
 from distill.errors import UserError
+from distill.integrity import record_files
+from distill.models import Models
+from distill.prompts import Prompt, PromptCounts, load_prompts
 from distill.recipe import Recipe
+from distill.record import FORMAT, Identity, StageFiles, StageRecord, read_identity
 
-FORMAT = 1
-STAGES = ("generate", "filter", "train", "eval")  # each reads what those before it wrote
+S = TypeVar("S", bound=Artefact)
 
 _UNUSABLE = {
-    errno.EACCES: "no permission",
-    errno.EPERM: "no permission",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
     errno.EROFS: "read-only file system",
-    errno.ENOENT: "cannot be made here",
+    errno.ENOENT: "cannot be created here",
     errno.ENOTDIR: "not a directory",
     errno.EEXIST: "not a directory",
     errno.ENAMETOOLONG: "name too long",
-    errno.ELOOP: "a circle of links",
+    errno.ELOOP: "too many symbolic links",
     errno.ENOLCK: "a file system without locks",
     errno.EOPNOTSUPP: "a file system without locks",
 }
@@ -50,28 +58,44 @@ _UNUSABLE = {
 class Run:
     """A run directory, locked for this process while the `with` block lasts.
 
-    Errors on entering: UserError when another process works there, when it belongs to another recipe, when it is
-    something else than a run directory, or when it cannot be written.
+    models: the teacher, the base and the student, resolved once. verify: hash what finished stages wrote. Errors on
+    entering: UserError when another process works there, when it belongs to another recipe, when it is something else
+    than a run directory, or when it cannot be written.
     """
 
-    def __init__(self, directory: Path, recipe: Recipe) -> None:
+    def __init__(self, directory: Path, recipe: Recipe, verify: bool = False) -> None:
         self.directory = directory
+        self.paths = RunPaths(directory)
         self.recipe = recipe
-        self._lock: int | None = None
-        self._made: list[Path] = []  # directories that were made for this run, the deepest first
+        self.verify = verify
         self.worked: set[str] = set()  # stages that had something to do in this process
+        self._lock: int | None = None
+        self._created: list[Path] = []  # directories that were created for this run, the deepest first
+        self._damaged: dict[str, dict[str, str]] = {}  # stage → file → what is wrong with it
+
+    @cached_property
+    def models(self) -> Models:
+        """The models of the recipe."""
+        return Models(self.recipe, self.directory)
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The recipe's prompts, read once. Errors: UserError naming file and line."""
+        counts = PromptCounts()
+        prompts = list(load_prompts(self.recipe.prompts, counts))
+        for note in counts.notes():
+            say(f"note: {note}")
+        return prompts
 
     def __enter__(self) -> "Run":
         with self._usable():
             self._refuse_foreign()
-            self._made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+            self._created = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
             self.directory.mkdir(parents=True, exist_ok=True)
             if not os.access(self.directory, os.W_OK | os.X_OK):
                 raise UserError(f"{self.directory}: no permission to write here; choose another --run-dir")
-            self._lock = _take_lock(self.directory)
+            self._lock = lock.take(self.directory, "--run-dir")
         try:
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
             self._refuse_other_recipe()
         except (UserError, OSError):
             self._release()
@@ -83,159 +107,244 @@ class Run:
     ) -> None:
         self._release()
 
-    def finished(self, name: str, settings: dict[str, Any], extent: dict[str, Any]) -> dict[str, Any] | None:
-        """The summary of a stage that is finished as asked for, else None. Changes nothing.
+    # ---- what was done
 
-        settings, extent: flat dictionaries of JSON values. A stage calls this first, then checks its input, and begins
-        with `stage` only then: input that is refused leaves nothing behind. Errors: UserError naming each setting that
-        differs from those the stage was begun with.
+    def finished(self, stage: StageFiles[S], settings: Settings, extent: Settings) -> S | None:
+        """The summary of a stage that is finished as asked for and whose products are whole, else None.
+
+        Changes nothing. Errors: UserError naming each setting that differs from those the stage was begun with.
         """
-        state = self._accepted(name, *_as_stored(settings))
-        if state is None or not state["finished"] or state["extent"] != _as_stored(extent)[0]:
+        record = self.record(stage.name)
+        if record is None:
             return None
-        summary: dict[str, Any] = state["summary"]
-        return summary
+        self._refuse_unless_equal(stage.name, record.settings, _as_stored(settings))
+        if record.finished is None or record.extent != _as_stored(extent):
+            return None
+        self._damaged[stage.name] = self._damage(stage, record, content=self.verify)
+        return None if self._damaged[stage.name] else self._summary(stage.name, stage.summary, record)
+
+    def stored_summary(self, name: str, model: type[S]) -> S | None:
+        """The summary of a finished stage, by name: for a stage that builds on another one's figures."""
+        record = self.record(name)
+        if record is None or record.finished is None:
+            return None
+        return self._summary(name, model, record)
+
+    def record(self, name: str) -> StageRecord | None:
+        """The record of a stage; None when it was never begun. Errors: UserError when it is damaged."""
+        path = self.paths.record(name)
+        return StageRecord.read_if_there(path, f"--fresh {name} moves the stage's output aside and starts it over")
 
     def begun(self, name: str) -> bool:
-        return self._state_path(name).exists()
+        """Whether a stage was ever begun."""
+        return self.paths.record(name).exists()
 
     def is_finished(self, name: str) -> bool:
         """Whether a stage was finished, as some recipe asked for it."""
-        state = _read_json(self._state_path(name))
-        return state is not None and state["finished"] is not None
+        record = self.record(name)
+        return record is not None and record.finished is not None
 
-    def refuse_other_settings(self, name: str, settings: dict[str, Any]) -> None:
+    def refuse_other_settings(self, name: str, settings: Settings) -> None:
         """UserError naming each of these settings that differs from those the stage was begun with.
 
         Unlike `finished`, these may be a part of them only.
         """
-        state = _read_json(self._state_path(name))
-        if state is not None:
-            (settings,) = _as_stored(settings)
-            self._refuse_unless_equal(name, {key: state["settings"].get(key) for key in settings}, settings)
+        record = self.record(name)
+        if record is not None:
+            stored = _as_stored(settings)
+            self._refuse_unless_equal(name, {key: record.settings.get(key) for key in stored}, stored)
 
-    def stage(self, name: str, settings: dict[str, Any], extent: dict[str, Any], outputs: Sequence[str]) -> "Stage":
-        """Begin, resume or recognise a stage; afterwards it may write its `outputs` (names inside the directory).
+    def check_inputs(self, stages: Sequence[StageFiles[Artefact]]) -> None:
+        """Hash the products of finished stages that are about to be read. Errors: UserError naming the damaged file.
 
-        Errors: as `finished`. A stage that is finished as asked for changes nothing.
+        Stages that worked in this process were hashed when they finished.
         """
+        for stage in stages:
+            record = self.record(stage.name)
+            if record is None or record.finished is None or stage.name in self.worked:
+                continue
+            for name, what in self._damage(stage, record, content=True).items():
+                raise UserError(
+                    f"{self.directory / name} {what}; `distill {stage.name} --verify` with this recipe makes it again"
+                )
+
+    # ---- doing it
+
+    def begin(self, stage: StageFiles[S], settings: Settings, extent: Settings) -> None:
+        """Record that a stage is under way: from now on it may write its outputs. Errors: as `finished`."""
         assert self._lock is not None, "a stage needs the run opened by `with`"
-        settings, extent = _as_stored(settings, extent)
-        path = self._state_path(name)
-        state = self._accepted(name, settings)
-        if state is not None and state["finished"] and state["extent"] == extent:
-            return Stage(path, state)
-        self.worked.add(name)
-        state = {
-            "settings": settings,
-            "extent": extent,
-            "outputs": list(outputs),
-            "begun": state["begun"] if state else _now(),
-            "resumed": _now(),
-            "seconds": self._seconds(state) if state else 0.0,
-            "finished": None,
-            "summary": None,
-        }
+        record = self.record(stage.name)
+        if record is not None:
+            self._refuse_unless_equal(stage.name, record.settings, _as_stored(settings))
+        self.worked.add(stage.name)
+        new = StageRecord(
+            settings=_as_stored(settings),
+            extent=_as_stored(extent),
+            begun=record.begun if record else _now(),
+            resumed=_now(),
+            seconds=self._seconds(stage, record) if record else 0.0,
+            finished=None,
+            summary=None,
+            files={},
+            repairing=record is not None and record.repairing,
+        )
         with self._usable():
             self._write_identity()
-            path.parent.mkdir(exist_ok=True)
-            _write_json(path, state)
-        return Stage(path, state)
+            self.paths.record(stage.name).parent.mkdir(exist_ok=True)
+            new.write(self.paths.record(stage.name))
 
-    def fresh(self, stage_name: str) -> None:
-        """Move the outputs and states of a stage and of all later ones to `old/<stage>-<n>/`, if there are any.
+    def finish(self, stage: StageFiles[S], summary: S) -> None:
+        """Record, in one step, that a stage is done, and what its products hold. They must be on the disk before."""
+        record = self.record(stage.name)
+        assert record is not None and record.resumed is not None, f"{stage.name} was not begun"
+        now = datetime.now(UTC)
+        seconds = record.seconds + (now - datetime.fromisoformat(record.resumed)).total_seconds()
+        changes: dict[str, object] = {
+            "resumed": None,
+            "seconds": round(seconds, 3),
+            "finished": now.isoformat(),
+            "summary": summary.to_json(),
+            "files": record_files(self.directory, self._products(stage)),
+            "repairing": False,
+        }
+        record.model_copy(update=changes).write(self.paths.record(stage.name))
 
-        The states are set to unfinished first and moved last: killed in between, the run knows that work is missing.
+    def is_damaged(self, name: str) -> bool:
+        """Whether products of a finished stage were found missing or changed, and are not made again yet."""
+        record = self.record(name)
+        return bool(self._damaged.get(name)) or (record is not None and record.repairing)
+
+    def set_damage_aside(self, stage: StageFiles[S]) -> None:
+        """Move products that `finished` did not find whole to `old/damaged-<n>/`, so that the stage makes them again.
+
+        The record is set to unfinished first: killed in between, the run knows that work is missing.
+        """
+        damaged = self._damaged.pop(stage.name, {})
+        record = self.record(stage.name)
+        if not damaged or record is None:
+            return
+        record.model_copy(update={"finished": None, "files": {}, "repairing": True}).write(
+            self.paths.record(stage.name)
+        )
+        old = self._new_old("damaged")
+        for name, what in damaged.items():
+            say(f"{stage.name}: {self.directory / name} {what}; it is made again")
+            source, target = self.directory / name, old / name
+            if source.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source.rename(target)
+        sync_directory(old)
+
+    def fresh(self, stages: Sequence[StageFiles[Artefact]]) -> None:
+        """Move the outputs and records of these stages (one and all later ones), if any, to `old/<stage>-<n>/`.
+
+        The records are set to unfinished first and moved last: killed in between, the run knows that work is missing. A
+        damaged record is moved like any other: this is the way out of it.
         """
         assert self._lock is not None, "fresh needs the run opened by `with`"
-        if stage_name not in STAGES:
-            raise UserError(f"--fresh {stage_name}: no such stage; one of {', '.join(STAGES)}")
-        paths = [self._state_path(name) for name in STAGES[STAGES.index(stage_name) :]]
-        states = {path: state for path in paths if (state := _read_json(path)) is not None}
-        if not states:
+        paths = [path for stage in stages if (path := self.paths.record(stage.name)).exists()]
+        if not paths:
             return
-        for path, state in states.items():
-            _write_json(path, state | {"finished": None, "summary": None})
-        old = self._new_old(stage_name)
-        if (recipe := self.directory / "recipe.yaml").exists():
-            shutil.copy(recipe, old)
-        names = dict.fromkeys(name for state in states.values() for name in state["outputs"])
-        for source in (self.directory / name for name in (*names, "report.html")):  # which told of what goes
-            if source.exists():
+        for stage in stages:
+            with suppress(UserError):  # a damaged record
+                if (record := self.record(stage.name)) is not None:
+                    unfinished = record.model_copy(update={"finished": None, "summary": None, "files": {}})
+                    unfinished.write(self.paths.record(stage.name))
+        old = self._new_old(stages[0].name)
+        if self.paths.recipe.exists():
+            shutil.copy(self.paths.recipe, old)
+        for name in dict.fromkeys(name for stage in stages for name in stage.outputs):
+            if (source := self.directory / name).exists():
                 source.rename(old / source.name)
-        for path in states:
+        (old / "stages").mkdir()
+        for path in paths:
             path.rename(old / "stages" / path.name)
         for changed in (old / "stages", old, self.directory / "stages", self.directory):
             sync_directory(changed)
 
-    def _accepted(self, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The state of a stage on the disk, None when it was never begun. UserError when it was begun otherwise."""
-        assert name in STAGES, name
-        state = _read_json(self._state_path(name))
-        if state is not None:
-            self._refuse_unless_equal(name, state["settings"], settings)
-        return state
+    # ---- products
 
-    def _seconds(self, state: dict[str, Any]) -> float:
+    def _products(self, stage: StageFiles[S]) -> list[Path]:
+        found = {path for pattern in stage.products for path in self.directory.glob(pattern) if path.is_file()}
+        return sorted(path for path in found if not path.name.startswith("."))
+
+    def _damage(self, stage: StageFiles[S], record: StageRecord, content: bool) -> dict[str, str]:
+        """Products that are not as recorded: path relative to the run directory → what is wrong with it."""
+        damaged = {}
+        for name, file in record.files.items():
+            path = self.directory / name
+            if (content or not file.looks_unchanged(path)) and (what := file.damage(path)) is not None:
+                damaged[name] = what
+        names = (path.relative_to(self.directory).as_posix() for path in self._products(stage))
+        return damaged | {name: "was not written by this run" for name in names if name not in record.files}
+
+    def _summary(self, name: str, model: type[S], record: StageRecord) -> S:
+        try:
+            return model.model_validate_json(json.dumps(record.summary))
+        except ValueError:
+            raise UserError(f"{self.paths.record(name)} is damaged; --fresh {name} starts the stage over") from None
+
+    def _seconds(self, stage: StageFiles[S], record: StageRecord) -> float:
         """Worked on a stage that was begun before. A session that did not finish counts until its last write."""
-        seconds: float = state.get("seconds", 0.0)
-        if not state.get("resumed"):
-            return seconds
-        places = [self.directory / name for name in state["outputs"]]
+        if record.resumed is None:
+            return record.seconds
+        places = [self.directory / name for name in stage.outputs]
         files = [path for place in places for path in (place, *place.rglob("*")) if path.exists()]
         last = max((path.stat().st_mtime for path in files), default=0.0)
-        return seconds + max(0.0, last - datetime.fromisoformat(state["resumed"]).timestamp())
+        return record.seconds + max(0.0, last - datetime.fromisoformat(record.resumed).timestamp())
 
-    def _refuse_unless_equal(self, name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    # ---- identity
+
+    def _refuse_unless_equal(self, name: str, old: Settings, new: Settings) -> None:
         if old != new:
             raise UserError(
                 f"{self.directory}: stage {name} was run with other settings ({_differences(old, new)}); "
                 f"--fresh {name} moves its output aside, or choose another --run-dir"
             )
 
-    def _state_path(self, name: str) -> Path:
-        return self.directory / "stages" / f"{name}.json"
-
-    def _new_old(self, stage_name: str) -> Path:
+    def _new_old(self, name: str) -> Path:
         number = 1
-        while (old := self.directory / "old" / f"{stage_name}-{number}").exists():
+        while (old := self.paths.old / f"{name}-{number}").exists():
             number += 1
-        (old / "stages").mkdir(parents=True)
+        old.mkdir(parents=True)
         return old
 
     def _write_identity(self) -> None:
-        path = self.directory / "run.json"
-        if not path.exists():
-            _write_json(path, {"format": FORMAT, "recipe": self.recipe.name, "created": _now()})
-        write_whole(self.directory / "recipe.yaml", self.recipe.to_yaml())
+        text, path = self.recipe.to_yaml(), self.paths.identity
+        identity = self._identity()
+        new = Identity(
+            format=FORMAT,
+            recipe=self.recipe.name,
+            created=identity.created if identity else _now(),
+            recipe_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        )
+        if new != identity:
+            new.write(path)
+        write_whole(self.paths.recipe, text)
+
+    def _identity(self) -> Identity | None:
+        return read_identity(self.directory)
 
     def _refuse_foreign(self) -> None:
         """Before the lock is taken, so that not even a lock file is left in somebody else's directory."""
         if not self.directory.exists():
             return
-        identity = self.directory / "run.json"
-        ours = {".lock", aside(identity).name}  # what a run killed in its first moments leaves
+        identity = self.paths.identity
+        ours = {lock.NAME, aside(identity).name}  # what a run killed in its first moments leaves
         if not identity.exists() and any(entry.name not in ours for entry in self.directory.iterdir()):
             raise UserError(f"{self.directory}: not empty and not a run directory; choose another --run-dir")
 
     def _refuse_other_recipe(self) -> None:
-        identity = _read_json(self.directory / "run.json")
-        if identity is None:
-            return
-        if identity.get("format") != FORMAT:
+        identity = self._identity()
+        if identity is not None and identity.recipe != self.recipe.name:
             raise UserError(
-                f"{self.directory}: written by another version of distill "
-                f"(format {identity.get('format')}, this one knows {FORMAT}); choose another --run-dir"
-            )
-        if identity["recipe"] != self.recipe.name:
-            raise UserError(
-                f"{self.directory}: holds a run of recipe {identity['recipe']}, not of {self.recipe.name}; "
+                f"{self.directory}: holds a run of recipe {identity.recipe}, not of {self.recipe.name}; "
                 f"choose another --run-dir"
             )
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
-        """A directory that cannot be made, read or written is the user's to mend; a full or broken disk is not."""
+        """Turn what is wrong with the place into UserError; a full or broken disk is no user's mistake."""
         try:
             yield
         except OSError as error:
@@ -247,126 +356,33 @@ class Run:
 
     def _release(self) -> None:
         assert self._lock is not None
-        if not (self.directory / "run.json").exists():  # no stage was accepted: leave things as they were
-            (self.directory / ".lock").unlink(missing_ok=True)
-            for path in self._made:
+        if not self.paths.identity.exists():  # no stage began: leave things as they were
+            (self.directory / lock.NAME).unlink(missing_ok=True)
+            for path in self._created:
                 if any(path.iterdir()):
                     break
                 path.rmdir()
-        _held.discard(self._lock)
-        os.close(self._lock)
+        lock.release(self._lock)
         self._lock = None
 
 
-class Stage:
-    """One stage's state on the disk. `finished` and `summary` are those of a run with the same settings and extent."""
-
-    def __init__(self, path: Path, state: dict[str, Any]) -> None:
-        self._path = path
-        self._state = state
-
-    @property
-    def finished(self) -> bool:
-        return self._state["finished"] is not None
-
-    @property
-    def summary(self) -> dict[str, Any] | None:
-        return self._state["summary"]
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Record, in one step, that the stage is done. Everything it wrote must be on the disk before."""
-        now = datetime.now(UTC)
-        seconds = self._state["seconds"] + (now - datetime.fromisoformat(self._state["resumed"])).total_seconds()
-        told = {"resumed": None, "seconds": round(seconds, 3), "finished": now.isoformat(), "summary": summary}
-        self._state |= told
-        _write_json(self._path, self._state)
-
-
-# The lock
-
-_held: set[int] = set()  # descriptors of the locks that this process holds
-
-
-def _forget_locks() -> None:
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-# A forked worker shares the lock's open file and would hold it on after its parent was killed.
-os.register_at_fork(after_in_child=_forget_locks)
-
-
-def _take_lock(directory: Path, option: str = "--run-dir") -> int:
-    """A descriptor that holds the lock until it is closed. Errors: UserError when another process holds it."""
-    path = directory / ".lock"
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 32, 0).decode().strip()
-            os.close(descriptor)
-            by = f"process {holder}" if holder else "another process"
-            raise UserError(f"{directory}: in use by {by}; wait for it, stop it, or choose another {option}") from error
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
-            break
-        os.close(descriptor)  # its last holder removed the file between our open and our lock
-    _held.add(descriptor)
-    return descriptor
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """A directory that is no run, made if it is not there, for this process alone while the context lasts. UserError
-    when another process works there; the lock's file goes with it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = _take_lock(directory, "--out")
-    try:
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        (directory / ".lock").unlink(missing_ok=True)
-        _held.discard(lock)
-        os.close(lock)
-
-
-# Small files
-
-
-def _as_stored(*values: dict[str, Any]) -> list[dict[str, Any]]:
+def _as_stored(values: Settings) -> Settings:
     """The values as they will read from the disk: no tuples."""
-    stored: list[dict[str, Any]] = json.loads(json.dumps(values))
+    stored: Settings = json.loads(json.dumps(values))
     return stored
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); restore it, or choose another --run-dir") from error
-    assert isinstance(content, dict), path
-    return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat()
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+def _differences(old: Settings, new: Settings) -> str:
     """`key: old → new` for each setting that differs, in the order of the new ones."""
     keys = [key for key in {**new, **old} if old.get(key, ...) != new.get(key, ...)]
     return ", ".join(f"{key}: {_shown(old, key)} → {_shown(new, key)}" for key in keys)
 
 
-def _shown(settings: dict[str, Any], key: str) -> str:
+def _shown(settings: Settings, key: str) -> str:
     if key not in settings:
         return "not set"
     text = json.dumps(settings[key], ensure_ascii=False)

@@ -5,16 +5,19 @@ their key for the random draws: the hash in the prompt's id, so that a sample's 
 and not on what else is in the batch.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.backends import Completed, Job, Sampling
-from distill.chat import Chat
+from pydantic import JsonValue
+
+from distill.backends import Completed, Job, Sampling, Usage
 from distill.errors import UserError, WorkError
-from distill.fingerprint import digest, weights_hash
+from distill.models import Model
 from distill.prompts.prompt import Prompt
+from distill.recipe import LocalEngine
 from distill.traces.trace import Trace
 
 if TYPE_CHECKING:
@@ -22,56 +25,68 @@ if TYPE_CHECKING:
 
 
 class LocalBackend:
-    """A model directory, loaded. `identity` is known without loading (`identify`), for stages that are finished."""
+    """A model directory, loaded."""
 
-    def __init__(self, engine: "Engine | Engines", chat: Chat, identity: dict[str, Any]) -> None:
+    def __init__(self, engine: "Engine | Engines", model: Model) -> None:
         self.engine = engine
-        self.chat = chat
-        self.identity = identity
+        self.model = model
+        self.chat = model.chat
 
     @classmethod
-    def load(
-        cls,
-        model_dir: Path,
-        *,
-        chat_template: str | None = None,
-        thinking: bool | None = None,
-        max_batch: int = 128,
-        dtype: str = "float32",
-        memory_budget: float | None = None,
-        num_speculative_tokens: int = 0,
-        device: str = "auto",
-        kv_cache_dtype: str = "auto",
-        data_parallel_size: int | None = None,
-    ) -> "LocalBackend":
-        """Load a model directory. thinking: the template's mode (`distill.chat`). memory_budget: in GiB, of each
-        device. data_parallel_size: engines side by side, each with the whole model (None: one on each GPU, or one).
-        UserError, with file and fix, when the directory is incomplete, damaged or unsupported, or the budget too
-        small."""
+    def load(cls, model: Model, settings: LocalEngine, max_batch: int = 128) -> "LocalBackend":
+        """Load a model directory. UserError, with file and fix, when it is incomplete, damaged or unsupported, or the
+        memory budget too small."""
         import torch
 
         from distill.engine import Engine, Engines, ModelSpec
         from distill.engine.device import devices_for
 
+        directory, budget = model.directory, settings.memory_budget
         try:  # config and tokenizer first: what they refuse is not worth loading weights for
-            ModelSpec.from_dir(model_dir)
-            chat = Chat.load(model_dir, chat_template, thinking)
-            devices = devices_for(None if device == "auto" else device, data_parallel_size)
+            ModelSpec.from_dir(directory)
+            model.chat  # noqa: B018  loads the tokenizer
+            device = None if settings.device == "auto" else settings.device
+            devices = devices_for(device, settings.data_parallel_size)
             options: dict[str, Any] = {
-                "dtype": getattr(torch, dtype),
+                "dtype": getattr(torch, settings.dtype),
                 "max_batch": max_batch,
-                "memory_budget": None if memory_budget is None else int(memory_budget * 2**30),
-                "num_speculative_tokens": num_speculative_tokens,
-                "kv_cache_dtype": kv_cache_dtype,
+                "memory_budget": None if budget is None else int(budget * 2**30),
+                "num_speculative_tokens": settings.num_speculative_tokens,
+                "kv_cache_dtype": settings.kv_cache_dtype,
             }
             engine = (
-                Engine.load(model_dir, device=devices[0], **options)
+                Engine.load(directory, device=devices[0], **options)
                 if len(devices) == 1
-                else Engines.load(model_dir, devices, **options)
+                else Engines.load(directory, devices, **options)
             )
         except ValueError as error:
             raise UserError(str(error)) from error
-        return cls(engine, chat, identify(model_dir, chat_template, thinking) | {"numerics": engine.numerics})
+        return cls(engine, model)
+
+    @property
+    def identity(self) -> Mapping[str, JsonValue]:
+        """Weights, template and mode."""
+        return self.model.identity
+
+    @property
+    def numerics(self) -> Mapping[str, str]:
+        """What produces the numbers."""
+        return {"engine": self.engine.numerics}
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and completion together."""
+        return self.engine.max_context
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return Usage(self.engine.prompt_tokens, self.engine.tokens_generated, self.engine.drafts)
+
+    def close(self) -> None:
+        """Drop the engine."""
+        del self.engine
+        gc.collect()
 
     def check(self, prompts: Iterable[Prompt], sampling: Sampling) -> None:
         """UserError when a prompt and its completion do not fit into the model's context; it names the longest."""
@@ -190,13 +205,3 @@ def device_type(asked: str) -> str:
     from distill.engine.device import choose_device
 
     return choose_device(None).type
-
-
-def identify(model_dir: Path, chat_template: str | None = None, thinking: bool | None = None) -> dict[str, Any]:
-    """What the fingerprint of a stage says of a model: its weights, the template when it is not its own, and the
-    template's mode where one was chosen."""
-    from distill.chat import read_template
-
-    template = digest(read_template(chat_template)) if chat_template else "own"
-    mode = {} if thinking is None else {"thinking": thinking}
-    return {"weights": weights_hash(model_dir), "chat_template": template} | mode

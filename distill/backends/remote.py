@@ -8,15 +8,18 @@ the same model.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from distill.backends import Completed, Job, Sampling
+from pydantic import JsonValue
+
+from distill.backends import Completed, Job, Sampling, Usage
 from distill.chat import THINK
 from distill.errors import UserError, WorkError
 from distill.fingerprint import digest
 from distill.prompts.prompt import Prompt
+from distill.traces.trace import Trace
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -32,7 +35,10 @@ class RemoteBackend:
 
     def __init__(self, url: str, model: str, concurrency: int = 64, key: str | None = None) -> None:
         self.model, self.concurrency = model, concurrency
-        self.identity: dict[str, Any] = {"model": model, "numerics": "the server's"}
+        self.identity: dict[str, JsonValue] = {"model": model}
+        self.numerics = {"server": "unknown"}
+        self.max_context = None
+        self.usage = Usage()
         self._server: dict[str, Any] = {"base_url": url.rstrip("/"), "api_key": key or "none"}
 
     @classmethod
@@ -63,6 +69,13 @@ class RemoteBackend:
 
     def check(self, prompts: Iterable[Prompt], sampling: Sampling) -> None:
         """The server knows its context; it refuses what does not fit."""
+
+    def score(self, traces: Sequence[Trace], top_k: int) -> list[Trace]:
+        """Refused: chat servers do not score texts."""
+        raise UserError(f"{self.model} is behind a server, which does not score texts; use a local teacher")
+
+    def close(self) -> None:
+        """Connections are closed by `complete`."""
 
     def complete(self, jobs: Iterable[Job], sampling: Sampling, seed: int) -> Iterator[Completed]:
         """Yield every wanted sample once, as it finishes. WorkError, after retries, when the server fails."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from distill.cli.options import FreshOption, RunDirOption, SetOption, StageName
+from distill.cli.options import FreshOption, RunDirOption, SetOption, StageName, VerifyOption
 from distill.cli.stages import run_stages
 from distill.errors import UserError
 
@@ -41,6 +41,7 @@ def score(
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     fresh: FreshOption = None,
+    verify: VerifyOption = False,
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="PATH|URL", help="a model directory, a hub id, or an OpenAI-compatible server"),
@@ -74,7 +75,7 @@ def score(
             raise UserError("a recipe names its models: give either RECIPE or --model")
         if given := [flag for flag, value in alone.items() if value is not None]:
             raise UserError(f"{given[0]} goes with --model and without a recipe; a recipe has it under `eval:` (--set)")
-        run_stages(recipe, [StageName.eval], set_, run_dir, fresh)
+        run_stages(recipe, [StageName.eval], set_, run_dir, fresh, verify)
         return
     missing = [flag for flag, value in (("--model", model), ("--benchmark", benchmark), ("--out", out)) if not value]
     if model is None or not benchmark or out is None:
@@ -82,8 +83,8 @@ def score(
             f"give a recipe, or --model with --benchmark and --out ({' and '.join(missing)} missing); see "
             f"`distill eval score --help`"
         )
-    if run_dir is not None or fresh:
-        raise UserError("--run-dir and --fresh go with a recipe; --out DIR is where a model's scores go")
+    if run_dir is not None or fresh or verify:
+        raise UserError("--run-dir, --fresh and --verify go with a recipe; --out DIR is where a model's scores go")
     from distill.config import parse
     from distill.eval import evaluate_model
     from distill.recipe import Eval, LocalEngine
@@ -126,6 +127,6 @@ def compare(
         raise UserError(f"--models {models}: name two, separated by a comma, as student,base")
     rows = compare_evaluations(first, second, (names[0] or None, names[1] or None))
     if json_:
-        json_.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    flipped = {key for row in rows for key in (*row["gained"], *row["lost"])}
+        json_.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n", encoding="utf-8")
+    flipped = {key for row in rows for key in (*row.gained, *row.lost)}
     show(rows, questions((first, second), flipped))

@@ -15,11 +15,13 @@ models.py (which models, and loading them), this one (all of it, in order); comp
 metrics.py (pass@k and consensus for use elsewhere).
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distill import catalog
+from distill.artefacts import Comparison, EvalSummary, Interval, PublishedScores, Scores, Settings
 from distill.backends.local import device_type
 from distill.backends.remote import RemoteBackend
 from distill.console import table
@@ -30,63 +32,98 @@ from distill.eval.part import Exam, Part
 from distill.eval.statistics import compare
 from distill.fingerprint import digest
 from distill.grading import Grader, require_grader
-from distill.run import locked
+from distill.lock import locked
 from distill.scores import beside_published, difference
+from distill.stage import Stage
 
 if TYPE_CHECKING:
-    from distill.recipe import Eval, LocalEngine
+    from distill.recipe import Eval, LocalEngine, Recipe
     from distill.run import Run
 
-OUTPUTS = ("eval",)
 COLUMNS = ("model", "pass@1 (95 %)", "truncated", "no\nanswer", "unverifiable", "mean\ntokens")
 
 
-def evaluate(run: "Run", models: Models | None = None) -> dict[str, Any]:
-    """Score `recipe.eval.models` on `recipe.eval.benchmarks`; returns {"scores": [one scores.json per part]}.
+class EvalStage(Stage[EvalSummary]):
+    """The scores of `recipe.eval.models` on `recipe.eval.benchmarks`.
 
-    models: what loads them; the local engine unless a caller brings something else. A finished stage returns its
-    summary without loading anything; an interrupted one draws and grades only the samples that are missing.
-
-    Raises UserError when there is no student yet, a benchmark cannot be read or graded, or samples that are there were
-    drawn with other settings.
+    models: what loads them; the local engine unless a caller brings something else. An interrupted evaluation draws and
+    grades only the samples that are missing.
     """
-    recipe = run.recipe.eval
-    exams = exams_of(recipe)
-    rivals = contenders(run)
-    parts = {rival: [Part(run.directory / "eval", exam, rival) for exam in exams] for rival in rivals}
+
+    name = "eval"
+    outputs = ("eval",)
+    products = (
+        "eval/*/*/traces/part-*.parquet",
+        "eval/*/*/settings.json",
+        "eval/*/*/grades.jsonl",
+        "eval/*/*/votes.jsonl",
+        "eval/*/*/scores.json",
+    )
+    reads = ("train",)
+    summary = EvalSummary
+
+    def __init__(self, models: Models | None = None) -> None:
+        self.models = models
+
+    def recipe_settings(self, recipe: "Recipe") -> Settings:
+        """The seed; all else belongs to a (benchmark, model)."""
+        return {"eval.seed": recipe.eval.seed}
+
+    def settings(self, run: "Run") -> Settings:
+        """The seed, and how the local engine computes."""
+        device = {"engine.device": device_type(run.recipe.engine.device)}
+        return self.recipe_settings(run.recipe) | run.recipe.engine_settings() | device
+
+    def extent(self, run: "Run") -> Settings:
+        """Which benchmarks, models, problems and samples. UserError when there is no student yet, a benchmark cannot be
+        read or graded, or samples that are there were drawn with other settings."""
+        exams, parts = _asked(run)
+        extent: Settings = {
+            "sizes": {exam.name: [exam.samples, exam.limit, exam.card.prompts.limit] for exam in exams},
+            "parts": {part.name: digest(part.settings) for of_one in parts.values() for part in of_one},
+            "sources": {exam.name: exam.source.settings() for exam in exams},
+            "published": run.recipe.eval.published,
+        }
+        return extent
+
+    def work(self, run: "Run", begin: Callable[[], None]) -> EvalSummary:
+        """Draw, grade, score. Errors: as `extent`."""
+        recipe = run.recipe.eval
+        exams, parts = _asked(run)
+        _published(exams, recipe.published)
+        for exam in exams:
+            for prompt in exam.prompts:
+                require_grader(prompt.task, f"leave {exam.name} out of eval.benchmarks")
+        begin()
+        models = self.models or LocalModels(recipe.max_batch, run.recipe.engine)
+        rows: list[Scores] = []
+        with Grader() as grader:
+            for rival, of_one in parts.items():
+                rows += _examine(rival, of_one, models, grader)
+        rows.sort(key=lambda row: [exam.name for exam in exams].index(row.benchmark))  # stable: models keep their order
+        summary = EvalSummary(
+            scores=tuple(rows),
+            comparisons=tuple(_differences(exams, parts)),
+            published=tuple(_published(exams, recipe.published)),
+        )
+        show(summary)
+        return summary
+
+    def headline(self, summary: EvalSummary) -> str:
+        """pass@1 of each."""
+        return ", ".join(f"{row.model} {row.pass_at_1.value:.1%}" for row in summary.scores)
+
+
+STAGE = EvalStage()
+
+
+def _asked(run: "Run") -> tuple[list[Exam], dict[Contender, list[Part]]]:
+    exams = exams_of(run.recipe.eval)
+    parts = {rival: [Part(run.paths.eval, exam, rival) for exam in exams] for rival in contenders(run)}
     for of_one in parts.values():
         for part in of_one:
             part.refuse_other_settings()
-    settings = {"eval.seed": recipe.seed} | run.recipe.engine_settings()
-    settings["engine.device"] = device_type(run.recipe.engine.device)
-    extent = {
-        "sizes": {exam.name: [exam.samples, exam.limit, exam.card.prompts.limit] for exam in exams},
-        "parts": {part.name: digest(part.settings) for of_one in parts.values() for part in of_one},
-        "sources": {exam.name: exam.source.settings() for exam in exams},
-        "published": recipe.published,
-    }
-    if (summary := run.finished("eval", settings, extent)) is not None:
-        return summary
-
-    _published(exams, recipe.published)
-    for exam in exams:
-        for prompt in exam.prompts:
-            require_grader(prompt.task, f"leave {exam.name} out of eval.benchmarks")
-    stage = run.stage("eval", settings, extent, OUTPUTS)
-    models = models or LocalModels(recipe.max_batch, run.recipe.engine)
-    rows: list[dict[str, Any]] = []
-    with Grader() as grader:
-        for rival in rivals:
-            rows += _examine(rival, parts[rival], models, grader)
-    rows.sort(key=lambda row: [exam.name for exam in exams].index(row["benchmark"]))  # stable: models keep their order
-    summary = {
-        "scores": rows,
-        "differences": _differences(exams, parts),
-        "published": _published(exams, recipe.published),
-    }
-    stage.finish(summary)
-    show(summary)
-    return summary
+    return exams, parts
 
 
 def exams_of(recipe: "Eval") -> list[Exam]:
@@ -102,8 +139,8 @@ def exams_of(recipe: "Eval") -> list[Exam]:
 
 def evaluate_model(
     model: str, name: str | None, recipe: "Eval", engine: "LocalEngine", directory: Path, key: str | None = None
-) -> dict[str, Any]:
-    """Score one model without a recipe: a directory, or an OpenAI-compatible server. Returns {"scores": […]}.
+) -> EvalSummary:
+    """Score one model without a recipe: a directory, or an OpenAI-compatible server.
 
     name: of the model on the server, or what the directory's scores are called. Samples lie in
     `directory/<benchmark>/<name>/`, where a second call finds them, as in a run. Raises UserError as `evaluate` does.
@@ -124,12 +161,15 @@ def evaluate_model(
     for part in parts:
         part.refuse_other_settings()
     with locked(directory), Grader() as grader:
-        summary = {"scores": _examine(rival, parts, models, grader), "published": _published(exams, recipe.published)}
+        summary = EvalSummary(
+            scores=tuple(_examine(rival, parts, models, grader)),
+            published=tuple(_published(exams, recipe.published)),
+        )
     show(summary)
     return summary
 
 
-def _examine(rival: Contender, parts: list[Part], models: Models, grader: Grader) -> list[dict[str, Any]]:
+def _examine(rival: Contender, parts: list[Part], models: Models, grader: Grader) -> list[Scores]:
     """The scores of one model on all benchmarks. It is loaded once, and only if a sample is missing."""
     with ExitStack() as loaded:
         backend = None
@@ -143,7 +183,7 @@ def _examine(rival: Contender, parts: list[Part], models: Models, grader: Grader
     return [part.score() for part in parts]
 
 
-def _differences(exams: list[Exam], parts: dict[Contender, list[Part]]) -> list[dict[str, Any]]:
+def _differences(exams: list[Exam], parts: dict[Contender, list[Part]]) -> list[Comparison]:
     """The student against each of the others, problem by problem."""
     by_name = {rival.name: of_one for rival, of_one in parts.items()}
     student = by_name.pop("student", [])
@@ -152,17 +192,20 @@ def _differences(exams: list[Exam], parts: dict[Contender, list[Part]]) -> list[
         one = student[number].correct()
         for name, of_one in by_name.items():
             two = of_one[number].correct()
-            rows.append(told(exam.name, compare(one, two), one, two, one) | {"models": ["student", name]})
+            rows.append(told(exam.name, ("student", name), compare(one, two), one, two, one))
     return rows
 
 
-def _published(exams: list[Exam], model: str | None) -> list[dict[str, Any]]:
+def _published(exams: list[Exam], model: str | None) -> list[PublishedScores]:
     """Scores that others have published for `model`, as shares; UserError where no card names it."""
     if model is None:
         return []
     found = [
-        {"benchmark": exam.name, "model": model}
-        | {key: value / 100 for key, value in exam.card.published[model].items()}
+        PublishedScores(
+            benchmark=exam.name,
+            model=model,
+            scores={key: value / 100 for key, value in exam.card.published[model].items()},
+        )
         for exam in exams
         if model in exam.card.published
     ]
@@ -172,40 +215,40 @@ def _published(exams: list[Exam], model: str | None) -> list[dict[str, Any]]:
     return found
 
 
-def show(summary: dict[str, Any]) -> None:
+def show(summary: EvalSummary) -> None:
     """Print the tables of scores, for each benchmark; differences and published scores under them."""
-    for benchmark in dict.fromkeys(row["benchmark"] for row in summary["scores"]):
-        rows = [row for row in summary["scores"] if row["benchmark"] == benchmark]
-        size = f"{rows[0]['problems']:,} problems × {rows[0]['samples_per_problem']:,}"  # the same for all models
+    for benchmark in dict.fromkeys(row.benchmark for row in summary.scores):
+        rows = [row for row in summary.scores if row.benchmark == benchmark]
+        size = f"{rows[0].problems:,} problems × {rows[0].samples_per_problem:,}"  # the same for all models
         table(f"Scores on {benchmark}, {size}", COLUMNS, map(cells, rows))
-        if several := [row for row in rows if "pass@k" in row]:
-            names = [f"pass@{k}" for k in several[0]["pass@k"]] + [f"cons@{k}" for k in several[0]["cons@k"]]
+        if several := [row for row in rows if row.pass_at_k]:
+            names = [f"pass@{k}" for k in several[0].pass_at_k] + [f"cons@{k}" for k in several[0].consensus_at_k]
             table("", ("model", *names, "ties"), map(_cells_of_several, several))
-        for made in summary.get("differences", ()):
-            if made["benchmark"] == benchmark:
+        for made in summary.comparisons:
+            if made.benchmark == benchmark:
                 print(difference(made))
-        for other in summary.get("published", ()):
-            if other["benchmark"] == benchmark:
-                print(beside_published(other, next((row for row in rows if row["model"] == "student"), rows[0])))
+        for other in summary.published:
+            if other.benchmark == benchmark:
+                print(beside_published(other, next((row for row in rows if row.model == "student"), rows[0])))
 
 
-def _cells_of_several(row: dict[str, Any]) -> tuple[str, ...]:
-    made = [*row["pass@k"].values(), *row["cons@k"].values()]
-    ties = next(iter(row["cons@k"].values()))["ties"]
-    return (row["model"], *(_estimate(one["value"], one["low"], one["high"]) for one in made), f"{ties:,}")
+def _cells_of_several(row: Scores) -> tuple[str, ...]:
+    made = [*row.pass_at_k.values(), *row.consensus_at_k.values()]
+    ties = next(iter(row.consensus_at_k.values())).ties
+    return (row.model, *map(_estimate, made), f"{ties:,}")
 
 
-def cells(row: dict[str, Any]) -> tuple[str, ...]:
+def cells(row: Scores) -> tuple[str, ...]:
     """One row of scores as text, in the order of COLUMNS."""
     return (
-        row["model"],
-        _estimate(row["pass@1"], row["pass@1_low"], row["pass@1_high"]),
-        f"{row['truncated_rate']:.1%}",
-        f"{row['no_answer_rate']:.1%}",
-        f"{row['unverifiable_rate']:.1%}",
-        "–" if row["mean_completion_tokens"] is None else f"{row['mean_completion_tokens']:,.0f}",
+        row.model,
+        _estimate(row.pass_at_1),
+        f"{row.truncated_rate:.1%}",
+        f"{row.no_answer_rate:.1%}",
+        f"{row.unverifiable_rate:.1%}",
+        "–" if row.mean_completion_tokens is None else f"{row.mean_completion_tokens:,.0f}",
     )
 
 
-def _estimate(value: float, low: float, high: float) -> str:
-    return f"{value:.1%} ({100 * low:.1f}–{100 * high:.1f})"
+def _estimate(made: Interval) -> str:
+    return f"{made.value:.1%} ({100 * made.low:.1f}–{100 * made.high:.1f})"

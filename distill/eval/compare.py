@@ -5,8 +5,8 @@ Reads what evaluations left: `RUN/eval/<benchmark>/<model>/`, or `DIR/<benchmark
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from distill.artefacts import Comparison, Interval, Settings
 from distill.console import table
 from distill.errors import UserError
 from distill.eval.statistics import Difference, compare
@@ -17,7 +17,7 @@ FLIPPED_SHOWN = 10
 COLUMNS = ("benchmark", "first", "second", "difference (95 %)", "gained, lost", "sign\ntest p")
 
 
-def compare_evaluations(first: Path, second: Path, models: tuple[str | None, str | None]) -> list[dict[str, Any]]:
+def compare_evaluations(first: Path, second: Path, models: tuple[str | None, str | None]) -> list[Comparison]:
     """One row a benchmark that both have. models: which of a directory's models; None: its student, or its only one.
 
     UserError when a directory has no evaluation, or they share no problem.
@@ -29,55 +29,61 @@ def compare_evaluations(first: Path, second: Path, models: tuple[str | None, str
         common = [problem for problem in one if problem in two]
         if common:
             made = compare({key: one[key] for key in common}, {key: two[key] for key in common})
-            left_out = len(one) + len(two) - 2 * len(common)
-            differ = _differ(*(scores_of(of_one[benchmark]).get("settings") or {} for of_one in parts))
-            rows.append(told(benchmark, made, one, two, common) | {"left_out": left_out, "differ": differ})
+            a, b = (scores_of(of_one[benchmark]) for of_one in parts)
+            rows.append(
+                told(benchmark, (a.model, b.model), made, one, two, common).model_copy(
+                    update={
+                        "left_out": len(one) + len(two) - 2 * len(common),
+                        "differing": tuple(_differ(a.settings, b.settings)),
+                    }
+                )
+            )
     if not rows:
         raise UserError(f"{first} and {second} have no benchmark with a problem in common: evaluate both on one")
     return rows
 
 
-def _differ(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
+def _differ(one: Settings, two: Settings) -> list[str]:
     """Settings that were not the same, the models' own left out: `key: first, second`."""
-    keys = [key for key in one if not key.startswith("model.") or key == "model.numerics"]
+    keys = [key for key in one if not key.startswith("model.") or key.startswith("model.numerics")]
     return [f"{key}: {one[key]}, {two.get(key)}" for key in keys if one[key] != two.get(key)]
 
 
 def told(
     benchmark: str,
+    models: tuple[str, str],
     made: Difference,
     one: dict[str, list[bool]],
     two: dict[str, list[bool]],
     common: Iterable[str],
-) -> dict[str, Any]:
+) -> Comparison:
     common = list(common)
-    return {
-        "benchmark": benchmark,
-        "problems": len(common),
-        "first": sum(sum(one[key]) / len(one[key]) for key in common) / len(common),
-        "second": sum(sum(two[key]) / len(two[key]) for key in common) / len(common),
-        "difference": made.value,
-        "low": made.low,
-        "high": made.high,
-        "gained": list(made.gained),
-        "lost": list(made.lost),
-        "p": made.p,
-    }
+    return Comparison(
+        benchmark=benchmark,
+        models=models,
+        problems=len(common),
+        first=sum(sum(one[key]) / len(one[key]) for key in common) / len(common),
+        second=sum(sum(two[key]) / len(two[key]) for key in common) / len(common),
+        difference=Interval(value=made.value, low=made.low, high=made.high),
+        gained=made.gained,
+        lost=made.lost,
+        p=made.p,
+    )
 
 
-def show(rows: list[dict[str, Any]], questions: dict[str, str]) -> None:
+def show(rows: list[Comparison], questions: dict[str, str]) -> None:
     """The table, and the problems that flipped. questions: prompt id → text."""
     table("First less second, on the same problems", COLUMNS, map(_cells, rows))
     for row in rows:
-        if row["differ"]:
-            print(f"{row['benchmark']}: not drawn alike: {'; '.join(row['differ'])}")
-        if row["left_out"]:
-            print(f"{row['benchmark']}: {row['left_out']} problems that only one of them answered are left out")
-        for what in ("gained", "lost"):
-            for key in row[what][:FLIPPED_SHOWN]:
+        if row.differing:
+            print(f"{row.benchmark}: not drawn alike: {'; '.join(row.differing)}")
+        if row.left_out:
+            print(f"{row.benchmark}: {row.left_out} problems that only one of them answered are left out")
+        for what, keys in (("gained", row.gained), ("lost", row.lost)):
+            for key in keys[:FLIPPED_SHOWN]:
                 print(f"  {what} {key}: {' '.join(questions.get(key, '').split())[:90]}")
-            if len(row[what]) > FLIPPED_SHOWN:
-                print(f"  {what}: and {len(row[what]) - FLIPPED_SHOWN:,} more")
+            if len(keys) > FLIPPED_SHOWN:
+                print(f"  {what}: and {len(keys) - FLIPPED_SHOWN:,} more")
 
 
 def questions(directories: Iterable[Path], keys: set[str]) -> dict[str, str]:
@@ -91,14 +97,15 @@ def questions(directories: Iterable[Path], keys: set[str]) -> dict[str, str]:
     return found
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: Comparison) -> tuple[str, ...]:
+    apart = row.difference
     return (
-        row["benchmark"],
-        f"{row['first']:.1%}",
-        f"{row['second']:.1%}",
-        f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f}, {100 * row['high']:+.1f})",
-        f"{len(row['gained']):,}, {len(row['lost']):,} of {row['problems']:,}",
-        f"{row['p']:.1g}",
+        row.benchmark,
+        f"{row.first:.1%}",
+        f"{row.second:.1%}",
+        f"{100 * apart.value:+.1f} ({100 * apart.low:+.1f}, {100 * apart.high:+.1f})",
+        f"{len(row.gained):,}, {len(row.lost):,} of {row.problems:,}",
+        f"{row.p:.1g}",
     )
 
 
@@ -121,7 +128,7 @@ def _parts(directory: Path, model: str | None) -> dict[str, Path]:
 
 
 def _correct(part: Path) -> dict[str, list[bool]]:
-    wanted = scores_of(part)["samples_per_problem"]
+    wanted = scores_of(part).samples_per_problem
     found: dict[str, list[bool]] = {}
     for row in grades(part):
         if row["sample"] < wanted:

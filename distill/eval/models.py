@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from distill import catalog
+from pydantic import JsonValue
+
+from distill import backends, catalog
 from distill.backends import Backend
-from distill.backends.local import LocalBackend, identify
 from distill.backends.remote import RemoteBackend
-from distill.chat import Chat
 from distill.errors import UserError
+from distill.models import Model, Server
 
 if TYPE_CHECKING:
     from distill.recipe import LocalEngine
@@ -29,15 +30,20 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A model to be scored. `template` None: the directory's own; `thinking`: its mode; `identity`: hashes of weights
-    and template, and the mode; `counted_in`: what `token_counter` counts."""
+    """A model to be scored. `counted_in`: what `token_counter` counts."""
 
-    name: str
-    directory: Path
-    template: str | None
-    thinking: bool | None
-    identity: dict[str, Any]
+    model: Model
     counted_in: str = "tokens"
+
+    @property
+    def name(self) -> str:
+        """What its scores are called."""
+        return self.model.name
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        """Hashes of weights and template, and the mode."""
+        return self.model.identity
 
 
 class Models(Protocol):
@@ -62,16 +68,12 @@ class LocalModels:
     def backend(self, contender: Contender) -> Iterator[Backend]:
         gc.collect()  # the model before this one may hang in a reference cycle
         drafts = self.engine.num_speculative_tokens if contender.name == "teacher" else 0
-        yield LocalBackend.load(
-            contender.directory,
-            chat_template=contender.template,
-            thinking=contender.thinking,
-            max_batch=self.max_batch,
-            **self.engine.model_dump() | {"num_speculative_tokens": drafts},
-        )
+        engine = self.engine.model_copy(update={"num_speculative_tokens": drafts})
+        with backends.open(contender.model, engine, self.max_batch) as backend:
+            yield backend
 
     def token_counter(self, contender: Contender) -> Callable[[str], int]:
-        tokenizer = Chat.load(contender.directory, contender.template).tokenizer
+        tokenizer = contender.model.chat.tokenizer
         return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -81,7 +83,7 @@ class ServedModel:
     def __init__(self, served: RemoteBackend) -> None:
         self.served = served
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", served.model).strip("-.") or "model"
-        self.contender = Contender(name, Path(), None, None, served.identity, counted_in="words")
+        self.contender = Contender(Model(name, Server("", served.model)), counted_in="words")
 
     @contextmanager
     def backend(self, contender: Contender) -> Iterator[Backend]:
@@ -98,28 +100,9 @@ def model_directory(directory: Path, name: str | None) -> Contender:
             f"--name {name}: a directory is called so: letters, digits, `.`, `_`, `-`; the first a letter or digit"
         )
     place = catalog.model_directory(str(directory))
-    return Contender(name or place.name, place, None, None, identify(place))
+    return Contender(Model(name or place.name, place))
 
 
 def contenders(run: "Run") -> list[Contender]:
     """The models that the recipe wants scored, in its order. UserError when one of them is not there."""
-    recipe = run.recipe
-    card = catalog.load_student(recipe.student)
-    found = []
-    for name in dict.fromkeys(recipe.eval.models):
-        template = thinking = None
-        match name:
-            case "base":
-                directory = catalog.resolve_weights("student", recipe.student)
-                template = recipe.train.chat_template or card.chat_template
-            case "student":
-                directory = run.directory / "student"
-                if not (directory / "config.json").is_file():
-                    raise UserError(
-                        f"{directory} holds no model: run `distill train` first, or leave `student` out of eval.models"
-                    )
-            case "teacher":
-                directory = catalog.resolve_weights("teacher", recipe.teacher)
-                thinking = catalog.load_teacher(recipe.teacher).thinking
-        found.append(Contender(name, directory, template, thinking, identify(directory, template, thinking)))
-    return found
+    return [Contender(getattr(run.models, name)) for name in dict.fromkeys(run.recipe.eval.models)]

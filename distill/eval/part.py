@@ -8,9 +8,7 @@ first samples are drawn, and compared when more are.
 
 import json
 import platform
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill import __version__
+from distill.artefacts import Scores
 from distill.backends import Backend, Job, Sampling
 from distill.backends.collect import check_all, collect, missing
 from distill.chat import THINK
@@ -30,8 +29,8 @@ from distill.eval.statistics import Sample, summarise
 from distill.eval.votes import classes
 from distill.fingerprint import digest
 from distill.grading import require_grader
-from distill.prompts import Prompt, load_prompts
-from distill.prompts.files import rows_of_file
+from distill.prompts import Prompt, PromptCounts, load_prompts
+from distill.prompts.rows import rows_of_file
 from distill.recipe.sources import FilePrompts, ProceduralPrompts
 from distill.scores import grades
 from distill.traces.ledger import Ledger
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from distill.recipe import BenchmarkCard, Eval
     from distill.recipe.sources import PromptSource
 
-FLUSH_SECONDS = 0.5  # of grading may be lost and done again: an fsync a grade would cost more than most gradings
 PACKAGES = ("torch", "transformers", "math-verify")  # whose versions a score may depend on
 
 
@@ -78,9 +76,9 @@ class Exam:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        seen: Counter[str] = Counter()
+        counts = PromptCounts()
         try:
-            found = list(islice(load_prompts([self.source], seen), self.limit))
+            found = list(islice(load_prompts([self.source], counts), self.limit))
         except UserError as error:
             hint = f"; or read {self.name} from a file: --source {self.name}=FILE, in a recipe eval.sources"
             raise UserError(f"{error}{hint if self.source is self.card.prompts else ''}") from error
@@ -92,9 +90,9 @@ class Exam:
                 f"is {unanswered[0].messages[-1]['content'][:40]!r}…: leave them out of its file"
             )
         expected = self.card.problems
-        if expected is not None and (self.limit is None or self.limit >= expected) and seen.total() != expected:
+        if expected is not None and (self.limit is None or self.limit >= expected) and counts.seen.total() != expected:
             raise UserError(
-                f"benchmark {self.name} has {seen.total():,} problems where its card says {expected:,}: another "
+                f"benchmark {self.name} has {counts.seen.total():,} problems where its card says {expected:,}: another "
                 f"version of the data set; name the right revision or file, or set eval.limit to take the first ones"
             )
         return found
@@ -164,7 +162,11 @@ class Part:
     def sample(self, backend: Backend, jobs: Sequence[Job]) -> None:
         """Draw the samples of `jobs`; each is on the disk before the next one is looked at."""
         sampling, suffix = self.exam.sampling, self.exam.card.prompt_suffix
-        settings = self.settings | _of_model(backend.identity)
+        settings = (
+            self.settings
+            | _of_model(backend.identity)
+            | {f"model.numerics.{key}": value for key, value in backend.numerics.items()}
+        )
         drawn = self._drawn_with()
         if drawn is not None:
             self._refuse(drawn, settings)
@@ -189,15 +191,9 @@ class Part:
             Ledger(self.directory / "grades.jsonl") as ledger,
             progress(f"grade {self.name}", len(self.wanted), "samples", done) as advance,
         ):
-            rows: list[dict[str, Any]] = []
-            flushed = time.monotonic()
             for trace, grade in grader.grade(items):
-                rows.append(_graded(trace, grade, count))
+                ledger.add(_graded(trace, grade, count))
                 advance(1)
-                if time.monotonic() - flushed >= FLUSH_SECONDS:
-                    ledger.append(rows)
-                    rows, flushed = [], time.monotonic()
-            ledger.append(rows)
 
     def vote(self, grader: "Grader") -> None:
         """Find out which of a problem's marked answers are one, where that is not known yet."""
@@ -221,15 +217,15 @@ class Part:
                 ledger.append([{"prompt": prompt, "answers": found}])
                 advance(1)
 
-    def score(self) -> dict[str, Any]:
+    def score(self) -> Scores:
         """Write scores.json, and return it."""
         known = self._classes()
-        scores = {
+        content = {
             "benchmark": self.exam.name,
             "model": self.contender.name,
             "samples_per_problem": self.exam.samples,
             **summarise(_sample(row, known.get(row["prompt"], {})) for row in self._wanted_grades()),
-            "reasoning_counted_in": self.contender.counted_in,
+            "reasoning_unit": self.contender.counted_in,
             "interval": "95 %: Wilson's score interval with the effective trials of problems as clusters",
             "source": self.exam.source.model_dump(mode="json"),
             "prompts_hash": digest([prompt.id for prompt in self.exam.prompts]),
@@ -240,7 +236,8 @@ class Part:
                 **{name: version(name) for name in PACKAGES},
             },
         }
-        _write(self.directory / "scores.json", scores)
+        scores = Scores.model_validate_json(json.dumps(content))
+        scores.write(self.directory / "scores.json")
         return scores
 
     def correct(self) -> dict[str, list[bool]]:
@@ -283,7 +280,7 @@ class Part:
             )
 
 
-def _of_model(identity: dict[str, Any]) -> dict[str, Any]:
+def _of_model(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {f"model.{key}": value for key, value in identity.items()}
 
 

@@ -213,9 +213,7 @@ def summarise(samples: Iterable[Sample]) -> dict[str, Any]:
         "problems": len(problems),
         "samples": len(samples),
         "correct": sum(sample.verdict == "correct" for sample in samples),
-        "pass@1": estimate.value,
-        "pass@1_low": estimate.low,
-        "pass@1_high": estimate.high,
+        "pass@1": _interval(estimate),
         "effective_trials": estimate.effective,
         **_of_several(correct, list(problems.values())),
         "truncated_rate": fmean(sample.truncated for sample in samples),
@@ -233,7 +231,7 @@ def _of_several(correct: Sequence[Sequence[bool]], samples: Sequence[Sequence[Sa
     counts = {len(of_one) for of_one in correct}
     n = counts.pop()
     if counts or n < 2:
-        return {}
+        return {"pass@k": {}, "cons@k": {}}
     of_k = {k: pass_at_k(correct, k) for k in sorted({n, *(2**i for i in range(1, n.bit_length()) if 2**i < n)})}
     made = consensus([[Vote(one.vote, one.verdict == "correct") for one in of_one] for of_one in samples])
     return {

@@ -20,23 +20,8 @@ Reasoning is never searched: a box inside `<think>` is not an answer.
 """
 
 import re
-from dataclasses import dataclass
-from typing import Any
 
-Verdict = tuple[str, str]  # (correct | wrong | unverifiable, reason)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A final answer as written, and how it was found. `marked` is False for a mere guess from the last line."""
-
-    text: str
-    method: str
-
-    @property
-    def marked(self) -> bool:
-        return self.method != "last line"
-
+from distill.grading.grade import Answer, Ruling, TaskGrader
 
 # ---- finding
 
@@ -173,7 +158,7 @@ def without_unit(text: str) -> str:
     return number[1] if number and not SCALE.search(text) else text
 
 
-def quick_judge(gold: str, answer: Answer) -> Verdict | None:
+def quick_judge(gold: str, answer: Answer) -> Ruling | None:
     """What needs no parser: identical strings, integers, and single words, which a parser takes for products."""
     expected, given = normalise(gold), normalise(answer.text)
     if expected == given:
@@ -191,21 +176,16 @@ def quick_judge(gold: str, answer: Answer) -> Verdict | None:
     return None
 
 
-def judge(gold: str, answer: str, marked: bool) -> Verdict:
+def judge(gold: str, answer: str, marked: bool) -> Ruling:
     """Compare by math-verify. Only for a killable process: neither time nor memory is bounded here."""
-    from math_verify import parse, verify
-
-    def read(text: str, loose: bool) -> list[Any]:
-        readings = [text] if loose else [_fenced(text), text] if LOCAL_NUMBER.fullmatch(text) else [_fenced(text)]
-        found = [item for reading in readings for item in parse(reading, parsing_timeout=None)]
-        return [item for item in found if not isinstance(item, str)]  # a string is what could not be parsed
+    from math_verify import verify
 
     gold, answer = without_unit(gold), without_unit(answer)
     words = has_words(answer)
-    expected = read(gold, loose=False)
+    expected = _parsed(gold, loose=False)
     if not expected:
         return "unverifiable", "gold not parseable"
-    given = read(answer, loose=words or not marked)
+    given = _parsed(answer, loose=words or not marked)
     if given and verify(expected, given, timeout_seconds=None, raise_on_error=True):
         return "correct", "equal"
     if not marked:
@@ -217,9 +197,54 @@ def judge(gold: str, answer: str, marked: bool) -> Verdict:
     return "wrong", "not equal"
 
 
+def _parsed(text: str, loose: bool) -> list[object]:
+    """What math-verify reads in the text. loose: as prose with mathematics in it."""
+    from math_verify import parse
+
+    readings = [text] if loose else [_fenced(text), text] if LOCAL_NUMBER.fullmatch(text) else [_fenced(text)]
+    items = [item for reading in readings for item in parse(reading, parsing_timeout=None)]
+    return [item for item in items if not isinstance(item, str)]  # a string is text that was not parsed
+
+
 def _fenced(text: str) -> str:
     """Text for math-verify, whose extraction wants LaTeX to be fenced; as it is where it brings its own fences."""
     dollars = len(re.findall(r"(?<!\\)\$", text))
     if (dollars and dollars % 2 == 0) or re.search(r"\\[(\[]", text):
         return text
     return r"\boxed{" + re.sub(r"\\?\$", "", text) + "}"
+
+
+class MathGrader(TaskGrader):
+    """Numbers, expressions, sets and intervals, by the functions above."""
+
+    def prepare(self) -> None:
+        """Import sympy and fill its caches."""
+        judge("1", "2", True)
+
+    def gold(self, text: str) -> str:
+        """The answer itself; see `gold_answer`."""
+        return gold_answer(text)
+
+    def find(self, response: str) -> Answer | None:
+        """The final answer; see `final_answer`."""
+        return final_answer(response)
+
+    def rule(self, gold: str, answer: Answer) -> Ruling | None:
+        """Compare by spelling; see `quick_judge`."""
+        return quick_judge(gold, answer)
+
+    def compare(self, gold: str, answer: str, marked: bool) -> Ruling:
+        """Compare by math-verify; see `judge`."""
+        return judge(gold, answer, marked)
+
+    def reads_plainly(self, gold: str) -> bool | None:
+        """True for an integer and for a single word; False for prose, of which only the same spelling is recognised."""
+        text = without_unit(gold)
+        word = FONT.sub(r"\1", text).strip()
+        if INTEGER.fullmatch(normalise(text)) or (word.isalpha() and has_words(word)):
+            return True
+        return False if has_words(text) else None
+
+    def reads(self, gold: str) -> bool:
+        """Whether math-verify reads anything in it."""
+        return bool(_parsed(without_unit(gold), loose=False))

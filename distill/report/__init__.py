@@ -10,13 +10,54 @@ The pictures also go to `<run>/report/`, as SVG and PNG, for slides and READMEs.
 
 import base64
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from distill.artefacts import ReportSummary, Settings
 from distill.durable import write_whole
+from distill.fingerprint import digest
 from distill.report import pictures
 from distill.report.contents import Contents, StageTime, read_contents
 from distill.report.mathematics import marked_up
+from distill.stage import Stage
+
+if TYPE_CHECKING:
+    from distill.run import Run
+
+
+class Report(Stage[ReportSummary]):
+    """`report.html` and its figures: made again whenever one is missing, or what they show has changed."""
+
+    name = "report"
+    outputs = ("report.html", "report")
+    products = ("report.html", "report/*.svg", "report/*.png")
+    reads = ("generate", "filter", "train", "eval")
+    summary = ReportSummary
+
+    def settings(self, run: "Run") -> Settings:
+        """None: nothing of it is worth refusing."""
+        return {}
+
+    def extent(self, run: "Run") -> Settings:
+        """The records of the stages that it shows, and the price."""
+        records = {name: run.record(name) for name in self.reads}
+        extent: Settings = {
+            name: digest([record.settings, record.extent, record.finished, record.summary])
+            for name, record in records.items()
+            if record
+        }
+        return extent | {"price_per_hour": run.recipe.price_per_hour}
+
+    def work(self, run: "Run", begin: Callable[[], None]) -> ReportSummary:
+        """Write it. Errors: UserError when a file of the run is damaged."""
+        begin()
+        path = write_report(run.directory)
+        return ReportSummary(page=path.name, bytes=path.stat().st_size)
+
+    def headline(self, summary: ReportSummary) -> str:
+        """Its size."""
+        return f"{summary.page}, {summary.bytes / 1e6:.1f} MB"
 
 
 def write_report(directory: Path, price_per_hour: float | None = None) -> Path:
@@ -32,7 +73,7 @@ def write_report(directory: Path, price_per_hour: float | None = None) -> Path:
     folder.mkdir(exist_ok=True)
     for picture in drawn.values():
         write_whole(folder / f"{picture.name}.svg", picture.svg["wide"])
-        (folder / f"{picture.name}.png").write_bytes(picture.png())
+        write_whole(folder / f"{picture.name}.png", picture.png())
     path = directory / "report.html"
     write_whole(path, page.encode("utf-8", "replace").decode())  # a trace may hold half a character
     return path
@@ -45,11 +86,11 @@ def _pictures(contents: Contents) -> dict[str, pictures.Picture]:
     if contents.solved_of:
         drawn.append(pictures.solved("solved", contents.solved_of))
     if contents.solved:
-        title = f"{contents.recipe['teacher']} on the prompts"
+        title = f"{contents.recipe.teacher} on the prompts"
         drawn.append(pictures.solved("prompts", {title: {"teacher": contents.solved}}))
     if contents.filtered:
-        steps = [("generated", contents.filtered["total"], 0)]
-        steps += [(step["filter"], step["kept"], step["dropped"]) for step in contents.filtered["funnel"]]
+        steps = [("generated", contents.filtered.total, 0)]
+        steps += [(step.filter, step.kept, step.dropped) for step in contents.filtered.funnel]
         drawn.append(pictures.funnel(steps))
     if contents.kept_lengths or contents.dropped_lengths:
         drawn.append(pictures.lengths(contents.kept_lengths, contents.dropped_lengths))

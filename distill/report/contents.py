@@ -14,11 +14,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from distill.artefacts import (
+    Artefact,
+    EvalSummary,
+    FilterSummary,
+    GenerateSummary,
+    PublishedScores,
+    RunPaths,
+    Scores,
+    TrainSummary,
+)
+from distill.config import parse, read_yaml
 from distill.console import progress
-from distill.errors import UserError
-from distill.run import STAGES
+from distill.recipe import Recipe
+from distill.record import StageRecord, read_recipe
 from distill.scores import beside_published, difference, grades, scores_of
 from distill.traces.browse import KEPT, verdict_of
 from distill.traces.ledger import Ledger
@@ -69,21 +78,21 @@ class Contents:
     """Everything the page needs. Empty where a stage has not come so far."""
 
     name: str
-    recipe: dict[str, Any]
+    recipe: Recipe
     recipe_text: str
     stages: list[StageTime]
     price: float | None  # of an hour
-    generated: dict[str, Any] | None  # the stages' summaries
-    filtered: dict[str, Any] | None
-    trained: dict[str, Any] | None
+    generated: GenerateSummary | None
+    filtered: FilterSummary | None
+    trained: TrainSummary | None
     log: list[dict[str, Any]]
     kept_lengths: list[int]
     dropped_lengths: list[int]
     solved: list[Solved]  # of each prompt, by the teacher; empty where one sample a prompt was drawn or none graded
     traces: list[Shown]
-    scores: list[dict[str, Any]]
+    scores: list[Scores]
     solved_of: dict[str, dict[str, list[Solved]]]  # benchmark → model → of each problem; those with several samples
-    published: list[dict[str, Any]]  # benchmark, model, and its scores as shares
+    published: list[PublishedScores]
     beside: list[str]  # lines under the scores: differences between models, published scores
     answers: list[Shown]  # to one problem of the first benchmark, by each model
 
@@ -97,72 +106,76 @@ class Contents:
         return sum(stage.cost or 0 for stage in self.stages)
 
 
+STAGES: dict[str, type[Artefact]] = {  # as the cost table lists them
+    "generate": GenerateSummary,
+    "filter": FilterSummary,
+    "train": TrainSummary,
+    "eval": EvalSummary,
+}
+
+
 def read_contents(directory: Path, price_per_hour: float | None = None) -> Contents:
     """price_per_hour: of the machine; the recipe's by default. Raises UserError when this is no run directory, or a
     file in it is damaged."""
-    path = directory / "recipe.yaml"
-    if not path.is_file():
-        raise UserError(f"{directory} is not a run directory (no recipe.yaml in it); `distill run RECIPE` makes one")
-    text = path.read_text(encoding="utf-8")
-    try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError:
-        recipe = None
-    if not isinstance(recipe, dict) or "name" not in recipe:
-        raise UserError(f"{path} is not a recipe: restore it, or run the recipe again")
-    states = {name: state for name in STAGES if (state := _json(directory / "stages" / f"{name}.json"))}
-    summaries = {name: state["summary"] for name, state in states.items() if state["finished"]}
-    price = recipe.get("price_per_hour") if price_per_hour is None else price_per_hour
+    text, paths = read_recipe(directory), RunPaths(directory)
+    recipe = parse(Recipe, read_yaml(paths.recipe), str(paths.recipe))
+    records = {name: record for name in STAGES if (record := _record(paths, name))}
+    summaries: dict[str, Artefact] = {
+        name: STAGES[name].model_validate_json(json.dumps(record.summary))
+        for name, record in records.items()
+        if record.finished
+    }
+    generated, filtered = summaries.get("generate"), summaries.get("filter")
+    trained, evaluated = summaries.get("train"), summaries.get("eval")
+    assert isinstance(generated, GenerateSummary | None) and isinstance(filtered, FilterSummary | None)
+    assert isinstance(trained, TrainSummary | None) and isinstance(evaluated, EvalSummary | None)
+    price = recipe.price_per_hour if price_per_hour is None else price_per_hour
     solved: dict[str, Solved] = {}
-    kept_lengths, kept = _filtered(directory / "filtered" / "kept", solved)
-    dropped_lengths, dropped = _filtered(directory / "filtered" / "dropped", solved)
-    scores = _scores(directory / "eval", recipe)
+    kept_lengths, kept = _filtered(paths.kept, solved)
+    dropped_lengths, dropped = _filtered(paths.dropped, solved)
+    scores = _scores(paths.eval)
     return Contents(
-        name=recipe["name"],
+        name=recipe.name,
         recipe=recipe,
         recipe_text=text,
-        stages=[_stage_time(name, state, price) for name, state in states.items()],
+        stages=[_stage_time(name, record, summaries.get(name), price) for name, record in records.items()],
         price=price,
-        generated=summaries.get("generate"),
-        filtered=summaries.get("filter"),
-        trained=summaries.get("train"),
-        log=[row for row in Ledger(directory / "checkpoints" / "log.jsonl").rows() if "loss" in row],
+        generated=generated,
+        filtered=filtered,
+        trained=trained,
+        log=[row for row in Ledger(paths.log).rows() if "loss" in row],
         kept_lengths=kept_lengths,
         dropped_lengths=dropped_lengths,
         solved=_several(solved),
         traces=kept + dropped,
         scores=scores,
-        solved_of=_solved_of(directory / "eval", scores),
-        published=summaries.get("eval", {}).get("published", []),
-        beside=_beside(summaries.get("eval", {}), scores),
-        answers=_answers(directory / "eval" / scores[0]["benchmark"]) if scores else [],
+        solved_of=_solved_of(paths.eval, scores),
+        published=list(evaluated.published) if evaluated else [],
+        beside=_beside(evaluated, scores) if evaluated else [],
+        answers=_answers(paths.eval / scores[0].benchmark) if scores else [],
     )
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); restore it, or run the stage again with --fresh") from error
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path}: damaged; restore it, or run the stage again with --fresh")
-    return content
+def _record(paths: RunPaths, name: str) -> StageRecord | None:
+    return StageRecord.read_if_there(paths.record(name), f"run the stage again with --fresh {name}")
 
 
-def _stage_time(name: str, state: dict[str, Any], price: float | None) -> StageTime:
-    begun = datetime.fromisoformat(state["begun"]).astimezone(UTC)
-    seconds = state.get("seconds") if state["finished"] else None  # runs of earlier versions did not count them
+def _stage_time(name: str, record: StageRecord, summary: Artefact | None, price: float | None) -> StageTime:
+    begun = datetime.fromisoformat(record.begun).astimezone(UTC)
+    seconds = record.seconds if record.finished else None
     cost = None if seconds is None or price is None else seconds / 3600 * price
-    tokens = _tokens(name, state["summary"] or {})
-    return StageTime(name, f"{begun:%Y-%m-%d %H:%M} UTC", bool(state["finished"]), seconds, tokens, cost)
+    return StageTime(name, f"{begun:%Y-%m-%d %H:%M} UTC", record.finished is not None, seconds, _tokens(summary), cost)
 
 
-def _tokens(stage: str, summary: dict[str, Any]) -> int | None:
-    if stage == "eval" and summary.get("scores"):
-        return round(sum(row["samples"] * (row["mean_completion_tokens"] or 0) for row in summary["scores"]))
-    return summary.get({"generate": "completion_tokens", "train": "supervised_tokens"}.get(stage, ""))
+def _tokens(summary: Artefact | None) -> int | None:
+    match summary:
+        case GenerateSummary():
+            return summary.completion_tokens
+        case TrainSummary():
+            return summary.supervised_tokens
+        case EvalSummary():
+            return round(sum(row.samples * (row.mean_completion_tokens or 0) for row in summary.scores))
+    return None
 
 
 def _filtered(directory: Path, solved: dict[str, Solved]) -> tuple[list[int], list[Shown]]:
@@ -203,15 +216,15 @@ def _several(solved: dict[str, Solved]) -> list[Solved]:
     return list(solved.values()) if any(drawn > 1 for _, drawn in solved.values()) else []
 
 
-def _solved_of(directory: Path, scores: list[dict[str, Any]]) -> dict[str, dict[str, list[Solved]]]:
+def _solved_of(directory: Path, scores: list[Scores]) -> dict[str, dict[str, list[Solved]]]:
     found: dict[str, dict[str, list[Solved]]] = {}
     for row in scores:
         solved: dict[str, Solved] = {}
-        for grade in grades(directory / row["benchmark"] / row["model"]):
-            if grade["sample"] < row["samples_per_problem"]:
+        for grade in grades(directory / row.benchmark / row.model):
+            if grade["sample"] < row.samples_per_problem:
                 solved[grade["prompt"]] = _with_one(solved.get(grade["prompt"]), grade["verdict"] == "correct")
         if rates := _several(solved):
-            found.setdefault(row["benchmark"], {})[row["model"]] = rates
+            found.setdefault(row.benchmark, {})[row.model] = rates
     return found
 
 
@@ -241,20 +254,18 @@ def _cut(text: str) -> str:
     return f"{text[:half]}\n\n[… {len(text) - TEXT_SHOWN:,} characters left out …]\n\n{text[-half:]}"
 
 
-def _scores(directory: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+def _scores(directory: Path) -> list[Scores]:
     """The scores.json of every part, benchmarks by name, models from base to teacher."""
     found = [scores_of(path.parent) for name in MODELS for path in directory.glob(f"*/{name}/scores.json")]
-    return sorted(found, key=lambda row: (row["benchmark"], MODELS.index(row["model"])))
+    return sorted(found, key=lambda row: (row.benchmark, MODELS.index(row.model)))
 
 
-def _beside(summary: dict[str, Any], scores: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for made in summary.get("differences", ()):
-        lines.append(f"{made['benchmark']}: {difference(made)}")
-    for other in summary.get("published", ()):
-        row = next((r for r in scores if (r["benchmark"], r["model"]) == (other["benchmark"], "student")), None)
+def _beside(summary: EvalSummary, scores: list[Scores]) -> list[str]:
+    lines = [f"{made.benchmark}: {difference(made)}" for made in summary.comparisons]
+    for other in summary.published:
+        row = next((r for r in scores if (r.benchmark, r.model) == (other.benchmark, "student")), None)
         if row is not None:
-            lines.append(f"{other['benchmark']}: {beside_published(other, row)}")
+            lines.append(f"{other.benchmark}: {beside_published(other, row)}")
     return lines
 
 

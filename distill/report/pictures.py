@@ -15,7 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from distill.artefacts import PublishedScores, Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,28 +113,44 @@ def _style() -> dict[str, Any]:
     }
 
 
-def scores(rows: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> Picture:
-    """pass@1 of every model on every benchmark, a point and its interval. rows: as in scores.json. published: what
-    others report, a hollow point; {"benchmark", "model", "pass@1" (a share)}."""
-    benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
-    others = [one for one in published if one["benchmark"] in benchmarks and "pass@1" in one]
-    rows = sorted([*rows, *others], key=lambda row: benchmarks.index(row["benchmark"]))
+class _Point(NamedTuple):
+    """interval: None for a published score."""
+
+    benchmark: str
+    model: str
+    value: float
+    interval: tuple[float, float] | None
+
+
+def scores(rows: Sequence[Scores], published: Sequence[PublishedScores] = ()) -> Picture:
+    """pass@1 of every model on every benchmark, a point and its interval. published: what others report, a hollow
+    point."""
+    benchmarks = list(dict.fromkeys(row.benchmark for row in rows))
+    points = [
+        _Point(row.benchmark, row.model, row.pass_at_1.value, (row.pass_at_1.low, row.pass_at_1.high)) for row in rows
+    ]
+    points += [
+        _Point(other.benchmark, other.model, other.scores["pass@1"], None)
+        for other in published
+        if other.benchmark in benchmarks and "pass@1" in other.scores
+    ]
+    points.sort(key=lambda point: benchmarks.index(point.benchmark))
 
     def draw(figure: "Figure", narrow: bool) -> None:
         axes = figure.subplots()
         labels, places, y = [], [], 0.0
-        for i, row in enumerate(rows):
-            if len(benchmarks) > 1 and (i == 0 or rows[i - 1]["benchmark"] != row["benchmark"]):
-                axes.text(0, y, row["benchmark"], va="center", fontweight="bold")
+        for i, point in enumerate(points):
+            if len(benchmarks) > 1 and (i == 0 or points[i - 1].benchmark != point.benchmark):
+                axes.text(0, y, point.benchmark, va="center", fontweight="bold")
                 y += 1
-            ours = "pass@1_low" in row
-            colour, value = LIGHT[row["model"] if ours else "muted"], 100 * row["pass@1"]
-            low, high = (100 * row[key] if ours else value for key in ("pass@1_low", "pass@1_high"))
+            ours = point.interval is not None
+            colour, value = LIGHT[point.model if ours else "muted"], 100 * point.value
+            low, high = (100 * end for end in point.interval or (point.value, point.value))
             axes.plot([low, high], [y, y], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
             axes.plot([value], [y], marker="o", markersize=8, color=colour, fillstyle="full" if ours else "none")
             right = high < 70  # the figure stands where there is room for it
             axes.text(high + 3 if right else low - 3, y, f"{value:.1f} %", va="center", ha="left" if right else "right")
-            labels.append(row["model"] if ours else "published" if narrow else f"{row['model']}, published")
+            labels.append(point.model if ours else "published" if narrow else f"{point.model}, published")
             places.append(y)
             y += 1
         axes.set_yticks(places, labels, color=LIGHT["ink"])
@@ -145,11 +163,11 @@ def scores(rows: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]] =
         axes.grid(axis="x")
 
     told = "; ".join(
-        f"{row['model']} on {row['benchmark']} {row['pass@1']:.1%}, "
-        + (f"{row['pass@1_low']:.1%} to {row['pass@1_high']:.1%}" if "pass@1_low" in row else "as published")
-        for row in rows
+        f"{point.model} on {point.benchmark} {point.value:.1%}, "
+        + (f"{point.interval[0]:.1%} to {point.interval[1]:.1%}" if point.interval else "as published")
+        for point in points
     )
-    lines = len(rows) + (len(benchmarks) if len(benchmarks) > 1 else 0)
+    lines = len(points) + (len(benchmarks) if len(benchmarks) > 1 else 0)
     return Picture("scores", f"pass@1 with 95 % intervals: {told}", draw, 0.8 + 0.42 * lines)
 
 

@@ -6,21 +6,24 @@ it is written by hand: what the run does not know is not said.
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
+from pydantic import JsonValue
 
+from distill.artefacts import FilterSummary, RunPaths, Scores, TrainSummary
 from distill.durable import write_whole
 from distill.recipe import Recipe, StudentCard
 from distill.recipe.sources import HubPrompts, HubTraces
+from distill.record import StageRecord
 
 # "We recommend 0.6 … top-p 0.95 … to prevent endless repetitions": DeepSeek-R1's model card, usage recommendations.
 TEMPERATURE, TOP_P = 0.6, 0.95
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def model_card(recipe: Recipe, card: StudentCard, summary: dict[str, Any], filtered: dict[str, Any] | None) -> str:
+def model_card(recipe: Recipe, card: StudentCard, summary: TrainSummary, filtered: FilterSummary | None) -> str:
     """summary: of the training; filtered: of the filter stage, where there was one."""
     front = {
         "base_model": card.weights if HUB_ID.fullmatch(card.weights) else card.name,
@@ -37,13 +40,13 @@ def model_card(recipe: Recipe, card: StudentCard, summary: dict[str, Any], filte
     if settings.method != "full":
         method += f", rank {settings.lora_r}, alpha {settings.lora_alpha}, merged"
     rows = [
-        ("traces", f"{summary['rows']:,} ({summary['dropped_rows']:,} dropped for length)"),
+        ("traces", f"{summary.rows:,} ({summary.dropped_rows:,} dropped for length)"),
         *_filters(filtered),
         (
             "supervised tokens",
-            f"{summary['supervised_tokens']:,} in {summary['steps']:,} steps, {summary['epochs']:.2f} epochs",
+            f"{summary.supervised_tokens:,} in {summary.steps:,} steps, {summary.epochs:.2f} epochs",
         ),
-        ("loss, first → last", f"{summary['first_loss']:.3f} → {summary['last_loss']:.3f} nats a token"),
+        ("loss, first → last", f"{summary.first_loss:.3f} → {summary.last_loss:.3f} nats a token"),
         ("trained", method),
         ("learning rate", f"{settings.learning_rate:g}, {settings.lr_scheduler_type}"),
         *_context(recipe),
@@ -72,11 +75,11 @@ def published(recipe: Recipe) -> list[str]:
     return sorted({name for name in names if HUB_ID.fullmatch(name)})
 
 
-def _filters(filtered: dict[str, Any] | None) -> list[tuple[str, str]]:
+def _filters(filtered: FilterSummary | None) -> list[tuple[str, str]]:
     if not filtered:
         return []
-    dropped = ", ".join(f"{step['filter']} {step['dropped']:,}" for step in filtered["funnel"] if step["dropped"])
-    kept = f"{filtered['kept']:,} of {filtered['total']:,} traces"
+    dropped = ", ".join(f"{step.filter} {step.dropped:,}" for step in filtered.funnel if step.dropped)
+    kept = f"{filtered.kept:,} of {filtered.total:,} traces"
     return [("filtered", kept + (f" (dropped: {dropped})" if dropped else ""))]
 
 
@@ -89,34 +92,37 @@ def _context(recipe: Recipe) -> list[tuple[str, str]]:
     return [("context extended to", f"{settings.max_position_embeddings:,} tokens{base}")]
 
 
-def add_scores(student: Path, scores: list[dict[str, Any]]) -> None:
+def add_scores(student: Path, scores: Sequence[Scores]) -> None:
     """Write the student's scores into the front matter of its card, as the hub's `model-index`. scores: of all models.
 
     A directory without a card is left alone.
     """
     path = student / "README.md"
-    own = [row for row in scores if row["model"] == "student"]
+    own = [row for row in scores if row.model == "student"]
     if not path.exists() or not own:
         return
     _, header, body = path.read_text(encoding="utf-8").split("---\n", 2)
     front = yaml.safe_load(header)
     front["model-index"] = [{"name": front["model_name"], "results": [_result(row) for row in own]}]
     header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    write_whole(path, f"---\n{header}---\n{body}")
+    if (text := f"---\n{header}---\n{body}") != path.read_text(encoding="utf-8"):
+        write_whole(path, text)
 
 
-def _result(row: dict[str, Any]) -> dict[str, Any]:
-    interval = f"95 %: {100 * row['pass@1_low']:.1f} to {100 * row['pass@1_high']:.1f}"
-    how = f"pass@1, {row['problems']} problems × {row['samples_per_problem']} ({interval})"
+def _result(scores: Scores) -> dict[str, JsonValue]:
+    estimate = scores.pass_at_1
+    interval = f"95 %: {100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
+    how = f"pass@1, {scores.problems} problems × {scores.samples_per_problem} ({interval})"
     return {
         "task": {"type": "text-generation"},
-        "dataset": {"name": row["benchmark"], "type": row["benchmark"]},
-        "metrics": [{"type": "pass@1", "name": how, "value": round(100 * row["pass@1"], 1)}],
+        "dataset": {"name": scores.benchmark, "type": scores.benchmark},
+        "metrics": [{"type": "pass@1", "name": how, "value": round(100 * estimate.value, 1)}],
     }
 
 
-def filter_summary(directory: Path) -> dict[str, Any] | None:
+def filter_summary(directory: Path) -> FilterSummary | None:
     """The filter stage's summary of a run directory, None where it never ran."""
-    path = directory / "stages" / "filter.json"
-    summary: dict[str, Any] | None = json.loads(path.read_text())["summary"] if path.exists() else None
-    return summary
+    record = StageRecord.read_if_there(RunPaths(directory).record("filter"), "--fresh filter starts it over")
+    if record is None or record.summary is None:
+        return None
+    return FilterSummary.model_validate_json(json.dumps(record.summary))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from safetensors import SafetensorError
 
 from distill.errors import WorkError
+from distill.traces.ledger import line_of
 
 SCRATCH = "tmp-"  # names of directories that are being written or deleted
 
@@ -108,7 +109,7 @@ class Checkpoints:
         """Append one line. It is on the disk for sure when the next checkpoint is."""
         if self.ranks.main:
             with self.log_path.open("ab") as file:
-                file.write(json.dumps(row).encode() + b"\n")
+                file.write(line_of(row))
                 position.log_bytes = file.tell()
 
     def save(self, tensors: Tensors, position: Position) -> None:

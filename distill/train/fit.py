@@ -5,7 +5,7 @@ Every process of a world runs this, with the same arguments.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import set_seed
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from distill.artefacts import TrainSummary
 from distill.chat import Chat
 from distill.console import say
 from distill.errors import UserError
@@ -43,7 +44,7 @@ class Task:
     shares: tuple[float, ...] = (1.0,)
 
 
-def fit(task: Task, rows: TrainingSet, world: World) -> dict[str, Any]:
+def fit(task: Task, rows: TrainingSet, world: World) -> TrainSummary:
     """Train, from the newest checkpoint if there is one, and write the student. Returns the stage's summary."""
     recipe, settings = task.recipe, task.recipe.train
     transformers_logging.disable_progress_bar()  # ours is the only bar on the terminal,

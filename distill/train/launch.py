@@ -18,8 +18,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from distill.artefacts import TrainSummary
 from distill.errors import UserError, WorkError
 from distill.hardware import cores
 from distill.recipe import Train
@@ -41,7 +41,7 @@ def processes(settings: Train) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def start(directory: Path, count: int) -> dict[str, Any]:
+def start(directory: Path, count: int) -> TrainSummary:
     """Train the run in `directory` with `count` processes; gives the first one's summary.
 
     Raises what the process that failed first raised, KeyboardInterrupt when they were interrupted and have saved.
@@ -94,7 +94,7 @@ def _wait(ranks: Sequence["subprocess.Popen[bytes]"], asked: list[int]) -> None:
         time.sleep(POLL)
 
 
-def _outcome(outcomes: Sequence[Path], codes: Sequence[int]) -> dict[str, Any]:
+def _outcome(outcomes: Sequence[Path], codes: Sequence[int]) -> TrainSummary:
     told = [json.loads(path.read_text()) if path.exists() else {} for path in outcomes]
     for answer in told:
         if "message" in answer:
@@ -107,8 +107,7 @@ def _outcome(outcomes: Sequence[Path], codes: Sequence[int]) -> dict[str, Any]:
             )
     if INTERRUPTED in codes:
         raise KeyboardInterrupt
-    summary: dict[str, Any] = told[0]["summary"]
-    return summary
+    return TrainSummary.model_validate_json(json.dumps(told[0]["summary"]))
 
 
 def free_port() -> int:

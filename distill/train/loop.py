@@ -20,11 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distill.artefacts import TrainSummary
 from distill.console import progress, say
 from distill.errors import WorkError
 from distill.recipe import Train
@@ -242,28 +242,30 @@ class Loop:
         first, following = self.order.steps(epoch), self.order.steps(epoch + 1)
         return round(epoch + (step - first) / (following - first), 4)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> TrainSummary:
+        """The summary of the stage, at the position where training is."""
         at, counts = self.position, self.rows.counts
-        return {
-            "steps": at.step,
-            "epochs": self.epoch(at.step),
-            "rows": counts.rows - counts.held_out_rows,
-            "held_out_rows": counts.held_out_rows,
-            "dropped_rows": counts.dropped_rows,
-            "dropped_tokens": counts.dropped_tokens,
-            "truncated_rows": counts.truncated_rows,
-            "truncated_tokens": counts.truncated_tokens,
-            "tokens": at.tokens,
-            "supervised_tokens": at.supervised_tokens,
-            "supervised_tokens_per_epoch": self.rows.supervised(self.numbers),
-            "first_loss": at.first_loss,
-            "last_loss": at.last_loss,
-            "eval_loss": at.eval_loss,
-            "seconds": round(at.seconds, 1),
-            "tokens_per_second": round(at.tokens / max(at.seconds, 1e-9)),
-            "processes": self.world.size,
-            "student": "student",
-        }
+        assert at.first_loss is not None and at.last_loss is not None, "a training has at least one step"
+        return TrainSummary(
+            steps=at.step,
+            epochs=self.epoch(at.step),
+            rows=counts.rows - counts.held_out_rows,
+            held_out_rows=counts.held_out_rows,
+            dropped_rows=counts.dropped_rows,
+            dropped_tokens=counts.dropped_tokens,
+            truncated_rows=counts.truncated_rows,
+            truncated_tokens=counts.truncated_tokens,
+            tokens=at.tokens,
+            supervised_tokens=at.supervised_tokens,
+            supervised_tokens_per_epoch=self.rows.supervised(self.numbers),
+            first_loss=at.first_loss,
+            last_loss=at.last_loss,
+            eval_loss=at.eval_loss,
+            seconds=round(at.seconds, 1),
+            tokens_per_second=round(at.tokens / max(at.seconds, 1e-9)),
+            processes=self.world.size,
+            student="student",
+        )
 
     def say(self, message: str) -> None:
         if self.world.main:

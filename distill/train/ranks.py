@@ -5,9 +5,9 @@ the others wait here for its word.
 """
 
 from pathlib import Path
-from typing import Any
 
 from distill import catalog
+from distill.artefacts import TrainSummary
 from distill.recipe import Recipe
 from distill.train import data, memory
 from distill.train.fit import Task, fit
@@ -21,7 +21,7 @@ def join(recipe: Recipe, directory: Path) -> World:
     return World(recipe.train.report_to, str(directory / "checkpoints"))
 
 
-def train_rank(recipe: Recipe, directory: Path, world: World | None = None) -> dict[str, Any]:
+def train_rank(recipe: Recipe, directory: Path, world: World | None = None) -> TrainSummary:
     """Train on the rows that were prepared in the run's directory; gives the stage's summary."""
     rows = data.load(directory / TOKENS)
     assert rows is not None, "rows are prepared before ranks train on them"

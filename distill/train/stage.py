@@ -11,71 +11,92 @@ Several processes: this one encodes, proves, starts them (`launch`) and waits. U
 the first rank does all of that, and the others wait for its word (`follow`).
 """
 
-import hashlib
+import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distill import catalog
+from distill.artefacts import Artefact, FilterSummary, RunPaths, Settings, TrainSummary
 from distill.chat import read_template
 from distill.errors import UserError
-from distill.fingerprint import digest, file_hash, weights_hash
-from distill.traces.store import read_traces
+from distill.fingerprint import digest, file_hash
+from distill.record import StageRecord
+from distill.stage import Stage
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
     from distill.run import Run
     from distill.train.world import World
 
-OUTPUTS = ("checkpoints", "student")
 
+class TrainStage(Stage[TrainSummary]):
+    """The student, fine-tuned on the kept traces."""
 
-def train(run: "Run") -> dict[str, Any]:
-    """Fine-tune the student of the run's recipe on `filtered/kept`; write `checkpoints/` and `student/`.
+    name = "train"
+    outputs = ("checkpoints", "student")
+    products = ("student/*.json", "student/*.safetensors", "student/*.jinja", "student/*.txt", "checkpoints/log.jsonl")
+    reads = ("filter",)
+    summary = TrainSummary
 
-    Returns the summary that is stored with the stage: counts of rows and tokens, first and last loss, seconds. A
-    finished stage returns it without training; an interrupted one goes on from its newest checkpoint, with the same
-    losses as if it had never stopped.
+    def recipe_settings(self, recipe: "Recipe") -> Settings:
+        """`train:` without what may change freely."""
+        return recipe.train.settings()
 
-    Raises UserError for what the user can mend (no kept traces, a template that deletes the reasoning, broken weights…)
-    and WorkError when a loss is not finite or a checkpoint cannot be written.
-    """
-    from distill.train import launch
+    def settings(self, run: "Run") -> Settings:
+        """All that decides the student."""
+        from distill.train import launch
 
-    world = _join(run) if several() else None
-    nothing_to_do = True
-    try:
-        processes = launch.processes(run.recipe.train)
-        settings = stage_settings(run, processes)
-        if (finished := run.finished("train", settings, {})) is not None:
-            return finished
+        return stage_settings(run, launch.processes(run.recipe.train))
 
+    def perform(self, run: "Run", inputs: "Sequence[Stage[Artefact]]" = ()) -> TrainSummary:
+        """Under torchrun the other ranks wait to be told whether there is something to do."""
+        world = _join(run) if several() else None
+        self._world, self._nothing_to_do = world, True
+        try:
+            return super().perform(run, inputs)
+        finally:
+            if world is not None and self._nothing_to_do:
+                world.any(True)
+
+    def work(self, run: "Run", begin: Callable[[], None]) -> TrainSummary:
+        """Encode, prove, train, save. Errors: UserError for what the user can correct (no kept traces, a template that
+        deletes the reasoning, …); WorkError when a loss is not finite or a checkpoint cannot be written."""
+        from distill.train import launch
         from distill.train.prepare import prepare
 
-        prepare(run.recipe, run.directory, rows_fingerprint(settings), processes)
-        stage = run.stage("train", settings, {}, OUTPUTS)
-        nothing_to_do = False
-    finally:
-        if world is not None:
-            world.any(nothing_to_do)
-    if world is None and processes > 1:
-        summary = launch.start(run.directory, processes)
-    else:
+        processes = launch.processes(run.recipe.train)
+        prepare(run.recipe, run.directory, rows_fingerprint(stage_settings(run, processes)), processes)
+        begin()
+        self._nothing_to_do = False
+        if self._world is not None:
+            self._world.any(False)
+        if self._world is None and processes > 1:
+            return launch.start(run.directory, processes)
         from distill.train.ranks import train_rank
 
-        summary = train_rank(run.recipe, run.directory, world)
-    stage.finish(summary)
-    return summary
+        return train_rank(run.recipe, run.directory, self._world)
+
+    def headline(self, summary: TrainSummary) -> str:
+        """Steps, tokens and loss."""
+        return f"{summary.steps:,} steps, {summary.supervised_tokens:,} supervised tokens, loss {summary.last_loss:.3f}"
 
 
-def rows_fingerprint(settings: dict[str, Any]) -> str:
+STAGE = TrainStage()
+
+
+def rows_fingerprint(settings: Settings) -> str:
     """Of what decides the rows: with another learning rate they are the same, and are not made again."""
     decides = (
         *("chat_template_text", "student", "kept_traces", "content", "max_length", "max_position_embeddings"),
         *("overlong", "val_size", "seed"),
     )
-    teaching = ("objective", "teacher", "logits_top_k")
-    return digest({key: value for key, value in settings.items() if key in (*decides, *teaching) or key[:5] == "data."})
+    teaching = ("objective", "engine.dtype", "logits_top_k")
+    prefixes = ("data.", "teacher.")
+    return digest(
+        {key: value for key, value in settings.items() if key in (*decides, *teaching) or key.startswith(prefixes)}
+    )
 
 
 def several() -> bool:
@@ -99,39 +120,37 @@ def _join(run: "Run") -> "World":
     return ranks.join(run.recipe, run.directory)
 
 
-def stage_settings(run: "Run", processes: int) -> dict[str, Any]:
+def stage_settings(run: "Run", processes: int) -> Settings:
     """All that decides the student."""
     recipe = run.recipe
     template = catalog.training_template(recipe)
     settings = recipe.train.settings() | {
         "chat_template_text": digest(read_template(template)) if template else None,
-        "student": weights_hash(catalog.resolve_weights("student", recipe.student)),
+        "student": run.models.base.weights,
     }
     for number, source in enumerate(recipe.train.data):
         if source.kind == "kept":
-            settings["kept_traces"] = traces_hash(run.directory / "filtered" / "kept")
+            settings["kept_traces"] = kept_hash(run.directory)
         elif source.kind == "run":
-            settings[f"data.{number}.traces"] = traces_hash(Path(source.path) / "filtered" / "kept")
+            settings[f"data.{number}.traces"] = kept_hash(Path(source.path))
         elif source.kind == "file":
             settings[f"data.{number}.file"] = file_hash(Path(source.path))
     if recipe.train.objective == "logits":
-        settings["teacher"] = weights_hash(catalog.resolve_weights("teacher", recipe.teacher))
+        settings |= {f"teacher.{key}": value for key, value in run.models.teacher.identity.items()}
+        settings["engine.dtype"] = recipe.engine.dtype
     if processes > 1 and recipe.train.train_batch_size is None:
         settings["world_size"] = processes  # a step has as many more batches
     return settings
 
 
-def traces_hash(kept: Path) -> str:
-    """Their number and a hash over (prompt id, sample, text) of every kept trace, whatever order they are stored in.
+def kept_hash(run: Path) -> str:
+    """The number of traces that a run's filter kept, and a hash over them, from its record.
 
-    Raises UserError when there is no trace.
+    Raises UserError when the filter is not finished.
     """
-    if not kept.is_dir():
-        raise UserError(f"{kept} is not there: run `distill filter` first, training reads the traces it kept")
-    digests = sorted(
-        hashlib.sha256(f"{trace.prompt.id}\0{trace.sample}\0{trace.text}".encode(errors="surrogatepass")).digest()
-        for trace, _ in read_traces(kept)
-    )
-    if not digests:
-        raise UserError(f"{kept} holds no trace: see why in filtered/dropped, and loosen `filter` or generate more")
-    return f"{len(digests):,} traces {hashlib.sha256(b''.join(digests)).hexdigest()[:16]}"
+    paths = RunPaths(run)
+    record = StageRecord.read_if_there(paths.record("filter"), "run `distill filter --fresh filter` again")
+    if record is None or record.finished is None or not paths.kept.is_dir():
+        raise UserError(f"{paths.kept} is not there: run `distill filter` first, training reads the traces it kept")
+    summary = FilterSummary.model_validate_json(json.dumps(record.summary))
+    return f"{summary.kept:,} traces {summary.kept_hash}"

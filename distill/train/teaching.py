@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from distill import catalog
-from distill.backends.local import LocalBackend
+from distill import backends
 from distill.chat import Chat
 from distill.console import progress, say
 from distill.errors import UserError
-from distill.fingerprint import digest, weights_hash
+from distill.fingerprint import digest
+from distill.models import Model, Models
 from distill.recipe import Recipe
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace
@@ -72,9 +72,8 @@ def write(
 
 def teach(recipe: Recipe, rows: TrainingSet, traces: Iterator[Trace], chat: Chat, run: Path, tokens: Path) -> Teaching:
     """Score what has no log-probabilities yet, map all of it, and say how much is known. Errors: UserError."""
-    card = catalog.load_teacher(recipe.teacher)
-    teacher_dir = catalog.resolve_weights("teacher", recipe.teacher)
-    teacher = Chat.load(teacher_dir, thinking=card.thinking)
+    model = Models(recipe, run).teacher
+    teacher = model.chat
     projector = Projector(
         Vocabulary(token_bytes(teacher.tokenizer, teacher.where), frozenset(teacher.stop_token_ids)),
         Vocabulary(token_bytes(chat.tokenizer, chat.where), frozenset(chat.stop_token_ids)),
@@ -82,7 +81,7 @@ def teach(recipe: Recipe, rows: TrainingSet, traces: Iterator[Trace], chat: Chat
         lambda text: chat.tokenizer(text, add_special_tokens=False)["input_ids"],
     )
     k = recipe.train.logits_top_k
-    teaching = write(rows, scored(traces, recipe, teacher_dir, rows, run), projector, teacher.prefill, k, tokens)
+    teaching = write(rows, scored(traces, recipe, model, rows, run), projector, teacher.prefill, k, tokens)
     if not teaching.known:
         raise UserError(
             f"none of {rows.counts.supervised:,} supervised tokens begins where a token of {recipe.teacher} does: the "
@@ -95,11 +94,11 @@ def teach(recipe: Recipe, rows: TrainingSet, traces: Iterator[Trace], chat: Chat
     return teaching
 
 
-def scored(traces: Iterator[Trace], recipe: Recipe, teacher: Path, rows: TrainingSet, run: Path) -> Iterator[Trace]:
+def scored(traces: Iterator[Trace], recipe: Recipe, teacher: Model, rows: TrainingSet, run: Path) -> Iterator[Trace]:
     """Every trace of a row with log-probabilities: its own, those that were scored before, or those scored now."""
     k = recipe.train.logits_top_k
     wanted = set(rows.keys)
-    store = TraceStore(run / "scored" / digest({"teacher": weights_hash(teacher), "top_k": k}))
+    store = TraceStore(run / "scored" / digest({"teacher": teacher.identity, "dtype": recipe.engine.dtype, "top_k": k}))
     done = store.keys() if store.directory.exists() else set()
     if done:
         yield from store
@@ -124,12 +123,15 @@ def scored(traces: Iterator[Trace], recipe: Recipe, teacher: Path, rows: Trainin
 
 @contextmanager
 def scoring(
-    store: TraceStore, recipe: Recipe, teacher: Path, total: int, done: int
+    store: TraceStore, recipe: Recipe, teacher: Model, total: int, done: int
 ) -> Iterator[Callable[[list[Trace]], list[Trace]]]:
     """The teacher, loaded; what it scores is stored at once."""
-    options = recipe.engine.model_dump() | {"data_parallel_size": 1, "num_speculative_tokens": 0}
-    backend = LocalBackend.load(teacher, thinking=catalog.load_teacher(recipe.teacher).thinking, **options)
-    with store, progress("score", total, "traces", done=done) as advance:
+    engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
+    with (
+        backends.open(teacher, engine) as backend,
+        store,
+        progress("score", total, "traces", done=done) as advance,
+    ):
 
         def score(traces: list[Trace]) -> list[Trace]:
             finished = backend.score(traces, recipe.train.logits_top_k)

@@ -28,7 +28,9 @@ def main() -> int:
         from distill.catalog import load_recipe  # torch takes seconds, in which an interruption may come, too
         from distill.train.ranks import train_rank
 
-        outcome.write_text(json.dumps({"summary": train_rank(load_recipe(str(directory / "recipe.yaml")), directory)}))
+        outcome.write_text(
+            json.dumps({"summary": train_rank(load_recipe(str(directory / "recipe.yaml")), directory).to_json()})
+        )
     except (UserError, WorkError) as error:
         code = 2 if isinstance(error, UserError) else 1
         outcome.write_text(json.dumps({"message": str(error), "code": code}))

@@ -90,7 +90,9 @@ def test_the_packages_to_install_are_the_packages_there_are():
     here = {
         ".".join(folder.relative_to(ROOT).parts)
         for folder in [ROOT / "distill", *(ROOT / "distill").rglob("*")]
-        if folder.is_dir() and folder.name != "__pycache__" and any(p.is_file() for p in folder.iterdir())
+        if folder.is_dir()
+        and folder.name != "__pycache__"
+        and any(p.is_file() and p.suffix not in (".h", ".cpp") for p in folder.iterdir())
     }
     catalogs = {f"distill._catalog.{kind}s" for kind in KINDS}
     assert set(setuptools["packages"]) == here | catalogs

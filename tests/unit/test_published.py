@@ -5,8 +5,8 @@ import json
 import pytest
 from pydantic import TypeAdapter
 
-from distill import generate
 from distill.errors import UserError
+from distill.generate import STAGE
 from distill.recipe import Recipe
 from distill.recipe.sources import TraceSource
 from distill.run import Run
@@ -175,22 +175,22 @@ def file(tmp_path):
 
 def test_the_first_stage_takes_published_traces_and_is_finished(file, tmp_path):
     with Run(tmp_path / "run", recipe_of(file)) as run:
-        summary = generate.generate(run)
-        assert (summary["traces"], summary["prompts"], summary["made"]) == (600, 600, 600)
-        assert generate.is_finished(run) and generate.generate(run) == summary
+        summary = STAGE.perform(run)
+        assert (summary.traces, summary.prompts, summary.made) == (600, 600, 600)
+        assert STAGE.is_finished(run) and STAGE.perform(run) == summary
     assert len(TraceStore(tmp_path / "run" / "traces")) == 600
 
 
 def test_a_larger_limit_takes_the_rest_and_other_columns_are_refused(file, tmp_path):
     with Run(tmp_path / "run", recipe_of(file, limit=100)) as run:
-        assert generate.generate(run)["made"] == 100
+        assert STAGE.perform(run).made == 100
     with Run(tmp_path / "run", recipe_of(file)) as run:
-        assert generate.generate(run)["made"] == 500
+        assert STAGE.perform(run).made == 500
     with (
         Run(tmp_path / "run", recipe_of(file, answer="gold")) as run,
         pytest.raises(UserError, match=r"traces\.0\.answer"),
     ):
-        generate.generate(run)
+        STAGE.perform(run)
 
 
 def test_a_source_that_cannot_be_read_leaves_nothing(tmp_path):
@@ -198,7 +198,7 @@ def test_a_source_that_cannot_be_read_leaves_nothing(tmp_path):
         Run(tmp_path / "run", recipe_of(tmp_path / "nowhere.jsonl")) as run,
         pytest.raises(UserError, match="no such file"),
     ):
-        generate.generate(run)
+        STAGE.perform(run)
     assert not (tmp_path / "run" / "traces").exists()
 
 

@@ -1,4 +1,4 @@
-"""The run directory: the lock against real processes, refusals that change nothing, states that survive `kill -9`."""
+"""The run directory: the lock against real processes, refusals that change nothing, records that survive `kill -9`."""
 
 import errno
 import json
@@ -13,44 +13,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from run_support import (
+    EVAL,
+    FILTER,
+    GENERATE,
+    STAGES,
+    TRAIN,
+    Words,
+    Writing,
+    begin,
+    content,
+    finished,
+    finished_run,
+    generate,
+    recipe,
+    rewritten,
+)
 
-from distill import run as run_module
+from distill import lock
+from distill import record as record_module
+from distill.artefacts import Artefact
 from distill.errors import UserError
 from distill.recipe import Recipe
+from distill.record import StageRecord, read_recipe
 from distill.run import Run
 
-OUTPUTS = {"generate": ["traces"], "filter": ["filtered"], "train": ["checkpoints", "student"], "eval": ["eval"]}
 
-
-def recipe(name: str = "small", **changes: Any) -> Recipe:
-    base = {
-        "name": name,
-        "teacher": "t",
-        "student": "s",
-        "prompts": [{"kind": "procedural", "name": "arithmetic"}],
-        "eval": {"benchmarks": ["b"]},
-    }
-    return Recipe.model_validate(base | changes)
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    """Every file of a directory but the lock."""
-    files = (path for path in directory.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
-def work(run: Run, *names: str, settings: dict[str, Any] | None = None) -> None:
-    """Do the named stages: one file per output."""
-    for name in names:
-        stage = run.stage(name, settings or {"seed": 0}, {"samples": 1}, OUTPUTS[name])
-        for output in OUTPUTS[name]:
-            (run.directory / output).mkdir(exist_ok=True)
-            (run.directory / output / "file").write_text(name)
-        stage.finish({"did": name})
+@pytest.fixture
+def done(tmp_path: Path) -> Path:
+    return finished_run(tmp_path / "run")
 
 
 # What is written
@@ -58,12 +52,25 @@ def work(run: Run, *names: str, settings: dict[str, Any] | None = None) -> None:
 
 def test_recipe_is_written_with_every_default_and_reads_back(tmp_path: Path) -> None:
     with Run(tmp_path / "deep" / "run", recipe(train={"learning_rate": 2e-5})) as run:
-        run.stage("generate", {}, {}, [])
+        begin(run, generate())
     written = yaml.safe_load((run.directory / "recipe.yaml").read_text())
     assert written["train"]["learning_rate"] == 2e-5
     assert written["generate"]["sampling"]["top_p"] == 0.95
     assert Recipe.model_validate(written) == run.recipe
     assert json.loads((run.directory / "run.json").read_text())["recipe"] == "small"
+    assert read_recipe(run.directory) == (run.directory / "recipe.yaml").read_text()
+
+
+def test_an_edited_recipe_is_refused_by_those_who_only_read(tmp_path: Path) -> None:
+    with Run(tmp_path, recipe()) as run:
+        begin(run, generate())
+    path = tmp_path / "recipe.yaml"
+    path.write_text(path.read_text().replace("top_p: 0.95", "top_p: 0.9"))
+    with pytest.raises(UserError, match="recipe.yaml is damaged or was edited; run the recipe again"):
+        read_recipe(tmp_path)
+    with Run(tmp_path, recipe()) as run:
+        begin(run, generate())
+    assert "top_p: 0.95" in read_recipe(tmp_path)
 
 
 def test_run_without_an_accepted_stage_leaves_nothing(tmp_path: Path) -> None:
@@ -80,32 +87,31 @@ def test_run_without_an_accepted_stage_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_stage_resumes_until_it_is_finished_as_asked(tmp_path: Path) -> None:
-    settings, extent = {"a": (1, 2), "b.c": 0.1}, {"samples": 1}
+    stage = generate({"a": [1, 2], "b.c": 0.1})
     for _ in range(2):
         with Run(tmp_path, recipe()) as run:
-            stage = run.stage("generate", settings, extent, ["traces"])
-            assert not stage.finished and stage.summary is None
+            begin(run, stage)
+            assert finished(run, stage) is None and not run.is_finished("generate")
     with Run(tmp_path, recipe()) as run:
-        stage = run.stage("generate", settings, extent, ["traces"])
-        stage.finish({"traces": 3})
-        assert stage.finished
+        assert stage.perform(run) == Words(words="generate")
+        assert run.worked == {"generate"}
     with Run(tmp_path, recipe()) as run:
-        stage = run.stage("generate", settings, extent, ["traces"])
-        assert stage.finished and stage.summary == {"traces": 3}
-        assert run.finished("generate", settings, extent) == {"traces": 3} and run.worked == set()
-        assert run.finished("generate", settings, {"samples": 2}) is None
-        more = run.stage("generate", settings, {"samples": 2}, ["traces"])
-        assert not more.finished and more.summary is None and run.worked == {"generate"}
+        assert finished(run, stage) == stage.perform(run) == Words(words="generate")
+        assert run.stored_summary("generate", Words) == Words(words="generate") and run.worked == set()
+        more = generate({"a": [1, 2], "b.c": 0.1}, samples=2)
+        assert finished(run, more) is None and not more.is_finished(run)
+        more.perform(run)
+        assert run.worked == {"generate"} and finished(run, more) is not None
 
 
 def test_other_settings_are_refused_by_name_and_nothing_changes(tmp_path: Path) -> None:
     with Run(tmp_path, recipe()) as run:
-        work(run, "generate", settings={"temperature": 0.6, "gone": True, "same": 1})
+        generate({"temperature": 0.6, "gone": True, "same": 1}).perform(run)
     before = content(tmp_path)
     with Run(tmp_path, recipe(train={"learning_rate": 1e-3})) as run, pytest.raises(UserError) as refusal:
-        run.stage("generate", {"temperature": 0.7, "new": None, "same": 1}, {"samples": 1}, ["traces"])
+        begin(run, generate({"temperature": 0.7, "new": None, "same": 1}))
     with Run(tmp_path, recipe()) as run, pytest.raises(UserError, match="temperature: 0.6 → 0.7"):
-        run.finished("generate", {"temperature": 0.7}, {"samples": 1})
+        finished(run, generate({"temperature": 0.7}))
     assert content(tmp_path) == before
     message = str(refusal.value)
     assert "temperature: 0.6 → 0.7, new: not set → null, gone: true → not set" in message
@@ -115,81 +121,65 @@ def test_other_settings_are_refused_by_name_and_nothing_changes(tmp_path: Path) 
 
 def test_finished_stage_changes_nothing(tmp_path: Path) -> None:
     with Run(tmp_path, recipe()) as run:
-        work(run, "generate")
+        GENERATE.perform(run)
     before = content(tmp_path)
     with Run(tmp_path, recipe(generate={"max_batch": 7})) as run:
-        assert run.stage("generate", {"seed": 0}, {"samples": 1}, ["traces"]).finished
+        GENERATE.perform(run)
     assert content(tmp_path) == before
 
 
 def test_seconds_count_sessions_and_not_the_pauses_between_them(tmp_path: Path) -> None:
-    def begin() -> Any:
-        return run.stage("generate", {}, {"samples": 1}, ["traces"])
-
-    state = tmp_path / "stages" / "generate.json"
+    path = tmp_path / "stages" / "generate.json"
     with Run(tmp_path, recipe()) as run:
-        begin()
+        begin(run, GENERATE)
     (tmp_path / "traces").mkdir()
     (tmp_path / "traces" / "ledger.jsonl").write_text("a trace")
-    told = json.loads(state.read_text())
-    begun = datetime.fromisoformat(told["resumed"])
+    begun = datetime.fromisoformat(json.loads(path.read_text())["resumed"])
     hours_ago = (begun - timedelta(hours=5)).isoformat()
-    state.write_text(json.dumps(told | {"begun": hours_ago, "resumed": hours_ago}))
-    for path in (tmp_path / "traces", tmp_path / "traces" / "ledger.jsonl"):  # 90 s later it wrote for the last time
-        os.utime(path, times=(begun.timestamp() - 5 * 3600 + 90,) * 2)
+    rewritten(path, StageRecord, begun=hours_ago, resumed=hours_ago)
+    for file in (tmp_path / "traces", tmp_path / "traces" / "ledger.jsonl"):  # 90 s later it wrote for the last time
+        os.utime(file, times=(begun.timestamp() - 5 * 3600 + 90,) * 2)
     with Run(tmp_path, recipe()) as run:
-        assert json.loads(state.read_text())["begun"] == hours_ago
-        begin().finish({})
-    told = json.loads(state.read_text())
-    assert 90 <= told["seconds"] < 90 + 60 and told["begun"] == hours_ago
+        GENERATE.perform(run)
+    record = json.loads(path.read_text())
+    assert 90 <= record["seconds"] < 90 + 60 and record["begun"] == hours_ago
     with Run(tmp_path, recipe()) as run:
-        run.stage("generate", {}, {"samples": 2}, ["traces"])
-    assert json.loads(state.read_text())["seconds"] == told["seconds"], "extending goes on from what was worked"
+        begin(run, generate(samples=2))
+    assert json.loads(path.read_text())["seconds"] == record["seconds"], "extending goes on from what was worked"
 
 
 # Fresh
 
 
-def test_fresh_moves_the_stage_and_all_later_ones_aside(tmp_path: Path) -> None:
-    with Run(tmp_path, recipe()) as run:
-        work(run, *OUTPUTS)
-    before = content(tmp_path)
-    with Run(tmp_path, recipe(train={"learning_rate": 1e-3})) as run:
-        run.fresh("train")
-        old = content(tmp_path / "old" / "train-1")
+def test_fresh_moves_the_stages_aside(done: Path) -> None:
+    before = content(done)
+    with Run(done, recipe(train={"learning_rate": 1e-3})) as run:
+        run.fresh([TRAIN, EVAL])
+        old = content(done / "old" / "train-1")
         assert set(old) == {
             "recipe.yaml", "stages/train.json", "stages/eval.json", "checkpoints/file", "student/file", "eval/file",
         }  # fmt: skip
         assert old["recipe.yaml"] == before["recipe.yaml"]
-        assert {name for name in content(tmp_path) if not name.startswith("old/")} == set(before) - set(old) | {
+        assert {name for name in content(done) if not name.startswith("old/")} == set(before) - set(old) | {
             "recipe.yaml"
         }
-        assert run.stage("filter", {"seed": 0}, {"samples": 1}, ["filtered"]).finished
-        work(run, "train", settings={"seed": 5})  # the new settings are accepted now
-        run.fresh("train")
-        run.fresh("train")  # nothing there any more
-    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == ["train-1", "train-2"]
+        assert finished(run, FILTER) is not None
+        Writing("train", "checkpoints", "student", settings={"seed": 5}).perform(run)  # new settings are accepted now
+        run.fresh([TRAIN, EVAL])
+        run.fresh([TRAIN, EVAL])  # nothing there any more
+    assert sorted(path.name for path in (done / "old").iterdir()) == ["train-1", "train-2"]
 
 
-def test_fresh_of_an_unknown_stage_lists_the_stages(tmp_path: Path) -> None:
-    with Run(tmp_path, recipe()) as run, pytest.raises(UserError, match="generate, filter, train, eval"):
-        run.fresh("trian")
-
-
-def test_fresh_cut_short_leaves_no_stage_that_looks_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Run(tmp_path, recipe()) as run:
-        work(run, *OUTPUTS)
-
+def test_fresh_cut_short_leaves_no_stage_that_looks_finished(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_order(source: Path, target: Path) -> None:
         raise OSError(errno.EIO, "gone", str(source))
 
-    with Run(tmp_path, recipe()) as run:
+    with Run(done, recipe()) as run:
         with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
             patch.setattr(Path, "rename", out_of_order)
-            run.fresh("filter")
-        assert run.stage("generate", {"seed": 0}, {"samples": 1}, ["traces"]).finished
-        for name in ("filter", "train", "eval"):
-            assert not run.stage(name, {"seed": 0}, {"samples": 1}, OUTPUTS[name]).finished
+            run.fresh(STAGES[1:])
+        assert finished(run, GENERATE) is not None
+        assert not any(run.is_finished(stage.name) for stage in STAGES[1:])
 
 
 # Refusals of whole directories
@@ -209,7 +199,7 @@ def refused(directory: Path, *expected: str) -> None:
 
 def test_directory_of_another_recipe_is_refused(tmp_path: Path) -> None:
     with Run(tmp_path, recipe("other")) as run:
-        work(run, "generate")
+        GENERATE.perform(run)
     refused(tmp_path, str(tmp_path), "other", "small")
 
 
@@ -227,9 +217,10 @@ def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
 
 def test_damaged_or_newer_run_is_refused(tmp_path: Path) -> None:
     with Run(tmp_path, recipe()) as run:
-        work(run, "generate")
-    (tmp_path / "run.json").write_text('{"format": 99, "recipe": "small"}')
-    refused(tmp_path, "format 99")
+        GENERATE.perform(run)
+    for found in (1, 99):
+        (tmp_path / "run.json").write_text(json.dumps({"format": found, "recipe": "small"}))
+        refused(tmp_path, f"run format {found}, this version writes {record_module.FORMAT}")
     (tmp_path / "run.json").write_text("{")
     refused(tmp_path, "run.json", "damaged")
 
@@ -252,29 +243,29 @@ def test_directory_without_write_permission_is_refused() -> None:
         directory = Path(name)
         directory.chmod(0o555)
         with unprivileged():
-            refused(directory, "no permission")
-            refused(directory / "new", "no permission")
+            refused(directory, "permission")
+            refused(directory / "new", "permission")
         assert list(directory.iterdir()) == []
         directory.chmod(0o755)
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOLCK])
 def test_write_errors_of_the_place_are_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    def fail(directory: Path) -> int:
+    def fail(directory: Path, option: str) -> int:
         raise OSError(code, os.strerror(code), str(directory / ".lock"))
 
-    monkeypatch.setattr(run_module, "_take_lock", fail)
+    monkeypatch.setattr(lock, "take", fail)
     refused(tmp_path, str(tmp_path))
 
 
 def test_full_disk_is_not_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, text: str) -> None:
+    def full(artefact: Artefact, path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with Run(tmp_path / "run", recipe()) as run, monkeypatch.context() as patch:
-        patch.setattr(run_module, "write_whole", full)
+        patch.setattr(Artefact, "write", full)
         with pytest.raises(OSError, match="No space left"):
-            run.stage("generate", {}, {}, [])
+            begin(run, GENERATE)
     assert not (tmp_path / "run").exists()
 
 
@@ -288,8 +279,10 @@ from pathlib import Path
 from distill.recipe import Recipe
 from distill.run import Run
 recipe = Recipe.model_validate_json(sys.argv[2])
+sys.path.insert(0, sys.argv[3])
+from run_support import GENERATE, begin
 with Run(Path(sys.argv[1]), recipe) as run:
-    run.stage("generate", {}, {}, [])
+    begin(run, GENERATE)
     if os.fork() == 0:  # as a worker process that outlives its parent
         print(os.getpid(), flush=True)
     time.sleep(60)
@@ -297,7 +290,7 @@ with Run(Path(sys.argv[1]), recipe) as run:
 
 
 def test_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLDER, str(tmp_path), recipe().model_dump_json()]
+    command = [sys.executable, "-c", HOLDER, str(tmp_path), recipe().model_dump_json(), str(Path(__file__).parents[1])]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert holder.stdout is not None
     worker = int(holder.stdout.readline())
@@ -307,7 +300,7 @@ def test_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> 
         holder.wait()
         os.kill(worker, 0)  # it lives on, and does not hold the lock
         with Run(tmp_path, recipe()) as run:
-            assert not run.stage("generate", {}, {}, []).finished
+            assert finished(run, GENERATE) is None
     finally:
         holder.kill()
         os.kill(worker, signal.SIGKILL)
@@ -316,7 +309,7 @@ def test_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> 
 
 def test_same_process_cannot_hold_a_run_twice(tmp_path: Path) -> None:
     with Run(tmp_path, recipe()) as run:
-        run.stage("generate", {}, {}, [])
+        begin(run, GENERATE)
         refused(tmp_path, f"process {os.getpid()}")
     with Run(tmp_path, recipe()):
         pass

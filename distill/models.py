@@ -1,0 +1,125 @@
+"""A model that answers or learns, resolved once per process: where it is, its mode, what identifies it.
+
+A run has three of them, and everything that needs one takes it from the `Run`:
+
+    teacher   the card's weights, in the card's thinking mode
+    base      the student before training, asked with the training template: base and student then read the very same
+              prompt, and the difference between their scores is the training
+    student   the directory that training wrote; it carries its template
+
+Cards are parsed, weights hashed and tokenizers loaded when somebody first asks, and then kept: resolving by name in
+every stage cost a parse each, and two stages could disagree about one model.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import JsonValue
+
+from distill import catalog
+from distill.errors import UserError
+from distill.fingerprint import digest, weights_hash
+
+if TYPE_CHECKING:
+    from distill.chat import Chat
+    from distill.recipe import Recipe, StudentCard, TeacherCard
+
+
+@dataclass(frozen=True)
+class Server:
+    """An OpenAI-compatible address. model: its name there. key: never shown."""
+
+    url: str
+    model: str | None = None
+    key: str | None = field(default=None, repr=False)
+
+
+@dataclass(eq=False)
+class Model:
+    """name: what its scores are called. place: a model directory, or a server. template: a built-in training template
+    or a .jinja file in place of the directory's own. thinking: the template's mode, None for its default."""
+
+    name: str
+    place: Path | Server
+    template: str | None = None
+    thinking: bool | None = None
+
+    @property
+    def directory(self) -> Path:
+        """The model directory. A server has none: that is asserted."""
+        assert isinstance(self.place, Path), f"{self.name} is behind a server"
+        return self.place
+
+    @cached_property
+    def weights(self) -> str:
+        """A hash over configuration, tokenizer and weights (`fingerprint.weights_hash`)."""
+        return weights_hash(self.directory)
+
+    @cached_property
+    def identity(self) -> dict[str, JsonValue]:
+        """What the fingerprint of a stage says of the model: weights, the template where it is not the directory's own,
+        and the mode where one was chosen. The address of a server is no part of it."""
+        if isinstance(self.place, Server):
+            return {"model": self.place.model}
+        from distill.chat import read_template
+
+        template = digest(read_template(self.template)) if self.template else "own"
+        mode: dict[str, JsonValue] = {} if self.thinking is None else {"thinking": self.thinking}
+        return {"weights": self.weights, "chat_template": template} | mode
+
+    @cached_property
+    def chat(self) -> "Chat":
+        """The tokenizer with the template, in the model's mode. Errors: UserError when it cannot be used."""
+        from distill.chat import Chat
+
+        return Chat.load(self.directory, self.template, self.thinking)
+
+
+class Models:
+    """The models of one recipe. root: the run directory, where training writes the student."""
+
+    def __init__(self, recipe: "Recipe", root: Path) -> None:
+        self._recipe, self._root = recipe, root
+
+    @cached_property
+    def teacher_card(self) -> "TeacherCard":
+        """The recipe's teacher card. Errors: UserError for an unknown name or a broken card."""
+        return catalog.load_teacher(self._recipe.teacher)
+
+    @cached_property
+    def student_card(self) -> "StudentCard":
+        """The recipe's student card. Errors: UserError for an unknown name or a broken card."""
+        return catalog.load_student(self._recipe.student)
+
+    @cached_property
+    def teacher(self) -> Model:
+        """The teacher; a hub id is downloaded first. Errors: UserError when its weights are not complete."""
+        place = catalog.resolve_weights("teacher", self._recipe.teacher)
+        return Model("teacher", place, thinking=self.teacher_card.thinking)
+
+    @cached_property
+    def base(self) -> Model:
+        """The student before training, with the training template. Errors: as `teacher`."""
+        place = catalog.resolve_weights("student", self._recipe.student)
+        return Model("base", place, template=self.training_template)
+
+    @property
+    def student(self) -> Model:
+        """The student that training wrote. Errors: UserError when there is none yet."""
+        directory = self._root / "student"
+        if not (directory / "config.json").is_file():
+            raise UserError(
+                f"{directory} holds no model: run `distill train` first, or leave `student` out of eval.models"
+            )
+        return self._student
+
+    @cached_property
+    def _student(self) -> Model:
+        return Model("student", self._root / "student")
+
+    @property
+    def training_template(self) -> str | None:
+        """The template that the student is trained with: the recipe's, or its card's; None is the checkpoint's own."""
+        return self._recipe.train.chat_template or self.student_card.chat_template
