@@ -93,11 +93,7 @@ class Benchmark:
             return None
         return (
             f"{self.name}: {len(golds):,} of {tried:,} gold answers cannot be read by a grader, such as "
-<<<<<<< HEAD
-            f"{golds[0][:60]!r}: an answer counts as correct in the same spelling alone, else as unverifiable"
-=======
             f"{golds[0][:60]!r}: an answer counts as correct only in the same spelling, else as unverifiable"
->>>>>>> eval
         )
 
     def settings(self) -> Settings:
