@@ -44,7 +44,7 @@ class Recipe(Section):
     description: str = Field("", description="one line for `distill recipes list`")
     teacher: str = Field(description="name of a teacher card, or a path")
     student: str = Field(description="name of a student card, or a path")
-    seed: int = Field(0, description="of the teacher's sampling")
+    seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed of the teacher's sampling")
     price_per_hour: float | None = Field(
         None, ge=0, description="what an hour of the machine costs; the report then says what each stage did"
     )
