@@ -16,11 +16,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def settings(self) -> dict[str, Any]:
-        """The fields that belong to the stage's fingerprint: dotted keys → JSON values; `Free` ones are left out."""
+    def settings(self, marker: type | None = None) -> dict[str, Any]:
+        """The fields that belong to the stage's fingerprint: dotted keys → JSON values; `Free` ones are left out.
+
+        marker: only the fields that carry this mark.
+        """
         flat: dict[str, Any] = {}
         for name, info in type(self).model_fields.items():
-            if not any(m is Free for m in info.metadata):
+            if Free not in info.metadata and (marker is None or marker in info.metadata):
                 flat |= _flattened(name, getattr(self, name))
         return flat
 

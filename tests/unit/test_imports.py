@@ -22,6 +22,7 @@ SHARED |= {
     "artefacts",
     "lock",
     "models",
+    "objectives",
     "record",
     "section",
     "stage",
