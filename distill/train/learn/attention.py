@@ -128,7 +128,7 @@ def grouped(q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, group: Group, scaling: 
         x_thc = x_thc[group.start : group.stop]
         if group.gather is not None:
             x_thc = x_thc.index_select(0, group.gather)
-        return x_thc.unflatten(0, (group.rows, group.width)).transpose(1, 2)
+        return x_thc.reshape(group.rows, group.width, *x_thc.shape[1:]).transpose(1, 2)
 
     out_bhwc = F.scaled_dot_product_attention(
         batch(q_thc), batch(k_tgc), batch(v_tgc), dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True

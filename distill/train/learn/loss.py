@@ -15,6 +15,8 @@ block of rows is a few dozen megabytes.
 Shapes: s supervised tokens, r of them in a block, v vocabulary, d hidden.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -33,8 +35,8 @@ def linear_loss(hidden_sd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, cri
     """
     device = hidden_sd.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_sd.dtype
-    parts: Tensor = _LinearLoss.apply(hidden_sd, weight_vd, bias_v, criterion, dtype, torch.is_grad_enabled())
-    return parts
+    apply: Callable[..., Tensor] = _LinearLoss.apply
+    return apply(hidden_sd, weight_vd, bias_v, criterion, dtype, torch.is_grad_enabled())
 
 
 class _Context(FunctionCtx):

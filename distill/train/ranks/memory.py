@@ -13,7 +13,7 @@ Not counted are fragmentation, and the libraries' own memory beyond `BASE`.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import wraps
+from functools import update_wrapper
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -86,13 +86,13 @@ def once(function: Callable[Concatenate[PretrainedConfig, P], R]) -> Callable[Co
     """Cache the results: the table of a plan asks the same few questions often."""
     results: dict[tuple[str, ...], R] = {}
 
-    @wraps(function)
     def cached(config: PretrainedConfig, *args: P.args, **kwargs: P.kwargs) -> R:
         key = (config.to_json_string(), *map(repr, args), *map(repr, kwargs.items()))
         if key not in results:
             results[key] = function(config, *args, **kwargs)
         return results[key]
 
+    update_wrapper(cached, function)
     return cached
 
 
@@ -117,7 +117,7 @@ def adapters(config: PretrainedConfig, adapter: Lora | Qlora) -> int:
         sum(p.numel() for p in with_adapters(on_meta(config, layers), adapter).parameters() if p.requires_grad)
         for layers in (1, 2)
     )
-    return one + (config.num_hidden_layers - 1) * (two - one)
+    return int(one + (config.num_hidden_layers - 1) * (two - one))
 
 
 def on_meta(config: PretrainedConfig, layers: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

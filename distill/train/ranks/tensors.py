@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -122,14 +122,36 @@ def piece_of(tensor: Tensor) -> Piece:
     return Piece(local, tuple(tensor.shape), start)
 
 
+class TensorRows(Protocol):
+    """A lazily read tensor of `safe_open`, which has no types of its own."""
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+class TensorFile(Protocol):
+    """A file opened by `safe_open`."""
+
+    def metadata(self) -> dict[str, str]:
+        """The header's free entries."""
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Read a tensor."""
+
+    def get_slice(self, name: str) -> TensorRows:
+        """A tensor that is not read yet."""
+
+
 class Stored:
     """The tensors in the files of a checkpoint, opened while the stack lasts."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self._about: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._shards: dict[str, list[tuple[safe_open, int]]] = {}
+        self._shards: dict[str, list[tuple[TensorFile, int]]] = {}
         for path in sorted(directory.glob("rank-*.safetensors")):
-            file = stack.enter_context(safe_open(path, framework="pt"))
+            file: TensorFile = stack.enter_context(safe_open(path, framework="pt"))
             for name, about in json.loads(file.metadata()[SHARDS]).items():
                 self._about[name] = tuple(about["shape"]), getattr(torch, about["dtype"])
                 self._shards.setdefault(name, []).append((file, about["start"]))

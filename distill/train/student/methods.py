@@ -57,12 +57,13 @@ def quantization(settings: Train) -> object | None:
     require_bitsandbytes("train.adapter.kind is qlora")
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
+    config: object = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
     )
+    return config
 
 
 def require_bitsandbytes(why: str) -> None:

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
@@ -186,7 +186,7 @@ def fill(model: PreTrainedModel, model_dir: Path) -> None:
         for name, p in model.named_parameters()
         if ".lora_" not in name
     }
-    dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(model_dir)))
+    load_distributed(dict(tensors), storage_reader=HuggingFaceStorageReader(str(model_dir)))
     refuse_not_finite(model_dir, tensors.items())
 
 
