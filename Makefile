@@ -7,10 +7,11 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 JUNIT := build/junit.xml
-INSTALLED_FROM := pyproject.toml constraints.txt setup.py distill/engine/kernels/cpu.cpp
+NATIVE := $(wildcard $(addprefix distill/engine/kernels/native/,*.cpp *.h isa/*.h))
+INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(NATIVE)
 SOURCES := $(wildcard distill tests tools perf cli.py setup.py)
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-slow lint format docs clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -18,16 +19,25 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev lint
 	rm -f $(JUNIT)
-	$(OFFLINE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --junitxml $(JUNIT) $(PYTEST_ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m 'not slow' --junitxml $(JUNIT) $(PYTEST_ARGS)
+
+# What takes minutes and rarely breaks: run by hand before a release.
+test-slow: .venv/installed-dev
+	$(OFFLINE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m slow $(PYTEST_ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/clang-format -i $(NATIVE)
+
+docs: .venv/installed-dev # into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean: # not runs/: what was computed is the user's
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-from distill.cli import main
+from distill.command import main
 
 if __name__ == "__main__":
     main()

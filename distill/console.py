@@ -25,6 +25,8 @@ from functools import cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Protocol
 
+from distill import interrupts
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -286,7 +288,7 @@ def _bar(description: str, count: _Count) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console()) as bar:
+    with interrupts.held(), Progress(*columns, console=console()) as bar:
         task = bar.add_task(description, total=count.total, completed=count.before, rate=count.unit)
 
         def advance(n: int = 1, note: str = "") -> None:

@@ -22,6 +22,7 @@ from distill.backends.collect import check_all, collect, missing
 from distill.backends.local import device_type
 from distill.console import progress, say
 from distill.fingerprint import digest
+from distill.grading import unreadable_golds
 from distill.stage import Stage
 from distill.traces.published import read_published
 from distill.traces.store import TraceStore
@@ -80,6 +81,8 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
     suffix = recipe.generate.prompt_suffix
     with backends.open(run.models.teacher, recipe.engine, recipe.generate.max_batch) as backend:
         check_all(backend, wanted, sampling, suffix)
+        if wanted:
+            _say_unreadable(run)
         begin()
         total = len(run.prompts) * recipe.generate.samples
         left = sum(len(job.samples) for job in wanted)
@@ -87,7 +90,7 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
         with store:
             if store.cut_off:
                 say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
-            with progress("generate", total, "traces", done=total - left) as advance:
+            with progress("generate", total, "traces", done=total - left, stored=True) as advance:
                 collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix)
         seconds, usage, numerics = time.monotonic() - started, backend.usage, dict(backend.numerics)
     store.compact()
@@ -100,6 +103,18 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
             "numerics": numerics,
         }
     )
+
+
+def _say_unreadable(run: "Run") -> None:
+    """Say how many gold answers no grader can read, before anything is spent on their prompts."""
+    if (correct := run.recipe.filter.correct) is None:
+        return
+    golds, tried = unreadable_golds(run.prompts, correct.workers, correct.timeout)
+    if golds:
+        say(
+            f"note: {len(golds):,} of {tried:,} gold answers cannot be read by a grader, such as {golds[0][:60]!r}: an "
+            f"answer counts as correct only in the same spelling, and as unverifiable in every other"
+        )
 
 
 def _teacher(run: "Run", backend: backends.Backend) -> str:
@@ -140,19 +155,15 @@ def _renumbered(trace: Trace, samples: Counter[str]) -> Trace:
 def _counts(store: TraceStore) -> GenerateSummary:
     """Counts over the whole store, in one pass. completion_tokens: of the traces whose token ids are known."""
     lengths, prompts, truncated = [], set(), 0
-
-    def counted() -> Iterator[Trace]:
-        nonlocal truncated
-        for trace in store:
-            lengths.append(trace.tokens)
-            prompts.add(trace.prompt.id)
-            truncated += trace.finish_reason == "length"
-            yield trace
-
-    content = content_hash(counted())
+    digests = []
+    for figures in store.figures():
+        digests.append(figures.digest)
+        lengths.append(figures.tokens)
+        prompts.add(figures.key[0])
+        truncated += figures.finish_reason == "length"
     return GenerateSummary(
         traces=len(lengths),
-        content_hash=content,
+        content_hash=content_hash(digests),
         prompts=len(prompts),
         truncated=truncated,
         completion_tokens=sum(lengths),

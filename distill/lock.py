@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from distill import interrupts
 from distill.errors import UserError
 
 NAME = ".lock"
@@ -45,6 +46,7 @@ def take(directory: Path, option: str) -> int:
             break
         os.close(descriptor)  # its last holder removed the file between our open and our lock
     _held.add(descriptor)
+    interrupts.hold()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
@@ -54,6 +56,7 @@ def release(descriptor: int) -> None:
     """Give up a lock that `take` gave."""
     _held.discard(descriptor)
     os.close(descriptor)
+    interrupts.release()
 
 
 @contextmanager
@@ -69,3 +72,18 @@ def locked(directory: Path, option: str = "--out") -> Iterator[None]:
     finally:
         (directory / NAME).unlink(missing_ok=True)
         release(descriptor)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether another process works in a directory. Takes nothing: the answer may be old when it is read."""
+    try:
+        descriptor = os.open(directory / NAME, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

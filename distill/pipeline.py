@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill import catalog, filters, generate, train
+from distill import catalog, generate, train
 from distill import eval as evaluation
 from distill.console import say, table
 from distill.errors import UserError
+from distill.filters import pipeline as filters
 from distill.report import Report
 from distill.run import Run
 from distill.stage import Stage

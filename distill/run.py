@@ -35,7 +35,7 @@ from distill.durable import aside, sync_directory, write_whole
 from distill.errors import UserError
 from distill.integrity import record_files
 from distill.models import Models
-from distill.prompts import Prompt, load_prompts
+from distill.prompts import Prompt, PromptCounts, load_prompts
 from distill.recipe import Recipe
 from distill.record import FORMAT, Identity, StageFiles, StageRecord, read_identity
 
@@ -81,7 +81,11 @@ class Run:
     @cached_property
     def prompts(self) -> list[Prompt]:
         """The recipe's prompts, read once. Errors: UserError naming file and line."""
-        return list(load_prompts(self.recipe.prompts))
+        counts = PromptCounts()
+        prompts = list(load_prompts(self.recipe.prompts, counts))
+        for note in counts.notes():
+            say(f"note: {note}")
+        return prompts
 
     def __enter__(self) -> "Run":
         with self._usable():

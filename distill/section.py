@@ -16,16 +16,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def settings(self, marker: type | None = None) -> dict[str, Any]:
-        """The fields that belong to the stage's fingerprint: dotted keys → JSON values; `Free` ones are left out.
-
-        marker: only the fields that carry this mark.
-        """
+    def settings(self) -> dict[str, Any]:
+        """The fields that belong to the stage's fingerprint: dotted keys → JSON values; `Free` ones are left out."""
         flat: dict[str, Any] = {}
         for name, info in type(self).model_fields.items():
-            if Free not in info.metadata and (marker is None or marker in info.metadata):
+            if Free not in info.metadata:
                 flat |= _flattened(name, getattr(self, name))
         return flat
+
+    def marked(self, marker: type) -> dict[str, Any]:
+        """Those of the `settings` whose fields carry a mark."""
+        fields = [name for name, info in type(self).model_fields.items() if marker in info.metadata]
+        return {key: value for key, value in self.settings().items() if key.partition(".")[0] in fields}
 
     def to_yaml(self) -> str:
         """The whole of it as YAML, every default written out, in the order of the fields."""

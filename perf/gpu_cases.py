@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill.engine.kernels import gpu, gpu_attention, gpu_draw, gpu_gemm, gpu_moe, gpu_rows, reference, w8a8
 from distill.engine.kernels.gpu_tiles import grouped_tile, linear_tile
+from distill.engine.kernels.stored import Fp8
 
 BFLOAT16, FLOAT32 = 1e-2, 1e-3  # relative errors by norm that are allowed
 
@@ -40,10 +41,10 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     )
 
 
-def random_fp8(n: int, c: int) -> reference.Fp8:
+def random_fp8(n: int, c: int) -> Fp8:
     codes = random(n, c).mul_(100).clamp_(-448, 448).to(torch.float8_e4m3fn)
     scale = torch.rand(-(-n // 128), -(-c // 128), device=codes.device) * c**-0.5 / 100 + 1e-5
-    return reference.Fp8(codes, scale)
+    return Fp8(codes, scale)
 
 
 def dense(made: w8a8.Quantised) -> Tensor:

@@ -13,6 +13,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("DISTILL_TEST_DATA", ROOT.parent / "shared" / "data"))
+CASES = DATA.parent / "cases"
 
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[name] = "1"
@@ -35,6 +36,20 @@ def real_data() -> Callable[[str], Path]:
             pytest.skip(f"real data: no directory {DATA} (set DISTILL_TEST_DATA)")
         path = DATA / name
         assert path.exists(), f"{path} does not exist, although {DATA} does: is the name right?"
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def cases() -> Callable[[str], Path]:
+    """`cases("prompts/nan.jsonl")` → the path of a case that once failed. Skips and errs as `real_data` does."""
+
+    def find(name: str) -> Path:
+        if not CASES.is_dir():
+            pytest.skip(f"real data: no directory {CASES} (set DISTILL_TEST_DATA)")
+        path = CASES / name
+        assert path.exists(), f"{path} does not exist, although {CASES} does: is the name right?"
         return path
 
     return find

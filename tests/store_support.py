@@ -18,9 +18,9 @@ from signal import SIGKILL
 from typing import Any
 
 from distill.prompts.prompt import Prompt
-from distill.traces import store as store_module
+from distill.traces import parts as parts_module
 from distill.traces.ledger import Ledger
-from distill.traces.store import TraceStore
+from distill.traces.store import TraceStore, write_traces
 from distill.traces.trace import Trace
 
 
@@ -89,7 +89,7 @@ def _write_ledger(path: Path, acknowledge: Callable[[list[int]], None]) -> None:
 
 
 def _write_store(path: Path, acknowledge: Callable[[list[int]], None]) -> None:
-    store_module.SHARD_ROWS, store_module.GROUP_ROWS = 4, 2
+    parts_module.SHARD_ROWS, parts_module.GROUP_ROWS = 4, 2
     store = TraceStore(path)
     while True:
         with store:
@@ -102,7 +102,7 @@ def _write_store(path: Path, acknowledge: Callable[[list[int]], None]) -> None:
 
 def _nursery(write: Callable[[Path, Callable[[list[int]], None]], None], path: Path, log: Path) -> None:
     with tempfile.TemporaryDirectory() as name:  # the first Parquet file of a process takes long: do that before
-        store_module.write_traces(Path(name) / "warm", [trace(0)])
+        write_traces(Path(name) / "warm", [trace(0)])
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     for _ in sys.stdin:
         writer = os.fork()

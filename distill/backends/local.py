@@ -170,9 +170,12 @@ class LocalBackend:
 
     def _finished(self, requests: "Iterable[Request]") -> "Iterator[Completion]":
         from distill.engine import EngineDied
+        from distill.engine.sampler import NonFiniteLogits
 
         try:
             yield from self.engine.generate(requests)
+        except NonFiniteLogits as error:
+            raise UserError(str(error)) from error
         except EngineDied as error:
             raise WorkError(f"{error}; what was finished is kept, run the same command to go on") from error
 

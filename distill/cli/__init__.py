@@ -8,14 +8,13 @@ What is none of these is a bug and keeps its traceback.
 import errno
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distill import __version__
+from distill import __version__, console, interrupts
 from distill.cli import catalogs, evaluation, stages
 from distill.errors import UserError, WorkError
 
@@ -78,12 +77,9 @@ def doctor(
 # ---- errors become exit codes
 
 
-def _interrupted(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
-    signal.signal(signal.SIGTERM, _interrupted)  # a scheduler's polite end is an interruption like any other
+    """Run a command and exit with its code. Signals are handled by `distill.interrupts`, installed before."""
+    console.prepare()
     try:
         code = app(prog_name="distill", standalone_mode=False) or 0
         sys.stdout.flush()
@@ -101,19 +97,20 @@ def main() -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             code = _fail(_disk_full(error), 1)
         elif error.filename is not None:
-            fix = "; give yourself the right to it, or name another place" if error.errno == errno.EACCES else ""
+            fix = "; change its permissions (chmod), or name another place" if error.errno == errno.EACCES else ""
             code = _fail(f"{os.fsdecode(error.filename)}: {error.strerror or error}{fix}", 2)
         else:
             raise
     except KeyboardInterrupt:
-        code = 130
-    if code == 130:  # Typer turns an interruption inside a command into this code
-        _fail("interrupted; rerun the same command to resume", code)
+        code = interrupts.CODE
+    if code == interrupts.CODE:  # Typer turns an interruption inside a command into this code
+        done = f" ({kept})" if (kept := console.kept()) else ""
+        _fail(f"interrupted{done}; rerun the same command to resume", code)
     sys.exit(code)
 
 
 def _fail(message: object, code: int) -> int:
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    print("error:", console.escaped(" ".join(str(message).split())), file=sys.stderr)
     return code
 
 

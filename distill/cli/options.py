@@ -22,6 +22,10 @@ SetOption = Annotated[
 RunDirOption = Annotated[
     Path | None, typer.Option("--run-dir", metavar="DIR", help="where everything is written; runs/NAME by default")
 ]
+VerifyOption = Annotated[
+    bool,
+    typer.Option("--verify", help="hash the files of finished stages, instead of comparing their sizes and times"),
+]
 FreshOption = Annotated[
     list[StageName] | None,
     typer.Option(

@@ -7,48 +7,64 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import FreshOption, RecipeArgument, RunDirOption, SetOption, StageName
+from distill.cli.options import FreshOption, RecipeArgument, RunDirOption, SetOption, StageName, VerifyOption
 from distill.errors import UserError
 
 
 def run(
-    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    fresh: FreshOption = None,
+    verify: VerifyOption = False,
 ) -> None:
-    """Run all four stages and write the report. What is finished is skipped; what was interrupted resumes.
+    """Run all four stages and write the report. Finished stages are skipped, interrupted ones resume.
 
     Examples: `distill run tiny` · `distill run my.yaml --set generate.samples=4` · `distill run tiny --fresh train`
     """
-    run_stages(recipe, None, set_, run_dir, fresh)
+    run_stages(recipe, None, set_, run_dir, fresh, verify)
 
 
 def generate(
-    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    fresh: FreshOption = None,
+    verify: VerifyOption = False,
 ) -> None:
     """Stage 1: the teacher answers the prompts.
 
     Example: `distill generate tiny --set prompts.0.limit=100`
     """
-    run_stages(recipe, [StageName.generate], set_, run_dir, fresh)
+    run_stages(recipe, [StageName.generate], set_, run_dir, fresh, verify)
 
 
 def filter_(
-    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    fresh: FreshOption = None,
+    verify: VerifyOption = False,
 ) -> None:
     """Stage 2: decide which traces are kept, and record why.
 
-    Example: `distill filter tiny --set filter.per_prompt=1 --fresh filter`
+    Example: `distill filter tiny --set filter.select.per_prompt=1 --fresh filter`
     """
-    run_stages(recipe, [StageName.filter], set_, run_dir, fresh)
+    run_stages(recipe, [StageName.filter], set_, run_dir, fresh, verify)
 
 
 def train(
-    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, fresh: FreshOption = None
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    fresh: FreshOption = None,
+    verify: VerifyOption = False,
 ) -> None:
     """Stage 3: fine-tune the student on the kept traces.
 
     Example: `distill train tiny --set train.learning_rate=2e-5 --fresh train`
     """
-    run_stages(recipe, [StageName.train], set_, run_dir, fresh)
+    run_stages(recipe, [StageName.train], set_, run_dir, fresh, verify)
 
 
 def run_stages(
@@ -57,7 +73,9 @@ def run_stages(
     overrides: Sequence[str] | None,
     run_dir: Path | None,
     fresh: Sequence[StageName] | None,
+    verify: bool = False,
 ) -> None:
+    """Load the recipe and run the stages. Errors: UserError and WorkError."""
     from distill.catalog import load_recipe
 
     recipe = load_recipe(name, overrides or ())
@@ -65,7 +83,7 @@ def run_stages(
 
     directory = run_dir or default_run_dir(recipe)
     try:
-        run_recipe(recipe, directory, stages=stages, fresh=fresh or ())
+        run_recipe(recipe, directory, stages=stages, fresh=fresh or (), verify=verify)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             error.filename = error.filename or str(directory)  # a failed write to an open file does not say where
@@ -115,11 +133,11 @@ def traces(
         raise UserError("--diff compares the traces of one prompt: name it with --prompt ID")
     judged = browse.judged(run)
     if counts:
-        table("", ("verdict", "traces"), browse.counts(browse.chosen(judged, verdict, prompt, search)))
+        table("", ("verdict", "traces"), browse.counts(browse.select(judged, verdict, prompt, search)))
     elif diff:
         paged(browse.differences(judged, prompt or ""))
     else:
-        paged(browse.told(browse.chosen(judged, verdict, prompt, search), whole))
+        paged(browse.texts(browse.select(judged, verdict, prompt, search), whole))
 
 
 def plan(

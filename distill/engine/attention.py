@@ -180,7 +180,7 @@ def _linear(ops: Ops, x_tc: Tensor, w: Linear) -> Tensor:
 
 
 def _linears(ops: Ops, x_tc: Tensor, *some: Linear) -> Sequence[Tensor]:
-    return ops.linears(x_tc, [w.weight for w in some], [w.bias for w in some])  # type: ignore[no-any-return]
+    return ops.linears(x_tc, [w.weight for w in some], [w.bias for w in some])
 
 
 def gqa(
@@ -250,21 +250,21 @@ def mla(
     where, angles = (batch.page_t, batch.offset_t), (batch.cos_tr, batch.sin_tr)
     ops.write_latents(pool, *where, latent_tc, w.kv_norm, LATENT_NORM_EPS, *angles, spec.rope.interleaved)
     if w.indexer is not None:
-        ops.paged_write(*key_pool, *where, indexer.keys(spec, ops, w.indexer, x_tc, *angles))
+        ops.paged_write(key_pool[0], *where, indexer.keys(spec, ops, w.indexer, x_tc, *angles))
     if not len(onto_rc):
         return onto_rc
 
     batch, x_rc = _narrowed(batch, x_tc, wanted)
     if wanted is not None:
         first_tn = _linear(ops, x_rc, w.q_a or w.q)
-    to_q = x_rc if w.q_a is None else ops.rms_norm(first_tn, w.q_norm, LATENT_NORM_EPS, w.q.weight)
+    to_q = x_rc if w.q_norm is None else ops.rms_norm(first_tn, w.q_norm, LATENT_NORM_EPS, w.q.weight)
     q_tn = first_tn if w.q_a is None else _linear(ops, to_q, w.q)
     q_thd = q_tn.unflatten(-1, (spec.num_heads, spec.head_dim))
     qn_thn, qr_thr = q_thd.split((dims.nope_dim, dims.rope_dim), dim=-1)
     ops.rope(qr_thr, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
 
     def absorbed(rows: DecodeRows | SparseRows) -> Tensor:
-        return ops.per_head(qn_thn[rows.start : rows.end], w.absorb_q, qr_thr[rows.start : rows.end])  # type: ignore[no-any-return]
+        return ops.per_head(qn_thn[rows.start : rows.end], w.absorb_q, qr_thr[rows.start : rows.end])
 
     parts = []
     for rows in batch.segments:
@@ -300,12 +300,16 @@ def _sparse(
     index_q_bhd, weight_bh = indexer.queries(
         spec, ops, w.indexer, latent_tq[some], x_tc[some], batch.cos_tr[some], batch.sin_tr[some]
     )
-    parts = []
+    parts, undefined = [], []
     for chunk in rows.chunks:
         own = slice(chunk.start - rows.start, chunk.end - rows.start)
-        parts.append(
-            indexer.select(ops, index_q_bhd[own], weight_bh[own], key_pool, chunk.table_p, chunk.length, top_k)
+        places, undefined_t = indexer.select(
+            ops, index_q_bhd[own], weight_bh[own], key_pool, chunk.table_p, chunk.length, top_k
         )
+        parts.append(places)
+        undefined.append(undefined_t)
+    # Which tokens such a row attends to is not known, so its result must not be a number.
+    q_bhd = q_bhd.masked_fill(torch.cat(undefined)[:, None, None], float("nan"))
     lengths_b = torch.full((len(q_bhd),), top_k, device=pool.device)
     single = pool.view(-1, 1, 1, pool.shape[-1])  # the same pool, in pages of one token
     return ops.decode_mla(q_bhd, single, torch.cat(parts), lengths_b, spec.softmax_scale, spec.mla.kv_lora_rank)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distill.engine.kernels import Ops
-from distill.engine.kernels.reference import FP8_BLOCK
+from distill.engine.kernels.stored import FP8_BLOCK
 from distill.engine.kernels.w8a8 import fp8_row_bytes
 from distill.engine.spec import ModelSpec
 

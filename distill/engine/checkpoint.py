@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distill.engine.kernels.reference import Place
+from distill.engine.kernels.stored import Place
 
 STORED = {
     "F32": torch.float32,

@@ -8,67 +8,67 @@ definition.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from distill.engine.kernels import Ops
+from distill.engine.kernels.ops import DecodeLayer, DecodePlan, ExpertBank, Packed, RoutedExperts
 from distill.engine.spec import LATENT_NORM_EPS, Mla, ModelSpec, Moe
 from distill.engine.weights import LayerWeights, MlaWeights, MlpWeights, MoeWeights
 
 
-def decode_plan(spec: ModelSpec, layers: Sequence[LayerWeights], ops: Ops) -> Any | None:
+def decode_plan(spec: ModelSpec, layers: Sequence[LayerWeights], ops: Ops) -> DecodePlan | None:
     """What runs these layers, one after the other, over rows that decode; None: op by op."""
     if spec.mla is None or spec.indexer is not None or not layers:
         return None
     return ops.decode_plan([_layer(spec, spec.mla, layer) for layer in layers])
 
 
-def _layer(spec: ModelSpec, dims: Mla, w: LayerWeights) -> dict[str, Any]:
+def _layer(spec: ModelSpec, dims: Mla, w: LayerWeights) -> DecodeLayer[Packed, Packed, ExpertBank[object]]:
     a = w.attention
     assert isinstance(a, MlaWeights)
-    layer = {
-        "attention_norm": w.attention_norm_c,
-        "q_norm": a.q_norm,
-        "kv_norm": a.kv_norm,
-        "mlp_norm": w.mlp_norm_c,
-        "q_a": a.q_a.weight if a.q_a else None,
-        "q_a_bias": a.q_a.bias if a.q_a else None,
-        "q": a.q.weight,
-        "kv_a": a.kv_a.weight,
-        "kv_a_bias": a.kv_a.bias,
-        "absorb": a.absorb_q,
-        "expand_v": a.expand_v,
-        "o": a.o.weight,
-        "o_bias": a.o.bias,
-        "c": spec.hidden_size,
-        "heads": spec.num_heads,
-        "nope": dims.nope_dim,
-        "rope": dims.rope_dim,
-        "interleaved": spec.rope.interleaved,
-        "eps": spec.norm_eps,
-        "latent_eps": LATENT_NORM_EPS,
-        "scale": spec.softmax_scale,
-    }
+    mlp: MlpWeights | None
+    moe = None
     if isinstance(w.mlp, MoeWeights):
         assert spec.moe is not None
-        return layer | _experts(spec.moe, w.mlp)
-    return layer | _mlp(w.mlp)
+        mlp, moe = w.mlp.shared, _experts(spec.moe, w.mlp)
+    else:
+        mlp = w.mlp
+    return DecodeLayer(
+        attention_norm=w.attention_norm_c,
+        q_a=a.q_a.weight if a.q_a else None,
+        q_a_bias=a.q_a.bias if a.q_a else None,
+        q_norm=a.q_norm,
+        q=a.q.weight,
+        kv_a=a.kv_a.weight,
+        kv_a_bias=a.kv_a.bias,
+        kv_norm=a.kv_norm,
+        absorb=a.absorb_q,
+        expand_v=a.expand_v,
+        o=a.o.weight,
+        o_bias=a.o.bias,
+        mlp_norm=w.mlp_norm_c,
+        mlp=(mlp.gate.weight, mlp.up.weight, mlp.down.weight) if mlp else None,
+        moe=moe,
+        c=spec.hidden_size,
+        heads=spec.num_heads,
+        nope=dims.nope_dim,
+        rope=dims.rope_dim,
+        interleaved=spec.rope.interleaved,
+        eps=spec.norm_eps,
+        latent_eps=LATENT_NORM_EPS,
+        scale=spec.softmax_scale,
+    )
 
 
-def _mlp(w: MlpWeights, prefix: str = "") -> dict[str, Any]:
-    return {f"{prefix}{name}": getattr(w, name).weight for name in ("gate", "up", "down")}
-
-
-def _experts(dims: Moe, w: MoeWeights) -> dict[str, Any]:
-    return {
-        "router": w.router,
-        "correction": w.correction_bias,
-        "experts": w.experts,
-        "scoring": dims.scoring,
-        "group_by": dims.group_by,
-        "groups": dims.groups,
-        "groups_kept": dims.groups_kept,
-        "per_token": dims.per_token,
-        "normalise": dims.normalise,
-        "factor": dims.routed_scale,
-        **(_mlp(w.shared, "shared_") if w.shared else {}),
-    }
+def _experts(dims: Moe, w: MoeWeights) -> RoutedExperts[Packed, ExpertBank[object]]:
+    return RoutedExperts(
+        router=w.router,
+        correction=w.correction_bias,
+        experts=w.experts,
+        scoring=dims.scoring,
+        group_by=dims.group_by,
+        groups=dims.groups,
+        groups_kept=dims.groups_kept,
+        per_token=dims.per_token,
+        normalise=dims.normalise,
+        factor=dims.routed_scale,
+    )

@@ -49,18 +49,21 @@ def queries(
 
 def select(
     ops: Ops, q_thd: Tensor, weight_th: Tensor, pool: Tensor, table_p: Tensor, length: int, top_k: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The top_k places in a pool for the last t of `length` cached tokens, each of which sees more than top_k: [t, k]
-    numbers of page · page_size + offset, in the order of positions. Of equal scores the earlier token is chosen."""
+    numbers of page · page_size + offset, in the order of positions. Of equal scores the earlier token is chosen. A row
+    with a NaN among its scores gets places that are valid and mean nothing; `undefined` names these rows."""
     t, page_size = len(q_thd), pool.shape[2]
     position_l = torch.arange(length, device=pool.device)
     place_l = table_p[position_l // page_size] * page_size + position_l % page_size
-    chosen = []
+    chosen, undefined = [], []
     block = max(1, _SCORE_ELEMENTS // length)
     for start in range(0, t, block):
         end = min(start + block, t)
         seen = length - t + end
         score_tl = ops.index_scores(q_thd[start:end], weight_th[start:end], pool, table_p, seen)
+        undefined.append(score_tl.isnan().any(-1))
+        score_tl = score_tl.nan_to_num(float("-inf"), float("inf"), float("-inf"))
         least_t1 = score_tl.topk(top_k, dim=-1).values[:, -1:]
         above_tl, equal_tl = score_tl > least_t1, score_tl == least_t1
         room_t1 = top_k - above_tl.sum(-1, keepdim=True)
@@ -69,4 +72,4 @@ def select(
         rank_tl = torch.where(taken_tl, taken_tl.cumsum(-1) - 1, top_k)
         row_tk = place_l.new_empty(end - start, top_k + 1)
         chosen.append(row_tk.scatter_(1, rank_tl, place_l.expand(end - start, -1))[:, :top_k])
-    return torch.cat(chosen)
+    return torch.cat(chosen), torch.cat(undefined)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from distill.engine.kernels import Ops
-from distill.engine.kernels.w8a8 import Fp8Matrix
 from distill.engine.spec import ModelSpec
 
 GIB = 1 << 30
@@ -74,15 +73,13 @@ def step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int, dtype: torch.dtyp
 
 def bytes_of(part: Any, ops: Ops) -> int:
     """What weights take in memory: tensors and packed matrices in dataclasses; experts apart."""
-    if isinstance(part, Tensor | Fp8Matrix):
-        return part.nbytes
     if isinstance(part, tuple):
         return sum(bytes_of(item, ops) for item in part)
     if is_dataclass(part):
         return sum(bytes_of(getattr(part, field.name), ops) for field in fields(part))
     if part is None or isinstance(part, str) or hasattr(part, "bytes_each"):
         return 0
-    return int(ops.packed_bytes(part))
+    return int(part.nbytes)
 
 
 class ExpertStream:

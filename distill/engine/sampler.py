@@ -18,6 +18,7 @@ Legend: r rows of logits, b draws (several may share a row), v vocabulary, m lar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,17 @@ class SamplingParams:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if self.logprobs is not None and self.logprobs < 1:
             raise ValueError(f"logprobs is {self.logprobs}; it must be at least 1, or None")
+
+
+class NonFiniteLogits(ValueError):
+    """The model's logits hold NaN or infinity, so that there is no distribution to draw from."""
+
+    def __init__(self, position: int | None = None) -> None:
+        where = "" if position is None else f" of the token at position {position}"
+        super().__init__(
+            f"the logits{where} are not finite (NaN or infinity): the model's weights overflow its activations; check "
+            "the checkpoint's norms and scales, or use another one"
+        )
 
 
 TopLogprobs = tuple[tuple[int, float], ...]
@@ -134,20 +146,30 @@ def draw_numbers(draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def drawn_of(draws: Sequence[Draw], token_b: Tensor, logprob_b: Tensor, logits_rv: Tensor) -> list[Drawn]:
-    """Tokens and raw log-probabilities, with the largest ones where they were asked for."""
+    """Tokens and raw log-probabilities, with the largest ones where they were asked for. NonFiniteLogits where the op
+    found no distribution."""
+    logprobs = logprob_b.tolist()
+    for draw, logprob in zip(draws, logprobs, strict=True):
+        if math.isnan(logprob):
+            raise NonFiniteLogits(draw.position)
     tops: list[TopLogprobs] = [()] * len(draws)
     if width := max(draw.params.logprobs or 0 for draw in draws):
         row_b = torch.tensor([draw.row for draw in draws], device=logits_rv.device)
         _, tops = logprobs_of(logits_rv.index_select(0, row_b), token_b.to(row_b.device), width)
     return [
         Drawn(token, logprob, top[: draw.params.logprobs or 0])
-        for draw, token, logprob, top in zip(draws, token_b.tolist(), logprob_b.tolist(), tops, strict=True)
+        for draw, token, logprob, top in zip(draws, token_b.tolist(), logprobs, tops, strict=True)
     ]
 
 
 def logprobs_of(logits_bv: Tensor, token_b: Tensor, top_k: int) -> tuple[list[float], list[TopLogprobs]]:
-    """Raw log-probabilities of given tokens and of the `top_k` likeliest, largest first (empty tuples for 0)."""
+    """Raw log-probabilities of given tokens and of the `top_k` likeliest, largest first (empty tuples for 0).
+
+    NonFiniteLogits for logits that are not finite.
+    """
     normaliser_b1 = logits_bv.logsumexp(-1, keepdim=True)
+    if not normaliser_b1.isfinite().all():
+        raise NonFiniteLogits
     logprob_b = (logits_bv.gather(-1, token_b[:, None]) - normaliser_b1)[:, 0].tolist()
     if top_k == 0:
         return logprob_b, [()] * len(logprob_b)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.kernels import Ops
-from distill.engine.kernels.reference import FP8_BLOCK, Damaged, Fp8, Stored, dense, rows_of, transposed
+from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Fp8, Plain, Stored
 from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -212,7 +212,7 @@ def load_weights(
     head_name = EMBED if spec.tied_embeddings else HEAD
     layers_read = range(spec.num_layers + drafts)
     with reader.checkpoint.read_ahead([EMBED, *map(LAYER.format, layers_read), NORM, head_name]):
-        embed_vc = dense(reader.checked(EMBED, spec.vocab_size, spec.hidden_size), dtype).to(ops.device())
+        embed_vc = reader.checked(EMBED, spec.vocab_size, spec.hidden_size).dense(dtype).to(ops.device())
         layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
         norm_c = reader.tensor(NORM, (spec.hidden_size,))
         head = reader.pack(reader.matrix(head_name, spec.vocab_size, spec.hidden_size), head_name)
@@ -279,19 +279,19 @@ def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str) -> MlaWeights:
     to_values: list[Stored] = []
     kv_b = reader.checked(at + MLA["kv_b"] + ".weight", heads * per_head, dims.kv_lora_rank)
     for begin in range(0, heads * per_head, per_head):
-        to_keys.append(rows_of(kv_b, begin, begin + dims.nope_dim))
-        to_values.append(rows_of(kv_b, begin + dims.nope_dim, begin + per_head))
+        to_keys.append(kv_b.rows(begin, begin + dims.nope_dim))
+        to_values.append(kv_b.rows(begin + dims.nope_dim, begin + per_head))
     # Codes stay codes where the cache is bfloat16, which products with them can read.
-    if reader.dtype != torch.bfloat16 or not all(isinstance(part, Fp8) for part in (*to_keys, *to_values)):
-        to_keys = [dense(part, reader.dtype) for part in to_keys]
-        to_values = [dense(part, reader.dtype) for part in to_values]
+    if not all(part.for_fp8_products(reader.dtype) for part in (*to_keys, *to_values)):
+        to_keys = [Plain(part.dense(reader.dtype)) for part in to_keys]
+        to_values = [Plain(part.dense(reader.dtype)) for part in to_values]
     return MlaWeights(
         q_a=q_a,
         q_norm=q_norm,
         q=q,
         kv_a=kv_a,
         kv_norm=reader.tensor(at + MLA["kv_norm"], (dims.kv_lora_rank,)),
-        absorb_q=reader.ops.pack_heads([transposed(part) for part in to_keys], reader.dtype),
+        absorb_q=reader.ops.pack_heads([part.transposed() for part in to_keys], reader.dtype),
         expand_k=reader.ops.pack_heads(to_keys, reader.dtype),
         expand_v=reader.ops.pack_heads(to_values, reader.dtype),
         o=reader.linear(at + MLA["o"], c, heads * dims.v_dim, spec.o_bias),
@@ -330,7 +330,7 @@ def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
         reader.banks.append((at, bank))
     router = reader.unquantised(at + MOE["router"], (dims.num_experts, c))
     return MoeWeights(
-        router=reader.ops.pack(router, torch.float32),
+        router=reader.ops.pack(Plain(router), torch.float32),
         correction_bias=(
             reader.tensor(at + MOE["correction_bias"], (dims.num_experts,), torch.float32)
             if dims.correction_bias
@@ -374,7 +374,7 @@ class _Reader:
         weight_nc = self.checkpoint.tensor(name, (n, c))
         if weight_nc.dtype != torch.float8_e4m3fn:
             self.stored = self.stored or _name(weight_nc.dtype)
-            return weight_nc
+            return Plain(weight_nc)
         self.stored = f"fp8-e4m3 block {FP8_BLOCK}"
         scale = name + "_scale_inv"
         if scale not in self.checkpoint:
@@ -387,11 +387,10 @@ class _Reader:
     def checked(self, name: str, n: int, c: int) -> Stored:
         """The same for those who do not pack it as it is."""
         matrix = self.matrix(name, n, c)
-        if isinstance(matrix, Fp8):
-            if self.ops.has_nan_codes(matrix.codes):
-                raise self._damaged(name, Damaged("codes"))
-            if not matrix.scale.isfinite().all():
-                raise self._damaged(name, Damaged("scale"))
+        try:
+            self.ops.check(matrix)
+        except Damaged as damage:
+            raise self._damaged(name, damage) from None
         return matrix
 
     def settle(self, at: str, bank: Any, resident: int | None) -> None:
@@ -407,8 +406,13 @@ class _Reader:
             return ValueError(
                 f"{self.checkpoint.where(name)} holds FP8 NaN codes; the file is damaged, download it again"
             )
+        if damage.what == "values":
+            return ValueError(
+                f"{self.checkpoint.where(name)} holds numbers that are not finite (NaN or infinity); the file is "
+                "damaged, or its training diverged: download it again or use another checkpoint"
+            )
         where = self.checkpoint.where(name + "_scale_inv")
-        return ValueError(f"{where} is not finite; the file is damaged, download it again")
+        return ValueError(f"{where} is not finite and positive; the file is damaged, download it again")
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """A tensor that is never quantised, in `dtype` (that of activations unless given); a copy."""
@@ -421,6 +425,8 @@ class _Reader:
             raise ValueError(
                 f"{self.checkpoint.where(name)} is FP8; norms, biases and routers are expected unquantised"
             )
+        if not stored.isfinite().all():
+            raise self._damaged(name, Damaged("values"))
         return stored
 
     def refuse_unread(self, spec: ModelSpec) -> None:

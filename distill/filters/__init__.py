@@ -1,5 +1,8 @@
-"""Stage 2: which traces are worth learning from. One file a filter, `pipeline.py` for all of them."""
+"""Which traces are worth learning from: one file a filter.
 
-from distill.filters.pipeline import STAGE, check_gradable
+A filter is a section of the recipe (its settings) that can judge: a class with fields, reasons, a verdict and examples,
+in a file of its own. Its line in `distill.recipe.filter.Filter` puts it into the recipe, into the funnel at that place,
+into the summary, the report and the tests. `pipeline.py` is the stage that runs them.
 
-__all__ = ["STAGE", "check_gradable"]
+The recipe imports this package, so only `pipeline.py` and `summary.py` may import the recipe or a run.
+"""

@@ -1,23 +1,32 @@
-"""Exact duplicates: of several answers to one prompt that differ in white space at most, the first sample stays.
+"""Exact duplicates: among answers to one prompt that differ in white space at most, the first sample stays.
 
-Near-duplicates and duplicates across prompts are another question (what was asked twice), with other evidence.
+Near-duplicates and duplicates across prompts are another question (was it asked twice?), with other evidence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
+from distill.filters.base import OK, ChoosingFilter, Group
 from distill.filters.judged import Judged, Key
 from distill.traces.trace import Verdict
 
 
-def check_duplicates(traces: Sequence[Judged]) -> dict[Key, Verdict]:
-    """Reasons: ok, duplicate; the evidence names the sample that stays. The order of `traces` does not matter."""
-    first: dict[tuple[str, str], int] = {}
-    verdicts = {}
-    for trace in sorted(traces, key=lambda t: t.key):
-        prompt, sample = trace.key
-        stays = first.setdefault((prompt, trace.digest), sample)
-        if stays == sample:
-            verdicts[trace.key] = Verdict("dedup", True, "ok")
-        else:
-            verdicts[trace.key] = Verdict("dedup", False, "duplicate", {"of_sample": stays})
-    return verdicts
+class Dedup(ChoosingFilter):
+    """Keep the first of several identical answers to one prompt."""
+
+    name = "dedup"
+    reasons: ClassVar[Mapping[str, str]] = {
+        OK: "no earlier sample has the same text",
+        "duplicate": "an earlier sample has it",
+    }
+    examples = (Group((OK, "duplicate", OK), ("20 + 22 = 42", "20 + 22\n  = 42", "22 + 20 = 42")),)
+
+    def choose(self, survivors: Sequence[Judged], seed: int) -> dict[Key, Verdict]:
+        """Keep first samples; the evidence names the one that stays. The order of `survivors` does not matter."""
+        first: dict[tuple[str, str], int] = {}
+        verdicts = {}
+        for trace in sorted(survivors, key=lambda trace: trace.key):
+            prompt, sample = trace.key
+            stays = first.setdefault((prompt, trace.spelling), sample)
+            verdicts[trace.key] = self.verdict(OK) if stays == sample else self.verdict("duplicate", of_sample=stays)
+        return verdicts

@@ -4,44 +4,72 @@ The text itself stays on the disk. One of these is one row of the verdict ledger
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from distill.filters.length import length, reasoning_length
-from distill.traces.trace import Trace, Verdict
+from distill.traces.ledger import Row
+from distill.traces.trace import TOKENS, WORDS, Trace, Verdict
 
 Key = tuple[str, int]
 
 
 @dataclass
 class Judged:
-    """digest: of the text, white space normalised. length, reasoning: in `unit`. verdicts: in the funnel's order."""
+    """The figures of one trace.
+
+    digest: `Trace.digest`. spelling: 32 hex digits over the text with every run of white space as one space. tokens:
+    None where their number is not known. characters, reasoning_characters: of the whole text and of its reasoning.
+    verdicts: in the funnel's order.
+    """
 
     key: Key
     digest: str
-    length: int
-    reasoning: int
-    unit: str
+    spelling: str
+    tokens: int | None
+    words: int
+    characters: int
+    reasoning_characters: int
     verdicts: list[Verdict] = field(default_factory=list)
 
     @classmethod
     def of(cls, trace: Trace, verdicts: list[Verdict]) -> "Judged":
-        count, unit = length(trace)
-        return cls(trace.key, digest(trace), count, reasoning_length(trace), unit, verdicts)
+        """The figures of a trace with the verdicts on it."""
+        words = trace.text.split()
+        return cls(
+            trace.key,
+            trace.digest,
+            hashlib.sha256(" ".join(words).encode(errors="surrogatepass")).hexdigest()[:32],
+            trace.tokens or None,
+            len(words),
+            len(trace.text),
+            len(trace.reasoning or ""),
+            verdicts,
+        )
 
     @property
     def kept(self) -> bool:
+        """Whether no filter has dropped it so far."""
         return all(verdict.keep for verdict in self.verdicts)
 
-    def to_row(self) -> dict[str, Any]:
+    def length(self, unit: str) -> int:
+        """The length of the whole completion, in a unit that `common_unit` gave."""
+        return self.words if unit == WORDS else self.tokens or 0
+
+    def reasoning(self, unit: str) -> int:
+        """The reasoning's part of `length`, by its share of the characters: no tokenizer is loaded to filter."""
+        return round(self.length(unit) * self.reasoning_characters / self.characters) if self.characters else 0
+
+    def to_row(self) -> Row:
+        """The figures as a JSON object."""
         return vars(self) | {"key": list(self.key), "verdicts": [verdict.to_dict() for verdict in self.verdicts]}
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "Judged":
+    def from_row(cls, row: Row) -> "Judged":
+        """The figures that `to_row` described."""
         prompt, sample = row["key"]
         return cls(**(row | {"key": (prompt, sample), "verdicts": [Verdict(**v) for v in row["verdicts"]]}))
 
 
-def digest(trace: Trace) -> str:
-    """128 bits of SHA-256, in hex, of the text with every run of white space as one space."""
-    return hashlib.sha256(" ".join(trace.text.split()).encode(errors="surrogatepass")).hexdigest()[:32]
+def common_unit(traces: Sequence[Judged]) -> str:
+    """The unit in which all of these can be measured: teacher tokens, or words if one of them came without a count."""
+    return TOKENS if all(trace.tokens for trace in traces) else WORDS

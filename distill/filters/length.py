@@ -1,34 +1,55 @@
-"""Length in the teacher's own tokens, or in words where a trace came without token ids.
+"""Length in the teacher's own tokens, or in words where a trace came without a token count.
 
 Small students learn better from shorter reasoning (arXiv 2502.12143), so the limits are the recipe's, per student.
 """
 
-from distill.traces.trace import Trace, Verdict
+from collections.abc import Mapping
+from typing import ClassVar
 
-TOKENS, WORDS = "teacher tokens", "words"
+from pydantic import Field, model_validator
 
-
-def length(trace: Trace) -> tuple[int, str]:
-    """(length of the whole completion, its unit)."""
-    if trace.tokens:
-        return trace.tokens, TOKENS
-    return len(trace.text.split()), WORDS
+from distill.filters.base import OK, Candidate, Example, TraceFilter
+from distill.traces.trace import Verdict
 
 
-def reasoning_length(trace: Trace) -> int:
-    """The reasoning's share of `length`, by its share of the characters: no tokenizer is loaded to filter."""
-    if not trace.text:
-        return 0
-    return round(length(trace)[0] * len(trace.reasoning or "") / len(trace.text))
+class Length(TraceFilter):
+    """Keep traces that are neither too short nor too long."""
 
+    min_tokens: int | None = Field(
+        None, ge=1, description="shortest completion, in teacher tokens (words, for traces without a token count)"
+    )
+    max_tokens: int | None = Field(None, ge=1, description="longest completion, in the same unit")
 
-def check_length(trace: Trace, shortest: int | None, longest: int | None) -> Verdict:
-    """Reasons: ok, too_short, too_long. The evidence names the unit."""
-    count, unit = length(trace)
-    if shortest is not None and count < shortest:
-        reason = "too_short"
-    elif longest is not None and count > longest:
-        reason = "too_long"
-    else:
-        reason = "ok"
-    return Verdict("length", reason == "ok", reason, {"length": count, "unit": unit})
+    name = "length"
+    reasons: ClassVar[Mapping[str, str]] = {
+        OK: "within the limits",
+        "too_short": "below min_tokens",
+        "too_long": "above max_tokens",
+    }
+    examples = (
+        Example("too_short", "", {"min_tokens": 10, "max_tokens": 20}, tokens=9),
+        Example(OK, "", {"min_tokens": 10, "max_tokens": 20}, tokens=10),
+        Example(OK, "", {"min_tokens": 10, "max_tokens": 20}, tokens=20),
+        Example("too_long", "", {"min_tokens": 10, "max_tokens": 20}, tokens=21),
+        Example("too_short", "three words only", {"min_tokens": 4}),
+        Example("too_long", "three words only", {"max_tokens": 2}),
+    )
+
+    @model_validator(mode="after")
+    def _some_length_passes(self) -> "Length":
+        if self.min_tokens is None and self.max_tokens is None:
+            raise ValueError("min_tokens or max_tokens is needed; `length: null` turns the filter off")
+        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
+            raise ValueError("min_tokens is larger than max_tokens: nothing would be kept")
+        return self
+
+    def judge(self, candidate: Candidate) -> Verdict:
+        """Compare the length, which is the evidence, with its unit."""
+        count, unit = candidate.trace.length
+        if self.min_tokens is not None and count < self.min_tokens:
+            reason = "too_short"
+        elif self.max_tokens is not None and count > self.max_tokens:
+            reason = "too_long"
+        else:
+            reason = OK
+        return self.verdict(reason, length=count, unit=unit)

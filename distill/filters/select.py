@@ -1,4 +1,4 @@
-"""Select k traces a prompt, so that easy prompts do not crowd out hard ones.
+"""Select k traces of each prompt, so that easy prompts do not crowd out hard ones.
 
 `random` draws by a hash of (seed, prompt, sample): the choice does not depend on the order in which traces were
 finished, and raising k or adding samples keeps as much of the earlier choice as can be kept.
@@ -6,30 +6,58 @@ finished, and raising k or adding samples keeps as much of the earlier choice as
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
-from distill.filters.judged import Judged, Key
+from pydantic import Field
+
+from distill.filters.base import OK, ChoosingFilter, Group
+from distill.filters.judged import Judged, Key, common_unit
 from distill.traces.trace import Verdict
 
 
-def check_selected(
-    traces: Sequence[Judged], per_prompt: int, how: Literal["first", "shortest", "random"], seed: int
-) -> dict[Key, Verdict]:
-    """Reasons: ok, surplus; the evidence has the trace's rank (from 1) among those of its prompt."""
+class Select(ChoosingFilter):
+    """Keep at most `per_prompt` traces of each prompt."""
 
-    def order(trace: Judged) -> tuple[Any, ...]:
-        prompt, sample = trace.key
-        if how == "random":
-            return (hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest(),)
-        return (trace.length, sample) if how == "shortest" else (sample,)
+    per_prompt: int = Field(ge=1, description="number of traces of a prompt to keep")
+    order: Literal["first", "shortest", "random"] = Field(
+        "first", description="which traces to keep: the first samples, the shortest, or a random choice"
+    )
 
-    by_prompt: dict[str, list[Judged]] = defaultdict(list)
-    for trace in traces:
-        by_prompt[trace.key[0]].append(trace)
-    verdicts = {}
-    for group in by_prompt.values():
-        for rank, trace in enumerate(sorted(group, key=order), 1):
-            keep = rank <= per_prompt
-            verdicts[trace.key] = Verdict("select", keep, "ok" if keep else "surplus", {"rank": rank, "by": how})
-    return verdicts
+    name = "select"
+    reasons: ClassVar[Mapping[str, str]] = {OK: "among the first per_prompt in the order", "surplus": "after them"}
+    examples = (
+        Group((OK, OK, "surplus"), ("a", "b", "c"), {"per_prompt": 2}),
+        Group(
+            ("surplus", OK, "surplus", OK),
+            ("a", "b", "c", "d"),
+            {"per_prompt": 2, "order": "shortest"},
+            (50, 30, 40, 30),
+        ),
+        Group(("surplus", OK, "surplus"), ("a b c", "a", "a b"), {"per_prompt": 1, "order": "shortest"}),
+    )
+
+    @property
+    def draws(self) -> bool:
+        """Whether its verdicts depend on the recipe's seed."""
+        return self.order == "random"
+
+    def choose(self, survivors: Sequence[Judged], seed: int) -> dict[Key, Verdict]:
+        """Keep the first `per_prompt` of each prompt; the evidence has the trace's rank (from 1) in its prompt."""
+        by_prompt: dict[str, list[Judged]] = defaultdict(list)
+        for trace in survivors:
+            by_prompt[trace.key[0]].append(trace)
+        verdicts = {}
+        for group in by_prompt.values():
+            for rank, trace in enumerate(self._ordered(group, seed), 1):
+                reason = OK if rank <= self.per_prompt else "surplus"
+                verdicts[trace.key] = self.verdict(reason, rank=rank, by=self.order)
+        return verdicts
+
+    def _ordered(self, group: Sequence[Judged], seed: int) -> list[Judged]:
+        if self.order == "random":
+            return sorted(group, key=lambda t: hashlib.sha256(f"{seed}/{t.key[0]}/{t.key[1]}".encode()).digest())
+        if self.order == "shortest":
+            unit = common_unit(group)
+            return sorted(group, key=lambda trace: (trace.length(unit), trace.key[1]))
+        return sorted(group, key=lambda trace: trace.key[1])

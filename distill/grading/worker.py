@@ -1,8 +1,11 @@
-"""What runs in a grading process: read a question as a JSON line, answer with a JSON line, for ever.
+"""What runs in a grading process: read a question as a JSON line, answer with a JSON line, until the input ends.
 
 Started by `distill.grading.pool` as `python -m distill.grading.worker MEMORY_BYTES SECONDS`: a fresh interpreter that
-imports math-verify and little else. Protocol: one `{"ready": true}` line, then for every
-`{"gold", "answer", "marked"}` line a `[verdict, reason]` line, in order.
+imports the graders and little else. Protocol: one `{"ready": true}` line, then for every question a line with its
+answer, in order:
+
+    {"task", "gold", "answer", "marked"}   → [outcome, reason], see `TaskGrader.compare`
+    {"task", "gold"}                       → whether the grader can read this gold answer, see `TaskGrader.reads`
 """
 
 import json
@@ -15,25 +18,32 @@ import sys
 
 
 def main(memory: int, seconds: float) -> None:
+    """Answer until the input ends. memory: bytes of address space; seconds: processor time for one question."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our stdin
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a parser prints must not mix with the answers
     logging.disable(logging.CRITICAL)  # math-verify warns that its time-outs are off; ours is the kill
-    from distill.grading.math import judge
+    from distill.grading.graders import GRADERS
 
-    judge("1", "2", True)  # imports sympy, fills its caches, before any clock runs
+    for grader in GRADERS.values():
+        grader.prepare()
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         _limit_cpu(seconds)
         question = json.loads(line)
+        grader, gold = GRADERS[question["task"]], question["gold"]
+        answer: object
         try:
-            verdict = judge(question["gold"], question["answer"], question["marked"])
+            if "answer" in question:
+                answer = grader.compare(gold, question["answer"], question["marked"])
+            else:
+                answer = grader.reads(gold)
         except MemoryError:
             os._exit(1)  # what is left of the heap is not to be trusted
-        except Exception as error:  # sympy raises whatever it likes on odd input: the verdict says what it was
-            verdict = ("unverifiable", f"parser failed: {type(error).__name__}")
-        print(json.dumps(verdict), file=answers, flush=True)
+        except Exception as error:  # sympy raises anything on odd input: the verdict says what it was
+            answer = ("unverifiable", f"parser failed: {type(error).__name__}") if "answer" in question else False
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def _limit_cpu(seconds: float) -> None:

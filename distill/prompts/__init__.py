@@ -3,44 +3,45 @@
 Importing this package needs the standard library only; pyarrow and datasets are imported when a source needs them.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from distill.prompts.files import PromptCounts
 from distill.prompts.prompt import Message, Prompt, Task
 
 if TYPE_CHECKING:
     from distill.recipe.sources import ProceduralPrompts, PromptSource
 
-__all__ = ["Message", "Prompt", "Task", "load_prompts"]
+__all__ = ["Message", "Prompt", "PromptCounts", "Task", "load_prompts"]
 
 
-def load_prompts(sources: "Sequence[PromptSource]", seen: Counter[str] | None = None) -> Iterator[Prompt]:
+def load_prompts(sources: "Sequence[PromptSource]", counts: PromptCounts | None = None) -> Iterator[Prompt]:
     """Every prompt of the sources in their order, each once: the same question with the same answer is one prompt.
 
-    seen: counts how often each prompt id was read, so `seen.total() - len(seen)` duplicates were passed over.
-    Errors: UserError naming file and line when a source cannot be read; lazily, so take the whole list before writing.
+    counts: filled with what was read, duplicates and missing answers among it; complete when the iterator is at its
+    end. Errors: UserError naming file and line when a source cannot be read; lazily, so take the whole list before
+    writing.
     """
-    seen = Counter() if seen is None else seen
+    counts = PromptCounts() if counts is None else counts
     for source in sources:
-        for prompt in _read(source):
-            seen[prompt.id] += 1
-            if seen[prompt.id] == 1:
+        for prompt in _read(source, counts):
+            counts.seen[prompt.id] += 1
+            if counts.seen[prompt.id] == 1:
                 yield prompt
 
 
-def _read(source: "PromptSource") -> Iterator[Prompt]:
+def _read(source: "PromptSource", counts: PromptCounts) -> Iterator[Prompt]:
     match source.kind:
         case "procedural":
             return _procedural(source)
         case "file":
             from distill.prompts.files import read_file
 
-            return read_file(source)
+            return read_file(source, counts)
         case "hub":
             from distill.prompts.hub import read_hub
 
-            return read_hub(source)
+            return read_hub(source, counts)
 
 
 def _procedural(source: "ProceduralPrompts") -> Iterator[Prompt]:

@@ -1,58 +1,129 @@
-"""Prompts from a Hugging Face dataset: an id on the hub, a local dataset directory, or one made by `save_to_disk`.
+"""Rows and prompts of a Hugging Face dataset: an id on the hub, a local dataset directory, or one of `save_to_disk`.
 
-Not streamed: the download is kept in the ecosystem's cache, so a resumed run needs no network.
+Not streamed: the download is kept in the ecosystem's cache, so a resumed run needs no network. Where the hub cannot be
+reached, the cache is used at once: `datasets` alone would retry for half a minute first.
 """
 
 import errno
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distill.errors import UserError
-from distill.prompts.files import Row, prompts_from_rows, require_columns, wanted_columns
+from distill.prompts.files import (
+    MEDIA,
+    PromptCounts,
+    optional_columns,
+    prompts_from_rows,
+    require_columns,
+    required_columns,
+)
 from distill.prompts.prompt import Prompt
+from distill.prompts.rows import Row, checked
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from distill.recipe.sources import HubPrompts
 
+PROBE_SECONDS = 10.0  # for the first answer of the hub
 
-def read_hub(source: "HubPrompts") -> Iterator[Prompt]:
-    """The prompts of the split, at most `source.limit` rows of it. Errors: UserError when it cannot be had."""
+
+def read_hub(source: "HubPrompts", counts: PromptCounts) -> Iterator[Prompt]:
+    """The prompts of the split, at most `source.limit` rows of it. Errors: UserError when it cannot be loaded."""
     whole = f"{source.dataset} ({source.split})"
     dataset = load_dataset(source.dataset, source.subset, source.split, source.revision)
-    columns = wanted_columns(source)
-    require_columns(columns, dataset.column_names, whole)
+    require_columns(source, dataset.column_names, whole)
+    wanted = {*required_columns(source), *optional_columns(source)}
+    wanted |= {column.partition(".")[0] for column in wanted}
+    chosen = dataset.select_columns([name for name in dataset.column_names if name in wanted])
     path = Path(source.dataset)
     name = path.name if path.is_absolute() else source.dataset  # no home directory in a published data set
-    return prompts_from_rows(rows_of_dataset(dataset.select_columns(columns), whole), source, whole, name)
+    return prompts_from_rows(rows_of_dataset(chosen, whole), source, whole, name, counts)
 
 
-def rows_of_dataset(dataset: Any, whole: str) -> Iterator[Row]:
-    """The rows, and where each stands, for messages."""
-    for number, row in enumerate(dataset, 1):
-        yield f"{whole}, row {number}", row
-
-
-def load_dataset(name: str, subset: str | None, split: str, revision: str | None) -> Any:
-    """A `datasets.Dataset`: of the hub, of a local directory, or made by `save_to_disk`. Errors: UserError."""
+def rows_of_dataset(dataset: "Dataset", whole: str) -> Iterator[Row]:
+    """The rows, each with its place for messages. Images, audio and video are not decoded. Errors: UserError."""
     import datasets
-    from datasets.exceptions import DatasetsError
+
+    for column, feature in dataset.features.items():
+        if column in MEDIA and hasattr(feature, "decode"):
+            dataset = dataset.cast_column(column, type(feature)(decode=False))
+    try:
+        for number, row in enumerate(dataset, 1):
+            where = f"{whole}, row {number}"
+            yield where, checked(dict(row), where)
+    except datasets.exceptions.DatasetsError as error:
+        raise UserError(f"{whole}: {' '.join(str(error).split())}; download it again") from error
+
+
+def load_dataset(name: str, subset: str | None, split: str, revision: str | None) -> "Dataset":
+    """A dataset of the hub, of a local directory, or made by `save_to_disk`. Errors: UserError."""
+    import datasets
 
     path = Path(name)
+    if path.is_file():
+        raise UserError(f"dataset {name}: a file; read it with `kind: file` and `path: {name}`")
     try:
         if (path / "state.json").is_file():
-            return datasets.load_from_disk(str(path))
-        if (path / "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(str(path))
+        elif (path / "dataset_dict.json").is_file():
             splits = datasets.load_from_disk(str(path))
             if split not in splits:
-                raise ValueError(f"no split {split}, only {', '.join(splits)}")
-            return splits[split]
-        return datasets.load_dataset(name, name=subset, split=split, revision=revision)
-    except (DatasetsError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise ValueError(f"no split {split}, only {', '.join(map(str, splits))}")
+            saved = splits[split]
+        else:
+            with _cache_where_unreachable(name, path.exists()):
+                saved = datasets.load_dataset(name, name=subset, split=split, revision=revision)
+    except Exception as error:  # `datasets` passes on whatever its readers raise, StopIteration for an empty file
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(
-            f"dataset {name}: {reason}; check its name, subset, split and the network, "
-            f"or download it and use `kind: file`"
-        ) from error
+        raise UserError(f"dataset {name}: {_reason(error)}") from error
+    assert isinstance(saved, datasets.Dataset)
+    return saved
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    reason = " ".join(str(error.__cause__ or error).split()) or type(error.__cause__ or error).__name__
+    if isinstance(error.__cause__ or error, StopIteration):
+        reason = "it has no rows"
+    if isinstance(error, RuntimeError) and "script" in reason:
+        return (
+            "it is made by a Python script, which is not run; use its revision refs/convert/parquet (`revision:`), or "
+            "download its files and use `kind: file`"
+        )
+    if isinstance(error, OfflineModeIsEnabled | ConnectionError):
+        return (
+            "not on this machine, and the Hugging Face Hub cannot be reached (no network, or HF_HUB_OFFLINE is set); "
+            "download it elsewhere and use `kind: file`, or a local directory as `dataset`"
+        )
+    return f"{reason}; check its name, subset, split and the network, or download it and use `kind: file`"
+
+
+@contextmanager
+def _cache_where_unreachable(name: str, local: bool) -> Iterator[None]:
+    """Switch the hub's libraries to their cache while the hub does not answer one request."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    unreachable = False
+    if not local and not huggingface_hub.constants.HF_HUB_OFFLINE:
+        try:
+            huggingface_hub.HfApi().dataset_info(name, timeout=PROBE_SECONDS)
+        except (HfHubHTTPError, OfflineModeIsEnabled, ValueError):
+            pass  # it answers, or the name is no id: the reason comes from loading
+        except Exception as error:  # of whichever HTTP library is installed
+            unreachable = isinstance(error, OSError) or "Connect" in type(error).__name__
+    if not unreachable:
+        yield
+        return
+    before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before

@@ -8,19 +8,32 @@ valid when files are reordered.
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 Task = Literal["math", "code", "choice", "chat"]
 
 
 class Message(TypedDict):
+    """One turn of a conversation. role: `system`, `user` or `assistant`."""
+
     role: str
     content: str
 
 
+class PromptRow(TypedDict):
+    """A prompt as a JSON object."""
+
+    id: str
+    messages: list[Message]
+    task: Task
+    answer: str | None
+    source: str
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `answer` is the gold answer as text (None when unknown); `source` says where it came from."""
+    """One question. `answer` is the gold answer as text (None when unknown); `source` names its file, data set or
+    generator."""
 
     messages: tuple[Message, ...]
     task: Task = "math"
@@ -34,19 +47,22 @@ class Prompt:
 
     @classmethod
     def from_question(cls, question: str, answer: str | None, task: Task = "math", source: str = "") -> "Prompt":
+        """A prompt of one message by the user."""
         return cls(({"role": "user", "content": question},), task, answer, source)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PromptRow:
+        """The prompt as a JSON object."""
         return {
             "id": self.id,
-            "messages": [dict(m) for m in self.messages],
+            "messages": [{"role": m["role"], "content": m["content"]} for m in self.messages],
             "task": self.task,
             "answer": self.answer,
             "source": self.source,
         }
 
     @classmethod
-    def from_dict(cls, row: dict[str, Any]) -> "Prompt":
+    def from_dict(cls, row: PromptRow) -> "Prompt":
+        """Read what `to_dict` gave."""
         messages: tuple[Message, ...] = tuple({"role": m["role"], "content": m["content"]} for m in row["messages"])
         return cls(messages, row["task"], row["answer"], row["source"], row["id"])
 

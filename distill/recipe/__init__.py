@@ -84,8 +84,7 @@ class Recipe(Section):
 
     def filter_settings(self) -> dict[str, Any]:
         """What decides the verdicts, beside the traces."""
-        seeded = self.filter.per_prompt and self.filter.select == "random"
-        return self.filter.settings() | ({"seed": self.seed} if seeded else {})
+        return self.filter.settings() | ({"seed": self.seed} if self.filter.draws else {})
 
 
 def _keyed(prefix: str, section: Section) -> list[tuple[str, Any]]:

@@ -1,32 +1,100 @@
-"""`filter:` in a recipe."""
+"""`filter:` in a recipe, which is also the table of filters: every filter is a line of `Filter`, and only there.
 
-from typing import Annotated, Literal
+A filter is on with its settings (`length: {min_tokens: 30}`), on with its defaults (`true`), or off (`null`, `false`),
+so that each can be ablated. The order of the lines is the order of the funnel.
+"""
 
-from pydantic import Field, model_validator
+import inspect
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar, get_args
 
-from distill.section import Free, Section
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, field_serializer
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+from distill.filters.base import AnyFilter, ChoosingFilter, TraceFilter
+from distill.filters.correct import Correct
+from distill.filters.dedup import Dedup
+from distill.filters.finish import Finish
+from distill.filters.format import Format
+from distill.filters.length import Length
+from distill.filters.select import Select
+from distill.section import Section
+
+F = TypeVar("F", bound=AnyFilter)
+
+DESCRIPTION = "distill_description"  # in the metadata of a pydantic schema
+
+
+class _OnOff:
+    """Lets `true` stand for a filter with its defaults, and `false` for none."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        (kind,) = (one for one in get_args(source) if one is not type(None))
+        return core_schema.no_info_before_validator_function(
+            _switched, handler(source), metadata={DESCRIPTION: inspect.getdoc(kind)}
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        described = handler(schema)
+        forms = [*described["anyOf"], {"type": "boolean"}]
+        return described | {"anyOf": forms, "description": schema.get("metadata", {})[DESCRIPTION]}
+
+
+def _switched(value: object) -> object:
+    """The value for pydantic, which takes no list for a tuple once a value has come through Python."""
+    if isinstance(value, bool):
+        return {} if value else None
+    return _with_tuples(value)
+
+
+def _with_tuples(value: object) -> object:
+    if isinstance(value, list):
+        return tuple(map(_with_tuples, value))
+    return {key: _with_tuples(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+Switch = Annotated[F | None, _OnOff()]
 
 
 class Filter(Section):
-    """Stage 2: which traces are kept. `null` or false turns a filter off, so that each can be ablated."""
+    """Stage 2: which traces are kept. Each filter is on with its settings or defaults (`true`), or off (`null`)."""
 
-    format: bool = Field(True, description="exactly one closed <think> block with text after it")
-    finish: bool = Field(True, description="the trace ended by itself, not at the token limit")
-    correct: bool = Field(
-        True, description="the answer equals the gold one; unverifiable is dropped too, counted apart"
-    )
-    min_tokens: int | None = Field(None, ge=1, description="shortest completion, in teacher tokens")
-    max_tokens: int | None = Field(None, ge=1, description="longest completion, in teacher tokens")
-    dedup: bool = Field(True, description="one of several identical answers to one prompt")
-    per_prompt: int | None = Field(None, ge=1, description="keep at most so many traces a prompt")
-    select: Literal["first", "shortest", "random"] = Field("first", description="which of them")
-    grade_timeout: float = Field(
-        5.0, gt=0, description="processor seconds before a grading worker is killed: unverifiable"
-    )
-    workers: Annotated[int, Free] = Field(2, ge=1, description="grading processes")
+    format: Switch[Format] = Format()
+    finish: Switch[Finish] = Finish()
+    correct: Switch[Correct] = Correct()
+    length: Switch[Length] = None
+    dedup: Switch[Dedup] = Dedup()
+    select: Switch[Select] = None
 
-    @model_validator(mode="after")
-    def some_length_passes(self) -> "Filter":
-        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
-            raise ValueError("min_tokens is larger than max_tokens: nothing would be kept")
-        return self
+    def trace_filters(self) -> list[TraceFilter]:
+        """The filters that are on and judge one trace, in order."""
+        return [each for each in self._all() if isinstance(each, TraceFilter)]
+
+    def choosing_filters(self) -> list[ChoosingFilter]:
+        """The filters that are on and choose among traces, in order."""
+        return [each for each in self._all() if isinstance(each, ChoosingFilter)]
+
+    @property
+    def draws(self) -> bool:
+        """Whether a filter that is on depends on the recipe's seed."""
+        return any(each.draws for each in self._all())
+
+    def settings(self) -> dict[str, Any]:
+        """As `Section.settings`, with every filter's name: on or off."""
+        switches = {name: getattr(self, name) is not None for name in type(self).model_fields}
+        return switches | {key: value for key, value in super().settings().items() if key not in switches}
+
+    @field_serializer("*")
+    def _as_written(self, value: object) -> object:
+        return (value.model_dump(mode="json") or True) if isinstance(value, BaseModel) else value
+
+    def _all(self) -> list[AnyFilter]:
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return [value for value in values if isinstance(value, AnyFilter)]
+
+
+FILTERS: Mapping[str, type[AnyFilter]] = {  # of the table above: name → filter, in order
+    name: next(kind for kind in get_args(field.annotation) if issubclass(kind, AnyFilter))
+    for name, field in Filter.model_fields.items()
+}

@@ -45,6 +45,9 @@ class _Problems(Section):
     date: str | None = Field(None, description="column with a date, for `since` and `until`")
     since: str | None = Field(None, description="the first day of the window, as 2024-08-01")
     until: str | None = Field(None, description="the last day of the window")
+    system: str | None = Field(
+        "system", description="column with a system message to send before the question, where a row has it"
+    )
     task: Literal["math", "code", "choice", "chat"] = Field("math", description="decides the grader")
     limit: Annotated[int | None, Free] = Field(None, ge=1, description="read at most so many rows")
 

@@ -96,7 +96,7 @@ class Train(Section):
     def row_settings(self) -> dict[str, JsonValue]:
         """The settings that decide the encoded rows: the `DecidesRows` fields, and what the objective needs."""
         top_k = self.objective.teacher_top_k
-        return self.settings(DecidesRows) | ({} if top_k is None else {"teacher.top_k": top_k})
+        return self.marked(DecidesRows) | ({} if top_k is None else {"teacher.top_k": top_k})
 
     def batches_per_step(self, processes: int) -> int:
         """Forward passes per optimiser step, over all devices."""

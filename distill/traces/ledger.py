@@ -1,14 +1,23 @@
-"""A ledger: one JSON object a line, appended and fsynced, so that what was acknowledged is there after any crash.
+"""A ledger: one JSON object a line, appended and fsynced, so that acknowledged rows survive any crash.
 
-JSON lines and not SQLite or a growing Parquet file, because the only damage that a killed writer can do is one cut-off
-line at the very end, which can be recognised and taken off, and because a user can read it with `head`. The JSON is
-pure ASCII: every string that Python can hold goes through, lone surrogates and U+2028 included, and a newline byte is
-always the end of a row.
+JSON lines and not SQLite or a growing Parquet file, because a killed writer can do one kind of damage only, a last line
+that is cut off, which can be recognised and removed, and because a user can read the file with `head` or `jq`. The JSON
+is pure ASCII: every string that Python can hold goes through, lone surrogates and U+2028 included, and a newline byte
+is always the end of a row.
+
+The last key of every line is `crc32`, the checksum of what precedes it. A disk or a copy that changes one bit inside a
+number leaves valid JSON; without the checksum the changed row would be read as if it had been written so.
+
+Two kinds of bad line are kept apart. A *cut-off* last line has no newline, or holds the zero bytes that a power cut
+leaves where data was not yet written: no row was acknowledged there, so it is skipped, and removed when the ledger is
+opened for appending. Every other line that does not match its checksum is *damage*, and raises.
 """
 
 import json
 import mmap
 import os
+import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +26,16 @@ from typing import Any
 from distill.durable import sync_directory
 from distill.errors import UserError
 
+Row = dict[str, Any]  # a JSON object; its keys are known to the readers of each ledger
+
+FLUSH_SECONDS = 0.5  # of work that a kill may repeat, where an fsync a row would cost more than the row
+UNWRITTEN = b"\0\0"  # JSON in ASCII holds no zero byte; two of them, because one may be a flipped bit
+
 
 class Ledger:
     """Rows in a file. `rows()` reads at any time; appending needs the `with` block, and one writer at a time.
 
-    Opening takes a cut-off last row off the file: `cut_off` then says how many bytes it had (0: the file was whole).
+    cut_off: bytes of a cut-off last line that opening removed; 0 when the file was whole.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,83 +43,126 @@ class Ledger:
         self.cut_off = 0
         self._descriptor: int | None = None
         self._end = 0  # bytes that are known to be whole rows on the disk
+        self._pending: list[Row] = []
+        self._flushed = 0.0  # on the monotonic clock
 
     def __enter__(self) -> "Ledger":
+        """Open for appending. Errors: UserError when the last line is damaged, OSError."""
         assert self._descriptor is None, "this ledger is open already"
         new = not self.path.exists()
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        size = os.fstat(self._descriptor).st_size
-        self._end = _end_of_last_row(self._descriptor, size)
-        self.cut_off = size - self._end
-        if self.cut_off:
-            os.ftruncate(self._descriptor, self._end)
-        if new:
-            sync_directory(self.path.parent)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            self._end = self._end_of_last_row(descriptor, size)
+            self.cut_off = size - self._end
+            if self.cut_off:
+                os.ftruncate(descriptor, self._end)
+            if new:
+                sync_directory(self.path.parent)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor, self._flushed = descriptor, time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Store the rows that `add` still holds, also when the block raised, and close the file."""
         assert self._descriptor is not None
-        os.close(self._descriptor)
-        self._descriptor = None
+        try:
+            self._flush()
+        finally:
+            os.close(self._descriptor)
+            self._descriptor = None
 
-    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+    def append(self, rows: Iterable[Row]) -> None:
         """Store the rows: when this returns they are on the disk. On a failure none of them is, and the file is whole.
 
-        Errors: OSError when the disk is full or gone.
+        Errors: OSError when the disk is full or gone; TypeError for a value that is not JSON.
         """
         assert self._descriptor is not None, "append needs the ledger opened by `with`"
-        data = b"".join(json.dumps(row).encode("ascii") + b"\n" for row in rows)
+        data = b"".join(map(line_of, rows))
         if not data:
             return
         try:
             _write_all(self._descriptor, data)
             os.fsync(self._descriptor)
-        except BaseException:  # KeyboardInterrupt too: half a row must not stand before the next one
+        except BaseException:  # KeyboardInterrupt too: half a row must not precede the next one
             os.ftruncate(self._descriptor, self._end)
             raise
         self._end += len(data)
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Every whole row. A last line that was cut off is passed over; a file that is not there has no rows.
+    def add(self, row: Row) -> None:
+        """Store the row together with its neighbours: within `FLUSH_SECONDS` of work, or at the end of the block."""
+        self._pending.append(row)
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self._flush()
 
-        Errors: UserError naming file and line when a line before the last is broken, which no crash of ours does.
+    def rows(self) -> Iterator[Row]:
+        """Yield every whole row on the disk. A cut-off last line is skipped; a missing file has no rows.
+
+        Errors: UserError naming file and line for a damaged line.
         """
         if not self.path.exists():
             return
-        broken = 0
         with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if broken:
-                    raise UserError(
-                        f"{self.path}, line {broken}: not a whole row; delete this line and run again to redo it"
-                    )
-                row = _parse(line)
-                if row is None:
-                    broken = number
-                else:
-                    yield row
+            number, line = 0, b""
+            for following in file:
+                if number:
+                    yield self._row(line, number)
+                number, line = number + 1, following
+            if number and not _is_cut_off(line):
+                yield self._row(line, number)
+
+    def _flush(self) -> None:
+        rows, self._pending = self._pending, []
+        self.append(rows)
+        self._flushed = time.monotonic()
+
+    def _row(self, line: bytes, number: int | None) -> Row:
+        text = _content(line)
+        if text is None:
+            where = "its last line" if number is None else f"line {number}"
+            raise UserError(
+                f"{self.path}, {where}: damaged (its checksum does not match); delete this line and rerun the command "
+                f"that wrote it: it makes what is missing"
+            )
+        row: Row = json.loads(text + b"}")
+        return row
+
+    def _end_of_last_row(self, descriptor: int, size: int) -> int:
+        """Offset after the last line, or where that line begins if it is cut off. Reads only the file's end."""
+        if size == 0:
+            return 0
+        with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as file:
+            start = file.rfind(b"\n", 0, size - 1) + 1
+            line = file[start:size]
+        if _is_cut_off(line):
+            return start
+        self._row(line, None)
+        return size
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The row, or None for a line that is not a whole one."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+def line_of(row: Row) -> bytes:
+    """The line of a row, for files that are read as ledgers and written in another way."""
+    return _line(json.dumps(row).encode("ascii")[:-1])
 
 
-def _end_of_last_row(descriptor: int, size: int) -> int:
-    """Offset behind the last line if that is whole, else the offset where it starts. Reads only the file's end."""
-    if size == 0:
-        return 0
-    with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as file:
-        start = file.rfind(b"\n", 0, size - 1) + 1
-        return size if _parse(file[start:size]) is not None else start
+def _line(text: bytes) -> bytes:
+    """The line of a row; `text` is its JSON without the closing brace."""
+    return b'%b%b"crc32": "%08x"}\n' % (text, b"" if text == b"{" else b", ", zlib.crc32(text))
+
+
+def _content(line: bytes) -> bytes | None:
+    """The text that `_line` was given, None for a line that it cannot have made."""
+    text = line[: -len(_line(b"{")) + 1].removesuffix(b", ")
+    return text if _line(text) == line else None
+
+
+def _is_cut_off(line: bytes) -> bool:
+    """Whether a crash may have left this last line. A whole row with another byte for its newline is damage instead."""
+    return UNWRITTEN in line or (not line.endswith(b"\n") and _content(line[:-1] + b"\n") is None)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

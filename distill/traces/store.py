@@ -1,78 +1,71 @@
 """Traces on the disk: a ledger while they are made, sharded Parquet when they are done.
 
-A directory holds `ledger.jsonl` (the newest traces, one fsynced line each) and `part-00000.parquet` … (zstd; at most
-`SHARD_ROWS` rows each), which `datasets.load_dataset("parquet", data_files=…)` reads as they are. `compact()` turns the
-ledger into parts. A part takes its name in one step and the ledger goes last, so a process killed in between leaves
-rows that are in both: every reader takes the first row of a key (prompt id, sample) and passes over the others.
+A directory holds `ledger.jsonl` (the newest traces, one fsynced line each) and `part-00000.parquet` … (at most
+`parts.SHARD_ROWS` rows each). `compact()` turns the ledger into parts. A part takes its name in one step and the ledger
+goes last, so a process killed in between leaves rows that are in both: every reader takes the first row of a key
+(prompt id, sample) and skips the others.
 
 Appending to Parquet directly was rejected because a file without its footer is unreadable, and one file per trace
 because a run has hundreds of thousands.
 
-Two decisions on exactness:
-
-- Log-probabilities are float32, the precision that engines compute them in. They are rounded once, when they are
-  appended, so a trace reads the same before and after compaction.
-- Parquet text is UTF-8, which cannot hold a lone surrogate. A trace that has one is stored a second time, whole, as
-  ASCII JSON in the column `exact` (null for all others), and its text columns show U+FFFD; reading gives back the
-  original.
+Making Python objects of a large store takes minutes, so readings have different prices: `keys` reads two narrow
+columns, `figures` the text and a few numbers, `iterate(tokens=False)` everything but token ids and log-probabilities,
+which are most of the bytes, and iterating reads all. `split` copies columns, without making objects of them.
 """
 
 import json
-import shutil
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from itertools import count, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from distill.durable import replacing, sync_directory
+from distill.durable import sync_directory
 from distill.errors import UserError
-from distill.prompts.prompt import Prompt
-from distill.traces.ledger import Ledger
-from distill.traces.trace import Trace, Verdict
+from distill.traces.ledger import Ledger, Row
+from distill.traces.parts import GROUP_ROWS, PartWriter, batches, parts, replacing_directories, row_count
+from distill.traces.rows import (
+    SCHEMA,
+    TEXT_COLUMNS,
+    VERDICTS,
+    rounded,
+    table_of,
+    trace_of,
+    verdict_column,
+    verdicts_of,
+    without_tokens,
+)
+from distill.traces.trace import FinishReason, Trace, Verdict, trace_digest
 
 Key = tuple[str, int]
+T = TypeVar("T")
 
-SHARD_ROWS = 4096  # some 400 MB of R1-sized traces
-GROUP_ROWS = 128  # rows held in memory at once, when reading and when writing
+JUDGED_SCHEMA = SCHEMA.append(VERDICTS)
 
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("sample", pa.int32()),
-        ("seed", pa.int64()),
-        ("task", pa.string()),
-        ("answer", pa.string()),
-        ("source", pa.string()),
-        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("text", pa.string()),
-        ("reasoning", pa.string()),
-        ("response", pa.string()),
-        ("finish_reason", pa.string()),
-        ("teacher", pa.string()),
-        ("prompt_token_ids", pa.list_(pa.int32())),
-        ("completion_token_ids", pa.list_(pa.int32())),
-        ("logprobs", pa.list_(pa.float32())),
-        ("top_logprobs", pa.list_(pa.list_(pa.struct([("token", pa.int32()), ("logprob", pa.float32())])))),
-        ("exact", pa.string()),
-        ("completion_tokens", pa.int32()),
-    ]
-)
-_VERDICT = [("filter", pa.string()), ("keep", pa.bool_()), ("reason", pa.string()), ("evidence", pa.string())]
-_JUDGED_SCHEMA = _SCHEMA.append(pa.field("verdicts", pa.list_(pa.struct(_VERDICT))))  # evidence: JSON
+
+class Figures(NamedTuple):
+    """What the summaries need of a trace. tokens: 0 where their number is not known. digest: `Trace.digest`."""
+
+    key: Key
+    finish_reason: FinishReason
+    tokens: int
+    digest: str
+
+
+def decoded(directory: Path, traces: Iterator[T]) -> Iterator[T]:
+    """Return the traces as they are. Every pass that makes objects of a directory's traces comes through here, which
+    tests count."""
+    return traces
 
 
 class TraceStore:
     """The traces of one directory. Reading works at any time; appending needs the `with` block.
 
-    One process writes at a time: the run directory's lock sees to that.
+    One process writes at a time: the run directory's lock ensures that. Errors of all readers: UserError when a part or
+    a line of the ledger is damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -95,34 +88,54 @@ class TraceStore:
 
     @property
     def cut_off(self) -> int:
-        """Bytes of a half-written trace that opening took off the ledger; that trace is missing and will be redone."""
+        """Bytes of a half-written trace that opening removed from the ledger; that trace is made again."""
         return self._ledger.cut_off
 
     def append(self, traces: Iterable[Trace]) -> None:
-        """Store the traces durably, all or none. Errors: OSError when the disk is full."""
-        self._ledger.append(_rounded(trace).to_dict() for trace in traces)
+        """Store the traces durably, all or none.
+
+        Errors: OSError when the disk is full; ValueError naming the field of a trace that cannot be stored.
+        """
+        rows = []
+        for trace in traces:
+            trace.check_tokens()
+            rows.append(rounded(trace).to_dict())
+        self._ledger.append(rows)
 
     def keys(self) -> set[Key]:
         """(prompt id, sample) of every stored trace. Reads only the two key columns of the parts."""
         return self._part_keys() | {_ledger_key(row) for row in self._ledger.rows()}
 
+    def figures(self) -> Iterator[Figures]:
+        """Key, finish reason and length of every stored trace once, in order. Reads no token."""
+        seen: set[Key] = set()
+        for batch in batches(self.directory, ["id", "sample", "text", "exact", "finish_reason", "completion_tokens"]):
+            for row in batch.to_pylist():
+                key = (row["id"], row["sample"])
+                if key not in seen:
+                    seen.add(key)
+                    yield _figures(key, row if row["exact"] is None else json.loads(row["exact"]))
+        for row in self._ledger.rows():
+            key = _ledger_key(row)
+            if key not in seen:
+                seen.add(key)
+                yield _figures(key, row)
+
     def is_empty(self) -> bool:
         """Whether no trace is stored. Opens no file."""
         ledger = self._ledger.path
-        return not _parts(self.directory) and not (ledger.exists() and ledger.stat().st_size)
+        return not parts(self.directory) and not (ledger.exists() and ledger.stat().st_size)
 
     def __len__(self) -> int:
         return len(self.keys())
 
     def __iter__(self) -> Iterator[Trace]:
         """Every trace once: those of the parts, then those of the ledger, each in the order they were appended."""
-        seen: set[Key] = set()
-        for row in _part_rows(self.directory):
-            trace = _trace(row)
-            if trace.key not in seen:
-                seen.add(trace.key)
-                yield trace
-        yield from self._ledger_traces(seen)
+        return self.iterate()
+
+    def iterate(self, tokens: bool = True) -> Iterator[Trace]:
+        """Every trace once, as iterating gives them. tokens: with token ids and log-probabilities."""
+        return decoded(self.directory, self._traces(tokens))
 
     def compact(self) -> None:
         """Move the ledger's traces into Parquet. May be killed at any point and called again.
@@ -130,14 +143,58 @@ class TraceStore:
         Errors: OSError when the disk is full; the ledger is then still there, and so are the parts that were finished.
         """
         assert not self._open, "compact a store after its `with` block: the open ledger would go on under no name"
-        traces = self._ledger_traces(self._part_keys())
-        _write_parts(self.directory, traces, _SCHEMA)
-        self._ledger.path.unlink(missing_ok=True)
+        if self._ledger.path.exists():
+            with PartWriter(self.directory, SCHEMA) as writer:
+                for table in self._ledger_tables(self._part_keys()):
+                    writer.write(table)
+            self._ledger.path.unlink()
         if self.directory.exists():
             sync_directory(self.directory)
 
+    def split(
+        self, directories: Sequence[Path], choose: Callable[[Key], int], verdicts: Mapping[Key, Sequence[Verdict]]
+    ) -> None:
+        """Copy every trace, with its verdicts, into one of `directories`, in place of what they hold.
+
+        choose: the index of the directory for a key; it is asked once for each trace. The parts are copied as columns.
+        Every directory gets at least one part. Errors: OSError when the disk is full.
+        """
+        with replacing_directories(*directories) as new, ExitStack() as stack:
+            writers = [stack.enter_context(PartWriter(path, JUDGED_SCHEMA, columns_at_least=True)) for path in new]
+            seen: set[Key] = set()
+            for table in self._tables():
+                keys = _keys_of(table)
+                places = []
+                for key in keys:
+                    places.append(-1 if key in seen else choose(key))
+                    seen.add(key)
+                judged = table.append_column(VERDICTS, verdict_column(verdicts.get(key, ()) for key in keys))
+                for i, writer in enumerate(writers):
+                    writer.write(judged.filter(pa.array([place == i for place in places])))
+
     def _part_keys(self) -> set[Key]:
-        return {(row["id"], row["sample"]) for row in _part_rows(self.directory, ["id", "sample"])}
+        return {key for batch in batches(self.directory, ["id", "sample"]) for key in _keys_of(batch)}
+
+    def _traces(self, tokens: bool) -> Iterator[Trace]:
+        seen: set[Key] = set()
+        for batch in batches(self.directory, None if tokens else TEXT_COLUMNS):
+            for trace in map(trace_of, batch.to_pylist()):
+                if trace.key not in seen:
+                    seen.add(trace.key)
+                    yield trace
+        for trace in self._ledger_traces(seen):
+            yield trace if tokens else without_tokens(trace)
+
+    def _tables(self) -> Iterator[pa.Table]:
+        for batch in batches(self.directory):
+            yield pa.Table.from_batches([batch])
+        yield from self._ledger_tables(set())
+
+    def _ledger_tables(self, seen: set[Key]) -> Iterator[pa.Table]:
+        if self._ledger.path.exists():
+            traces = decoded(self.directory, self._ledger_traces(seen))
+            while group := list(islice(traces, GROUP_ROWS)):
+                yield table_of(group)
 
     def _ledger_traces(self, seen: set[Key]) -> Iterator[Trace]:
         for row in self._ledger.rows():
@@ -148,205 +205,47 @@ class TraceStore:
 
 
 def write_traces(directory: Path, traces: Iterable[Trace], verdicts: Mapping[Key, list[Verdict]] | None = None) -> None:
-    """Write a whole directory of Parquet parts, with a column `verdicts`, in place of what was there.
+    """Write a whole directory of parts, with a column `verdicts`, in place of what was there.
 
-    It is written aside and renamed: a reader sees the old directory, for a moment none, then the new one, never a half.
-    No traces give one part without rows, so that the columns are known.
+    No traces give one part without rows, so that the columns are known. Errors: OSError when the disk is full.
     """
-    new, old = directory.with_name(f".{directory.name}.new"), directory.with_name(f".{directory.name}.old")
-    for leftover in (new, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    new.mkdir(parents=True)
-    try:
-        _write_parts(new, map(_rounded, traces), _JUDGED_SCHEMA, verdicts or {})
-        if not _parts(new):
-            with replacing(_part(new, 0)) as file, _writer(file, _JUDGED_SCHEMA):
-                pass
-    except BaseException:
-        shutil.rmtree(new)
-        raise
-    if directory.exists():
-        directory.rename(old)
-    new.rename(directory)
-    sync_directory(directory.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    said, rest = verdicts or {}, map(rounded, traces)
+    with replacing_directories(directory) as (new,), PartWriter(new, JUDGED_SCHEMA, columns_at_least=True) as writer:
+        while group := list(islice(rest, GROUP_ROWS)):
+            column = verdict_column(said.get(trace.key, ()) for trace in group)
+            writer.write(table_of(group).append_column(VERDICTS, column))
 
 
 def read_traces(directory: Path, ids: bool = True) -> Iterator[tuple[Trace, list[Verdict]]]:
     """Every trace of a directory of parts with its verdicts (none where the parts have no such column).
 
-    ids: with token ids and log-probabilities. Most of a trace's numbers are in them; those who only look at texts read
-    many times as fast without, and have the number of tokens all the same. Errors: UserError when there are no parts,
-    or one is damaged.
+    ids: with token ids and log-probabilities. They are most of a trace's numbers; without them reading is many times
+    as fast, and the number of tokens is there all the same. Errors: UserError when there are no parts, or one is
+    damaged.
     """
-    if not _parts(directory):
+    if not parts(directory):
         raise UserError(f"{directory}: no part-*.parquet here; run the stage that writes it first")
-    for row in _part_rows(directory) if ids else _rows_without_ids(directory):
-        found = row.pop("verdicts", None) or []
-        yield _trace(row), [Verdict(v["filter"], v["keep"], v["reason"], json.loads(v["evidence"])) for v in found]
+    return decoded(directory, _judged(directory, None if ids else [*TEXT_COLUMNS, VERDICTS.name]))
 
 
 def count_traces(directory: Path) -> int:
-    """Rows of a directory of parts, from their footers. Errors: UserError when one is damaged."""
-    total = 0
-    for path in _parts(directory):
-        with _readable(path), pq.ParquetFile(path) as file:
-            total += file.metadata.num_rows
-    return total
+    """The number of traces in a directory of parts, from their footers. Errors: UserError when one is damaged."""
+    return row_count(directory)
 
 
-# Parts
+def _judged(directory: Path, columns: Sequence[str] | None) -> Iterator[tuple[Trace, list[Verdict]]]:
+    for batch in batches(directory, columns):
+        for row in batch.to_pylist():
+            yield trace_of(row), verdicts_of(row)
 
 
-def _part(directory: Path, number: int) -> Path:
-    return directory / f"part-{number:05d}.parquet"
+def _figures(key: Key, row: Row) -> Figures:
+    return Figures(key, row["finish_reason"], row["completion_tokens"] or 0, trace_digest(*key, row["text"]))
 
 
-def _parts(directory: Path) -> list[Path]:
-    return sorted(directory.glob("part-*.parquet"))
+def _keys_of(table: pa.Table | pa.RecordBatch) -> list[Key]:
+    return list(zip(table["id"].to_pylist(), table["sample"].to_pylist(), strict=True))
 
 
-def _part_rows(directory: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    for path in _parts(directory):
-        with _readable(path), pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=GROUP_ROWS, columns=columns):
-                yield from batch.to_pylist()
-
-
-def _rows_without_ids(directory: Path) -> Iterator[dict[str, Any]]:
-    left_out = {"prompt_token_ids": (), "completion_token_ids": (), "logprobs": None, "top_logprobs": None}
-    for path in _parts(directory):
-        with _readable(path), pq.ParquetFile(path) as file:
-            names = [name for name in file.schema_arrow.names if name not in left_out]
-            for batch in file.iter_batches(batch_size=GROUP_ROWS, columns=[*names, "completion_token_ids"]):
-                counts = pc.list_value_length(batch["completion_token_ids"]).to_pylist()
-                for row, count in zip(batch.select(names).to_pylist(), counts, strict=True):
-                    yield row | left_out | {"completion_tokens": count or row.get("completion_tokens")}
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except pa.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: damaged ({reason}); delete it and run again, its traces will be redone") from error
-
-
-def _write_parts(
-    directory: Path,
-    traces: Iterable[Trace],
-    schema: pa.Schema,
-    verdicts: Mapping[Key, list[Verdict]] | None = None,
-) -> None:
-    """Write the traces as parts numbered after those that are there. Each part is whole or absent."""
-    rest = iter(traces)
-    last = max((int(path.stem.removeprefix("part-")) for path in _parts(directory)), default=-1)
-    for number in count(last + 1):
-        shard = islice(rest, SHARD_ROWS)
-        group = list(islice(shard, GROUP_ROWS))
-        if not group:
-            return
-        with replacing(_part(directory, number)) as file, _writer(file, schema) as writer:
-            while group:
-                writer.write_table(pa.Table.from_pylist([_row(t, verdicts) for t in group], schema=schema))
-                group = list(islice(shard, GROUP_ROWS))
-
-
-def _writer(file: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
-    return pq.ParquetWriter(file, schema, compression="zstd")
-
-
-# One trace as a row of columns
-
-
-def _row(trace: Trace, verdicts: Mapping[Key, list[Verdict]] | None) -> dict[str, Any]:
-    prompt = trace.prompt
-    row = {
-        "id": prompt.id,
-        "sample": trace.sample,
-        "seed": trace.seed,
-        "task": prompt.task,
-        "answer": prompt.answer,
-        "source": prompt.source,
-        "messages": trace.messages,
-        "text": trace.text,
-        "reasoning": trace.reasoning,
-        "response": trace.response,
-        "finish_reason": trace.finish_reason,
-        "teacher": trace.teacher,
-        "prompt_token_ids": trace.prompt_token_ids,
-        "completion_token_ids": trace.completion_token_ids,
-        "logprobs": trace.logprobs,
-        "top_logprobs": trace.top_logprobs,
-        "exact": None,
-        "completion_tokens": trace.completion_tokens,
-    }
-    if trace.top_logprobs is not None:
-        row["top_logprobs"] = [[{"token": t, "logprob": p} for t, p in top] for top in trace.top_logprobs]
-    if not _is_utf8(trace):
-        row = _without_surrogates(row) | {"exact": json.dumps(trace.to_dict())}
-    if verdicts is not None:
-        row["verdicts"] = [v.to_dict() | {"evidence": json.dumps(v.evidence)} for v in verdicts.get(trace.key, [])]
-    return row
-
-
-def _trace(row: dict[str, Any]) -> Trace:
-    if row["exact"] is not None:
-        return Trace.from_dict(json.loads(row["exact"]))
-    top = row["top_logprobs"]
-    return Trace(
-        prompt=Prompt(tuple(row["messages"][:-1]), row["task"], row["answer"], row["source"], row["id"]),
-        sample=row["sample"],
-        seed=row["seed"],
-        text=row["text"],
-        reasoning=row["reasoning"],
-        response=row["response"],
-        finish_reason=row["finish_reason"],
-        teacher=row["teacher"],
-        prompt_token_ids=tuple(row["prompt_token_ids"]),
-        completion_token_ids=tuple(row["completion_token_ids"]),
-        logprobs=None if row["logprobs"] is None else tuple(row["logprobs"]),
-        top_logprobs=None if top is None else tuple(tuple((c["token"], c["logprob"]) for c in alts) for alts in top),
-        completion_tokens=row.get("completion_tokens"),  # older files have no such column
-    )
-
-
-def _ledger_key(row: dict[str, Any]) -> Key:
+def _ledger_key(row: Row) -> Key:
     return (row["prompt"]["id"], row["sample"])
-
-
-def _rounded(trace: Trace) -> Trace:
-    """The trace with its log-probabilities as float32 can hold them."""
-    if trace.logprobs is not None:
-        trace = replace(trace, logprobs=tuple(array("f", trace.logprobs)))
-    if trace.top_logprobs is not None:
-        trace = replace(trace, top_logprobs=tuple(tuple(_rounded_pairs(top)) for top in trace.top_logprobs))
-    return trace
-
-
-def _rounded_pairs(pairs: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]:
-    return zip((token for token, _ in pairs), array("f", [logprob for _, logprob in pairs]), strict=True)
-
-
-def _is_utf8(trace: Trace) -> bool:
-    prompt = trace.prompt
-    texts = [prompt.answer or "", prompt.source, trace.text, trace.reasoning or "", trace.response]
-    texts += [message["content"] for message in prompt.messages]
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _without_surrogates(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, dict):
-        return {key: _without_surrogates(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_surrogates(inner) for inner in value]
-    return value

@@ -2,16 +2,32 @@
 
 The raw text is kept as sampled; `reasoning` and `response` are views of it made once, when the trace is stored. Token
 ids are kept where the backend gives them, so that nothing downstream has to guess how the text was tokenised.
+
+A trace may come from a server or from somebody else's file, so its fields are checked when it is made: a value that the
+store cannot hold is refused with the field's name, before it is on the disk. Numbers inside the long lists of tokens
+are checked once, when the trace is stored (`Trace.check_tokens`), because reading makes a trace many times.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+from distill.chat import END_THINK
 from distill.prompts.prompt import Message, Prompt
 
-FinishReason = Literal["stop", "length"]
+FinishReason = str | None  # "stop", "length", "content_filter", or what else a server says; None: it does not say
+
+TOKENS, WORDS = "teacher tokens", "words"  # units of length
+
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+
+
+class Length(NamedTuple):
+    """How long a completion is, and in which unit: `TOKENS`, or `WORDS` where the number of tokens is not known."""
+
+    value: int
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -19,12 +35,15 @@ class Trace:
     """One sample of one prompt.
 
     text: the completion as sampled, with the opening `<think>` put back where the template had prefilled it.
-    reasoning: what stands inside `<think>…</think>`, None when there is no closed block.
-    response: what follows `</think>`, or the whole text without one.
+    reasoning: the text inside `<think>…</think>`, None when there is no closed block.
+    response: the text after `</think>`, or the whole text without one; empty when the reasoning never ends.
+    finish_reason: why sampling ended, as the backend says it.
     teacher: fingerprint (hex) of weights revision, numerics and sampling settings.
     logprobs: raw log-probability (natural log, temperature 1) of each completion token, where known.
     top_logprobs: per completion token the k most likely (token id, log-probability) pairs, where asked for.
-    completion_tokens: their number, where it was counted by a server that gives no ids.
+    completion_tokens: the number of completion tokens; None where neither ids nor a server's count are known.
+
+    Errors: ValueError naming the field when a value has another type or range than the store can hold.
     """
 
     prompt: Prompt
@@ -41,10 +60,37 @@ class Trace:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     completion_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.completion_token_ids:
+            object.__setattr__(self, "completion_tokens", len(self.completion_token_ids))
+        _check_integer("sample", self.sample, 0, INT32_MAX)
+        _check_integer("seed", self.seed, -INT64_MAX - 1, INT64_MAX)
+        if self.completion_tokens is not None:
+            _check_integer("completion_tokens", self.completion_tokens, 0, INT32_MAX)
+        for name in ("text", "response", "teacher"):
+            _check_text(name, getattr(self, name))
+        for name in ("reasoning", "finish_reason"):
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name))
+
     @property
     def tokens(self) -> int:
-        """How long the completion is; 0 where nobody counted."""
-        return len(self.completion_token_ids) or self.completion_tokens or 0
+        """The number of completion tokens, 0 where it is not known."""
+        return self.completion_tokens or 0
+
+    @property
+    def length(self) -> Length:
+        """The completion's length in tokens, or in words where its tokens were not counted."""
+        return Length(self.tokens, TOKENS) if self.tokens else Length(len(self.text.split()), WORDS)
+
+    @property
+    def answer(self) -> str:
+        """The text in which a grader looks for the answer: the response.
+
+        Empty for a text that was cut off before any reasoning was closed: some servers leave out the opening tag, and
+        then the whole text may be reasoning, whose boxes are no answers.
+        """
+        return "" if self.finish_reason == "length" and END_THINK not in self.text else self.response
 
     @property
     def key(self) -> tuple[str, int]:
@@ -52,17 +98,36 @@ class Trace:
         return (self.prompt.id, self.sample)
 
     @property
+    def digest(self) -> str:
+        """32 hex digits over prompt id, sample number and text."""
+        return trace_digest(self.prompt.id, self.sample, self.text)
+
+    @property
     def messages(self) -> list[Message]:
         """The training view: the prompt's messages and the assistant's whole text, reasoning included."""
         return [*self.prompt.messages, {"role": "assistant", "content": self.text}]
 
+    def check_tokens(self) -> None:
+        """Raise ValueError, naming the field, for a token id that is no int32 or a log-probability that is no number.
+
+        Not part of making a trace: a store makes its traces on every reading, and checks what it once wrote otherwise.
+        """
+        tops = [pair for top in self.top_logprobs or () for pair in top]
+        _check_ids("prompt_token_ids", self.prompt_token_ids)
+        _check_ids("completion_token_ids", self.completion_token_ids)
+        _check_ids("top_logprobs", [token for token, _ in tops])
+        _check_numbers("logprobs", self.logprobs or ())
+        _check_numbers("top_logprobs", [logprob for _, logprob in tops])
+
     def to_dict(self) -> dict[str, Any]:
+        """The trace as a JSON object, for the ledger."""
         row = {f.name: getattr(self, f.name) for f in fields(self)}  # asdict would copy every token one by one
         row["prompt"] = self.prompt.to_dict()
         return row
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> "Trace":
+        """The trace that `to_dict` described."""
         values = dict(row)
         values["prompt"] = Prompt.from_dict(row["prompt"])
         for name in ("prompt_token_ids", "completion_token_ids"):
@@ -74,23 +139,53 @@ class Trace:
         return cls(**values)
 
 
-def content_hash(traces: Iterable[Trace]) -> str:
-    """16 hex digits over (prompt id, sample, text) of the traces, whatever their order."""
-    digests = sorted(
-        hashlib.sha256(f"{trace.prompt.id}\0{trace.sample}\0{trace.text}".encode(errors="surrogatepass")).digest()
-        for trace in traces
-    )
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+def content_hash(digests: Iterable[str]) -> str:
+    """16 hex digits over the digests of traces, whatever their order."""
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
+
+
+def trace_digest(prompt: str, sample: int, text: str) -> str:
+    """32 hex digits over what makes a trace: its prompt's id, its sample number and its text."""
+    return hashlib.sha256(f"{prompt}\0{sample}\0{text}".encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one filter said of one trace: keep or drop, a short machine-readable reason, and the evidence for it."""
+    """What one filter decided about one trace: keep or drop, a short countable reason, and the evidence for it.
+
+    evidence: JSON values by name; None for what is not known.
+    """
 
     filter: str
     keep: bool
     reason: str
-    evidence: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, object] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
+        """The verdict as a JSON object."""
         return asdict(self)
+
+
+def _check_integer(name: str, value: object, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name}: {_shown(value)} is not an integer from {least} to {most}")
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: {_shown(value)} is not text")
+
+
+def _check_ids(name: str, ids: Sequence[int]) -> None:
+    if not set(map(type, ids)) <= {int} or (ids and not 0 <= min(ids) <= max(ids) <= INT32_MAX):
+        raise ValueError(f"{name}: a token id is not an integer from 0 to {INT32_MAX}")
+
+
+def _check_numbers(name: str, values: Sequence[float]) -> None:
+    if not set(map(type, values)) <= {int, float}:
+        raise ValueError(f"{name}: a log-probability is not a number")
+
+
+def _shown(value: object) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "an integer of more than 40 digits"
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,17 @@ def test_the_wheel_holds_every_file_of_the_package_and_of_the_catalogs(from_whee
     expected = files_under(ROOT / "distill")
     expected |= {f"_catalog/{name}/{file}" for name in CATALOGS for file in files_under(ROOT / name)}
     assert files_under(installed) == expected
+
+
+def test_a_source_distribution_brings_every_file_of_the_package(source, tmp_path):
+    """The sources of the kernels among them: an installation from it compiles them."""
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, source, cwd=tmp_path)
+    (file,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {f"distill/{name}" for name in files_under(ROOT / "distill") if not name.endswith(".so")}
+    assert "distill/engine/kernels/native/isa/products.h" in expected
+    assert expected <= names
 
 
 @pytest.mark.skipif(bool(cpu.why_missing()), reason="no C++ compiler here: the kernels are optional")

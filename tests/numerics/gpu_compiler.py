@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from distill.engine.kernels import gpu, gpu_attention, gpu_draw, gpu_gemm, gpu_moe, gpu_rows, w8a8
+from distill.engine.kernels.stored import Fp8
 
 BFLOAT16 = torch.bfloat16
 
@@ -102,7 +103,7 @@ def main() -> None:
         gpu_gemm.linear(x, fp8(7168, 2048), None, empty(m, 7168))
         gpu_gemm.linear(x, fp8(7168, 2048), empty(7168))
     bank = gpu.expert_bank(16, BFLOAT16)
-    zeros = {name: gpu.reference.Fp8(torch.zeros(256, 256).to(torch.float8_e4m3fn), torch.ones(2, 2)) for name in "gud"}
+    zeros = {name: Fp8(torch.zeros(256, 256).to(torch.float8_e4m3fn), torch.ones(2, 2)) for name in "gud"}
     for _ in range(16):
         bank.lend((zeros["g"], zeros["u"], zeros["d"]))
     bank.settle()

@@ -4,7 +4,6 @@ that no result depends on what else is in the batch, on chunks, or on the number
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,24 +12,11 @@ from random_models import quantise
 from torch import Tensor
 
 from distill.engine.kernels import cpu, reference
-from distill.engine.kernels.reference import Fp8, Stored
+from distill.engine.kernels.stored import Fp8, Plain, Stored
 
 # The numerics of a float32 product of this length, relative to the largest result.
 CLOSE = 3e-6
 HALF = 2e-2  # where keys, values or probabilities are rounded to bfloat16
-
-
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if why := cpu.why_missing():
-        pytest.skip(f"no compiled kernels: {why}")
-    before = cpu.instruction_set()
-    try:
-        cpu.instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    cpu.instruction_set(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -41,7 +27,13 @@ def stored(n: int, c: int, kind: str) -> Stored:
     weight = random(n, c, seed=n + c)
     if kind == "fp8":
         return Fp8(*quantise(weight))
-    return weight.bfloat16() if kind == "bfloat16" else weight
+    return Plain(weight.bfloat16() if kind == "bfloat16" else weight)
+
+
+def columns_of(weight: Stored, count: int) -> Stored:
+    """The first columns of a matrix, which end in its last block of 128."""
+    values = weight.values[:, :count].contiguous()
+    return Plain(values) if weight.scale is None else Fp8(values, weight.scale)
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
@@ -51,7 +43,7 @@ def error(ours: Tensor, exact: Tensor) -> float:
 
 
 def reference_dense(weight: Stored) -> Tensor:
-    return reference.dense(weight, torch.float32)
+    return weight.dense(torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float32"])
@@ -85,7 +77,8 @@ def test_linear(isa: str, kind: str, shape: tuple[int, int]) -> None:
     ],
 )
 def test_scales_of_any_size(isa: str, scales: list[float]) -> None:
-    codes = quantise(random(64, 512, seed=3))[0]
+    codes = quantise(random(64, 512, seed=3))[0].float().unflatten(1, (4, 128))
+    codes = (codes * (torch.tensor(scales) > 0)[:, None]).flatten(1).to(torch.float8_e4m3fn)  # no scale, no numbers
     weight = Fp8(codes, torch.tensor([scales]))
     packed = cpu.pack(weight, torch.float32)
     x = random(40, 512, seed=4)
@@ -125,7 +118,7 @@ def test_nan_codes_are_found() -> None:
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float32"])
 def test_swiglu_linear(isa: str, kind: str) -> None:
     gate, up = stored(200, 96, kind), stored(200, 97, kind)
-    up = Fp8(up.codes[:, :96].contiguous(), up.scale) if isinstance(up, Fp8) else up[:, :96]
+    up = columns_of(up, 96)
     x = random(9, 96, seed=2)
     ours = cpu.swiglu_linear(x, cpu.pack(gate, torch.float32), cpu.pack(up, torch.float32))
     expected = reference.swiglu_linear(x, reference_dense(gate), reference_dense(up))
@@ -148,9 +141,7 @@ def test_experts(isa: str, kind: str, tokens: int) -> None:
     """Uneven routing: expert 0 takes every token, some take none."""
     count, per_token, f, c = 7, 3, 136, 160
     matrices = [(stored(f, c, kind), stored(f, c + 1, kind), stored(c, f, kind)) for _ in range(count)]
-    matrices = [
-        (g, Fp8(u.codes[:, :c].contiguous(), u.scale) if isinstance(u, Fp8) else u[:, :c], d) for g, u, d in matrices
-    ]
+    matrices = [(gate, columns_of(up, c), down) for gate, up, down in matrices]
     matrices[3] = (matrices[3][1], matrices[3][0], matrices[3][2])  # not all the same
     x, weights = random(tokens, c, seed=3), random(tokens, per_token, seed=4).abs()
     chosen = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(t))[:2] + 1 for t in range(tokens)])
@@ -187,9 +178,9 @@ def test_experts_with_a_shared_one(isa: str, kind: str, shared_kind: str) -> Non
 
 def test_per_head(isa: str) -> None:
     x, weight = random(5, 3, 20), random(3, 70, 20, seed=1)
-    ours = cpu.per_head(x, cpu.pack_heads(weight, torch.float32))
+    ours = cpu.per_head(x, cpu.pack_heads([Plain(head) for head in weight], torch.float32))
     assert error(ours, reference.per_head(x, weight)) < CLOSE
-    wide, packed = random(5, 3, 30)[:, :, :20], cpu.pack_heads(weight, torch.float32)
+    wide, packed = random(5, 3, 30)[:, :, :20], cpu.pack_heads([Plain(head) for head in weight], torch.float32)
     assert torch.equal(cpu.per_head(wide, packed), cpu.per_head(wide.contiguous(), packed)), "strides are not followed"
 
 
@@ -238,7 +229,7 @@ def test_prefill_mla(isa: str, dtype: torch.dtype) -> None:
     table = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
     uk, uv = (random(heads, nope, rank) * 0.2).to(dtype), (random(heads, e, rank, seed=1) * 0.2).to(dtype)
     q = random(length, heads, nope + rope).to(dtype).float()
-    packed = cpu.pack_heads(uk, dtype), cpu.pack_heads(uv, dtype)
+    packed = [cpu.pack_heads([Plain(head) for head in heads_], dtype) for heads_ in (uk, uv)]
     whole = cpu.prefill_mla(q, pool, table, length, *packed, 0.2)
     expected = reference.prefill_mla(q, pool.float(), table, length, uk.float(), uv.float(), 0.2)
     assert error(whole, expected) < (CLOSE if dtype == torch.float32 else HALF)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from random_models import dequantise, quantise
 
-from distill.engine.kernels import OP_NAMES, TABLE, column_for, ops_for, reference
-from distill.engine.kernels.reference import Fp8
+from distill.engine.kernels import OP_NAMES, TABLE, column_for, ops_for, reference, reference_attention
+from distill.engine.kernels.stored import Fp8, dequantize_fp8_block
 
 
 def test_every_op_has_an_implementation() -> None:
@@ -66,8 +66,8 @@ def test_attention_over_pages() -> None:
 def test_causal_attention_is_the_same_in_any_block(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(*s, generator=generator) for s in ((5, 4, 6), (2, 8, 6), (2, 8, 3)))
-    monkeypatch.setattr(reference, "_SCORE_ELEMENTS", elements)
-    out = reference.attend_causal(q, k, v, 0.3)
+    monkeypatch.setattr(reference_attention, "_SCORE_ELEMENTS", elements)
+    out = reference_attention.attend_causal(q, k, v, 0.3)
     for t in range(5):
         for h in range(4):
             seen = 8 - 5 + t + 1
@@ -99,6 +99,6 @@ def test_all_finite_fp8_codes_through_the_dot_product(activation: float) -> None
 def test_dequantising_partial_blocks(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     codes, scale = quantise(weight)
-    ours = reference.dequantize_fp8_block(codes, scale, torch.float32)
+    ours = dequantize_fp8_block(codes, scale, torch.float32)
     assert torch.equal(ours, dequantise(codes, scale))
     assert (ours - weight).abs().max() <= weight.abs().max() / 16

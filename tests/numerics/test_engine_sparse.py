@@ -36,8 +36,20 @@ def test_the_best_places_in_order_and_of_equals_the_earliest() -> None:
         pool[table_p[position // 2], 0, position % 2, 0] = key
     q_thd, weight_th = torch.ones(2, 1, 1), torch.ones(2, 1)
     ops = ops_for("reference")
-    assert indexer.select(ops, q_thd, weight_th, pool, table_p, 6, 2).tolist() == [[4, 0], [4, 0]]  # positions 0, 2
-    assert indexer.select(ops, q_thd, weight_th, pool, table_p, 6, 4).tolist() == [[4, 0, 1, 2]] * 2  # 0, 2, 3, 4
+    best_two, undefined = indexer.select(ops, q_thd, weight_th, pool, table_p, 6, 2)
+    assert best_two.tolist() == [[4, 0], [4, 0]]  # positions 0, 2
+    assert undefined.tolist() == [False, False]
+    best_four, _ = indexer.select(ops, q_thd, weight_th, pool, table_p, 6, 4)
+    assert best_four.tolist() == [[4, 0, 1, 2]] * 2  # positions 0, 2, 3, 4
+
+
+def test_a_row_with_a_nan_score_is_named_and_its_places_are_valid() -> None:
+    """The query of the second row is NaN."""
+    pool, table_p = torch.ones(3, 1, 2, 1), torch.tensor([2, 0, 1])
+    q_thd, weight_th = torch.tensor([[[1.0]], [[float("nan")]]]), torch.ones(2, 1)
+    places, undefined = indexer.select(ops_for("reference"), q_thd, weight_th, pool, table_p, 6, 4)
+    assert undefined.tolist() == [False, True]
+    assert places.min() >= 0 and places.max() < 6
 
 
 @pytest.mark.parametrize("elements", [1, 100, 1 << 24])
@@ -46,9 +58,9 @@ def test_selection_is_the_same_in_any_block(elements: int, monkeypatch: pytest.M
     pool = torch.randn(8, 1, 4, 6, generator=generator)
     q, weight = torch.randn(9, 3, 6, generator=generator), torch.randn(9, 3, generator=generator)
     table_p = torch.tensor([5, 2, 7, 0, 1, 3, 4, 6])
-    whole = indexer.select(ops_for("reference"), q, weight, pool, table_p, 30, 20)
+    whole, _ = indexer.select(ops_for("reference"), q, weight, pool, table_p, 30, 20)
     monkeypatch.setattr(indexer, "_SCORE_ELEMENTS", elements)
-    assert torch.equal(indexer.select(ops_for("reference"), q, weight, pool, table_p, 30, 20), whole)
+    assert torch.equal(indexer.select(ops_for("reference"), q, weight, pool, table_p, 30, 20)[0], whole)
     assert whole.shape == (9, 20) and all(len(set(row)) == 20 for row in whole.tolist())
 
 

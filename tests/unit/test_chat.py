@@ -4,46 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from chat_support import ANSWERED, BARE, QUESTION, QWEN3, R1_INFERENCE, V3_1, save_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from distill.chat import Chat, read_template, split_reasoning
 from distill.errors import UserError
-
-R1_INFERENCE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
-    "{% else %}<|assistant|>{{ m['content'].split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
-)
-# What DeepSeek and Qwen document of their templates, each in its fewest words: how the answer is opened in each mode.
-BARE = R1_INFERENCE.replace("<|assistant|><think>\n{% endif %}", "<|assistant|>{% endif %}")  # R1's first release
-V3_1 = R1_INFERENCE.replace(
-    "<|assistant|><think>\n{% endif %}",
-    "<|assistant|>{% if thinking is defined and thinking %}<think>{% else %}</think>{% endif %}{% endif %}",
-)
-QWEN3 = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-QUESTION = [{"role": "user", "content": "1 + 1?"}]
-ANSWERED = [*QUESTION, {"role": "assistant", "content": "<think>\ntwo\n</think>\n\n2"}]
-
-
-def save_tokenizer(directory: Path, template: str | None) -> Path:
-    """A byte-level tokenizer with ChatML's tokens, in a directory."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>", "<|bos|>", "<|user|>", "<|assistant|>"]
-    tokenizer.add_special_tokens(special)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|bos|>")
-    fast.chat_template = template
-    fast.save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.parametrize(
@@ -127,7 +93,10 @@ def test_a_mode_is_refused_where_there_is_only_one(template: str, thinking: bool
 
 
 def test_a_base_without_a_template_is_told_which_to_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no chat template; set `chat_template`.*chatml, llama3"):
+    with pytest.raises(
+        UserError,
+        match=r"has no chat template; for a student set `train.chat_template` to chatml \(its tokens are here\)",
+    ):
         Chat.load(save_tokenizer(tmp_path, None))
 
 

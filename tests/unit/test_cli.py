@@ -36,7 +36,7 @@ def pipeline(monkeypatch):
     stand_in = types.ModuleType("distill.pipeline")
     stand_in.calls, stand_in.failure = [], None
 
-    def run_recipe(recipe, directory, stages=None, fresh=()):
+    def run_recipe(recipe, directory, stages=None, fresh=(), verify=False):
         stand_in.calls.append((recipe, directory, stages, list(fresh)))
         if stand_in.failure:
             raise stand_in.failure
@@ -95,7 +95,7 @@ def test_report_prints_where_the_page_is(distill, tmp_path, monkeypatch):
         (
             PermissionError(errno.EACCES, "Permission denied", "/some/file"),
             2,
-            "error: /some/file: Permission denied; give yourself the right to it, or name another place",
+            "error: /some/file: Permission denied; change its permissions (chmod), or name another place",
         ),
         (OSError(errno.EROFS, "Read-only file system"), 2, "error: runs/tiny: Read-only file system"),
     ],

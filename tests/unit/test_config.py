@@ -2,15 +2,18 @@
 
 import math
 import re
+from typing import Literal
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.config import dump_yaml, parse, read_yaml
+from distill.config import RENAMED, dump_yaml, parse, read_yaml
 from distill.errors import UserError
+from distill.filters.format import Format
 from distill.recipe import BenchmarkCard, Recipe
+from distill.section import Section
 
 MINIMAL = {
     "name": "x",
@@ -48,9 +51,28 @@ def test_numbers_without_a_point_are_numbers(tmp_path):
     [
         ("a: [1, 2\nb: 3\n", ":2:", "not valid YAML"),
         ("a: 1\n\tb: 2\n", ":2:1", "cannot start any token"),
-        ("a: 1\nb:\n  c: 1\n  c: 2\n", ":4:3", "the key 'c' is there twice"),
+        ("a: 1\nb:\n  c: 1\n  c: 2\n", ":4:3", "duplicate key 'c'"),
         ("a: *nowhere\n", ":1:4", "undefined alias"),
         ("a: \x00\n", "a.yaml: ", "not valid YAML"),
+        ("a: !!timestamp foo\n", ":1:4", "the tag !!timestamp is not supported"),
+        ("a: !!python/object:os.system x\n", ":1:4", "python/object:os.system is not supported"),
+        ("a: !!set {b}\n", ":1:4", "the tag !!set is not supported"),
+        ("a: !!int foo\n", ":1:4", "'foo' is not of type int"),
+        ("a: !!bool foo\n", ":1:4", "'foo' is not of type bool"),
+        ("a: " + "9" * 5000, ":1:4", "a number of 5,000 characters; at most 400 are read"),
+        ("a: " + "1:" * 5000 + "1", ":1:4", "at most 400 are read"),
+        ("a: 0x" + "f" * 5000, ":1:4", "at most 400 are read"),
+        ("a: " + "9" * 5000 + ".5", ":1:4", "at most 400 are read"),
+        ("a: " + "[" * 60 + "]" * 60, ":1:53", "values are nested more than 50 deep"),
+        ("a: " + "[" * 200_000, ":1:53", "values are nested more than 50 deep"),
+        ("a: " + "{b: " * 3000, ":1:", "values are nested more than 50 deep"),
+        ("".join(f"{' ' * i}a:\n" for i in range(600)), ":50:50", "values are nested more than 50 deep"),
+        ("1: a\n", ":1:1", "the key 1 is not text; put it in quotes"),
+        ("on: a\n", ":1:1", "the key on is not text"),
+        ("2024-01-01: a\n1e5: b", ":2:1", "the key 1e5 is not text"),
+        ("? [a]\n: b\n", ":1:3", "the key sequence is not text"),
+        ("a: 1\n---\nb: 2\n", ":2:1", "but found another document"),
+        ("a: b: c\n", ":1:5", "mapping values are not allowed here"),
     ],
 )
 def test_yaml_errors_name_file_and_line(tmp_path, text, where, what):
@@ -60,6 +82,51 @@ def test_yaml_errors_name_file_and_line(tmp_path, text, where, what):
         read_yaml(file)
     assert f"{file}{where}" in str(caught.value) or where in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_dates_are_text(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("a: 2024-01-01\nb: 2024-13-45\nc: 2001-12-14t21:59:43.10-05:00\n2024-01-01: d")
+    assert read_yaml(file) == {
+        "a": "2024-01-01",
+        "b": "2024-13-45",
+        "c": "2001-12-14t21:59:43.10-05:00",
+        "2024-01-01": "d",
+    }
+
+
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize("text", [ALIASES, MERGES, "- x\n" * 100_001], ids=["aliases", "merges", "long"])
+def test_the_number_of_values_is_bounded(tmp_path, text):
+    """Ten to the tenth values behind ten lines would be built, and then written as JSON."""
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"a\.yaml:\d+:\d+: not valid YAML: more than 100,000 values, aliases written"):
+        read_yaml(file)
+
+
+def test_aliases_and_merges_work(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("a: &a {x: 1, y: 2}\nb: *a\nc: {<<: *a, y: 3}\n")
+    assert read_yaml(file) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 2}, "c": {"x": 1, "y": 3}}
+
+
+def test_the_size_of_a_file_is_bounded(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("a: '" + " " * (4 << 20) + "'")
+    with pytest.raises(UserError, match=r"a file of 4,194,309 bytes; YAML files of at most 4,194,304 are read"):
+        read_yaml(file)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n")
+    assert read_yaml(file) == {"a": 1, "b": 2}
 
 
 def test_a_binary_file_is_not_yaml(tmp_path):
@@ -78,8 +145,8 @@ def test_what_is_not_a_mapping_is_refused(data, found):
 def test_an_alias_inside_itself_is_refused(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("name: &a [*a]\n")
-    with pytest.raises(UserError, match="contains itself"):
-        parse(Recipe, read_yaml(file), str(file))
+    with pytest.raises(UserError, match=r"a\.yaml:1:\d+: not valid YAML: an alias \(\*name\) contains itself"):
+        read_yaml(file)
 
 
 json_values = st.recursive(
@@ -116,8 +183,8 @@ def test_strings_that_look_like_something_else_are_quoted(tmp_path, text):
         ("generate.sampling.temperature=0", lambda r: r.generate.sampling.temperature, 0),
         ("generate.prompt_suffix=", lambda r: r.generate.prompt_suffix, ""),
         ("generate.prompt_suffix=a=b", lambda r: r.generate.prompt_suffix, "a=b"),
-        ("filter.max_tokens=null", lambda r: r.filter.max_tokens, None),
-        ("filter={dedup: false}", lambda r: (r.filter.dedup, r.filter.format), (False, True)),
+        ("filter.length.max_tokens=9", lambda r: r.filter.length.max_tokens, 9),
+        ("filter={dedup: false}", lambda r: (r.filter.dedup, r.filter.format), (None, Format())),
         ("eval.benchmarks=[a, b]", lambda r: r.eval.benchmarks, ("a", "b")),
         ("eval.benchmarks.0=c", lambda r: r.eval.benchmarks, ("c",)),
         ('name="007"', lambda r: r.name, "007"),
@@ -157,6 +224,14 @@ def test_overrides_apply_in_order_and_leave_the_data_alone():
         ("generate.samples=yes", "should be a valid integer, not true"),
         ('generate.samples="4"', "should be a valid integer"),
         ("train.data=[]", "--set train.data: needs at least 1 item"),
+        ("seed=" + "9" * 5000, "--set seed: the value is not valid YAML (a number of 5,000 characters; at most 400"),
+        ("seed=2024-13-45", '--set seed: should be a valid integer, not "2024-13-45"'),
+        ("seed=!!timestamp foo", "--set seed: the value is not valid YAML (the tag !!timestamp is not supported"),
+        ("seed=" + "[" * 9999, "--set seed: the value is not valid YAML (values are nested more than 50 deep)"),
+        ("seed=[&a [1], " + "*a, " * 100_000 + "]", "more than 100,000 values, aliases written out"),
+        ("seed='" + "x" * (4 << 20) + "'", "--set seed: the value is not valid YAML (4,194,306 characters of YAML; at"),
+        ("prompts." + "9" * 5000 + "=1", "should be an index from 0 to 0 of that list"),
+        ("prompts.²=1", "unknown key"),
     ],
 )
 def test_a_bad_override_says_what_is_wrong(override, message):
@@ -252,3 +327,48 @@ def test_cards_are_reported_alike():
     with pytest.raises(UserError, match=r"b.yaml: prompts.limt: unknown key; did you mean prompts.limit\?"):
         data = {"name": "b", "prompts": {"kind": "procedural", "name": "arithmetic", "limt": 3}}
         parse(BenchmarkCard, data, "b.yaml")
+
+
+def test_many_problems_are_counted():
+    message = error_of(train={f"key{i:04}": 1 for i in range(1000)})
+    assert message.endswith("; and 990 more problems") and len(message) < 10_000
+
+
+def test_a_key_is_shown_printable_and_cut():
+    message = error_of(**{"\x1b[31m" + "k" * 10_000: 1})
+    assert "\x1b" not in message and len(message) < 1000
+
+
+# ---- keys of earlier versions
+
+
+class Objective(Section):
+    kind: Literal["sft", "logits"] = "sft"
+
+
+class Renamed(Section):
+    objective: Objective = Objective()
+    sources: tuple[Objective, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"divergence": "kl"}, "a.yaml: divergence: unknown key; write objective: {kind: logits, divergence: …}"),
+        ({"objective": "logits"}, "a.yaml: objective: write objective: {kind: logits}"),
+        ({"objective": {"kind": "x"}}, "a.yaml: objective.kind: should be 'sft' or 'logits', not \"x\""),
+        ({"sources": [{}, {"weigth": 1}]}, "a.yaml: sources.1.weigth: unknown key; write weight"),
+    ],
+)
+def test_an_old_key_is_answered_with_the_new_one(monkeypatch, data, message):
+    monkeypatch.setitem(RENAMED, "divergence", "objective: {kind: logits, divergence: …}")
+    monkeypatch.setitem(RENAMED, "objective", "objective: {kind: logits}")
+    monkeypatch.setitem(RENAMED, "sources.weigth", "weight")
+    with pytest.raises(UserError) as caught:
+        parse(Renamed, data, "a.yaml")
+    assert str(caught.value) == message
+
+
+def test_an_old_key_of_an_override_is_answered_too(monkeypatch):
+    monkeypatch.setitem(RENAMED, "train.rate", "train.learning_rate")
+    assert error_of("train.rate=1") == "--set train.rate: unknown key; write train.learning_rate"

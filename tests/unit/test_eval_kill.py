@@ -15,8 +15,9 @@ from pathlib import Path
 from test_eval_model import server, url
 
 from distill.errors import UserError
-from distill.eval import evaluate_model, part
+from distill.eval import evaluate_model
 from distill.recipe import Eval, LocalEngine
+from distill.traces import ledger
 from distill.traces.ledger import Ledger
 
 PROBLEMS, SAMPLES, CONCURRENCY, KILLS = 10, 4, 2, 7
@@ -29,7 +30,7 @@ def reply(question, seed):
 
 
 def main(address: str, card: str, directory: Path) -> None:
-    part.FLUSH_SECONDS = 0.0
+    ledger.FLUSH_SECONDS = 0.0
     evaluate_model(address, None, Eval(benchmarks=(card,), max_batch=CONCURRENCY), LocalEngine(), directory)
 
 

@@ -200,7 +200,7 @@ def test_an_interruption_does_not_wait_for_the_server(sums, tmp_path):
 
     ledger = tmp_path / "out" / "sums" / "scripted" / "traces" / "ledger.jsonl"
     with server(half) as made:
-        command = [sys.executable, "-m", "distill.cli", "eval", "--model", url(made), "--benchmark", str(sums)]
+        command = [sys.executable, "-m", "distill.command", "eval", "--model", url(made), "--benchmark", str(sums)]
         process = subprocess.Popen(
             [*command, "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -428,7 +428,7 @@ def test_real_benchmarks_with_a_scripted_server(benchmark, kind, real_data, tmp_
         row = json.loads(line)
         question = next(row[name] for name in ("problem", "question", "prompt") if name in row)
         gold[question.strip()] = gold_answer(str(row["answer"]))
-    monkeypatch.setattr("distill.grading.WorkerPool.map", refuse) if kind == "reference" else None
+    monkeypatch.setattr("distill.grading.grader.WorkerPool.map", refuse) if kind == "reference" else None
 
     def reply(question, seed):
         if kind == "cut off":

@@ -1,31 +1,36 @@
-"""Each filter on cases that can be judged by eye, then all of them in a run."""
+"""Each filter on its own examples and on cases that can be judged by eye, then all of them in a run."""
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from distill import grading
+from distill.artefacts import FilterSummary
+from distill.catalog import load_recipe
 from distill.chat import split_reasoning
 from distill.errors import UserError
-from distill.filters import check_gradable, filter_traces
-from distill.filters.correct import check_correct
-from distill.filters.dedup import check_duplicates
-from distill.filters.finish import check_finish
-from distill.filters.format import check_format
-from distill.filters.judged import Judged
-from distill.filters.length import check_length, length, reasoning_length
-from distill.filters.select import check_selected
+from distill.filters.base import OK, Candidate, ChoosingFilter, Example, TraceFilter
+from distill.filters.correct import Correct
+from distill.filters.dedup import Dedup
+from distill.filters.format import Format
+from distill.filters.judged import Judged, common_unit
+from distill.filters.length import Length
+from distill.filters.pipeline import STAGE, check_gradable
+from distill.filters.select import Select
 from distill.grading import Grade
+from distill.grading import math as mathematics
 from distill.prompts.prompt import Prompt
 from distill.recipe import Recipe
+from distill.recipe.filter import FILTERS, Filter, Switch
 from distill.run import Run
+from distill.traces import store as store_module
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, read_traces
 from distill.traces.trace import Trace, Verdict
@@ -40,10 +45,11 @@ def make_trace(text: str = GOOD, question: str = "20 + 22?", sample: int = 0, to
     return replace(trace, **more)
 
 
-def make_recipe(**settings: Any) -> Recipe:
+def make_recipe(table: Filter | None = None, **settings: Any) -> Recipe:
     names = {"name": "r", "teacher": "t", "student": "s", "eval": {"benchmarks": []}}
     prompts = settings.pop("prompts", [{"kind": "procedural", "name": "arithmetic"}])
-    return Recipe.model_validate(names | {"prompts": prompts, "filter": settings})
+    recipe = Recipe.model_validate(names | {"prompts": prompts, "filter": settings})
+    return recipe if table is None else recipe.model_copy(update={"filter": table})
 
 
 def add(directory: Path, traces: Iterable[Trace]) -> None:
@@ -52,12 +58,14 @@ def add(directory: Path, traces: Iterable[Trace]) -> None:
         store.append(traces)
 
 
-def run_filter(directory: Path, traces: Iterable[Trace] = (), fresh: bool = False, **settings: Any) -> dict[str, Any]:
-    with Run(directory, make_recipe(**settings)) as run:
+def run_filter(
+    directory: Path, traces: Iterable[Trace] = (), fresh: bool = False, table: Filter | None = None, **settings: Any
+) -> FilterSummary:
+    with Run(directory, make_recipe(table, **settings)) as run:
         add(directory, traces)
         if fresh:
-            run.fresh("filter")
-        return filter_traces(run)
+            run.fresh([STAGE])
+        return STAGE.perform(run)
 
 
 def samples(directory: Path, which: str = "kept") -> dict[int, dict[str, str]]:
@@ -67,74 +75,93 @@ def samples(directory: Path, which: str = "kept") -> dict[int, dict[str, str]]:
 
 # One filter at a time
 
+TRACE_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, TraceFilter)]
+CHOOSING_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, ChoosingFilter)]
+
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (GOOD, "ok"),
-        ("<think>a</think>b", "ok"),
-        ("\n<think>a</think>b", "ok"),
-        ("42", "no_think"),
-        ("", "no_think"),
-        ("<think>on and on", "not_closed"),
-        ("<think>a<think>b", "not_closed"),
-        ("a</think>b", "not_opened"),
-        ("<think>a</think>b<think>c</think>d", "several_blocks"),
-        ("<think>a<think>b</think>c", "several_blocks"),
-        ("<think>a</think></think>b", "several_blocks"),
-        ("Well, <think>a</think>b", "text_before"),
-        ("</think>a<think>b", "text_before"),
-        ("<think> \n </think>b", "empty_reasoning"),
-        ("<think>a</think> \n", "no_response"),
-    ],
+    ("kind", "example"),
+    [pytest.param(kind, example, id=kind.name) for kind in TRACE_FILTERS for example in kind.examples],
 )
-def test_format(text: str, reason: str) -> None:
-    verdict = check_format(make_trace(text))
-    assert (verdict.filter, verdict.keep, verdict.reason) == ("format", reason == "ok", reason)
+def test_examples_of_filters_that_judge(kind: type[TraceFilter], example: Example) -> None:
+    trace = make_trace(example.text, tokens=example.tokens or 0, finish_reason=example.finish_reason)
+    verdict = kind.model_validate(example.settings).judge(Candidate(trace, example.grade))
+    assert (verdict.filter, verdict.reason) == (kind.name, example.reason)
+    assert verdict.keep is (example.reason == kind.passing)
+
+
+@pytest.mark.parametrize("kind", CHOOSING_FILTERS)
+def test_examples_of_filters_that_choose(kind: type[ChoosingFilter]) -> None:
+    for group in kind.examples:
+        lengths = group.tokens or (0,) * len(group.texts)
+        traces = judged(*(make_trace(text, sample=i, tokens=lengths[i]) for i, text in enumerate(group.texts)))
+        for order in (1, -1):
+            verdicts = kind.model_validate(group.settings).choose(traces[::order], seed=0)
+            assert [verdicts[trace.key].reason for trace in traces] == list(group.reasons)
+            assert all(verdict.keep is (verdict.reason == kind.passing) for verdict in verdicts.values())
+
+
+@pytest.mark.parametrize("kind", FILTERS.values())
+def test_every_reason_has_an_example_and_every_filter_a_description(kind: Any) -> None:
+    examples = kind.examples if issubclass(kind, TraceFilter) else [g for group in kind.examples for g in [*group[:1]]]
+    reasons = [e.reason for e in examples] if issubclass(kind, TraceFilter) else [r for g in examples for r in g]
+    assert {reason.partition(": ")[0] for reason in reasons} == set(kind.reasons)
+    assert kind.__doc__ and list(FILTERS) == list(Filter.model_fields)
+    assert all(field.description for field in kind.model_fields.values())
 
 
 @given(st.lists(st.sampled_from(["<think>", "</think>", "a", " "]), max_size=7).map("".join))
 def test_format_keeps_just_what_its_rule_says(text: str) -> None:
     rule = re.fullmatch(r"\s*<think>((?:(?!</?think>).)*)</think>((?:(?!</?think>).)*)", text, re.DOTALL)
     keep = rule is not None and bool(rule[1].strip()) and bool(rule[2].strip())
-    assert check_format(make_trace(text)).keep is keep
+    assert Format().judge(Candidate(make_trace(text))).keep is keep
 
 
-def test_finish() -> None:
-    assert check_finish(make_trace()) == Verdict("finish", True, "ok", {"finish_reason": "stop"})
-    cut = make_trace(finish_reason="length")
-    assert check_finish(cut) == Verdict("finish", False, "truncated", {"finish_reason": "length"})
+def test_the_evidence_of_a_grade_is_kept() -> None:
+    verdict = Correct().judge(Candidate(make_trace(), Grade("correct", "equal", {"gold": "42"})))
+    assert verdict == Verdict("correct", True, "correct", {"judged": "equal", "gold": "42"})
 
 
-def test_unverifiable_is_dropped_under_its_own_reason() -> None:
-    assert check_correct(Grade("correct", "equal", {"gold": "42"})) == Verdict(
-        "correct", True, "correct", {"judged": "equal", "gold": "42"}
-    )
-    assert check_correct(Grade("wrong", "not equal")).reason == "wrong"
-    timeout = check_correct(Grade("unverifiable", "timeout"))
-    assert (timeout.keep, timeout.reason) == (False, "unverifiable: timeout")
+def test_an_answer_in_unfinished_reasoning_is_none() -> None:
+    """A server may leave out the opening tag; then a text that ran into the limit is reasoning to its end."""
+    assert make_trace("I guess \\boxed{42}, but").answer == "I guess \\boxed{42}, but"
+    assert make_trace("I guess \\boxed{42}, but", finish_reason="length").answer == ""
+    assert make_trace("<think>\\boxed{42}", finish_reason="length").answer == ""
+    assert make_trace("hm</think>\\boxed{42} and so", finish_reason="length").answer == "\\boxed{42} and so"
 
 
-def test_length_is_in_teacher_tokens_where_there_are_any() -> None:
-    assert length(make_trace("<think>a b</think> c", tokens=7)) == (7, "teacher tokens")
-    assert length(make_trace("<think>a b</think> c")) == (3, "words")
-    assert reasoning_length(make_trace("<think>aaaa</think>!", tokens=20)) == 4  # 4 of 20 characters, of 20 tokens
-    assert reasoning_length(make_trace("")) == 0
-    limits = {count: check_length(make_trace(tokens=count), 10, 20) for count in (9, 10, 20, 21)}
-    assert {count: v.reason for count, v in limits.items()} == {9: "too_short", 10: "ok", 20: "ok", 21: "too_long"}
-    assert limits[9].evidence == {"length": 9, "unit": "teacher tokens"}
-    assert check_length(make_trace(tokens=10**6), None, None).keep
+def test_length_names_its_unit() -> None:
+    assert make_trace("<think>a b</think> c", tokens=7).length == (7, "teacher tokens")
+    assert make_trace("<think>a b</think> c").length == (3, "words")
+    counted = make_trace("a b", completion_tokens=9)
+    assert counted.length == (9, "teacher tokens")
+    limits = Length(min_tokens=10, max_tokens=20)
+    assert limits.judge(Candidate(make_trace("a b"))).evidence == {"length": 2, "unit": "words"}
+    for wrong in ({}, {"min_tokens": 3, "max_tokens": 2}, {"max_tokens": 0}):
+        with pytest.raises(ValidationError):
+            Length.model_validate(wrong)
 
 
 def judged(*traces: Trace) -> list[Judged]:
     return [Judged.of(trace, []) for trace in traces]
 
 
+def test_lengths_are_measured_in_one_unit() -> None:
+    with_tokens, without = judged(make_trace("<think>aaaa</think>!", tokens=20), make_trace("<think>aaaa</think> ! !"))
+    assert common_unit([with_tokens]) == "teacher tokens" and common_unit([with_tokens, without]) == "words"
+    assert (with_tokens.length("teacher tokens"), with_tokens.reasoning("teacher tokens")) == (
+        20,
+        4,
+    )  # 4 of 20 characters
+    assert (with_tokens.length("words"), without.length("words")) == (1, 3)
+    assert judged(make_trace(""))[0].reasoning("words") == 0
+
+
 def test_duplicates_are_found_within_a_prompt_and_up_to_white_space() -> None:
     other = make_trace(question="21 + 21?", sample=5)
     spaced = make_trace(GOOD.replace(" ", "\n  "), sample=2)
     different = make_trace(GOOD.replace("20 + 22", "22 + 20"), sample=3)
-    verdicts = check_duplicates(judged(spaced, make_trace(sample=1), different, other))
+    verdicts = Dedup().choose(judged(spaced, make_trace(sample=1), different, other), 0)
     assert {key[1]: (v.keep, v.evidence) for key, v in verdicts.items()} == {
         1: (True, {}),
         2: (False, {"of_sample": 1}),
@@ -149,7 +176,7 @@ def test_select() -> None:
     other = traces[-1].key
 
     def kept(how: Any, per_prompt: int = 2, seed: int = 0, order: int = 1) -> set[tuple[str, int]]:
-        verdicts = check_selected(traces[::order], per_prompt, how, seed)
+        verdicts = Select(per_prompt=per_prompt, order=how).choose(traces[::order], seed)
         assert verdicts.keys() == {trace.key for trace in traces}
         return {key for key, verdict in verdicts.items() if verdict.keep}
 
@@ -164,11 +191,52 @@ def test_select() -> None:
     assert kept("random", seed=3) == kept("random", seed=3, order=-1)
     assert kept("random", per_prompt=2, seed=3) < kept("random", per_prompt=3, seed=3)
     assert all(other in kept(how) for how in ("first", "shortest", "random"))
+    assert [Filter(select=Select(per_prompt=1, order=how)).draws for how in ("first", "random")] == [False, True]
 
 
 def test_a_ledger_row_holds_all_of_it() -> None:
     one = Judged.of(make_trace(tokens=9), [Verdict("format", False, "no_think", {"think": 0})])
     assert Judged.from_row(json.loads(json.dumps(one.to_row()))) == one
+
+
+# The section of the recipe
+
+
+def parsed(text: str) -> Filter:
+    return Filter.model_validate_json(text, strict=True)
+
+
+def test_a_filter_is_on_or_off_in_several_spellings() -> None:
+    assert parsed("{}") == parsed('{"format": true, "dedup": {}, "length": null, "select": false}') == Filter()
+    off = parsed('{"format": false, "finish": null}')
+    assert off.format is None and off.finish is None
+    assert parsed('{"correct": {"workers": 3}}').correct == Correct(workers=3)
+    assert [name for name, value in Filter().settings().items() if value is False] == ["length", "select"]
+    assert off.settings()["format"] is False and Filter().settings()["correct.timeout"] == 5.0
+    assert "correct.workers" not in Filter().settings(), "how many processes decides nothing"
+    assert parsed(json.dumps(off.model_dump(mode="json"))) == off
+    assert off.model_dump(mode="json")["dedup"] is True
+    for wrong in ('{"select": true}', '{"length": {}}', '{"format": 3}', '{"length": {"min": 3}}'):
+        with pytest.raises(ValidationError):
+            parsed(wrong)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("min_tokens: 30", "filter.length.min_tokens"),
+        ("max_tokens: 30", "filter.length.max_tokens"),
+        ("per_prompt: 1", "filter.select.per_prompt"),
+        ("workers: 1", "filter.correct.workers"),
+        ("grade_timeout: 3.0", "filter.correct.timeout"),
+    ],
+)
+def test_an_old_key_names_the_new_one(tmp_path: Path, old: str, new: str) -> None:
+    path = tmp_path / "mine.yaml"
+    base = "name: r\nteacher: t\nstudent: s\nprompts: [{kind: procedural, name: arithmetic}]\neval: {benchmarks: [b]}\n"
+    path.write_text(f"{base}filter: {{{old}}}\n")
+    with pytest.raises(UserError, match=f"unknown key; did you mean {new}"):
+        load_recipe(str(path))
 
 
 # All of them
@@ -187,7 +255,9 @@ MIXED = [
 
 
 def test_every_verdict_is_recorded_and_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = run_filter(tmp_path / "run", MIXED, max_tokens=64, per_prompt=1, select="shortest")
+    summary = run_filter(
+        tmp_path / "run", MIXED, length={"max_tokens": 64}, select={"per_prompt": 1, "order": "shortest"}
+    )
     ok = {"format": "ok", "finish": "ok", "correct": "correct", "length": "ok"}
     assert samples(tmp_path / "run") == {0: ok | {"dedup": "ok", "select": "ok"}}
     assert samples(tmp_path / "run", "dropped") == {
@@ -203,7 +273,7 @@ def test_every_verdict_is_recorded_and_nothing_is_lost(tmp_path: Path, capsys: p
         5: ok | {"dedup": "ok", "select": "surplus"},
         6: ok | {"length": "too_long"},
     }
-    steps = [(step["filter"], step["entered"], step["dropped"], step["kept"]) for step in summary["funnel"]]
+    steps = [(step.filter, step.entered, step.dropped, step.kept) for step in summary.funnel]
     assert steps == [
         ("format", 7, 2, 5),
         ("finish", 5, 0, 5),
@@ -212,21 +282,21 @@ def test_every_verdict_is_recorded_and_nothing_is_lost(tmp_path: Path, capsys: p
         ("dedup", 3, 1, 2),
         ("select", 2, 1, 1),
     ]
-    assert summary["funnel"][0]["reasons"] == {"not_closed": 1, "no_think": 1}
-    assert summary["verdicts"]["length"] == {"ok": 5, "too_long": 2}
+    assert summary.funnel[0].reasons == {"not_closed": 1, "no_think": 1}
+    assert summary.verdicts["length"] == {"ok": 5, "too_long": 2}
     figures = ("total", "kept", "dropped", "prompts", "prompts_kept", "tokens_kept", "unit")
-    assert [summary[figure] for figure in figures] == [7, 1, 6, 1, 1, 30, "teacher tokens"]
+    assert [getattr(summary, figure) for figure in figures] == [7, 1, 6, 1, 1, 30, "teacher tokens"]
     share = round(30 * len("20 + 22 = 42") / len(GOOD))
-    assert (summary["reasoning_median"], summary["reasoning_mean"]) == (share, share)
+    assert (summary.reasoning_median, summary.reasoning_mean) == (share, share)
     shown = capsys.readouterr().out
     assert "kept 1 of 7 traces" in shown and str(tmp_path / "run/filtered/kept") in shown
 
 
 def test_every_filter_can_be_turned_off(tmp_path: Path) -> None:
     summary = run_filter(tmp_path / "run", MIXED, format=False, finish=False, correct=False, dedup=False)
-    assert (summary["kept"], summary["funnel"], summary["verdicts"]) == (7, [], {})
+    assert (summary.kept, summary.funnel, summary.verdicts) == (7, (), {})
     summary = run_filter(tmp_path / "run", fresh=True, format=False, finish=False, correct=True, dedup=False)
-    assert summary["verdicts"] == {"correct": {"correct": 5, "wrong": 1, "unverifiable: no answer found": 1}}
+    assert summary.verdicts == {"correct": {"correct": 5, "wrong": 1, "unverifiable: no answer found": 1}}
 
 
 def test_finished_is_finished_and_more_samples_are_graded_alone(
@@ -238,9 +308,9 @@ def test_finished_is_finished_and_more_samples_are_graded_alone(
     assert run_filter(run) == first
     assert capsys.readouterr().out == ""
     graded: list[str] = []
-    find = grading.final_answer
-    monkeypatch.setattr(grading, "final_answer", lambda response: graded.append(response) or find(response))
-    assert run_filter(run, MIXED[3:])["total"] == 7
+    find = mathematics.final_answer
+    monkeypatch.setattr(mathematics, "final_answer", lambda response: graded.append(response) or find(response))
+    assert run_filter(run, MIXED[3:]).total == 7
     assert graded == [trace.response for trace in MIXED[3:]]
     keys = [tuple(row["key"]) for row in Ledger(run / "filtered/verdicts.jsonl").rows()]
     assert sorted(keys) == sorted(trace.key for trace in MIXED)
@@ -248,20 +318,20 @@ def test_finished_is_finished_and_more_samples_are_graded_alone(
 
 def test_a_trace_whose_text_changed_is_judged_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert run_filter(run, MIXED[:3])["kept"] == 1
+    assert run_filter(run, MIXED[:3]).kept == 1
     for path in (run / "traces").iterdir():
         path.unlink()
     changed = make_trace(GOOD + " Yes.", sample=2)
-    assert run_filter(run, [MIXED[0], changed])["kept"] == 2
+    assert run_filter(run, [MIXED[0], changed]).kept == 2
     assert samples(run).keys() == {0, 2}
 
 
 def test_other_settings_are_refused_but_not_other_means(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_filter(run, MIXED, workers=1)
-    run_filter(run, workers=3)
-    with pytest.raises(UserError, match="min_tokens"):
-        run_filter(run, min_tokens=10)
+    run_filter(run, MIXED, correct={"workers": 1})
+    run_filter(run, correct={"workers": 3})
+    with pytest.raises(UserError, match=r"length: false → true, length.min_tokens: not set → 10"):
+        run_filter(run, length={"min_tokens": 10})
 
 
 def test_nothing_to_filter_and_nothing_kept(tmp_path: Path) -> None:
@@ -272,8 +342,71 @@ def test_nothing_to_filter_and_nothing_kept(tmp_path: Path) -> None:
         run_filter(tmp_path / "run", [MIXED[2], MIXED[3], make_trace(WRONG, question="more?")])
     message = str(nothing.value)
     assert message.startswith("nothing kept of 3 traces: correct dropped 2, 2 of them as 'wrong'")
+    assert message.endswith("turn off that filter: `--set filter.correct=false --fresh filter`")
     assert "\n" not in message
     assert samples(tmp_path / "run", "dropped").keys() == {0, 2, 3}, "they can be read"
+
+
+def test_prompts_without_gold_answers_are_refused_before_any_work() -> None:
+    without = [{"kind": "file", "path": "problems.jsonl", "answer": None}]
+    with pytest.raises(
+        UserError, match=r"^filter.correct: prompts.0 has no gold answers .* set filter.correct to false"
+    ):
+        check_gradable(make_recipe(prompts=without))
+    check_gradable(make_recipe(prompts=without, correct=False))
+
+
+def test_imported_traces_are_measured_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = run_filter(tmp_path / "run", [make_trace(sample=0, tokens=30), make_trace(GOOD + " Yes.", sample=1)])
+    assert (summary.unit, summary.tokens_kept) == ("words", 11 + 12)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "23 words, median reasoning 2 words" in shown and "token" not in shown
+
+
+def test_traces_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To be judged; they are written by copying columns. A finished stage decodes none."""
+    passes: list[str] = []
+    monkeypatch.setattr(store_module, "decoded", lambda path, traces: passes.append(path.name) or traces)
+    with Run(tmp_path / "run", make_recipe()) as run:
+        add(tmp_path / "run", MIXED)
+        TraceStore(tmp_path / "run" / "traces").compact()
+        passes.clear()
+        STAGE.perform(run)
+        assert passes == ["traces"]
+        STAGE.perform(run)
+        assert passes == ["traces"]
+
+
+class Shouting(TraceFilter):
+    """One file: its settings, verdict, reasons and examples."""
+
+    most: int = 3
+
+    name = "shouting"
+    reasons: ClassVar[Mapping[str, str]] = {OK: "few capitals", "shouting": "more than `most`"}
+    examples = (Example(OK, "Yes"), Example("shouting", "YES", {"most": 2}))
+
+    def judge(self, candidate: Candidate) -> Verdict:
+        capitals = sum(letter.isupper() for letter in candidate.trace.response)
+        return self.verdict("shouting" if capitals > self.most else OK, capitals=capitals)
+
+
+class Extended(Filter):
+    shouting: Switch[Shouting] = Shouting()  # one line of the table
+
+
+def test_a_filter_is_a_class_and_a_line_in_the_table(tmp_path: Path) -> None:
+    loud = make_trace(GOOD + " YES, SURE.", sample=1, tokens=30)
+    table = Extended.model_validate_json('{"dedup": false}', strict=True)
+    summary = run_filter(tmp_path / "run", [make_trace(tokens=30), loud], table=table)
+    assert [(step.filter, step.dropped) for step in summary.funnel][-1] == ("shouting", 1)
+    assert summary.verdicts["shouting"] == {"ok": 1, "shouting": 1}
+    assert samples(tmp_path / "run", "dropped")[1]["shouting"] == "shouting"
+    strict = Extended.model_validate_json('{"dedup": false, "shouting": {"most": 2}}', strict=True)
+    with pytest.raises(UserError, match=r"shouting.most: 3 → 2"):
+        run_filter(tmp_path / "run", table=strict)
+    off = Extended.model_validate_json('{"dedup": false, "shouting": false}', strict=True)
+    assert run_filter(tmp_path / "run", fresh=True, table=off).kept == 2
 
 
 def test_a_task_without_a_grader_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -15,14 +15,15 @@ from typing import Any
 
 from test_filters import add, make_recipe, make_trace
 
-from distill.filters import filter_traces, pipeline
+from distill.filters.pipeline import STAGE
 from distill.run import Run
+from distill.traces import ledger as ledger_module
 from distill.traces.ledger import Ledger
 from distill.traces.store import read_traces
 from distill.traces.trace import Trace
 
 TRACES = 90
-SETTINGS: dict[str, Any] = {"per_prompt": 2, "grade_timeout": 60.0, "workers": 1}
+SETTINGS: dict[str, Any] = {"select": {"per_prompt": 2}, "correct": {"timeout": 60.0, "workers": 1}}
 
 
 def traces() -> Iterator[Trace]:
@@ -33,9 +34,9 @@ def traces() -> Iterator[Trace]:
 
 
 def main(directory: Path) -> None:
-    pipeline.FLUSH_SECONDS = 0.0
+    ledger_module.FLUSH_SECONDS = 0.0
     with Run(directory, make_recipe(**SETTINGS)) as run:
-        filter_traces(run)
+        STAGE.perform(run)
 
 
 def start(directory: Path) -> subprocess.Popen[bytes]:
@@ -46,7 +47,7 @@ def test_kill_in_the_middle_of_grading(tmp_path: Path) -> None:
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     for directory in (killed, undisturbed):
         with Run(directory, make_recipe(**SETTINGS)) as run:
-            run.stage("generate", {}, {}, ["traces"]).finish({})
+            run.begin(STAGE, STAGE.settings(run), {})
             add(directory, traces())
     ledger = killed / "filtered" / "verdicts.jsonl"
     moments = random.Random(0)

@@ -15,14 +15,18 @@ from typing import Any
 
 import pytest
 
-from distill.errors import WorkError
-from distill.grading import Grader
+from distill import grading
+from distill.errors import UserError, WorkError
+from distill.grading import GRADERS, Answer, Grader, TaskGrader, unreadable_golds
+from distill.grading import grader as grader_module
+from distill.grading.children import Child
+from distill.grading.grade import Outcome
 from distill.grading.pool import Lost, WorkerPool
 from distill.prompts.prompt import Prompt
 
 TOWER = "9^{9^{9^{9}}}"
-EASY = {"gold": "5", "answer": "10/2", "marked": True}
-ENDLESS = {"gold": "5", "answer": TOWER, "marked": True}
+EASY = {"task": "math", "gold": "5", "answer": "10/2", "marked": True}
+ENDLESS = {"task": "math", "gold": "5", "answer": TOWER, "marked": True}
 EQUAL = ["correct", "equal"]
 
 
@@ -66,13 +70,13 @@ def test_workers_that_die_or_stand_still_cost_their_item_only() -> None:
             thread.start()
             while not (pool.workers and pool.workers[0].key == "bad"):
                 time.sleep(0.001)
-            pool.workers[0].process.send_signal(signal_number)
+            pool.workers[0].child.process.send_signal(signal_number)
             thread.join()
         assert results == {"bad": expected, "good": EQUAL}
 
 
 def test_a_worker_over_its_memory_dies_alone() -> None:
-    huge = {"gold": "5", "answer": "x" * 40_000_000, "marked": True}
+    huge = {"task": "math", "gold": "5", "answer": "x" * 40_000_000, "marked": True}
     with WorkerPool(workers=1, timeout=600, memory=120 << 20) as pool:
         results = dict(pool.map([("huge", huge), ("good", EASY)]))
     assert results["good"] == EQUAL
@@ -95,7 +99,7 @@ def test_items_are_read_as_workers_become_free_and_no_process_is_left_behind() -
         assert dict(pool.map((i, EASY) for i in range(100, 104))) == dict.fromkeys(
             range(100, 104), EQUAL
         )  # …starts anew
-        pids = [worker.process.pid for worker in pool.workers]
+        pids = [worker.child.process.pid for worker in pool.workers]
         assert len(pids) == 2 and all(map(running, pids))
     assert not any(map(running, pids))
 
@@ -107,7 +111,7 @@ from distill.grading.pool import WorkerPool
 pool = WorkerPool(workers=1, timeout=1.0)
 def tell():
     while not (pool.workers and pool.workers[0].key): pass
-    print(pool.workers[0].process.pid, flush=True)
+    print(pool.workers[0].child.process.pid, flush=True)
 threading.Thread(target=tell).start()
 list(pool.map([("tower", {ENDLESS!r})]))
 """
@@ -134,7 +138,7 @@ import sys
 from distill.grading.pool import WorkerPool
 with WorkerPool(1, 600) as pool:
     print(*pool.map([(0, {EASY})]))
-import distill.grading.worker, math_verify
+import distill.grading.worker, distill.grading.graders, math_verify
 print([module for module in {heavy} if module in sys.modules])
 """
     shown = subprocess.run(
@@ -146,3 +150,101 @@ print([module for module in {heavy} if module in sys.modules])
         check=True,
     )
     assert shown.stdout.splitlines() == ["(0, ['correct', 'equal'])", "[]"]
+
+
+def test_golds_that_no_grader_can_read() -> None:
+    golds = ["90°", "€5", r"0.\overline{3}", "½", "5 apples and 3 pears", "", TOWER]
+    readable = [
+        "42",
+        "-7",
+        r"\frac{1}{2}",
+        "x^2+1",
+        "(1,2)",
+        r"90^\circ",
+        "yes",
+        "12 dollars",
+        r"The answer: \boxed{3}",
+    ]
+    with Grader(workers=2, timeout=1.0) as grader:
+        found = dict(grader.readable((gold, "math", gold) for gold in golds + readable))
+        letters = dict(grader.readable((gold, "choice", gold) for gold in ("B", "b", "4 mol")))
+    assert [gold for gold in golds if found[gold]] == [TOWER], "it is read, though never compared"
+    assert [gold for gold in readable if not found[gold]] == []
+    assert letters == {"B": True, "b": True, "4 mol": False}
+    assert grading.readable("math", r"\sqrt{2}") and not grading.readable("math", "90°")
+    with pytest.raises(UserError, match="task 'chat' has no grader"):
+        grading.readable("chat", "hello")
+
+
+def test_unreadable_golds_are_counted_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = ["90°", "42", "90°", None, "€5", r"\frac{1}{2}"]
+    prompts = [Prompt.from_question(f"q{i}", answer) for i, answer in enumerate(answers)]
+    prompts.append(Prompt.from_question("q", "print(1)", "code"))
+    assert unreadable_golds(prompts, 1, 5.0) == (["90°", "€5"], 4)
+    monkeypatch.setattr(grader_module, "TRIED", 2)
+    assert unreadable_golds(prompts, 1, 5.0) == (["90°"], 2)
+    monkeypatch.setattr(WorkerPool, "_start", lambda pool: pytest.fail("integers need no process"))
+    assert unreadable_golds([Prompt.from_question(str(i), str(i)) for i in range(9)], 1, 5.0) == ([], 2)
+
+
+class Echo(TaskGrader):
+    """One file and one line: the answer is the whole response."""
+
+    def gold(self, text: str) -> str:
+        return text
+
+    def find(self, response: str) -> Answer | None:
+        return Answer(response, "whole") if response else None
+
+    def rule(self, gold: str, answer: Answer) -> tuple[Outcome, str]:
+        return ("correct", "the same") if gold == answer.text else ("wrong", "another text")
+
+    def reads_plainly(self, gold: str) -> bool:
+        return True
+
+
+def test_a_grader_is_a_class_and_a_line_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRADERS, "chat", Echo())
+    prompt = Prompt.from_question("Say hello.", "hello", "chat")
+    with Grader(workers=1) as grader:
+        grades = dict(grader.grade((text, prompt, text) for text in ("hello", "bye", "")))
+    assert {text: (grade.verdict, grade.reason) for text, grade in grades.items()} == {
+        "hello": ("correct", "the same"),
+        "bye": ("wrong", "another text"),
+        "": ("unverifiable", "no answer found"),
+    }
+    assert grades["bye"].evidence == {"extracted": "bye", "gold": "hello", "method": "whole"}
+
+
+def test_a_child_speaks_in_lines_and_ends_with_its_input() -> None:
+    child = Child("distill.grading.worker", [str(2 << 30), "600"], detached=True)
+    assert os.getsid(child.process.pid) == child.process.pid != os.getsid(0)
+    messages: list[object] = []
+    while not messages:
+        messages += child.receive() or []
+    child.send(EASY)
+    child.send({"task": "math", "gold": "90°"})
+    while len(messages) < 3:
+        messages += child.receive() or []
+    assert messages == [{"ready": True}, EQUAL, False]
+    child.stdin.close()
+    assert child.receive() is None
+    assert child.end(dying=True) == 0
+
+
+def test_a_silent_child_writes_where_its_parent_does(tmp_path: Path) -> None:
+    (tmp_path / "shout.py").write_text("import os, sys; print(os.environ['WORD']); sys.exit(3)\n")
+    script = f"""
+from distill.grading.children import Child
+child = Child("shout", environment={{"WORD": "hello", "PYTHONPATH": {str(tmp_path)!r}}}, speaks=False)
+print(child.process.wait(), child.stdout, child.end())
+"""
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stdout.split("\n")[:2] == ["hello", "3 None 3"]
+
+
+def test_a_child_that_fails_leaves_its_last_words() -> None:
+    child = Child("distill.no_such_module")
+    assert child.receive() is None
+    assert child.last_words().endswith("No module named distill.no_such_module")
+    assert child.end(dying=True) == 1

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from store_support import full_disk, killed_writers, row
 
 from distill.errors import UserError
+from distill.traces import ledger as ledger_module
 from distill.traces.ledger import Ledger
 
 # st.text() leaves surrogates out; a model's output may hold half of one
@@ -53,23 +54,66 @@ def test_cut_anywhere_keeps_every_whole_row(
     assert list(ledger.rows()) == [*kept, {"new": 1}]
 
 
-def test_last_line_of_garbage_counts_as_cut_off(tmp_path: Path) -> None:
+def written(path: Path, *rows: dict[str, Any]) -> bytes:
+    with Ledger(path) as ledger:
+        ledger.append(rows)
+    return path.read_bytes()
+
+
+def test_unwritten_blocks_of_a_power_cut_count_as_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    path.write_bytes(b'{"a": 1}\n' + b"\0" * 100 + b"\n")  # what a power cut can leave
+    whole = written(path, {"a": 1})
+    path.write_bytes(whole + b"\0" * 100 + b"\n")
     assert list(Ledger(path).rows()) == [{"a": 1}]
     with Ledger(path) as ledger:
         assert ledger.cut_off == 101
-    assert path.read_bytes() == b'{"a": 1}\n'
+    assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("broken", [b'{"a": ', b"[1]", b"\xff"])
+@pytest.mark.parametrize("broken", [b'{"a": ', b"[1]", b"\xff", b"", b'{"a": 2}', b'{"a": 2, "crc32": "00000000"}'])
 def test_broken_line_in_the_middle_is_named(tmp_path: Path, broken: bytes) -> None:
     path = tmp_path / "ledger.jsonl"
-    path.write_bytes(b'{"a": 1}\n' + broken + b'\n{"a": 3}\n')
+    whole = written(path, {"a": 1}, {"a": 3}).splitlines(keepends=True)
+    path.write_bytes(whole[0] + broken + b"\n" + whole[1])
     with Ledger(path) as ledger, pytest.raises(UserError, match=r"ledger\.jsonl, line 2: .*delete") as refusal:
         list(ledger.rows())
     assert "\n" not in str(refusal.value)
     assert ledger.cut_off == 0
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """A flipped bit never changes a row: reading names the line, and opening for appending removes nothing."""
+    path = tmp_path / "ledger.jsonl"
+    whole = written(path, {"n": 1}, {}, {"n": 10, "crc32": "x", "text": "a\u2028 @"})
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"ledger\.jsonl, line \d"):
+            list(Ledger(path).rows())
+        try:
+            with Ledger(path):
+                pass
+        except UserError as error:
+            assert "its last line: damaged" in str(error)
+        assert path.read_bytes() == damaged
+
+
+def test_added_rows_are_stored_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "FLUSH_SECONDS", 3600.0)
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        ledger.add({"n": 0})
+        ledger.add({"n": 1})
+        assert list(ledger.rows()) == []
+    assert list(ledger.rows()) == [{"n": 0}, {"n": 1}]
+    with pytest.raises(KeyboardInterrupt), ledger:
+        ledger.add({"n": 2})
+        raise KeyboardInterrupt
+    assert [row["n"] for row in ledger.rows()] == [0, 1, 2]
+    monkeypatch.setattr(ledger_module, "FLUSH_SECONDS", 0.0)
+    with ledger:
+        ledger.add({"n": 3})
+        assert [row["n"] for row in ledger.rows()] == [0, 1, 2, 3]
 
 
 def test_absent_ledger_has_no_rows_and_is_not_made_by_reading(tmp_path: Path) -> None:
@@ -100,7 +144,7 @@ def test_rows_are_readable_lines(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         ledger.append([{"text": "a\u2028b\r\n\ud800"}])
     (line,) = ledger.path.read_text("ascii").splitlines()
-    assert json.loads(line) == {"text": "a\u2028b\r\n\ud800"}
+    assert json.loads(line) == {"text": "a\u2028b\r\n\ud800", "crc32": "cf4c5ece"}
 
 
 def test_every_acknowledged_row_survives_kill_minus_nine(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Prompts from files and data sets: what goes in comes out, and whatever is wrong is named with its line."""
 
 import json
+import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.errors import UserError
-from distill.prompts import Prompt, load_prompts
+from distill.prompts import Prompt, PromptCounts, load_prompts, rows
 from distill.recipe.sources import FilePrompts, HubPrompts, ProceduralPrompts
 
 
@@ -43,9 +43,11 @@ def file_refused(path: Path, *expected: str, **fields: Any) -> None:
 
 # Files
 
+text = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\r\t"), min_size=1).filter(str.strip)
+
 
 @given(
-    rows=st.lists(st.tuples(st.text(min_size=1).filter(str.strip), st.none() | st.text()), min_size=1, unique=True),
+    rows=st.lists(st.tuples(text, st.none() | text), min_size=1, unique=True),
     suffix=st.sampled_from(["jsonl", "parquet"]),
 )
 def test_questions_and_answers_come_back_exactly(
@@ -71,9 +73,11 @@ def test_columns_task_limit_and_source(tmp_path: Path) -> None:
 
 
 def test_answers_that_are_not_text_become_text(tmp_path: Path) -> None:
-    answers = [70, 27.0, True, ["assert f(1) == 2", "é"], None, " 5 "]
+    answers = [70, 27.0, True, None, " 5 ", ["5"], [], " ", [7]]
     path = jsonl(tmp_path / "a.jsonl", *({"question": f"q{n}", "answer": a} for n, a in enumerate(answers)))
-    assert [p.answer for p in read(path)] == ["70", "27.0", "true", '["assert f(1) == 2", "é"]', None, " 5 "]
+    assert [p.answer for p in read(path)] == ["70", "27.0", "true", None, " 5 ", "5", None, None, "7"]
+    tests = jsonl(tmp_path / "b.jsonl", {"question": "q", "answer": ["assert f(1) == 2", "é"]})
+    assert [p.answer for p in read(tests, task="code")] == ['["assert f(1) == 2", "é"]']
 
 
 def test_windows_line_ends_blank_lines_and_byte_order_mark(tmp_path: Path) -> None:
@@ -85,10 +89,11 @@ def test_windows_line_ends_blank_lines_and_byte_order_mark(tmp_path: Path) -> No
 def test_duplicates_are_read_once_and_counted(tmp_path: Path) -> None:
     first = jsonl(tmp_path / "a.jsonl", *({"question": q, "answer": "1"} for q in "abaca"))
     second = jsonl(tmp_path / "b.jsonl", {"question": "b", "answer": "1"}, {"question": "a", "answer": "2"})
-    seen: Counter[str] = Counter()
-    prompts = list(load_prompts([FilePrompts(kind="file", path=str(path)) for path in (first, second)], seen))
+    counts = PromptCounts()
+    prompts = list(load_prompts([FilePrompts(kind="file", path=str(path)) for path in (first, second)], counts))
     assert [(p.messages[0]["content"], p.answer) for p in prompts] == [("a", "1"), ("b", "1"), ("c", "1"), ("a", "2")]
-    assert seen[prompts[0].id] == 3 and seen.total() - len(seen) == 3
+    assert counts.seen[prompts[0].id] == 3
+    assert counts.notes() == ["3 of 7 prompts repeat an earlier one and are read once"]
 
 
 # What is wrong with a file
@@ -113,13 +118,111 @@ def test_line_that_is_no_object(tmp_path: Path) -> None:
 def test_missing_column_names_the_columns_there_are(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"problem": "a", "solution": "1"})
     file_refused(path, "line 1", "no column question", "problem, solution")
-    file_refused(path, "no column answer", question="problem")
+    file_refused(path, "no column answer", "problem, solution", "or set `answer: null`", question="problem")
     pq.write_table(pa.table({"problem": ["a"], "solution": ["1"]}), tmp_path / "a.parquet")
     file_refused(tmp_path / "a.parquet", "no column question", "problem, solution")
+    file_refused(tmp_path / "a.parquet", "no column answer", "`answer: null`", question="problem")
+
+
+def test_rows_without_the_answer_column_are_counted_unless_none_has_it(tmp_path: Path) -> None:
+    rows = [{"question": "a"}, {"question": "b", "answer": "2"}, {"question": "c", "answer": None}]
+    counts = PromptCounts()
+    source = FilePrompts(kind="file", path=str(jsonl(tmp_path / "a.jsonl", *rows)))
+    assert [p.answer for p in load_prompts([source], counts)] == [None, "2", None]
+    assert counts.notes() == [f"{tmp_path.name}/a.jsonl: 2 of 3 problems have no gold answer"]
+    file_refused(
+        jsonl(tmp_path / "b.jsonl", rows[0], {"question": "d", "gold": 1}), "no column answer", "question, gold"
+    )
+    counts = PromptCounts()
+    list(load_prompts([source.model_copy(update={"answer": None})], counts))
+    assert counts.notes() == []
+
+
+def test_answers_of_a_key_inside_a_column(tmp_path: Path) -> None:
+    row = {"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "5", "style": "rule"}}
+    path = jsonl(tmp_path / "a.jsonl", row)
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    for file in (path, tmp_path / "a.parquet"):
+        (prompt,) = read(file, question="prompt", answer="reward_model.ground_truth")
+        assert (prompt.messages, prompt.answer) == (({"role": "user", "content": "q"},), "5")
+    dotted = jsonl(tmp_path / "b.jsonl", {"question": "q", "a.b": "1", "a": {"b": "2"}})
+    assert read(dotted, answer="a.b")[0].answer == "1", "a column of that name comes first"
+    file_refused(path, "no column gold.x", question="prompt", answer="gold.x")
+
+
+# Columns beside question and answer
+
+
+def test_a_system_column_is_a_system_message(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "a.jsonl", {"question": "q", "answer": 1, "system": "Be brief."}, {"question": "r", "answer": 1}
+    )
+    first, second = read(path)
+    assert first.messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"})
+    assert second.messages == ({"role": "user", "content": "r"},)
+    assert read(path, system=None)[0].messages == ({"role": "user", "content": "q"},)
+    own = jsonl(tmp_path / "b.jsonl", {"question": "q", "answer": 1, "instruction": "Think."})
+    assert [m["role"] for m in read(own, system="instruction")[0].messages] == ["system", "user"]
+    file_refused(jsonl(tmp_path / "c.jsonl", {"question": "q", "answer": 1, "system": ["x"]}), "system is not text")
+
+
+@pytest.mark.parametrize("column", ["image", "images", "audio", "video"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_problems_that_are_not_text_alone_are_refused(tmp_path: Path, column: str, suffix: str) -> None:
+    rows = [{"question": "q", "answer": "1", column: None}, {"question": "r", "answer": "1", column: ["a.png"]}]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        jsonl(path, *rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    file_refused(path, f"{'line' if suffix == 'jsonl' else 'row'} 2", f"column {column} is not empty", "remove")
+    assert len(read(path, limit=1)) == 1
 
 
 @pytest.mark.parametrize(
-    ("question", "said"), [("", "empty"), (None, "empty"), (" \n", "blank"), (5, "int"), ("\ud800", "surrogate")]
+    ("turns", "said"),
+    [
+        ([], "does not end with a message of the user"),
+        (
+            [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            "does not end with a message of the",
+        ),
+        (["q"], "not of messages"),
+        ([{"role": "tool", "content": "q"}], "not of messages"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "question.content is not text but list"),
+        ([{"role": "user"}], "question.content is empty"),
+    ],
+)
+def test_a_question_that_is_a_list_is_one_of_messages(tmp_path: Path, turns: list[Any], said: str) -> None:
+    file_refused(jsonl(tmp_path / "a.jsonl", {"question": turns, "answer": "1"}), "line 1", said)
+
+
+def test_a_gold_answer_is_one(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"question": "q", "answer": ["1", "2"]})
+    file_refused(path, "line 1", "column answer is a list of 2")
+
+
+@pytest.mark.parametrize("text", ["\frac{1}{2}", "\boxed{}", "a\0b", "\x1b[31m", "\x7f"])
+def test_control_characters_are_refused_in_question_and_answer(tmp_path: Path, text: str) -> None:
+    """LaTeX with one backslash in JSON is a form feed and "rac"."""
+    code = next(f"U+{ord(c):04X}" for c in text if c < " " or c == "\x7f")
+    file_refused(jsonl(tmp_path / "a.jsonl", {"question": text, "answer": "1"}), "column question", code)
+    file_refused(jsonl(tmp_path / "b.jsonl", {"question": "q", "answer": text}), "column answer", code)
+
+
+def test_dates_of_a_window(tmp_path: Path) -> None:
+    rows = [{"question": f"q{d}", "answer": "1", "day": f"2024-08-{d:02}T00:00:00"} for d in (1, 2, 3)]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    assert [p.messages[0]["content"] for p in read(path, date="day", since="2024-08-02")] == ["q2", "q3"]
+    for wrong in (None, "August 1", 5):
+        file = jsonl(tmp_path / "b.jsonl", *rows, rows[0] | {"day": wrong})
+        file_refused(file, "line 4", "not a date", date="day", since="2024-08-02")
+    file_refused(path, "no column date", date="date", until="2024-08-02")
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [("", "empty"), (None, "empty"), (" \n", "blank"), (5, "int"), ("\ud800", "surrogate"), (float("nan"), "empty")],
 )
 def test_question_that_cannot_be_asked(tmp_path: Path, question: Any, said: str) -> None:
     good = {"question": "a", "answer": "1"}
@@ -129,13 +232,156 @@ def test_question_that_cannot_be_asked(tmp_path: Path, question: Any, said: str)
 def test_files_that_are_not_there_or_not_prompts(tmp_path: Path) -> None:
     file_refused(tmp_path / "none.jsonl", "no such file")
     (tmp_path / "dir.jsonl").mkdir()
-    file_refused(tmp_path / "dir.jsonl", "no such file")
-    (tmp_path / "a.csv").write_text("question,answer\n")
-    file_refused(tmp_path / "a.csv", ".jsonl or .parquet")
+    file_refused(tmp_path / "dir.jsonl", "a directory", "`kind: hub`")
     (tmp_path / "empty.jsonl").write_text("\n")
     file_refused(tmp_path / "empty.jsonl", "no rows")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
     file_refused(tmp_path / "a.parquet", "not a readable Parquet file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"x", "not a .jsonl or .parquet file"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "unpack a.jsonl.gz first"),
+        ("a.jsonl", b"\x1f\x8b\x08", "compressed by gzip: unpack it, gunzip -c"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd\0", "compressed by zstd"),
+        ("a.jsonl", b"PK\x03\x04", "a ZIP archive"),
+        ("a.jsonl", b"PAR1\x15", "a Parquet file: name it .parquet"),
+        ("a.jsonl", "{}".encode("utf-16"), "UTF-16 text: convert it, iconv -f UTF-16 -t UTF-8"),
+        (
+            "a.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "a Git LFS pointer, not the file: run `git lfs pull`",
+        ),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
+        ("a.jsonl", b'[\n{"question": "q"}\n]', "a JSON array; one object a line is read, which `jq -c"),
+        ("a.jsonl", b'[{"question": "q"}]', "one object a line is read, which `jq -c"),
+        ("a.jsonl", b'{"a": 1, "a": 2}', "duplicate key 'a'"),
+        ("a.jsonl", b'{"question": "q", "answer": Infinity}', "Infinity is not a JSON value"),
+        ("a.jsonl", b'{"question": "q", "answer": 1e999}', "1e999 is not a finite number"),
+        ("a.jsonl", b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", "not JSON (Exceeds the limit"),
+        ("a.jsonl", b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}", "brackets are nested more than 100 deep"),
+        ("a.jsonl", b'{"a": ' + b"[" * 99_999 + b"]" * 99_999 + b"}", "brackets are nested more than 100 deep"),
+        ("a.jsonl", b"[" * 99_999, "not JSON ("),
+    ],
+)
+def test_files_of_another_kind_say_what_to_do(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    file_refused(tmp_path / name, said)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "question,answer\nq,1\n"),
+        ("a.tsv", "question\tanswer\nq\t1\n"),
+        ("a.json", '[{"question": "q", "answer": "1"}]'),
+    ],
+)
+def test_the_command_that_converts_a_file_does(tmp_path: Path, cache: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="convert it: python -c") as refusal:
+        read(tmp_path / name)
+    code = str(refusal.value).partition('python -c "')[2].removesuffix('"')
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, env=environment)
+    assert [(p.messages[0]["content"], p.answer) for p in read(tmp_path / "a.jsonl")] == [("q", "1")]
+
+
+def test_brackets_inside_text_are_not_nested(tmp_path: Path) -> None:
+    deep = [[[["[" * 500, '"[' * 500]]]]
+    assert read(jsonl(tmp_path / "a.jsonl", {"question": "[" * 500 + "\\", "answer": deep}), task="code")[0].answer
+
+
+# Bounds
+
+
+def test_a_line_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "ROW_BYTES", 1 << 20)
+    path = jsonl(tmp_path / "a.jsonl", {"question": "a", "answer": "1"}, {"question": "b" * (1 << 20), "answer": "1"})
+    file_refused(path, "line 2", "longer than 1 MiB")
+
+
+def test_the_text_of_a_parquet_row_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "ROW_BYTES", 1 << 20)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"question": ["a", "b" * (1 << 20)], "answer": ["1", "2"]}), path)
+    file_refused(path, "row 2", "more than 1 MiB of text in one row")
+
+
+def test_a_text_that_all_rows_of_a_parquet_file_share_is_not_held_once_for_each(tmp_path: Path) -> None:
+    """2 kB on the disk, 2 GiB of text: read row by row in far less memory, list of messages or not."""
+    path = tmp_path / "a.parquet"
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 1000), pa.array(["x" * (1 << 20)]))
+    turns = pa.StructArray.from_arrays([shared], ["content"])
+    messages = pa.ListArray.from_arrays(list(range(1001)), turns)
+    pq.write_table(pa.table({"question": shared, "messages": messages}), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    code = f"""
+from pathlib import Path
+from distill.prompts.rows import rows_of_file
+print(sum(len(row["question"] + row["messages"][0]["content"]) for _, row in rows_of_file(Path({str(path)!r}))))
+print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    total, kilobytes = map(int, output.split())
+    assert total == 2000 << 20 and kilobytes < 400 << 10
+
+
+@pytest.mark.parametrize("at", [4, 40, 2000, -200])
+def test_damaged_parquet_pages_are_named(tmp_path: Path, at: int) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"question {n} " + "x" * (n % 50) for n in range(3000)]
+    pq.write_table(pa.table({"question": texts, "answer": texts}), path, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    data[at : at + 16 if at > 0 else None] = bytes(16 if at > 0 else -at)
+    path.write_bytes(data)
+    file_refused(path, "not a readable Parquet file", "download or write it again")
+
+
+def test_nan_in_parquet_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"question": ["a", "b"], "answer": [float("nan"), 2.0]}), path)
+    assert [p.answer for p in read(path)] == [None, "2.0"]
+    pq.write_table(pa.table({"question": ["a"], "answer": [float("inf")]}), path)
+    file_refused(path, "row 1", "column answer is inf, not a finite number")
+
+
+# The cases that once failed
+
+
+CASES = {  # file → fields of the source, what is read or what is said
+    "verl.jsonl": ({"question": "prompt", "answer": "reward_model.ground_truth"}, [("What is 2 + 3?", "5")]),
+    "imend.jsonl": ({}, 2),
+    "nan.jsonl": ({}, [("What is 2 + 3?", None), ("What is 4 + 3?", "7")]),
+    "listanswer.jsonl": ({}, [("What is 2 + 3?", "5")]),
+    "crlf_bom.jsonl": ({}, [("What is 2 + 3?", "5")]),
+    "dupkeys.jsonl": ({}, "line 1: not JSON (duplicate key 'question')"),
+    "control.jsonl": ({}, "line 1: column question holds the control character U+000C (LaTeX in JSON needs two"),
+    "nanq.jsonl": ({}, "line 1: column question is empty"),
+    "array.json": ({}, "not a .jsonl or .parquet file; convert it"),
+    "array.jsonl": ({}, "line 1: a JSON array; one object a line is read"),
+    "lfs.jsonl": ({}, "a Git LFS pointer, not the file: run `git lfs pull`"),
+    "inf.jsonl": ({}, "line 1: not JSON (Infinity is not a JSON value)"),
+    "utf16.jsonl": ({}, "UTF-16 text: convert it"),
+    "nul.jsonl": ({}, "line 1: column question holds the control character U+0000;"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_cases(cases: Callable[[str], Path], name: str) -> None:
+    fields, expected = CASES[name]
+    path = cases(f"prompts/{name}")
+    if isinstance(expected, str):
+        file_refused(path, expected, **fields)
+    else:
+        prompts = read(path, **fields)
+        assert len(prompts) == expected or [(p.messages[0]["content"], p.answer) for p in prompts] == expected
+
+
+def test_every_case_is_tried(cases: Callable[[str], Path]) -> None:
+    assert {path.name for path in cases("prompts").iterdir()} == CASES.keys()
 
 
 # Data sets
@@ -170,10 +416,16 @@ def test_local_dataset_directories(tmp_path: Path, cache: Path) -> None:
 
 
 def test_dataset_that_cannot_be_had(tmp_path: Path, cache: Path) -> None:
-    refused([HubPrompts(kind="hub", dataset="nobody/nothing")], "nobody/nothing", "check its name", "network")
-    refused([HubPrompts(kind="hub", dataset=str(tmp_path))], str(tmp_path), "check its name")
-    jsonl(tmp_path / "train.jsonl", {"problem": "a"}).open("a").write('{"problem": ')
-    refused([HubPrompts(kind="hub", dataset=str(tmp_path))], str(tmp_path), "JSON")
+    refused([HubPrompts(kind="hub", dataset="nobody/nothing")], "nobody/nothing", "HF_HUB_OFFLINE", "`kind: file`")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.jsonl").write_text("")
+    refused([HubPrompts(kind="hub", dataset=str(tmp_path / "empty" / "a.jsonl"))], "a file; read it with `kind: file`")
+    refused([HubPrompts(kind="hub", dataset=str(tmp_path / "empty"))], "it has no rows")
+    (tmp_path / "none").mkdir()
+    refused([HubPrompts(kind="hub", dataset=str(tmp_path / "none"))], "check its name")
+    (tmp_path / "broken").mkdir()
+    jsonl(tmp_path / "broken" / "train.jsonl", {"problem": "a"}).open("a").write('{"problem": ')
+    refused([HubPrompts(kind="hub", dataset=str(tmp_path / "broken"))], str(tmp_path), "JSON")
 
 
 # Generators, real data, imports

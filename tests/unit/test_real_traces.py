@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.chat import split_reasoning
-from distill.filters import filter_traces
+from distill.filters.pipeline import STAGE
 from distill.prompts.prompt import Prompt
 from distill.recipe import Recipe
 from distill.run import Run
@@ -39,7 +39,7 @@ def test_790_real_traces(real_data: Callable[[str], Path], tmp_path: Path) -> No
             "teacher": "qwen2.5-3b-rlft",
             "student": "none",
             "prompts": [{"kind": "file", "path": "think_traces_rg3b_dev"}],
-            "filter": {"grade_timeout": 60.0},  # none of these is endless: a busy machine must not change a verdict
+            "filter": {"correct": {"timeout": 60.0}},  # none is endless: a busy machine must not change a verdict
             "eval": {"benchmarks": ["none"]},
         }
     )
@@ -47,7 +47,7 @@ def test_790_real_traces(real_data: Callable[[str], Path], tmp_path: Path) -> No
         (run.directory / "traces").mkdir()
         with TraceStore(run.directory / "traces") as store:
             store.append(map(as_trace, rows))
-        summary = filter_traces(run)
+        summary = STAGE.perform(run)
 
     kept = list(read_traces(tmp_path / "run/filtered/kept"))
     dropped = list(read_traces(tmp_path / "run/filtered/dropped"))
@@ -58,7 +58,7 @@ def test_790_real_traces(real_data: Callable[[str], Path], tmp_path: Path) -> No
     assert [key for key, found in verdicts.items() if found["correct"].keep != score[key]] == []
 
     reasons = {"not_closed": 7, "several_blocks": 2, "no_think": 1, "no_response": 1}
-    assert summary["funnel"] == [
+    assert [step.model_dump() for step in summary.funnel] == [
         {"filter": "format", "entered": 790, "dropped": 11, "kept": 779, "reasons": reasons},
         {"filter": "finish", "entered": 779, "dropped": 0, "kept": 779, "reasons": {}},
         {
@@ -71,12 +71,12 @@ def test_790_real_traces(real_data: Callable[[str], Path], tmp_path: Path) -> No
         {"filter": "dedup", "entered": 638, "dropped": 0, "kept": 638, "reasons": {}},
     ]
     # Over all traces: two correct ones have a broken format, and eight have nothing behind their reasoning.
-    assert summary["verdicts"]["correct"] == {
+    assert summary.verdicts["correct"] == {
         "correct": 640,
         "wrong": 141,
         "unverifiable: no answer found": 8,
         "unverifiable: answer not parseable": 1,
     }
-    assert len(kept) == summary["kept"] == 638
+    assert len(kept) == summary.kept == 638
     assert all(trace.reasoning and trace.response for trace, _ in kept)
-    assert summary["unit"] == "words"  # these traces came without token ids
+    assert summary.unit == "words"  # these traces came without token ids

@@ -11,6 +11,7 @@ from store_support import full_disk, killed_writers, trace
 
 from distill.errors import UserError
 from distill.prompts.prompt import Prompt
+from distill.traces import parts as parts_module
 from distill.traces import store as store_module
 from distill.traces.store import TraceStore, count_traces, read_traces, write_traces
 from distill.traces.trace import Trace, Verdict
@@ -35,7 +36,7 @@ TRACES = st.builds(
     text=TEXT,
     reasoning=st.none() | TEXT,
     response=TEXT,
-    finish_reason=st.sampled_from(["stop", "length"]),
+    finish_reason=st.sampled_from(["stop", "length", "content_filter", None]),
     teacher=st.just("0123abcd"),
     prompt_token_ids=TOKENS,
     completion_token_ids=TOKENS,
@@ -54,8 +55,8 @@ def filled(directory: Path, *samples: int) -> TraceStore:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "SHARD_ROWS", 4)
-    monkeypatch.setattr(store_module, "GROUP_ROWS", 3)
+    monkeypatch.setattr(parts_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(parts_module, "GROUP_ROWS", 3)
 
 
 # Exactness
@@ -141,6 +142,129 @@ def test_half_a_surrogate_pair_shows_as_a_replacement_character(tmp_path: Path) 
     assert list(store) == [odd, trace(1)]
 
 
+# Fields from outside
+
+HUGE = 10**4000
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("sample", -1, "sample: -1 is not an integer from 0"),
+        ("sample", True, "sample: True is not"),
+        ("seed", 2**63, "seed: 9223372036854775808 is not"),
+        ("completion_tokens", "seven", "completion_tokens: 'seven' is not"),
+        ("completion_tokens", 10**30, "completion_tokens: 1000000000000000000000000000000 is not"),
+        ("completion_tokens", HUGE, "completion_tokens: an integer of more than 40 digits is not"),
+        ("completion_tokens", 7.0, "completion_tokens: 7.0 is not"),
+        ("text", None, "text: None is not text"),
+        ("response", 3, "response: 3 is not text"),
+        ("reasoning", ["a"], "reasoning: .* is not text"),
+        ("finish_reason", 3, "finish_reason: 3 is not text"),
+    ],
+)
+def test_a_value_that_cannot_be_stored_makes_no_trace(field: str, value: object, message: str) -> None:
+    values = {field: value} | ({"completion_token_ids": ()} if field == "completion_tokens" else {})
+    with pytest.raises(ValueError, match=f"^{message}") as refusal:
+        replace(trace(0), **values)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt_token_ids", (1, -1)),
+        ("completion_token_ids", (2**31,)),
+        ("completion_token_ids", (1.5,)),
+        ("completion_token_ids", ("a", 1)),
+        ("logprobs", ("a",)),
+        ("top_logprobs", (((2**40, -1.0),),)),
+        ("top_logprobs", (((2, None),),)),
+    ],
+)
+def test_tokens_that_cannot_be_stored_are_refused_and_nothing_is_written(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    with TraceStore(tmp_path) as store:
+        with pytest.raises(ValueError, match=f"^{field}: "):
+            store.append([trace(1), replace(trace(0), **{field: value})])
+        assert list(store) == []
+
+
+def test_any_finish_reason_is_stored_as_it_is(tmp_path: Path) -> None:
+    traces = [replace(trace(i), finish_reason=reason) for i, reason in enumerate(["content_filter", None, "\ud800"])]
+    with TraceStore(tmp_path) as store:
+        store.append(traces)
+    assert list(store) == traces
+    store.compact()
+    assert list(store) == traces
+
+
+# Three prices of reading
+
+
+def test_figures_and_texts_are_those_of_the_traces(tmp_path: Path, small_shards: None) -> None:
+    traces = [trace(i) for i in range(5)]
+    traces += [replace(trace(5), completion_token_ids=(), completion_tokens=9, text="\ud800")]
+    traces += [replace(trace(6), completion_token_ids=(), completion_tokens=None, finish_reason=None)]
+    expected = [(t.key, t.finish_reason, tokens, t.digest) for t, tokens in zip(traces, [5] * 5 + [9, 0], strict=True)]
+    light = [
+        replace(t, prompt_token_ids=(), completion_token_ids=(), logprobs=None, completion_tokens=t.completion_tokens)
+        for t in traces
+    ]
+    with TraceStore(tmp_path) as store:
+        store.append(traces[:3])
+    store.compact()
+    with store:
+        store.append(traces[2:])  # one of them twice
+    for _ in range(2):
+        assert list(store.figures()) == expected
+        assert list(store.iterate(tokens=False)) == light
+        store.compact()
+
+
+def test_every_pass_over_the_traces_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[Path] = []
+    monkeypatch.setattr(store_module, "decoded", lambda directory, traces: passes.append(directory) or traces)
+    store = filled(tmp_path / "traces", *range(3))
+    store.compact()
+    assert list(store) and list(store.iterate(tokens=False)) and len(passes) == 3
+    store.split([tmp_path / "kept"], lambda key: 0, {})
+    store.compact()
+    assert len(store) == 3 and len(list(store.figures())) == 3 and count_traces(tmp_path / "kept") == 3
+    assert len(passes) == 3, "columns are copied and counted without making traces"
+    assert list(read_traces(tmp_path / "kept")) and passes[3:] == [tmp_path / "kept"]
+
+
+# Splitting
+
+
+def test_split_gives_every_trace_with_its_verdicts_to_one_directory(tmp_path: Path, small_shards: None) -> None:
+    odd = replace(trace(9), text="\ud800", top_logprobs=(((1, -0.5),), ()))
+    store = filled(tmp_path / "traces", *range(7))
+    store.compact()
+    with store:
+        store.append([trace(6), trace(7), odd])  # the first is in both
+    verdicts = {trace(n).key: [Verdict("f", n % 2 == 0, "ok", {"n": n})] for n in range(8)}
+    kept, dropped = tmp_path / "filtered" / "kept", tmp_path / "filtered" / "dropped"
+    for _ in range(2):
+        store.split([kept, dropped], lambda key: key[1] % 2, verdicts)
+        assert list(read_traces(kept)) == [(trace(n), verdicts[trace(n).key]) for n in (0, 2, 4, 6)]
+        assert list(read_traces(dropped)) == [*((trace(n), verdicts[trace(n).key]) for n in (1, 3, 5, 7)), (odd, [])]
+        store.compact()
+    store.split([kept, dropped], lambda key: 1, {})
+    assert count_traces(dropped) == 9 and list(read_traces(kept)) == []
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["dropped", "kept"]
+
+    def fail(key: tuple[str, int]) -> int:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        store.split([kept, dropped], fail, {})
+    assert count_traces(dropped) == 9
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["dropped", "kept"]
+
+
 # Compaction
 
 
@@ -180,7 +304,7 @@ def test_damaged_part_is_named(tmp_path: Path) -> None:
     store.compact()
     (tmp_path / "part-00000.parquet").write_bytes(b"PAR1 nonsense")
     for read in (lambda: list(store), store.keys, lambda: list(read_traces(tmp_path))):
-        with pytest.raises(UserError, match=r"part-00000\.parquet: damaged .*delete it") as refusal:
+        with pytest.raises(UserError, match=r"part-00000\.parquet: damaged .*delete it and rerun") as refusal:
             read()
         assert "\n" not in str(refusal.value)
 

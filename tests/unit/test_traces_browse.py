@@ -1,5 +1,7 @@
 """`distill traces`: which traces are shown, what is said of them, and the diff of a kept and a dropped one."""
 
+from dataclasses import replace
+
 import pytest
 
 from distill.cli import main
@@ -50,7 +52,7 @@ def test_traces_by_verdict(run, monkeypatch, capsys):
     assert shown(monkeypatch, capsys, run, "--search", "STEP 19") == shown(
         monkeypatch, capsys, run, "--verdict", "dropped"
     )
-    assert "no trace is like that" in shown(monkeypatch, capsys, run, "--search", "nowhere", code=2)
+    assert "no trace matches" in shown(monkeypatch, capsys, run, "--search", "nowhere", code=2)
     assert "step 9 of 41" in shown(monkeypatch, capsys, run, "--whole", "--verdict", "dropped")
 
 
@@ -66,6 +68,33 @@ def test_diff(run, monkeypatch, capsys):
     made = shown(monkeypatch, capsys, run, "--prompt", QUESTION.id[:6], "--diff")
     assert "--- sample 0, kept" in made and "+++ sample 1, correct: wrong" in made
     assert "-The answer is 42." in made and "+The answer is 41." in made
+
+
+def test_control_characters_of_a_trace_do_not_reach_the_terminal(tmp_path, monkeypatch, capsys):
+    nasty = "\x1b]0;title\x07\x1b[2J \r \x9b31m \u202e end\ta"
+    kept = replace(trace(QUESTION, 0, "42"), text=f"<think>{nasty}</think>{nasty}", reasoning=nasty, response=nasty)
+    dropped = replace(trace(QUESTION, 1, "41"), text=nasty, reasoning=None, response=nasty)
+    verdicts = {
+        kept.key: [Verdict("correct", True, "correct", {"extracted": nasty})],
+        dropped.key: [Verdict("correct", False, f"unverifiable: {nasty}", {})],
+    }
+    write_traces(tmp_path / "filtered" / "kept", [kept], verdicts)
+    write_traces(tmp_path / "filtered" / "dropped", [dropped], verdicts)
+    for options in ((), ("--whole",), ("--counts",), ("--diff", "--prompt", QUESTION.id)):
+        output = shown(monkeypatch, capsys, tmp_path, *options)
+        assert not set(output) & set("\x1b\x07\r\x9b\u202e")
+        assert "\\x1b[2J" in output
+        assert "end\ta" in output or "--counts" in options
+
+
+def test_lengths_name_their_unit(tmp_path, monkeypatch, capsys):
+    counted = trace(OTHER, 0, "2")
+    imported = replace(counted, sample=1, completion_token_ids=(), completion_tokens=None)
+    with TraceStore(tmp_path / "traces") as store:
+        store.append([counted, imported])
+    heads = [line for line in shown(monkeypatch, capsys, tmp_path).splitlines() if " · " in line]
+    assert heads[0].endswith("sample 0 · not filtered · 3 teacher tokens")
+    assert heads[1].endswith(f"sample 1 · not filtered · {len(imported.text.split())} words")
 
 
 def test_a_run_that_was_not_filtered(tmp_path, monkeypatch, capsys):

@@ -119,7 +119,7 @@ def test_a_template_without_an_end_token(student, tmp_path, prove):
 
 
 def test_a_base_model_without_a_template_says_which_to_set(student):
-    with pytest.raises(UserError, match=r"has no chat template; set .*chatml, llama3"):
+    with pytest.raises(UserError, match=r"has no chat template; .* `train.chat_template` to chatml"):
         Chat.load(student)
 
 

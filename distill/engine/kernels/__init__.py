@@ -1,59 +1,41 @@
-"""The table of ops and who implements each of them, per kind of device.
+"""The table of ops: which module implements each of them, per kind of device.
 
 Which kernel runs where is committed here and never measured at start-up: a run can be repeated only if the code that
-produced its numbers is known. `reference` implements every op and is its definition (see reference.py for signatures).
-A faster kernel is a module with a function of the same name and a changed cell in `TABLE`.
+produced its numbers is known. `reference` implements every op and is its definition (see reference.py for what each
+computes, ops.py for the signatures). A faster kernel is a module with a function of the same name and a changed cell in
+`TABLE`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 from distill.engine.kernels import cpu
+from distill.engine.kernels.ops import OP_NAMES as OP_NAMES
+from distill.engine.kernels.ops import Ops as Ops
 
-_HERE = "distill.engine.kernels."  # of the implementations, which are imported when a table names them
+if TYPE_CHECKING:  # each module has the ops of a column, with the signatures of the protocol
+    from torch import Tensor
 
+    from distill.engine.kernels import cpu_packing, gpu, gpu_experts, reference, w8a8
+    from distill.engine.kernels.ops import Column, ExpertBank
 
-@dataclass(frozen=True)
-class Ops:
-    """One implementation of each op. The model calls ops through this and never names a kernel."""
+    _arenas = dict[int, tuple[Tensor, Tensor]]
+    _reference: Column[Tensor, Tensor, reference.ExpertBank, _arenas, Tensor] = reference
+    _cpu: Column[cpu_packing.Packed, cpu_packing.Packed, cpu_packing.ExpertBank, cpu_packing.Memory, Tensor] = cpu
+    _gpu: Column[w8a8.Packed, Tensor, gpu_experts.ExpertBank, Tensor, w8a8.Activations] = gpu
+    _banks: tuple[type[ExpertBank[_arenas]], type[ExpertBank[cpu_packing.Memory]], type[ExpertBank[Tensor]]] = (
+        reference.ExpertBank,
+        cpu_packing.ExpertBank,
+        gpu_experts.ExpertBank,
+    )
 
-    device: Callable[..., Any]
-    session: Callable[..., Any]
-    activation_dtype: Callable[..., Any]
-    has_nan_codes: Callable[..., Any]
-    pack: Callable[..., Any]
-    pack_heads: Callable[..., Any]
-    side_by_side: Callable[..., Any]
-    packed_bytes: Callable[..., Any]
-    expert_bank: Callable[..., Any]
-    arena: Callable[..., Any]
-    rms_norm: Callable[..., Any]
-    rope: Callable[..., Any]
-    linear: Callable[..., Any]
-    linears: Callable[..., Any]
-    swiglu_linear: Callable[..., Any]
-    per_head: Callable[..., Any]
-    experts: Callable[..., Any]
-    route: Callable[..., Any]
-    paged_write: Callable[..., Any]
-    write_latents: Callable[..., Any]
-    decode_gqa: Callable[..., Any]
-    decode_mla: Callable[..., Any]
-    prefill_gqa: Callable[..., Any]
-    prefill_mla: Callable[..., Any]
-    index_scores: Callable[..., Any]
-    draw: Callable[..., Any]
-    decode_plan: Callable[..., Any]
-
-
-OP_NAMES = tuple(field.name for field in fields(Ops))
+_PACKAGE = "distill.engine.kernels."  # of the implementations, which are imported when a table names them
 _REFERENCE = dict.fromkeys(OP_NAMES, "reference")
 
-# column → op → implementation: the columns of device types, and the definitions of what they compute, for any device
+# column → op → module: the columns of device types, and the definitions of what they compute, for any device
 TABLE: dict[str, dict[str, str]] = {
     "cpu": dict.fromkeys(OP_NAMES, "cpu") | {"decode_plan": "cpu_layer"},
     "cuda": dict.fromkeys(OP_NAMES, "gpu"),
@@ -78,22 +60,23 @@ TABLE: dict[str, dict[str, str]] = {
 
 
 def column_for(device_type: str) -> str:
-    """The column of `TABLE` that a device type ("cpu", "cuda") runs. ValueError for one that has none.
+    """The column of `TABLE` that a device type ("cpu", "cuda") runs. ValueError for another type.
 
     Where the compiled kernels are missing, a CPU runs the reference.
     """
     if device_type not in ("cpu", "cuda"):
-        raise ValueError(f"no kernels for device type {device_type!r}; there are some for cpu and cuda")
+        raise ValueError(f"no kernels for device type {device_type!r}; expected cpu or cuda")
     return "reference" if device_type == "cpu" and cpu.why_missing() else device_type
 
 
 def ops_for(column: str) -> Ops:
     """The ops that `TABLE` commits for a column."""
-    return Ops(**{op: getattr(import_module(_HERE + who), op) for op, who in TABLE[column].items()})
+    ops = {op: getattr(import_module(_PACKAGE + module), op) for op, module in TABLE[column].items()}
+    return cast(Ops, SimpleNamespace(**ops))
 
 
 def describe(column: str) -> str:
-    """Who computes, for the numerics fingerprint.
+    """The kernels of a column in words, for the numerics fingerprint.
 
     Matrix products of a library may sum in another order for another batch, so that text can depend on batching where
     two tokens are nearly tied; the CPU kernels sum in a fixed order.
@@ -101,6 +84,6 @@ def describe(column: str) -> str:
     if column == "cpu":
         return f"cpu kernels ({cpu.instruction_set()}, fixed order of sums)"
     if column in ("cuda", "w8a8"):
-        who = "gpu kernels" if column == "cuda" else "reference kernels"
-        return f"{who} (FP8 products with activations quantised 1x128, library matrix products)"
+        name = "gpu kernels" if column == "cuda" else "reference kernels"
+        return f"{name} (FP8 products with activations quantised 1x128, library matrix products)"
     return "reference kernels (library matrix products)"

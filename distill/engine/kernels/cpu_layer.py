@@ -7,20 +7,22 @@ The kernels called, and so the bits, are those of the single ops.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import byref, c_void_p
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.engine.kernels.cpu_library import LayerArgs, StepArgs, library, threads
+from distill.engine.kernels.cpu_library import call, threads
 from distill.engine.kernels.cpu_packing import ExpertBank, Packed
+from distill.engine.kernels.cpu_structs import Arguments, LayerArgs, StepArgs, address
+from distill.engine.kernels.ops import DecodeLayer as _DecodeLayer
+
+DecodeLayer = _DecodeLayer[Packed, Packed, ExpertBank]
 
 
 class DecodePlan:
-    """All layers, with their arguments laid out as cpu.cpp reads them."""
+    """All layers, with their arguments laid out as native/isa/layer.h reads them."""
 
-    def __init__(self, layers: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, layers: Sequence[DecodeLayer]) -> None:
         self._held = layers  # the memory that the arguments point to
         self._layers = [_arguments(layer) for layer in layers]
 
@@ -35,49 +37,58 @@ class DecodePlan:
         table_bp: Tensor,
         length_b: Tensor,
     ) -> Tensor:
+        """Hidden states [b, c] after the layers; writes their pools."""
         x_bc = x_bc.clone()
         step = StepArgs(
-            x_bc.data_ptr(),
-            cos_br.data_ptr(),
-            sin_br.data_ptr(),
-            page_b.data_ptr(),
-            offset_b.data_ptr(),
-            table_bp.data_ptr(),
-            length_b.data_ptr(),
-            table_bp.stride(0),
-            len(x_bc),
-            pools[0].shape[2],
-            pools[0].dtype == torch.float32,
-            threads(),
+            x=address(x_bc),
+            cos=address(cos_br),
+            sin=address(sin_br),
+            page=address(page_b),
+            offset=address(offset_b),
+            table=address(table_bp),
+            length=address(length_b),
+            table_stride=table_bp.stride(0),
+            table_width=table_bp.shape[1],
+            pages=len(pools[0]),
+            rows=len(x_bc),
+            page_size=pools[0].shape[2],
+            wide=pools[0].dtype == torch.float32,
+            threads=threads(),
         )
-        call = library().distill_decode_layer
         for layer, pool in zip(self._layers, pools, strict=True):
-            call(byref(layer), byref(step), c_void_p(pool.data_ptr()))
+            call("decode_layer", layer, step, pool=pool.data_ptr())
         return x_bc
 
 
-def decode_plan(layers: Sequence[dict[str, Any]]) -> DecodePlan | None:
+def decode_plan(layers: Sequence[DecodeLayer]) -> DecodePlan | None:
+    """As reference.decode_plan; None where two products that share their activations read them in different forms."""
     for layer in layers:
-        shared, experts = layer.get("shared_gate"), layer.get("experts")
-        if not layer["kv_a"].reads_like(layer["q_a"] or layer["q"]):
+        if not layer.kv_a.reads_like(layer.q_a or layer.q):
             return None
-        if shared and experts and not experts.goes_with(shared):
+        if layer.moe and layer.mlp and not layer.moe.experts.goes_with(layer.mlp[0]):
             return None
     return DecodePlan(layers)
 
 
-def _arguments(layer: dict[str, Any]) -> Any:
-    parts = layer["o"].parts
-    fields = {name: _pointer(value) for name, value in layer.items() if name not in ("experts", "scoring", "group_by")}
-    if experts := layer.get("experts"):
-        gate, up, down = experts.addresses
-        fields |= {"gate": gate, "up": up, "down": down, "experts": experts.count}
-        fields |= {"softmax": layer["scoring"] == "softmax", "group_by_best": layer["group_by"] == "best"}
-    return LayerArgs(parts=parts, **fields)
-
-
-def _pointer(value: Any) -> Any:
-    if isinstance(value, Packed):
-        return value.address
-    assert not isinstance(value, ExpertBank)
-    return value.data_ptr() if isinstance(value, Tensor) else value
+def _arguments(layer: DecodeLayer) -> Arguments:
+    fields: dict[str, float | None] = dict.fromkeys(LayerArgs.names, 0)
+    for name in ("attention_norm", "q_norm", "kv_norm", "mlp_norm", "q_a_bias", "kv_a_bias", "o_bias"):
+        fields[name] = address(getattr(layer, name))
+    for name in ("q_a", "q", "kv_a", "absorb", "expand_v", "o"):
+        packed: Packed | None = getattr(layer, name)
+        fields[name] = None if packed is None else packed.address
+    for name in ("c", "heads", "nope", "rope", "interleaved", "eps", "latent_eps", "scale"):
+        fields[name] = getattr(layer, name)
+    fields["parts"] = layer.o.parts
+    if layer.mlp is not None:
+        prefix = "shared_" if layer.moe else ""
+        fields |= {
+            prefix + name: packed.address for name, packed in zip(("gate", "up", "down"), layer.mlp, strict=True)
+        }
+    if (moe := layer.moe) is not None:
+        fields |= dict(zip(("gate", "up", "down"), moe.experts.addresses, strict=True))
+        fields |= {"router": moe.router.address, "correction": address(moe.correction), "experts": moe.experts.count}
+        fields |= {"softmax": moe.scoring == "softmax", "group_by_best": moe.group_by == "best"}
+        for name in ("groups", "groups_kept", "per_token", "normalise", "factor"):
+            fields[name] = getattr(moe, name)
+    return LayerArgs(**fields)

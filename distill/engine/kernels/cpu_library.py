@@ -1,6 +1,8 @@
-"""The compiled library of cpu.cpp: finding it, its argument structures, its threads.
+"""The compiled library of native/: finding it, checking that it fits, calling it, its threads.
 
-It is compiled when the package is installed and is optional: `why_missing` says what its absence is due to.
+The library is compiled when the package is installed and is optional: `why_missing` gives the reason of its absence. A
+library that was compiled from other sources than this Python code is refused, because it would read the argument
+structures at other offsets (cpu_structs.py).
 """
 
 from __future__ import annotations
@@ -8,105 +10,81 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import byref, c_char_p, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from distill.engine.kernels.cpu_structs import Arguments, layouts
 
-def struct(name: str, fields: str) -> type[ctypes.Structure]:
-    """A ctypes structure from "type: name name; …", in the order of cpu.cpp."""
-    types = {"int": c_int32, "long": c_int64, "float": c_float, "pointer": c_void_p}
-    listed = [
-        (field, types[kind.strip()])
-        for kind, names in (part.split(":") for part in fields.split(";"))
-        for field in names.split()
-    ]
-    return type(name, (ctypes.Structure,), {"_fields_": listed})
+_OPS = (
+    "linear",
+    "swiglu_linear",
+    "experts",
+    "decode",
+    "prefill",
+    "index_scores",
+    "route",
+    "rope",
+    "paged_write",
+    "rms_norm",
+    "draw",
+    "decode_layer",
+)
+_REINSTALL = "reinstall distill (in a clone: python -m pip install -e .)"
 
 
-PackedMatrix = struct("PackedMatrix", "int: kind n k groups; pointer: data scale")
-LinearArgs = struct(
-    "LinearArgs",
-    "pointer: x; long: x_stride x_group; pointer: w bias out; long: out_stride out_group; int: rows parts add threads",
-)
-ExpertsArgs = struct(
-    "ExpertsArgs",
-    "pointer: x expert weight gate up down shared_gate shared_up shared_down out; "
-    "int: tokens per_token experts parts add threads",
-)
-DecodeArgs = struct(
-    "DecodeArgs",
-    "pointer: q k v table length out; long: table_stride; "
-    "int: rows heads kv_heads d e k_width v_width page_size wide threads; float: scale",
-)
-PrefillArgs = struct(
-    "PrefillArgs",
-    "pointer: q k v table uk uv out; "
-    "int: rows length heads kv_heads d e k_width v_width page_size wide threads; float: scale",
-)
-RouteArgs = struct(
-    "RouteArgs",
-    "pointer: logits bias expert weight; "
-    "int: tokens experts groups groups_kept per_token softmax group_by_best normalise; float: factor; int: threads",
-)
-RopeArgs = struct(
-    "RopeArgs",
-    "pointer: x; long: x_row x_head; pointer: cos sin out; long: out_row out_head; "
-    "int: rows heads r interleaved threads unused",
-)
-WriteArgs = struct(
-    "WriteArgs", "pointer: pool page offset x; long: x_row x_head; int: rows heads width page_size wide unused"
-)
-LayerArgs = struct(
-    "LayerArgs",
-    "pointer: attention_norm q_norm kv_norm mlp_norm correction q_a q kv_a absorb expand_v o q_a_bias kv_a_bias o_bias "
-    "router gate up down shared_gate shared_up shared_down; "
-    "int: c heads nope rope interleaved experts groups groups_kept per_token softmax group_by_best normalise parts; "
-    "float: eps latent_eps scale factor; int: unused",
-)
-StepArgs = struct(
-    "StepArgs", "pointer: x cos sin page offset table length; long: table_stride; int: rows page_size wide threads"
-)
-DrawArgs = struct(
-    "DrawArgs",
-    "pointer: logits row uniform temperature top_k top_p token logprob; int: draws vocabulary threads unused",
-)
-IndexArgs = struct(
-    "IndexArgs", "pointer: q weight keys table out; int: rows length heads d page_size wide threads unused"
-)
-NormArgs = struct(
-    "NormArgs",
-    "pointer: x; long: x_stride; pointer: weight out; long: out_stride; int: rows c; float: eps; int: threads",
-)
+def load(folder: Path) -> ctypes.CDLL | str:
+    """The compiled kernels in a folder, or one line with the reason why there are none and what to do."""
+    files = sorted(folder.glob("_cpu.*.so"))
+    if not files:
+        return "they were not compiled when distill was installed; install a C++20 compiler, then distill again"
+    try:
+        library = ctypes.CDLL(str(files[0]))
+        for name in ("isa", "layouts", *_OPS):
+            getattr(library, f"distill_{name}").restype = c_char_p
+        library.distill_packed_bytes.restype = c_int64
+        library.distill_pack.restype = library.distill_has_nan.restype = c_int
+    except (OSError, AttributeError) as error:
+        return f"{files[0].name} cannot be loaded ({error}); {_REINSTALL}"
+    if library.distill_layouts().decode() != layouts():
+        return f"{files[0].name} was compiled from other sources than those installed; {_REINSTALL}"
+    return library
 
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | str:
-    """The compiled kernels, or why there are none."""
-    found = sorted(Path(__file__).parent.glob("_cpu.*.so"))
-    if not found:
-        return "they were not compiled when distill was installed; install a C++20 compiler, then distill again"
-    try:
-        library = ctypes.CDLL(str(found[0]))
-        library.distill_isa.restype = ctypes.c_char_p
-    except (OSError, AttributeError) as error:
-        return f"{found[0].name} cannot be loaded ({error}); install distill again"
-    library.distill_packed_bytes.restype = c_int64
-    return library
+    return load(Path(__file__).parent)
 
 
 def why_missing() -> str | None:
-    """Why the compiled kernels are not there, and the fix; None if they are."""
+    """Why the compiled kernels cannot be used, and the fix; None if they can."""
     library = _library()
     return library if isinstance(library, str) else None
 
 
 def library() -> ctypes.CDLL:
+    """The compiled kernels, which must be there (`why_missing`)."""
     library = _library()
     assert not isinstance(library, str), library
     return library
+
+
+def call(op: str, *structures: Arguments, pool: int | None = None) -> None:
+    """Run an op on its argument structures; pool: address of a cache, for ops that take one behind them.
+
+    IndexError if a number that the op uses as a place (a page, a row, an expert) is out of range; nothing is computed.
+    """
+    arguments = [byref(structure) for structure in structures]
+    wrong = getattr(library(), f"distill_{op}")(*arguments, *([] if pool is None else [c_void_p(pool)]))
+    if wrong is not None:
+        raise IndexError(f"{op}: {wrong.decode()}")
+
+
+def packed_bytes(kind: int, n: int, k: int) -> int:
+    """Bytes of a packed matrix [n, k] of a kind (cpu_packing.py)."""
+    return int(library().distill_packed_bytes(kind, n, k))
 
 
 def instruction_set(name: str | None = None) -> str:
@@ -121,13 +99,13 @@ def instruction_set(name: str | None = None) -> str:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those that this machine has, the best first."""
-    used, found = instruction_set(), []
+    """The instruction sets that this machine has, the fastest first."""
+    used, available = instruction_set(), []
     for name in ("avx512_bf16", "avx512", "avx2", "portable"):
         if library().distill_isa(name.encode()) is not None:
-            found.append(name)
+            available.append(name)
     instruction_set(used)
-    return tuple(found)
+    return tuple(available)
 
 
 _own_threads: int | None = None
@@ -137,7 +115,7 @@ _own_threads: int | None = None
 def session() -> Iterator[None]:
     """While it is open, torch's own ops run on one thread and the kernels on as many as torch had.
 
-    What torch still does between kernels is small; its workers would spin on the cores that the kernels' need.
+    torch does little between kernels, and its idle workers would spin on the cores that the kernels use.
     """
     global _own_threads
     count, before = torch.get_num_threads(), _own_threads
@@ -151,4 +129,5 @@ def session() -> Iterator[None]:
 
 
 def threads() -> int:
+    """The number of threads that a kernel runs on: torch's, as it was when the session began."""
     return _own_threads or torch.get_num_threads()

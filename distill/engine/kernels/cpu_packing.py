@@ -1,7 +1,8 @@
 """Weights in the form that the CPU kernels read: panels of 64 outputs, packed once.
 
-FP8 codes stay codes, with one scale per panel and 128 columns; bfloat16 stays bfloat16; the rest is float32, or
-bfloat16 where that is what is computed in. Matrices that lie in a file are read from there a panel at a time.
+FP8 codes stay codes, with one scale per panel and 128 columns; bfloat16 stays bfloat16; other numbers become
+float32, or bfloat16 where the compute dtype is bfloat16. Matrices that are in a file are read from there a panel at a
+time.
 """
 
 from __future__ import annotations
@@ -14,25 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.engine.kernels.cpu_library import PackedMatrix, library, threads
-from distill.engine.kernels.reference import FP8_BLOCK, Damaged, Fp8, Place, Stored
+from distill.engine.kernels.cpu_library import library, packed_bytes, threads
+from distill.engine.kernels.cpu_structs import PackedMatrix, PackJob
+from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Place, Stored
 
 PANEL = 64  # outputs side by side in a packed matrix
 _ALIGNMENT = 64
-# PackedMatrix and PackJob of cpu.cpp, for arrays of them.
-_PACKED = np.dtype([("kind", "i4"), ("n", "i4"), ("k", "i4"), ("groups", "i4"), ("data", "u8"), ("scale", "u8")])
-_JOB = np.dtype(
-    [
-        ("source", "u8"),
-        ("row_stride", "i8"),
-        ("offset", "i8"),
-        ("out", "u8"),
-        ("fd", "i4"),
-        ("kind", "i4"),
-        ("n", "i4"),
-        ("k", "i4"),
-    ]
-)
+_PACKED, _JOB = np.dtype(PackedMatrix), np.dtype(PackJob)  # for arrays of them
 _FLOAT32 = 2
 _KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: _FLOAT32}
 
@@ -55,48 +44,41 @@ class Packed:
 
     def __init__(self, weights: list[Stored], dtype: torch.dtype, place: Place | None = None) -> None:
         self.parts = _parts(dtype)
-        matrices = [_in_kept_form(weight, dtype) for weight in weights]
+        matrices = [with_rows(weight.kept(dtype)) for weight in weights]
         self.n, self.k = matrices[0].shape
         self.kind = kind = _KINDS[matrices[0].dtype]
-        size = library().distill_packed_bytes(kind, self.n, self.k)
-        self._memory, self.bytes = Memory(len(weights) * size), len(weights) * size
+        size = packed_bytes(kind, self.n, self.k)
+        self._memory, self.nbytes = Memory(len(weights) * size), len(weights) * size
         jobs = np.zeros(len(weights), _JOB)
         for index, (weight, matrix) in enumerate(zip(weights, matrices, strict=True)):
             jobs[index] = _job(weight, matrix, place)
             jobs[index]["out"] = self._memory.begin + index * size
-        if _run_jobs(jobs, threads()) >= 0:
-            raise Damaged("codes")
+        if (number := _run_jobs(jobs, threads())) >= 0:
+            raise Damaged(weights[number].damage)
         self._scale = _panel_scales(weights, self.n)
-        if self._scale is not None and not self._scale.isfinite().all():
-            raise Damaged("scale")
+        for weight in weights:
+            weight.check_scale()
         scale = None if self._scale is None else self._scale.data_ptr()
-        self._struct = PackedMatrix(kind, self.n, self.k, len(weights), self._memory.begin, scale)
-        self.address = addressof(self._struct)
+        self.struct = PackedMatrix(
+            kind=kind, n=self.n, k=self.k, groups=len(weights), data=self._memory.begin, scale=scale
+        )
+        self.address = addressof(self.struct)
 
     def reads_like(self, other: Packed) -> bool:
         """Whether both read activations in the same form: float32 as it is, or parts of it."""
         return (self.kind == _FLOAT32) == (other.kind == _FLOAT32)
 
 
-def _in_kept_form(weight: Stored, compute: torch.dtype) -> Tensor:
-    """Codes, bfloat16 or float32 with contiguous rows: never less exact than the compute dtype asks."""
-    if isinstance(weight, Fp8):
-        return with_rows(weight.codes)
-    narrow = compute == torch.bfloat16 or weight.dtype == torch.bfloat16
-    return with_rows(weight.to(torch.bfloat16 if narrow else torch.float32))
-
-
 def _job(weight: Stored, matrix: Tensor, place: Place | None) -> tuple[int, ...]:
-    """A PackJob without a destination, for the `matrix` that is kept of `weight`."""
+    """A PackJob without a destination, for `matrix`, the form in which `weight` is kept."""
     n, k = matrix.shape
-    stored = weight.codes if isinstance(weight, Fp8) else weight
-    if place is not None and matrix is stored:
+    if place is not None and matrix is weight.values:
         return (0, k, place.offset, 0, place.descriptor, _KINDS[matrix.dtype], n, k)
     return (matrix.data_ptr(), matrix.stride(0), 0, 0, -1, _KINDS[matrix.dtype], n, k)
 
 
 def _run_jobs(jobs: np.ndarray, workers: int) -> int:
-    """Pack; the number of a matrix with NaN codes, or -1."""
+    """Pack; the number of a matrix with NaN codes or numbers that are not finite, or -1."""
     jobs = np.ascontiguousarray(jobs)
     bad = int(library().distill_pack(c_void_p(jobs.ctypes.data), jobs.size, workers))
     if bad == -2:
@@ -110,13 +92,13 @@ def _parts(dtype: torch.dtype) -> int:
 
 def _panel_scales(weights: Sequence[Stored], n: int) -> Tensor | None:
     """FP8 matrices of n rows: one scale per matrix, panel and 128 columns."""
-    scales = [w.scale.float() for w in weights if isinstance(w, Fp8)]
+    scales = [weight.scale.float() for weight in weights if weight.scale is not None]
     return torch.stack(scales)[:, torch.arange(0, n, PANEL) // FP8_BLOCK].contiguous() if scales else None
 
 
 class ExpertBank:
-    """As in reference.py. Packed experts lie one after the other, gate, up and down each; `arrays` holds what the
-    kernel reads, a PackedMatrix for each part and expert."""
+    """As reference.Bank. Packed experts follow each other in memory, gate, up and down each; `arrays` holds the
+    kernel's view of them, a PackedMatrix for each part and expert."""
 
     queued = False
 
@@ -131,19 +113,22 @@ class ExpertBank:
         self.addresses = [self.arrays[part].ctypes.data for part in range(3)]
 
     def lend(self, expert: tuple[Stored, Stored, Stored], places: tuple[Place, ...] | None = None) -> None:
+        """See reference.Bank."""
         self._lent.append((expert, places))
 
     @cached_property
     def _sizes(self) -> list[int]:
         """Bytes of gate, up and down, packed."""
-        kept = [_in_kept_form(weight, self._dtype) for weight in self._lent[0][0]]
-        return [int(library().distill_packed_bytes(_KINDS[matrix.dtype], *matrix.shape)) for matrix in kept]
+        kept = [weight.kept(self._dtype) for weight in self._lent[0][0]]
+        return [packed_bytes(_KINDS[matrix.dtype], *matrix.shape) for matrix in kept]
 
     @property
     def bytes_each(self) -> int:
+        """See reference.Bank."""
         return sum(self._sizes)
 
     def settle(self, resident: int | None = None) -> None:
+        """See reference.Bank. ValueError for streamed experts that would have to be converted each time."""
         assert len(self._lent) == self.count
         self.resident = self.count if resident is None else resident
         files = {place.file for _, places in self._lent for place in places or ()}
@@ -151,9 +136,9 @@ class ExpertBank:
         jobs = np.zeros((self.count, 3), _JOB)
         for index, (expert, places) in enumerate(self._lent):
             for part, weight in enumerate(expert):
-                matrix = _in_kept_form(weight, self._dtype)
+                matrix = with_rows(weight.kept(self._dtype))
                 jobs[index, part] = _job(weight, matrix, places[part] if places else None)
-                if matrix is not (weight.codes if isinstance(weight, Fp8) else weight):
+                if matrix is not weight.values:
                     converted.append(matrix)
                     if index >= self.resident:
                         raise ValueError(
@@ -167,8 +152,9 @@ class ExpertBank:
             scale = _panel_scales([expert[part] for expert, _ in self._lent], int(jobs["n"][0, part]))
             self._scales.append(scale)
             if scale is not None:
-                if not scale.isfinite().all():
-                    raise Damaged("scale", int((~scale.isfinite()).flatten(1).any(1).nonzero()[0]), part)
+                usual = (scale > 0) & scale.isfinite()
+                for index in (~usual).flatten(1).any(1).nonzero()[:, 0].tolist():
+                    self._lent[index][0][part].check_scale(index, part)
                 self.arrays["scale"][part] = scale.data_ptr() + np.arange(self.count) * (scale.stride(0) * 4)
         offsets = np.concatenate(([0], np.cumsum(self._sizes)[:-1]))
         self._offsets = (np.arange(self.count)[:, None] * self.bytes_each + offsets).astype(np.uint64)
@@ -176,15 +162,17 @@ class ExpertBank:
         jobs["out"][: self.resident] = self._memory.begin + self._offsets[: self.resident]
         bad = _run_jobs(jobs, threads())
         if bad >= 0:
-            raise Damaged("codes", *divmod(bad, 3))
+            index, part = divmod(bad, 3)
+            raise Damaged(self._lent[index][0][part].damage, index, part)
         self.arrays["data"] = jobs["out"].T
         self._jobs = jobs[self.resident :].copy()
         self._offsets = self._offsets[: self.count - self.resident]
-        # What is streamed is read from its place, and of that only the file is needed: it must stay open.
+        # Streamed experts are read from their places, for which their files must stay open.
         self._lent = [(expert, places) for expert, places in self._lent[self.resident :] if places is None]
         self._files = files
 
     def fill(self, arena: Memory, chosen: Sequence[int] | None = None, background: bool = False) -> None:
+        """See reference.Bank."""
         jobs = self._jobs.copy()
         jobs["out"] = arena.begin + self._offsets
         if chosen is not None:
@@ -196,4 +184,5 @@ class ExpertBank:
         return (shared.kind == _FLOAT32) == (int(self.arrays["kind"][0, 0]) == _FLOAT32)
 
     def install(self, arena: Memory) -> None:
+        """See reference.Bank."""
         self.arrays["data"][:, self.resident :] = (arena.begin + self._offsets).T

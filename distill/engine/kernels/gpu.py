@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ import triton
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from distill.engine.kernels import gpu_attention, gpu_gemm, gpu_moe, gpu_rows, reference, w8a8
+from distill.engine.kernels import gpu_attention, gpu_gemm, gpu_moe, gpu_rows, reference, reference_attention, w8a8
 from distill.engine.kernels.gpu_attention import decode_gqa as decode_gqa
 from distill.engine.kernels.gpu_attention import index_scores as index_scores
 from distill.engine.kernels.gpu_draw import draw as draw
@@ -32,11 +31,11 @@ from distill.engine.kernels.gpu_experts import ExpertBank
 from distill.engine.kernels.gpu_moe import route as route
 from distill.engine.kernels.gpu_rows import rope as rope
 from distill.engine.kernels.gpu_tiles import grouped_tile
-from distill.engine.kernels.reference import FP8_BLOCK, Fp8, Place, Stored
 from distill.engine.kernels.reference import activation_dtype as activation_dtype
 from distill.engine.kernels.reference import decode_plan as decode_plan
 from distill.engine.kernels.reference import session as session
-from distill.engine.kernels.w8a8 import Fp8Matrix, Packed, Quantised, dense_rows
+from distill.engine.kernels.stored import FP8_BLOCK, Place, Stored
+from distill.engine.kernels.w8a8 import Activations, Fp8Matrix, Packed, Quantised, dense_rows
 
 if triton.knobs.runtime.interpret:
     from distill.engine.kernels.gpu_interpreter import correct
@@ -45,26 +44,28 @@ if triton.knobs.runtime.interpret:
 
 
 def device() -> torch.device:
+    """The GPU in use; the CPU for Triton's interpreter."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def has_nan_codes(codes: Tensor) -> bool:
-    return reference.has_nan_codes(codes.to(device(), non_blocking=True))
+def check(weight: Stored) -> None:
+    """As reference.check, on the device."""
+    weight.on(device()).check()
 
 
 def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Packed:
-    return w8a8.pack(_moved(weight), dtype)
+    """As w8a8.pack. Raises Damaged."""
+    return w8a8.pack(_copied(weight), dtype)
 
 
 def pack_heads(weights: Sequence[Stored], dtype: torch.dtype) -> Tensor:
-    return reference.pack_heads([_moved(weight) for weight in weights], dtype)
+    """As reference.pack_heads."""
+    return reference.pack_heads([_copied(weight) for weight in weights], dtype)
 
 
-def _moved(weight: Stored) -> Stored:
-    """A copy, which begins where a descriptor may: a tensor in a file may lie anywhere."""
-    if isinstance(weight, Fp8):
-        return Fp8(weight.codes.to(device(), copy=True), weight.scale.to(device()), weight.ue8m0)
-    return weight.to(device(), copy=True)
+def _copied(weight: Stored) -> Stored:
+    """A copy, aligned as a tensor descriptor requires; a tensor in a file may begin at any address."""
+    return weight.on(device(), copy=True)
 
 
 def side_by_side(weights: Sequence[Packed]) -> Sequence[Packed]:
@@ -80,28 +81,27 @@ def side_by_side(weights: Sequence[Packed]) -> Sequence[Packed]:
     return [Fp8Matrix(*both, whole.ue8m0, whole) for both in zip(codes.split(rows), scale.split(blocks), strict=True)]
 
 
-def packed_bytes(packed: Packed) -> int:
-    return packed.nbytes
-
-
 def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:
+    """An empty bank for `count` experts."""
     return ExpertBank(count, dtype, device())
 
 
 def arena(size: int) -> Tensor:
+    """Memory on the device for the experts of a layer that are not resident."""
     return torch.empty(size, dtype=torch.uint8, device=device())
 
 
-def _format(to: Any) -> bool | None:
+def _format(to: object) -> bool | None:
     """Whether the matrix that will read activations wants scales that are powers of two; None: it reads them as they
     are."""
     return to.ue8m0 if isinstance(to, Fp8Matrix) or (isinstance(to, ExpertBank) and to.fp8) else None
 
 
-def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float, to: Any = None) -> Tensor:
+def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float, to: object = None) -> Tensor:
+    """As reference.rms_norm; the result may carry its quantised form."""
     out_tc, quantised = gpu_rows.rms_norm(x_tc, weight_c, eps, _format(to))
     if quantised is not None:
-        out_tc.quantised = quantised  # type: ignore[attr-defined]
+        out_tc.quantised = quantised  # type: ignore[attr-defined]  # see the module's docstring
     return out_tc
 
 
@@ -112,9 +112,8 @@ def _quantised(x: Tensor | Quantised, ue8m0: bool) -> Quantised:
     return made or gpu_rows.quantise(x, ue8m0)
 
 
-def linear(
-    x: Tensor | Quantised, weight: Packed, bias_n: Tensor | None = None, onto_tn: Tensor | None = None
-) -> Tensor:
+def linear(x: Activations, weight: Packed, bias_n: Tensor | None = None, onto_tn: Tensor | None = None) -> Tensor:
+    """As w8a8.linear."""
     if isinstance(weight, Tensor):
         assert isinstance(x, Tensor)
         return reference.linear(x, weight, bias_n, onto_tn)
@@ -122,11 +121,14 @@ def linear(
 
 
 def linears(x_tc: Tensor, weights: Sequence[Packed], biases: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """As reference.linears; one product for matrices that were packed side by side."""
     wholes = [weight.whole if isinstance(weight, Fp8Matrix) else None for weight in weights]
     whole = wholes[0]
-    if whole is None or any(one is not whole for one in wholes) or any(bias is not None for bias in biases):
+    if whole is None or any(other is not whole for other in wholes) or any(bias is not None for bias in biases):
         return [linear(x_tc, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    return linear(x_tc, whole).split([len(weight.codes) for weight in weights if isinstance(weight, Fp8Matrix)], dim=1)
+    return list(
+        linear(x_tc, whole).split([len(weight.codes) for weight in weights if isinstance(weight, Fp8Matrix)], dim=1)
+    )
 
 
 def per_head(x_thc: Tensor, weight_hnc: Tensor, behind_thr: Tensor | None = None) -> Tensor:
@@ -145,8 +147,9 @@ def swiglu_linear(
     up: Packed,
     gate_bias_f: Tensor | None = None,
     up_bias_f: Tensor | None = None,
-    to: Any = None,
-) -> Tensor | Quantised:
+    to: object = None,
+) -> Activations:
+    """As reference.swiglu_linear; quantised where `to` is an FP8 matrix."""
     gate_tf, up_tf = linears(x_tc, (gate, up), (gate_bias_f, up_bias_f))
     return gpu_rows.swiglu(gate_tf, up_tf, _format(to))
 
@@ -159,6 +162,7 @@ def experts(
     shared: tuple[Packed, Packed, Packed] | None,
     onto_tc: Tensor,
 ) -> Tensor:
+    """As w8a8.experts."""
     tile = grouped_tile(experts_tk.numel(), bank.count)
     places = gpu_moe.slots(experts_tk, bank.count, tile.rows)
     x = _quantised(x_tc, bank.ue8m0) if bank.fp8 else F.pad(x_tc, (0, bank.c - x_tc.shape[1]))
@@ -174,6 +178,7 @@ def experts(
 
 
 def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -> None:
+    """As w8a8.paged_write."""
     if pool.dtype != torch.uint8:
         reference.paged_write(pool, page_t, offset_t, x_tkd)
         return
@@ -188,24 +193,28 @@ def write_latents(
     pool: Tensor, page_t: Tensor, offset_t: Tensor, x_td: Tensor, norm_c: Tensor, eps: float, cos_tr: Tensor,
     sin_tr: Tensor, interleaved: bool,
 ) -> None:  # fmt: skip
+    """As reference.write_latents."""
     write = _composed if pool.dtype == torch.uint8 else gpu_attention.write_latents
     write(pool, page_t, offset_t, x_td, norm_c, eps, cos_tr, sin_tr, interleaved)
 
 
 def decode_mla(q_bhd: Tensor, pool: Tensor, table_bp: Tensor, length_b: Tensor, scale: float, e: int) -> Tensor:
+    """As w8a8.decode_mla."""
     return gpu_attention.decode_mla(q_bhd, pool, table_bp, length_b, scale, e)
 
 
 def prefill_gqa(q_thd: Tensor, k_pool: Tensor, v_pool: Tensor, table_p: Tensor, length: int, scale: float) -> Tensor:
-    k_kld, v_kle = (reference.paged_gather(pool, table_p[None])[0, :, :length] for pool in (k_pool, v_pool))
+    """As reference.prefill_gqa, by torch's attention."""
+    k_kld, v_kle = (reference_attention.paged_gather(pool, table_p[None])[0, :, :length] for pool in (k_pool, v_pool))
     return _attend(q_thd, k_kld, v_kle, scale)
 
 
 def prefill_mla(
     q_thd: Tensor, pool: Tensor, table_p: Tensor, length: int, expand_k_hnc: Tensor, expand_v_hec: Tensor, scale: float
 ) -> Tensor:
+    """As w8a8.prefill_mla, by torch's attention."""
     h, n, latent = expand_k_hnc.shape
-    row_lw = reference.paged_gather(pool, table_p[None])[0, 0, :length]
+    row_lw = reference_attention.paged_gather(pool, table_p[None])[0, 0, :length]
     row_ld = dense_rows(row_lw, latent, q_thd.shape[2] - n, q_thd.dtype)
     c_lc, kr_lr = row_ld.tensor_split((latent,), dim=-1)
     k_hld = torch.cat((torch.matmul(c_lc, expand_k_hnc.transpose(1, 2)), kr_lr.expand(h, -1, -1)), dim=-1)
@@ -213,7 +222,7 @@ def prefill_mla(
 
 
 def _attend(q_thd: Tensor, k_kld: Tensor, v_kle: Tensor, scale: float) -> Tensor:
-    """As reference.attend_causal."""
+    """As reference_attention.attend_causal."""
     t, length = len(q_thd), k_kld.shape[1]
     out_1hte = F.scaled_dot_product_attention(
         q_thd.transpose(0, 1)[None],

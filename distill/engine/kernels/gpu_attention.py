@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distill.engine.kernels.gpu_rows import quantise_groups
 from distill.engine.kernels.gpu_tiles import attention_parts, mla_tile
-from distill.engine.kernels.reference import FP8_BLOCK
+from distill.engine.kernels.stored import FP8_BLOCK
 from distill.engine.kernels.w8a8 import fp8_row_bytes
 
 _LOG2_E = 1.4426950408889634

@@ -94,12 +94,15 @@ def _draw(
     raw = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, V, BLOCK):
         raw += _probabilities(x_ptr, begin, V, top, 1.0, BLOCK)
-    normaliser = top + tl.log(tl.sum(raw, axis=0))
+    total = tl.sum(raw, axis=0)
+    normaliser = top + tl.log(total)
+    # NaN, +inf or nothing but -inf: no distribution. Nothing is searched for then, and no place is taken from it.
+    undefined = total != total
 
     one: tl.constexpr = 0x3F800000
     top_k, top_p = tl.load(top_k_ptr + draw).to(tl.int32), tl.load(top_p_ptr + draw)
     low, high = tl.full((), 0, tl.int32), tl.full((), one, tl.int32)
-    limited = (top_k > 0) & (top_k < V) & (greedy == 0)
+    limited = (top_k > 0) & (top_k < V) & (greedy == 0) & (undefined == 0)
     for _ in range(tl.where(limited, CUTS, 0)):
         first, second, third = _cuts(low, high)
         above_1, above_2, above_3 = _sums_above(x_ptr, first, second, third, V, top, temperature, False, BLOCK)
@@ -108,7 +111,7 @@ def _draw(
     count, mass = _above(x_ptr, least, V, top, temperature, BLOCK)
     if limited:
         mass += (top_k - count).to(tl.float64) * least.to(tl.float32, bitcast=True).to(tl.float64)
-    nucleus = (top_p < 1.0) & (greedy == 0)
+    nucleus = (top_p < 1.0) & (greedy == 0) & (undefined == 0)
     wanted = top_p * mass
     # Without all tokens up to this one, most of what may be left out would still be there.
     spared = (0.5 * (1.0 - top_p) * mass / V).to(tl.float32)
@@ -135,9 +138,9 @@ def _draw(
         reached = kept & (before + tl.cumsum(p, axis=0) > aim)
         token = tl.minimum(token, tl.min(tl.where(reached, begin + lane, 0x7FFFFFFF), axis=0))
         before += tl.sum(p, axis=0)
-    token = tl.where(greedy, best, tl.minimum(token, last))
+    token = tl.where(undefined, 0, tl.where(greedy, best, tl.minimum(token, last)))
     tl.store(token_ptr + draw, token.to(tl.int64))
-    tl.store(logprob_ptr + draw, tl.load(x_ptr + token) - normaliser)
+    tl.store(logprob_ptr + draw, tl.where(undefined, float("nan"), tl.load(x_ptr + token) - normaliser))
 
 
 def draw(

@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill.engine.kernels.gpu_gemm import Matrices
-from distill.engine.kernels.reference import FP8_BLOCK, Fp8, Place, Stored, check, dense
+from distill.engine.kernels.stored import FP8_BLOCK, Place, Stored
 
 _ALIGNED = 256
 
 
 class ExpertBank:
-    """As reference.ExpertBank; filling is queued and not waited for."""
+    """As reference.Bank; filling is queued and not waited for."""
 
     queued = True
 
@@ -36,12 +35,13 @@ class ExpertBank:
         self._parts: dict[int, tuple[list[Matrices], ...]] = {}  # by the arena that streamed experts are read from
 
     def lend(self, expert: tuple[Stored, Stored, Stored], places: tuple[Place, ...] | None = None) -> None:
+        """See reference.Bank."""
         if not self._lent:
             gate, _, down = expert
-            fp8 = [isinstance(matrix, Fp8) for matrix in expert]
-            self.fp8 = all(fp8) and self._dtype == torch.bfloat16
-            self.ue8m0 = isinstance(gate, Fp8) and gate.ue8m0
-            (f, c), self.width = _shape(gate), _shape(down)[0]
+            quantised = [matrix.for_fp8_products(self._dtype) for matrix in expert]
+            self.fp8 = None not in quantised
+            self.ue8m0 = quantised[0] is not None and quantised[0].ue8m0
+            (f, c), self.width = gate.shape, down.shape[0]
             self.f, self.c = _padded(f), _padded(c)
             self._lay_out()
         self._lent.append(expert)
@@ -78,25 +78,21 @@ class ExpertBank:
         self._read_from(None)
 
     def _write(self, record: Tensor, index: int, lent: tuple[Stored, Stored, Stored]) -> None:
-        gate, up, down = expert = [_on(matrix, record.device) for matrix in lent]  # where looking at numbers is fast
+        gate, up, down = expert = [matrix.on(record.device) for matrix in lent]  # where checking numbers is fast
         for part, matrix in enumerate(expert):
-            check(matrix, index, part)
+            matrix.check(index, part)
         at, f, c = self._offsets, self.f, self.c
         for offset, matrix, rows, columns in (
             (at[0], gate, f, c),
             (at[0] + f * c * self._item, up, f, c),
             (at[1], down, self.width, f),
         ):
-            if self.fp8:
-                assert isinstance(matrix, Fp8)
-                values = matrix.codes.view(torch.uint8)
-            else:
-                values = dense(matrix, self._dtype)
+            values = matrix.values.view(torch.uint8) if self.fp8 else matrix.dense(self._dtype)
             if values.shape != (rows, columns):
                 values = F.pad(values, (0, columns - values.shape[1], 0, rows - values.shape[0]))
             _put(record, offset, values)
         if self.fp8:
-            scales = [matrix.scale for matrix in expert if isinstance(matrix, Fp8)]
+            scales = [matrix.scale for matrix in expert if matrix.scale is not None]
             for offset, scale in zip((at[2], at[2] + scales[0].nbytes, at[3]), scales, strict=True):
                 _put(record, offset, scale)
 
@@ -155,25 +151,14 @@ class ExpertBank:
         return Matrices(values, scale, first)
 
 
-_streams: dict[torch.device, Any] = {}
+_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
-def _copies(device: torch.device) -> Any:
+def _copies(device: torch.device) -> torch.cuda.Stream:
     """The device's stream for copies from the host."""
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
     return _streams[device]
-
-
-def _on(matrix: Stored, device: torch.device) -> Stored:
-    if isinstance(matrix, Fp8):
-        return Fp8(matrix.codes.to(device), matrix.scale.to(device), matrix.ue8m0)
-    return matrix.to(device)
-
-
-def _shape(matrix: Stored) -> tuple[int, int]:
-    n, c = (matrix.codes if isinstance(matrix, Fp8) else matrix).shape
-    return n, c
 
 
 def _refuse_more_than_memory(size: int) -> None:

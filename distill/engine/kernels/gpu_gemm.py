@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distill.engine.kernels.gpu_rows import ROWS
 from distill.engine.kernels.gpu_tiles import Tile, linear_tile
-from distill.engine.kernels.reference import FP8_BLOCK
+from distill.engine.kernels.stored import FP8_BLOCK
 from distill.engine.kernels.w8a8 import Activations, Fp8Matrix, Quantised
 
 _TILES_DOWN = 8  # tiles are numbered down columns of so many, so that neighbours share what they read

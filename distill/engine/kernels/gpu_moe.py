@@ -110,7 +110,10 @@ def _route(
     choice = scores
     if BIAS:
         choice += tl.load(bias_ptr + number, mask=real, other=0.0)
-    choice = tl.where(real, choice, float("-inf"))
+    undefined = (
+        tl.max(tl.max(((choice != choice) & real).to(tl.int32), axis=1), axis=0) > 0
+    )  # NaN: there is no best one
+    choice = tl.where(real & (choice == choice), choice, float("-inf"))
     if GROUPS > 1:
         worth = tl.max(choice, axis=1)
         if BEST_TWO:
@@ -135,8 +138,10 @@ def _route(
         choice = tl.where(taken, float("-inf"), choice)
     if NORMALISE:
         weights = weights / (tl.sum(weights, axis=0) + 1e-20)
+    experts = tl.where(undefined, k, experts)
+    weights = tl.where(undefined, float("nan"), weights * scale)
     tl.store(experts_ptr + token * K + k, experts, mask=k < K)
-    tl.store(weights_ptr + token * K + k, weights * scale, mask=k < K)
+    tl.store(weights_ptr + token * K + k, weights, mask=k < K)
 
 
 def slots(experts_tk: Tensor, experts: int, rows: int) -> Slots:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill.engine.kernels.reference import FP8_BLOCK
+from distill.engine.kernels.stored import FP8_BLOCK
 from distill.engine.kernels.w8a8 import Quantised
 
 ROWS = 4  # of which quantised activations have room for a multiple

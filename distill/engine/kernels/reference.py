@@ -1,13 +1,13 @@
 """Every op in plain torch. This is the definition; other kernels are tested against it.
 
-An op takes and returns tensors and numbers only: no spec, no module, no state beyond the page tensors it is handed. The
-cut between ops follows what a hand-written kernel would want to own whole: attention reads through the page table
-itself instead of being given gathered keys, and the experts of a layer are one op, so that a kernel which never
-materialises what lies between fits the same slot.
+An op takes and returns tensors and numbers only: no spec, no module, no state beyond the page tensors. The cut between
+ops follows the unit that a hand-written kernel computes in one piece: attention reads through the page table itself
+instead of taking gathered keys, and the experts of a layer are one op, so that a kernel that keeps intermediate results
+in registers fits the same slot. The ops over paged caches are in reference_attention.py; this module has all of them.
 
-Matrices are given to ops packed: `pack` and its kin turn what a checkpoint holds into whatever the kernels of the same
-column want to read, and nobody else looks inside. Here that is a dense matrix in the compute dtype, so an FP8 matrix is
-dequantised once: a small model would otherwise spend its time dequantising the same blocks in every step.
+Ops take matrices packed: `pack` and `pack_heads` turn a stored matrix (stored.py) into the form that the kernels of the
+same column read, and no other code looks inside. Here that form is a dense matrix in the compute dtype, so an FP8
+matrix is dequantised once: a small model would otherwise spend its time dequantising the same blocks in every step.
 
 Legend (suffixes of tensor names): t tokens, b sequences that decode, h query heads, k key-value heads, d width of
 queries and keys, e width of values, l context length, p pages of one sequence, s (token, expert) pairs sorted by
@@ -20,58 +20,30 @@ CPU they fall back to slower paths for one query per sequence and for values nar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FP8_BLOCK = 128
+from distill.engine.kernels.reference_attention import decode_gqa as decode_gqa
+from distill.engine.kernels.reference_attention import decode_mla as decode_mla
+from distill.engine.kernels.reference_attention import index_scores as index_scores
+from distill.engine.kernels.reference_attention import paged_write as paged_write
+from distill.engine.kernels.reference_attention import prefill_gqa as prefill_gqa
+from distill.engine.kernels.reference_attention import prefill_mla as prefill_mla
+from distill.engine.kernels.stored import Place, Stored
+
+P = TypeVar("P")
+E = TypeVar("E")
 
 
-@dataclass(frozen=True)
-class Fp8:
-    """A matrix as published: float8_e4m3fn codes [n, c], float32 scales [⌈n/128⌉, ⌈c/128⌉], edge blocks partial. ue8m0:
-    scales are powers of two, and so are to be those of activations, where they are quantised."""
-
-    codes: Tensor
-    scale: Tensor
-    ue8m0: bool = False
-
-
-Stored = Tensor | Fp8  # a matrix as the checkpoint holds it
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a matrix (the codes of an FP8 one) lies in a file, row-major: `size` bytes. `file` keeps the descriptor
-    open."""
-
-    descriptor: int
-    offset: int
-    size: int
-    file: Any
-
-
-class Damaged(Exception):
-    """A matrix with NaN codes (what: "codes") or a scale that is not finite ("scale"); in a bank of experts, the number
-    of the expert and of its part."""
-
-    def __init__(self, what: Literal["codes", "scale"], expert: int = 0, part: int = 0) -> None:
-        super().__init__(what, expert, part)
-        self.what, self.expert, self.part = what, expert, part
-
-
-# Prefill computes attention for blocks of queries whose score matrix has at most so many elements (64 MiB in float32).
-_SCORE_ELEMENTS = 1 << 24
-
-
-def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float, to: Any = None) -> Tensor:
+def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float, to: object = None) -> Tensor:
     """x / rms(x) · weight over the last dimension (arXiv:1910.07467). to: the packed matrix or bank of experts that
-    reads it, for kernels that can make what that wants on the way; the result is the same."""
+    reads the result, for kernels that can prepare its input on the way; the result is the same."""
     return F.rms_norm(x_tc, (x_tc.shape[-1],), weight_c, eps)
 
 
@@ -89,52 +61,32 @@ def rope(x_thd: Tensor, cos_tr: Tensor, sin_tr: Tensor, interleaved: bool) -> No
 
 
 def device() -> torch.device:
-    """Where tensors are to be for these ops."""
+    """The device on which these ops expect their tensors."""
     return torch.device("cpu")
 
 
 def session() -> AbstractContextManager[None]:
-    """What every step is wrapped in."""
+    """The context in which every step runs."""
     return nullcontext()
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What activations are between ops when the compute dtype is `dtype`."""
+    """The dtype of activations between ops when the compute dtype is `dtype`."""
     return dtype
 
 
-def has_nan_codes(codes: Tensor) -> bool:
-    """Whether float8_e4m3fn codes hold a NaN, which a healthy checkpoint never does."""
-    return bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any())
-
-
-def dense(weight: Stored, dtype: torch.dtype) -> Tensor:
-    """[n, c] in `dtype`."""
-    return dequantize_fp8_block(weight.codes, weight.scale, dtype) if isinstance(weight, Fp8) else weight.to(dtype)
-
-
-def dequantize_fp8_block(weight_nc: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """float8_e4m3fn [n, c] times its block's scale: one per 128×128 block, [⌈n/128⌉, ⌈c/128⌉], edge blocks partial.
-
-    The product is taken in float32 and rounded to `dtype` once. (DeepSeek-V3, arXiv:2412.19437, section 3.3.2.)
-    """
-    n, c = weight_nc.shape
-    scale_nc = scale.to(torch.float32).repeat_interleave(FP8_BLOCK, 0)[:n].repeat_interleave(FP8_BLOCK, 1)[:, :c]
-    return (weight_nc.to(torch.float32) * scale_nc).to(dtype)
-
-
 def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Tensor:
-    """What `linear` and `swiglu_linear` take as a weight. place: where it may be read instead. Raises Damaged."""
-    check(weight)
-    return dense(weight, dtype)
+    """The form in which `linear` and `swiglu_linear` take a weight. place: where its numbers may be read instead.
+
+    Raises Damaged.
+    """
+    weight.check()
+    return weight.dense(dtype)
 
 
-def check(weight: Stored, expert: int = 0, part: int = 0) -> None:
-    """Raises Damaged."""
-    if isinstance(weight, Fp8) and has_nan_codes(weight.codes):
-        raise Damaged("codes", expert, part)
-    if isinstance(weight, Fp8) and not weight.scale.isfinite().all():
-        raise Damaged("scale", expert, part)
+def check(weight: Stored) -> None:
+    """Raises Damaged for a stored matrix with numbers that no healthy checkpoint holds."""
+    weight.check()
 
 
 def linear(x_tc: Tensor, weight_nc: Tensor, bias_n: Tensor | None = None, onto_tn: Tensor | None = None) -> Tensor:
@@ -156,99 +108,93 @@ def swiglu_linear(
     up_fc: Tensor,
     gate_bias_f: Tensor | None = None,
     up_bias_f: Tensor | None = None,
-    to: Any = None,
+    to: object = None,
 ) -> Tensor:
-    """silu(x · gateᵀ) · (x · upᵀ) (arXiv:2002.05202). to: the packed matrix that reads it, as for `rms_norm`; what is
-    returned may be made for that matrix alone."""
+    """silu(x · gateᵀ) · (x · upᵀ) (arXiv:2002.05202). to: the packed matrix that reads the result, as for
+    `rms_norm`; the result may then fit that matrix alone."""
     return F.silu(F.linear(x_tc, gate_fc, gate_bias_f)) * F.linear(x_tc, up_fc, up_bias_f)
 
 
-def rows_of(weight: Stored, begin: int, end: int) -> Stored:
-    """Rows `begin … end-1`: in FP8 where their blocks are those of a matrix of its own, else as float32."""
-    if not isinstance(weight, Fp8):
-        return weight[begin:end]
-    blocks = slice(begin // FP8_BLOCK, -(-end // FP8_BLOCK))
-    if begin % FP8_BLOCK == 0 or blocks.stop - blocks.start == 1:
-        return Fp8(weight.codes[begin:end], weight.scale[blocks], weight.ue8m0)
-    return dense(weight, torch.float32)[begin:end]
-
-
-def transposed(weight: Stored) -> Stored:
-    """[n, c] → [c, n]."""
-    if isinstance(weight, Fp8):
-        return Fp8(weight.codes.T.contiguous(), weight.scale.T.contiguous(), weight.ue8m0)
-    return weight.T
-
-
-def side_by_side(weights: Sequence[Any]) -> Sequence[Any]:
-    """Packed matrices that read the same activations, and are done with them: `linears` may then take one product."""
+def side_by_side(weights: Sequence[P]) -> Sequence[P]:
+    """Packed matrices that read the same activations, arranged so that `linears` may compute them as one product."""
     return weights
 
 
 def pack_heads(weights: Sequence[Stored], dtype: torch.dtype) -> Tensor:
-    """One matrix a head → what `per_head` and `prefill_mla` take as a weight."""
-    return torch.stack([dense(weight, dtype) for weight in weights])
+    """One matrix a head → the form in which `per_head` and `prefill_mla` take a weight."""
+    return torch.stack([weight.dense(dtype) for weight in weights])
 
 
 def per_head(x_thc: Tensor, weight_hnc: Tensor, behind_thr: Tensor | None = None) -> Tensor:
-    """Each head's x times its own weightᵀ → [t, h, n], or [t, h, n + r] with what is given to stand behind it."""
+    """Each head's x times its own weightᵀ → [t, h, n], or [t, h, n + r] with `behind` appended to it."""
     out_thn = torch.bmm(x_thc.transpose(0, 1), weight_hnc.transpose(1, 2)).transpose(0, 1)
     return out_thn if behind_thr is None else torch.cat((out_thn, behind_thr), dim=-1)
 
 
-class ExpertBank:
-    """The experts of a layer, (gate [f, c], up [f, c], down [c, f]) each. They are lent as stored; `settle` packs some
-    for good, the others are packed into an arena when they are needed. queued: whether `fill` returns at once, its work
-    being in order with that of ops called later."""
+class Bank(ABC, Generic[E]):
+    """The experts of a layer, (gate [f, c], up [f, c], down [c, f]) each, whose packed form is an E.
+
+    They are lent as stored. `settle` packs the resident ones for good; the others are packed into an arena when they
+    are needed. queued: whether `fill` returns at once, its work being in order with that of ops called later.
+    """
 
     queued = False
 
     def __init__(self, count: int, dtype: torch.dtype) -> None:
         self.count, self._dtype = count, dtype
         self._lent: list[tuple[Stored, Stored, Stored] | None] = []
-        self.packed: dict[int, tuple[Tensor, Tensor]] = {}  # gate and up as one [2f, c], and down
+        self.packed: dict[int, E] = {}
         self.resident = count
 
     def lend(self, expert: tuple[Stored, Stored, Stored], places: tuple[Place, ...] | None = None) -> None:
-        """The next expert, in memory that stays as it is. places: where its matrices may be read instead."""
+        """Add the next expert, whose memory must not change. places: where its matrices may be read instead."""
         self._lent.append(expert)
 
     @property
     def bytes_each(self) -> int:
-        """What one packed expert takes."""
+        """Bytes of one packed expert."""
         last = self._lent[-1]
         assert last is not None
-        return sum((m.codes if isinstance(m, Fp8) else m).numel() for m in last) * self._dtype.itemsize
+        return sum(matrix.values.numel() for matrix in last) * self._dtype.itemsize
 
     def settle(self, resident: int | None = None) -> None:
-        """Pack the first `resident` experts (None: all), and look at the numbers of all. Raises Damaged."""
+        """Pack the first `resident` experts (None: all), and check the numbers of all. Raises Damaged."""
         self.resident = self.count if resident is None else resident
         for index, expert in enumerate(self._lent):
             assert expert is not None
             for part, matrix in enumerate(expert):
-                check(matrix, index, part)
+                matrix.check(index, part)
             if index < self.resident:
                 self.packed[index] = self._pack(index)
                 self._lent[index] = None
 
-    def fill(
-        self, arena: dict[int, tuple[Tensor, Tensor]], chosen: Sequence[int] | None = None, background: bool = False
-    ) -> None:
-        """Pack the experts that are not resident into `arena`; `chosen`: only these of them. background: beside other
-        ops, on one thread."""
+    def fill(self, arena: dict[int, E], chosen: Sequence[int] | None = None, background: bool = False) -> None:
+        """Pack the experts that are not resident into `arena`; chosen: only these. background: on one thread, beside
+        other ops."""
         arena.clear()
         wanted = range(self.resident, self.count) if chosen is None else [i for i in chosen if i >= self.resident]
         arena.update((index, self._pack(index)) for index in wanted)
 
-    def install(self, arena: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def install(self, arena: dict[int, E]) -> None:
         """From now on the experts that `fill` packed are read from `arena`."""
         self.packed = {i: self.packed[i] for i in range(self.resident)} | arena
 
-    def _pack(self, index: int) -> tuple[Tensor, Tensor]:
+    def _pack(self, index: int) -> E:
         expert = self._lent[index]
         assert expert is not None
-        gate_fc, up_fc, down_cf = (dense(matrix, self._dtype) for matrix in expert)
-        return torch.cat((gate_fc, up_fc)), down_cf.clone()
+        return self.packed_form(*expert)
+
+    @abstractmethod
+    def packed_form(self, gate: Stored, up: Stored, down: Stored) -> E:
+        """An expert as `experts` reads it."""
+
+
+class ExpertBank(Bank[tuple[Tensor, Tensor]]):
+    """Experts in the compute dtype: gate and up as one matrix [2f, c], and down [c, f]."""
+
+    def packed_form(self, gate: Stored, up: Stored, down: Stored) -> tuple[Tensor, Tensor]:
+        """See Bank."""
+        return torch.cat((gate.dense(self._dtype), up.dense(self._dtype))), down.dense(self._dtype).clone()
 
 
 def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:
@@ -257,13 +203,8 @@ def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:
 
 
 def arena(size: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """Where a bank packs what is not resident, `size` bytes."""
+    """Memory of `size` bytes in which a bank packs the experts that are not resident."""
     return {}
-
-
-def packed_bytes(packed: Tensor) -> int:
-    """The memory that a packed matrix takes."""
-    return packed.nbytes
 
 
 def experts(
@@ -316,11 +257,13 @@ def route(
     """The routers of DeepSeek-V2 (arXiv:2405.04434, section 2.1.3: softmax, a group is worth its best expert, no bias)
     and V3 (arXiv:2412.19437, section 2.1.2: sigmoid, its best two) → experts [t, per_token] int64, weights float32.
 
-    The bias moves the choice and never the weight. Experts outside the `groups_kept` best groups cannot be chosen.
+    The bias moves the choice and never the weight. Experts outside the `groups_kept` best groups cannot be chosen. A
+    token with a NaN among its scores has no best experts: it gets the first `per_token` with weights of NaN.
     """
     logits_tx = logits_tx.float()
     scores_tx = logits_tx.sigmoid() if scoring == "sigmoid" else logits_tx.softmax(-1)
     choice_tx = scores_tx if bias_x is None else scores_tx + bias_x
+    undefined_t1 = choice_tx.isnan().any(-1, keepdim=True)
     if groups > 1:
         choice_tgx = choice_tx.unflatten(-1, (groups, -1))
         counted = 1 if group_by == "best" else 2
@@ -331,12 +274,9 @@ def route(
     weights_tk = scores_tx.gather(-1, experts_tk)
     if normalise:
         weights_tk = weights_tk / (weights_tk.sum(-1, keepdim=True) + 1e-20)
-    return experts_tk, weights_tk * scale
-
-
-def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -> None:
-    """Store token t of x in `pool`, in the pool's dtype, at page page_t[t], place offset_t[t]. In place."""
-    pool[page_t, :, offset_t] = x_tkd.to(pool.dtype)
+    first_k = torch.arange(per_token, device=logits_tx.device)
+    experts_tk = torch.where(undefined_t1, first_k, experts_tk)
+    return experts_tk, (weights_tk * scale).masked_fill(undefined_t1, float("nan"))
 
 
 def write_latents(
@@ -345,117 +285,12 @@ def write_latents(
     rms_norm: Callable[..., Tensor] = rms_norm, rope: Callable[..., None] = rope,
     paged_write: Callable[..., None] = paged_write,
 ) -> None:  # fmt: skip
-    """Store [latent | shared part of the keys] of each token, the latent normalised and the rest rotated. x is used up.
-    The last three: of another column, to be put together in the same way."""
+    """Store [latent | shared part of the keys] of each token, the latent normalised and the rest rotated. x is
+    overwritten. rms_norm, rope, paged_write: the ops of a column that composes this op of its own."""
     c_tc, kr_tr = x_td.split((len(norm_c), x_td.shape[1] - len(norm_c)), dim=-1)
     c_tc.copy_(rms_norm(c_tc, norm_c, eps))
     rope(kr_tr[:, None], cos_tr, sin_tr, interleaved)
     paged_write(pool, page_t, offset_t, x_td[:, None])
-
-
-def paged_gather(pool: Tensor, table_bp: Tensor) -> Tensor:
-    """The pages of each sequence side by side: [b, k, p·page_size, width]. The tail past a sequence's end is junk."""
-    pages, heads, page_size, width = pool.shape
-    rows_bkp = table_bp[:, None, :] * heads + torch.arange(heads, device=table_bp.device)[:, None]
-    flat = pool.view(pages * heads, page_size * width).index_select(0, rows_bkp.flatten())
-    return flat.view(table_bp.shape[0], heads, table_bp.shape[1] * page_size, width)
-
-
-def decode_gqa(
-    q_bhd: Tensor, k_pool: Tensor, v_pool: Tensor, table_bp: Tensor, length_b: Tensor, scale: float
-) -> Tensor:
-    """One query per row over its first length_b cached tokens → [b, h, e]. Query head i reads kv head i·k//h."""
-    parts = [
-        _attend_one(q_bhd[rows], paged_gather(k_pool, table_gp), paged_gather(v_pool, table_gp), length_b[rows], scale)
-        for rows, table_gp in _groups(table_bp, length_b, k_pool.shape[2])
-    ]
-    return torch.cat(parts)
-
-
-def decode_mla(q_bhd: Tensor, pool: Tensor, table_bp: Tensor, length_b: Tensor, scale: float, e: int) -> Tensor:
-    """Absorbed MLA: all heads share one cached row per token, and its first e numbers are the values → [b, h, e]."""
-    parts = []
-    for rows, table_gp in _groups(table_bp, length_b, pool.shape[2]):
-        kv_gkld = paged_gather(pool, table_gp)
-        parts.append(_attend_one(q_bhd[rows], kv_gkld, kv_gkld[..., :e], length_b[rows], scale))
-    return torch.cat(parts)
-
-
-def _groups(table_bp: Tensor, length_b: Tensor, page_size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Neighbouring rows and their table, cut where a row has less than half or more than twice the pages of the first.
-
-    Gathered caches are padded to the longest of a group, so padding never does much more than double the work if rows
-    come sorted by length. One group for all would let one long sequence make every short one pay.
-    """
-    used = [-(-length // page_size) for length in length_b.tolist()]
-    start = 0
-    while start < len(used):
-        end = start + 1
-        while end < len(used) and used[start] <= 2 * used[end] and used[end] <= 2 * used[start]:
-            end += 1
-        yield slice(start, end), table_bp[start:end, : max(used[start:end])]
-        start = end
-
-
-def _attend_one(q_bhd: Tensor, k_bkld: Tensor, v_bkle: Tensor, length_b: Tensor, scale: float) -> Tensor:
-    b, h, d = q_bhd.shape
-    k, length = k_bkld.shape[1:3]
-    scores = torch.bmm(q_bhd.reshape(b * k, h // k, d) * scale, k_bkld.flatten(0, 1).transpose(1, 2))
-    past_end_bl = torch.arange(length, device=q_bhd.device) >= length_b[:, None]
-    scores = scores.view(b, h, length).float().masked_fill_(past_end_bl[:, None], float("-inf"))
-    probs = scores.softmax(-1).to(v_bkle.dtype).view(b * k, h // k, length)
-    return torch.bmm(probs, v_bkle.flatten(0, 1)).view(b, h, v_bkle.shape[-1])
-
-
-def prefill_gqa(q_thd: Tensor, k_pool: Tensor, v_pool: Tensor, table_p: Tensor, length: int, scale: float) -> Tensor:
-    """The last t of a sequence's `length` cached tokens attend to themselves and all before → [t, h, e]."""
-    k_kld = paged_gather(k_pool, table_p[None])[0, :, :length]
-    v_kle = paged_gather(v_pool, table_p[None])[0, :, :length]
-    return attend_causal(q_thd, k_kld, v_kle, scale)
-
-
-def prefill_mla(
-    q_thd: Tensor, pool: Tensor, table_p: Tensor, length: int, expand_k_hnc: Tensor, expand_v_hec: Tensor, scale: float
-) -> Tensor:
-    """The same with keys and values of every head written out from the cached latents: fewer operations than the
-    absorbed form where many queries share a context. A cached row is the latent, then the key part all heads share."""
-    h, latent = expand_k_hnc.shape[0], expand_k_hnc.shape[2]
-    c_lc, kr_lr = paged_gather(pool, table_p[None])[0, 0, :length].tensor_split((latent,), dim=-1)
-    kn_hln = torch.matmul(c_lc, expand_k_hnc.transpose(1, 2))
-    v_hle = torch.matmul(c_lc, expand_v_hec.transpose(1, 2))
-    k_hld = torch.cat((kn_hln, kr_lr.expand(h, -1, -1)), dim=-1)
-    return attend_causal(q_thd, k_hld, v_hle, scale)
-
-
-def attend_causal(q_thd: Tensor, k_kld: Tensor, v_kle: Tensor, scale: float) -> Tensor:
-    """The last t of l positions attend to themselves and everything before → [t, h, e]. Query head i reads i·k//h."""
-    t, h, d = q_thd.shape
-    k, length = k_kld.shape[:2]
-    position_l = torch.arange(length, device=q_thd.device)
-    out_the = q_thd.new_empty(t, h, v_kle.shape[-1])
-    block = max(1, _SCORE_ELEMENTS // (h * length))
-    for start in range(0, t, block):
-        q = q_thd[start : start + block]
-        rows = q.shape[0]
-        q_kgd = q.view(rows, k, h // k, d).permute(1, 2, 0, 3).reshape(k, -1, d) * scale
-        scores = torch.bmm(q_kgd, k_kld.transpose(1, 2)).float().view(h, rows, length)
-        first = length - t + start
-        future_tl = position_l > position_l[first : first + rows, None]
-        probs = scores.masked_fill_(future_tl, float("-inf")).softmax(-1).to(v_kle.dtype)
-        out = torch.bmm(probs.view(k, -1, length), v_kle).view(h, rows, -1)
-        out_the[start : start + rows] = out.transpose(0, 1)
-    return out_the
-
-
-def index_scores(q_thd: Tensor, weight_th: Tensor, pool: Tensor, table_p: Tensor, length: int) -> Tensor:
-    """Σ over heads of weight · relu(q · key) of the last t of `length` cached tokens with those before them and
-    themselves → [t, l] float32, -inf for tokens that are yet to come. (DeepSeek-V3.2-Exp, equation 1.)"""
-    key_ld = paged_gather(pool, table_p[None])[0, 0, :length]
-    score_tl = q_thd.new_empty(len(q_thd), length, dtype=torch.float32)
-    for row, (q_hd, weight_h) in enumerate(zip(q_thd, weight_th, strict=True)):
-        score_tl[row] = weight_h.float() @ F.relu((q_hd @ key_ld.T).float())
-    position_l = torch.arange(length, device=q_thd.device)
-    return score_tl.masked_fill_(position_l > position_l[length - len(q_thd) :, None], float("-inf"))
 
 
 def draw(
@@ -472,6 +307,8 @@ def draw(
     float64. The draw inverts the cumulative distribution in vocabulary order, over the tokens that pass a threshold:
     divide by the temperature, keep the top k, of those the smallest set whose mass reaches top p. Tokens tied with the
     last one kept are all kept.
+
+    A row that holds NaN or +inf, or nothing but -inf, has no distribution: its token is 0, its log-probability NaN.
     """
     logits_bv = logits_rv.index_select(0, row_b)
     normaliser_b1 = logits_bv.logsumexp(-1, keepdim=True)
@@ -487,7 +324,10 @@ def draw(
     )  # below it, if it rounds up
     token_b = torch.searchsorted(cumulative_bv, aim_b[:, None], right=True)[:, 0]
     token_b = torch.where(greedy_b, logits_bv.argmax(-1), token_b)
-    return token_b, (logits_bv.gather(-1, token_b[:, None]) - normaliser_b1)[:, 0]
+    undefined_b = ~normaliser_b1[:, 0].isfinite()
+    token_b = token_b.masked_fill(undefined_b, 0)
+    logprob_b = (logits_bv.gather(-1, token_b[:, None]) - normaliser_b1)[:, 0]
+    return token_b, logprob_b.masked_fill(undefined_b, float("nan"))
 
 
 def _threshold(probs_bv: Tensor, top_k_b: Tensor, top_p_b: Tensor) -> Tensor:
@@ -503,6 +343,7 @@ def _threshold(probs_bv: Tensor, top_k_b: Tensor, top_p_b: Tensor) -> Tensor:
         within_k_bm = torch.arange(looked_at, device=probs_bv.device) < k_b[:, None]
         mass_b = torch.where(k_b < vocab, (top_bm * within_k_bm).sum(-1, dtype=torch.float64), total_b)
         kept_bm = within_k_bm & (before_bm < (top_p_b * mass_b)[:, None])
+        kept_bm[:, 0] = True  # whatever top p is
         # A row is settled once the last candidate looked at is dropped, or if nothing limits it.
         open_b = kept_bm[:, -1] & (top_p_b < 1)
         if looked_at == vocab or not open_b.any():
@@ -513,8 +354,7 @@ def _threshold(probs_bv: Tensor, top_k_b: Tensor, top_p_b: Tensor) -> Tensor:
     return torch.where(unlimited_b, torch.zeros_like(smallest_b), smallest_b)
 
 
-def decode_plan(layers: list[dict[str, Any]]) -> None:
-    """What computes all layers with latent attention for rows that decode, in one go: called with hidden states [b, c],
-    the layers' pools, cos and sin, page_b, offset_b, table_bp and length_b → hidden states. None: op by op, as here.
-    The dictionaries are those of fused.py."""
+def decode_plan(layers: Sequence[object]) -> None:
+    """A function that computes all layers with latent attention for rows that decode, in one call (`ops.DecodePlan`,
+    from an `ops.DecodeLayer` each). None, as here: they are computed op by op."""
     return None

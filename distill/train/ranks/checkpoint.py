@@ -17,7 +17,6 @@ Rejected: torch's distributed checkpoint, whose `.metadata` is a pickle: whoever
 resume.
 """
 
-import json
 import os
 import re
 import shutil
@@ -35,6 +34,7 @@ from distill.console import say
 from distill.durable import write_whole
 from distill.errors import UserError, WorkError
 from distill.integrity import FileRecord, record_files
+from distill.traces.ledger import line_of
 
 SCRATCH = "tmp-"  # prefix of directories that are being written or deleted
 NAME = re.compile(r"step-(\d{6,})")
@@ -157,7 +157,7 @@ class Checkpoints:
         """Append one line. It is on the disk for certain when the next checkpoint is."""
         if self.ranks.main:
             with self.log_path.open("ab") as file:
-                file.write(json.dumps(row).encode() + b"\n")
+                file.write(line_of(dict(row)))
 
     def save(self, tensors: Tensors, position: Position) -> None:
         """Write a checkpoint of `position`, then delete the oldest beyond the limit. Errors: WorkError."""

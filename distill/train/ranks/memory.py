@@ -86,7 +86,7 @@ def once(function: Callable[Concatenate[PretrainedConfig, P], R]) -> Callable[Co
     """Cache the results: the table of a plan asks the same few questions often."""
     results: dict[tuple[str, ...], R] = {}
 
-    def cached(config: PretrainedConfig, *args: P.args, **kwargs: P.kwargs) -> R:
+    def cached(config: PretrainedConfig, /, *args: P.args, **kwargs: P.kwargs) -> R:
         key = (config.to_json_string(), *map(repr, args), *map(repr, kwargs.items()))
         if key not in results:
             results[key] = function(config, *args, **kwargs)

@@ -1,0 +1,98 @@
+"""From YAML text and `--set` overrides to a validated model, or to one line that says what is wrong and what to write.
+
+Pydantic's own report of a mistake runs over several lines and names union branches the user never wrote. Here every
+problem becomes `key: what is wrong`, with the nearest valid key where a key is unknown, and all of them share one line.
+A key that an earlier version knew is answered with the new one (`RENAMED`).
+
+Validation is strict and goes through JSON: `samples: "4"` is refused rather than guessed at, while YAML lists still
+become tuples. `yaml_text` reads and writes the text, `report` words the problems.
+
+OmegaConf and Hydra were rejected: their interpolation and composition are a second language, and one file with
+overrides is all that a recipe needs.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from distill.config.report import RENAMED, report, shown, unknown_key, walk
+from distill.config.yaml_text import Value, dump_yaml, load_yaml, one_line, read_yaml
+from distill.errors import UserError
+
+__all__ = ["RENAMED", "Value", "did_you_mean", "dump_yaml", "parse", "read_yaml"]
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(model: type[M], data: object, where: str, overrides: Sequence[str] = ()) -> M:
+    """Validate `data` as `model` after applying `KEY=VALUE` overrides; `where` names the file in errors.
+
+    Errors: UserError with every problem, on one line.
+    """
+    if not isinstance(data, Mapping):
+        what = "is empty" if data is None else f"holds a {type(data).__name__}"
+        raise UserError(f"{where}: {what}; it should be a mapping of keys ({', '.join(model.model_fields)})")
+    parsed = [_parse_override(text) for text in overrides]
+    for override in parsed:
+        data = _applied(model, data, override)
+    try:
+        return model.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        authors = [(override.keys, override.where) for override in parsed]
+        raise UserError(report(model, error, where, authors)) from None
+
+
+class _Override(NamedTuple):
+    keys: tuple[str, ...]
+    value: Value
+
+    @property
+    def where(self) -> str:
+        return f"--set {'.'.join(self.keys)}"
+
+
+def _parse_override(text: str) -> _Override:
+    """`a.b=c` with c read as YAML; nothing after the = is the empty string."""
+    key, equals, value = text.partition("=")
+    keys = tuple(key.strip().split("."))
+    if not equals or not all(keys):
+        raise UserError(f"--set {one_line(text)}: write it as KEY=VALUE, for example --set train.learning_rate=2e-5")
+    if not value.strip():
+        return _Override(keys, value)
+    try:
+        return _Override(keys, load_yaml(value, ""))
+    except UserError as error:
+        reason = str(error).partition("not valid YAML: ")[2] or str(error).removeprefix(": ")
+        raise UserError(f"--set {one_line(key)}: the value is not valid YAML ({reason}); quote it") from None
+
+
+def _applied(model: type[BaseModel], data: object, override: _Override) -> object:
+    """A copy of `data` with the override in place. `UserError` for a key or a list index that does not exist."""
+    path = walk(model, override.keys)
+    if path.unknown:
+        raise UserError(f"--set {'.'.join(path.keys)}: {unknown_key(model, path)}")
+    return _replaced(data, override.keys, override)
+
+
+def _replaced(data: object, keys: Sequence[str], override: _Override) -> object:
+    if not keys:
+        return override.value
+    key, *rest = keys
+    if isinstance(data, list):
+        if not (key.isascii() and key.isdecimal()) or len(key) > 9 or int(key) >= len(data):
+            raise UserError(f"{override.where}: {key!r} should be an index from 0 to {len(data) - 1} of that list")
+        return [_replaced(item, rest, override) if i == int(key) else item for i, item in enumerate(data)]
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UserError(f"{override.where}: there is nothing below {shown(data)}, which is a single value")
+    return data | {key: _replaced(data.get(key), rest, override)}
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """The text `; did you mean X?` for the nearest name, or nothing."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""

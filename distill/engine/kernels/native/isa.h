@@ -1,0 +1,23 @@
+// The kernels for one instruction set: library.cpp includes this file once for each, with ISA (its name) and LEVEL
+// (0: portable, 1: AVX2, 2: AVX-512, 3: AVX-512 with bfloat16) defined. Hence no include guard, here or in isa/.
+namespace {
+namespace ISA {
+
+#include "isa/vectors.h"
+#include "isa/products.h"
+#include "isa/experts.h"
+#include "isa/attention.h"
+#include "isa/rows.h"
+#include "isa/draw.h"
+#include "isa/layer.h"
+
+#define STRINGIFY(x) #x
+#define NAME(x) STRINGIFY(x)
+const Kernels table = {NAME(ISA),    pack_codes, linear, swiglu_linear, experts,  decode, prefill,
+                       index_scores, route,      rope,   paged_write,   rms_norm, draw,   decode_layer};
+#undef NAME
+#undef STRINGIFY
+#undef INLINE
+
+} // namespace ISA
+} // namespace

@@ -1,0 +1,353 @@
+// Attention over paged caches, and the scores of sparse attention.
+//
+// Attention is the same product twice. 16 queries lie in the lanes (the heads that share a key in decoding, consecutive
+// tokens in prefill), keys are the rows; softmax is online over blocks of 64 keys at fixed positions.
+// Part of isa.h, within the namespace of one instruction set.
+
+// 16 queries against the keys and values of one head. Lane i sees tokens 0 … limit[i]-1 of those that come by.
+struct Lanes {
+    int d, e;  // width of keys and of values
+    bool wide; // float32 keys and values, else bfloat16
+    float scale;
+    const uint8_t* q; // packed: units of k, one vector of 16 lanes each
+    I limit;
+    V top, total;                    // running maximum and sum of the softmax
+    float* out;                      // [16, e rounded up to 64], not yet divided by `total`
+    int width;                       // of a row of `out`
+    const uint8_t* panels = nullptr; // all values in the form of `value_panel`; null: they are rows
+};
+// Values of KEYS keys and 64 columns: float32 rows, or rows of the pairs (key 2i, key 2i+1) of bfloat16.
+constexpr size_t value_panel_bytes(bool wide) { return size_t(wide ? KEYS : KEYS / 2) * 256; }
+
+template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const Rows& values, int first, int count) {
+    constexpr int ROWS = LEVEL >= 2 ? 8 : 4, KIND = WIDE ? F32 : BF16;
+    alignas(64) float score[KEYS * LANES];
+    const uint8_t* a[KEYS];
+    keys.find(first, count, a);
+    for (int i = count; i < KEYS; i++) a[i] = a[count - 1];
+    for (int i = 0; i < count; i += ROWS) tile<KIND, ROWS, 1, 1>(a + i, 0, s.q, s.d, nullptr, score + i * LANES, s.q);
+
+    V top = s.top;
+    for (int i = 0; i < count; i++) {
+        V x = load(score + i * LANES) * s.scale;
+        x = (I{} + (first + i)) < s.limit ? x : all(-INFINITY);
+        store(score + i * LANES, x);
+        top = max(top, x);
+    }
+    const V kept = exp(s.top - top); // first block: top was -inf, and e^-inf is as good as 0 for an empty sum
+    V total = s.total * kept;
+    // The probabilities replace the scores: as float32, or as pairs of bfloat16 of keys 2i and 2i+1 in row i.
+    for (int i = 0; i < count; i += 2) {
+        V p[2] = {};
+        for (int j = 0; j < 2 && i + j < count; j++) {
+            const V x = load(score + (i + j) * LANES);
+            p[j] = x == all(-INFINITY) ? V{} : exp(x - top); // a NaN stays one
+            total += p[j];
+        }
+        if (WIDE) {
+            store(score + i * LANES, p[0]);
+            store(score + (i + 1) * LANES, p[1]);
+        } else {
+            store(score + i / 2 * LANES, (V)(rounded(p[0]) >> 16 | rounded(p[1])));
+        }
+    }
+    s.top = top;
+    s.total = total;
+
+    // Values of the block as panels of 64 columns, then out = out · kept + p · values.
+    constexpr size_t SIZE = value_panel_bytes(WIDE);
+    const uint8_t* rows[KEYS + 1];
+    uint8_t* made = nullptr;
+    if (!s.panels) {
+        made = own_scratch[0].take<uint8_t>(SIZE);
+        values.find(first, count, rows);
+        rows[count] = nullptr;
+    }
+    const uint8_t* p_row[LANES];
+    for (int lane = 0; lane < LANES; lane++) p_row[lane] = reinterpret_cast<const uint8_t*>(score + lane);
+    const int used = WIDE ? count : (count + 1) / 2 * 2;
+    for (int column = 0; column < s.e; column += PANEL) {
+        const int width = std::min(PANEL, s.e - column);
+        const uint8_t* panel = made;
+        if (made && width < PANEL) std::memset(made, 0, SIZE);
+        if (!made) {
+            panel = s.panels + size_t(first / KEYS * panels_of(s.e) + column / PANEL) * SIZE;
+        } else if (WIDE) {
+            for (int i = 0; i < used; i++) std::memcpy(made + i * 256, rows[i] + size_t(column) * 4, size_t(width) * 4);
+        } else {
+            for (int i = 0; i < used; i += 2) {
+                const bf16* even = reinterpret_cast<const bf16*>(rows[i]) + column;
+                const bf16* odd = rows[i + 1] ? reinterpret_cast<const bf16*>(rows[i + 1]) + column : nullptr;
+                uint32_t* to = reinterpret_cast<uint32_t*>(made + i / 2 * 256);
+                if (odd)
+                    for (int j = 0; j < width; j++) to[j] = uint32_t(even[j]) | uint32_t(odd[j]) << 16;
+                else
+                    for (int j = 0; j < width; j++) to[j] = even[j];
+            }
+        }
+        alignas(64) float sums[LANES * PANEL];
+        for (int lane = 0; lane < LANES; lane += 4)
+            tile<KIND, 4, 4, 1, 64>(p_row + lane, 0, panel, used, nullptr, sums + lane * PANEL, panel);
+        alignas(64) float factor[LANES];
+        store(factor, kept);
+        for (int lane = 0; lane < LANES; lane++)
+            for (int v = 0; v < PANEL; v += 16) {
+                float* to = s.out + size_t(lane) * s.width + column + v;
+                store(to, fma(load(to), all(factor[lane]), load(sums + lane * PANEL + v)));
+            }
+    }
+}
+
+void attend(Lanes& s, const Rows& keys, const Rows& values, int begin, int end) {
+    for (int first = begin; first < end; first += KEYS) {
+        const int count = std::min(KEYS, end - first);
+        if (s.wide) attend_block<true>(s, keys, values, first, count);
+        else attend_block<false>(s, keys, values, first, count);
+    }
+}
+
+// The queries q(lane) (null: an empty lane) packed for `tile`, in own_scratch 1; to be followed by `restart`.
+template <class Q> Lanes lanes_for(int d, int e, bool wide, float scale, I limit, Q q) {
+    const int unit = wide ? 1 : 2, units = ceil_div(d, unit), width = ceil_div(e, PANEL) * PANEL;
+    uint8_t* packed = own_scratch[1].take<uint8_t>(size_t(units) * 64);
+    for (int lane = 0; lane < LANES; lane++) {
+        uint32_t* to = reinterpret_cast<uint32_t*>(packed) + lane;
+        const float* from = q(lane);
+        if (!from) {
+            for (int i = 0; i < units; i++) to[i * LANES] = 0;
+        } else if (wide) {
+            for (int j = 0; j < d; j++) std::memcpy(to + j * LANES, from + j, 4);
+        } else {
+            alignas(64) bf16 part[LANES + 1];
+            for (int j = 0; j < d; j += LANES) {
+                const int count = std::min(LANES, d - j);
+                if (count == LANES) store_upper(part, rounded(load(from + j)));
+                else
+                    for (int i = 0; i < count; i++) part[i] = round_bf16(from[j + i]);
+                part[count] = 0;
+                for (int i = 0; i < count; i += 2) std::memcpy(to + (j + i) / 2 * LANES, part + i, 4);
+            }
+        }
+    }
+    return {d, e, wide, scale, packed, limit, V{}, V{}, nullptr, width};
+}
+
+// Begin with nothing seen, and sum into `out` [16, width].
+void restart(Lanes& s, float* out) {
+    s.top = all(-1e30f);
+    s.total = V{};
+    s.out = out;
+    std::fill(out, out + LANES * s.width, 0.f);
+}
+
+// A context is attended to in parts of so many tokens, which are then joined in order, whoever computed them.
+constexpr int PART = 2 * KEYS;
+
+// The softmax over some tokens of 16 queries: maximum, sum, and the values weighed, not yet divided by the sum.
+struct Part {
+    float* data; // [2][16], then [16][width]
+    static size_t size(int width) { return size_t(LANES) * (2 + width); }
+    float* values() const { return data + 2 * LANES; }
+    void put(const Lanes& s) {
+        store(data, s.top);
+        store(data + LANES, s.total);
+    }
+    void join(const Part& next, int width) {
+        const V top = max(load(data), load(next.data));
+        alignas(64) float own[LANES], other[LANES];
+        store(own, exp(load(data) - top));
+        store(other, exp(load(next.data) - top));
+        store(data, top);
+        store(data + LANES, fma(load(data + LANES), load(own), load(next.data + LANES) * load(other)));
+        for (int lane = 0; lane < LANES; lane++) {
+            float* to = values() + size_t(lane) * width;
+            const float* from = next.values() + size_t(lane) * width;
+            for (int j = 0; j < width; j += LANES)
+                store(to + j, fma(load(to + j), all(own[lane]), load(from + j) * other[lane]));
+        }
+    }
+    void finish(int lanes, int e, int width, float* out) const {
+        for (int lane = 0; lane < lanes; lane++) {
+            const float* from = values() + size_t(lane) * width;
+            for (int j = 0; j < e; j++) out[size_t(lane) * e + j] = from[j] / data[LANES + lane];
+        }
+    }
+};
+
+void decode(const DecodeArgs& args) {
+    const int size = args.wide ? 4 : 2, shared_by = args.heads / args.kv_heads, sets = ceil_div(shared_by, LANES);
+    const int units = args.rows * args.kv_heads * sets, width = ceil_div(args.e, PANEL) * PANEL;
+    const auto queries_of = [&](int unit) {
+        const int row = unit / (args.kv_heads * sets), head = unit / sets % args.kv_heads, set = unit % sets;
+        const int lanes = std::min(LANES, shared_by - set * LANES), first = head * shared_by + set * LANES;
+        return lanes_for(args.d, args.e, args.wide, args.scale, I{} + int(args.length[row]), [&](int lane) {
+            return lane < lanes ? args.q + (size_t(row) * args.heads + first + lane) * args.d : nullptr;
+        });
+    };
+    const auto part_of = [&](int unit, int part, Lanes& s, Part result) {
+        const int row = unit / (args.kv_heads * sets), head = unit / sets % args.kv_heads;
+        const auto rows = [&](const void* pool_, int width_) {
+            const int64_t row_bytes = int64_t(width_) * size, head_bytes = row_bytes * args.page_size;
+            return Rows{static_cast<const uint8_t*>(pool_),
+                        args.table + row * args.table_stride,
+                        head_bytes * args.kv_heads,
+                        head_bytes * head,
+                        row_bytes,
+                        args.page_size};
+        };
+        const int begin = part * PART, end = std::min(int(args.length[row]), begin + PART);
+        restart(s, result.values());
+        attend(s, rows(args.k, args.k_width), rows(args.v, args.v_width), begin, end);
+        result.put(s);
+    };
+    const auto finish = [&](int unit, Part result) {
+        const int row = unit / (args.kv_heads * sets), head = unit / sets % args.kv_heads, set = unit % sets;
+        const int lanes = std::min(LANES, shared_by - set * LANES), first = head * shared_by + set * LANES;
+        result.finish(lanes, args.e, width, args.out + (size_t(row) * args.heads + first) * args.e);
+    };
+    const auto parts_of = [&](int unit) { return ceil_div(int(args.length[unit / (args.kv_heads * sets)]), PART); };
+
+    if (units >= 2 * args.threads) {
+        pool().run(args.threads, units, [&](int unit) {
+            float* memory = own_scratch[3].take<float>(2 * Part::size(width));
+            Part whole{memory}, next{memory + Part::size(width)};
+            Lanes s = queries_of(unit);
+            part_of(unit, 0, s, whole);
+            for (int part = 1; part < parts_of(unit); part++) {
+                part_of(unit, part, s, next);
+                whole.join(next, width);
+            }
+            finish(unit, whole);
+        });
+        return;
+    }
+    std::vector<int> first(size_t(units) + 1, 0);
+    for (int unit = 0; unit < units; unit++) first[unit + 1] = first[unit] + parts_of(unit);
+    float* memory = shared_scratch[4].take<float>(Part::size(width) * first[units]);
+    const auto at = [&](int index) { return Part{memory + Part::size(width) * index}; };
+    pool().run(args.threads, first[units], [&](int index) {
+        const int unit = int(std::upper_bound(first.begin(), first.end(), index) - first.begin()) - 1;
+        Lanes s = queries_of(unit);
+        part_of(unit, index - first[unit], s, at(index));
+    });
+    for (int unit = 0; unit < units; unit++) {
+        Part whole = at(first[unit]);
+        for (int index = first[unit] + 1; index < first[unit + 1]; index++) whole.join(at(index), width);
+        finish(unit, whole);
+    }
+}
+
+// Causal attention of a chunk. For MLA each head's keys and values are first written out from the latents.
+void prefill(const PrefillArgs& args) {
+    const int size = args.wide ? 4 : 2, shared_by = args.heads / args.kv_heads, start = args.length - args.rows;
+    const bool latent = args.uk != nullptr;
+    const int nope = latent ? args.uk->n : 0, rank = latent ? args.uk->k : 0, rope = args.d - nope;
+    pool().run(args.threads, args.heads, [&](int head) {
+        const auto pooled = [&](const void* pool_, int width_) {
+            const int64_t row_bytes = int64_t(width_) * size, head_bytes = row_bytes * args.page_size;
+            return Rows{static_cast<const uint8_t*>(pool_), args.table, head_bytes * args.kv_heads,
+                        head_bytes * (head / shared_by),    row_bytes,  args.page_size};
+        };
+        Rows keys = pooled(args.k, args.k_width), values = latent ? keys : pooled(args.v, args.v_width);
+        uint8_t* v = nullptr;
+        if (latent) {
+            uint8_t* const k = own_scratch[3].take<uint8_t>(size_t(args.length) * args.d * size);
+            const size_t block = value_panel_bytes(args.wide) * panels_of(args.e);
+            v = own_scratch[4].take<uint8_t>(ceil_div(args.length, KEYS) * block);
+            const auto expand = [&](const Packed& w, auto put) {
+                for (int panel = 0; panel < panels_of(w.n); panel++)
+                    through_panel(
+                        w, head, panel, args.length, 1, 0, [&](int i) { return keys.at(i); },
+                        [&](int i, const float* sums) { put(i, panel, sums, std::min(PANEL, w.n - panel * PANEL)); });
+            };
+            expand(*args.uk, [&](int i, int panel, const float* sums, int columns) {
+                const size_t at = size_t(i) * args.d + panel * PANEL;
+                if (args.wide) std::memcpy(reinterpret_cast<float*>(k) + at, sums, size_t(columns) * 4);
+                else split(sums, columns, 1, 0, reinterpret_cast<bf16*>(k) + at);
+            });
+            expand(*args.uv, [&](int i, int panel, const float* sums, int) {
+                uint8_t* to =
+                    v + i / KEYS * block + panel * value_panel_bytes(args.wide) + i % KEYS / (args.wide ? 1 : 2) * 256;
+                if (args.wide) std::memcpy(to, sums, 256);
+                else
+                    for (int j = 0; j < PANEL; j += LANES, to += 64) {
+                        const U value = rounded(load(sums + j));
+                        store(reinterpret_cast<float*>(to),
+                              (V)(i % 2 ? value | (U)load(reinterpret_cast<float*>(to)) : value >> 16));
+                    }
+            });
+            for (int i = 0; i < args.length; i++)
+                std::memcpy(k + (size_t(i) * args.d + nope) * size, keys.at(i) + size_t(rank) * size,
+                            size_t(rope) * size);
+            keys = {k, nullptr, 0, 0, int64_t(args.d) * size, 1};
+        }
+        for (int first = 0; first < args.rows; first += LANES) {
+            const int lanes = std::min(LANES, args.rows - first);
+            I limit{};
+            for (int lane = 0; lane < LANES; lane++) limit[lane] = start + first + std::min(lane, lanes - 1) + 1;
+            Lanes s = lanes_for(args.d, args.e, args.wide, args.scale, limit, [&](int lane) {
+                return lane < lanes ? args.q + (size_t(first + lane) * args.heads + head) * args.d : nullptr;
+            });
+            s.panels = v;
+            restart(s, own_scratch[2].take<float>(size_t(LANES) * s.width));
+            attend(s, keys, values, 0, start + first + lanes);
+            for (int lane = 0; lane < lanes; lane++)
+                for (int j = 0; j < args.e; j++)
+                    args.out[(size_t(first + lane) * args.heads + head) * args.e + j] =
+                        s.out[size_t(lane) * s.width + j] / s.total[lane];
+        }
+    });
+}
+
+// Scores of sparse attention: the heads of a query lie in the lanes, keys are the rows. -inf for keys yet to come.
+template <bool WIDE> void index_scores(const IndexArgs& args) {
+    constexpr int KIND = WIDE ? F32 : BF16, UNIT = WIDE ? 1 : 2, SLICE = 512;
+    const int panels = ceil_div(args.heads, PANEL), slices = ceil_div(args.length, SLICE);
+    const size_t panel = panel_bytes(KIND, args.d), row_bytes = size_t(args.d) * (WIDE ? 4 : 2);
+    const Rows keys{static_cast<const uint8_t*>(args.keys),
+                    args.table,
+                    int64_t(row_bytes) * args.page_size,
+                    0,
+                    int64_t(row_bytes),
+                    args.page_size};
+    pool().run(args.threads, args.rows * slices, [&](int task) {
+        const int row = task / slices, begin = task % slices * SLICE, end = std::min(args.length, begin + SLICE);
+        const int seen = std::max(begin, std::min(end, args.length - args.rows + row + 1));
+        float* out = args.out + size_t(row) * args.length;
+        std::fill(out + seen, out + end, -INFINITY);
+        if (seen == begin) return;
+        uint8_t* packed = own_scratch[0].take<uint8_t>(panel * panels);
+        std::memset(packed, 0, panel * panels);
+        float* weight = own_scratch[1].take<float>(size_t(panels) * PANEL);
+        std::fill(weight, weight + panels * PANEL, 0.f);
+        for (int head = 0; head < args.heads; head++) {
+            const float* q = args.q + (size_t(row) * args.heads + head) * args.d;
+            uint8_t* to = packed + head / PANEL * panel;
+            const int lane = head % PANEL;
+            for (int j = 0; j < args.d; j++) {
+                if (WIDE) reinterpret_cast<float*>(to)[j * PANEL + lane] = q[j];
+                else reinterpret_cast<bf16*>(to)[j / UNIT * 2 * PANEL + lane * 2 + j % UNIT] = round_bf16(q[j]);
+            }
+            weight[head] = args.weight[size_t(row) * args.heads + head];
+        }
+        for (int first = begin; first < seen; first += MAX_ROWS) {
+            const int count = std::min(MAX_ROWS, seen - first);
+            const uint8_t* a[MAX_ROWS];
+            for (int i = 0; i < MAX_ROWS; i++) a[i] = keys.at(first + std::min(i, count - 1));
+            V total[MAX_ROWS] = {};
+            for (int p = 0; p < panels; p++) {
+                alignas(64) float sums[MAX_ROWS * PANEL];
+                tile<KIND, MAX_ROWS, 4, 1>(a, 0, packed + p * panel, args.d, nullptr, sums, packed);
+                for (int i = 0; i < count; i++)
+                    for (int v = 0; v < PANEL; v += LANES)
+                        total[i] = fma(max(V{}, load(sums + i * PANEL + v)), load(weight + p * PANEL + v), total[i]);
+            }
+            for (int i = 0; i < count; i++) {
+                float sum = 0;
+                for (int lane = 0; lane < LANES; lane++) sum += total[i][lane];
+                out[first + i] = sum;
+            }
+        }
+    });
+}
+void index_scores(const IndexArgs& args) { args.wide ? index_scores<true>(args) : index_scores<false>(args); }

@@ -1,0 +1,182 @@
+// Drawing tokens: thresholds for top k and top p, and the inverse of the cumulative distribution.
+// Part of isa.h, within the namespace of one instruction set.
+
+// Maximum and Σ e^(x - maximum) of one row.
+struct Row {
+    float top;
+    int where;
+    double total;
+};
+Row softmax_of(const float* x, int n) {
+    V best = all(-INFINITY);
+    int j = 0;
+    for (; j + LANES <= n; j += LANES) best = max(best, load(x + j));
+    float top = -INFINITY;
+    for (int lane = 0; lane < LANES; lane++) top = std::max(top, best[lane]);
+    for (; j < n; j++) top = std::max(top, x[j]);
+    double total = 0;
+    V part{};
+    for (j = 0; j + LANES <= n; j += LANES) {
+        part += exp(load(x + j) - top);
+        if (j % 4096 == 4096 - LANES) {
+            for (int lane = 0; lane < LANES; lane++) total += part[lane];
+            part = V{};
+        }
+    }
+    for (int lane = 0; lane < LANES; lane++) total += part[lane];
+    for (; j < n; j++) total += std::exp(x[j] - top);
+    return {top, int(std::find(x, x + n, top) - x), total};
+}
+
+// The largest of some probabilities (at most 1): how many, their mass, and the smallest of them.
+struct Taken {
+    float last;
+    size_t count;
+    double mass;
+};
+
+// Those that come before `most` are taken or their mass reaches `target`. Nothing is sorted but the bucket in which that
+// happens, buckets being the upper bits of the numbers: a flat distribution has tens of thousands of candidates.
+Taken take(const std::vector<float>& from, size_t most, double target) {
+    constexpr int SHIFT = 17, BUCKETS = (0x3F800000 >> SHIFT) + 1;
+    static thread_local std::vector<double> mass;
+    static thread_local std::vector<size_t> count;
+    static thread_local std::vector<float> some;
+    const auto bucket = [](float p) {
+        uint32_t bits;
+        std::memcpy(&bits, &p, 4);
+        return std::min(int(bits >> SHIFT), BUCKETS - 1);
+    };
+    mass.assign(BUCKETS, 0);
+    count.assign(BUCKETS, 0);
+    for (float p : from) {
+        mass[bucket(p)] += p;
+        count[bucket(p)]++;
+    }
+    Taken taken{0, 0, 0};
+    int whole = -1; // the last bucket, if all of it was taken
+    for (int b = BUCKETS - 1; b >= 0 && (!taken.count || (taken.count < most && taken.mass < target)); b--) {
+        if (!count[b]) continue;
+        if (taken.count + count[b] < most && taken.mass + mass[b] < target) {
+            taken.count += count[b];
+            taken.mass += mass[b];
+            whole = b;
+            continue;
+        }
+        whole = -1;
+        some.clear();
+        for (float p : from)
+            if (bucket(p) == b) some.push_back(p);
+        std::sort(some.begin(), some.end(), std::greater<float>());
+        for (float p : some) {
+            if (taken.count && (taken.count >= most || !(taken.mass < target))) break;
+            taken.count++;
+            taken.mass += p;
+            taken.last = p;
+        }
+    }
+    if (whole >= 0) {
+        taken.last = INFINITY;
+        for (float p : from)
+            if (bucket(p) == whole) taken.last = std::min(taken.last, p);
+    }
+    return taken;
+}
+
+// The smallest of the probabilities p (unnormalised, the largest is 1) that top k, then top p let through.
+float threshold(const float* p, int n, double total, int64_t top_k, double top_p, std::vector<float>& best) {
+    const size_t k = top_k > 0 ? size_t(std::min<int64_t>(top_k, n)) : size_t(n);
+    for (float floor = 1.f / 256;; floor = floor > 1e-30f ? floor / 4096 : -1.f) {
+        best.clear();
+        for (int j = 0; j < n; j += LANES) { // padded with zeros
+            const I some = load(p + j) >= floor;
+            int any = 0;
+            for (int lane = 0; lane < LANES; lane++) any |= some[lane];
+            if (any)
+                for (int lane = 0; lane < std::min(LANES, n - j); lane++)
+                    if (p[j + lane] >= floor) best.push_back(p[j + lane]);
+        }
+        const bool everything = best.size() == size_t(n);
+        if (best.size() < k && k < size_t(n) && !everything) continue;
+        const size_t among = std::min(k, best.size());
+        if (best.size() > 1024) {
+            const double of_k = k < size_t(n) ? take(best, among, INFINITY).mass : total;
+            const Taken taken = take(best, among, top_p < 1 ? top_p * of_k : INFINITY);
+            if (taken.count < best.size() || among == k || everything) return taken.last;
+            continue;
+        }
+        std::sort(best.begin(), best.end(), std::greater<float>());
+        double mass = total;
+        if (k < size_t(n)) {
+            mass = 0;
+            for (size_t i = 0; i < among; i++) mass += best[i];
+        }
+        double before = 0;
+        size_t kept = 0;
+        do before += best[kept++];
+        while (kept < among && (top_p >= 1 || before < top_p * mass));
+        if (kept < best.size() || among == k || everything) return best[kept - 1]; // else more may be let through
+    }
+}
+
+void draw(const DrawArgs& args) {
+    const int n = args.vocabulary, padded = ceil_div(n, LANES) * LANES;
+    pool().run(args.threads, args.draws, [&](int index) {
+        const float* x = args.logits + size_t(args.row[index]) * n;
+        const Row raw = softmax_of(x, n);
+        if (!std::isfinite(raw.total)) { // a NaN, an infinity, or nothing but -inf: no distribution
+            args.token[index] = 0;
+            args.logprob[index] = NAN;
+            return;
+        }
+        int token = raw.where;
+        if (const float temperature = args.temperature[index]; temperature > 0) {
+            float* p = own_scratch[0].take<float>(size_t(padded));
+            double total = 0;
+            for (int j = 0; j < n; j += LANES) {
+                alignas(64) float some[LANES];
+                std::fill(some, some + LANES, -INFINITY);
+                std::memcpy(some, x + j, size_t(std::min(LANES, n - j)) * 4);
+                V value = exp((load(some) - raw.top) / temperature);
+                value = load(some) > all(-INFINITY) ? value : V{};
+                store(p + j, value);
+                float sum = 0;
+                for (int lane = 0; lane < LANES; lane++) sum += value[lane];
+                total += sum;
+            }
+            float least = 0;
+            if (args.top_k[index] > 0 || args.top_p[index] < 1) {
+                static thread_local std::vector<float> best;
+                least = threshold(p, n, total, args.top_k[index], args.top_p[index], best);
+            }
+            // The cumulative distribution in vocabulary order, by blocks.
+            constexpr int BLOCK_OF = 256;
+            double* sums = own_scratch[1].take<double>(size_t(ceil_div(n, BLOCK_OF)));
+            double kept = 0;
+            for (int block = 0; block * BLOCK_OF < n; block++) {
+                double sum = 0;
+                for (int j = block * BLOCK_OF; j < std::min(padded, (block + 1) * BLOCK_OF); j += LANES) {
+                    const V value = load(p + j), some = value >= all(least) ? value : V{};
+                    store(p + j, some);
+                    for (int lane = 0; lane < LANES; lane++) sum += some[lane];
+                }
+                sums[block] = sum;
+                kept += sum;
+            }
+            const double aim = args.uniform[index] * kept;
+            double before = 0;
+            int block = 0;
+            while ((block + 1) * BLOCK_OF < n && before + sums[block] <= aim) before += sums[block++];
+            token = -1;
+            for (int j = block * BLOCK_OF; j < n; j++) {
+                if (p[j] > 0) token = j; // if rounding leaves nothing past the aim, the last one that is possible
+                before += p[j];
+                if (before > aim && p[j] > 0) break;
+            }
+            for (int j = block * BLOCK_OF; token < 0; j--)
+                if (p[j] > 0) token = j;
+        }
+        args.token[index] = token;
+        args.logprob[index] = float(double(x[token]) - raw.top - std::log(raw.total));
+    });
+}

@@ -1,0 +1,270 @@
+// Products: rows of activations times a packed matrix, a panel of 64 outputs at a time.
+// Part of isa.h, within the namespace of one instruction set.
+
+// Where a tile finds its panel: in memory, fetched a block ahead and `after` next; there, and its codes are written to
+// `kept` as bfloat16 for the tiles that follow; or in the cache, while a line from `after` on is fetched for every unit.
+enum Where { MEMORY, KEEPING, CACHE };
+
+// Whether sums may change from the unit of one block's scale to that of the next without leaving float32's range.
+INLINE bool steady(const float* scale, int blocks) {
+    bool within = true;
+    for (int b = 0; b < blocks; b++) within &= scale[b] >= 0x1p-30f && scale[b] <= 0x1p30f;
+    return within;
+}
+
+// out [ROWS, NV·16] = rows a · panel, k products in order. At the end of each 128 of them the sums, which are in units of
+// the block's scale, are turned into units of the next one's; where scales are too far apart for that (zero, say), they
+// are scaled and added up in `out`.
+// a[r]: row r's first part; `part` bytes further the next one. Float32 rows have one part. STEP: bytes from one pair of
+// bfloat16, or one float32, of a row to the next. after: the panel that will be read after this one.
+template <int KIND, int ROWS, int NV, int PARTS, int STEP = 4, Where WHERE = MEMORY>
+INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out,
+                 const uint8_t* after, uint8_t* kept = nullptr) {
+    constexpr int UNIT = KIND == FP8 ? 4 : KIND == BF16 ? 2 : 1;
+    const bool together = !scale || steady(scale, ceil_div(k, BLOCK));
+    V sum[ROWS][NV] = {};
+    for (int begin = 0; begin < k; begin += BLOCK) {
+        const int end = std::min(k, begin + BLOCK), block = begin / BLOCK;
+        const int64_t ahead = end < k ? BLOCK / UNIT * NV * 64 : after - w;
+        for (int at = begin; at < end; at += UNIT, w += NV * 64) {
+            if (WHERE == CACHE) fetch(after + size_t(at / UNIT) * 64);
+            else if (KIND != F32 && NV > 1) // one vector: queries, which stay in the cache
+                for (int v = 0; v < NV; v++) fetch(w + ahead + 64 * v);
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) {
+                if constexpr (KIND == F32) {
+                    const V b = load(reinterpret_cast<const float*>(w) + 16 * v);
+#pragma GCC unroll 16
+                    for (int r = 0; r < ROWS; r++)
+                        sum[r][v] = fma(b, all(*reinterpret_cast<const float*>(a[r] + size_t(at) * STEP)), sum[r][v]);
+                } else {
+                    I first, second;
+                    if constexpr (KIND == FP8) decode_codes(w + 64 * v, first, second);
+                    else first = load_pairs(w + 64 * v);
+                    if constexpr (WHERE == KEEPING) {
+                        std::memcpy(kept + size_t(at / UNIT) * 512 + 64 * v, &first, 64);
+                        std::memcpy(kept + size_t(at / UNIT) * 512 + 256 + 64 * v, &second, 64);
+                    }
+#pragma GCC unroll 16
+                    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+                        for (int half = 0; half < UNIT / 2; half++)
+#pragma GCC unroll 3
+                            for (int p = 0; p < PARTS; p++)
+                                sum[r][v] = dot2(sum[r][v], half ? second : first,
+                                                 pair_at(a[r] + p * part + (size_t(at / 2) + half) * STEP));
+                }
+            }
+        }
+        if (together && end < k) {
+            if (!scale) continue;
+            const V next = all(scale[block] / scale[block + 1]);
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < NV; v++) sum[r][v] *= next;
+            continue;
+        }
+        const V s = all(scale ? scale[block] : 1.f);
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < NV; v++) {
+                float* to = out + r * NV * 16 + 16 * v;
+                store(to, fma(sum[r][v], s, begin && !together ? load(to) : V{}));
+                sum[r][v] = V{};
+            }
+    }
+}
+
+constexpr int MAX_ROWS = LEVEL >= 2 ? 6 : 2; // sums of a tile: 24 of AVX512's 32 registers
+using Tile = void (*)(const uint8_t* const*, size_t, const uint8_t*, int, const float*, float*, const uint8_t*,
+                      uint8_t*);
+template <int KIND, int ROWS, int PARTS, Where WHERE>
+void tile_call(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out,
+               const uint8_t* after, uint8_t* kept) {
+    tile<KIND, ROWS, 4, PARTS, 4, WHERE>(a, part, w, k, scale, out, after, kept);
+}
+template <int KIND, int PARTS, Where WHERE> Tile tile_for(int rows) {
+#if LEVEL >= 2
+    constexpr Tile by_rows[] = {tile_call<KIND, 1, PARTS, WHERE>, tile_call<KIND, 2, PARTS, WHERE>,
+                                tile_call<KIND, 3, PARTS, WHERE>, tile_call<KIND, 4, PARTS, WHERE>,
+                                tile_call<KIND, 5, PARTS, WHERE>, tile_call<KIND, 6, PARTS, WHERE>};
+#else
+    constexpr Tile by_rows[] = {tile_call<KIND, 1, PARTS, WHERE>, tile_call<KIND, 2, PARTS, WHERE>};
+#endif
+    return by_rows[rows - 1];
+}
+Tile tile_for(int kind, int parts, int rows, Where where) {
+    if (kind == F32) return tile_for<F32, 1, MEMORY>(rows);
+    if (kind == BF16 && where == CACHE)
+        return parts == 1 ? tile_for<BF16, 1, CACHE>(rows) : tile_for<BF16, 3, CACHE>(rows);
+    if (kind == BF16) return parts == 1 ? tile_for<BF16, 1, MEMORY>(rows) : tile_for<BF16, 3, MEMORY>(rows);
+    if (where == KEEPING) return parts == 1 ? tile_for<FP8, 1, KEEPING>(rows) : tile_for<FP8, 3, KEEPING>(rows);
+    return parts == 1 ? tile_for<FP8, 1, MEMORY>(rows) : tile_for<FP8, 3, MEMORY>(rows);
+}
+
+constexpr int KEEP_ROWS = 2 * MAX_ROWS + 1; // from here on it pays to turn a panel's codes into bfloat16 once
+
+// All rows through one panel, in tiles of at most MAX_ROWS. row(i): pointer; done(i, sums[64]): takes the result; after:
+// the panel that comes next (null: the next one of the matrix).
+template <class Row, class Done>
+INLINE void through_panel(const Packed& w, int group, int panel, int rows, int parts, size_t part, Row row, Done done,
+                          const uint8_t* after = nullptr) {
+    const int all_panels = panels_of(w.n), index = group * all_panels + panel;
+    const uint8_t* data = w.data + index * panel_bytes(w.kind, w.k);
+    if (!after) after = data + panel_bytes(w.kind, w.k);
+    const float* scale = w.scale ? w.scale + size_t(index) * ceil_div(w.k, BLOCK) : nullptr;
+    alignas(64) float sums[MAX_ROWS * PANEL];
+    const uint8_t* a[MAX_ROWS];
+    uint8_t* const kept =
+        w.kind == FP8 && rows >= KEEP_ROWS ? own_scratch[5].take<uint8_t>(size_t(padded_k(w.k)) * 128) : nullptr;
+    const uint8_t* const after_end = after + panel_bytes(w.kind, w.k);
+    for (int begin = 0, tiles = ceil_div(rows, MAX_ROWS); tiles; tiles--) {
+        const int count = ceil_div(rows - begin, tiles);
+        for (int r = 0; r < count; r++) a[r] = row(begin + r);
+        if (!kept) {
+            tile_for(w.kind, parts, count, MEMORY)(a, part, data, w.k, scale, sums, tiles > 1 ? data : after, nullptr);
+        } else if (begin == 0) {
+            tile_for(FP8, parts, count, KEEPING)(a, part, data, w.k, scale, sums, after, kept);
+        } else {
+            tile_for(BF16, parts, count, CACHE)(a, part, kept, padded_k(w.k), scale, sums,
+                                                after < after_end ? after : kept, nullptr);
+            after += padded_k(w.k) * 32;
+        }
+        for (int r = 0; r < count; r++) done(begin + r, sums + r * PANEL);
+        begin += count;
+    }
+}
+
+// Rounded to bfloat16, in the upper half of each 32 bits: as a float32 it is the rounded value.
+INLINE U rounded(V x) {
+    const U bits = (U)x;
+    return (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+}
+INLINE void store_upper(bf16* p, U bits) {
+    const H halves = __builtin_convertvector(bits >> 16, H);
+    std::memcpy(p, &halves, 32);
+}
+
+// Float32 rows as `parts` bfloat16 rows of padded_k(k), zero past k.
+void split(const float* x, int k, int parts, size_t part, bf16* out) {
+    int j = 0;
+    for (; j + LANES <= k; j += LANES) {
+        const V value = load(x + j);
+        const U high = rounded(value);
+        store_upper(out + j, high);
+        if (parts == 3) {
+            const V rest = value - (V)high;
+            const U middle = rounded(rest);
+            store_upper(out + part + j, middle);
+            store_upper(out + 2 * part + j, rounded(rest - (V)middle));
+        }
+    }
+    for (; j < k; j++) {
+        const bf16 high = round_bf16(x[j]);
+        out[j] = high;
+        if (parts == 3) {
+            const float rest = x[j] - widen(high);
+            const bf16 middle = round_bf16(rest);
+            out[part + j] = middle;
+            out[2 * part + j] = round_bf16(rest - widen(middle));
+        }
+    }
+    for (int p = 0; p < parts; p++)
+        for (int j = k; j < padded_k(k); j++) out[p * part + j] = 0;
+}
+
+constexpr int ROW_CHUNK = 96; // rows a task takes through a panel
+
+// What the products read: float32 rows as they are, or their bfloat16 parts in scratch, [parts][rows][groups · padded k].
+struct Activations {
+    const uint8_t* base;
+    size_t row_bytes, group_bytes, part_bytes;
+    const uint8_t* at(int row, int group) const { return base + row * row_bytes + group * group_bytes; }
+};
+Activations prepare(const float* x, int64_t stride, int64_t group, int rows, int k, int groups, int kind, int parts,
+                    int threads, Scratch& scratch) {
+    if (kind == F32) return {reinterpret_cast<const uint8_t*>(x), size_t(stride) * 4, size_t(group) * 4, 0};
+    const size_t width = size_t(padded_k(k)) * groups, part = width * rows;
+    bf16* out = scratch.take<bf16>(part * parts);
+    const int chunk = std::max(1, int(16384 / width));
+    pool().run(threads, ceil_div(rows, chunk), [&](int task) {
+        for (int row = task * chunk; row < std::min(rows, (task + 1) * chunk); row++)
+            for (int g = 0; g < groups; g++)
+                split(x + row * stride + g * group, k, parts, part, out + row * width + size_t(g) * padded_k(k));
+    });
+    return {reinterpret_cast<const uint8_t*>(out), width * 2, size_t(padded_k(k)) * 2, part * 2};
+}
+
+// Products with several matrices that read the same rows, as one job.
+void linears(const LinearArgs* args, int count) {
+    const LinearArgs& first_of = args[0];
+    const Packed& w0 = *first_of.w;
+    const int chunks = ceil_div(first_of.rows, ROW_CHUNK);
+    const Activations x = prepare(first_of.x, first_of.x_stride, first_of.x_group, first_of.rows, w0.k, w0.groups,
+                                  w0.kind, first_of.parts, first_of.threads, shared_scratch[0]);
+    int tasks = 0;
+    for (int i = 0; i < count; i++) tasks += args[i].w->groups * panels_of(args[i].w->n) * chunks;
+    pool().run(first_of.threads, tasks, [&](int task) {
+        const LinearArgs* of = args;
+        for (int own; task >= (own = of->w->groups * panels_of(of->w->n) * chunks); of++) task -= own;
+        const Packed& w = *of->w;
+        const int panels = panels_of(w.n), chunk = task % chunks, panel = task / chunks % panels,
+                  group = task / chunks / panels;
+        const int first = chunk * ROW_CHUNK, rows = std::min(ROW_CHUNK, of->rows - first);
+        const int column = panel * PANEL, width = std::min(PANEL, w.n - column);
+        const float* bias = of->bias ? of->bias + size_t(group) * w.n + column : nullptr;
+        const size_t step = chunks > 1 ? 1 : size_t(of->threads); // threads take panels in turn
+        const uint8_t* after = w.data + (size_t(group) * panels + panel + step) * panel_bytes(w.kind, w.k);
+        through_panel(
+            w, group, panel, rows, of->parts, x.part_bytes, [&](int i) { return x.at(first + i, group); },
+            [&](int i, const float* sums) {
+                float* to = of->out + (first + i) * of->out_stride + group * of->out_group + column;
+                if (of->add)
+                    for (int j = 0; j < width; j++) to[j] += bias ? sums[j] + bias[j] : sums[j];
+                else
+                    for (int j = 0; j < width; j++) to[j] = bias ? sums[j] + bias[j] : sums[j];
+            },
+            after);
+    });
+}
+void linear(const LinearArgs& args) { linears(&args, 1); }
+
+// Elements of a and b by number: those of b come after a's.
+template <class T, class N> INLINE T shuffled(T a, T b, N number) {
+#if defined(__clang__)
+    constexpr int COUNT = sizeof(N) / sizeof(number[0]);
+    T out;
+    for (int i = 0; i < COUNT; i++) out[i] = number[i] < COUNT ? a[number[i]] : b[number[i] - COUNT];
+    return out;
+#else
+    return __builtin_shuffle(a, b, number);
+#endif
+}
+
+// 64 rows of codes into a panel: blocks of 16 rows × 64 codes are turned as 16×16 words of 4 codes, whose halves then
+// part. k up to the last multiple of 64; the caller does the rest.
+void pack_codes(const uint8_t* rows, int64_t row_stride, int k, uint8_t* panel) {
+    typedef int16_t S __attribute__((vector_size(64)));
+    I lane;
+    for (int i = 0; i < 16; i++) lane[i] = i;
+    S halves;
+    for (int i = 0; i < 32; i++) halves[i] = int16_t(i / 8 * 8 + i % 4 * 2 + i % 8 / 4);
+    for (int k0 = 0; k0 + 64 <= k; k0 += 64)
+        for (int set = 0; set < 4; set++) {
+            I word[16];
+            for (int r = 0; r < 16; r++) word[r] = load_pairs(rows + (set * 16 + r) * row_stride + k0);
+#pragma GCC unroll 4
+            for (int s = 8; s; s /= 2) {
+                const I low = (lane & s) != 0 ? lane - s + 16 : lane, high = (lane & s) != 0 ? lane + 16 : lane + s;
+#pragma GCC unroll 16
+                for (int r = 0; r < 16; r++)
+                    if (!(r & s)) {
+                        const I a = word[r], b = word[r + s];
+                        word[r] = shuffled(a, b, low);
+                        word[r + s] = shuffled(a, b, high);
+                    }
+            }
+            for (int unit = 0; unit < 16; unit++) {
+                const S parted = shuffled((S)word[unit], (S)word[unit], halves);
+                std::memcpy(panel + size_t(k0 / 4 + unit) * 256 + set * 64, &parted, 64);
+            }
+        }
+}

@@ -1,0 +1,23 @@
+// The kernels of one instruction set, as a table of functions.
+#pragma once
+
+#include "arguments.h"
+
+namespace {
+struct Kernels {
+    const char* name;
+    void (*pack_codes)(const uint8_t* rows, int64_t row_stride, int k, uint8_t* panel);
+    void (*linear)(const LinearArgs&);
+    void (*swiglu_linear)(const LinearArgs&, const Packed& up);
+    void (*experts)(const ExpertsArgs&);
+    void (*decode)(const DecodeArgs&);
+    void (*prefill)(const PrefillArgs&);
+    void (*index_scores)(const IndexArgs&);
+    void (*route)(const RouteArgs&);
+    void (*rope)(const RopeArgs&);
+    void (*paged_write)(const WriteArgs&);
+    void (*rms_norm)(const NormArgs&);
+    void (*draw)(const DrawArgs&);
+    void (*decode_layer)(const LayerArgs&, const StepArgs&, uint8_t* pool);
+};
+} // namespace

@@ -1,0 +1,88 @@
+// The layouts of the structs that cross the C interface, as text that Python compares with its own.
+#pragma once
+
+#include <cstddef>
+#include <initializer_list>
+#include <sstream>
+#include <string>
+#include <type_traits>
+
+#include "arguments.h"
+
+namespace {
+struct Field {
+    const char* name;
+    char code; // p: pointer, f: floating point, i: integer
+    size_t size, offset;
+};
+template <class T> constexpr char code_of() {
+    return std::is_pointer_v<T> ? 'p' : std::is_floating_point_v<T> ? 'f' : 'i';
+}
+
+std::string describe(const char* name, size_t size, std::initializer_list<Field> fields) {
+    std::ostringstream text;
+    text << name << ' ' << size;
+    for (const Field& f : fields) text << ' ' << f.name << ':' << f.code << f.size << '@' << f.offset;
+    return text.str();
+}
+
+// LAYOUT(name, S, a, b, …): the line of struct S with the members a, b, …, under the name that Python gives it.
+#define PARENS ()
+#define EXPAND(...) EXPAND_3(EXPAND_3(EXPAND_3(EXPAND_3(__VA_ARGS__))))
+#define EXPAND_3(...) EXPAND_2(EXPAND_2(EXPAND_2(EXPAND_2(__VA_ARGS__))))
+#define EXPAND_2(...) EXPAND_1(EXPAND_1(EXPAND_1(EXPAND_1(__VA_ARGS__))))
+#define EXPAND_1(...) __VA_ARGS__
+#define FIELD_OF(S, member, ...)                                                       \
+    {#member, code_of<decltype(S::member)>(), sizeof(S::member), offsetof(S, member)}, \
+        __VA_OPT__(FIELD_AGAIN PARENS(S, __VA_ARGS__))
+#define FIELD_AGAIN() FIELD_OF
+#define LAYOUT(name, S, ...) describe(name, sizeof(S), {EXPAND(FIELD_OF(S, __VA_ARGS__))})
+
+// Every struct that crosses the C interface, one a line. A member that is missing here is missed by the comparison in
+// cpu_library.py, which then refuses the library.
+std::string all_layouts() {
+    const std::string lines[] = {
+        LAYOUT("PackedMatrix", Packed, kind, n, k, groups, data, scale),
+        LAYOUT("PackJob", PackJob, source, row_stride, offset, out, fd, kind, n, k),
+        LAYOUT("LinearArgs", LinearArgs, x, x_stride, x_group, w, bias, out, out_stride, out_group, rows, parts, add,
+               threads),
+        LAYOUT("ExpertsArgs", ExpertsArgs, x, expert, weight, gate, up, down, shared_gate, shared_up, shared_down, out,
+               tokens, per_token, experts, parts, add, threads),
+        LAYOUT("DecodeArgs", DecodeArgs, q, k, v, table, length, out, table_stride, table_width, pages, rows, heads,
+               kv_heads, d, e, k_width, v_width, page_size, wide, threads, scale),
+        LAYOUT("PrefillArgs", PrefillArgs, q, k, v, table, uk, uv, out, table_width, pages, rows, length, heads,
+               kv_heads, d, e, k_width, v_width, page_size, wide, threads, scale),
+        LAYOUT("IndexArgs", IndexArgs, q, weight, keys, table, out, table_width, pages, rows, length, heads, d,
+               page_size, wide, threads, unused),
+        LAYOUT("RouteArgs", RouteArgs, logits, bias, expert, weight, tokens, experts, groups, groups_kept, per_token,
+               softmax, group_by_best, normalise, factor, threads),
+        LAYOUT("RopeArgs", RopeArgs, x, x_row, x_head, cos, sin, out, out_row, out_head, rows, heads, r, interleaved,
+               threads, unused),
+        LAYOUT("WriteArgs", WriteArgs, pool, page, offset, x, x_row, x_head, pages, rows, heads, width, page_size,
+               wide),
+        LAYOUT("NormArgs", NormArgs, x, x_stride, weight, out, out_stride, rows, c, eps, threads),
+        LAYOUT("DrawArgs", DrawArgs, logits, row, uniform, temperature, top_k, top_p, token, logprob, rows, draws,
+               vocabulary, threads),
+        LAYOUT("LayerArgs", LayerArgs, attention_norm, q_norm, kv_norm, mlp_norm, correction, q_a, q, kv_a, absorb,
+               expand_v, o, q_a_bias, kv_a_bias, o_bias, router, gate, up, down, shared_gate, shared_up, shared_down, c,
+               heads, nope, rope, interleaved, experts, groups, groups_kept, per_token, softmax, group_by_best,
+               normalise, parts, eps, latent_eps, scale, factor, unused),
+        LAYOUT("StepArgs", StepArgs, x, cos, sin, page, offset, table, length, table_stride, table_width, pages, rows,
+               page_size, wide, threads),
+    };
+    std::string text;
+    for (const std::string& line : lines) {
+        if (!text.empty()) text += '\n';
+        text += line;
+    }
+    return text;
+}
+#undef PARENS
+#undef EXPAND
+#undef EXPAND_1
+#undef EXPAND_2
+#undef EXPAND_3
+#undef FIELD_OF
+#undef FIELD_AGAIN
+#undef LAYOUT
+} // namespace

@@ -1,0 +1,94 @@
+// The threads that kernels run on.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <new>
+#include <pthread.h>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+// Workers spin for a moment after each job, because the next one usually comes within microseconds, then sleep. The
+// caller works too and waits only for workers that have begun: one that the system keeps off its core stalls nobody.
+class Pool {
+  public:
+    template <class F> void run(int threads, int tasks, F&& body) {
+        threads = std::min(threads, tasks);
+        if (threads <= 1) {
+            for (int task = 0; task < tasks; task++) body(task);
+            return;
+        }
+        while (int(workers_.size()) < threads - 1) {
+            const int index = int(workers_.size());
+            workers_.emplace_back([this, index] { work(index); });
+            workers_.back().detach();
+        }
+        body_ = [](void* f, int task) { (*static_cast<std::remove_reference_t<F>*>(f))(task); };
+        context_ = &body;
+        tasks_ = tasks;
+        next_.store(0);
+        helpers_.store(threads - 1); // opens the job
+        jobs_.fetch_add(1);
+        if (sleeping_.load()) jobs_.notify_all();
+        take();
+        helpers_.store(0);
+        while (inside_.load()) pause();
+    }
+
+    // A forked child has none of its parent's threads.
+    void forget() {
+        new (&workers_) std::vector<std::thread>();
+        sleeping_.store(0);
+        inside_.store(0);
+    }
+
+  private:
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+    void take() {
+        for (int task; (task = next_.fetch_add(1)) < tasks_;) body_(context_, task);
+    }
+    void work(int index) {
+        unsigned seen = 0;
+        for (;;) {
+            unsigned now;
+            for (int spin = 0; (now = jobs_.load()) == seen && spin < 20000; spin++) pause();
+            if (now == seen) {
+                sleeping_.fetch_add(1);
+                jobs_.wait(seen);
+                sleeping_.fetch_sub(1);
+                continue;
+            }
+            seen = now;
+            inside_.fetch_add(1); // from here on the caller waits, if the job is still open
+            if (index < helpers_.load()) take();
+            inside_.fetch_sub(1);
+        }
+    }
+
+    std::vector<std::thread> workers_;
+    std::atomic<unsigned> jobs_{0};
+    std::atomic<int> next_{0}, helpers_{0}, inside_{0}, sleeping_{0};
+    int tasks_ = 0;
+    void (*body_)(void*, int) = nullptr;
+    void* context_ = nullptr;
+};
+
+Pool& pool() {
+    static Pool* one = [] {
+        static Pool* made = new Pool; // never destroyed: its workers outlive main's statics
+        pthread_atfork(nullptr, nullptr, [] { made->forget(); });
+        return made;
+    }();
+    return *one;
+}
+std::mutex one_caller; // the pool and the scratch serve one call at a time
+
+} // namespace

@@ -1,0 +1,74 @@
+"""What grading speaks of: a final answer, a ruling on it, a grade, and what a grader of one task provides.
+
+A `TaskGrader` has two halves. Finding an answer and the comparisons that cannot fail run in the caller's process, in
+linear time. Everything that needs a parser runs in a worker process that can be killed, for neither its time nor its
+memory is bounded.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal
+
+Outcome = Literal["correct", "wrong", "unverifiable"]
+Ruling = tuple[Outcome, str]  # with a short, countable reason
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A final answer as written, and how it was found. `marked` is False for a mere guess from the last line."""
+
+    text: str
+    method: str
+
+    @property
+    def marked(self) -> bool:
+        """Whether the answerer marked it as its answer: only then can it be wrong."""
+        return self.method != "last line"
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The grade of one answer.
+
+    reason: short and countable ("identical", "not equal", "timeout", …).
+    evidence: `extracted` and `gold` as compared, and `method`, how the answer was found (see `distill.grading.math`).
+    """
+
+    verdict: Outcome
+    reason: str
+    evidence: dict[str, object] = field(default_factory=dict)
+
+
+class TaskGrader(ABC):
+    """Grades the answers of one task. `GRADERS` in `distill.grading.graders` is the only list of graders."""
+
+    def prepare(self) -> None:  # noqa: B027  most graders have nothing to load
+        """Load, in a worker, what `compare` and `reads` need, before any of its clocks runs."""
+
+    @abstractmethod
+    def gold(self, text: str) -> str:
+        """The gold answer itself, in what a data set gives as its answer; empty where there is none."""
+
+    @abstractmethod
+    def find(self, response: str) -> Answer | None:
+        """The final answer of a response. Linear time."""
+
+    def shown(self, answer: Answer) -> str:
+        """The answer as evidence shows it: answers that are equal without a parser look the same."""
+        return answer.text
+
+    @abstractmethod
+    def rule(self, gold: str, answer: Answer) -> Ruling | None:
+        """Compare without a parser, in linear time; None where that needs one."""
+
+    def compare(self, gold: str, answer: str, marked: bool) -> Ruling:
+        """Compare with a parser. Runs in a worker that can be killed."""
+        raise NotImplementedError(f"{type(self).__name__}.rule gave no ruling, and there is no parser")
+
+    @abstractmethod
+    def reads_plainly(self, gold: str) -> bool | None:
+        """Whether another spelling of this gold answer can be recognised; None where that needs a parser."""
+
+    def reads(self, gold: str) -> bool:
+        """The same with a parser. Runs in a worker that can be killed."""
+        raise NotImplementedError(f"{type(self).__name__}.reads_plainly gave no answer, and there is no parser")

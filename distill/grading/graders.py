@@ -1,0 +1,10 @@
+"""`GRADERS`: the only list of graders. A new one is a file with its `TaskGrader`, and a line here."""
+
+from distill.grading.choice import ChoiceGrader
+from distill.grading.grade import TaskGrader
+from distill.grading.math import MathGrader
+
+GRADERS: dict[str, TaskGrader] = {  # task of a prompt → its grader
+    "math": MathGrader(),
+    "choice": ChoiceGrader(),
+}
