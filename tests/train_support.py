@@ -128,7 +128,7 @@ class Filtered(Stage[FilterSummary]):
             tokens_kept=0,
             reasoning_median=None,
             reasoning_mean=None,
-            kept_hash=content_hash(self.traces),
+            kept_hash=content_hash(trace.digest for trace in self.traces),
         )
 
     def headline(self, summary: FilterSummary) -> str:
