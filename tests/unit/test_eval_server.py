@@ -86,7 +86,7 @@ def test_an_interruption_does_not_wait_for_the_server(sums, tmp_path):
 
     ledger = tmp_path / "out" / "sums" / "scripted" / "traces" / "ledger.jsonl"
     with server(half) as made:
-        command = [sys.executable, "-m", "distill.cli", "eval", "--model", url(made), "--benchmark", str(sums)]
+        command = [sys.executable, "-m", "distill.command", "eval", "--model", url(made), "--benchmark", str(sums)]
         process = subprocess.Popen(
             [*command, "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
