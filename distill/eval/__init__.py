@@ -76,7 +76,7 @@ class EvalStage(Stage[EvalSummary]):
         return {
             "sizes": {item.name: [item.samples, item.limit, item.card.prompts.limit] for item in benchmarks},
             "parts": {item.name: digest(item.settings) for of_model in evaluations for item in of_model},
-            "sources": {item.name: item.source.settings() for item in benchmarks},
+            "sources": {item.name: item.source_identity() for item in benchmarks},
             "published": run.recipe.eval.published,
         }
 
