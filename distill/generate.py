@@ -90,7 +90,7 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
         with store:
             if store.cut_off:
                 say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
-            with progress("generate", total, "traces", done=total - left) as advance:
+            with progress("generate", total, "traces", done=total - left, stored=True) as advance:
                 collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix)
         seconds, usage, numerics = time.monotonic() - started, backend.usage, dict(backend.numerics)
     store.compact()

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from distill import __version__, interrupts
+from distill import __version__, console, interrupts
 from distill.cli import catalogs, evaluation, stages
 from distill.errors import UserError, WorkError
 
@@ -79,6 +79,7 @@ def doctor(
 
 def main() -> None:
     """Run a command and exit with its code. Signals are handled by `distill.interrupts`, installed before."""
+    console.prepare()
     try:
         code = app(prog_name="distill", standalone_mode=False) or 0
         sys.stdout.flush()
@@ -103,12 +104,13 @@ def main() -> None:
     except KeyboardInterrupt:
         code = interrupts.CODE
     if code == interrupts.CODE:  # Typer turns an interruption inside a command into this code
-        _fail(interrupts.MESSAGE, code)
+        done = f" ({kept})" if (kept := console.kept()) else ""
+        _fail(f"interrupted{done}; rerun the same command to resume", code)
     sys.exit(code)
 
 
 def _fail(message: object, code: int) -> int:
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    print("error:", console.escaped(" ".join(str(message).split())), file=sys.stderr)
     return code
 
 
