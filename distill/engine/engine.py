@@ -264,7 +264,7 @@ class Engine:
             )
 
     def _forward(self, decode: list[Chunk], prefill: list[Chunk], ends: list[bool] | None = None) -> Tensor:
-        """Hidden states of all tokens; with `ends`, of decoding tokens and of the last one of the chunks it is true for."""
+        """Hidden states of all tokens; with `ends`, of decoding tokens and the last one of chunks it is true for."""
         batch, wanted = self._batch(decode, prefill), None
         if ends is not None and prefill:
             rows, row = list(range(len(decode))), len(decode)
