@@ -8,15 +8,17 @@ from distill.recipe.sampling import SamplingSettings
 from distill.recipe.sources import PromptSource
 from distill.section import Section
 
+# The names are those of `model_type` in a config.json.
+DenseFamily = Literal["qwen2", "qwen3", "llama"]
+Family = Literal["deepseek_v3", "deepseek_v2", "deepseek_v32", "llama", "qwen2", "qwen3"]
+
 
 class TeacherCard(Section):
     """A teacher model: its weights and published figures."""
 
     name: str
     description: str = ""
-    family: Literal["deepseek_v3", "deepseek_v2", "deepseek_v32", "llama", "qwen2", "qwen3"] = Field(
-        description="model architecture"
-    )
+    family: Family = Field(description="model architecture")
     weights: str = Field(description="id on the Hugging Face Hub, or a directory relative to the card")
     revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the newest commit")
     parameters: float = Field(description="total parameters, in billions")
@@ -48,7 +50,7 @@ class StudentCard(Section):
 
     name: str
     description: str = ""
-    family: Literal["qwen2", "qwen3", "llama"] = Field(description="model architecture")
+    family: DenseFamily = Field(description="model architecture")
     weights: str = Field(description="id on the Hugging Face Hub, or a directory relative to the card")
     revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the newest commit")
     parameters: float = Field(description="total parameters, in billions")
