@@ -10,3 +10,7 @@ def main() -> None:
     from distill.cli import main
 
     main()
+
+
+if __name__ == "__main__":
+    main()

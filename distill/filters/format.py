@@ -13,7 +13,7 @@ from distill.traces.trace import Verdict
 
 
 class Format(TraceFilter):
-    """Exactly one closed <think> block with text after it."""
+    """Keep traces with exactly one closed <think> block and text after it."""
 
     name = "format"
     reasons: ClassVar[Mapping[str, str]] = {

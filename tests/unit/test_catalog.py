@@ -92,7 +92,9 @@ def test_the_packages_to_install_are_the_packages_there_are():
     here = {
         ".".join(folder.relative_to(ROOT).parts)
         for folder in [ROOT / "distill", *(ROOT / "distill").rglob("*")]
-        if folder.is_dir() and folder.name != "__pycache__" and any(p.is_file() for p in folder.iterdir())
+        if folder.is_dir()
+        and folder.name != "__pycache__"
+        and any(p.is_file() and p.suffix not in (".h", ".cpp") for p in folder.iterdir())
     }
     data = [
         f"{package}.{p.split('/')[0]}" for package, ps in setuptools["package-data"].items() for p in ps if "/" in p

@@ -82,7 +82,7 @@ def test_nothing_that_a_terminal_obeys_is_left(text):
 def test_every_command_prints_without_utf8(setting, command):
     environment = {name: value for name, value in os.environ.items() if name not in ("LC_ALL", "LANG", "PYTHONUTF8")}
     result = subprocess.run(
-        [sys.executable, "-X", "utf8=0", "-m", "distill.cli", *command],
+        [sys.executable, "-X", "utf8=0", "-m", "distill.command", *command],
         env=environment | setting,
         capture_output=True,
         check=False,

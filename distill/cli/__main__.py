@@ -1,3 +1,0 @@
-from distill.command import main
-
-main()
