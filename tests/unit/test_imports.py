@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "grading": {"backends"} | SHARED,
     "backends": {"engine"} | SHARED,
     **{room: SHARED for room in SHARED},
+    "catalog": SHARED | {"engine.families"},  # what a card says of its model is compared with the model
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.
     "recipe": SHARED | {"filters", "engine.families"},
     "filters": {"section", "grading", "traces.trace", "traces.ledger", "prompts.prompt"},
