@@ -180,7 +180,7 @@ def _linear(ops: Ops, x_tc: Tensor, w: Linear) -> Tensor:
 
 
 def _linears(ops: Ops, x_tc: Tensor, *some: Linear) -> Sequence[Tensor]:
-    return ops.linears(x_tc, [w.weight for w in some], [w.bias for w in some])  # type: ignore[no-any-return]
+    return ops.linears(x_tc, [w.weight for w in some], [w.bias for w in some])
 
 
 def gqa(
@@ -264,7 +264,7 @@ def mla(
     ops.rope(qr_thr, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
 
     def absorbed(rows: DecodeRows | SparseRows) -> Tensor:
-        return ops.per_head(qn_thn[rows.start : rows.end], w.absorb_q, qr_thr[rows.start : rows.end])  # type: ignore[no-any-return]
+        return ops.per_head(qn_thn[rows.start : rows.end], w.absorb_q, qr_thr[rows.start : rows.end])
 
     parts = []
     for rows in batch.segments:

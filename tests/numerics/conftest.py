@@ -1,11 +1,13 @@
-"""Checkpoints for the numerics tests, built once per session."""
+"""Checkpoints for the numerics tests, built once per session, and the instruction sets of the CPU kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from random_models import CONFIGS, Checkpoint, build
+
+from distill.engine.kernels import cpu
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +21,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chec
         return built[name]
 
     return get
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine has, in use while the test runs."""
+    if why := cpu.why_missing():
+        pytest.skip(f"no compiled kernels: {why}")
+    before = cpu.instruction_set()
+    try:
+        cpu.instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    cpu.instruction_set(before)

@@ -4,7 +4,6 @@ that no result depends on what else is in the batch, on chunks, or on the number
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,19 +17,6 @@ from distill.engine.kernels.stored import Fp8, Plain, Stored
 # The numerics of a float32 product of this length, relative to the largest result.
 CLOSE = 3e-6
 HALF = 2e-2  # where keys, values or probabilities are rounded to bfloat16
-
-
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if why := cpu.why_missing():
-        pytest.skip(f"no compiled kernels: {why}")
-    before = cpu.instruction_set()
-    try:
-        cpu.instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    cpu.instruction_set(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

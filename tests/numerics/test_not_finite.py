@@ -7,7 +7,7 @@ neither read outside its tensors nor make a NaN disappear.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,20 +29,6 @@ from distill.prompts.prompt import Prompt
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 NAN, INF = float("nan"), float("inf")
 ROOT = Path(__file__).resolve().parents[2]
-COMPILED = ["avx512_bf16", "avx512", "avx2", "portable"]
-
-
-@pytest.fixture(params=COMPILED)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if why := cpu.why_missing():
-        pytest.skip(f"no compiled kernels: {why}")
-    before = cpu.instruction_set()
-    try:
-        cpu.instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    cpu.instruction_set(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

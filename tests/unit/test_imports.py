@@ -22,6 +22,7 @@ SHARED |= {
     "artefacts",
     "interrupts",
     "lock",
+    "model_files",
     "models",
     "record",
     "section",
@@ -31,7 +32,7 @@ SHARED |= {
     "console",
     "durable",
     "fingerprint",
-    "scores",
+    "evaluations",
 }
 BELOW_STAGES = {"grading", "backends"} | SHARED
 

@@ -97,7 +97,7 @@ def _panel_scales(weights: Sequence[Stored], n: int) -> Tensor | None:
 
 
 class ExpertBank:
-    """As reference.ExpertBank. Packed experts follow each other in memory, gate, up and down each; `arrays` holds the
+    """As reference.Bank. Packed experts follow each other in memory, gate, up and down each; `arrays` holds the
     kernel's view of them, a PackedMatrix for each part and expert."""
 
     queued = False
@@ -113,7 +113,7 @@ class ExpertBank:
         self.addresses = [self.arrays[part].ctypes.data for part in range(3)]
 
     def lend(self, expert: tuple[Stored, Stored, Stored], places: tuple[Place, ...] | None = None) -> None:
-        """See reference.ExpertBank."""
+        """See reference.Bank."""
         self._lent.append((expert, places))
 
     @cached_property
@@ -124,11 +124,11 @@ class ExpertBank:
 
     @property
     def bytes_each(self) -> int:
-        """See reference.ExpertBank."""
+        """See reference.Bank."""
         return sum(self._sizes)
 
     def settle(self, resident: int | None = None) -> None:
-        """See reference.ExpertBank. ValueError for streamed experts that would have to be converted each time."""
+        """See reference.Bank. ValueError for streamed experts that would have to be converted each time."""
         assert len(self._lent) == self.count
         self.resident = self.count if resident is None else resident
         files = {place.file for _, places in self._lent for place in places or ()}
@@ -172,7 +172,7 @@ class ExpertBank:
         self._files = files
 
     def fill(self, arena: Memory, chosen: Sequence[int] | None = None, background: bool = False) -> None:
-        """See reference.ExpertBank."""
+        """See reference.Bank."""
         jobs = self._jobs.copy()
         jobs["out"] = arena.begin + self._offsets
         if chosen is not None:
@@ -184,5 +184,5 @@ class ExpertBank:
         return (shared.kind == _FLOAT32) == (int(self.arrays["kind"][0, 0]) == _FLOAT32)
 
     def install(self, arena: Memory) -> None:
-        """See reference.ExpertBank."""
+        """See reference.Bank."""
         self.arrays["data"][:, self.resident :] = (arena.begin + self._offsets).T

@@ -32,7 +32,7 @@ class Arguments(ctypes.Structure):
     @classmethod
     def layout(cls) -> str:
         """Name, size and fields ("name:code@offset"), as the library describes its own."""
-        fields = (f"{name}:{_CODES[kind]}@{getattr(cls, name).offset}" for name, kind in cls._fields_)  # type: ignore[misc, index]  # no field here is a bit field
+        fields = (f"{name}:{_CODES[kind]}@{getattr(cls, name).offset}" for name, kind in cls._fields_)  # type: ignore[misc]  # no field here is a bit field
         return " ".join((cls.__name__, str(ctypes.sizeof(cls)), *fields))
 
 

@@ -126,7 +126,9 @@ def linears(x_tc: Tensor, weights: Sequence[Packed], biases: Sequence[Tensor | N
     whole = wholes[0]
     if whole is None or any(other is not whole for other in wholes) or any(bias is not None for bias in biases):
         return [linear(x_tc, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    return linear(x_tc, whole).split([len(weight.codes) for weight in weights if isinstance(weight, Fp8Matrix)], dim=1)
+    return list(
+        linear(x_tc, whole).split([len(weight.codes) for weight in weights if isinstance(weight, Fp8Matrix)], dim=1)
+    )
 
 
 def per_head(x_thc: Tensor, weight_hnc: Tensor, behind_thr: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ _ALIGNED = 256
 
 
 class ExpertBank:
-    """As reference.ExpertBank; filling is queued and not waited for."""
+    """As reference.Bank; filling is queued and not waited for."""
 
     queued = True
 
@@ -35,6 +35,7 @@ class ExpertBank:
         self._parts: dict[int, tuple[list[Matrices], ...]] = {}  # by the arena that streamed experts are read from
 
     def lend(self, expert: tuple[Stored, Stored, Stored], places: tuple[Place, ...] | None = None) -> None:
+        """See reference.Bank."""
         if not self._lent:
             gate, _, down = expert
             quantised = [matrix.for_fp8_products(self._dtype) for matrix in expert]

@@ -46,7 +46,7 @@ class Packed(Protocol):
 
 
 class ExpertBank(Protocol[A_contra]):
-    """The experts of a layer; see reference.ExpertBank. `count` of them, the first `resident` in memory for good."""
+    """The experts of a layer; see reference.Bank. `count` of them, the first `resident` in memory for good."""
 
     count: int
     resident: int

@@ -20,9 +20,10 @@ CPU they fall back to slower paths for one query per sequence and for values nar
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ from distill.engine.kernels.reference_attention import prefill_mla as prefill_ml
 from distill.engine.kernels.stored import Place, Stored
 
 P = TypeVar("P")
+E = TypeVar("E")
 
 
 def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float, to: object = None) -> Tensor:
@@ -129,8 +131,8 @@ def per_head(x_thc: Tensor, weight_hnc: Tensor, behind_thr: Tensor | None = None
     return out_thn if behind_thr is None else torch.cat((out_thn, behind_thr), dim=-1)
 
 
-class ExpertBank:
-    """The experts of a layer, (gate [f, c], up [f, c], down [c, f]) each.
+class Bank(ABC, Generic[E]):
+    """The experts of a layer, (gate [f, c], up [f, c], down [c, f]) each, whose packed form is an E.
 
     They are lent as stored. `settle` packs the resident ones for good; the others are packed into an arena when they
     are needed. queued: whether `fill` returns at once, its work being in order with that of ops called later.
@@ -141,7 +143,7 @@ class ExpertBank:
     def __init__(self, count: int, dtype: torch.dtype) -> None:
         self.count, self._dtype = count, dtype
         self._lent: list[tuple[Stored, Stored, Stored] | None] = []
-        self.packed: dict[int, tuple[Tensor, Tensor]] = {}  # gate and up as one [2f, c], and down
+        self.packed: dict[int, E] = {}
         self.resident = count
 
     def lend(self, expert: tuple[Stored, Stored, Stored], places: tuple[Place, ...] | None = None) -> None:
@@ -166,24 +168,33 @@ class ExpertBank:
                 self.packed[index] = self._pack(index)
                 self._lent[index] = None
 
-    def fill(
-        self, arena: dict[int, tuple[Tensor, Tensor]], chosen: Sequence[int] | None = None, background: bool = False
-    ) -> None:
+    def fill(self, arena: dict[int, E], chosen: Sequence[int] | None = None, background: bool = False) -> None:
         """Pack the experts that are not resident into `arena`; chosen: only these. background: on one thread, beside
         other ops."""
         arena.clear()
         wanted = range(self.resident, self.count) if chosen is None else [i for i in chosen if i >= self.resident]
         arena.update((index, self._pack(index)) for index in wanted)
 
-    def install(self, arena: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def install(self, arena: dict[int, E]) -> None:
         """From now on the experts that `fill` packed are read from `arena`."""
         self.packed = {i: self.packed[i] for i in range(self.resident)} | arena
 
-    def _pack(self, index: int) -> tuple[Tensor, Tensor]:
+    def _pack(self, index: int) -> E:
         expert = self._lent[index]
         assert expert is not None
-        gate_fc, up_fc, down_cf = (matrix.dense(self._dtype) for matrix in expert)
-        return torch.cat((gate_fc, up_fc)), down_cf.clone()
+        return self.packed_form(*expert)
+
+    @abstractmethod
+    def packed_form(self, gate: Stored, up: Stored, down: Stored) -> E:
+        """An expert as `experts` reads it."""
+
+
+class ExpertBank(Bank[tuple[Tensor, Tensor]]):
+    """Experts in the compute dtype: gate and up as one matrix [2f, c], and down [c, f]."""
+
+    def packed_form(self, gate: Stored, up: Stored, down: Stored) -> tuple[Tensor, Tensor]:
+        """See Bank."""
+        return torch.cat((gate.dense(self._dtype), up.dense(self._dtype))), down.dense(self._dtype).clone()
 
 
 def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:

@@ -49,6 +49,7 @@ class Fp8Matrix:
 
     @property
     def nbytes(self) -> int:
+        """The memory that codes and scales take."""
         return self.codes.nbytes + self.scale.nbytes
 
 
@@ -93,6 +94,7 @@ def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Pack
 
 
 def fp8_matrix(weight: Fp8) -> Fp8Matrix:
+    """Codes padded with zeros to whole groups of 128 columns."""
     padding = -weight.codes.shape[1] % FP8_BLOCK
     codes = weight.codes.contiguous()
     if padding:
@@ -101,7 +103,7 @@ def fp8_matrix(weight: Fp8) -> Fp8Matrix:
 
 
 def linear(x: Activations, weight: Packed, bias_n: Tensor | None = None, onto_tn: Tensor | None = None) -> Tensor:
-    """x: as it is, or quantised already."""
+    """As reference.linear, with x quantised where the weight is FP8 (x may be quantised already)."""
     if isinstance(weight, Tensor):
         assert isinstance(x, Tensor)
         return reference.linear(x, weight, bias_n, onto_tn)
@@ -113,6 +115,7 @@ def linear(x: Activations, weight: Packed, bias_n: Tensor | None = None, onto_tn
 
 
 def linears(x: Activations, weights: Sequence[Packed], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """As reference.linears."""
     return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
@@ -124,19 +127,19 @@ def swiglu_linear(
     up_bias_f: Tensor | None = None,
     to: Packed | None = None,
 ) -> Tensor:
-    """to: the matrix that reads the result; kernels may hand it over as that matrix reads it."""
+    """As reference.swiglu_linear. to: the matrix that reads the result; kernels may return it quantised for that."""
     gate_tf, up_tf = linear(x_tc, gate, gate_bias_f), linear(x_tc, up, up_bias_f)
     return (F.silu(gate_tf.float()) * up_tf.float()).to(x_tc.dtype)
 
 
 def fp8_row_bytes(latent: int, rope: int) -> int:
-    """Of a token in an FP8 cache of latents: codes, float32 scales, zeros up to a multiple of 16, which is what a GPU
-    reads in one go, the rotated part in bfloat16."""
+    """Bytes of a token's row in an FP8 cache of latents: codes, float32 scales, the rotated part in bfloat16, and zeros
+    between the last two up to a multiple of 16, the width of a GPU's load."""
     return -(-(latent + 4 * (latent // FP8_BLOCK) + 2 * rope) // 16) * 16
 
 
 def latent_width(width: int, row_bytes: int) -> int:
-    """Of the `width` numbers that `fp8_row_bytes` is for, how many are latent."""
+    """The latent part of `width` numbers per token, from the bytes of a row (`fp8_row_bytes`)."""
     return -(-(2 * width - row_bytes) // 124) * FP8_BLOCK  # 128 of them save 124 bytes, and zeros are fewer than 16
 
 
@@ -150,7 +153,7 @@ def fp8_rows(x_td: Tensor, latent: int) -> Tensor:
 
 
 def dense_rows(row_lw: Tensor, latent: int, rope: int, dtype: torch.dtype) -> Tensor:
-    """The inverse, in `dtype`; rows that are not bytes stay as they are."""
+    """The inverse of `fp8_rows`, in `dtype`; rows that are not bytes are returned unchanged."""
     if row_lw.dtype != torch.uint8:
         return row_lw
     groups = latent // FP8_BLOCK
@@ -162,7 +165,7 @@ def dense_rows(row_lw: Tensor, latent: int, rope: int, dtype: torch.dtype) -> Te
 
 
 def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -> None:
-    """`pool` may be one of bytes: an FP8 cache of latents."""
+    """As reference.paged_write; a pool of bytes is an FP8 cache of latents."""
     if pool.dtype == torch.uint8:
         x_tkd = fp8_rows(x_tkd[:, 0], latent_width(x_tkd.shape[2], pool.shape[3]))[:, None]
     reference.paged_write(pool, page_t, offset_t, x_tkd)
@@ -172,6 +175,7 @@ write_latents = partial(reference.write_latents, paged_write=paged_write)
 
 
 def decode_mla(q_bhd: Tensor, pool: Tensor, table_bp: Tensor, length_b: Tensor, scale: float, e: int) -> Tensor:
+    """As reference.decode_mla; `pool` may be an FP8 cache of latents."""
     rows = dense_rows(pool, e, q_bhd.shape[2] - e, q_bhd.dtype)
     return reference.decode_mla(q_bhd, rows, table_bp, length_b, scale, e)
 
@@ -179,20 +183,21 @@ def decode_mla(q_bhd: Tensor, pool: Tensor, table_bp: Tensor, length_b: Tensor, 
 def prefill_mla(
     q_thd: Tensor, pool: Tensor, table_p: Tensor, length: int, expand_k_hnc: Tensor, expand_v_hec: Tensor, scale: float
 ) -> Tensor:
+    """As reference.prefill_mla; `pool` may be an FP8 cache of latents."""
     rows = dense_rows(pool, expand_k_hnc.shape[2], q_thd.shape[2] - expand_k_hnc.shape[1], q_thd.dtype)
     return reference.prefill_mla(q_thd, rows, table_p, length, expand_k_hnc, expand_v_hec, scale)
 
 
-class ExpertBank(reference.ExpertBank):
-    """Experts in FP8 stay as they are: gate and up [f, c] each, down [c, f]."""
+class ExpertBank(reference.Bank[tuple[Packed, Packed, Packed]]):
+    """Experts in FP8 stay FP8: gate and up [f, c] each, down [c, f]."""
 
-    def _pack(self, index: int) -> tuple[Packed, ...]:  # type: ignore[override]
-        expert = self._lent[index]
-        assert expert is not None
-        return tuple(pack(matrix, self._dtype) for matrix in expert)
+    def packed_form(self, gate: Stored, up: Stored, down: Stored) -> tuple[Packed, Packed, Packed]:
+        """See reference.Bank."""
+        return pack(gate, self._dtype), pack(up, self._dtype), pack(down, self._dtype)
 
 
 def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:
+    """An empty bank for `count` experts."""
     return ExpertBank(count, dtype)
 
 
@@ -209,7 +214,7 @@ def experts(
     for expert in range(bank.count):
         t, k = (experts_tk == expert).nonzero(as_tuple=True)
         if len(t):
-            gate, up, down = bank.packed[expert]  # type: ignore[misc]
+            gate, up, down = bank.packed[expert]
             y_tkc[t, k] = linear(swiglu_linear(x_tc[t], gate, up), down)
     out_tc = (y_tkc.float() * weights_tk[..., None]).sum(1)
     if shared is not None:
