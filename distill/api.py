@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from pydantic import JsonValue
 
-from distill import catalog
+from distill import catalog, model_files
 from distill.artefacts import Artefact, EvalSummary, FilterSummary, GenerateSummary, RunPaths, Scores, TrainSummary
 from distill.catalog import load_recipe
 from distill.config import parse, read_yaml
@@ -330,7 +330,7 @@ def _resolved(
         student = catalog.load_student(name)
         place = catalog.resolve_weights("student", name)
         return Model(student.name, place, student.chat_template, thinking), SamplingSettings()
-    place = catalog.model_directory(name)
+    place = model_files.model_directory(name)
     return Model(place.name, place, thinking=thinking), SamplingSettings()
 
 

@@ -93,7 +93,7 @@ class Benchmark:
             return None
         return (
             f"{self.name}: {len(golds):,} of {tried:,} gold answers cannot be read by a grader, such as "
-            f"{golds[0][:60]!r}: an answer counts as correct only in the same spelling, and as unverifiable in every other"
+            f"{golds[0][:60]!r}: an answer counts as correct only in the same spelling, else as unverifiable"
         )
 
     def settings(self) -> Settings:
