@@ -20,9 +20,14 @@ class Section(BaseModel):
         """The fields that belong to the stage's fingerprint: dotted keys → JSON values; `Free` ones are left out."""
         flat: dict[str, Any] = {}
         for name, info in type(self).model_fields.items():
-            if not any(m is Free for m in info.metadata):
+            if Free not in info.metadata:
                 flat |= _flattened(name, getattr(self, name))
         return flat
+
+    def marked(self, marker: type) -> dict[str, Any]:
+        """Those of the `settings` whose fields carry a mark."""
+        fields = [name for name, info in type(self).model_fields.items() if marker in info.metadata]
+        return {key: value for key, value in self.settings().items() if key.partition(".")[0] in fields}
 
     def to_yaml(self) -> str:
         """The whole of it as YAML, every default written out, in the order of the fields."""

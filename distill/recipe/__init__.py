@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from distill.recipe.adapters import Adapter, Lora, Qlora
 from distill.recipe.cards import Architecture, BenchmarkCard, StudentCard, TeacherCard
 from distill.recipe.evaluate import Eval
 from distill.recipe.filter import Filter
@@ -22,12 +23,15 @@ from distill.recipe.train import Train
 from distill.section import Free, Section
 
 __all__ = [
+    "Adapter",
     "Architecture",
     "BenchmarkCard",
     "Eval",
     "Filter",
     "Generate",
     "LocalEngine",
+    "Lora",
+    "Qlora",
     "Recipe",
     "SamplingSettings",
     "StudentCard",

@@ -24,6 +24,7 @@ SHARED |= {
     "lock",
     "model_files",
     "models",
+    "objectives",
     "record",
     "section",
     "stage",

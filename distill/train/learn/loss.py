@@ -1,52 +1,53 @@
-"""The head and its loss, a few rows at a time: the logits of a batch are never all there.
+"""The head and its loss in blocks of rows: the logits of a batch never exist at the same time.
 
 A vocabulary has 150,000 entries, so a row's logits are twenty to fifty times as large as its hidden state: for 32,768
 supervised tokens 10 GB in bfloat16, and autograd keeps several copies. But a loss over tokens is a sum, and so are its
-gradients: for some rows at a time logits are made, turned into their own gradient in place, multiplied back into the
-gradients of hidden states and head, and forgotten. All of that happens in the forward pass, as the gradients are there
-already; the backward pass scales them. The three products are those that any implementation needs; a fourth, to make
-the logits again in the backward pass, is not.
+gradients: for one block of rows at a time the logits are computed, replaced by their own gradient in place, multiplied
+into the gradients of hidden states and head, and discarded. All of that happens in the forward pass; the backward pass
+only scales the gradients. The three matrix products are those that any implementation needs; a fourth one, to recompute
+the logits in the backward pass, is not needed.
 
-What the loss is, a function says that is given some rows' logits (`Criterion`): cross-entropy below, and what is learnt
-from a teacher's distributions in `train.objectives`.
+The loss itself is a function of a block's logits (`distill.objectives.Criterion`).
 
-Rejected: blocks of the vocabulary beside blocks of rows. They need the logits twice, and save memory that nobody
-misses: a block of rows is a few dozen megabytes.
+Rejected: blocks of the vocabulary in addition to blocks of rows. They need the logits twice, and save little memory: a
+block of rows is a few dozen megabytes.
 
 Shapes: s supervised tokens, r of them in a block, v vocabulary, d hidden.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-BLOCK = 1 << 26  # logits made at once: 128 MB in bfloat16
-PASS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of them in float32 at once; on a CPU they stay in its cache
+from distill.objectives import Criterion
 
-# Of the rows start … stop: given their logits [r, v] in float32, which it may overwrite, and whether a gradient is
-# wanted, it returns the sums of the loss's parts [parts], of which the first is what is differentiated, and writes
-# its gradient over the logits.
-Criterion = Callable[[Tensor, int, int, bool], Tensor]
+BLOCK = 1 << 26  # logits per block: 128 MB in bfloat16
+PASS = {"cpu": 1 << 20, "cuda": 1 << 24}  # logits in float32 at a time; on a CPU they stay in its cache
 
 
 def linear_loss(hidden_sd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, criterion: Criterion) -> Tensor:
-    """The sums of a criterion's parts over the rows of `hidden_sd` through a head, float32 [parts].
+    """The sums of a criterion's loss parts over the rows of `hidden_sd` through a head, float32 [parts].
 
-    Only the first has a gradient; the others are told, not learnt. Products run in the dtype of autocast, or else of
-    the hidden states; the sums over the vocabulary in float32.
+    Only the first part has a gradient. Matrix products run in the dtype of autocast, or of the hidden states without
+    it; sums over the vocabulary run in float32.
     """
     device = hidden_sd.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_sd.dtype
-    parts: Tensor = _LinearLoss.apply(hidden_sd, weight_vd, bias_v, criterion, dtype, torch.is_grad_enabled())
-    return parts
+    apply: Callable[..., Tensor] = _LinearLoss.apply
+    return apply(hidden_sd, weight_vd, bias_v, criterion, dtype, torch.is_grad_enabled())
+
+
+class _Context(FunctionCtx):
+    needs_input_grad: tuple[bool, ...]
+    gradients: list[Tensor | None] | None
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         hidden_sd: Tensor,
         weight_vd: Tensor,
         bias_v: Tensor | None,
@@ -90,15 +91,16 @@ class _LinearLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0][0]
         gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the graph is not kept for a second backward pass"
         return (*(None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in gradients), None, None, None)
 
 
 class Sum:
-    """Of some products, in float32 where there are several: many small ones would be lost in bfloat16. A GPU's products
-    add to it by themselves; on a CPU each is made apart."""
+    """A sum of matrix products, in float32 if there are several: bfloat16 would lose small addends. On a GPU a product
+    accumulates into it directly; on a CPU it is computed separately and added."""
 
     def __init__(self, products: int, like: Tensor) -> None:
         widened = products > 1 and like.dtype != torch.float32
@@ -108,6 +110,7 @@ class Sum:
         self._part = torch.empty_like(like) if widened and not self._widens else None
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
+        """Add a @ b."""
         if self._widens and self._empty:
             torch.mm(a, b, out_dtype=torch.float32, out=self.total)
         elif self._widens:
@@ -126,8 +129,8 @@ _scratch: dict[torch.dtype, Tensor] = {}
 
 
 def scratch(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Memory for the logits of a block. On a CPU it is kept: to be given new pages costs as much as filling them with
-    exponentials. A GPU's allocator keeps them by itself."""
+    """Memory for the logits of a block. On a CPU it is kept: getting new pages costs as much as filling them with
+    exponentials. A GPU's allocator caches memory itself."""
     if like.device.type != "cpu":
         return like.new_empty(rows, columns)
     kept = _scratch.get(like.dtype)
@@ -137,35 +140,20 @@ def scratch(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def in_passes(logits_rv: Tensor, first: int, criterion: Criterion, learning: bool) -> Tensor:
-    """The criterion's sums over a block of rows, whose logits become their gradient where `learning`."""
+    """The criterion's sums over a block of rows; with `learning` the logits are replaced by their gradient."""
     total: Tensor | None = None
     in_float = logits_rv.dtype == torch.float32
     for start, stop in blocks(len(logits_rv), logits_rv.shape[1], PASS[logits_rv.device.type]):
-        some_rv = logits_rv[start:stop] if in_float else logits_rv[start:stop].float()
-        sums = criterion(some_rv, first + start, first + stop, learning)
+        part_rv = logits_rv[start:stop] if in_float else logits_rv[start:stop].float()
+        sums = criterion(part_rv, first + start, first + stop, learning)
         total = sums if total is None else total + sums
         if learning and not in_float:
-            logits_rv[start:stop] = some_rv
+            logits_rv[start:stop] = part_rv
     assert total is not None
     return total
 
 
 def blocks(rows: int, columns: int, size: int) -> list[tuple[int, int]]:
-    """Ranges of rows of about `size` elements each, as equal as can be."""
+    """Ranges of rows with about `size` elements each, of equal length up to one row."""
     count = min(rows, max(1, -(-rows * columns // size)))
     return [(rows * i // count, rows * (i + 1) // count) for i in range(count)]
-
-
-def cross_entropy(targets_s: Tensor) -> Criterion:
-    """Σ −log p(target), in nats; its gradient is softmax − one-hot."""
-
-    def criterion(logits_rv: Tensor, start: int, stop: int, learning: bool) -> Tensor:
-        targets_r1 = targets_s[start:stop, None]
-        logits_rv.sub_(logits_rv.amax(1, keepdim=True))
-        target_r1 = logits_rv.gather(1, targets_r1)
-        sum_r1 = logits_rv.exp_().sum(1, keepdim=True)
-        if learning:
-            logits_rv.mul_(sum_r1.reciprocal()).scatter_add_(1, targets_r1, torch.full_like(sum_r1, -1.0))
-        return (sum_r1.log() - target_r1).sum()[None]
-
-    return criterion

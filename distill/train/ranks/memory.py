@@ -1,20 +1,20 @@
-"""How much memory a training takes on one device, by part, before it is begun.
+"""The memory that a training needs on one device, by part, estimated before it begins.
 
-Weights, gradients and the optimiser's state are counted. Activations are not guessed by a formula but found out: the
-very model is run with tensors that have shapes and no memory (torch's FakeTensor), once with one layer and once with
-two, and what autograd keeps for the backward pass is added up. The peak is the larger of two moments:
+Weights, gradients and the optimiser's state are counted. Activations are not estimated by a formula but measured: the
+model itself is run with tensors that have shapes and no memory (torch's FakeTensor), with one layer and with two, and
+the sizes of the tensors that autograd keeps for the backward pass are added up. The peak is the larger of two moments:
 
 - in the head's loss: the activations of all layers, a block of logits, and the head's gradient
 - at the end of the backward pass: all gradients, and the embedding's once more before it is added to the head's
 
-Not counted are fragmentation and what a library keeps for itself beyond `BASE`.
+Not counted are fragmentation, and the libraries' own memory beyond `BASE`.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import wraps
-from typing import Any
+from functools import update_wrapper
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -25,19 +25,24 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from distill.errors import UserError
 from distill.hardware import memory
 from distill.recipe import Recipe, Train
-from distill.train import attention, loss, methods
-from distill.train.data import TrainingSet
-from distill.train.methods import Dtypes, with_adapters
-from distill.train.world import Layout
+from distill.recipe.adapters import Lora, Qlora
+from distill.train.learn import attention, loss
+from distill.train.ranks.world import Layout
+from distill.train.rows.stored import TrainingSet
+from distill.train.student import methods
+from distill.train.student.methods import Dtypes, with_adapters
 
 BASE = {"cpu": 0.5e9, "cuda": 1.2e9}  # the process with its libraries; context, workspaces and NCCL's buffers
-NF4 = 0.516  # bytes a parameter: 4 bits, and scales quantised themselves in blocks of 256 (QLoRA, section 3)
+NF4 = 0.516  # bytes per parameter: 4 bits, and scales that are quantised in blocks of 256 (QLoRA, section 3)
 PROBE = 256  # tokens of the run without memory
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the peak. gathered: weights in the forward pass's dtype, beside those that are kept."""
+    """Bytes on one device at the peak. gathered: weights in the dtype of the forward pass, besides the stored ones."""
 
     weights: float
     gradients: float
@@ -48,48 +53,52 @@ class Memory:
     base: float
 
     def parts(self) -> list[tuple[str, float]]:
+        """(name, bytes) of each part."""
         return [(part.name, getattr(self, part.name)) for part in fields(self)]
 
     @property
     def total(self) -> float:
+        """Sum of all parts, bytes."""
         return sum(size for _, size in self.parts())
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model, in parameters."""
+    """Sizes of a model. layers: their number. layer, embedding, head: parameters of each, a tied head counted as 0.
+
+    width: of the hidden states. vocabulary: tokens.
+    """
 
     layers: int
     layer: int
-    embedding: int  # with a tied head, the head too
-    head: int  # 0 where it is tied
+    embedding: int
+    head: int
     width: int
     vocabulary: int
 
     @property
     def total(self) -> int:
+        """Parameters of the model."""
         return self.layers * self.layer + self.embedding + self.head + self.width
 
 
-_found: dict[tuple[str, ...], Any] = {}
+def once(function: Callable[Concatenate[PretrainedConfig, P], R]) -> Callable[Concatenate[PretrainedConfig, P], R]:
+    """Cache the results: the table of a plan asks the same few questions often."""
+    results: dict[tuple[str, ...], R] = {}
 
+    def cached(config: PretrainedConfig, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        key = (config.to_json_string(), *map(repr, args), *map(repr, kwargs.items()))
+        if key not in results:
+            results[key] = function(config, *args, **kwargs)
+        return results[key]
 
-def once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Remember the answers: the table of a plan asks the same few questions often."""
-
-    @wraps(function)
-    def remembered(config: PretrainedConfig, *others: Any) -> Any:
-        key = (function.__name__, config.to_json_string(), *map(repr, others))
-        if key not in _found:
-            _found[key] = function(config, *others)
-        return _found[key]
-
-    return remembered
+    update_wrapper(cached, function)
+    return cached
 
 
 @once
 def shape(config: PretrainedConfig) -> Shape:
-    """Counted on the model itself, without memory for it."""
+    """The sizes of a model, counted on the model itself, without memory for it."""
     one, two = (parameters(on_meta(config, layers)) for layers in (1, 2))
     embedding = config.vocab_size * config.hidden_size
     head = 0 if config.tie_word_embeddings else embedding
@@ -97,21 +106,22 @@ def shape(config: PretrainedConfig) -> Shape:
 
 
 def parameters(model: PreTrainedModel) -> int:
+    """Number of parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters())
 
 
 @once
-def adapters(config: PretrainedConfig, settings: Train) -> int:
-    """Trainable parameters of LoRA, of all layers."""
+def adapters(config: PretrainedConfig, adapter: Lora | Qlora) -> int:
+    """Trainable parameters of the adapters of all layers."""
     one, two = (
-        sum(p.numel() for p in with_adapters(on_meta(config, layers), settings).parameters() if p.requires_grad)
+        sum(p.numel() for p in with_adapters(on_meta(config, layers), adapter).parameters() if p.requires_grad)
         for layers in (1, 2)
     )
-    return one + (config.num_hidden_layers - 1) * (two - one)
+    return int(one + (config.num_hidden_layers - 1) * (two - one))
 
 
 def on_meta(config: PretrainedConfig, layers: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model with so many layers, its parameters on torch's meta device."""
+    """The model with this number of layers, its parameters on torch's meta device."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -123,8 +133,8 @@ def on_meta(config: PretrainedConfig, layers: int, dtype: torch.dtype = torch.fl
     return model
 
 
-def pretend(model: nn.Module) -> None:
-    """Give a model on the meta device tensors of the mode in force: of a device, and without memory."""
+def fake_parameters(model: nn.Module) -> None:
+    """Replace the parameters of a model on the meta device by tensors of the active FakeTensor mode, on a CPU."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, old in module.named_parameters(recurse=False):
@@ -135,7 +145,7 @@ def pretend(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes a token that autograd keeps: of every layer, and beside the layers."""
+    """Bytes per token that autograd keeps: for each layer, and outside the layers."""
 
     layer: float
     rest: float
@@ -143,6 +153,7 @@ class Activations:
 
 @once
 def activations(config: PretrainedConfig, settings: Train, dtypes: Dtypes) -> Activations:
+    """Measure the activations of a training with these settings."""
     kept = {
         (layers, tokens): saved_bytes(config, settings, dtypes, layers, tokens)
         for layers in (1, 2)
@@ -153,13 +164,13 @@ def activations(config: PretrainedConfig, settings: Train, dtypes: Dtypes) -> Ac
 
 
 def saved_bytes(config: PretrainedConfig, settings: Train, dtypes: Dtypes, layers: int, tokens: int) -> int:
-    """What autograd keeps of a forward pass of one row of so many tokens, the weights aside."""
+    """Bytes that autograd keeps of a forward pass of one row with this number of tokens, without the weights."""
     storages: dict[int, int] = {}
     model = on_meta(config, layers, dtypes.weights if dtypes.autocast else dtypes.compute)
-    if settings.method != "full":
-        with_adapters(model, settings)
+    if settings.adapter is not None:
+        with_adapters(model, settings.adapter)
     with FakeTensorMode(allow_non_fake_inputs=True):  # buffers are real
-        pretend(model)
+        fake_parameters(model)
         model.train()
         if settings.gradient_checkpointing:
             model.activation_checkpointing_enable()
@@ -169,7 +180,7 @@ def saved_bytes(config: PretrainedConfig, settings: Train, dtypes: Dtypes, layer
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
                 storages[storage._cdata] = storage.nbytes()
-            held.append(tensor)  # or its number would be given to another
+            held.append(tensor)  # else another tensor could get its number
             return tensor
 
         held: list[torch.Tensor] = []
@@ -198,30 +209,32 @@ def estimate(
     ranks: int = 1,
     device: str = "cpu",
 ) -> Memory:
-    """tokens, supervised: of the largest batch that a device takes at once."""
+    """The peak memory of one device. tokens, supervised: of the largest batch of a forward pass."""
     model = shape(config)
     shards = ranks if layout == "fsdp" else 1
     several_batches = settings.batches_per_step(ranks) > ranks
     half = 2 if dtypes.compute == torch.bfloat16 else 4
     head_size = model.vocabulary * model.width
-    if settings.method == "full":
+    full = settings.adapter is None
+    if settings.adapter is None:
         trained, weights = model.total, 4.0 * model.total
     else:
-        trained = adapters(config, settings)
+        trained = adapters(config, settings.adapter)
         frozen = NF4 * (model.total - model.embedding - model.head) + half * (model.embedding + model.head)
-        weights = (frozen if settings.method == "qlora" else float(half * model.total)) + 4 * trained
+        quantized = isinstance(settings.adapter, Qlora)
+        weights = (frozen if quantized else float(half * model.total)) + 4 * trained
     states = 2 if settings.optim == "adamw_8bit" else 8
 
     gradients = 4.0 * trained / shards * (2 if layout == "ddp" else 1)  # DDP's buckets
     gathered = 0.0
-    if layout == "fsdp":  # the layer that computes and the one that is fetched; the layer whose gradients are summed
+    if layout == "fsdp":  # the layer that computes, the one that is prefetched, the one whose gradients are reduced
         root = model.embedding + model.head
-        gathered = half * (2 * model.layer + root) + (4 * model.layer if settings.method == "full" else 0)
-    elif dtypes.autocast is not None and settings.method == "full":
-        gathered = float(half * model.layers * model.layer)  # casts, which autograd keeps
+        gathered = half * (2 * model.layer + root) + (4 * model.layer if full else 0)
+    elif dtypes.autocast is not None and full:
+        gathered = float(half * model.layers * model.layer)  # casts to the forward dtype, which autograd keeps
 
     whole = activations(config, settings.model_copy(update={"gradient_checkpointing": False}), dtypes)
-    if settings.gradient_checkpointing:  # one layer is computed again, with all that it keeps
+    if settings.gradient_checkpointing:  # one layer at a time is recomputed, with all its activations
         lean = activations(config, settings.model_copy(update={"activation_offloading": False}), dtypes)
         layers = 0 if settings.activation_offloading else model.layers
         kept = tokens * (layers * lean.layer + lean.rest + whole.layer)
@@ -229,12 +242,11 @@ def estimate(
         kept = tokens * (model.layers * whole.layer + whole.rest)
     block = min(supervised * model.vocabulary, loss.BLOCK) * half
     floats = min(supervised * model.vocabulary, loss.PASS[device]) * 4 * 2
-    learns = settings.method == "full"
     in_loss = block + floats + supervised * model.width * 8
-    apart = half == 2 and device == "cpu"  # a part of the sum, which a GPU adds by itself
-    in_loss += head_size * (6 if apart else 4) if learns else 0  # its gradient
+    separate = half == 2 and device == "cpu"  # a product is computed separately, which a GPU accumulates directly
+    in_loss += head_size * (6 if separate else 4) if full else 0  # its gradient
     in_loss += head_size * half if dtypes.autocast is not None else 0  # its cast
-    at_end = (block if device == "cpu" else 0) + (head_size * 8 if learns and not model.head else 0)
+    at_end = (block if device == "cpu" else 0) + (head_size * 8 if full and not model.head else 0)
     loss_moment = kept + in_loss + (gradients if several_batches else 0)
     end_moment = at_end + gradients
     if loss_moment >= end_moment:
@@ -253,7 +265,7 @@ def estimate(
 
 
 def check(recipe: Recipe, rows: TrainingSet, config: PretrainedConfig, processes: int) -> Layout:
-    """The layout that the recipe asks for, or the first that fits; a UserError where the training cannot fit at all.
+    """The layout that the recipe asks for, or the first that fits. Errors: UserError when the training cannot fit.
 
     On a CPU processes share the memory; on GPUs each has its own.
     """
@@ -269,17 +281,17 @@ def check(recipe: Recipe, rows: TrainingSet, config: PretrainedConfig, processes
         tried[layout] = estimate(config, settings, dtypes, tokens, supervised, layout, processes, device)
         if tried[layout].total <= room:
             return layout
-    layout, found = min(tried.items(), key=lambda item: item[1].total)
-    name, part = max(found.parts(), key=lambda item: item[1])
+    layout, needed = min(tried.items(), key=lambda item: item[1].total)
+    name, part = max(needed.parts(), key=lambda item: item[1])
     raise UserError(
-        f"training takes about {found.total / 1e9:,.1f} GB {'a GPU' if device == 'cuda' else 'of memory'} at its peak "
-        f"(most of it {name}: {part / 1e9:,.1f}), and {room / 1e9:,.1f} GB are there: see `distill plan` for what fits "
-        f"(train.method lora, gradient_checkpointing, a shorter max_length, more devices)"
+        f"training needs about {needed.total / 1e9:,.1f} GB {'per GPU' if device == 'cuda' else 'of memory'} at its "
+        f"peak ({part / 1e9:,.1f} GB of it for {name}), and {room / 1e9:,.1f} GB are available: `distill plan` shows "
+        f"what fits (train.adapter, gradient_checkpointing, a shorter max_length, more devices)"
     )
 
 
 def largest_batch(rows: TrainingSet, settings: Train) -> tuple[int, int]:
-    """(tokens, supervised tokens) of the largest batch that a device is given at once."""
+    """(tokens, supervised tokens) of the largest batch of a forward pass."""
     if settings.packing:
         size = settings.max_length * settings.per_device_train_batch_size
         share = rows.counts.supervised / rows.counts.tokens

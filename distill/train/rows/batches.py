@@ -1,14 +1,14 @@
 """Rows → batches without padding, and which rows make up which step.
 
-Rows are laid end to end; positions restart at 0 in each, and attention stays inside a row (`train.attention`). Nothing
-is padded, so nothing has to be masked as padding, and no pad token can be mistaken for an end token.
+Rows are concatenated; positions restart at 0 in each, and attention stays inside a row (`learn.attention`). Nothing is
+padded, so nothing has to be masked as padding, and no pad token can be mistaken for an end token.
 
-With `packing` a batch takes rows up to `max_length` tokens, chosen by best fit: every step then does about the same
-work, on every rank. Without it a batch takes a number of rows, as the field counts batches.
+With `packing` a batch holds rows up to `max_length` tokens, chosen by best fit: every step then has about the same
+cost, on every rank. Without it a batch holds a fixed number of rows, as is usual in the field.
 
-Which rows make up step k is a pure function of k and the seed (`Order`): resuming needs no state of a loader, every
-rank knows what the others do, and a row that made a loss explode is named after the fact. Rejected: a DataLoader with
-workers. Rows are token ids in a mapped file, and laying sixteen of them end to end costs microseconds.
+The rows of step k are a pure function of k and the seed (`Order`): resuming needs no loader state, every rank knows the
+batches of the others, and a row that made a loss explode can be named afterwards. Rejected: a DataLoader with workers.
+Rows are token ids in a mapped file, and concatenating sixteen of them takes microseconds.
 
 Shapes: t tokens of a batch, s supervised ones.
 """
@@ -18,35 +18,39 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-WINDOW = 8  # batches of a window in which rows are sorted by length: more makes batches more alike and shuffles less
-PACKED_WINDOW = 8192  # rows packed together: many enough to fill batches, few enough to mix them anew every epoch
+Numbers = npt.NDArray[np.int64]
+
+WINDOW = 8  # batches per window in which rows are sorted by length: more makes their lengths equal and shuffles less
+PACKED_WINDOW = 8192  # rows packed together: enough to fill batches well, few enough to mix differently every epoch
 
 
 @dataclass(frozen=True)
 class Row:
     """One conversation as token ids. `ids[prompt_tokens:]` is supervised: the completion and its end token.
 
-    source: which of the mixed sets it came from. place: of its first supervised token among those of all rows.
+    source: number of the mixed set it came from. place: index of its first supervised token among those of all rows.
     """
 
     key: tuple[str, int]
-    ids: np.ndarray  # int32 [length]
+    ids: npt.NDArray[np.int32]
     prompt_tokens: int
     source: int = 0
     place: int = 0
 
     @property
     def supervised(self) -> int:
+        """Number of supervised tokens."""
         return len(self.ids) - self.prompt_tokens
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows end to end. `targets_s[i]` is what the model must say at position `positions_s[i]`.
+    """Concatenated rows. `targets_s[i]` is the token to predict at position `positions_s[i]`.
 
-    lengths: tokens of each row, in their order. places_s: of the supervised tokens among those of all rows, for what is
+    lengths: tokens of each row, in order. places_s: indices of the supervised tokens among those of all rows, for data
     stored beside the ids, such as a teacher's log-probabilities.
     """
 
@@ -55,15 +59,16 @@ class Batch:
     positions_s: torch.Tensor  # int64, into [t]
     targets_s: torch.Tensor  # int64
     lengths: tuple[int, ...]
-    places_s: np.ndarray  # int64
+    places_s: Numbers  # int64
 
     def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on `device`."""
         names = ("input_ids_t", "position_ids_t", "positions_s", "targets_s")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Lay rows end to end and list the supervised positions. Position p predicts token p + 1 of the same row."""
+    """Concatenate rows and list the supervised positions. Position p predicts token p + 1 of the same row."""
     lengths = tuple(len(row.ids) for row in rows)
     starts = np.cumsum((0, *lengths))
     ids_t = np.concatenate([row.ids for row in rows]).astype(np.int64)
@@ -83,13 +88,13 @@ def collate(rows: Sequence[Row]) -> Batch:
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Pack items into bins of `capacity`: the longest first, each into the fullest bin that still takes it.
 
-    Best-fit decreasing (Johnson 1974) needs at most 11/9 of the fewest possible bins, and one more. Returns the item
-    numbers of each bin. The remaining rooms are bits of one integer, in which the smallest room that is enough is found
-    without looking at the bins: n items cost O(n · capacity / 64).
+    Best-fit decreasing (Johnson 1974) needs at most 11/9 of the optimal number of bins, plus one. Returns the item
+    numbers of each bin. The bins' free space is kept as bits of one integer, in which the smallest sufficient space is
+    found without scanning the bins: n items cost O(n · capacity / 64).
     """
     bins: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # room → bins that have just so much
-    rooms = 0  # bit r is set where some bin has room r
+    with_room: dict[int, list[int]] = {}  # free space → bins with exactly that much
+    rooms = 0  # bit r is set where a bin has free space r
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[item]
         assert 0 < length <= capacity, (length, capacity)
@@ -112,9 +117,9 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Batching:
-    """How rows become batches and batches become steps. per_step: batches of a step, on all ranks together.
+    """How rows become batches and batches become steps. per_step: batches per step, over all ranks.
 
-    packing: tokens of a batch's bins, or None: then batches are counted in rows.
+    packing: tokens per bin, of which a batch has batch_size; None: a batch has batch_size rows.
     """
 
     batch_size: int
@@ -124,13 +129,13 @@ class Batching:
 
 
 class Order:
-    """Which rows make up which optimiser step, for ever, from the seed alone.
+    """The rows of every optimiser step, from the seed alone.
 
-    Every epoch is a permutation of its own. Unpacked rows are sorted by length inside windows of a few batches, so that
-    the rows of a batch are of like length; then the batches are shuffled, so that lengths do not come in waves.
+    Every epoch is another permutation. Unpacked rows are sorted by length inside windows of a few batches, so that the
+    rows of a batch have similar lengths; then the batches are shuffled, so that lengths do not come in waves.
 
-    shares: how often an epoch sees the rows of each source (`Row.source`), by default once. Of 2.25, all rows twice,
-    and another quarter of them in every epoch: four epochs see each row nine times.
+    shares: how often an epoch sees the rows of each source (`Row.source`), by default once. With 2.25 an epoch sees all
+    rows twice and a quarter of them a third time, another quarter in each epoch: nine times in four epochs.
     """
 
     def __init__(
@@ -145,12 +150,13 @@ class Order:
         self.sources = np.zeros(len(lengths), dtype=np.int64) if sources is None else np.asarray(sources)
         self.shares = tuple(shares)
         self._epoch = lru_cache(maxsize=2)(self._batches)
-        self._starts = [0]  # the first step of every epoch that was asked for; packed epochs differ in their length
+        self._starts = [0]  # the first step of every epoch so far; packed epochs differ in their number of steps
 
     def step(self, number: int) -> list[list[int]]:
-        """The batches (lists of row indices) of optimiser step `number`, from 0. An epoch's last may have fewer.
+        """The batches (lists of row indices) of optimiser step `number`, from 0. The last step of an epoch may have
+        fewer.
 
-        The one with the most tokens comes first: ranks that take them in turns have about the same to do at a time.
+        The batch with the most tokens comes first: ranks that take batches in turns then have similar work at a time.
         """
         epoch = self.epoch_of(number)
         place = (number - self._starts[epoch]) * self.batching.per_step
@@ -164,7 +170,7 @@ class Order:
         return int(np.searchsorted(self._starts, number, side="right")) - 1
 
     def steps(self, epochs: float) -> int:
-        """Steps of so many epochs, a part of one rounded up."""
+        """Number of steps in this many epochs, a fraction of a step rounded up."""
         whole = int(epochs)
         while len(self._starts) <= whole:
             self._starts.append(self._starts[-1] + self._steps(len(self._starts) - 1))
@@ -181,8 +187,8 @@ class Order:
         draw.shuffle(batches)
         return batches
 
-    def _rows(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch, some of them several times where the shares say so."""
+    def _rows(self, epoch: int) -> Numbers:
+        """The rows of an epoch; some several times, as the shares demand."""
         parts = []
         for source, share in enumerate(self.shares):
             rows = np.flatnonzero(self.sources == source)
@@ -192,14 +198,14 @@ class Order:
             parts.append(turn[np.arange(first, last) % max(len(rows), 1)])
         return np.concatenate(parts)
 
-    def _sorted(self, order: np.ndarray) -> list[list[int]]:
+    def _sorted(self, order: Numbers) -> list[list[int]]:
         batches: list[list[int]] = []
         for window in cut(order, WINDOW * self.batching.batch_size):
             by_length = window[np.argsort(self.lengths[window], kind="stable")]
             batches.extend(batch.tolist() for batch in cut(by_length, self.batching.batch_size))
         return batches
 
-    def _packed(self, order: np.ndarray) -> list[list[int]]:
+    def _packed(self, order: Numbers) -> list[list[int]]:
         assert self.batching.packing is not None
         bins: list[list[int]] = []
         for window in cut(order, PACKED_WINDOW):
@@ -207,10 +213,11 @@ class Order:
             bins.extend([int(window[i]) for i in items] for items in packed)
         if self.batching.batch_size == 1:
             return bins
-        shuffled = np.random.default_rng(len(bins)).permutation(len(bins))  # or the emptiest bins share a batch
-        return [[row for i in some for row in bins[i]] for some in cut(shuffled, self.batching.batch_size)]
+        shuffled = np.random.default_rng(len(bins)).permutation(len(bins))  # else the emptiest bins share a batch
+        return [[row for i in group for row in bins[i]] for group in cut(shuffled, self.batching.batch_size)]
 
 
-def cut(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def cut(array: Numbers, size: int) -> Iterator[Numbers]:
+    """Consecutive pieces of `size` elements; the last may be shorter."""
     for start in range(0, len(array), size):
         yield array[start : start + size]

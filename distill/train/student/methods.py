@@ -1,12 +1,12 @@
-"""Which parameters are trained, and by what optimiser: full, LoRA, QLoRA.
+"""Which parameters are trained, and by which optimiser: all of them, or LoRA or QLoRA adapters.
 
-Full: float32 weights, and a forward pass that is autocast where the recipe says bfloat16: at learning rates near 1e-5
-an update is smaller than a bfloat16 weight's last bit and would be lost.
+All: float32 weights, and a forward pass under autocast if the recipe says bfloat16: at learning rates near 1e-5 an
+update is smaller than the last bit of a bfloat16 weight and would be lost.
 
-LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT: the base is frozen in the dtype of the forward pass, adapters of
+LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT: the base is frozen in the dtype of the forward pass; adapters of
 rank r beside its linear layers are float32 and trained. QLoRA (Dettmers et al. 2023, arXiv 2305.14314): the base in
-4-bit NF4 by bitsandbytes. What comes out is a plain model all the same: the adapters are merged into a base that is
-read again, unquantised, from the disk.
+4-bit NF4 by bitsandbytes. The student is a plain model in either case: the adapters are merged into the base, which is
+read from the disk again, unquantised.
 """
 
 import math
@@ -21,16 +21,18 @@ from transformers import PreTrainedModel
 from distill.errors import UserError
 from distill.hardware import multiplies_bfloat16
 from distill.recipe import Train
+from distill.recipe.adapters import Lora, Qlora
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-ADAM_BETA1, ADAM_EPSILON = 0.9, 1e-8  # nobody turns these
+ADAM_BETA1, ADAM_EPSILON = 0.9, 1e-8  # constants: nobody tunes these
 
 
 @dataclass(frozen=True)
 class Dtypes:
-    """weights: in which the base is held. compute: of the forward pass. autocast: the same, where it is another."""
+    """weights: dtype of the stored base. compute: of the forward pass. autocast: `compute`, if it differs from
+    `weights`, else None."""
 
     weights: torch.dtype
     autocast: torch.dtype | None
@@ -38,62 +40,64 @@ class Dtypes:
 
 
 def dtypes(settings: Train, device: torch.device, sharded: bool = False) -> Dtypes:
-    """A CPU without products of bfloat16 computes in float32 instead: exacter, and a hundred times faster there.
+    """The dtypes of a training. A CPU without bfloat16 matrix products computes in float32, a hundred times faster.
 
-    sharded: float32 parts are gathered in the dtype of the forward pass, and autocast has nothing left to do.
+    sharded: float32 shards are gathered in the dtype of the forward pass, so autocast is not needed.
     """
-    asked: torch.dtype = getattr(torch, settings.dtype)
-    compute = torch.float32 if device.type == "cpu" and not multiplies_bfloat16() else asked
-    weights = torch.float32 if settings.method == "full" else compute
+    requested: torch.dtype = getattr(torch, settings.dtype)
+    compute = torch.float32 if device.type == "cpu" and not multiplies_bfloat16() else requested
+    weights = torch.float32 if settings.adapter is None else compute
     return Dtypes(weights, None if sharded or compute == torch.float32 else compute, compute)
 
 
 def quantization(settings: Train) -> object | None:
-    """What `from_pretrained` is told about 4-bit weights, or None. Errors: UserError where bitsandbytes is missing."""
-    if settings.method != "qlora":
+    """The 4-bit configuration for `from_pretrained`, or None. Errors: UserError when bitsandbytes is missing."""
+    if not isinstance(settings.adapter, Qlora):
         return None
-    require_bitsandbytes("train.method is qlora")
+    require_bitsandbytes("train.adapter.kind is qlora")
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
+    config: object = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
     )
+    return config
 
 
 def require_bitsandbytes(why: str) -> None:
+    """Errors: UserError when bitsandbytes is not installed. why: the setting that needs it."""
     from transformers.utils import is_bitsandbytes_available
 
     if not is_bitsandbytes_available():
         raise UserError(f"{why}, which needs bitsandbytes: pip install 'distill[qlora]'")
 
 
-def with_adapters(model: PreTrainedModel, settings: Train) -> "PeftModel":
+def with_adapters(model: PreTrainedModel, adapter: Lora | Qlora) -> "PeftModel":
     """The model with trainable adapters beside its linear layers; everything else is frozen.
 
-    Errors: UserError where `lora_target_modules` names nothing in the model.
+    Errors: UserError when `target_modules` matches no layer of the model.
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = settings.lora_target_modules
+    targets = adapter.target_modules
     config = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         bias="none",
         task_type="CAUSAL_LM",
     )
     try:
-        with warnings.catch_warnings():  # PEFT asks transformers by a name that goes with its version 6
+        with warnings.catch_warnings():  # PEFT uses a name that transformers 6 will remove
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
             adapted = get_peft_model(model, config)
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(
-            f"train.lora_target_modules {list(targets)} names no module of the student; it has {', '.join(linear)}"
+            f"train.adapter.target_modules {list(targets)} matches no layer of the student; it has {', '.join(linear)}"
         ) from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -102,7 +106,7 @@ def with_adapters(model: PreTrainedModel, settings: Train) -> "PeftModel":
 
 
 def optimizer(learner: nn.Module, settings: Train) -> torch.optim.Optimizer:
-    """AdamW on what is trained; weight decay on matrices only: gains and biases have no direction to shrink along."""
+    """AdamW on the trained parameters, with weight decay on matrices only: gains and biases are scales, not maps."""
     parameters = [p for p in learner.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -120,7 +124,7 @@ def optimizer(learner: nn.Module, settings: Train) -> torch.optim.Optimizer:
 
 
 def start_adapters(model: nn.Module) -> None:
-    """Initialise adapters whose memory is new, as PEFT does: A by Kaiming, B zero, so that it begins at the base."""
+    """Initialise adapters in new memory as PEFT does: A by Kaiming, B zero, so that training begins at the base."""
     for name, module in model.named_modules():
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))

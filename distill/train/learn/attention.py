@@ -1,11 +1,11 @@
-"""Attention inside the rows of a batch whose rows lie end to end, as an attention implementation of transformers.
+"""Attention inside the rows of a batch of concatenated rows, as an attention implementation of transformers.
 
-On a GPU in half precision this is FlashAttention for rows of different lengths, which torch brings along. Elsewhere
-rows of like length are padded to a small batch, and torch's causal attention runs on each such batch: it never computes
-a score between two rows, while a block-diagonal mask computes all of them and throws most away.
+On a GPU in half precision this is FlashAttention for sequences of different lengths, which torch includes. Elsewhere
+rows of similar length are padded to a small batch, and torch's causal attention runs on each such batch: it computes no
+scores between rows, whereas a block-diagonal mask computes all of them and discards most.
 
-The rows reach the layers as the keyword `rows` of the model's forward pass. No mask is made: transformers makes none
-for an implementation it does not know.
+The rows reach the layers as the keyword `rows` of the model's forward pass. There is no mask: transformers makes none
+for an implementation that it does not know.
 
 Shapes: t tokens of all rows, h query heads, g key heads, c channels of a head; b rows of a group, w tokens of its
 longest.
@@ -14,8 +14,7 @@ longest.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 NAME = "distill_rows"
-ALIKE = 0.8  # the shortest row of a group has at least this share of its longest: padding costs more than a call
+SIMILAR = 0.8  # a group's shortest row has at least this share of its longest: below, padding costs more than a call
 
 
 @dataclass(frozen=True)
@@ -40,26 +39,28 @@ class Group:
 
 
 class Rows:
-    """Where the rows of a batch lie. lengths: tokens of each, in their order."""
+    """The boundaries of the rows of a batch. lengths: tokens of each, in order."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths, self.device = tuple(lengths), device
 
     @cached_property
     def offsets(self) -> Tensor:
-        """int32 [rows + 1] on the device."""
+        """Start of each row and the end of the last, int32 [rows + 1], on the device."""
         return torch.tensor(np.cumsum((0, *self.lengths)), dtype=torch.int32, device=self.device)
 
     @cached_property
     def longest(self) -> int:
+        """Tokens of the longest row."""
         return max(self.lengths)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
+        """Neighbouring rows of similar length."""
         made: list[Group] = []
         start, together = 0, [self.lengths[0]]
         for length in self.lengths[1:]:
-            if min(length, *together) < ALIKE * max(length, *together):
+            if min(length, *together) < SIMILAR * max(length, *together):
                 made.append(self._group(start, together))
                 start, together = made[-1].stop, []
             together.append(length)
@@ -70,7 +71,7 @@ class Rows:
         if rows * width == total:
             return Group(start, start + total, rows, width, None, None)
         begins = np.cumsum([0, *lengths[:-1]])
-        # A padded position repeats the row's last token; it comes after all of the row's own, and none attends to it.
+        # Padding repeats the row's last token; it comes after all tokens of the row, so none of them attends to it.
         gather = np.concatenate([b + np.minimum(np.arange(width), n - 1) for b, n in zip(begins, lengths, strict=True)])
         scatter = np.concatenate([i * width + np.arange(n) for i, n in enumerate(lengths)])
         return Group(
@@ -89,10 +90,11 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
-    """query: [1, h, t, c]; key, value: [1, g, t, c]. Returns [1, t, h, c], and no weights."""
-    assert attention_mask is None and query.shape[0] == 1, "rows lie end to end in one sequence"
+    """Causal attention inside each row. query: [1, h, t, c]; key, value: [1, g, t, c]. Returns [1, t, h, c], and no
+    attention weights."""
+    assert attention_mask is None and query.shape[0] == 1, "rows are concatenated in one sequence"
     assert not sliding_window or sliding_window >= rows.longest, (
         "students with a sliding window are refused at the gate"
     )
@@ -106,26 +108,27 @@ def attend(
 
 
 def flash(q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, rows: Rows, scaling: float | None) -> Tensor:
+    """By torch's FlashAttention for sequences of different lengths. Returns [t, h, c]."""
     from torch.nn.attention.varlen import varlen_attn
 
     at, longest = rows.offsets, rows.longest
-    options: dict[str, Any] = {
-        "scale": scaling,
-        "window_size": (-1, 0),
-    }  # to the left without end, to the right nothing
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # older versions need not be asked
-        options["enable_gqa"] = True
-    out_thc = varlen_attn(q_thc, k_tgc, v_tgc, at, at, longest, longest, **options)
+    attention = varlen_attn
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # older versions always accept grouped heads
+        attention = partial(varlen_attn, enable_gqa=True)
+    causal = (-1, 0)  # all tokens to the left, none to the right
+    out_thc = attention(q_thc, k_tgc, v_tgc, at, at, longest, longest, scale=scaling, window_size=causal)
     assert isinstance(out_thc, Tensor)
     return out_thc
 
 
 def grouped(q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, group: Group, scaling: float | None, dropout: float) -> Tensor:
+    """By torch's scaled dot-product attention on the group as a padded batch. Returns the group's tokens [·, h, c]."""
+
     def batch(x_thc: Tensor) -> Tensor:
         x_thc = x_thc[group.start : group.stop]
         if group.gather is not None:
             x_thc = x_thc.index_select(0, group.gather)
-        return x_thc.unflatten(0, (group.rows, group.width)).transpose(1, 2)
+        return x_thc.reshape(group.rows, group.width, *x_thc.shape[1:]).transpose(1, 2)
 
     out_bhwc = F.scaled_dot_product_attention(
         batch(q_thc), batch(k_tgc), batch(v_tgc), dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
