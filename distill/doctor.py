@@ -16,8 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from distill import __version__, catalog
-from distill.backends.local import device_type
+from distill.backends.device import device_type
 from distill.console import say, table
+from distill.engine.families import FAMILIES
 from distill.hardware import Machine, disk_rate, gpu_memory, memory_bandwidth, product_rate, this_machine
 from distill.recipe import TeacherCard
 
@@ -27,8 +28,6 @@ USABLE = 0.9  # share of the available memory that weights may take; the rest is
 ASSUMED_DISK = 1e9  # bytes a second, where no weights lie on this machine to try it with
 BATCHES = (1, 8, 64)
 SMALL = 1e8  # parameters; below, making calls takes the time, and neither limit says anything
-DENSE = ("llama", "qwen2", "qwen3")
-WEIGHT_BYTES = {"deepseek_v3": 1, "deepseek_v32": 1, "deepseek_v2": 2, **dict.fromkeys(DENSE, 2)}  # FP8 or bfloat16
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
 
@@ -117,9 +116,9 @@ def _weights_file(teacher: str) -> Path | None:
 
 def _row(card: TeacherCard, file: Path | None, limits: Limits, machine: Machine) -> tuple[str, ...]:
     total, active = card.parameters * 1e9, card.active_parameters * 1e9
-    size = total * WEIGHT_BYTES[card.family]
+    size = total * FAMILIES[card.family].published_bytes
     where = "in memory" if size <= limits.memory else f"{1 - limits.memory / size:.0%} {limits.elsewhere}"
-    if size > limits.memory and card.family in DENSE:
+    if size > limits.memory and not FAMILIES[card.family].has_experts:
         where = "too large for memory"
     elif size > limits.memory and file is None and size > machine.disk:
         where = "too large for the disk"

@@ -48,9 +48,9 @@ class Recipe(Section):
     description: Annotated[str, Free] = Field("", description="one line for `distill recipes list`")
     teacher: str = Field(description="name of a teacher card, or a path")
     student: str = Field(description="name of a student card, or a path")
-    seed: int = Field(0, description="of the teacher's sampling")
+    seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed of the teacher's sampling")
     price_per_hour: Annotated[float | None, Free] = Field(
-        None, ge=0, description="what an hour of the machine costs; the report then says what each stage did"
+        None, ge=0, description="price of an hour of the machine; the report then has the cost of each stage"
     )
     prompts: tuple[PromptSource, ...] = Field((), description="where the problems come from")
     traces: tuple[TraceSource, ...] = Field((), description="published traces, instead of asking the teacher")
