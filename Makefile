@@ -11,7 +11,7 @@ NATIVE := $(wildcard $(addprefix distill/engine/kernels/native/,*.cpp *.h isa/*.
 INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(NATIVE)
 SOURCES := $(wildcard distill tests tools perf cli.py setup.py)
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow lint format docs clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -35,6 +35,9 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/clang-format -i $(NATIVE)
+
+docs: .venv/installed-dev # into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean: # not runs/: what was computed is the user's
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -10,19 +10,20 @@ A registry in code was rejected: a folder listing cannot go stale.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from distill import model_files
 from distill.config import did_you_mean, parse, read_yaml
 from distill.errors import UserError
-from distill.prompts import load_prompts
+from distill.prompts import PromptCounts, load_prompts
 from distill.recipe import BenchmarkCard, Recipe, StudentCard, TeacherCard
+from distill.recipe.sources import PromptSource
 from distill.section import Section
 
 Kind = Literal["recipe", "teacher", "student", "benchmark"]
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 S = TypeVar("S", bound=Section)
 
 MODELS: dict[Kind, type[Section]] = {
@@ -31,7 +32,7 @@ MODELS: dict[Kind, type[Section]] = {
     "student": StudentCard,
     "benchmark": BenchmarkCard,
 }
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a model repository, what is read here
+OTHER_SIZE = 1.1  # a card may round its parameters; a factor above this is another model
 
 
 def folder(kind: Kind) -> Path:
@@ -94,7 +95,8 @@ def _load(model: type[S], kind: Kind, name_or_path: str, overrides: Sequence[str
     if overrides:
         return parse(model, read_yaml(path), str(path), overrides)
     about = path.stat()
-    return _parsed(model, path, (about.st_mtime_ns, about.st_size))
+    card: S = _parsed(model, path, (about.st_mtime_ns, about.st_size))
+    return card
 
 
 @cache
@@ -104,47 +106,88 @@ def _parsed(model: type[S], path: Path, stamp: tuple[int, int]) -> S:
 
 
 def check(kind: Kind, name_or_path: str) -> list[str]:
-    """Read the entry and everything it names; `UserError` at the first mistake. Returns what is legal but doubtful."""
+    """Read the entry and everything it names. Returns what is legal but doubtful.
+
+    Errors: UserError at the first mistake.
+    """
     if kind == "recipe":
         return check_recipe(load_recipe(name_or_path), prompts=True)
     card = load(kind, name_or_path)
     if isinstance(card, TeacherCard | StudentCard):
-        _check_weights("teacher" if isinstance(card, TeacherCard) else "student", name_or_path)
+        return _check_weights("teacher" if isinstance(card, TeacherCard) else "student", name_or_path)
     if isinstance(card, BenchmarkCard) and card.prompts.kind == "file":
-        for _ in load_prompts([card.prompts]):
-            pass
+        return _check_prompts([card.prompts])
     return []
 
 
-def _check_weights(kind: Literal["teacher", "student"], name_or_path: str) -> None:
-    """UserError when weights that lie on this machine are incomplete; those of the hub are not looked for."""
+def _check_weights(kind: Literal["teacher", "student"], name_or_path: str) -> list[str]:
+    """Notes about weights on this machine; those of the hub are not looked for.
+
+    Errors: UserError when they are incomplete, or the card says something else of them than their config.json.
+    """
     card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
-    if _local_weights(card, find(kind, name_or_path)):
-        resolve_weights(kind, name_or_path)
+    card_file = find(kind, name_or_path)
+    if (directory := _local_weights(card, card_file)) is None:
+        return []
+    resolve_weights(kind, name_or_path)
+    config = model_files.read_object(directory / "config.json")
+    claims: dict[str, tuple[object, object]] = {"family": (card.family, config.get("model_type", card.family))}
+    if isinstance(card, StudentCard) and card.architecture is not None:
+        for key, value in card.architecture.model_dump(exclude_none=True, exclude_unset=True).items():
+            claims[f"architecture.{key}"] = (value, config.get(key, value))
+    wrong = [f"{key} is {said}, and {there} there" for key, (said, there) in claims.items() if said != there]
+    if wrong:
+        raise UserError(
+            f"{card_file} contradicts {directory / 'config.json'}: {'; '.join(wrong)}; correct the card, or point "
+            f"`weights` at the model that it describes"
+        )
+    return [f"{card.name}: {note}" for note in _doubts(card, directory, config)]
+
+
+def _doubts(card: TeacherCard | StudentCard, directory: Path, config: Mapping[str, object]) -> list[str]:
+    notes = []
+    longest = config.get("max_position_embeddings")
+    if isinstance(longest, int) and card.context > longest:
+        notes.append(f"context is {card.context:,}, and max_position_embeddings {longest:,} in its config.json")
+    if isinstance(card, StudentCard):
+        count = model_files.parameters(directory)
+        if count and not 1 / OTHER_SIZE < card.parameters * 1e9 / count < OTHER_SIZE:
+            notes.append(f"parameters is {card.parameters:g} billion, and its files hold {count / 1e9:.3g} billion")
+    return notes
+
+
+def _check_prompts(sources: Sequence[PromptSource]) -> list[str]:
+    """Read every row of the sources; notes about what may not be meant. Errors: UserError."""
+    counts = PromptCounts()
+    for _ in load_prompts(sources, counts):
+        pass
+    return counts.notes()
 
 
 def check_recipe(
     recipe: Recipe, weights: Sequence[Literal["teacher", "student"]] = ("teacher", "student"), prompts: bool = False
 ) -> list[str]:
-    """Look at what a recipe names: cards, `weights` as far as they lie on this machine, every row of prompt files.
+    """Look at what a recipe names: cards, `weights` as far as they are on this machine, every row of prompt files.
 
-    Returns what is legal but doubtful. Raises UserError at the first mistake.
+    Returns what is legal but doubtful. Errors: UserError at the first mistake.
     """
     teacher, student = load_teacher(recipe.teacher), load_student(recipe.student)
+    notes = []
     for kind in weights:
-        _check_weights(kind, recipe.teacher if kind == "teacher" else recipe.student)
+        notes += _check_weights(kind, recipe.teacher if kind == "teacher" else recipe.student)
     for name in recipe.eval.benchmarks:
         load_benchmark(name)
     if prompts:
-        for _ in load_prompts([source for source in recipe.prompts if source.kind == "file"]):
-            pass
-    notes = []
+        notes += _check_prompts([source for source in recipe.prompts if source.kind == "file"])
     if recipe.generate.sampling.max_new_tokens >= teacher.context:
         notes.append(f"generate.sampling.max_new_tokens fills {teacher.name}'s whole context of {teacher.context}")
     if recipe.train.max_length > (recipe.train.max_position_embeddings or student.context):
         notes.append(f"train.max_length is past the context of {student.context} that {student.name} declares")
     if teacher.thinking is False and recipe.filter.format:
-        notes.append(f"filter.format drops all that {teacher.name} writes: without thinking there is no <think> block")
+        notes.append(
+            f"filter.format drops every trace of {teacher.name}: without thinking it writes no <think> block; set "
+            f"filter.format to null"
+        )
     return notes
 
 
@@ -159,93 +202,41 @@ def training_template(recipe: Recipe) -> str | None:
 def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> Path:
     """The local directory with a card's config.json and safetensors; a hub id is downloaded first.
 
-    `UserError` names the file that is missing. Nothing is read but the shard index: what is in the files is for the
-    engine to judge.
+    Errors: UserError naming the file that is missing, or of a kind that is not read (`distill.model_files`).
     """
     card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
     card_file = find(kind, name_or_path)
     directory = _local_weights(card, card_file)
     if directory is None:
         directory = _download(card.weights, card.revision, kind, name_or_path)
-    missing = _missing_file(directory)
-    if missing:
-        raise UserError(f"{missing} is missing: the weights of {kind} {card.name} ({card_file}) are not complete")
+    if problem := model_files.first_problem(directory):
+        raise UserError(f"{problem}: the weights of {kind} {card.name} ({card_file}) are not complete")
     return directory
 
 
 def _local_weights(card: TeacherCard | StudentCard, card_file: Path) -> Path | None:
     """The directory that `weights` names, or None for a hub id: `owner/name` where no such directory exists."""
-    directory = (card_file.parent / Path(card.weights).expanduser()).resolve()
-    if directory.is_dir():
-        return directory
-    if HUB_ID.fullmatch(card.weights):
-        return None
-    raise UserError(
-        f"{card_file}: weights: no directory {directory}; set it to a directory or to a hub id (owner/name)"
-    )
+    try:
+        return model_files.find_directory(card.weights, card_file.parent)
+    except UserError as error:
+        raise UserError(f"{card_file}: weights: {error}") from error
 
 
 def local_weights(kind: Literal["teacher", "student"], name_or_path: str) -> Path | None:
-    """The directory of a card's weights, or None for a hub id. UserError for a directory that is not there."""
+    """The directory of a card's weights, or None for a hub id. Errors: UserError when there is no such directory."""
     card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
     return _local_weights(card, find(kind, name_or_path))
 
 
-def model_directory(name: str) -> Path:
-    """A model directory, or the one of a hub id, downloaded. UserError where there is none, or a file is missing."""
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
-        if not HUB_ID.fullmatch(name) or directory.is_absolute():
-            raise UserError(f"{name}: no such model directory; give one, a hub id (owner/name), or a server's address")
-        reason = download(name, None)
-        if isinstance(reason, str):
-            raise UserError(f"{name} is no directory here, and as a hub id it is not on this machine: {reason}")
-        directory = reason
-    if missing := _missing_file(directory):
-        raise UserError(f"{missing} is missing: {name} is not a complete model directory")
-    return directory
-
-
-def _missing_file(directory: Path) -> Path | None:
-    if not (directory / "config.json").is_file():
-        return directory / "config.json"
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index}: not a safetensors index (JSON with a weight_map); download it again") from None
-        return next((directory / shard for shard in shards if not (directory / shard).is_file()), None)
-    return None if any(directory.glob("*.safetensors")) else directory / "model.safetensors"
-
-
-def download(repo: str, revision: str | None) -> Path | str:
-    """The directory of a model on the hub, or why it cannot be had."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
-    except GatedRepoError:
-        return "accept its licence on the hub and run `hf auth login`"
-    except OfflineModeIsEnabled:
-        return "HF_HUB_OFFLINE is set: unset it"
-    except EntryNotFoundError:
-        return "there is no connection to the hub: connect"
-    except HfHubHTTPError as error:
-        return str(error).split("\n", maxsplit=1)[0]
-
-
 def _download(repo: str, revision: str | None, kind: Kind, name: str) -> Path:
-    fix = download(repo, revision)
-    if isinstance(fix, Path):
-        return fix
+    place = model_files.download(repo, revision)
+    if isinstance(place, Path):
+        return place
     card_file = find(kind, name)
-    own = folder(kind) not in card_file.resolve().parents
-    place = f"set weights: in {card_file} to their directory"
-    if not own:
-        place = f"`distill {kind}s copy {name} my-{kind}.yaml`, set weights: there, and name that file as the {kind}"
-    raise UserError(f"the weights {repo} are not on this machine: {fix}; or download them elsewhere, and {place}")
+    fix = f"set `weights:` in {card_file} to their directory"
+    if folder(kind) in card_file.resolve().parents:
+        fix = f"`distill {kind}s copy {name} my-{kind}.yaml`, set `weights:` there, and name that file as the {kind}"
+    raise UserError(f"the weights {repo} are not on this machine: {place}; or download them elsewhere, and {fix}")
 
 
 # ---- copies for the user to edit

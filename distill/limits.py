@@ -11,7 +11,7 @@ below what a small machine cannot take. They are constants and not settings: who
 
 ROW_BYTES = 64 << 20  # of one JSONL line, or of the text in one Parquet row
 JSON_DEPTH = 100  # brackets inside one another, in a row or in JSON kept as text in a column
-BATCH_BYTES = 64 << 20  # of Parquet rows decoded together
+BATCH_ROWS = 32  # of Parquet decoded together: a row has at most ROW_BYTES of text
 
 YAML_BYTES = 4 << 20  # of a recipe, a card or one `--set` value
 YAML_NODES = 100_000  # values in it, an alias counting for everything that it repeats

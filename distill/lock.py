@@ -72,3 +72,18 @@ def locked(directory: Path, option: str = "--out") -> Iterator[None]:
     finally:
         (directory / NAME).unlink(missing_ok=True)
         release(descriptor)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether another process works in a directory. Takes nothing: the answer may be old when it is read."""
+    try:
+        descriptor = os.open(directory / NAME, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

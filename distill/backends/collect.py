@@ -38,25 +38,25 @@ def collect(
 
     suffix: text added to the last message of what the model is asked; the stored prompt stays as it was.
     """
-    asked: dict[str, Prompt] = {}
+    prompts: dict[str, Prompt] = {}
 
     def with_suffix() -> Iterator[Job]:
         for job in jobs:
-            asked[job.prompt.id] = job.prompt
-            yield Job(_ask(job.prompt, suffix), job.samples)
+            prompts[job.prompt.id] = job.prompt
+            yield Job(asked(job.prompt, suffix), job.samples)
 
     for done in backend.complete(with_suffix(), sampling, seed):
-        store.append([_trace(done, asked[done.prompt.id], seed, teacher)])
+        store.append([_trace(done, prompts[done.prompt.id], seed, teacher)])
         advance(1)
 
 
 def check_all(backend: Backend, jobs: Iterable[Job], sampling: Sampling, suffix: str = "") -> None:
     """UserError where a job could never be completed: before any work, not in the middle of it."""
-    backend.check((_ask(job.prompt, suffix) for job in jobs), sampling)
+    backend.check((asked(job.prompt, suffix) for job in jobs), sampling)
 
 
-def _ask(prompt: Prompt, suffix: str) -> Prompt:
-    """What the model is asked. Some copies of a benchmark end their questions with the request already."""
+def asked(prompt: Prompt, suffix: str) -> Prompt:
+    """The prompt as a model reads it: with the suffix, which some copies of a benchmark have in their questions."""
     *before, last = prompt.messages
     if not suffix or last["content"].rstrip().endswith(suffix.strip()):
         return prompt

@@ -1,4 +1,4 @@
-"""`distill eval`: scores of a recipe's models, or of one model; two evaluations side by side."""
+"""`distill eval`: scores of a recipe's models, or of one model; the comparison of two evaluations."""
 
 import json
 import os
@@ -17,6 +17,7 @@ class _ScoreFirst(TyperGroup):
     """`distill eval RECIPE` is `distill eval score RECIPE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `score` before arguments that name no command."""
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
             args = ["score", *args]
         return super().parse_args(ctx, args)
@@ -47,20 +48,31 @@ def score(
         typer.Option("--model", metavar="PATH|URL", help="a model directory, a hub id, or an OpenAI-compatible server"),
     ] = None,
     benchmark: Annotated[
-        list[str] | None, typer.Option("--benchmark", metavar="NAME", help="from the catalog, or a card; repeatable")
+        list[str] | None,
+        typer.Option("--benchmark", metavar="NAME", help="a name from the catalog, or a path; repeatable"),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where samples and scores go")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="directory for samples and scores")] = None,
     name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="of the model on the server, or for its scores")
+        str | None,
+        typer.Option("--name", metavar="NAME", help="the model's name on the server, or a name for its scores"),
     ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="answers per problem; the card's")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="problems at most")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="answers per problem; default: the card's")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="maximum number of problems")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="maximum tokens per answer; default: the card's")
+    ] = None,
     source: Annotated[
         list[str] | None,
-        typer.Option("--source", metavar="NAME=FILE", help="read a benchmark from a .jsonl or .parquet; repeatable"),
+        typer.Option(
+            "--source",
+            metavar="NAME=FILE",
+            help="read a benchmark's problems from a .jsonl or .parquet file; repeatable",
+        ),
     ] = None,
     published: Annotated[
-        str | None, typer.Option("--published", metavar="MODEL", help="set its published scores beside these")
+        str | None, typer.Option("--published", metavar="MODEL", help="compare with the published scores of this model")
     ] = None,
 ) -> None:
     """Score the base, the student and the teacher of a recipe, or one model without a recipe.
@@ -69,12 +81,14 @@ def score(
     aime-2024 --samples 16 --out scores`
     """
     alone = {"--benchmark": benchmark, "--out": out, "--name": name, "--samples": samples, "--limit": limit}
-    alone |= {"--source": source, "--published": published}
+    alone |= {"--max-new-tokens": max_new_tokens, "--source": source, "--published": published}
     if recipe is not None:
         if model is not None:
-            raise UserError("a recipe names its models: give either RECIPE or --model")
+            raise UserError("a recipe names its models; give either RECIPE or --model")
         if given := [flag for flag, value in alone.items() if value is not None]:
-            raise UserError(f"{given[0]} goes with --model and without a recipe; a recipe has it under `eval:` (--set)")
+            raise UserError(
+                f"{given[0]} needs --model; with a recipe, set the key under `eval:` (--set eval.KEY=VALUE)"
+            )
         run_stages(recipe, [StageName.eval], set_, run_dir, fresh, verify)
         return
     missing = [flag for flag, value in (("--model", model), ("--benchmark", benchmark), ("--out", out)) if not value]
@@ -84,17 +98,27 @@ def score(
             f"`distill eval score --help`"
         )
     if run_dir is not None or fresh or verify:
-        raise UserError("--run-dir, --fresh and --verify go with a recipe; --out DIR is where a model's scores go")
+        raise UserError(
+            "--run-dir, --fresh and --verify need a recipe; with --model, --out is the directory for its scores, and "
+            "damaged files in it are always made again"
+        )
     from distill.config import parse
     from distill.eval import evaluate_model
     from distill.recipe import Eval, LocalEngine
 
     sources = dict(_pair(item) for item in source or ())
-    values = {"benchmarks": benchmark, "samples": samples, "limit": limit, "published": published, "sources": sources}
+    values = {
+        "benchmarks": benchmark,
+        "samples": samples,
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "published": published,
+        "sources": sources,
+    }
     overrides = [item.removeprefix("eval.") for item in set_ or () if not item.startswith("engine.")]
     engine = [item.removeprefix("engine.") for item in set_ or () if item.startswith("engine.")]
-    asked = parse(Eval, values, "--model", overrides)
-    evaluate_model(model, name, asked, parse(LocalEngine, {}, "--model", engine), out, os.environ.get("OPENAI_API_KEY"))
+    settings, local = parse(Eval, values, "--model", overrides), parse(LocalEngine, {}, "--model", engine)
+    evaluate_model(model, name, settings, local, out, os.environ.get("OPENAI_API_KEY"))
     print(out)
 
 
@@ -108,25 +132,26 @@ def _pair(item: str) -> tuple[str, str]:
 @group.command("compare")
 def compare(
     first: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or the --out of an evaluation")],
-    second: Annotated[Path, typer.Argument(metavar="RUN", help="another; or the same, with --models")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="a second one, or the same with --models")],
     models: Annotated[
-        str | None, typer.Option("--models", metavar="A,B", help="which model of each; the student of a run by default")
+        str | None, typer.Option("--models", metavar="A,B", help="one model of each; default: the student")
     ] = None,
     json_: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write the comparison there, too")
+        Path | None, typer.Option("--json", metavar="FILE", help="also write the comparison to this file")
     ] = None,
 ) -> None:
-    """Compare two models on the problems that both answered: the difference, its interval, and which ones flipped.
+    """Compare two models on the problems that both answered: the difference, its interval, and which problems flipped.
 
     Examples: `distill eval compare runs/a runs/b` · `distill eval compare runs/a runs/a --models student,base`
     """
-    from distill.eval.compare import compare_evaluations, questions, show
+    from distill.durable import write_whole
+    from distill.eval.compare import compare_evaluations, questions_of, show
 
     names = (models or ",").split(",")
     if len(names) != 2:
-        raise UserError(f"--models {models}: name two, separated by a comma, as student,base")
+        raise UserError(f"--models {models}: give two names separated by a comma, such as student,base")
     rows = compare_evaluations(first, second, (names[0] or None, names[1] or None))
     if json_:
-        json_.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n", encoding="utf-8")
-    flipped = {key for row in rows for key in (*row.gained, *row.lost)}
-    show(rows, questions((first, second), flipped))
+        write_whole(json_, json.dumps([row.to_json() for row in rows], indent=2) + "\n")
+    flipped = {prompt for row in rows for prompt in (*row.gained, *row.lost)}
+    show(rows, questions_of((first, second), flipped))

@@ -14,7 +14,14 @@ Model = type[BaseModel]
 
 # A key of an earlier version, without list indices → what to write now, as the end of a sentence. It answers an unknown
 # key, and a key whose value became a mapping of keys.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "filter.min_tokens": "filter.length: {min_tokens: …}",
+    "filter.max_tokens": "filter.length: {max_tokens: …}",
+    "filter.per_prompt": "filter.select: {per_prompt: …}",
+    "filter.select": "filter.select: {per_prompt: …, order: …}",
+    "filter.grade_timeout": "filter.correct: {timeout: …}",
+    "filter.workers": "filter.correct: {workers: …}",
+}
 
 SHOWN = 60  # characters of a wrong value or key in a message
 PROBLEMS = 10  # named in one message

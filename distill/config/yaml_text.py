@@ -156,6 +156,10 @@ def dump_yaml(data: object) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+SHOWN = 300  # characters of a user's text in a message
+
+
 def one_line(value: object) -> str:
-    """A text with every run of white space as one space."""
-    return " ".join(str(value).split())
+    """The value's text on one line, cut where it is longer than `SHOWN` characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

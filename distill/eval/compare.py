@@ -1,136 +1,164 @@
 """Two models that answered the same problems: the difference, how sure it is, and which problems flipped.
 
-Reads what evaluations left: `RUN/eval/<benchmark>/<model>/`, or `DIR/<benchmark>/<model>/` of one without a recipe.
+Reads finished evaluations: `RUN/eval/<benchmark>/<model>/`, or `DIR/<benchmark>/<model>/` of `distill eval --model`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from distill.artefacts import Comparison, Interval, Settings
-from distill.console import table
+from distill.artefacts import Comparison, Interval
+from distill.console import say, table
 from distill.errors import UserError
-from distill.eval.statistics import Difference, compare
-from distill.scores import grades, scores_of
+from distill.eval.statistics import compare
+from distill.evaluations import Results, finished_evaluations, read_results
 from distill.traces.store import TraceStore
 
 FLIPPED_SHOWN = 10
+QUESTION_SHOWN = 100  # characters
 COLUMNS = ("benchmark", "first", "second", "difference (95 %)", "gained, lost", "sign\ntest p")
 
 
 def compare_evaluations(first: Path, second: Path, models: tuple[str | None, str | None]) -> list[Comparison]:
-    """One row a benchmark that both have. models: which of a directory's models; None: its student, or its only one.
+    """A comparison for each benchmark that both directories have.
 
-    UserError when a directory has no evaluation, or they share no problem.
+    models: which of a directory's models; None: its student, or its only one. Errors: UserError when a directory has no
+    finished evaluation or a damaged one, or when they share no problem.
     """
-    parts = [_parts(directory, model) for directory, model in zip((first, second), models, strict=True)]
-    rows = []
-    for benchmark in sorted(parts[0].keys() & parts[1].keys()):
-        one, two = (_correct(of_one[benchmark]) for of_one in parts)
-        common = [problem for problem in one if problem in two]
-        if common:
-            made = compare({key: one[key] for key in common}, {key: two[key] for key in common})
-            a, b = (scores_of(of_one[benchmark]) for of_one in parts)
-            rows.append(
-                told(benchmark, (a.model, b.model), made, one, two, common).model_copy(
-                    update={
-                        "left_out": len(one) + len(two) - 2 * len(common),
-                        "differing": tuple(_differ(a.settings, b.settings)),
-                    }
-                )
-            )
-    if not rows:
-        raise UserError(f"{first} and {second} have no benchmark with a problem in common: evaluate both on one")
-    return rows
+    chosen = [_evaluations(directory, model) for directory, model in zip((first, second), models, strict=True)]
+    comparisons = []
+    for benchmark in sorted(chosen[0].keys() & chosen[1].keys()):
+        a, b = (read_results(of_directory[benchmark]) for of_directory in chosen)
+        common = [prompt for prompt in a.samples if prompt in b.samples]
+        if not common:
+            continue
+        comparison = comparison_of(
+            benchmark,
+            (a.scores.model, b.scores.model),
+            {prompt: a.correct[prompt] for prompt in common},
+            {prompt: b.correct[prompt] for prompt in common},
+        )
+        left_out = len(a.samples) + len(b.samples) - 2 * len(common)
+        differing = tuple(_differences(a, b, common))
+        comparisons.append(comparison.model_copy(update={"left_out": left_out, "differing": differing}))
+    if not comparisons:
+        raise UserError(f"{first} and {second} have no problem in common; evaluate both on one benchmark")
+    for directory, own, other in ((first, chosen[0], chosen[1]), (second, chosen[1], chosen[0])):
+        if only := sorted(own.keys() - other.keys()):
+            say(f"note: only {directory} has an evaluation on {', '.join(only)}")
+    return comparisons
 
 
-def _differ(one: Settings, two: Settings) -> list[str]:
-    """Settings that were not the same, the models' own left out: `key: first, second`."""
-    keys = [key for key in one if not key.startswith("model.") or key.startswith("model.numerics")]
-    return [f"{key}: {one[key]}, {two.get(key)}" for key in keys if one[key] != two.get(key)]
-
-
-def told(
+def comparison_of(
     benchmark: str,
     models: tuple[str, str],
-    made: Difference,
-    one: dict[str, list[bool]],
-    two: dict[str, list[bool]],
-    common: Iterable[str],
+    first: Mapping[str, Sequence[bool]],
+    second: Mapping[str, Sequence[bool]],
 ) -> Comparison:
-    common = list(common)
+    """Compare two models on the same problems. first, second: prompt id → whether each sample is right."""
+    difference = compare(first, second)
     return Comparison(
         benchmark=benchmark,
         models=models,
-        problems=len(common),
-        first=sum(sum(one[key]) / len(one[key]) for key in common) / len(common),
-        second=sum(sum(two[key]) / len(two[key]) for key in common) / len(common),
-        difference=Interval(value=made.value, low=made.low, high=made.high),
-        gained=made.gained,
-        lost=made.lost,
-        p=made.p,
+        problems=len(first),
+        first=_pass_at_1(first),
+        second=_pass_at_1(second),
+        difference=Interval(value=difference.value, low=difference.low, high=difference.high),
+        gained=difference.gained,
+        lost=difference.lost,
+        p=difference.p,
     )
 
 
-def show(rows: list[Comparison], questions: dict[str, str]) -> None:
-    """The table, and the problems that flipped. questions: prompt id → text."""
-    table("First less second, on the same problems", COLUMNS, map(_cells, rows))
-    for row in rows:
+def _pass_at_1(correct: Mapping[str, Sequence[bool]]) -> float:
+    return sum(sum(samples) / len(samples) for samples in correct.values()) / len(correct)
+
+
+def _differences(first: Results, second: Results, common: Iterable[str]) -> list[str]:
+    """What was not the same: settings, as `key: first, second`, but those that make the models two; the number of
+    samples; the gold answers of problems."""
+    a, b = first.scores.settings, second.scores.settings
+    keys = [key for key in {**a, **b} if not key.startswith("model.") or key.startswith("model.numerics")]
+    differing = [f"{key}: {_shown(a.get(key))}, {_shown(b.get(key))}" for key in keys if a.get(key) != b.get(key)]
+    counts = first.scores.samples_per_problem, second.scores.samples_per_problem
+    if counts[0] != counts[1]:
+        differing.append(f"samples per problem: {counts[0]}, {counts[1]}")
+    golds = [{prompt: rows[0].evidence.get("gold") for prompt, rows in of.samples.items()} for of in (first, second)]
+    if other := sum(golds[0][prompt] != golds[1][prompt] for prompt in common):
+        differing.append(f"the gold answers of {other:,} problems")
+    return differing
+
+
+def _shown(value: object) -> str:
+    return "not set" if value is None else str(value)
+
+
+def show(comparisons: list[Comparison], questions: Mapping[str, str]) -> None:
+    """Print the table, and the problems that flipped. questions: prompt id → text."""
+    table("First minus second, on the same problems", COLUMNS, map(_cells, comparisons))
+    for row in comparisons:
         if row.differing:
-            print(f"{row.benchmark}: not drawn alike: {'; '.join(row.differing)}")
+            say(f"note: {row.benchmark}: the two differ in more than the model: {'; '.join(row.differing)}")
         if row.left_out:
-            print(f"{row.benchmark}: {row.left_out} problems that only one of them answered are left out")
-        for what, keys in (("gained", row.gained), ("lost", row.lost)):
-            for key in keys[:FLIPPED_SHOWN]:
-                print(f"  {what} {key}: {' '.join(questions.get(key, '').split())[:90]}")
-            if len(keys) > FLIPPED_SHOWN:
-                print(f"  {what}: and {len(keys) - FLIPPED_SHOWN:,} more")
+            say(f"note: {row.benchmark}: {row.left_out:,} problems that only one of them answered are left out")
+        for label, prompts in (("gained", row.gained), ("lost", row.lost)):
+            for prompt in prompts[:FLIPPED_SHOWN]:
+                question = " ".join(questions.get(prompt, "").split())
+                cut = question if len(question) <= QUESTION_SHOWN else f"{question[: QUESTION_SHOWN - 1]}…"
+                say(f"  {label}: {prompt}  {cut}")
+            if len(prompts) > FLIPPED_SHOWN:
+                say(f"  {label}: and {len(prompts) - FLIPPED_SHOWN:,} more")
 
 
-def questions(directories: Iterable[Path], keys: set[str]) -> dict[str, str]:
-    """The texts of these problems, from the stored samples."""
-    found: dict[str, str] = {}
+def questions_of(directories: Iterable[Path], prompts: set[str]) -> dict[str, str]:
+    """Prompt id → the text of its question, from the stored samples."""
+    questions: dict[str, str] = {}
     for directory in directories:
-        for traces in sorted(directory.glob("**/traces")):
-            for trace in TraceStore(traces):
-                if trace.prompt.id in keys:
-                    found.setdefault(trace.prompt.id, trace.prompt.messages[-1]["content"])
-    return found
+        for models in finished_evaluations(_root(directory)).values():
+            for evaluation in models.values():
+                if prompts <= questions.keys():
+                    return questions
+                for trace in TraceStore(evaluation / "traces"):
+                    if trace.prompt.id in prompts:
+                        questions.setdefault(trace.prompt.id, trace.prompt.messages[-1]["content"])
+    return questions
 
 
 def _cells(row: Comparison) -> tuple[str, ...]:
-    apart = row.difference
+    difference = row.difference
     return (
         row.benchmark,
         f"{row.first:.1%}",
         f"{row.second:.1%}",
-        f"{100 * apart.value:+.1f} ({100 * apart.low:+.1f}, {100 * apart.high:+.1f})",
+        f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f}, {100 * difference.high:+.1f})",
         f"{len(row.gained):,}, {len(row.lost):,} of {row.problems:,}",
         f"{row.p:.1g}",
     )
 
 
-def _parts(directory: Path, model: str | None) -> dict[str, Path]:
-    """Benchmark → the directory of the model's samples."""
-    root = directory / "eval" if (directory / "eval").is_dir() else directory
-    found: dict[str, dict[str, Path]] = {}
-    for scores in root.glob("*/*/scores.json"):
-        found.setdefault(scores.parent.parent.name, {})[scores.parent.name] = scores.parent
+def _root(directory: Path) -> Path:
+    """Where the benchmarks are: inside a run in `eval/`."""
+    return directory / "eval" if (directory / "eval").is_dir() else directory
+
+
+def _evaluations(directory: Path, model: str | None) -> dict[str, Path]:
+    """Benchmark → the directory of the model's evaluation. Errors: UserError when there is none, or no such model."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; give a run directory, or the --out of `distill eval --model`")
+    found = finished_evaluations(_root(directory))
     if not found:
-        raise UserError(f"{directory} holds no finished evaluation: `distill eval` makes one")
+        raise UserError(
+            f"{directory} has no finished evaluation; `distill eval` makes one, and finishes one that was interrupted"
+        )
     chosen = {}
-    for benchmark, of_one in found.items():
-        name = model or ("student" if "student" in of_one else next(iter(of_one)) if len(of_one) == 1 else None)
-        if name is None or name not in of_one:
-            names = ", ".join(sorted(of_one))
-            raise UserError(f"{directory}: which model of {benchmark}? there are {names}: name one with --models")
-        chosen[benchmark] = of_one[name]
+    for benchmark, models in found.items():
+        name = model or ("student" if "student" in models else next(iter(models)) if len(models) == 1 else None)
+        if name in models:
+            chosen[benchmark] = models[name]
+        elif name is None:
+            raise UserError(
+                f"{directory} has several models on {benchmark}: choose one of {', '.join(models)} with --models"
+            )
+    if not chosen:
+        names = sorted({name for models in found.values() for name in models})
+        raise UserError(f"{directory} has no model {model}; --models can name {', '.join(names)}")
     return chosen
-
-
-def _correct(part: Path) -> dict[str, list[bool]]:
-    wanted = scores_of(part).samples_per_problem
-    found: dict[str, list[bool]] = {}
-    for row in grades(part):
-        if row["sample"] < wanted:
-            found.setdefault(row["prompt"], []).append(row["verdict"] == "correct")
-    return found

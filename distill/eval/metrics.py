@@ -5,11 +5,10 @@
     PassAtK().compute(predictions=[[True, False, False, True], [False] * 4], k=2)
     ConsensusAtK().compute(predictions=[["1/2", "0.5", "3"]], references=["\\frac12"])
 
-They compute what `distill eval` computes, and need no network.
+They compute the same scores as `distill eval`, and need no network.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import datasets
 import evaluate
@@ -20,9 +19,11 @@ from distill.grading import Grader
 from distill.grading.math import final_answer
 from distill.prompts.prompt import Prompt
 
+Result = dict[str, float]
 
-class PassAtK(evaluate.Metric):  # type: ignore[misc]
-    """Whether samples were right → pass@k, without bias, and its 95 % interval clustered by problem."""
+
+class PassAtK(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
+    """Unbiased pass@k, with a 95 % interval clustered by problem."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -35,12 +36,12 @@ class PassAtK(evaluate.Metric):  # type: ignore[misc]
             features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("bool"))}),
         )
 
-    def _compute(self, predictions: Sequence[Sequence[bool]], k: int = 1, samples: int | None = None) -> dict[str, Any]:
-        return _told(f"pass@{k}", pass_at_k(predictions, k, samples))
+    def _compute(self, predictions: Sequence[Sequence[bool]], k: int = 1, samples: int | None = None) -> Result:
+        return _result(f"pass@{k}", pass_at_k(predictions, k, samples))
 
 
-class ConsensusAtK(evaluate.Metric):  # type: ignore[misc]
-    """Final answers, or whole completions, and gold answers → cons@k, k being the samples a problem has."""
+class ConsensusAtK(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
+    """cons@k of final answers, or of whole completions; k is the number of samples of every problem."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -55,7 +56,7 @@ class ConsensusAtK(evaluate.Metric):  # type: ignore[misc]
             ),
         )
 
-    def _compute(self, predictions: Sequence[Sequence[str]], references: Sequence[str]) -> dict[str, Any]:
+    def _compute(self, predictions: Sequence[Sequence[str]], references: Sequence[str]) -> Result:
         drawn = {len(samples) for samples in predictions}
         if len(drawn) != 1:
             raise ValueError(f"cons@k needs as many samples of every problem; there are {sorted(drawn)}")
@@ -67,21 +68,22 @@ class ConsensusAtK(evaluate.Metric):  # type: ignore[misc]
                     for sample, text in enumerate(samples)
                 )
             )
-            voted = {}
-            for number, samples in enumerate(predictions):
-                answers = [final_answer(text) for text in samples]
-                voted[number] = [answer.text if answer and answer.marked else None for answer in answers]
-            numbers = dict(classes(grader, {n: [a for a in of if a is not None] for n, of in voted.items()}))
+            answers = {
+                number: [answer.text if answer and answer.marked else None for answer in map(final_answer, samples)]
+                for number, samples in enumerate(predictions)
+            }
+            marked = {number: [text for text in texts if text is not None] for number, texts in answers.items()}
+            numbers = dict(classes(grader, marked))
         votes = [
             [
-                Vote(None if answer is None else numbers[n][answer], graded[n, sample].verdict == "correct")
-                for sample, answer in enumerate(of_one)
+                Vote(None if text is None else numbers[number][text], graded[number, sample].verdict == "correct")
+                for sample, text in enumerate(texts)
             ]
-            for n, of_one in voted.items()
+            for number, texts in answers.items()
         ]
-        made = consensus(votes)
-        return _told(f"cons@{drawn.pop()}", made.estimate) | {"ties": made.ties, "silent": made.silent}
+        result = consensus(votes)
+        return _result(f"cons@{drawn.pop()}", result.estimate) | {"ties": result.ties, "silent": result.silent}
 
 
-def _told(name: str, estimate: Estimate) -> dict[str, Any]:
+def _result(name: str, estimate: Estimate) -> Result:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

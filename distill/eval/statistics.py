@@ -7,21 +7,22 @@ problem": Miller 2024, "Adding error bars to evals", arXiv:2411.00640).
 
 Benchmarks are small (30 problems) and scores are often near 0 or 1. There the usual mean ± 1.96 standard errors, and a
 percentile bootstrap too, collapse: 30 of 30 would be "100 % ± 0". Wilson's score interval (Wilson 1927, JASA 22:209;
-compared by Newcombe 1998, Statistics in Medicine 17:857) does not, but it wants independent trials. We give it as many
-as the data are worth, as survey statisticians do (Korn & Graubard 1998): problems / deff, where the design effect
+compared by Newcombe 1998, Statistics in Medicine 17:857) does not, but it assumes independent trials. We give it as
+many as the data are worth, as survey statisticians do (Korn & Graubard 1998): problems / deff, where the design effect
 
     deff = (Σ (xᵢ - p)² + c) / (P p (1 - p) + c)        xᵢ: the share of problem i's samples that are right; P problems
 
 is 1 when every problem is always or never solved (and so with one sample a problem: plain Wilson), and near 1/n when
 problems are alike. c = 1/8 pulls it towards 1, the careful side, where few successes or failures were seen: without it,
-30 problems of true score 5 % were covered 87 % of the time, with it 96-97 %. It was chosen by simulation (30 to 500
-problems, true scores 0.05 to 0.97, 1 to 64 samples, beta-spread difficulty; tools/coverage.py, docs/statistics.md).
+the interval covered a true score of 5 % on 30 problems 87 % of the time, with it 96-97 %. It was chosen by simulation
+(30 to 500 problems, true scores 0.05 to 0.97, 1 to 64 samples, beta-spread difficulty; tools/coverage.py,
+docs/statistics.md).
 
 pass@k is the chance that one of k samples is right, without bias from n ≥ k of them (Chen et al. 2021,
 arXiv:2107.03374): 1 - C(n - c, k) / C(n, k) for c right ones. It is undefined for n < k, and refused: drawn with
 replacement it would be biased, and divided by k it would be wrong. cons@k lets the k samples vote (Wang et al. 2022,
-arXiv:2203.11171): who gave no answer does not vote, and where several answers have the most votes the problem counts as
-the share of them that is right, which is what breaking ties at random would give in the mean.
+arXiv:2203.11171): a sample without an answer does not vote, and where several answers have the most votes the problem
+counts as the share of them that is right, which is the expected value of breaking ties at random.
 
 Two models that answered the same problems are compared problem by problem. The interval of the difference is Newcombe's
 (1998, Statistics in Medicine 17:2635, method 10): Wilson's intervals of both, joined by the correlation between the
@@ -33,7 +34,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Literal
+
+from distill.artefacts import ConsensusScore, Interval
 
 Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 CAUTION = 0.125  # c of the docstring, in units of p(1 - p): half a problem at p = 1/2
@@ -41,14 +44,14 @@ CAUTION = 0.125  # c of the docstring, in units of p(1 - p): half a problem at p
 
 @dataclass(frozen=True)
 class Sample:
-    """One graded answer. Tokens are the answering model's; `reasoning_tokens` is 0 where it did not think. vote: which
-    of the problem's different answers it is (votes.py), None where it marked none."""
+    """One graded answer. Tokens are the answering model's; `reasoning_tokens` is 0 without reasoning. vote: the number
+    of its class among the problem's answers (votes.py), None where no answer is marked."""
 
     problem: str
     verdict: Literal["correct", "wrong", "unverifiable"]
     answered: bool
     truncated: bool
-    completion_tokens: int | None  # None: a server that does not say
+    completion_tokens: int | None  # None: the server does not count them
     reasoning_tokens: int
     vote: int | None = None
 
@@ -64,7 +67,7 @@ class Estimate:
 
 
 def wilson(share: float, trials: float, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share of `trials` independent trials (which need not be a whole number)."""
+    """Wilson's score interval for a share of `trials` independent trials (which need not be a whole number)."""
     assert 0 <= share <= 1 and trials > 0, (share, trials)
     spread = z * z / trials
     centre = (share + spread / 2) / (1 + spread)
@@ -75,7 +78,7 @@ def wilson(share: float, trials: float, z: float = Z95) -> tuple[float, float]:
 def design_effect(shares: Sequence[float], floor: float) -> float:
     """How much less (≤ 1) a problem's mean varies than one all-or-nothing answer would; never under `floor`."""
     if len(shares) == 1:
-        return 1.0  # one problem says nothing of how problems differ
+        return 1.0  # one problem says nothing about how problems differ
     p = fmean(shares)
     observed = sum((x - p) ** 2 for x in shares)
     return min(1.0, max(floor, (observed + CAUTION) / (len(shares) * p * (1 - p) + CAUTION)))
@@ -97,19 +100,19 @@ def pass_at_1(correct: Sequence[Sequence[bool]]) -> Estimate:
 def pass_at_k(correct: Sequence[Sequence[bool]], k: int, samples: int | None = None) -> Estimate:
     """The mean over problems of the unbiased chance that one of k samples is right. pass_at_k(c, 1) is pass_at_1(c).
 
-    samples: how many each problem should have; ValueError when one has not, and when one has fewer than k.
+    samples: how many each problem should have. Errors: ValueError when a problem has another number, or fewer than k.
     """
     if not correct or k < 1:
         raise ValueError(f"pass@{k} needs at least one problem, and k at least 1")
-    drawn = {len(of_one) for of_one in correct}
+    drawn = {len(of_problem) for of_problem in correct}
     if samples is not None and drawn != {samples}:
         raise ValueError(f"pass@{k} was asked of {samples} samples a problem; there are {_range(drawn)}")
     if min(drawn) < k:
         raise ValueError(f"pass@{k} needs {k} samples of every problem; there are {_range(drawn)}")
     if k == 1:
         return pass_at_1(correct)
-    shares = [1 - comb(len(of_one) - sum(of_one), k) / comb(len(of_one), k) for of_one in correct]
-    return _estimate(shares, fmean(k / len(of_one) for of_one in correct))
+    shares = [1 - comb(len(row) - sum(row), k) / comb(len(row), k) for row in correct]
+    return _estimate(shares, fmean(k / len(row) for row in correct))
 
 
 def _range(counts: set[int]) -> str:
@@ -124,8 +127,8 @@ def _estimate(shares: Sequence[float], floor: float) -> Estimate:
 
 @dataclass(frozen=True)
 class Vote:
-    """answer: which of the problem's different answers a sample gave, None for no answer. correct: whether it is right;
-    the same for all samples of one answer."""
+    """One sample's vote. answer: the number of its class among the problem's answers, None for no answer. correct:
+    whether it is right; the same for all samples of a class."""
 
     answer: int | None
     correct: bool
@@ -133,7 +136,8 @@ class Vote:
 
 @dataclass(frozen=True)
 class Consensus:
-    """ties: problems in which a right and a wrong answer shared the most votes. silent: problems without a vote."""
+    """cons@k. ties: problems in which a right and a wrong answer shared the most votes. silent: problems without a
+    vote."""
 
     estimate: Estimate
     ties: int
@@ -145,9 +149,9 @@ def consensus(votes: Sequence[Sequence[Vote]]) -> Consensus:
     if not votes or not all(votes):
         raise ValueError("cons@k needs at least one problem, and at least one sample of every problem")
     shares, ties, silent = [], 0, 0
-    for of_one in votes:
-        counts = Counter(vote.answer for vote in of_one if vote.answer is not None)
-        right = {vote.answer for vote in of_one if vote.correct}
+    for of_problem in votes:
+        counts = Counter(vote.answer for vote in of_problem if vote.answer is not None)
+        right = {vote.answer for vote in of_problem if vote.correct}
         most = max(counts.values(), default=0)
         leaders = [answer for answer, count in counts.items() if count == most]
         share = fmean(answer in right for answer in leaders) if leaders else 0.0
@@ -176,18 +180,18 @@ def compare(first: Mapping[str, Sequence[bool]], second: Mapping[str, Sequence[b
         raise ValueError("two models can only be compared on the same problems")
     names = list(first)
     a, b = ([fmean(of_model[name]) for name in names] for of_model in (first, second))
-    one, two = pass_at_1([first[name] for name in names]), pass_at_1([second[name] for name in names])
-    together = sum((x - one.value) * (y - two.value) for x, y in zip(a, b, strict=True))
-    apart = sqrt(sum((x - one.value) ** 2 for x in a) * sum((y - two.value) ** 2 for y in b))
-    corrected = max(together - 0.5, 0.0) if together > 0 else together
-    correlation = corrected / apart if apart else 0.0
+    p, q = pass_at_1([first[name] for name in names]), pass_at_1([second[name] for name in names])
+    covariance = sum((x - p.value) * (y - q.value) for x, y in zip(a, b, strict=True))
+    spread = sqrt(sum((x - p.value) ** 2 for x in a) * sum((y - q.value) ** 2 for y in b))
+    corrected = max(covariance - 0.5, 0.0) if covariance > 0 else covariance
+    correlation = corrected / spread if spread else 0.0
 
     def reach(x: float, y: float) -> float:
         return sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
 
-    value = one.value - two.value
-    low = value - reach(one.value - one.low, two.high - two.value)
-    high = value + reach(one.high - one.value, two.value - two.low)
+    value = p.value - q.value
+    low = value - reach(p.value - p.low, q.high - q.value)
+    high = value + reach(p.high - p.value, q.value - q.low)
     gained = tuple(name for name, x, y in zip(names, a, b, strict=True) if x > y)
     lost = tuple(name for name, x, y in zip(names, a, b, strict=True) if x < y)
     return Difference(value, max(low, -1.0), min(high, 1.0), gained, lost, sign_test(len(gained), len(lost)))
@@ -196,49 +200,76 @@ def compare(first: Mapping[str, Sequence[bool]], second: Mapping[str, Sequence[b
 def sign_test(more: int, fewer: int) -> float:
     """The chance of a split at least as uneven, were both sides equally likely."""
     n, least = more + fewer, min(more, fewer)
-    return min(1.0, 2 * sum(comb(n, i) for i in range(least + 1)) / 2**n)
+    return min(1.0, 2 * sum(comb(n, i) for i in range(least + 1)) / (1 << n))
 
 
-def summarise(samples: Iterable[Sample]) -> dict[str, Any]:
-    """The scores of one model on one benchmark, as `scores.json` has them. Rates are shares of all samples."""
+@dataclass(frozen=True)
+class Statistics:
+    """The scores of one model on one benchmark, named as in `artefacts.Scores`. Rates are shares of all samples."""
+
+    problems: int
+    samples: int
+    correct: int
+    pass_at_1: Interval
+    effective_trials: float
+    pass_at_k: dict[int, Interval]
+    consensus_at_k: dict[int, ConsensusScore]
+    truncated_rate: float
+    no_answer_rate: float
+    unverifiable_rate: float
+    mean_completion_tokens: float | None
+    median_completion_tokens: float | None
+    mean_reasoning_tokens: float
+    median_reasoning_tokens: float
+
+
+def summarise(samples: Iterable[Sample]) -> Statistics:
+    """The statistics of graded samples. Errors: ValueError when there is none."""
     samples = list(samples)
     problems: dict[str, list[Sample]] = {}
     for sample in samples:
         problems.setdefault(sample.problem, []).append(sample)
-    correct = [[sample.verdict == "correct" for sample in of_one] for of_one in problems.values()]
+    correct = [[sample.verdict == "correct" for sample in of_problem] for of_problem in problems.values()]
     estimate = pass_at_1(correct)
     reasoning = [sample.reasoning_tokens for sample in samples]
     completion = [sample.completion_tokens for sample in samples if sample.completion_tokens is not None]
-    return {
-        "problems": len(problems),
-        "samples": len(samples),
-        "correct": sum(sample.verdict == "correct" for sample in samples),
-        "pass@1": _interval(estimate),
-        "effective_trials": estimate.effective,
-        **_of_several(correct, list(problems.values())),
-        "truncated_rate": fmean(sample.truncated for sample in samples),
-        "no_answer_rate": fmean(not sample.answered for sample in samples),
-        "unverifiable_rate": fmean(sample.verdict == "unverifiable" for sample in samples),
-        "mean_completion_tokens": fmean(completion) if completion else None,
-        "median_completion_tokens": median(completion) if completion else None,
-        "mean_reasoning_tokens": fmean(reasoning),
-        "median_reasoning_tokens": median(reasoning),
-    }
+    same_number = len({len(of_problem) for of_problem in correct}) == 1
+    several = same_number and len(correct[0]) > 1
+    return Statistics(
+        problems=len(problems),
+        samples=len(samples),
+        correct=sum(sample.verdict == "correct" for sample in samples),
+        pass_at_1=_interval(estimate),
+        effective_trials=estimate.effective,
+        pass_at_k=_pass_at_several_k(correct) if several else {},
+        consensus_at_k=_consensus_of_all(list(problems.values())) if several else {},
+        truncated_rate=fmean(sample.truncated for sample in samples),
+        no_answer_rate=fmean(not sample.answered for sample in samples),
+        unverifiable_rate=fmean(sample.verdict == "unverifiable" for sample in samples),
+        mean_completion_tokens=fmean(completion) if completion else None,
+        median_completion_tokens=median(completion) if completion else None,
+        mean_reasoning_tokens=fmean(reasoning),
+        median_reasoning_tokens=median(reasoning),
+    )
 
 
-def _of_several(correct: Sequence[Sequence[bool]], samples: Sequence[Sequence[Sample]]) -> dict[str, Any]:
-    """pass@k and cons@k of problems that have the same number of samples, more than one."""
-    counts = {len(of_one) for of_one in correct}
-    n = counts.pop()
-    if counts or n < 2:
-        return {"pass@k": {}, "cons@k": {}}
-    of_k = {k: pass_at_k(correct, k) for k in sorted({n, *(2**i for i in range(1, n.bit_length()) if 2**i < n)})}
-    made = consensus([[Vote(one.vote, one.verdict == "correct") for one in of_one] for of_one in samples])
-    return {
-        "pass@k": {str(k): _interval(estimate) for k, estimate in of_k.items()},
-        "cons@k": {str(n): _interval(made.estimate) | {"ties": made.ties, "silent": made.silent}},
-    }
+def _pass_at_several_k(correct: Sequence[Sequence[bool]]) -> dict[int, Interval]:
+    """pass@k for the powers of two below the number of samples n, and for n."""
+    n = len(correct[0])
+    ks = sorted({n, *(2**i for i in range(1, n.bit_length()) if 2**i < n)})
+    return {k: _interval(pass_at_k(correct, k)) for k in ks}
 
 
-def _interval(estimate: Estimate) -> dict[str, Any]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+def _consensus_of_all(problems: Sequence[Sequence[Sample]]) -> dict[int, ConsensusScore]:
+    """cons@n of problems with n samples each."""
+    votes = [[Vote(sample.vote, sample.verdict == "correct") for sample in samples] for samples in problems]
+    result = consensus(votes)
+    estimate = result.estimate
+    score = ConsensusScore(
+        value=estimate.value, low=estimate.low, high=estimate.high, ties=result.ties, silent=result.silent
+    )
+    return {len(votes[0]): score}
+
+
+def _interval(estimate: Estimate) -> Interval:
+    return Interval(value=estimate.value, low=estimate.low, high=estimate.high)

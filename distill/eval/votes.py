@@ -1,8 +1,8 @@
-"""Which answers of a problem are one answer: consensus counts `1/2`, `\\frac12` and `0.5` together.
+"""Which answers to a problem are equal: consensus counts `1/2`, `\\frac12` and `0.5` together.
 
-Answers that are spelled the same are one without a look. Of the others every two are compared as an answer is with the
-gold one, by the same workers, and those that are connected by equalities are one answer. A sample votes with the answer
-that it marked as its own; a guess from its last line is no vote.
+Answers that are spelled alike are equal without further comparison. Every two of the others are compared as an answer
+is with the gold answer, by the same workers, and answers that are connected by equalities form a class. A sample votes
+with the answer that it marked as final; a guess from its last line is no vote.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -14,15 +14,15 @@ from distill.grading.math import normalise
 
 P = TypeVar("P", bound=Hashable)
 
-LONGEST = 200  # characters: more is prose, which is compared as it is spelled
+LONGEST = 200  # characters: a longer answer is prose, which is compared by its spelling
 
 
 def classes(grader: Grader, answers: Mapping[P, Iterable[str]]) -> Iterator[tuple[P, dict[str, int]]]:
-    """For each problem, the number of the class of each of its answers; 0 is the first answer's."""
-    for problem, of_one in answers.items():
+    """For each problem, yield the number of the class of each of its answers; 0 is the first answer's class."""
+    for problem, texts in answers.items():
         spelled: dict[str, list[str]] = {}
-        for answer in of_one:
-            spelled.setdefault(normalise(answer), []).append(answer)
+        for text in texts:
+            spelled.setdefault(normalise(text), []).append(text)
         parent = {spelling: spelling for spelling in spelled}
 
         def root(spelling: str, parent: dict[str, str] = parent) -> str:
@@ -31,13 +31,13 @@ def classes(grader: Grader, answers: Mapping[P, Iterable[str]]) -> Iterator[tupl
             return spelling
 
         short = [spelling for spelling in spelled if len(spelling) <= LONGEST]
-        pairs = [((one, other), spelled[one][0], spelled[other][0]) for one, other in combinations(short, 2)]
-        for (one, other), equal in grader.same(pairs):
+        pairs = [((a, b), spelled[a][0], spelled[b][0]) for a, b in combinations(short, 2)]
+        for (a, b), equal in grader.same(pairs):
             if equal:
-                parent[root(other)] = root(one)
+                parent[root(b)] = root(a)
         numbers: dict[str, int] = {}
-        found: dict[str, int] = {}
+        result: dict[str, int] = {}
         for spelling, spellings in spelled.items():
             number = numbers.setdefault(root(spelling), len(numbers))
-            found |= dict.fromkeys(spellings, number)
-        yield problem, found
+            result |= dict.fromkeys(spellings, number)
+        yield problem, result

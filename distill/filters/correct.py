@@ -12,10 +12,10 @@ from distill.traces.trace import Verdict
 
 
 class Correct(TraceFilter):
-    """The answer equals the gold one; unverifiable answers are dropped too, and counted apart."""
+    """Keep traces whose answer equals the gold one. Unverifiable answers are dropped too, and counted apart."""
 
-    timeout: float = Field(5.0, gt=0, description="processor seconds for one comparison; past them it is unverifiable")
-    workers: Annotated[int, Free] = Field(2, ge=1, description="grading processes")
+    timeout: float = Field(5.0, gt=0, description="processor seconds for one comparison; a longer one is unverifiable")
+    workers: Annotated[int, Free] = Field(2, ge=1, description="number of grading processes")
 
     name = "correct"
     passing = "correct"

@@ -12,7 +12,7 @@ from distill.traces.trace import Verdict
 
 
 class Dedup(ChoosingFilter):
-    """One of several identical answers to one prompt."""
+    """Keep the first of several identical answers to one prompt."""
 
     name = "dedup"
     reasons: ClassVar[Mapping[str, str]] = {

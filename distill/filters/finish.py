@@ -12,7 +12,7 @@ from distill.traces.trace import Verdict
 
 
 class Finish(TraceFilter):
-    """The trace ended with an end token, not at the token limit or for another reason."""
+    """Keep traces that ended with an end token, not at the token limit or for another reason."""
 
     name = "finish"
     reasons: ClassVar[Mapping[str, str]] = {

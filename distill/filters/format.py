@@ -7,12 +7,13 @@ split views, which are forgiving on purpose.
 from collections.abc import Mapping
 from typing import ClassVar
 
+from distill.chat import END_THINK, THINK
 from distill.filters.base import OK, Candidate, Example, TraceFilter
-from distill.traces.trace import END_THINK, THINK, Verdict
+from distill.traces.trace import Verdict
 
 
 class Format(TraceFilter):
-    """Exactly one closed <think> block with text after it."""
+    """Keep traces with exactly one closed <think> block and text after it."""
 
     name = "format"
     reasons: ClassVar[Mapping[str, str]] = {

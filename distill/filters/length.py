@@ -13,7 +13,7 @@ from distill.traces.trace import Verdict
 
 
 class Length(TraceFilter):
-    """The completion is neither too short nor too long."""
+    """Keep traces that are neither too short nor too long."""
 
     min_tokens: int | None = Field(
         None, ge=1, description="shortest completion, in teacher tokens (words, for traces without a token count)"

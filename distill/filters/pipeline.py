@@ -96,7 +96,7 @@ class FilterStage(Stage[FilterSummary]):
             lambda key: KEPT if judged[key].kept else DROPPED,
             {key: trace.verdicts for key, trace in judged.items()},
         )
-        order = [found.name for found in (*settings.trace_filters(), *settings.choosing_filters())]
+        order = [each.name for each in (*settings.trace_filters(), *settings.choosing_filters())]
         summary = summarise(list(judged.values()), order)
         if not summary.kept:
             raise _nothing_kept(summary, run.directory)
@@ -135,7 +135,7 @@ def _judge_each(store: TraceStore, keys: set[Key], settings: Filter, path: Path)
             graded = grader.grade((trace, trace.prompt, trace.answer) for trace in unknown())
         for trace, grade in graded:
             candidate = Candidate(trace, grade)
-            judged[trace.key] = Judged.of(trace, [found.judge(candidate) for found in filters])
+            judged[trace.key] = Judged.of(trace, [each.judge(candidate) for each in filters])
             ledger.add(judged[trace.key].to_row())
             advance(1)
     return judged

@@ -1,4 +1,4 @@
-"""Select k traces a prompt, so that easy prompts do not crowd out hard ones.
+"""Select k traces of each prompt, so that easy prompts do not crowd out hard ones.
 
 `random` draws by a hash of (seed, prompt, sample): the choice does not depend on the order in which traces were
 finished, and raising k or adding samples keeps as much of the earlier choice as can be kept.
@@ -17,10 +17,12 @@ from distill.traces.trace import Verdict
 
 
 class Select(ChoosingFilter):
-    """At most so many traces a prompt."""
+    """Keep at most `per_prompt` traces of each prompt."""
 
-    per_prompt: int = Field(ge=1, description="how many traces a prompt may keep")
-    order: Literal["first", "shortest", "random"] = Field("first", description="which of them")
+    per_prompt: int = Field(ge=1, description="number of traces of a prompt to keep")
+    order: Literal["first", "shortest", "random"] = Field(
+        "first", description="which traces to keep: the first samples, the shortest, or a random choice"
+    )
 
     name = "select"
     reasons: ClassVar[Mapping[str, str]] = {OK: "among the first per_prompt in the order", "surplus": "after them"}

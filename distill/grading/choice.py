@@ -16,7 +16,7 @@ class ChoiceGrader(TaskGrader):
         return gold_answer(text)
 
     def find(self, response: str) -> Answer | None:
-        """The final answer, found as a mathematical one is."""
+        """Find the final answer as a mathematical one is found."""
         return final_answer(response)
 
     def shown(self, answer: Answer) -> str:

@@ -54,7 +54,7 @@ class TaskGrader(ABC):
         """The final answer of a response. Linear time."""
 
     def shown(self, answer: Answer) -> str:
-        """The answer as evidence shows it: equal answers that can be told without a parser look the same."""
+        """The answer as evidence shows it: answers that are equal without a parser look the same."""
         return answer.text
 
     @abstractmethod

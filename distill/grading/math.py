@@ -1,10 +1,10 @@
-"""Is this the right number, expression, set, interval…? The final answer, found and compared.
+"""Is this the right number, expression, set, interval…? Find the final answer and compare it.
 
-Finding comes first and is done by plain scanning (linear time, so it may run in the caller's process); comparing is
-math-verify's and may run for ever, so `judge` is only called in a worker that can be killed (`distill.grading.pool`).
+The answer is found by plain scanning, in linear time, so that it may run in the caller's process. Comparing is done by
+math-verify and may never end, so `judge` is called only in a worker that can be killed (`distill.grading.pool`).
 
-Only what an answerer *marked* as its answer can be wrong. Marks, the strongest first, inside `<answer>…</answer>` where
-there is one:
+Only text that the answerer *marked* as its answer can be wrong. Marks, the strongest first, inside `<answer>…</answer>`
+where there is one:
 
   boxed       the last `\\boxed{…}`, braces balanced; boxes joined by commas or "and" are one answer
   tag         the whole of `<answer>…`, closed or cut off
@@ -27,7 +27,7 @@ from distill.grading.grade import Answer, Ruling, TaskGrader
 
 
 def final_answer(response: str) -> Answer | None:
-    """The answer of a completion, or None. Reasoning is not searched, be its block closed, cut off or opened twice."""
+    """Find the answer of a completion. Reasoning is not searched, whether its block is closed or not."""
     scope = response.rpartition("</think>")[2].partition("<think>")[0].strip()
     tagged = scope.rpartition("<answer>")[2].partition("</answer>")[0].strip() if "<answer>" in scope else ""
     scope = tagged or scope
@@ -45,7 +45,7 @@ def final_answer(response: str) -> Answer | None:
 
 
 def gold_answer(gold: str) -> str:
-    """The answer itself: data sets give it alone, in a box at the end of a solution, or after `####`."""
+    """Extract the answer: data sets give it alone, in a box at the end of a solution, or after `####`."""
     return _trim(boxed(gold) or _last(r"^[ \t]*####[ \t]*(\S.*)$", gold) or gold)
 
 
@@ -57,8 +57,8 @@ STATED = re.compile(r"\banswer[*_]*(?:\s+is\b[\s:*]*|\s*[:=][\s*]*)", re.IGNOREC
 
 
 def boxed(text: str) -> str | None:
-    """Content of the last complete `\\boxed{…}`; neighbours separated by commas, "and" or "or" are joined by commas."""
-    found: list[str] = []
+    """Content of the last complete `\\boxed{…}`; boxes separated by commas, "and" or "or" are joined by commas."""
+    contents: list[str] = []
     end = 0  # where the previous box ended
     for match in BOX.finditer(text):
         if match.start() < end:
@@ -69,12 +69,12 @@ def boxed(text: str) -> str | None:
         content = match[1] or text[match.end() : close - 1].strip()
         if not content:
             continue
-        if not (found and match.start() - end <= 80 and BETWEEN_BOXES.fullmatch(text, end, match.start())):
-            found = []
-        if content not in found:
-            found.append(content)
+        if not (contents and match.start() - end <= 80 and BETWEEN_BOXES.fullmatch(text, end, match.start())):
+            contents = []
+        if content not in contents:
+            contents.append(content)
         end = close
-    return ", ".join(found) or None
+    return ", ".join(contents) or None
 
 
 def boxed_end(text: str, start: int) -> int | None:
@@ -94,12 +94,12 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 
 def _last(pattern: str, text: str) -> str | None:
-    found = re.findall(pattern, text, re.MULTILINE)
-    return found[-1] if found else None
+    matches = re.findall(pattern, text, re.MULTILINE)
+    return matches[-1] if matches else None
 
 
 def _stated(text: str) -> str | None:
-    """What follows the last "answer is" or "answer:" up to the end of its sentence."""
+    """The text after the last "answer is" or "answer:", up to the end of its sentence."""
     ends = [match.end() for match in STATED.finditer(text)]
     if not ends:
         return None
@@ -112,7 +112,7 @@ def _one_line(text: str) -> str | None:
 
 
 def _trim(text: str) -> str:
-    """Without white space, Markdown's asterisks, a full stop and one pair of math delimiters around it."""
+    """Remove white space, Markdown's asterisks, a full stop and one pair of math delimiters from the ends."""
     text = text.strip().strip("*").strip()
     text = re.sub(r"(?<!\\right)\.$", "", text).strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
@@ -141,25 +141,25 @@ SCALE = re.compile(r"\b(?:hundred|thousand|million|billion|trillion|dozen|percen
 
 
 def normalise(text: str) -> str:
-    """One spelling for what only looks different: spacing, `\\left`, `\\dfrac`, `\\text{…}`, the minus sign."""
+    """Unify spellings without a meaning of their own: spacing, `\\left`, `\\dfrac`, `\\text{…}`, the minus sign."""
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def has_words(text: str) -> bool:
-    """Whether there is prose in it; the words inside `\\text{…}` are part of the notation."""
+    """Whether the text has prose in it; words inside `\\text{…}` are part of the notation."""
     return bool(WORD.search(ENVIRONMENT.sub("", FONT.sub("", text))))
 
 
 def without_unit(text: str) -> str:
-    """`42 dollars` → `42`; anything else, `5 million` included, as it is."""
+    """Turn `42 dollars` into `42`; return anything else, `5 million` included, unchanged."""
     number = NUMBER_WITH_UNIT.fullmatch(text)
     return number[1] if number and not SCALE.search(text) else text
 
 
 def quick_judge(gold: str, answer: Answer) -> Ruling | None:
-    """What needs no parser: identical strings, integers, and single words, which a parser takes for products."""
+    """Compare without a parser: identical strings, integers, and single words, which a parser takes for products."""
     expected, given = normalise(gold), normalise(answer.text)
     if expected == given:
         return "correct", "identical"
@@ -177,7 +177,7 @@ def quick_judge(gold: str, answer: Answer) -> Ruling | None:
 
 
 def judge(gold: str, answer: str, marked: bool) -> Ruling:
-    """Compare by math-verify. Only for a killable process: neither time nor memory is bounded here."""
+    """Compare by math-verify. Call it in a process that can be killed: neither time nor memory is bounded here."""
     from math_verify import verify
 
     gold, answer = without_unit(gold), without_unit(answer)
@@ -198,7 +198,7 @@ def judge(gold: str, answer: str, marked: bool) -> Ruling:
 
 
 def _parsed(text: str, loose: bool) -> list[object]:
-    """What math-verify reads in the text. loose: as prose with mathematics in it."""
+    """Parse with math-verify. loose: as prose with mathematics in it."""
     from math_verify import parse
 
     readings = [text] if loose else [_fenced(text), text] if LOCAL_NUMBER.fullmatch(text) else [_fenced(text)]
@@ -207,7 +207,7 @@ def _parsed(text: str, loose: bool) -> list[object]:
 
 
 def _fenced(text: str) -> str:
-    """Text for math-verify, whose extraction wants LaTeX to be fenced; as it is where it brings its own fences."""
+    """Put LaTeX into a box, as math-verify's extraction needs it, unless it has delimiters of its own."""
     dollars = len(re.findall(r"(?<!\\)\$", text))
     if (dollars and dollars % 2 == 0) or re.search(r"\\[(\[]", text):
         return text

@@ -1,4 +1,4 @@
-"""Worker processes that can be killed, because the mathematics of an answer can run for ever.
+"""Worker processes that can be killed, because comparing an answer may never end.
 
 `9^{9^{9^{9}}}` keeps sympy busy past the end of the universe, inside one C call that no signal handler interrupts. So:
 a time-out kills the process and a new one is started; a worker that dies (a crash, the memory limit) costs its one item

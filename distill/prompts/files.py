@@ -194,30 +194,34 @@ def _wrong_text(text: str) -> str | None:
 
 
 def _answer(row: dict[str, object], source: "FilePrompts | HubPrompts", where: str) -> str | None:
-    """The gold answer as text; None where it is missing, null, NaN or blank.
+    """The gold answer as text; None where it is missing. Errors: UserError."""
+    if source.answer is None:
+        return None
+    try:
+        return gold_text(value_at(row, source.answer), source.task)
+    except ValueError as error:
+        raise UserError(f"{where}: column {source.answer} {error}; correct or remove the row") from error
 
-    A number becomes its JSON, and so do the lists and objects that tests of code are. Errors: UserError.
+
+def gold_text(answer: object, task: str) -> str | None:
+    """A gold answer as text; None where it is null or blank.
+
+    A number becomes its JSON, and so do the lists and objects that tests of code are. Errors: ValueError, the end of a
+    sentence about the column.
     """
-    answer = value_at(row, source.answer) if source.answer is not None else None
-    if isinstance(answer, list) and source.task in ("math", "choice"):
+    if isinstance(answer, list) and task in ("math", "choice"):
         if len(answer) > 1:
-            raise UserError(
-                f"{where}: column {source.answer} is a list of {len(answer)}; a problem has one gold answer: name "
-                f"another column, or correct the row"
-            )
+            raise ValueError(f"is a list of {len(answer)}, and a problem has one gold answer")
         answer = answer[0] if answer else None
     if isinstance(answer, str):
         if wrong := _wrong_text(answer):
-            raise UserError(f"{where}: column {source.answer} {wrong}; correct or remove the row")
+            raise ValueError(wrong)
         return answer if answer.strip() else None
     if answer is None:
         return None
     if isinstance(answer, float) and not math.isfinite(answer):
-        raise UserError(f"{where}: column {source.answer} is {answer}, not a finite number; correct or remove the row")
-    try:
-        return json.dumps(answer, ensure_ascii=False, default=str, allow_nan=False)
-    except ValueError as error:
-        raise UserError(f"{where}: column {source.answer}: {error}; correct or remove the row") from error
+        raise ValueError(f"is {answer}, not a finite number")
+    return json.dumps(answer, ensure_ascii=False, default=str, allow_nan=False)
 
 
 def _with_choices_of(

@@ -11,13 +11,13 @@ pandas and Python write for a missing value and JSON does not know, is a missing
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.errors import UserError
-from distill.limits import BATCH_BYTES, JSON_DEPTH, ROW_BYTES
+from distill.limits import BATCH_ROWS, JSON_DEPTH, ROW_BYTES
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -82,7 +82,7 @@ def columns_of(path: Path) -> list[str] | None:
         return list(file.schema_arrow.names)
 
 
-def value_at(row: dict[str, object], column: str) -> object:
+def value_at(row: Mapping[str, object], column: str) -> object:
     """The value of a column, None where it is missing. `a.b` is the key b of the column a, if no column is named so."""
     if column in row or "." not in column:
         return row.get(column)
@@ -92,7 +92,7 @@ def value_at(row: dict[str, object], column: str) -> object:
     return value
 
 
-def has_column(row: dict[str, object], column: str) -> bool:
+def has_column(row: Mapping[str, object], column: str) -> bool:
     """Whether a row has a column, or the first part of a dotted one."""
     return column in row or column.partition(".")[0] in row
 
@@ -205,14 +205,13 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     with _opened(path) as file:
-        dictionaries, mean = _layout(file)
         wanted = set(file.schema_arrow.names if columns is None else columns)
         wanted |= {column.partition(".")[0] for column in wanted}
         names = [name for name in file.schema_arrow.names if name in wanted]
-    batch_rows = max(1, min(1024, BATCH_BYTES // max(mean, 1)))
+        texts = _texts(file)
     number = 0
-    with _opened(path, dictionaries) as file:
-        for batch in file.iter_batches(batch_rows, columns=names):
+    with _opened(path, texts) as file:
+        for batch in file.iter_batches(BATCH_ROWS, columns=names):
             for i in range(batch.num_rows):
                 number += 1
                 where = f"{path}, row {number}"
@@ -220,15 +219,12 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
                 yield where, checked(row, where)
 
 
-def _layout(file: "pq.ParquetFile") -> tuple[list[str], int]:
-    """(columns with a dictionary, mean bytes of a row as the file's metadata gives them).
-
-    A text that a dictionary holds once may be that of every row: it stays encoded until a row needs it.
-    """
-    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
-    texts = {c.path_in_schema for c in chunks if c.has_dictionary_page and c.physical_type == "BYTE_ARRAY"}
-    return sorted(texts), sum(group.total_byte_size for group in groups) // max(file.metadata.num_rows, 1)
+def _texts(file: "pq.ParquetFile") -> list[str]:
+    """The columns of text. A text that a dictionary holds once may be that of every row: it stays encoded until a row
+    needs it. The schema says which they are, and not the row groups: asking pyarrow about a damaged row group ends the
+    process."""
+    described = [file.schema.column(number) for number in range(len(file.schema))]
+    return sorted(column.path for column in described if column.physical_type == "BYTE_ARRAY")
 
 
 def checked(row: dict[str, object], where: str) -> dict[str, object]:

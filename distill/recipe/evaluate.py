@@ -8,22 +8,24 @@ from distill.section import Free, Section
 
 
 class Eval(Section):
-    """Stage 4: scores of the base, the student and the teacher, side by side."""
+    """Stage 4: the scores of the base, the student and the teacher on the same problems."""
 
     benchmarks: tuple[str, ...] = Field(description="names from the catalog, or paths of cards")
     models: tuple[Literal["base", "student", "teacher"], ...] = Field(
-        ("base", "student", "teacher"), description="who is scored"
+        ("base", "student", "teacher"), description="models that are scored"
     )
-    samples: Annotated[int | None, Free] = Field(None, ge=1, description="answers per problem; null takes the card's")
-    limit: Annotated[int | None, Free] = Field(None, ge=1, description="problems at most")
+    samples: Annotated[int | None, Free] = Field(None, ge=1, description="answers per problem; null: the card's")
+    limit: Annotated[int | None, Free] = Field(None, ge=1, description="maximum number of problems; null: all")
     max_new_tokens: int | None = Field(
-        None, ge=1, description="of an answer; null takes the card's; another number is another benchmark"
+        None,
+        ge=1,
+        description="maximum tokens per answer, reduced to what the model's context has room for; null: the card's",
     )
     sources: dict[str, str] = Field(
         default_factory=dict, description="benchmark → a .jsonl or .parquet file with its problems, instead of the hub"
     )
     published: str | None = Field(
-        None, description="whose published scores stand beside the student's, as cards name it"
+        None, description="model whose published scores are compared with the student's, as the cards name it"
     )
-    seed: int = Field(1, description="of the sampling")
+    seed: int = Field(1, description="seed of the sampling")
     max_batch: Annotated[int, Free] = Field(128, ge=1, description="sequences decoded at once by the local engine")

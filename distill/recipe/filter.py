@@ -69,16 +69,16 @@ class Filter(Section):
 
     def trace_filters(self) -> list[TraceFilter]:
         """The filters that are on and judge one trace, in order."""
-        return [found for found in self._all() if isinstance(found, TraceFilter)]
+        return [each for each in self._all() if isinstance(each, TraceFilter)]
 
     def choosing_filters(self) -> list[ChoosingFilter]:
         """The filters that are on and choose among traces, in order."""
-        return [found for found in self._all() if isinstance(found, ChoosingFilter)]
+        return [each for each in self._all() if isinstance(each, ChoosingFilter)]
 
     @property
     def draws(self) -> bool:
         """Whether a filter that is on depends on the recipe's seed."""
-        return any(found.draws for found in self._all())
+        return any(each.draws for each in self._all())
 
     def settings(self) -> dict[str, Any]:
         """As `Section.settings`, with every filter's name: on or off."""

@@ -1,33 +1,42 @@
 """`report.html`: what a run did, on one page that can be mailed.
 
-Self-contained: styles, pictures and one small script are inside the file, and its content security policy forbids every
+Self-contained: styles, figures and one small script are inside the file, and its content security policy forbids every
 request and every other script. It reads the run directory only, so a report can be written anew, also of a run copied
 from another machine, without torch or the weights. contents.py says what is read, pictures.py what is drawn,
-mathematics.py how formulas are, page.html.jinja how it looks, reader.js how traces are found in it.
+mathematics.py how formulas are typeset, page.html.jinja how it looks, reader.js how traces are found in it.
 
-The pictures also go to `<run>/report/`, as SVG and PNG, for slides and READMEs.
+The figures also go to `<run>/report/`, as SVG and PNG, for slides and READMEs. The same run gives the same bytes.
+
+The report is a stage: written when it is missing, damaged or older than what it shows. `distill report` writes it in
+any case, with another price or after an update of the toolkit.
 """
 
 import base64
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from distill.artefacts import ReportSummary, Settings
+from distill import lock
+from distill.artefacts import ReportSummary, RunPaths, Settings
+from distill.config import parse, read_yaml
+from distill.console import say
 from distill.durable import write_whole
 from distill.fingerprint import digest
+from distill.recipe import Recipe
+from distill.record import read_recipe
 from distill.report import pictures
 from distill.report.contents import Contents, StageTime, read_contents
 from distill.report.mathematics import marked_up
+from distill.run import Run
 from distill.stage import Stage
 
 if TYPE_CHECKING:
-    from distill.run import Run
+    from distill.report.pictures import Picture
 
 
 class Report(Stage[ReportSummary]):
-    """`report.html` and its figures: made again whenever one is missing, or what they show has changed."""
+    """`report.html` and its figures. price_per_hour: what an hour of the machine costs; default: the recipe's."""
 
     name = "report"
     outputs = ("report.html", "report")
@@ -35,11 +44,14 @@ class Report(Stage[ReportSummary]):
     reads = ("generate", "filter", "train", "eval")
     summary = ReportSummary
 
-    def settings(self, run: "Run") -> Settings:
-        """None: nothing of it is worth refusing."""
+    def __init__(self, price_per_hour: float | None = None) -> None:
+        self.price = price_per_hour
+
+    def settings(self, run: Run) -> Settings:
+        """None: a report is never refused, only written again."""
         return {}
 
-    def extent(self, run: "Run") -> Settings:
+    def extent(self, run: Run) -> Settings:
         """The records of the stages that it shows, and the price."""
         records = {name: run.record(name) for name in self.reads}
         extent: Settings = {
@@ -47,44 +59,65 @@ class Report(Stage[ReportSummary]):
             for name, record in records.items()
             if record
         }
-        return extent | {"price_per_hour": run.recipe.price_per_hour}
+        return extent | {"price_per_hour": run.recipe.price_per_hour if self.price is None else self.price}
 
-    def work(self, run: "Run", begin: Callable[[], None]) -> ReportSummary:
-        """Write it. Errors: UserError when a file of the run is damaged."""
+    def work(self, run: Run, begin: Callable[[], None]) -> ReportSummary:
+        """Write it; `perform` has hashed the files that it reads. Errors: UserError when a file cannot be read."""
+        contents = read_contents(run.directory, self.price, verified=True)
         begin()
-        path = write_report(run.directory)
-        return ReportSummary(page=path.name, bytes=path.stat().st_size)
+        return _write(run.directory, contents)
 
     def headline(self, summary: ReportSummary) -> str:
         """Its size."""
         return f"{summary.page}, {summary.bytes / 1e6:.1f} MB"
 
+    def rewrite(self, run: Run) -> None:
+        """Write it although it may be finished. Errors: UserError when a file of the run is damaged."""
+        contents = read_contents(run.directory, self.price)
+        run.begin(self, self.settings(run), self.extent(run))
+        run.finish(self, _write(run.directory, contents))
+
 
 def write_report(directory: Path, price_per_hour: float | None = None) -> Path:
     """Write `report.html` and `report/*.{svg,png}` of a run directory; returns the page's path.
 
-    price_per_hour: what an hour of the machine costs; the recipe's by default.
-    Stages that have not run are named as missing. Raises UserError when this is no run directory, or is damaged.
+    price_per_hour: what an hour of the machine costs; default: the recipe's. Stages that have not run are named as
+    missing. While another process works in the directory the page shows what is there, and is not recorded. Errors:
+    UserError when this is no run directory, or a file in it is damaged.
     """
-    contents = read_contents(directory, price_per_hour)
-    drawn = _pictures(contents)
-    page = _render(contents, drawn)
-    folder = directory / "report"
-    folder.mkdir(exist_ok=True)
+    read_recipe(directory)
+    paths = RunPaths(directory)
+    if lock.is_held(directory):
+        say(f"note: another process works in {directory}; the report shows what is finished")
+        _write(directory, read_contents(directory, price_per_hour))
+    else:
+        with Run(directory, parse(Recipe, read_yaml(paths.recipe), str(paths.recipe))) as run:
+            Report(price_per_hour).rewrite(run)
+    return paths.report
+
+
+def _write(directory: Path, contents: Contents) -> ReportSummary:
+    """The figures first, the page last; each file is replaced in one step."""
+    paths, drawn = RunPaths(directory), _pictures(contents)
+    page = _render(contents, drawn).encode("utf-8", "replace")  # a trace may hold half a character
+    paths.pictures.mkdir(exist_ok=True)
+    for name in pictures.NAMES:
+        for suffix in ("svg", "png"):
+            if name not in drawn:
+                (paths.pictures / f"{name}.{suffix}").unlink(missing_ok=True)
     for picture in drawn.values():
-        write_whole(folder / f"{picture.name}.svg", picture.svg["wide"])
-        write_whole(folder / f"{picture.name}.png", picture.png())
-    path = directory / "report.html"
-    write_whole(path, page.encode("utf-8", "replace").decode())  # a trace may hold half a character
-    return path
+        write_whole(paths.pictures / f"{picture.name}.svg", picture.svg["wide"])
+        write_whole(paths.pictures / f"{picture.name}.png", picture.png())
+    write_whole(paths.report, page)
+    return ReportSummary(page=paths.report.name, bytes=len(page))
 
 
-def _pictures(contents: Contents) -> dict[str, pictures.Picture]:
+def _pictures(contents: Contents) -> "dict[str, Picture]":
     drawn = []
     if contents.scores:
         drawn.append(pictures.scores(contents.scores, contents.published))
-    if contents.solved_of:
-        drawn.append(pictures.solved("solved", contents.solved_of))
+    if contents.solved_by:
+        drawn.append(pictures.solved("solved", contents.solved_by))
     if contents.solved:
         title = f"{contents.recipe.teacher} on the prompts"
         drawn.append(pictures.solved("prompts", {title: {"teacher": contents.solved}}))
@@ -92,14 +125,14 @@ def _pictures(contents: Contents) -> dict[str, pictures.Picture]:
         steps = [("generated", contents.filtered.total, 0)]
         steps += [(step.filter, step.kept, step.dropped) for step in contents.filtered.funnel]
         drawn.append(pictures.funnel(steps))
-    if contents.kept_lengths or contents.dropped_lengths:
-        drawn.append(pictures.lengths(contents.kept_lengths, contents.dropped_lengths))
+    if contents.lengths.total:
+        drawn.append(pictures.lengths(contents.lengths.kept, contents.lengths.dropped, contents.lengths.unit))
     if contents.log:
         drawn.append(pictures.training(contents.log))
     return {picture.name: picture for picture in drawn}
 
 
-def _render(contents: Contents, drawn: dict[str, pictures.Picture]) -> str:
+def _render(contents: Contents, drawn: "dict[str, Picture]") -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -112,9 +145,9 @@ def _render(contents: Contents, drawn: dict[str, pictures.Picture]) -> str:
     environment.filters |= {"percent": _percent, "count": _count, "money": _money, "mathematics": marked_up}
     environment.filters |= {"duration": _duration, "worked": _worked}
     reader = (Path(__file__).parent / "reader.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(reader.encode()).digest()).decode()
+    checksum = base64.b64encode(hashlib.sha256(reader.encode()).digest()).decode()
     return environment.get_template("page.html.jinja").render(
-        c=contents, pictures=drawn, light=pictures.LIGHT, reader=reader, reader_hash=f"sha256-{digest}"
+        c=contents, pictures=drawn, light=pictures.LIGHT, reader=reader, reader_hash=f"sha256-{checksum}"
     )
 
 
@@ -137,7 +170,6 @@ def _worked(stage: StageTime) -> str:
 
 
 def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    parts: list[tuple[Any, str]] = [(hours, "h"), (minutes, "min"), (seconds, "s")]
-    return " ".join(f"{n} {unit}" for n, unit in parts if n) or "under 1 s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return " ".join(f"{n} {unit}" for n, unit in ((hours, "h"), (minutes, "min"), (rest, "s")) if n) or "under 1 s"

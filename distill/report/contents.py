@@ -1,18 +1,19 @@
-"""What the report tells, read from the files of a run directory and nothing else.
+"""What the report shows, read from the files of a run directory and nothing else.
 
 A run may have stopped after any stage, so everything but the recipe may be missing; the page says so in its place.
+Files that a finished stage recorded are hashed before they are shown: a page must not show figures of a damaged run.
 Large runs are not put into a page: lengths are counted over all traces, texts are shown of some, chosen by rule (the
-first kept ones, the first of each reason for dropping, as long as there is room), never by how well they look.
+first kept ones, the first of each reason for dropping, as long as there is room), never by how well they look. Each
+stored trace is read once.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from distill.artefacts import (
     Artefact,
@@ -26,13 +27,22 @@ from distill.artefacts import (
 )
 from distill.config import parse, read_yaml
 from distill.console import progress
+from distill.errors import UserError
+from distill.evaluations import (
+    GradeRow,
+    Results,
+    counts_by_problem,
+    difference_line,
+    finished_evaluations,
+    published_line,
+    read_results,
+)
 from distill.recipe import Recipe
 from distill.record import StageRecord, read_recipe
-from distill.scores import beside_published, difference, grades, scores_of
 from distill.traces.browse import KEPT, verdict_of
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, count_traces, read_traces
-from distill.traces.trace import Trace, Verdict
+from distill.traces.trace import WORDS, Trace, Verdict
 
 KEPT_SHOWN = 60  # kept traces in the page
 DROPPED_SHOWN = 15  # dropped traces of each reason
@@ -41,14 +51,16 @@ ROOM = 500_000  # characters of kept traces, and as many of dropped ones: the pa
 MANY = 20_000  # traces that take some seconds to read
 TEXT_SHOWN = 20_000  # characters of one text; an R1 trace may have ten times as many
 MODELS = ("base", "student", "teacher")
+READ = ("filtered/kept/", "filtered/dropped/", "eval/", "checkpoints/log.jsonl")  # recorded files that the page shows
 
-Solved = tuple[int, int]  # (right, drawn) samples of one prompt
+Counts = tuple[int, int]  # (right, all) samples of one problem
+LogRow = Mapping[str, float]  # one line of checkpoints/log.jsonl
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """One stage that was begun. `seconds` that it was worked on, where they are known. tokens: that it generated or
-    learnt; None where it has none. cost: in the recipe's currency; None where it names no price."""
+    """One stage that was begun. seconds: worked, where they are known. tokens: generated or learnt; None where the
+    stage has none, or they were not counted. cost: in the currency of the price; None without a price."""
 
     name: str
     begun: str
@@ -60,41 +72,60 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Shown:
-    """One trace in the page. `verdict` is a short word for it: "kept", a reason for dropping, a grade."""
+    """One trace in the page. verdict: a short word for it: "kept", a reason for dropping, a grade. length: of the
+    completion, with its unit. evidence: (filter, reason, evidence) of its verdicts."""
 
-    who: str
+    model: str
     verdict: str
     good: bool
     question: str
     gold: str | None
     reasoning: str | None
     response: str
-    tokens: int
-    evidence: list[tuple[str, str, str]] = field(default_factory=list)  # (filter, reason, evidence) of its verdicts
+    length: str
+    evidence: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Completion lengths of all traces, in `unit`: words where tokens were not counted for every trace."""
+
+    kept: list[int]
+    dropped: list[int]
+    unit: str
+
+    @property
+    def total(self) -> int:
+        """The number of traces."""
+        return len(self.kept) + len(self.dropped)
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything the page needs. Empty where a stage has not come so far."""
+    """Everything the page needs; empty where a stage has not come so far.
+
+    price: of an hour. solved: (right, all) samples of each prompt by the teacher, empty where every prompt has one
+    sample or none is graded. solved_by: benchmark → model → the same of each problem. lines: below the scores,
+    differences between models and published scores. answers: to one problem of the first benchmark, by each model.
+    """
 
     name: str
     recipe: Recipe
     recipe_text: str
     stages: list[StageTime]
-    price: float | None  # of an hour
+    price: float | None
     generated: GenerateSummary | None
     filtered: FilterSummary | None
     trained: TrainSummary | None
-    log: list[dict[str, Any]]
-    kept_lengths: list[int]
-    dropped_lengths: list[int]
-    solved: list[Solved]  # of each prompt, by the teacher; empty where one sample a prompt was drawn or none graded
+    log: list[LogRow]
+    lengths: Lengths
+    solved: list[Counts]
     traces: list[Shown]
     scores: list[Scores]
-    solved_of: dict[str, dict[str, list[Solved]]]  # benchmark → model → of each problem; those with several samples
+    solved_by: dict[str, dict[str, list[Counts]]]
     published: list[PublishedScores]
-    beside: list[str]  # lines under the scores: differences between models, published scores
-    answers: list[Shown]  # to one problem of the first benchmark, by each model
+    lines: list[str]
+    answers: list[Shown]
 
     @property
     def worked(self) -> float:
@@ -103,10 +134,11 @@ class Contents:
 
     @property
     def cost(self) -> float:
+        """The price of all stages that are finished."""
         return sum(stage.cost or 0 for stage in self.stages)
 
 
-STAGES: dict[str, type[Artefact]] = {  # as the cost table lists them
+STAGES: dict[str, type[Artefact]] = {  # in the order of the table of times
     "generate": GenerateSummary,
     "filter": FilterSummary,
     "train": TrainSummary,
@@ -114,26 +146,26 @@ STAGES: dict[str, type[Artefact]] = {  # as the cost table lists them
 }
 
 
-def read_contents(directory: Path, price_per_hour: float | None = None) -> Contents:
-    """price_per_hour: of the machine; the recipe's by default. Raises UserError when this is no run directory, or a
-    file in it is damaged."""
+def read_contents(directory: Path, price_per_hour: float | None = None, verified: bool = False) -> Contents:
+    """Read a run directory. price_per_hour: of the machine; default: the recipe's. verified: the recorded files were
+    hashed already.
+
+    Errors: UserError when this is no run directory, or a file in it is damaged.
+    """
     text, paths = read_recipe(directory), RunPaths(directory)
     recipe = parse(Recipe, read_yaml(paths.recipe), str(paths.recipe))
     records = {name: record for name in STAGES if (record := _record(paths, name))}
-    summaries: dict[str, Artefact] = {
-        name: STAGES[name].model_validate_json(json.dumps(record.summary))
-        for name, record in records.items()
-        if record.finished
-    }
+    if not verified:
+        _refuse_damage(paths, records)
+    summaries = {name: _summary(paths, name, record) for name, record in records.items() if record.finished}
     generated, filtered = summaries.get("generate"), summaries.get("filter")
     trained, evaluated = summaries.get("train"), summaries.get("eval")
     assert isinstance(generated, GenerateSummary | None) and isinstance(filtered, FilterSummary | None)
     assert isinstance(trained, TrainSummary | None) and isinstance(evaluated, EvalSummary | None)
     price = recipe.price_per_hour if price_per_hour is None else price_per_hour
-    solved: dict[str, Solved] = {}
-    kept_lengths, kept = _filtered(paths.kept, solved)
-    dropped_lengths, dropped = _filtered(paths.dropped, solved)
-    scores = _scores(paths.eval)
+    kept, dropped = _Traces.read(paths.kept), _Traces.read(paths.dropped)
+    results = _results(paths.eval)
+    scores = [result.scores for result in results]
     return Contents(
         name=recipe.name,
         recipe=recipe,
@@ -143,21 +175,42 @@ def read_contents(directory: Path, price_per_hour: float | None = None) -> Conte
         generated=generated,
         filtered=filtered,
         trained=trained,
-        log=[row for row in Ledger(paths.log).rows() if "loss" in row],
-        kept_lengths=kept_lengths,
-        dropped_lengths=dropped_lengths,
-        solved=_several(solved),
-        traces=kept + dropped,
+        log=_log(paths.log),
+        lengths=_lengths(kept, dropped),
+        solved=_rates(list((kept + dropped).values())),
+        traces=kept.shown + dropped.shown,
         scores=scores,
-        solved_of=_solved_of(paths.eval, scores),
+        solved_by=_solved_by(results),
         published=list(evaluated.published) if evaluated else [],
-        beside=_beside(evaluated, scores) if evaluated else [],
-        answers=_answers(paths.eval / scores[0].benchmark) if scores else [],
+        lines=_lines(evaluated, scores) if evaluated else [],
+        answers=_answers(paths.eval, results),
     )
 
 
+# ---- stages
+
+
 def _record(paths: RunPaths, name: str) -> StageRecord | None:
-    return StageRecord.read_if_there(paths.record(name), f"run the stage again with --fresh {name}")
+    return StageRecord.read_if_there(paths.record(name), _remedy(paths, name, f"--fresh {name}"))
+
+
+def _summary(paths: RunPaths, name: str, record: StageRecord) -> Artefact:
+    try:
+        return STAGES[name].model_validate_json(json.dumps(record.summary))
+    except ValueError:
+        raise UserError(f"{paths.record(name)} is damaged; {_remedy(paths, name, f'--fresh {name}')}") from None
+
+
+def _remedy(paths: RunPaths, stage: str, option: str) -> str:
+    return f"`distill {stage} {paths.recipe} --run-dir {paths.root} {option}` makes it again"
+
+
+def _refuse_damage(paths: RunPaths, records: Mapping[str, StageRecord]) -> None:
+    """UserError naming the first file of a finished stage that the page shows and that is not as it was written."""
+    for stage, record in records.items():
+        for name, file in record.files.items():
+            if name.startswith(READ) and (damage := file.damage(paths.root / name)) is not None:
+                raise UserError(f"{paths.root / name} {damage}; {_remedy(paths, stage, '--verify')}")
 
 
 def _stage_time(name: str, record: StageRecord, summary: Artefact | None, price: float | None) -> StageTime:
@@ -170,79 +223,97 @@ def _stage_time(name: str, record: StageRecord, summary: Artefact | None, price:
 def _tokens(summary: Artefact | None) -> int | None:
     match summary:
         case GenerateSummary():
-            return summary.completion_tokens
+            return summary.completion_tokens or None
         case TrainSummary():
             return summary.supervised_tokens
-        case EvalSummary():
+        case EvalSummary() if all(row.mean_completion_tokens is not None for row in summary.scores):
             return round(sum(row.samples * (row.mean_completion_tokens or 0) for row in summary.scores))
     return None
 
 
-def _filtered(directory: Path, solved: dict[str, Solved]) -> tuple[list[int], list[Shown]]:
-    """The completion lengths of all traces, and the few that are shown. Adds to `solved` what was graded, by prompt."""
-    lengths: list[int] = []
-    room = ROOM
-    shown: dict[str, list[Shown]] = defaultdict(list)
-    for trace, verdicts in _told_of(directory) if directory.is_dir() else ():
-        lengths.append(trace.tokens)
-        for right in (verdict.keep for verdict in verdicts if verdict.filter == "correct"):
-            solved[trace.prompt.id] = _with_one(solved.get(trace.prompt.id), right)
-        said = verdict_of(verdicts)
-        kept = said == KEPT
-        wanted = len(shown[said]) < (KEPT_SHOWN if kept else DROPPED_SHOWN)
-        if wanted and (room > 0 or not shown[said]):  # one of each reason, however long
-            shown[said].append(_shown("teacher", said, kept, trace, verdicts))
-            room -= len(trace.text) + len(trace.prompt.messages[-1]["content"])
-    return lengths, [one for of_reason in list(shown.values())[:REASONS_SHOWN] for one in of_reason]
+def _log(path: Path) -> list[LogRow]:
+    """The rows with a loss. Errors: UserError for a row that training did not write."""
+    rows: list[LogRow] = []
+    for number, row in enumerate(Ledger(path).rows(), 1):
+        if "loss" in row:
+            if not all(isinstance(row.get(key), int | float) for key in ("step", "loss", "learning_rate")):
+                raise UserError(f"{path}, row {number}: damaged; restore the file, or remove the row")
+            rows.append(row)
+    return rows
 
 
-def _told_of(directory: Path) -> Iterator[tuple[Trace, list[Verdict]]]:
-    """All traces; with a progress bar where they are many."""
+# ---- traces
+
+
+@dataclass
+class _Traces:
+    """What is kept of one directory of judged traces, which is read once."""
+
+    tokens: list[int] = field(default_factory=list)  # 0 where they were not counted
+    words: list[int] = field(default_factory=list)
+    graded: dict[str, Counts] = field(default_factory=dict)  # by prompt
+    shown: list[Shown] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, directory: Path) -> "_Traces":
+        """Read a directory; nothing where it is missing. Errors: UserError when it is damaged."""
+        traces, room = cls(), ROOM
+        by_verdict: dict[str, list[Shown]] = defaultdict(list)
+        for trace, verdicts in _judged(directory) if directory.is_dir() else ():
+            traces.tokens.append(trace.tokens)
+            traces.words.append(len(trace.text.split()))
+            for correct in (verdict.keep for verdict in verdicts if verdict.filter == "correct"):
+                right, count = traces.graded.get(trace.prompt.id, (0, 0))
+                traces.graded[trace.prompt.id] = (right + correct, count + 1)
+            verdict = verdict_of(verdicts)
+            shown = by_verdict[verdict]
+            wanted = len(shown) < (KEPT_SHOWN if verdict == KEPT else DROPPED_SHOWN)
+            if wanted and (room > 0 or not shown):  # one of each reason, however long
+                shown.append(_shown("teacher", verdict, verdict == KEPT, trace, verdicts))
+                room -= len(trace.text) + len(trace.prompt.messages[-1]["content"])
+        traces.shown = [trace for shown in list(by_verdict.values())[:REASONS_SHOWN] for trace in shown]
+        return traces
+
+    def __add__(self, other: "_Traces") -> dict[str, Counts]:
+        """Prompt → (right, all) samples of both."""
+        counts = dict(self.graded)
+        for prompt, (right, count) in other.graded.items():
+            before = counts.get(prompt, (0, 0))
+            counts[prompt] = (before[0] + right, before[1] + count)
+        return counts
+
+
+def _judged(directory: Path) -> Iterator[tuple[Trace, list[Verdict]]]:
+    """All traces with their verdicts; with a progress bar where they are many."""
     total = count_traces(directory)
     bar = progress("report", total, f"{directory.name} traces") if total >= MANY else nullcontext(lambda _: None)
-    with bar as told:
-        for one in read_traces(directory, ids=False):
-            yield one
-            told(1)
+    with bar as advance:
+        for judged in read_traces(directory, ids=False):
+            yield judged
+            advance(1)
 
 
-def _with_one(solved: Solved | None, right: bool) -> Solved:
-    before = solved or (0, 0)
-    return before[0] + right, before[1] + 1
+def _lengths(kept: _Traces, dropped: _Traces) -> Lengths:
+    if all(kept.tokens) and all(dropped.tokens):
+        return Lengths(kept.tokens, dropped.tokens, "tokens")
+    return Lengths(kept.words, dropped.words, WORDS)
 
 
-def _several(solved: dict[str, Solved]) -> list[Solved]:
-    """Nothing where no prompt has two samples: then the rate of each is 0 or 1, and their mean says all."""
-    return list(solved.values()) if any(drawn > 1 for _, drawn in solved.values()) else []
-
-
-def _solved_of(directory: Path, scores: list[Scores]) -> dict[str, dict[str, list[Solved]]]:
-    found: dict[str, dict[str, list[Solved]]] = {}
-    for row in scores:
-        solved: dict[str, Solved] = {}
-        for grade in grades(directory / row.benchmark / row.model):
-            if grade["sample"] < row.samples_per_problem:
-                solved[grade["prompt"]] = _with_one(solved.get(grade["prompt"]), grade["verdict"] == "correct")
-        if rates := _several(solved):
-            found.setdefault(row.benchmark, {})[row.model] = rates
-    return found
-
-
-def _shown(who: str, verdict: str, good: bool, trace: Trace, verdicts: Iterable[Verdict] = ()) -> Shown:
+def _shown(model: str, verdict: str, good: bool, trace: Trace, verdicts: Iterable[Verdict] = ()) -> Shown:
     return Shown(
-        who=who,
+        model=model,
         verdict=verdict,
         good=good,
         question=_cut(trace.prompt.messages[-1]["content"]),
         gold=trace.prompt.answer,
         reasoning=None if trace.reasoning is None else _cut(trace.reasoning),
         response=_cut(trace.text if trace.reasoning is None else trace.response),
-        tokens=trace.tokens,
-        evidence=[(v.filter, v.reason, _told(v.evidence)) for v in verdicts],
+        length=f"{trace.tokens:,} tokens" if trace.tokens else f"{trace.length.value:,} {WORDS}, tokens not counted",
+        evidence=[(verdict.filter, verdict.reason, _evidence(verdict.evidence)) for verdict in verdicts],
     )
 
 
-def _told(evidence: dict[str, Any]) -> str:
+def _evidence(evidence: Mapping[str, object]) -> str:
     return ", ".join(f"{key} {_cut(str(value))}" for key, value in evidence.items() if value is not None)
 
 
@@ -254,41 +325,63 @@ def _cut(text: str) -> str:
     return f"{text[:half]}\n\n[… {len(text) - TEXT_SHOWN:,} characters left out …]\n\n{text[-half:]}"
 
 
-def _scores(directory: Path) -> list[Scores]:
-    """The scores.json of every part, benchmarks by name, models from base to teacher."""
-    found = [scores_of(path.parent) for name in MODELS for path in directory.glob(f"*/{name}/scores.json")]
-    return sorted(found, key=lambda row: (row.benchmark, MODELS.index(row.model)))
+# ---- scores
 
 
-def _beside(summary: EvalSummary, scores: list[Scores]) -> list[str]:
-    lines = [f"{made.benchmark}: {difference(made)}" for made in summary.comparisons]
-    for other in summary.published:
-        row = next((r for r in scores if (r.benchmark, r.model) == (other.benchmark, "student")), None)
+def _results(directory: Path) -> list[Results]:
+    """The finished evaluations, by benchmark, models from base to teacher. Errors: UserError when one is damaged."""
+    evaluations = finished_evaluations(directory)
+    return [
+        read_results(models[name]) for _, models in sorted(evaluations.items()) for name in MODELS if name in models
+    ]
+
+
+def _rates(counts: list[Counts]) -> list[Counts]:
+    """Nothing where no problem has two samples: then each rate is 0 or 1, and their mean says all."""
+    return counts if any(count > 1 for _, count in counts) else []
+
+
+def _solved_by(results: Iterable[Results]) -> dict[str, dict[str, list[Counts]]]:
+    solved: dict[str, dict[str, list[Counts]]] = {}
+    for result in results:
+        if rates := _rates(counts_by_problem(result.samples)):
+            solved.setdefault(result.scores.benchmark, {})[result.scores.model] = rates
+    return solved
+
+
+def _lines(summary: EvalSummary, scores: list[Scores]) -> list[str]:
+    lines = [f"{comparison.benchmark}: {difference_line(comparison)}" for comparison in summary.comparisons]
+    for published in summary.published:
+        row = next((row for row in scores if (row.benchmark, row.model) == (published.benchmark, "student")), None)
         if row is not None:
-            lines.append(f"{other.benchmark}: {beside_published(other, row)}")
+            lines.append(f"{published.benchmark}: {published_line(published, row)}")
     return lines
 
 
-def _answers(directory: Path) -> list[Shown]:
+def _answers(directory: Path, results: list[Results]) -> list[Shown]:
     """What each model answered to one problem: one that the student learnt (right, base wrong), else the first."""
+    if not results:
+        return []
+    benchmark = results[0].scores.benchmark
     graded = {
-        model: {(row["prompt"], row["sample"]): row for row in grades(directory / model)}
-        for model in MODELS
-        if (directory / model / "grades.jsonl").is_file()
+        result.scores.model: {row.key: row for rows in result.samples.values() for row in rows}
+        for result in results
+        if result.scores.benchmark == benchmark
     }
-    common = set.intersection(*(set(of_model) for of_model in graded.values())) if graded else set()
+    common = set.intersection(*(set(rows) for rows in graded.values()))
 
     def learnt(key: tuple[str, int]) -> bool:
-        verdicts = {model: of_model[key]["verdict"] for model, of_model in graded.items()}
-        return verdicts.get("student", "correct") == "correct" and verdicts.get("base", "wrong") != "correct"
+        correct = {model: rows[key].correct for model, rows in graded.items()}
+        return correct.get("student", True) and not correct.get("base", False)
 
-    key = next(iter(sorted(common, key=lambda k: (not learnt(k), k))), None)
-    return list(_to_one_problem(directory, graded, key)) if key else []
+    key = next(iter(sorted(common, key=lambda key: (not learnt(key), key))), None)
+    return [] if key is None else list(_answers_to(directory / benchmark, graded, key))
 
 
-def _to_one_problem(directory: Path, graded: dict[str, Any], key: tuple[str, int]) -> Iterator[Shown]:
-    for model, of_model in graded.items():
+def _answers_to(
+    directory: Path, graded: Mapping[str, Mapping[tuple[str, int], GradeRow]], key: tuple[str, int]
+) -> Iterator[Shown]:
+    for model, rows in graded.items():
         trace = next((trace for trace in TraceStore(directory / model / "traces") if trace.key == key), None)
         if trace is not None:
-            verdict = of_model[key]["verdict"]
-            yield _shown(model, verdict, verdict == "correct", trace)
+            yield _shown(model, rows[key].verdict, rows[key].correct, trace)

@@ -1,8 +1,8 @@
-"""Texts for the page: what a model wrote, escaped, with its formulas as MathML, which browsers draw by themselves.
+"""Texts for the page: a model's text, escaped, with its formulas as MathML, which browsers draw themselves.
 
-Formulas are what stands in `$$…$$`, `\\[…\\]`, `\\(…\\)` and `$…$`, and a bare `\\boxed{…}`. A dollar sign is money
-unless it opens directly before and closes directly behind something that looks like mathematics. What the converter
-cannot read, and what has no end, stays text: a report must survive whatever a model writes.
+A formula is the text inside `$$…$$`, `\\[…\\]`, `\\(…\\)` or `$…$`, and a bare `\\boxed{…}`. A dollar sign is money
+unless it opens directly before and closes directly after something that looks like mathematics. A formula that the
+converter cannot read, or that has no end, stays text: a report must survive everything that a model writes.
 """
 
 import re
@@ -29,13 +29,13 @@ TAG = re.compile(rf'</?m[a-z]+(?: (?:{ATTRIBUTES})="[^"<>]*")*\s*/?>')
 
 
 def marked_up(text: str) -> Markup:
-    """HTML of a text. Everything but the formulas is escaped."""
+    """Convert a text to HTML. Everything but the formulas is escaped."""
     parts: list[Markup] = []
     at = 0
     for match in FORMULA.finditer(text):
         if match.start() < at:
             continue
-        end, latex = match.end(), next(found for found in match.groups() if found is not None)
+        end, latex = match.end(), next(group for group in match.groups() if group is not None)
         if match["box"]:
             close = boxed_end(text, match.start())
             if close is None or close - match.start() > LONGEST:
@@ -52,13 +52,13 @@ def marked_up(text: str) -> Markup:
 
 @lru_cache(4096)
 def mathml(latex: str, display: bool) -> Markup | None:
-    """None where it cannot be converted, or where anything but MathML came out: the converter escapes no text."""
+    """Convert a formula; None where that fails, or the result is not MathML alone: the converter escapes no text."""
     from latex2mathml.converter import convert
 
     plain = re.sub(r"\\(?:tag|label)\{[^{}]*\}", "", latex.strip())
     plain = ALIGNED.sub(r"\\\1{matrix}", plain).replace("<", r"\lt ").replace(">", r"\gt ")
     try:
-        made = convert(plain, display="block" if display else "inline")
-    except Exception:  # whatever it raises on what a model wrote: the text itself is shown
+        converted: str = convert(plain, display="block" if display else "inline")
+    except Exception:  # the converter raises all kinds on a model's text; the text itself is shown
         return None
-    return Markup(made) if all(TAG.fullmatch(tag) for tag in re.findall(r"<[^>]*>?", made)) else None
+    return Markup(converted) if all(TAG.fullmatch(tag) for tag in re.findall(r"<[^>]*>?", converted)) else None

@@ -1,10 +1,10 @@
-"""The report's pictures, drawn once for every place they are shown in.
+"""The report's figures, drawn once for every place they are shown in.
 
-matplotlib draws with the colours of `LIGHT`, and that is what the PNG and SVG files have. In the page the same SVG
-stands inline: its colours are replaced by CSS variables, so that one drawing follows the reader's theme, and its text
-stays text in the page's font. A drawing cannot reflow, so the page carries each one twice, wide and narrow, and shows
-the one that fits. Rejected: a JavaScript chart library (weight, and nothing here needs a mouse), SVG written by hand
-(axes and ticks are more code than this file).
+matplotlib draws with the colours of `LIGHT`, which the PNG and SVG files keep. In the page the same SVG is inline: its
+colours are replaced by CSS variables, so that one drawing follows the reader's theme, and its text remains text in the
+page's font. A drawing cannot reflow, so the page carries each one twice, wide and narrow, and shows the one that fits.
+Rejected: a JavaScript chart library (weight, and nothing here needs a mouse), SVG written by hand (axes and ticks are
+more code than this file).
 
 `matplotlib.figure.Figure` is used without pyplot: no global state, no display.
 """
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from distill.artefacts import PublishedScores, Scores
 
@@ -32,28 +32,31 @@ LIGHT = {
     "base": "#69717b",
     "student": "#1a6e8e",
     "teacher": "#a65d12",
-    "kept": "#1a6e8f",  # one step beside `student`: a colour must tell which variable it is
+    "kept": "#1a6e8f",  # one step from `student`: each colour must identify its variable
     "dropped": "#b4503c",
 }
 WIDTHS = {"wide": 7.0, "narrow": 3.6}  # inches; at the page's 100 px an inch: a desk, a phone
 BINS = 40
+NAMES = ("scores", "solved", "prompts", "funnel", "lengths", "loss")  # of all figures
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure for any width. `caption` says in words what it shows: it is the alternative text too."""
+    """A figure for any width. caption: what it shows, in words; also its alternative text. draw: takes a figure and
+    whether it is the narrow one. height: inches."""
 
     name: str
     caption: str
-    draw: Callable[["Figure", bool], None]  # (figure, narrow?)
-    height: float  # inches
+    draw: Callable[["Figure", bool], None]
+    height: float
 
     @cached_property
     def svg(self) -> dict[str, str]:
-        """Width → the text of a standalone SVG file. The same every time, with ids that are unique in the page."""
+        """Width → the text of a standalone SVG file. The same in every run, with ids that are unique in the page."""
         return {width: _svg(self._figure(width), f"{self.name}-{width}") for width in WIDTHS}
 
     def png(self) -> bytes:
+        """The wide figure as a PNG file, 200 dots an inch."""
         file = io.BytesIO()
         self._figure("wide").savefig(file, format="png", dpi=200, metadata={"Software": None})
         return file.getvalue()
@@ -64,7 +67,7 @@ class Picture:
         box = re.search(r'viewBox="[^"]*"', head)
         assert box, head
         body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
-        body = re.sub(r'<g id="[^"]*"', "<g", body)  # names of groups, which would be there twice
+        body = re.sub(r'<g id="[^"]*"', "<g", body)  # ids of groups would be in the page twice
         body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
         for name, colour in LIGHT.items():
             body = body.replace(colour, f"var(--{name})")
@@ -89,7 +92,7 @@ def _svg(figure: "Figure", salt: str) -> str:
     return file.getvalue()
 
 
-def _style() -> dict[str, Any]:
+def _style() -> dict[str, object]:
     return {
         "svg.fonttype": "none",
         "text.parse_math": False,  # names are text
@@ -123,8 +126,7 @@ class _Point(NamedTuple):
 
 
 def scores(rows: Sequence[Scores], published: Sequence[PublishedScores] = ()) -> Picture:
-    """pass@1 of every model on every benchmark, a point and its interval. published: what others report, a hollow
-    point."""
+    """pass@1 of every model on every benchmark, a point and its interval; published scores are hollow points."""
     benchmarks = list(dict.fromkeys(row.benchmark for row in rows))
     points = [
         _Point(row.benchmark, row.model, row.pass_at_1.value, (row.pass_at_1.low, row.pass_at_1.high)) for row in rows
@@ -148,7 +150,7 @@ def scores(rows: Sequence[Scores], published: Sequence[PublishedScores] = ()) ->
             low, high = (100 * end for end in point.interval or (point.value, point.value))
             axes.plot([low, high], [y, y], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
             axes.plot([value], [y], marker="o", markersize=8, color=colour, fillstyle="full" if ours else "none")
-            right = high < 70  # the figure stands where there is room for it
+            right = high < 70  # the value goes where there is room for it
             axes.text(high + 3 if right else low - 3, y, f"{value:.1f} %", va="center", ha="left" if right else "right")
             labels.append(point.model if ours else "published" if narrow else f"{point.model}, published")
             places.append(y)
@@ -162,17 +164,18 @@ def scores(rows: Sequence[Scores], published: Sequence[PublishedScores] = ()) ->
         axes.set_xlabel("pass@1 with 95 % intervals" + (f", {benchmarks[0]}" if len(benchmarks) == 1 else ""))
         axes.grid(axis="x")
 
-    told = "; ".join(
+    values = "; ".join(
         f"{point.model} on {point.benchmark} {point.value:.1%}, "
         + (f"{point.interval[0]:.1%} to {point.interval[1]:.1%}" if point.interval else "as published")
         for point in points
     )
     lines = len(points) + (len(benchmarks) if len(benchmarks) > 1 else 0)
-    return Picture("scores", f"pass@1 with 95 % intervals: {told}", draw, 0.8 + 0.42 * lines)
+    return Picture("scores", f"pass@1 with 95 % intervals: {values}", draw, 0.8 + 0.42 * lines)
 
 
 def funnel(steps: Sequence[tuple[str, int, int]]) -> Picture:
-    """What each filter left. steps: (label, traces left, traces dropped here), the first with nothing dropped."""
+    """The traces left after each filter. steps: (label, traces left, traces dropped here), the first with nothing
+    dropped."""
     total = max(1, steps[0][1])
 
     def draw(figure: "Figure", narrow: bool) -> None:
@@ -184,22 +187,22 @@ def funnel(steps: Sequence[tuple[str, int, int]]) -> Picture:
             fits = left > (0.25 if narrow else 0.15) * total
             if fits:
                 axes.text(left - gap, y, f"{left:,}", va="center", ha="right", color=LIGHT["paper"])
-            beside = ([] if fits else [f"{left:,}"]) + ([f"\N{MINUS SIGN}{dropped:,}"] if dropped else [])
-            axes.text(left + dropped + gap, y, "  ".join(beside), va="center", color=LIGHT["ink"])
+            labels = ([] if fits else [f"{left:,}"]) + ([f"\N{MINUS SIGN}{dropped:,}"] if dropped else [])
+            axes.text(left + dropped + gap, y, "  ".join(labels), va="center", color=LIGHT["ink"])
         axes.set_yticks(range(len(steps)), [label for label, _, _ in steps], color=LIGHT["ink"])
         axes.set_ylim(len(steps) - 0.5, -0.5)
-        axes.set_xlim(0, total * (1.2 if narrow else 1.12))  # room for the figures beside the bars
+        axes.set_xlim(0, total * (1.2 if narrow else 1.12))  # room for the labels beside the bars
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
 
-    told = "; ".join(f"{label}: {left:,} left, {dropped:,} dropped" for label, left, dropped in steps)
-    return Picture("funnel", f"Traces left after each filter. {told}", draw, 0.2 + 0.38 * len(steps))
+    counts = "; ".join(f"{label}: {left:,} left, {dropped:,} dropped" for label, left, dropped in steps)
+    return Picture("funnel", f"Traces left after each filter. {counts}", draw, 0.2 + 0.38 * len(steps))
 
 
-def training(rows: Sequence[dict[str, Any]]) -> Picture:
-    """Loss, and under it the learning rate, over optimiser steps. rows: of checkpoints/log.jsonl.
+def training(rows: Sequence[Mapping[str, float]]) -> Picture:
+    """Loss, and below it the learning rate, over optimiser steps. rows: of checkpoints/log.jsonl.
 
-    Beside the loss what else was logged: of held-out rows, and the parts of a mixed objective.
+    With the loss go the other losses of the log: of held-out rows, and the terms of a mixed objective.
     """
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     others = {
@@ -222,20 +225,20 @@ def training(rows: Sequence[dict[str, Any]]) -> Picture:
         rate.plot(steps, [row["learning_rate"] for row in rows], color=LIGHT["muted"], linewidth=1.2)
         rate.set_ylim(bottom=0)
         rate.set_xlabel("optimiser step")
-        for axes, title in ((loss, "loss, nats a supervised token"), (rate, "learning rate")):
+        for axes, title in ((loss, "loss, nats per supervised token"), (rate, "learning rate")):
             axes.set_title(title, loc="left", fontsize=9.5, color=LIGHT["muted"])
             axes.grid(axis="y")
             axes.margins(x=0.01)
             _plain_ticks(axes)
 
-    told = f"Training loss from {losses[0]:.3g} at step {steps[0]:,} to {losses[-1]:.3g} at step {steps[-1]:,}"
+    caption = f"Training loss from {losses[0]:.3g} at step {steps[0]:,} to {losses[-1]:.3g} at step {steps[-1]:,}"
     if scored := others["held out"]:
-        told += f"; on held-out rows {scored[0][1]:.3g} to {scored[-1][1]:.3g}"
-    return Picture("loss", told, draw, 3.6)
+        caption += f"; on held-out rows {scored[0][1]:.3g} to {scored[-1][1]:.3g}"
+    return Picture("loss", caption, draw, 3.6)
 
 
 def _plain_ticks(axes: "Axes") -> None:
-    """0.05 rather than 5 x 10^-2; matplotlib would write minor ticks over each other."""
+    """Label ticks as 0.05 rather than 5 x 10^-2, and major ones only: labels of minor ticks would overlap."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -245,8 +248,8 @@ def _plain_ticks(axes: "Axes") -> None:
     axes.yaxis.set_tick_params(which="minor", length=0)
 
 
-def lengths(kept: Sequence[int], dropped: Sequence[int]) -> Picture:
-    """Completion tokens of kept and dropped traces, one histogram on the other."""
+def lengths(kept: Sequence[int], dropped: Sequence[int], unit: str) -> Picture:
+    """Completion lengths of kept and dropped traces, stacked histograms. unit: tokens or words."""
     longest = max([*kept, *dropped, 1])
 
     def draw(figure: "Figure", narrow: bool) -> None:
@@ -268,21 +271,22 @@ def lengths(kept: Sequence[int], dropped: Sequence[int]) -> Picture:
             handlelength=1,
             labelcolor=LIGHT["ink"],
         )
-        axes.set_xlabel("tokens of the completion")
+        axes.set_xlabel(f"{unit} per completion")
         axes.set_ylabel("traces")
         axes.set_xlim(0, longest)
         axes.grid(axis="y")
         axes.yaxis.get_major_locator().set_params(integer=True)
 
-    told = f"Lengths of {len(kept):,} kept and {len(dropped):,} dropped traces, up to {longest:,} tokens"
-    return Picture("lengths", told, draw, 2.6)
+    caption = f"Lengths of {len(kept):,} kept and {len(dropped):,} dropped traces, up to {longest:,} {unit}"
+    return Picture("lengths", caption, draw, 2.6)
 
 
 def solved(name: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, int]]]]) -> Picture:
-    """How often each problem was solved: histograms of pass rates, a panel under the other.
+    """How often each problem was solved: histograms of pass rates, one panel below the other.
 
-    panels: title → model → (right, drawn) samples of each of its problems. Bars are shares of the model's problems;
-    where all have the same number of samples, up to 16, a bar is a number of right ones, else a tenth.
+    panels: title → model → (right, all) samples of each problem. Bars are shares of the model's problems. Where all
+    problems have the same number of samples, up to 16, there is a bar for each number of right ones, else for each
+    tenth.
     """
 
     def draw(figure: "Figure", narrow: bool) -> None:
@@ -291,8 +295,8 @@ def solved(name: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, int]
         ):
             bins = _bins(models.values())
             width = 0.84 / bins / len(models)
-            for number, (model, of_model) in enumerate(models.items()):
-                shares = _shares(of_model, bins)
+            for number, (model, counts) in enumerate(models.items()):
+                shares = _shares(counts, bins)
                 places = [at / bins + (number - (len(models) - 1) / 2) * width for at in range(bins + 1)]
                 axes.bar(places, [100 * share for share in shares], width, color=LIGHT[model], label=model)
             axes.set_title(title, loc="left", fontsize=9.5, color=LIGHT["muted"])
@@ -300,26 +304,26 @@ def solved(name: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, int]
             axes.set_ylabel("% of problems")
             axes.grid(axis="y")
             axes.margins(x=0.01)
-        axes.set_xlabel("right answers, of all samples of a problem")
+        axes.set_xlabel("share of a problem's samples that are right")
         if any(len(models) > 1 for models in panels.values()):
             handles, labels = figure.axes[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=1, labelcolor=LIGHT["ink"])
 
-    told = "; ".join(
-        f"{title}: of {len(of_model):,} problems {model} solved {sum(right == drawn for right, drawn in of_model):,} "
-        f"every time, {sum(right == 0 for right, _ in of_model):,} never"
+    counted = "; ".join(
+        f"{title}: of {len(counts):,} problems {model} solved {sum(right == count for right, count in counts):,} "
+        f"every time, {sum(right == 0 for right, _ in counts):,} never"
         for title, models in panels.items()
-        for model, of_model in models.items()
+        for model, counts in models.items()
     )
-    return Picture(name, f"How often each problem was solved. {told}", draw, 0.7 + 1.7 * len(panels))
+    return Picture(name, f"How often each problem was solved. {counted}", draw, 0.7 + 1.7 * len(panels))
 
 
 def _bins(models: Iterable[Sequence[tuple[int, int]]]) -> int:
-    counts = {drawn for of_model in models for _, drawn in of_model}
-    return min(counts) if len(counts) == 1 and max(counts) <= 16 else 10
+    sizes = {size for counts in models for _, size in counts}
+    return min(sizes) if len(sizes) == 1 and max(sizes) <= 16 else 10
 
 
 def _shares(solved: Sequence[tuple[int, int]], bins: int) -> list[float]:
-    """Of problems, by the nearest of the rates 0, 1/bins … 1."""
-    counts = Counter(round(bins * right / drawn) for right, drawn in solved)
+    """The shares of problems whose rate is nearest to 0, 1/bins … 1."""
+    counts = Counter(round(bins * right / size) for right, size in solved)
     return [counts[at] / len(solved) for at in range(bins + 1)]

@@ -1,10 +1,10 @@
-// The trace reader of the page: search, a filter by verdict, and keys. Without it the traces are there, all of them.
+// The trace reader of the page: search, a filter by verdict, and keys. Without scripts all traces are shown.
 "use strict";
 (() => {
   const form = document.querySelector(".reader");
   if (!form) return;
   const traces = [...document.querySelectorAll(".traces > .trace")];
-  const [search, verdict, told] = ["input", "select", "output"].map((name) => form.querySelector(name));
+  const [search, verdict, output] = ["input", "select", "output"].map((name) => form.querySelector(name));
   const texts = traces.map((trace) => trace.textContent.toLowerCase());
   const shown = () => traces.filter((trace) => !trace.hidden);
 
@@ -14,7 +14,7 @@
       const wanted = !verdict.value || trace.dataset.verdict === verdict.value;
       trace.hidden = !(wanted && words.every((word) => texts[i].includes(word)));
     });
-    told.textContent = `${shown().length} of ${traces.length}`;
+    output.textContent = `${shown().length} of ${traces.length}`;
   };
 
   const current = () => shown().findIndex((trace) => trace.contains(document.activeElement));

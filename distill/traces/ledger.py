@@ -26,7 +26,7 @@ from typing import Any
 from distill.durable import sync_directory
 from distill.errors import UserError
 
-Row = dict[str, Any]  # a JSON object; whoever reads a ledger knows its keys
+Row = dict[str, Any]  # a JSON object; its keys are known to the readers of each ledger
 
 FLUSH_SECONDS = 0.5  # of work that a kill may repeat, where an fsync a row would cost more than the row
 UNWRITTEN = b"\0\0"  # JSON in ASCII holds no zero byte; two of them, because one may be a flipped bit

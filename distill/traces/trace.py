@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
+from distill.chat import END_THINK
 from distill.prompts.prompt import Message, Prompt
 
 FinishReason = str | None  # "stop", "length", "content_filter", or what else a server says; None: it does not say
 
-THINK, END_THINK = "<think>", "</think>"
 TOKENS, WORDS = "teacher tokens", "words"  # units of length
 
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import safetensors
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
 
-from distill import catalog
+from distill import catalog, model_files
 from distill.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 KINDS = list(catalog.MODELS)
 SHIPPED = [(kind, name) for kind in KINDS for name in catalog.entries(kind)]
 
@@ -167,9 +169,21 @@ def test_the_check_notes_a_filter_that_drops_every_answer_without_thinking(card,
     recipe = catalog.load_recipe("tiny", [f"teacher={card(thinking=False, context=4096)}"])
     file.write_text(recipe.to_yaml())
     (note,) = catalog.check("recipe", str(file))
-    assert note.startswith("filter.format drops all that mine writes")
-    file.write_text(recipe.model_copy(update={"filter": recipe.filter.model_copy(update={"format": False})}).to_yaml())
+    assert note.startswith("filter.format drops every trace of mine") and note.endswith("set filter.format to null")
+    file.write_text(recipe.model_copy(update={"filter": recipe.filter.model_copy(update={"format": None})}).to_yaml())
     assert catalog.check("recipe", str(file)) == []
+
+
+def test_the_check_counts_missing_answers_and_duplicates(tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"question": "a", "answer": 1}\n{"question": "a", "answer": 1}\n{"question": "b"}\n')
+    file = tmp_path / "r.yaml"
+    source = f"[{{kind: file, path: {prompts}}}]"
+    file.write_text(catalog.load_recipe("tiny", [f"prompts={source}"]).to_yaml())
+    assert catalog.check("recipe", str(file)) == [
+        f"{tmp_path.name}/p.jsonl: 1 of 3 problems have no gold answer",
+        "1 of 3 prompts repeat an earlier one and are read once",
+    ]
 
 
 # ---- weights
@@ -187,7 +201,7 @@ def test_weights_may_be_absolute(card, tmp_path):
 
 @pytest.mark.parametrize("weights", ["elsewhere", "/nowhere/at/all", "./a/b", "a/b/c"])
 def test_a_directory_that_is_not_there_is_named(card, weights):
-    with pytest.raises(UserError, match=r"weights: no directory .*; set it to a directory or to a hub id"):
+    with pytest.raises(UserError, match=r"weights: no directory .*; give a directory or a hub id \(owner/name\)"):
         catalog.resolve_weights("teacher", str(card(weights=weights)))
 
 
@@ -195,7 +209,7 @@ def test_a_directory_that_is_not_there_is_named(card, weights):
 def test_a_missing_file_of_the_weights_is_named(card, tmp_path, missing):
     file = card()
     (tmp_path / "weights" / missing).unlink()
-    with pytest.raises(UserError, match=f"weights/{missing} is missing: the weights of teacher mine"):
+    with pytest.raises(UserError, match=f"weights/{missing} is missing; download it: the weights of teacher mine"):
         catalog.resolve_weights("teacher", str(file))
 
 
@@ -215,13 +229,138 @@ def test_every_shard_of_the_index_must_be_there(card, tmp_path):
 def test_a_broken_index_is_named(card, tmp_path, content):
     file = card()
     (tmp_path / "weights" / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(UserError, match=r"index.json: not a safetensors index"):
+    with pytest.raises(UserError, match=r"index.json: (not a safetensors index|not JSON|a JSON list)"):
         catalog.resolve_weights("teacher", str(file))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"model.gguf": b"GGUF"}, r"weights holds GGUF files; GGUF is not read: give the model's config.json"),
+        ({"model-00001-of-00002.gguf": b"GGUF", "config.json": b"{}"}, "holds GGUF files"),
+        ({"config.json": b"{}", "pytorch_model.bin": b"PK"}, r"pytorch_model.bin: pickled weights are not read"),
+        (
+            {"config.json": b"{}", "model.safetensors": POINTER},
+            "run `git lfs pull`",
+        ),
+        ({"config.json": POINTER}, r"config.json is a Git LFS pointer"),
+        ({"tokenizer.json": POINTER}, r"tokenizer.json is a Git LFS pointer"),
+        (
+            {"config.json": b"{}", "model.safetensors": b"", "adapter_config.json": b"{}"},
+            "belongs to an adapter .*merge it",
+        ),
+        ({"config.json": b"{}", "adapter_model.safetensors": b""}, "belongs to an adapter"),
+    ],
+)
+def test_files_that_are_not_read_are_named_with_the_way_out(tmp_path, files, said):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for name, content in files.items():
+        (weights / name).write_bytes(content)
+    fields = {
+        "name": "mine",
+        "family": "qwen2",
+        "weights": "weights",
+        "parameters": 1,
+        "context": 512,
+        "license": "mit",
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(fields))
+    for ask in (lambda: catalog.check("student", str(file)), lambda: model_files.model_directory(str(weights))):
+        with pytest.raises(UserError, match=said) as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        (
+            "http://localhost:8000/v1",
+            "http://localhost:8000/v1 is the address of a server; .* distill eval --model http://",
+        ),
+        ("localhost:8000", "localhost:8000 is the address of a server"),
+        ("HTTPS://api.example.com", "is the address of a server"),
+        ("model.gguf", "model.gguf is a GGUF file; GGUF is not read"),
+        ("some.txt", "some.txt is a file; give the directory of the model"),
+    ],
+)
+def test_weights_that_are_no_directory(card, tmp_path, weights, said):
+    for name in ("model.gguf", "some.txt"):
+        (tmp_path / name).write_text("x")
+    for ask in (catalog.resolve_weights, catalog.local_weights):
+        with pytest.raises(UserError, match=rf"mine\.yaml: weights: .*{said}"):
+            ask("teacher", str(card(weights=weights)))
+
+
+def test_the_hub_without_a_network_is_one_reason(monkeypatch):
+    def refuse(*_, **__):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    assert model_files.download("a/b", None) == "the Hugging Face Hub cannot be reached: check the network"
+    with pytest.raises(UserError, match="a/b is no directory here, and as a hub id .*: the Hugging Face Hub cannot be"):
+        model_files.model_directory("a/b")
+
+
+# ---- what a card says of its weights
+
+
+@pytest.fixture
+def student(tmp_path):
+    """Writes a card that points at the embedded student's weights, with an architecture."""
+    shapes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    shapes |= {"num_key_value_heads": 2, "vocab_size": 576}
+
+    def write(**changes):
+        weights = str(catalog.find("student", "tiny-qwen").parent)
+        fields = {"name": "mine", "family": "qwen2", "weights": weights, "parameters": 0.00086, "context": 4096}
+        architecture = shapes | changes.pop("architecture", {})
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump(fields | {"license": "mit", "architecture": architecture} | changes))
+        return str(file)
+
+    return write
+
+
+def test_a_card_that_says_what_its_weights_are(student):
+    assert catalog.check("student", student(architecture={"tie_word_embeddings": True})) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architecture": {"hidden_size": 256}}, "architecture.hidden_size is 256, and 128 there; correct the card"),
+        (
+            {"architecture": {"vocab_size": 5, "num_hidden_layers": 9}},
+            "num_hidden_layers is 9, and 4 there; .*vocab_size",
+        ),
+        ({"architecture": {"tie_word_embeddings": False}}, "architecture.tie_word_embeddings is False, and True there"),
+        ({"family": "qwen3"}, "family is qwen3, and qwen2 there"),
+    ],
+)
+def test_a_card_that_contradicts_its_weights_is_refused(student, tmp_path, changes, said):
+    file = student(**changes)
+    with pytest.raises(UserError, match=rf"mine.yaml contradicts .*config.json: .*{said}"):
+        catalog.check("student", file)
+    with pytest.raises(UserError, match="contradicts"):
+        catalog.check_recipe(catalog.load_recipe("tiny", [f"student={file}"]))
+
+
+def test_doubtful_figures_of_a_card_are_noted(student):
+    notes = catalog.check("student", student(context=8192, parameters=7.6))
+    assert notes == [
+        "mine: context is 8,192, and max_position_embeddings 4,096 in its config.json",
+        "mine: parameters is 7.6 billion, and its files hold 0.000862 billion",
+    ]
 
 
 def test_a_hub_model_without_a_network_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="not on this machine: there is no connection") as caught:
+    with pytest.raises(
+        UserError, match="not on this machine: the network is switched off by HF_HUB_OFFLINE: unset it; or"
+    ) as caught:
         catalog.resolve_weights("teacher", "deepseek-r1")
     assert "distill teachers copy deepseek-r1 my-teacher.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)

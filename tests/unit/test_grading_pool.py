@@ -19,6 +19,7 @@ from distill import grading
 from distill.errors import UserError, WorkError
 from distill.grading import GRADERS, Answer, Grader, TaskGrader, unreadable_golds
 from distill.grading import grader as grader_module
+from distill.grading.children import Child
 from distill.grading.grade import Outcome
 from distill.grading.pool import Lost, WorkerPool
 from distill.prompts.prompt import Prompt
@@ -213,3 +214,37 @@ def test_a_grader_is_a_class_and_a_line_in_the_table(monkeypatch: pytest.MonkeyP
         "": ("unverifiable", "no answer found"),
     }
     assert grades["bye"].evidence == {"extracted": "bye", "gold": "hello", "method": "whole"}
+
+
+def test_a_child_speaks_in_lines_and_ends_with_its_input() -> None:
+    child = Child("distill.grading.worker", [str(2 << 30), "600"], detached=True)
+    assert os.getsid(child.process.pid) == child.process.pid != os.getsid(0)
+    messages: list[object] = []
+    while not messages:
+        messages += child.receive() or []
+    child.send(EASY)
+    child.send({"task": "math", "gold": "90°"})
+    while len(messages) < 3:
+        messages += child.receive() or []
+    assert messages == [{"ready": True}, EQUAL, False]
+    child.stdin.close()
+    assert child.receive() is None
+    assert child.end(dying=True) == 0
+
+
+def test_a_silent_child_writes_where_its_parent_does(tmp_path: Path) -> None:
+    (tmp_path / "shout.py").write_text("import os, sys; print(os.environ['WORD']); sys.exit(3)\n")
+    script = f"""
+from distill.grading.children import Child
+child = Child("shout", environment={{"WORD": "hello", "PYTHONPATH": {str(tmp_path)!r}}}, speaks=False)
+print(child.process.wait(), child.stdout, child.end())
+"""
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stdout.split("\n")[:2] == ["hello", "3 None 3"]
+
+
+def test_a_child_that_fails_leaves_its_last_words() -> None:
+    child = Child("distill.no_such_module")
+    assert child.receive() is None
+    assert child.last_words().endswith("No module named distill.no_such_module")
+    assert child.end(dying=True) == 1

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 from distill.errors import UserError
 from distill.generate import STAGE
 from distill.recipe import Recipe
-from distill.recipe.sources import TraceSource
+from distill.recipe.sources import FileTraces, TraceSource
 from distill.run import Run
 from distill.traces.published import read_published
 from distill.traces.store import TraceStore
@@ -16,10 +16,15 @@ from distill.traces.store import TraceStore
 THOUGHT = "<think>\nI add.\n</think>\n\nFour."
 
 
-def read(tmp_path, rows, **fields):
+def reading(tmp_path, rows, notes=None, **fields):
     path = tmp_path / "traces.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return list(read_published(TypeAdapter(TraceSource).validate_python({"kind": "file", "path": str(path)} | fields)))
+    source = TypeAdapter(TraceSource).validate_python({"kind": "file", "path": str(path)} | fields)
+    return read_published(source, [].append if notes is None else notes.append)
+
+
+def read(tmp_path, rows, notes=None, **fields):
+    return list(reading(tmp_path, rows, notes, **fields))
 
 
 LAYOUTS = {
@@ -42,6 +47,56 @@ LAYOUTS = {
             },
         ],
     },
+    "sharegpt with roles": {
+        "conversations": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": THOUGHT}]
+    },
+    "reasoning": {
+        "messages": [
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": "Four.", "reasoning": "I add."},
+        ]
+    },
+    "thinking": {
+        "messages": [
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": "Four.", "thinking": "I add."},
+        ]
+    },
+    "reasoning in both places": {
+        "messages": [
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": THOUGHT, "reasoning": "I add."},
+        ]
+    },
+    "messages as JSON text": {
+        "messages": json.dumps([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": THOUGHT}])
+    },
+    "conversations as JSON text": {
+        "conversations": json.dumps([{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": THOUGHT}])
+    },
+    "prompt and completion as JSON text": {
+        "prompt": json.dumps([{"role": "user", "content": "2+2?"}]),
+        "completion": json.dumps([{"role": "assistant", "content": THOUGHT}]),
+    },
+    "parts": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": THOUGHT}]},
+        ]
+    },
+    "a part of thinking": {
+        "messages": [
+            {"role": "user", "content": "2+2?"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "I add."}]},
+                    {"type": "text", "text": "Four."},
+                ],
+            },
+        ]
+    },
+    "generations as JSON text": {"problem": "2+2?", "generations": json.dumps([THOUGHT])},
     "prompt and completion": {"prompt": "2+2?", "completion": THOUGHT},
     "prompt and completion as messages": {
         "prompt": [{"role": "user", "content": "2+2?"}],
@@ -58,9 +113,63 @@ def test_a_layout_is_recognised_by_its_columns(tmp_path, layout):
     assert (trace.prompt.answer, trace.sample, trace.finish_reason) == ("4", 0, "stop")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "◁think▷\nI add.\n◁/think▷\n\nFour.",
+        "[THINK]\nI add.\n[/THINK]\n\nFour.",
+        "<thinking>\nI add.\n</thinking>\n\n<answer>Four.</answer>",
+        "<Thought>\nI add.\n</Thought>\n<Output>\nFour.\n</Output>",
+        "<|begin_of_thought|>\nI add.\n<|end_of_thought|><|begin_of_solution|>\n\nFour.\n<|end_of_solution|>",
+    ],
+)
+def test_other_tags_become_think_tags(tmp_path, text):
+    (trace,) = read(tmp_path, [{"prompt": "2+2?", "completion": text}])
+    assert (trace.text, trace.reasoning, trace.response) == (THOUGHT, "I add.", "Four.")
+
+
+@pytest.mark.parametrize("text", ["In Kimi it is ◁think▷ and ◁/think▷.", "<think>[THINK]</think>4", "see <Output>"])
+def test_tags_inside_a_text_stay(tmp_path, text):
+    assert read(tmp_path, [{"prompt": "2+2?", "completion": text}])[0].text == text
+
+
+def test_a_reasoning_that_is_cut_off_stays_open(tmp_path):
+    (trace,) = read(tmp_path, [{"prompt": "2+2?", "completion": "[THINK]I ad", "finish_reason": "length"}])
+    assert (trace.text, trace.reasoning, trace.finish_reason) == ("<think>I ad", None, "length")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ({}, "stop"),
+        ({"finish_reason": None}, None),
+        ({"finish_reason": ""}, None),
+        ({"finish_reason": "stop"}, "stop"),
+        ({"finish_reason": "EOS"}, "stop"),
+        ({"finish_reason": "end_turn"}, "stop"),
+        ({"finish_reason": "max_tokens"}, "length"),
+        ({"finish_reason": "content_filter"}, "content_filter"),
+    ],
+)
+def test_finish_reasons(tmp_path, said, meant):
+    assert read(tmp_path, [LAYOUTS["messages"] | said])[0].finish_reason == meant
+    row = {"problem": "q", "generations": ["a"]} | {f"{key}s": [value] for key, value in said.items()}
+    assert read(tmp_path, [row])[0].finish_reason == meant
+
+
 def test_a_system_prompt_stays_before_the_question(tmp_path):
     row = LAYOUTS["sharegpt"] | {"system": "Think."}
     assert [m["role"] for m in read(tmp_path, [row])[0].prompt.messages] == ["system", "user"]
+    row = LAYOUTS["messages"] | {"system": "Think."}
+    assert [m["role"] for m in read(tmp_path, [row])[0].prompt.messages] == ["system", "user"]
+    row = {"messages": [{"role": "system", "content": "Own."}, *row["messages"]], "system": "Think."}
+    assert [m["content"] for m in read(tmp_path, [row])[0].prompt.messages] == ["Own.", "2+2?"]
+
+
+def test_the_last_of_several_turns_is_the_answer(tmp_path):
+    turns = LAYOUTS["messages"]["messages"]
+    (trace,) = read(tmp_path, [{"messages": [*turns, {"role": "user", "content": "Sure?"}, turns[1]]}])
+    assert [m["role"] for m in trace.prompt.messages] == ["user", "assistant", "user"] and trace.text == THOUGHT
 
 
 def test_generations_are_samples_of_one_prompt(tmp_path):
@@ -98,21 +207,94 @@ def test_the_same_question_again_is_another_sample(tmp_path):
     ]
 
 
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"text": "x"}, r"line 1: no layout of traces that is known .* in the columns text: name `question`"),
-        ({"messages": [{"role": "user", "content": "q"}]}, "does not end with an answer"),
-        ({"messages": [{"role": "tool", "content": "q"}]}, "a turn of 'tool', who is none of human, user"),
-        ({"prompt": "q", "completion": "  "}, "an answer that is str; remove the row|is empty"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "no question before the answer"),
-        ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "a"}]}, "a question that is int"),
+        ({"text": "x"}, r"line 1: no known layout of traces .* in the columns text; name `question`"),
+        ({"messages": "user: hi"}, "line 1: column messages is a str, not a list of turns, nor one as JSON"),
+        ({"messages": '["user: hi"]'}, "column messages is a str, not a list of turns"),
+        ({"messages": ["user: hi", "assistant: ho"]}, r"messages\[0\] is a str, not a turn"),
+        ({"messages": [USER, {"role": "poet", "content": "a"}]}, "unknown role 'poet'; expected one of human, user"),
+        ({"messages": [USER, {"role": ["a"], "content": "a"}]}, r"unknown role \['a'\]"),
+        ({"messages": [USER, ANSWER], "finish_reason": 3}, "the finish reason is 3, not text"),
+        ({"generations": ["a"]}, "no column question; the columns are generations"),
     ],
 )
 def test_what_cannot_be_read_is_one_line_with_its_place(tmp_path, row, message):
     with pytest.raises(UserError, match=message) as caught:
         read(tmp_path, [row])
     assert "\n" not in str(caught.value) and "traces.jsonl" in str(caught.value)
+
+
+LEFT_OUT = {
+    "no answer at the end": {"messages": [USER]},
+    "no question before the answer": {"messages": [ANSWER]},
+    "turns of tools": {"messages": [USER, {"role": "tool", "content": "4"}, ANSWER]},
+    "empty answer": {"prompt": "q", "completion": "  "},
+    "empty question": {"messages": [{"role": "user", "content": ""}, ANSWER]},
+    "question of type int": {"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "a"}]},
+    "question of type image_url": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]},
+    "answer of type tool_use": {"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use"}]}]},
+    "reasoning of type dict": {"messages": [USER, ANSWER | {"reasoning": {"a": 1}}]},
+    "two reasonings": {"messages": [USER, {"role": "assistant", "content": "<think>b</think>a", "thinking": "c"}]},
+    "not text alone": {"messages": [USER, ANSWER], "images": ["a.png"]},
+}
+
+
+@pytest.mark.parametrize("reason", LEFT_OUT)
+def test_an_answer_that_cannot_be_used_is_left_out_and_counted(tmp_path, reason):
+    notes = []
+    rows = [LAYOUTS["messages"], LEFT_OUT[reason], LEFT_OUT[reason], LAYOUTS["sharegpt"]]
+    assert len(read(tmp_path, rows, notes)) == 2
+    file = f"{tmp_path.name}/traces.jsonl"
+    assert notes == [f"note: {file}: 2 of 4 answers are left out: 2 {reason} (first: {tmp_path}/traces.jsonl, line 2)"]
+    with pytest.raises(UserError, match=f"no answer can be used: 1 {reason}"):
+        read(tmp_path, [LEFT_OUT[reason]])
+
+
+def test_a_null_among_generations_is_left_out(tmp_path):
+    notes = []
+    row = {"problem": "2+2?", "generations": [THOUGHT, None, THOUGHT], "finish_reasons": ["stop", None, "length"]}
+    assert [t.finish_reason for t in read(tmp_path, [row], notes)] == ["stop", "length"]
+    assert "1 of 3 answers are left out: 1 empty answer" in notes[0]
+
+
+# ---- gold answers
+
+
+@pytest.mark.parametrize(
+    ("columns", "gold"),
+    [
+        ({"answer": 4}, "4"),
+        ({"answer": "4"}, "4"),
+        ({"answer": ["4"]}, "4"),
+        ({"answer": ["4", "5"]}, None),
+        ({"answer": float("nan")}, None),
+        ({"answer": " "}, None),
+        ({"reward_model": {"ground_truth": "4"}}, "4"),
+        ({}, None),
+    ],
+)
+def test_gold_answers(tmp_path, columns, gold):
+    assert read(tmp_path, [LAYOUTS["messages"] | columns])[0].prompt.answer == gold
+
+
+def test_an_answer_column_that_no_row_has_is_refused_before_anything_is_read(tmp_path):
+    rows = [LAYOUTS["messages"] | {"gold": 4}] * 3
+    taken = []
+    with pytest.raises(UserError, match="no column solution; the columns are messages, gold: name the one"):
+        for trace in reading(tmp_path, rows, answer="solution"):
+            taken.append(trace)
+    assert not taken
+    notes = []
+    assert [t.prompt.answer for t in read(tmp_path, [rows[0], LAYOUTS["sharegpt"]], notes, answer="gold")] == [
+        "4",
+        None,
+    ]
+    assert notes == [f"note: {tmp_path.name}/traces.jsonl: 1 of 2 answers have no gold answer"]
 
 
 def test_no_rows(tmp_path):
@@ -146,6 +328,48 @@ def test_real_thoughts_with_other_tags(real_data, tmp_path):
     assert len(traces) == 125
     tagged = [trace for trace, row in zip(traces, rows, strict=True) if "<Thought>" in row["response"]]
     assert len(tagged) > 100 and all(trace.reasoning and "<Output>" not in trace.response for trace in tagged)
+
+
+# ---- the cases that once failed
+
+CASES = {  # file → (question, gold, reasoning, response) of each trace, or what is said
+    "conv_rolecontent.jsonl": [("What is 2 + 3?", "5", "2 + 3 = 5", "\\boxed{5}")],
+    "conversations_str.jsonl": [("What is 2 + 3?", "5", "2 + 3 = 5", "\\boxed{5}")],
+    "generations_null.jsonl": [("What is 2 + 3?", "5", "2 + 3 = 5", "\\boxed{5}")],
+    "im_end_inside.jsonl": [
+        ("What is 2 + 3?", "5", "the template ends turns with <|im_end|> I recall. 2 + 3 = 5", "\\boxed{5}")
+    ],
+    "kimi_tags.jsonl": [("What is 2 + 3?", "5", "2+3=5", "\\boxed{5}")],
+    "magistral_tags.jsonl": [("What is 2 + 3?", "5", "2+3=5", "\\boxed{5}")],
+    "messages_bad_elem.jsonl": r"messages\[0\] is a str, not a turn",
+    "messages_str.jsonl": [("What is 2 + 3?", "5", "2 + 3 = 5", "\\boxed{5}")],
+    "multi_turn.jsonl": [("And 5 + 1?", "6", "5+1=6", "\\boxed{6}")],
+    "nested_gold.jsonl": [("What is 2 + 3?", "5", "2 + 3 = 5", "\\boxed{5}")],
+    "one_empty.jsonl": [
+        ("What is 2 + 3?", "5", "2 + 3 = 5", "\\boxed{5}"),
+        ("What is 4 + 4?", "8", "2 + 3 = 5", "\\boxed{5}"),
+    ],
+    "parts.jsonl": [("What is 2 + 3?", None, "2 + 3 = 5", "\\boxed{5}")],
+    "reasoning_key.jsonl": [("What is 2 + 3?", "5", "2 + 3 = 5", "\\boxed{5}")],
+    "tool_last.jsonl": "no answer can be used: 1 turns of tools",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_cases(cases, name):
+    source = FileTraces(kind="file", path=str(cases(f"layouts/{name}")))
+    if isinstance(CASES[name], str):
+        with pytest.raises(UserError, match=CASES[name]):
+            list(read_published(source))
+    else:
+        traces = list(read_published(source, [].append))
+        assert [(t.prompt.messages[-1]["content"], t.prompt.answer, t.reasoning, t.response) for t in traces] == CASES[
+            name
+        ]
+
+
+def test_every_case_is_tried(cases):
+    assert {path.name for path in cases("layouts").iterdir()} == CASES.keys()
 
 
 # ---- as a stage

@@ -70,6 +70,23 @@ def test_diff(run, monkeypatch, capsys):
     assert "-The answer is 42." in made and "+The answer is 41." in made
 
 
+def test_control_characters_of_a_trace_do_not_reach_the_terminal(tmp_path, monkeypatch, capsys):
+    nasty = "\x1b]0;title\x07\x1b[2J \r \x9b31m \u202e end\ta"
+    kept = replace(trace(QUESTION, 0, "42"), text=f"<think>{nasty}</think>{nasty}", reasoning=nasty, response=nasty)
+    dropped = replace(trace(QUESTION, 1, "41"), text=nasty, reasoning=None, response=nasty)
+    verdicts = {
+        kept.key: [Verdict("correct", True, "correct", {"extracted": nasty})],
+        dropped.key: [Verdict("correct", False, f"unverifiable: {nasty}", {})],
+    }
+    write_traces(tmp_path / "filtered" / "kept", [kept], verdicts)
+    write_traces(tmp_path / "filtered" / "dropped", [dropped], verdicts)
+    for options in ((), ("--whole",), ("--counts",), ("--diff", "--prompt", QUESTION.id)):
+        output = shown(monkeypatch, capsys, tmp_path, *options)
+        assert not set(output) & set("\x1b\x07\r\x9b\u202e")
+        assert "\\x1b[2J" in output
+        assert "end\ta" in output or "--counts" in options
+
+
 def test_lengths_name_their_unit(tmp_path, monkeypatch, capsys):
     counted = trace(OTHER, 0, "2")
     imported = replace(counted, sample=1, completion_token_ids=(), completion_tokens=None)

@@ -1,0 +1,169 @@
+"""A benchmark as a recipe asks for it: which problems, how many samples of each, drawn how."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill import catalog
+from distill.artefacts import PublishedScores, Settings
+from distill.backends import Sampling
+from distill.console import say
+from distill.errors import UserError
+from distill.grading import require_grader, unreadable_golds
+from distill.prompts import Prompt, PromptCounts, load_prompts
+from distill.prompts.rows import rows_of_file
+from distill.recipe.sources import FilePrompts, ProceduralPrompts
+
+if TYPE_CHECKING:
+    from distill.recipe import BenchmarkCard, Eval
+    from distill.recipe.sources import PromptSource
+
+WORKERS, TIMEOUT = 2, 5.0  # of the processes that try to read gold answers; seconds of processor time for each
+QUESTIONS = ("problem", "question", "prompt")  # columns in which copies of a benchmark keep their questions
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A card with a recipe's choices: at most `limit` problems of `source`, `samples` answers to each."""
+
+    card: "BenchmarkCard"
+    samples: int
+    limit: int | None
+    seed: int
+    source: "PromptSource"
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, card: "BenchmarkCard", recipe: "Eval") -> "Benchmark":
+        """Apply a recipe's `eval:` to a card. Errors: UserError when no grader knows its task, or the file that the
+        recipe names for it has other columns."""
+        task = "math" if isinstance(card.prompts, ProceduralPrompts) else card.prompts.task
+        require_grader(task, f"benchmark {card.name}", f"leave {card.name} out")
+        path = recipe.sources.get(card.name)
+        source = card.prompts if path is None else local_source(card, Path(path))
+        longest = recipe.max_new_tokens or card.sampling.max_new_tokens
+        return cls(card, recipe.samples or card.samples, recipe.limit, recipe.seed, source, longest)
+
+    @property
+    def name(self) -> str:
+        """The card's name, which is also the directory's."""
+        return self.card.name
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn, before `max_new_tokens` is reduced to what a model's context has room for."""
+        return Sampling(**self.card.sampling.model_dump() | {"max_new_tokens": self.max_new_tokens})
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The problems. Errors: UserError when there are none, when their number is not the card's, when a problem has
+        no answer or no grader, or the source cannot be read."""
+        counts = PromptCounts()
+        try:
+            prompts = list(islice(load_prompts([self.source], counts), self.limit))
+        except UserError as error:
+            hint = f"; or read {self.name} from a file: --source {self.name}=FILE, in a recipe eval.sources"
+            raise UserError(f"{error}{hint if self.source is self.card.prompts else ''}") from error
+        if not prompts:
+            raise UserError(f"benchmark {self.name} has no problems: check `prompts` in its card")
+        for prompt in prompts:
+            require_grader(prompt.task, f"a problem of benchmark {self.name}", f"leave {self.name} out")
+        if unanswered := [prompt for prompt in prompts if not prompt.answer]:
+            start = unanswered[0].messages[-1]["content"][:40]
+            raise UserError(
+                f"benchmark {self.name}: {len(unanswered):,} problems have no answer to compare with, the first is "
+                f"{start!r}…; remove them from its file"
+            )
+        expected, total = self.card.problems, counts.seen.total()
+        if expected is not None and (self.limit is None or self.limit >= expected) and total != expected:
+            raise UserError(
+                f"benchmark {self.name} has {total:,} problems but its card says {expected:,}: this is another "
+                f"version of the data set; name the right revision or file, or set a limit (--limit, in a recipe "
+                f"eval.limit) to take the first problems"
+            )
+        return prompts
+
+    @cached_property
+    def unreadable_golds(self) -> str | None:
+        """A line on the gold answers that no grader can read, None where there are none."""
+        golds, tried = unreadable_golds(self.prompts, WORKERS, TIMEOUT)
+        if not golds:
+            return None
+        return (
+            f"{self.name}: {len(golds):,} of {tried:,} gold answers cannot be read by a grader, such as "
+            f"{golds[0][:60]!r}: an answer counts as correct only in the same spelling, else as unverifiable"
+        )
+
+    def settings(self) -> Settings:
+        """What decides the samples besides the model: dotted keys → JSON values.
+
+        The path of a file is not part of it: samples belong to the text of a problem, and the file may move, or grow.
+        """
+        settings = {f"prompts.{key}": value for key, value in self.source.settings().items() if key != "path"}
+        settings |= {f"sampling.{key}": value for key, value in self.card.sampling.settings().items()}
+        settings["sampling.max_new_tokens"] = self.max_new_tokens
+        return settings | {"prompt_suffix": self.card.prompt_suffix, "seed": self.seed}
+
+
+def benchmarks_of(recipe: "Eval") -> list[Benchmark]:
+    """The benchmarks that `eval:` names, in order. Errors: UserError for an unknown or unusable benchmark, two of one
+    name, and `sources` of a benchmark that is not evaluated."""
+    benchmarks = [Benchmark.of(catalog.load_benchmark(name), recipe) for name in dict.fromkeys(recipe.benchmarks)]
+    names = [benchmark.name for benchmark in benchmarks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"eval.benchmarks: two cards have the name {twice[0]}; rename one, because their samples would share a "
+            f"directory"
+        )
+    if unknown := sorted(recipe.sources.keys() - set(names)):
+        raise UserError(
+            f"eval.sources names {', '.join(unknown)}, which is not evaluated; eval.benchmarks has {', '.join(names)}"
+        )
+    return benchmarks
+
+
+def local_source(card: "BenchmarkCard", path: Path) -> FilePrompts:
+    """A file in place of the card's source: its columns are the card's, or those that copies usually have.
+
+    Errors: UserError when the file cannot be read, is empty, or has no column with the questions.
+    """
+    prompts = card.prompts
+    if isinstance(prompts, ProceduralPrompts):
+        raise UserError(
+            f"eval.sources: the problems of {card.name} are generated, not read from a file; remove its entry"
+        )
+    rows = rows_of_file(path)
+    where, row = next(rows, (str(path), None))
+    if row is None:
+        raise UserError(f"{path}: no rows; give a file with at least one problem")
+    count = 1 + sum(1 for _ in rows)
+    if card.problems not in (None, count):
+        say(f"note: {path} has {count:,} rows, {card.name} has {card.problems:,} problems: is it the right file?")
+    question = next((name for name in (prompts.question, *QUESTIONS) if name in row), None)
+    if question is None:
+        raise UserError(f"{where}: no column {prompts.question} with the question; the columns are {', '.join(row)}")
+    columns = prompts.model_dump(include={"answer", "choices", "date", "since", "until", "task"})
+    return FilePrompts(kind="file", path=str(path), question=question, **columns)
+
+
+def published_scores(benchmarks: list[Benchmark], model: str | None) -> list[PublishedScores]:
+    """The scores that the cards give for `model`, as shares. Errors: UserError when no card knows it."""
+    if model is None:
+        return []
+    published = [
+        PublishedScores(
+            benchmark=benchmark.name,
+            model=model,
+            scores={name: value / 100 for name, value in benchmark.card.published[model].items()},
+        )
+        for benchmark in benchmarks
+        if model in benchmark.card.published
+    ]
+    if not published:
+        known = sorted({name for benchmark in benchmarks for name in benchmark.card.published})
+        raise UserError(
+            f"eval.published: no benchmark card has scores of {model}; the cards have {', '.join(known) or 'none'}"
+        )
+    return published

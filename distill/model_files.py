@@ -1,0 +1,162 @@
+"""Model directories: where `weights` points, what is missing there, and the download of a hub id.
+
+Nothing is read but JSON and the headers of files: what the weights are is for the engine to judge. What is refused here
+would otherwise be misunderstood later: a Git LFS pointer in place of a file, GGUF or pickled weights, which are not
+read, and the files of an adapter, which transformers would load into the model and the engine would not.
+"""
+
+import json
+import re
+import struct
+from math import prod
+from pathlib import Path
+
+from distill.errors import UserError
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+ADDRESS = re.compile(r"(https?://|[\w.-]+:\d+(/|$))", re.IGNORECASE)
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a model repository, what is read here
+INDEX = "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs"
+POINTER_BYTES = 1024  # a pointer is smaller
+HEADER_BYTES = 100 << 20  # of a safetensors file; the format's own limit
+NO_GGUF = "GGUF is not read: give the model's config.json, tokenizer and .safetensors files, or their hub id"
+
+
+def find_directory(weights: str, base: Path) -> Path | None:
+    """The directory that `weights` names, relative to `base`; None for a hub id that is not also a directory.
+
+    Errors: UserError, the end of a sentence about the setting, for anything else.
+    """
+    if ADDRESS.match(weights):
+        raise UserError(
+            f"{weights} is the address of a server; give a directory or a hub id (owner/name); a server can be scored: "
+            f"distill eval --model {weights}"
+        )
+    directory = (base / Path(weights).expanduser()).resolve()
+    if directory.is_dir():
+        return directory
+    if directory.suffix == ".gguf":
+        raise UserError(f"{directory} is a GGUF file; {NO_GGUF}")
+    if directory.is_file():
+        raise UserError(f"{directory} is a file; give the directory of the model, or a hub id (owner/name)")
+    if HUB_ID.fullmatch(weights):
+        return None
+    raise UserError(f"no directory {directory}; give a directory or a hub id (owner/name)")
+
+
+def first_problem(directory: Path) -> str | None:
+    """What keeps a model directory from being used, with the way out; None when its files are all there.
+
+    Errors: UserError for an index of shards that is no JSON.
+    """
+    if pointer := next((path for path in sorted(directory.iterdir()) if is_pointer(path)), None):
+        return f"{pointer} is a Git LFS pointer, not the file: run `git lfs pull` in {directory}"
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards and any(directory.glob("*.gguf")):
+        return f"{directory} holds GGUF files; {NO_GGUF}"
+    if adapter := next(directory.glob("adapter_*"), None):
+        return (
+            f"{adapter} belongs to an adapter (LoRA), which is not read: merge it into its base (peft: "
+            f"merge_and_unload, save_pretrained), or remove the adapter's files"
+        )
+    if not (directory / "config.json").is_file():
+        return f"{directory / 'config.json'} is missing; download it"
+    if (directory / INDEX).is_file():
+        missing = [name for name in _indexed(directory / INDEX) if not (directory / name).is_file()]
+        return f"{directory / missing[0]} is missing; download it ({len(missing)} are missing)" if missing else None
+    if not shards and (pickled := next((p for s in ("*.bin", "*.pt", "*.pth") for p in directory.glob(s)), None)):
+        return (
+            f"{pickled}: pickled weights are not read, because they may run code: convert them to model.safetensors "
+            f"(transformers: from_pretrained, save_pretrained)"
+        )
+    return None if shards else f"{directory / 'model.safetensors'} is missing; download it"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is a Git LFS pointer in place of the file itself."""
+    if not path.is_file() or path.stat().st_size >= POINTER_BYTES:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def _indexed(index: Path) -> list[str]:
+    map_ = read_object(index).get("weight_map")
+    if not isinstance(map_, dict) or not all(isinstance(name, str) for name in map_.values()):
+        raise UserError(f"{index}: not a safetensors index (JSON with a weight_map); download it again")
+    return sorted(set(map_.values()))
+
+
+def read_object(file: Path) -> dict[str, object]:
+    """The JSON object in a file. Errors: UserError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON ({' '.join(str(error).split())}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: a JSON {type(content).__name__}, not an object; download it again")
+    return content
+
+
+def parameters(directory: Path) -> int | None:
+    """Parameters of the .safetensors files, from their headers; None where a header cannot be read."""
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        try:
+            with path.open("rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(size)) if size <= HEADER_BYTES else {}
+            total += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+            return None  # damaged: the engine names it
+    return total
+
+
+def download(repo: str, revision: str | None) -> Path | str:
+    """The directory of a model on the hub, or why it cannot be downloaded, with the way out."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+    except GatedRepoError:
+        return "accept its licence on the hub and run `hf auth login`"
+    except RepositoryNotFoundError:
+        return "the hub has no such model, or it is private: check the name, or run `hf auth login`"
+    except RevisionNotFoundError:
+        return f"the hub has no revision {revision} of it: check `revision`"
+    except HFValidationError:
+        return "it is not a valid hub id (owner/name)"
+    except OfflineModeIsEnabled:
+        return "the network is switched off by HF_HUB_OFFLINE: unset it"
+    except EntryNotFoundError as error:  # of which the cache's is one: nothing there, and no answer from the hub
+        if "offline" in str(error).lower():
+            return "the network is switched off by HF_HUB_OFFLINE: unset it"
+        return "the Hugging Face Hub cannot be reached: check the network"
+    except HfHubHTTPError as error:
+        return str(error).split("\n", maxsplit=1)[0]
+
+
+def model_directory(name: str) -> Path:
+    """A model directory, or that of a hub id, downloaded. Errors: UserError when there is none, or it is incomplete."""
+    try:
+        directory = find_directory(name, Path())
+    except UserError as error:
+        raise UserError(f"{name} is no model directory, hub id or http(s):// address: {error}") from error
+    if directory is None:
+        place = download(name, None)
+        if isinstance(place, str):
+            raise UserError(f"{name} is no directory here, and as a hub id it is not on this machine: {place}")
+        directory = place
+    if problem := first_problem(directory):
+        raise UserError(f"{problem}: {name} is not a complete model directory")
+    return directory

@@ -1,0 +1,248 @@
+"""The layouts in which other people publish reasoning traces → conversations that end with an answer.
+
+    generations          OpenR1-Math-220k: lists of answers to `problem`, with lists of their finish reasons
+    messages             the ecosystem's own: `role` and `content`
+    conversations        ShareGPT: `from` and `value`, a `system` column beside it (OpenThoughts)
+    prompt, completion   TRL's: text, or lists of messages
+    named by the recipe  a question, a reasoning without tags and an answer in columns of their own (s1K)
+
+A column may hold its list as JSON text. A content may be text or a list of parts. The reasoning stands in the text
+between tags (`TAGS` has those of OpenThoughts, Sky-T1, Marco-o1, Kimi, Magistral), or under a key of its own
+(`REASONING`), or in a part of type `thinking`; all of it becomes `<think>…</think>` before the answer.
+
+Two kinds of trouble are kept apart. A row whose columns are none of these layouts is refused (`UserError`): the recipe
+has to say what they mean. A row in a known layout that holds no usable answer (an empty text, a turn of a tool, an
+image) is left out under a reason that is counted (`LeftOut`): in a published data set of 100,000 rows there are some,
+and nobody can correct them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from distill.chat import END_THINK, THINK
+from distill.errors import UserError
+from distill.prompts.files import MEDIA
+from distill.prompts.prompt import Message
+from distill.prompts.rows import parse_json, value_at
+from distill.traces.trace import FinishReason
+
+Row = Mapping[str, object]
+
+TAGS = (  # around a reasoning: opening, closing; around the answer after it: opening, closing
+    ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>", "<|end_of_solution|>"),
+    ("<Thought>", "</Thought>", "<Output>", "</Output>"),
+    ("◁think▷", "◁/think▷", "", ""),
+    ("[THINK]", "[/THINK]", "", ""),
+    ("<thinking>", "</thinking>", "<answer>", "</answer>"),
+)
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's turn
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+TOOLS = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
+TEXT_PARTS = ("text", "input_text", "output_text")
+THOUGHT_PARTS = ("thinking", "reasoning")
+FINISHED = {"eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
+
+
+class LeftOut(Exception):
+    """The reason for which an answer cannot be used."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that a recipe names, for rows in no known layout."""
+
+    question: str | None = None
+    reasoning: str | None = None
+    response: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. messages: those before it, the question last. text: with its reasoning in a think block."""
+
+    messages: tuple[Message, ...]
+    text: str
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A turn as it is published: any values."""
+
+    role: object
+    content: object
+    reasoning: object = None
+
+
+def answers(row: Row, columns: Columns, where: str) -> Iterator[Answer | LeftOut]:
+    """The answers in a row, or why one is left out. Errors: UserError for a row in no known layout."""
+    for number, turns in enumerate(_conversations(row, columns, where)):
+        try:
+            yield _answer(row, turns, number, where)
+        except LeftOut as reason:
+            yield reason
+
+
+def _conversations(row: Row, columns: Columns, where: str) -> Iterator[list[_Turn]]:
+    if columns.response:
+        question = _Turn("user", _column(row, columns.question or "question", where))
+        reasoning = _column(row, columns.reasoning, where) if columns.reasoning else None
+        yield [question, _Turn("assistant", _column(row, columns.response, where), reasoning)]
+    elif (generations := _list(row.get("generations"), of=str)) is not None:
+        question = _Turn(
+            "user", _column(row, columns.question or ("problem" if "problem" in row else "question"), where)
+        )
+        for text in generations:
+            yield [question, _Turn("assistant", text)]
+    elif row.get("messages"):
+        yield _turns(row["messages"], "messages", where)
+    elif row.get("conversations"):
+        yield _turns(row["conversations"], "conversations", where)
+    elif row.get("prompt") and "completion" in row:
+        prompt = _turns(row["prompt"], "prompt", where, text_role="user")
+        yield prompt + _turns(row["completion"], "completion", where, text_role="assistant")
+    else:
+        raise UserError(
+            f"{where}: no known layout of traces (messages, conversations, prompt and completion, generations) in the "
+            f"columns {', '.join(row)}; name `question`, `reasoning` and `response` of this source"
+        )
+
+
+def _turns(value: object, column: str, where: str, text_role: str | None = None) -> list[_Turn]:
+    """The turns in a column. text_role: whose turn a plain text is; None where only a list is meant."""
+    turns = _list(value)
+    if turns is None:
+        if text_role is None:
+            raise UserError(
+                f"{where}: column {column} is a {type(value).__name__}, not a list of turns, nor one as JSON"
+            )
+        return [_Turn(text_role, value)]
+    made = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise UserError(
+                f"{where}: {column}[{number}] is a {type(turn).__name__}, not a turn with role and content, or from "
+                f"and value"
+            )
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        reasoning = next((turn[key] for key in REASONING if turn.get(key)), None)
+        made.append(_Turn(role, content, reasoning))
+    return made
+
+
+def _list(value: object, of: type = dict) -> list[object] | None:
+    """A list, or one that is kept as JSON text; None for anything else. of: what a list in JSON text consists of."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return None
+        if not (isinstance(value, list) and all(isinstance(item, of | None) for item in value)):
+            return None  # a text that happens to be JSON, such as "[1, 2, 3]"
+    return value if isinstance(value, list) else None
+
+
+def _answer(row: Row, turns: list[_Turn], number: int, where: str) -> Answer:
+    """The last turn as the answer to those before it. Errors: LeftOut; UserError for an unknown role."""
+    if any(row.get(column) for column in MEDIA):
+        raise LeftOut("not text alone")
+    roles = [_role(turn, where) for turn in turns]
+    if not roles or roles[-1] != "assistant":
+        raise LeftOut("no answer at the end")
+    if "user" not in roles or roles[-2] != "user":
+        raise LeftOut("no question before the answer")
+    messages: list[Message] = [
+        {"role": role, "content": _content(turn.content, "question" if role == "user" else role)[1]}
+        for role, turn in zip(roles[:-1], turns, strict=False)
+    ]
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and roles[0] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    thought, text = _content(turns[-1].content, "answer")
+    if turns[-1].reasoning:
+        thought = _content(turns[-1].reasoning, "reasoning", separator="\n")[1]  # s1K: one trajectory in a list
+    return Answer(tuple(messages), _with_reasoning(tagged(text), thought), _finish(row, number, where))
+
+
+def _role(turn: _Turn, where: str) -> str:
+    role = turn.role if isinstance(turn.role, str) else None
+    if role in TOOLS:
+        raise LeftOut("turns of tools")
+    if role not in ROLES:
+        raise UserError(f"{where}: unknown role {turn.role!r}; expected one of {', '.join(ROLES)}")
+    return ROLES[role]
+
+
+def _content(content: object, what: str, separator: str = "") -> tuple[str | None, str]:
+    """(reasoning in parts of its own, text) of a turn. what: its name in a reason. Errors: LeftOut."""
+    parts = content if isinstance(content, list) else [content]
+    texts, thoughts = list[str](), list[str]()
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and kind in TEXT_PARTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif isinstance(part, dict) and kind in THOUGHT_PARTS:
+            value = next((part[key] for key in (*THOUGHT_PARTS, "text", "content") if part.get(key)), None)
+            thoughts.append(_content(value, "reasoning")[1])
+        elif part is not None:
+            raise LeftOut(
+                f"{what} of type {kind}" if isinstance(kind, str) else f"{what} of type {type(part).__name__}"
+            )
+    text = separator.join(texts)
+    if not text.strip():
+        raise LeftOut(f"empty {what}")
+    return ("\n".join(thoughts) or None), text
+
+
+def _with_reasoning(text: str, reasoning: str | None) -> str:
+    if reasoning is None or not reasoning.strip():
+        return text
+    if END_THINK in text:
+        if reasoning.strip() not in text:
+            raise LeftOut("two reasonings")
+        return text
+    return f"{THINK}\n{reasoning.strip()}\n{END_THINK}\n\n{text}"
+
+
+def tagged(text: str) -> str:
+    """The text, stripped, with the tags that a publisher put around a reasoning at its beginning as think tags."""
+    text = text.strip()
+    for opening, closing, answer, end in TAGS:
+        if not text.startswith(opening):
+            continue
+        thought, closed, response = text.removeprefix(opening).rpartition(closing)
+        if not closed:
+            return THINK + response  # cut off while it thinks
+        if answer and response.lstrip().startswith(answer):
+            response = "\n\n" + response.lstrip().removeprefix(answer).strip().removesuffix(end).strip()
+        return f"{THINK}{thought}{END_THINK}{response}".strip()
+    return text
+
+
+def _column(row: Row, name: str, where: str) -> object:
+    if name.partition(".")[0] not in row and name not in row:
+        raise UserError(f"{where}: no column {name}; the columns are {', '.join(row)}")
+    return value_at(row, name)
+
+
+def _finish(row: Row, number: int, where: str) -> FinishReason:
+    """Why an answer ended: as a column says it, else whether it is complete, else as published: an answer is whole."""
+    listed, complete = row.get("finish_reasons"), row.get("is_reasoning_complete")
+    reason = listed[number] if isinstance(listed, list) and number < len(listed) else row.get("finish_reason")
+    if isinstance(reason, str) and reason.strip():
+        return FINISHED.get(reason.strip().lower(), reason.strip().lower())
+    if reason is not None and not isinstance(reason, str):
+        raise UserError(f"{where}: the finish reason is {reason!r}, not text; correct the row")
+    if isinstance(complete, list) and number < len(complete):
+        return "stop" if complete[number] else "length"
+    return None if "finish_reason" in row or isinstance(listed, list) else "stop"
