@@ -175,7 +175,7 @@ class LocalBackend:
         try:
             yield from self.engine.generate(requests)
         except NonFiniteLogits as error:
-            raise UserError(str(error)) from error
+            raise UserError(f"{self.model.place}: {error}") from error
         except EngineDied as error:
             raise WorkError(f"{error}; what was finished is kept, run the same command to go on") from error
 
