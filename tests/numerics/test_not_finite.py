@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.backends import Job, Sampling
-from distill.backends.local import LocalBackend
+from distill.backends import open as open_model
 from distill.engine import Engine, Request, SamplingParams
 from distill.engine.kernels import cpu, ops_for, reference
 from distill.engine.kernels.stored import Plain
 from distill.engine.sampler import Draw, NonFiniteLogits, logprobs_of, sample
 from distill.errors import UserError
+from distill.models import Model
 from distill.prompts.prompt import Prompt
+from distill.recipe import LocalEngine
 
 # The interpreter computes on what a GPU would compute on, and warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -363,7 +365,9 @@ def test_a_student_that_overflows_is_the_user_s_error(tmp_path: Path) -> None:
     path = with_tensor(
         ROOT / "students" / "tiny-qwen", tmp_path / "model", "model.norm.weight", lambda t: torch.full_like(t, 1e38)
     )
-    backend = LocalBackend.load(path)
     prompt = Prompt.from_question("1 + 1 = ?", "2")
-    with pytest.raises(UserError, match="logits of the token at position .* not finite"):
+    with (
+        open_model(Model("student", path), LocalEngine()) as backend,
+        pytest.raises(UserError, match=f"{path}: the logits of the token at position .* not finite"),
+    ):
         list(backend.complete([Job(prompt, (0,))], Sampling(temperature=0.6, max_new_tokens=4), 0))
