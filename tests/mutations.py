@@ -7,6 +7,7 @@ line for each outcome that is not allowed. Commands run in forks of one process 
 thousand of them start in the time of one; that process must not use torch itself, whose threads do not survive a fork.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -118,10 +119,15 @@ class Outcome:
 
 def command(arguments: Sequence[str], output: Path) -> Outcome:
     """Run `distill ARGUMENTS` in a fork, which is killed when it hangs."""
+    return forked(lambda: _distill(arguments), output)
+
+
+def forked(work: Callable[[], None], output: Path) -> Outcome:
+    """Call a function in a fork, whose stdout and stderr go to a file, and which is killed when it hangs."""
     begun = time.monotonic()
     pid = os.fork()
     if not pid:
-        _child(arguments, output)
+        _child(work, output)
     deadline = begun + SECONDS + 5
     while True:
         ended, status, usage = os.wait4(pid, os.WNOHANG)
@@ -136,17 +142,22 @@ def command(arguments: Sequence[str], output: Path) -> Outcome:
     )
 
 
-def _child(arguments: Sequence[str], output: Path) -> None:
+def _distill(arguments: Sequence[str]) -> None:
+    from distill.cli import main
+
+    sys.argv = ["distill", *arguments]
+    main()
+
+
+def _child(work: Callable[[], None], output: Path) -> None:
     code = 70
     try:
         with output.open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        sys.argv = ["distill", *arguments]
-        from distill.cli import main
-
-        main()
+        work()
+        code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 71
     except BaseException:
@@ -183,47 +194,59 @@ def mutate(seed: int, root: Path, files: Sequence[Path]) -> Applied:
     return Applied(seed, str(path.relative_to(root)), mutation.__name__, keep)
 
 
-def finished_run(recipe: Path, finished: Path, scratch: Path, seeds: range) -> list[dict[str, object]]:
-    """Mutate a finished run, repeat it, and compare what it holds with what it held. Gives the outcomes not allowed."""
-    from test_kill import outcome
+def finished_run(recipe: Path, finished: Path, scratch: Path, seeds: range) -> int:
+    """Mutate a finished run, repeat it, and compare what it holds with what it held.
 
-    expected, failures = outcome(finished), []
+    Prints the outcomes that are not allowed, and returns their number.
+    """
+    expected, failures = parts(finished, scratch / "expected"), 0
     for seed in seeds:
         run, output = scratch / f"run-{seed}", scratch / f"output-{seed}"
         shutil.copytree(finished, run, copy_function=shutil.copy2)
         files = sorted(path for path in run.rglob("*") if path.is_file() and path.name != ".lock")
         applied = mutate(seed, run, files)
         arguments = ["run", str(recipe), "--run-dir", str(run)]
-        result = command(arguments, output)
-        problem = result.problem()
-        for reader in (["report", str(run)], ["traces", str(run), "--counts"], ["eval", "compare", str(run), str(run)]):
-            problem = problem or command(reader, scratch / "reader").problem()
+        commands = [arguments, ["report", str(run)], ["traces", str(run), "--counts"]]
+        commands.append(["eval", "compare", str(run), str(run)])
+        if applied.kept_time:  # neither size nor time may have changed: `--verify` looks at the content
+            commands.append([*arguments, "--verify"])
+        problem = None
+        for asked in commands:
+            result = command(asked, output)
+            problem = problem or result.problem()
+            if problem is not None:
+                break
         if problem is None and result.code == 0:
-            if applied.kept_time:  # neither size nor time may have changed: `--verify` looks at the content
-                result = command([*arguments, "--verify"], output)
-                problem = result.problem()
-            if problem is None and result.code == 0:
-                problem = difference(expected, run)
+            problem = difference(expected, parts(run, scratch / "parts"), run)
         if problem is not None:
-            failures.append(asdict(applied) | {"problem": problem, "output": result.output[-3000:]})
-            print(json.dumps(failures[-1]), flush=True)
+            failures += 1
+            print(json.dumps(asdict(applied) | {"problem": problem, "output": result.output[-3000:]}), flush=True)
         else:
             shutil.rmtree(run)
             output.unlink()
     return failures
 
 
-def difference(expected: dict[str, object], run: Path) -> str | None:
-    """The part of a run that is not as expected."""
-    from test_kill import outcome
+def parts(run: Path, output: Path) -> dict[str, str]:
+    """A digest of each part of what a run holds; of nothing when it cannot be read. Read in a fork, like all else."""
 
-    try:
-        found = outcome(run)
-    except Exception as error:  # the outcome of a run that was called finished must be readable
-        return f"unreadable: {error!r}"
+    def show() -> None:
+        from test_kill import outcome
+
+        for name, value in outcome(run).items():
+            print(name, hashlib.sha256(repr(value).encode()).hexdigest())
+
+    result = forked(show, output)
+    if result.code != 0:
+        return {"unreadable": result.output[-2000:]}
+    return dict(line.split() for line in result.output.splitlines())  # type: ignore[misc]
+
+
+def difference(expected: dict[str, str], found: dict[str, str], run: Path) -> str | None:
+    """What differs of a run that a command called finished."""
     if not (run / "report.html").is_file():
         return "no report"
-    return next((f"silent difference in {part}" for part in expected if expected[part] != found[part]), None)
+    return next((f"silent difference in {part}" for part in expected if expected[part] != found.get(part)), None)
 
 
 if __name__ == "__main__":
@@ -233,5 +256,5 @@ if __name__ == "__main__":
     recipe, finished, scratch = map(Path, sys.argv[1:4])
     first, last = map(int, sys.argv[4:6])
     failures = finished_run(recipe, finished, scratch, range(first, last))
-    print(json.dumps({"failures": len(failures), "of": last - first}))
+    print(json.dumps({"failures": failures, "of": last - first}))
     sys.exit(1 if failures else 0)

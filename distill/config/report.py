@@ -21,7 +21,7 @@ RENAMED: dict[str, str] = {
     "filter.select": "filter.select: {per_prompt: …, order: …}",
     "filter.grade_timeout": "filter.correct: {timeout: …}",
     "filter.workers": "filter.correct: {workers: …}",
-    "train.method": "train.adapter: {kind: lora} or {kind: qlora}; leave it out to train all weights",
+    "train.method": "train.adapter: {kind: lora}, or {kind: qlora}; leave it out for full fine-tuning",
     "train.lora_r": "train.adapter: {kind: lora, r: …}",
     "train.lora_alpha": "train.adapter: {kind: lora, alpha: …}",
     "train.lora_dropout": "train.adapter: {kind: lora, dropout: …}",

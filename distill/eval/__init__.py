@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from distill import backends
 from distill.artefacts import Comparison, EvalSummary, Interval, Scores, Settings
-from distill.backends.local import device_type
+from distill.backends.device import device_type
 from distill.console import say, table
 from distill.eval.benchmark import Benchmark, benchmarks_of, published_scores
 from distill.eval.compare import comparison_of
@@ -76,7 +76,7 @@ class EvalStage(Stage[EvalSummary]):
         return {
             "sizes": {item.name: [item.samples, item.limit, item.card.prompts.limit] for item in benchmarks},
             "parts": {item.name: digest(item.settings) for of_model in evaluations for item in of_model},
-            "sources": {item.name: item.source.settings() for item in benchmarks},
+            "sources": {item.name: item.source_identity() for item in benchmarks},
             "published": run.recipe.eval.published,
         }
 
@@ -88,7 +88,7 @@ class EvalStage(Stage[EvalSummary]):
         published = tuple(published_scores(benchmarks, recipe.published))
         _read_problems(benchmarks)
         begin()
-        _say_unreadable_golds(evaluation for of_model in evaluations for evaluation in of_model)
+        _prepare([evaluation for of_model in evaluations for evaluation in of_model])
         scores: list[Scores] = []
         with Grader() as grader:
             for of_model in evaluations:
@@ -134,7 +134,7 @@ def evaluate_model(
     for evaluation in evaluations:
         evaluation.refuse_other_settings()
     with locked(directory), Grader() as grader:
-        _say_unreadable_golds(evaluations)
+        _prepare(evaluations)
         scores = _evaluate(evaluations, open_, engine, recipe.max_batch, grader)
     summary = EvalSummary(scores=tuple(scores), published=published)
     show(summary)
@@ -158,8 +158,10 @@ def _read_problems(benchmarks: Iterable[Benchmark]) -> None:
         benchmark.prompts  # noqa: B018  a cached property that checks what it reads
 
 
-def _say_unreadable_golds(evaluations: Iterable[Evaluation]) -> None:
-    """Say it once for each benchmark with samples to draw, before tokens are spent on its problems."""
+def _prepare(evaluations: Sequence[Evaluation]) -> None:
+    """Set damaged files aside, and say how many gold answers no grader can read, before tokens are spent on them."""
+    for evaluation in evaluations:
+        evaluation.set_damage_aside()
     unanswered = {evaluation.benchmark.name: evaluation.benchmark for evaluation in evaluations if evaluation.missing()}
     for benchmark in unanswered.values():
         if benchmark.unreadable_golds:
@@ -170,8 +172,6 @@ def _evaluate(
     evaluations: Sequence[Evaluation], open_: Open, engine: "LocalEngine", max_batch: int, grader: Grader
 ) -> list[Scores]:
     """The scores of one model on all benchmarks. It is loaded once, and only if samples are missing."""
-    for evaluation in evaluations:
-        evaluation.set_damage_aside()
     with ExitStack() as loaded:
         backend = None
         for evaluation in evaluations:

@@ -91,12 +91,12 @@ class Evaluation:
         number = 1
         while (aside := self.paths.root / f"damaged-{number}").exists():
             number += 1
-        self._unfinish()
         for path, what in damaged.items():
             say(f"{path} {what}; it is made again")
             if path.exists():
                 aside.mkdir(exist_ok=True)
                 path.rename(aside / path.name)
+        self._unfinish()
         sync_directory(self.paths.root)
 
     def _damage(self) -> list[tuple[Path, str]]:

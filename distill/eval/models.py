@@ -7,8 +7,10 @@ difference between their scores is the training. The student's directory carries
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill import model_files
 from distill.backends import Backend
 from distill.errors import UserError
 from distill.models import Model, Server
@@ -43,6 +45,8 @@ def model_at(place: str, name: str | None, key: str | None, open_: Open, engine:
             f"--name {name}: it becomes a directory's name; use letters, digits, `.`, `_` and `-`, and begin with a "
             f"letter or digit"
         )
+    directory = model_files.model_directory(str(Path(place)))
+    return Model(name or directory.name, directory)
 
 
 def engine_for(model: Model, engine: "LocalEngine") -> "LocalEngine":

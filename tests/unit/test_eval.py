@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from distill.backends import Completed
+from distill.artefacts import TrainSummary
+from distill.backends import Completed, Usage
 from distill.errors import UserError
-from distill.eval import evaluate
+from distill.eval import EvalStage
+from distill.evaluations import EvaluationPaths, read_grades, read_results
 from distill.recipe import Recipe
 from distill.run import Run
 
@@ -23,26 +25,28 @@ class Killed(BaseException):
 class Scripted:
     """Models that answer as `answer(model, question, gold, sample)` says; they count what they were asked."""
 
-    def __init__(self, answer, die_after=None):
+    usage = Usage()
+
+    def __init__(self, answer, die_after=None, max_context=None):
+        self.numerics, self.max_context = {"engine": "scripted"}, max_context
+        self.sampled_with = set()
         self.answer, self.die_after = answer, die_after
         self.drawn, self.loaded, self.in_memory, self.asked = [], [], 0, []
 
     @contextmanager
-    def backend(self, contender) -> Iterator["Scripted"]:
-        self.loaded.append(contender.name)
+    def open(self, model, engine, max_batch) -> Iterator["Scripted"]:
+        self.loaded.append(model.name)
         self.in_memory += 1
         assert self.in_memory == 1, "one model at a time"
-        self.identity = contender.identity | {"numerics": "scripted"}
+        self.identity = model.identity
         yield self
         self.in_memory -= 1
-
-    def token_counter(self, contender):
-        return lambda text: len(text.split())
 
     def check(self, prompts, sampling):
         pass
 
     def complete(self, jobs, sampling, seed):
+        self.sampled_with.add(sampling.max_new_tokens)
         for job in jobs:
             for sample in job.samples:
                 if self.die_after is not None and len(self.drawn) == self.die_after:
@@ -64,8 +68,9 @@ def knows(model, gold, sample):
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def recipe(tmp_path, monkeypatch):
     """A recipe whose cards, problems and (empty) weights lie in tmp_path."""
+    monkeypatch.setattr("distill.eval.evaluation.length_function", lambda model: lambda text: len(text.split()))
     (tmp_path / "problems.jsonl").write_text(
         "".join(json.dumps({"question": f"What is {n} + 0?", "answer": str(n)}) + "\n" for n in range(PROBLEMS))
     )
@@ -106,11 +111,17 @@ def score(tmp_path, recipe, scripted, **eval_settings):
     directory = tmp_path / "run"
     if not (directory / "student").exists():
         with Run(directory, recipe) as run:
-            run.stage("train", {}, {}, ["student"]).finish({})
+            run.begin(Trained, {}, {})
         _model(directory / "student", b"trained")
     changed = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=eval_settings)})
     with Run(directory, changed) as run:
-        return {(row["benchmark"], row["model"]): row for row in evaluate(run, scripted)["scores"]}
+        return {(row.benchmark, row.model): row for row in EvalStage(scripted.open).perform(run).scores}
+
+
+class Trained:
+    """Stands for the train stage."""
+
+    name, outputs, products, summary = "train", ("student",), (), TrainSummary
 
 
 def test_published_scores_can_be_asked_for_afterwards(tmp_path, recipe, capsys):
@@ -127,20 +138,21 @@ def test_published_scores_can_be_asked_for_afterwards(tmp_path, recipe, capsys):
 def test_three_models_side_by_side(tmp_path, recipe):
     models = Scripted(knows)
     rows = score(tmp_path, recipe, models)
-    assert {model: row["pass@1"] for (_, model), row in rows.items()} == {"base": 0, "student": 0.5, "teacher": 1}
+    assert {model: row.pass_at_1.value for (_, model), row in rows.items()} == {"base": 0, "student": 0.5, "teacher": 1}
     assert models.loaded == ["base", "student", "teacher"]
     assert len(models.drawn) == 3 * PROBLEMS * 2
     assert models.asked[0] == "What is 0 + 0? Box it."
 
     base, student = rows["sums", "base"], rows["sums", "student"]
-    assert (base["truncated_rate"], base["no_answer_rate"]) == (0.5, 0.5)
-    assert (base["problems"], base["samples"], base["samples_per_problem"]) == (PROBLEMS, 2 * PROBLEMS, 2)
-    assert (student["median_reasoning_tokens"], base["median_reasoning_tokens"]) == (2, 2)  # 4 words, and none, halved
-    on_disk = json.loads((tmp_path / "run/eval/sums/student/scores.json").read_text())
-    assert on_disk == student
-    assert on_disk["settings"]["sampling.max_new_tokens"] == 8
-    assert on_disk["settings"]["model.numerics"] == "scripted"
-    assert len(on_disk["settings"]["model.weights"]) == 16
+    assert (base.truncated_rate, base.no_answer_rate) == (0.5, 0.5)
+    assert (base.problems, base.samples, base.samples_per_problem) == (PROBLEMS, 2 * PROBLEMS, 2)
+    assert (student.median_reasoning_tokens, base.median_reasoning_tokens) == (2, 2)  # 4 words, and none, halved
+    results = read_results(tmp_path / "run/eval/sums/student")
+    assert results.scores == student
+    assert results.scores.settings["sampling.max_new_tokens"] == 8
+    assert results.scores.settings["model.numerics.engine"] == "scripted"
+    assert len(str(results.scores.settings["model.weights"])) == 16
+    assert list(results.correct.values()) == [[True, False]] * PROBLEMS
 
 
 def test_the_table_is_printed(tmp_path, recipe, capsys):
@@ -165,7 +177,7 @@ def test_another_file_is_another_evaluation(tmp_path, recipe):
     (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     others = Scripted(knows)
     found = score(tmp_path, recipe, others, benchmarks=(card,), sources={"sums": str(tmp_path / "others.jsonl")})
-    assert found["sums", "teacher"]["problems"] == 3
+    assert found["sums", "teacher"].problems == 3
     assert len(others.drawn) == 3 * 2, "two samples of the one new problem, by each model"
 
 
@@ -177,18 +189,77 @@ def test_a_killed_evaluation_draws_only_what_is_missing(tmp_path, recipe, die_af
     rows = score(tmp_path, recipe, rest)
     assert sorted(killed.drawn + rest.drawn) == sorted(set(killed.drawn + rest.drawn))
     assert len(killed.drawn + rest.drawn) == 6 * PROBLEMS
-    assert rows["sums", "student"]["pass@1"] == 0.5
+    assert rows["sums", "student"].pass_at_1.value == 0.5
 
 
-def test_grades_that_were_lost_are_made_again_without_a_model(tmp_path, recipe):
+@pytest.mark.parametrize("name", ["grades.jsonl", "votes.jsonl", "scores.json", "record.json", "settings.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_damaged_files_are_made_again(tmp_path, recipe, name, damage):
+    """Only a lost settings.json needs the model, to compare its samples' hash of settings; nothing is drawn again."""
     first = score(tmp_path, recipe, Scripted(knows))
-    state = tmp_path / "run/stages/eval.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"finished": None, "summary": None}))
-    grades = tmp_path / "run/eval/sums/teacher/grades.jsonl"
-    grades.write_bytes(grades.read_bytes()[:-7])  # the last row is cut off
+    path = tmp_path / "run/eval/sums/teacher" / name
+    damaged(path, damage)
     again = Scripted(knows)
     assert score(tmp_path, recipe, again) == first
-    assert again.loaded == []
+    assert again.drawn == [] and again.loaded == (["teacher"] if name == "settings.json" else [])
+    assert read_results(path.parent).scores == first["sums", "teacher"]
+
+
+def damaged(path: Path, damage: str) -> None:
+    """Cut a file in half, change a digit without changing its size, or remove it."""
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        at = next(i for i in range(len(content) // 2, len(content)) if content[i : i + 1].isdigit())
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_damaged_samples_are_drawn_again_and_graded_anew(tmp_path, recipe, damage):
+    """Also where the model says something else the second time: no old grade is kept for a new text."""
+    score(tmp_path, recipe, Scripted(knows), models=("student",))
+    damaged(next((tmp_path / "run/eval/sums/student/traces").glob("*.parquet")), damage)
+    worse = Scripted(lambda model, gold, sample: "The answer is -1.")
+    rows = score(tmp_path, recipe, worse, models=("student",))
+    assert len(worse.drawn) == 2 * PROBLEMS and rows["sums", "student"].pass_at_1.value == 0
+
+
+def test_damage_is_found_when_more_samples_are_asked_for(tmp_path, recipe):
+    """The run only looks at products when nothing else is to do; an evaluation looks at its own."""
+    score(tmp_path, recipe, Scripted(knows), models=("teacher",), samples=1)
+    grades = tmp_path / "run/eval/sums/teacher/grades.jsonl"
+    grades.write_bytes(b"".join(grades.read_bytes().splitlines(keepends=True)[: PROBLEMS // 2]))
+    more = Scripted(knows)
+    assert score(tmp_path, recipe, more, models=("teacher",), samples=2)["sums", "teacher"].pass_at_1.value == 1
+    assert len(more.drawn) == PROBLEMS and len(list((grades.parent / "damaged-1").iterdir())) == 1
+
+
+def test_samples_without_their_settings_are_not_mixed_with_others(tmp_path, recipe):
+    """settings.json is lost and the card has another temperature: the hash in the samples tells."""
+    score(tmp_path, recipe, Scripted(knows), models=("teacher",))
+    (tmp_path / "run/eval/sums/teacher/settings.json").unlink()
+    card = tmp_path / "sums.yaml"
+    card.write_text(card.read_text().replace("max_new_tokens: 8", "max_new_tokens: 8, temperature: 0.1"))
+    again = Scripted(knows)
+    with pytest.raises(
+        UserError, match=r"settings\.json is missing or damaged.*drawn with other settings.*--fresh eval"
+    ):
+        score(tmp_path, recipe, again, models=("teacher",))
+    assert again.drawn == []
+
+
+def test_an_evaluation_is_not_finished_while_it_is_extended(tmp_path, recipe):
+    score(tmp_path, recipe, Scripted(knows), models=("teacher",), samples=1)
+    with pytest.raises(Killed):
+        score(tmp_path, recipe, Scripted(knows, die_after=3), models=("teacher",), samples=2)
+    assert not EvaluationPaths(tmp_path / "run/eval/sums/teacher").record.exists()
+    with pytest.raises(
+        UserError, match=r"record\.json is missing; `distill eval .*recipe\.yaml --run-dir .*` makes it"
+    ):
+        read_results(tmp_path / "run/eval/sums/teacher")
 
 
 def test_more_samples_models_and_benchmarks_extend_it(tmp_path, recipe):
@@ -197,7 +268,7 @@ def test_more_samples_models_and_benchmarks_extend_it(tmp_path, recipe):
     assert len(few.drawn) == 5
     rows = score(tmp_path, recipe, more, models=("student", "teacher"), samples=2)
     assert len(more.drawn) == 4 * PROBLEMS - 5
-    assert rows["sums", "student"]["pass@1"] == 0.5
+    assert rows["sums", "student"].pass_at_1.value == 0.5
     benchmarks = (*recipe.eval.benchmarks, str(tmp_path / "more.yaml"))
     rows = score(tmp_path, recipe, other, models=("student", "teacher"), benchmarks=benchmarks)
     assert list(rows) == [("sums", "student"), ("sums", "teacher"), ("more", "student"), ("more", "teacher")]
@@ -207,8 +278,12 @@ def test_more_samples_models_and_benchmarks_extend_it(tmp_path, recipe):
 def test_fewer_samples_score_fewer(tmp_path, recipe):
     score(tmp_path, recipe, Scripted(knows), models=("student",))
     again = Scripted(knows)
-    assert score(tmp_path, recipe, again, models=("student",), samples=1)["sums", "student"]["pass@1"] == 1
-    assert again.drawn == []
+    rows = score(tmp_path, recipe, again, models=("student",), samples=1, limit=5)
+    assert rows["sums", "student"].pass_at_1.value == 1 and again.drawn == []
+    directory = tmp_path / "run/eval/sums/student"
+    results, grades = read_results(directory), read_grades(EvaluationPaths(directory).grades)
+    assert len(grades) == 2 * PROBLEMS, "the others are kept"
+    assert [len(rows) for rows in results.samples.values()] == [1] * 5, "and not counted"
 
 
 def test_a_student_trained_anew_is_not_mixed_with_the_old_one(tmp_path, recipe):
@@ -236,13 +311,13 @@ def test_another_seed_is_refused(tmp_path, recipe):
 
 def test_without_a_student_nothing_is_written(tmp_path, recipe):
     with pytest.raises(UserError, match="distill train"), Run(tmp_path / "run", recipe) as run:
-        evaluate(run, Scripted(knows))
+        EvalStage(Scripted(knows).open).perform(run)
     assert not (tmp_path / "run").exists()
 
 
 def test_two_cards_of_one_name_are_refused(tmp_path, recipe):
     (tmp_path / "copy.yaml").write_text((tmp_path / "sums.yaml").read_text())
-    with pytest.raises(UserError, match="one name"):
+    with pytest.raises(UserError, match="two cards have the name sums"):
         score(tmp_path, recipe, Scripted(knows), benchmarks=(*recipe.eval.benchmarks, str(tmp_path / "copy.yaml")))
 
 
@@ -261,5 +336,55 @@ def test_reference_answers_of_real_problems_score_everything(tmp_path, recipe, r
     card.write_text(card.read_text().replace(f"{tmp_path}/problems.jsonl", str(real_data("gsm8k/test.jsonl"))))
     right = Scripted(lambda model, gold, sample: f"<think>\nI know.\n</think>\n{gold}.")
     row = score(tmp_path, recipe, right, models=("student",), samples=1, limit=50)["sums", "student"]
-    assert (row["pass@1"], row["problems"], row["no_answer_rate"]) == (1, 50, 0)
-    assert row["pass@1_low"] == pytest.approx(1 - 3.8415 / 53.8415, abs=1e-4)
+    assert (row.pass_at_1.value, row.problems, row.no_answer_rate) == (1, 50, 0)
+    assert row.pass_at_1.low == pytest.approx(1 - 3.8415 / 53.8415, abs=1e-4)
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    def prompt_ids(self, messages):
+        return messages[-1]["content"].split()
+
+    def text_ids(self, text):
+        return text.split()
+
+
+def test_max_new_tokens_is_reduced_to_the_models_context(tmp_path, recipe, monkeypatch, capsys):
+    """`What is n + 0? Box it.` has seven words: a context of 12 has room for five and not for the card's eight."""
+    monkeypatch.setattr("distill.models.Model.chat", Words())
+    first = Scripted(knows, max_context=12)
+    row = score(tmp_path, recipe, first, models=("student",), limit=5)["sums", "student"]
+    assert first.sampled_with == {5} and row.settings["sampling.max_new_tokens"] == 5
+    assert row.settings["sampling.max_new_tokens_asked"] == 8
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "max_new_tokens is reduced from 8 to 5, which with the longest prompt fills the model's context of 12"
+        in printed
+    )
+    more = Scripted(knows, max_context=12)
+    score(tmp_path, recipe, more, models=("student",))
+    assert more.sampled_with == {5} and len(more.drawn) == 2 * (PROBLEMS - 5), "more problems are answered alike"
+    same = Scripted(knows, max_context=12)
+    score(tmp_path, recipe, same, models=("student",), max_new_tokens=5)
+    assert same.drawn == [], "asking for what was used is no other setting"
+    with pytest.raises(UserError, match=r"sampling\.max_new_tokens: 5 → 4"):
+        score(tmp_path, recipe, Scripted(knows, max_context=12), models=("student",), max_new_tokens=4)
+
+
+def test_a_longer_problem_that_leaves_less_room_is_not_mixed_in(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr("distill.models.Model.chat", Words())
+    score(tmp_path, recipe, Scripted(knows, max_context=12), models=("student",))
+    with (tmp_path / "problems.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "What, now, is 99 + 0?", "answer": "99"}) + "\n")
+    longer = Scripted(knows, max_context=12)
+    with pytest.raises(UserError, match=r"sampling\.max_new_tokens: 5 → 4"):
+        score(tmp_path, recipe, longer, models=("student",))
+    assert longer.drawn == []
+
+
+def test_a_context_that_is_large_enough_changes_nothing(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr("distill.models.Model.chat", Words())
+    models = Scripted(knows, max_context=15)
+    settings = score(tmp_path, recipe, models, models=("student",))["sums", "student"].settings
+    assert models.sampled_with == {8} and "sampling.max_new_tokens_asked" not in settings

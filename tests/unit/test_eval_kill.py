@@ -12,10 +12,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from test_eval_model import server, url
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the processes that run this file
+from eval_support import server, url
 
 from distill.errors import UserError
 from distill.eval import evaluate_model
+from distill.evaluations import read_grades, read_results, read_votes
 from distill.recipe import Eval, LocalEngine
 from distill.traces import ledger
 from distill.traces.ledger import Ledger
@@ -70,16 +72,15 @@ def test_kills_change_nothing(tmp_path):
         main(url(made), str(card), undisturbed)
         assert len(made.asked) == asked + PROBLEMS * SAMPLES
 
-    ledgers = [
-        {name: list(Ledger(one / "sums/scripted" / name).rows()) for name in ("grades.jsonl", "votes.jsonl")}
-        for one in (killed, undisturbed)
-    ]
-    for of_one in ledgers:
-        assert set(Counter((row["prompt"], row["sample"]) for row in of_one["grades.jsonl"]).values()) == {1}
-        assert set(Counter(row["prompt"] for row in of_one["votes.jsonl"]).values()) == {1}
-    assert len(ledgers[0]["votes.jsonl"]) == PROBLEMS
-    first, second = (json.loads((one / "sums/scripted/scores.json").read_text()) for one in (killed, undisturbed))
-    assert first == second and 0 < first["pass@1"] < 1 and first["cons@k"]["4"]["value"] > 0
+    first, second = (directory / "sums" / "scripted" for directory in (killed, undisturbed))
+    for directory in (first, second):
+        rows = list(Ledger(directory / "votes.jsonl").rows())
+        assert set(Counter(row["prompt"] for row in rows).values()) == {1}, "nothing is done twice"
+        assert len(read_votes(directory / "votes.jsonl")) == len(rows) == PROBLEMS
+        assert len(read_grades(directory / "grades.jsonl")) == PROBLEMS * SAMPLES
+    scores = read_results(first).scores
+    assert scores == read_results(second).scores
+    assert 0 < scores.pass_at_1.value < 1 and scores.consensus_at_k[4].value > 0
 
 
 if __name__ == "__main__":

@@ -125,12 +125,12 @@ def test_rates_and_lengths():
         Sample("b", "unverifiable", True, False, 30, 0),
     ]
     scores = summarise(samples)
-    assert (scores["problems"], scores["samples"], scores["correct"]) == (2, 4, 1)
-    assert scores["pass@1"] == 0.25
-    assert scores["truncated_rate"] == scores["no_answer_rate"] == scores["unverifiable_rate"] == 0.25
-    assert (scores["mean_completion_tokens"], scores["median_completion_tokens"]) == (30, 25)
-    assert (scores["mean_reasoning_tokens"], scores["median_reasoning_tokens"]) == (19.5, 9)
-    json.dumps(scores, allow_nan=False)
+    assert (scores.problems, scores.samples, scores.correct) == (2, 4, 1)
+    assert scores.pass_at_1.value == 0.25
+    assert scores.truncated_rate == scores.no_answer_rate == scores.unverifiable_rate == 0.25
+    assert (scores.mean_completion_tokens, scores.median_completion_tokens) == (30, 25)
+    assert (scores.mean_reasoning_tokens, scores.median_reasoning_tokens) == (19.5, 9)
+    assert scores.pass_at_k[2].value == 0.5 and scores.consensus_at_k[2].silent == 2
 
 
 # ---- several samples

@@ -1,0 +1,89 @@
+"""Files of `distill eval --model … --out DIR` that are damaged: the same command makes them again, and says so."""
+
+import json
+
+import pytest
+from eval_support import distill, right, scores, server, sums, url
+
+from distill.evaluations import EvaluationPaths, read_results
+from distill.traces.ledger import Ledger
+
+__all__ = ["sums"]
+
+
+@pytest.fixture
+def command(sums, tmp_path, monkeypatch):
+    """`distill eval --model` on a server: a function that runs it and returns the number of requests."""
+
+    def run(reply=right, *more):
+        with server(reply) as script:
+            asked = ["eval", "--model", url(script), "--benchmark", sums, "--out", tmp_path / "out"]
+            assert distill(monkeypatch, *asked, *more) == 0
+            return len(script.asked)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("settings.json", "{"),
+        ("settings.json", None),
+        ("grades.jsonl", "{}\n"),
+        ("grades.jsonl", None),
+        ("votes.jsonl", "[]\n"),
+        ("scores.json", "[]"),
+        ("scores.json", '{"pass@1": "abc"}'),
+        ("record.json", "{}"),
+    ],
+)
+def test_a_damaged_file_is_made_again(name, content, command, tmp_path, capsys):
+    assert command() == 16
+    first, path = scores(tmp_path / "out"), tmp_path / "out" / "sums" / "scripted" / name
+    path.unlink() if content is None else path.write_text(content)
+    capsys.readouterr()
+    assert command() == 0, "no sample is drawn again"
+    assert scores(tmp_path / "out") == first
+    assert name in capsys.readouterr().out
+    assert (path.parent / "damaged-1" / name).exists() is (content is not None), "what was damaged is kept aside"
+
+
+def test_half_of_the_grades_are_made_again(command, tmp_path, capsys):
+    command()
+    grades = EvaluationPaths(tmp_path / "out" / "sums" / "scripted").grades
+    grades.write_bytes(b"".join(grades.read_bytes().splitlines(keepends=True)[:8]))
+    capsys.readouterr()
+    assert command() == 0
+    assert "grades.jsonl has" in capsys.readouterr().out and scores(tmp_path / "out").samples == 16
+
+
+def test_a_sample_that_is_graded_twice_is_not_counted_twice(command, tmp_path):
+    """An unfinished evaluation has no record; the ledger itself must hold every sample once."""
+    command()
+    paths = EvaluationPaths(tmp_path / "out" / "sums" / "scripted")
+    paths.record.unlink()
+    first = next(iter(Ledger(paths.grades).rows()))
+    with Ledger(paths.grades) as ledger:
+        ledger.append([first])
+    assert command() == 0 and len(paths.grades.read_text().splitlines()) == 16
+
+
+def test_damaged_samples_are_drawn_again(command, tmp_path):
+    """Only they are, and only they are graded anew: the server answers differently the second time."""
+    command(right, "--limit", 4)
+    command(right)
+    paths = EvaluationPaths(tmp_path / "out" / "sums" / "scripted")
+    part = sorted(paths.traces.glob("*.parquet"))[-1]
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    assert command(lambda question, seed: ("\\boxed{-1}", "stop")) == 8
+    assert scores(tmp_path / "out").pass_at_1.value == 0.5
+    assert read_results(paths.root).scores.correct == 8
+
+
+def test_a_benchmark_with_answers_that_no_grader_reads_says_so(command, tmp_path, capsys):
+    rows = [{"question": f"What is {n} + {n}?", "answer": "no number" if n == 3 else str(2 * n)} for n in range(8)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command()
+    assert "1 of 8 gold answers cannot be read by a grader, such as 'no number'" in capsys.readouterr().out
