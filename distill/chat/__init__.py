@@ -217,6 +217,9 @@ class Chat:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if settings.get("tokenizer_class") == "TokenizersBackend":
             settings["tokenizer_class"] = SAVED_CLASS
+        if isinstance(extra := settings.get("extra_special_tokens"), list):  # a mapping in transformers 4
+            del settings["extra_special_tokens"]
+            settings["additional_special_tokens"] = extra
         kept = {key: value for key, value in settings.items() if key not in OURS_ALONE}
         write_whole(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
