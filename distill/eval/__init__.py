@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from distill import backends
 from distill.artefacts import Comparison, EvalSummary, Interval, Scores, Settings
-from distill.backends.local import device_type
+from distill.backends.device import device_type
 from distill.console import say, table
 from distill.eval.benchmark import Benchmark, benchmarks_of, published_scores
 from distill.eval.compare import comparison_of
