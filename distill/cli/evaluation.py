@@ -115,7 +115,9 @@ def score(
     print(out)
 
 
-def _score_model(model: str, name: str | None, values: Mapping[str, object], overrides: Sequence[str], out: Path) -> None:
+def _score_model(
+    model: str, name: str | None, values: Mapping[str, object], overrides: Sequence[str], out: Path
+) -> None:
     """values: of `eval:`. overrides: --set, of `eval:` or, as `engine.KEY`, of `engine:`."""
     from distill.config import parse
     from distill.eval import evaluate_model
