@@ -13,14 +13,14 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 from distill import model_files
 from distill.config import did_you_mean, parse, read_yaml
+from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.prompts import PromptCounts, load_prompts
 from distill.recipe import BenchmarkCard, Recipe, StudentCard, TeacherCard
-from distill.recipe.cards import Family
 from distill.recipe.sources import PromptSource
 from distill.section import Section
 
@@ -137,7 +137,7 @@ def _check_weights(kind: Literal["teacher", "student"], name_or_path: str) -> li
     resolve_weights(kind, name_or_path)
     config = model_files.read_object(directory / "config.json")
     claims: dict[str, tuple[object, object]] = {}
-    if (kind_of_model := config.get("model_type")) in get_args(Family):  # the engine names one that it does not know
+    if (kind_of_model := config.get("model_type")) in FAMILIES:  # the engine names one that it does not know
         claims["family"] = (card.family, kind_of_model)
     if isinstance(card, StudentCard) and card.architecture is not None:
         for key, value in card.architecture.model_dump(exclude_none=True, exclude_unset=True).items():

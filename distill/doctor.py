@@ -17,14 +17,13 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
 
 from distill import __version__, catalog
-from distill.backends.local import device_type
+from distill.backends.device import device_type
 from distill.console import say, table
+from distill.engine.families import FAMILIES
 from distill.hardware import Machine, disk_rate, fastest, gpu_memory, memory_bandwidth, product_rate, this_machine
 from distill.recipe import TeacherCard
-from distill.recipe.cards import DenseFamily
 
 HOST_LINK = 25e9  # bytes per second from host memory to a GPU, assumed (PCIe 4.0 × 16)
 REACHED = 0.6  # share of the limits, from perf/engine.json: 58 % (64 sequences) to 76 % (one); on a GPU: an assumption
@@ -32,8 +31,6 @@ USABLE = 0.9  # share of the available memory that weights may take; the rest is
 ASSUMED_DISK = 1e9  # bytes per second, where no weights are on this machine to measure with
 BATCHES = (1, 8, 64)
 SMALL = 1e8  # parameters; below, calls take most of the time, and neither limit matters
-DENSE = get_args(DenseFamily)
-WEIGHT_BYTES = {"deepseek_v3": 1, "deepseek_v32": 1, "deepseek_v2": 2, **dict.fromkeys(DENSE, 2)}  # FP8 or bfloat16
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
 
@@ -139,9 +136,9 @@ def _weights_file(teacher: str) -> Path | None:
 
 def _row(card: TeacherCard, file: Path | None, limits: Limits, machine: Machine) -> tuple[str, ...]:
     total, active = card.parameters * 1e9, card.active_parameters * 1e9
-    size = total * WEIGHT_BYTES[card.family]
+    size = total * FAMILIES[card.family].published_bytes
     where = "in memory" if size <= limits.memory else f"{1 - limits.memory / size:.0%} {limits.elsewhere}"
-    if size > limits.memory and card.family in DENSE:
+    if size > limits.memory and not FAMILIES[card.family].has_experts:
         where = "too large for memory"
     elif size > limits.memory and file is None and size > machine.disk:
         where = "too large for the disk"

@@ -19,7 +19,7 @@ from distill import backends
 from distill.artefacts import Drafts, GenerateSummary, Settings
 from distill.backends import Sampling
 from distill.backends.collect import check_all, collect, missing
-from distill.backends.local import device_type
+from distill.backends.device import device_type
 from distill.console import progress, say
 from distill.fingerprint import digest
 from distill.grading import unreadable_golds

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill import catalog, generate, train
 from distill import eval as evaluation
-from distill.artefacts import EvalSummary
 from distill.console import say, table
 from distill.errors import UserError
 from distill.filters import pipeline as filters
 from distill.report import Report
 from distill.run import Run
 from distill.stage import Stage
-from distill.train.card import add_scores
+from distill.train.student import card
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -72,8 +71,8 @@ def _perform(run: Run, names: Sequence[str]) -> None:
         stage = STAGES[name]
         started = time.monotonic()
         summary = stage.perform(run, [STAGES[earlier] for earlier in stage.reads])
-        if isinstance(summary, EvalSummary):
-            add_scores(run.paths.student, summary.scores)
+        if name in ("train", "eval"):
+            card.refresh(run.recipe, run.models.student_card, run.paths)
         seconds = f"{time.monotonic() - started:.0f} s" if name in run.worked else "finished before"
         rows.append((name, seconds, stage.headline(summary)))
     if not run.worked:

@@ -18,9 +18,14 @@ class Section(BaseModel):
         """The fields that belong to the stage's fingerprint: dotted keys → JSON values, without the `Free` ones."""
         flat: dict[str, JsonValue] = {}
         for name, info in type(self).model_fields.items():
-            if not any(mark is Free for mark in info.metadata):
+            if Free not in info.metadata:
                 flat |= _flattened(name, getattr(self, name))
         return flat
+
+    def marked(self, marker: type) -> dict[str, JsonValue]:
+        """Those of the `settings` whose fields carry a mark."""
+        fields = [name for name, info in type(self).model_fields.items() if marker in info.metadata]
+        return {key: value for key, value in self.settings().items() if key.partition(".")[0] in fields}
 
     def to_yaml(self) -> str:
         """The section as YAML, every default written out, in the order of the fields."""

@@ -15,6 +15,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from checkpoint import CONFIG, write_fp8, write_fp8_with_drafts
@@ -29,9 +30,11 @@ PUBLISHED = (
 )
 
 
-def measure_tiny(batch: int, drafts: int, dtype: torch.dtype) -> tuple[dict[str, float], list[tuple[int, ...]]]:
+def measure_tiny(
+    batch: int, drafts: int, dtype: Literal["float32", "bfloat16"]
+) -> tuple[dict[str, float], list[tuple[int, ...]]]:
     from distill.chat import Chat
-    from distill.engine import Engine, Request, SamplingParams
+    from distill.engine import Engine, EngineOptions, Request, SamplingParams
     from distill.prompts import load_prompts
     from distill.recipe import ProceduralPrompts
 
@@ -41,22 +44,26 @@ def measure_tiny(batch: int, drafts: int, dtype: torch.dtype) -> tuple[dict[str,
     prompts = [tuple(chat.prompt_ids(prompt.messages)) for prompt in load_prompts([source])]
     sampling = SamplingParams(temperature=0.6, top_p=0.95, max_new_tokens=192, stop_token_ids=chat.stop_token_ids)
     requests = [Request(str(n), ids, sampling, 0, n, (0,)) for n, ids in enumerate(prompts)]
-    engine = Engine.load(directory, dtype=dtype, max_batch=batch, num_speculative_tokens=drafts)
+    engine = Engine.load(directory, EngineOptions(dtype=dtype, max_batch=batch, num_speculative_tokens=drafts))
     list(engine.generate(requests[: batch + 1]))  # set up
-    tokens, begun = engine.tokens_generated, time.perf_counter()
+    tokens, begun = engine.usage.completion_tokens, time.perf_counter()
     done = {c.request_id: c.token_ids for c in engine.generate(requests)}
     seconds = time.perf_counter() - begun
-    proposed, stood = engine.drafts
-    figures = {"tokens/s": (engine.tokens_generated - tokens) / seconds, "drafts that stand": stood / max(proposed, 1)}
+    proposed, accepted = engine.usage.drafts_proposed, engine.usage.drafts_accepted
+    figures = {
+        "tokens/s": (engine.usage.completion_tokens - tokens) / seconds,
+        "accepted drafts": accepted / max(proposed, 1),
+    }
     return figures, [done[request.id] for request in requests]
 
 
 def measure_large(directory: Path, batch: int, drafts: int, texts: dict[str, tuple[int, ...]]) -> dict[str, float]:
     """Decoding `batch` sequences; `texts`: what they said without drafts, filled in by the run that has none."""
-    from distill.engine import Engine, Request, SamplingParams
+    from distill.engine import Engine, EngineOptions, Request, SamplingParams
 
     engine = Engine.load(
-        directory, dtype=torch.bfloat16, max_batch=batch, cache_tokens=batch * 272, num_speculative_tokens=drafts
+        directory,
+        EngineOptions(dtype="bfloat16", max_batch=batch, cache_tokens=batch * 272, num_speculative_tokens=drafts),
     )
     if drafts:
         propose, rng = engine._drafter.draft, random.Random(0)
@@ -74,17 +81,20 @@ def measure_large(directory: Path, batch: int, drafts: int, texts: dict[str, tup
     sampling = SamplingParams(temperature=0, max_new_tokens=128)
     for number in range(batch):
         engine.add(Request(str(number), tuple(prompt(number, 128)), sampling, 0, number, (0,)))
-    while engine.tokens_generated < batch:
+    while engine.usage.completion_tokens < batch:
         engine.step()
-    tokens, begun, done = engine.tokens_generated, time.perf_counter(), []
+    tokens, begun, done = engine.usage.completion_tokens, time.perf_counter(), []
     while engine.has_work:
         done += engine.step()
     seconds = time.perf_counter() - begun
     text = {completion.request_id: completion.token_ids for completion in done}
     assert texts in ({}, text), "drafts changed the text"
     texts |= text
-    proposed, stood = engine.drafts
-    return {"tokens/s": (engine.tokens_generated - tokens) / seconds, "drafts that stand": stood / max(proposed, 1)}
+    proposed, accepted = engine.usage.drafts_proposed, engine.usage.drafts_accepted
+    return {
+        "tokens/s": (engine.usage.completion_tokens - tokens) / seconds,
+        "accepted drafts": accepted / max(proposed, 1),
+    }
 
 
 def main() -> None:
@@ -111,7 +121,7 @@ def main() -> None:
         tiny_text = None
         large_texts: dict[str, tuple[int, ...]] = {}
         for drafts in DRAFTS:
-            figures, text = measure_tiny(batch, drafts, torch.bfloat16)
+            figures, text = measure_tiny(batch, drafts, "bfloat16")
             assert tiny_text in (None, text), "drafts changed the text"
             tiny_text = text
             report("tiny-r1", batch, drafts, figures)

@@ -87,14 +87,16 @@ def reset_peak() -> int:
 
 
 def measure_ours(work: Path, threads: int) -> dict[str, float]:
-    from distill.engine import Engine, Request, SamplingParams
+    from distill.engine import Engine, EngineOptions, Request, SamplingParams
 
     torch.set_num_threads(threads)
     directory = write_fp8(work / "fp8")
     figures = {"reading the files, s": seconds_to_read(list(directory.glob("*.safetensors")))}
     before = reset_peak()
     begun = time.perf_counter()
-    engine = Engine.load(directory, dtype=torch.bfloat16, max_batch=max(BATCHES), cache_tokens=max(BATCHES) * 272)
+    engine = Engine.load(
+        directory, EngineOptions(dtype="bfloat16", max_batch=max(BATCHES), cache_tokens=max(BATCHES) * 272)
+    )
     numbers = iter(range(10**6))
 
     def add(length: int, new: int) -> None:
@@ -122,9 +124,9 @@ def measure_ours(work: Path, threads: int) -> dict[str, float]:
             add(PROMPT, NEW)
         while not _all_decode(engine, count):
             engine.step()
-        tokens, begun = engine.tokens_generated, time.perf_counter()
+        tokens, begun = engine.usage.completion_tokens, time.perf_counter()
         finish()
-        figures[f"decode × {count}"] = (engine.tokens_generated - tokens) / (time.perf_counter() - begun)
+        figures[f"decode × {count}"] = (engine.usage.completion_tokens - tokens) / (time.perf_counter() - begun)
     figures["peak memory, GB"] = (peak_memory() - before) / 1e9
     return figures
 
@@ -209,7 +211,7 @@ def measure_transformers(work: Path, threads: int) -> dict[str, float]:
     figures = {"reading the files, s": seconds_to_read(list(directory.glob("*.safetensors")))}
     before = reset_peak()
     begun = time.perf_counter()
-    model = DeepseekV3ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    model = DeepseekV3ForCausalLM.from_pretrained(directory, dtype="bfloat16").eval()
 
     def generate(count: int, length: int, new: int) -> float:
         ids = torch.tensor([prompt(number, length) for number in range(count)])

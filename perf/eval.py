@@ -81,7 +81,7 @@ def dtype() -> Any:
 
 
 def ours(place: Path, batch: int) -> dict[str, float]:
-    from distill.engine import Engine, Request, SamplingParams
+    from distill.engine import Engine, EngineOptions, Request, SamplingParams
     from distill.engine import engine as room
 
     prompts, wanted = lengths()
@@ -89,7 +89,12 @@ def ours(place: Path, batch: int) -> dict[str, float]:
     room._finished = lambda state, length: (  # in place of an end token, which random weights never draw
         "stop" if length - len(state.request.prompt_ids) >= wanted[int(state.request.id)][state.sample] else None
     )
-    engine = Engine.load(place, dtype=dtype(), max_batch=batch, max_context=max(prompts) + longest + 1)
+    engine = Engine.load(
+        place,
+        EngineOptions(
+            dtype=str(dtype()).removeprefix("torch."), max_batch=batch, max_context=max(prompts) + longest + 1
+        ),
+    )
     params = SamplingParams(temperature=0.6, top_p=0.95, max_new_tokens=longest)
     begun, tokens = time.perf_counter(), 0
     requests = [Request(str(i), tuple(prompt_ids(i)), params, 0, i, tuple(range(SAMPLES))) for i in range(PROBLEMS)]

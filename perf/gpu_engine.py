@@ -16,7 +16,7 @@ import torch
 from checkpoint import FP8, is_fp8, shapes
 from safetensors.torch import save_file
 
-from distill.engine import Engine, Request, SamplingParams
+from distill.engine import Engine, EngineOptions, Request, SamplingParams
 from distill.engine.kernels import gpu
 
 CONFIG: dict[str, Any] = checkpoint.CONFIG | {
@@ -50,7 +50,7 @@ def write(directory: Path, config: dict[str, Any]) -> Path:
         for name, shape in tensors:
             if len(shape) == 1:
                 bias = name.endswith("bias")
-                stored[name] = torch.zeros(shape) if bias else torch.ones(shape, dtype=torch.bfloat16)
+                stored[name] = torch.zeros(shape) if bias else torch.ones(shape, dtype="bfloat16")
                 continue
             noise = torch.randn(shape, device=device)
             if is_fp8(name):
@@ -99,11 +99,13 @@ class Ours:
         begun = time.perf_counter()
         self.engine = Engine.load(
             directory,
-            dtype=torch.bfloat16,
-            max_batch=batch,
-            max_step_tokens=8192,
-            max_context=max(prompts, PROMPT) + new + 64,
-            kernels="cuda",
+            EngineOptions(
+                dtype="bfloat16",
+                max_batch=batch,
+                max_step_tokens=8192,
+                max_context=max(prompts, PROMPT) + new + 64,
+                kernels="cuda",
+            ),
         )
         self.seconds_to_load = time.perf_counter() - begun
         self._vocab, self._number, self._new = config["vocab_size"], 0, new
@@ -128,10 +130,10 @@ class Ours:
         self._add(batch, length, self._new)
         while self.engine._scheduler.waiting or any(s.sample is None for s in self.engine._scheduler.running):
             self.engine.step()
-        done, begun = self.engine.tokens_generated, time.perf_counter()
+        done, begun = self.engine.usage.completion_tokens, time.perf_counter()
         while self.engine.has_work:
             self.engine.step()
-        return (self.engine.tokens_generated - done) / (time.perf_counter() - begun)
+        return (self.engine.usage.completion_tokens - done) / (time.perf_counter() - begun)
 
 
 def transformers_decode(config: dict[str, Any], batches: tuple[int, ...], length: int, new: int) -> dict[int, float]:
@@ -140,7 +142,7 @@ def transformers_decode(config: dict[str, Any], batches: tuple[int, ...], length
 
     settings = {key: value for key, value in config.items() if key not in ("model_type", "torch_dtype")}
     with torch.device(gpu.device()):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **settings), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **settings), dtype="bfloat16")
     model.eval()
     model.generation_config.eos_token_id = None
     rates = {}

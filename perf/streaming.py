@@ -25,23 +25,25 @@ SEQUENCES, PROMPT, NEW = 64, 32, 24
 
 def decode(directory: Path, files: list[Path], budget: int | None, cold: bool) -> dict[str, float]:
     """Tokens a second of decoding, and the memory taken beyond what the process had."""
-    from distill.engine import Engine, Request, SamplingParams
+    from distill.engine import Engine, EngineOptions, Request, SamplingParams
 
     before = reset_peak()
     engine = Engine.load(
         directory,
-        dtype=torch.bfloat16,
-        max_batch=SEQUENCES,
-        max_step_tokens=1024,
-        cache_tokens=SEQUENCES * 64,
-        memory_budget=budget,
+        EngineOptions(
+            dtype="bfloat16",
+            max_batch=SEQUENCES,
+            max_step_tokens=1024,
+            cache_tokens=SEQUENCES * 64,
+            memory_budget=budget,
+        ),
     )
     sampling = SamplingParams(temperature=0, max_new_tokens=NEW)
     for number in range(SEQUENCES):
         engine.add(Request(str(number), tuple(prompt(number, PROMPT)), sampling, 0, number, (0,)))
-    while engine.tokens_generated < SEQUENCES:
+    while engine.usage.completion_tokens < SEQUENCES:
         engine.step()
-    tokens, seconds = engine.tokens_generated, 0.0
+    tokens, seconds = engine.usage.completion_tokens, 0.0
     while engine.has_work:
         if cold:
             drop(files)
@@ -51,7 +53,7 @@ def decode(directory: Path, files: list[Path], budget: int | None, cold: bool) -
     banks = [layer.mlp.experts for layer in engine._model.weights.layers if hasattr(layer.mlp, "experts")]
     streamed = sum((bank.count - bank.resident) * bank.bytes_each for bank in banks) if engine._model.stream else 0
     return {
-        "tokens/s": (engine.tokens_generated - tokens) / seconds,
+        "tokens/s": (engine.usage.completion_tokens - tokens) / seconds,
         "peak memory, GB": (peak_memory() - before) / 1e9,
         "streamed per step, GB": streamed / 1e9,
         "resident experts of a layer": float(banks[0].resident),

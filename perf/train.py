@@ -123,17 +123,18 @@ def peak_memory() -> float:
 
 
 def train_ours(work: Path, out: Path, steps: int, seed: int, dtype: str) -> dict[str, float]:
+    from distill.artefacts import RunPaths
     from distill.chat import split_reasoning
+    from distill.models import Models
     from distill.prompts.prompt import Prompt
     from distill.recipe import Recipe
     from distill.traces.store import write_traces
     from distill.traces.trace import Trace
-    from distill.train.checkpoint import Checkpoints
-    from distill.train.fit import Task, build
-    from distill.train.loop import Loop
-    from distill.train.objectives import Sft
-    from distill.train.prepare import prepare as prepare_rows
-    from distill.train.world import World
+    from distill.train.learn.fit import Task, build
+    from distill.train.learn.loop import Loop
+    from distill.train.ranks.checkpoint import Checkpoints
+    from distill.train.ranks.world import World
+    from distill.train.rows.prepare import prepare as prepare_rows
 
     def traces() -> Iterator[Trace]:
         for number, (question, answer) in enumerate(conversations()[HELD_OUT:]):
@@ -166,9 +167,10 @@ def train_ours(work: Path, out: Path, steps: int, seed: int, dtype: str) -> dict
             },
         }
     )
-    rows = prepare_rows(recipe, out, "perf")
+    models, paths = Models(recipe, out), RunPaths(out)
+    rows = prepare_rows(recipe, models, paths, recipe.train.row_settings(), {})
     world = World()
-    built = build(Task(recipe, None, work / "base", None, out), Sft(), world)  # type: ignore[arg-type]
+    built = build(Task(recipe, models, paths), world)
     loop = Loop(built.learner, rows, recipe.train, Checkpoints(out / "checkpoints", 1), world, laid_out=built.wrapped)
     clock, step = Clock(), loop.step
 

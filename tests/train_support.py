@@ -1,16 +1,23 @@
 """What the tests of training share: a very small random student, and traces that a small model can learn."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from distill.artefacts import FilterSummary, RunPaths, Settings, TrainSummary
 from distill.chat import split_reasoning
+from distill.models import Models
 from distill.prompts.prompt import Prompt
 from distill.recipe import Recipe
+from distill.run import Run
+from distill.stage import Stage
 from distill.traces.store import write_traces
-from distill.traces.trace import Trace
+from distill.traces.trace import Trace, content_hash
+
+if TYPE_CHECKING:
+    from distill.train.rows.stored import TrainingSet
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -40,6 +47,12 @@ def make_student(directory: Path, *, hidden: int = 32, layers: int = 2, context:
         tie_word_embeddings=tied,
     )
     Qwen2ForCausalLM(config).save_pretrained(directory)
+    return write_card(directory, context)
+
+
+def write_card(directory: Path, context: int) -> Path:
+    """The card of a student whose weights are beside it."""
+    directory.mkdir(parents=True, exist_ok=True)
     card = {
         "name": "tiny-test",
         "family": "qwen2",
@@ -81,33 +94,79 @@ def make_recipe(student: Path, train: dict[str, Any] | None = None) -> Recipe:
 
 
 def prepare(directory: Path, traces: Iterable[Trace]) -> Path:
-    """A run directory as the filter stage leaves it."""
+    """A directory with kept traces, without the record of a filter stage."""
     directory.mkdir(parents=True, exist_ok=True)
     write_traces(directory / "filtered" / "kept", traces)
     return directory
 
 
+class Filtered(Stage[FilterSummary]):
+    """A filter stage that keeps given traces."""
+
+    name, outputs, products = "filter", ("filtered",), ("filtered/kept/*",)
+    summary = FilterSummary
+
+    def __init__(self, traces: Iterable[Trace]) -> None:
+        self.traces = list(traces)
+
+    def settings(self, run: Run) -> Settings:
+        return run.recipe.filter_settings()
+
+    def work(self, run: Run, begin: Callable[[], None]) -> FilterSummary:
+        begin()
+        prepare(run.directory, self.traces)
+        count = len(self.traces)
+        return FilterSummary(
+            total=count,
+            kept=count,
+            dropped=0,
+            prompts=count,
+            prompts_kept=count,
+            funnel=(),
+            verdicts={},
+            unit="tokens",
+            tokens_kept=0,
+            reasoning_median=None,
+            reasoning_mean=None,
+            kept_hash=content_hash(trace.digest for trace in self.traces),
+        )
+
+    def headline(self, summary: FilterSummary) -> str:
+        return ""
+
+
+def begin(directory: Path, traces: Iterable[Trace], student: Path | None = None) -> Path:
+    """A run directory as the filter stage leaves it."""
+    with Run(directory, make_recipe(student or directory)) as run:
+        Filtered(traces).perform(run)
+    return directory
+
+
+def rows_of(recipe: Recipe, directory: Path) -> "TrainingSet":
+    """The rows of a directory with kept traces, encoded or from the cache."""
+    from distill.train.rows.prepare import prepare as prepare_rows
+
+    return prepare_rows(recipe, Models(recipe, directory), RunPaths(directory), recipe.train.row_settings(), {})
+
+
 def make_loop(student: Path, run_dir: Path, checkpoints: Path, settings: dict[str, Any] | None = None) -> Any:
     """The loop of a training in this process, before its first step. Its checkpoints are not in the run's directory."""
-    from distill.train.checkpoint import Checkpoints
-    from distill.train.fit import Task, build
-    from distill.train.loop import Loop
-    from distill.train.objectives import Sft
-    from distill.train.prepare import prepare as prepare_rows
-    from distill.train.world import World
+    from distill.train.learn.fit import Task, build
+    from distill.train.learn.loop import Loop
+    from distill.train.ranks.checkpoint import Checkpoints
+    from distill.train.ranks.world import World
 
     recipe = make_recipe(student, settings)
-    rows = prepare_rows(recipe, run_dir, repr(settings))
+    rows = rows_of(recipe, run_dir)
     world = World()
-    task = Task(recipe, None, student, "chatml", run_dir)  # type: ignore[arg-type]
-    built = build(task, Sft(), world)
+    built = build(Task(recipe, Models(recipe, run_dir), RunPaths(run_dir)), world)
     saved = Checkpoints(checkpoints, recipe.train.save_total_limit, world)
     return Loop(built.learner, rows, recipe.train, saved, world, laid_out=built.wrapped)
 
 
-def train_here(directory: Path, student: Path, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    from distill.run import Run
-    from distill.train import train
+def train_here(directory: Path, student: Path, settings: dict[str, Any] | None = None) -> TrainSummary:
+    """Train in this process, as `distill train` does."""
+    from distill.train import STAGE
 
     with Run(directory, make_recipe(student, settings)) as run:
-        return train(run)
+        return STAGE.perform(run)

@@ -48,8 +48,8 @@ def distil(out: Path, runs: Path | None) -> Path:
 def recipe_of(teacher: str, objective: str, temperature: float, seed: int, steps: int | None) -> Any:
     from distill.catalog import load_recipe
 
-    train = [f"train.objective={objective}", f"train.seed={seed}", f"train.max_steps={json.dumps(steps)}"]
-    train.append(f"train.logits_temperature={temperature}")
+    fields = {"kind": objective} | ({"temperature": temperature} if objective == "logits" else {})
+    train = [f"train.objective={json.dumps(fields)}", f"train.seed={seed}", f"train.max_steps={json.dumps(steps)}"]
     return load_recipe("tiny", [f"teacher={teacher}", "train.save_steps=100000", *train])
 
 
@@ -81,26 +81,24 @@ def curve(
     """Train in this process; pass@1 and tokens after every so many steps, and which problems were right in the end."""
     import torch
 
-    from distill import catalog
-    from distill.fingerprint import digest
-    from distill.train import fit as fitting
-    from distill.train import student
-    from distill.train.checkpoint import Checkpoints
-    from distill.train.fit import Task, build
-    from distill.train.loop import Loop
-    from distill.train.prepare import TOKENS, prepare
-    from distill.train.world import World
+    from distill.artefacts import RunPaths
+    from distill.models import Models
+    from distill.train.learn.fit import Task, build
+    from distill.train.learn.loop import Loop
+    from distill.train.ranks.checkpoint import Checkpoints
+    from distill.train.ranks.world import World
+    from distill.train.rows.prepare import prepare
+    from distill.train.student import model
 
     recipe = recipe_of(teacher, objective, temperature, seed, steps)
-    weights = catalog.resolve_weights("student", recipe.student)
-    asked = {"objective": objective, "teacher": teacher, "temperature": temperature}
-    rows = prepare(recipe, run, digest(asked))
+    models, paths = Models(recipe, run), RunPaths(run)
+    weights = models.base.directory
+    rows = prepare(recipe, models, paths, recipe.train.row_settings(), {"teacher": teacher})
     world = World()
     torch.manual_seed(seed)
-    task = Task(recipe, catalog.load_student(recipe.student), weights, None, run)
-    built = build(task, fitting.objective(recipe.train, run / TOKENS), world)
+    built = build(Task(recipe, models, paths), world)
     loop = Loop(built.learner, rows, recipe.train, Checkpoints(out / "log", 1), world, laid_out=built.wrapped)
-    chat = student.Chat.load(weights)
+    chat = models.base.chat
     points = []
     while loop.position.step < loop.total:
         loop.step()
@@ -108,7 +106,7 @@ def curve(
             loop.settle()
             tensors = {name: p.detach().clone() for name, p in built.base.named_parameters()}
             place = out / "student"
-            student.save(place, student.empty(weights, recipe.train, torch.float32), tensors, chat, "")
+            model.save(place, model.empty(weights, recipe.train, torch.float32), tensors, chat, "")
             right = answered(place)
             score = sum(right) / len(right)
             points.append({"step": loop.position.step, "tokens": loop.position.supervised_tokens, "pass@1": score})

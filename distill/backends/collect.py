@@ -7,8 +7,9 @@ the one loop they share. What is in the store is never asked for again.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from distill.backends import Backend, Completed, Job, Sampling
+from distill.backends.backend import Backend, Completed, Job
 from distill.chat import split_reasoning
+from distill.engine.options import SamplingParams
 from distill.prompts.prompt import Prompt
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace
@@ -28,7 +29,7 @@ def collect(
     backend: Backend,
     store: TraceStore,
     jobs: Iterable[Job],
-    sampling: Sampling,
+    sampling: SamplingParams,
     seed: int,
     teacher: str,
     advance: Callable[[int], None],
@@ -50,8 +51,8 @@ def collect(
         advance(1)
 
 
-def check_all(backend: Backend, jobs: Iterable[Job], sampling: Sampling, suffix: str = "") -> None:
-    """UserError where a job could never be completed: before any work, not in the middle of it."""
+def check_all(backend: Backend, jobs: Iterable[Job], sampling: SamplingParams, suffix: str = "") -> None:
+    """Errors: UserError when a job could never be completed: before any work, not in the middle of it."""
     backend.check((asked(job.prompt, suffix) for job in jobs), sampling)
 
 

@@ -8,12 +8,12 @@ and not on what else is in the batch.
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from distill.backends import Completed, Job, Sampling, Usage
+from distill.backends.backend import Completed, Job, Usage
+from distill.engine.options import EngineOptions, SamplingParams
 from distill.errors import UserError, WorkError
 from distill.models import Model
 from distill.prompts.prompt import Prompt
@@ -23,9 +23,22 @@ from distill.traces.trace import Trace
 if TYPE_CHECKING:
     from distill.engine import Completion, Engine, Engines, Request
 
+GIB = 1 << 30
+
+
+def options_of(settings: LocalEngine, max_batch: int) -> EngineOptions:
+    """A recipe's `engine:` as the options of one engine."""
+    return EngineOptions(
+        dtype=settings.dtype,
+        max_batch=max_batch,
+        num_speculative_tokens=settings.num_speculative_tokens,
+        memory_budget=None if settings.memory_budget is None else int(settings.memory_budget * GIB),
+        kv_cache_dtype=settings.kv_cache_dtype,
+    )
+
 
 class LocalBackend:
-    """A model directory, loaded."""
+    """A model directory, loaded. engine: for tests and measurements; everything else uses the protocol."""
 
     def __init__(self, engine: "Engine | Engines", model: Model) -> None:
         self.engine = engine
@@ -33,35 +46,29 @@ class LocalBackend:
         self.chat = model.chat
 
     @classmethod
-    def load(cls, model: Model, settings: LocalEngine, max_batch: int = 128) -> "LocalBackend":
-        """Load a model directory. UserError, with file and fix, when it is incomplete, damaged or unsupported, or the
-        memory budget too small."""
-        import torch
+    def load(cls, model: Model, engine: LocalEngine, max_batch: int = 128) -> "LocalBackend":
+        """Load a model directory, once on each device.
 
-        from distill.engine import Engine, Engines, ModelSpec
+        Errors: UserError, with file and remedy, when it is incomplete, damaged or unsupported, or the memory budget too
+        small.
+        """
+        from distill.engine import Engine, Engines
         from distill.engine.device import devices_for
+        from distill.engine.families import read_spec
 
-        directory, budget = model.directory, settings.memory_budget
+        options, directory = options_of(engine, max_batch), model.directory
         try:  # config and tokenizer first: what they refuse is not worth loading weights for
-            ModelSpec.from_dir(directory)
+            read_spec(directory)
             model.chat  # noqa: B018  loads the tokenizer
-            device = None if settings.device == "auto" else settings.device
-            devices = devices_for(device, settings.data_parallel_size)
-            options: dict[str, Any] = {
-                "dtype": getattr(torch, settings.dtype),
-                "max_batch": max_batch,
-                "memory_budget": None if budget is None else int(budget * 2**30),
-                "num_speculative_tokens": settings.num_speculative_tokens,
-                "kv_cache_dtype": settings.kv_cache_dtype,
-            }
-            engine = (
-                Engine.load(directory, device=devices[0], **options)
+            devices = devices_for(None if engine.device == "auto" else engine.device, engine.data_parallel_size)
+            loaded = (
+                Engine.load(directory, replace(options, device=devices[0]))
                 if len(devices) == 1
-                else Engines.load(directory, devices, **options)
+                else Engines.load(directory, devices, options)
             )
         except ValueError as error:
             raise UserError(str(error)) from error
-        return cls(engine, model)
+        return cls(loaded, model)
 
     @property
     def identity(self) -> Mapping[str, JsonValue]:
@@ -70,8 +77,8 @@ class LocalBackend:
 
     @property
     def numerics(self) -> Mapping[str, str]:
-        """What produces the numbers."""
-        return {"engine": self.engine.numerics}
+        """Kernels, precision and cache (`distill.engine.numerics`)."""
+        return self.engine.numerics.to_json()
 
     @property
     def max_context(self) -> int:
@@ -81,34 +88,34 @@ class LocalBackend:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(self.engine.prompt_tokens, self.engine.tokens_generated, self.engine.drafts)
+        usage = self.engine.usage
+        drafts = (usage.drafts_proposed, usage.drafts_accepted) if usage.drafts_proposed else None
+        return Usage(usage.prompt_tokens, usage.completion_tokens, drafts)
 
     def close(self) -> None:
-        """Drop the engine."""
+        """Drop the engine and its memory; end its processes."""
+        self.engine.close()
         del self.engine
         gc.collect()
 
-    def check(self, prompts: Iterable[Prompt], sampling: Sampling) -> None:
-        """UserError when a prompt and its completion do not fit into the model's context; it names the longest."""
+    def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
+        """Errors: UserError, naming the longest, when prompts and their completions exceed the model's context."""
         sized = [(len(self.chat.prompt_ids(prompt.messages)), prompt) for prompt in prompts]
         room = self.engine.max_context - sampling.max_new_tokens
         if too_long := sum(length > room for length, _ in sized):
-            longest = max(sized, key=lambda one: one[0])
+            longest = max(sized, key=lambda item: item[0])
             which = f"{too_long:,} of {len(sized):,} prompts do not fit; the longest, "
             raise self._too_long(which, *longest, sampling)
 
-    def complete(self, jobs: Iterable[Job], sampling: Sampling, seed: int) -> Iterator[Completed]:
-        """Yield every wanted sample once, as it finishes. Pulls jobs only as fast as they can be started."""
-        from distill.engine import Request, SamplingParams
+    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Iterator[Completed]:
+        """Yield every wanted sample once, as it finishes. Pulls jobs only as fast as they can be started.
 
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_new_tokens=sampling.max_new_tokens,
-            stop_token_ids=self.chat.stop_token_ids,
-            logprobs=sampling.logprobs,
-        )
+        Errors: UserError for a prompt that is too long, and where the model computes numbers that are not finite;
+        WorkError when an engine's process dies.
+        """
+        from distill.engine import Request
+
+        params = replace(sampling, stop_token_ids=self.chat.stop_token_ids)
         running: dict[str, tuple[Prompt, tuple[int, ...], int]] = {}  # prompt, its token ids, samples still to come
 
         def requests() -> Iterator[Request]:
@@ -133,10 +140,10 @@ class LocalBackend:
             )
 
     def score(self, traces: Sequence[Trace], top_k: int) -> list[Trace]:
-        """The traces with this model's log-probabilities of their tokens, and of its `top_k` likeliest at each.
+        """The traces with this model's log-probabilities of their tokens and of its `top_k` likeliest at each position.
 
-        Tokens that this model sampled are taken as they are; a text of somebody else's is tokenised and ends with this
-        model's end token. UserError where one is longer than the context.
+        Tokens that this model sampled are taken as they are; another model's text is tokenised and ends with this
+        model's end token. Errors: UserError where a trace is longer than the context.
         """
         from distill.engine import Engine
 
@@ -147,10 +154,10 @@ class LocalBackend:
             scores = self.engine.score([p + c for p, c in zip(prompts, completions, strict=True)], top_k)
         except ValueError as error:
             raise UserError(str(error)) from error
-        found = []
+        scored = []
         for trace, prompt, completion, score in zip(traces, prompts, completions, scores, strict=True):
             assert score.top_logprobs is not None
-            found.append(
+            scored.append(
                 replace(
                     trace,
                     prompt_token_ids=tuple(prompt),
@@ -159,7 +166,7 @@ class LocalBackend:
                     top_logprobs=score.top_logprobs[len(prompt) - 1 :],
                 )
             )
-        return found
+        return scored
 
     def _completion_ids(self, trace: Trace) -> list[int]:
         ids = list(trace.completion_token_ids)
@@ -169,39 +176,26 @@ class LocalBackend:
         return [*self.chat.text_ids(text), self.chat.stop_token_ids[-1]]
 
     def _finished(self, requests: "Iterable[Request]") -> "Iterator[Completion]":
-        from distill.engine import EngineDied
-        from distill.engine.sampler import NonFiniteLogits
+        from distill.engine import EngineDied, NonFiniteLogits
 
         try:
             yield from self.engine.generate(requests)
         except NonFiniteLogits as error:
-            raise UserError(str(error)) from error
+            raise UserError(f"{self.model.directory}: {error}") from error
         except EngineDied as error:
-            raise WorkError(f"{error}; what was finished is kept, run the same command to go on") from error
+            raise WorkError(f"{error}; finished samples are stored, run the same command to continue") from error
 
-    def _checked_ids(self, prompt: Prompt, sampling: Sampling) -> tuple[int, ...]:
+    def _checked_ids(self, prompt: Prompt, sampling: SamplingParams) -> tuple[int, ...]:
         ids = tuple(self.chat.prompt_ids(prompt.messages))
         if len(ids) + sampling.max_new_tokens > self.engine.max_context:
             raise self._too_long("prompt ", len(ids), prompt, sampling)
         return ids
 
-    def _too_long(self, which: str, length: int, prompt: Prompt, sampling: Sampling) -> UserError:
+    def _too_long(self, which: str, length: int, prompt: Prompt, sampling: SamplingParams) -> UserError:
         context, start = self.engine.max_context, prompt.messages[-1]["content"][:40]
-        fix = f"set max_new_tokens to {context - length} or less, or" if length < context else "shorten it, or"
+        remedy = f"set max_new_tokens to {context - length} or less, or" if length < context else "shorten it, or"
         return UserError(
             f"{which}{prompt.id} ({start!r}…, from {prompt.source or 'memory'}), has {length} tokens and "
             f"max_new_tokens is {sampling.max_new_tokens}, together more than the model's context of {context}; "
-            f"{fix} leave it out"
+            f"{remedy} leave the prompt out"
         )
-
-
-def device_type(asked: str) -> str:
-    """ "cpu" or "cuda" for a recipe's device, which may leave the choice open: part of what decides the numbers. torch
-    is not asked where no GPU's driver is in sight."""
-    if asked != "auto":
-        return asked
-    if not any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/dxg")):
-        return "cpu"
-    from distill.engine.device import choose_device
-
-    return choose_device(None).type

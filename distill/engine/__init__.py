@@ -6,11 +6,13 @@ Names are resolved on first use, because reading a `ModelSpec` (planning does) m
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distill.engine.engine import Completion, Engine
-    from distill.engine.sampler import SamplingParams
+    from distill.engine.engine import Completion, Engine, EngineUsage
+    from distill.engine.numerics import Numerics
+    from distill.engine.options import EngineOptions, SamplingParams
+    from distill.engine.sampler import NonFiniteLogits
     from distill.engine.scheduler import Request
     from distill.engine.score import Scores
     from distill.engine.spec import ModelSpec
@@ -20,17 +22,35 @@ _HOME = {
     "Completion": "engine",
     "Engine": "engine",
     "EngineDied": "workers",
+    "EngineOptions": "options",
+    "EngineUsage": "engine",
     "Engines": "workers",
     "ModelSpec": "spec",
+    "NonFiniteLogits": "sampler",
+    "Numerics": "numerics",
     "Request": "scheduler",
-    "SamplingParams": "sampler",
+    "SamplingParams": "options",
     "Scores": "score",
 }
 
-__all__ = ["Completion", "Engine", "EngineDied", "Engines", "ModelSpec", "Request", "SamplingParams", "Scores"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineDied",
+    "EngineOptions",
+    "EngineUsage",
+    "Engines",
+    "ModelSpec",
+    "NonFiniteLogits",
+    "Numerics",
+    "Request",
+    "SamplingParams",
+    "Scores",
+]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"distill.engine.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"distill.engine.{_HOME[name]}"), name)
+    return value

@@ -179,8 +179,8 @@ def _linear(ops: Ops, x_tc: Tensor, w: Linear) -> Tensor:
     return ops.linear(x_tc, w.weight, w.bias)
 
 
-def _linears(ops: Ops, x_tc: Tensor, *some: Linear) -> Sequence[Tensor]:
-    return ops.linears(x_tc, [w.weight for w in some], [w.bias for w in some])
+def _linears(ops: Ops, x_tc: Tensor, *linears: Linear) -> Sequence[Tensor]:
+    return ops.linears(x_tc, [w.weight for w in linears], [w.bias for w in linears])
 
 
 def gqa(

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distill.engine.config import read_json, refuse_lfs_pointer, shown
 from distill.engine.kernels.stored import Place
 
 STORED = {
@@ -48,6 +49,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_lfs_pointer(path)
         try:
             safe_open(path, framework="pt")
             self._stream = path.open("rb", buffering=0)  # open as long as this object lives
@@ -57,7 +59,8 @@ class _File:
             # A private mapping that nobody writes to: torch takes no read-only memory without a warning.
             self._map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error}); download it again") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: not a complete safetensors file ({reason}); download it again") from error
         self.entries = {
             name: _Entry(e["dtype"], tuple(e["shape"]), *(8 + header + offset for offset in e["data_offsets"]))
             for name, e in entries.items()
@@ -74,7 +77,8 @@ class _File:
 
 
 class Checkpoint:
-    """The tensors of a model directory. ValueError, one line with file, tensor and fix, where one is broken."""
+    """The tensors of a model directory. Errors: ValueError, one line with file, tensor and remedy, where one is
+    broken."""
 
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
@@ -99,6 +103,7 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
+        """The size of all tensors."""
         return sum(entry.end - entry.begin for file in self._files for entry in file.entries.values())
 
     def sizes(self) -> Iterator[tuple[str, int]]:
@@ -108,6 +113,7 @@ class Checkpoint:
                 yield name, entry.end - entry.begin
 
     def where(self, name: str) -> str:
+        """File and tensor, as messages begin."""
         return f"{self._file_of[name].path}: tensor {name}"
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -132,19 +138,19 @@ class Checkpoint:
         return file.tensor(name)
 
     def place(self, name: str) -> Place:
-        """Where the tensor lies, for those who would rather read it than map it."""
+        """Where the tensor is in its file, for kernels that read it rather than map it."""
         file = self._file_of[name]
         entry = file.entries[name]
         return Place(file.descriptor, entry.begin, entry.end - entry.begin, file)
 
     def unread(self) -> Iterator[str]:
-        """Names that nobody asked for, sorted."""
+        """Names of tensors that were not read, sorted."""
         yield from sorted(set(self._file_of) - self._read)
 
     @contextmanager
     def read_ahead(self, prefixes: Sequence[str]) -> Iterator[None]:
-        """While it is open, tensors whose names begin so are being read into the page cache, in this order, if the
-        whole fits there well."""
+        """While the context lasts, read tensors whose names have these prefixes into the page cache, in this order, if
+        all of them fit there well."""
         stop = threading.Event()
         reader = threading.Thread(target=self._read_ahead, args=(prefixes, stop), name="read-ahead", daemon=True)
         memory = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
@@ -172,11 +178,14 @@ class Checkpoint:
 
 
 def _from_index(index: Path) -> dict[str, Path]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        path_of = {str(name): index.parent / str(shard) for name, shard in weight_map.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: not a safetensors index ({error!r}); download it again") from error
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: not a safetensors index ('weight_map' is missing); download it again")
+    path_of: dict[str, Path] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
+            raise ValueError(f"{index}: the file of tensor {name} is {shown(shard)}, not a name; download it again")
+        path_of[name] = index.parent / shard
     missing = sorted({path.name for path in path_of.values() if not path.is_file()})
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -54,13 +54,16 @@ def memory_of(device: torch.device) -> int | None:
     return int(_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
-def refuse_too_large(model_dir: Path | str, sizes: Iterable[tuple[str, int]], budget: int) -> None:
+def refuse_too_large(
+    model_dir: Path | str, sizes: Iterable[tuple[str, int]], budget: int, expert: str = "mlp.experts.{}."
+) -> None:
     """ValueError, with the command that serves the model elsewhere, if what cannot be streamed does not fit into
-    `budget` bytes: all but the experts, and two layers of those. sizes: of the checkpoint's tensors, by name."""
+    `budget` bytes: all but the experts, and two layers of those. sizes: of the checkpoint's tensors, by name; expert:
+    how the names of an expert's tensors begin, below their layer."""
     experts: Counter[str] = Counter()
     rest = 0
     for name, size in sizes:
-        layer, routed, _ = name.partition(".mlp.experts.")
+        layer, routed, _ = name.partition(f".{expert.partition('{}')[0]}")
         if routed:
             experts[layer] += size
         else:

@@ -10,7 +10,7 @@ Token ids in, token ids out. Templates, stop strings and detokenising are the ca
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,9 +21,11 @@ from distill.engine.ahead import Ahead
 from distill.engine.attention import Batch, Chunk, Wanted, build_batch
 from distill.engine.cache import PageAllocator, PagedCache
 from distill.engine.graphs import DecodeGraphs
-from distill.engine.loading import prepare
+from distill.engine.loading import Sizes, prepare
 from distill.engine.model import Model
 from distill.engine.mtp import Drafter, accepted
+from distill.engine.numerics import Numerics
+from distill.engine.options import EngineOptions
 from distill.engine.sampler import Draw, Drawn, TopLogprobs, sample, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
 from distill.engine.score import Scores, score
@@ -44,94 +46,56 @@ class Completion:
     top_logprobs: tuple[TopLogprobs, ...] | None
 
 
-class Engine:
-    """A loaded model and its queue. Not thread-safe. Attributes: `spec`; `numerics`, what produced the numbers (part of
-    a trace's fingerprint); `max_context`; `tokens_generated` and `prompt_tokens`, running totals (a prompt counts once,
-    whatever is recomputed)."""
+@dataclass(frozen=True)
+class EngineUsage:
+    """Running totals of tokens. A prompt counts once, even where it is computed again. drafts: proposed by the draft
+    layer, and accepted."""
 
-    def __init__(
-        self,
-        model: Model,
-        numerics: str,
-        *,
-        max_batch: int,
-        max_step_tokens: int,
-        page_size: int,
-        cache_tokens: int,
-        max_context: int,
-        drafts: int,
-        cache_dtype: torch.dtype | None = None,
-        graphs: bool = False,
-    ) -> None:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    drafts_proposed: int = 0
+    drafts_accepted: int = 0
+
+    def __add__(self, other: EngineUsage) -> EngineUsage:
+        return EngineUsage(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+class Engine:
+    """A loaded model and its queue. Not thread-safe.
+
+    Attributes: spec. numerics: what produces the numbers, part of a trace's fingerprint. max_context: tokens of prompt
+    and completion together. usage: running totals.
+    """
+
+    def __init__(self, model: Model, numerics: Numerics, sizes: Sizes) -> None:
         weight = model.weights.embed_vc
-        self.spec, self.numerics, self.max_context = model.spec, numerics, max_context
-        self.tokens_generated = self.prompt_tokens = 0
-        self._model, self._device, self._page_size = model, weight.device, page_size
-        self._pages = PageAllocator(-(-cache_tokens // page_size), page_size)
-        layers = model.spec.num_layers + (drafts > 0)
-        pages = self._pages.num_pages
-        # One page more than is handed out, for rows of a graph that belong to nobody.
+        self.spec, self.numerics, self.max_context = model.spec, numerics, sizes.max_context
+        self._prompt_tokens = self._completion_tokens = 0
+        self._model, self._device, self._page_size = model, weight.device, sizes.page_size
+        self._pages = PageAllocator(-(-sizes.cache_tokens // sizes.page_size), sizes.page_size)
+        layers, pages = model.spec.num_layers + (sizes.drafts > 0), self._pages.num_pages
+        # One page more than is handed out, for rows of a graph that belong to no sequence.
         self._cache = PagedCache(
-            model.spec, model.ops, layers, pages + graphs, page_size, cache_dtype or weight.dtype, weight.device
+            model.spec, model.ops, layers, pages + sizes.graphs, sizes.page_size, sizes.cache_dtype, weight.device
         )
+        longest = min(sizes.max_context, pages * sizes.page_size)
         self._ahead = (
-            Ahead(DecodeGraphs(model, self._cache, page_size, pages, max_context, max_batch))
-            if graphs and not drafts
+            Ahead(DecodeGraphs(model, self._cache, sizes.page_size, pages, longest, sizes.max_batch))
+            if sizes.graphs and not sizes.drafts
             else None
         )
-        self._scheduler = Scheduler(self._pages, max_batch, max_step_tokens, drafts)
-        self._drafter = Drafter(model, self._cache, self._batch) if drafts else None
+        self._scheduler = Scheduler(self._pages, sizes.max_batch, sizes.max_step_tokens, sizes.drafts)
+        self._drafter = Drafter(model, self._cache, self._batch) if sizes.drafts else None
         self._unfinished: dict[str, int] = {}  # request id → samples still to come
 
     @classmethod
-    def load(
-        cls,
-        model_dir: Path | str,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        max_batch: int = 256,
-        max_step_tokens: int = 2048,
-        page_size: int | None = None,
-        cache_tokens: int | None = None,
-        max_context: int | None = None,
-        num_speculative_tokens: int = 0,
-        memory_budget: int | None = None,
-        resident_experts: int | None = None,
-        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
-        kernels: str | None = None,
-    ) -> Engine:
+    def load(cls, model_dir: Path | str, options: EngineOptions = EngineOptions()) -> Engine:  # noqa: B008  it is frozen
         """Load a published model directory (config.json and safetensors).
 
-        device: "cpu" or "cuda" (default: a GPU that multiplies FP8, if there is one). dtype: of activations, cache, and
-        weights once dequantised. max_batch: sequences that decode at once. max_step_tokens: prompt tokens computed per
-        step at most. page_size: tokens (default: 64 on a GPU, else 16). cache_tokens: size of the key-value cache
-        (default: what max_batch full contexts can use, but no more than a fifth of the budget, or without one 512 MiB
-        or one context, whichever is larger). max_context: prompt and completion together (default and upper limit: the
-        model's). num_speculative_tokens: tokens that the checkpoint's draft layer proposes at a time (faster where few
-        sequences decode; the text is the same). memory_budget: bytes that weights, cache and one step's activations may
-        take together (default: most of a GPU's free memory; on a CPU, no limit); experts that do not fit are streamed,
-        from the files or, to a GPU, from the host's memory. resident_experts: how many of each layer to keep instead.
-        kv_cache_dtype: "fp8" quantises cached latents, which halves them (GPU). kernels: a column of the table of ops
-        (default: the device's). ValueError, naming the file and the fix, for a directory that is incomplete, damaged or
-        unsupported, and for a budget that is too small.
+        Errors: ValueError, one line naming the file or the option and the remedy, for a directory that is incomplete,
+        damaged or unsupported, and for options that the model or the machine does not allow.
         """
-        model, numerics, sizes = prepare(
-            model_dir,
-            device=device,
-            dtype=dtype,
-            max_batch=max_batch,
-            max_step_tokens=max_step_tokens,
-            page_size=page_size,
-            cache_tokens=cache_tokens,
-            max_context=max_context,
-            num_speculative_tokens=num_speculative_tokens,
-            memory_budget=memory_budget,
-            resident_experts=resident_experts,
-            kv_cache_dtype=kv_cache_dtype,
-            kernels=kernels,
-        )
-        return cls(model, numerics, **sizes)
+        return cls(*prepare(model_dir, options))
 
     def add(self, request: Request) -> None:
         """Queue a request. ValueError, with the lengths and the fix, for one that can never be served."""
@@ -162,13 +126,18 @@ class Engine:
         self._scheduler.add(request)
 
     @property
-    def drafts(self) -> tuple[int, int]:
-        """Tokens proposed by the draft layer so far, and how many of them stood."""
-        return (self._drafter.proposed, self._drafter.accepted) if self._drafter else (0, 0)
+    def usage(self) -> EngineUsage:
+        """Tokens so far."""
+        proposed, accepted = (self._drafter.proposed, self._drafter.accepted) if self._drafter else (0, 0)
+        return EngineUsage(self._prompt_tokens, self._completion_tokens, proposed, accepted)
 
     @property
     def has_work(self) -> bool:
+        """Whether a request is unfinished."""
         return self._scheduler.has_work
+
+    def close(self) -> None:
+        """Nothing: memory is released with the object. Several engines (`Engines`) end their processes here."""
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds; samples already returned stay valid. Unknown ids are ignored."""
@@ -185,7 +154,7 @@ class Engine:
     def _step(self) -> list[Completion]:
         completions: list[Completion] = []
         if self._ahead and self._ahead.must_take_in(self._scheduler):
-            completions += self._told(self._ahead.take_in())
+            completions += self._taken_in(self._ahead.take_in())
         plan = self._scheduler.schedule()
         if not (plan.decode or plan.prefill):
             return completions
@@ -217,7 +186,7 @@ class Engine:
         if not prefill and not self._drafter and len(decode) == len(plan.decode):
             draws = self._draws(work, [])
             if self._ahead and self._ahead.serve(plan.decode):
-                return completions + self._told(self._ahead.decode(plan.decode, decode, draws))
+                return completions + self._taken_in(self._ahead.decode(plan.decode, decode, draws))
             tokens = sample(self._model.ops, self._model.logits(self._forward(decode, [])), draws)
             for item, token in zip(work, tokens, strict=True):
                 completions += self._continue(item, [token])
@@ -331,8 +300,9 @@ class Engine:
         return draws
 
     def _continue(self, item: _Work, drawn: list[Drawn], hidden_tc: Tensor | None = None) -> list[Completion]:
-        """Append what was drawn for a sequence that decodes, as far as its drafts were right. hidden: its states, for
-        the layer that drafts."""
+        """Append the drawn tokens of a sequence that decodes, as far as its drafts are accepted.
+
+        hidden_tc: its states, for the draft layer."""
         sequence, drafts = item.sequence, item.ids[1:]
         count, reason = 0, None
         while count < accepted(drafts, [token.token for token in drawn]) and not reason:
@@ -340,7 +310,7 @@ class Engine:
             count += 1
             reason = _finished(sequence, len(sequence.tokens))
         sequence.computed += count
-        self.tokens_generated += count
+        self._completion_tokens += count
         if self._drafter:
             self._drafter.accepted += count - 1
             assert hidden_tc is not None
@@ -350,19 +320,19 @@ class Engine:
     def _begin(self, sequence: SequenceState, drawn: Iterator[Drawn]) -> list[Completion]:
         """The first tokens of a prompt's samples, or the next one of a sample that was recomputed."""
         if sequence.sample is None:
-            self.prompt_tokens += len(sequence.tokens)
+            self._prompt_tokens += len(sequence.tokens)
             states = self._scheduler.fork(sequence, [next(drawn) for _ in sequence.request.samples])
         else:
             sequence.append(next(drawn))
             states = [sequence]
-        self.tokens_generated += len(states)
+        self._completion_tokens += len(states)
         return [self._complete(state, reason) for state in states if (reason := _finished(state, len(state.tokens)))]
 
-    def _told(self, known: Iterator[tuple[SequenceState, int]]) -> list[Completion]:
-        """What has finished of sequences that were told their next token; the second number is how many they know."""
+    def _taken_in(self, known: Iterator[tuple[SequenceState, int]]) -> list[Completion]:
+        """Completions among the sequences that just received a token, given with how many tokens are known."""
         completions = []
         for sequence, length in known:
-            self.tokens_generated += 1
+            self._completion_tokens += 1
             if reason := _finished(sequence, length):
                 del sequence.tokens[length:]
                 completions.append(self._complete(sequence, reason))

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from distill.engine import attention, moe
 from distill.engine.attention import Batch, DecodeRows, Wanted
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
+from distill.engine.kernels.ops import DecodePlan
 from distill.engine.offload import ExpertStream
 from distill.engine.spec import ModelSpec
 from distill.engine.weights import GqaWeights, LayerWeights, ModelWeights, MoeWeights
@@ -40,8 +40,8 @@ class Model:
     weights: ModelWeights
     ops: Ops
     stream: ExpertStream | None = None
-    decode_plan: Any | None = None
-    draft_plan: Any | None = None
+    decode_plan: DecodePlan | None = None
+    draft_plan: DecodePlan | None = None
 
     def forward(self, batch: Batch, cache: PagedCache, wanted: Wanted | None = None) -> Tensor:
         """Hidden states after the final norm, of all rows or those wanted, [r, c]; the keys and values of all t tokens
@@ -69,7 +69,7 @@ class Model:
         self,
         layers: Sequence[LayerWeights],
         first: int,
-        plan: Any | None,
+        plan: DecodePlan | None,
         x_tc: Tensor,
         batch: Batch,
         cache: PagedCache,
@@ -83,8 +83,7 @@ class Model:
             return x_tc
         pools = [pool for (pool,) in cache.pools[first : first + len(layers)]]
         where = batch.cos_tr, batch.sin_tr, batch.page_t, batch.offset_t, rows.table_bp, rows.length_b
-        computed: Tensor = plan(x_tc, pools, *where)
-        return computed
+        return plan(x_tc, pools, *where)
 
     def _embed(self, batch: Batch) -> Tensor:
         embed_vc = self.weights.embed_vc

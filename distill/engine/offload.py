@@ -1,4 +1,4 @@
-"""Models larger than memory: which experts stay, and how the others come by.
+"""Models larger than memory: which experts stay in memory, and how the others are streamed.
 
 In batch work nearly every expert of every layer is needed in every step, so a cache of the most used ones would be
 useless: a fixed part of each layer's experts stays in memory, and the others are streamed layer by layer from the
@@ -14,19 +14,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from distill.engine.kernels import Ops
+from distill.engine.kernels.ops import ExpertBank
 from distill.engine.spec import ModelSpec
 
 GIB = 1 << 30
+Bank: TypeAlias = ExpertBank[object]
 _UNCOUNTED = 8 << 20  # bytes of a budget, beside 3 %: small objects, buffers, threads
 
 
-def experts_within(budget: int, fixed: int, banks: Sequence[Any]) -> int | None:
+def experts_within(budget: int, fixed: int, banks: Sequence[Bank]) -> int | None:
     """How many experts of each layer fit into a budget of memory, `fixed` bytes of which are spoken for; None: all.
 
     ValueError if the budget is too small for any.
@@ -40,7 +42,7 @@ def experts_within(budget: int, fixed: int, banks: Sequence[Any]) -> int | None:
     return resident_experts(usable - fixed, banks)
 
 
-def resident_experts(budget: int, banks: Sequence[Any]) -> int | None:
+def resident_experts(budget: int, banks: Sequence[Bank]) -> int | None:
     """How many experts of each layer fit into `budget` bytes beside two arenas for the others; None: all of them.
 
     ValueError if not even the arenas fit.
@@ -62,7 +64,7 @@ def resident_experts(budget: int, banks: Sequence[Any]) -> int | None:
 
 
 def step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int, dtype: torch.dtype) -> int:
-    """About what a step takes beside the weights: activations, what products read of them, and logits."""
+    """Roughly the memory of a step beside the weights: activations, the form that products read, and logits."""
     parts = 1 if dtype == torch.bfloat16 else 3  # bfloat16 numbers that a product reads for one
     numbers = 2 * spec.num_heads * spec.head_dim + 6 * spec.hidden_size
     read = max(spec.intermediate_size, spec.hidden_size)
@@ -71,29 +73,27 @@ def step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int, dtype: torch.dtyp
     return (prompt_tokens + rows) * (4 * numbers + 2 * parts * read) + 8 * rows * spec.vocab_size
 
 
-def bytes_of(part: Any, ops: Ops) -> int:
-    """What weights take in memory: tensors and packed matrices in dataclasses; experts apart."""
+def bytes_of(part: object) -> int:
+    """The memory that weights take: tensors and packed matrices in dataclasses. Banks of experts are not counted."""
     if isinstance(part, tuple):
-        return sum(bytes_of(item, ops) for item in part)
+        return sum(map(bytes_of, part))
     if is_dataclass(part):
-        return sum(bytes_of(getattr(part, field.name), ops) for field in fields(part))
-    if part is None or isinstance(part, str) or hasattr(part, "bytes_each"):
-        return 0
-    return int(part.nbytes)
+        return sum(bytes_of(getattr(part, field.name)) for field in fields(part))
+    return 0 if hasattr(part, "bytes_each") else int(getattr(part, "nbytes", 0))
 
 
 class ExpertStream:
-    """Brings the experts that are not resident, for banks that are asked for one after the other, again and again."""
+    """Streams the experts that are not resident, for banks that are used one after the other, again and again."""
 
-    def __init__(self, banks: Sequence[Any], ops: Ops) -> None:
+    def __init__(self, banks: Sequence[Bank], ops: Ops) -> None:
         self._next = {id(bank): after for bank, after in zip(banks, [*banks[1:], banks[0]], strict=True)}
         size = (banks[0].count - banks[0].resident) * banks[0].bytes_each
         self._arenas = [ops.arena(size), ops.arena(size)]
         self._worker = ThreadPoolExecutor(1, "experts")
-        self._coming: tuple[Any, Future[None]] | None = None
+        self._coming: tuple[Bank, Future[None]] | None = None
 
-    def bring(self, bank: Any, experts_tk: Tensor) -> None:
-        """Have the experts of `bank` that the tokens chose in memory, until the next call."""
+    def bring(self, bank: Bank, experts_tk: Tensor) -> None:
+        """Bring the experts of `bank` that the tokens chose into memory, where they stay until the next call."""
         coming, self._coming = self._coming, None
         if coming:
             coming[1].result()
@@ -107,8 +107,8 @@ class ExpertStream:
             after = self._next[id(bank)]
             self._coming = after, self._begin(after)
 
-    def _begin(self, bank: Any) -> Future[None]:
-        """Fill the next arena beside what is computed: on a thread, or on a device's stream, which needs none."""
+    def _begin(self, bank: Bank) -> Future[None]:
+        """Fill the next arena while other ops compute: on a thread, or on a device's stream, which needs none."""
         if not bank.queued:
             return self._worker.submit(bank.fill, self._arenas[0], None, True)
         bank.fill(self._arenas[0], None, True)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from distill.engine.kernels import Ops
+from distill.engine.options import SamplingParams
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -35,35 +36,14 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _BLOCK_ELEMENTS = 1 << 25
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 are off; `logprobs` k asks for the k largest
-    raw log-probabilities beside each generated token."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 256
-    stop_token_ids: tuple[int, ...] = ()
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 = off)")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.logprobs is not None and self.logprobs < 1:
-            raise ValueError(f"logprobs is {self.logprobs}; it must be at least 1, or None")
-
-
 class NonFiniteLogits(ValueError):
-    """The model's logits hold NaN or infinity, so that there is no distribution to draw from."""
+    """The model's logits hold NaN or infinity, so that there is no distribution to draw from.
+
+    position: of the token in its sequence, None where several were scored at once.
+    """
 
     def __init__(self, position: int | None = None) -> None:
+        self.position = position
         where = "" if position is None else f" of the token at position {position}"
         super().__init__(
             f"the logits{where} are not finite (NaN or infinity): the model's weights overflow its activations; check "

@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from distill.engine.cache import PageAllocator
-from distill.engine.sampler import Drawn, SamplingParams, TopLogprobs, stream_key
+from distill.engine.options import SamplingParams
+from distill.engine.sampler import Drawn, TopLogprobs, stream_key
 
 
 @dataclass(frozen=True)

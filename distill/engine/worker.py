@@ -1,7 +1,6 @@
 """One engine in a process of its own, for workers.py: `python -m distill.engine.worker`, JSON lines in and out.
 
-First comes what to load, and the answer is what was loaded, or why it was refused. Then come requests, and completions
-go back as they finish. The process ends with its input, at once: nobody is left who would read its output.
+The messages are those of messages.py. The process ends at once with the end of its input: its parent is gone.
 """
 
 from __future__ import annotations
@@ -11,66 +10,61 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
+from distill.engine import messages
 from distill.engine.engine import Engine
-from distill.engine.sampler import SamplingParams
-from distill.engine.scheduler import Request
+from distill.engine.options import EngineOptions
+from distill.engine.sampler import NonFiniteLogits
+
+Message = Mapping[str, object]
 
 
 def main() -> None:
+    """Load the model that the first line names, then serve requests until the input ends."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints, prints to stderr
     load = json.loads(sys.stdin.buffer.readline())
-    options = load["options"]
-    options["dtype"] = getattr(torch, options.get("dtype", "float32"))
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        engine = Engine.load(load["model_dir"], **options)
+        engine = Engine.load(load["model_dir"], messages.from_json(EngineOptions, load["options"]))
     except ValueError as error:
         _send(out, {"refused": str(error)})
         return
-    _send(out, {"numerics": engine.numerics, "max_context": engine.max_context})
-    incoming: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    _send(out, {"loaded": asdict(messages.Loaded(engine.numerics, engine.max_context))})
+    incoming: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(incoming,), daemon=True).start()
+    try:
+        _serve(engine, incoming, out)
+    except NonFiniteLogits as error:
+        _send(out, {"not_finite": error.position})
+
+
+def _serve(engine: Engine, incoming: queue.SimpleQueue[Message], out: BinaryIO) -> None:
+    """Never returns. Errors: NonFiniteLogits."""
     while True:
         while not (incoming.empty() and engine.has_work):  # waits when there is nothing to do
-            _accept(engine, incoming.get())
-        for done in engine.step():
-            totals = engine.tokens_generated, engine.prompt_tokens, *engine.drafts
-            _send(out, {"completion": asdict(done), "totals": totals})
+            message = incoming.get()
+            if "abort" in message:
+                engine.abort(str(message["abort"]))
+            else:
+                engine.add(messages.request(message["request"]))
+        for completion in engine.step():
+            _send(out, {"completion": asdict(completion), "usage": asdict(engine.usage)})
 
 
-def _read(incoming: queue.SimpleQueue[dict[str, Any]]) -> None:
+def _read(incoming: queue.SimpleQueue[Message]) -> None:
     for line in sys.stdin.buffer:
         incoming.put(json.loads(line))
     os._exit(0)
 
 
-def _accept(engine: Engine, message: dict[str, Any]) -> None:
-    if "abort" in message:
-        engine.abort(message["abort"])
-        return
-    fields = message["request"]
-    sampling = fields["sampling"]
-    sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
-    engine.add(
-        Request(
-            **fields
-            | {
-                "sampling": SamplingParams(**sampling),
-                "prompt_ids": tuple(fields["prompt_ids"]),
-                "samples": tuple(fields["samples"]),
-            }
-        )
-    )
-
-
-def _send(out: BinaryIO, message: dict[str, Any]) -> None:
+def _send(out: BinaryIO, message: Message) -> None:
     out.write(json.dumps(message).encode() + b"\n")
     out.flush()
 

@@ -1,13 +1,12 @@
-"""Data parallelism: one engine a device, each in a process of its own, behind the interface of one.
+"""Data parallelism: one engine a device, each in a process of its own, behind the interface of one engine.
 
 Requests are independent and a sample's text depends on its own request alone, so engines need to know nothing of each
-other: whoever has the least to do gets the next request, as token ids, and sends token ids back. An engine never runs
-dry, because it is given twice as many samples as it decodes at once.
+other: the one with the fewest outstanding samples gets the next request, as token ids, and sends token ids back. An
+engine never runs dry, because it is given twice as many samples as it decodes at once.
 
 Plain processes and JSON lines, one there and one back, as in the grading pool and for the same reasons: a process that
 dies is noticed by the end of its output, and one whose parent dies by the end of its input; a script without a
-`__main__` guard does not start itself. What a process says on stderr is kept until it is known whether somebody has to
-read it.
+`__main__` guard does not start itself. A process's stderr is kept, and read only when the process dies.
 """
 
 from __future__ import annotations
@@ -18,29 +17,35 @@ import selectors
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from distill.engine.engine import Completion
+from distill.engine import messages
+from distill.engine.engine import Completion, EngineUsage
+from distill.engine.families import read_spec
+from distill.engine.messages import Loaded
+from distill.engine.options import EngineOptions
+from distill.engine.sampler import NonFiniteLogits
 from distill.engine.scheduler import Request
 from distill.engine.spec import ModelSpec
 
+Message = Mapping[str, object]
+
 
 class EngineDied(RuntimeError):
-    """A process that ran an engine ended by itself. What was finished is with the caller; the rest is to be asked
-    again."""
+    """An engine's process ended by itself. Completions that were yielded are valid; the rest can be requested again."""
 
 
 class _Worker:
-    """One process. outstanding: samples that it has been asked for and has not sent."""
+    """One process. outstanding: samples that were requested and have not come back. usage: as it counted last."""
 
     def __init__(self, device: str, threads: int) -> None:
-        self.device, self.outstanding = device, 0
+        self.device, self.outstanding, self.usage = device, 0, EngineUsage()
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  read if the process dies, hence as old as it
         package_parent = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
@@ -50,11 +55,12 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,  # Ctrl-C is the parent's, who closes the input
+            start_new_session=True,  # Ctrl-C goes to the parent, which closes the input
         )
         self._unread = b""
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: Message) -> None:
+        """Write one line. Errors: EngineDied."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
@@ -62,8 +68,8 @@ class _Worker:
         except BrokenPipeError:
             raise self.died() from None
 
-    def receive(self) -> list[dict[str, Any]]:
-        """What has come, at least one message; waits for it. EngineDied at the end of the output."""
+    def receive(self) -> list[Message]:
+        """The messages that have arrived, at least one; waits for it. Errors: EngineDied at the end of the output."""
         assert self.process.stdout is not None
         while b"\n" not in self._unread:
             block = os.read(self.process.stdout.fileno(), 1 << 16)
@@ -74,12 +80,14 @@ class _Worker:
         return [json.loads(line) for line in lines]
 
     def died(self) -> EngineDied:
+        """The error for a process that ended by itself, with the last line of its stderr."""
         code = self.process.wait()
         self.errors.seek(0)
         last = self.errors.read().decode(errors="replace").strip().rpartition("\n")[2]
         return EngineDied(f"the engine on {self.device} died (exit code {code}{': ' + last if last else ''})")
 
     def close(self) -> None:
+        """End the process."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()  # which ends the process, whatever it is doing
@@ -91,92 +99,80 @@ class _Worker:
 class Engines:
     """Several engines, one a device; the interface of `Engine` that generation needs. Close it, or leave its context.
 
-    Attributes as Engine's: `spec`, `numerics`, `max_context`, `tokens_generated`, `prompt_tokens`, `drafts`.
+    Attributes: spec, numerics, max_context and usage, as `Engine`.
     """
 
-    def __init__(
-        self, workers: Sequence[_Worker], spec: ModelSpec, numerics: str, max_context: int, batch: int
-    ) -> None:
-        self.spec, self.numerics, self.max_context = spec, numerics, max_context
-        self._workers, self._batch = list(workers), batch
-        self._totals: dict[int, tuple[int, int, int, int]] = {}  # of each worker, as it counted last
+    def __init__(self, workers: Sequence[_Worker], spec: ModelSpec, loaded: Loaded, max_batch: int) -> None:
+        self.spec, self.numerics, self.max_context = spec, loaded.numerics, loaded.max_context
+        self._workers, self._max_batch = list(workers), max_batch
         self._number = 0
 
     @classmethod
-    def load(cls, model_dir: Path | str, devices: Sequence[str], *, max_batch: int = 256, **options: Any) -> Engines:
-        """Load a model once a device. options: as `Engine.load`'s; a memory budget is for each. ValueError as there."""
-        spec = ModelSpec.from_dir(model_dir)
+    def load(cls, model_dir: Path | str, devices: Sequence[str], options: EngineOptions) -> Engines:
+        """Load a model once a device. options: `device` is replaced by each; a memory budget is for each.
+
+        Errors: ValueError, as `Engine.load`; EngineDied.
+        """
+        spec = read_spec(model_dir)
         threads = max(1, torch.get_num_threads() // len(devices))
         workers = [_Worker(device, threads) for device in devices]
         try:
-            options = {key: _plain(value) for key, value in options.items()} | {"max_batch": max_batch}
             for worker in workers:
-                worker.send({"model_dir": str(model_dir), "options": options | {"device": worker.device}})
-            answers = [worker.receive()[0] for worker in workers]
-            for answer in answers:
-                if "refused" in answer:
-                    raise ValueError(answer["refused"])
+                own = replace(options, device=worker.device)
+                worker.send({"model_dir": str(model_dir), "options": asdict(own)})
+            loaded = [messages.loaded(_checked(worker.receive()[0])["loaded"]) for worker in workers]
         except BaseException:
             for worker in workers:
                 worker.close()
             raise
-        return cls(workers, spec, answers[0]["numerics"], answers[0]["max_context"], max_batch)
+        return cls(workers, spec, loaded[0], options.max_batch)
 
     @property
-    def tokens_generated(self) -> int:
-        return self._total(0)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self._total(1)
-
-    @property
-    def drafts(self) -> tuple[int, int]:
-        """Tokens proposed, and accepted."""
-        return self._total(2), self._total(3)
-
-    def _total(self, which: int) -> int:
-        return sum(totals[which] for totals in self._totals.values())
+    def usage(self) -> EngineUsage:
+        """Tokens of all engines so far."""
+        return sum((worker.usage for worker in self._workers), EngineUsage())
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Completions of `requests`, as they finish; see Engine.generate. EngineDied if a process does."""
+        """Completions of `requests`, as they finish; see `Engine.generate`. Errors: EngineDied; NonFiniteLogits."""
         source = iter(requests)
         waiting = next(source, None)
-        asked: dict[int, tuple[Request, _Worker]] = {}  # by the number it was sent with
+        sent: dict[int, tuple[Request, _Worker]] = {}  # by the number it was sent with
         left: dict[int, int] = {}
         with selectors.DefaultSelector() as ready:
             for worker in self._workers:
                 assert worker.process.stdout is not None
                 ready.register(worker.process.stdout, selectors.EVENT_READ, worker)
             try:
-                while waiting or asked:
+                while waiting or sent:
                     idlest = min(self._workers, key=lambda worker: worker.outstanding)
-                    if waiting and idlest.outstanding < 2 * self._batch:
+                    if waiting and idlest.outstanding < 2 * self._max_batch:
                         self._number += 1
-                        asked[self._number], left[self._number] = (waiting, idlest), len(waiting.samples)
+                        sent[self._number], left[self._number] = (waiting, idlest), len(waiting.samples)
                         idlest.outstanding += len(waiting.samples)
                         idlest.send({"request": asdict(waiting) | {"id": str(self._number)}})
                         waiting = next(source, None)
                         continue
                     for key, _ in ready.select():
-                        for message in key.data.receive():
-                            self._totals[id(key.data)] = tuple(message["totals"])
-                            number = int(message["completion"]["request_id"])
-                            if number not in asked:  # of one that was aborted
+                        for message in map(_checked, key.data.receive()):
+                            key.data.usage = messages.from_json(EngineUsage, message["usage"])
+                            completion = messages.completion(message["completion"])
+                            number = int(completion.request_id)
+                            if number not in sent:  # of a request that was aborted
                                 continue
-                            request, worker = asked[number]
+                            request, worker = sent[number]
                             worker.outstanding -= 1
                             left[number] -= 1
                             if not left[number]:
-                                del asked[number], left[number]
-                            yield _completion(message["completion"], request.id)
+                                del sent[number], left[number]
+                            yield replace(completion, request_id=request.id)
             finally:
-                for number, (_, worker) in asked.items():
+                for number, (_, worker) in sent.items():
                     worker.outstanding -= left[number]
                     with suppress(EngineDied):
                         worker.send({"abort": str(number)})
 
     def close(self) -> None:
+        """End the processes."""
         for worker in self._workers:
             worker.close()
         self._workers = []
@@ -192,17 +188,12 @@ class Engines:
         self.close()
 
 
-def _plain(value: Any) -> Any:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-
-
-def _completion(message: dict[str, Any], request_id: str) -> Completion:
-    tops = message["top_logprobs"]
-    return Completion(
-        request_id=request_id,
-        sample=message["sample"],
-        token_ids=tuple(message["token_ids"]),
-        finish_reason=message["finish_reason"],
-        logprobs=tuple(message["logprobs"]),
-        top_logprobs=None if tops is None else tuple(tuple((i, p) for i, p in top) for top in tops),
-    )
+def _checked(message: Message) -> Message:
+    """The message. Errors: ValueError where the engine refused the model; NonFiniteLogits where it met these."""
+    if "refused" in message:
+        raise ValueError(message["refused"])
+    if "not_finite" in message:
+        position = message["not_finite"]
+        assert isinstance(position, int | None)
+        raise NonFiniteLogits(position)
+    return message

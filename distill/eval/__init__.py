@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from distill import backends
 from distill.artefacts import Comparison, EvalSummary, Interval, Scores, Settings
-from distill.backends.local import device_type
+from distill.backends.device import device_type
 from distill.console import say, table
 from distill.eval.benchmark import Benchmark, benchmarks_of, published_scores
 from distill.eval.compare import comparison_of
@@ -76,7 +76,7 @@ class EvalStage(Stage[EvalSummary]):
         return {
             "sizes": {item.name: [item.samples, item.limit, item.card.prompts.limit] for item in benchmarks},
             "parts": {item.name: digest(item.settings) for of_model in evaluations for item in of_model},
-            "sources": {item.name: item.source.settings() for item in benchmarks},
+            "sources": {item.name: item.source_identity() for item in benchmarks},
             "published": run.recipe.eval.published,
         }
 

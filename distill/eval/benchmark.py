@@ -11,6 +11,7 @@ from distill.artefacts import PublishedScores, Settings
 from distill.backends import Sampling
 from distill.console import say
 from distill.errors import UserError
+from distill.fingerprint import file_hash
 from distill.grading import require_grader, unreadable_golds
 from distill.prompts import Prompt, PromptCounts, load_prompts
 from distill.prompts.rows import rows_of_file
@@ -95,6 +96,12 @@ class Benchmark:
             f"{self.name}: {len(golds):,} of {tried:,} gold answers cannot be read by a grader, such as "
             f"{golds[0][:60]!r}: an answer counts as correct only in the same spelling, else as unverifiable"
         )
+
+    def source_identity(self) -> Settings:
+        """Where the problems come from: a file that has grown or changed is another source. Errors: UserError when the
+        file is missing."""
+        content = {"content": file_hash(Path(self.source.path))} if isinstance(self.source, FilePrompts) else {}
+        return self.source.settings() | content
 
     def settings(self) -> Settings:
         """What decides the samples besides the model: dotted keys → JSON values.

@@ -1,4 +1,4 @@
-"""What a recipe will need before it is spent: so far the training's memory, time and disk."""
+"""The resources that a recipe needs, before they are spent: memory, time and disk of the training."""
 
 from distill.plan.training import plan_training
 

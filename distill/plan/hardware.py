@@ -1,4 +1,4 @@
-"""Machines that somebody may have: `8xH100`, `1x24GB`, `4x8x80GB` (nodes, GPUs a node, the GPU)."""
+"""Machines by name: `8xH100`, `1x24GB`, `4x8x80GB` (nodes, GPUs per node, the GPU)."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from distill.config import did_you_mean
 from distill.errors import UserError
 
-# GB of memory, and dense bfloat16 operations a second with sums in float32, from the makers' data sheets.
+# GB of memory, and dense bfloat16 operations per second with float32 accumulation, from the makers' data sheets.
 GPUS: dict[str, tuple[float, float]] = {
     "A10": (24, 125e12),
     "RTX3090": (24, 71e12),
@@ -18,13 +18,19 @@ GPUS: dict[str, tuple[float, float]] = {
     "H200": (141, 989e12),
     "B200": (180, 2250e12),
 }
-ASSUMED = {24: "RTX4090", 40: "A100-40", 48: "L40S", 80: "A100", 141: "H200"}  # where only a size is named
+ASSUMED = {
+    24: "RTX4090",
+    40: "A100-40",
+    48: "L40S",
+    80: "A100",
+    141: "H200",
+}  # the GPU of a name that gives only a size
 NAME = re.compile(r"(?:(?P<nodes>\d+)x)?(?P<count>\d+)x(?P<gpu>[\w-]+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """name: as it was asked for. memory: bytes of a device. rate: its bfloat16 operations a second."""
+    """A machine. name: as the user wrote it. memory: bytes. rate: bfloat16 operations per second; both per device."""
 
     name: str
     devices: int
@@ -34,18 +40,22 @@ class Hardware:
 
 
 def parse(name: str) -> Hardware:
-    """UserError for what is no such name."""
-    found = NAME.fullmatch(name.replace("×", "x").replace(" ", ""))
-    if not found:
-        raise UserError(f"hardware {name!r}: write it as 8xH100, 1x24GB or, for four nodes of eight, 4x8x80GB")
-    gpu, known = found["gpu"], {key.lower(): key for key in GPUS}
+    """The machine that a name describes. Errors: UserError when it describes none."""
+    match = NAME.fullmatch(name.replace("×", "x").replace(" ", ""))
+    if not match:
+        raise UserError(
+            f"hardware {name!r}: expected a name like 8xH100, 1x24GB, or 4x8x80GB for four nodes of eight GPUs"
+        )
+    gpu, known = match["gpu"], {key.lower(): key for key in GPUS}
     if size := re.fullmatch(r"(\d+)gb?", gpu, re.IGNORECASE):
         if int(size[1]) not in ASSUMED:
-            raise UserError(f"hardware {name!r}: name the GPU, or one of the sizes {', '.join(map(str, ASSUMED))} GB")
+            raise UserError(
+                f"hardware {name!r}: unknown size; name the GPU, or one of {', '.join(map(str, ASSUMED))} GB"
+            )
         gpu = ASSUMED[int(size[1])]
     elif gpu.lower() not in known:
         hint = did_you_mean(gpu, list(GPUS))
-        raise UserError(f"hardware {name!r}: no GPU is known as {gpu}{hint} ({', '.join(GPUS)})")
+        raise UserError(f"hardware {name!r}: unknown GPU {gpu}{hint}; known are {', '.join(GPUS)}")
     gpu = known[gpu.lower()]
     memory, rate = GPUS[gpu]
-    return Hardware(name, int(found["nodes"] or 1) * int(found["count"]), gpu, memory * 1e9, rate)
+    return Hardware(name, int(match["nodes"] or 1) * int(match["count"]), gpu, memory * 1e9, rate)

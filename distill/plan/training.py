@@ -1,13 +1,13 @@
-"""`distill plan`: which method and layout of a recipe's training fit on a machine, and what they cost.
+"""`distill plan`: which adapter and layout of a recipe's training fit on a machine, and what they cost.
 
-Memory is that of `train.memory`, part by part. Time is operations over the machine's rate:
+Memory is that of `train.ranks.memory`, part by part. Time is the number of operations over the machine's rate:
 
-    operations a token = 6 · parameters + 6 · layers · width · mean length   (Kaplan et al. 2020, arXiv 2001.08361, with
-                         the causal half of attention), 8 instead of 6 with gradient checkpointing; a frozen base needs
-                         no gradients of its weights: 4 (6 with checkpointing)
+    operations per token = 6 · parameters + 6 · layers · width · mean length   (Kaplan et al. 2020, arXiv 2001.08361,
+                           with the causal half of attention), 8 instead of 6 with gradient checkpointing; a frozen base
+                           needs no gradients of its weights: 4 (6 with checkpointing)
 
-divided by `REACHED` of the data sheet's rate. How many tokens there are is counted where the rows are there, and said
-to be assumed where they are not.
+at `UTILISATION` of the data sheet's rate. Tokens are counted if the rows are already encoded, else given or assumed,
+and the output says which.
 """
 
 from collections.abc import Sequence
@@ -24,29 +24,30 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from distill.recipe import Recipe, StudentCard, Train
-    from distill.train.memory import Memory
+    from distill.recipe.adapters import Lora, Qlora
+    from distill.train.ranks.memory import Memory
+    from distill.train.ranks.world import Layout
 
-REACHED = 0.4  # of the data sheet's rate: what dense models are commonly trained at, over FSDP too; a guess for any one
-FILLED = 0.92  # of a device's memory that may be planned: the rest is fragmentation
+UTILISATION = 0.4  # share of the data sheet's rate at which dense models are commonly trained, with FSDP too
+USABLE = 0.92  # share of a device's memory that a plan may fill: the rest is fragmentation
 MACHINES = ("1x24GB", "1x80GB", "8x80GB", "4x8x80GB")
-METHODS = ("full", "lora", "qlora")
 ASSUMED_TRACES = 100_000
-ASSUMED_SHARE = 0.2  # of max_length that a trace has, where nobody has counted: R1's have 5,000 to 8,000 tokens
+ASSUMED_SHARE = 0.2  # mean length of a trace as a share of max_length: R1's traces have 5,000 to 8,000 tokens
 
 
 @dataclass(frozen=True)
 class Data:
-    """tokens: of an epoch. longest: of one row. how: whether they were counted, for the reader."""
+    """The training data. tokens: per epoch. longest: tokens of one row. source: "counted", "given" or an assumption."""
 
     rows: int
     tokens: int
     longest: int
-    how: str
+    source: str
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train on one machine."""
+    """One way to train on a machine. method: "full" or an adapter's kind. checkpointing, offloading: of activations."""
 
     hardware: Hardware
     method: str
@@ -58,17 +59,18 @@ class Way:
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= FILLED * self.hardware.memory
+        """Whether the memory of a device suffices."""
+        return self.memory.total <= USABLE * self.hardware.memory
 
 
 def plan_training(
     recipe: "Recipe", directory: Path, machines: Sequence[str] = (), traces: int | None = None, mean: int | None = None
 ) -> list[Way]:
-    """Print the table, and return what is in it. traces, mean: how many, and of how many tokens, if not counted.
+    """Print the table, and return its rows. traces: number of traces. mean: their mean tokens; both None if unknown.
 
-    UserError for a machine that is not known, or a student whose shape nobody knows.
+    Errors: UserError for an unknown machine, or a student whose architecture is unknown.
     """
-    from distill.train import memory
+    from distill.train.ranks import memory
 
     hardware = [parse(name) for name in machines or MACHINES]
     card = catalog.load_student(recipe.student)
@@ -80,78 +82,83 @@ def plan_training(
     epochs = settings.num_train_epochs
     say(f"{card.name}: {shape.total / 1e9:,.2f} B parameters, {shape.layers} layers, vocabulary {shape.vocabulary:,}")
     say(
-        f"{data.rows:,} rows, {data.tokens:,} tokens an epoch ({data.how}); {epochs:g} epochs, rows of at most "
-        f"{settings.max_length:,} tokens"
+        f"{data.rows:,} rows, {data.tokens:,} tokens per epoch ({data.source}); {epochs:g} epochs, at most "
+        f"{settings.max_length:,} tokens per row"
     )
     ways = [way for machine in hardware for way in ways_on(machine, recipe, config, data)]
     show(ways, settings)
     checkpoint = shape.total * 12
     say(
-        f"about {settings.max_steps or round(steps * epochs):,} steps on one device at a time; checkpoints take up to "
-        f"{(settings.save_total_limit + 1) * checkpoint / 1e9:,.0f} GB of disk (full), the student "
-        f"{shape.total * 2 / 1e9:,.1f} GB; hours at {REACHED:.0%} of the data sheet's bfloat16 rate"
+        f"about {settings.max_steps or round(steps * epochs):,} steps on one device; disk: up to "
+        f"{(settings.save_total_limit + 1) * checkpoint / 1e9:,.0f} GB of checkpoints (full), "
+        f"{shape.total * 2 / 1e9:,.1f} GB for the student; hours at {UTILISATION:.0%} of the data sheet's bfloat16 rate"
     )
     return ways
 
 
 def ways_on(machine: Hardware, recipe: "Recipe", config: "PretrainedConfig", data: Data) -> list[Way]:
-    """For every method the first that fits, or the leanest: ddp, fsdp; each as the recipe says, with checkpointing,
-    then with what that keeps in the host's memory."""
-    found = []
-    layouts = ("ddp", "fsdp") if machine.devices > 1 else ("one",)
-    for method in METHODS:
-        tried = [
-            way(machine, recipe, config, data, method, layout, checkpointing, offloading)
+    """For all weights, LoRA and QLoRA each the first way that fits, else the one that needs the least memory.
+
+    The order is DDP before FSDP; each as the recipe says, with gradient checkpointing, with activation offloading too.
+    """
+    ways = []
+    layouts: tuple[Layout, ...] = ("ddp", "fsdp") if machine.devices > 1 else ("one",)
+    for adapter in _adapters(recipe.train):
+        settings = recipe.train.model_copy(update={"adapter": adapter})
+        candidates = [
+            way(machine, settings.model_copy(update=saving), config, data, layout)
             for layout in layouts
-            if not (method == "qlora" and layout == "fsdp")
-            for checkpointing, offloading in _savings(recipe.train)
+            if not (method(settings) == "qlora" and layout == "fsdp")
+            for saving in _savings(settings)
         ]
-        found.append(next((one for one in tried if one.fits), min(tried, key=lambda one: one.memory.total)))
-    return found
+        fitting = (candidate for candidate in candidates if candidate.fits)
+        ways.append(next(fitting, min(candidates, key=lambda candidate: candidate.memory.total)))
+    return ways
 
 
-def _savings(settings: "Train") -> list[tuple[bool, bool]]:
-    """(checkpointing, offloading): the recipe's own, and what saves more memory."""
+def method(settings: "Train") -> str:
+    """ "full", or the kind of the adapter."""
+    return "full" if settings.adapter is None else settings.adapter.kind
+
+
+def _adapters(settings: "Train") -> list["Lora | Qlora | None"]:
+    """No adapter, LoRA and QLoRA; the recipe's own in place of the default of its kind."""
+    from distill.recipe.adapters import Lora, Qlora
+
+    defaults: dict[str, Lora | Qlora | None] = {"full": None, "lora": Lora(kind="lora"), "qlora": Qlora(kind="qlora")}
+    return list((defaults | {method(settings): settings.adapter}).values())
+
+
+def _savings(settings: "Train") -> list[dict[str, bool]]:
+    """The recipe's own memory settings, and those that need less."""
     own = (settings.gradient_checkpointing, settings.activation_offloading)
-    return [own, *(more for more in ((True, False), (True, True)) if more > own)]
+    choices = [own, *(more for more in ((True, False), (True, True)) if more > own)]
+    return [{"gradient_checkpointing": first, "activation_offloading": second} for first, second in choices]
 
 
-def way(
-    machine: Hardware,
-    recipe: "Recipe",
-    config: "PretrainedConfig",
-    data: Data,
-    method: str,
-    layout: str,
-    checkpointing: bool,
-    offloading: bool,
-) -> Way:
+def way(machine: Hardware, settings: "Train", config: "PretrainedConfig", data: Data, layout: "Layout") -> Way:
+    """Estimate one way to train."""
     import torch
 
-    from distill.train import memory, methods
+    from distill.train.ranks import memory
+    from distill.train.student import methods
 
-    settings = recipe.train.model_copy(
-        update={
-            "method": method,
-            "gradient_checkpointing": checkpointing,
-            "activation_offloading": offloading,
-        }
-    )
     dtypes = methods.dtypes(settings, torch.device("cuda"), sharded=layout == "fsdp")
     row = settings.max_length if settings.packing else min(settings.max_length, data.longest)
     batch = settings.per_device_train_batch_size * row
-    found = memory.estimate(config, settings, dtypes, batch, batch, layout, machine.devices, "cuda")  # type: ignore[arg-type]
-    hours = operations(config, settings, data) / (machine.devices * machine.rate * REACHED) / 3600
-    return Way(machine, method, layout, checkpointing, offloading, found, hours)
+    needed = memory.estimate(config, settings, dtypes, batch, batch, layout, machine.devices, "cuda")
+    hours = operations(config, settings, data) / (machine.devices * machine.rate * UTILISATION) / 3600
+    saving = (settings.gradient_checkpointing, settings.activation_offloading)
+    return Way(machine, method(settings), layout, *saving, needed, hours)
 
 
 def operations(config: "PretrainedConfig", settings: "Train", data: Data) -> float:
-    """Of the whole training."""
-    from distill.train import memory
+    """Floating-point operations of the whole training."""
+    from distill.train.ranks import memory
 
     shape = memory.shape(config)
     products = shape.layers * shape.layer + shape.vocabulary * shape.width
-    passes = 6 if settings.method == "full" else 4
+    passes = 6 if settings.adapter is None else 4
     passes += 2 if settings.gradient_checkpointing else 0
     mean = data.tokens / max(data.rows, 1)
     token = passes * products + passes * shape.layers * shape.width * mean
@@ -162,17 +169,17 @@ def operations(config: "PretrainedConfig", settings: "Train", data: Data) -> flo
 
 
 def configuration(recipe: "Recipe", card: "StudentCard") -> "PretrainedConfig":
-    """The student's config: its own where its weights lie here, else of the shape its card tells."""
+    """The student's config: its own if its weights are on this machine, else from its card. Errors: UserError."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-    from distill.train import student
+    from distill.train.student import model
 
     if directory := catalog.local_weights("student", recipe.student):
-        return student.configuration(directory, recipe.train)
+        return model.configuration(directory, recipe.train)
     if card.architecture is None:
         raise UserError(
-            f"{card.name}: its weights are not on this machine and its card has no `architecture`: download it, or "
-            f"add the shape of its config.json to the card"
+            f"{card.name}: its weights are not on this machine and its card has no `architecture`: download the "
+            f"weights, or add the sizes in its config.json to the card"
         )
     kind = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[card.family]
     known = {key: value for key, value in card.architecture.model_dump().items() if value is not None}
@@ -180,12 +187,12 @@ def configuration(recipe: "Recipe", card: "StudentCard") -> "PretrainedConfig":
 
 
 def count(recipe: "Recipe", directory: Path, traces: int | None, mean: int | None) -> Data:
-    """Of the rows that training prepared, or what was said, or what is assumed."""
-    from distill.train import data
-    from distill.train.prepare import TOKENS
+    """Row counts: of the rows that training has encoded, else as given, else assumed."""
+    from distill.artefacts import RunPaths
+    from distill.train.rows import stored
 
     settings = recipe.train
-    rows = data.load(directory / TOKENS)
+    rows = stored.load(RunPaths(directory).tokens)
     if rows is not None and traces is None and mean is None:
         return Data(len(rows), rows.counts.tokens, int(rows.lengths.max()), "counted")
     assumed = []
@@ -195,34 +202,31 @@ def count(recipe: "Recipe", directory: Path, traces: int | None, mean: int | Non
             traces = sum(limit for limit in limits if limit) * (recipe.generate.samples if recipe.prompts else 1)
         else:
             traces = ASSUMED_TRACES
-            assumed.append("how many: --traces")
+            assumed.append("--traces")
     if mean is None:
         mean = round(ASSUMED_SHARE * settings.max_length)
-        assumed.append("how long: --mean-tokens")
-    return Data(
-        traces, traces * mean, settings.max_length, f"assumed; say {', '.join(assumed)}" if assumed else "as said"
-    )
+        assumed.append("--mean-tokens")
+    source = f"assumed; set {' and '.join(assumed)}" if assumed else "given"
+    return Data(traces, traces * mean, settings.max_length, source)
 
 
 def show(ways: Sequence[Way], settings: "Train") -> None:
+    """Print the table."""
     rows = []
-    for one in ways:
-        parts = {name: size / 1e9 for name, size in one.memory.parts()}
+    for each in ways:
+        parts = {name: size / 1e9 for name, size in each.memory.parts()}
         own = [parts.pop(name) for name in ("weights", "gradients", "optimizer", "activations")]
-        saved = "c" * one.checkpointing + "o" * one.offloading
+        saving = "c" * each.checkpointing + "o" * each.offloading
         rows.append(
             (
-                one.hardware.name,
-                f"{'→ ' if one.method == settings.method else '  '}{one.method}",
-                one.layout + (f" +{saved}" if saved else ""),
+                each.hardware.name,
+                f"{'→ ' if each.method == method(settings) else '  '}{each.method}",
+                each.layout + (f" +{saving}" if saving else ""),
                 *(f"{size:,.1f}" for size in (*own, sum(parts.values()))),
-                f"{one.memory.total / 1e9:,.1f}",
-                f"{one.hours:,.1f}" if one.fits else "too big",
+                f"{each.memory.total / 1e9:,.1f}",
+                f"{each.hours:,.1f}" if each.fits else "too big",
             )
         )
     columns = ("machine", "method", "layout", "model", "grads", "optim.", "activ.", "other", "total", "hours")
-    table("Training, GB a device at its peak", columns, rows, text_columns=3)
-    say(
-        "→ the recipe's method; c gradient checkpointing, o activations offloaded; other: casts, the head's logits, "
-        "what torch takes; too big: over the device's memory"
-    )
+    table("Training: peak memory per device, GB", columns, rows, text_columns=3)
+    say("→ the recipe's own; +c gradient checkpointing; +o activation offloading; other: casts, logits, libraries")

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from distill.recipe.adapters import Adapter, Lora, Qlora
 from distill.recipe.cards import Architecture, BenchmarkCard, StudentCard, TeacherCard
 from distill.recipe.evaluate import Eval
 from distill.recipe.filter import Filter
@@ -22,12 +23,15 @@ from distill.recipe.train import Train
 from distill.section import Section
 
 __all__ = [
+    "Adapter",
     "Architecture",
     "BenchmarkCard",
     "Eval",
     "Filter",
     "Generate",
     "LocalEngine",
+    "Lora",
+    "Qlora",
     "Recipe",
     "SamplingSettings",
     "StudentCard",
@@ -44,7 +48,7 @@ class Recipe(Section):
     description: str = Field("", description="one line for `distill recipes list`")
     teacher: str = Field(description="name of a teacher card, or a path")
     student: str = Field(description="name of a student card, or a path")
-    seed: int = Field(0, description="of the teacher's sampling")
+    seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed of the teacher's sampling")
     price_per_hour: float | None = Field(
         None, ge=0, description="what an hour of the machine costs; the report then says what each stage did"
     )

@@ -1,16 +1,34 @@
 """The cards of teachers, students and benchmarks."""
 
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 
+from distill.engine.families import FAMILIES
 from distill.recipe.sampling import SamplingSettings
 from distill.recipe.sources import PromptSource
 from distill.section import Section
 
-# The names are those of `model_type` in a config.json.
-DenseFamily = Literal["qwen2", "qwen3", "llama"]
-Family = Literal["deepseek_v3", "deepseek_v2", "deepseek_v32", "llama", "qwen2", "qwen3"]
+
+def _among(names: Iterable[str]) -> Callable[[str], str]:
+    known = list(names)
+
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(f"unknown family {name!r}; expected one of {', '.join(known)}")
+        return name
+
+    return check
+
+
+STUDENT_FAMILIES = [name for name, family in FAMILIES.items() if family.trains]
+TeacherFamily = Annotated[
+    str, AfterValidator(_among(FAMILIES)), WithJsonSchema({"type": "string", "enum": list(FAMILIES)})
+]
+StudentFamily = Annotated[
+    str, AfterValidator(_among(STUDENT_FAMILIES)), WithJsonSchema({"type": "string", "enum": STUDENT_FAMILIES})
+]
 
 
 class TeacherCard(Section):
@@ -18,7 +36,7 @@ class TeacherCard(Section):
 
     name: str
     description: str = ""
-    family: Family = Field(description="model architecture")
+    family: TeacherFamily = Field(description="model architecture: `model_type` in its config.json")
     weights: str = Field(description="id on the Hugging Face Hub, or a directory relative to the card")
     revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the newest commit")
     parameters: float = Field(description="total parameters, in billions")
@@ -50,7 +68,7 @@ class StudentCard(Section):
 
     name: str
     description: str = ""
-    family: DenseFamily = Field(description="model architecture")
+    family: StudentFamily = Field(description="model architecture: `model_type` in its config.json")
     weights: str = Field(description="id on the Hugging Face Hub, or a directory relative to the card")
     revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the newest commit")
     parameters: float = Field(description="total parameters, in billions")

@@ -13,29 +13,40 @@ class Generate(Section):
 
     samples: Annotated[int, Free] = Field(1, ge=1, description="answers per prompt")
     sampling: SamplingSettings = SamplingSettings()
-    prompt_suffix: str = Field("", description="text added to every question, such as R1's request for \\boxed{}")
-    logprobs: int | None = Field(None, ge=0, description="store the k most likely tokens at every position")
-    max_batch: Annotated[int, Free] = Field(128, ge=1, description="sequences decoded at once by the local engine")
+    prompt_suffix: str = Field(
+        "", description="text appended to every question, such as R1's request for a \\boxed{} answer"
+    )
+    logprobs: int | None = Field(
+        None, ge=1, description="number of most likely tokens stored with every token of an answer; null stores none"
+    )
+    max_batch: Annotated[int, Free] = Field(
+        128, ge=1, description="sequences decoded at once by the local engine; requests under way at a server"
+    )
 
 
 class LocalEngine(Section):
-    """The engine that runs models on this machine: the teacher, and whatever is scored."""
+    """The engine that runs models on this machine: the teacher, and the models that are evaluated."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda"], Free] = Field(  # what it comes to is a setting (`device_type`)
-        "auto", description="auto: a GPU that multiplies FP8, else the CPU; a run stays on what it began on"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Free] = Field(  # the device chosen is a setting (`device_type`)
+        "auto", description="auto: a GPU that multiplies FP8, else the CPU; a run stays on the kind it began on"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="of activations and cache; weights are used as they are published"
+        "bfloat16", description="precision of activations and cache; weights keep their published precision"
     )
     memory_budget: Annotated[float | None, Free] = Field(
         None,
         gt=0,
-        description="GiB for weights, cache, activations; experts past it are streamed; null: no limit, a GPU's memory",
+        description="GiB for weights, cache and activations; experts that do not fit are streamed from disk; "
+        "null: no limit on a CPU, most of the free memory on a GPU",
     )
-    kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="fp8 halves the cached latents on a GPU")
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto", description="precision of the cache; fp8 halves the cached latents, on a GPU"
+    )
     data_parallel_size: Annotated[int | None, Free] = Field(
-        None, ge=1, description="whole models side by side, sharing the prompts; null: one on each GPU, or one"
+        None, ge=1, description="copies of the model that share the prompts; null: one for each GPU, or one on a CPU"
     )
     num_speculative_tokens: Annotated[int, Free] = Field(
-        0, ge=0, description="drafts at a time by the teacher's multi-token-prediction layer; the text is the same"
+        0,
+        ge=0,
+        description="tokens drafted at a time by the teacher's multi-token-prediction layer; the text stays the same",
     )

@@ -1,34 +1,36 @@
-"""Stage 3: the kept traces are taught to the student.
+"""Stage 3: the student is fine-tuned on the kept traces.
 
-    kept traces ─▶ data: template, mask ─▶ gate: prove it ─▶ fit ─▶ loop: learn, save, resume ─▶ student: a directory
+    kept traces ─▶ rows: encode, prove, store ─▶ learn: build, train, save, resume ─▶ student: a model directory
 
-What the stage rests on is decided here, before torch is imported, so that a finished stage answers at once: the
-training settings, the template, the student's weights and the traces make the fingerprint. The traces belong to it, and
-not to what may grow: a schedule and a data order are made for one set of rows, and a run that continued on another
+The settings of the stage are decided here, before torch is imported, so that a finished stage is recognised at once:
+the training settings, the template, the student's weights and the traces make the fingerprint. The traces belong to it,
+and not to the extent, because schedule and data order are made for one set of rows: a run that continued on another
 would be neither the old training nor the new one.
 
-Several processes: this one encodes, proves, starts them (`launch`) and waits. Under torchrun it is one of them already:
-the first rank does all of that, and the others wait for its word (`follow`).
+Several processes: this one encodes, proves, starts them (`ranks.launch`) and waits. Under torchrun it is one of them
+already: the first rank does all of that, and the others wait for it (`follow`).
+
+Missing or damaged files of a finished student are written again from the last checkpoint; without one the training is
+repeated.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill import catalog
 from distill.artefacts import Artefact, FilterSummary, RunPaths, Settings, TrainSummary
 from distill.chat import read_template
 from distill.errors import UserError
 from distill.fingerprint import digest, file_hash
 from distill.record import StageRecord
 from distill.stage import Stage
+from distill.train.ranks import environment
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
     from distill.run import Run
-    from distill.train.world import World
+    from distill.train.ranks.world import World
 
 
 class TrainStage(Stage[TrainSummary]):
@@ -36,23 +38,32 @@ class TrainStage(Stage[TrainSummary]):
 
     name = "train"
     outputs = ("checkpoints", "student")
-    products = ("student/*.json", "student/*.safetensors", "student/*.jinja", "student/*.txt", "checkpoints/log.jsonl")
+    products = (
+        *(f"student/*.{ending}" for ending in ("json", "safetensors", "jinja", "txt", "model")),
+        "checkpoints/log.jsonl",
+        "checkpoints/adapter/*.safetensors",
+        "checkpoints/adapter/*.json",
+    )
     reads = ("filter",)
     summary = TrainSummary
 
     def recipe_settings(self, recipe: "Recipe") -> Settings:
-        """`train:` without what may change freely."""
+        """`train:` without its `Free` fields."""
         return recipe.train.settings()
 
     def settings(self, run: "Run") -> Settings:
-        """All that decides the student."""
-        from distill.train import launch
+        """Everything that decides the student. Errors: UserError when there are no kept traces."""
+        from distill.train.ranks import launch
 
-        return stage_settings(run, launch.processes(run.recipe.train))
+        settings = run.recipe.train.settings() | row_settings(run) | teacher_settings(run)
+        processes = launch.processes(run.recipe.train)
+        if processes > 1 and run.recipe.train.train_batch_size is None:
+            settings["world_size"] = processes  # a step has this many times the batches
+        return settings
 
     def perform(self, run: "Run", inputs: "Sequence[Stage[Artefact]]" = ()) -> TrainSummary:
-        """Under torchrun the other ranks wait to be told whether there is something to do."""
-        world = _join(run) if several() else None
+        """As every stage; under torchrun, tell the other ranks when there is nothing to do."""
+        world = _join(run) if environment.several() else None
         self._world, self._nothing_to_do = world, True
         try:
             return super().perform(run, inputs)
@@ -63,18 +74,18 @@ class TrainStage(Stage[TrainSummary]):
     def work(self, run: "Run", begin: Callable[[], None]) -> TrainSummary:
         """Encode, prove, train, save. Errors: UserError for what the user can correct (no kept traces, a template that
         deletes the reasoning, …); WorkError when a loss is not finite or a checkpoint cannot be written."""
-        from distill.train import launch
-        from distill.train.prepare import prepare
+        from distill.train.ranks import launch
+        from distill.train.rows.prepare import prepare
 
         processes = launch.processes(run.recipe.train)
-        prepare(run.recipe, run.directory, rows_fingerprint(stage_settings(run, processes)), processes)
+        prepare(run.recipe, run.models, run.paths, row_settings(run), teacher_settings(run), processes)
         begin()
         self._nothing_to_do = False
         if self._world is not None:
             self._world.any(False)
         if self._world is None and processes > 1:
             return launch.start(run.directory, processes)
-        from distill.train.ranks import train_rank
+        from distill.train.ranks.join import train_rank
 
         return train_rank(run.recipe, run.directory, self._world)
 
@@ -86,67 +97,56 @@ class TrainStage(Stage[TrainSummary]):
 STAGE = TrainStage()
 
 
-def rows_fingerprint(settings: Settings) -> str:
-    """Of what decides the rows: with another learning rate they are the same, and are not made again."""
-    decides = (
-        *("chat_template_text", "student", "kept_traces", "content", "max_length", "max_position_embeddings"),
-        *("overlong", "val_size", "seed"),
-    )
-    teaching = ("objective", "engine.dtype", "logits_top_k")
-    prefixes = ("data.", "teacher.")
-    return digest(
-        {key: value for key, value in settings.items() if key in (*decides, *teaching) or key.startswith(prefixes)}
-    )
-
-
-def several() -> bool:
-    """Whether torchrun has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def follow(recipe: "Recipe", directory: Path) -> bool:
-    """Under torchrun, on any rank but the first: train with it. Gives whether this is such a rank."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        return False
-    from distill.train import ranks
-
-    ranks.follow(recipe, directory)
-    return True
-
-
-def _join(run: "Run") -> "World":
-    from distill.train import ranks
-
-    return ranks.join(run.recipe, run.directory)
-
-
-def stage_settings(run: "Run", processes: int) -> Settings:
-    """All that decides the student."""
-    recipe = run.recipe
-    template = catalog.training_template(recipe)
-    settings = recipe.train.settings() | {
+def row_settings(run: "Run") -> Settings:
+    """Everything that decides the encoded rows, but the teacher: with another learning rate they are the same, and are
+    not made again. The recipe's fields among them are marked (`recipe.train.DecidesRows`)."""
+    template = run.models.training_template
+    settings = run.recipe.train.row_settings() | {
         "chat_template_text": digest(read_template(template)) if template else None,
         "student": run.models.base.weights,
     }
-    for number, source in enumerate(recipe.train.data):
+    for number, source in enumerate(run.recipe.train.data):
         if source.kind == "kept":
             settings["kept_traces"] = kept_hash(run.directory)
         elif source.kind == "run":
             settings[f"data.{number}.traces"] = kept_hash(Path(source.path))
         elif source.kind == "file":
             settings[f"data.{number}.file"] = file_hash(Path(source.path))
-    if recipe.train.objective == "logits":
-        settings |= {f"teacher.{key}": value for key, value in run.models.teacher.identity.items()}
-        settings["engine.dtype"] = recipe.engine.dtype
-    if processes > 1 and recipe.train.train_batch_size is None:
-        settings["world_size"] = processes  # a step has as many more batches
     return settings
+
+
+def teacher_settings(run: "Run") -> Settings:
+    """Everything that decides the teacher's probabilities: its weights, template and mode, how the engine computes, and
+    on what kind of device. Empty for an objective that needs no teacher."""
+    recipe = run.recipe
+    if recipe.train.objective.teacher_top_k is None:
+        return {}
+    from distill.backends.device import device_type
+
+    identity = {f"teacher.{key}": value for key, value in run.models.teacher.identity.items()}
+    return identity | recipe.engine_settings() | {"engine.device": device_type(recipe.engine.device)}
+
+
+def follow(recipe: "Recipe", directory: Path) -> bool:
+    """Under torchrun, on any rank but the first: train with it. Returns whether this is such a rank."""
+    if environment.rank() == 0:
+        return False
+    from distill.train.ranks import join
+
+    join.follow(recipe, directory)
+    return True
+
+
+def _join(run: "Run") -> "World":
+    from distill.train.ranks import join
+
+    return join.join(run.recipe, run.directory)
 
 
 def kept_hash(run: Path) -> str:
     """The number of traces that a run's filter kept, and a hash over them, from its record.
 
-    Raises UserError when the filter is not finished.
+    Errors: UserError when the filter is not finished.
     """
     paths = RunPaths(run)
     record = StageRecord.read_if_there(paths.record("filter"), "run `distill filter --fresh filter` again")

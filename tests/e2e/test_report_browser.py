@@ -1,13 +1,9 @@
 """The report in a real browser: no error in its console, no wider than the window, both themes, the reader's keys."""
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from test_report import make_run
+from report_support import make_run
 
 from distill.report import write_report
 from distill.traces.store import read_traces
@@ -46,7 +42,7 @@ def show(browser, path, width=1000, theme="light"):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 820, 1440])
+@pytest.mark.parametrize("width", [360, 390, 820, 1440])
 def test_it_opens_without_an_error_and_fits(browser, page, width, theme, tmp_path):
     show(browser, page[1], width, theme)
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []

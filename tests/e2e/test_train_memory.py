@@ -10,7 +10,7 @@ import pytest
 import train_support as support
 
 from distill.errors import UserError
-from distill.train import memory, prepare
+from distill.train.ranks import memory
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -21,16 +21,19 @@ SCRIPT = """
     sys.path.insert(0, "{tests}")
     import train_support as support
     from transformers import Qwen2Config, Qwen2ForCausalLM
-    from distill.train import memory, methods
-    from distill.train.checkpoint import Checkpoints
-    from distill.train.data import Counts, TrainingSet
-    from distill.train.fit import Task, build
-    from distill.train.loop import Loop
-    from distill.train.objectives import Sft
-    from distill.train.world import World
+    from distill.train.ranks import memory
+    from distill.train.student import methods
+    from distill.train.ranks.checkpoint import Checkpoints
+    from distill.train.rows.stored import Counts, TrainingSet
+    from distill.train.learn.fit import Task, build
+    from distill.train.learn.loop import Loop
+    from distill.artefacts import RunPaths
+    from distill.models import Models
+    from distill.train.ranks.world import World
 
     place = Path("{place}")
     shape, settings, length, rows = json.loads('{arguments}')
+    support.write_card(place, length)
     Qwen2ForCausalLM(Qwen2Config(**shape, max_position_embeddings=length)).save_pretrained(place)
     recipe = support.make_recipe(place, settings | {{"max_length": length, "max_steps": 2, "logging_steps": 1}})
     lengths = np.full(rows, length, dtype=np.int32)
@@ -47,7 +50,7 @@ SCRIPT = """
         counts=Counts(rows=rows, tokens=rows * length, supervised=rows * supervised),
     )
     world = World()
-    built = build(Task(recipe, None, place, None, place), Sft(), world)
+    built = build(Task(recipe, Models(recipe, place), RunPaths(place)), world)
     loop = Loop(built.learner, data, recipe.train, Checkpoints(place / "c", 1), world, laid_out=built.wrapped)
     loop.step()
     loop.step()
@@ -63,7 +66,7 @@ HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
 CASES = {
     "a wide head": (WIDE, {}, 1024, 2),
     "many activations": (DEEP, {"per_device_train_batch_size": 2}, 768, 4),
-    "LoRA with checkpointing": (DEEP, {"method": "lora", "gradient_checkpointing": True}, 1024, 2),
+    "LoRA with checkpointing": (DEEP, {"adapter": {"kind": "lora"}, "gradient_checkpointing": True}, 1024, 2),
 }
 
 
@@ -89,7 +92,7 @@ def test_too_little_memory_is_said_before_the_start(tmp_path, monkeypatch):
     run = support.prepare(tmp_path / "run", support.sums(24))
     monkeypatch.setattr(memory, "memory", lambda: (10**8, 10**8))
     with pytest.raises(
-        UserError, match=r"^training takes about 0\.\d GB of memory .* and 0\.1 GB are there: see `dist"
+        UserError, match=r"^training needs about 0\.\d GB of memory .* and 0\.1 GB are available: `distill plan`"
     ):
-        prepare.prepare(support.make_recipe(student), run, "x")
+        support.rows_of(support.make_recipe(student), run)
     assert not (run / "tokens").exists() and not list(run.glob(".tokens*"))

@@ -16,8 +16,7 @@ import train_support as support
 from safetensors.torch import load_file
 
 from distill.errors import WorkError
-from distill.run import Run
-from distill.train import launch
+from distill.train.ranks import launch
 
 REPO = Path(__file__).resolve().parents[2]
 SETTINGS = {"max_steps": 8, "logging_steps": 1, "save_steps": 3}
@@ -30,12 +29,7 @@ def student(tmp_path_factory):
 
 
 def begin(directory, student, count=ROWS):
-    with Run(directory, support.make_recipe(student)) as run:
-        run.stage("filter", run.recipe.filter_settings(), {}, ["filtered"]).finish(
-            {"funnel": [], "kept": count, "total": count}
-        )
-        support.prepare(directory, support.sums(count))
-    return directory
+    return support.begin(directory, support.sums(count), student)
 
 
 def log(directory):
@@ -54,11 +48,11 @@ def one(student, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("parallel, method", [("ddp", "full"), ("fsdp", "full")])
-def test_two_ranks_train_as_one_does(one, student, tmp_path, parallel, method):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_train_as_one_does(one, student, tmp_path, parallel):
     directory = begin(tmp_path / "run", student)
     summary = support.train_here(directory, student, SETTINGS | {"num_processes": 2, "parallel": parallel})
-    assert summary["processes"] == 2
+    assert summary.processes == 2
     assert figures(directory) == pytest.approx(figures(one), rel=1e-5)
     for name, ours in load_file(directory / "student" / "model.safetensors").items():
         theirs = load_file(one / "student" / "model.safetensors")[name]
@@ -70,7 +64,7 @@ def test_two_ranks_train_as_one_does(one, student, tmp_path, parallel, method):
 def test_adapters_on_two_ranks_train_as_on_one(student, tmp_path, parallel):
     """Adapters of a sharded model are initialised shard by shard, and so begin elsewhere; what they begin with is the
     base all the same, and they learn."""
-    settings = SETTINGS | {"method": "lora", "learning_rate": 1e-2}
+    settings = SETTINGS | {"adapter": {"kind": "lora"}, "learning_rate": 1e-2}
     alone, several = (begin(tmp_path / name, student) for name in ("alone", "several"))
     support.train_here(alone, student, settings | {"gradient_accumulation_steps": 2})
     support.train_here(several, student, settings | {"num_processes": 2, "parallel": parallel})
@@ -86,10 +80,11 @@ SHARDED = """
     from pathlib import Path
     from torch.distributed.tensor import DTensor
     from distill.recipe import Recipe
-    from distill.train import methods
-    from distill.train.fit import Task, build
-    from distill.train.objectives import Sft
-    from distill.train.world import World
+    from distill.train.student import methods
+    from distill.train.learn.fit import Task, build
+    from distill.artefacts import RunPaths
+    from distill.models import Models
+    from distill.train.ranks.world import World
 
     sys.path.insert(0, "{tests}")
     import train_support as support
@@ -97,7 +92,7 @@ SHARDED = """
     recipe = support.make_recipe(Path("{student}"), {{"parallel": "fsdp"}})
     world = World()
     world.layout = "fsdp"
-    built = build(Task(recipe, None, Path("{student}"), "chatml", Path(".")), Sft(), world)
+    built = build(Task(recipe, Models(recipe, Path(".")), RunPaths(Path("."))), world)
     parameters = dict(built.learner.named_parameters())
     assert all(isinstance(p, DTensor) for p in parameters.values()), "a parameter is whole on every rank"
     mine = sum(p.to_local().nbytes for p in parameters.values())
@@ -160,8 +155,8 @@ def test_a_rank_that_dies_ends_the_others_and_a_rerun_goes_on(one, student, tmp_
 
 
 def worker_pids(directory):
-    found = subprocess.run(["pgrep", "-f", f"distill.train.worker {directory} "], capture_output=True, text=True).stdout
-    return [int(pid) for pid in found.split()]
+    command = ["pgrep", "-f", f"distill.train.ranks.worker {directory} "]
+    return [int(pid) for pid in subprocess.run(command, capture_output=True, text=True).stdout.split()]
 
 
 def kill_a_rank(directory, step):
@@ -200,7 +195,7 @@ def test_an_interrupt_saves_on_all_ranks_and_a_rerun_goes_on(one, student, tmp_p
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_rank_that_is_still_importing_torch_is_interrupted_like_any_other(number, tmp_path):
-    command = [sys.executable, "-m", "distill.train.worker", str(tmp_path), str(tmp_path / "outcome.json")]
+    command = [sys.executable, "-m", "distill.train.ranks.worker", str(tmp_path), str(tmp_path / "outcome.json")]
     with (
         open(tmp_path / "said", "w") as said,
         subprocess.Popen(

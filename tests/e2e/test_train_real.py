@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import train_support as support
 
-from distill import catalog
+from distill.artefacts import RunPaths
 from distill.chat import split_reasoning
+from distill.models import Models
 from distill.prompts.prompt import Prompt
 from distill.traces.trace import Trace
-from distill.train.fit import Task, fit
-from distill.train.prepare import prepare
-from distill.train.world import World
+from distill.train.learn.fit import Task, fit
+from distill.train.ranks.world import World
 
 TINY = Path(__file__).resolve().parents[2] / "students" / "tiny-qwen"
 
@@ -42,10 +42,9 @@ def test_fifty_steps_on_real_traces(real_data, student, tmp_path, capsys):
     recipe = support.make_recipe(
         student, {"max_steps": 50, "max_length": 1536, "per_device_train_batch_size": 1, "logging_steps": 5}
     )
-    card = catalog.load_student(recipe.student)
 
-    rows = prepare(recipe, directory, "real")
-    summary = fit(Task(recipe, card, student, "chatml", directory), rows, World())
+    rows = support.rows_of(recipe, directory)
+    summary = fit(Task(recipe, Models(recipe, directory), RunPaths(directory)), rows, World())
 
     lines = [json.loads(line) for line in (directory / "checkpoints" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in lines] == list(range(5, 51, 5))
@@ -53,5 +52,5 @@ def test_fifty_steps_on_real_traces(real_data, student, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"dropped {summary['dropped_rows']:,} of {len(traces):,} traces" in said
     assert f"{rows.counts.supervised:,} of {rows.counts.tokens:,} tokens are supervised" in said
-    assert summary["rows"] + summary["dropped_rows"] == len(traces) and summary["dropped_rows"] > 0
-    assert summary["supervised_tokens"] == lines[-1]["supervised_tokens"] > 20_000
+    assert summary.rows + summary.dropped_rows == len(traces) and summary.dropped_rows > 0
+    assert summary.supervised_tokens == lines[-1]["supervised_tokens"] > 20_000

@@ -8,8 +8,6 @@ import time
 import pytest
 import train_support as support
 
-from distill.run import Run
-
 STEPS = 60
 SETTINGS = {"max_steps": STEPS, "logging_steps": 3, "save_steps": 4, "gradient_accumulation_steps": 2}
 KILLS = 20
@@ -19,7 +17,7 @@ KILLS = 20
 def spawn():
     """Start a training in a process of its own; torch is imported once, in the server that forks them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill.train.fit", "train_support"])
+    context.set_forkserver_preload(["distill.train.learn.fit", "train_support"])
 
     def start(directory, student):
         process = context.Process(target=support.train_here, args=(directory, student, SETTINGS))
@@ -27,13 +25,6 @@ def spawn():
         return process
 
     return start
-
-
-def begin(directory, student):
-    with Run(directory, support.make_recipe(student)) as run:
-        run.stage("filter", {}, {}, ["filtered"]).finish({"funnel": [], "kept": 40, "total": 40})
-        support.prepare(directory, support.sums(40))
-    return directory
 
 
 def log(directory):
@@ -51,7 +42,8 @@ def last_step(directory):
 
 def test_kills_at_random_moments_change_nothing(tmp_path, spawn):
     student = support.make_student(tmp_path / "student")
-    undisturbed, killed = (begin(tmp_path / name, student) for name in ("undisturbed", "killed"))
+    names = ("undisturbed", "killed")
+    undisturbed, killed = (support.begin(tmp_path / name, support.sums(40), student) for name in names)
     process = spawn(undisturbed, student)
     process.join()
     assert process.exitcode == 0

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.engine import Engine
+from distill.engine import Engine, EngineOptions
 from distill.engine.attention import Chunk
 
 
 def some_tokens(count: int, vocab: int = 300, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(vocab), k=count)
+
+
+def engine_options(dtype: torch.dtype = torch.float32, **values: Any) -> EngineOptions:
+    """`EngineOptions`, with a torch dtype, which tests compare with."""
+    return EngineOptions(dtype="bfloat16" if dtype == torch.bfloat16 else "float32", **values)
 
 
 @torch.inference_mode()

@@ -6,27 +6,27 @@ With the reference's kernels, where a graph is run again instead of replayed; te
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from engine_checks import some_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_models import CONFIGS, build
 
-from distill.engine import Completion, Engine, Request, SamplingParams
+from distill.engine import Completion, Engine, EngineOptions, Request, SamplingParams
 from distill.engine.loading import prepare
 
 STOPS = tuple(range(0, 500, 13))  # so many that nobody knows when a sample ends
 
 
-def ahead_and_not(path: Path, **sizes: Any) -> tuple[Engine, Engine]:
-    options = {"device": None, "dtype": torch.float32, "max_step_tokens": 64, "page_size": 4, "cache_tokens": None}
-    options |= {"max_context": 60, "num_speculative_tokens": 0, "memory_budget": None, "resident_experts": None}
-    model, numerics, made = prepare(path, **options | {"kv_cache_dtype": "auto", "kernels": "reference"} | sizes)
-    return tuple(Engine(model, numerics, **made | {"graphs": graphs}) for graphs in (True, False))  # type: ignore[return-value]
+def ahead_and_not(path: Path, **options: Any) -> tuple[Engine, Engine]:
+    defaults = {"max_step_tokens": 64, "page_size": 4, "max_context": 60, "kernels": "reference"}
+    model, numerics, sizes = prepare(path, EngineOptions(**defaults | options))
+    ahead, plain = (Engine(model, numerics, replace(sizes, graphs=graphs)) for graphs in (True, False))
+    return ahead, plain
 
 
 def request(number: int, samples: int = 1, **sampling: Any) -> Request:
@@ -78,7 +78,11 @@ def test_most_steps_are_launched_ahead(path: Path) -> None:
     same(ours, theirs)
     known = [all(row < 0 for row in of_step) for of_step in sources]
     assert known.count(False) > 15 and known.count(True) <= 3, "the first, and the first after some have finished"
-    assert engine.tokens_generated == plain.tokens_generated == sum(len(one.token_ids) for one in ours.values())
+    assert (
+        engine.usage.completion_tokens
+        == plain.usage.completion_tokens
+        == sum(len(one.token_ids) for one in ours.values())
+    )
 
 
 def test_alternatives_are_of_their_own_step(path: Path) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine_checks import engine_logits, relative_error, some_tokens
+from engine_checks import engine_logits, engine_options, relative_error, some_tokens
 from random_models import CONFIGS, LLAMA, V3, V3_YARN, YARN, Checkpoint, build, write
 from safetensors.torch import load_file
 
-from distill.engine import Engine, ModelSpec
+from distill.engine import Engine
+from distill.engine.families import read_spec, spec_of
 from distill.engine.kernels import cpu
 
 R1 = {
@@ -34,7 +35,7 @@ R1 = {
 
 
 def test_the_published_r1_config() -> None:
-    spec = ModelSpec.from_config(R1)
+    spec = spec_of(R1)
     assert spec.moe is not None and spec.mla is not None
     assert (spec.num_layers, spec.num_nextn_predict_layers, spec.max_context) == (61, 1, 163840)
     assert (spec.cache_heads, spec.cache_dims) == (1, (576,))
@@ -51,11 +52,13 @@ def test_both_spellings_give_one_spec(name: str, checkpoint: Callable[[str], Che
     ckpt = checkpoint(name)
     new_spelling = json.loads(ckpt.model.config.to_json_string(use_diff=False))
     assert "rope_parameters" in new_spelling and "rope_scaling" not in new_spelling
-    assert ModelSpec.from_config(new_spelling) == ModelSpec.from_dir(ckpt.path)
+    assert spec_of(new_spelling) == read_spec(ckpt.path)
 
 
 def test_reading_a_spec_imports_no_torch() -> None:
-    code = "import sys, distill, distill.engine.spec; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    code = (
+        "import sys, distill, distill.engine.families; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -69,7 +72,7 @@ def test_reading_a_spec_imports_no_torch() -> None:
         ({"model_type": None}, "model_type is None"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
         ({"hidden_size": "64"}, "'hidden_size' is '64'; it must be of type int"),
-        ({"num_hidden_layers": -1}, "must not be negative"),
+        ({"num_hidden_layers": -1}, "it must be from 1 to 4096"),
         ({"scoring_func": "softmax"}, "'scoring_func' is 'softmax'"),
         ({"topk_method": "greedy"}, "'topk_method' is 'greedy'"),
         ({"n_group": 5}, "16 experts in 5 groups"),
@@ -83,7 +86,7 @@ def test_reading_a_spec_imports_no_torch() -> None:
 def test_configs_that_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**V3, **change}))
     with pytest.raises(ValueError, match=message) as caught:
-        ModelSpec.from_dir(tmp_path)
+        read_spec(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -94,7 +97,7 @@ def test_sliding_windows_and_odd_heads_are_refused() -> None:
         ({"num_key_value_heads": 3}, "4 attention heads do not divide into 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            ModelSpec.from_config({**LLAMA, **change})
+            spec_of({**LLAMA, **change})
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,7 @@ def broken(published: Path, tmp_path: Path) -> Path:
 
 def refused(path: Path, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        Engine.load(path, cache_tokens=64)
+        Engine.load(path, engine_options(cache_tokens=64))
     assert str(path) in str(caught.value), "the file is named"
     assert "\n" not in str(caught.value)
 
@@ -201,9 +204,9 @@ def test_a_dtype_that_is_not_a_weight(broken: Path) -> None:
 
 def test_an_unexpected_tensor_is_refused_and_a_draft_layer_is_not(broken: Path) -> None:
     rewrite(broken, lambda t: t.update({"model.layers.3.eh_proj.weight": torch.ones(4, 4)}))
-    Engine.load(broken, cache_tokens=64)
+    Engine.load(broken, engine_options(cache_tokens=64))
     rewrite(broken, lambda t: t.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    Engine.load(broken, cache_tokens=64)
+    Engine.load(broken, engine_options(cache_tokens=64))
     rewrite(broken, lambda t: t.update({"model.layers.2.self_attn.o_proj.bias": torch.ones(160)}))
     refused(broken, "tensor model.layers.2.self_attn.o_proj.bias has no place")
 
@@ -215,7 +218,7 @@ def test_heads_of_kv_b_in_any_cut_of_its_blocks(nope: int, v: int, dtype: torch.
     ckpt = build(tmp_path, {**V3_YARN, "qk_nope_head_dim": nope, "v_head_dim": v, "kv_lora_rank": 160}, fp8=True)
     tokens = some_tokens(40)
     for kernels in ("reference", *([] if cpu.why_missing() else ["cpu"])):
-        engine = Engine.load(ckpt.path, dtype=dtype, cache_tokens=64, kernels=kernels)
+        engine = Engine.load(ckpt.path, engine_options(dtype=dtype, cache_tokens=64, kernels=kernels))
         ours, theirs = engine_logits(engine, tokens, decode_from=20), ckpt.logits(tokens)
         error, report = relative_error(ours, theirs)
         if dtype == torch.float32:
@@ -231,11 +234,11 @@ def test_scales_as_powers_of_two_in_one_byte(broken: Path) -> None:
         tensors[name] = tensors[name].log2().round().exp2()
     write(broken, tensors)
     tokens = some_tokens(20)
-    in_float32 = engine_logits(Engine.load(broken, cache_tokens=64), tokens)
+    in_float32 = engine_logits(Engine.load(broken, engine_options(cache_tokens=64)), tokens)
     for name in [n for n in tensors if n.endswith("_scale_inv")]:
         tensors[name] = tensors[name].to(torch.float8_e8m0fnu)
     write(broken, tensors)
-    assert torch.equal(engine_logits(Engine.load(broken, cache_tokens=64), tokens), in_float32)
+    assert torch.equal(engine_logits(Engine.load(broken, engine_options(cache_tokens=64)), tokens), in_float32)
 
 
 def test_half_precision_checkpoints(broken: Path, tmp_path: Path) -> None:
@@ -245,10 +248,14 @@ def test_half_precision_checkpoints(broken: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in ckpt.model.parameters():
             parameter.copy_(parameter.bfloat16())
-    engine = Engine.load(ckpt.path, cache_tokens=256, kernels="reference")
-    assert engine.numerics == (
-        "reference kernels (library matrix products), weights bfloat16 as published, activations float32"
-    )
-    for each in (engine, Engine.load(ckpt.path, cache_tokens=256)):
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=256, kernels="reference"))
+    assert engine.numerics.to_json() == {
+        "kernels": "reference",
+        "matrix_products": "library",
+        "weights": "bfloat16",
+        "activations": "float32",
+        "cache": "float32",
+    }
+    for each in (engine, Engine.load(ckpt.path, engine_options(cache_tokens=256))):
         error, report = relative_error(engine_logits(each, some_tokens(50)), ckpt.logits(some_tokens(50)))
         assert error <= 1e-4, report

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_checks import some_tokens
+from engine_checks import engine_options, some_tokens
 from random_models import Checkpoint
 from torch import Tensor
 
@@ -44,19 +44,19 @@ def ckpt(request: pytest.FixtureRequest, checkpoint: GetCheckpoint) -> Checkpoin
 
 
 def test_a_fork_of_16_is_16_separate_runs(ckpt: Checkpoint) -> None:
-    engine = Engine.load(ckpt.path, cache_tokens=4096)
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=4096))
     forked = run(engine, [request(3, samples=16)])
-    assert engine.prompt_tokens == len(request(3).prompt_ids), "the prompt is computed once"
+    assert engine.usage.prompt_tokens == len(request(3).prompt_ids), "the prompt is computed once"
     assert len(set(texts(forked).values())) == 16
     for number in range(16):
-        alone = run(Engine.load(ckpt.path, cache_tokens=1024), [replace(request(3), samples=(number,))])
+        alone = run(Engine.load(ckpt.path, engine_options(cache_tokens=1024)), [replace(request(3), samples=(number,))])
         assert texts(alone) == {("r3", number): forked["r3", number].token_ids}
 
 
 def test_text_does_not_depend_on_company(ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Order, batch size, prefill chunks, page size, and a cache so small that sequences are preempted."""
     requests = [request(number, samples=1 + number % 4) for number in range(10)]
-    expected = texts(run(Engine.load(ckpt.path, cache_tokens=8192), requests))
+    expected = texts(run(Engine.load(ckpt.path, engine_options(cache_tokens=8192)), requests))
     preempted = []
     preempt = Scheduler._preempt
     monkeypatch.setattr(Scheduler, "_preempt", lambda self, s: (preempted.append(s), preempt(self, s)))
@@ -67,13 +67,13 @@ def test_text_does_not_depend_on_company(ckpt: Checkpoint, monkeypatch: pytest.M
         {"page_size": 64},
         {"cache_tokens": 112, "max_context": 96},
     ):
-        engine = Engine.load(ckpt.path, **{"cache_tokens": 8192, **options})
+        engine = Engine.load(ckpt.path, engine_options(**{"cache_tokens": 8192, **options}))
         assert texts(run(engine, requests[::-1])) == expected, options
     assert preempted, "the small cache was meant to preempt"
 
 
 def test_greedy_ignores_seed_and_sample(ckpt: Checkpoint) -> None:
-    engine = Engine.load(ckpt.path, cache_tokens=4096)
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=4096))
     greedy = texts(run(engine, [request(1, samples=3, temperature=0.0)]))
     other = texts(run(engine, [replace(request(1, temperature=0.0), seed=99)]))
     assert len(set(greedy.values())) == 1
@@ -81,13 +81,13 @@ def test_greedy_ignores_seed_and_sample(ckpt: Checkpoint) -> None:
 
 
 def test_seed_and_prompt_key_change_the_text(ckpt: Checkpoint) -> None:
-    engine = Engine.load(ckpt.path, cache_tokens=4096)
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=4096))
     changed = [request(1), replace(request(1), seed=12), replace(request(1), prompt_key=2**64 - 1)]
     assert len({texts(run(engine, [r]))["r1", 0] for r in changed}) == 3
 
 
 def test_score_agrees_with_generation(ckpt: Checkpoint) -> None:
-    engine = Engine.load(ckpt.path, cache_tokens=4096, max_step_tokens=64)
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=4096, max_step_tokens=64))
     requests = [request(number, samples=2, logprobs=4) for number in range(6)]
     done = list(run(engine, requests).values())
     prompts = {r.id: r.prompt_ids for r in requests}
@@ -105,7 +105,7 @@ def test_score_agrees_with_generation(ckpt: Checkpoint) -> None:
 
 def test_score_agrees_with_transformers(ckpt: Checkpoint) -> None:
     """Several short sequences in one step, one longer than a step, one of a single token."""
-    engine = Engine.load(ckpt.path, cache_tokens=512, max_step_tokens=50)
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=512, max_step_tokens=50))
     sequences = [some_tokens(n, seed=n) for n in (12, 30, 1, 130, 2, 49)]
     for tokens, score in zip(sequences, engine.score(sequences), strict=True):
         expected = ckpt.logits(tokens)[:-1].log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
@@ -114,7 +114,7 @@ def test_score_agrees_with_transformers(ckpt: Checkpoint) -> None:
 
 
 def test_stop_tokens_and_lengths(ckpt: Checkpoint) -> None:
-    done = run(Engine.load(ckpt.path, cache_tokens=8192), [request(n, samples=4) for n in range(12)])
+    done = run(Engine.load(ckpt.path, engine_options(cache_tokens=8192)), [request(n, samples=4) for n in range(12)])
     reasons = {c.finish_reason for c in done.values()}
     assert reasons == {"stop", "length"}
     for completion in done.values():
@@ -127,10 +127,10 @@ def test_stop_tokens_and_lengths(ckpt: Checkpoint) -> None:
 
 
 def test_one_token_prompt_and_one_new_token(ckpt: Checkpoint) -> None:
-    engine = Engine.load(ckpt.path, cache_tokens=64)
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=64))
     done = run(engine, [request(1, samples=3, length=1, max_new_tokens=1)])
     assert [len(c.token_ids) for c in done.values()] == [1, 1, 1]
-    assert engine.tokens_generated == 3
+    assert engine.usage.completion_tokens == 3
 
 
 def test_generate_pulls_lazily_and_cleans_up(ckpt: Checkpoint) -> None:
@@ -142,18 +142,20 @@ def test_generate_pulls_lazily_and_cleans_up(ckpt: Checkpoint) -> None:
             pulled += 1
             yield request(number)
 
-    engine = Engine.load(ckpt.path, cache_tokens=4096, max_batch=4)
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=4096, max_batch=4))
     completions = engine.generate(endless())
     assert len({c.request_id for c in itertools.islice(completions, 10)}) == 10
     assert pulled < 40
     completions.close()
     assert not engine.has_work
     assert engine._pages.free_pages == engine._pages.num_pages
-    assert texts(run(engine, [request(5)])) == texts(run(Engine.load(ckpt.path, cache_tokens=4096), [request(5)]))
+    assert texts(run(engine, [request(5)])) == texts(
+        run(Engine.load(ckpt.path, engine_options(cache_tokens=4096)), [request(5)])
+    )
 
 
 def test_abort_frees_pages_and_forgets_the_id(ckpt: Checkpoint) -> None:
-    engine = Engine.load(ckpt.path, cache_tokens=4096)
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=4096))
     engine.add(request(1, samples=5))
     engine.add(request(2))
     for _ in range(3):
@@ -183,7 +185,7 @@ def test_abort_frees_pages_and_forgets_the_id(ckpt: Checkpoint) -> None:
     ],
 )
 def test_requests_that_cannot_be_served(bad: Request, message: str, checkpoint: GetCheckpoint) -> None:
-    engine = Engine.load(checkpoint("qwen2").path, max_context=100, cache_tokens=96)
+    engine = Engine.load(checkpoint("qwen2").path, engine_options(max_context=100, cache_tokens=96))
     with pytest.raises(ValueError, match=message) as caught:
         engine.add(bad)
     assert "\n" not in str(caught.value)
@@ -191,14 +193,14 @@ def test_requests_that_cannot_be_served(bad: Request, message: str, checkpoint: 
 
 
 def test_an_id_is_queued_once(checkpoint: GetCheckpoint) -> None:
-    engine = Engine.load(checkpoint("qwen2").path, cache_tokens=512)
+    engine = Engine.load(checkpoint("qwen2").path, engine_options(cache_tokens=512))
     engine.add(request(1))
     with pytest.raises(ValueError, match="'r1' is already queued"):
         engine.add(request(1))
 
 
 def test_sequences_that_cannot_be_scored(checkpoint: GetCheckpoint) -> None:
-    engine = Engine.load(checkpoint("qwen2").path, max_context=100, cache_tokens=64)
+    engine = Engine.load(checkpoint("qwen2").path, engine_options(max_context=100, cache_tokens=64))
     for bad, message in (([], "sequence 1 has no tokens"), ([1] * 101, "101 tokens"), ([1] * 99, "raise cache_tokens")):
         with pytest.raises(ValueError, match=message):
             engine.score([[1, 2, 3], bad])
@@ -210,7 +212,7 @@ def test_sequences_that_cannot_be_scored(checkpoint: GetCheckpoint) -> None:
 )
 def test_impossible_budgets_are_refused(options: dict[str, int], checkpoint: GetCheckpoint) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
-        Engine.load(checkpoint("qwen2").path, **options)
+        Engine.load(checkpoint("qwen2").path, engine_options(**options))
 
 
 @pytest.mark.parametrize("name", ["v3-yarn", "v3-no-q-lora", "v32", "llama-gqa"])
@@ -229,7 +231,7 @@ def test_cpu_kernels_give_the_same_bits_in_any_company(
         return Request(str(number), prompt, sampling, seed=5, prompt_key=number, samples=samples)
 
     def run(requests: list[Request], **options: int) -> dict[tuple[str, int], Completion]:
-        engine = Engine.load(path, dtype=dtype, kernels="cpu", **options)
+        engine = Engine.load(path, engine_options(dtype=dtype, kernels="cpu", **options))
         done = {(c.request_id, c.sample): c for c in engine.generate(requests)}
         assert engine._pages.free_pages == engine._pages.num_pages
         return done
@@ -251,7 +253,7 @@ def test_rows_that_nobody_asked_for(name: str, kernels: str, checkpoint: GetChec
     """The last layer leaves them out; the others, and what is read from the cache later, are as if it had not."""
     if kernels == "cpu" and (why := cpu.why_missing()):
         pytest.skip(f"no compiled kernels: {why}")
-    engine = Engine.load(checkpoint(name).path, kernels=kernels, cache_tokens=1024)
+    engine = Engine.load(checkpoint(name).path, engine_options(kernels=kernels, cache_tokens=1024))
     tokens = [some_tokens(60, seed=seed) for seed in range(4)]
     pages = [engine._pages.allocate(engine._pages.pages_for(60)) for _ in tokens]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_checks import relative_error, some_tokens
+from engine_checks import engine_options, relative_error, some_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from random_models import Checkpoint
@@ -53,7 +53,7 @@ def test_drafts_are_those_of_transformers(
         state = mtp.forward_layer(0, state[:, -1:], position[:, -1:] + 1, cache, input_ids=token)
         second = mtp._project_to_logits(state)[0]
 
-        engine = Engine.load(path, cache_tokens=1024, kernels=kernels, num_speculative_tokens=2)
+        engine = Engine.load(path, engine_options(cache_tokens=1024, kernels=kernels, num_speculative_tokens=2))
         pages = engine._pages.allocate(8)
         ours_hidden = engine._forward([], [Chunk(TOKENS, 0, pages)])
         whole = engine._batch([], [Chunk(TOKENS[1:], 0, pages)])
@@ -100,8 +100,8 @@ def test_the_text_with_drafts_is_the_text_without() -> None:
     ]
 
     def completions(drafts: int) -> tuple[dict[tuple[str, int], Completion], tuple[int, int]]:
-        engine = Engine.load(TINY_R1, cache_tokens=20_000, num_speculative_tokens=drafts)
-        return run(engine, requests), engine.drafts
+        engine = Engine.load(TINY_R1, engine_options(cache_tokens=20_000, num_speculative_tokens=drafts))
+        return run(engine, requests), (engine.usage.drafts_proposed, engine.usage.drafts_accepted)
 
     plain, none = completions(0)
     assert none == (0, 0) and len(plain) == 1000
@@ -121,7 +121,7 @@ def test_drafts_survive_company_and_lack_of_memory(
         Request(str(n), tuple(some_tokens(4 + 4 * n % 29, seed=n)), sampling, 5, n, tuple(range(1 + n % 4)))
         for n in range(12)
     ]
-    plain = run(Engine.load(path, kernels=kernels, cache_tokens=8192), requests)
+    plain = run(Engine.load(path, engine_options(kernels=kernels, cache_tokens=8192)), requests)
     expected = {key: completion.token_ids for key, completion in plain.items()}
     preempted = []
     preempt = Scheduler._preempt
@@ -132,23 +132,23 @@ def test_drafts_survive_company_and_lack_of_memory(
         {"cache_tokens": 8192, "max_batch": 3, "max_step_tokens": 5},
         {"cache_tokens": 80, "page_size": 4, "max_context": 64},
     ):
-        engine = Engine.load(path, kernels=kernels, num_speculative_tokens=2, **options)
+        engine = Engine.load(path, engine_options(kernels=kernels, num_speculative_tokens=2, **options))
         drafted = run(engine, requests[::-1])
         assert {key: completion.token_ids for key, completion in drafted.items()} == expected, options
-        assert engine.tokens_generated == sum(map(len, expected.values()))
+        assert engine.usage.completion_tokens == sum(map(len, expected.values()))
     assert preempted, "the small cache was meant to preempt"
 
 
 def test_what_stands_saves_steps() -> None:
     """The counters: tokens beyond one a step are drafts that stood."""
-    engine = Engine.load(TINY_R1, cache_tokens=4096, num_speculative_tokens=1)
+    engine = Engine.load(TINY_R1, engine_options(cache_tokens=4096, num_speculative_tokens=1))
     sampling = SamplingParams(temperature=0, max_new_tokens=50)
     engine.add(Request("a", (0, *some_tokens(10, vocab=256)), sampling, 0, 0, (0,)))
     steps, finished = 0, []
     while engine.has_work:
         finished += engine.step()
         steps += 1
-    proposed, stood = engine.drafts
+    proposed, stood = engine.usage.drafts_proposed, engine.usage.drafts_accepted
     assert len(finished[0].token_ids) == 50 == steps + stood
     assert proposed in (steps - 1, steps - 2)  # the prompt's step has none, nor has one that can only end
 
@@ -163,23 +163,23 @@ def test_accepted(drafts: list[int], tokens: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "message"), [("qwen2", 1, "no layer that drafts"), ("v3-drafts", -1, "must not be negative")]
+    ("name", "count", "message"), [("qwen2", 1, "no layer that drafts"), ("v3-drafts", -1, "it must be 0 or more")]
 )
 def test_drafts_that_cannot_be_made(name: str, count: int, message: str, checkpoint: GetCheckpoint) -> None:
     with pytest.raises(ValueError, match=message):
-        Engine.load(checkpoint(name).path, num_speculative_tokens=count)
+        Engine.load(checkpoint(name).path, engine_options(num_speculative_tokens=count))
 
 
 def test_a_checkpoint_without_the_layer_its_config_names(checkpoint: GetCheckpoint) -> None:
     with pytest.raises(ValueError, match=r"tensor model\.layers\.3\.enorm\.weight is missing"):
-        Engine.load(checkpoint("v3").path, num_speculative_tokens=1)
+        Engine.load(checkpoint("v3").path, engine_options(num_speculative_tokens=1))
 
 
 def test_a_sequence_that_was_not_asked_for_is_left_alone(checkpoint: GetCheckpoint) -> None:
     """With one token to go there is nothing to propose."""
-    engine = Engine.load(checkpoint("v3-drafts").path, cache_tokens=512, num_speculative_tokens=3)
+    engine = Engine.load(checkpoint("v3-drafts").path, engine_options(cache_tokens=512, num_speculative_tokens=3))
     sampling = SamplingParams(temperature=0, max_new_tokens=1)
     run(engine, [Request("a", tuple(TOKENS[:9]), sampling, 0, 0, (0, 1))])
-    assert engine.drafts == (0, 0)
+    assert engine.usage.drafts_proposed == engine.usage.drafts_accepted == 0
     run(engine, [Request("b", tuple(TOKENS[:9]), replace(sampling, max_new_tokens=3), 0, 0, (0,))])
-    assert engine.drafts[0] in (1, 2)
+    assert engine.usage.drafts_proposed in (1, 2)

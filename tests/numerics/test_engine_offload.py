@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_checks import engine_logits, some_tokens
+from engine_checks import engine_logits, engine_options, some_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from random_models import V3_YARN, Checkpoint, build, write
@@ -46,7 +46,9 @@ def test_logits_are_the_same_bits_wherever_experts_lie(fp8: Path, kernels: str, 
     tokens = some_tokens(60)
 
     def logits(resident: int | None) -> torch.Tensor:
-        engine = Engine.load(fp8, dtype=dtype, cache_tokens=512, kernels=kernels, resident_experts=resident)
+        engine = Engine.load(
+            fp8, engine_options(dtype=dtype, cache_tokens=512, kernels=kernels, resident_experts=resident)
+        )
         assert (engine._model.stream is not None) == (resident is not None and resident < 16)
         parts = [
             engine_logits(engine, tokens, cuts=(3, 40)),
@@ -69,7 +71,9 @@ def test_text_is_the_same_wherever_experts_lie(kernels: str, checkpoint: GetChec
     ]
 
     def texts(**options: int) -> dict[tuple[str, int], tuple[int, ...]]:
-        engine = Engine.load(path, kernels=kernels, cache_tokens=1024, num_speculative_tokens=1, **options)
+        engine = Engine.load(
+            path, engine_options(kernels=kernels, cache_tokens=1024, num_speculative_tokens=1, **options)
+        )
         return {(c.request_id, c.sample): c.token_ids for c in engine.generate(requests)}
 
     assert texts(resident_experts=0) == texts(resident_experts=5) == texts()
@@ -98,9 +102,9 @@ def test_as_many_experts_as_fit(count: int, layers: int, each: int, budget: int)
 
 def test_budgets_that_are_too_small(fp8: Path) -> None:
     with pytest.raises(ValueError, match=r"memory_budget is 0\.\d+ GiB and 0\.\d+ GiB are needed before any expert"):
-        Engine.load(fp8, cache_tokens=64, memory_budget=1 << 20)
+        Engine.load(fp8, engine_options(cache_tokens=64, memory_budget=1 << 20))
     with pytest.raises(ValueError, match="resident_experts is 17; there are 16"):
-        Engine.load(fp8, cache_tokens=64, resident_experts=17)
+        Engine.load(fp8, engine_options(cache_tokens=64, resident_experts=17))
 
 
 def test_damage_is_found_in_experts_that_are_not_resident(fp8: Path, tmp_path: Path, kernels: str) -> None:
@@ -110,19 +114,22 @@ def test_damage_is_found_in_experts_that_are_not_resident(fp8: Path, tmp_path: P
     tensors[name].view(torch.uint8)[3, 4] = 0xFF
     write(tmp_path, tensors)
     with pytest.raises(ValueError, match=f"tensor {name} holds FP8 NaN codes"):
-        Engine.load(tmp_path, cache_tokens=64, kernels=kernels, resident_experts=0)
+        Engine.load(tmp_path, engine_options(cache_tokens=64, kernels=kernels, resident_experts=0))
     tensors[name].view(torch.uint8)[3, 4] = 0
     tensors[name + "_scale_inv"][0, 1] = float("inf")
     write(tmp_path, tensors)
     with pytest.raises(ValueError, match=f"tensor {name}_scale_inv is not finite"):
-        Engine.load(tmp_path, cache_tokens=64, kernels=kernels, resident_experts=0)
+        Engine.load(tmp_path, engine_options(cache_tokens=64, kernels=kernels, resident_experts=0))
 
 
 def test_experts_that_would_have_to_be_converted_are_not_streamed(checkpoint: GetCheckpoint) -> None:
     if why := cpu.why_missing():
         pytest.skip(f"no compiled kernels: {why}")
     with pytest.raises(ValueError, match=r"stored as FP8 or torch\.bfloat16 cannot be streamed; raise the memory"):
-        Engine.load(checkpoint("v3").path, dtype=torch.bfloat16, cache_tokens=64, kernels="cpu", resident_experts=3)
+        Engine.load(
+            checkpoint("v3").path,
+            engine_options(dtype=torch.bfloat16, cache_tokens=64, kernels="cpu", resident_experts=3),
+        )
 
 
 def test_what_failed_in_the_background_is_not_lost() -> None:
@@ -151,10 +158,11 @@ PEAK = """
 import json, re, sys
 from pathlib import Path
 import torch
-from distill.engine import Engine, Request, SamplingParams
+from distill.engine import Engine, EngineOptions, Request, SamplingParams
 path, budget = sys.argv[1], int(sys.argv[2])
 def run(path, budget):
-    engine = Engine.load(path, dtype=torch.bfloat16, max_batch=16, max_step_tokens=256, memory_budget=budget or None)
+    options = EngineOptions(dtype="bfloat16", max_batch=16, max_step_tokens=256, memory_budget=budget or None)
+    engine = Engine.load(path, options)
     sampling = SamplingParams(temperature=0, max_new_tokens=4)
     requests = [Request(str(n), tuple(range(1, 60 + n)), sampling, 0, n, (0,)) for n in range(16)]
     return engine, sorted((c.request_id, c.token_ids) for c in engine.generate(requests))

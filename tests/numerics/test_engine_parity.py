@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_checks import engine_logits, relative_error, some_tokens
+from engine_checks import engine_logits, engine_options, relative_error, some_tokens
 from random_models import CONFIGS, LLAMA, V3_YARN, Checkpoint, build
 from torch import Tensor
 
@@ -23,7 +23,7 @@ GetCheckpoint = Callable[[str], Checkpoint]
 
 
 def small(path: Path, kernels: str = "reference") -> Engine:
-    return Engine.load(path, cache_tokens=1024, kernels=kernels)
+    return Engine.load(path, engine_options(cache_tokens=1024, kernels=kernels))
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -55,7 +55,7 @@ def test_layers_in_one_call_give_the_bits_of_single_ops(
 ) -> None:
     if why := cpu.why_missing():
         pytest.skip(f"no compiled kernels: {why}")
-    engine = Engine.load(checkpoint(name).path, dtype=dtype, cache_tokens=1024, kernels="cpu")
+    engine = Engine.load(checkpoint(name).path, engine_options(dtype=dtype, cache_tokens=1024, kernels="cpu"))
     assert (engine._model.decode_plan is None) == name.startswith("v32"), "sparse attention is computed op by op"
     at_once = engine_logits(engine, TOKENS, decode_from=60)
     engine._model = replace(engine._model, decode_plan=None)
@@ -82,7 +82,7 @@ def test_fp8_checkpoint_with_partial_blocks(shards: int, kernels: str, tmp_path:
     theirs = ckpt.logits(TOKENS)
     assert theirs.std(-1).min() >= 1
     engine = small(tmp_path, kernels)
-    assert "fp8-e4m3 block 128" in engine.numerics
+    assert engine.numerics.weights == "fp8-e4m3 block 128"
     error, report = relative_error(engine_logits(engine, TOKENS, decode_from=60), theirs)
     assert error <= TOLERANCE, report
 
@@ -97,7 +97,7 @@ def test_fp8_llama(kernels: str, tmp_path: Path) -> None:
 def test_bfloat16_stays_near(kernels: str, checkpoint: GetCheckpoint) -> None:
     """A dense model: in a mixture of experts, rounding tips near-ties of the router, and such a token is far off."""
     ckpt = checkpoint("llama-gqa")
-    engine = Engine.load(ckpt.path, dtype=torch.bfloat16, cache_tokens=1024, kernels=kernels)
+    engine = Engine.load(ckpt.path, engine_options(dtype=torch.bfloat16, cache_tokens=1024, kernels=kernels))
     ours = engine_logits(engine, TOKENS, decode_from=60)
     assert ours.dtype == torch.float32
     error, report = relative_error(ours, ckpt.logits(TOKENS))

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_checks import engine_logits, relative_error, some_tokens
+from engine_checks import engine_logits, engine_options, relative_error, some_tokens
 from random_models import V32, Checkpoint
 from torch import Tensor
 
-from distill.engine import Engine, ModelSpec, indexer
+from distill.engine import Engine, indexer
+from distill.engine.families import spec_of
 from distill.engine.kernels import ops_for, reference
 
 GetCheckpoint = Callable[[str], Checkpoint]
@@ -86,7 +87,7 @@ MUTATIONS: dict[str, dict[str, Callable[..., Tensor | None]]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_indexer_shows_past_top_k_and_only_there(name: str, checkpoint: GetCheckpoint) -> None:
     ckpt = checkpoint("v32")
-    engine = Engine.load(ckpt.path, cache_tokens=1024, kernels="reference")
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=1024, kernels="reference"))
     engine._model = replace(engine._model, ops=replace(engine._model.ops, **MUTATIONS[name]))
     theirs = ckpt.logits(TOKENS)
     for ours in (engine_logits(engine, TOKENS), engine_logits(engine, TOKENS, decode_from=10)):
@@ -98,17 +99,17 @@ def test_a_wrong_indexer_shows_past_top_k_and_only_there(name: str, checkpoint: 
 
 def test_attention_to_everything_is_another_model(checkpoint: GetCheckpoint) -> None:
     ckpt = checkpoint("v32")
-    engine = Engine.load(ckpt.path, cache_tokens=1024, kernels="reference")
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=1024, kernels="reference"))
     engine.spec = replace(engine.spec, indexer=replace(engine.spec.indexer, top_k=1000))
     error, report = relative_error(engine_logits(engine, TOKENS), ckpt.logits(TOKENS))
     assert error > 1e-2, report
 
 
 def test_the_published_keys_are_read_and_needed() -> None:
-    spec = ModelSpec.from_config(V32)
+    spec = spec_of(V32)
     assert spec.indexer is not None
     assert (spec.indexer.heads, spec.indexer.head_dim, spec.indexer.top_k) == (16, 32, TOP_K)
     assert spec.cache_dims == (48, 32)
     for key in ("index_n_heads", "index_head_dim", "index_topk", "q_lora_rank"):
         with pytest.raises(ValueError, match=f"'{key}' is missing"):
-            ModelSpec.from_config({k: v for k, v in V32.items() if k != key})
+            spec_of({k: v for k, v in V32.items() if k != key})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_checks import some_tokens
+from engine_checks import engine_options, some_tokens
 
 from distill.engine import Completion, Engine, EngineDied, Engines, Request, SamplingParams
 from distill.engine.device import devices_for, refuse_too_large
@@ -32,18 +32,21 @@ def by_sample(completions: Iterator[Completion]) -> dict[tuple[str, int], Comple
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[Engines]:
-    with Engines.load(TINY_R1, ["cpu", "cpu"], max_batch=4, dtype=torch.bfloat16) as engines:
+    with Engines.load(TINY_R1, ["cpu", "cpu"], engine_options(max_batch=4, dtype=torch.bfloat16)) as engines:
         yield engines
 
 
 def test_many_engines_say_what_one_says(engines: Engines) -> None:
-    one = Engine.load(TINY_R1, device="cpu", dtype=torch.bfloat16, max_batch=4)
+    one = Engine.load(TINY_R1, engine_options(device="cpu", dtype=torch.bfloat16, max_batch=4))
     ours, theirs = by_sample(engines.generate(requests(12))), by_sample(one.generate(requests(12)))
     assert ours == theirs and len(ours) == 36
     assert (engines.numerics, engines.max_context) == (one.numerics, one.max_context)
-    assert (engines.tokens_generated, engines.prompt_tokens) == (one.tokens_generated, one.prompt_tokens)
-    assert engines.drafts == (0, 0)
-    counts = [totals[0] for totals in engines._totals.values()]
+    assert (engines.usage.completion_tokens, engines.usage.prompt_tokens) == (
+        one.usage.completion_tokens,
+        one.usage.prompt_tokens,
+    )
+    assert engines.usage.drafts_proposed == 0
+    counts = [worker.usage.completion_tokens for worker in engines._workers]
     assert len(counts) == 2 and min(counts) > 0.3 * sum(counts), f"the work was not shared: {counts}"
 
 
@@ -66,11 +69,11 @@ def test_requests_are_pulled_as_they_can_be_started(engines: Engines) -> None:
 def test_what_an_engine_refuses_is_refused_here(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((TINY_R1 / "config.json").read_text())
     with pytest.raises(ValueError, match="download the weights"):
-        Engines.load(tmp_path, ["cpu", "cpu"])
+        Engines.load(tmp_path, ["cpu", "cpu"], engine_options())
 
 
 def test_a_killed_engine_is_named() -> None:
-    with Engines.load(TINY_R1, ["cpu", "cpu"], max_batch=4) as engines:
+    with Engines.load(TINY_R1, ["cpu", "cpu"], engine_options(max_batch=4)) as engines:
         stream = engines.generate(requests(50, new=64))
         next(stream)
         engines._workers[1].process.send_signal(signal.SIGKILL)
@@ -80,8 +83,8 @@ def test_a_killed_engine_is_named() -> None:
 
 def test_engines_end_with_their_parent() -> None:
     script = (
-        "import sys, time\nfrom distill.engine import Engines\n"
-        "engines = Engines.load(sys.argv[1], ['cpu', 'cpu'])\n"
+        "import sys, time\nfrom distill.engine import EngineOptions, Engines\n"
+        "engines = Engines.load(sys.argv[1], ['cpu', 'cpu'], EngineOptions())\n"
         "print(*(worker.process.pid for worker in engines._workers), flush=True)\ntime.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(TINY_R1)], stdout=subprocess.PIPE, text=True) as parent:

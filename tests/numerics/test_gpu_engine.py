@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_checks import engine_logits, relative_error, some_tokens
+from engine_checks import engine_logits, engine_options, relative_error, some_tokens
 from random_models import CONFIGS, build
 
 from distill.engine import Completion, Engine, Request, SamplingParams
@@ -25,7 +25,7 @@ TINY_R1 = Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1"
 @pytest.mark.parametrize("name", ["v3-yarn", "v2", "v2-lite", "v32", "llama-mqa-biases", "qwen2", "qwen3"])
 def test_float32_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     checkpoint = build(tmp_path, CONFIGS[name])
-    engine = Engine.load(checkpoint.path, kernels="cuda", cache_tokens=512)
+    engine = Engine.load(checkpoint.path, engine_options(kernels="cuda", cache_tokens=512))
     tokens = some_tokens(60)
     ours = engine_logits(engine, tokens, cuts=(20,), decode_from=55)
     error, what = relative_error(ours.cpu(), checkpoint.logits(tokens))
@@ -43,10 +43,12 @@ def test_fp8_is_what_its_definition_says(ue8m0: bool, cache: Any, tmp_path: Path
     tokens = some_tokens(40, config["vocab_size"])
     load = {"dtype": torch.bfloat16, "cache_tokens": 512, "kv_cache_dtype": cache}
     ours, defined = (
-        engine_logits(Engine.load(path, kernels=kernels, **load), tokens, cuts=(20,), decode_from=36).cpu()
+        engine_logits(
+            Engine.load(path, engine_options(kernels=kernels, **load)), tokens, cuts=(20,), decode_from=36
+        ).cpu()
         for kernels in ("cuda", "w8a8")
     )
-    plain = engine_logits(Engine.load(path, kernels="reference", cache_tokens=512), tokens)
+    plain = engine_logits(Engine.load(path, engine_options(kernels="reference", cache_tokens=512)), tokens)
     far, near = ((one - plain).norm() / plain.norm() for one in (defined, ours))
     print(f"from the unquantised model: defined {far:.3g}, ours {near:.3g}")
     assert near < 1.25 * far < 0.06
@@ -62,14 +64,16 @@ def completions(engine: Engine, count: int = 3, new: int = 4, **sampling: Any) -
 def test_graphs_decode_what_single_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that a graph pads with, and another size of batch, leave text and log-probabilities as they are."""
     path, load = build(tmp_path, CONFIGS["v3-yarn"]).path, {"max_context": 100, "max_batch": 6}
-    engine = Engine.load(path, kernels="cuda", **load)
+    engine = Engine.load(path, engine_options(kernels="cuda", **load))
     sizes: list[int] = []
     assert engine._ahead is not None
     graphs = engine._ahead._graphs
     compute = graphs._compute
     monkeypatch.setattr(graphs, "_compute", lambda size: sizes.append(size) or compute(size))
     ours = completions(engine, temperature=0.7, top_p=0.9, logprobs=2)
-    theirs = completions(Engine.load(path, kernels="reference", **load), temperature=0.7, top_p=0.9, logprobs=2)
+    theirs = completions(
+        Engine.load(path, engine_options(kernels="reference", **load)), temperature=0.7, top_p=0.9, logprobs=2
+    )
     assert {1, 8} <= set(sizes) and len(ours) == 6
     assert ours.keys() == theirs.keys()
     for key, done in ours.items():
@@ -84,7 +88,9 @@ def test_graphs_decode_what_single_steps_do(tmp_path: Path, monkeypatch: pytest.
 def test_steps_that_are_launched_ahead_change_nothing(tmp_path: Path) -> None:
     """As in test_engine_ahead.py, with these kernels and, on a GPU, with graphs."""
     path, load = build(tmp_path, CONFIGS["v3"]).path, {"max_context": 60, "max_batch": 3, "page_size": 4}
-    engine, reference = (Engine.load(path, kernels=kernels, **load) for kernels in ("cuda", "reference"))
+    engine, reference = (
+        Engine.load(path, engine_options(kernels=kernels, **load)) for kernels in ("cuda", "reference")
+    )
     ours, theirs = (
         completions(each, count=2, new=6, temperature=0.8, stop_token_ids=tuple(range(0, 500, 7)))
         for each in (engine, reference)
@@ -102,9 +108,9 @@ def test_where_experts_lie_changes_no_bit(tmp_path: Path, monkeypatch: pytest.Mo
         DecodeGraphs, "serve", lambda self, rows, longest: False
     )  # a padded batch may take another tile
     load = {"kernels": "cuda", "dtype": torch.bfloat16, "max_context": 100, "max_batch": 6}
-    whole = completions(Engine.load(path, **load), count=1, new=3)
+    whole = completions(Engine.load(path, engine_options(**load)), count=1, new=3)
     for limit in ({"resident_experts": 0}, {"resident_experts": 9}, {"memory_budget": 1 << 30}):
-        streamed = completions(Engine.load(path, **limit, **load), count=1, new=3)
+        streamed = completions(Engine.load(path, engine_options(**limit, **load)), count=1, new=3)
         assert {k: (d.token_ids, d.logprobs) for k, d in streamed.items()} == {
             k: (d.token_ids, d.logprobs) for k, d in whole.items()
         }
@@ -113,8 +119,8 @@ def test_where_experts_lie_changes_no_bit(tmp_path: Path, monkeypatch: pytest.Mo
 def test_sparse_attention_decodes_without_a_graph(tmp_path: Path) -> None:
     path = build(tmp_path, CONFIGS["v32"]).path
     load = {"dtype": torch.float32, "max_context": 100, "max_batch": 6}
-    ours = completions(Engine.load(path, kernels="cuda", **load), count=3, new=5)
-    reference = completions(Engine.load(path, kernels="reference", **load), count=3, new=5)
+    ours = completions(Engine.load(path, engine_options(kernels="cuda", **load)), count=3, new=5)
+    reference = completions(Engine.load(path, engine_options(kernels="reference", **load)), count=3, new=5)
     assert {k: d.token_ids for k, d in ours.items()} == {k: d.token_ids for k, d in reference.items()}
 
 
@@ -126,4 +132,4 @@ def test_an_fp8_cache_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
         ({"kernels": "cuda", "dtype": torch.bfloat16}, "blocks of 128"),
     ):
         with pytest.raises(ValueError, match=message):
-            Engine.load(path, kv_cache_dtype="fp8", **options)
+            Engine.load(path, engine_options(kv_cache_dtype="fp8", **options))

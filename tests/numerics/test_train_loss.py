@@ -20,12 +20,14 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_support as support
 
-from distill.train import attention, loss
-from distill.train.attention import Rows
-from distill.train.batches import Row, collate
-from distill.train.objectives import Learner, Sft
+from distill.objectives import Sft
+from distill.train.learn import attention, loss
+from distill.train.learn.attention import Rows
+from distill.train.learn.learner import Learner
+from distill.train.rows.batches import Row, collate
 
 S, V, D = 37, 211, 16
+SFT = Sft(kind="sft")
 
 
 def tensors(dtype=torch.float32, bias=False, device="cpu"):
@@ -54,7 +56,7 @@ def test_a_few_rows_at_a_time_give_what_whole_logits_give(monkeypatch, block, on
     monkeypatch.setattr(loss, "BLOCK", block)
     monkeypatch.setitem(loss.PASS, "cpu", one_pass)
     ours, theirs = tensors(bias=bias), tensors(bias=bias)
-    value = loss.linear_loss(*ours[:3], loss.cross_entropy(ours[3]))[0]
+    value = loss.linear_loss(*ours[:3], SFT.criterion(ours[3], None))[0]
     (3 * value).backward()
     reference = F.cross_entropy(F.linear(*theirs[:3]), theirs[3], reduction="sum")
     (3 * reference).backward()
@@ -72,7 +74,7 @@ def test_half_precision_comes_as_near_as_the_plain_way(monkeypatch, device, bloc
     monkeypatch.setattr(loss, "BLOCK", block)
     ours, plain = ([*tensors(torch.bfloat16, device=device)] for _ in range(2))
     exact = [t.detach().double().requires_grad_() for t in ours[:2]]
-    loss.linear_loss(*ours[:3], loss.cross_entropy(ours[3]))[0].backward()
+    loss.linear_loss(*ours[:3], SFT.criterion(ours[3], None))[0].backward()
     F.cross_entropy(F.linear(*plain[:2]).float(), plain[3], reduction="sum").backward()
     F.cross_entropy(F.linear(*exact), ours[3], reduction="sum").backward()
     for mine, theirs, right in zip(grads(*ours[:2]), grads(*plain[:2]), grads(*exact), strict=True):
@@ -86,7 +88,7 @@ def test_a_frozen_head_gets_no_gradient_and_costs_none(monkeypatch):
     products = []
     real = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, **kw: products.append(args[0].shape) or real(*args, **kw))
-    loss.linear_loss(hidden_sd, weight_vd, None, loss.cross_entropy(targets_s))[0].backward()
+    loss.linear_loss(hidden_sd, weight_vd, None, SFT.criterion(targets_s, None))[0].backward()
     assert products == [(S, D), (S, V)], "the logits, and the gradient of the hidden states"
     assert hidden_sd.grad is not None
 
@@ -97,7 +99,7 @@ def test_scoring_makes_no_gradient(monkeypatch):
     real = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, **kw: products.append(args[0].shape) or real(*args, **kw))
     with torch.no_grad():
-        value = loss.linear_loss(hidden_sd, weight_vd, None, loss.cross_entropy(targets_s))
+        value = loss.linear_loss(hidden_sd, weight_vd, None, SFT.criterion(targets_s, None))
     assert products == [(S, D)], "the logits"
     assert value.item() == pytest.approx(F.cross_entropy(hidden_sd @ weight_vd.T, targets_s, reduction="sum").item())
 
@@ -115,7 +117,7 @@ def test_the_logits_are_never_all_there():
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(loss, "BLOCK", 1 << 20)
                     patch.setattr(loss, "_scratch", {})
-                    loss.linear_loss(hidden_sd, weight_vd, None, loss.cross_entropy(targets_s))[0].backward()
+                    loss.linear_loss(hidden_sd, weight_vd, None, SFT.criterion(targets_s, None))[0].backward()
             else:
                 F.cross_entropy(hidden_sd @ weight_vd.T, targets_s, reduction="sum").backward()
         sizes[name] = max(event.cpu_memory_usage for event in profile.events())
@@ -179,7 +181,7 @@ def test_rows_end_to_end_learn_what_each_would_learn_alone(family):
         Row(("p", i), draw.integers(0, 97, length).astype(np.int32), prompt)
         for i, (length, prompt) in enumerate([(20, 4), (19, 9), (7, 1), (33, 30)])
     ]
-    value = Learner(ours, Sft(), None)(collate(rows))[0]
+    value = Learner(ours, SFT, None)(collate(rows))[0]
     value.backward()
     total = 0.0
     for row in rows:

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.train import loss
-from distill.train.align import Projector, Vocabulary, byte_symbols, common, logaddexp
-from distill.train.batches import Row, collate
-from distill.train.objectives import Logits, divergence
-from distill.train.teaching import Teaching
+from distill.objectives import Logits
+from distill.objectives.divergences import divergence
+from distill.train.learn import loss
+from distill.train.rows.align import Projector, Vocabulary, byte_symbols, common, logaddexp
+from distill.train.rows.batches import Row, collate
+from distill.train.rows.teacher import Teaching
 
 NAMES = ("forward_kl", "reverse_kl", "jsd")
 P, Q = [0.5, 0.25], [0.25, 0.5]  # of two events; the tail has 0.25 in both
@@ -70,7 +71,9 @@ def setting(divergence_name, weight, temperature=1.0, unknown=(2, 5)):
     draw = np.random.default_rng(0)
     batch = collate([Row(("p", 0), draw.integers(0, V, S + 3).astype(np.int32), 3)])
     teaching = Teaching(ids_sk.numpy().astype(np.int32), logp_sk.numpy(), 0.0)
-    return hidden_sd, weight_vd, batch, Logits(teaching, divergence_name, weight, temperature), logp_sk, ids_sk
+    objective = Logits(kind="logits", divergence=divergence_name, weight=weight, temperature=temperature, top_k=K)
+    criterion = objective.criterion(batch.targets_s, teaching.at(batch.places_s, torch.device("cpu")))
+    return hidden_sd, weight_vd, batch, criterion, logp_sk, ids_sk
 
 
 def plain_divergence(name, p, q):
@@ -109,8 +112,8 @@ def plainly(name, weight, temperature, logits_sv, batch, logp_sk, ids_sk):
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient_are_those_of_autograd_on_whole_distributions(monkeypatch, name, temperature, weight, block):
     monkeypatch.setattr(loss, "BLOCK", block)
-    hidden_sd, weight_vd, batch, objective, logp_sk, ids_sk = setting(name, weight, temperature)
-    parts = loss.linear_loss(hidden_sd, weight_vd, None, objective.criterion(batch))
+    hidden_sd, weight_vd, batch, criterion, logp_sk, ids_sk = setting(name, weight, temperature)
+    parts = loss.linear_loss(hidden_sd, weight_vd, None, criterion)
     parts[0].backward()
     ours = [hidden_sd.grad, weight_vd.grad]
     hidden_sd.grad = weight_vd.grad = None
@@ -124,8 +127,8 @@ def test_value_and_gradient_are_those_of_autograd_on_whole_distributions(monkeyp
 
 @pytest.mark.parametrize("name", NAMES)
 def test_where_nothing_is_known_it_is_cross_entropy(name):
-    hidden_sd, weight_vd, batch, objective, *_ = setting(name, 1.0, unknown=range(S))
-    total, sft, logits = loss.linear_loss(hidden_sd, weight_vd, None, objective.criterion(batch)).tolist()
+    hidden_sd, weight_vd, _, criterion, *_ = setting(name, 1.0, unknown=range(S))
+    total, sft, logits = loss.linear_loss(hidden_sd, weight_vd, None, criterion).tolist()
     assert total == pytest.approx(sft) == pytest.approx(logits)
 
 

@@ -210,7 +210,7 @@ def test_overrides_apply_in_order_and_leave_the_data_alone():
         ("learning_rate=1", "did you mean train.learning_rate?"),
         ("trian.learning_rate=1", "--set trian: unknown key; did you mean train?"),
         ("train.wd=1", "did you mean train.weight_decay?"),
-        ("train.qqqq=1", "unknown key; valid here: method, learning_rate"),
+        ("train.qqqq=1", "unknown key; valid here: objective, adapter, learning_rate"),
         ("seed.x=1", "unknown key: there are no keys below seed"),
         ("prompts.1.limit=1", "'1' should be an index from 0 to 0 of that list"),
         ("prompts.limit=1", "'limit' should be an index"),
@@ -314,13 +314,13 @@ def test_missing_keys_are_named():
 
 
 def test_the_file_and_the_override_are_blamed_apart():
-    message = error_of("seed=x", train={"method": "magic"})
-    assert "my.yaml: train.method: should be 'full', 'lora' or 'qlora', not \"magic\"" in message
+    message = error_of("seed=x", train={"dtype": "magic"})
+    assert "my.yaml: train.dtype: should be 'float32' or 'bfloat16', not \"magic\"" in message
     assert '--set seed: should be a valid integer, not "x"' in message
 
 
 def test_a_long_value_is_cut():
-    assert len(error_of(train={"method": "m" * 10_000})) < 200
+    assert len(error_of(train={"dtype": "m" * 10_000})) < 200
 
 
 def test_cards_are_reported_alike():

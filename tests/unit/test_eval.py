@@ -25,10 +25,11 @@ class Killed(BaseException):
 class Scripted:
     """Models that answer as `answer(model, question, gold, sample)` says; they count what they were asked."""
 
-    max_context, usage = None, Usage()
+    usage = Usage()
 
-    def __init__(self, answer, die_after=None):
-        self.numerics = {"engine": "scripted"}
+    def __init__(self, answer, die_after=None, max_context=None):
+        self.numerics, self.max_context = {"engine": "scripted"}, max_context
+        self.sampled_with = set()
         self.answer, self.die_after = answer, die_after
         self.drawn, self.loaded, self.in_memory, self.asked = [], [], 0, []
 
@@ -45,6 +46,7 @@ class Scripted:
         pass
 
     def complete(self, jobs, sampling, seed):
+        self.sampled_with.add(sampling.max_new_tokens)
         for job in jobs:
             for sample in job.samples:
                 if self.die_after is not None and len(self.drawn) == self.die_after:
@@ -336,3 +338,53 @@ def test_reference_answers_of_real_problems_score_everything(tmp_path, recipe, r
     row = score(tmp_path, recipe, right, models=("student",), samples=1, limit=50)["sums", "student"]
     assert (row.pass_at_1.value, row.problems, row.no_answer_rate) == (1, 50, 0)
     assert row.pass_at_1.low == pytest.approx(1 - 3.8415 / 53.8415, abs=1e-4)
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    def prompt_ids(self, messages):
+        return messages[-1]["content"].split()
+
+    def text_ids(self, text):
+        return text.split()
+
+
+def test_max_new_tokens_is_reduced_to_the_models_context(tmp_path, recipe, monkeypatch, capsys):
+    """`What is n + 0? Box it.` has seven words: a context of 12 has room for five and not for the card's eight."""
+    monkeypatch.setattr("distill.models.Model.chat", Words())
+    first = Scripted(knows, max_context=12)
+    row = score(tmp_path, recipe, first, models=("student",), limit=5)["sums", "student"]
+    assert first.sampled_with == {5} and row.settings["sampling.max_new_tokens"] == 5
+    assert row.settings["sampling.max_new_tokens_asked"] == 8
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "max_new_tokens is reduced from 8 to 5, which with the longest prompt fills the model's context of 12"
+        in printed
+    )
+    more = Scripted(knows, max_context=12)
+    score(tmp_path, recipe, more, models=("student",))
+    assert more.sampled_with == {5} and len(more.drawn) == 2 * (PROBLEMS - 5), "more problems are answered alike"
+    same = Scripted(knows, max_context=12)
+    score(tmp_path, recipe, same, models=("student",), max_new_tokens=5)
+    assert same.drawn == [], "asking for what was used is no other setting"
+    with pytest.raises(UserError, match=r"sampling\.max_new_tokens: 5 → 4"):
+        score(tmp_path, recipe, Scripted(knows, max_context=12), models=("student",), max_new_tokens=4)
+
+
+def test_a_longer_problem_that_leaves_less_room_is_not_mixed_in(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr("distill.models.Model.chat", Words())
+    score(tmp_path, recipe, Scripted(knows, max_context=12), models=("student",))
+    with (tmp_path / "problems.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "What, now, is 99 + 0?", "answer": "99"}) + "\n")
+    longer = Scripted(knows, max_context=12)
+    with pytest.raises(UserError, match=r"sampling\.max_new_tokens: 5 → 4"):
+        score(tmp_path, recipe, longer, models=("student",))
+    assert longer.drawn == []
+
+
+def test_a_context_that_is_large_enough_changes_nothing(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr("distill.models.Model.chat", Words())
+    models = Scripted(knows, max_context=15)
+    settings = score(tmp_path, recipe, models, models=("student",))["sums", "student"].settings
+    assert models.sampled_with == {8} and "sampling.max_new_tokens_asked" not in settings

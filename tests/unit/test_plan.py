@@ -8,7 +8,7 @@ from distill.errors import UserError
 from distill.plan import hardware, training
 from distill.plan.hardware import parse
 from distill.recipe import Recipe
-from distill.train import memory
+from distill.train.ranks import memory
 
 RECIPES = ["qwen-1.5b", "qwen-7b", "qwen-14b", "qwen-32b", "llama-8b", "llama-70b"]
 
@@ -32,10 +32,10 @@ def test_a_machine_by_its_name(name, devices, gpu, gigabytes):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("H100", "write it as 8xH100"),
-        ("8xH10", "no GPU is known as H10; did you mean H100"),
-        ("1x33GB", "one of the sizes 24, 40, 48, 80, 141 GB"),
-        ("0.5x", "write it as"),
+        ("H100", "expected a name like 8xH100"),
+        ("8xH10", "unknown GPU H10; did you mean H100"),
+        ("1x33GB", "name the GPU, or one of 24, 40, 48, 80, 141 GB"),
+        ("0.5x", "expected a name like"),
     ],
 )
 def test_a_machine_that_is_none_is_one_line(name, message):
@@ -92,7 +92,7 @@ def test_time_by_hand():
     """70.55 B parameters less the embedding, 8 passes with checkpointing: about 5.6e11 operations a token, and the
     attention's on top; times 4.8 B tokens, twice, over 32 × 312 TFLOP/s at two fifths."""
     recipe = catalog.load_recipe("r1-distill-llama-70b")
-    data = training.Data(800_000, 4_800_000_000, 32768, "as said")
+    data = training.Data(800_000, 4_800_000_000, 32768, "given")
     config = training.configuration(recipe, catalog.load_student("llama-3.3-70b-instruct"))
     operations = training.operations(config, recipe.train, data)
     products = 8 * (70.55e9 - 128_256 * 8192) * 9.6e9
@@ -103,17 +103,17 @@ def test_a_student_that_nobody_has_seen_is_one_line(tmp_path):
     card = tmp_path / "card.yaml"
     card.write_text("name: x\nfamily: llama\nweights: some/where\nparameters: 1\ncontext: 10\nlicense: mit\n")
     recipe = catalog.load_recipe("r1-distill-qwen-7b", [f"student={card}"])
-    with pytest.raises(UserError, match="its card has no `architecture`: download it, or add the shape"):
+    with pytest.raises(UserError, match="its card has no `architecture`: download the weights, or add"):
         training.plan_training(recipe, tmp_path)
 
 
 def test_batches_say_one_thing_only():
     fields = catalog.load_recipe("tiny").model_dump()
     for train, message in (
-        ({"train_batch_size": 8, "gradient_accumulation_steps": 2}, "both size a step"),
-        ({"train_batch_size": 9, "per_device_train_batch_size": 2}, "no multiple of per_device_train_batch_size 2"),
-        ({"activation_offloading": True}, "moves what gradient_checkpointing keeps"),
-        ({"rope_theta": 1e6}, "rope_theta without max_position_embeddings"),
+        ({"train_batch_size": 8, "gradient_accumulation_steps": 2}, "both set the rows of a step"),
+        ({"train_batch_size": 9, "per_device_train_batch_size": 2}, "not a multiple of per_device_train_batch_size 2"),
+        ({"activation_offloading": True}, "requires gradient_checkpointing"),
+        ({"rope_theta": 1e6}, "rope_theta requires max_position_embeddings"),
     ):
         with pytest.raises(UserError, match=message):
             parse_model(Recipe, fields | {"train": train}, "x.yaml")

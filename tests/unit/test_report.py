@@ -1,10 +1,8 @@
-"""The report of a made-up run directory: what stands in the page, what it survives, and that it needs nobody else."""
+"""The report of a made-up run directory: what the page shows, what it survives, and that it needs nothing else."""
 
 import base64
 import hashlib
 import html
-import json
-import math
 import random
 import re
 import xml.etree.ElementTree as ElementTree
@@ -15,138 +13,21 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_support import make_run, make_trace, record_again
 
 from distill import report
+from distill.artefacts import FilterSummary, PublishedScores, RunPaths, Scores
 from distill.errors import UserError
-from distill.eval.statistics import Sample, summarise
+from distill.evaluations import EvaluationPaths, EvaluationRecord, published_line
+from distill.integrity import record_files
 from distill.prompts import Prompt
-from distill.prompts.arithmetic import draw_problem
-from distill.recipe import Recipe
+from distill.record import StageRecord
 from distill.report import pictures, write_report
 from distill.report.contents import read_contents
 from distill.report.mathematics import TAG, marked_up
 from distill.report.pictures import LIGHT
-from distill.scores import beside_published
-from distill.traces.ledger import Ledger
-from distill.traces.store import TraceStore, write_traces
+from distill.traces.store import write_traces
 from distill.traces.trace import Trace, Verdict
-
-STAGES = ("generate", "filter", "train", "eval")
-RIGHT = {"base": 0.06, "student": 0.95, "teacher": 0.99}
-
-
-def make_run(directory, upto="eval", traces=60, problems=40, seed=0):
-    """A run directory as the stages leave it, finished up to and with the stage `upto`."""
-    rng = random.Random(seed)
-    recipe = Recipe.model_validate(
-        {
-            "name": "tiny",
-            "description": "embedded: the whole way in a few minutes on a laptop",
-            "teacher": "tiny-r1",
-            "student": "tiny-qwen",
-            "prompts": [{"kind": "procedural", "name": "arithmetic", "limit": traces}],
-            "eval": {"benchmarks": ["tiny-arithmetic"]},
-        }
-    )
-    (directory / "stages").mkdir(parents=True)
-    (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    last = STAGES.index(upto)
-    _finish(
-        directory, "generate", {"traces": traces, "prompts": traces, "completion_tokens": traces * 90, "truncated": 2}
-    )
-    if last >= 1:
-        _filter(directory, traces, rng)
-    if last >= 2:
-        _train(directory)
-    if last >= 3:
-        _evaluate(directory, problems, rng)
-    return directory
-
-
-def _finish(directory, stage, summary, minute=0):
-    state = {
-        "begun": f"2026-03-01T10:{minute:02d}:00+00:00",
-        "finished": f"2026-03-01T10:{minute + 1:02d}:34+00:00",
-        "seconds": 94.0,
-        "summary": summary,
-    }
-    (directory / "stages" / f"{stage}.json").write_text(json.dumps(state))
-
-
-def _trace(rng, split, right=True, sample=0, think=True):
-    problem = draw_problem(rng, split)
-    prompt = Prompt.from_question(problem.question, problem.answer)
-    reasoning = "\n".join(problem.steps) if think else None
-    response = f"The answer is {problem.answer if right else 'unclear'}."
-    text = f"<think>\n{reasoning}\n</think>\n{response}" if think else response
-    ids = tuple(range(20 * len(problem.steps) + rng.randint(0, 30)))
-    return Trace(prompt, sample, 0, text, reasoning, response, "stop", "f" * 16, (1, 2), ids)
-
-
-def _filter(directory, count, rng):
-    traces = [_trace(rng, "train", right=i % 15 != 0) for i in range(count)]
-    verdicts = {}
-    for i, trace in enumerate(traces):
-        said = [Verdict("format", i % 20 != 3, "ok" if i % 20 != 3 else "think block not closed", {"think": 1})]
-        evidence = {"extracted": trace.response, "gold": trace.prompt.answer}
-        said.append(Verdict("correct", i % 15 != 0, "ok" if i % 15 else "wrong", evidence))
-        verdicts[trace.key] = said
-    kept = [t for t in traces if all(v.keep for v in verdicts[t.key])]
-    dropped = [t for t in traces if t not in kept]
-    write_traces(directory / "filtered" / "kept", kept, verdicts)
-    write_traces(directory / "filtered" / "dropped", dropped, verdicts)
-    unclosed = sum(not verdicts[t.key][0].keep for t in dropped)
-    wrong = len(dropped) - unclosed
-    funnel = [
-        {"filter": "format", "entered": count, "dropped": unclosed, "kept": count - unclosed}
-        | {"reasons": {"think block not closed": unclosed}},
-        {"filter": "finish", "entered": count - unclosed, "dropped": 0, "kept": count - unclosed, "reasons": {}},
-        {
-            "filter": "correct",
-            "entered": count - unclosed,
-            "dropped": wrong,
-            "kept": len(kept),
-            "reasons": {"wrong": wrong},
-        },
-    ]
-    _finish(directory, "filter", {"total": count, "kept": len(kept), "dropped": len(dropped), "funnel": funnel}, 2)
-
-
-def _train(directory):
-    (directory / "checkpoints").mkdir()
-    with Ledger(directory / "checkpoints" / "log.jsonl") as log:
-        rate = (
-            3e-3 * min(1, step / 30) * (0.55 + 0.45 * math.cos(math.pi * step / 360)) for step in range(10, 361, 10)
-        )
-        for step, learning_rate in zip(range(10, 361, 10), rate, strict=True):
-            loss = 0.03 + 1.6 * math.exp(-step / 60)
-            log.append([{"step": step, "loss": loss, "learning_rate": learning_rate, "grad_norm": 1.0}])
-    summary = {"rows": 52, "steps": 360, "supervised_tokens": 250_000, "tokens_per_second": 9_100, "dropped_rows": 0}
-    _finish(directory, "train", summary, 4)
-
-
-def _evaluate(directory, problems, rng):
-    exam = [_trace(rng, "heldout") for _ in range(problems)]
-    for model, share in RIGHT.items():
-        folder = directory / "eval" / "tiny-arithmetic" / model
-        samples, rows = [], []
-        with TraceStore(folder / "traces") as store:
-            for trace in exam:
-                right, think = rng.random() < share, model != "base"
-                response = f"The answer is {trace.prompt.answer if right else 7}."
-                reasoning = trace.reasoning if think else None
-                text = f"<think>\n{reasoning}\n</think>\n{response}" if think else response
-                fields = (trace.prompt, 0, 1, text, reasoning, response, "stop", model, (1, 2), tuple(range(50)))
-                store.append([Trace(*fields)])
-                verdict = "correct" if right else "wrong"
-                rows.append({"prompt": trace.prompt.id, "sample": 0, "verdict": verdict})
-                samples.append(Sample(trace.prompt.id, verdict, True, False, 50, 44 if think else 0))
-        store.compact()
-        with Ledger(folder / "grades.jsonl") as grades:
-            grades.append(rows)
-        scores = {"benchmark": "tiny-arithmetic", "model": model, "samples_per_problem": 1} | summarise(samples)
-        (folder / "scores.json").write_text(json.dumps(scores))
-    _finish(directory, "eval", {"scores": []}, 6)
 
 
 class Page(HTMLParser):
@@ -208,8 +89,8 @@ def test_the_whole_story_is_told(finished):
     for said in ("1 min 34 s", "52 traces in 360 optimiser steps", "One problem, 3 answers", "learning_rate: 1.0e-05"):
         assert said in page.text
     for row in read_contents(finished).scores:
-        assert f"{100 * row['pass@1']:.1f} %" in page.text
-        assert f"{100 * row['pass@1_low']:.1f} – {100 * row['pass@1_high']:.1f} %" in page.text
+        assert f"{100 * row.pass_at_1.value:.1f} %" in page.text
+        assert f"{100 * row.pass_at_1.low:.1f} – {100 * row.pass_at_1.high:.1f} %" in page.text
 
 
 def test_the_page_stands_alone(finished):
@@ -255,16 +136,16 @@ def test_held_out_rows_and_parts_of_an_objective_are_drawn_beside_the_loss():
 def test_published_scores_stand_beside_ours(finished):
     ours = read_contents(finished).scores
     published = [
-        {"benchmark": "tiny-arithmetic", "model": "Somebody", "pass@1": 0.433, "cons@64": 0.6},
-        {"benchmark": "tiny-arithmetic", "model": "Only votes", "cons@64": 0.6},
-        {"benchmark": "another", "model": "Nobody", "pass@1": 0.1},
+        PublishedScores(benchmark="tiny-arithmetic", model="Somebody", scores={"pass@1": 0.433, "cons@64": 0.6}),
+        PublishedScores(benchmark="tiny-arithmetic", model="Only votes", scores={"cons@64": 0.6}),
+        PublishedScores(benchmark="another", model="Nobody", scores={"pass@1": 0.1}),
     ]
     drawn = pictures.scores(ours, published)
     assert "Somebody on tiny-arithmetic 43.3%, as published" in drawn.caption
     assert "Nobody" not in drawn.caption and "Only votes" not in drawn.caption
     assert "Somebody, published" in drawn.svg["wide"] and "43.3 %" in drawn.svg["narrow"]
-    assert beside_published(published[1], ours[0]) == "published for Only votes: cons@64 60.0%"
-    assert "outside the interval of base, cons@64 60.0%" in beside_published(published[0], ours[0])
+    assert published_line(published[1], ours[0]) == "published for Only votes: cons@64 60.0%"
+    assert "outside the interval of base, cons@64 60.0%" in published_line(published[0], ours[0])
 
 
 def test_pass_rates_are_of_each_problem(tmp_path):
@@ -274,11 +155,12 @@ def test_pass_rates_are_of_each_problem(tmp_path):
     rng, traces, verdicts = random.Random(0), [], {}
     for question, right in (("a", (1, 0, 1, 0)), ("b", (0, 0, 0, 0)), ("c", (1, 1, 1, 1))):
         for sample, one in enumerate(right):
-            trace = replace(_trace(rng, "train", sample=sample), prompt=Prompt.from_question(question, "1"))
+            trace = replace(make_trace(rng, "train", sample=sample), prompt=Prompt.from_question(question, "1"))
             traces.append(trace)
             verdicts[trace.key] = [Verdict("correct", bool(one), "ok" if one else "wrong", {})]
     for name, good in (("kept", True), ("dropped", False)):
         write_traces(run / "filtered" / name, [t for t in traces if verdicts[t.key][0].keep is good], verdicts)
+    record_again(run, "filter")
     contents = read_contents(run)
     assert sorted(contents.solved) == [(0, 4), (2, 4), (4, 4)]
     assert pictures._bins([contents.solved]) == 4
@@ -292,7 +174,7 @@ def test_pass_rates_are_of_each_problem(tmp_path):
 def test_time_and_its_price(finished):
     plain, priced = (Page(write_report(finished, price).read_text(encoding="utf-8")).text for price in (None, 3.6))
     assert "all 6 min 16 s" in plain and "price_per_hour" in plain
-    assert "1 min 34 s 0.09" in priced and "all 6 min 16 s 0.38" in priced and "at 3.60 an hour" in priced
+    assert "1 min 34 s 0.09" in priced and "all 6 min 16 s 0.38" in priced and "at 3.60 per hour" in priced
     write_report(finished)
 
 
@@ -310,8 +192,11 @@ def test_the_same_run_gives_the_same_page(finished):
 @pytest.mark.parametrize(
     ("upto", "missing"),
     [
-        ("generate", ["not been filtered yet", "not been trained", "Nothing has been scored", "no judged traces"]),
-        ("filter", ["not been trained", "Nothing has been scored"]),
+        (
+            "generate",
+            ["not been filtered yet", "training has not finished", "Nothing has been scored", "no judged traces"],
+        ),
+        ("filter", ["training has not finished", "Nothing has been scored"]),
         ("train", ["Nothing has been scored"]),
         ("eval", []),
     ],
@@ -319,7 +204,7 @@ def test_the_same_run_gives_the_same_page(finished):
 def test_a_run_that_is_not_finished_says_so(tmp_path, upto, missing):
     page = page_of(make_run(tmp_path / "run", upto, traces=20, problems=10))
     assert [said for said in missing if said in page.text] == missing
-    assert page.text.count("to go on.") == len(missing)
+    assert page.text.count("to continue.") == len(missing)
 
 
 def test_a_recipe_alone_is_a_report(tmp_path):
@@ -332,15 +217,24 @@ def test_what_a_model_wrote_is_text(tmp_path):
     """Markup, half a character, a NUL and dollar signs in traces, names and reasons reach the page as text."""
     run = make_run(tmp_path / "run", traces=20, problems=10)
     nasty = "</div></details><script>alert('$x$ & y')</script>\x00\ud83d"
-    trace = _trace(random.Random(1), "train")
+    trace = make_trace(random.Random(1), "train")
     trace = Trace(Prompt.from_question(nasty, nasty), 0, 0, nasty, nasty, nasty, "stop", "f", (1,), (1, 2))
     write_traces(
         run / "filtered" / "dropped", [trace], {trace.key: [Verdict("format", False, nasty[:-1], {"a": nasty})]}
     )
-    state = run / "stages" / "filter.json"
-    state.write_text(state.read_text().replace("think block not closed", "<b>$bold$</b>"))
-    for scores in run.glob("eval/*/*/scores.json"):
-        scores.write_text(scores.read_text().replace("tiny-arithmetic", "<i>$\\\\frac$</i>"))
+    record_again(run, "filter")
+    path = RunPaths(run).record("filter")
+    record = StageRecord.read(path, "")
+    summary = FilterSummary.model_validate(record.summary, strict=False)
+    step = summary.funnel[0].model_copy(update={"reasons": {"<b>$bold$</b>": 3}})
+    nasty_summary = summary.model_copy(update={"funnel": (step, *summary.funnel[1:])})
+    record.model_copy(update={"summary": nasty_summary.to_json()}).write(path)
+    for directory in run.glob("eval/*/*"):
+        paths = EvaluationPaths(directory)
+        Scores.read(paths.scores, "").model_copy(update={"benchmark": "<i>$\\frac$</i>"}).write(paths.scores)
+        files = record_files(directory, paths.products())
+        EvaluationRecord.read(paths.record, "").model_copy(update={"files": files}).write(paths.record)
+    record_again(run, "eval")
     page = page_of(run)
     assert not {"b", "i"} & set(page.tags) and page.tags.count("script") == 1
     assert "<script>alert('" in page.text and "& y')</script>" in page.text
@@ -352,6 +246,7 @@ def test_long_texts_are_cut_and_it_is_said(tmp_path):
     text = "start " + "x" * 100_000 + " end"
     trace = Trace(Prompt.from_question("q", "1"), 0, 0, text, text, "1", "stop", "f", (1,), (1, 2))
     write_traces(run / "filtered" / "kept", [trace])
+    record_again(run, "filter")
     page = page_of(run)
     assert "80,010 characters left out" in page.text
     assert "start x" in page.text
@@ -359,7 +254,7 @@ def test_long_texts_are_cut_and_it_is_said(tmp_path):
 
 
 def test_the_answers_shown_are_of_a_problem_that_was_learnt(finished):
-    by_model = {answer.who: answer for answer in read_contents(finished).answers}
+    by_model = {answer.model: answer for answer in read_contents(finished).answers}
     assert list(by_model) == ["base", "student", "teacher"]
     assert (by_model["base"].good, by_model["student"].good) == (False, True)
     assert len({answer.question for answer in by_model.values()}) == 1
@@ -374,7 +269,7 @@ def test_another_directory_is_refused(tmp_path):
 def test_a_damaged_state_is_named(tmp_path):
     run = make_run(tmp_path / "run", "generate")
     (run / "stages" / "generate.json").write_text("{")
-    with pytest.raises(UserError, match=r"stages/generate\.json: damaged"):
+    with pytest.raises(UserError, match=r"stages/generate\.json is damaged"):
         write_report(run)
 
 
@@ -409,9 +304,12 @@ def test_a_large_run_gives_a_small_page(tmp_path, monkeypatch):
     """Sampled to a budget, and it says so; the lengths are of all."""
     run = make_run(tmp_path / "run", "filter", traces=20)
     rng = random.Random(3)
-    long = [replace(_trace(rng, "train", sample=i), reasoning="x " * 20_000, text="x " * 20_000) for i in range(300)]
+    long = [
+        replace(make_trace(rng, "train", sample=i), reasoning="x " * 20_000, text="x " * 20_000) for i in range(300)
+    ]
     write_traces(run / "filtered" / "kept", long)
+    record_again(run, "filter")
     contents = read_contents(run)
-    assert len(contents.kept_lengths) == 300 and 5 < len([t for t in contents.traces if t.good]) < 60
+    assert len(contents.lengths.kept) == 300 and 5 < len([t for t in contents.traces if t.good]) < 60
     path = write_report(run)
     assert path.stat().st_size < 3_000_000 and " of 3" in Page(path.read_text(encoding="utf-8")).text

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.train.batches import Batching, Order, Row, best_fit, collate
+from distill.train.rows.batches import Batching, Order, Row, best_fit, collate
 
 
 def row(length, prompt_tokens, first_id=0, place=0):

@@ -3,17 +3,25 @@
 import errno
 import itertools
 import json
+import re
 import shutil
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
 
-from distill.errors import WorkError
-from distill.train import checkpoint as module
-from distill.train.checkpoint import Checkpoints, Position, Step
-from distill.train.state import State
+from distill.errors import UserError, WorkError
+from distill.train.ranks import checkpoint as module
+from distill.train.ranks import tensors
+from distill.train.ranks.checkpoint import Checkpoints, Position, Step
+from distill.train.ranks.tensors import State
+
+FILE = "rank-00000-000.safetensors"
 
 
 class Killed(BaseException):
@@ -38,7 +46,7 @@ def save(checkpoints, state, step):
     """A checkpoint whose weight is its step, and a log line for each step."""
     fill(state, step)
     position = Position(step=step, window=[Step((0.5,), 1.0, step)])
-    checkpoints.log(position, {"step": step})
+    checkpoints.log({"step": step})
     checkpoints.save(state, position)
 
 
@@ -57,7 +65,7 @@ def test_the_newest_comes_back_with_its_position(tmp_path, state):
     save(checkpoints, state, 9)
     save(checkpoints, state, 1000000)  # seven digits sort after six
     position = Checkpoints(tmp_path, 2).restore(state)
-    assert position == Position(step=1000000, window=[Step((0.5,), 1.0, 1000000)], log_bytes=position.log_bytes)
+    assert position == Position(step=1000000, window=[Step((0.5,), 1.0, 1000000)])
     assert state.learner.weight.item() == 1000000
 
 
@@ -92,8 +100,8 @@ def test_what_is_frozen_is_not_stored_and_stays(tmp_path):
     learner[0].requires_grad_(False)
     state = State(learner, torch.optim.AdamW(learner[1].parameters()))
     Checkpoints(tmp_path, 2).save(state, Position(step=1))
-    stored = FileSystemReader(tmp_path / "step-000001").read_metadata().state_dict_metadata
-    assert {name for name in stored if not name.startswith("random")} == {"1.weight", "1.bias"}
+    with safe_open(tmp_path / "step-000001" / FILE, framework="pt") as file:
+        assert {name for name in file.keys() if not name.startswith("random")} == {"1.weight", "1.bias"}  # noqa: SIM118
     kept = learner[0].weight.clone()
     Checkpoints(tmp_path, 2).restore(state)
     assert torch.equal(learner[0].weight, kept)
@@ -105,14 +113,13 @@ def test_a_directory_whose_old_version_was_left_half_deleted_is_written_again(tm
         module.doomed(path).mkdir(exist_ok=True)
         (module.doomed(path) / "half").touch()
         with module.writing(scratch, path):
-            scratch.mkdir()
             (scratch / "weights").write_text(version)
         assert [p.name for p in tmp_path.iterdir()] == ["student"] and (path / "weights").read_text() == version
 
 
 def test_without_a_checkpoint_it_starts_at_nothing_and_an_empty_log(tmp_path, state):
     checkpoints = Checkpoints(tmp_path, 2)
-    checkpoints.log(Position(), {"step": 10})
+    checkpoints.log({"step": 10})
     assert checkpoints.restore(state) == Position()
     assert logged(tmp_path) == []
 
@@ -127,27 +134,117 @@ def test_at_most_the_limit_is_kept(tmp_path, state):
 def test_the_log_is_cut_back_to_the_checkpoint_half_a_line_included(tmp_path, state):
     checkpoints = Checkpoints(tmp_path, 2)
     save(checkpoints, state, 1)
-    checkpoints.log(Position(), {"step": 2})
+    checkpoints.log({"step": 2})
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     Checkpoints(tmp_path, 2).restore(state)
     assert logged(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("damage", ["missing file", "short file", "no state"])
-def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, state, damage):
+def flip(path, byte=-1, bit=0):
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "no tensors": lambda path: (path / FILE).unlink(),
+    "short tensors": lambda path: (path / FILE).write_bytes((path / FILE).read_bytes()[:-1]),
+    "a bit of the tensors": lambda path: flip(path / FILE),
+    "a bit of the header": lambda path: flip(path / FILE, 20),
+    "a bit of the log": lambda path: flip(path / "log.jsonl"),
+    "no state": lambda path: (path / "state.json").unlink(),
+    "another step": lambda path: edit(path / "state.json", '"step": 2', '"step": 3'),
+    "a state that is a list": lambda path: (path / "state.json").write_text("[]"),
+    "an empty state": lambda path: (path / "state.json").write_text("{}"),
+    "an empty file": lambda path: (path / "state.json").write_bytes(b""),
+}
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_loaded(tmp_path, state, damage, capsys):
     checkpoints = Checkpoints(tmp_path, 3)
     for step in (1, 2):
         save(checkpoints, state, step)
-    weights = tmp_path / "step-000002" / "__0_0.distcp"
-    match damage:
-        case "missing file":
-            weights.unlink()
-        case "short file":
-            weights.write_bytes(weights.read_bytes()[:-1])
-        case "no state":
-            (tmp_path / "step-000002" / "state.json").unlink()
+    DAMAGE[damage](tmp_path / "step-000002")
     assert restored(tmp_path, state) == (1, 1.0)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path / 'step-000002'}/")
+    assert line.endswith("the checkpoint is deleted, training resumes from step-000001")
+    assert not (tmp_path / "step-000002").exists() and logged(tmp_path) == [1]
+    DAMAGE["a bit of the tensors"](tmp_path / "step-000001")
+    assert restored(tmp_path, state) == (0, -1.0)
+    assert "training starts over" in capsys.readouterr().out and logged(tmp_path) == []
+
+
+def test_other_directories_and_files_are_no_checkpoints(tmp_path, state):
+    save(Checkpoints(tmp_path, 2), state, 1)
+    for name in ("step-xyz", "step-", "step-000002.old", "step-7"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000003").write_text("a file")
+    assert restored(tmp_path, state) == (1, 1.0)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, state):
+    save(Checkpoints(tmp_path, 2, fingerprint="a"), state, 1)
+    with pytest.raises(UserError, match=r"step-000001 belongs to a training with other settings; --fresh train"):
+        Checkpoints(tmp_path, 2, fingerprint="b").restore(state)
+
+
+def test_a_log_that_was_lost_comes_back(tmp_path, state):
+    save(Checkpoints(tmp_path, 2), state, 1)
+    for text in (None, "", '{"step": 9}\n' * 5):
+        (tmp_path / "log.jsonl").unlink()
+        if text is not None:
+            (tmp_path / "log.jsonl").write_text(text)
+        Checkpoints(tmp_path, 2).restore(state)
+        assert logged(tmp_path) == [1]
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path, state):
+    save(Checkpoints(tmp_path, 2), state, 1)
+    assert sorted(p.name for p in (tmp_path / "step-000001").iterdir()) == ["log.jsonl", FILE, "state.json"]
+    source = "".join(path.read_text() for path in Path(module.__file__).parents[2].rglob("*.py"))
+    assert not re.findall(r"torch\.load\(|import pickle|allow_pickle=True|FileSystemReader\(", source)
+
+
+@given(rows=st.integers(1, 40), old=st.integers(1, 7), new=st.integers(1, 7), limit=st.sampled_from([40, 1 << 30]))
+def test_shards_of_any_number_of_ranks_are_read_by_any_other(rows, old, new, limit):
+    """Rows of a whole tensor, split as torch.chunk does, saved by some ranks and read by others."""
+    whole = torch.arange(rows * 3, dtype=torch.float32).reshape(rows, 3)
+
+    def pieces(ranks):
+        size = -(-rows // ranks)
+        return [tensors.Piece(whole[i * size : (i + 1) * size], (rows, 3), min(rows, i * size)) for i in range(ranks)]
+
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "FILE_BYTES", limit)
+        for rank, piece in enumerate(pieces(old)):
+            patch.setattr(tensors, "piece_of", lambda tensor, piece=piece: piece._replace(local=tensor))
+            patch.setattr(tensors, "DTensor", torch.Tensor)
+            Pieces(rank, {"a": piece.local + 1, "b": piece.local}).save(Path(place))
+        with ExitStack() as stack:
+            stored = tensors.Stored(Path(place), stack)
+            for piece in pieces(new):
+                into = piece._replace(local=torch.full_like(piece.local, -1))
+                stored.read("b", into)
+                assert torch.equal(into.local, piece.local)
+
+
+class Pieces(State):
+    """The state of a rank that holds given tensors."""
+
+    def __init__(self, rank, held):
+        self.rank, self.held = rank, held
+
+    def _tensors(self):
+        return iter(self.held.items())
 
 
 def test_killed_at_any_call_to_the_file_system(tmp_path, state):
@@ -219,14 +316,13 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path, state
     save(checkpoints, state, 1)
 
     def full(directory):
-        Path(directory).mkdir()
-        (Path(directory) / "__0_0.distcp").write_bytes(b"half")
+        (Path(directory) / FILE).write_bytes(b"half")
         raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(state, "save", full)
         with pytest.raises(
-            WorkError, match=r"step-000002 could not be written \(.*\): see that there is room"
+            WorkError, match=r"step-000002 could not be written \(.*\): make sure that there is free"
         ) as caught:
             save(checkpoints, state, 2)
     assert "\n" not in str(caught.value)

@@ -8,8 +8,8 @@ from distill.chat import Chat
 from distill.errors import UserError
 from distill.prompts.prompt import Prompt
 from distill.traces.trace import Trace
-from distill.train import data as module
-from distill.train.data import Encoder, Encoding, Source, conversation
+from distill.train.rows import stored as module
+from distill.train.rows.encode import Encoder, Encoding, Source, conversation
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_only_long_rows_is_an_error_that_says_how_long(encode, chat):
 def test_text_that_is_not_unicode_is_one_line(encode, question, text):
     """JSON can hold it, and a tokenizer would stop with a TypeError."""
     trace = Trace(Prompt.from_question(question, None), 7, 0, text, None, text, "stop", "t")
-    with pytest.raises(UserError, match=r"^trace \w+ sample 7 holds half a character"):
+    with pytest.raises(UserError, match=r"^trace \w+ sample 7 contains a lone surrogate"):
         encode([trace])
 
 
@@ -139,7 +139,7 @@ def test_holding_out_everything_is_an_error(encode):
 
 def test_the_cache_gives_back_the_rows_and_knows_what_it_was_made_from(encode, tmp_path):
     rows, _ = encode(support.sums(20), held_out=0.3)
-    rows.proved = ["proved"]
+    rows.proved = ("proved",)
     place = tmp_path / "tokens"
     assert module.load(place, "abc") is None, "without its last file it is not whole"
     module.store(rows, place, "abc")
@@ -148,19 +148,36 @@ def test_the_cache_gives_back_the_rows_and_knows_what_it_was_made_from(encode, t
         (r.key, r.ids.tolist(), r.prompt_tokens, r.place) for r in rows
     ]
     assert np.array_equal(again.held_out, rows.held_out)
-    assert (again.counts, again.proved) == (rows.counts, ["proved"])
+    assert (again.counts, again.proved) == (rows.counts, ("proved",))
     assert isinstance(again.ids, np.memmap)
     assert module.load(place, "abd") is None
     assert module.load(place) is not None
 
 
-@pytest.mark.parametrize("damage", ["ids.bin", "index.parquet", "rows.json"])
-def test_a_cache_that_is_not_whole_is_not_taken(encode, tmp_path, damage):
+@pytest.mark.parametrize("file", ["ids.bin", "index.parquet", "rows.json", "teacher-ids.npy"])
+@pytest.mark.parametrize("damage", ["a bit", "the end", "all of it"])
+def test_a_damaged_file_of_the_cache_is_named(encode, tmp_path, file, damage):
     rows, _ = encode(support.sums(20))
     place = tmp_path / "tokens"
+    np.save(place / "teacher-ids.npy", np.arange(40))
     module.store(rows, place, "abc")
-    file = place / damage
-    file.write_bytes(file.read_bytes()[:-8])
-    assert module.load(place, "abc") is None
-    file.unlink()
-    assert module.load(place, "abc") is None
+    assert module.damage(place, "abc") is None
+    path = place / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    match damage:
+        case "a bit":
+            path.write_bytes(data)
+        case "the end":
+            path.write_bytes(data[:-8])
+        case "all of it":
+            path.unlink()
+    assert str(path) in module.damage(place, "abc")
+    if file != "rows.json":
+        assert module.damage(place, "abd") is None, "rows of other things are made again anyway"
+    if file in ("rows.json", "index.parquet"):
+        assert module.load(place, "abc") is None
+
+
+def test_a_directory_that_is_not_there_is_not_damaged(tmp_path):
+    assert module.damage(tmp_path / "tokens", "abc") is None and module.load(tmp_path / "tokens") is None

@@ -9,10 +9,10 @@ import train_support as support
 
 from distill.chat import Chat
 from distill.errors import UserError
-from distill.train import gate
-from distill.train.batches import collate
-from distill.train.data import Encoder, Encoding, Source
-from distill.train.gate import Limits
+from distill.train.rows import gate
+from distill.train.rows.batches import collate
+from distill.train.rows.encode import Encoder, Encoding, Source
+from distill.train.rows.gate import Limits
 
 TRACES = support.sums(12)
 
@@ -61,16 +61,16 @@ def prove(encode):
 
 def test_good_rows_pass_and_the_lines_say_what_holds(student, prove):
     lines = "\n".join(prove(Chat.load(student, "chatml")))
-    assert "12 rows" in lines and "first longest random" in lines
-    assert "exactly the completion" in lines and "characters of reasoning included" in lines
-    assert "every row ends in a supervised <|im_end|>" in lines
+    assert "12 rows" in lines and "(first, longest, random)" in lines
+    assert "exactly the completion" in lines and "characters of reasoning" in lines
+    assert "all rows end in a supervised <|im_end|>" in lines
     supervised = sum(len(t.text) + 1 for t in TRACES)  # byte-level: a character is a token, and the end token
-    assert f"{supervised:,} of " in lines
+    assert f"supervised tokens: {supervised:,} of " in lines
 
 
 def test_the_answer_alone_passes_as_a_control(student, prove):
     lines = "\n".join(prove(Chat.load(student, "chatml"), content="answer"))
-    assert "the reasoning is left out" in lines
+    assert "without the reasoning" in lines
 
 
 def test_rows_that_were_cut_may_end_without_an_end_token_and_it_is_said(student, prove):
@@ -89,11 +89,13 @@ def test_two_sources_may_hold_samples_of_one_prompt(student, tmp_path):
 
 def test_rows_without_reasoning_are_counted(student, prove):
     lines = "\n".join(prove(Chat.load(student, "chatml"), [*TRACES, support.trace("1+1?", "2")]))
-    assert "1 rows have no reasoning, as train.data says" in lines
+    assert "without reasoning: 1 rows, as train.data allows" in lines
 
 
 def test_a_template_that_deletes_the_reasoning(student, tmp_path, prove):
-    with pytest.raises(UserError, match=r"deletes the reasoning: of trace .* set train\.chat_template to `chatml`"):
+    with pytest.raises(
+        UserError, match=r"deletes the reasoning: \d+ characters .* set train\.chat_template to `chatml`"
+    ):
         prove(load(student, tmp_path, R1))
 
 
@@ -122,7 +124,7 @@ def test_a_base_model_without_a_template_says_which_to_set(student):
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer(student, prove):
-    with pytest.raises(UserError, match=r"gives id 258 \(<\|im_start\|>\) but the model's vocabulary ends at 257"):
+    with pytest.raises(UserError, match=r"gives id 258 \(<\|im_start\|>\), but the model's vocabulary ends at 257"):
         prove(Chat.load(student, "chatml"), vocabulary=258)
 
 
@@ -172,3 +174,42 @@ def test_text_that_tokenizers_may_normalise_is_not_a_failure(student, prove):
 
     chat.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
     assert prove(chat, [support.trace("q", "<think>\ncafe\u0301 \u00a0x</think>\n\nso")])
+
+
+def with_token(rows, row, place, id_):
+    """The rows with one id of one row replaced; place: counted from its first supervised token."""
+    rows.ids = rows.ids.copy()
+    rows.ids[rows.starts[row] + rows.prompt_tokens[row] + place] = id_
+    return rows
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
+def test_a_control_token_inside_a_row_is_refused_with_the_row(student, encode, token):
+    """In any row, not only in those that are compared token by token."""
+    chat = Chat.load(student, "chatml")
+    rows, witnesses = encode(chat, support.sums(40))
+    compared = {trace.key for _, trace in witnesses.values()}
+    row = next(i for i in range(30, 40) if rows.keys[i] not in compared)
+    with_token(rows, row, 3, chat.tokenizer.convert_tokens_to_ids(token))
+    key, sample = rows.keys[row]
+    expected = rf"^trace {key} sample {sample}: the control token .* is supervised token 4 of \d+, .*1 of 40 rows"
+    with pytest.raises(UserError, match=expected):
+        gate.prove(rows, witnesses, chat, "reasoning", Limits(272, 512))
+
+
+@pytest.mark.parametrize("place", [-3, -2])
+def test_control_tokens_of_the_prompt_and_at_the_end_are_meant(student, encode, place):
+    chat = Chat.load(student, "chatml")
+    rows, _ = encode(chat)
+    row = int(np.argmax(rows.lengths))
+    assert rows.ids[rows.starts[row] + rows.lengths[row] - 1] in chat.stop_token_ids
+    gate.prove_control_tokens(with_token(rows, row, place, chat.eos_token_id), chat)
+
+
+def test_a_row_that_was_cut_has_no_end_at_which_a_control_token_is_meant(student, encode):
+    chat = Chat.load(student, "chatml")
+    rows, _ = encode(chat, max_length=90, overlong="truncate")
+    row = int(np.argmax(rows.truncated))
+    gate.prove_control_tokens(rows, chat)
+    with pytest.raises(UserError, match="the control token"):
+        gate.prove_control_tokens(with_token(rows, row, rows[row].supervised - 1, chat.eos_token_id), chat)

@@ -6,10 +6,10 @@ import train_support as support
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.errors import UserError
-from distill.recipe import Train
-from distill.run import Run
-from distill.train import methods, student
-from distill.train.fit import adapter_tensors
+from distill.recipe import Lora, Train
+from distill.train.learn.fit import adapter_tensors
+from distill.train.student import methods
+from distill.train.student import model as student
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +18,9 @@ def base(tmp_path_factory):
 
 
 def test_adapters_alone_are_trained_in_float32_beside_a_base_in_bfloat16(base):
-    settings = Train(method="lora", lora_r=4)
+    settings = Train(adapter=Lora(kind="lora", r=4))
     model = student.load(base, settings, torch.bfloat16)
-    methods.with_adapters(model, settings)
+    methods.with_adapters(model, settings.adapter)
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name and dtype == torch.float32 for name, dtype in trained.items())
     assert len(trained) == 2 * 7 * 2  # A and B of seven linear layers, twice; not of the head
@@ -28,9 +28,9 @@ def test_adapters_alone_are_trained_in_float32_beside_a_base_in_bfloat16(base):
 
 
 def test_it_begins_at_the_base(base):
-    settings = Train(method="lora")
+    settings = Train(adapter=Lora(kind="lora"))
     plain, adapted = (student.load(base, settings, torch.float32) for _ in range(2))
-    methods.with_adapters(adapted, settings)
+    methods.with_adapters(adapted, settings.adapter)
     ids = torch.arange(20)[None]
     plain.set_attn_implementation("eager")
     adapted.set_attn_implementation("eager")
@@ -38,15 +38,15 @@ def test_it_begins_at_the_base(base):
 
 
 def test_the_merged_student_computes_what_base_and_adapters_do(base):
-    settings = Train(method="lora", lora_r=4, lora_alpha=8)
+    settings = Train(adapter=Lora(kind="lora", r=4, alpha=8))
     model = student.load(base, settings, torch.float32)
-    methods.with_adapters(model, settings)
+    methods.with_adapters(model, settings.adapter)
     torch.manual_seed(0)
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.1)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    merged = student.merged(base, settings, adapter_tensors(trained), torch.float32)
+    merged = student.merged(base, settings, settings.adapter, adapter_tensors(trained), torch.float32)
     assert not any("lora" in name for name in merged.state_dict())
     for one in (model, merged):
         one.set_attn_implementation("eager")
@@ -58,13 +58,14 @@ def test_the_merged_student_computes_what_base_and_adapters_do(base):
 
 
 def test_a_layer_that_is_not_there_is_named_with_those_that_are(base):
-    settings = Train(method="lora", lora_target_modules=("c_attn",))
-    with pytest.raises(UserError, match=r"lora_target_modules \['c_attn'\] names no module .*down_proj.*q_proj"):
-        methods.with_adapters(student.load(base, settings, torch.float32), settings)
+    settings = Train(adapter=Lora(kind="lora", target_modules=("c_attn",)))
+    with pytest.raises(UserError, match=r"adapter\.target_modules \['c_attn'\] matches no layer .*down_proj.*q_proj"):
+        methods.with_adapters(student.load(base, settings, torch.float32), settings.adapter)
 
 
 @pytest.mark.parametrize(
-    "setting, what", [({"method": "qlora"}, "method is qlora"), ({"optim": "adamw_8bit"}, "adamw_8bit")]
+    "setting, what",
+    [({"adapter": {"kind": "qlora"}}, "adapter.kind is qlora"), ({"optim": "adamw_8bit"}, "adamw_8bit")],
 )
 def test_a_missing_extra_is_one_line(base, tmp_path, monkeypatch, setting, what):
     monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
@@ -75,18 +76,14 @@ def test_a_missing_extra_is_one_line(base, tmp_path, monkeypatch, setting, what)
 
 def test_a_student_whose_context_was_extended_says_so(base, tmp_path):
     directory = tmp_path / "run"
-    with Run(directory, support.make_recipe(base)) as run:
-        run.stage("filter", {}, {}, ["filtered"]).finish({"funnel": [], "kept": 24, "total": 24})
-        support.prepare(directory, support.sums(24))
+    support.begin(directory, support.sums(24), base)
     support.train_here(directory, base, {"max_steps": 2, "max_position_embeddings": 4096, "rope_theta": 5e5})
     config = AutoConfig.from_pretrained(directory / "student")
     assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (4096, 5e5)
     assert "| context extended to | 4,096 tokens, RoPE base 500000 |" in (directory / "student/README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "tracker, message", [("nothing", "no tracker is called 'nothing'"), ("wandb", "pip install wandb")]
-)
+@pytest.mark.parametrize("tracker, message", [("nothing", "unknown tracker 'nothing'"), ("wandb", "pip install wandb")])
 def test_a_tracker_that_would_be_passed_over_is_refused(base, tmp_path, monkeypatch, tracker, message):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
     run = support.prepare(tmp_path / "run", support.sums(24))

@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill.chat import Chat
 from distill.errors import UserError
 from distill.run import Run
-from distill.traces.store import write_traces
-from distill.train import prepare, traces_hash, train
-from distill.train.card import add_scores
-from distill.train.state import State
+from distill.train import STAGE
+from distill.train.ranks.tensors import State
+from distill.train.rows import prepare
 
 SETTINGS = {"max_steps": 4, "logging_steps": 2, "save_steps": 2}
 
@@ -34,10 +33,13 @@ def trained(student, tmp_path_factory):
 
 def start(directory, student, traces=None):
     """A run directory in which the filter stage has left its traces."""
+    return support.begin(directory, support.sums(24) if traces is None else traces, student)
+
+
+def afresh(directory, student):
+    """`--fresh train`."""
     with Run(directory, support.make_recipe(student)) as run:
-        run.stage("filter", {}, {}, ["filtered"]).finish({})
-        support.prepare(directory, support.sums(24) if traces is None else traces)
-    return directory
+        run.fresh([STAGE])
 
 
 def test_the_student_loads_in_transformers_and_is_the_last_checkpoint(trained):
@@ -79,39 +81,17 @@ def test_its_card_tells_where_it_comes_from(trained):
     front = yaml.safe_load(header)
     assert (front["base_model"], front["license"], front["model_name"]) == ("tiny-test", "mit", "test")
     assert (front["library_name"], "distillation" in front["tags"]) == ("transformers", True)
-    assert f"{summary['supervised_tokens']:,} in 4 steps" in body and "`tiny-r1`" in body
-
-
-def test_scores_go_into_the_front_matter_of_the_card(trained, tmp_path):
-    directory, _ = trained
-    copy = tmp_path / "student"
-    copy.mkdir()
-    shutil.copy(directory / "student" / "README.md", copy)
-    before = (copy / "README.md").read_text()
-    row = {"benchmark": "b", "problems": 300, "samples_per_problem": 4, "pass@1": 0.5, "pass@1_low": 0.4}
-    rows = [row | {"model": model, "pass@1_high": 0.6} for model in ("base", "student")]
-    for _ in range(2):  # a second evaluation replaces the first
-        add_scores(copy, rows)
-    _, header, body = (copy / "README.md").read_text().split("---\n", 2)
-    assert body == before.split("---\n", 2)[2]
-    (result,) = yaml.safe_load(header)["model-index"][0]["results"]
-    assert result["metrics"] == [
-        {"type": "pass@1", "name": "pass@1, 300 problems × 4 (95 %: 40.0 to 60.0)", "value": 50.0}
-    ]
-    add_scores(tmp_path / "nothing", rows)
-    add_scores(copy, [])
+    assert f"{summary.supervised_tokens:,} in 4 steps" in body and "`tiny-r1`" in body
 
 
 def test_other_learning_rates_have_the_same_rows(student, tmp_path):
     directory = start(tmp_path / "run", student)
     support.train_here(directory, student, SETTINGS)
     made = (directory / "tokens" / "ids.bin").stat()
-    with Run(directory, support.make_recipe(student)) as run:
-        run.fresh("train")
+    afresh(directory, student)
     support.train_here(directory, student, SETTINGS | {"learning_rate": 1e-4})
     assert (directory / "tokens" / "ids.bin").stat().st_ino == made.st_ino
-    with Run(directory, support.make_recipe(student)) as run:
-        run.fresh("train")
+    afresh(directory, student)
     support.train_here(directory, student, SETTINGS | {"max_length": 200})
     assert (directory / "tokens" / "ids.bin").stat().st_ino != made.st_ino
 
@@ -139,28 +119,23 @@ def test_other_settings_are_refused_by_name(trained, student, changed):
 def test_other_traces_are_refused(trained, student, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(trained[0], directory)
-    write_traces(directory / "filtered" / "kept", support.sums(23))
+    shutil.rmtree(directory / "filtered")
+    (directory / "stages" / "filter.json").unlink()
+    start(directory, student, support.sums(23))
     with pytest.raises(UserError, match=r"kept_traces: .*--fresh train"):
         support.train_here(directory, student, SETTINGS)
-
-
-def test_the_order_of_the_kept_traces_is_nothing(tmp_path):
-    write_traces(tmp_path / "a", support.sums(9))
-    write_traces(tmp_path / "b", support.sums(9)[::-1])
-    write_traces(tmp_path / "c", [*support.sums(8), support.trace("1+1?", "<think>x</think>2")])
-    assert traces_hash(tmp_path / "a") == traces_hash(tmp_path / "b") != traces_hash(tmp_path / "c")
 
 
 def test_training_the_answer_alone_never_shows_the_reasoning(student, tmp_path):
     directory = start(tmp_path / "run", student)
     answers = support.train_here(directory, student, SETTINGS | {"content": "answer"})
-    assert answers["supervised_tokens_per_epoch"] == sum(len(t.response) + 1 for t in support.sums(24))
+    assert answers.supervised_tokens_per_epoch == sum(len(t.response) + 1 for t in support.sums(24))
 
 
 def refused(directory, student, settings=None):
     """The message of the refusal, and the proof that it wrote nothing."""
     with Run(directory, support.make_recipe(student, settings)) as run, pytest.raises(UserError) as caught:
-        train(run)
+        STAGE.perform(run)
     assert "\n" not in str(caught.value)
     assert not (directory / "stages" / "train.json").exists()
     assert not (directory / "checkpoints").exists() and not (directory / "student").exists()
@@ -174,7 +149,7 @@ def test_no_filtered_traces(student, tmp_path):
 
 
 def test_an_empty_trace_set(student, tmp_path):
-    assert "holds no trace" in refused(start(tmp_path / "run", student, []), student)
+    assert "there are no traces to train on" in refused(start(tmp_path / "run", student, []), student)
 
 
 def test_a_teacher_that_cannot_be_loaded_leaves_nothing(student, tmp_path, monkeypatch):
@@ -183,7 +158,7 @@ def test_a_teacher_that_cannot_be_loaded_leaves_nothing(student, tmp_path, monke
 
     monkeypatch.setattr(prepare, "teach", fail)
     directory = start(tmp_path / "run", student)
-    assert refused(directory, student, {"objective": "logits"}) == "no such teacher"
+    assert refused(directory, student, {"objective": {"kind": "logits"}}) == "no such teacher"
     assert not (directory / "tokens").exists() and not list(directory.glob(".tokens*"))
 
 
@@ -204,7 +179,7 @@ def test_truncated_weights(broken):
     student, directory = broken
     weights = student / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert f"{weights} is truncated" in refused(directory, student)
+    assert f"{weights} is truncated or not a safetensors file" in refused(directory, student)
 
 
 def test_missing_weights(broken):
@@ -217,13 +192,13 @@ def test_weights_of_another_shape(broken):
     student, directory = broken
     edit(student, hidden_size=64)
     message = refused(directory, student)
-    assert "config.json asks for weights that have another shape there: model.embed_tokens.weight" in message
+    assert "weights that config.json expects have another shape: model.embed_tokens.weight" in message
 
 
 def test_weights_without_a_layer(broken):
     student, directory = broken
     edit(student, num_hidden_layers=3, layer_types=["full_attention"] * 3)
-    assert "asks for weights that are not there: model.layers.2.input_layernorm.weight" in refused(directory, student)
+    assert "expects are missing: model.layers.2.input_layernorm.weight" in refused(directory, student)
 
 
 def test_a_config_that_contradicts_itself(broken):

@@ -1,0 +1,88 @@
+"""The protocol of a model that answers, and the nouns that it speaks in."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pydantic import JsonValue
+
+from distill.engine.options import SamplingParams
+from distill.prompts.prompt import Prompt
+from distill.traces.trace import FinishReason, Trace
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt and the sample numbers wanted of it."""
+
+    prompt: Prompt
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Completed:
+    """One finished sample.
+
+    text: with the prefilled `<think>` put back. finish_reason: as the model or the server gives it, None where it gives
+    none. Token ids are exactly what was sampled; empty where they are not known, and then completion_tokens is the
+    server's count, None where it gives none that can be used.
+    """
+
+    prompt: Prompt
+    sample: int
+    text: str
+    finish_reason: FinishReason
+    prompt_token_ids: tuple[int, ...] = ()
+    completion_token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one backend's work so far. drafts: proposed and accepted by the multi-token-prediction layer; None
+    where the backend does not draft."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    drafts: tuple[int, int] | None = None
+
+
+class Backend(Protocol):
+    """A model that answers: the local engine, or a server. Everything that samples goes through this protocol."""
+
+    @property
+    def identity(self) -> Mapping[str, JsonValue]:
+        """Weights revision, template and mode: known before anything is loaded. Part of fingerprints, key by key."""
+
+    @property
+    def numerics(self) -> Mapping[str, str]:
+        """What produces the numbers (kernels, precision, cache), by name. Part of fingerprints, key by key."""
+
+    @property
+    def max_context(self) -> int | None:
+        """Tokens of prompt and completion together; None where the server does not say."""
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+
+    def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
+        """Errors: UserError when a prompt cannot be completed (longer than the context, …)."""
+
+    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Iterator[Completed]:
+        """Yield every wanted sample once, in order of completion. Lazy in `jobs`.
+
+        Errors: UserError for what the user can correct, WorkError when the engine or the server fails; every sample
+        that was delivered before is yielded first.
+        """
+
+    def score(self, traces: Sequence[Trace], top_k: int) -> list[Trace]:
+        """The traces with this model's log-probabilities of their tokens and of its `top_k` likeliest at each position.
+
+        Errors: UserError where the backend cannot score, or a trace is longer than the context.
+        """
+
+    def close(self) -> None:
+        """Release the model: memory, processes, connections. The backend is not used afterwards."""

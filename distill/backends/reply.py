@@ -1,0 +1,115 @@
+"""A server's reply to a chat request, checked before anything of it is stored.
+
+A server is not trusted to send what its protocol says: any field may have another type. What cannot be an answer is
+`Unreadable`, and the caller asks again; a count that cannot be right (`"seven"`, -1, 10^30) is treated as unknown,
+because the answer beside it is complete. Nothing is guessed: an unknown finish reason is kept as it is, so that it
+never counts as "stop".
+"""
+
+import json
+import re
+from dataclasses import dataclass
+
+from distill.chat import THINK
+
+GAVE_UP = "insufficient_system_resource"  # DeepSeek's finish reason for an answer that it did not complete
+MOST_TOKENS = 2**31 - 1  # that a trace can store
+LONGEST_REASON = 64  # characters of a finish reason
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot
+
+
+class Unreadable(Exception):
+    """A reply that holds no answer. The message says why, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer. text: with reasoning that the server returns separately put back into `<think>`. finish_reason,
+    prompt_tokens, completion_tokens: None where the server does not say, or nothing that can be right."""
+
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+def read_reply(body: bytes) -> Reply:
+    """The first choice of a chat completion. Errors: Unreadable."""
+    reply = _object(read_json(body), "the reply")
+    choices = reply.get("choices")
+    if not isinstance(choices, list) or not choices:
+        raise Unreadable("it has no choices")
+    choice = _object(choices[0], "a choice")
+    message = _object(choice.get("message"), "a message")
+    finish_reason = _finish_reason(choice.get("finish_reason"))
+    content = _text(message.get("content"), "content")
+    reasoning = _text(message.get("reasoning_content"), "reasoning_content")
+    reasoning = reasoning or _text(message.get("reasoning"), "reasoning")
+    usage = reply.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    tokens = _count(counts.get("completion_tokens"))
+    if not (content or reasoning or tokens):
+        raise Unreadable("it is empty")
+    return Reply(_joined(reasoning, content), finish_reason, _count(counts.get("prompt_tokens")), tokens)
+
+
+def read_model_names(body: bytes) -> list[str]:
+    """The names in a list of models. Errors: Unreadable."""
+    data = _object(read_json(body), "the reply").get("data")
+    if not isinstance(data, list):
+        raise Unreadable("it lists no models")
+    names = [_object(item, "a model").get("id") for item in data]
+    if not all(isinstance(name, str) and name for name in names):
+        raise Unreadable("a model has no name")
+    return [str(name) for name in names]
+
+
+def read_json(body: bytes) -> object:
+    """The value that a body holds. Errors: Unreadable."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise Unreadable("it is empty" if not body.strip() else "it is not JSON") from None
+
+
+def _object(value: object, name: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise Unreadable(f"{name} is not an object")
+    return value
+
+
+def _text(value: object, name: str) -> str:
+    """A text, or the texts of a list of parts."""
+    if isinstance(value, list):
+        parts = [_object(part, f"a part of {name}") for part in value]
+        if any(part.get("type") != "text" for part in parts):
+            raise Unreadable(f"{name} has a part that is no text")
+        value = "".join(_text(part.get("text"), name) for part in parts)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise Unreadable(f"{name} is not text")
+    return _LONE_SURROGATE.sub("\ufffd", value)
+
+
+def _finish_reason(value: object) -> str | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or len(value) > LONGEST_REASON or not value.isprintable():
+        raise Unreadable("finish_reason is not a short text")
+    if value == GAVE_UP:
+        raise Unreadable("the server gave up")
+    return value
+
+
+def _count(value: object) -> int | None:
+    usable = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS
+    return value if usable and isinstance(value, int) else None
+
+
+def _joined(reasoning: str, content: str) -> str:
+    if not reasoning:
+        return content
+    closed = f"\n</think>\n\n{content}" if content else ""
+    return f"{THINK}\n{reasoning.strip()}{closed}"

@@ -1,0 +1,77 @@
+"""Addresses and API keys. A key never reaches a message: every text that comes from a server or from an HTTP library
+passes through here."""
+
+import html
+import json
+import re
+from urllib.parse import quote, quote_plus, urlsplit, urlunsplit
+
+from distill.errors import UserError
+
+HIDDEN = "***"
+SHORTEST = 6  # characters; shorter keys ("none", "x") are placeholders, and would blank out parts of words
+MESSAGE_LENGTH = 200  # characters of another program's message that ours repeats
+
+
+class Secrets:
+    """A key, and the credentials of an address (`https://user:password@host/v1`).
+
+    Errors: UserError for a key that no HTTP header can carry.
+    """
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self.key = (key or "").strip()
+        if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
+            raise UserError("OPENAI_API_KEY holds spaces or characters outside ASCII; set it to the key alone")
+        secrets = {self.key, *_credentials(url)}
+        forms = {form for secret in secrets if len(secret) >= SHORTEST for form in _forms(secret)}
+        longest_first = sorted(forms, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
+
+    def hide(self, text: str) -> str:
+        """The text without any of the secrets, in whatever form it repeats them."""
+        return self._pattern.sub(HIDDEN, text)
+
+    def reason(self, error: BaseException) -> str:
+        """What an error says, on one line, without secrets; never empty."""
+        text = " ".join(str(error.__cause__ or error).split())
+        return self.hide(text)[:MESSAGE_LENGTH] or type(error).__name__
+
+
+def shown_url(url: str) -> str:
+    """An address as messages show it: without credentials and query."""
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+        return urlunsplit((parts.scheme, host, parts.path, "", ""))
+    except ValueError:
+        return HIDDEN
+
+
+def checked_url(url: str) -> str:
+    """The address without a slash at its end. Errors: UserError when it is none."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port past 65535
+        usable = False
+    if not usable:
+        raise UserError(
+            f"{shown_url(url)}: not the address of a server; give an OpenAI-compatible one such as "
+            "http://localhost:8000/v1"
+        )
+    return url.rstrip("/")
+
+
+def _credentials(url: str) -> list[str]:
+    try:
+        parts = urlsplit(url)
+        return [part for part in (parts.password, parts.username) if part]
+    except ValueError:
+        return []
+
+
+def _forms(secret: str) -> set[str]:
+    """A secret as text, percent-encoded, and escaped for JSON and HTML. `Bearer SECRET` contains the first."""
+    every = "".join(f"%{byte:02x}" for byte in secret.encode())
+    return {secret, quote(secret, safe=""), quote_plus(secret), json.dumps(secret)[1:-1], html.escape(secret), every}

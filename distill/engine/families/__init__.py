@@ -1,0 +1,86 @@
+"""The table of model families, and the way from a model directory to its `ModelSpec`.
+
+A family is one file with a `FAMILY` and one line in `FAMILIES`, which is the only list of them: cards validate their
+`family` against it, `distill doctor` and planning take their facts from it. Options of a config that would change the
+numbers and that the engine does not implement (sliding windows, other activations, other routers) are refused by name
+rather than ignored: an ignored option is a silently different model.
+
+Neither torch nor transformers is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from distill.engine.config import WIDEST, Config, Json, read_json, shown
+from distill.engine.families import deepseek_v2, deepseek_v3, deepseek_v32, llama, qwen2, qwen3
+from distill.engine.families.family import Family
+from distill.engine.spec import ModelSpec
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        family.name: family
+        for family in (
+            deepseek_v2.FAMILY,
+            deepseek_v3.FAMILY,
+            deepseek_v32.FAMILY,
+            llama.FAMILY,
+            qwen2.FAMILY,
+            qwen3.FAMILY,
+        )
+    }
+)
+
+
+def read_spec(model_dir: Path | str) -> ModelSpec:
+    """Read `model_dir/config.json`. Errors: ValueError, one line with file, key and remedy, when it is missing, broken
+    or describes a model that is not supported."""
+    path = Path(model_dir) / "config.json"
+    return spec_of(read_json(path), str(path))
+
+
+def spec_of(raw: dict[str, Json], where: str = "config") -> ModelSpec:
+    """The spec of a parsed config; `where` names it in errors. Errors: as `read_spec`."""
+    config = Config(raw, where)
+    name = raw.get("model_type")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise ValueError(f"{where}: model_type is {shown(name)}; supported are {', '.join(FAMILIES)}")
+    _check_common(config)
+    return replace(family.read(config), ue8m0=_scale_format(config) == "ue8m0")
+
+
+def _check_common(config: Config) -> None:
+    """What every config may say. Some keys decide nothing here, but transformers reads them (for tokenizers and in
+    training), and fails on another type with a traceback."""
+    if (act := config.text("hidden_act", "silu")) != "silu":
+        raise ValueError(f"{config.where}: hidden_act is {act!r}; only 'silu' is supported")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config.token_ids(key)
+    config.bool("use_cache", True)
+    config.int_or("num_key_value_heads", None, most=WIDEST)
+    for key in ("torch_dtype", "dtype", "transformers_version"):
+        config.text(key, "")
+    config.texts("architectures")
+    layers = config.texts("layer_types")
+    if layers and len(layers) != config.int("num_hidden_layers"):
+        raise ValueError(f"{config.where}: 'layer_types' has {len(layers)} entries, not one for each layer")
+    for key in ("initializer_range", "attention_dropout"):
+        config.float(key, 0.0, least=0)
+
+
+def _scale_format(config: Config) -> str | None:
+    """How the scales of FP8 weights are given; None for weights that are not quantised."""
+    quantised = config.section("quantization_config")
+    if quantised is None:
+        return None
+    if (method := quantised.raw.get("quant_method")) != "fp8":
+        raise ValueError(
+            f"{config.where}: weights are quantised by {method!r}; only 'fp8' (DeepSeek's 128x128 blocks) is "
+            "supported, so use the unquantised or the FP8 checkpoint"
+        )
+    quantised.only("scale_fmt", ("ue8m0", "float"))
+    return quantised.text("scale_fmt", "float")

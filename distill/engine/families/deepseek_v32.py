@@ -1,0 +1,30 @@
+"""DeepSeek-V3.2 and V3.2-Exp: V3 with sparse attention, whose tokens an indexer chooses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from distill.engine.config import WIDEST, WIDEST_HEAD, Config
+from distill.engine.families.deepseek import read_deepseek
+from distill.engine.families.deepseek_v3 import ROUTER
+from distill.engine.families.family import Family
+from distill.engine.spec import Indexer, ModelSpec
+
+
+def read(config: Config) -> ModelSpec:
+    """The spec of a V3.2 config. The indexer's queries are made from the query latent, which is required here."""
+    config.int("q_lora_rank", most=WIDEST)
+    indexer = Indexer(
+        heads=config.int("index_n_heads", most=WIDEST),
+        head_dim=config.int("index_head_dim", most=WIDEST_HEAD),
+        top_k=config.int("index_topk"),
+    )
+    spec = read_deepseek(config, "deepseek_v32", ROUTER)
+    if indexer.head_dim < spec.rope.dim:
+        raise ValueError(
+            f"{config.where}: 'index_head_dim' is {indexer.head_dim}; its first {spec.rope.dim} are to be rotated"
+        )
+    return replace(spec, indexer=indexer)
+
+
+FAMILY = Family("deepseek_v32", read, published_bytes=1, has_experts=True)

@@ -1,0 +1,44 @@
+"""What the dense families share: grouped-query attention and a gated MLP in every layer."""
+
+from __future__ import annotations
+
+from distill.engine.config import MOST_LAYERS, WIDEST, WIDEST_HEAD, Config
+from distill.engine.rope import RopeConfig
+from distill.engine.spec import ModelSpec
+
+
+def read_dense(
+    config: Config, family: str, *, qkv_bias: bool = False, o_bias: bool = False, qk_norm: bool = False
+) -> ModelSpec:
+    """The spec of a dense decoder. qkv_bias, o_bias: whether the attention's projections have biases; qk_norm: whether
+    queries and keys are normalised head by head. Errors: ValueError naming file and key."""
+    config.only("use_sliding_window", (False,))
+    if any(kind != "full_attention" for kind in config.texts("layer_types")):
+        raise ValueError(f"{config.where}: 'layer_types' has sliding windows; only 'full_attention' is supported")
+    hidden, heads = config.int("hidden_size", most=WIDEST), config.int("num_attention_heads", most=WIDEST)
+    if not (head_dim := config.int_or("head_dim", None, most=WIDEST_HEAD)):
+        head_dim, rest = divmod(hidden, heads)
+        if rest:
+            raise ValueError(f"{config.where}: 'hidden_size' {hidden} does not divide into {heads} attention heads")
+    kv_heads = config.int("num_key_value_heads", heads, most=WIDEST)
+    if heads % kv_heads:
+        raise ValueError(f"{config.where}: {heads} attention heads do not divide into {kv_heads} key-value heads")
+    return ModelSpec(
+        family=family,
+        vocab_size=config.int("vocab_size", most=WIDEST),
+        hidden_size=hidden,
+        num_layers=config.int("num_hidden_layers", most=MOST_LAYERS),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=config.int("intermediate_size", most=WIDEST),
+        norm_eps=config.float("rms_norm_eps", 1e-6, above=0, most=1),
+        softmax_scale=head_dim**-0.5,
+        rope=RopeConfig(config).rope(head_dim, interleaved=False),
+        max_context=config.int("max_position_embeddings"),
+        tied_embeddings=config.bool("tie_word_embeddings", False),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=config.bool("mlp_bias", False),
+        qk_norm=qk_norm,
+    )

@@ -1,0 +1,96 @@
+"""Names of tensors in published checkpoints: data, so that a family with other names is a `replace` of these.
+
+The defaults are the names of Hugging Face's Llama, which Qwen and DeepSeek share. A name that ends in a word rather
+than in `.weight` is that of a linear layer: `.weight` and, where there is one, `.bias` are appended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class GqaNames:
+    """Grouped-query attention, below a layer."""
+
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    q_norm: str = "self_attn.q_norm.weight"
+    k_norm: str = "self_attn.k_norm.weight"
+
+
+@dataclass(frozen=True)
+class MlaNames:
+    """Multi-head latent attention, below a layer. q: where queries have no latent."""
+
+    q: str = "self_attn.q_proj"
+    q_a: str = "self_attn.q_a_proj"
+    q_norm: str = "self_attn.q_a_layernorm.weight"
+    q_b: str = "self_attn.q_b_proj"
+    kv_a: str = "self_attn.kv_a_proj_with_mqa"
+    kv_norm: str = "self_attn.kv_a_layernorm.weight"
+    kv_b: str = "self_attn.kv_b_proj"
+    o: str = "self_attn.o_proj"
+
+
+@dataclass(frozen=True)
+class IndexerNames:
+    """The indexer of sparse attention, below a layer."""
+
+    q: str = "self_attn.indexer.wq_b"
+    k: str = "self_attn.indexer.wk"
+    k_norm: str = "self_attn.indexer.k_norm.weight"
+    k_norm_bias: str = "self_attn.indexer.k_norm.bias"
+    head_weights: str = "self_attn.indexer.weights_proj"
+
+
+@dataclass(frozen=True)
+class MlpNames:
+    """The gated MLP, below `dense`, `shared` or an expert."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class MoeNames:
+    """A mixture of experts, below a layer. expert: with the expert's number for `{}`."""
+
+    router: str = "mlp.gate.weight"
+    correction_bias: str = "mlp.gate.e_score_correction_bias"
+    expert: str = "mlp.experts.{}."
+    shared: str = "mlp.shared_experts."
+
+
+@dataclass(frozen=True)
+class DraftNames:
+    """The multi-token-prediction layer, below the layer after the last."""
+
+    embedding_norm: str = "enorm.weight"
+    hidden_norm: str = "hnorm.weight"
+    project: str = "eh_proj"
+    norm: str = "shared_head.norm.weight"
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """All tensors of a model. layer: with the layer's number for `{}`. dense: a layer's MLP without experts.
+    computed: endings of tensors that some checkpoints carry although the config determines them."""
+
+    embed: str = "model.embed_tokens.weight"
+    norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+    layer: str = "model.layers.{}."
+    attention_norm: str = "input_layernorm.weight"
+    mlp_norm: str = "post_attention_layernorm.weight"
+    dense: str = "mlp."
+    gqa: GqaNames = field(default_factory=GqaNames)
+    mla: MlaNames = field(default_factory=MlaNames)
+    indexer: IndexerNames = field(default_factory=IndexerNames)
+    mlp: MlpNames = field(default_factory=MlpNames)
+    moe: MoeNames = field(default_factory=MoeNames)
+    draft: DraftNames = field(default_factory=DraftNames)
+    computed: tuple[str, ...] = ("rotary_emb.inv_freq",)

@@ -1,0 +1,57 @@
+"""What an engine in a process of its own and its parent say to each other: JSON lines.
+
+    parent → worker    {"model_dir": …, "options": {…}}, then {"request": {…}} and {"abort": id}
+    worker → parent    {"loaded": {…}} or {"refused": why}, then {"completion": {…}, "usage": {…}}
+                       or {"not_finite": position}
+
+The dataclasses of the engine travel whole, as `asdict` gives them; `from_json` is the way back. JSON and not pickle,
+because a line can be read by eye and runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from distill.engine.engine import Completion
+from distill.engine.numerics import Numerics
+from distill.engine.options import SamplingParams
+from distill.engine.scheduler import Request
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that a worker has loaded."""
+
+    numerics: Numerics
+    max_context: int
+
+
+def from_json(make: Callable[..., T], row: object) -> T:
+    """The dataclass `make` that `asdict` described; lists become tuples."""
+    assert isinstance(row, Mapping)
+    return make(**{name: _tuples(value) for name, value in row.items()})
+
+
+def loaded(row: object) -> Loaded:
+    """A `Loaded` from JSON."""
+    assert isinstance(row, Mapping)
+    return Loaded(from_json(Numerics, row["numerics"]), row["max_context"])
+
+
+def request(row: object) -> Request:
+    """A `Request` from JSON."""
+    assert isinstance(row, Mapping)
+    return from_json(Request, {**row, "sampling": from_json(SamplingParams, row["sampling"])})
+
+
+def completion(row: object) -> Completion:
+    """A `Completion` from JSON."""
+    return from_json(Completion, row)
+
+
+def _tuples(value: object) -> object:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

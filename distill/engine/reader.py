@@ -1,0 +1,335 @@
+"""From the tensors of a checkpoint to parameters.
+
+Names are data (`families/names.py`). Every tensor's shape is checked against the config, and a tensor that the config
+does not account for is an error: a bias or norm that is left out gives a model that is subtly wrong rather than one
+that fails.
+
+FP8 is decided tensor by tensor, from the dtype and the presence of a scale, never from a list or from the config. A
+matrix goes from the mapped file straight to the kernels' `pack`, which keeps it in the form that they read. Experts
+come last, when it is known how much memory is left for them.
+
+Deliberately not read: the layer past `num_layers` unless drafts are asked for (multi-token prediction; it does not
+change what the model says), its copies of the embedding and the head, which it shares with the model (DeepSeek-V3,
+arXiv:2412.19437, section 2.2), `rotary_emb.inv_freq` in old Llama files (computed from the config), and the head of
+tied models, which must then equal the embedding.
+
+Legend: n outputs, c inputs or hidden, f expert width, d head width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distill.engine.checkpoint import Checkpoint
+from distill.engine.families import FAMILIES
+from distill.engine.families.names import WeightNames
+from distill.engine.kernels import Ops
+from distill.engine.kernels.ops import ExpertBank, Packed
+from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Fp8, Plain, Stored
+from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
+from distill.engine.weights import (
+    DraftWeights,
+    GqaWeights,
+    IndexerWeights,
+    LayerWeights,
+    Linear,
+    MlaWeights,
+    MlpWeights,
+    ModelWeights,
+    MoeWeights,
+)
+
+
+def load_weights(
+    model_dir: Path | str,
+    spec: ModelSpec,
+    ops: Ops,
+    dtype: torch.dtype,
+    *,
+    drafts: bool = False,
+    place: Callable[[ModelWeights, list[ExpertBank[object]]], int | None] | None = None,
+) -> ModelWeights:
+    """Read the weights of a model directory.
+
+    drafts: read the draft layer, too. place: how many experts of each layer to keep in memory (None: all), given
+    everything else and the layers' banks of experts; those of the draft layer are always kept. Without `place` all are
+    kept, and each layer is packed while the next ones are being read.
+    Errors: ValueError, one line with file, tensor and remedy, where the directory is not what the config says.
+    """
+    names = FAMILIES[spec.family].names
+    reader = _Reader(Checkpoint(Path(model_dir)), names, ops, dtype, spec.ue8m0, settles_at_once=place is None)
+    head_name = names.embed if spec.tied_embeddings else names.head
+    layers_read = range(spec.num_layers + drafts)
+    with reader.checkpoint.read_ahead([names.embed, *map(names.layer.format, layers_read), names.norm, head_name]):
+        embed_vc = reader.checked(names.embed, spec.vocab_size, spec.hidden_size).dense(dtype).to(ops.device())
+        layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
+        norm_c = reader.tensor(names.norm, (spec.hidden_size,))
+        head = reader.pack(reader.matrix(head_name, spec.vocab_size, spec.hidden_size), head_name)
+        streamed = list(reader.banks)
+        draft = _draft(reader, spec) if drafts else None
+        reader.refuse_unread(spec)
+        reader.refuse_second_head(spec)
+        weights = ModelWeights(embed_vc, layers, norm_c, head, draft, reader.stored)
+        resident = place(weights, [bank for _, bank in streamed]) if place else None
+        for at, bank in reader.banks:
+            reader.settle(at, bank, resident if (at, bank) in streamed else None)
+    return weights
+
+
+def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
+    names, at = reader.names, reader.names.layer.format(index)
+    return LayerWeights(
+        attention_norm_c=reader.tensor(at + names.attention_norm, (spec.hidden_size,)),
+        attention=_mla(reader, spec, spec.mla, at) if spec.mla else _gqa(reader, spec, at),
+        mlp_norm_c=reader.tensor(at + names.mlp_norm, (spec.hidden_size,)),
+        mlp=(
+            _moe(reader, spec, spec.moe, at)
+            if spec.moe and spec.is_moe_layer(index)
+            else _mlp(reader, at + names.dense, spec.hidden_size, spec.intermediate_size, spec.mlp_bias)
+        ),
+    )
+
+
+def _draft(reader: _Reader, spec: ModelSpec) -> DraftWeights:
+    names, c = reader.names.draft, spec.hidden_size
+    at = reader.names.layer.format(spec.num_layers)
+    return DraftWeights(
+        embedding_norm_c=reader.tensor(at + names.embedding_norm, (c,)),
+        hidden_norm_c=reader.tensor(at + names.hidden_norm, (c,)),
+        project=reader.linear(at + names.project, c, 2 * c),
+        layer=_layer(reader, spec, spec.num_layers),
+        norm_c=reader.tensor(at + names.norm, (c,)),
+    )
+
+
+def _gqa(reader: _Reader, spec: ModelSpec, at: str) -> GqaWeights:
+    names = reader.names.gqa
+    c, q_width, kv_width = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    return GqaWeights(
+        q=reader.linear(at + names.q, q_width, c, spec.qkv_bias),
+        k=reader.linear(at + names.k, kv_width, c, spec.qkv_bias),
+        v=reader.linear(at + names.v, kv_width, c, spec.qkv_bias),
+        o=reader.linear(at + names.o, c, q_width, spec.o_bias),
+        q_norm=reader.tensor(at + names.q_norm, (spec.head_dim,)) if spec.qk_norm else None,
+        k_norm=reader.tensor(at + names.k_norm, (spec.head_dim,)) if spec.qk_norm else None,
+    )
+
+
+def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str) -> MlaWeights:
+    names = reader.names.mla
+    c, heads, q_width = spec.hidden_size, spec.num_heads, spec.num_heads * spec.head_dim
+    per_head = dims.nope_dim + dims.v_dim
+    kv_a = reader.linear(at + names.kv_a, dims.kv_lora_rank + dims.rope_dim, c, spec.qkv_bias)
+    if dims.q_lora_rank is None:
+        q_a, q_norm = None, None
+        q, kv_a = reader.beside(reader.linear(at + names.q, q_width, c), kv_a)
+    else:
+        q_a = reader.linear(at + names.q_a, dims.q_lora_rank, c, spec.qkv_bias)
+        q_a, kv_a = reader.beside(q_a, kv_a)
+        q_norm = reader.tensor(at + names.q_norm, (dims.q_lora_rank,))
+        q = reader.linear(at + names.q_b, q_width, dims.q_lora_rank)
+    to_keys: list[Stored] = []
+    to_values: list[Stored] = []
+    kv_b = reader.checked(at + names.kv_b + ".weight", heads * per_head, dims.kv_lora_rank)
+    for begin in range(0, heads * per_head, per_head):
+        to_keys.append(kv_b.rows(begin, begin + dims.nope_dim))
+        to_values.append(kv_b.rows(begin + dims.nope_dim, begin + per_head))
+    # Codes stay codes where the cache is bfloat16, which products with them can read.
+    if not all(part.for_fp8_products(reader.dtype) for part in (*to_keys, *to_values)):
+        to_keys = [Plain(part.dense(reader.dtype)) for part in to_keys]
+        to_values = [Plain(part.dense(reader.dtype)) for part in to_values]
+    return MlaWeights(
+        q_a=q_a,
+        q_norm=q_norm,
+        q=q,
+        kv_a=kv_a,
+        kv_norm=reader.tensor(at + names.kv_norm, (dims.kv_lora_rank,)),
+        absorb_q=reader.ops.pack_heads([part.transposed() for part in to_keys], reader.dtype),
+        expand_k=reader.ops.pack_heads(to_keys, reader.dtype),
+        expand_v=reader.ops.pack_heads(to_values, reader.dtype),
+        o=reader.linear(at + names.o, c, heads * dims.v_dim, spec.o_bias),
+        indexer=_indexer(reader, spec, spec.indexer, dims, at) if spec.indexer else None,
+    )
+
+
+def _indexer(reader: _Reader, spec: ModelSpec, index: Indexer, dims: Mla, at: str) -> IndexerWeights:
+    assert dims.q_lora_rank is not None
+    names, c, d = reader.names.indexer, spec.hidden_size, index.head_dim
+    return IndexerWeights(
+        q=reader.linear(at + names.q, index.heads * d, dims.q_lora_rank),
+        k=reader.linear(at + names.k, d, c),
+        k_norm=reader.tensor(at + names.k_norm, (d,)),
+        k_norm_bias=reader.tensor(at + names.k_norm_bias, (d,)),
+        head_weights=reader.linear(at + names.head_weights, index.heads, c),
+    )
+
+
+def _mlp(reader: _Reader, at: str, c: int, f: int, bias: bool = False) -> MlpWeights:
+    names = reader.names.mlp
+    gate, up = reader.beside(reader.linear(at + names.gate, f, c, bias), reader.linear(at + names.up, f, c, bias))
+    return MlpWeights(gate, up, down=reader.linear(at + names.down, c, f, bias))
+
+
+def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
+    names, c, f = reader.names.moe, spec.hidden_size, dims.intermediate_size
+    bank = reader.ops.expert_bank(dims.num_experts, reader.dtype)
+    for index in range(dims.num_experts):
+        gate, up, down = reader.expert_names(at, index)
+        expert = reader.matrix(gate, f, c), reader.matrix(up, f, c), reader.matrix(down, c, f)
+        bank.lend(expert, tuple(map(reader.checkpoint.place, (gate, up, down))))
+    if reader.settles_at_once:
+        reader.settle(at, bank, None)
+    else:
+        reader.banks.append((at, bank))
+    router = reader.unquantised(at + names.router, (dims.num_experts, c))
+    return MoeWeights(
+        router=reader.ops.pack(Plain(router), torch.float32),
+        correction_bias=(
+            reader.tensor(at + names.correction_bias, (dims.num_experts,), torch.float32)
+            if dims.correction_bias
+            else None
+        ),
+        experts=bank,
+        shared=_mlp(reader, at + names.shared, c, f * dims.shared_experts) if dims.shared_experts else None,
+    )
+
+
+class _Reader:
+    """Parameters from the tensors of a model directory. `dtype` is the compute dtype; ue8m0: the spec's. Banks of
+    experts are settled as they come, or collected in `banks`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        names: WeightNames,
+        ops: Ops,
+        dtype: torch.dtype,
+        ue8m0: bool,
+        settles_at_once: bool,
+    ) -> None:
+        self.checkpoint, self.names, self.ops = checkpoint, names, ops
+        self.dtype, self.ue8m0, self.settles_at_once = dtype, ue8m0, settles_at_once
+        self.stored = ""
+        self.banks: list[tuple[str, ExpertBank[object]]] = []  # by layer, with how its tensors' names begin
+
+    def expert_names(self, at: str, index: int) -> tuple[str, str, str]:
+        """The names of an expert's gate, up and down matrices."""
+        begin, names = at + self.names.moe.expert.format(index), self.names.mlp
+        return begin + names.gate + ".weight", begin + names.up + ".weight", begin + names.down + ".weight"
+
+    def linear(self, name: str, n: int, c: int, bias: bool = False) -> Linear:
+        """`name.weight` and, where the layer has a bias, `name.bias`."""
+        weight = self.pack(self.matrix(name + ".weight", n, c), name + ".weight")
+        return Linear(weight, self.tensor(name + ".bias", (n,)) if bias else None)
+
+    def beside(self, *linears: Linear) -> list[Linear]:
+        """Layers that read the same activations, packed side by side where the ops prefer that."""
+        weights = self.ops.side_by_side([linear.weight for linear in linears])
+        return [Linear(weight, linear.bias) for weight, linear in zip(weights, linears, strict=True)]
+
+    def pack(self, matrix: Stored, name: str) -> Packed:
+        """The matrix as the kernels read it. Errors: ValueError where its numbers are damaged."""
+        try:
+            return self.ops.pack(matrix, self.dtype, self.checkpoint.place(name))
+        except Damaged as damage:
+            raise self._damaged(name, damage) from None
+
+    def matrix(self, name: str, n: int, c: int) -> Stored:
+        """[n, c] as stored, FP8 with its scale. Its numbers are checked when it is packed."""
+        weight_nc = self.checkpoint.tensor(name, (n, c))
+        if weight_nc.dtype != torch.float8_e4m3fn:
+            self.stored = self.stored or _name(weight_nc.dtype)
+            return Plain(weight_nc)
+        self.stored = f"fp8-e4m3 block {FP8_BLOCK}"
+        scale = name + "_scale_inv"
+        if scale not in self.checkpoint:
+            raise ValueError(
+                f"{self.checkpoint.where(name)} is FP8 but {scale} is missing; download the checkpoint again"
+            )
+        blocks = -(-n // FP8_BLOCK), -(-c // FP8_BLOCK)
+        return Fp8(weight_nc, self.checkpoint.tensor(scale, blocks).float(), self.ue8m0)
+
+    def checked(self, name: str, n: int, c: int) -> Stored:
+        """As `matrix`, with its numbers checked: for callers that do not pack it as it is."""
+        matrix = self.matrix(name, n, c)
+        try:
+            self.ops.check(matrix)
+        except Damaged as damage:
+            raise self._damaged(name, damage) from None
+        return matrix
+
+    def settle(self, at: str, bank: ExpertBank[object], resident: int | None) -> None:
+        """Pack a layer's first `resident` experts for good (None: all), and check the numbers of all."""
+        try:
+            bank.settle(resident)
+        except Damaged as damage:
+            raise self._damaged(self.expert_names(at, damage.expert)[damage.part], damage) from None
+
+    def _damaged(self, name: str, damage: Damaged) -> ValueError:
+        if damage.what == "codes":
+            return ValueError(
+                f"{self.checkpoint.where(name)} holds FP8 NaN codes; the file is damaged, download it again"
+            )
+        if damage.what == "values":
+            return ValueError(
+                f"{self.checkpoint.where(name)} holds numbers that are not finite (NaN or infinity); the file is "
+                "damaged, or its training diverged: download it again or use another checkpoint"
+            )
+        where = self.checkpoint.where(name + "_scale_inv")
+        return ValueError(f"{where} is not finite and positive; the file is damaged, download it again")
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of a tensor that is never quantised, in `dtype` (default: that of activations)."""
+        stored = self.unquantised(name, shape)
+        return stored.to(self.ops.device(), dtype or self.ops.activation_dtype(self.dtype), copy=True)
+
+    def unquantised(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor as stored. Errors: ValueError for FP8."""
+        stored = self.checkpoint.tensor(name, shape)
+        if stored.dtype == torch.float8_e4m3fn:
+            raise ValueError(
+                f"{self.checkpoint.where(name)} is FP8; norms, biases and routers are expected unquantised"
+            )
+        if not stored.isfinite().all():
+            raise self._damaged(name, Damaged("values"))
+        return stored
+
+    def refuse_unread(self, spec: ModelSpec) -> None:
+        """Errors: ValueError when the checkpoint holds a tensor that the config gives no place to."""
+        before, _, after = map(re.escape, self.names.layer.partition("{}"))
+        layer_of = re.compile(f"{before}(\\d{{1,6}}){after}")
+        drafts = range(spec.num_layers, spec.num_layers + spec.num_nextn_predict_layers)
+        for name in self.checkpoint.unread():
+            layer = layer_of.match(name)
+            draft = layer is not None and int(layer[1]) in drafts
+            tied_head = spec.tied_embeddings and name == self.names.head
+            if not (draft or tied_head or name.endswith(self.names.computed)):
+                raise ValueError(
+                    f"{self.checkpoint.where(name)} has no place in the model that config.json describes; "
+                    "use the config.json that was published with these weights"
+                )
+
+    def refuse_second_head(self, spec: ModelSpec) -> None:
+        """Errors: ValueError when the config ties head and embedding and the files hold two different ones.
+
+        Which of them is meant cannot be known: transformers 5 keeps both, transformers 4 and FSDP drop the head.
+        """
+        head, embed = self.names.head, self.names.embed
+        if not spec.tied_embeddings or head not in self.checkpoint:
+            return
+        shape = (spec.vocab_size, spec.hidden_size)
+        ours, theirs = self.checkpoint.tensor(embed, shape), self.checkpoint.tensor(head, shape)
+        if ours.dtype != theirs.dtype or not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
+            raise ValueError(
+                f"{self.checkpoint.where(head)} differs from {embed}, and config.json ties them; set "
+                "tie_word_embeddings to false there if the model was trained with both, else remove this tensor"
+            )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

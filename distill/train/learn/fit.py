@@ -1,0 +1,151 @@
+"""From proved rows to the student's directory: build the model as the recipe says, train it, gather it, write it.
+
+Every process of a world runs this, with the same arguments.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from distill.artefacts import FilterSummary, RunPaths, TrainSummary
+from distill.chat import Chat
+from distill.console import say
+from distill.errors import UserError
+from distill.hardware import give_memory_back
+from distill.models import Models
+from distill.recipe import Recipe
+from distill.train.learn.learner import Learner
+from distill.train.learn.loop import Loop
+from distill.train.ranks.checkpoint import Checkpoints, writing
+from distill.train.ranks.world import World, whole
+from distill.train.rows import teacher
+from distill.train.rows.stored import TrainingSet
+from distill.train.student import card as cards
+from distill.train.student import methods, model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training. paths: of the run. fingerprint: of the settings that decide the student, which its checkpoints
+    carry. shares: how often an epoch sees the rows of each source."""
+
+    recipe: Recipe
+    models: Models
+    paths: RunPaths
+    fingerprint: str = ""
+    shares: tuple[float, ...] = (1.0,)
+
+
+def fit(task: Task, rows: TrainingSet, world: World) -> TrainSummary:
+    """Train, from the newest checkpoint if there is one, and write the student. Returns the stage's summary.
+
+    Errors: WorkError when a loss is not finite or the disk is full; UserError for weights that cannot be trained.
+    """
+    recipe, settings, paths = task.recipe, task.recipe.train, task.paths
+    transformers_logging.disable_progress_bar()  # there is one progress bar, and it is ours
+    transformers_logging.set_verbosity_error()  # warnings about weights are errors of `student.model`
+    set_seed(settings.seed)
+    if settings.report_to:
+        world.accelerator.init_trackers(recipe.name, config=settings.settings())
+    checkpoints = Checkpoints(paths.checkpoints, settings.save_total_limit, world, task.fingerprint)
+    built = build(task, world)
+    loop = Loop(built.learner, rows, settings, checkpoints, world, task.shares, built.wrapped)
+    loop.run()
+    summary = loop.summary()
+    weights = trained_weights(task, built, world)
+    chat = Chat.load(task.models.base.directory, task.models.training_template)
+    filtered = cards.summary(paths, "filter", FilterSummary)
+    text = cards.model_card(recipe, task.models.student_card, summary, filtered)
+    plain = model.empty(task.models.base.directory, settings, getattr(torch, settings.dtype))
+    model.save(paths.student, plain, weights, chat, text, world)
+    if settings.report_to:
+        world.accelerator.end_training()
+    return summary
+
+
+@dataclass(frozen=True)
+class Built:
+    """base: the model itself. adapted: PEFT's view of it, with adapters. wrapped: the learner in the world's layout."""
+
+    base: PreTrainedModel
+    adapted: "PeftModel | None"
+    learner: Learner
+    wrapped: nn.Module
+
+
+def build(task: Task, world: World) -> Built:
+    """The student with its objective, laid out over the world. Errors: UserError for weights that cannot be trained."""
+    settings, weights = task.recipe.train, task.models.base.directory
+    if world.device.type == "cpu":
+        give_memory_back()
+    sharded = world.layout == "fsdp"
+    dtypes = methods.dtypes(settings, world.device, sharded)
+    if world.main and settings.dtype == "bfloat16" and dtypes.compute == torch.float32:
+        say("this processor has no bfloat16 matrix products: the forward pass runs in float32")
+    quantization = methods.quantization(settings)
+    if sharded and quantization:
+        raise UserError("train.adapter.kind qlora keeps the whole base on every device: set train.parallel to `ddp`")
+    if sharded:
+        base = model.empty(weights, settings, dtypes.weights)
+    else:
+        base = model.load(weights, settings, dtypes.weights, quantization)
+    adapted = None if settings.adapter is None else methods.with_adapters(base, settings.adapter)
+    if settings.gradient_checkpointing:
+        base.activation_checkpointing_enable(offload=settings.activation_offloading)
+    teaching = teacher.load(task.paths.tokens) if settings.objective.teacher_top_k else None
+    learner = Learner(base, settings.objective, dtypes.autocast, teaching)
+    wrapped = world.lay_out(learner, list(base.get_decoder().layers), dtypes.compute)
+    if sharded:
+        materialise(learner, world.device)
+        model.fill(base, weights)
+        if adapted:
+            methods.start_adapters(base)
+    return Built(base, adapted, learner, wrapped)
+
+
+def materialise(learner: Learner, device: torch.device) -> None:
+    """Allocate a learner on the meta device, keeping the values of its buffers, which no file has."""
+    buffers = {name: buffer.to(device) for name, buffer in learner.named_buffers()}
+    learner.to_empty(device=device)
+    learner.model.tie_weights()  # each of the two has got memory of its own
+    for name, buffer in learner.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
+def trained_weights(task: Task, built: Built, world: World) -> dict[str, Tensor]:
+    """The student's weights as they are stored, on the first rank; nothing on the others. All ranks together.
+
+    Adapters are stored beside the checkpoints, too, and merged into a base that is read again: nothing can be merged
+    well into 4-bit weights.
+    """
+    settings = task.recipe.train
+    dtype = getattr(torch, settings.dtype)
+    gathered: dict[str, Tensor] = {}
+    for name, parameter in built.base.named_parameters():
+        if parameter.requires_grad:
+            full = whole(parameter.detach())
+            if world.main:
+                gathered[name] = full.cpu() if built.adapted else full.to(dtype).cpu()
+    if built.adapted is None or settings.adapter is None or not world.main:
+        return gathered
+    adapter = adapter_tensors(gathered)
+    path = task.paths.checkpoints / "adapter"
+    scratch = path.with_name(f"tmp-{path.name}")
+    with writing(scratch, path):
+        built.adapted.save_pretrained(scratch, state_dict=adapter)
+    plain = model.merged(task.models.base.directory, settings, settings.adapter, adapter, dtype)
+    return dict(plain.state_dict())
+
+
+def adapter_tensors(gathered: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names that PEFT stores adapters under."""
+    return {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in gathered.items()}

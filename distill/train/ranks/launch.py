@@ -1,0 +1,134 @@
+"""The processes of one training: this one alone, processes started here, or those that torchrun has started.
+
+Started here: one process per rank (`ranks.worker`), with torchrun's environment variables. Rejected: torchrun's own
+agent, which waits thirty seconds between SIGTERM and SIGKILL, less than writing a 70B checkpoint takes.
+
+Ctrl-C reaches this process, which forwards it once; the ranks finish their step together, save, and exit. If a rank
+dies, the others are killed, because they would wait for it for ever; a rank whose parent died exits at the end of its
+standard input.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from distill.artefacts import TrainSummary
+from distill.errors import UserError, WorkError
+from distill.hardware import cores
+from distill.recipe import Train
+from distill.train.ranks import environment
+from distill.train.ranks.worker import INTERRUPTED, Failure
+
+POLL = 0.1  # seconds between two looks at the processes
+
+
+def processes(settings: Train) -> int:
+    """Number of processes that train together: as torchrun started, as the recipe says, or one per GPU.
+
+    Errors: UserError when torchrun's environment variables are incomplete.
+    """
+    if environment.is_distributed():
+        return environment.size()
+    if settings.num_processes:
+        return settings.num_processes
+    if not Path("/dev/nvidia1").exists():  # no second GPU: do not import torch, which takes seconds
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def start(directory: Path, count: int) -> TrainSummary:
+    """Train the run in `directory` with `count` processes; returns the summary of the first rank.
+
+    Errors: the error of the rank that failed first; KeyboardInterrupt when the ranks were interrupted and have saved.
+    """
+    with tempfile.TemporaryDirectory(prefix="distill-train-") as scratch, forwarded_signals() as signals:
+        outcomes = [Path(scratch) / f"{rank}.json" for rank in range(count)]
+        port = free_port()
+        ranks = [_rank(directory, rank, count, port, outcomes[rank]) for rank in range(count)]
+        try:
+            _wait(ranks, signals)
+        finally:
+            for process in ranks:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        return _outcome(outcomes, [process.returncode for process in ranks], interrupted=bool(signals))
+
+
+def _rank(directory: Path, rank: int, count: int, port: int, outcome: Path) -> "subprocess.Popen[bytes]":
+    package_parent = str(Path(__file__).resolve().parents[3])
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, cores() // count)),
+        "PYTHONPATH": os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH")))),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "distill.train.ranks.worker", str(directory), str(outcome)],
+        stdin=subprocess.PIPE,
+        env=os.environ | {name: str(value) for name, value in variables.items()},
+        start_new_session=True,  # the parent forwards Ctrl-C
+    )
+
+
+def _wait(ranks: Sequence["subprocess.Popen[bytes]"], signals: list[int]) -> None:
+    """Wait until all have exited or one has failed."""
+    forwarded = 0
+    while any(process.poll() is None for process in ranks):
+        if any(process.returncode not in (None, 0, INTERRUPTED) for process in ranks):
+            return
+        for number in signals[forwarded:]:
+            for process in ranks:
+                if process.poll() is None:
+                    process.send_signal(number)
+        forwarded = len(signals)
+        time.sleep(POLL)
+
+
+def _outcome(outcomes: Sequence[Path], codes: Sequence[int], interrupted: bool) -> TrainSummary:
+    for path, code in zip(outcomes, codes, strict=True):
+        if code in (1, 2) and path.exists():
+            raise (UserError if code == 2 else WorkError)(Failure.read(path, "rerun the same command").message)
+    if INTERRUPTED in codes or (interrupted and any(codes)):
+        raise KeyboardInterrupt
+    for rank, code in enumerate(codes):
+        if code:
+            raise WorkError(
+                f"training process {rank + 1} of {len(codes)} ended with exit code {code}: rerun the same command; it "
+                f"resumes from the newest checkpoint"
+            )
+    return TrainSummary.read(outcomes[0], "rerun the same command")
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def forwarded_signals() -> Iterator[list[int]]:
+    """A list that collects SIGINT and SIGTERM instead of interrupting this process."""
+    received: list[int] = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,223 @@
+"""Rows → batches without padding, and which rows make up which step.
+
+Rows are concatenated; positions restart at 0 in each, and attention stays inside a row (`learn.attention`). Nothing is
+padded, so nothing has to be masked as padding, and no pad token can be mistaken for an end token.
+
+With `packing` a batch holds rows up to `max_length` tokens, chosen by best fit: every step then has about the same
+cost, on every rank. Without it a batch holds a fixed number of rows, as is usual in the field.
+
+The rows of step k are a pure function of k and the seed (`Order`): resuming needs no loader state, every rank knows the
+batches of the others, and a row that made a loss explode can be named afterwards. Rejected: a DataLoader with workers.
+Rows are token ids in a mapped file, and concatenating sixteen of them takes microseconds.
+
+Shapes: t tokens of a batch, s supervised ones.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Numbers = npt.NDArray[np.int64]
+
+WINDOW = 8  # batches per window in which rows are sorted by length: more makes their lengths equal and shuffles less
+PACKED_WINDOW = 8192  # rows packed together: enough to fill batches well, few enough to mix differently every epoch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation as token ids. `ids[prompt_tokens:]` is supervised: the completion and its end token.
+
+    source: number of the mixed set it came from. place: index of its first supervised token among those of all rows.
+    """
+
+    key: tuple[str, int]
+    ids: npt.NDArray[np.int32]
+    prompt_tokens: int
+    source: int = 0
+    place: int = 0
+
+    @property
+    def supervised(self) -> int:
+        """Number of supervised tokens."""
+        return len(self.ids) - self.prompt_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Concatenated rows. `targets_s[i]` is the token to predict at position `positions_s[i]`.
+
+    lengths: tokens of each row, in order. places_s: indices of the supervised tokens among those of all rows, for data
+    stored beside the ids, such as a teacher's log-probabilities.
+    """
+
+    input_ids_t: torch.Tensor  # int64
+    position_ids_t: torch.Tensor  # int64
+    positions_s: torch.Tensor  # int64, into [t]
+    targets_s: torch.Tensor  # int64
+    lengths: tuple[int, ...]
+    places_s: Numbers  # int64
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on `device`."""
+        names = ("input_ids_t", "position_ids_t", "positions_s", "targets_s")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Concatenate rows and list the supervised positions. Position p predicts token p + 1 of the same row."""
+    lengths = tuple(len(row.ids) for row in rows)
+    starts = np.cumsum((0, *lengths))
+    ids_t = np.concatenate([row.ids for row in rows]).astype(np.int64)
+    targets_at = np.concatenate(
+        [np.arange(start + row.prompt_tokens, start + len(row.ids)) for start, row in zip(starts, rows, strict=False)]
+    )
+    return Batch(
+        input_ids_t=torch.from_numpy(ids_t),
+        position_ids_t=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
+        positions_s=torch.from_numpy(targets_at - 1),
+        targets_s=torch.from_numpy(ids_t[targets_at]),
+        lengths=lengths,
+        places_s=np.concatenate([np.arange(row.place, row.place + row.supervised) for row in rows]),
+    )
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack items into bins of `capacity`: the longest first, each into the fullest bin that still takes it.
+
+    Best-fit decreasing (Johnson 1974) needs at most 11/9 of the optimal number of bins, plus one. Returns the item
+    numbers of each bin. The bins' free space is kept as bits of one integer, in which the smallest sufficient space is
+    found without scanning the bins: n items cost O(n · capacity / 64).
+    """
+    bins: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # free space → bins with exactly that much
+    rooms = 0  # bit r is set where a bin has free space r
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[item]
+        assert 0 < length <= capacity, (length, capacity)
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            number = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room]
+                rooms ^= 1 << room
+            bins[number].append(item)
+        else:
+            room, number = capacity, len(bins)
+            bins.append([item])
+        if left := room - length:
+            with_room.setdefault(left, []).append(number)
+            rooms |= 1 << left
+    return bins
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How rows become batches and batches become steps. per_step: batches per step, over all ranks.
+
+    packing: tokens per bin, of which a batch has batch_size; None: a batch has batch_size rows.
+    """
+
+    batch_size: int
+    per_step: int
+    seed: int
+    packing: int | None = None
+
+
+class Order:
+    """The rows of every optimiser step, from the seed alone.
+
+    Every epoch is another permutation. Unpacked rows are sorted by length inside windows of a few batches, so that the
+    rows of a batch have similar lengths; then the batches are shuffled, so that lengths do not come in waves.
+
+    shares: how often an epoch sees the rows of each source (`Row.source`), by default once. With 2.25 an epoch sees all
+    rows twice and a quarter of them a third time, another quarter in each epoch: nine times in four epochs.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batching: Batching,
+        sources: Sequence[int] | None = None,
+        shares: Sequence[float] = (1.0,),
+    ) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batching = batching
+        self.sources = np.zeros(len(lengths), dtype=np.int64) if sources is None else np.asarray(sources)
+        self.shares = tuple(shares)
+        self._epoch = lru_cache(maxsize=2)(self._batches)
+        self._starts = [0]  # the first step of every epoch so far; packed epochs differ in their number of steps
+
+    def step(self, number: int) -> list[list[int]]:
+        """The batches (lists of row indices) of optimiser step `number`, from 0. The last step of an epoch may have
+        fewer.
+
+        The batch with the most tokens comes first: ranks that take batches in turns then have similar work at a time.
+        """
+        epoch = self.epoch_of(number)
+        place = (number - self._starts[epoch]) * self.batching.per_step
+        batches = self._epoch(epoch)[place : place + self.batching.per_step]
+        return sorted(batches, key=lambda batch: -int(self.lengths[batch].sum()))
+
+    def epoch_of(self, number: int) -> int:
+        """The epoch that step `number` belongs to, from 0."""
+        while self._starts[-1] <= number:
+            self._starts.append(self._starts[-1] + self._steps(len(self._starts) - 1))
+        return int(np.searchsorted(self._starts, number, side="right")) - 1
+
+    def steps(self, epochs: float) -> int:
+        """Number of steps in this many epochs, a fraction of a step rounded up."""
+        whole = int(epochs)
+        while len(self._starts) <= whole:
+            self._starts.append(self._starts[-1] + self._steps(len(self._starts) - 1))
+        part = round(epochs - whole, 6)
+        return self._starts[whole] + (int(np.ceil(part * self._steps(whole))) if part else 0)
+
+    def _steps(self, epoch: int) -> int:
+        return -(-len(self._epoch(epoch)) // self.batching.per_step)
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        draw = np.random.default_rng([self.batching.seed, epoch])
+        order = draw.permutation(self._rows(epoch))
+        batches = self._packed(order) if self.batching.packing else self._sorted(order)
+        draw.shuffle(batches)
+        return batches
+
+    def _rows(self, epoch: int) -> Numbers:
+        """The rows of an epoch; some several times, as the shares demand."""
+        parts = []
+        for source, share in enumerate(self.shares):
+            rows = np.flatnonzero(self.sources == source)
+            draw = np.random.default_rng([self.batching.seed, source])
+            turn = draw.permutation(rows)  # the same in every epoch: shares of rows come one after the other
+            first, last = (round(len(rows) * share * number) for number in (epoch, epoch + 1))
+            parts.append(turn[np.arange(first, last) % max(len(rows), 1)])
+        return np.concatenate(parts)
+
+    def _sorted(self, order: Numbers) -> list[list[int]]:
+        batches: list[list[int]] = []
+        for window in cut(order, WINDOW * self.batching.batch_size):
+            by_length = window[np.argsort(self.lengths[window], kind="stable")]
+            batches.extend(batch.tolist() for batch in cut(by_length, self.batching.batch_size))
+        return batches
+
+    def _packed(self, order: Numbers) -> list[list[int]]:
+        assert self.batching.packing is not None
+        bins: list[list[int]] = []
+        for window in cut(order, PACKED_WINDOW):
+            packed = best_fit(self.lengths[window].tolist(), self.batching.packing)
+            bins.extend([int(window[i]) for i in items] for items in packed)
+        if self.batching.batch_size == 1:
+            return bins
+        shuffled = np.random.default_rng(len(bins)).permutation(len(bins))  # else the emptiest bins share a batch
+        return [[row for i in group for row in bins[i]] for group in cut(shuffled, self.batching.batch_size)]
+
+
+def cut(array: Numbers, size: int) -> Iterator[Numbers]:
+    """Consecutive pieces of `size` elements; the last may be shorter."""
+    for start in range(0, len(array), size):
+        yield array[start : start + size]

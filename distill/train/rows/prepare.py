@@ -1,0 +1,136 @@
+"""Before the first step: the traces are encoded, once, and the integrity gate examines the rows.
+
+A refusal leaves nothing behind: rows are encoded in a hidden directory and become `tokens/` only after the gate. There
+they survive `--fresh train`, as long as the same rows are asked for. Every file of them is verified before a training
+begins or resumes: three changed bits in the ids train another student, and no loss curve shows it.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from distill.artefacts import RunPaths
+from distill.console import progress, say
+from distill.durable import sync_directory
+from distill.errors import UserError
+from distill.fingerprint import digest
+from distill.models import Models
+from distill.recipe import Recipe
+from distill.recipe.sources import MixedSource
+from distill.traces.published import read_published
+from distill.traces.store import read_traces
+from distill.traces.trace import Trace
+from distill.train.ranks import memory
+from distill.train.rows import gate, stored
+from distill.train.rows.encode import Encoder, Encoding, Source
+from distill.train.rows.stored import Counts, TrainingSet
+from distill.train.rows.teacher import teach
+from distill.train.student import model
+
+
+def prepare(
+    recipe: Recipe,
+    models: Models,
+    paths: RunPaths,
+    row_settings: Mapping[str, JsonValue],
+    teacher_settings: Mapping[str, JsonValue],
+    processes: int = 1,
+) -> TrainingSet:
+    """The rows of a run's training, proved; those on the disk if they were made from the same things and are whole.
+
+    row_settings: everything that decides the rows. teacher_settings: everything that decides the teacher's numbers,
+    empty for objectives without a teacher. processes: number of processes that will train. Errors: UserError, and then
+    nothing was written.
+    """
+    settings, weights = recipe.train, models.base.directory
+    limits = model.inspect(weights, settings)
+    check_trackers(settings.report_to)
+    fingerprint = digest({**row_settings, **teacher_settings})
+    if what := stored.damage(paths.tokens, fingerprint):
+        say(f"{what}; the rows are made again")
+    elif (rows := stored.load(paths.tokens, fingerprint)) is not None:
+        for line in rows.proved:
+            say(line)
+        memory.check(recipe, rows, model.configuration(weights, settings), processes)
+        return rows
+    chat = models.base.chat
+    encoding = Encoding(settings.max_length, settings.content, settings.overlong, settings.val_size, settings.seed)
+    encoder = Encoder(paths.root / f".{paths.tokens.name}.tmp", chat, encoding)
+    try:
+        with progress("encode", None, "traces") as advance:
+            for number, source in enumerate(sources(recipe, paths)):
+                for count in encoder.add(source, number):
+                    advance(count)
+        rows = encoder.finish()
+        say_counts(rows.counts, settings.max_length)
+        rows.proved = gate.prove(rows, encoder.witnesses, chat, settings.content, limits)
+        memory.check(recipe, rows, model.configuration(weights, settings), processes)
+        for line in rows.proved:
+            say(line)
+        if settings.objective.teacher_top_k:
+            traces = chain.from_iterable(traces_of(source, paths) for source in settings.data)
+            teach(recipe, models, rows, traces, chat, teacher_settings, paths.scored, encoder.directory)
+    except BaseException:
+        encoder.close()
+        raise
+    stored.store(rows, encoder.directory, fingerprint)
+    return keep(encoder.directory, paths.tokens, fingerprint)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that Accelerate would silently skip: unknown ones, and those whose package is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, available = list(LOGGER_TYPE_TO_CLASS), [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"train.report_to: unknown tracker {name!r}; expected one of {', '.join(known)}")
+        if name not in available:
+            raise UserError(f"train.report_to: the package of {name} is not installed: pip install {name}")
+
+
+def sources(recipe: Recipe, paths: RunPaths) -> list[Source]:
+    """The trace sets of `train.data`. The run's own traces need no think block if no filter demands one."""
+    mixed = []
+    for number, source in enumerate(recipe.train.data):
+        name, plain = f"train.data[{number}]", source.plain
+        if source.kind == "kept":
+            name, plain = str(paths.kept), plain or not recipe.filter.format
+        mixed.append(Source(name, traces_of(source, paths), plain))
+    return mixed
+
+
+def traces_of(source: MixedSource, paths: RunPaths) -> Iterator[Trace]:
+    """The traces of one of the mixed sets."""
+    if source.kind == "kept":
+        return (trace for trace, _ in read_traces(paths.kept))
+    return read_published(source)
+
+
+def say_counts(counts: Counts, max_length: int) -> None:
+    """Report rows that are not trained whole."""
+    if counts.dropped_rows:
+        say(
+            f"dropped {counts.dropped_rows:,} of {counts.dropped_rows + counts.rows:,} traces "
+            f"({counts.dropped_tokens:,} tokens): longer than train.max_length {max_length:,}"
+        )
+    if counts.truncated_rows:
+        say(
+            f"truncated {counts.truncated_rows:,} of {counts.rows:,} traces at train.max_length {max_length:,} "
+            f"({counts.truncated_tokens:,} tokens lost): these rows do not teach how to finish"
+        )
+    if counts.held_out_rows:
+        say(f"held out {counts.held_out_rows:,} of {counts.rows:,} rows, by prompt")
+
+
+def keep(scratch: Path, place: Path, fingerprint: str) -> TrainingSet:
+    """Move finished rows to their place and load them from there."""
+    shutil.rmtree(place, ignore_errors=True)
+    scratch.rename(place)
+    sync_directory(place.parent)
+    rows = stored.load(place, fingerprint)
+    assert rows is not None, "the rows that were just written are not whole"
+    return rows

@@ -1,0 +1,172 @@
+"""The teacher's distribution at every supervised token, stored beside the rows for objectives that need it.
+
+    tokens/teacher-ids.npy        int32 [supervised, k], the student's tokens
+    tokens/teacher-logprobs.npy   float32 [supervised, k], −∞ after the last token known, at all k if none is
+
+Traces that were sampled with `generate.logprobs` carry the most likely tokens. For the others the teacher is loaded and
+scores them: one prefill per trace, no sampling. Scored traces are stored in `scored/`, so that an interruption costs
+little. The directory's name is a hash over everything that decides the teacher's numbers, so that the scores of another
+teacher, of its other thinking mode or of another dtype are never taken for these.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import JsonValue
+
+from distill import backends
+from distill.chat import Chat
+from distill.console import progress, say
+from distill.errors import UserError
+from distill.fingerprint import digest
+from distill.models import Model, Models
+from distill.objectives import TopK
+from distill.recipe import Recipe
+from distill.traces.store import TraceStore
+from distill.traces.trace import Trace
+from distill.train.rows.align import Projector, Vocabulary, token_bytes
+from distill.train.rows.stored import TrainingSet
+
+GROUP = 32  # traces scored per call: enough to fill the engine's steps
+IDS, LOGPROBS = "teacher-ids.npy", "teacher-logprobs.npy"
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The teacher's distributions in the student's vocabulary. known: share of the supervised tokens that have one."""
+
+    ids: npt.NDArray[np.int32]  # [supervised, k]
+    logprobs: npt.NDArray[np.float32]  # [supervised, k]
+    known: float
+
+    def at(self, places_s: npt.NDArray[np.int64], device: torch.device) -> TopK:
+        """The distributions at these supervised tokens (`Batch.places_s`), on `device`."""
+        ids_sk = torch.from_numpy(self.ids[places_s].astype(np.int64)).to(device)
+        return TopK(ids_sk, torch.from_numpy(self.logprobs[places_s]).to(device))
+
+
+def load(directory: Path) -> Teaching:
+    """The distributions that `teach` stored, mapped into memory."""
+    ids, logprobs = (np.load(directory / name, mmap_mode="r", allow_pickle=False) for name in (IDS, LOGPROBS))
+    return Teaching(ids, logprobs, float((logprobs[:, 0] > -np.inf).mean()))
+
+
+def write(
+    rows: TrainingSet, traces: Iterable[Trace], projector: Projector, prefill: str, k: int, directory: Path
+) -> Teaching:
+    """Map the traces' most likely tokens to the supervised tokens of the rows. Traces without a row are skipped."""
+    shape = (rows.counts.supervised, k)
+    ids = np.lib.format.open_memmap(directory / IDS, "w+", np.int32, shape)
+    logprobs = np.lib.format.open_memmap(directory / LOGPROBS, "w+", np.float32, shape)
+    logprobs[:] = -np.inf
+    by_key = {key: i for i, key in enumerate(rows.keys)}
+    for trace in traces:
+        if (number := by_key.get(trace.key)) is None or trace.top_logprobs is None or trace.logprobs is None:
+            continue
+        row = rows[number]
+        supervised = row.ids[row.prompt_tokens :].tolist()
+        given = prefill.encode() if trace.text.startswith(prefill) else b""
+        projected = projector.project(given, trace.completion_token_ids, trace.logprobs, trace.top_logprobs, supervised)
+        for place, masses in enumerate(projected, row.place):
+            if masses:
+                likeliest = sorted(masses.items(), key=lambda item: -item[1])[:k]
+                ids[place, : len(likeliest)] = [id_ for id_, _ in likeliest]
+                logprobs[place, : len(likeliest)] = [logprob for _, logprob in likeliest]
+    ids.flush()
+    logprobs.flush()
+    return load(directory)
+
+
+def teach(
+    recipe: Recipe,
+    models: Models,
+    rows: TrainingSet,
+    traces: Iterator[Trace],
+    chat: Chat,
+    settings: Mapping[str, JsonValue],
+    scored: Path,
+    tokens: Path,
+) -> Teaching:
+    """Score the traces that have no log-probabilities yet, map all of them, and report the share that is known.
+
+    settings: everything that decides the teacher's numbers (`stage.teacher_settings`). scored: where scored traces are
+    stored. Errors: UserError.
+    """
+    k = recipe.train.objective.teacher_top_k
+    assert k is not None, "the objective needs no teacher"
+    model = models.teacher
+    teacher = model.chat
+    projector = Projector(
+        Vocabulary(token_bytes(teacher.tokenizer, teacher.where), frozenset(teacher.stop_token_ids)),
+        Vocabulary(token_bytes(chat.tokenizer, chat.where), frozenset(chat.stop_token_ids)),
+        rows.end(),
+        lambda text: chat.tokenizer(text, add_special_tokens=False)["input_ids"],
+    )
+    store = TraceStore(scored / digest({**settings, "top_k": k}))
+    with_logprobs = _with_logprobs(traces, recipe, model, rows, k, store)
+    teaching = write(rows, with_logprobs, projector, teacher.prefill, k, tokens)
+    if not teaching.known:
+        raise UserError(
+            f"none of the {rows.counts.supervised:,} supervised tokens begins where a token of {recipe.teacher} does: "
+            f"the traces come from another teacher, or the chat template changes their text; set train.objective.kind "
+            f"to `sft`"
+        )
+    say(
+        f"teacher: top-{k} distributions at {teaching.known:.1%} of {rows.counts.supervised:,} supervised tokens; the "
+        f"others use the cross-entropy of the trace's token"
+    )
+    return teaching
+
+
+def _with_logprobs(
+    traces: Iterator[Trace], recipe: Recipe, teacher: Model, rows: TrainingSet, k: int, store: TraceStore
+) -> Iterator[Trace]:
+    """Every trace of a row with log-probabilities: its own, stored ones from an earlier session, or new ones."""
+    wanted = set(rows.keys)
+    done = store.keys() if store.directory.exists() else set()
+    if done:
+        yield from store
+    group: list[Trace] = []
+    with ExitStack() as stack:
+        score = None
+        for trace in traces:
+            if trace.key not in wanted or trace.key in done:
+                continue
+            if trace.logprobs is not None and trace.top_logprobs is not None and any(trace.top_logprobs):
+                yield trace
+                continue
+            if score is None:
+                score = stack.enter_context(_scoring(store, recipe, teacher, k, len(rows), len(done)))
+            group.append(trace)
+            if len(group) == GROUP:
+                yield from score(group)
+                group = []
+        if score and group:
+            yield from score(group)
+
+
+@contextmanager
+def _scoring(
+    store: TraceStore, recipe: Recipe, teacher: Model, k: int, total: int, done: int
+) -> Iterator[Callable[[list[Trace]], list[Trace]]]:
+    """Load the teacher; yields a function that scores traces and stores them at once."""
+    engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
+    with (
+        backends.open(teacher, engine) as backend,
+        store,
+        progress("score", total, "traces", done=done) as advance,
+    ):
+
+        def score(traces: list[Trace]) -> list[Trace]:
+            scored = backend.score(traces, k)
+            store.append(scored)
+            advance(len(scored))
+            return scored
+
+        yield score
+    store.compact()

@@ -1,0 +1,272 @@
+"""The student's model directory, in and out.
+
+In: the base model, or one line about what is wrong with its files. `from_pretrained` only warns about weights that are
+missing, and initialises them at random; here that is an error, as are weights that are not finite numbers. The gate
+needs the config only, so 140 GB are loaded after the gate; and where ranks share a model, each reads its own shard of
+every tensor.
+
+Out: a directory that `transformers` (4 and 5), vLLM and llama.cpp load unchanged: weights, config, the tokenizer with
+the chat template that was trained, R1's recommended sampling, and a model card (`student.card`). It is written under
+another name and renamed.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from distill.chat import Chat
+from distill.durable import write_whole
+from distill.errors import UserError
+from distill.recipe import Train
+from distill.recipe.adapters import Lora, Qlora
+from distill.train.learn import attention
+from distill.train.ranks.checkpoint import SCRATCH, Ranks, writing
+from distill.train.rows.gate import Limits
+from distill.train.student import methods
+from distill.train.student.card import TEMPERATURE, TOP_P
+
+# Never sampled and never an end token, so that masking padding by its id loses nothing. In the tokenizers of Qwen and
+# Llama 3; the first that a tokenizer has is used.
+PADS = ("<|fim_pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<unk>")
+INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMPARED = 1 << 26  # bytes of two tensors compared at a time
+
+
+def inspect(model_dir: Path, settings: Train) -> Limits:
+    """Read a model directory's config and the headers of its weight files.
+
+    Errors: UserError naming the file that is broken, or weights that the config expects and the files do not have.
+    """
+    if (model_dir / "adapter_config.json").exists():
+        raise UserError(
+            f"{model_dir} holds a PEFT adapter (adapter_config.json): merge it into its base, or move the adapter "
+            f"files out of the directory to train the base"
+        )
+    shapes: dict[str, list[int]] = {}
+    where: dict[str, Path] = {}
+    for path in weight_files(model_dir):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  not a dict
+                    shapes[name], where[name] = file.get_slice(name).get_shape(), path
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
+    config = configuration(model_dir, settings)
+    try:
+        model = empty(model_dir, settings, torch.bfloat16)
+    except Exception as error:  # whatever the wrong value leads to inside transformers
+        raise UserError(f"{model_dir}/config.json describes no model that can be built: {_reason(error)}") from error
+    expected = {name: list(p.shape) for name, p in model.named_parameters()}
+    for problem, names in (
+        ("are missing", [name for name in expected if name not in shapes]),
+        ("have another shape", [name for name in expected if name in shapes and expected[name] != shapes[name]]),
+    ):
+        if names:
+            listed = ", ".join(sorted(names)[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+            raise UserError(f"{model_dir}: weights that config.json expects {problem}: {listed}; download them again")
+    if config.tie_word_embeddings and HEAD in where and EMBEDDING in where:
+        refuse_another_head(where[HEAD], where[EMBEDDING])
+    return Limits(config.vocab_size, config.max_position_embeddings)
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The weight files that transformers loads: those of the index, or `model.safetensors`. Errors: UserError."""
+    index = model_dir / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{index} is damaged: download it again") from None
+        files = [model_dir / str(name) for name in names]
+    else:
+        files = [model_dir / "model.safetensors"]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path} is missing: download the student's weights again")
+    return files
+
+
+def refuse_another_head(head: Path, embedding: Path) -> None:
+    """A head in the file that differs from the embedding it is tied to: programs disagree about which one counts.
+
+    Errors: UserError.
+    """
+    with safe_open(head, framework="pt") as first, safe_open(embedding, framework="pt") as second:
+        heads, embeddings = first.get_slice(HEAD), second.get_slice(EMBEDDING)
+        rows, width = heads.get_shape()
+        step = max(1, COMPARED // (4 * width))
+        if [rows, width] != embeddings.get_shape() or not all(
+            torch.equal(heads[i : i + step], embeddings[i : i + step]) for i in range(0, rows, step)
+        ):
+            raise UserError(
+                f"{head} has {HEAD} with values other than {EMBEDDING}, although config.json ties them: set "
+                f"tie_word_embeddings to false in {head.parent / 'config.json'} to use it, or remove the tensor"
+            )
+
+
+def configuration(model_dir: Path, settings: Train) -> PretrainedConfig:
+    """The base's config with the recipe's extension of its context. Errors: UserError."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(model_dir)
+    except Exception as error:  # whatever the wrong value leads to inside transformers
+        raise UserError(f"{model_dir}/config.json cannot be used: {_reason(error)}") from error
+    if getattr(config, "use_sliding_window", False):
+        raise UserError(
+            f"{model_dir}/config.json has use_sliding_window, which training does not support; set it to false if no "
+            f"row is longer than the window"
+        )
+    eps = getattr(config, "rms_norm_eps", 1e-6)
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise UserError(f"{model_dir}/config.json: rms_norm_eps is {eps!r}; it should be a small positive number")
+    if settings.max_position_embeddings:
+        config.max_position_embeddings = settings.max_position_embeddings
+    if settings.rope_theta:
+        config.rope_parameters = {**config.rope_parameters, "rope_theta": settings.rope_theta}
+    return config
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def load(model_dir: Path, settings: Train, dtype: torch.dtype, quantization: object | None = None) -> PreTrainedModel:
+    """The base model in `dtype`, on the CPU (4-bit weights: on the GPU). Its files have been inspected.
+
+    Errors: UserError for weights that are not finite.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        config=configuration(model_dir, settings),
+        dtype=dtype,
+        quantization_config=quantization,
+        attn_implementation=attention.NAME,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    assert not report["missing_keys"] and not report["mismatched_keys"], "`inspect` checks the files first"
+    refuse_not_finite(model_dir, model.named_parameters())
+    return trainable(model)
+
+
+def refuse_not_finite(model_dir: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Errors: UserError naming the first tensor with a NaN or an infinity: it would be in every logit."""
+    for name, tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.is_floating_point() and not torch.isfinite(local).all():
+            raise UserError(f"{model_dir}: {name} has values that are not finite numbers: download the weights again")
+
+
+def empty(model_dir: Path, settings: Train, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model without weights (on torch's meta device), to be laid out over ranks and filled by `fill`."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            configuration(model_dir, settings), dtype=dtype, attn_implementation=attention.NAME
+        )
+    model.tie_weights()
+    return trainable(model)
+
+
+def fill(model: PreTrainedModel, model_dir: Path) -> None:
+    """Read the weights of a model that is laid out over ranks: each rank reads its own shards. All ranks together.
+
+    Errors: UserError for weights that are not finite.
+    """
+    tensors = {
+        name.replace(".base_layer.", "."): p.detach()  # PEFT's name of a layer with adapters
+        for name, p in model.named_parameters()
+        if ".lora_" not in name
+    }
+    load_distributed(dict(tensors), storage_reader=HuggingFaceStorageReader(str(model_dir)))
+    refuse_not_finite(model_dir, tensors.items())
+
+
+def trainable(model: PreTrainedModel) -> PreTrainedModel:
+    """Give every row of the embedding a gradient. torch skips the padding row, whose id may be a real token's."""
+    model.get_input_embeddings().padding_idx = None
+    return model
+
+
+def merged(
+    model_dir: Path, settings: Train, adapter: Lora | Qlora, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """The base, read again in `dtype`, with adapters (PEFT's names → tensors) added to its weights."""
+    from peft import set_peft_model_state_dict
+
+    adapted = methods.with_adapters(load(model_dir, settings, dtype), adapter)
+    set_peft_model_state_dict(adapted, tensors)
+    plain: PreTrainedModel = adapted.merge_and_unload()
+    return plain
+
+
+def save(
+    directory: Path,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    chat: Chat,
+    card: str,
+    ranks: Ranks | None = None,
+) -> None:
+    """Write the trained student to `directory`, atomically. weights: as they are stored, on the first rank. model: the
+    same architecture without weights. Errors: WorkError when the disk is full."""
+    scratch = directory.with_name(f"{SCRATCH}{directory.name}")
+    with writing(scratch, directory, ranks):
+        if ranks is None or ranks.main:
+            write(scratch, model, weights, chat)
+            (scratch / "README.md").write_text(card, encoding="utf-8")
+
+
+def write(directory: Path, model: PreTrainedModel, weights: dict[str, Tensor], chat: Chat) -> None:
+    """Write weights, configs and tokenizer into an existing directory."""
+    stops = list(chat.stop_token_ids)
+    pad = padding(chat)
+    model.config.eos_token_id = stops[0] if len(stops) == 1 else stops
+    model.config.pad_token_id = pad
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        bos_token_id=chat.tokenizer.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=pad,
+    )
+    model.save_pretrained(directory, state_dict=weights)
+    for path in directory.glob("*.safetensors"):
+        path.chmod((directory / "config.json").stat().st_mode)  # safetensors creates files readable by the owner only
+    spell_for_transformers_4(directory / "config.json")
+    own = chat.tokenizer.pad_token
+    chat.tokenizer.pad_token_id = pad
+    chat.save(directory)
+    chat.tokenizer.pad_token = own
+
+
+def spell_for_transformers_4(path: Path) -> None:
+    """Add the keys that transformers 4 (and vLLM and SGLang with it) reads in place of those of transformers 5.
+
+    Without `rope_theta` it takes 10,000, and the model's positions are wrong from the first token on, silently.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["torch_dtype"] = config["dtype"]
+    rope = dict(config["rope_parameters"])
+    config["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def padding(chat: Chat) -> int:
+    """The pad token's id: the tokenizer's own unless it ends a turn (as R1's published one), else one of `PADS`."""
+    own = chat.tokenizer.pad_token_id
+    if own is not None and own not in chat.stop_token_ids:
+        return int(own)
+    known = chat.tokenizer.get_vocab()
+    return int(next((known[pad] for pad in PADS if pad in known), chat.eos_token_id))

@@ -1,0 +1,468 @@
+"""A server as a backend: what it may send, and what becomes of it."""
+
+import copy
+import json
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from distill import backends
+from distill.backends import Backend, Completed, Job, SamplingParams
+from distill.backends.collect import collect
+from distill.backends.reply import Unreadable, read_model_names, read_reply
+from distill.backends.secrets import Secrets, shown_url
+from distill.errors import UserError, WorkError
+from distill.models import Model, Server
+from distill.prompts import Prompt
+from distill.recipe import LocalEngine
+from distill.traces.store import TraceStore
+
+KEY = "sk-a+b/C&d=0123456789"
+PARAMS = SamplingParams(temperature=0.6, max_new_tokens=64)
+JSON = "application/json"
+
+Answer = tuple[int, str, bytes]  # status, content type, body
+
+
+def chat(**choice: object) -> dict[str, object]:
+    """A chat completion whose only choice has these fields."""
+    message = {"role": "assistant", "content": "So it is \\boxed{4}.", "reasoning_content": "twice two"}
+    whole = {"index": 0, "finish_reason": "stop", "message": message}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [whole | choice],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10},
+    }
+
+
+def body(reply: object) -> bytes:
+    return json.dumps(reply).encode()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers a chat request with what `server.reply(number, request)` gives."""
+
+    def do_GET(self) -> None:
+        self.send(*self.server.models)
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            number = len(self.server.asked)
+            self.server.asked.append(asked)
+        self.send(*self.server.reply(number, self))
+
+    def send(self, status: int, content_type: str, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def server(reply: Callable[[int, Handler], Answer], models: Answer | None = None) -> Iterator[ThreadingHTTPServer]:
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.reply, made.asked, made.lock = reply, [], threading.Lock()
+    made.models = models or (200, JSON, body({"object": "list", "data": [{"id": "m"}]}))
+    made.handle_error = lambda *_: None  # of clients that hang up
+    thread = threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield made
+    finally:
+        made.shutdown()
+        made.server_close()
+        thread.join()
+
+
+def opened(made: ThreadingHTTPServer, max_batch: int = 4, key: str | None = KEY, name: str | None = None):
+    url = f"http://127.0.0.1:{made.server_address[1]}/v1"
+    return backends.open(Model("m", Server(url, name, key)), LocalEngine(), max_batch)
+
+
+def complete(backend: Backend, samples: int = 1) -> list[Completed]:
+    return list(backend.complete([Job(Prompt.from_question("2 + 2?", "4"), tuple(range(samples)))], PARAMS, 0))
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries without long pauses."""
+    monkeypatch.setattr("distill.backends.remote.RETRIES", 1)
+    monkeypatch.setattr("distill.backends.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
+
+
+def one(reply: object) -> Completed:
+    with server(lambda *_: (200, JSON, body(reply))) as made, opened(made) as backend:
+        return complete(backend)[0]
+
+
+# ---- what is stored
+
+
+def test_an_answer_and_its_usage() -> None:
+    with server(lambda *_: (200, JSON, body(chat()))) as made, opened(made) as backend:
+        (done,) = complete(backend)
+        assert backend.usage == backends.Usage(3, 7) and backend.numerics == {"kernels": "server"}
+        assert backend.identity == {"model": "m"} and backend.max_context is None
+    assert done.text == "<think>\ntwice two\n</think>\n\nSo it is \\boxed{4}."
+    assert (done.finish_reason, done.completion_tokens) == ("stop", 7)
+    (asked,) = made.asked
+    assert (asked["max_tokens"], asked["temperature"]) == (64, 0.6) and 0 <= asked["seed"] < 2**31
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "content_filter", "tool_calls", "eos", None])
+def test_a_finish_reason_is_kept_as_it_is(reason: str | None) -> None:
+    assert one(chat(finish_reason=reason)).finish_reason == reason
+
+
+@pytest.mark.parametrize("count", ["seven", 10**30, -1, True, 1.5, [], {}, None, 2**31])
+def test_a_count_that_cannot_be_right_is_unknown(count: object) -> None:
+    done = one(chat() | {"usage": {"completion_tokens": count, "prompt_tokens": count}})
+    assert done.completion_tokens is None and done.text.endswith("\\boxed{4}.")
+
+
+@pytest.mark.parametrize("usage", ["none", 5, [], None])
+def test_usage_of_another_type(usage: object) -> None:
+    assert one(chat() | {"usage": usage}).completion_tokens is None
+
+
+def test_parts_of_text_are_one_text() -> None:
+    parts = [{"type": "text", "text": "So it is "}, {"type": "text", "text": "\\boxed{4}."}]
+    assert one(chat(message={"content": parts})).text == "So it is \\boxed{4}."
+
+
+def test_half_a_surrogate_pair_is_replaced() -> None:
+    """UTF-8 cannot store it."""
+    body = b'{"choices": [{"finish_reason": "stop", "message": {"content": "a\\ud83db"}}]}'
+    assert read_reply(body).text == "a\ufffdb"
+
+
+def test_reasoning_that_is_cut_off_is_no_answer(tmp_path: Path) -> None:
+    """Also where the server has no reasoning parser: then nothing says that the text is reasoning."""
+    texts = iter([{"content": "Maybe \\boxed{4}? Let me"}, {"content": None, "reasoning_content": "Maybe \\boxed{4}?"}])
+    with (
+        server(lambda *_: (200, JSON, body(chat(finish_reason="length", message=next(texts))))) as made,
+        opened(made) as backend,
+        TraceStore(tmp_path / "traces") as store,
+    ):
+        job = Job(Prompt.from_question("2 + 2?", "4"), (0, 1))
+        collect(backend, store, [job], PARAMS, 0, "t", lambda count: None)
+    assert [(trace.finish_reason, trace.answer) for trace in TraceStore(tmp_path / "traces")] == [("length", "")] * 2
+
+
+# ---- what is asked again, and then a failure
+
+UNREADABLE: dict[str, bytes] = {
+    "nothing": b"",
+    "white space": b" \n",
+    "half": b'{"choices": [{"mess',
+    "HTML": b"<html>gateway</html>",
+    "not UTF-8": b"\xff\xfe{}",
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "a long number": b'{"choices": ' + b"9" * 5000 + b"}",
+    "no choices": body({"object": "chat.completion"}),
+    "choices null": body({"choices": None}),
+    "choices a text": body({"choices": "abc"}),
+    "choices an object": body({"choices": {"0": {}}}),
+    "choices empty": body({"choices": []}),
+    "choice a number": body({"choices": [5]}),
+    "message null": body(chat(message=None)),
+    "message a text": body(chat(message="4")),
+    "content a number": body(chat(message={"content": 4})),
+    "content an object": body(chat(message={"content": {"text": "4"}})),
+    "content with an image": body(chat(message={"content": [{"type": "image_url", "image_url": {"url": "x"}}]})),
+    "part a number": body(chat(message={"content": [4]})),
+    "part without text": body(chat(message={"content": [{"type": "text", "text": 4}]})),
+    "reasoning a list": body(chat(message={"content": "4", "reasoning_content": [1]})),
+    "reasoning a number": body(chat(message={"content": "4", "reasoning": 4})),
+    "finish_reason a number": body(chat(finish_reason=3)),
+    "finish_reason a list": body(chat(finish_reason=["stop"])),
+    "finish_reason long": body(chat(finish_reason="stop" * 99)),
+    "finish_reason with a newline": body(chat(finish_reason="st\nop")),
+    "gave up": body(chat(finish_reason="insufficient_system_resource")),
+    "empty": body(chat(message={"content": ""}) | {"usage": {"completion_tokens": 0}}),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_holds_no_answer_is_unreadable(name: str) -> None:
+    with pytest.raises(Unreadable):
+        read_reply(UNREADABLE[name])
+
+
+@pytest.mark.parametrize("name", ["nothing", "HTML", "choices a text", "content a number"])
+def test_it_is_asked_again_and_then_a_failure_of_one_line(name: str) -> None:
+    def reply(number: int, handler: Handler) -> Answer:
+        return (200, "text/html" if name == "HTML" else JSON, UNREADABLE[name])
+
+    with server(reply) as made, opened(made) as backend, pytest.raises(WorkError, match="empty or unreadable") as error:
+        complete(backend)
+    assert len(made.asked) == 2 and "\n" not in str(error.value)
+    then = lambda number, handler: reply(number, handler) if number == 0 else (200, JSON, body(chat()))  # noqa: E731
+    with server(then) as made, opened(made) as backend:
+        assert complete(backend)[0].text.endswith("\\boxed{4}.")
+
+
+def test_a_reply_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.backends.remote.REPLY_BYTES", 100_000)
+    large = body(chat(message={"content": "x" * 200_000}))
+    with (
+        server(lambda *_: (200, JSON, large)) as made,
+        opened(made) as backend,
+        pytest.raises(WorkError, match="more than 100,000 bytes"),
+    ):
+        complete(backend)
+    with (
+        server(lambda *_: (500, JSON, large)) as made,
+        opened(made) as backend,
+        pytest.raises(WorkError, match="the server failed"),
+    ):
+        complete(backend)
+
+
+def test_a_compressed_reply_is_refused() -> None:
+    """It has no bound: a kilobyte may hold a megabyte."""
+
+    def reply(number: int, handler: Handler) -> Answer:
+        assert handler.headers["Accept-Encoding"] == "identity"
+        return 200, JSON + "\r\nContent-Encoding: gzip", b""
+
+    with server(reply) as made, opened(made) as backend, pytest.raises(WorkError, match="its reply is compressed"):
+        complete(backend)
+
+
+# ---- what the user must correct
+
+
+def test_what_was_delivered_is_yielded_before_the_error() -> None:
+    """Of sixteen requests at once the sixth is refused: the fifteen others are kept."""
+    wait = threading.Barrier(16)
+
+    def reply(number: int, handler: Handler) -> Answer:
+        wait.wait(30)
+        return (401, JSON, body({"error": {"message": "no"}})) if number == 5 else (200, JSON, body(chat()))
+
+    kept = []
+    with (
+        server(reply) as made,
+        opened(made, max_batch=16) as backend,
+        pytest.raises(UserError, match="rejected the key .* set OPENAI_API_KEY to a valid one"),
+    ):
+        for done in backend.complete([Job(Prompt.from_question("q", "1"), tuple(range(16)))], PARAMS, 0):
+            kept.append(done.sample)
+    assert len(kept) == 15
+
+
+def test_no_request_is_sent_after_a_refusal() -> None:
+    with server(lambda *_: (401, JSON, b"{}")) as made, opened(made, max_batch=2) as backend, pytest.raises(UserError):
+        complete(backend, samples=50)
+    assert len(made.asked) <= 2
+
+
+def test_others_under_way_are_waited_for_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.backends.remote.GRACE", 0.2)
+    never = threading.Event()
+
+    def reply(number: int, handler: Handler) -> Answer:
+        if number:
+            return 403, JSON, b"{}"
+        never.wait(60)
+        return 200, JSON, body(chat())
+
+    with server(reply) as made:
+        try:
+            with opened(made, max_batch=2) as backend, pytest.raises(UserError, match="rejected the key"):
+                complete(backend, samples=2)
+        finally:
+            never.set()
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "expected"),
+    [
+        (400, "max_tokens is too large: 64", "max_tokens is too large: 64; lower max_new_tokens"),
+        (400, "roles must alternate", "roles must alternate; if it is too long, lower max_new_tokens"),
+        (404, "no such model", "the server refused the request: .*no such model"),
+        (422, "temperature", "the server refused the request"),
+    ],
+)
+def test_refused_requests_are_the_users(status: int, message: str, expected: str) -> None:
+    answer = status, JSON, body({"error": {"message": message}})
+    with server(lambda *_: answer) as made, opened(made) as backend, pytest.raises(UserError, match=expected):
+        complete(backend)
+    assert len(made.asked) == 1
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
+def test_a_busy_server_is_asked_again(status: int) -> None:
+    def reply(number: int, handler: Handler) -> Answer:
+        return (status, JSON, b"{}") if number == 0 else (200, JSON, body(chat()))
+
+    with server(reply) as made, opened(made) as backend:
+        assert len(complete(backend)) == 1 and len(made.asked) == 2
+
+
+# ---- the key
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 500])
+@pytest.mark.parametrize(
+    "form", [KEY, f"Bearer {KEY}", quote(KEY, safe=""), quote(KEY, safe="").lower(), "sk-a+b/C&amp;d=0123456789"]
+)
+def test_a_key_that_a_server_echoes_is_hidden(status: int, form: str) -> None:
+    answer = status, JSON, body({"error": {"message": f"wrong key: {form}!"}})
+    for models in (None, answer):
+        with (
+            pytest.raises((UserError, WorkError)) as error,
+            server(lambda *_: answer, models) as made,
+            opened(made) as backend,
+        ):
+            complete(backend)
+        assert "0123456789" not in str(error.value) and "***" in str(error.value), error.value
+
+
+def test_credentials_in_an_address_are_hidden() -> None:
+    assert shown_url("https://me:secret@host:1/v1?key=secret") == "https://host:1/v1"
+    assert Secrets("https://me:secret@host/v1", None).hide("no secret here") == "no *** here"
+    with (
+        pytest.raises(UserError) as error,
+        backends.open(Model("m", Server("http://me:secret@127.0.0.1:9/v1")), LocalEngine()),
+    ):
+        pass
+    assert "secret" not in str(error.value)
+
+
+def test_a_short_key_is_a_placeholder() -> None:
+    assert Secrets("http://x", "none").hide("none of them") == "none of them"
+
+
+@pytest.mark.parametrize("key", ["sk-\u00e9t\u00e9 is it", "sk 12", "sk\n12"])
+def test_a_key_that_no_header_can_carry(key: str) -> None:
+    with pytest.raises(UserError, match="OPENAI_API_KEY holds spaces or characters outside ASCII") as error:
+        Secrets("http://x", key)
+    assert key not in str(error.value)
+    assert Secrets("http://x", "sk-12\n").key == "sk-12"
+
+
+# ---- the list of models
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"<html>", b"[]", body({"data": None}), body({"data": 5}), body({"data": [5]}), body({"data": [{"id": 5}]}),
+     body({"data": [{}]}), body({"object": "list"}), b"[" * 100_000],
+)  # fmt: skip
+def test_a_list_of_models_that_cannot_be_read(data: bytes) -> None:
+    with pytest.raises(Unreadable):
+        read_model_names(data)
+    models = 200, JSON, data
+    refused = pytest.raises(UserError, match="no model server answers there")
+    with server(lambda *_: models, models) as made, refused as error, opened(made):
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_the_model_is_chosen_by_name() -> None:
+    two = (200, JSON, body({"data": [{"id": "a"}, {"id": "b"}]}))
+    with server(lambda *_: (200, JSON, body(chat())), two) as made:
+        with pytest.raises(UserError, match=r"several models; choose one with --name: a, b"), opened(made):
+            pass
+        with pytest.raises(UserError, match=r"no model 'c'; choose one with --name: a, b"), opened(made, name="c"):
+            pass
+        with opened(made, name="b") as backend:
+            assert backend.identity == {"model": "b"}
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:99999/v1", "nowhere://x", "http://", "http://h:x"])
+def test_an_address_that_is_none(url: str) -> None:
+    with (
+        pytest.raises(UserError, match="not the address of a server"),
+        backends.open(Model("m", Server(url)), LocalEngine()),
+    ):
+        pass
+
+
+# ---- any reply
+
+VALUES: tuple[object, ...] = (
+    None, True, 0, -1, 10**30, 2**63, 1.5, float("nan"), "", "x", "seven", "\ud800", "\0", "stop", [], [None], [[]], {},
+    {"a": 1}, "y" * 10_000, ["text"], [{"type": "text", "text": "4"}],
+)  # fmt: skip
+
+
+def mutated(rng: random.Random) -> Answer:
+    """A reply with one thing wrong: a value, a key, its bytes, its status or its type."""
+    reply = chat()
+    for _ in range(rng.randint(1, 3)):
+        _replace_one(reply, rng)
+    content = body(reply)
+    kind = rng.randrange(6)
+    if kind == 0:
+        content = content[: rng.randrange(len(content))]
+    elif kind == 1:
+        at = rng.randrange(len(content))
+        content = content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :]
+    status = rng.choice((200, 200, 200, 200, 201, 204, 400, 401, 429, 500, 503)) if kind == 2 else 200
+    return status, rng.choice((JSON, JSON, "text/html", "", "application/octet-stream")), content
+
+
+def _replace_one(tree: object, rng: random.Random) -> None:
+    """Replace or delete one value somewhere in a JSON tree."""
+    while True:
+        keys: list[object] = list(tree) if isinstance(tree, dict) else list(range(len(tree))) if tree else []  # type: ignore[arg-type]
+        if not keys:
+            return
+        key = rng.choice(keys)
+        inner = tree[key]  # type: ignore[index]
+        if isinstance(inner, dict | list) and inner and rng.random() < 0.7:
+            tree = inner
+            continue
+        if isinstance(tree, dict) and rng.random() < 0.2:
+            del tree[key]
+        else:
+            tree[key] = copy.deepcopy(rng.choice(VALUES))  # type: ignore[index]
+        return
+
+
+def survives(seed: int, directory: Path) -> str:
+    """One answer of a server that sends a mutated reply: stored, a user's error, or a failure, each in one line."""
+    answer = mutated(random.Random(seed))
+    store = TraceStore(directory / str(seed))
+    job = Job(Prompt.from_question("2 + 2?", "4"), (0,))
+    with server(lambda *_: answer) as made:
+        try:
+            with opened(made) as backend, store:
+                collect(backend, store, [job], PARAMS, 0, "t", lambda count: None)
+        except (UserError, WorkError) as error:
+            assert "\n" not in str(error) and KEY not in str(error)
+            return type(error).__name__
+    store.compact()
+    (trace,) = TraceStore(directory / str(seed))
+    assert trace.finish_reason != "stop" or b'"stop"' in answer[2]
+    return "stored"
+
+
+def test_any_reply_is_stored_or_one_line(tmp_path: Path) -> None:
+    assert {survives(seed, tmp_path) for seed in range(20)} >= {"stored", "WorkError"}
+
+
+@pytest.mark.slow
+def test_two_hundred_replies(tmp_path: Path) -> None:
+    outcomes = [survives(seed, tmp_path) for seed in range(1000, 1200)]
+    assert outcomes.count("stored") > 20 and outcomes.count("WorkError") > 20 and "UserError" in outcomes

@@ -1,0 +1,164 @@
+"""Model directories that cannot be trained: one line each; and a student's directory as other programs read it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import train_support as support
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distill.chat import Chat
+from distill.errors import UserError
+from distill.recipe import Train
+from distill.train.ranks import environment
+from distill.train.student import model
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return support.make_student(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture
+def broken(student, tmp_path):
+    return shutil.copytree(student, tmp_path / "student")
+
+
+def edit(student, **changes):
+    path = student / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(student):
+    """The one line with which training refuses a model directory."""
+    settings = Train(dtype="float32")
+    with pytest.raises(UserError) as caught:
+        model.inspect(student, settings)
+        model.load(student, settings, torch.float32)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_adapter_files_beside_the_weights(broken):
+    (broken / "adapter_config.json").write_text("{}")
+    assert "holds a PEFT adapter (adapter_config.json): merge it into its base" in refusal(broken)
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to(broken):
+    tensors = load_file(broken / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    model.inspect(broken, Train())  # the same values are no contradiction
+    tensors["lm_head.weight"][200, 3] += 1
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    message = refusal(broken)
+    assert "lm_head.weight with values other than model.embed_tokens.weight" in message
+    assert "set tie_word_embeddings to false" in message
+    edit(broken, tie_word_embeddings=False)
+    model.inspect(broken, Train())
+    assert torch.equal(model.load(broken, Train(), torch.float32).lm_head.weight, tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_that_are_not_finite_are_named(broken, name, value):
+    tensors = load_file(broken / "model.safetensors")
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    assert f"{name} has values that are not finite numbers" in refusal(broken)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("layer_types", "full_attention"),
+        ("layer_types", [1, 2]),
+        ("layer_types", ["nothing", "full_attention"]),
+        ("hidden_size", "32"),
+        ("hidden_size", 0),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", 5),
+        ("rms_norm_eps", 0),
+        ("rms_norm_eps", "small"),
+        ("vocab_size", -1),
+        ("vocab_size", None),
+        ("hidden_act", "nothing"),
+        ("model_type", "nothing"),
+        ("model_type", 3),
+        ("rope_parameters", {"rope_type": "nothing"}),
+        ("rope_parameters", 7),
+        ("dtype", "float7"),
+        ("max_position_embeddings", "long"),
+        ("bos_token_id", "first"),
+    ],
+)
+def test_config_values_of_the_wrong_type_or_size(broken, key, value):
+    edit(broken, **{key: value})
+    assert "config.json" in refusal(broken)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", ""])
+def test_a_config_that_is_no_mapping(broken, text):
+    (broken / "config.json").write_text(text)
+    assert "config.json cannot be used" in refusal(broken)
+
+
+@pytest.mark.parametrize("index", ["[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": "absent.safetensors"}}'])
+def test_an_index_that_is_damaged_or_names_a_missing_file(broken, index):
+    (broken / "model.safetensors.index.json").write_text(index)
+    assert "download" in refusal(broken)
+
+
+def test_the_students_files_are_read_by_transformers_4_and_5(student, tmp_path):
+    """Old and new spellings of the same values; the plain class of the tokenizer; no path of this machine."""
+    base = model.load(student, Train(), torch.float32)
+    settings = Train(max_position_embeddings=4096, rope_theta=5e5)
+    chat = Chat.load(student, "chatml")
+    pad = chat.tokenizer.pad_token_id
+    model.save(tmp_path / "out", model.empty(student, settings, torch.float32), dict(base.state_dict()), chat, "")
+    assert chat.tokenizer.pad_token_id == pad
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_parameters"]["rope_theta"]) == (5e5, 5e5)
+    assert config["torch_dtype"] == config["dtype"] == "float32" and "rope_scaling" not in config
+    assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 5e5
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] in ("PreTrainedTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast")
+    assert not {"local_files_only", "is_local", "backend"} & tokenizer.keys()
+
+
+def test_a_scaled_rope_has_its_old_name_too(tmp_path):
+    path = tmp_path / "config.json"
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    path.write_text(json.dumps({"dtype": "bfloat16", "rope_parameters": rope}))
+    model.spell_for_transformers_4(path)
+    config = json.loads(path.read_text())
+    assert config["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0} and config["rope_theta"] == 5e5
+    assert config["rope_parameters"] == rope
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 but not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which is no number"),
+        ({"WORLD_SIZE": "2", "RANK": "5"}, "WORLD_SIZE=2 but not LOCAL_RANK"),
+    ],
+)
+def test_variables_that_torchrun_did_not_set_are_one_line(monkeypatch, variables, message):
+    for name in ("WORLD_SIZE", *environment.REQUIRED):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        environment.several()
+
+
+def test_a_world_size_of_one_is_one_process(monkeypatch):
+    for name in ("WORLD_SIZE", *environment.REQUIRED):
+        monkeypatch.delenv(name, raising=False)
+    assert (environment.size(), environment.rank(), environment.several()) == (1, 0, False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert (environment.size(), environment.rank(), environment.several()) == (1, 0, False)
