@@ -26,7 +26,7 @@ from pydantic import JsonValue
 from distill import catalog, model_files
 from distill.artefacts import Artefact, EvalSummary, FilterSummary, GenerateSummary, RunPaths, Scores, TrainSummary
 from distill.catalog import load_recipe
-from distill.config import parse, read_yaml
+from distill.config import did_you_mean, parse, read_yaml
 from distill.errors import UserError
 from distill.models import Model, Server
 from distill.prompts.prompt import Message, Prompt, Task
@@ -330,6 +330,12 @@ def _resolved(
         student = catalog.load_student(name)
         place = catalog.resolve_weights("student", name)
         return Model(student.name, place, student.chat_template, thinking), SamplingSettings()
+    if "/" not in name and not Path(name).is_dir():
+        hint = did_you_mean(name, [*catalog.entries("teacher"), *catalog.entries("student")])
+        raise UserError(
+            f"{name}: no teacher or student has that name, and there is no such model directory{hint}; see "
+            f"`distill teachers list`"
+        )
     place = model_files.model_directory(name)
     return Model(place.name, place, thinking=thinking), SamplingSettings()
 
