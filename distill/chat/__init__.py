@@ -34,10 +34,10 @@ from distill.chat.loading import (
     template_advice,
 )
 from distill.chat.rendering import RENDERER, Chats, TemplateError, Value
-from distill.chat.tokens import END_THINK, THINK, ControlTokens
+from distill.chat.tokens import ControlTokens
 from distill.durable import write_whole
 from distill.errors import UserError
-from distill.prompts.prompt import Message
+from distill.prompts.prompt import END_THINK, THINK, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

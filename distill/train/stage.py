@@ -121,7 +121,7 @@ def teacher_settings(run: "Run") -> Settings:
     recipe = run.recipe
     if recipe.train.objective.teacher_top_k is None:
         return {}
-    from distill.backends.local import device_type
+    from distill.backends.device import device_type
 
     identity = {f"teacher.{key}": value for key, value in run.models.teacher.identity.items()}
     return identity | recipe.engine_settings() | {"engine.device": device_type(recipe.engine.device)}
