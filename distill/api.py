@@ -14,19 +14,19 @@ own; `!distill run RECIPE` does all of that.
 import asyncio
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, overload
 
 from pydantic import JsonValue
 
 from distill import catalog, model_files
 from distill.artefacts import Artefact, EvalSummary, FilterSummary, GenerateSummary, RunPaths, Scores, TrainSummary
 from distill.catalog import load_recipe
-from distill.config import parse, read_yaml
+from distill.config import did_you_mean, parse, read_yaml
 from distill.errors import UserError
 from distill.models import Model, Server
 from distill.prompts.prompt import Message, Prompt, Task
@@ -224,6 +224,12 @@ def grade(answer: str, gold: str, task: Task = "math") -> "Grade":
 # ---- sampling
 
 
+class Call(Protocol):
+    """Calls a function, perhaps in another thread, and returns its result."""
+
+    def __call__(self, function: Callable[[], T]) -> T: ...
+
+
 @dataclass(frozen=True)
 class Answer:
     """One sampled answer.
@@ -243,9 +249,9 @@ class Answer:
 class OpenModel:
     """A model that is loaded, or a server that is connected. Made by `open_model`."""
 
-    def __init__(self, model: Model, backend: "Backend", sampling: SamplingSettings) -> None:
+    def __init__(self, model: Model, backend: "Backend", sampling: SamplingSettings, call: Call) -> None:
         self.model, self.sampling = model, sampling
-        self._backend = backend
+        self._backend, self._call = backend, call
 
     def sample(
         self,
@@ -275,9 +281,10 @@ class OpenModel:
         changes = {key: value for key, value in given.items() if value is not None}
         settings = parse(SamplingSettings, self.sampling.model_dump() | changes, "sample")
         sampling = SamplingParams(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
-        completions = self._backend.complete([Job(prompt, tuple(range(n)))], sampling, seed)
+        jobs = [Job(prompt, tuple(range(n)))]
+        completions = self._call(lambda: list(self._backend.complete(jobs, sampling, seed)))
         answers: list[Answer] = []
-        for done in sorted(_outside_of_a_loop(completions), key=lambda done: done.sample):
+        for done in sorted(completions, key=lambda done: done.sample):
             reasoning, response = split_reasoning(done.text)
             tokens = len(done.completion_token_ids) or done.completion_tokens
             answers.append(Answer(done.text, reasoning, response, done.finish_reason, tokens))
@@ -312,8 +319,13 @@ def open_model(
     from distill import backends
 
     resolved, sampling = _resolved(str(model), thinking, server_model, key)
-    with backends.open(resolved, engine or LocalEngine(), max_batch) as backend:
-        yield OpenModel(resolved, backend, sampling)
+    opened = backends.open(resolved, engine or LocalEngine(), max_batch)
+    with _away_from_a_running_loop() as call:
+        backend = call(opened.__enter__)
+        try:
+            yield OpenModel(resolved, backend, sampling, call)
+        finally:
+            call(lambda: opened.__exit__(None, None, None))
 
 
 def _resolved(
@@ -330,15 +342,26 @@ def _resolved(
         student = catalog.load_student(name)
         place = catalog.resolve_weights("student", name)
         return Model(student.name, place, student.chat_template, thinking), SamplingSettings()
+    if "/" not in name and not Path(name).is_dir():
+        hint = did_you_mean(name, [*catalog.entries("teacher"), *catalog.entries("student")])
+        raise UserError(
+            f"{name}: no teacher or student has that name, and there is no such model directory{hint}; see "
+            f"`distill teachers list`"
+        )
     place = model_files.model_directory(name)
     return Model(place.name, place, thinking=thinking), SamplingSettings()
 
 
-def _outside_of_a_loop(items: Iterator[T]) -> list[T]:
-    """All items. A notebook runs an event loop in this thread, and a server's client needs one of its own."""
+@contextmanager
+def _away_from_a_running_loop() -> Iterator[Call]:
+    """Give a function that calls another: directly, or in a thread of its own where this one runs an event loop.
+
+    A notebook's cells run inside an event loop, and the client of a server needs one of its own.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return list(items)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(list, items).result()
+        yield lambda function: function()
+    else:
+        with ThreadPoolExecutor(1) as thread:
+            yield lambda function: thread.submit(function).result()

@@ -1,9 +1,9 @@
 """A name or a path → recipe, teacher, student or benchmark card, and the weights a card points at.
 
-The four catalogs are folders of YAML, no code. A card is `NAME.yaml`, or `NAME/card.yaml` where it brings files of its
-own (the tiny pair's weights). What has a slash or ends in .yaml is a path, relative to where the command runs; anything
-else is a name. In a wheel the folders lie inside the package (`distill/_catalog`, so that no generic name leaks into
-site-packages); in a clone or an editable install they are the folders at the clone's root.
+The four catalogs are folders of YAML, no code. A card is `NAME.yaml`, or `NAME/card.yaml` if it has files of its own
+(the tiny pair's weights). An argument with a slash, or one that ends in .yaml, is a path relative to the current
+directory; any other is a name. In a wheel the folders are inside the package (`distill/_catalog`, so that no generic
+name leaks into site-packages); in a clone or an editable install they are the folders at the clone's root.
 
 A registry in code was rejected: a folder listing cannot go stale.
 """
@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 
 from distill import model_files
 from distill.config import did_you_mean, parse, read_yaml
+from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.prompts import PromptCounts, load_prompts
 from distill.recipe import BenchmarkCard, Recipe, StudentCard, TeacherCard
@@ -36,7 +37,7 @@ OTHER_SIZE = 1.1  # a card may round its parameters; a factor above this is anot
 
 
 def folder(kind: Kind) -> Path:
-    """Where the catalog of this kind lies."""
+    """The directory of the catalog of this kind."""
     package = Path(__file__).parent
     packaged = package / "_catalog"
     return (packaged if packaged.is_dir() else package.parent) / f"{kind}s"
@@ -45,13 +46,13 @@ def folder(kind: Kind) -> Path:
 def entries(kind: Kind) -> dict[str, Path]:
     """Every name of the catalog and its file, sorted by name."""
     root = folder(kind)
-    found = {path.stem: path for path in root.glob("*.yaml")}
-    found |= {path.parent.name: path for path in root.glob("*/card.yaml")}
-    return dict(sorted(found.items()))
+    files = {path.stem: path for path in root.glob("*.yaml")}
+    files |= {path.parent.name: path for path in root.glob("*/card.yaml")}
+    return dict(sorted(files.items()))
 
 
 def find(kind: Kind, name_or_path: str) -> Path:
-    """The YAML file meant. `UserError` lists the choices for an unknown name."""
+    """The YAML file of a name or a path. Errors: UserError, which lists the choices for an unknown name."""
     known = entries(kind)
     path = Path(name_or_path).expanduser()
     if "/" in name_or_path or path.suffix in (".yaml", ".yml"):
@@ -70,23 +71,27 @@ def find(kind: Kind, name_or_path: str) -> Path:
 
 
 def load(kind: Kind, name_or_path: str, overrides: Sequence[str] = ()) -> Section:
+    """Parse an entry of any catalog. Errors: UserError."""
     return _load(MODELS[kind], kind, name_or_path, overrides)
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """`overrides` are `KEY=VALUE` as `--set` takes them, applied in order."""
+    """Parse a recipe. overrides: `KEY=VALUE` as `--set` takes them, applied in order. Errors: UserError."""
     return _load(Recipe, "recipe", name_or_path, overrides)
 
 
 def load_teacher(name_or_path: str) -> TeacherCard:
+    """Parse a teacher card. Errors: UserError."""
     return _load(TeacherCard, "teacher", name_or_path)
 
 
 def load_student(name_or_path: str) -> StudentCard:
+    """Parse a student card. Errors: UserError."""
     return _load(StudentCard, "student", name_or_path)
 
 
 def load_benchmark(name_or_path: str) -> BenchmarkCard:
+    """Parse a benchmark card. Errors: UserError."""
     return _load(BenchmarkCard, "benchmark", name_or_path)
 
 
@@ -131,7 +136,9 @@ def _check_weights(kind: Literal["teacher", "student"], name_or_path: str) -> li
         return []
     resolve_weights(kind, name_or_path)
     config = model_files.read_object(directory / "config.json")
-    claims: dict[str, tuple[object, object]] = {"family": (card.family, config.get("model_type", card.family))}
+    claims: dict[str, tuple[object, object]] = {}
+    if (kind_of_model := config.get("model_type")) in FAMILIES:  # the engine names one that it does not know
+        claims["family"] = (card.family, kind_of_model)
     if isinstance(card, StudentCard) and card.architecture is not None:
         for key, value in card.architecture.model_dump(exclude_none=True, exclude_unset=True).items():
             claims[f"architecture.{key}"] = (value, config.get(key, value))
@@ -243,9 +250,10 @@ def _download(repo: str, revision: str | None, kind: Kind, name: str) -> Path:
 
 
 def copy(kind: Kind, name_or_path: str, destination: Path | None = None) -> Path:
-    """Write the entry, comments and all, where the user can edit it; `./NAME.yaml` by default. Never overwrites.
+    """Write the entry with its comments to a file that the user can edit; `./NAME.yaml` by default. Never overwrites.
 
-    What is relative to the original is made absolute: a card's weights, and the schema that editors read.
+    Paths relative to the original become absolute: a card's weights, and the schema that editors read. Errors:
+    UserError when the file exists or its directory does not.
     """
     source = find(kind, name_or_path)
     item = load(kind, name_or_path)
@@ -254,7 +262,7 @@ def copy(kind: Kind, name_or_path: str, destination: Path | None = None) -> Path
     if destination.is_dir():
         destination /= f"{name}.yaml"
     if destination.exists():
-        raise UserError(f"{destination} exists already; give another name: distill {kind}s copy {name_or_path} FILE")
+        raise UserError(f"{destination} already exists; give another name: distill {kind}s copy {name_or_path} FILE")
     if not destination.parent.is_dir():
         raise UserError(f"{destination.parent}: no such directory; create it first")
     text = source.read_text(encoding="utf-8")
@@ -269,5 +277,5 @@ def copy(kind: Kind, name_or_path: str, destination: Path | None = None) -> Path
 
 
 def _with_line(pattern: str, replacement: str, text: str) -> str:
-    """Replace the first match at a line's beginning: in the text, not through YAML, so that comments survive."""
+    """Replace the first match at the beginning of a line: in the text, not through YAML, to keep comments."""
     return re.sub(f"^{pattern}", lambda _: replacement, text, count=1, flags=re.MULTILINE)

@@ -1,13 +1,16 @@
-"""`distill doctor`: what this machine is, which kernels run here, and how fast a teacher would be.
+"""`distill doctor`: this machine, the kernels that run here, and the decoding speed to expect of each teacher.
 
-The estimate of a teacher's speed is arithmetic on two measurements and the card. A step over b sequences reads every
-weight that one of them needs and multiplies by those that each needs:
+The forecast is arithmetic on two measurements and the card. A step over b sequences reads every weight that at least
+one of them needs and multiplies by the weights that each needs:
 
     bytes      = size of the weights · (1 - (1 - active/total)^b)
     operations = 2 · active · b
 
-and takes as long as the slower of the two, divided by the share of the limits that the engine was measured to reach.
-Experts that do not fit into memory come from the disk in every step; dense models have none, and have to fit.
+It takes as long as the slower of the two, divided by the share of these limits that the engine reaches. Experts that do
+not fit into memory are read from the disk in every step; a dense model has none, so all of it has to fit.
+
+On a CPU the rate of products is that of the engine's own kernels and not torch's: on processors with AMX torch
+multiplies bfloat16 ten times as fast as kernels that do not use it, and a forecast from torch's rate promises that.
 """
 
 import platform
@@ -19,22 +22,22 @@ from distill import __version__, catalog
 from distill.backends.device import device_type
 from distill.console import say, table
 from distill.engine.families import FAMILIES
-from distill.hardware import Machine, disk_rate, gpu_memory, memory_bandwidth, product_rate, this_machine
+from distill.hardware import Machine, disk_rate, fastest, gpu_memory, memory_bandwidth, product_rate, this_machine
 from distill.recipe import TeacherCard
 
-HOST_LINK = 25e9  # bytes a second from the host's memory to a GPU, assumed (PCIe 4.0 × 16)
-REACHED = 0.6  # share of the limits, from perf/engine.json: 58 % (64 sequences) to 76 % (one); on a GPU: a guess
+HOST_LINK = 25e9  # bytes per second from host memory to a GPU, assumed (PCIe 4.0 × 16)
+REACHED = 0.6  # share of the limits, from perf/engine.json: 58 % (64 sequences) to 76 % (one); on a GPU: an assumption
 USABLE = 0.9  # share of the available memory that weights may take; the rest is for cache and activations
-ASSUMED_DISK = 1e9  # bytes a second, where no weights lie on this machine to try it with
+ASSUMED_DISK = 1e9  # bytes per second, where no weights are on this machine to measure with
 BATCHES = (1, 8, 64)
-SMALL = 1e8  # parameters; below, making calls takes the time, and neither limit says anything
+SMALL = 1e8  # parameters; below, calls take most of the time, and neither limit matters
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """bandwidth: bytes a second; products: operations a second; memory: bytes for weights; disk: bytes a second of what
-    does not fit there, and lies `elsewhere`."""
+    """Limits of a device. bandwidth: bytes per second; products: operations per second; memory: bytes for weights;
+    disk: bytes per second of the weights that do not fit and stay `elsewhere`."""
 
     bandwidth: float
     products: float
@@ -44,7 +47,7 @@ class Limits:
 
 
 def tokens_per_second(size: float, total: float, active: float, batch: int, limits: Limits) -> float:
-    """What to expect of decoding `batch` sequences. size: bytes of the weights; total, active: parameters."""
+    """Forecast of decoding `batch` sequences. size: bytes of the weights; total, active: parameters."""
     touched = size * (1 - (1 - active / total) ** batch)
     seconds = max(touched / limits.bandwidth, 2 * active * batch / limits.products) / REACHED
     elsewhere = max(0.0, 1 - limits.memory / size)  # share of the weights that has to come from the disk
@@ -52,33 +55,50 @@ def tokens_per_second(size: float, total: float, active: float, batch: int, limi
 
 
 def doctor(teacher: str | None = None) -> None:
-    """Print it all. teacher: only that one's speed. UserError for a name that is not in the catalog."""
+    """Print machine, software and forecasts. teacher: a forecast of that one only. Errors: UserError for an unknown
+    name."""
     names = [teacher] if teacher else list(catalog.entries("teacher"))
     cards = [catalog.load_teacher(name) for name in names]
     machine = this_machine()
     _show_machine(machine)
     _show_software()
-    found = [_weights_file(name) for name in names]
-    file = next((path for path in found if path is not None and path.stat().st_size >= 1 << 28), None)
+    files = [_weights_file(name) for name in names]
+    file = next((path for path in files if path is not None and path.stat().st_size >= 1 << 28), None)
     limits = _limits(machine, file)
-    columns = ("teacher", "weights", *(f"×{batch}" for batch in BATCHES), "they are")
-    rows = [_row(card, path, limits, machine) for card, path in zip(cards, found, strict=True)]
-    table("Tokens a second to expect, decoding 1, 8 and 64 sequences", columns, rows)
+    columns = ("teacher", "weights", *(f"×{batch}" for batch in BATCHES), "where")
+    rows = [_row(card, path, limits, machine) for card, path in zip(cards, files, strict=True)]
+    table("Expected tokens per second, decoding 1, 8 and 64 sequences", columns, rows)
     if any("on disk" in row[-1] for row in rows):
-        how = "as measured" if file else "assumed: there is no large file to try"
-        say(f"The disk: {limits.disk / 1e9:.1f} GB/s, {how}.")
-        say("What is on disk is read once a step: raise generate.max_batch, and set engine.memory_budget.")
+        how = "measured" if file else "assumed, as no teacher's weights are on this machine to measure with"
+        say(f"Disk: {limits.disk / 1e9:.1f} GB/s, {how}.")
+        say("Weights on disk are read once per step: raise generate.max_batch, and set engine.memory_budget.")
 
 
 def _limits(machine: Machine, file: Path | None) -> Limits:
-    """Of the device that the engine would take."""
+    """The limits of the device that the engine would use."""
     device = device_type("auto")
     say("measuring memory and products …")
     bandwidth, products = memory_bandwidth(device=device), product_rate(device=device)
-    say(f"memory is read at {bandwidth / 1e9:,.1f} GB/s, bfloat16 multiplied at {products / 1e9:,.0f} GFLOP/s")
+    say(f"memory is read at {bandwidth / 1e9:,.1f} GB/s, bfloat16 multiplied at {products / 1e9:,.0f} GFLOP/s by torch")
     if device == "cpu":
-        return Limits(bandwidth, products, disk_rate(file) if file else ASSUMED_DISK, USABLE * machine.available)
+        own = kernel_rate()
+        say(f"the engine's kernels multiply at {own / 1e9:,.0f} GFLOP/s, which the forecast is made with")
+        return Limits(bandwidth, own, disk_rate(file) if file else ASSUMED_DISK, USABLE * machine.available)
     return Limits(bandwidth, 2 * products, HOST_LINK, USABLE * gpu_memory(), "in host memory")  # FP8: twice the rate
+
+
+def kernel_rate(rows: int = BATCHES[-1], size: int = 2048) -> float:
+    """Operations per second of the engine's own product [rows, size] × [size, size] with bfloat16 weights on this CPU;
+    the fastest of three."""
+    import torch
+
+    from distill.engine.kernels import column_for, ops_for
+    from distill.engine.kernels.stored import Plain
+
+    ops = ops_for(column_for("cpu"))
+    weight = ops.pack(Plain(torch.ones(size, size, dtype=torch.bfloat16)), torch.float32)
+    x_tc = torch.ones(rows, size)
+    return 2 * rows * size * size / fastest(lambda: ops.linear(x_tc, weight))
 
 
 def _show_machine(machine: Machine) -> None:
@@ -88,8 +108,8 @@ def _show_machine(machine: Machine) -> None:
         ("processor", machine.processor),
         ("cores", f"{machine.cores}, of which torch uses {torch.get_num_threads()}"),
         ("memory", f"{machine.memory / 2**30:.1f} GiB, {machine.available / 2**30:.1f} free"),
-        ("disk here", f"{machine.disk / 1e9:,.0f} GB free"),
-        ("GPU", "; ".join(machine.gpus) or "none; the local engine computes on the processor"),
+        ("disk", f"{machine.disk / 1e9:,.0f} GB free in this directory"),
+        ("GPU", "; ".join(machine.gpus) or "none; the local engine runs on the processor"),
     ]
     table("", ("this machine", ""), rows, text_columns=2)
 
@@ -101,14 +121,14 @@ def _show_software() -> None:
     rows += [(package, version(package)) for package in PACKAGES]
     rows.append(("engine", describe(column_for(device_type("auto")))))
     if why := cpu.why_missing():
-        rows.append(("kernels", f"{why}. Without them the engine is several times slower and takes more memory"))
+        rows.append(("kernels", f"{why}. Without them the engine is several times slower and needs more memory"))
     else:
         rows.append(("kernels", f"in use: {cpu.instruction_set()}; here: {', '.join(cpu.instruction_sets())}"))
     table("", ("software", ""), rows, text_columns=2)
 
 
 def _weights_file(teacher: str) -> Path | None:
-    """The largest file of a teacher whose weights lie on this machine."""
+    """The largest weight file of a teacher; None where its weights are not on this machine."""
     directory = catalog.local_weights("teacher", teacher)
     files = sorted(directory.glob("*.safetensors"), key=lambda path: path.stat().st_size) if directory else []
     return files[-1] if files else None

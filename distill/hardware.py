@@ -1,7 +1,7 @@
-"""What this machine has: processor, memory, disk, devices; and how fast its memory and its products are.
+"""Hardware of this machine: processor, memory, disk, devices; and the rates of its memory and its matrix products.
 
-Limits of a container count: the cores a process may use, and the memory that its control group allows it, are often
-less than what the machine has. The two measurements are the limits that perf/ compares everything with.
+The limits of a container count: the cores that a process may use and the memory that its control group allows are often
+fewer than those of the machine. The two measurements are the limits that perf/ compares everything with.
 """
 
 import ctypes
@@ -12,15 +12,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 @dataclass(frozen=True)
 class Machine:
-    """memory and available: bytes, a control group's limit respected; disk: free bytes where the command runs; gpus:
-    one line each."""
+    """A machine. memory and available: bytes, at most the control group's limit; disk: free bytes in the current
+    directory; gpus: one line each."""
 
     processor: str
     cores: int
@@ -31,12 +30,13 @@ class Machine:
 
 
 def this_machine() -> Machine:
+    """Describe the machine that this process runs on."""
     total, available = memory()
     return Machine(processor(), cores(), total, available, shutil.disk_usage(Path.cwd()).free, gpus())
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Its name, or that of the architecture where the system does not say."""
+    """The processor's name, or its architecture where the system does not tell the name."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -46,7 +46,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process may keep busy: its affinity, or its control group's quota (version 2) if that is less."""
+    """Cores that this process may use: its affinity, or the quota of its control group (version 2) if that is less."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _first_line(cgroup / "cpu.max").partition(" ")
     if quota.isdigit() and period.isdigit():
@@ -55,7 +55,7 @@ def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> tuple[int, int]:
-    """(total, available) bytes."""
+    """(total, available) bytes, at most what the control group allows."""
     try:
         fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines())
         total, available = (int(fields[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
@@ -70,42 +70,43 @@ def memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/me
 
 
 def gpus() -> tuple[str, ...]:
+    """Name and memory of each GPU that torch sees."""
     import torch
 
     if not torch.cuda.is_available():
         return ()
-    found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
-    return tuple(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in found)
+    properties = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return tuple(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in properties)
 
 
 def memory_bandwidth(size: int = 1 << 30, device: str = "cpu") -> float:
-    """Bytes a second of reading `size` bytes of memory on torch's threads, on a GPU of copying them (each byte counts
-    twice); the fastest of three."""
+    """Bytes per second of reading `size` bytes of memory with torch's threads; on a GPU, of copying them, where each
+    byte counts twice. The fastest of three."""
     import torch
 
     data = torch.ones(size // 4, dtype=torch.int32, device=device)
     if device == "cpu":
-        return data.nbytes / _fastest(lambda: data.max().item())
+        return data.nbytes / fastest(lambda: data.max().item())
     copy = torch.empty_like(data)
-    return 2 * data.nbytes / _fastest(lambda: copy.copy_(data)[:1].item())
+    return 2 * data.nbytes / fastest(lambda: copy.copy_(data)[:1].item())
 
 
 def product_rate(rows: int = 2048, size: int = 4096, device: str = "cpu") -> float:
-    """Operations a second of a bfloat16 product [rows, size] × [size, size] by torch; the fastest of three. On a CPU
-    without products of bfloat16 those of float32, which is what such a machine would compute in."""
+    """Operations per second of torch's bfloat16 product [rows, size] × [size, size]; the fastest of three. A CPU
+    without bfloat16 products is measured in float32, in which it would compute."""
     import torch
 
     dtype = torch.float32 if device == "cpu" and not multiplies_bfloat16() else torch.bfloat16
     a, b = (torch.ones(n, size, dtype=dtype, device=device) for n in (rows, size))
-    return 2 * rows * size * size / _fastest(lambda: torch.mm(a, b)[0, 0].item())  # which waits for a GPU
+    return 2 * rows * size * size / fastest(lambda: torch.mm(a, b)[0, 0].item())  # which waits for a GPU
 
 
 def give_memory_back(size: int = 1 << 20) -> None:
-    """Have the C library map blocks from `size` bytes on by themselves, so that they go back when they are freed.
+    """Have the C library map each block of at least `size` bytes separately, so that freeing it returns the memory.
 
-    glibc before 2.38 does not take an aligned block for another one of the same size, and torch asks for nothing else:
-    a training that frees and takes the same activations in every layer grows as if it kept them all (twice the memory
-    was seen). It costs new pages, a twentieth of the time at most.
+    glibc before 2.38 does not reuse a freed aligned block for a request of the same size, and torch requests only
+    aligned ones: a training run that allocates and frees the same activations in every layer grows as if it kept them
+    all (twice the memory was measured). New pages cost at most a twentieth of the time.
     """
     try:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, size)
@@ -114,22 +115,22 @@ def give_memory_back(size: int = 1 << 20) -> None:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has products of bfloat16 that torch uses. Without them torch computes such a product a
-    hundred times slower than one of float32."""
+    """Whether torch has fast bfloat16 products on this processor. Without them such a product takes a hundred times as
+    long as one of float32."""
     import torch
 
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def gpu_memory() -> int:
-    """Bytes of the first GPU."""
+    """Bytes of memory of the first GPU."""
     import torch
 
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def disk_rate(file: Path, size: int = 1 << 30) -> float:
-    """Bytes a second of reading the first `size` bytes of a file, past the page cache where the system allows that."""
+    """Bytes per second of reading the first `size` bytes of a file, past the page cache where the system allows it."""
     with file.open("rb", buffering=0) as stream:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(stream.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
@@ -139,7 +140,8 @@ def disk_rate(file: Path, size: int = 1 << 30) -> float:
     return done / max(time.perf_counter() - begun, 1e-9)
 
 
-def _fastest(action: Callable[[], Any], times: int = 3) -> float:
+def fastest(action: Callable[[], object], times: int = 3) -> float:
+    """Seconds that an action takes, the shortest of several times."""
     seconds = []
     for _ in range(times):
         begun = time.perf_counter()
@@ -149,7 +151,7 @@ def _fastest(action: Callable[[], Any], times: int = 3) -> float:
 
 
 def _first_line(file: Path) -> str:
-    """Of a file that may not be there, or may not be readable: then nothing."""
+    """The first line of a file; nothing where it is missing or unreadable."""
     try:
         return file.read_text(encoding="utf-8").strip().partition("\n")[0]
     except OSError:

@@ -98,15 +98,17 @@ def unwrapped(annotation: Any) -> tuple[Any, list[Any]]:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; the annotation alone where it is none."""
+    """The alternatives of a union, nested ones included; the annotation alone where it is none."""
     annotation, _ = unwrapped(annotation)
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if get_origin(annotation) not in (Union, UnionType):
+        return (annotation,)
+    return tuple(inner for member in get_args(annotation) for inner in members(member))
 
 
 def sections(annotation: Any) -> list[type[Section]]:
     """The sections that an annotation admits, through unions and lists."""
     found: list[type[Section]] = []
-    for member in map(lambda m: unwrapped(m)[0], members(annotation)):
+    for member in members(annotation):
         if isinstance(member, type) and issubclass(member, Section):
             found.append(member)
         elif get_origin(member) is tuple:
@@ -127,7 +129,6 @@ def type_name(annotation: Any) -> str:
     """How a YAML author reads a type."""
     names = []
     for member in members(annotation):
-        member, _ = unwrapped(member)
         origin, inner = get_origin(member), get_args(member)
         if member is NoneType:
             names.append("null")

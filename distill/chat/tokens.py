@@ -25,14 +25,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from distill.errors import UserError
-from distill.prompts.prompt import Message
+from distill.prompts.prompt import END_THINK, THINK, Message
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.normalizers import Normalizer
     from transformers import PreTrainedTokenizerBase
 
-THINK, END_THINK = "<think>", "</think>"
 NAMES, STAND_INS = 0xF0000, 0x100000  # the private-use planes of Unicode: 65,534 characters each
 
 

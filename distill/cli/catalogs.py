@@ -1,4 +1,4 @@
-"""The four catalogs. They have the same commands, because a card is a card."""
+"""Commands of the four catalogs: `list`, `show`, `copy` and `check`, the same for each."""
 
 import sys
 from pathlib import Path
@@ -12,11 +12,13 @@ from distill.errors import UserError
 if TYPE_CHECKING:
     from distill.catalog import Kind
 
+WORKERS, TIMEOUT = 2, 5.0  # processes that read gold answers, and seconds of processor time for one
+
 
 def catalog(kind: "Kind", what: str) -> typer.Typer:
-    """`list`, `show`, `copy` and `check` of one catalog."""
-    group = typer.Typer(no_args_is_help=True, help=f"The catalog of {kind}s: {what}.")
-    name_argument = typer.Argument(metavar="NAME", help=f"a {kind}'s name, or a path")
+    """The commands of one catalog. what: its entries, for the help."""
+    group = typer.Typer(no_args_is_help=True, help=f"Catalog of {kind}s: {what}.")
+    name_argument = typer.Argument(metavar="NAME", help=f"name of a {kind}, or path of a YAML file")
 
     @group.command("list", help=f"List the {kind}s by name.")
     def list_() -> None:
@@ -24,12 +26,12 @@ def catalog(kind: "Kind", what: str) -> typer.Typer:
         from distill.console import table
 
         rows = [(name, getattr(load(kind, name), "description", "")) for name in entries(kind)]
-        table("", (kind, "what it is"), rows, text_columns=2)
+        table("", (kind, "description"), rows, text_columns=2)
 
-    @group.command(help=f"Print a {kind} as it was written, or with every default written out.")
+    @group.command(help=f"Print a {kind} as written, or with every default.")
     def show(
         name: Annotated[str, name_argument],
-        resolved: Annotated[bool, typer.Option("--resolved", help="write every default out")] = False,
+        resolved: Annotated[bool, typer.Option("--resolved", help="include every default")] = False,
         set_: SetOption = None,
     ) -> None:
         from distill.catalog import find, load
@@ -37,18 +39,16 @@ def catalog(kind: "Kind", what: str) -> typer.Typer:
         item = load(kind, name, set_ or ())
         print(item.to_yaml() if resolved or set_ else find(kind, name).read_text(encoding="utf-8"), end="")
 
-    @group.command("copy", help=f"Copy a {kind} to a file of your own, to edit. Never overwrites.")
+    @group.command("copy", help=f"Copy a {kind} to a new file, to edit. Never overwrites.")
     def copy_(
         name: Annotated[str, name_argument],
-        file: Annotated[Path | None, typer.Argument(metavar="FILE", help="./NAME.yaml by default")] = None,
+        file: Annotated[Path | None, typer.Argument(metavar="FILE", help="new file; default: ./NAME.yaml")] = None,
     ) -> None:
         from distill.catalog import copy
 
         print(copy(kind, name, file))
 
-    @group.command(
-        "check", help=f"Read {kind}s, and what they name, and say what is wrong. Without names: all of them."
-    )
+    @group.command("check", help=f"Validate {kind}s and the files that they name. Without names: all.")
     def check_(
         names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="names or paths")] = None,
     ) -> None:
@@ -58,6 +58,7 @@ def catalog(kind: "Kind", what: str) -> typer.Typer:
         for name in names or entries(kind):
             try:
                 notes = check(kind, name)
+                notes += _unreadable_golds(kind, name)
             except UserError as error:
                 wrong = True
                 print(f"error: {error}", file=sys.stderr)
@@ -68,7 +69,28 @@ def catalog(kind: "Kind", what: str) -> typer.Typer:
     return group
 
 
-recipes = catalog("recipe", "one teacher-student pair and the four stages between them")
+def _unreadable_golds(kind: "Kind", name: str) -> list[str]:
+    """A note when gold answers in the files of a recipe or a benchmark cannot be read by a grader."""
+    from distill.catalog import load_benchmark, load_recipe
+    from distill.grading import unreadable_golds
+    from distill.prompts import load_prompts
+
+    sources = load_recipe(name).prompts if kind == "recipe" else ()
+    if kind == "benchmark":
+        sources = (load_benchmark(name).prompts,)
+    files = [source for source in sources if source.kind == "file"]
+    if not files:
+        return []
+    golds, tried = unreadable_golds(load_prompts(files), WORKERS, TIMEOUT)
+    if not golds:
+        return []
+    return [
+        f"{len(golds):,} of {tried:,} gold answers cannot be read by a grader, such as {golds[0][:60]!r}: an answer is "
+        f"correct only in the same spelling, and unverifiable in any other"
+    ]
+
+
+recipes = catalog("recipe", "a teacher-student pair and its four stages")
 teachers = catalog("teacher", "reasoning models that answer the prompts")
 students = catalog("student", "dense base models that are trained")
 benchmarks = catalog("benchmark", "problems with known answers")
@@ -76,7 +98,7 @@ benchmarks = catalog("benchmark", "problems with known answers")
 
 @recipes.command()
 def schema() -> None:
-    """Print the JSON schema of a recipe, for editors."""
+    """Print the JSON schema of recipes, for editors."""
     from distill.recipe import recipe_schema
 
     print(recipe_schema(), end="")

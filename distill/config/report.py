@@ -21,6 +21,16 @@ RENAMED: dict[str, str] = {
     "filter.select": "filter.select: {per_prompt: …, order: …}",
     "filter.grade_timeout": "filter.correct: {timeout: …}",
     "filter.workers": "filter.correct: {workers: …}",
+    "train.method": "train.adapter: {kind: lora}, or {kind: qlora}; leave it out for full fine-tuning",
+    "train.lora_r": "train.adapter: {kind: lora, r: …}",
+    "train.lora_alpha": "train.adapter: {kind: lora, alpha: …}",
+    "train.lora_dropout": "train.adapter: {kind: lora, dropout: …}",
+    "train.lora_target_modules": "train.adapter: {kind: lora, target_modules: …}",
+    "train.objective": "train.objective: {kind: sft} or {kind: logits}",
+    "train.divergence": "train.objective: {kind: logits, divergence: …}",
+    "train.logits_weight": "train.objective: {kind: logits, weight: …}",
+    "train.logits_temperature": "train.objective: {kind: logits, temperature: …}",
+    "train.logits_top_k": "train.objective: {kind: logits, top_k: …}",
 }
 
 SHOWN = 60  # characters of a wrong value or key in a message

@@ -7,8 +7,8 @@ split views, which are forgiving on purpose.
 from collections.abc import Mapping
 from typing import ClassVar
 
-from distill.chat import END_THINK, THINK
 from distill.filters.base import OK, Candidate, Example, TraceFilter
+from distill.prompts.prompt import END_THINK, THINK
 from distill.traces.trace import Verdict
 
 

@@ -1,17 +1,18 @@
 """Chains of additions and subtractions: problems that need reasoning, for a pair of models that fits into a repository.
 
-A problem is a start and 2 to 5 signed steps whose running value stays within 0…99, asked as an expression ("Compute
-23 + 45 - 12.") or as a short story, a day a step. One step is a fact that a small model can know by heart; a chain is
-not, because there are far more chains than it has parameters. So a model must reason step by step to answer, which is
-what distillation is to teach. No operand comes twice in a problem and no day in a story, so that a model finds the next
-step by looking for the one it has just written: what takes hours to learn otherwise is not reasoning, but counting.
+A problem is a start and 2 to 5 signed steps whose running value stays within 0…99, asked as an expression ("Compute 23
++ 45 - 12.") or as a short story with one step per day. One step is a fact that a small model can know by heart; a chain
+is not, because there are far more chains than the model has parameters. So a model has to reason step by step to
+answer, which is what distillation should teach. No operand occurs twice in a problem and no day in a story, so that a
+model finds the next step by looking for the one that it has just written; without this, most of the training time is
+spent on learning to count.
 
-Train and held-out problems are told apart by a hash of the *multiset* of signed operands, so that reordering a held-out
+A hash of the *multiset* of signed operands separates held-out from training problems, so that reordering a held-out
 problem does not make it a training problem. Because a worked chain also shows every chain inside it, a training problem
-must have no held-out window either, neither in its expression (consecutive operands) nor in its working (consecutive
-steps). `tools/prove_heldout.py` checks the texts themselves.
+has no held-out window either, neither in its expression (consecutive operands) nor in its working (consecutive steps).
+`tools/prove_heldout.py` checks the texts themselves.
 
-Standard library only: the maintainers' tools import this on machines that have nothing but torch.
+Standard library only: the maintainers' tools import this on machines where only torch is installed.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ Chain = tuple[int, ...]  # signed operands; the first is the start
 
 @dataclass(frozen=True)
 class Problem:
-    """`chain`: the start, then signed operands. `question` as a user would ask it; `answer` as digits."""
+    """A problem. chain: the start, then signed operands. question: as a user would ask it."""
 
     chain: Chain
     question: str
@@ -42,10 +43,12 @@ class Problem:
 
     @property
     def answer(self) -> str:
+        """The gold answer, in digits."""
         return str(self.values[-1])
 
     @property
     def expression(self) -> str:
+        """The chain as an expression: `23 + 45 - 12`."""
         return expression(self.chain)
 
     @property
@@ -56,6 +59,7 @@ class Problem:
 
 
 def running_values(chain: Chain) -> tuple[int, ...]:
+    """The partial sums of a chain, its start first."""
     total, values = 0, []
     for operand in chain:
         total += operand
@@ -64,6 +68,7 @@ def running_values(chain: Chain) -> tuple[int, ...]:
 
 
 def expression(chain: Chain) -> str:
+    """A chain as an expression: `23 + 45 - 12`."""
     head, *rest = chain
     return str(head) + "".join(f" {'+' if n > 0 else '-'} {abs(n)}" for n in rest)
 
@@ -90,7 +95,7 @@ def windows(chain: Chain) -> Iterator[Chain]:
 
 
 def belongs(chain: Chain, split: str) -> bool:
-    """Train: no window is held out. Heldout: the chain itself is."""
+    """Whether a chain belongs to a split. Train: no window is held out; heldout: the chain itself is."""
     if split == "heldout":
         return is_heldout(chain)
     return not any(is_heldout(window) for window in windows(chain))
@@ -119,6 +124,7 @@ ASKS = ("What is {e}?", "Compute {e}.", "Calculate {e}.", "How much is {e}?")
 
 
 def story(chain: Chain, rng: random.Random) -> str:
+    """A chain as a short story, one step per day."""
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     parts = [f"{name} has {chain[0]} {item}."]
     for day, operand in zip(DAYS, chain[1:], strict=False):
@@ -129,7 +135,7 @@ def story(chain: Chain, rng: random.Random) -> str:
 
 
 def draw_problem(rng: random.Random, split: str, story_share: float = STORY_SHARE) -> Problem:
-    """One problem, told as a story with the probability `story_share`, else asked as an expression."""
+    """One problem: a story with probability `story_share`, else an expression."""
     chain = draw_chain(rng, split)
     if rng.random() < story_share:
         return Problem(chain, story(chain, rng))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 Task = Literal["math", "code", "choice", "chat"]
+THINK, END_THINK = "<think>", "</think>"  # around the reasoning in an assistant's message
 
 
 class Message(TypedDict):

@@ -8,7 +8,7 @@ How YAML and `--set` overrides become these models, and how mistakes are reporte
 """
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -20,7 +20,7 @@ from distill.recipe.generate import Generate, LocalEngine
 from distill.recipe.sampling import SamplingSettings
 from distill.recipe.sources import PromptSource, TraceSource
 from distill.recipe.train import Train
-from distill.section import Section
+from distill.section import Free, Section
 
 __all__ = [
     "Adapter",
@@ -45,12 +45,12 @@ class Recipe(Section):
     """One teacher–student pair and the four stages between them."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="names the run directory")
-    description: str = Field("", description="one line for `distill recipes list`")
+    description: Annotated[str, Free] = Field("", description="one line for `distill recipes list`")
     teacher: str = Field(description="name of a teacher card, or a path")
     student: str = Field(description="name of a student card, or a path")
     seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed of the teacher's sampling")
-    price_per_hour: float | None = Field(
-        None, ge=0, description="what an hour of the machine costs; the report then says what each stage did"
+    price_per_hour: Annotated[float | None, Free] = Field(
+        None, ge=0, description="price of an hour of the machine; the report then has the cost of each stage"
     )
     prompts: tuple[PromptSource, ...] = Field((), description="where the problems come from")
     traces: tuple[TraceSource, ...] = Field((), description="published traces, instead of asking the teacher")

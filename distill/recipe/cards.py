@@ -32,26 +32,26 @@ StudentFamily = Annotated[
 
 
 class TeacherCard(Section):
-    """A teacher: where its weights are and what is known of it."""
+    """A teacher model: its weights and published figures."""
 
     name: str
     description: str = ""
-    family: TeacherFamily = Field(description="architecture: `model_type` in its config.json")
-    weights: str = Field(description="hub id, or a directory relative to the card")
-    revision: str | None = Field(None, description="commit on the hub")
-    parameters: float = Field(description="total parameters, billions")
-    active_parameters: float = Field(description="parameters a token passes through, billions")
-    context: int = Field(description="longest sequence, tokens")
-    license: str = Field(description="the hub's identifier, such as mit, apache-2.0 or llama3.1")
-    source: str = Field("", description="where the card's figures come from")
+    family: TeacherFamily = Field(description="model architecture: `model_type` in its config.json")
+    weights: str = Field(description="id on the Hugging Face Hub, or a directory relative to the card")
+    revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the newest commit")
+    parameters: float = Field(description="total parameters, in billions")
+    active_parameters: float = Field(description="parameters active for one token, in billions")
+    context: int = Field(description="maximum sequence length, in tokens")
+    license: str = Field(description="license identifier of the hub, such as mit, apache-2.0 or llama3.1")
+    source: str = Field("", description="origin of the figures")
     thinking: bool | None = Field(
-        None, description="mode of the checkpoint's own chat template, where that has both; null is its default"
+        None, description="thinking mode of a chat template that has two; null: the template's default"
     )
-    sampling: SamplingSettings = Field(SamplingSettings(), description="the publisher's recommendation")
+    sampling: SamplingSettings = Field(SamplingSettings(), description="sampling that the publisher recommends")
 
 
 class Architecture(Section):
-    """The shape of a dense decoder, by the names of its config.json."""
+    """Shape of a dense decoder, with the names of its config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -59,42 +59,40 @@ class Architecture(Section):
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
-    head_dim: int | None = Field(None, description="where it is not hidden_size / num_attention_heads")
+    head_dim: int | None = Field(None, description="head size, if not hidden_size / num_attention_heads")
     tie_word_embeddings: bool = False
 
 
 class StudentCard(Section):
-    """A dense base model that is trained."""
+    """A dense model that is trained."""
 
     name: str
     description: str = ""
-    family: StudentFamily = Field(description="architecture: `model_type` in its config.json")
-    weights: str = Field(description="hub id, or a directory relative to the card")
-    revision: str | None = Field(None, description="commit on the hub")
-    parameters: float = Field(description="billions")
-    context: int = Field(description="longest sequence, tokens")
-    license: str = Field(description="the hub's identifier, such as mit, apache-2.0 or llama3.1")
-    source: str = Field("", description="where the card's figures come from")
-    architecture: Architecture | None = Field(None, description="its shape, to plan before anything is downloaded")
+    family: StudentFamily = Field(description="model architecture: `model_type` in its config.json")
+    weights: str = Field(description="id on the Hugging Face Hub, or a directory relative to the card")
+    revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the newest commit")
+    parameters: float = Field(description="total parameters, in billions")
+    context: int = Field(description="maximum sequence length, in tokens")
+    license: str = Field(description="license identifier of the hub, such as mit, apache-2.0 or llama3.1")
+    source: str = Field("", description="origin of the figures")
+    architecture: Architecture | None = Field(None, description="shape, for plans before anything is downloaded")
     chat_template: str | None = Field(
-        None, description="built-in training template (`chatml`, `llama3`); null keeps the checkpoint's own"
+        None, description="training template: `chatml`, `llama3` or a .jinja file; null: the checkpoint's own"
     )
 
 
 class BenchmarkCard(Section):
-    """A set of problems with known answers."""
+    """A benchmark: problems with known answers."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="names its folder in a run")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="name, also of its folder in a run")
     description: str = ""
     prompts: PromptSource
-    problems: int | None = Field(
-        None, ge=1, description="how many there are: a source that has another number is refused"
-    )
-    prompt_suffix: str = Field("", description="text added to every question that does not end with it")
-    samples: int = Field(1, ge=1, description="answers per problem")
+    problems: int | None = Field(None, ge=1, description="number of problems; a source with another number is refused")
+    prompt_suffix: str = Field("", description="text appended to every question that does not end with it")
+    samples: int = Field(1, ge=1, description="answers sampled per problem")
     sampling: SamplingSettings = SamplingSettings()
     published: dict[str, dict[str, float]] = Field(
-        default_factory=dict, description="model → score (pass@1, cons@64) → percent, as published"
+        default_factory=dict, description="published scores: model → score (pass@1, cons@64) → percent"
     )
     license: str = ""
     source: str = ""

@@ -10,8 +10,8 @@ from distill.section import Free, Section
 class Eval(Section):
     """Stage 4: the scores of the base, the student and the teacher on the same problems."""
 
-    benchmarks: tuple[str, ...] = Field(description="names from the catalog, or paths of cards")
-    models: tuple[Literal["base", "student", "teacher"], ...] = Field(
+    benchmarks: Annotated[tuple[str, ...], Free] = Field(description="names from the catalog, or paths of cards")
+    models: Annotated[tuple[Literal["base", "student", "teacher"], ...], Free] = Field(
         ("base", "student", "teacher"), description="models that are scored"
     )
     samples: Annotated[int | None, Free] = Field(None, ge=1, description="answers per problem; null: the card's")
@@ -21,10 +21,10 @@ class Eval(Section):
         ge=1,
         description="maximum tokens per answer, reduced to what the model's context has room for; null: the card's",
     )
-    sources: dict[str, str] = Field(
+    sources: Annotated[dict[str, str], Free] = Field(
         default_factory=dict, description="benchmark → a .jsonl or .parquet file with its problems, instead of the hub"
     )
-    published: str | None = Field(
+    published: Annotated[str | None, Free] = Field(
         None, description="model whose published scores are compared with the student's, as the cards name it"
     )
     seed: int = Field(1, description="seed of the sampling")

@@ -1,80 +1,93 @@
-"""What a recipe may say about where problems come from, and where traces come from that others have made.
+"""Sources in a recipe: of problems, and of traces that others have published.
 
 How they are read is `distill.prompts` and `distill.traces.published`.
 """
 
+from datetime import date
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from distill.section import Free, Section
+
+
+def _is_date(day: str) -> str:
+    try:
+        if date.fromisoformat(day).isoformat() == day:
+            return day
+    except ValueError:
+        pass
+    raise ValueError(f"{day!r} is not a date; write it as 2024-08-01")
+
+
+Day = Annotated[str, AfterValidator(_is_date)]
+Task = Literal["math", "code", "choice", "chat"]
 
 
 class ProceduralPrompts(Section):
     """Problems made by a generator of this package."""
 
     kind: Literal["procedural"]
-    name: Literal["arithmetic"] = Field(description="which generator")
-    split: Literal["train", "heldout"] = Field("train", description="the two splits share no problem")
-    seed: int = Field(0, description="which problems of the split")
-    limit: Annotated[int, Free] = Field(1000, ge=1, description="how many problems")
+    name: Literal["arithmetic"] = Field(description="name of the generator")
+    split: Literal["train", "heldout"] = Field("train", description="split; no problem is in both")
+    seed: int = Field(0, description="seed that selects the problems of the split")
+    limit: Annotated[int, Free] = Field(1000, ge=1, description="number of problems")
 
 
 class _InFile(Section):
     kind: Literal["file"]
-    path: str = Field(description="a .jsonl or .parquet file; relative to where the command runs")
+    path: str = Field(description="a .jsonl or .parquet file, relative to the current directory")
 
 
 class _OnHub(Section):
     kind: Literal["hub"]
-    dataset: str = Field(description="id on the hub, or a local dataset directory")
-    revision: str | None = Field(None, description="commit or tag; null takes the newest")
-    subset: str | None = Field(None, description="the dataset's configuration name")
-    split: str = Field("train", description="split to read")
+    dataset: str = Field(description="dataset id on the Hugging Face Hub, or a local dataset directory")
+    revision: str | None = Field(None, description="commit, tag or branch; null: the newest commit")
+    subset: str | None = Field(None, description="name of the dataset's configuration")
+    split: str = Field("train", description="name of the split")
 
 
 class _Problems(Section):
-    """What the columns of a row mean."""
+    """Columns of a row. `a.b` is the key b of column a."""
 
-    question: str = Field("question", description="column with the question")
-    answer: str | None = Field("answer", description="column with the gold answer; null when there is none")
+    question: str = Field("question", description="column with the question: text, or a list of messages")
+    answer: str | None = Field("answer", description="column with the gold answer; null: the problems have none")
     choices: tuple[str, ...] = Field(
-        (),
-        description="columns with wrong choices: the question then lists them and the answer, in an order of its own",
+        (), description="columns with wrong choices; the question then lists them and the answer in a fixed order"
     )
-    date: str | None = Field(None, description="column with a date, for `since` and `until`")
-    since: str | None = Field(None, description="the first day of the window, as 2024-08-01")
-    until: str | None = Field(None, description="the last day of the window")
+    date: str | None = Field(None, description="column with the date of a problem, for `since` and `until`")
+    since: Day | None = Field(None, description="first day of the window, such as 2024-08-01")
+    until: Day | None = Field(None, description="last day of the window")
     system: str | None = Field(
-        "system", description="column with a system message to send before the question, where a row has it"
+        "system", description="column with a system message, sent before the question in the rows that have one"
     )
-    task: Literal["math", "code", "choice", "chat"] = Field("math", description="decides the grader")
-    limit: Annotated[int | None, Free] = Field(None, ge=1, description="read at most so many rows")
+    task: Task = Field("math", description="kind of problem, which selects the grader")
+    limit: Annotated[int | None, Free] = Field(None, ge=1, description="maximum number of rows to read")
 
 
 class FilePrompts(_Problems, _InFile):
-    """Problems read from a JSONL or Parquet file."""
+    """Problems in a JSONL or Parquet file."""
 
 
 class HubPrompts(_Problems, _OnHub):
-    """Problems read from a Hugging Face dataset."""
+    """Problems in a Hugging Face dataset."""
 
-    question: str = Field("problem", description="column with the question")
+    question: str = Field("problem", description="column with the question: text, or a list of messages")
 
 
 PromptSource = Annotated[ProceduralPrompts | FilePrompts | HubPrompts, Field(discriminator="kind")]
 
 
 class _Published(Section):
-    """What the rows of somebody else's traces mean. Their layout is recognised by the columns; where there are none of
-    the known ones, `question`, `reasoning` and `response` name them."""
+    """Columns of published traces. The layout is recognised by its columns; `question`, `reasoning` and `response` name
+    the columns of a dataset in no known layout."""
 
-    question: str | None = Field(None, description="column with the question, where the layout is none of the known")
+    question: str | None = Field(None, description="column with the question, for rows in no known layout")
     reasoning: str | None = Field(None, description="column with the reasoning, without tags")
-    response: str | None = Field(None, description="column with the answer that follows it")
-    answer: str | None = Field(None, description="column with the gold answer; null: `answer` where there is one")
-    task: Literal["math", "code", "choice", "chat"] = Field("math", description="decides the grader")
-    limit: Annotated[int | None, Free] = Field(None, ge=1, description="read at most so many rows")
+    response: str | None = Field(None, description="column with the answer that follows the reasoning")
+    answer: str | None = Field(None, description="column with the gold answer; null: `answer` and the like, if present")
+    task: Task = Field("math", description="kind of problem, which selects the grader")
+    limit: Annotated[int | None, Free] = Field(None, ge=1, description="maximum number of rows to read")
 
 
 class HubTraces(_Published, _OnHub):
@@ -86,10 +99,10 @@ class FileTraces(_Published, _InFile):
 
 
 class RunTraces(Section):
-    """Traces that another run has kept."""
+    """Traces that another run kept."""
 
     kind: Literal["run"]
-    path: str = Field(description="its run directory")
+    path: str = Field(description="run directory")
 
 
 TraceSource = Annotated[HubTraces | FileTraces | RunTraces, Field(discriminator="kind")]
@@ -98,24 +111,26 @@ TraceSource = Annotated[HubTraces | FileTraces | RunTraces, Field(discriminator=
 class _Mixed(Section):
     """A trace set's part in the training data."""
 
-    weight: float = Field(1.0, gt=0, description="an epoch sees its rows so many times; 0.5: half of them, in turns")
-    plain: bool = Field(False, description="rows without a think block are meant to be there")
+    weight: float = Field(
+        1.0, gt=0, description="how often an epoch repeats each row; 0.5: half of the rows, alternating between epochs"
+    )
+    plain: bool = Field(False, description="whether rows without a think block are intended")
 
 
 class MixedHub(HubTraces, _Mixed):
-    pass
+    """Published traces of a Hugging Face dataset, as part of the training data."""
 
 
 class MixedFile(FileTraces, _Mixed):
-    pass
+    """Traces of a file, as part of the training data."""
 
 
 class MixedRun(RunTraces, _Mixed):
-    pass
+    """Traces that another run kept, as part of the training data."""
 
 
 class MixedKept(_Mixed):
-    """The traces that this run has kept."""
+    """The traces that this run kept."""
 
     kind: Literal["kept"]
 

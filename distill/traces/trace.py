@@ -13,8 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
-from distill.chat import END_THINK
-from distill.prompts.prompt import Message, Prompt
+from distill.prompts.prompt import END_THINK, Message, Prompt
 
 FinishReason = str | None  # "stop", "length", "content_filter", or what else a server says; None: it does not say
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.backends import Job
-from distill.backends.local import LocalBackend
+from distill.backends import open as open_model
 from distill.engine import Engine, EngineOptions, Request, SamplingParams
 from distill.engine.kernels import cpu, ops_for, reference
 from distill.engine.kernels.stored import Plain
@@ -365,7 +365,9 @@ def test_a_student_that_overflows_is_the_user_s_error(tmp_path: Path) -> None:
     path = with_tensor(
         ROOT / "students" / "tiny-qwen", tmp_path / "model", "model.norm.weight", lambda t: torch.full_like(t, 1e38)
     )
-    backend = LocalBackend.load(Model("m", path), LocalEngine(dtype="float32"))
     prompt = Prompt.from_question("1 + 1 = ?", "2")
-    with pytest.raises(UserError, match="logits of the token at position .* not finite"):
+    with (
+        open_model(Model("student", path), LocalEngine()) as backend,
+        pytest.raises(UserError, match=f"{path}: the logits of the token at position .* not finite"),
+    ):
         list(backend.complete([Job(prompt, (0,))], SamplingParams(temperature=0.6, max_new_tokens=4), 0))

@@ -193,7 +193,12 @@ def test_students_directories_and_cards_are_opened(name, tiny_run, tmp_path):
 
 
 def test_an_unknown_model_is_refused():
-    with pytest.raises(UserError, match="no-such-model"), open_model("no-such-model"):
+    with (
+        pytest.raises(UserError, match=r"tiny-r2: no teacher or student has that name.*tiny-r1"),
+        open_model("tiny-r2"),
+    ):
+        pass
+    with pytest.raises(UserError, match="no/such"), open_model("no/such"):
         pass
 
 

@@ -76,7 +76,8 @@ def test_measurements_are_positive_and_small_ones_are_quick(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(doctor, "memory_bandwidth", lambda device: 40e9)
-    monkeypatch.setattr(doctor, "product_rate", lambda device: 400e9)
+    monkeypatch.setattr(doctor, "product_rate", lambda device: 4000e9)
+    monkeypatch.setattr(doctor, "kernel_rate", lambda: 400e9)
     machine = hardware.Machine("Some CPU", 2, 24 * GIB, 20 * GIB, int(1e12), ())
     monkeypatch.setattr(doctor, "this_machine", lambda: machine)
 
@@ -86,10 +87,29 @@ def test_every_teacher_of_the_catalog_has_a_line(quick, capsys):
     out = capsys.readouterr().out
     for name in doctor.catalog.entries("teacher"):
         assert name[:20] in out
-    assert f"{torch.get_num_threads()}" in out and "40.0 GB/s" in out and "400 GFLOP/s" in out
+    assert f"{torch.get_num_threads()}" in out and "40.0 GB/s" in out and "4,000 GFLOP/s by torch" in out
     assert "assumed" in out, "671 GB do not fit into 20 GiB"
     line = next(line for line in out.splitlines() if "deepseek-llm-67b" in line)
     assert "too large for" in line and "–" in line, "a dense model cannot be streamed"
+
+
+def test_a_forecast_is_made_with_the_rate_of_the_engines_kernels(quick, capsys, monkeypatch):
+    """2 GFLOP a token and parameter: a 7B model at 64 sequences is bound by 400 GFLOP/s of the kernels; torch's rate
+    would promise ten times as much."""
+    machine = hardware.Machine("AMX", 2, 64 * GIB, 60 * GIB, int(1e12), ())
+    card = doctor.catalog.load_teacher("deepseek-llm-7b-chat")
+    row = doctor._row(card, None, doctor._limits(machine, None), machine)
+    assert row[-2] == f"{400 / (2 * card.parameters) * REACHED:.0f}"
+    out = " ".join(capsys.readouterr().out.split())
+    assert "multiply at 400 GFLOP/s, which the forecast is made with" in out
+
+
+def test_the_kernels_rate_is_measured_with_the_kernels(monkeypatch):
+    calls = []
+    real = cpu.linear
+    monkeypatch.setattr(cpu, "linear", lambda *arguments: calls.append(1) or real(*arguments))
+    assert doctor.kernel_rate(4, 128) > 0
+    assert len(calls) == (0 if cpu.why_missing() else 3)
 
 
 def test_one_teacher_and_an_unknown_one(quick, capsys):

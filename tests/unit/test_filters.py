@@ -224,18 +224,18 @@ def test_a_filter_is_on_or_off_in_several_spellings() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("min_tokens: 30", "filter.length.min_tokens"),
-        ("max_tokens: 30", "filter.length.max_tokens"),
-        ("per_prompt: 1", "filter.select.per_prompt"),
-        ("workers: 1", "filter.correct.workers"),
-        ("grade_timeout: 3.0", "filter.correct.timeout"),
+        ("min_tokens: 30", "filter.length: {min_tokens"),
+        ("max_tokens: 30", "filter.length: {max_tokens"),
+        ("per_prompt: 1", "filter.select: {per_prompt"),
+        ("workers: 1", "filter.correct: {workers"),
+        ("grade_timeout: 3.0", "filter.correct: {timeout"),
     ],
 )
 def test_an_old_key_names_the_new_one(tmp_path: Path, old: str, new: str) -> None:
     path = tmp_path / "mine.yaml"
     base = "name: r\nteacher: t\nstudent: s\nprompts: [{kind: procedural, name: arithmetic}]\neval: {benchmarks: [b]}\n"
     path.write_text(f"{base}filter: {{{old}}}\n")
-    with pytest.raises(UserError, match=f"unknown key; did you mean {new}"):
+    with pytest.raises(UserError, match=f"unknown key; write {re.escape(new)}"):
         load_recipe(str(path))
 
 

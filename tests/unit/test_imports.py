@@ -50,12 +50,13 @@ ALLOWED: dict[str, set[str]] = {
     "grading": {"backends"} | SHARED,
     "backends": {"engine"} | SHARED,
     **{room: SHARED for room in SHARED},
+    "catalog": SHARED | {"engine.families"},  # what a card says of its model is compared with the model
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.
     "recipe": SHARED | {"filters", "engine.families"},
-    "filters": {"section", "grading", "traces.trace", "traces.ledger", "prompts.prompt"},
+    "filters": {"section", "chat", "grading", "traces.trace", "traces.ledger", "prompts.prompt"},
     "filters.pipeline": BELOW_STAGES | {"filters", "filters.summary"},
     "filters.summary": BELOW_STAGES | {"filters"},
-    "traces.trace": {"prompts.prompt"},
+    "traces.trace": {"chat", "prompts.prompt"},
     "traces.ledger": {"durable", "errors"},
     "prompts.prompt": set(),
     "engine": {"engine.kernels"},

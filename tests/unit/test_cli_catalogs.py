@@ -1,0 +1,44 @@
+"""`distill recipes check` and its like: notes and errors as they are printed."""
+
+import json
+import sys
+
+import pytest
+
+from distill import catalog, cli
+
+
+@pytest.fixture
+def checked(tmp_path, monkeypatch, capsys):
+    """`checked(rows)` → (exit code, output, errors) of checking a recipe with these prompts."""
+
+    def check(*rows):
+        prompts, recipe = tmp_path / "prompts.jsonl", tmp_path / "mine.yaml"
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = json.dumps([{"kind": "file", "path": str(prompts)}])
+        recipe.write_text(catalog.load_recipe("tiny", [f"prompts={source}"]).to_yaml())
+        monkeypatch.setattr(sys, "argv", ["distill", "recipes", "check", str(recipe)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        streams = capsys.readouterr()
+        return end.value.code, streams.out, streams.err
+
+    return check
+
+
+def test_gold_answers_that_no_grader_reads_are_counted(checked):
+    rows = [{"question": f"q{i}", "answer": gold} for i, gold in enumerate(["5", "90°", "1/2", "€5"])]
+    code, out, err = checked(*rows)
+    assert (code, err) == (0, "")
+    assert "mine.yaml: ok\n  note: 2 of 4 gold answers cannot be read by a grader, such as '90°'" in out
+
+
+def test_a_file_without_trouble_has_no_note(checked):
+    code, out, err = checked({"question": "q", "answer": "5"})
+    assert (code, err) == (0, "") and out.endswith("mine.yaml: ok\n")
+
+
+def test_a_mistake_is_one_line_and_the_exit_code(checked):
+    code, out, err = checked({"problem": "q", "answer": "5"})
+    assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
+    assert "no column question; the columns are problem, answer" in err
