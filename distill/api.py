@@ -271,7 +271,7 @@ class OpenModel:
         for the same seed. Errors: UserError when question and max_new_tokens exceed the context; WorkError when a
         server fails.
         """
-        from distill.backends import Job, Sampling
+        from distill.backends import Job, SamplingParams
         from distill.chat import split_reasoning
 
         messages: Sequence[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else question
@@ -280,7 +280,7 @@ class OpenModel:
         given["max_new_tokens"] = self._room(messages) if max_new_tokens is None else max_new_tokens
         changes = {key: value for key, value in given.items() if value is not None}
         settings = parse(SamplingSettings, self.sampling.model_dump() | changes, "sample")
-        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
+        sampling = SamplingParams(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
         jobs = [Job(prompt, tuple(range(n)))]
         completions = self._call(lambda: list(self._backend.complete(jobs, sampling, seed)))
         answers: list[Answer] = []
