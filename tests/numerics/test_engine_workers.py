@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from engine_checks import engine_options, some_tokens
+from safetensors.torch import load_file, save_file
 
-from distill.engine import Completion, Engine, EngineDied, Engines, Request, SamplingParams
+from distill.engine import (
+    Completion,
+    Engine,
+    EngineDied,
+    EngineOptions,
+    Engines,
+    NonFiniteLogits,
+    Request,
+    SamplingParams,
+)
 from distill.engine.device import devices_for, refuse_too_large
 
 TINY_R1 = Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1"
@@ -70,6 +81,16 @@ def test_what_an_engine_refuses_is_refused_here(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((TINY_R1 / "config.json").read_text())
     with pytest.raises(ValueError, match="download the weights"):
         Engines.load(tmp_path, ["cpu", "cpu"], engine_options())
+
+
+def test_numbers_that_are_not_finite_are_named_across_processes(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(TINY_R1, tmp_path / "model"))
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"].fill_(1e38)
+    save_file(tensors, path / "model.safetensors")
+    refused = pytest.raises(NonFiniteLogits, match="the logits of the token at position 5 are not finite")
+    with Engines.load(path, ["cpu", "cpu"], EngineOptions(max_batch=4)) as engines, refused:
+        list(engines.generate(requests(1)))
 
 
 def test_a_killed_engine_is_named() -> None:
