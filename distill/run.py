@@ -154,16 +154,17 @@ class Run:
             stored = _as_stored(settings)
             self._refuse_unless_equal(name, {key: record.settings.get(key) for key in stored}, stored)
 
-    def check_inputs(self, stages: Sequence[StageFiles[Artefact]]) -> None:
+    def check_inputs(self, stages: Sequence[StageFiles[Artefact]], content: bool = True) -> None:
         """Hash the products of finished stages that are about to be read. Errors: UserError naming the damaged file.
 
+        content: False hashes only those whose size or time differ.
         Stages that worked in this process were hashed when they finished.
         """
         for stage in stages:
             record = self.record(stage.name)
             if record is None or record.finished is None or stage.name in self.worked:
                 continue
-            for name, what in self._damage(stage, record, content=True).items():
+            for name, what in self._damage(stage, record, content=content).items():
                 raise UserError(
                     f"{self.directory / name} {what}; `distill {stage.name} --verify` with this recipe makes it again"
                 )

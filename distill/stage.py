@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from distill.artefacts import Artefact, Settings
+from distill.errors import UserError
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -67,9 +68,16 @@ class Stage(ABC, Generic[S]):
 
         Errors: as `work`, and UserError when an input is damaged.
         """
-        settings, extent = self.settings(run), self.extent(run)
-        if (summary := run.finished(self, settings, extent)) is not None:
-            return summary
+        try:
+            settings, extent = self.settings(run), self.extent(run)
+            finished = run.finished(self, settings, extent)
+        except UserError:
+            run.check_inputs(
+                inputs, content=False
+            )  # a damaged input explains more than the settings that follow from it
+            raise
+        if finished is not None:
+            return finished
         run.set_damage_aside(self)
         run.check_inputs(inputs)
         summary = self.work(run, lambda: run.begin(self, settings, extent))

@@ -103,6 +103,7 @@ class Chat:
         thinking: which of the template's two modes, None for its default. Errors: UserError when a file is missing or
         damaged, the tokenizer lacks the tokens of a built-in template, or the template has only one mode.
         """
+        ends = configured_ends(model_dir)  # first: transformers reads config.json too, and says less of a broken one
         tokenizer = load_tokenizer(model_dir)
         text = None
         if template is not None:
@@ -112,7 +113,7 @@ class Chat:
                     f"the chat template {template} writes {', '.join(lacking)}, which the tokenizer of {model_dir} "
                     f"does not have as tokens; {template_advice(tokenizer, str(model_dir))}"
                 )
-        return cls(tokenizer, str(model_dir), thinking, text, configured_ends(model_dir))
+        return cls(tokenizer, str(model_dir), thinking, text, ends)
 
     def _choose(self, thinking: bool) -> None:
         prompts = {}

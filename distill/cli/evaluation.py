@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,24 +103,30 @@ def score(
             "--run-dir, --fresh and --verify need a recipe; with --model, --out is the directory for its scores, and "
             "damaged files in it are always made again"
         )
-    from distill.config import parse
-    from distill.eval import evaluate_model
-    from distill.recipe import Eval, LocalEngine
-
-    sources = dict(_pair(item) for item in source or ())
     values = {
         "benchmarks": benchmark,
         "samples": samples,
         "limit": limit,
         "max_new_tokens": max_new_tokens,
         "published": published,
-        "sources": sources,
+        "sources": dict(_pair(item) for item in source or ()),
     }
-    overrides = [item.removeprefix("eval.") for item in set_ or () if not item.startswith("engine.")]
-    engine = [item.removeprefix("engine.") for item in set_ or () if item.startswith("engine.")]
-    settings, local = parse(Eval, values, "--model", overrides), parse(LocalEngine, {}, "--model", engine)
-    evaluate_model(model, name, settings, local, out, os.environ.get("OPENAI_API_KEY"))
+    _score_model(model, name, values, set_ or (), out)
     print(out)
+
+
+def _score_model(
+    model: str, name: str | None, values: Mapping[str, object], overrides: Sequence[str], out: Path
+) -> None:
+    """values: of `eval:`. overrides: --set, of `eval:` or, as `engine.KEY`, of `engine:`."""
+    from distill.config import parse
+    from distill.eval import evaluate_model
+    from distill.recipe import Eval, LocalEngine
+
+    engine = [item.removeprefix("engine.") for item in overrides if item.startswith("engine.")]
+    rest = [item.removeprefix("eval.") for item in overrides if not item.startswith("engine.")]
+    settings, local = parse(Eval, values, "--model", rest), parse(LocalEngine, {}, "--model", engine)
+    evaluate_model(model, name, settings, local, out, os.environ.get("OPENAI_API_KEY"))
 
 
 def _pair(item: str) -> tuple[str, str]:

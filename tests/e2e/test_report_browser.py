@@ -47,6 +47,8 @@ def test_it_opens_without_an_error_and_fits(browser, page, width, theme, tmp_pat
     show(browser, page[1], width, theme)
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    cut_off = "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert browser.execute_script(cut_off) == 0
     paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, paper[4:-1].split(","))) < 200) is (theme == "dark")
     assert browser.save_screenshot(str(tmp_path / "page.png"))

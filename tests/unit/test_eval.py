@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.artefacts import TrainSummary
+from distill.artefacts import GenerateSummary
 from distill.backends import Completed, Usage
 from distill.errors import UserError
 from distill.eval import EvalStage
@@ -112,16 +112,29 @@ def score(tmp_path, recipe, scripted, **eval_settings):
     if not (directory / "student").exists():
         with Run(directory, recipe) as run:
             run.begin(Trained, {}, {})
-        _model(directory / "student", b"trained")
+            _model(directory / "student", b"trained")
+            run.finish(Trained, NOTHING)
     changed = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=eval_settings)})
     with Run(directory, changed) as run:
-        return {(row.benchmark, row.model): row for row in EvalStage(scripted.open).perform(run).scores}
+        return {(row.benchmark, row.model): row for row in EvalStage(scripted.open).perform(run, [Trained]).scores}
 
 
 class Trained:
     """Stands for the train stage."""
 
-    name, outputs, products, summary = "train", ("student",), (), TrainSummary
+    name, outputs, products, summary = "train", ("student",), ("student/*",), GenerateSummary
+
+
+NOTHING = GenerateSummary(
+    traces=0,
+    content_hash="",
+    prompts=0,
+    truncated=0,
+    completion_tokens=0,
+    median_completion_tokens=0,
+    made=0,
+    seconds=0,
+)
 
 
 def test_published_scores_can_be_asked_for_afterwards(tmp_path, recipe, capsys):
@@ -286,9 +299,28 @@ def test_fewer_samples_score_fewer(tmp_path, recipe):
     assert [len(rows) for rows in results.samples.values()] == [1] * 5, "and not counted"
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_damaged_student_is_named_and_not_taken_for_another(tmp_path, recipe, finished):
+    if finished:
+        score(tmp_path, recipe, Scripted(knows))
+    else:
+        with pytest.raises(Killed):
+            score(tmp_path, recipe, Scripted(knows, die_after=3))
+    weights = tmp_path / "run/student/model.safetensors"
+    for damage in (lambda: weights.write_bytes(b"trainee"), weights.unlink):
+        damage()
+        again = Scripted(knows)
+        with pytest.raises(UserError, match=r"model\.safetensors (has changed|is missing).*; `distill train"):
+            score(tmp_path, recipe, again)
+        assert again.drawn == []
+
+
 def test_a_student_trained_anew_is_not_mixed_with_the_old_one(tmp_path, recipe):
     score(tmp_path, recipe, Scripted(knows))
-    _model(tmp_path / "run/student", b"trained again")
+    with Run(tmp_path / "run", recipe) as run:
+        run.begin(Trained, {}, {})
+        _model(tmp_path / "run/student", b"trained again")
+        run.finish(Trained, NOTHING)
     again = Scripted(knows)
     with pytest.raises(UserError, match=r"eval/sums/student.*model\.weights.*--fresh eval"):
         score(tmp_path, recipe, again)

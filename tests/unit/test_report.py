@@ -256,6 +256,23 @@ def test_long_texts_are_cut_and_it_is_said(tmp_path):
     assert "x end" in page.text
 
 
+def test_lengths_that_were_not_counted_are_words(tmp_path):
+    """Published traces have no token ids: nothing says `0 tokens`, and the histogram is of words."""
+    run = make_run(tmp_path / "run", "filter", traces=20)
+    assert read_contents(run).lengths.unit == "tokens"
+    path = RunPaths(run).record("generate")
+    record = StageRecord.read(path, "")
+    record.model_copy(update={"summary": {**(record.summary or {}), "completion_tokens": 0}}).write(path)
+    uncounted = replace(make_trace(random.Random(1), "train"), text="four words and more", completion_token_ids=())
+    uncounted = replace(uncounted, completion_tokens=None)
+    write_traces(run / "filtered" / "kept", [uncounted])
+    record_again(run, "filter")
+    contents, page = read_contents(run), page_of(run)
+    assert contents.lengths.unit == "words" and contents.lengths.kept == [4] and all(contents.lengths.dropped)
+    assert "whose tokens were not counted" in page.text and "4 words, tokens not counted" in page.text
+    assert "words per completion" in (run / "report/lengths.svg").read_text() and " 0 tokens" not in page.text
+
+
 def test_the_answers_shown_are_of_a_problem_that_was_learnt(finished):
     by_model = {answer.model: answer for answer in read_contents(finished).answers}
     assert list(by_model) == ["base", "student", "teacher"]
