@@ -63,7 +63,7 @@ def first_problem(directory: Path) -> str | None:
     if not (directory / "config.json").is_file():
         return f"{directory / 'config.json'} is missing; download it"
     if (directory / INDEX).is_file():
-        missing = [name for name in _indexed(directory / INDEX) if not (directory / name).is_file()]
+        missing = [name for name in indexed(directory / INDEX) if not (directory / name).is_file()]
         return f"{directory / missing[0]} is missing; download it ({len(missing)} are missing)" if missing else None
     if not shards and (pickled := next((p for s in ("*.bin", "*.pt", "*.pth") for p in directory.glob(s)), None)):
         return (
@@ -81,7 +81,8 @@ def is_pointer(path: Path) -> bool:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def _indexed(index: Path) -> list[str]:
+def indexed(index: Path) -> list[str]:
+    """The names of the files in an index of shards. Errors: UserError."""
     map_ = read_object(index).get("weight_map")
     if not isinstance(map_, dict) or not all(isinstance(name, str) for name in map_.values()):
         raise UserError(f"{index}: not a safetensors index (JSON with a weight_map); download it again")

@@ -128,7 +128,7 @@ def _pictures(contents: Contents) -> "dict[str, Picture]":
     if contents.lengths.total:
         drawn.append(pictures.lengths(contents.lengths.kept, contents.lengths.dropped, contents.lengths.unit))
     if contents.log:
-        drawn.append(pictures.training(contents.log))
+        drawn.append(pictures.training(contents.log, contents.recipe.train.objective.parts))
     return {picture.name: picture for picture in drawn}
 
 

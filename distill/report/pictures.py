@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
 from distill.artefacts import PublishedScores, Scores
@@ -199,22 +200,23 @@ def funnel(steps: Sequence[tuple[str, int, int]]) -> Picture:
     return Picture("funnel", f"Traces left after each filter. {counts}", draw, 0.2 + 0.38 * len(steps))
 
 
-def training(rows: Sequence[Mapping[str, float]]) -> Picture:
+def training(rows: Sequence[Mapping[str, float]], parts: Mapping[str, str]) -> Picture:
     """Loss, and below it the learning rate, over optimiser steps. rows: of checkpoints/log.jsonl.
 
-    With the loss go the other losses of the log: of held-out rows, and the terms of a mixed objective.
+    With the loss go the other losses of the log: of held-out rows, and the objective's parts (name → label).
     """
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     others = {
         label: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        for label, key in (("held out", "eval_loss"), ("cross-entropy", "sft"), ("divergence", "logits"))
+        for key, label in {"eval_loss": "held out", **parts}.items()
+        if key != "loss"
     }
     logarithmic = min(losses) > 0 and max(losses) > 20 * min(losses)
 
     def draw(figure: "Figure", narrow: bool) -> None:
         loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         loss.plot(steps, losses, color=LIGHT["student"], linewidth=1.6, label="training")
-        for (label, points), name in zip(others.items(), ("teacher", "base", "muted"), strict=True):
+        for (label, points), name in zip(others.items(), cycle(("teacher", "base", "muted")), strict=False):
             if points:
                 loss.plot(*zip(*points, strict=True), color=LIGHT[name], linewidth=1.2, label=label)
         if any(others.values()):

@@ -32,7 +32,7 @@ def log(directory):
     path = directory / "checkpoints" / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("tokens_per_second", "crc32")} for row in rows]
 
 
 def last_step(directory):

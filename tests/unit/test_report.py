@@ -20,6 +20,7 @@ from distill.artefacts import FilterSummary, PublishedScores, RunPaths, Scores
 from distill.errors import UserError
 from distill.evaluations import EvaluationPaths, EvaluationRecord, published_line
 from distill.integrity import record_files
+from distill.objectives import Logits
 from distill.prompts import Prompt
 from distill.record import StageRecord
 from distill.report import pictures, write_report
@@ -124,9 +125,11 @@ def test_both_themes_know_every_colour(finished):
 
 def test_held_out_rows_and_parts_of_an_objective_are_drawn_beside_the_loss():
     rows = [{"step": i, "loss": 2.0 / i, "learning_rate": 1e-3, "sft": 3.0 / i, "logits": 1.0 / i} for i in (1, 2, 3)]
-    plain = pictures.training([{key: row[key] for key in ("step", "loss", "learning_rate")} for row in rows])
-    mixed = pictures.training(rows)
-    scored = pictures.training([row | ({"eval_loss": 1.5} if row["step"] == 2 else {}) for row in rows])
+    plain = pictures.training(
+        [{key: row[key] for key in ("step", "loss", "learning_rate")} for row in rows], Logits.parts
+    )
+    mixed = pictures.training(rows, Logits.parts)
+    scored = pictures.training([row | ({"eval_loss": 1.5} if row["step"] == 2 else {}) for row in rows], Logits.parts)
     assert "held-out" not in plain.caption and scored.caption.endswith("; on held-out rows 1.5 to 1.5")
     drawn = [picture.svg["wide"] for picture in (plain, mixed, scored)]
     assert ["cross-entropy" in svg for svg in drawn] == [False, True, True]

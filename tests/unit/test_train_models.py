@@ -43,7 +43,7 @@ def refusal(student):
 
 def test_adapter_files_beside_the_weights(broken):
     (broken / "adapter_config.json").write_text("{}")
-    assert "holds a PEFT adapter (adapter_config.json): merge it into its base" in refusal(broken)
+    assert "adapter_config.json belongs to an adapter (LoRA)" in refusal(broken)
 
 
 def test_a_head_that_differs_from_the_embedding_it_is_tied_to(broken):

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from distill import model_files
 from distill.chat import Chat
 from distill.durable import write_whole
 from distill.errors import UserError
@@ -37,7 +38,6 @@ from distill.train.student.card import TEMPERATURE, TOP_P
 # Never sampled and never an end token, so that masking padding by its id loses nothing. In the tokenizers of Qwen and
 # Llama 3; the first that a tokenizer has is used.
 PADS = ("<|fim_pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<unk>")
-INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPARED = 1 << 26  # bytes of two tensors compared at a time
 
@@ -47,11 +47,8 @@ def inspect(model_dir: Path, settings: Train) -> Limits:
 
     Errors: UserError naming the file that is broken, or weights that the config expects and the files do not have.
     """
-    if (model_dir / "adapter_config.json").exists():
-        raise UserError(
-            f"{model_dir} holds a PEFT adapter (adapter_config.json): merge it into its base, or move the adapter "
-            f"files out of the directory to train the base"
-        )
+    if problem := model_files.first_problem(model_dir):
+        raise UserError(problem)
     shapes: dict[str, list[int]] = {}
     where: dict[str, Path] = {}
     for path in weight_files(model_dir):
@@ -81,18 +78,12 @@ def inspect(model_dir: Path, settings: Train) -> Limits:
 
 def weight_files(model_dir: Path) -> list[Path]:
     """The weight files that transformers loads: those of the index, or `model.safetensors`. Errors: UserError."""
-    index = model_dir / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{index} is damaged: download it again") from None
-        files = [model_dir / str(name) for name in names]
-    else:
-        files = [model_dir / "model.safetensors"]
+    index = model_dir / model_files.INDEX
+    names = model_files.indexed(index) if index.is_file() else ["model.safetensors"]
+    files = [model_dir / name for name in names]
     for path in files:
         if not path.is_file():
-            raise UserError(f"{path} is missing: download the student's weights again")
+            raise UserError(f"{path} is missing; download it")
     return files
 
 
