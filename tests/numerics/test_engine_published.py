@@ -18,11 +18,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
-from distill import catalog
+from distill import backends, catalog
 from distill.backends import Backend, Completed, Job, Sampling
 from distill.backends.local import LocalBackend
 from distill.errors import UserError
-from distill.eval.models import LocalModels, contenders
+from distill.eval.models import models_of
 from distill.generate import generate
 from distill.prompts import Prompt
 from distill.run import Run
@@ -267,8 +267,8 @@ def test_the_two_modes_are_two_teachers(tmp_path: Path) -> None:
         recipe = catalog.load_recipe("tiny", settings)
         with Run(tmp_path / f"run-{thinking}", recipe) as run:
             generate(run)
-            (teacher,) = contenders(run)
-        with LocalModels(1, recipe.engine).backend(teacher) as backend:  # as it is scored
+            (teacher,) = models_of(run)
+        with backends.open(teacher, recipe.engine, 1) as backend:  # as it is scored
             assert backend.identity["thinking"] is teacher.identity["thinking"] is thinking
             texts[thinking] = complete(backend).text
     assert texts[True].startswith("<think>") and not texts[False].startswith(("<think>", "</think>"))
