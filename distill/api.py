@@ -14,12 +14,12 @@ own; `!distill run RECIPE` does all of that.
 import asyncio
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, overload
 
 from pydantic import JsonValue
 
@@ -224,6 +224,12 @@ def grade(answer: str, gold: str, task: Task = "math") -> "Grade":
 # ---- sampling
 
 
+class Call(Protocol):
+    """Calls a function, perhaps in another thread, and returns its result."""
+
+    def __call__(self, function: Callable[[], T]) -> T: ...
+
+
 @dataclass(frozen=True)
 class Answer:
     """One sampled answer.
@@ -243,9 +249,9 @@ class Answer:
 class OpenModel:
     """A model that is loaded, or a server that is connected. Made by `open_model`."""
 
-    def __init__(self, model: Model, backend: "Backend", sampling: SamplingSettings) -> None:
+    def __init__(self, model: Model, backend: "Backend", sampling: SamplingSettings, call: Call) -> None:
         self.model, self.sampling = model, sampling
-        self._backend = backend
+        self._backend, self._call = backend, call
 
     def sample(
         self,
@@ -265,7 +271,7 @@ class OpenModel:
         for the same seed. Errors: UserError when question and max_new_tokens exceed the context; WorkError when a
         server fails.
         """
-        from distill.backends import Job, Sampling
+        from distill.backends import Job, SamplingParams
         from distill.chat import split_reasoning
 
         messages: Sequence[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else question
@@ -274,10 +280,11 @@ class OpenModel:
         given["max_new_tokens"] = self._room(messages) if max_new_tokens is None else max_new_tokens
         changes = {key: value for key, value in given.items() if value is not None}
         settings = parse(SamplingSettings, self.sampling.model_dump() | changes, "sample")
-        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
-        completions = self._backend.complete([Job(prompt, tuple(range(n)))], sampling, seed)
+        sampling = SamplingParams(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
+        jobs = [Job(prompt, tuple(range(n)))]
+        completions = self._call(lambda: list(self._backend.complete(jobs, sampling, seed)))
         answers: list[Answer] = []
-        for done in sorted(_outside_of_a_loop(completions), key=lambda done: done.sample):
+        for done in sorted(completions, key=lambda done: done.sample):
             reasoning, response = split_reasoning(done.text)
             tokens = len(done.completion_token_ids) or done.completion_tokens
             answers.append(Answer(done.text, reasoning, response, done.finish_reason, tokens))
@@ -312,8 +319,13 @@ def open_model(
     from distill import backends
 
     resolved, sampling = _resolved(str(model), thinking, server_model, key)
-    with backends.open(resolved, engine or LocalEngine(), max_batch) as backend:
-        yield OpenModel(resolved, backend, sampling)
+    opened = backends.open(resolved, engine or LocalEngine(), max_batch)
+    with _away_from_a_running_loop() as call:
+        backend = call(opened.__enter__)
+        try:
+            yield OpenModel(resolved, backend, sampling, call)
+        finally:
+            call(lambda: opened.__exit__(None, None, None))
 
 
 def _resolved(
@@ -340,11 +352,16 @@ def _resolved(
     return Model(place.name, place, thinking=thinking), SamplingSettings()
 
 
-def _outside_of_a_loop(items: Iterator[T]) -> list[T]:
-    """All items. A notebook runs an event loop in this thread, and a server's client needs one of its own."""
+@contextmanager
+def _away_from_a_running_loop() -> Iterator[Call]:
+    """Give a function that calls another: directly, or in a thread of its own where this one runs an event loop.
+
+    A notebook's cells run inside an event loop, and the client of a server needs one of its own.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return list(items)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(list, items).result()
+        yield lambda function: function()
+    else:
+        with ThreadPoolExecutor(1) as thread:
+            yield lambda function: thread.submit(function).result()

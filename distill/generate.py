@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from distill import backends
 from distill.artefacts import Drafts, GenerateSummary, Settings
-from distill.backends import Sampling
+from distill.backends import SamplingParams
 from distill.backends.collect import check_all, collect, missing
 from distill.backends.device import device_type
 from distill.console import progress, say
@@ -77,7 +77,7 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
     recipe = run.recipe
     store = TraceStore(run.paths.traces)
     wanted = missing(run.prompts, recipe.generate.samples, store.keys())
-    sampling = Sampling(**recipe.generate.sampling.model_dump(), logprobs=recipe.generate.logprobs)
+    sampling = SamplingParams(**recipe.generate.sampling.model_dump(), logprobs=recipe.generate.logprobs)
     suffix = recipe.generate.prompt_suffix
     with backends.open(run.models.teacher, recipe.engine, recipe.generate.max_batch) as backend:
         check_all(backend, wanted, sampling, suffix)

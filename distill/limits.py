@@ -9,7 +9,7 @@ The values are far above what honest data needs (the longest published reasoning
 below what a small machine cannot take. They are constants and not settings: whoever meets one has a damaged file.
 """
 
-ROW_BYTES = 64 << 20  # of one JSONL line, or of the text in one Parquet row
+ROW_BYTES = 32 << 20  # of one JSONL line (as Python objects up to 25 times as much), or of the text in a Parquet row
 JSON_DEPTH = 100  # brackets inside one another, in a row or in JSON kept as text in a column
 BATCH_ROWS = 32  # of Parquet decoded together: a row has at most ROW_BYTES of text
 

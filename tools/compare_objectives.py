@@ -117,19 +117,20 @@ def curve(
 
 def answered(model: Path) -> list[bool]:
     """Whether each held-out problem was answered correctly, in the problems' order."""
-    from distill.backends import Job, Sampling
-    from distill.backends.local import LocalBackend
+    from distill import backends
+    from distill.backends import Job, SamplingParams
     from distill.catalog import load_benchmark
     from distill.chat import split_reasoning
     from distill.grading import Grader
+    from distill.models import Model
     from distill.prompts import load_prompts
+    from distill.recipe import LocalEngine
 
     card = load_benchmark("tiny-arithmetic")
     prompts = list(load_prompts([card.prompts]))
-    backend = LocalBackend.load(model, dtype="float32", max_batch=128)
-    sampling = Sampling(**card.sampling.model_dump())
-    answers = backend.complete((Job(prompt, (0,)) for prompt in prompts), sampling, seed=1)
-    with Grader() as grader:
+    sampling = SamplingParams(**card.sampling.model_dump())
+    with backends.open(Model("student", model), LocalEngine(dtype="float32")) as backend, Grader() as grader:
+        answers = backend.complete((Job(prompt, (0,)) for prompt in prompts), sampling, seed=1)
         items = ((done.prompt.id, done.prompt, split_reasoning(done.text)[1]) for done in answers)
         verdicts = {prompt: grade.verdict == "correct" for prompt, grade in grader.grade(items)}
     return [verdicts[prompt.id] for prompt in prompts]

@@ -151,7 +151,7 @@ def bounds(info: FieldInfo) -> str:
         f"{sign} {value:g}"
         for item in info.metadata
         for name, sign in BOUNDS.items()
-        if (value := getattr(item, name, None)) is not None
+        if (value := getattr(item, name, None)) is not None and abs(value) < 2**31  # not what 64 bits hold
     ]
     return "".join(f", {bound}" for bound in found)
 

@@ -14,9 +14,7 @@ from distill.engine.options import SamplingParams
 from distill.models import Model, Server
 from distill.recipe import LocalEngine
 
-__all__ = ["Backend", "Completed", "Job", "Sampling", "SamplingParams", "Usage", "open"]
-
-Sampling = SamplingParams
+__all__ = ["Backend", "Completed", "Job", "SamplingParams", "Usage", "open"]
 
 
 @contextmanager

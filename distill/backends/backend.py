@@ -1,4 +1,4 @@
-"""The protocol of a model that answers, and the nouns that it speaks in."""
+"""The protocol of a model that answers, and the types of its arguments and results."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

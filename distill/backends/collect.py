@@ -1,7 +1,7 @@
 """Fill a trace store: ask a backend for the samples that are missing, and store each one as it finishes.
 
 Generation and evaluation both sample many answers of many prompts and must survive being killed at any moment; this is
-the one loop they share. What is in the store is never asked for again.
+the one loop they share. A sample that is in the store is never requested again.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from distill.traces.trace import Trace
 
 
 def missing(prompts: Iterable[Prompt], samples: int, have: set[tuple[str, int]]) -> list[Job]:
-    """The jobs still to do: every prompt with those of its sample numbers 0 … samples-1 that the store lacks."""
+    """The remaining jobs: every prompt with the sample numbers 0 … samples-1 that are not in `have`."""
     jobs = []
     for prompt in prompts:
         wanted = tuple(n for n in range(samples) if (prompt.id, n) not in have)

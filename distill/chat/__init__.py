@@ -103,6 +103,7 @@ class Chat:
         thinking: which of the template's two modes, None for its default. Errors: UserError when a file is missing or
         damaged, the tokenizer lacks the tokens of a built-in template, or the template has only one mode.
         """
+        ends = configured_ends(model_dir)  # first: transformers reads config.json too, and says less of a broken one
         tokenizer = load_tokenizer(model_dir)
         text = None
         if template is not None:
@@ -112,7 +113,7 @@ class Chat:
                     f"the chat template {template} writes {', '.join(lacking)}, which the tokenizer of {model_dir} "
                     f"does not have as tokens; {template_advice(tokenizer, str(model_dir))}"
                 )
-        return cls(tokenizer, str(model_dir), thinking, text, configured_ends(model_dir))
+        return cls(tokenizer, str(model_dir), thinking, text, ends)
 
     def _choose(self, thinking: bool) -> None:
         prompts = {}
@@ -217,6 +218,9 @@ class Chat:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if settings.get("tokenizer_class") == "TokenizersBackend":
             settings["tokenizer_class"] = SAVED_CLASS
+        if isinstance(extra := settings.get("extra_special_tokens"), list):  # a mapping in transformers 4
+            del settings["extra_special_tokens"]
+            settings["additional_special_tokens"] = extra
         kept = {key: value for key, value in settings.items() if key not in OURS_ALONE}
         write_whole(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 

@@ -1,10 +1,10 @@
 """Decoding ahead: the next step is launched before the tokens of the one before are known here, so that the device
 never waits for the host to prepare it.
 
-Rows take their tokens from the device; here each sequence has `UNKNOWN` in its place until the step is taken in. What
-has been launched for a sequence that then turns out to be finished was for nothing: its row is passed over, and its
-pages are written once more before anybody else's work, which the device does later, may use them. Only steps that are
-sure to be one more token of every running sequence can be launched ahead (`Scheduler.steady`), and only without
+Rows take their tokens from the device; here each sequence has `UNKNOWN` in its place until the step is taken in. A
+row that was launched for a sequence which turns out to be finished is wasted and skipped; it writes the sequence's
+pages once more, which is harmless, because the device runs whatever reuses these pages later. Only steps that are
+certain to be one more token of every running sequence can be launched ahead (`Scheduler.steady`), and only without
 alternatives' log-probabilities, which are read from the logits.
 """
 
@@ -21,7 +21,7 @@ UNKNOWN = -1
 
 
 class Ahead:
-    """At most one step is launched and not taken in."""
+    """Launches decode steps; at most one is launched and not taken in."""
 
     def __init__(self, graphs: DecodeGraphs) -> None:
         self._graphs = graphs
@@ -40,8 +40,8 @@ class Ahead:
     def decode(
         self, sequences: Sequence[SequenceState], chunks: Sequence[Chunk], draws: Sequence[Draw]
     ) -> Iterator[tuple[SequenceState, int]]:
-        """Launch a step, then take in the one before it, if there is one, as `take_in`; where alternatives are asked
-        for, this one too."""
+        """Launch a step, then take in the step before it, if there is one, as `take_in`; with alternatives requested,
+        the new step too."""
         row_of = {id(sequence): row for row, (sequence, _) in enumerate(self._places)}
         before, places = self._step, self._places
         self._step = self._graphs.launch(chunks, draws, [row_of.get(id(sequence), -1) for sequence in sequences])
@@ -56,8 +56,8 @@ class Ahead:
             yield from self.take_in()
 
     def take_in(self) -> Iterator[tuple[SequenceState, int]]:
-        """Wait for the step that is launched, and fill in its tokens. Yields each sequence that is still there, and how
-        many of its tokens are known."""
+        """Wait for the launched step and fill in its tokens. Yields each sequence that is still running, and the number
+        of its known tokens."""
         step, places = self._step, self._places
         self._step, self._places = None, []
         if step is not None:
@@ -66,6 +66,6 @@ class Ahead:
 
 def _filled(step: Launched, places: list[tuple[SequenceState, int]]) -> Iterator[tuple[SequenceState, int]]:
     for (sequence, at), drawn in zip(places, step.drawn(), strict=True):
-        if sequence.pages:  # else it has finished, or was given up
+        if sequence.pages:  # else it has finished or was aborted
             sequence.fill(at, drawn)
             yield sequence, at + 1

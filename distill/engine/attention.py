@@ -8,10 +8,10 @@ has two forms, equal up to rounding:
   expanded (prompts): kv_b_proj turns the latents into keys and values per head; fewer multiplications when many
     queries share the context;
   absorbed (what is generated): kv_b_proj is moved to the query and the output, q' = q_nope·W_UK and o = (P·c)·W_UV, so
-    that the latents are read as they lie in the cache, once for all heads (DeepSeek-V2, arXiv:2405.04434, section
+    that the latents are read as they are cached, once for all heads (DeepSeek-V2, arXiv:2405.04434, section
     2.1.2). Sparse attention (indexer.py) takes this form for prompts, too.
 
-Legend: t tokens of the step, r those whose result is wanted (or, as a width, rotated), b decoding sequences, h query
+Legend: t tokens of the step, r requested rows (or, as a width, the rotated part), b decoding sequences, h query
 heads, k key-value heads, d width of q and k, n and r its unrotated and rotated parts, e width of values, c latent, l
 context, p pages.
 """
@@ -37,8 +37,8 @@ from distill.engine.weights import GqaWeights, Linear, MlaWeights
 
 @dataclass(frozen=True)
 class Chunk:
-    """`ids`, the tokens from position `start` on of one sequence, to be computed in this step; those before are cached.
-    Pages cover all."""
+    """Tokens `ids` of one sequence, from position `start` on, to be computed in this step. Earlier tokens are cached;
+    `pages` cover all."""
 
     ids: Sequence[int]
     start: int
@@ -46,6 +46,7 @@ class Chunk:
 
     @property
     def end(self) -> int:
+        """The position after the last of `ids`."""
         return self.start + len(self.ids)
 
 
@@ -93,8 +94,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The rows of a batch whose hidden states are asked for, and the batch that they make alone. The last layer writes
-    the cache for all rows and computes the rest for these."""
+    """The rows of a batch whose hidden states are requested, and these rows as a batch of their own. The last layer
+    writes the cache for all rows and computes everything else for these alone."""
 
     row_r: Tensor
     batch: Batch
@@ -103,7 +104,7 @@ class Wanted:
 def build_batch(
     decode: Sequence[Chunk], prefill: Sequence[Chunk], page_size: int, spec: ModelSpec, device: torch.device
 ) -> Batch:
-    """Lay chunks out as one flat batch: `decode` (one token each), then `prefill`, in order."""
+    """Lay chunks out as one flat batch: first `decode` (one token each), then `prefill`, in order."""
     ids: list[int] = [chunk.ids[0] for chunk in decode]
     positions: list[int] = [chunk.start for chunk in decode]
     pages: list[int] = [chunk.pages[chunk.start // page_size] for chunk in decode]
@@ -140,14 +141,14 @@ def _segments(
     dense_until = indexer.top_k if indexer else sys.maxsize  # a longer context is not attended to whole
     row = 0
     for sparse, rows in itertools.groupby(decode, lambda chunk: chunk.end > dense_until):
-        some = list(rows)
-        start, row = row, row + len(some)
+        chunks = list(rows)
+        start, row = row, row + len(chunks)
         if sparse:
             yield SparseRows(
-                start, row, tuple(chunk_of(start + i, start + i + 1, c, c.end) for i, c in enumerate(some))
+                start, row, tuple(chunk_of(start + i, start + i + 1, c, c.end) for i, c in enumerate(chunks))
             )
         else:
-            yield _decode_rows(start, some, page_size, device)
+            yield _decode_rows(start, chunks, page_size, device)
     for chunk in prefill:
         start, row = row, row + len(chunk.ids)
         dense = min(max(dense_until - chunk.start, 0), len(chunk.ids))
@@ -296,9 +297,9 @@ def _sparse(
 ) -> Tensor:
     """Absorbed attention to the tokens that the indexer keeps → [b, h, latent]."""
     assert spec.mla is not None and spec.indexer is not None and w.indexer is not None
-    some, (pool, key_pool), top_k = slice(rows.start, rows.end), pools, spec.indexer.top_k
+    these, (pool, key_pool), top_k = slice(rows.start, rows.end), pools, spec.indexer.top_k
     index_q_bhd, weight_bh = indexer.queries(
-        spec, ops, w.indexer, latent_tq[some], x_tc[some], batch.cos_tr[some], batch.sin_tr[some]
+        spec, ops, w.indexer, latent_tq[these], x_tc[these], batch.cos_tr[these], batch.sin_tr[these]
     )
     parts, undefined = [], []
     for chunk in rows.chunks:

@@ -2,8 +2,8 @@
 
 The cache is one pool of pages per layer and cached tensor; a sequence owns a list of page numbers, the same in every
 layer. Pages have reference counts, so that the n samples of a prompt share its pages: forking copies no numbers. Full
-pages are never written again; a partial last page is written by whoever continues, so the first writer that finds it
-shared takes a private copy (copy on write) and the last one left keeps the original.
+pages are never written again; a partial last page is written by the sequence that continues, so the first writer that
+finds it shared takes a private copy (copy on write), and the last holder keeps the original.
 
 Two classes, because they fail differently: `PageAllocator` is bookkeeping in plain Python (an error there is a leak,
 and is tested against a model of it), `PagedCache` is the tensors.
@@ -39,6 +39,7 @@ class PageAllocator:
 
     @property
     def free_pages(self) -> int:
+        """The number of pages that no sequence holds."""
         return len(self._free)
 
     def pages_for(self, tokens: int) -> int:
@@ -46,7 +47,7 @@ class PageAllocator:
         return -(-tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` free pages, each with one reference. The caller has made sure that they are there."""
+        """Take `count` free pages, each with one reference. The caller has checked `free_pages`."""
         assert 0 <= count <= len(self._free), f"{count} pages asked, {len(self._free)} free"
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -55,19 +56,20 @@ class PageAllocator:
         return pages
 
     def share(self, pages: Sequence[int]) -> list[int]:
-        """Another holder of the same pages (a fork)."""
+        """Add a reference to each page, for a fork."""
         for page in pages:
-            assert self.refs[page] > 0, f"page {page} is shared but nobody holds it"
+            assert self.refs[page] > 0, f"page {page} is shared but has no holder"
             self.refs[page] += 1
         return list(pages)
 
     def is_shared(self, page: int) -> bool:
+        """Whether a page has more than one holder."""
         return self.refs[page] > 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Give up one reference to each page; those nobody holds any more become free."""
+        """Drop one reference to each page; a page without references becomes free."""
         for page in reversed(pages):
-            assert self.refs[page] > 0, f"page {page} is released but nobody holds it"
+            assert self.refs[page] > 0, f"page {page} is released but has no holder"
             self.refs[page] -= 1
             if self.refs[page] == 0:
                 self._free.append(page)
@@ -75,7 +77,7 @@ class PageAllocator:
 
 def pool_forms(spec: ModelSpec, dtype: torch.dtype) -> list[tuple[int, torch.dtype]]:
     """(width, dtype) of each tensor that a layer caches. dtype uint8: latents as FP8 rows of bytes (kernels/w8a8.py),
-    what is cached beside them in bfloat16. ValueError where there are no latents that fit it."""
+    the index keys beside them in bfloat16. Errors: ValueError for a model whose cache cannot take that form."""
     if dtype != torch.uint8:
         return [(width, dtype) for width in spec.cache_dims]
     if spec.mla is None or spec.mla.kv_lora_rank % FP8_BLOCK:
@@ -85,7 +87,7 @@ def pool_forms(spec: ModelSpec, dtype: torch.dtype) -> list[tuple[int, torch.dty
 
 
 def token_bytes(spec: ModelSpec, layers: int, dtype: torch.dtype) -> int:
-    """What one token takes in a cache of so many layers."""
+    """Bytes of one token in a cache of `layers` layers."""
     return layers * spec.cache_heads * sum(width * form.itemsize for width, form in pool_forms(spec, dtype))
 
 

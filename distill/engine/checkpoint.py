@@ -31,12 +31,12 @@ STORED = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 _SCALE_ONLY = torch.float8_e8m0fnu
-_READ_AHEAD = 128 << 10  # bytes asked for at a time: kernels cut larger requests off
+_READ_AHEAD = 128 << 10  # bytes of one request: operating systems cut larger ones off
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor lies in its file: bytes `begin … end-1`."""
+    """Where a tensor is in its file: bytes `begin … end-1`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class _File:
             self.descriptor = self._stream.fileno()
             header = int.from_bytes(os.pread(self.descriptor, 8, 0), "little")
             entries = json.loads(os.pread(self.descriptor, header, 8))
-            # A private mapping that nobody writes to: torch takes no read-only memory without a warning.
+            # A private mapping, never written to: torch warns about read-only memory.
             self._map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
         except (SafetensorError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -167,7 +167,7 @@ class Checkpoint:
         for prefix in prefixes:
             names = [name for name in self._file_of if name.startswith(prefix) and name in self._file_of[name].entries]
             places = sorted((self.place(name) for name in names), key=lambda place: (place.descriptor, place.offset))
-            done = {place.descriptor: 0 for place in places}  # what is asked for reaches into the next tensors
+            done = {place.descriptor: 0 for place in places}  # a request may reach into the next tensor
             for place in places:
                 end = place.offset + place.size
                 for begin in range(max(place.offset, done[place.descriptor]), end, _READ_AHEAD):

@@ -16,7 +16,7 @@ _SHARE = 0.9  # of a GPU's free memory; the rest is for its libraries' and the g
 
 
 def choose_device(asked: torch.device | str | None) -> torch.device:
-    """The device that is asked for, or the best there is. ValueError, with the fix, for one that will not do."""
+    """The requested device, or the best available. Errors: ValueError, with the remedy, for one that cannot be used."""
     device = torch.device(asked) if asked is not None else None
     if device is None:
         able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _FP8_CAPABILITY
@@ -38,8 +38,9 @@ def choose_device(asked: torch.device | str | None) -> torch.device:
 
 
 def devices_for(asked: str | None, count: int | None) -> list[str]:
-    """One device for each engine that is to run side by side: every GPU, or one CPU, unless `count` says otherwise.
-    ValueError for more than there are."""
+    """One device for each of `count` engines side by side; by default every GPU, or one CPU.
+
+    Errors: ValueError for more engines than GPUs."""
     first = choose_device(asked)
     if first.type == "cpu":
         return ["cpu"] * (count or 1)
@@ -50,16 +51,18 @@ def devices_for(asked: str | None, count: int | None) -> list[str]:
 
 
 def memory_of(device: torch.device) -> int | None:
-    """The budget of a GPU that nobody gave one, bytes; None on a CPU: no limit."""
+    """The default memory budget of a device, bytes; None on a CPU: no limit."""
     return int(_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
 def refuse_too_large(
     model_dir: Path | str, sizes: Iterable[tuple[str, int]], budget: int, expert: str = "mlp.experts.{}."
 ) -> None:
-    """ValueError, with the command that serves the model elsewhere, if what cannot be streamed does not fit into
-    `budget` bytes: all but the experts, and two layers of those. sizes: of the checkpoint's tensors, by name; expert:
-    how the names of an expert's tensors begin, below their layer."""
+    """Check that the weights that cannot be streamed fit into `budget` bytes: all but experts, and two layers of these.
+
+    sizes: of the checkpoint's tensors, by name. expert: how the names of an expert's tensors begin, below their layer.
+    Errors: ValueError with the command that serves the model on more GPUs.
+    """
     experts: Counter[str] = Counter()
     rest = 0
     for name, size in sizes:

@@ -98,7 +98,7 @@ class Engine:
         return cls(*prepare(model_dir, options))
 
     def add(self, request: Request) -> None:
-        """Queue a request. ValueError, with the lengths and the fix, for one that can never be served."""
+        """Queue a request. Errors: ValueError, with lengths and remedy, for a request that can never be served."""
         prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
         what = f"request {request.id!r}"
         if request.id in self._unfinished:
@@ -140,7 +140,7 @@ class Engine:
         """Nothing: memory is released with the object. Several engines (`Engines`) end their processes here."""
 
     def abort(self, request_id: str) -> None:
-        """Forget a request and free what it holds; samples already returned stay valid. Unknown ids are ignored."""
+        """Drop a request and free its pages; completions already returned stay valid. Unknown ids are ignored."""
         for sequence in list(self._scheduler.of_request(request_id)):
             self._scheduler.remove(sequence)
         self._unfinished.pop(request_id, None)
@@ -264,7 +264,7 @@ class Engine:
             )
 
     def _forward(self, decode: list[Chunk], prefill: list[Chunk], ends: list[bool] | None = None) -> Tensor:
-        """Hidden states of all tokens; with `ends`, of those that decode and the last of each chunk it is true for."""
+        """Hidden states of all tokens; with `ends`, of decoding tokens and the last one of chunks it is true for."""
         batch, wanted = self._batch(decode, prefill), None
         if ends is not None and prefill:
             rows, row = list(range(len(decode))), len(decode)
@@ -358,7 +358,7 @@ class Engine:
 @dataclass(frozen=True)
 class _Work:
     """One sequence's part of a step: the tokens to compute, from its position `computed` on, and where their hidden
-    states will be: first those of its prompt that are asked for, among the prefilled, then those that decode."""
+    states will be: first the requested rows of its prompt, among the prefilled, then the decoding rows."""
 
     sequence: SequenceState
     ids: list[int]

@@ -1,7 +1,7 @@
 """Whole layers in one call, where the kernels have one.
 
-A step in which every row decodes is many small ops, and what it costs to call them adds up. `decode_plan` gives the
-kernels all layers at once, as tensors and numbers; they may decline, and then the model runs op by op, which is the
+A step in which every row decodes consists of many small ops, and the cost of calling them adds up. `decode_plan` gives
+the kernels all layers at once, as tensors and numbers; they may decline, and then the model runs op by op, which is the
 definition.
 """
 

@@ -2,7 +2,7 @@
 they run. A graph replays them at once, on buffers that stay where they are.
 
 There is a graph for each size of batch in a short list, captured when it is first needed; a batch takes the next size,
-and the rows it does not fill decode a token of their own, into a page that belongs to nobody. One upload brings a
+and the rows that it does not fill decode a dummy token, into a page that no sequence holds. One upload brings a
 step's numbers, one download its tokens: sampling is part of the graph, and nothing waits in between.
 
 A step may be launched before the tokens of the one before it are known here: its rows take them where that step has
@@ -43,15 +43,15 @@ class Launched:
     _done: torch.cuda.Event | None
 
     def drawn(self) -> list[Drawn]:
-        """Waits for it. Where alternatives are asked for, only before another step is launched: its logits will lie in
-        the place of these."""
+        """The drawn tokens; waits for the step. With alternatives requested, call it before the next launch, which
+        overwrites the logits."""
         if self._done is not None:
             self._done.synchronize()
         return drawn_of(self.draws, self._token_b, self._logprob_b, self._logits_bv)
 
 
 class _Host:
-    """What is uploaded and downloaded, in memory that a device reads and writes by itself."""
+    """The buffers of uploads and downloads, in memory that the device accesses directly."""
 
     def __init__(self, size: int, pages: int, pinned: bool) -> None:
         self.up = [

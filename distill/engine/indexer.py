@@ -1,6 +1,6 @@
 """DeepSeek sparse attention (V3.2-Exp's report, section 2.1): which tokens a token attends to.
 
-Small heads of their own score every earlier token, I = Σ over heads of w · relu(q·k), and the `top_k` best are attended
+Separate small heads score every earlier token, I = Σ over heads of w · relu(q·k), and the `top_k` best are attended
 to. A context of top_k tokens or fewer is attended to whole, and attention is then dense, exactly. Here the chosen rows
 are handed to the absorbed attention as a table of pages of one token each, in the order of their positions.
 
@@ -28,7 +28,7 @@ _SCORE_ELEMENTS = 1 << 24
 
 
 def keys(spec: ModelSpec, ops: Ops, w: IndexerWeights, x_tc: Tensor, cos_tr: Tensor, sin_tr: Tensor) -> Tensor:
-    """What a token is found by, one for all heads: [t, 1, d], to be cached."""
+    """The index key of each token, shared by all heads: [t, 1, d], to be cached."""
     key_td = ops.linear(x_tc, w.k.weight)
     key_td = F.layer_norm(key_td, key_td.shape[-1:], w.k_norm, w.k_norm_bias, _KEY_NORM_EPS)
     ops.rope(key_td[:, None, : spec.rope.dim], cos_tr, sin_tr, interleaved=False)

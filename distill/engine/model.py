@@ -7,10 +7,10 @@ prefill chunks of any length share every matrix product; only attention looks at
 Plain functions over frozen dataclasses of tensors rather than nn.Module: nothing here is trained, and a weight that is
 streamed, quantised or shared is then just another field.
 
-Of a prompt only the last token's hidden state is asked for: its other rows end with their keys and values in the last
-layer, which computes attention and feed-forward for the rows that are wanted (one layer less for most of a prompt).
+Only the last token's hidden state of a prompt is needed: for its other rows the last layer computes keys and values and
+nothing else (one layer less for most of a prompt).
 
-Legend: t tokens, r rows whose hidden states or logits are wanted, c hidden, v vocabulary.
+Legend: t tokens, r requested rows of hidden states or logits, c hidden, v vocabulary.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Model:
     draft_plan: DecodePlan | None = None
 
     def forward(self, batch: Batch, cache: PagedCache, wanted: Wanted | None = None) -> Tensor:
-        """Hidden states after the final norm, of all rows or those wanted, [r, c]; the keys and values of all t tokens
-        are left in `cache`."""
+        """Hidden states after the final norm, of all rows or the wanted ones, [r, c]; writes the keys and values of all
+        t tokens to `cache`."""
         x_rc = self._run(self.weights.layers, 0, self.decode_plan, self._embed(batch), batch, cache, wanted)
         return self.ops.rms_norm(x_rc, self.weights.norm_c, self.spec.norm_eps) if len(x_rc) else x_rc
 
@@ -92,7 +92,7 @@ class Model:
     def _layer(
         self, index: int, w: LayerWeights, x_tc: Tensor, batch: Batch, cache: PagedCache, wanted: Wanted | None
     ) -> Tensor:
-        """x plus what the layer adds to it, of all rows or those wanted, [r, c]; x itself is overwritten."""
+        """x plus what the layer adds to it, of all rows or the wanted ones, [r, c]; x itself is overwritten."""
         spec, ops = self.spec, self.ops
         normed_tc = ops.rms_norm(x_tc, w.attention_norm_c, spec.norm_eps, w.attention.reader)
         x_rc = x_tc if wanted is None else x_tc.index_select(0, wanted.row_r)
@@ -105,6 +105,6 @@ class Model:
         normed_rc = ops.rms_norm(x_rc, w.mlp_norm_c, spec.norm_eps, w.mlp.reader)
         if isinstance(w.mlp, MoeWeights):
             assert spec.moe is not None
-            stream = self.stream if index < spec.num_layers else None  # those of the layer that drafts are in memory
+            stream = self.stream if index < spec.num_layers else None  # the draft layer's experts are in memory
             return moe.moe(spec.moe, ops, w.mlp, normed_rc, stream, x_rc)
         return moe.mlp(ops, w.mlp, normed_rc, x_rc)

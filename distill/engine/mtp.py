@@ -6,9 +6,9 @@ top p. Drafts are drawn with the same random number as well, which makes them ag
 or the likeliest token would. The classical rule (accept with probability min(1, p/q), else draw from the rest) was
 rejected: it keeps the distribution but not the text, which would then depend on whether there are drafts.
 
-Place i of the layer's cache holds what it made of the model's hidden state at position i and the token at i+1. It thus
+Position i of the layer's cache is computed from the model's hidden state at position i and the token at i+1. It thus
 lags the model by one position, and by more where drafts were accepted: `SequenceState.hidden` keeps the states that it
-has not seen. To draft further than one token, its own state takes the place of the model's.
+has not processed. To draft further than one token, its own state takes the place of the model's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distill.engine.scheduler import SequenceState
 
 
 def accepted(drafts: Sequence[int], drawn: Sequence[int]) -> int:
-    """How many of the drawn tokens stand: those that agree with their drafts, and the first that follows them.
+    """How many of the drawn tokens are accepted: those that equal their drafts, and the token after them.
 
     drawn[i] is the model's token for the position of drafts[i], and there is one more: where all drafts agree.
     """

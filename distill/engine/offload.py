@@ -5,8 +5,8 @@ useless: a fixed part of each layer's experts stays in memory, and the others ar
 mapped files. While a layer computes, the next one's experts are read and packed beside it, into the other of two
 arenas. When few tokens are computed most experts are idle, and then only the chosen ones are read, and not ahead.
 
-What a budget of memory pays for, in this order: the weights that every token passes through, the cache, the activations
-of one step, the two arenas, and experts. Where an expert lies changes no bit of what it computes.
+A memory budget is spent in this order: the weights that every token passes through, the cache, the activations
+of one step, the two arenas, and experts. Where an expert is kept changes no bit of its results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNCOUNTED = 8 << 20  # bytes of a budget, beside 3 %: small objects, buffers, t
 
 
 def experts_within(budget: int, fixed: int, banks: Sequence[Bank]) -> int | None:
-    """How many experts of each layer fit into a budget of memory, `fixed` bytes of which are spoken for; None: all.
+    """How many experts of each layer fit into a budget of memory, `fixed` bytes of which are taken; None: all.
 
     ValueError if the budget is too small for any.
     """
@@ -57,8 +57,8 @@ def resident_experts(budget: int, banks: Sequence[Bank]) -> int | None:
     if room < 0 or len(banks) <= 2:
         needed = min(2, len(banks)) * count * each
         raise ValueError(
-            f"{budget / GIB:.3g} GiB are left for experts and the least is {needed / GIB:.3g} GiB, those of two "
-            "layers; raise the memory budget or lower max_batch"
+            f"{budget / GIB:.3g} GiB are left for experts and those of two layers need {needed / GIB:.3g} GiB; "
+            "raise memory_budget or lower max_batch"
         )
     return min(count, room // (len(banks) - 2))
 

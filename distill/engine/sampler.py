@@ -66,7 +66,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A drawn token, its raw log-probability (natural log), and the largest ones if they were asked for."""
+    """A drawn token, its raw log-probability (natural log), and the largest ones where requested."""
 
     token: int
     logprob: float
@@ -126,8 +126,8 @@ def draw_numbers(draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def drawn_of(draws: Sequence[Draw], token_b: Tensor, logprob_b: Tensor, logits_rv: Tensor) -> list[Drawn]:
-    """Tokens and raw log-probabilities, with the largest ones where they were asked for. NonFiniteLogits where the op
-    found no distribution."""
+    """Tokens and raw log-probabilities, with the largest ones where requested. Errors: NonFiniteLogits where a row has
+    no distribution."""
     logprobs = logprob_b.tolist()
     for draw, logprob in zip(draws, logprobs, strict=True):
         if math.isnan(logprob):

@@ -1,15 +1,15 @@
-"""Who runs in the next step.
+"""Which sequences run in the next step.
 
-Continuous batching: every step runs one token of each sequence that decodes and fills up with prefill, so that nobody
-waits for a batch to finish. A request starts as one *trunk*, its prompt; when the prompt is computed, the trunk forks
-into its n samples, which share the prompt's pages. After that each sample is on its own.
+Continuous batching: every step runs one token of each sequence that decodes and fills up with prefill, so that no
+request waits for a batch to finish. A request starts as one *trunk*, its prompt; when the prompt is computed, the trunk
+forks into its n samples, which share the prompt's pages. After that each sample is scheduled separately.
 
 There is one kind of work: a sequence has tokens, the first `computed` of them are cached, the rest must be computed.
 One missing token is a decode, more are a prefill, done in chunks under the step's token budget. A sequence that lost
 its pages has all its tokens missing and is simply prefilled again.
 
 When pages run out, the youngest holder is preempted and recomputed later, rather than every sequence reserving its
-worst case on admission. Reasoning traces end far below their limit (32,768 allowed, some thousand used), so
+worst case on admission. Reasoning traces end far below their limit (32,768 allowed, a few thousand used), so
 reservations would leave most of the cache empty; and since draws are keyed by position, a recomputed sequence
 continues with the same text. Work is strictly in order of age (request, then sample): a holder is preempted for older
 ones only, so the oldest always advances, and `add` refuses what could never fit alone. A new sequence is admitted
@@ -34,7 +34,8 @@ class Request:
     """A prompt and the samples wanted of it.
 
     prompt_key: any unsigned 64-bit number that identifies the prompt for the random draws, so that the text of a sample
-    does not depend on the request's id or company. samples: the sample numbers wanted; a resume asks for those missing.
+    does not depend on the request's id or on the batch. samples: the sample numbers to draw; a resume names those that
+    are missing.
     """
 
     id: str
@@ -62,10 +63,12 @@ class SequenceState:
 
     @property
     def missing(self) -> int:
+        """Tokens whose keys and values are not cached."""
         return len(self.tokens) - self.computed
 
     @property
     def decodes(self) -> bool:
+        """Whether the next step is one token of a sample."""
         return self.missing == 1 and self.sample is not None
 
     @property
@@ -74,11 +77,12 @@ class SequenceState:
         return self.request.sampling.max_new_tokens - (len(self.tokens) - len(self.request.prompt_ids))
 
     def append(self, drawn: Drawn) -> None:
+        """Add a drawn token."""
         self.tokens.append(drawn.token)
         self._note(drawn)
 
     def fill(self, at: int, drawn: Drawn) -> None:
-        """Token `at`, which has a place already."""
+        """Set token `at`, which was appended before it was known."""
         self.tokens[at] = drawn.token
         self._note(drawn)
 
@@ -110,16 +114,18 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
         return bool(self.waiting or self.running)
 
     @property
     def steady(self) -> bool:
-        """Whether the next step is one token of every running sequence, whatever the last one has drawn: nobody can be
-        admitted, preempted, or at its limit."""
+        """Whether the next step is one token of every running sequence, whatever the last step draws: no sequence can
+        be admitted, preempted, or at its limit."""
         full = len(self.running) >= self.max_batch or not self.waiting
         return full and self.pages.free_pages >= len(self.running) and all(s.decodes and s.left for s in self.running)
 
     def add(self, request: Request) -> None:
+        """Queue a request as a trunk."""
         self.waiting.append(SequenceState(request, (self._next_age, -1), list(request.prompt_ids)))
         self._next_age += 1
 
@@ -172,6 +178,7 @@ class Scheduler:
         self._drop_pages(sequence)
 
     def of_request(self, request_id: str) -> Iterator[SequenceState]:
+        """The sequences of a request."""
         return (s for s in [*self.running, *self.waiting] if s.request.id == request_id)
 
     def _admit(self) -> None:
@@ -242,7 +249,7 @@ class Scheduler:
 
     def _drop_pages(self, sequence: SequenceState) -> None:
         for page in sequence.pages:
-            self._copies.pop(page, None)  # a copy into a page that is given up; whoever gets it next fills it
+            self._copies.pop(page, None)  # a copy into a released page; its next holder fills it
         self.pages.release(sequence.pages)
         sequence.pages, sequence.hidden = [], None
 

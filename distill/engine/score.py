@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: prompts that are prefilled and whose every row is looked at.
+"""Log-probabilities of given tokens: prompts that are prefilled and all of whose rows are used.
 
 As many sequences as a step and the free pages allow are computed together; one that is longer than a step, in chunks.
 """
@@ -37,7 +37,7 @@ def score(
 ) -> list[Scores]:
     """One `Scores` per sequence. budget: tokens of a step. forward: hidden states of the tokens of some chunks, [t, c].
 
-    ValueError while too few pages are free for a sequence.
+    Errors: ValueError while too few pages are free for a sequence; NonFiniteLogits.
     """
     scores: list[Scores] = []
     while len(scores) < len(sequences):
@@ -86,7 +86,7 @@ def _scores(hidden_tc: Tensor, tokens: Sequence[int], top_k: int, model: Model) 
     for start in range(0, len(tokens) - 1, block):
         target_r = target_t[start : start + block]
         logits_rv = model.logits(hidden_tc[start : start + len(target_r)])
-        some, some_top = logprobs_of(logits_rv, target_r, top_k)
-        logprobs += some
-        tops += some_top
+        block_logprobs, block_tops = logprobs_of(logits_rv, target_r, top_k)
+        logprobs += block_logprobs
+        tops += block_tops
     return Scores(tuple(logprobs), tuple(tops) if top_k else None)

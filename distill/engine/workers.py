@@ -38,7 +38,7 @@ Message = Mapping[str, object]
 
 
 class EngineDied(RuntimeError):
-    """An engine's process ended by itself. Completions that were yielded are valid; the rest can be requested again."""
+    """An engine's process ended unexpectedly. Completions already yielded are valid; the others can be drawn again."""
 
 
 class _Worker:
@@ -80,7 +80,7 @@ class _Worker:
         return [json.loads(line) for line in lines]
 
     def died(self) -> EngineDied:
-        """The error for a process that ended by itself, with the last line of its stderr."""
+        """The error for a process that ended unexpectedly, with the last line of its stderr."""
         code = self.process.wait()
         self.errors.seek(0)
         last = self.errors.read().decode(errors="replace").strip().rpartition("\n")[2]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from distill import catalog
 from distill.artefacts import PublishedScores, Settings
-from distill.backends import Sampling
+from distill.backends import SamplingParams
 from distill.console import say
 from distill.errors import UserError
 from distill.fingerprint import file_hash
@@ -53,9 +53,9 @@ class Benchmark:
         return self.card.name
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         """How tokens are drawn, before `max_new_tokens` is reduced to what a model's context has room for."""
-        return Sampling(**self.card.sampling.model_dump() | {"max_new_tokens": self.max_new_tokens})
+        return SamplingParams(**self.card.sampling.model_dump() | {"max_new_tokens": self.max_new_tokens})
 
     @cached_property
     def prompts(self) -> list[Prompt]:

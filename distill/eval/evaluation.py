@@ -22,7 +22,7 @@ from pydantic import JsonValue
 
 from distill import __version__
 from distill.artefacts import Scores, Settings
-from distill.backends import Backend, Job, Sampling
+from distill.backends import Backend, Job, SamplingParams
 from distill.backends.collect import asked, check_all, collect, missing
 from distill.chat import THINK
 from distill.console import progress, say
@@ -273,14 +273,14 @@ class Evaluation:
         except UserError:
             return None
 
-    def _settings_of(self, backend: Backend, sampling: Sampling) -> Settings:
+    def _settings_of(self, backend: Backend, sampling: SamplingParams) -> Settings:
         numerics: dict[str, JsonValue] = dict(backend.numerics)
         settings = self.settings | _of_model(backend.identity) | _of_model(numerics, "model.numerics")
         if sampling.max_new_tokens != self.benchmark.max_new_tokens:
             settings |= {LONGEST: sampling.max_new_tokens, ASKED: self.benchmark.max_new_tokens}
         return settings
 
-    def _fitting(self, backend: Backend, drawn: Settings | None) -> Sampling:
+    def _fitting(self, backend: Backend, drawn: Settings | None) -> SamplingParams:
         """The benchmark's sampling, with max_new_tokens reduced to the room in the model's context beside the longest
         problem. Where samples on the disk were drawn with a reduced number that still fits, theirs."""
         sampling, context = self.benchmark.sampling, backend.max_context

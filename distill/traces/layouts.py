@@ -16,7 +16,7 @@ image) is left out under a reason that is counted (`LeftOut`): in a published da
 and nobody can correct them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from distill.chat import END_THINK, THINK
@@ -49,6 +49,11 @@ TOOLS = ("tool", "function", "function_call", "observation", "ipython", "tool_ca
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
 FINISHED = {"eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
+HEADS = ("generations", "messages", "conversations", "completion")  # a known layout has one of these columns
+COLUMNS = (  # that a row in a known layout may have
+    *HEADS,
+    *("problem", "question", "prompt", "system", "finish_reason", "finish_reasons", "is_reasoning_complete"),
+)
 
 
 class LeftOut(Exception):
@@ -110,10 +115,15 @@ def _conversations(row: Row, columns: Columns, where: str) -> Iterator[list[_Tur
         prompt = _turns(row["prompt"], "prompt", where, text_role="user")
         yield prompt + _turns(row["completion"], "completion", where, text_role="assistant")
     else:
-        raise UserError(
-            f"{where}: no known layout of traces (messages, conversations, prompt and completion, generations) in the "
-            f"columns {', '.join(row)}; name `question`, `reasoning` and `response` of this source"
-        )
+        raise no_layout(row, where)
+
+
+def no_layout(columns: Iterable[str], where: str) -> UserError:
+    """The error for columns that are no known layout."""
+    return UserError(
+        f"{where}: no known layout of traces (messages, conversations, prompt and completion, generations) in the "
+        f"columns {', '.join(columns)}; name `question`, `reasoning` and `response` of this source"
+    )
 
 
 def _turns(value: object, column: str, where: str, text_role: str | None = None) -> list[_Turn]:

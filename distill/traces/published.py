@@ -17,11 +17,11 @@ from distill.chat import split_reasoning
 from distill.console import say
 from distill.errors import UserError
 from distill.fingerprint import digest
-from distill.prompts.files import gold_text
+from distill.prompts.files import MEDIA, gold_text
 from distill.prompts.hub import load_dataset, rows_of_dataset
 from distill.prompts.prompt import Prompt
 from distill.prompts.rows import Row, columns_of, has_column, rows_of_file, value_at
-from distill.traces.layouts import Answer, Columns, LeftOut, answers
+from distill.traces.layouts import COLUMNS, HEADS, Answer, Columns, LeftOut, answers, no_layout
 from distill.traces.store import read_traces
 from distill.traces.trace import Trace
 
@@ -49,19 +49,23 @@ def read_published(source: "TraceSource", note: Callable[[str], None] = say) -> 
 
 def _rows(source: "HubTraces | FileTraces") -> tuple[Iterator[Row], str]:
     """The rows and the source's name in a published data set: no home directory. Errors: UserError."""
+    named = [name for name in (source.question, source.reasoning, source.response, source.answer) if name]
     if source.kind == "file":
         path = Path(source.path)
-        rows, name = rows_of_file(path), "/".join(path.absolute().parts[-2:]).lstrip("/")
-        names = columns_of(path)
+        rows = rows_of_file(path, [*COLUMNS, *MEDIA, *GOLD, *named])
+        name, names = "/".join(path.absolute().parts[-2:]).lstrip("/"), columns_of(path)
         if names is None and source.answer and not _mentions(path, source.answer.partition(".")[0]):
-            names = list(next(rows_of_file(path), (name, {}))[1])
+            raise _no_gold_column(name, source.answer, next(rows, (name, {}))[1])
     else:
         dataset = load_dataset(source.dataset, source.subset, source.split, source.revision)
         whole, path = f"{source.dataset} ({source.split})", Path(source.dataset)
         rows, name = rows_of_dataset(dataset, whole), path.name if path.is_absolute() else source.dataset
         names = dataset.column_names
-    if names and source.answer and not has_column(dict.fromkeys(names), source.answer):
-        raise _no_gold_column(name, source.answer, names)
+    if names is not None and not source.response and not any(head in names for head in HEADS):
+        raise no_layout(names, name)
+    for column in named if names is not None else ():
+        if not has_column(dict.fromkeys(names or ()), column):
+            raise (_no_gold_column if column == source.answer else _no_column)(name, column, names or ())
     return rows, name
 
 
@@ -75,6 +79,10 @@ def _mentions(path: Path, column: str) -> bool:
                 return True
             tail = block[-len(needle) :]
     return False
+
+
+def _no_column(name: str, column: str, names: Iterable[str]) -> UserError:
+    return UserError(f"{name}: no column {column}; the columns are {', '.join(names)}: correct it in this source")
 
 
 def _no_gold_column(name: str, column: str, names: Iterable[str]) -> UserError:

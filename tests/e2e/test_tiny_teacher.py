@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distill.backends import Completed, Job, Sampling
+from distill.backends import Completed, Job, SamplingParams
 from distill.backends.local import LocalBackend
+from distill.models import Model
 from distill.prompts import Prompt
 from distill.prompts.arithmetic import Problem, problems, story
+from distill.recipe import LocalEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 TEACHER, STUDENT = ROOT / "teachers" / "tiny-r1", ROOT / "students" / "tiny-qwen"
-GREEDY = Sampling(temperature=0, top_p=1, max_new_tokens=160)
+GREEDY = SamplingParams(temperature=0, top_p=1, max_new_tokens=160)
 sys.path.insert(0, str(ROOT / "tools"))
 
 
@@ -49,7 +51,7 @@ def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def backend() -> LocalBackend:
-    return LocalBackend.load(TEACHER)
+    return LocalBackend.load(Model("teacher", TEACHER), LocalEngine(dtype="float32"))
 
 
 @pytest.fixture(scope="module")

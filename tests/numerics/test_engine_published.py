@@ -19,19 +19,22 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
 from distill import backends, catalog
-from distill.backends import Backend, Completed, Job, Sampling
+from distill.backends import Backend, Completed, Job, SamplingParams
 from distill.backends.local import LocalBackend
 from distill.errors import UserError
 from distill.eval.models import models_of
-from distill.generate import generate
+from distill.generate import STAGE
+from distill.models import Model
 from distill.prompts import Prompt
+from distill.recipe import LocalEngine
 from distill.run import Run
 
 TINY = Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1"
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 SHARDS = 4
 LAYERS = 5  # three dense, as published, and two of experts; the layer that drafts comes after them
-GREEDY = Sampling(temperature=0, top_p=1, max_new_tokens=12)
+FLOAT32 = LocalEngine(dtype="float32")
+GREEDY = SamplingParams(temperature=0, top_p=1, max_new_tokens=12)
 QUESTION = Prompt.from_question("What is 12 + 30 - 7?\n  Think, please.", "35")
 
 # Every key of the published file, in its order and spelling; what is smaller than published stands below.
@@ -228,7 +231,7 @@ def test_a_card_is_all_it_takes(published: Published, tmp_path: Path) -> None:
     before = {file: file.read_bytes() for file in published.path.rglob("*") if file.is_file()}
     assert catalog.check("teacher", card) == []
     assert catalog.resolve_weights("teacher", card) == published.path
-    backend = LocalBackend.load(published.path, thinking=thinking)
+    backend = LocalBackend.load(Model("m", published.path, thinking=thinking), FLOAT32)
     assert backend.engine.max_context == 163840
 
     done = complete(backend)
@@ -252,9 +255,12 @@ def test_a_card_is_all_it_takes(published: Published, tmp_path: Path) -> None:
 
 
 def test_the_published_draft_layer_drafts_and_the_text_stays(published: Published) -> None:
-    plain, drafting = (LocalBackend.load(published.path, num_speculative_tokens=n) for n in (0, 2))
+    plain, drafting = (
+        LocalBackend.load(Model("m", published.path), FLOAT32.model_copy(update={"num_speculative_tokens": n}))
+        for n in (0, 2)
+    )
     assert complete(drafting) == complete(plain)
-    assert drafting.engine.drafts[0] > 0
+    assert drafting.usage.drafts is not None and drafting.usage.drafts[0] > 0
 
 
 def test_the_two_modes_are_two_teachers(tmp_path: Path) -> None:
@@ -266,14 +272,14 @@ def test_the_two_modes_are_two_teachers(tmp_path: Path) -> None:
         published.card(card, thinking=thinking)
         recipe = catalog.load_recipe("tiny", settings)
         with Run(tmp_path / f"run-{thinking}", recipe) as run:
-            generate(run)
+            STAGE.perform(run)
             (teacher,) = models_of(run)
         with backends.open(teacher, recipe.engine, 1) as backend:  # as it is scored
             assert backend.identity["thinking"] is teacher.identity["thinking"] is thinking
             texts[thinking] = complete(backend).text
     assert texts[True].startswith("<think>") and not texts[False].startswith(("<think>", "</think>"))
     with Run(tmp_path / "run-True", recipe) as run, pytest.raises(UserError, match=r"teacher\.thinking: true → false"):
-        generate(run)
+        STAGE.perform(run)
 
 
 def test_a_mode_that_the_template_lacks_is_refused_before_the_weights_are_read(tmp_path: Path) -> None:
@@ -281,4 +287,4 @@ def test_a_mode_that_the_template_lacks_is_refused_before_the_weights_are_read(t
     for shard in path.glob("*.safetensors"):
         shard.write_bytes(b"")
     with pytest.raises(UserError, match="has one mode only"):
-        LocalBackend.load(path, thinking=False)
+        LocalBackend.load(Model("m", path, thinking=False), FLOAT32)

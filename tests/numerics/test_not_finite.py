@@ -16,14 +16,16 @@ from random_models import CONFIGS, Checkpoint, build
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.backends import Job, Sampling
-from distill.backends.local import LocalBackend
-from distill.engine import Engine, Request, SamplingParams
+from distill.backends import Job
+from distill.backends import open as open_model
+from distill.engine import Engine, EngineOptions, Request, SamplingParams
 from distill.engine.kernels import cpu, ops_for, reference
 from distill.engine.kernels.stored import Plain
 from distill.engine.sampler import Draw, NonFiniteLogits, logprobs_of, sample
 from distill.errors import UserError
+from distill.models import Model
 from distill.prompts.prompt import Prompt
+from distill.recipe import LocalEngine
 
 # The interpreter computes on what a GPU would compute on, and warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -302,7 +304,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     path = with_tensor(checkpoint("v3").path, tmp_path / "model", name, last_number(value))
     for resident in (None, 2):
         with pytest.raises(ValueError, match=f"{name}.* not finite") as caught:
-            Engine.load(path, cache_tokens=64, kernels=column, resident_experts=resident)
+            Engine.load(path, EngineOptions(cache_tokens=64, kernels=column, resident_experts=resident))
         assert "\n" not in str(caught.value)
 
 
@@ -315,7 +317,7 @@ def test_scales_that_are_not_positive_are_refused_by_name(
     name = f"model.layers.1.{part}.weight_scale_inv"
     path = with_tensor(fp8_model, tmp_path / "model", name, lambda tensor: torch.full_like(tensor, scale))
     with pytest.raises(ValueError, match=f"{name} is not finite and positive"):
-        Engine.load(path, cache_tokens=64, kernels=column)
+        Engine.load(path, EngineOptions(cache_tokens=64, kernels=column))
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +331,7 @@ def fp8_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcome(path: Path, column: str) -> str:
     """ "refused", "not finite" or the tokens of a greedy completion."""
     try:
-        engine = Engine.load(path, cache_tokens=256, kernels=column)
+        engine = Engine.load(path, EngineOptions(cache_tokens=256, kernels=column))
         params = SamplingParams(temperature=0.0, max_new_tokens=3)
         (done,) = engine.generate([Request("a", tuple(range(30)), params, 0, 0, (0,))])
     except NonFiniteLogits:
@@ -363,7 +365,9 @@ def test_a_student_that_overflows_is_the_user_s_error(tmp_path: Path) -> None:
     path = with_tensor(
         ROOT / "students" / "tiny-qwen", tmp_path / "model", "model.norm.weight", lambda t: torch.full_like(t, 1e38)
     )
-    backend = LocalBackend.load(path)
     prompt = Prompt.from_question("1 + 1 = ?", "2")
-    with pytest.raises(UserError, match="logits of the token at position .* not finite"):
-        list(backend.complete([Job(prompt, (0,))], Sampling(temperature=0.6, max_new_tokens=4), 0))
+    with (
+        open_model(Model("student", path), LocalEngine()) as backend,
+        pytest.raises(UserError, match=f"{path}: the logits of the token at position .* not finite"),
+    ):
+        list(backend.complete([Job(prompt, (0,))], SamplingParams(temperature=0.6, max_new_tokens=4), 0))

@@ -140,3 +140,55 @@ def test_any_text_goes_through_the_template(chatml: Chat, text: str) -> None:
     ids, prompt = chat.training_ids([*QUESTION, {"role": "assistant", "content": text}])
     if "<|" not in text:
         assert chat.decode(ids[prompt:]) == text
+
+
+def test_a_saved_tokenizer_is_one_that_transformers_4_knows(tmp_path: Path) -> None:
+    """`TokenizersBackend` and how a tokenizer was loaded are of transformers 5; vLLM and SGLang may have another."""
+    chat = Chat.load(save_tokenizer(tmp_path / "base", None), "chatml")
+    (tmp_path / "saved").mkdir()
+    chat.save(tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and settings["eos_token"] == "<|im_end|>"
+    assert not settings.keys() & {"backend", "is_local", "local_files_only"}
+    again = Chat.load(tmp_path / "saved")
+    assert again.training_ids(ANSWERED) == chat.training_ids(ANSWERED)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("tokenizer.json", b"{}", "no usable tokenizer"),
+        (
+            "tokenizer.json",
+            b'{"version": "9.0", "model": {"type": "New"}}',
+            "made by another version of the",
+        ),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer.*git lfs pull"),
+        ("tokenizer.json", b"\xff", "no usable tokenizer"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", b"\xff\xfe", "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", b'{"bos_token": 5}', "bos_token is 5; it should be text"),
+        ("tokenizer_config.json", b'{"eos_token": ["a"]}', r'eos_token is \["a"\]; it should be text'),
+        ("tokenizer_config.json", b'{"eos_token": "<|im_end|>", "chat_template": 5}', "not text|usable tokenizer"),
+        ("config.json", b"[]", "config.json holds no settings"),
+        ("generation_config.json", b"{", "generation_config.json: not JSON"),
+    ],
+)
+def test_damaged_files_of_a_tokenizer_are_one_line(tmp_path: Path, file: str, content: bytes, said: str) -> None:
+    save_tokenizer(tmp_path, None)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        Chat.load(tmp_path, None if b"chat_template" in content else "chatml")
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused_and_not_recommended(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, None)
+    with pytest.raises(UserError, match=r"llama3 writes <\|start_header_id\|>, .*<\|eot_id\|>, which the tok") as error:
+        Chat.load(tmp_path, "llama3")
+    assert "for a student set `train.chat_template` to chatml (its tokens are here)" in str(error.value)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|im_start|>", "<|turn|>"))
+    with pytest.raises(UserError, match=r"chatml writes <\|im_start\|>, which the tok") as error:
+        Chat.load(tmp_path, "chatml")
+    assert "no built-in template fits this tokenizer: chatml needs <|im_start|>; llama3 needs" in str(error.value)

@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
@@ -295,6 +297,23 @@ def test_an_answer_column_that_no_row_has_is_refused_before_anything_is_read(tmp
         None,
     ]
     assert notes == [f"note: {tmp_path.name}/traces.jsonl: 1 of 2 answers have no gold answer"]
+
+
+def test_a_parquet_file_is_read_by_the_columns_that_matter(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [LAYOUTS["messages"] | {"answer": 4, "input_ids": [1, 2]}]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    (trace,) = read_published(FileTraces(kind="file", path=str(path)))
+    assert (trace.text, trace.prompt.answer) == (THOUGHT, "4")
+    for fields, message in (
+        ({"answer": "gold"}, "no column gold; the columns are messages, answer, input_ids: name the one with the gold"),
+        ({"response": "attempt"}, "no column attempt; the columns are messages, answer, input_ids"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(read_published(FileTraces(kind="file", path=str(path), **fields)))
+    pq.write_table(pa.Table.from_pylist([{"text": "x"}]), path)
+    with pytest.raises(UserError, match="no known layout of traces .* in the columns text; name `question`"):
+        list(read_published(FileTraces(kind="file", path=str(path))))
 
 
 def test_no_rows(tmp_path):

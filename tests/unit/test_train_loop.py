@@ -9,6 +9,7 @@ import train_support as support
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from distill import console
 from distill.errors import WorkError
 from distill.recipe import Train
 from distill.train.learn import loop as loop_module
@@ -180,7 +181,7 @@ def kill_after(loop, steps):
     loop.step = until
 
 
-def test_an_interrupt_saves_first(student, run_dir, tmp_path):
+def test_an_interrupt_saves_first_and_says_what_is_saved(student, run_dir, tmp_path, capsys):
     loop = make_loop(student, run_dir, tmp_path, max_steps=10, save_steps=100)
     step = loop.step
 
@@ -195,6 +196,19 @@ def test_an_interrupt_saves_first(student, run_dir, tmp_path):
         loop.run()
     assert loop.checkpoints.newest().name == "step-000004"  # the step that ran was finished and saved
     assert signal.getsignal(signal.SIGINT) is before
+    path = tmp_path / "checkpoints" / "step-000004"
+    assert f"training interrupted after step 4; {path} is saved" in capsys.readouterr().out
+
+
+def test_slow_steps_show_their_loss_and_seconds(student, run_dir, tmp_path, monkeypatch, capsys):
+    """Without waiting for a log line."""
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr(loop_module, "SHOW_SECONDS", -1.0)
+    loop = make_loop(student, run_dir, tmp_path, max_steps=3, logging_steps=100)
+    loop.run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train: ")]
+    assert [line.split(", ")[0] for line in lines[:3]] == ["train: 1/3 steps", "train: 2/3 steps", "train: 3/3 steps"]
+    assert all(", loss 5." in line for line in lines)
 
 
 def test_a_second_interrupt_is_not_waited_with():

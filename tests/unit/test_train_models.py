@@ -7,7 +7,7 @@ import pytest
 import torch
 import train_support as support
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from distill.chat import Chat
 from distill.errors import UserError
@@ -127,6 +127,9 @@ def test_the_students_files_are_read_by_transformers_4_and_5(student, tmp_path):
     tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] in ("PreTrainedTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast")
     assert not {"local_files_only", "is_local", "backend"} & tokenizer.keys()
+    assert not isinstance(tokenizer.get("extra_special_tokens"), list), "transformers 4 expects a mapping there"
+    assert tokenizer["additional_special_tokens"] == ["<|im_start|>"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").all_special_ids == chat.tokenizer.all_special_ids
 
 
 def test_a_scaled_rope_has_its_old_name_too(tmp_path):

@@ -228,7 +228,7 @@ def write_latents(
     pool: Tensor, page_t: Tensor, offset_t: Tensor, x_td: Tensor, norm_c: Tensor, eps: float, cos_tr: Tensor,
     sin_tr: Tensor, interleaved: bool,
 ) -> None:  # fmt: skip
-    """As reference.write_latents, in one go; x stays as it is."""
+    """As reference.write_latents, in one launch; x is not changed."""
     (t, d), (_, heads, page, width), latent = x_td.shape, pool.shape, len(norm_c)
     assert heads == 1 and width == d and x_td.stride(1) == 1 and pool.is_contiguous() and cos_tr.is_contiguous()
     r = (d - latent) // 2
@@ -267,7 +267,7 @@ def decode_mla(
     else:
         rows = pool.view(-1, d)
         latents, rotated, scales = rows[:, :e], rows[:, e:], rows
-    # Descriptors take widths that are powers of two, rows at multiples of 16 bytes, and keys that lie side by side.
+    # Descriptors take widths that are powers of two, rows at multiples of 16 bytes, and contiguous keys.
     row_bytes, before = width * pool.itemsize, rotated.data_ptr() - pool.data_ptr()
     whole = page % tile.columns == 0 and row_bytes % 16 == before % 16 == 0
     whole = whole and e & (e - 1) == 0 and (d - e) & (d - e - 1) == 0 and d - e >= 16

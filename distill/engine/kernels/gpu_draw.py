@@ -1,9 +1,9 @@
 """Drawing tokens on the GPU: one program a draw, no sort, and nothing that a host has to wait for.
 
-Top k and top p are thresholds: the least probability p for which fewer than k tokens lie above it, and the least for
-which the mass above it is less than top p of all. Both are found exactly by cutting a range of bits of a float32, whose
-order as integers is that of the numbers, into four: 16 passes over a row that lies in the cache. Sorting 129,280 logits
-takes longer, and looking at the largest few needs a host that decides whether they were enough.
+Top k and top p are thresholds: the least probability p such that fewer than k tokens are above it, and the least such
+that the mass above it is below top p of the total. Both are computed exactly by a search over the bits of a float32,
+whose order as integers is that of the numbers: each of 16 passes over a row in the cache divides the range by four.
+Sorting 129,280 logits takes longer, and a look at the largest few needs a host that decides whether they suffice.
 
 The draw inverts the cumulative distribution in vocabulary order, in float64, as reference.draw does.
 
@@ -23,14 +23,14 @@ _CUTS = 16  # of a range of 2³⁰ bits into four
 
 @triton.jit
 def _probabilities(x_ptr, first, V, top, temperature, BLOCK: tl.constexpr):
-    """Of columns first … first+BLOCK-1, the largest of the row being 1."""
+    """Probabilities of columns first … first+BLOCK-1, scaled so that the row's largest is 1."""
     v = first + tl.arange(0, BLOCK)
     return tl.exp((tl.load(x_ptr + v, mask=v < V, other=float("-inf")) - top) / temperature)
 
 
 @triton.jit
 def _above(x_ptr, bits, V, top, temperature, BLOCK: tl.constexpr):
-    """How many probabilities exceed the one with these bits, and their mass (float64)."""
+    """The number of probabilities above the one with these bits, and their mass (float64)."""
     threshold = bits.to(tl.float32, bitcast=True)
     count, mass = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float64)
     for first in range(0, V, BLOCK):
@@ -42,14 +42,14 @@ def _above(x_ptr, bits, V, top, temperature, BLOCK: tl.constexpr):
 
 @triton.jit
 def _cuts(low, high):
-    """Where a range is cut into four."""
+    """The three bounds that cut a range into four."""
     second = low + (high - low) // 2
     return low + (high - low) // 4, second, second + (high - second) // 2
 
 
 @triton.jit
 def _narrowed(low, high, first, second, third, enough_1, enough_2, enough_3):
-    """The quarter of the range that the least `enough` lies in: what is enough at one cut is so at those above it."""
+    """The quarter of the range with the least number for which `enough` holds; it holds at every cut above it."""
     down = tl.where(enough_1, low, tl.where(enough_2, first + 1, tl.where(enough_3, second + 1, third + 1)))
     up = tl.where(enough_1, first, tl.where(enough_2, second, tl.where(enough_3, third, high)))
     return down, up
@@ -57,7 +57,7 @@ def _narrowed(low, high, first, second, third, enough_1, enough_2, enough_3):
 
 @triton.jit
 def _sums_above(x_ptr, first, second, third, V, top, temperature, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the probabilities above each of three, which are given as bits: their mass (float64), or their number."""
+    """The mass (float64), or the number, of the probabilities above each of three given as bits."""
     a = first.to(tl.float32, bitcast=True)
     b = second.to(tl.float32, bitcast=True)
     c = third.to(tl.float32, bitcast=True)

@@ -1,9 +1,9 @@
 """The experts of a layer on the GPU, those that stay there and those that are streamed to it.
 
 An expert is one record of bytes: gate over up, [2f, c], then down, [c, f], codes first and their scales behind them;
-each width is padded with zeros to whole blocks of 128. Resident records lie on the device one after the other. The
-others lie so in page-locked host memory, from where a layer's are copied in one go, beside what is being computed, into
-one of two arenas. Products take both places, so that it does not matter where a record lies.
+each width is padded with zeros to whole blocks of 128. Resident records are contiguous on the device. The others
+are contiguous in page-locked host memory; those of a layer are copied together, beside the computation, into one of two
+arenas. Products read both places, so that the place of a record does not matter.
 
 Legend: as in w8a8.py; f and c are the padded widths.
 """
@@ -101,7 +101,7 @@ class ExpertBank:
         return 1 if self.fp8 else self._dtype.itemsize
 
     def fill(self, arena: Tensor, chosen: Sequence[int] | None = None, background: bool = False) -> None:
-        """Queue copies to `arena` behind what has been queued so far: nobody reads it any more after that."""
+        """Queue copies to `arena` behind all work queued so far, which may still read it."""
         wanted = None if chosen is None else [i - self.resident for i in chosen if i >= self.resident]
         if self._filled is None:
             self._copy(arena, wanted)

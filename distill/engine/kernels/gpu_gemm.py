@@ -10,7 +10,7 @@ few rows there are fewer tiles than multiprocessors: the sum is cut into parts, 
 that the result is the same every time.
 
 `grouped`: rows are sorted by expert, each expert's padded to whole tiles (gpu_moe.py), and every tile knows its expert.
-Experts may lie in several places, resident and streamed; each place takes a launch, in which tiles of others end at
+Experts may be in several places, resident and streamed; each place takes a launch, in which tiles of others end at
 once. The number of tiles is an upper bound that depends on shapes only, so that a CUDA graph can hold it.
 
 Legend: m rows, n columns of a result, g groups of 128 along the sum, s slots for (token, expert) pairs.
@@ -170,7 +170,7 @@ def linear(
 def _by_torch(x: Quantised, weight: Fp8Matrix, bias_n: Tensor | None, onto_mn: Tensor | None) -> Tensor:
     whole, plain = (F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128), F.SwizzleType.NO_SWIZZLE
     m, codes, scale = len(x.codes), x.codes, x.scale
-    if m % ROWS:  # what lies behind the rows is multiplied, too, and left out
+    if m % ROWS:  # the padding behind the rows is multiplied, too, and dropped
         rows = -(-m // ROWS) * ROWS
         codes, scale = (part.as_strided((rows, part.shape[1]), part.stride()) for part in (codes, scale))
     out_mn = F.scaled_mm(
@@ -197,8 +197,8 @@ def grouped(
     """Slot s times the matrix of the expert of its block of tile.rows slots → [s, n], bfloat16 if x is FP8.
 
     x: quantised if the matrices are FP8, of their dtype if they are not. row_s: the pair in a slot, whose row of x is
-    pair // per_row, or -1; None: a slot is its own row. places: where the experts lie. expert_b: int32, -1 for blocks
-    that nobody needs. Their slots, and those of pairs -1, hold junk.
+    pair // per_row, or -1; None: a slot is its own row. places: of the experts. expert_b: int32, -1 for unused
+    blocks. Their slots, and the slots of pairs -1, are undefined.
     """
     fp8, blocks = isinstance(x, Quantised), len(expert_b)
     values, scale = (x.codes, x.scale) if isinstance(x, Quantised) else (x, x)

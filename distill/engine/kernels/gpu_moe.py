@@ -37,11 +37,11 @@ class Slots:
 
 @triton.jit
 def _count(experts_ptr, count_ptr, PAIRS, BLOCK: tl.constexpr):
-    expert, found = tl.program_id(0), tl.zeros((BLOCK,), tl.int32)
+    expert, matches = tl.program_id(0), tl.zeros((BLOCK,), tl.int32)
     for first in range(0, PAIRS, BLOCK):
         pair = first + tl.arange(0, BLOCK)
-        found += (tl.load(experts_ptr + pair, mask=pair < PAIRS, other=-1) == expert).to(tl.int32)
-    tl.store(count_ptr + expert, tl.sum(found, axis=0))
+        matches += (tl.load(experts_ptr + pair, mask=pair < PAIRS, other=-1) == expert).to(tl.int32)
+    tl.store(count_ptr + expert, tl.sum(matches, axis=0))
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def _route(
     GROUPS: tl.constexpr, KEPT: tl.constexpr, K: tl.constexpr,
     ALL_GROUPS: tl.constexpr, ALL_OF_GROUP: tl.constexpr, ALL_K: tl.constexpr,
 ):  # fmt: skip
-    """Scores lie as [group, place], both rounded up to powers of two; what is not an expert is -inf."""
+    """Scores are laid out as [group, place], both rounded up to powers of two; padding is -inf."""
     token = tl.program_id(0).to(tl.int64)
     group, place = tl.arange(0, ALL_GROUPS), tl.arange(0, ALL_OF_GROUP)
     number = group[:, None] * PER_GROUP + place[None, :]
@@ -145,7 +145,7 @@ def _route(
 
 
 def slots(experts_tk: Tensor, experts: int, rows: int) -> Slots:
-    """Where the pairs of int32 experts_tk go, in blocks of `rows` slots."""
+    """The slots of the pairs of int32 experts_tk, in blocks of `rows` slots."""
     pairs, device = experts_tk.numel(), experts_tk.device
     blocks = triton.cdiv(pairs, rows) + min(experts, pairs)
     count_x, slot_p, expert_b, pair_s = (

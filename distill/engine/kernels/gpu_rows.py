@@ -1,12 +1,12 @@
-"""What is done to one row of activations at a time, on the GPU: RMSNorm, silu(gate) · up, RoPE, and making them FP8.
+"""Ops on single rows of activations on the GPU: RMSNorm, silu(gate) · up, RoPE, and quantisation to FP8.
 
-Quantising alone reads and writes every activation once more, and in a decode step it is one more launch. So norm and
-activation quantise what they have in hand. They round to the compute dtype first, as they would without quantisation,
-so that they give the same codes as the plain form does. Divisions are rounded correctly: an approximate one moves codes
-at ties.
+Quantisation alone reads and writes every activation once more, and in a decode step it is one more launch. So norm and
+activation quantise their results while they hold them. They round to the compute dtype first, as they would without
+quantisation, so that they give the same codes as the plain form does. Divisions are rounded correctly: an approximate
+division moves codes at ties.
 
-Scales lie group by group, [g, t] in memory, so that a product reads those of its rows side by side. There is room for
-a multiple of four rows, as torch's product wants it; nobody fills the rest.
+Scales are [g, t] in memory, so that a product reads the scales of its rows from consecutive addresses. There is room
+for a multiple of four rows, as torch's product requires; the rest is undefined.
 
 Legend: as in w8a8.py.
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 from distill.engine.kernels.stored import FP8_BLOCK
 from distill.engine.kernels.w8a8 import Quantised
 
-ROWS = 4  # of which quantised activations have room for a multiple
-_GROUPS = 8  # groups of a row that a program takes, where a row need not be seen whole
+ROWS = 4  # quantised activations have room for a multiple of this many rows
+_GROUPS = 8  # groups of a row that a program takes, where it does not need the whole row
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def quantise_groups(x, UE8M0: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def _store_quantised(x, codes_ptr, scale_ptr, row, apart, first, width, UE8M0: tl.constexpr, GROUPS: tl.constexpr):
-    """x: float32 [GROUPS · 128], of a row's groups `first` and on; what lies past `width` is left out. apart: numbers
+    """x: float32 [GROUPS · 128], of a row's groups `first` and on; columns past `width` are left out. apart: numbers
     between the scales of two groups."""
     codes, scale = quantise_groups(x, UE8M0, GROUPS)
     column, group = first * 128 + tl.arange(0, GROUPS * 128), first + tl.arange(0, GROUPS)

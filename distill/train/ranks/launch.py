@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from distill.artefacts import TrainSummary
 from distill.errors import UserError, WorkError
+from distill.grading.children import Child
 from distill.hardware import cores
 from distill.recipe import Train
 from distill.train.ranks import environment
@@ -55,17 +55,13 @@ def start(directory: Path, count: int) -> TrainSummary:
         port = free_port()
         ranks = [_rank(directory, rank, count, port, outcomes[rank]) for rank in range(count)]
         try:
-            _wait(ranks, signals)
+            _wait([rank.process for rank in ranks], signals)
         finally:
-            for process in ranks:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
-        return _outcome(outcomes, [process.returncode for process in ranks], interrupted=bool(signals))
+            codes = [rank.end() for rank in ranks]
+        return _outcome(outcomes, codes, interrupted=bool(signals))
 
 
-def _rank(directory: Path, rank: int, count: int, port: int, outcome: Path) -> "subprocess.Popen[bytes]":
-    package_parent = str(Path(__file__).resolve().parents[3])
+def _rank(directory: Path, rank: int, count: int, port: int, outcome: Path) -> Child:
     variables = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -74,13 +70,13 @@ def _rank(directory: Path, rank: int, count: int, port: int, outcome: Path) -> "
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, cores() // count)),
-        "PYTHONPATH": os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH")))),
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", "distill.train.ranks.worker", str(directory), str(outcome)],
-        stdin=subprocess.PIPE,
-        env=os.environ | {name: str(value) for name, value in variables.items()},
-        start_new_session=True,  # the parent forwards Ctrl-C
+    return Child(
+        "distill.train.ranks.worker",
+        (str(directory), str(outcome)),
+        {name: str(value) for name, value in variables.items()},
+        detached=True,  # this process forwards Ctrl-C
+        speaks=False,
     )
 
 

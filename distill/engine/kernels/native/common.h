@@ -1,6 +1,6 @@
 // What every part of the library shares: the packed matrix, its layout, and memory that is kept between calls.
 //
-// One layout carries everything. A matrix [n, k] is packed into panels of 64 outputs; inside a panel the outputs lie in
+// One layout carries everything. A matrix [n, k] is packed into panels of 64 outputs; inside a panel the outputs are
 // the lanes of a vector and k runs along memory, so that a product is: broadcast two activations, multiply-add into 64
 // sums. Nothing is ever summed across lanes, and the k products of one output are added in the same order whatever the
 // number of rows, the chunk or the thread: results are bit-identical alone and in a batch. Row-major weights with dot
@@ -76,7 +76,7 @@ struct CodeBytes {
 };
 const CodeBytes code_bytes;
 
-// Where the cached keys or values of one sequence and key-value head lie.
+// The addresses of the cached keys or values of one sequence and key-value head.
 struct Rows {
     const uint8_t* base;  // the pool, or the first row
     const int64_t* table; // page numbers; null: rows follow each other
@@ -86,7 +86,7 @@ struct Rows {
         if (!table) return base + token * row_bytes;
         return base + table[token / page_size] * page_bytes + head_bytes + (token % page_size) * row_bytes;
     }
-    // Where `count` tokens lie, from `first` on.
+    // The addresses of `count` tokens, from `first` on.
     void find(int first, int count, const uint8_t** rows) const {
         for (int i = 0; i < count;) {
             const uint8_t* row = at(first + i);

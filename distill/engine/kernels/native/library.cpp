@@ -85,9 +85,9 @@ extern "C" {
 const char* distill_isa(const char* name) {
     if (name) {
         const auto list = supported();
-        const auto found = std::find_if(list.begin(), list.end(), [&](auto* k) { return !std::strcmp(k->name, name); });
-        if (found == list.end()) return nullptr;
-        chosen = *found;
+        const auto match = std::find_if(list.begin(), list.end(), [&](auto* k) { return !std::strcmp(k->name, name); });
+        if (match == list.end()) return nullptr;
+        chosen = *match;
     }
     return chosen->name;
 }
@@ -147,11 +147,11 @@ int distill_pack(const PackJob* jobs, int count, int threads) {
 int distill_has_nan(const uint8_t* codes, int64_t count, int threads) {
     std::lock_guard<std::mutex> lock(one_caller);
     constexpr int64_t SLICE = 1 << 18;
-    std::atomic<int> found{0};
+    std::atomic<int> any{0};
     pool().run(threads, int((count + SLICE - 1) / SLICE), [&](int task) {
-        if (has_nan(codes + task * SLICE, std::min(SLICE, count - task * SLICE))) found = 1;
+        if (has_nan(codes + task * SLICE, std::min(SLICE, count - task * SLICE))) any = 1;
     });
-    return found;
+    return any;
 }
 
 // Each op returns null, or what is wrong with its arguments, in which case it has done nothing.

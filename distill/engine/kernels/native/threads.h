@@ -13,7 +13,7 @@
 namespace {
 
 // Workers spin for a moment after each job, because the next one usually comes within microseconds, then sleep. The
-// caller works too and waits only for workers that have begun: one that the system keeps off its core stalls nobody.
+// caller works too and waits only for workers that have begun: one that the system keeps off its core delays no job.
 class Pool {
   public:
     template <class F> void run(int threads, int tasks, F&& body) {

@@ -1,6 +1,6 @@
 // Attention over paged caches, and the scores of sparse attention.
 //
-// Attention is the same product twice. 16 queries lie in the lanes (the heads that share a key in decoding, consecutive
+// Attention is the same product twice. 16 queries are the lanes (the heads that share a key in decoding, consecutive
 // tokens in prefill), keys are the rows; softmax is online over blocks of 64 keys at fixed positions.
 // Part of isa.h, within the namespace of one instruction set.
 
@@ -140,7 +140,7 @@ void restart(Lanes& s, float* out) {
     std::fill(out, out + LANES * s.width, 0.f);
 }
 
-// A context is attended to in parts of so many tokens, which are then joined in order, whoever computed them.
+// A context is attended to in parts of this many tokens, which are then joined in order, on whatever thread each ran.
 constexpr int PART = 2 * KEYS;
 
 // The softmax over some tokens of 16 queries: maximum, sum, and the values weighed, not yet divided by the sum.
@@ -299,7 +299,7 @@ void prefill(const PrefillArgs& args) {
     });
 }
 
-// Scores of sparse attention: the heads of a query lie in the lanes, keys are the rows. -inf for keys yet to come.
+// Scores of sparse attention: the heads of a query are the lanes, keys are the rows. -inf for keys yet to come.
 template <bool WIDE> void index_scores(const IndexArgs& args) {
     constexpr int KIND = WIDE ? F32 : BF16, UNIT = WIDE ? 1 : 2, SLICE = 512;
     const int panels = ceil_div(args.heads, PANEL), slices = ceil_div(args.length, SLICE);

@@ -66,7 +66,7 @@ void experts(const ExpertsArgs& args) {
     std::vector<int> next(start, start + args.experts);
     for (int i = 0; i < pairs; i++) place[i] = next[args.expert[i]]++, order[place[i]] = i;
 
-    // Who has rows, so that tasks are even: `rows` of h and y, from `first` on.
+    // Experts with rows, so that tasks are even: `rows` rows of h and y, from `first` on.
     struct Busy {
         const Packed *gate, *up, *down;
         int first, rows, expert;
