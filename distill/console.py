@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 PLAIN_INTERVAL = 10.0  # seconds between lines when there is no terminal
 INDENT = 2  # columns, of the cells below a name on a line of its own
 GAP = "  "  # between columns
+NARROW = 100  # columns: below, a bar shows less
+FIGURES = 50  # columns that a narrow bar takes beside its description
 PROSE = 24  # a column at least this wide may be wrapped between words
 
 # C0 but tab and newline, DEL, C1, and the characters that reorder the text around them.
@@ -275,19 +277,20 @@ def _bar(description: str, count: _Count) -> Iterator[Advance]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    figures = (MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    columns: tuple[ProgressColumn, ...] = (BarColumn(), *figures, TimeElapsedColumn(), TimeRemainingColumn())
+    if console().width < NARROW:
+        columns = (BarColumn(bar_width=10), *figures, TimeRemainingColumn())
+    if len(description) + FIGURES > console().width:
+        say(description)
+    else:
+        columns = (TextColumn("{task.description}"), *columns)
     with interrupts.held(), Progress(*columns, console=console()) as bar:
         task = bar.add_task(description, total=count.total, completed=count.before, rate=count.unit)
 

@@ -1,4 +1,4 @@
-"""Evaluations on the disk: what one model left on one benchmark, for whoever reads it.
+"""Evaluations on the disk: the files of one model on one benchmark, and how they are read.
 
     <benchmark>/<model>/settings.json    how the samples were drawn (`DrawnWith`)
                         traces/          the samples, a TraceStore

@@ -92,7 +92,8 @@ class Evaluation:
         while (aside := self.paths.root / f"damaged-{number}").exists():
             number += 1
         for path, what in damaged.items():
-            say(f"{path} {what}; it is made again")
+            if path.exists() or self.remedy != IN_A_RUN:  # in a run, the run has moved it and said so
+                say(f"{path} {what}; it is made again")
             if path.exists():
                 aside.mkdir(exist_ok=True)
                 path.rename(aside / path.name)
