@@ -23,7 +23,7 @@ class RopeConfig:
         self._values = section or Config({}, config.where)
         self.kind = self._values.text("rope_type", self._values.text("type", "default"))
         if self.kind not in KINDS:
-            raise ValueError(f"{config.where}: RoPE type {self.kind!r}; supported are {', '.join(KINDS)}")
+            raise ValueError(f"{self._values.where}: RoPE type {self.kind!r}; supported are {', '.join(KINDS)}")
         for where in (self._values, config):
             where.only("partial_rotary_factor", (1.0, 1))
         # A base of 1 or less would turn every dimension by the same angle.
@@ -33,7 +33,9 @@ class RopeConfig:
     def rope(self, dim: int, interleaved: bool) -> Rope:
         """The rotation of heads whose last `dim` dimensions are rotated."""
         if dim % 2:
-            raise ValueError(f"{self._values.where}: {dim} dimensions of a head are rotated; they must be even")
+            raise ValueError(
+                f"{self._values.where}: {dim} dimensions of a head are rotated (head_dim); they must be even"
+            )
         plain = [self.theta ** (-2 * i / dim) for i in range(dim // 2)]
         if self.kind == "default":
             return Rope(dim, tuple(plain), 1.0, interleaved)

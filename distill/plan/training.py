@@ -170,7 +170,7 @@ def operations(config: "PretrainedConfig", settings: "Train", data: Data) -> flo
 
 def configuration(recipe: "Recipe", card: "StudentCard") -> "PretrainedConfig":
     """The student's config: its own if its weights are on this machine, else from its card. Errors: UserError."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import AutoConfig
 
     from distill.train.student import model
 
@@ -181,9 +181,9 @@ def configuration(recipe: "Recipe", card: "StudentCard") -> "PretrainedConfig":
             f"{card.name}: its weights are not on this machine and its card has no `architecture`: download the "
             f"weights, or add the sizes in its config.json to the card"
         )
-    kind = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[card.family]
     known = {key: value for key, value in card.architecture.model_dump().items() if value is not None}
-    return kind(**known, max_position_embeddings=card.context)
+    config: PretrainedConfig = AutoConfig.for_model(card.family, **known, max_position_embeddings=card.context)
+    return config
 
 
 def count(recipe: "Recipe", directory: Path, traces: int | None, mean: int | None) -> Data:

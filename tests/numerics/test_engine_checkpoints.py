@@ -90,11 +90,95 @@ def test_configs_that_are_refused(change: dict[str, Any], message: str, tmp_path
     assert str(tmp_path / "config.json") in str(caught.value) and "\n" not in str(caught.value)
 
 
+WRONG: dict[str, tuple[object, ...]] = {
+    "bos_token_id": ("1", 1.5, True, ["x"], {}, 10**40),
+    "eos_token_id": ("1", [[1]], {"a": 1}),
+    "use_cache": ("yes", 1, [], 0),
+    "layer_types": ("full_attention", [1], {}, ["full_attention"] * 2),
+    "torch_dtype": (16, [], True),
+    "dtype": (32,),
+    "architectures": ("LlamaForCausalLM", [None]),
+    "rms_norm_eps": (0, 0.0, -1e-6, 2.0, "1e-6", float("nan"), float("inf"), 10**400, True),
+    "vocab_size": (0, -1, 1.5, "300", True, 2**31, 10**40, []),
+    "hidden_size": (0, 63, 2**25),
+    "num_hidden_layers": (0, 5000, 10**9),
+    "num_attention_heads": (0, 3, -4),
+    "num_key_value_heads": (0, 3, 8, "2"),
+    "head_dim": (0, 15, 2**20, "16"),
+    "intermediate_size": (0, None),
+    "max_position_embeddings": (0, None, -1, 2**40),
+    "rope_theta": (0, 1, -5.0, "x", float("nan"), 10**400),
+    "rope_scaling": ("yarn", [1], {"type": 5}, {"type": "dynamic"}, {"type": "linear"}, {"type": "yarn", "factor": 0}),
+    "tie_word_embeddings": (0, "true"),
+    "attention_bias": ("no", 1),
+    "mlp_bias": (2,),
+    "hidden_act": (5, "gelu"),
+    "quantization_config": ("fp8", [1], {"quant_method": 5}, {"quant_method": "fp8", "scale_fmt": "x"}),
+    "initializer_range": ("x", -1),
+    "use_sliding_window": (True, 0, "no"),
+    "model_type": (5, None, ["llama"], "x" * 10_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_every_key_has_a_type_and_a_range(key: str) -> None:
+    for value in WRONG[key]:
+        with pytest.raises(ValueError, match=key) as caught:
+            spec_of({**LLAMA, key: value}, "config.json")
+        message = str(caught.value)
+        assert message.startswith("config.json") and "\n" not in message and len(message) < 400, message
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "yarn", "factor": 0},
+        {"type": "yarn", "factor": 4, "beta_fast": 0},
+        {"type": "yarn", "factor": 4, "mscale": "x"},
+        {"type": "yarn", "factor": 4, "attention_factor": -1},
+        {"type": "yarn", "factor": 4, "original_max_position_embeddings": 0},
+        {"type": "yarn", "factor": 4, "truncate": "no"},
+        {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4},
+        {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1},
+        {"rope_type": "default", "rope_theta": 0},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+    ],
+)
+def test_values_of_a_scaling_rule_are_checked(scaling: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="config: rope_scaling"):
+        spec_of({**LLAMA, "rope_scaling": scaling})
+
+
+DEEPSEEK_WRONG: dict[str, tuple[object, ...]] = {
+    "q_lora_rank": (0, "48"),
+    "kv_lora_rank": (0, None),
+    "qk_rope_head_dim": (15, 0),
+    "n_routed_experts": (0, 2**20, 15),
+    "num_experts_per_tok": (0, 17),
+    "n_group": (0, -1),
+    "topk_group": (0, 5),
+    "routed_scaling_factor": (0, "x", float("inf")),
+    "first_k_dense_replace": (-1, "1"),
+    "moe_layer_freq": (2, True),
+    "norm_topk_prob": (1,),
+    "rope_interleave": ("x",),
+    "num_nextn_predict_layers": (-1, 10**6),
+}
+
+
+@pytest.mark.parametrize("key", DEEPSEEK_WRONG)
+def test_every_key_of_deepseek_has_a_type_and_a_range(key: str) -> None:
+    for value in DEEPSEEK_WRONG[key]:
+        with pytest.raises(ValueError, match="^config: ") as caught:
+            spec_of({**V3, key: value})
+        assert "\n" not in str(caught.value)
+
+
 def test_sliding_windows_and_odd_heads_are_refused() -> None:
     for change, message in (
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
-        ({"num_key_value_heads": 3}, "4 attention heads do not divide into 3"),
+        ({"num_key_value_heads": 3}, "'num_attention_heads' 4 is no multiple of 'num_key_value_heads' 3"),
     ):
         with pytest.raises(ValueError, match=message):
             spec_of({**LLAMA, **change})
@@ -152,6 +236,42 @@ def test_an_index_that_disagrees_with_its_shards(broken: Path) -> None:
     refused(broken, r"model-00002-of-00002.safetensors: tensor \S+ cannot be read")
     (broken / "model.safetensors.index.json").write_text("{}")
     refused(broken, "not a safetensors index")
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/hostname", "", 7, None])
+def test_an_index_that_leaves_its_directory(name: object, broken: Path) -> None:
+    index = broken / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    refused(broken, "the file of tensor model.norm.weight is .*, not a name")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_git_lfs_pointers(file: str, broken: Path) -> None:
+    (broken / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(broken, f"{file} is a Git LFS pointer, not the file: run `git lfs pull` in ")
+
+
+def test_json_that_is_too_deep_or_too_large(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (broken / "config.json").write_text("[" * 100_000)
+    refused(broken, "config.json: nested too deeply")
+    (broken / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}")
+    refused(broken, "config.json: not valid JSON")
+    monkeypatch.setattr("distill.engine.config.MOST_BYTES", 1000)
+    refused(broken, "config.json: 5,016 bytes; at most 1,000 are read")
+
+
+def test_tied_embeddings_with_another_head_are_refused(tmp_path: Path) -> None:
+    """transformers 5 would use both, transformers 4 and FSDP the embedding alone."""
+    ckpt = build(tmp_path / "tied", {**LLAMA, "tie_word_embeddings": True})
+    embedding = ckpt.tensors["model.embed_tokens.weight"]
+    write(ckpt.path, {**ckpt.tensors, "lm_head.weight": embedding})
+    Engine.load(ckpt.path, engine_options(cache_tokens=64))
+    other = embedding.clone()
+    other[3, 4] += 1
+    write(ckpt.path, {**ckpt.tensors, "lm_head.weight": other})
+    refused(ckpt.path, "tensor lm_head.weight differs from model.embed_tokens.weight, and config.json ties them")
+    write(ckpt.path, {**ckpt.tensors, "lm_head.weight": embedding.bfloat16()})
+    refused(ckpt.path, "set tie_word_embeddings to false")
 
 
 DOWN = "model.layers.1.mlp.experts.3.down_proj.weight"

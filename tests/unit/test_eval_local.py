@@ -49,5 +49,9 @@ def test_a_tokenizer_with_more_tokens_than_the_weights_is_one_line(sums, model, 
     assert old != 9_999
     assert distill(monkeypatch, "eval", "--model", model, "--benchmark", sums, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert "the tokenizer gives token id 9,999, but the weights have 576 tokens" in error and error.count("\n") == 1 and "Traceback" not in error
+    assert (
+        "the tokenizer gives token id 9,999, but the weights have 576 tokens" in error
+        and error.count("\n") == 1
+        and "Traceback" not in error
+    )
     assert not list((tmp_path / "out").rglob("*.json*"))

@@ -79,7 +79,7 @@ def _scale_format(config: Config) -> str | None:
         return None
     if (method := quantised.raw.get("quant_method")) != "fp8":
         raise ValueError(
-            f"{config.where}: weights are quantised by {method!r}; only 'fp8' (DeepSeek's 128x128 blocks) is "
+            f"{quantised.where}: weights are quantised by {shown(method)}; only 'fp8' (DeepSeek's 128x128 blocks) is "
             "supported, so use the unquantised or the FP8 checkpoint"
         )
     quantised.only("scale_fmt", ("ue8m0", "float"))

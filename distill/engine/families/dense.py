@@ -19,10 +19,12 @@ def read_dense(
     if not (head_dim := config.int_or("head_dim", None, most=WIDEST_HEAD)):
         head_dim, rest = divmod(hidden, heads)
         if rest:
-            raise ValueError(f"{config.where}: 'hidden_size' {hidden} does not divide into {heads} attention heads")
+            raise ValueError(f"{config.where}: 'hidden_size' {hidden} is no multiple of 'num_attention_heads' {heads}")
     kv_heads = config.int("num_key_value_heads", heads, most=WIDEST)
     if heads % kv_heads:
-        raise ValueError(f"{config.where}: {heads} attention heads do not divide into {kv_heads} key-value heads")
+        raise ValueError(
+            f"{config.where}: 'num_attention_heads' {heads} is no multiple of 'num_key_value_heads' {kv_heads}"
+        )
     return ModelSpec(
         family=family,
         vocab_size=config.int("vocab_size", most=WIDEST),
