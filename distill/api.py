@@ -59,12 +59,14 @@ SUMMARIES: Mapping[str, type[Artefact]] = {
 class Run:
     """A run directory, read-only.
 
-    path: the directory, such as `runs/tiny`. Errors: UserError when it is not a run directory or its recipe is damaged.
+    path: the directory, such as `runs/tiny`. recipe: the run's recipe, every default filled in. Errors: UserError when
+    it is not a run directory, or its recipe is damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._paths = RunPaths(self.path)
+        self._checked: set[str] = set()  # files whose content was hashed and is as recorded
         read_recipe(self.path)  # compares recipe.yaml with its checksum
         self.recipe: Recipe = parse(Recipe, read_yaml(self._paths.recipe), str(self._paths.recipe))
 
@@ -101,7 +103,7 @@ class Run:
 
         Beside the stored columns (`id`, `sample`, `messages`, `reasoning`, `response`, `answer`, `finish_reason`,
         `verdicts`, …) two are derived: `tokens`, the length of the completion, None where it is not known, and
-        `verdict`, which is `kept` or the first reason for dropping, such as `correct: not equal`. Errors: UserError
+        `verdict`, which is `kept` or the first reason for dropping, such as `correct: wrong`. Errors: UserError
         when the stage that writes them is not finished, or a file is missing or damaged.
         """
         from datasets import concatenate_datasets
@@ -160,11 +162,15 @@ class Run:
         from datasets import Dataset, Value
 
         files = {name: file for name, file in self._finished(stage).files.items() if name.startswith(folder)}
+        assert files, f"stage {stage} wrote no {folder}"
         for name, file in files.items():
+            if name in self._checked and file.looks_unchanged(self.path / name):
+                continue
             if (damage := file.damage(self.path / name)) is not None:
                 raise UserError(
                     f"{self.path / name} {damage}; `distill {stage} --verify` with this run's recipe makes it again"
                 )
+            self._checked.add(name)
         paths = [self.path / name for name in files]
         if any(pq.read_metadata(path).num_rows for path in paths):
             dataset = Dataset.from_parquet(list(map(str, paths))).remove_columns("exact")

@@ -20,7 +20,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. train.learning_rate=2e-5; repeatable"),
 ]
 RunDirOption = Annotated[
-    Path | None, typer.Option("--run-dir", metavar="DIR", help="where everything is written; runs/NAME by default")
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="the run directory; default: runs/NAME")
 ]
 VerifyOption = Annotated[
     bool,
@@ -31,7 +31,7 @@ FreshOption = Annotated[
     typer.Option(
         "--fresh",
         metavar="STAGE",
-        help="move aside what this stage wrote, and what was made from it, and start over: "
+        help="move the output of this stage and of later ones to old/ and start over: "
         "generate, filter, train or eval; repeatable",
     ),
 ]

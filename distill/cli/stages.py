@@ -95,11 +95,14 @@ def report(
     price_per_hour: Annotated[
         float | None,
         typer.Option(
-            "--price-per-hour", metavar="N", min=0, help="of the machine, for a column of costs; the recipe's"
+            "--price-per-hour",
+            metavar="N",
+            min=0,
+            help="price of an hour of the machine, for the cost of each stage; default: the recipe's",
         ),
     ] = None,
 ) -> None:
-    """Write RUN/report.html anew from what the run directory holds.
+    """Write RUN/report.html from the files of the run directory.
 
     Example: `distill report runs/tiny --price-per-hour 2.50`
     """
@@ -114,15 +117,21 @@ def traces(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, e.g. runs/tiny")],
     verdict: Annotated[
         str | None,
-        typer.Option("--verdict", metavar="TEXT", help="kept, dropped, or how a verdict begins: `correct: wrong`"),
+        typer.Option(
+            "--verdict", metavar="TEXT", help="kept, dropped, or the beginning of a verdict, such as `correct: wrong`"
+        ),
     ] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", metavar="ID", help="how a prompt's id begins")] = None,
-    search: Annotated[str | None, typer.Option("--search", metavar="TEXT", help="in question or completion")] = None,
-    whole: Annotated[bool, typer.Option("--whole", help="the reasoning in full")] = False,
-    diff: Annotated[bool, typer.Option("--diff", help="a kept and a dropped trace of --prompt, line by line")] = False,
-    counts: Annotated[bool, typer.Option("--counts", help="only how many traces each verdict has")] = False,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="ID", help="beginning of a prompt's id")] = None,
+    search: Annotated[
+        str | None, typer.Option("--search", metavar="TEXT", help="text in the question or the completion")
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="show the reasoning in full")] = False,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="compare a kept and a dropped trace of --prompt line by line")
+    ] = False,
+    counts: Annotated[bool, typer.Option("--counts", help="count the traces of each verdict, and show none")] = False,
 ) -> None:
-    """Page through the traces of a run, with what the filters said of each.
+    """Page through the traces of a run, with the verdict of every filter.
 
     Examples: `distill traces runs/tiny --verdict dropped` · `distill traces runs/tiny --prompt 3f2a --diff`
     """
@@ -146,14 +155,22 @@ def plan(
     run_dir: RunDirOption = None,
     hardware: Annotated[
         list[str] | None,
-        typer.Option("--hardware", metavar="NAME", help="8xH100, 1x24GB, 4x8x80GB; repeatable"),
+        typer.Option(
+            "--hardware", metavar="NAME", help="such as 8xH100, 1x24GB, or 4x8x80GB for four nodes; repeatable"
+        ),
     ] = None,
-    traces: Annotated[int | None, typer.Option("--traces", metavar="N", help="how many will be trained on")] = None,
+    traces: Annotated[
+        int | None,
+        typer.Option("--traces", metavar="N", help="number of traces, where none are encoded yet; default: assumed"),
+    ] = None,
     mean_tokens: Annotated[
-        int | None, typer.Option("--mean-tokens", metavar="N", help="how many tokens one has in the mean")
+        int | None,
+        typer.Option(
+            "--mean-tokens", metavar="N", help="mean tokens per trace, where none are encoded yet; default: assumed"
+        ),
     ] = None,
 ) -> None:
-    """Show what training a recipe takes: memory by part, hours and disk, on machines you name.
+    """Estimate what training a recipe takes on the named machines: memory by part, hours and disk.
 
     Example: `distill plan r1-distill-qwen-7b --hardware 8xH100`
     """

@@ -196,7 +196,7 @@ def test_copy_prints_where_the_copy_is_and_the_copy_runs(distill, pipeline):
     assert pipeline.calls[0][1] == Path("runs/mine")
     code, _, err = distill("recipes", "copy", "tiny", "mine.yaml")
     assert (code, err.count("\n")) == (2, 1)
-    assert "mine.yaml exists already" in err
+    assert "mine.yaml already exists" in err
 
 
 def test_check_reports_every_entry_and_fails_if_one_is_wrong(distill, tmp_path):

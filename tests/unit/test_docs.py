@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from distill import Run
+from distill import Run, limits
 from distill.artefacts import RunPaths
 from distill.cli import app
 from distill.config import RENAMED, parse, read_yaml
@@ -154,7 +154,7 @@ def test_documented_commands_are_parsed_by_the_command_line(line):
         if not hasattr(command, "commands"):
             return
         _, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
-        if not words and command.params and hasattr(command, "commands"):
+        if not words and hasattr(command, "commands"):
             return  # the group alone, named in a sentence
 
 
@@ -197,6 +197,18 @@ def test_quoted_messages_exist():
     assert len(quoted) > 30
     known = list(messages())
     assert [text for text in quoted if not any(text in message for message in known)] == []
+
+
+def test_the_limits_are_those_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## Limits")[2]
+    mib, gib = 1 << 20, 1 << 30
+    assert f"the text of a Parquet row | {limits.ROW_BYTES // mib} MiB |" in page
+    assert f"nesting of JSON | {limits.JSON_DEPTH} levels |" in page
+    values = f"{limits.YAML_NODES:,} values (aliases expanded), {limits.YAML_DEPTH} levels"
+    assert f"| {limits.YAML_BYTES // mib} MiB, {values} |" in page
+    assert f"the source of a chat template | {limits.TEMPLATE_BYTES // mib} MiB |" in page
+    rendering = f"{limits.TEMPLATE_SECONDS} seconds of processor time, {limits.TEMPLATE_MEMORY // gib} GiB of memory"
+    assert f"{rendering}, {limits.RENDERED_CHARACTERS:,} characters" in page
 
 
 def test_the_changelog_lists_every_renamed_key():
