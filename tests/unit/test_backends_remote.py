@@ -1,19 +1,14 @@
 """A server as a backend: what it may send, and what becomes of it."""
 
-import copy
-import json
-import random
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from server_support import JSON, KEY, PARAMS, Answer, Handler, body, chat, complete, opened, server
 
 from distill import backends
-from distill.backends import Backend, Completed, Job, SamplingParams
+from distill.backends import Completed, Job
 from distill.backends.collect import collect
 from distill.backends.reply import Unreadable, read_model_names, read_reply
 from distill.backends.secrets import Secrets, shown_url
@@ -22,79 +17,6 @@ from distill.models import Model, Server
 from distill.prompts import Prompt
 from distill.recipe import LocalEngine
 from distill.traces.store import TraceStore
-
-KEY = "sk-a+b/C&d=0123456789"
-PARAMS = SamplingParams(temperature=0.6, max_new_tokens=64)
-JSON = "application/json"
-
-Answer = tuple[int, str, bytes]  # status, content type, body
-
-
-def chat(**choice: object) -> dict[str, object]:
-    """A chat completion whose only choice has these fields."""
-    message = {"role": "assistant", "content": "So it is \\boxed{4}.", "reasoning_content": "twice two"}
-    whole = {"index": 0, "finish_reason": "stop", "message": message}
-    return {
-        "id": "x",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "m",
-        "choices": [whole | choice],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10},
-    }
-
-
-def body(reply: object) -> bytes:
-    return json.dumps(reply).encode()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers a chat request with what `server.reply(number, request)` gives."""
-
-    def do_GET(self) -> None:
-        self.send(*self.server.models)
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            number = len(self.server.asked)
-            self.server.asked.append(asked)
-        self.send(*self.server.reply(number, self))
-
-    def send(self, status: int, content_type: str, content: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@contextmanager
-def server(reply: Callable[[int, Handler], Answer], models: Answer | None = None) -> Iterator[ThreadingHTTPServer]:
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made.reply, made.asked, made.lock = reply, [], threading.Lock()
-    made.models = models or (200, JSON, body({"object": "list", "data": [{"id": "m"}]}))
-    made.handle_error = lambda *_: None  # of clients that hang up
-    thread = threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield made
-    finally:
-        made.shutdown()
-        made.server_close()
-        thread.join()
-
-
-def opened(made: ThreadingHTTPServer, max_batch: int = 4, key: str | None = KEY, name: str | None = None):
-    url = f"http://127.0.0.1:{made.server_address[1]}/v1"
-    return backends.open(Model("m", Server(url, name, key)), LocalEngine(), max_batch)
-
-
-def complete(backend: Backend, samples: int = 1) -> list[Completed]:
-    return list(backend.complete([Job(Prompt.from_question("2 + 2?", "4"), tuple(range(samples)))], PARAMS, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -396,73 +318,3 @@ def test_an_address_that_is_none(url: str) -> None:
         backends.open(Model("m", Server(url)), LocalEngine()),
     ):
         pass
-
-
-# ---- any reply
-
-VALUES: tuple[object, ...] = (
-    None, True, 0, -1, 10**30, 2**63, 1.5, float("nan"), "", "x", "seven", "\ud800", "\0", "stop", [], [None], [[]], {},
-    {"a": 1}, "y" * 10_000, ["text"], [{"type": "text", "text": "4"}],
-)  # fmt: skip
-
-
-def mutated(rng: random.Random) -> Answer:
-    """A reply with one thing wrong: a value, a key, its bytes, its status or its type."""
-    reply = chat()
-    for _ in range(rng.randint(1, 3)):
-        _replace_one(reply, rng)
-    content = body(reply)
-    kind = rng.randrange(6)
-    if kind == 0:
-        content = content[: rng.randrange(len(content))]
-    elif kind == 1:
-        at = rng.randrange(len(content))
-        content = content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :]
-    status = rng.choice((200, 200, 200, 200, 201, 204, 400, 401, 429, 500, 503)) if kind == 2 else 200
-    return status, rng.choice((JSON, JSON, "text/html", "", "application/octet-stream")), content
-
-
-def _replace_one(tree: object, rng: random.Random) -> None:
-    """Replace or delete one value somewhere in a JSON tree."""
-    while True:
-        keys: list[object] = list(tree) if isinstance(tree, dict) else list(range(len(tree))) if tree else []  # type: ignore[arg-type]
-        if not keys:
-            return
-        key = rng.choice(keys)
-        inner = tree[key]  # type: ignore[index]
-        if isinstance(inner, dict | list) and inner and rng.random() < 0.7:
-            tree = inner
-            continue
-        if isinstance(tree, dict) and rng.random() < 0.2:
-            del tree[key]
-        else:
-            tree[key] = copy.deepcopy(rng.choice(VALUES))  # type: ignore[index]
-        return
-
-
-def survives(seed: int, directory: Path) -> str:
-    """One answer of a server that sends a mutated reply: stored, a user's error, or a failure, each in one line."""
-    answer = mutated(random.Random(seed))
-    store = TraceStore(directory / str(seed))
-    job = Job(Prompt.from_question("2 + 2?", "4"), (0,))
-    with server(lambda *_: answer) as made:
-        try:
-            with opened(made) as backend, store:
-                collect(backend, store, [job], PARAMS, 0, "t", lambda count: None)
-        except (UserError, WorkError) as error:
-            assert "\n" not in str(error) and KEY not in str(error)
-            return type(error).__name__
-    store.compact()
-    (trace,) = TraceStore(directory / str(seed))
-    assert trace.finish_reason != "stop" or b'"stop"' in answer[2]
-    return "stored"
-
-
-def test_any_reply_is_stored_or_one_line(tmp_path: Path) -> None:
-    assert {survives(seed, tmp_path) for seed in range(20)} >= {"stored", "WorkError"}
-
-
-@pytest.mark.slow
-def test_two_hundred_replies(tmp_path: Path) -> None:
-    outcomes = [survives(seed, tmp_path) for seed in range(1000, 1200)]
-    assert outcomes.count("stored") > 20 and outcomes.count("WorkError") > 20 and "UserError" in outcomes
