@@ -104,8 +104,7 @@ def _look_ahead(run: Run, names: Sequence[str], fresh: Sequence[str]) -> None:
 
 
 def _unfinished_before_training(run: Run, names: Sequence[str]) -> str | None:
-    """A stage before training that lacks output, unless only because files are damaged, which leaves its content."""
     for name in ("generate", "filter"):
-        if name in names and not STAGES[name].is_finished(run) and not run.is_damaged(name):
+        if name in names and run.has_work_left(STAGES[name], STAGES[name].extent(run)):
             return name
     return None

@@ -118,10 +118,19 @@ class Run:
         if record is None:
             return None
         self._refuse_unless_equal(stage.name, record.settings, _as_stored(settings))
-        if record.finished is None or record.extent != _as_stored(extent):
+        if record.finished is None:
             return None
         self._damaged[stage.name] = self._damage(stage, record, content=self.verify)
-        return None if self._damaged[stage.name] else self._summary(stage.name, stage.summary, record)
+        if self._damaged[stage.name] or record.extent != _as_stored(extent):
+            return None
+        return self._summary(stage.name, stage.summary, record)
+
+    def has_work_left(self, stage: StageFiles[S], extent: Settings) -> bool:
+        """Whether a stage lacks output that was never there. Damaged products do not count: their content is known."""
+        record = self.record(stage.name)
+        if record is None or record.extent != _as_stored(extent):
+            return True
+        return record.finished is None and not record.repairing
 
     def stored_summary(self, name: str, model: type[S]) -> S | None:
         """The summary of a finished stage, by name: for a stage that builds on another one's figures."""

@@ -72,9 +72,7 @@ class Stage(ABC, Generic[S]):
             settings, extent = self.settings(run), self.extent(run)
             finished = run.finished(self, settings, extent)
         except UserError:
-            run.check_inputs(
-                inputs, content=False
-            )  # a damaged input explains more than the settings that follow from it
+            run.check_inputs(inputs, content=False)  # explains more than the settings that follow from a damaged input
             raise
         if finished is not None:
             return finished

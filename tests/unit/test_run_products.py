@@ -11,6 +11,7 @@ from run_support import (
     GENERATE,
     OUTPUTS,
     STAGES,
+    Writing,
     begin,
     content,
     finished,
@@ -87,6 +88,16 @@ def test_a_change_that_keeps_size_and_time_is_found_by_verify_and_when_it_is_rea
         run.check_inputs(STAGES)
 
 
+def test_damaged_products_are_made_again_when_more_is_asked_for(done: Path) -> None:
+    flip(done / "traces" / "file", keep_time=False)
+    more = Writing("generate", "traces", samples=2)
+    with Run(done, recipe()) as run:
+        assert run.has_work_left(more, {"samples": 2}) and not run.has_work_left(GENERATE, {"samples": 1})
+        more.perform(run)
+    assert (done / "old" / "damaged-1" / "traces" / "file").is_file()
+    assert (done / "traces" / "file").read_text() == "generate 2"
+
+
 def test_making_damaged_products_again_can_be_interrupted(done: Path) -> None:
     flip(done / "traces" / "file", keep_time=False)
     with Run(done, recipe()) as run:
@@ -94,6 +105,7 @@ def test_making_damaged_products_again_can_be_interrupted(done: Path) -> None:
         run.set_damage_aside(GENERATE)
     with Run(done, recipe()) as run:
         assert run.is_damaged("generate") and not run.is_finished("generate")
+        assert not run.has_work_left(GENERATE, {"samples": 1})
         begin(run, GENERATE)
     with Run(done, recipe()) as run:
         assert run.is_damaged("generate")
