@@ -4,7 +4,6 @@ A part is sealed (`distill.traces.sealed`) and takes its name in one step, so it
 checksums too, for readers of Parquet that know nothing of seals.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -14,7 +13,7 @@ from types import TracebackType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.durable import replacing, sync_directory
+from distill.durable import replacing
 from distill.errors import UserError
 from distill.traces.sealed import Damage, Sealed, seal
 
@@ -124,32 +123,3 @@ def _new_part(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
             yield writer
         file.flush()
         seal(Path(file.name))
-
-
-@contextmanager
-def replacing_directories(*directories: Path) -> Iterator[list[Path]]:
-    """Empty directories that take the places of `directories` when the block ends, and vanish when it raises.
-
-    A reader sees the old directory, for a moment none, then the new one, never a half. Leftovers of a killed process
-    are removed.
-    """
-    new = [path.with_name(f".{path.name}.new") for path in directories]
-    old = [path.with_name(f".{path.name}.old") for path in directories]
-    for leftover in (*new, *old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    for path in new:
-        path.mkdir(parents=True)
-    try:
-        yield new
-    except BaseException:
-        for path in new:
-            shutil.rmtree(path)
-        raise
-    for path, made, before in zip(directories, new, old, strict=True):
-        if path.exists():
-            path.rename(before)
-        made.rename(path)
-        sync_directory(path.parent)
-        if before.exists():
-            shutil.rmtree(before)

@@ -23,10 +23,10 @@ from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from distill.durable import sync_directory
+from distill.durable import replacing_directories, sync_directory
 from distill.errors import UserError
 from distill.traces.ledger import Ledger, Row
-from distill.traces.parts import GROUP_ROWS, PartWriter, batches, parts, replacing_directories, row_count
+from distill.traces.parts import GROUP_ROWS, PartWriter, batches, parts, row_count
 from distill.traces.rows import (
     SCHEMA,
     TEXT_COLUMNS,

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from distill import durable
 from distill.errors import UserError, WorkError
 from distill.train.ranks import checkpoint as module
 from distill.train.ranks import tensors
@@ -108,11 +109,11 @@ def test_what_is_frozen_is_not_stored_and_stays(tmp_path):
 
 
 def test_a_directory_whose_old_version_was_left_half_deleted_is_written_again(tmp_path):
-    path, scratch = tmp_path / "student", tmp_path / "tmp-student"
+    path = tmp_path / "student"
     for version in ("one", "two", "three"):
-        module.doomed(path).mkdir(exist_ok=True)
-        (module.doomed(path) / "half").touch()
-        with module.writing(scratch, path):
+        durable.old_name(path).mkdir(exist_ok=True)
+        (durable.old_name(path) / "half").touch()
+        with module.writing(path) as scratch:
             (scratch / "weights").write_text(version)
         assert [p.name for p in tmp_path.iterdir()] == ["student"] and (path / "weights").read_text() == version
 
@@ -280,7 +281,8 @@ def save_dying_after(calls, checkpoints, state):
         return wrapped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "sync", deadly(module.sync))
+        for owner in (module, durable):
+            patch.setattr(owner, "sync", deadly(durable.sync))
         patch.setattr(Path, "rename", deadly(Path.rename))
         patch.setattr(module.shutil, "rmtree", deadly(shutil.rmtree))
         try:
@@ -299,11 +301,11 @@ def test_deleting_a_checkpoint_never_leaves_half_of_it_under_its_name(tmp_path, 
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "discard", lambda path: None)  # keep both for the moment
+        patch.setattr(module, "remove_directory", lambda path: None)  # keep both for the moment
         save(checkpoints, state, 2)
-    monkeypatch.setattr(module.shutil, "rmtree", half)
+    monkeypatch.setattr(durable.shutil, "rmtree", half)
     with pytest.raises(Killed):
-        module.discard(tmp_path / "step-000001")
+        durable.remove_directory(tmp_path / "step-000001")
     assert not (tmp_path / "step-000001").exists()
 
 

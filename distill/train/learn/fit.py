@@ -139,8 +139,7 @@ def trained_weights(task: Task, built: Built, world: World) -> dict[str, Tensor]
         return gathered
     adapter = adapter_tensors(gathered)
     path = task.paths.checkpoints / "adapter"
-    scratch = path.with_name(f"tmp-{path.name}")
-    with writing(scratch, path):
+    with writing(path) as scratch:
         built.adapted.save_pretrained(scratch, state_dict=adapter)
     plain = model.merged(task.models.base.directory, settings, settings.adapter, adapter, dtype)
     return dict(plain.state_dict())

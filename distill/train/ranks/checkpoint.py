@@ -17,7 +17,6 @@ Rejected: torch's distributed checkpoint, whose `.metadata` is a pickle: whoever
 resume.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,12 +30,11 @@ from safetensors import SafetensorError
 
 from distill.artefacts import Artefact
 from distill.console import say
-from distill.durable import write_whole
+from distill.durable import new_name, remove_directory, remove_leftovers, replace_directory, sync, write_whole
 from distill.errors import UserError, WorkError
 from distill.integrity import FileRecord, record_files
 from distill.traces.ledger import line_of
 
-SCRATCH = "tmp-"  # prefix of directories that are being written or deleted
 NAME = re.compile(r"step-(\d{6,})")
 LOG, STATE = "log.jsonl", "state.json"
 
@@ -129,7 +127,7 @@ class Checkpoints:
         self.log_path = directory / LOG
         if self.ranks.main:
             directory.mkdir(parents=True, exist_ok=True)
-            for leftover in directory.glob(f"{SCRATCH}*"):
+            for leftover in (*directory.glob(".step-*.new"), *directory.glob(".step-*.old")):
                 shutil.rmtree(leftover)
         self.ranks.wait()
 
@@ -162,8 +160,7 @@ class Checkpoints:
     def save(self, tensors: Tensors, position: Position) -> None:
         """Write a checkpoint of `position`, then delete the oldest beyond the limit. Errors: WorkError."""
         path = self.directory / f"step-{position.step:06d}"
-        scratch = self.directory / f"{SCRATCH}{path.name}"
-        with writing(scratch, path, self.ranks):
+        with writing(path, self.ranks) as scratch:
             tensors.save(scratch)
             self.ranks.wait()
             if self.ranks.main:
@@ -174,7 +171,7 @@ class Checkpoints:
                 CheckpointRecord(fingerprint=self.fingerprint, position=position, files=files).write(scratch / STATE)
         if self.ranks.main:
             for old in self._newest_first()[self.limit :]:
-                discard(old)
+                remove_directory(old)
         self.ranks.wait()
 
     def _newest_first(self) -> list[Path]:
@@ -192,7 +189,7 @@ class Checkpoints:
             if self.ranks.main:
                 then = f"training resumes from {before.name}" if before else "training starts over"
                 say(f"{what or f'{path} is damaged'}; the checkpoint is deleted, {then}")
-                discard(path)
+                remove_directory(path)
             self.ranks.wait()
         return None
 
@@ -220,42 +217,19 @@ def _first_damage(path: Path, files: Mapping[str, FileRecord], ranks: Ranks) -> 
     return None
 
 
-def sync(path: Path) -> None:
-    """fsync a file or a directory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def discard(path: Path) -> None:
-    """Delete a directory so that a half-deleted one never has its name."""
-    if doomed(path).exists():  # of a process that was killed here
-        shutil.rmtree(doomed(path))
-    path.rename(doomed(path))
-    shutil.rmtree(doomed(path))
-
-
-def doomed(path: Path) -> Path:
-    """The name of a directory while it is deleted."""
-    return path.with_name(f"{SCRATCH}old-{path.name}")
-
-
 @contextmanager
-def writing(scratch: Path, path: Path, ranks: Ranks | None = None) -> Iterator[None]:
-    """Around the code that fills the new directory `scratch`: at the end it replaces `path`, or it is removed.
+def writing(path: Path, ranks: Ranks | None = None) -> Iterator[Path]:
+    """A new directory that all ranks fill: at the end it replaces `path`, or it is removed.
 
     Errors: WorkError when the disk is full.
     """
-    ranks = ranks or Alone()
+    ranks, scratch = ranks or Alone(), new_name(path)
     if ranks.main:
-        for leftover in (scratch, doomed(path)):  # of a process that was killed here
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(path)
         scratch.mkdir(parents=True)
     ranks.wait()
     try:
-        yield
+        yield scratch
         if ranks.main:
             replace_directory(scratch, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
@@ -265,14 +239,3 @@ def writing(scratch: Path, path: Path, ranks: Ranks | None = None) -> Iterator[N
             f"{path} could not be written ({reason}): make sure that there is free disk space, then rerun the same "
             f"command; it resumes from the newest checkpoint"
         ) from error
-
-
-def replace_directory(scratch: Path, path: Path) -> None:
-    """Put a finished directory in its place: all files fsync'd, then one rename. A directory there is deleted."""
-    for inner in scratch.rglob("*"):
-        sync(inner)
-    sync(scratch)
-    if path.exists():
-        discard(path)
-    scratch.rename(path)
-    sync(path.parent)

@@ -30,7 +30,7 @@ from distill.errors import UserError
 from distill.recipe import Train
 from distill.recipe.adapters import Lora, Qlora
 from distill.train.learn import attention
-from distill.train.ranks.checkpoint import SCRATCH, Ranks, writing
+from distill.train.ranks.checkpoint import Ranks, writing
 from distill.train.rows.gate import Limits
 from distill.train.student import methods
 from distill.train.student.card import TEMPERATURE, TOP_P
@@ -209,8 +209,7 @@ def save(
 ) -> None:
     """Write the trained student to `directory`, atomically. weights: as they are stored, on the first rank. model: the
     same architecture without weights. Errors: WorkError when the disk is full."""
-    scratch = directory.with_name(f"{SCRATCH}{directory.name}")
-    with writing(scratch, directory, ranks):
+    with writing(directory, ranks) as scratch:
         if ranks is None or ranks.main:
             write(scratch, model, weights, chat)
             (scratch / "README.md").write_text(card, encoding="utf-8")
