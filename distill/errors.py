@@ -1,9 +1,9 @@
 """The two kinds of failure a user can meet.
 
-`UserError` is the user's to mend: a wrong name, a broken file, a setting that cannot work. The command line prints it
-as one line (what is wrong, where, what to do) and exits with 2. It is a `ValueError`, so that library users catch
-what they expect. Everything that fails although the input was right (a full disk, a dead worker) is a `WorkError`,
-printed as one line too, exit code 1. Anything else is a bug and keeps its traceback.
+`UserError` is for what the user can correct: a wrong name, a broken file, a setting that cannot work. The command line
+prints it as one line (what is wrong, where, what to do) and exits with 2. It is a `ValueError`, so that library users
+catch what they expect. Everything that fails although the input was right (a full disk, a dead worker) is a
+`WorkError`, printed as one line too, exit code 1. Anything else is a bug and keeps its traceback.
 """
 
 

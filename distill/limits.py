@@ -6,7 +6,7 @@ string forty times. Each reader checks its input against the constant here *befo
 names the value and the bound.
 
 The values are far above what honest data needs (the longest published reasoning traces have about 1 MB of text) and far
-below what a small machine cannot take. They are constants and not settings: whoever meets one has a damaged file.
+below what a small machine cannot take. They are constants and not settings: input that exceeds one is damaged.
 """
 
 ROW_BYTES = 32 << 20  # of one JSONL line (as Python objects up to 25 times as much), or of the text in a Parquet row

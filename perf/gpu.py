@@ -111,7 +111,7 @@ def measure(case: Case, limits: dict[str, float]) -> dict[str, Any]:
 
 
 def builders() -> tuple[list[Callable[[], Case]], list[Callable[[], Case]]]:
-    """Of the cases that are checked, and of those that are timed."""
+    """Builders of the cases that are checked, and of the cases that are timed."""
     if REHEARSAL:
         fixed = [lambda case=case: case for case in gpu_cases.rows_cases(16, 512, True)]
         return checked(), [*fixed, *gpu_cases.small()]
@@ -134,7 +134,7 @@ def compile_all() -> None:
 
 
 def compile_share(number: int) -> None:
-    """What is large lies in the last process's share, one after the other."""
+    """The large cases are in the last process's share, one after the other."""
     large = list(gpu_cases.published_experts())
     checks, timed = builders()
     rest = [*checks, *timed][: -len(large)]

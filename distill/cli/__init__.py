@@ -2,7 +2,7 @@
 
 Commands import what they call when they are called: `distill --help` must not wait for torch. `main` is where errors
 become exit codes: 0 done, 1 the work failed, 2 the user's input is wrong (one line, no traceback), 130 interrupted.
-What is none of these is a bug and keeps its traceback.
+Everything else is a bug and keeps its traceback.
 """
 
 import errno

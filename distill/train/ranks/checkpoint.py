@@ -13,7 +13,7 @@ from the one before, or starts over.
 The log is part of the checkpoint: restoring puts it back as it was at that step, so that every step is in it once, and
 a log that was lost or damaged returns.
 
-Rejected: torch's distributed checkpoint, whose `.metadata` is a pickle: whoever can write it runs code at the next
+Rejected: torch's distributed checkpoint, whose `.metadata` is a pickle: writing it means running code at the next
 resume.
 """
 
