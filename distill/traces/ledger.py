@@ -77,7 +77,7 @@ class Ledger:
             self._descriptor = None
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Store the rows: when this returns they are on the disk. After a failure no row is there, and the file is whole.
+        """Store the rows durably, all or none: after a failure the file is whole and has none of them.
 
         Errors: OSError when the disk is full or gone; TypeError for a value that is not JSON.
         """
