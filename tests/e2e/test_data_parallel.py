@@ -34,9 +34,9 @@ def rows(directory: Path) -> int:
     return sum(1 for path in directory.rglob("ledger.jsonl") for _ in Ledger(path).rows())
 
 
-def children(pid: int) -> list[int]:
+def engines_of(pid: int) -> list[int]:
     listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in listed]
+    return [int(child) for child in listed if b"distill.engine.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_two_engines_and_a_death(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -53,13 +53,13 @@ def test_two_engines_and_a_death(recipe_file: Callable[..., Path], tmp_path: Pat
     while rows(two) < 20:
         assert running.poll() is None and time.monotonic() < deadline, running.communicate()
         time.sleep(0.02)
-    engines = children(running.pid)
+    engines = engines_of(running.pid)
     assert len(engines) == 2
     os.kill(engines[0], signal.SIGKILL)
     said, _ = running.communicate()
     assert running.returncode == 1
     assert "the engine on cpu died (exit code -9)" in " ".join(said.split())
-    assert "run the same command to go on" in " ".join(said.split())
+    assert "run the same command to continue" in " ".join(said.split())
     assert "Traceback" not in said
 
     assert 20 <= rows(two) < 480
