@@ -21,7 +21,7 @@ from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.prompts import PromptCounts, load_prompts
 from distill.recipe import BenchmarkCard, Recipe, StudentCard, TeacherCard
-from distill.recipe.sources import PromptSource
+from distill.recipe.sources import MixedSource, PromptSource, TraceSource
 from distill.section import Section
 
 Kind = Literal["recipe", "teacher", "student", "benchmark"]
@@ -121,7 +121,7 @@ def check(kind: Kind, name_or_path: str) -> list[str]:
     if isinstance(card, TeacherCard | StudentCard):
         return _check_weights("teacher" if isinstance(card, TeacherCard) else "student", name_or_path)
     if isinstance(card, BenchmarkCard) and card.prompts.kind == "file":
-        return _check_prompts([card.prompts])
+        return _check_prompts([card.prompts], card.problems)
     return []
 
 
@@ -163,12 +163,27 @@ def _doubts(card: TeacherCard | StudentCard, directory: Path, config: Mapping[st
     return notes
 
 
-def _check_prompts(sources: Sequence[PromptSource]) -> list[str]:
-    """Read every row of the sources; notes about what may not be meant. Errors: UserError."""
+def _check_prompts(sources: Sequence[PromptSource], expected: int | None = None) -> list[str]:
+    """Read every row of the sources; notes about what may not be meant. expected: the number of problems that a card
+    says. Errors: UserError."""
     counts = PromptCounts()
     for _ in load_prompts(sources, counts):
         pass
+    if expected is not None and counts.seen.total() != expected:
+        raise UserError(
+            f"problems is {expected:,}, and the file has {counts.seen.total():,}: correct `problems`, or leave it out"
+        )
     return counts.notes()
+
+
+def _check_traces(sources: Sequence[TraceSource | MixedSource]) -> None:
+    """Read every trace of files. Errors: UserError naming the row."""
+    from distill.traces.published import read_published
+
+    for source in sources:
+        if source.kind == "file":
+            for _ in read_published(source):
+                pass
 
 
 def check_recipe(
@@ -186,6 +201,7 @@ def check_recipe(
         load_benchmark(name)
     if prompts:
         notes += _check_prompts([source for source in recipe.prompts if source.kind == "file"])
+        _check_traces((*recipe.traces, *recipe.train.data))
     if recipe.generate.sampling.max_new_tokens >= teacher.context:
         notes.append(f"generate.sampling.max_new_tokens fills {teacher.name}'s whole context of {teacher.context}")
     if recipe.train.max_length > (recipe.train.max_position_embeddings or student.context):

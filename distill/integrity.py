@@ -61,7 +61,7 @@ class FileRecord:
         wrong = [i for i, (one, two) in enumerate(zip(found, self.chunks, strict=True)) if one != two]
         if not wrong:
             return None
-        return f"has changed (bytes {wrong[0] * CHUNK:,} to {min((wrong[0] + 1) * CHUNK, size):,})"
+        return f"has changed between bytes {wrong[0] * CHUNK:,} and {min((wrong[0] + 1) * CHUNK, size):,}"
 
     def to_row(self) -> dict[str, int | list[str]]:
         """The record as a JSON object."""

@@ -152,7 +152,7 @@ def model_directory(name: str) -> Path:
     try:
         directory = find_directory(name, Path())
     except UserError as error:
-        raise UserError(f"{name} is no model directory, hub id or http(s):// address: {error}") from error
+        raise UserError(f"{name} is not a model directory, a hub id or an http(s):// address: {error}") from error
     if directory is None:
         place = download(name, None)
         if isinstance(place, str):

@@ -48,6 +48,12 @@ def run_recipe(
     nothing was touched. Raises UserError and WorkError.
     """
     names = list(stages or STAGES)
+    for name in fresh:
+        if name not in names:
+            raise UserError(
+                f"--fresh {name} moves the output of {name} aside, and this command does not make it again; use "
+                f"`distill {name} … --fresh {name}` or `distill run … --fresh {name}`"
+            )
     if train.several():
         if names != ["train"]:
             raise UserError("several processes can only train: run the other stages by themselves, without torchrun")
@@ -59,6 +65,9 @@ def run_recipe(
         filters.check_gradable(recipe)
     with Run(directory, recipe, verify) as run:
         _look_ahead(run, names, fresh)
+        if "eval" in names and not run.begun("eval"):
+            evaluation.check_benchmarks(recipe.eval)
+        run.restore_identity()
         if fresh:
             first = min(fresh, key=list(STAGES).index)
             run.fresh([STAGES[name] for name in list(STAGES)[list(STAGES).index(first) :]])

@@ -88,8 +88,8 @@ def read_recipe(directory: Path) -> str:
     """
     identity, path = read_identity(directory), RunPaths(directory).recipe
     if identity is None or not path.is_file():
-        raise UserError(f"{directory} is not a run directory (no run.json, no recipe.yaml); `distill run` makes one")
+        raise UserError(f"{directory} is not a run directory: run.json or recipe.yaml is missing")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != identity.recipe_sha256:
-        raise UserError(f"{path} is damaged or was edited; run the recipe again, which writes it anew")
+        raise UserError(f"{path} is damaged or was edited; run the recipe again, which writes it")
     return data.decode()

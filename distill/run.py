@@ -263,14 +263,28 @@ class Run:
         old = self._new_old(stages[0].name)
         if self.paths.recipe.exists():
             shutil.copy(self.paths.recipe, old)
-        for name in dict.fromkeys(name for stage in stages for name in stage.outputs):
-            if (source := self.directory / name).exists():
-                source.rename(old / source.name)
+        outputs = dict.fromkeys(name for stage in stages for name in stage.outputs)
+        moved = [name for name in outputs if (self.directory / name).exists()]
+        for name in moved:
+            (self.directory / name).rename(old / name)
         (old / "stages").mkdir()
         for path in paths:
             path.rename(old / "stages" / path.name)
         for changed in (old / "stages", old, self.directory / "stages", self.directory):
             sync_directory(changed)
+        if moved:
+            say(f"moved {', '.join(moved)} to {old}")
+
+    def restore_identity(self) -> None:
+        """Write run.json and recipe.yaml again where a stage has begun and one of them is missing or damaged."""
+        if not any(self.paths.record("any").parent.glob("*.json")):
+            return
+        identity = self._identity()
+        text = self.paths.recipe.read_bytes() if self.paths.recipe.is_file() else b""
+        if identity is None or hashlib.sha256(text).hexdigest() != identity.recipe_sha256:
+            name = self.paths.identity.name if identity is None else self.paths.recipe.name
+            say(f"{self.directory / name} was missing or changed; it is written again")
+            self._write_identity()
 
     # ---- products
 
@@ -341,7 +355,8 @@ class Run:
             return
         identity = self.paths.identity
         ours = {lock.NAME, aside(identity).name}  # what a run killed in its first moments leaves
-        if not identity.exists() and any(entry.name not in ours for entry in self.directory.iterdir()):
+        begun = any(self.paths.record("any").parent.glob("*.json"))  # run.json alone was lost
+        if not begun and not identity.exists() and any(entry.name not in ours for entry in self.directory.iterdir()):
             raise UserError(f"{self.directory}: not empty and not a run directory; choose another --run-dir")
 
     def _refuse_other_recipe(self) -> None:
@@ -366,7 +381,7 @@ class Run:
 
     def _release(self) -> None:
         assert self._lock is not None
-        if not self.paths.identity.exists():  # no stage began: leave things as they were
+        if not self.paths.identity.exists() and not self.paths.record("any").parent.exists():  # no stage began
             (self.directory / lock.NAME).unlink(missing_ok=True)
             for path in self._created:
                 if any(path.iterdir()):

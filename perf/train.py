@@ -73,7 +73,7 @@ def prepare(work: Path) -> None:
     )
     tokenizer.train_from_iterator((message["content"] for row in conversations() for message in row), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    template = Path(__file__).resolve().parent.parent / "distill" / "templates" / "chatml.jinja"
+    template = Path(__file__).resolve().parent.parent / "distill" / "chat" / "templates" / "chatml.jinja"
     fast.chat_template = template.read_text(encoding="utf-8")
     fast.save_pretrained(base)
     torch.manual_seed(0)

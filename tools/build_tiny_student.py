@@ -41,7 +41,7 @@ BATCH = 20
 VOCAB = 576
 Z_WEIGHT = 1e-4
 END, START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-TEMPLATE = (ROOT / "distill" / "templates" / "chatml.jinja").read_text(encoding="utf-8")
+TEMPLATE = (ROOT / "distill" / "chat" / "templates" / "chatml.jinja").read_text(encoding="utf-8")
 
 
 def draw(rng: random.Random, step: int = 0) -> Document:

@@ -152,6 +152,11 @@ def _evaluations(run: "Run", benchmarks: Sequence[Benchmark]) -> list[list[Evalu
     return evaluations
 
 
+def check_benchmarks(recipe: "Eval") -> None:
+    """Read every problem of the benchmarks. Errors: UserError for an unknown benchmark, or one that cannot be used."""
+    _read_problems(benchmarks_of(recipe))
+
+
 def _read_problems(benchmarks: Iterable[Benchmark]) -> None:
     """Read every problem, so that an unusable one is refused before any work."""
     for benchmark in benchmarks:

@@ -61,7 +61,7 @@ def test_votes_count_equal_answers_together(sums, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--model", "nowhere"], "give a recipe, or --model with --benchmark and --out"),
-        (["--model", "nowhere", "--benchmark", "SUMS", "--out", "OUT"], "nowhere is no model directory"),
+        (["--model", "nowhere", "--benchmark", "SUMS", "--out", "OUT"], "nowhere is not a model directory"),
         (["--model", "http://127.0.0.1:9/v1", "--benchmark", "SUMS", "--out", "OUT"], "no model server answers there"),
         (["--model", "x", "--out", "OUT"], "(--benchmark missing)"),
         (["tiny", "--model", "x"], "give either RECIPE or --model"),

@@ -35,7 +35,8 @@ def test_any_changed_bit_is_damage_although_size_and_time_are_kept(tmp_path_fact
         os.utime(path, ns=(record.mtime_ns, record.mtime_ns))
         assert record.looks_unchanged(path)
         assert (
-            record.damage(path) == f"has changed (bytes {bit // 128 * 16} to {min(bit // 128 * 16 + 16, len(content))})"
+            record.damage(path)
+            == f"has changed between bytes {bit // 128 * 16} and {min(bit // 128 * 16 + 16, len(content))}"
         )
 
 

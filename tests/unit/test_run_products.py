@@ -21,6 +21,7 @@ from run_support import (
 )
 
 from distill.errors import UserError
+from distill.record import read_recipe
 from distill.run import Run
 
 
@@ -53,7 +54,7 @@ def test_damaged_products_are_named_moved_aside_and_made_again(
     expected = {
         "missing": f"{stage}: {done / name} is missing; it is made again",
         "shorter": f"{stage}: {done / name} has 1 bytes instead of {len(stage) + 2}; it is made again",
-        "changed": f"{stage}: {done / name} has changed (bytes 0 to {len(stage) + 2}); it is made again",
+        "changed": f"{stage}: {done / name} has changed between bytes 0 and {len(stage) + 2}; it is made again",
         "foreign": f"{stage}: {done / OUTPUTS[stage][-1]}/other was not written by this run; it is made again",
     }
     match damage:
@@ -149,3 +150,19 @@ def test_a_damaged_record_is_one_line_and_fresh_is_the_way_out(done: Path, text:
         assert not (done / "filtered").exists()
         perform(run)
         assert run.worked == {"filter", "train", "eval"}
+
+
+@pytest.mark.parametrize("name, text", [("run.json", None), ("recipe.yaml", None), ("recipe.yaml", "name: other")])
+def test_identity_and_recipe_are_written_again(
+    done: Path, name: str, text: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (done / "recipe.yaml").read_bytes()
+    (done / name).unlink()
+    if text is not None:
+        (done / name).write_text(text)
+    with Run(done, recipe()) as run:
+        run.restore_identity()
+        run.restore_identity()
+    assert capsys.readouterr().out.replace("\n", " ").count("was missing or changed; it is written again") == 1
+    assert (done / "recipe.yaml").read_bytes() == before and read_recipe(done) == before.decode()
+    assert redo(done) == set()
