@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,7 +89,8 @@ MUTATIONS: dict[str, dict[str, Callable[..., Tensor | None]]] = {
 def test_a_wrong_indexer_shows_past_top_k_and_only_there(name: str, checkpoint: GetCheckpoint) -> None:
     ckpt = checkpoint("v32")
     engine = Engine.load(ckpt.path, engine_options(cache_tokens=1024, kernels="reference"))
-    engine._model = replace(engine._model, ops=replace(engine._model.ops, **MUTATIONS[name]))
+    ops = SimpleNamespace(**vars(engine._model.ops) | MUTATIONS[name])
+    engine._model = replace(engine._model, ops=ops)
     theirs = ckpt.logits(TOKENS)
     for ours in (engine_logits(engine, TOKENS), engine_logits(engine, TOKENS, decode_from=10)):
         error, report = relative_error(ours[TOP_K:], theirs[TOP_K:])
