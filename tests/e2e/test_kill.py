@@ -23,7 +23,7 @@ from distill.recipe import Recipe
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, read_traces
 
-KILLS = 6  # in each stage
+KILLS = 4  # in each stage
 MANY = 40
 STAGES = ("generate", "filter", "train", "eval", "report")
 

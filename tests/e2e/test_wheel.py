@@ -133,6 +133,7 @@ def test_the_installed_command_finds_the_packaged_catalog(from_wheel):
     assert environment.python(code) == str(environment.site / "distill" / "_catalog" / "recipes")
 
 
+@pytest.mark.slow  # compiles the kernels once more, as every test environment does
 def test_an_editable_install_uses_the_clones_catalog(editable, source):
     environment, added = editable
     assert all("distill" in name for name in added - {"__pycache__"})
@@ -143,7 +144,7 @@ def test_an_editable_install_uses_the_clones_catalog(editable, source):
     (source / "recipes" / "edited.yaml").unlink()
 
 
-@pytest.mark.parametrize("install", ["from_wheel", "editable"])
+@pytest.mark.parametrize("install", ["from_wheel", pytest.param("editable", marks=pytest.mark.slow)])
 def test_no_generic_name_can_be_imported(install, request):
     environment, _ = request.getfixturevalue(install)
     code = "import importlib.util as u; print([n for n in {names} if u.find_spec(n)])"
