@@ -156,8 +156,11 @@ def model_directory(name: str) -> Path:
     if directory is None:
         place = download(name, None)
         if isinstance(place, str):
-            raise UserError(f"{name} is no directory here, and as a hub id it is not on this machine: {place}")
+            raise UserError(f"{name} is not a directory, and as a hub id it is not on this machine: {place}")
         directory = place
     if problem := first_problem(directory):
+        trained = directory / "student"
+        if (trained / "config.json").is_file():
+            raise UserError(f"{name} is a run directory; its trained model is {trained}")
         raise UserError(f"{problem}: {name} is not a complete model directory")
     return directory

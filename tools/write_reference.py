@@ -62,7 +62,7 @@ COMMANDS_INTRODUCTION = """
 # Commands
 
 `RECIPE` is a name from `distill recipes list`, or the path of a YAML file. Exit codes: 0 done; 1 the work failed; 2 the
-input is wrong (one line names the mistake and the remedy, nothing was written); 130 interrupted after saving.
+input is wrong (one line names the mistake and the remedy; no output is half-written); 130 interrupted after saving.
 """
 
 

@@ -63,7 +63,7 @@ class TaskGrader(ABC):
 
     def compare(self, gold: str, answer: str, marked: bool) -> Ruling:
         """Compare with a parser. Runs in a worker that can be killed."""
-        raise NotImplementedError(f"{type(self).__name__}.rule gave no ruling, and there is no parser")
+        raise AssertionError(f"{type(self).__name__}.rule gave no ruling, and there is no parser")
 
     @abstractmethod
     def reads_plainly(self, gold: str) -> bool | None:
@@ -71,4 +71,4 @@ class TaskGrader(ABC):
 
     def reads(self, gold: str) -> bool:
         """The same with a parser. Runs in a worker that can be killed."""
-        raise NotImplementedError(f"{type(self).__name__}.reads_plainly gave no answer, and there is no parser")
+        raise AssertionError(f"{type(self).__name__}.reads_plainly gave no answer, and there is no parser")

@@ -304,7 +304,7 @@ def test_the_hub_without_a_network_is_one_reason(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     assert model_files.download("a/b", None) == "the Hugging Face Hub cannot be reached: check the network"
-    with pytest.raises(UserError, match="a/b is no directory here, and as a hub id .*: the Hugging Face Hub cannot be"):
+    with pytest.raises(UserError, match="a/b is not a directory, and as a hub id .*: the Hugging Face Hub cannot be"):
         model_files.model_directory("a/b")
 
 
@@ -416,3 +416,10 @@ def test_a_copy_with_a_strange_name_still_reads(stem, tmp_path):
 
 def test_a_copy_whose_file_name_is_no_recipe_name_keeps_the_old_one(tmp_path):
     assert catalog.load_recipe(str(catalog.copy("recipe", "tiny", tmp_path / "My Recipe.yaml"))).name == "tiny"
+
+
+def test_a_run_directory_in_place_of_a_model_names_its_student(tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is a run directory; its trained model is .*/student$"):
+        model_files.model_directory(str(tmp_path))
