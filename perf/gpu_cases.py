@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.engine.kernels import gpu, gpu_attention, gpu_draw, gpu_gemm, gpu_moe, gpu_rows, reference, w8a8
+from distill.engine.kernels import (
+    gpu,
+    gpu_attention,
+    gpu_draw,
+    gpu_gemm,
+    gpu_moe,
+    gpu_rows,
+    reference,
+    reference_attention,
+    w8a8,
+)
 from distill.engine.kernels.gpu_tiles import grouped_tile, linear_tile
 from distill.engine.kernels.stored import Fp8
 
@@ -173,7 +183,7 @@ def gqa_case(b: int, heads: int, shared: int, length: int, d: int, page: int = 6
     table, lengths, pages = _pages(b, length, page)
     k, v = random(pages, shared, page, d), random(pages, shared, page, d)
     q, scale = random(b, heads, d), d**-0.5
-    whole = q[:, :, None], reference.paged_gather(k, table), reference.paged_gather(v, table)
+    whole = q[:, :, None], reference_attention.paged_gather(k, table), reference_attention.paged_gather(v, table)
     return Case(
         "gqa decode",
         f"{b} × {length}, {heads}/{shared} heads",

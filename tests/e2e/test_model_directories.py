@@ -56,7 +56,8 @@ for line in sys.stdin:
     signal.alarm(0)
     signal.setitimer(signal.ITIMER_PROF, 0)
     gc.collect()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    status = Path("/proc/self/status").read_text()  # getrusage also counts the process that started this one
+    peak = int(status.partition("VmHWM:")[2].split()[0]) << 10
     print(json.dumps([outcome, peak]), flush=True)
 """
 

@@ -51,6 +51,6 @@ def test_fifty_steps_on_real_traces(real_data, student, tmp_path, capsys):
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     said = capsys.readouterr().out
     assert f"dropped {summary.dropped_rows:,} of {len(traces):,} traces" in said
-    assert f"{rows.counts.supervised:,} of {rows.counts.tokens:,} tokens are supervised" in said
+    assert f"supervised tokens: {rows.counts.supervised:,} of {rows.counts.tokens:,}" in said
     assert summary.rows + summary.dropped_rows == len(traces) and summary.dropped_rows > 0
     assert summary.supervised_tokens == lines[-1]["supervised_tokens"] > 20_000

@@ -89,7 +89,7 @@ def test_as_many_experts_as_fit(count: int, layers: int, each: int, budget: int)
     try:
         resident = resident_experts(budget, banks)
     except ValueError as error:
-        assert "raise the memory budget" in str(error)
+        assert "raise memory_budget" in str(error)
         assert budget < used(0) or layers <= 2
         assert budget < used(count)
         return

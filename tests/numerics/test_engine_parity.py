@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,7 +164,8 @@ OP_MUTATIONS = {
 def test_a_wrong_op_fails_parity(name: str, checkpoint: GetCheckpoint) -> None:
     ckpt = checkpoint("v3-yarn")
     engine = small(ckpt.path)
-    engine._model = replace(engine._model, ops=replace(engine._model.ops, **OP_MUTATIONS[name]))
+    ops = SimpleNamespace(**vars(engine._model.ops) | OP_MUTATIONS[name])
+    engine._model = replace(engine._model, ops=ops)
     error, report = relative_error(engine_logits(engine, TOKENS, decode_from=60), ckpt.logits(TOKENS))
     assert error > TOLERANCE, f"{name} goes unnoticed: {report}"
 

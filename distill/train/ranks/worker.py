@@ -33,7 +33,8 @@ def main() -> int:
     """Train as one rank; returns the exit code."""
     directory, outcome = map(Path, sys.argv[1:])
     threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop installs handlers of its own
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the loop installs handlers of its own: an import may swallow
+        signal.signal(number, lambda *_: os._exit(INTERRUPTED))  # a KeyboardInterrupt, and nothing is held yet
     try:
         from distill.catalog import load_recipe  # importing torch takes seconds, and may be interrupted too
         from distill.train.ranks.join import train_rank
