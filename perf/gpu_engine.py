@@ -50,7 +50,7 @@ def write(directory: Path, config: dict[str, Any]) -> Path:
         for name, shape in tensors:
             if len(shape) == 1:
                 bias = name.endswith("bias")
-                stored[name] = torch.zeros(shape) if bias else torch.ones(shape, dtype="bfloat16")
+                stored[name] = torch.zeros(shape) if bias else torch.ones(shape, dtype=torch.bfloat16)
                 continue
             noise = torch.randn(shape, device=device)
             if is_fp8(name):
@@ -142,7 +142,7 @@ def transformers_decode(config: dict[str, Any], batches: tuple[int, ...], length
 
     settings = {key: value for key, value in config.items() if key not in ("model_type", "torch_dtype")}
     with torch.device(gpu.device()):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **settings), dtype="bfloat16")
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **settings), dtype=torch.bfloat16)
     model.eval()
     model.generation_config.eos_token_id = None
     rates = {}
