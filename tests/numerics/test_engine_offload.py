@@ -102,9 +102,9 @@ def test_as_many_experts_as_fit(count: int, layers: int, each: int, budget: int)
 
 def test_budgets_that_are_too_small(fp8: Path) -> None:
     with pytest.raises(ValueError, match=r"memory_budget is 0\.\d+ GiB and 0\.\d+ GiB are needed before any expert"):
-        Engine.load(fp8, engine_options(cache_tokens=64, memory_budget=1 << 20))
+        Engine.load(fp8, engine_options(device="cpu", cache_tokens=64, memory_budget=1 << 20))
     with pytest.raises(ValueError, match="resident_experts is 17; there are 16"):
-        Engine.load(fp8, engine_options(cache_tokens=64, resident_experts=17))
+        Engine.load(fp8, engine_options(device="cpu", cache_tokens=64, resident_experts=17))
 
 
 def test_damage_is_found_in_experts_that_are_not_resident(fp8: Path, tmp_path: Path, kernels: str) -> None:
@@ -161,7 +161,9 @@ import torch
 from distill.engine import Engine, EngineOptions, Request, SamplingParams
 path, budget = sys.argv[1], int(sys.argv[2])
 def run(path, budget):
-    options = EngineOptions(dtype="bfloat16", max_batch=16, max_step_tokens=256, memory_budget=budget or None)
+    options = EngineOptions(
+        device="cpu", dtype="bfloat16", max_batch=16, max_step_tokens=256, memory_budget=budget or None
+    )
     engine = Engine.load(path, options)
     sampling = SamplingParams(temperature=0, max_new_tokens=4)
     requests = [Request(str(n), tuple(range(1, 60 + n)), sampling, 0, n, (0,)) for n in range(16)]
