@@ -168,7 +168,7 @@ class Run:
                 continue
             if (damage := file.damage(self.path / name)) is not None:
                 raise UserError(
-                    f"{self.path / name} {damage}; `distill {stage} --verify` with this run's recipe makes it again"
+                    f"{self.path / name} {damage}; `distill {stage} --verify` with this run's recipe recreates it"
                 )
             self._checked.add(name)
         paths = [self.path / name for name in files]

@@ -239,7 +239,10 @@ class _Count:
     @property
     def done(self) -> str:
         """`120/400 traces`."""
-        return f"{self.before + self.now}{'' if self.total is None else f'/{self.total}'} {self.unit}"
+        number = self.before + self.now
+        if self.total is None:
+            return f"{number} {self.unit.removesuffix('s') if number == 1 else self.unit}"
+        return f"{number}/{self.total} {self.unit}"
 
     @property
     def rate(self) -> str:
@@ -311,7 +314,8 @@ def _lines(description: str, count: _Count) -> Iterator[Advance]:
     def advance(n: int = 1, note: str = "") -> None:
         nonlocal last
         count.add(n, note)
-        if time.monotonic() - last >= PLAIN_INTERVAL:
+        finished = count.before + count.now == count.total  # the last line is printed below
+        if time.monotonic() - last >= PLAIN_INTERVAL and not finished:
             last = time.monotonic()
             say(line())
 

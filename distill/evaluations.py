@@ -214,7 +214,7 @@ class Results:
 
 def read_results(directory: Path) -> Results:
     """Read a finished evaluation. Errors: UserError naming a file that is missing or damaged, or how many grades are
-    missing, and the command that makes them again."""
+    missing, and the command that recreates them."""
     paths, remedy = EvaluationPaths(directory), remedy_of(directory)
     record = EvaluationRecord.read(paths.record, remedy)
     for path in (paths.scores, paths.grades):
@@ -239,8 +239,8 @@ def remedy_of(directory: Path) -> str:
     """How an evaluation is made again: the command for one inside a run, else its kind."""
     run = directory.parents[2]
     if directory.parent.parent == RunPaths(run).eval and RunPaths(run).recipe.exists():
-        return f"`distill eval {RunPaths(run).recipe} --run-dir {run} --verify` makes it again"
-    return f"the `distill eval --model` command with --out {directory.parent.parent} makes it again"
+        return f"`distill eval {RunPaths(run).recipe} --run-dir {run} --verify` recreates it"
+    return f"the `distill eval --model` command with --out {directory.parent.parent} recreates it"
 
 
 def finished_evaluations(root: Path) -> dict[str, dict[str, Path]]:

@@ -116,6 +116,7 @@ def parameters(directory: Path) -> int | None:
 
 def download(repo: str, revision: str | None) -> Path | str:
     """The directory of a model on the hub, or why it cannot be downloaded, with the way out."""
+    from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -140,11 +141,25 @@ def download(repo: str, revision: str | None) -> Path | str:
     except OfflineModeIsEnabled:
         return "the network is switched off by HF_HUB_OFFLINE: unset it"
     except EntryNotFoundError as error:  # of which the cache's is one: nothing there, and no answer from the hub
+        if isinstance(error.__cause__, HfHubHTTPError):
+            return _in_one_line(error.__cause__)
         if "offline" in str(error).lower():
             return "the network is switched off by HF_HUB_OFFLINE: unset it"
         return "the Hugging Face Hub cannot be reached: check the network"
-    except HfHubHTTPError as error:
-        return str(error).split("\n", maxsplit=1)[0]
+    except HTTPError as error:  # another refusal of the hub, or a connection that broke off
+        return _in_one_line(error)
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        AssertionError,
+    ):  # what parsing an answer of some other server raises
+        return "its answer is not that of a model hub: check the network and HF_ENDPOINT"
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"the hub's answer: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def model_directory(name: str) -> Path:

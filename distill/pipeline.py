@@ -108,8 +108,18 @@ def _look_ahead(run: Run, names: Sequence[str], fresh: Sequence[str]) -> None:
         )
     for name in names:
         for earlier in order[: order.index(name)]:
-            if earlier in begun and earlier not in names and not run.is_finished(earlier):
-                say(f"note: {earlier} is not finished; {name} reads what is there")
+            if earlier not in begun or earlier in names:
+                continue
+            if not run.is_finished(earlier) or (earlier in STAGES[name].reads and _lacks_output(run, earlier)):
+                say(f"note: {earlier} is not finished with these settings; {name} reads what is there")
+
+
+def _lacks_output(run: Run, name: str) -> bool:
+    """Whether this recipe asks for more than a stage made; False where its input is gone and nobody can tell."""
+    try:
+        return run.has_work_left(STAGES[name], STAGES[name].extent(run))
+    except UserError:  # the stage is not run: a file of prompts that was moved since does not matter here
+        return False
 
 
 def _unfinished_before_training(run: Run, names: Sequence[str]) -> str | None:

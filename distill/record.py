@@ -50,7 +50,8 @@ class Identity(Artefact):
 
 class StageRecord(Artefact):
     """`stages/NAME.json`. seconds: worked, pauses left out. resumed: when the last session began, None once finished.
-    files: the products, by path relative to the run directory. repairing: products were damaged and are made again."""
+    files: the products, by path relative to the run directory. repairing: damaged products are being
+    recreated."""
 
     settings: Settings
     extent: Settings

@@ -5,11 +5,11 @@
     .lock               held while a process works here; holds that process's id
     stages/<name>.json  the record of a stage: settings, extent, times, summary, and the files that later stages read
     old/<stage>-<n>/    what `--fresh STAGE` moved aside
-    old/damaged-<n>/    files that were not as the record says, before they were made again
+    old/damaged-<n>/    files that were not as the record says, before they were recreated
 
 A stage is finished while its record says so *and* its products are there and whole. Before "nothing to do" names, sizes
 and times are compared, one `stat` a file; where they differ, and with `verify`, the content is hashed. Content is also
-hashed when a later stage is about to read it. What is damaged is moved aside, and the stage makes it again.
+hashed when a later stage is about to read it. What is damaged is moved aside, and the stage recreates it.
 
 Nothing is written but the lock until a stage begins, and a directory that was made for a run that got no further is
 removed again: a refused command leaves no trace.
@@ -175,7 +175,7 @@ class Run:
                 continue
             for name, what in self._damage(stage, record, content=content).items():
                 raise UserError(
-                    f"{self.directory / name} {what}; `distill {stage.name} --verify` with this recipe makes it again"
+                    f"{self.directory / name} {what}; `distill {stage.name} --verify` with this recipe recreates it"
                 )
 
     # ---- doing it
@@ -219,13 +219,8 @@ class Run:
         }
         record.model_copy(update=changes).write(self.paths.record(stage.name))
 
-    def is_damaged(self, name: str) -> bool:
-        """Whether products of a finished stage were found missing or changed, and are not made again yet."""
-        record = self.record(name)
-        return bool(self._damaged.get(name)) or (record is not None and record.repairing)
-
     def set_damage_aside(self, stage: StageFiles[S]) -> None:
-        """Move products that `finished` did not find whole to `old/damaged-<n>/`, so that the stage makes them again.
+        """Move products that `finished` did not find whole to `old/damaged-<n>/`, so that the stage recreates them.
 
         The record is set to unfinished first: killed in between, the run knows that work is missing.
         """
@@ -238,7 +233,7 @@ class Run:
         )
         old = self._new_old("damaged")
         for name, what in damaged.items():
-            say(f"{stage.name}: {self.directory / name} {what}; it is made again")
+            say(f"{stage.name}: {self.directory / name} {what}; regenerating it")
             source, target = self.directory / name, old / name
             if source.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)

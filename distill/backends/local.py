@@ -101,7 +101,9 @@ class LocalBackend:
     def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
         """Errors: UserError, naming the longest, when prompts and their completions exceed the model's context, or when
         the tokenizer has more tokens than the weights."""
-        sized = [(len(self._prompt_ids(prompt)), prompt) for prompt in prompts]
+        prompts = list(prompts)
+        all_ids = self.chat.prompts_ids(prompt.messages for prompt in prompts)
+        sized = [(len(self._in_vocabulary(ids)), prompt) for ids, prompt in zip(all_ids, prompts, strict=True)]
         room = self.engine.max_context - sampling.max_new_tokens
         if too_long := sum(length > room for length, _ in sized):
             longest = max(sized, key=lambda item: item[0])
@@ -186,17 +188,17 @@ class LocalBackend:
         except EngineDied as error:
             raise WorkError(f"{error}; finished samples are stored, run the same command to continue") from error
 
-    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        ids, size = tuple(self.chat.prompt_ids(prompt.messages)), self.engine.spec.vocab_size
+    def _in_vocabulary(self, ids: list[int]) -> tuple[int, ...]:
+        size = self.engine.spec.vocab_size
         if ids and max(ids) >= size:
             raise UserError(
                 f"{self.chat.where}: the tokenizer gives token id {max(ids):,}, but the weights have {size:,} tokens "
                 f"(vocab_size in config.json); use the tokenizer that belongs to the weights"
             )
-        return ids
+        return tuple(ids)
 
     def _checked_ids(self, prompt: Prompt, sampling: SamplingParams) -> tuple[int, ...]:
-        ids = self._prompt_ids(prompt)
+        ids = self._in_vocabulary(self.chat.prompt_ids(prompt.messages))
         if len(ids) + sampling.max_new_tokens > self.engine.max_context:
             raise self._too_long("prompt ", len(ids), prompt, sampling)
         return ids

@@ -18,8 +18,9 @@ A file each: `loading` (what a model directory holds), `rendering` and `worker` 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["END_THINK", "TEMPLATES", "THINK", "Chat", "read_template", "split_reasoning"]
 
+TOGETHER = 256  # conversations that are rendered and tokenized together
 PROBE: list[Message] = [{"role": "user", "content": "q"}]
 SAVED_CLASS = "PreTrainedTokenizerFast"  # what transformers 4, vLLM and SGLang know TokenizersBackend as
 OURS_ALONE = ("backend", "is_local", "local_files_only")  # keys of a saved tokenizer that say how it was loaded here
@@ -162,6 +164,12 @@ class Chat:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the conversation, ready for the assistant's answer. Errors: UserError."""
         return self._ids([(messages, True)])[0]
+
+    def prompts_ids(self, conversations: Iterable[Sequence[Message]]) -> Iterator[list[int]]:
+        """`prompt_ids` of many conversations, TOGETHER at a time: rendering and tokenizing them so is much faster."""
+        remaining = iter(conversations)
+        while group := list(islice(remaining, TOGETHER)):
+            yield from self._ids([(messages, True) for messages in group])
 
     def training_ids(self, messages: Sequence[Message]) -> tuple[list[int], int]:
         """Token ids of the whole conversation, end of turn included, and how many of them are the prompt.

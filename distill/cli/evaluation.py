@@ -101,7 +101,7 @@ def score(
     if run_dir is not None or fresh or verify:
         raise UserError(
             "--run-dir, --fresh and --verify need a recipe; with --model, --out is the directory for its scores, and "
-            "damaged files in it are always made again"
+            "damaged files in it are always recreated"
         )
     values = {
         "benchmarks": benchmark,
@@ -112,7 +112,7 @@ def score(
         "sources": dict(_pair(item) for item in source or ()),
     }
     _score_model(model, name, values, set_ or (), out)
-    print(out)
+    print(f"scores: {out}")
 
 
 def _score_model(

@@ -18,7 +18,7 @@ def run(
     fresh: FreshOption = None,
     verify: VerifyOption = False,
 ) -> None:
-    """Run all four stages and write the report. Finished stages are skipped, interrupted ones resume.
+    """Run the four stages and write the report. Finished stages are skipped, interrupted ones resume.
 
     Examples: `distill run tiny` · `distill run my.yaml --set generate.samples=4` · `distill run tiny --fresh train`
     """
@@ -114,11 +114,19 @@ def report(
 
 
 def traces(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, e.g. runs/tiny")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="a run directory, or an evaluation in one, e.g. runs/tiny/eval/tiny-arithmetic/student"
+        ),
+    ],
     verdict: Annotated[
         str | None,
         typer.Option(
-            "--verdict", metavar="TEXT", help="kept, dropped, or the beginning of a verdict, such as `correct: wrong`"
+            "--verdict",
+            metavar="TEXT",
+            help="kept, dropped, or the beginning of a verdict, such as `correct: wrong`; of an evaluation: correct, "
+            "wrong or unverifiable",
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="ID", help="beginning of a prompt's id")] = None,
@@ -127,11 +135,14 @@ def traces(
     ] = None,
     whole: Annotated[bool, typer.Option("--whole", help="show the reasoning in full")] = False,
     diff: Annotated[
-        bool, typer.Option("--diff", help="compare a kept and a dropped trace of --prompt line by line")
+        bool,
+        typer.Option(
+            "--diff", help="compare a kept and a dropped trace of --prompt line by line, or a correct and a wrong one"
+        ),
     ] = False,
     counts: Annotated[bool, typer.Option("--counts", help="count the traces of each verdict, and show none")] = False,
 ) -> None:
-    """Page through the traces of a run, with the verdict of every filter.
+    """Page through the traces of a run, with the verdict of every filter, or the graded answers of an evaluation.
 
     Examples: `distill traces runs/tiny --verdict dropped` · `distill traces runs/tiny --prompt 3f2a --diff`
     """
@@ -140,13 +151,15 @@ def traces(
 
     if diff and prompt is None:
         raise UserError("--diff compares the traces of one prompt: name it with --prompt ID")
-    judged = browse.judged(run)
+    entries = browse.entries(run)
+    if diff:
+        paged(browse.differences(entries, prompt or ""))
+        return
+    selected = browse.select(entries, verdict, prompt, search)
     if counts:
-        table("", ("verdict", "traces"), browse.counts(browse.select(judged, verdict, prompt, search)))
-    elif diff:
-        paged(browse.differences(judged, prompt or ""))
+        table("", ("verdict", "traces"), browse.counts(selected))
     else:
-        paged(browse.texts(browse.select(judged, verdict, prompt, search), whole))
+        paged(browse.texts(selected, whole))
 
 
 def plan(

@@ -94,5 +94,5 @@ def _replaced(data: object, keys: Sequence[str], override: _Override) -> object:
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
     """The text `; did you mean X?` for the nearest name, or nothing."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""

@@ -103,8 +103,14 @@ class EvalStage(Stage[EvalSummary]):
         return summary
 
     def headline(self, summary: EvalSummary) -> str:
-        """pass@1 of each model."""
-        return ", ".join(f"{row.model} {row.pass_at_1.value:.1%}" for row in summary.scores)
+        """pass@1 of each model, on each benchmark."""
+        benchmarks: dict[str, list[str]] = {}
+        for row in summary.scores:
+            benchmarks.setdefault(row.benchmark, []).append(f"{row.model} {row.pass_at_1.value:.1%}")
+        scores = {name: ", ".join(of_models) for name, of_models in benchmarks.items()}
+        if len(scores) == 1:
+            return next(iter(scores.values()))
+        return "; ".join(f"{name}: {of_models}" for name, of_models in scores.items())
 
 
 STAGE = EvalStage()
@@ -122,7 +128,7 @@ def evaluate_model(
     """Score one model without a recipe: a directory, a hub id, or an OpenAI-compatible server.
 
     name: of the model on the server, or what a directory's scores are called. The files are in
-    `directory/<benchmark>/<name>/`, where a second call finds them, as in a run; damaged ones are made again. Errors:
+    `directory/<benchmark>/<name>/`, where a second call finds them, as in a run; damaged ones are recreated. Errors:
     as `EvalStage.work`.
     """
     benchmarks = benchmarks_of(recipe)

@@ -7,7 +7,7 @@ first samples are drawn, and compared when more are. Every sample carries a hash
 is lost, the model is loaded, and its samples are kept if the hash is the same.
 
 A finished evaluation has a record of its files (`distill.evaluations`). Files that are not as recorded are moved to
-`damaged-<n>/` and made again: samples are drawn anew, and so are their grades; everything else follows from them.
+`damaged-<n>/` and recreated: samples are drawn anew, and so are their grades; everything else follows from them.
 """
 
 import platform
@@ -81,7 +81,7 @@ class Evaluation:
             self._refuse(drawn, self.settings)
 
     def set_damage_aside(self) -> None:
-        """Move files of a finished evaluation that are not as recorded to `damaged-<n>/`, so that they are made again.
+        """Move files of a finished evaluation that are not as recorded to `damaged-<n>/`, so that they are recreated.
 
         Files of an evaluation that is not finished have no record; a ledger that cannot be read is moved as well.
         """
@@ -93,7 +93,7 @@ class Evaluation:
             number += 1
         for path, what in damaged.items():
             if path.exists() or self.remedy != IN_A_RUN:  # in a run, the run has moved it and said so
-                say(f"{path} {what}; it is made again")
+                say(f"{path} {what}; regenerating it")
             if path.exists():
                 aside.mkdir(exist_ok=True)
                 path.rename(aside / path.name)
@@ -287,8 +287,8 @@ class Evaluation:
         if context is None or isinstance(self.model.place, Server):
             return sampling
         suffix = self.benchmark.card.prompt_suffix
-        prompts = (asked(prompt, suffix) for prompt in self.benchmark.prompts)
-        room = context - max(len(self.model.chat.prompt_ids(prompt.messages)) for prompt in prompts)
+        prompts = (asked(prompt, suffix).messages for prompt in self.benchmark.prompts)
+        room = context - max(map(len, self.model.chat.prompts_ids(prompts)))
         before = drawn[LONGEST] if drawn and ASKED in drawn else None
         if isinstance(before, int) and before <= room:
             return replace(sampling, max_new_tokens=before)

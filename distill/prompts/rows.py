@@ -172,7 +172,7 @@ def _jsonl_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
 
 
 def _array_advice(path: Path) -> str:
-    return f"; one object a line is read, which `jq -c '.[]' {path} > new.jsonl` makes of an array"
+    return f"; write one object per line: `jq -c '.[]' {path} > new.jsonl` converts an array"
 
 
 # ---- Parquet

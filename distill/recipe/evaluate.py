@@ -27,5 +27,5 @@ class Eval(Section):
     published: Annotated[str | None, Free] = Field(
         None, description="model whose published scores are compared with the student's, as the cards name it"
     )
-    seed: int = Field(1, description="seed of the sampling")
+    seed: int = Field(1, ge=-(2**63), lt=2**63, description="seed of the sampling")
     max_batch: Annotated[int, Free] = Field(128, ge=1, description="sequences decoded at once by the local engine")

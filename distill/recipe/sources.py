@@ -30,7 +30,7 @@ class ProceduralPrompts(Section):
     kind: Literal["procedural"]
     name: Literal["arithmetic"] = Field(description="name of the generator")
     split: Literal["train", "heldout"] = Field("train", description="split; no problem is in both")
-    seed: int = Field(0, description="seed that selects the problems of the split")
+    seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed that selects the problems of the split")
     limit: Annotated[int, Free] = Field(1000, ge=1, description="number of problems")
 
 

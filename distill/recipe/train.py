@@ -2,7 +2,7 @@
 
 Variants are discriminated unions that own their fields: the objective (`distill.objectives`) and the adapter
 (`distill.recipe.adapters`). A field that decides which rows there are, or what is in them, is marked `DecidesRows`: the
-rows on the disk are made again when one of these changes, and kept when only others do.
+rows on the disk are encoded again when one of these changes, and kept when only others do.
 """
 
 from typing import Annotated, Literal
@@ -83,7 +83,9 @@ class Train(Section):
     eval_steps: Annotated[int, Free] = Field(
         200, ge=1, description="optimiser steps between evaluations of held-out rows"
     )
-    seed: Annotated[int, DecidesRows] = Field(0, description="seed of data order, held-out prompts and dropout")
+    seed: Annotated[int, DecidesRows] = Field(
+        0, ge=0, lt=2**32, description="seed of data order, held-out prompts and dropout"
+    )
     save_steps: Annotated[int, Free] = Field(200, ge=1, description="optimiser steps between checkpoints")
     save_total_limit: Annotated[int, Free] = Field(
         2, ge=1, description="number of checkpoints kept; from 2 on, a damaged one costs only the steps since the last"

@@ -202,7 +202,7 @@ def _summary(paths: RunPaths, name: str, record: StageRecord) -> Artefact:
 
 
 def _remedy(paths: RunPaths, stage: str, option: str) -> str:
-    return f"`distill {stage} {paths.recipe} --run-dir {paths.root} {option}` makes it again"
+    return f"`distill {stage} {paths.recipe} --run-dir {paths.root} {option}` recreates it"
 
 
 def _refuse_damage(paths: RunPaths, records: Mapping[str, StageRecord]) -> None:

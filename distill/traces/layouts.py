@@ -132,7 +132,8 @@ def _turns(value: object, column: str, where: str, text_role: str | None = None)
     if turns is None:
         if text_role is None:
             raise UserError(
-                f"{where}: column {column} is a {type(value).__name__}, not a list of turns, nor one as JSON"
+                f"{where}: column {column} is a {type(value).__name__}; it must be a list of turns, or such a list as "
+                f"a JSON string"
             )
         return [_Turn(text_role, value)]
     made = []

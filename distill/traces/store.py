@@ -88,7 +88,7 @@ class TraceStore:
 
     @property
     def cut_off(self) -> int:
-        """Bytes of a half-written trace that opening removed from the ledger; that trace is made again."""
+        """Bytes of a half-written trace that opening removed from the ledger; that trace is sampled again."""
         return self._ledger.cut_off
 
     def append(self, traces: Iterable[Trace]) -> None:

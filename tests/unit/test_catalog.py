@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import yaml
+from httpx2 import ConnectError
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from distill import catalog, model_files
@@ -300,7 +301,7 @@ def test_weights_that_are_no_directory(card, tmp_path, weights, said):
 
 def test_the_hub_without_a_network_is_one_reason(monkeypatch):
     def refuse(*_, **__):
-        raise LocalEntryNotFoundError("no network")
+        raise LocalEntryNotFoundError("no network") from ConnectError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     assert model_files.download("a/b", None) == "the Hugging Face Hub cannot be reached: check the network"

@@ -62,7 +62,7 @@ def test_what_is_not_whole_is_not_compared(two, name, share, monkeypatch, capsys
     assert distill(monkeypatch, "eval", "compare", *two) == 2
     error = capsys.readouterr().err
     assert f"{path} " in error and error.count("\n") == 1
-    assert f"the `distill eval --model` command with --out {two[1]} makes it again" in error
+    assert f"the `distill eval --model` command with --out {two[1]} recreates it" in error
 
 
 def test_a_changed_verdict_is_noticed(two, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Files of `distill eval --model … --out DIR` that are damaged: the same command makes them again, and says so."""
+"""Files of `distill eval --model … --out DIR` that are damaged: the same command recreates them, and says so."""
 
 import json
 

@@ -217,7 +217,7 @@ CASES = {  # file → fields of the source, what is read or what is said
     "control.jsonl": ({}, "line 1: column question holds the control character U+000C (LaTeX in JSON needs two"),
     "nanq.jsonl": ({}, "line 1: column question is empty"),
     "array.json": ({}, "not a .jsonl or .parquet file; convert it"),
-    "array.jsonl": ({}, "line 1: a JSON array; one object a line is read"),
+    "array.jsonl": ({}, "line 1: a JSON array; write one object per line"),
     "lfs.jsonl": ({}, "a Git LFS pointer, not the file: run `git lfs pull`"),
     "inf.jsonl": ({}, "line 1: not JSON (Infinity is not a JSON value)"),
     "utf16.jsonl": ({}, "UTF-16 text: convert it"),

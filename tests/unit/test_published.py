@@ -212,8 +212,8 @@ USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content"
     "row, message",
     [
         ({"text": "x"}, r"line 1: no known layout of traces .* in the columns text; name `question`"),
-        ({"messages": "user: hi"}, "line 1: column messages is a str, not a list of turns, nor one as JSON"),
-        ({"messages": '["user: hi"]'}, "column messages is a str, not a list of turns"),
+        ({"messages": "user: hi"}, "line 1: column messages is a str; it must be a list of turns, or such a list"),
+        ({"messages": '["user: hi"]'}, "column messages is a str; it must be a list of turns"),
         ({"messages": ["user: hi", "assistant: ho"]}, r"messages\[0\] is a str, not a turn"),
         ({"messages": [USER, {"role": "poet", "content": "a"}]}, "unknown role 'poet'; expected one of human, user"),
         ({"messages": [USER, {"role": ["a"], "content": "a"}]}, r"unknown role \['a'\]"),

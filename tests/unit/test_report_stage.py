@@ -112,7 +112,7 @@ def test_it_shows_no_damaged_file(tmp_path, name):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     stage = "filter" if name.startswith("filtered") else "train"
-    fix = f"`distill {stage} {directory}/recipe.yaml --run-dir {directory} --verify` makes it again"
+    fix = f"`distill {stage} {directory}/recipe.yaml --run-dir {directory} --verify` recreates it"
     with pytest.raises(UserError, match="has changed") as error:
         write_report(directory)
     assert str(path) in str(error.value) and fix in str(error.value)

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 from distill.cli import main
+from distill.evaluations import DrawnWith, EvaluationPaths, GradeRow
 from distill.prompts import Prompt
+from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, write_traces
 from distill.traces.trace import Trace, Verdict
 
@@ -44,7 +46,7 @@ def test_traces_by_verdict(run, monkeypatch, capsys):
     assert everything.index("The answer is 42.") < everything.index("The answer is 41.")
     assert "gold answer: 42" in everything
     assert "12 lines; --whole shows them" in everything, "twenty, less four at each end"
-    for asked in ("dropped", "correct: wrong", "correct"):
+    for asked in ("dropped", "correct: wrong", "correct", "Dropped", "CORRECT: w"):
         dropped = shown(monkeypatch, capsys, run, "--verdict", asked)
         assert "41" in dropped and "The answer is 42." not in dropped
         assert "dropped correct: wrong  extracted 41, gold 42" in dropped
@@ -52,8 +54,31 @@ def test_traces_by_verdict(run, monkeypatch, capsys):
     assert shown(monkeypatch, capsys, run, "--search", "STEP 19") == shown(
         monkeypatch, capsys, run, "--verdict", "dropped"
     )
-    assert "no trace matches" in shown(monkeypatch, capsys, run, "--search", "nowhere", code=2)
+    assert "no trace matches" in shown(monkeypatch, capsys, run, "--search", "nowhere")
     assert "step 9 of 41" in shown(monkeypatch, capsys, run, "--whole", "--verdict", "dropped")
+
+
+def test_the_answers_of_an_evaluation(tmp_path, monkeypatch, capsys):
+    paths = EvaluationPaths(tmp_path)
+    right, wrong, new = (trace(QUESTION, sample, answer) for sample, answer in enumerate(("42", "41", "40")))
+    DrawnWith(settings={}).write(paths.settings)
+    with TraceStore(paths.traces) as store, Ledger(paths.grades) as grades:
+        store.append([right, wrong, new])
+        for sample, verdict, answer in ((0, "correct", "42"), (1, "wrong", "41")):
+            evidence = {"extracted": answer, "gold": "42", "method": "boxed"}
+            row = GradeRow(QUESTION.id, sample, verdict, f"because {verdict}", evidence, "stop", 3, 1)
+            grades.append([row.to_row()])
+    assert "  wrong: because wrong  extracted 41, gold 42, method boxed\n" in shown(monkeypatch, capsys, tmp_path)
+    only = shown(monkeypatch, capsys, tmp_path, "--verdict", "Wrong")
+    assert "sample 1 · wrong" in only and "sample 0" not in only and "sample 2" not in only
+    counted = shown(monkeypatch, capsys, tmp_path, "--counts")
+    assert [line.split() for line in counted.splitlines()[2:5]] == [
+        ["correct", "1"],
+        ["wrong", "1"],
+        ["not", "graded", "1"],
+    ]
+    difference = shown(monkeypatch, capsys, tmp_path, "--prompt", QUESTION.id, "--diff")
+    assert "--- sample 0, correct" in difference and "+++ sample 1, wrong" in difference
 
 
 def test_counts(run, monkeypatch, capsys):
@@ -108,7 +133,7 @@ def test_a_run_that_was_not_filtered(tmp_path, monkeypatch, capsys):
     [
         (["RUN", "--diff"], "name it with --prompt ID"),
         (["RUN", "--diff", "--prompt", "zz"], "no trace of a prompt zz"),
-        (["RUN/none"], "no such run directory"),
+        (["RUN/none"], "no such directory"),
         (["EMPTY"], "no traces yet"),
     ],
 )

@@ -110,7 +110,7 @@ def test_rows_that_changed_are_made_again_before_a_training_goes_on(unfinished, 
     path = directory / "tokens" / name
     flip(path)
     support.train_here(directory, student, SETTINGS)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "the rows are made again" in line]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "encoding the rows again" in line]
     assert line.startswith(str(path))
     assert path.read_bytes() == (trained / "tokens" / name).read_bytes() or name == "rows.json"  # it has times
     assert content(directory) == content(trained)

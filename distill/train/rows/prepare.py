@@ -50,7 +50,7 @@ def prepare(
     check_trackers(settings.report_to)
     fingerprint = digest({**row_settings, **teacher_settings})
     if what := stored.damage(paths.tokens, fingerprint):
-        say(f"{what}; the rows are made again")
+        say(f"{what}; encoding the rows again")
     elif (rows := stored.load(paths.tokens, fingerprint)) is not None:
         for line in rows.proved:
             say(line)

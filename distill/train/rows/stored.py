@@ -5,7 +5,7 @@ the row: the completion and the token that closes it. No -100 is stored, so no p
 
 800,000 traces of a reasoning model are 26 GB of ids, so they lie in a file that is mapped, not read: all ranks of a
 machine share its pages. The directory is a cache. `rows.json` carries the fingerprint of everything it was made from
-and a hash of every file; with another fingerprint, or with a damaged file, the rows are made again.
+and a hash of every file; with another fingerprint, or with a damaged file, the rows are encoded again.
 
     tokens/ids.bin         int32, the rows one after the other
     tokens/index.parquet   for every row: its trace, its source, lengths of row and prompt, whether it is held out
@@ -139,7 +139,7 @@ def damage(directory: Path, fingerprint: str) -> str | None:
 
 def _record(directory: Path) -> RowsRecord | None:
     try:
-        record = RowsRecord.read_if_there(directory / RECORD, "the rows are made again")
+        record = RowsRecord.read_if_there(directory / RECORD, "the rows are encoded again")
     except UserError:
         return None
     return record if record is not None and {IDS, INDEX} <= record.files.keys() else None
