@@ -83,11 +83,21 @@ def distill(monkeypatch, *arguments) -> int:
 @pytest.fixture
 def sums(tmp_path):
     """A card of a benchmark with eight problems, `What is n + n?`."""
+    return write_sums(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_sums(tmp_path_factory):
+    """`sums`, for evaluations that the tests of a module share."""
+    return write_sums(tmp_path_factory.mktemp("sums"))
+
+
+def write_sums(directory):
     rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(8)]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    card = tmp_path / "sums.yaml"
+    (directory / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    card = directory / "sums.yaml"
     card.write_text(
-        f"name: sums\nprompts: {{kind: file, path: {tmp_path}/sums.jsonl}}\nproblems: 8\nsamples: 2\n"
+        f"name: sums\nprompts: {{kind: file, path: {directory}/sums.jsonl}}\nproblems: 8\nsamples: 2\n"
         'prompt_suffix: "\\n\\nBox it."\npublished:\n  Somebody: {pass@1: 55, cons@64: 60}\n'
     )
     return card

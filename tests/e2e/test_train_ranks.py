@@ -124,6 +124,7 @@ def test_sharded_means_that_a_rank_holds_half(student, tmp_path):
     assert all(0.45 < share < 0.55 for share in (*shares, *states))
 
 
+@pytest.mark.slow  # six processes that import torch
 def test_torchrun_may_start_the_processes(one, student, tmp_path):
     directory = begin(tmp_path / "run", student)
     recipe = tmp_path / "recipe.yaml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from distill.engine.kernels import w8a8
@@ -17,6 +18,11 @@ DEVICE = gpu.device()
 UNUSED_SLOTS = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ROWS = [1, 7, 129]
 CLOSE, CLOSE_BFLOAT16 = 1e-3, 1e-2
+
+
+def slow(*values: object) -> ParameterSet:
+    """A case for `make test-slow`: Triton's interpreter takes ten seconds and more for it."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

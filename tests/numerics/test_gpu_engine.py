@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engine_checks import engine_logits, engine_options, relative_error, some_tokens
+from gpu_checks import slow
 from random_models import CONFIGS, build
 
 from distill.engine import Completion, Engine, Request, SamplingParams
@@ -19,10 +20,11 @@ from distill.engine.graphs import DecodeGraphs
 gpu = pytest.importorskip("distill.engine.kernels.gpu", reason="triton is not installed: pip install triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # junk in slots that nobody fills
 
+OTHERS = ("v3-yarn", "v2", "v2-lite", "llama-mqa-biases", "qwen2")
 TINY_R1 = Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1"
 
 
-@pytest.mark.parametrize("name", ["v3-yarn", "v2", "v2-lite", "v32", "llama-mqa-biases", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["v32", "qwen3", *(slow(name) for name in OTHERS)])
 def test_float32_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     checkpoint = build(tmp_path, CONFIGS[name])
     engine = Engine.load(checkpoint.path, engine_options(kernels="cuda", cache_tokens=512))
@@ -32,8 +34,9 @@ def test_float32_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     assert error < 1e-4, what
 
 
-@pytest.mark.parametrize("cache", ["auto", "fp8"])
-@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize(
+    ("ue8m0", "cache"), [(True, "fp8"), slow(False, "auto"), slow(True, "auto"), slow(False, "fp8")]
+)
 def test_fp8_is_what_its_definition_says(ue8m0: bool, cache: Any, tmp_path: Path) -> None:
     """On a trained model, whose logits do not hang on single bits as random ones do."""
     path = Path(shutil.copytree(TINY_R1, tmp_path / "model"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_checks import CLOSE, CLOSE_BFLOAT16, DEVICE, ROWS, UNUSED_SLOTS, error, fp8, gpu, random
+from gpu_checks import CLOSE, CLOSE_BFLOAT16, DEVICE, ROWS, UNUSED_SLOTS, error, fp8, gpu, random, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,8 +52,11 @@ def test_slots_of_any_routing(pairs: list[int], rows: int) -> None:
     assert sorted(pair for pair in made.pair_s.tolist() if pair >= 0)[: len(pairs)] == list(range(len(pairs)))
 
 
-@pytest.mark.parametrize("t", ROWS)
-@pytest.mark.parametrize(("kind", "ue8m0"), [("even", False), ("even", True), ("empty", True), ("one", False)])
+@pytest.mark.parametrize(
+    ("t", "kind", "ue8m0"),
+    [(1, "even", False), (7, "one", False), (7, "even", True), (129, "empty", True)]
+    + [slow(t, kind, ue8m0) for t in ROWS for kind, ue8m0 in (("even", False), ("even", True), ("one", False))],
+)
 def test_experts(t: int, kind: str, ue8m0: bool) -> None:
     check_experts(t, kind, ue8m0, torch.bfloat16, shared=True)
 
@@ -129,8 +132,7 @@ def test_damaged_experts_are_named(what: str, resident: int) -> None:
         ("softmax", "best", 1, 1, 6, False, 1.0),
     ],
 )
-@pytest.mark.parametrize("experts", [16, 20])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("experts", "bias"), [(16, True), (20, False), slow(16, False), slow(20, True)])
 def test_route(options: tuple, experts: int, bias: bool) -> None:
     logits, bias_x = random(129, experts), random(experts, seed=1) if bias else None
     ours, theirs = gpu_moe.route(logits, bias_x, *options), reference.route(logits, bias_x, *options)

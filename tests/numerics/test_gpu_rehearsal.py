@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow  # a minute, in Triton's interpreter
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: run perf/gpu.py itself")
 def test_perf_gpu_runs_without_one(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed: pip install triton")

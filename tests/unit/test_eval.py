@@ -269,7 +269,7 @@ def test_an_evaluation_is_not_finished_while_it_is_extended(tmp_path, recipe):
         score(tmp_path, recipe, Scripted(knows, die_after=3), models=("teacher",), samples=2)
     assert not EvaluationPaths(tmp_path / "run/eval/sums/teacher").record.exists()
     with pytest.raises(
-        UserError, match=r"record\.json is missing; `distill eval .*recipe\.yaml --run-dir .*` makes it"
+        UserError, match=r"record\.json is missing; `distill eval .*recipe\.yaml --run-dir .*` recreates it"
     ):
         read_results(tmp_path / "run/eval/sums/teacher")
 
@@ -376,6 +376,9 @@ class Words:
 
     def prompt_ids(self, messages):
         return messages[-1]["content"].split()
+
+    def prompts_ids(self, conversations):
+        return map(self.prompt_ids, conversations)
 
     def text_ids(self, text):
         return text.split()

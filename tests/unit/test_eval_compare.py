@@ -1,27 +1,36 @@
 """`distill eval compare`: what it prints, what it refuses, what it must not count."""
 
 import json
+import shutil
 
 import pytest
-from eval_support import distill, right, server, sums, url
+from eval_support import distill, right, server, shared_sums, url
 
 from distill.artefacts import Comparison, Interval
 from distill.eval.compare import show
 from distill.evaluations import EvaluationPaths
 from distill.traces.ledger import Ledger
 
-__all__ = ["sums"]
+__all__ = ["shared_sums"]
 
 
-@pytest.fixture
-def two(sums, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def evaluated(shared_sums, tmp_path_factory):
     """Two evaluations: `a` is always right, `b` on six of eight problems."""
+    directory = tmp_path_factory.mktemp("evaluated")
     replies = {"a": right, "b": lambda q, seed: right(q, seed) if int(q.split()[2]) < 6 else ("no", "stop")}
     for name, reply in replies.items():
         with server(reply) as script:
-            asked = ["eval", "--model", url(script), "--benchmark", sums, "--out", tmp_path / name]
-            assert distill(monkeypatch, *asked) == 0
-    capsys.readouterr()
+            asked = ["eval", "--model", url(script), "--benchmark", shared_sums, "--out", directory / name]
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                assert distill(monkeypatch, *asked) == 0
+    return directory
+
+
+@pytest.fixture
+def two(evaluated, tmp_path):
+    """A copy of the two."""
+    shutil.copytree(evaluated, tmp_path, dirs_exist_ok=True)
     return tmp_path / "a", tmp_path / "b"
 
 
@@ -76,10 +85,22 @@ def test_a_changed_verdict_is_noticed(two, monkeypatch, capsys):
     assert "grades.jsonl has" in capsys.readouterr().err
 
 
-def test_only_what_scores_count_is_compared(two, sums, tmp_path, monkeypatch, capsys):
+def test_only_what_scores_count_is_compared(two, shared_sums, tmp_path, monkeypatch, capsys):
     """Fewer samples and problems are asked for later: the grades of the others stay, and are not counted."""
     with server(right) as script:
-        asked = ["eval", "--model", url(script), "--benchmark", sums, "--out", two[0], "--limit", 3, "--samples", 1]
+        asked = [
+            "eval",
+            "--model",
+            url(script),
+            "--benchmark",
+            shared_sums,
+            "--out",
+            two[0],
+            "--limit",
+            3,
+            "--samples",
+            1,
+        ]
         assert distill(monkeypatch, *asked) == 0 and script.asked == []
     assert len(EvaluationPaths(two[0] / "sums/scripted").grades.read_text().splitlines()) == 16
     file = tmp_path / "comparison.json"
@@ -93,9 +114,19 @@ def test_only_what_scores_count_is_compared(two, sums, tmp_path, monkeypatch, ca
     assert "5 problems that only one of them answered are left out" in printed
 
 
-def test_other_settings_are_named(two, sums, tmp_path, monkeypatch, capsys):
+def test_other_settings_are_named(two, shared_sums, tmp_path, monkeypatch, capsys):
     with server(right) as script:
-        asked = ["eval", "--model", url(script), "--benchmark", sums, "--out", tmp_path / "c", "--max-new-tokens", 99]
+        asked = [
+            "eval",
+            "--model",
+            url(script),
+            "--benchmark",
+            shared_sums,
+            "--out",
+            tmp_path / "c",
+            "--max-new-tokens",
+            99,
+        ]
         assert distill(monkeypatch, *asked) == 0
     capsys.readouterr()
     assert distill(monkeypatch, "eval", "compare", two[0], tmp_path / "c") == 0
@@ -119,7 +150,7 @@ def test_wrong_input_is_one_line(two, arguments, message, tmp_path, monkeypatch,
     assert message in error and error.count("\n") == 1
 
 
-def test_a_directory_with_several_models_wants_one_named(two, sums, monkeypatch, capsys):
+def test_a_directory_with_several_models_wants_one_named(two, monkeypatch, capsys):
     (two[0] / "sums" / "scripted").rename(two[0] / "sums" / "first")
     (two[1] / "sums" / "scripted").rename(two[0] / "sums" / "second")
     assert distill(monkeypatch, "eval", "compare", two[0], two[0]) == 2

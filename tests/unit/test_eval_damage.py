@@ -1,27 +1,38 @@
 """Files of `distill eval --model … --out DIR` that are damaged: the same command recreates them, and says so."""
 
 import json
+import shutil
+from functools import partial
 
 import pytest
-from eval_support import distill, right, scores, server, sums, url
+from eval_support import distill, right, scores, server, shared_sums, sums, url
 
 from distill.evaluations import EvaluationPaths, read_results
 from distill.traces.ledger import Ledger
 
-__all__ = ["sums"]
+__all__ = ["shared_sums", "sums"]
+
+
+def score(card, out, reply=right, *more):
+    """`distill eval --model` on a server; returns the number of requests."""
+    with server(reply) as script, pytest.MonkeyPatch.context() as monkeypatch:
+        asked = ["eval", "--model", url(script), "--benchmark", card, "--out", out]
+        assert distill(monkeypatch, *asked, *more) == 0
+        return len(script.asked)
 
 
 @pytest.fixture
-def command(sums, tmp_path, monkeypatch):
-    """`distill eval --model` on a server: a function that runs it and returns the number of requests."""
+def command(shared_sums, tmp_path):
+    """Scores in `tmp_path / "out"`."""
+    return partial(score, shared_sums, tmp_path / "out")
 
-    def run(reply=right, *more):
-        with server(reply) as script:
-            asked = ["eval", "--model", url(script), "--benchmark", sums, "--out", tmp_path / "out"]
-            assert distill(monkeypatch, *asked, *more) == 0
-            return len(script.asked)
 
-    return run
+@pytest.fixture(scope="module")
+def finished(shared_sums, tmp_path_factory):
+    """A finished evaluation, to copy."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert score(shared_sums, out) == 16
+    return out
 
 
 @pytest.mark.parametrize(
@@ -37,8 +48,8 @@ def command(sums, tmp_path, monkeypatch):
         ("record.json", "{}"),
     ],
 )
-def test_a_damaged_file_is_made_again(name, content, command, tmp_path, capsys):
-    assert command() == 16
+def test_a_damaged_file_is_made_again(name, content, finished, command, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "out")
     first, path = scores(tmp_path / "out"), tmp_path / "out" / "sums" / "scripted" / name
     path.unlink() if content is None else path.write_text(content)
     capsys.readouterr()
@@ -82,8 +93,8 @@ def test_damaged_samples_are_drawn_again(command, tmp_path):
     assert read_results(paths.root).scores.correct == 8
 
 
-def test_a_benchmark_with_answers_that_no_grader_reads_says_so(command, tmp_path, capsys):
+def test_a_benchmark_with_answers_that_no_grader_reads_says_so(sums, tmp_path, capsys):
     rows = [{"question": f"What is {n} + {n}?", "answer": "no number" if n == 3 else str(2 * n)} for n in range(8)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command()
+    score(sums, tmp_path / "out")
     assert "1 of 8 gold answers cannot be read by a grader, such as 'no number'" in capsys.readouterr().out
