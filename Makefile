@@ -23,7 +23,7 @@ test: .venv/installed-dev lint
 
 # What takes minutes and rarely breaks: run by hand before a release.
 test-slow: .venv/installed-dev
-	$(OFFLINE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m slow $(PYTEST_ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m slow $(PYTEST_ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)
