@@ -324,7 +324,7 @@ class Comparison(Artefact):
 
 
 class PublishedScores(Artefact):
-    """Scores that somebody published for a model: name (`pass@1`, `cons@64`) → share."""
+    """Published scores of a model: name (`pass@1`, `cons@64`) → share."""
 
     benchmark: str
     model: str

@@ -7,7 +7,7 @@ A run has three of them, and everything that needs one takes it from the `Run`:
               prompt, and the difference between their scores is the training
     student   the directory that training wrote; it carries its template
 
-Cards are parsed, weights hashed and tokenizers loaded when somebody first asks, and then kept: resolving by name in
+Cards are parsed, weights hashed and tokenizers loaded on first use and then kept: resolving by name in
 every stage cost a parse each, and two stages could disagree about one model.
 """
 

@@ -51,7 +51,7 @@ def run_recipe(
     for name in fresh:
         if name not in names:
             raise UserError(
-                f"--fresh {name} moves the output of {name} aside, and this command does not make it again; use "
+                f"--fresh {name} moves the output of {name} aside, and this command does not recreate it; use "
                 f"`distill {name} … --fresh {name}` or `distill run … --fresh {name}`"
             )
     if train.several():
@@ -103,7 +103,7 @@ def _look_ahead(run: Run, names: Sequence[str], fresh: Sequence[str]) -> None:
     if "train" in names and "train" in stay and (unfinished := _unfinished_before_training(run, names)):
         raise UserError(
             f"{run.directory}: stage {unfinished} has work left (a prompt limit or samples changed), and the student "
-            f"was trained on the traces that are there; --fresh train trains it anew on all of them, or choose another "
+            f"was trained on the traces that are there; --fresh train retrains it on all of them, or choose another "
             f"--run-dir"
         )
     for name in names:
@@ -115,7 +115,7 @@ def _look_ahead(run: Run, names: Sequence[str], fresh: Sequence[str]) -> None:
 
 
 def _lacks_output(run: Run, name: str) -> bool:
-    """Whether this recipe asks for more than a stage made; False where its input is gone and nobody can tell."""
+    """Whether this recipe asks for more than a stage made; False where that is unknown, because its input is gone."""
     try:
         return run.has_work_left(STAGES[name], STAGES[name].extent(run))
     except UserError:  # the stage is not run: a file of prompts that was moved since does not matter here

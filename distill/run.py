@@ -278,7 +278,7 @@ class Run:
         text = self.paths.recipe.read_bytes() if self.paths.recipe.is_file() else b""
         if identity is None or hashlib.sha256(text).hexdigest() != identity.recipe_sha256:
             name = self.paths.identity.name if identity is None else self.paths.recipe.name
-            say(f"{self.directory / name} was missing or changed; it is written again")
+            say(f"{self.directory / name} was missing or changed; rewriting it")
             self._write_identity()
 
     # ---- products
@@ -345,7 +345,7 @@ class Run:
         return read_identity(self.directory)
 
     def _refuse_foreign(self) -> None:
-        """Before the lock is taken, so that not even a lock file is left in somebody else's directory."""
+        """Before the lock is taken, so that not even a lock file is left in a directory that is not a run."""
         if not self.directory.exists():
             return
         identity = self.paths.identity

@@ -96,7 +96,7 @@ class Renderer:
             if reply is not None:
                 return reply
             code = process.wait()
-        except BaseException:  # interrupted in the middle: the reply that is on its way belongs to nobody
+        except BaseException:  # interrupted in the middle: the pending reply has no reader
             self.close()
             raise
         self.close()

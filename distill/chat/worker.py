@@ -144,7 +144,7 @@ def answer(request: dict[str, object], seconds: float, characters: int) -> dict[
                 raise jinja2.TemplateError(f"it renders {len(text):,} characters; at most {characters:,} are read")
             texts.append(text)
         return {"texts": texts}
-    except Exception as error:  # a template is somebody else's program: whatever it raises is its failure
+    except Exception as error:  # a template is untrusted code: whatever it raises is its own failure
         return {"error": described(error), "number": len(texts)}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -1,4 +1,4 @@
-"""pass@k and consensus as `evaluate` metrics, for use without a run: in a notebook, or on somebody else's samples.
+"""pass@k and consensus as `evaluate` metrics, for use without a run: in a notebook, or on samples from elsewhere.
 
     from distill.eval.metrics import ConsensusAtK, PassAtK
 

@@ -1,6 +1,6 @@
 """What the pipeline remembers of a trace: its verdicts and the few figures that later filters and the summary need.
 
-The text itself stays on the disk. One of these is one row of the verdict ledger.
+The text itself stays on the disk. Each is one row of the verdict ledger.
 """
 
 import hashlib

@@ -55,7 +55,7 @@ def parse(name: str) -> Hardware:
         gpu = ASSUMED[int(size[1])]
     elif gpu.lower() not in known:
         hint = did_you_mean(gpu, list(GPUS))
-        raise UserError(f"hardware {name!r}: unknown GPU {gpu}{hint}; known are {', '.join(GPUS)}")
+        raise UserError(f"hardware {name!r}: unknown GPU {gpu}{hint}; known GPUs: {', '.join(GPUS)}")
     gpu = known[gpu.lower()]
     memory, rate = GPUS[gpu]
     return Hardware(name, int(match["nodes"] or 1) * int(match["count"]), gpu, memory * 1e9, rate)

@@ -138,8 +138,8 @@ def _messages(row: dict[str, object], source: "FilePrompts | HubPrompts", where:
     for column in MEDIA:
         if row.get(column) and column not in (source.question, source.answer, source.system, *source.choices):
             raise UserError(
-                f"{where}: column {column} is not empty: the problem is not text alone, and text is all that a teacher "
-                f"here reads; remove such rows, or the column where it does not matter"
+                f"{where}: column {column} is not empty: teachers read text only; remove such rows, or the "
+                f"column where it does not matter"
             )
     question, messages = value_at(row, source.question), list[Message]()
     system = value_at(row, source.system) if source.system else None
@@ -232,7 +232,7 @@ def _with_choices_of(
     answer: str | None,
 ) -> tuple[tuple[Message, ...], str]:
     if answer is None:
-        raise UserError(f"{where}: column {source.answer} is empty; a question with choices needs the right one")
+        raise UserError(f"{where}: column {source.answer} is empty; a question with choices needs the correct choice")
     wrong = [_text_of_choice(value_at(row, column), column, where) for column in source.choices]
     if answer in wrong:
         raise UserError(f"{where}: the right answer is among the wrong choices too; correct or remove the row")

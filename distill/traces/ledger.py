@@ -126,7 +126,7 @@ class Ledger:
             where = "its last line" if number is None else f"line {number}"
             raise UserError(
                 f"{self.path}, {where}: damaged (its checksum does not match); delete this line and rerun the command "
-                f"that wrote it: it makes what is missing"
+                f"that wrote it, which regenerates what is missing"
             )
         row: Row = json.loads(text + b"}")
         return row

@@ -37,7 +37,7 @@ def open_part(path: Path) -> Iterator[pq.ParquetFile]:
             yield part
     except Damage as damage:
         raise UserError(
-            f"{path}: damaged ({damage}); delete it and rerun the command that wrote it: it makes what is missing"
+            f"{path}: damaged ({damage}); delete it and rerun the command that wrote it, which recreates it"
         ) from damage
 
 

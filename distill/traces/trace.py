@@ -3,7 +3,7 @@
 The raw text is kept as sampled; `reasoning` and `response` are views of it made once, when the trace is stored. Token
 ids are kept where the backend gives them, so that nothing downstream has to guess how the text was tokenised.
 
-A trace may come from a server or from somebody else's file, so its fields are checked when it is made: a value that the
+A trace may come from a server or from a foreign file, so its fields are checked when it is made: a value that the
 store cannot hold is refused with the field's name, before it is on the disk. Numbers inside the long lists of tokens
 are checked once, when the trace is stored (`Trace.check_tokens`), because reading makes a trace many times.
 """

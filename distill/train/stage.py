@@ -151,6 +151,6 @@ def kept_hash(run: Path) -> str:
     paths = RunPaths(run)
     record = StageRecord.read_if_there(paths.record("filter"), "run `distill filter --fresh filter` again")
     if record is None or record.finished is None or not paths.kept.is_dir():
-        raise UserError(f"{paths.kept} is not there: run `distill filter` first, training reads the traces it kept")
+        raise UserError(f"{paths.kept} is missing: run `distill filter` first, whose kept traces training reads")
     summary = FilterSummary.model_validate_json(json.dumps(record.summary))
     return f"{summary.kept:,} traces {summary.kept_hash}"

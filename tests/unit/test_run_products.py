@@ -163,6 +163,6 @@ def test_identity_and_recipe_are_written_again(
     with Run(done, recipe()) as run:
         run.restore_identity()
         run.restore_identity()
-    assert capsys.readouterr().out.replace("\n", " ").count("was missing or changed; it is written again") == 1
+    assert capsys.readouterr().out.replace("\n", " ").count("was missing or changed; rewriting it") == 1
     assert (done / "recipe.yaml").read_bytes() == before and read_recipe(done) == before.decode()
     assert redo(done) == set()
