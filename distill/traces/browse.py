@@ -18,6 +18,7 @@ from distill.traces.trace import Trace, Verdict
 
 WIDTH = 80
 KEPT, DROPPED, NOT_FILTERED, NOT_GRADED = "kept", "dropped", "not filtered", "not graded"
+NO_TRACES = "`distill generate RECIPE` makes those of a run"
 FOLDED_LINES = 4  # shown of a long reasoning, at its beginning and at its end
 
 
@@ -26,13 +27,20 @@ class Entry:
     """A trace, and what was decided about it.
 
     accepted: kept, or correct; None where nothing was decided yet. verdict: "kept", the first reason for dropping, or
-    the grade of an evaluation's answer. decisions: a line for each filter, or for the grade.
+    the grade of an evaluation's answer. decisions: a line for each filter, or for the grade. model: who wrote it.
     """
 
     trace: Trace
     accepted: bool | None
     verdict: str
     decisions: tuple[str, ...] = ()
+    model: str = "teacher"
+
+    @property
+    def length(self) -> str:
+        """Such as `57 teacher tokens`, or `40 words` where tokens were not counted."""
+        value, unit = self.trace.length
+        return f"{value:,} {unit.replace('teacher', self.model)}"
 
     def has_verdict(self, text: str) -> bool:
         """Whether the verdict begins with a text, in any case; "dropped" stands for all reasons for dropping."""
@@ -61,17 +69,19 @@ def entries(directory: Path) -> Iterator[Entry]:
         for trace in TraceStore(directory / "traces").iterate(tokens=False):
             yield Entry(trace, None, NOT_FILTERED)
     else:
-        raise UserError(f"{directory}: no traces yet; `distill generate RECIPE` makes them")
+        evaluation = next(directory.glob("**/scores.json"), None)
+        hint = f"give one of its evaluations, such as {evaluation.parent}" if evaluation else NO_TRACES
+        raise UserError(f"{directory}: no traces here; {hint}")
 
 
 def _answers(paths: EvaluationPaths) -> Iterator[Entry]:
     grades = read_grades(paths.grades)
     for trace in TraceStore(paths.traces).iterate(tokens=False):
         if (row := grades.get(trace.key)) is None:
-            yield Entry(trace, None, NOT_GRADED)
+            yield Entry(trace, None, NOT_GRADED, model=paths.root.name)
         else:
             decision = f"{row.verdict}: {row.reason}{_evidence(row.evidence)}"
-            yield Entry(trace, row.correct, row.verdict, (decision,))
+            yield Entry(trace, row.correct, row.verdict, (decision,), paths.root.name)
 
 
 def verdict_of(verdicts: Iterable[Verdict] | None) -> str:
@@ -110,8 +120,7 @@ def texts(entries: Iterable[Entry], whole: bool) -> Iterator[str]:
     entry = None
     for entry in entries:
         trace = entry.trace
-        length, unit = trace.length
-        head = f"{trace.prompt.id}, sample {trace.sample} · {entry.verdict} · {length:,} {unit}"
+        head = f"{trace.prompt.id}, sample {trace.sample} · {entry.verdict} · {entry.length}"
         yield f"{'─' * WIDTH}\n{head}\n\n"
         yield f"{trace.prompt.messages[-1]['content']}\n\n"
         if trace.prompt.answer is not None:
@@ -149,7 +158,7 @@ def differences(entries: Iterable[Entry], prompt: str) -> Iterator[str]:
 def _folded(text: str, whole: bool) -> str:
     lines = text.splitlines()
     hidden = len(lines) - 2 * FOLDED_LINES
-    if whole or hidden <= 0:
+    if whole or hidden <= 1:
         return text
     return "\n".join([*lines[:FOLDED_LINES], f"    … {hidden:,} lines; --whole shows them …", *lines[-FOLDED_LINES:]])
 

@@ -70,7 +70,9 @@ def test_the_answers_of_an_evaluation(tmp_path, monkeypatch, capsys):
             grades.append([row.to_row()])
     assert "  wrong: because wrong  extracted 41, gold 42, method boxed\n" in shown(monkeypatch, capsys, tmp_path)
     only = shown(monkeypatch, capsys, tmp_path, "--verdict", "Wrong")
-    assert "sample 1 · wrong" in only and "sample 0" not in only and "sample 2" not in only
+    assert (
+        f"sample 1 · wrong · 3 {tmp_path.name} tokens\n" in only and "sample 0" not in only and "sample 2" not in only
+    )
     counted = shown(monkeypatch, capsys, tmp_path, "--counts")
     assert [line.split() for line in counted.splitlines()[2:5]] == [
         ["correct", "1"],
@@ -79,6 +81,13 @@ def test_the_answers_of_an_evaluation(tmp_path, monkeypatch, capsys):
     ]
     difference = shown(monkeypatch, capsys, tmp_path, "--prompt", QUESTION.id, "--diff")
     assert "--- sample 0, correct" in difference and "+++ sample 1, wrong" in difference
+
+
+def test_a_directory_of_evaluations_names_one(tmp_path, monkeypatch, capsys):
+    place = tmp_path / "gsm8k" / "student"
+    place.mkdir(parents=True)
+    (place / "scores.json").write_text("{}")
+    assert f"give one of its evaluations, such as {place}" in shown(monkeypatch, capsys, tmp_path, code=2)
 
 
 def test_counts(run, monkeypatch, capsys):
@@ -134,7 +143,7 @@ def test_a_run_that_was_not_filtered(tmp_path, monkeypatch, capsys):
         (["RUN", "--diff"], "name it with --prompt ID"),
         (["RUN", "--diff", "--prompt", "zz"], "no trace of a prompt zz"),
         (["RUN/none"], "no such directory"),
-        (["EMPTY"], "no traces yet"),
+        (["EMPTY"], "no traces here; `distill generate RECIPE` makes"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, message, run, monkeypatch, capsys):
