@@ -28,7 +28,7 @@ from distill.artefacts import Artefact, EvalSummary, FilterSummary, GenerateSumm
 from distill.catalog import load_recipe
 from distill.config import did_you_mean, parse, read_yaml
 from distill.errors import UserError
-from distill.models import Model, Server
+from distill.models import Model, Server, teacher_of
 from distill.prompts.prompt import Message, Prompt, Task
 from distill.recipe import LocalEngine, Recipe, SamplingSettings
 from distill.record import StageRecord, read_recipe
@@ -342,8 +342,7 @@ def _resolved(
         return Model(server_model or "model", server), SamplingSettings()
     if name in catalog.entries("teacher") or Path(name).suffix in (".yaml", ".yml"):
         card = catalog.load_teacher(name)
-        place = catalog.resolve_weights("teacher", name)
-        return Model(card.name, place, thinking=card.thinking if thinking is None else thinking), card.sampling
+        return teacher_of(card.name, name, thinking=thinking), card.sampling
     if name in catalog.entries("student"):
         student = catalog.load_student(name)
         place = catalog.resolve_weights("student", name)

@@ -20,7 +20,7 @@ from distill.config import did_you_mean, parse, read_yaml
 from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.prompts import PromptCounts, load_prompts
-from distill.recipe import BenchmarkCard, Recipe, StudentCard, TeacherCard
+from distill.recipe import BenchmarkCard, Recipe, StudentCard, TeacherCard, TeacherServer
 from distill.recipe.sources import MixedSource, PromptSource, TraceSource
 from distill.section import Section
 
@@ -195,7 +195,15 @@ def check_recipe(
     """
     teacher, student = load_teacher(recipe.teacher), load_student(recipe.student)
     notes = []
+    server = server_of(recipe)
+    if server is not None and recipe.train.objective.teacher_top_k is not None:
+        raise UserError(
+            f"train.objective.kind {recipe.train.objective.kind} reads the teacher's probabilities, which needs its "
+            f"weights on this machine: remove `server`, or set train.objective.kind to `sft`"
+        )
     for kind in weights:
+        if kind == "teacher" and server is not None:
+            continue
         notes += _check_weights(kind, recipe.teacher if kind == "teacher" else recipe.student)
     for name in recipe.eval.benchmarks:
         load_benchmark(name)
@@ -214,6 +222,11 @@ def check_recipe(
     return notes
 
 
+def server_of(recipe: Recipe) -> TeacherServer | None:
+    """The server that has a recipe's teacher: the recipe's, or its card's; None is the local engine."""
+    return recipe.server or load_teacher(recipe.teacher).server
+
+
 def training_template(recipe: Recipe) -> str | None:
     """The chat template a student is trained with: the recipe's, or its card's; None is the checkpoint's own."""
     return recipe.train.chat_template or load_student(recipe.student).chat_template
@@ -230,6 +243,8 @@ def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> P
     card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
     card_file = find(kind, name_or_path)
     directory = _local_weights(card, card_file)
+    if card.weights is None:
+        raise UserError(f"{card_file} names a server and no weights; set `weights:` to use {card.name} on this machine")
     if directory is None:
         directory = _download(card.weights, card.revision, kind, name_or_path)
     if problem := model_files.first_problem(directory):
@@ -238,7 +253,10 @@ def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> P
 
 
 def _local_weights(card: TeacherCard | StudentCard, card_file: Path) -> Path | None:
-    """The directory that `weights` names, or None for a hub id: `owner/name` where no such directory exists."""
+    """The directory that `weights` names; None for a hub id (`owner/name` where no such directory exists), and for a
+    teacher that has a server only."""
+    if card.weights is None:
+        return None
     try:
         return model_files.find_directory(card.weights, card_file.parent)
     except UserError as error:

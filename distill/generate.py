@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from distill import backends
+from distill import backends, catalog
 from distill.artefacts import Drafts, GenerateSummary, Settings
 from distill.backends import SamplingParams
 from distill.backends.collect import check_all, collect, missing
@@ -44,15 +44,20 @@ class Generate(Stage[GenerateSummary]):
     summary = GenerateSummary
 
     def recipe_settings(self, recipe: "Recipe") -> Settings:
-        """What decides the traces, besides the teacher's weights."""
-        return recipe.generate_settings()
+        """What decides the traces, besides the teacher's weights; of a local one, how the engine computes."""
+        settings = recipe.generate_settings()
+        if recipe.traces or catalog.server_of(recipe) is not None:
+            return settings
+        return settings | recipe.engine_settings()
 
     def settings(self, run: "Run") -> Settings:
-        """The recipe's settings, the teacher's identity and the kind of device."""
+        """The recipe's settings, the teacher's identity and, of a local one, the kind of device."""
         settings = self.recipe_settings(run.recipe)
         if run.recipe.traces:
             return settings
         settings |= {f"teacher.{key}": value for key, value in run.models.teacher.identity.items()}
+        if run.models.teacher.is_remote:
+            return settings
         return settings | {"engine.device": device_type(run.recipe.engine.device)}
 
     def extent(self, run: "Run") -> Settings:

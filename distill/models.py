@@ -2,7 +2,7 @@
 
 A run has three of them, and everything that needs one takes it from the `Run`:
 
-    teacher   the card's weights, in the card's thinking mode
+    teacher   the card's weights or server, in the card's thinking mode
     base      the student before training, asked with the training template: base and student then read the very same
               prompt, and the difference between their scores is the training
     student   the directory that training wrote; it carries its template
@@ -11,6 +11,8 @@ Cards are parsed, weights hashed and tokenizers loaded on first use and then kep
 every stage cost a parse each, and two stages could disagree about one model.
 """
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,19 +23,55 @@ from pydantic import JsonValue
 from distill import catalog
 from distill.errors import UserError
 from distill.fingerprint import digest, weights_hash
+from distill.recipe.server import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from distill.chat import Chat
-    from distill.recipe import Recipe, StudentCard, TeacherCard
+    from distill.recipe import Recipe, StudentCard, TeacherCard, TeacherServer
 
 
 @dataclass(frozen=True)
 class Server:
-    """An OpenAI-compatible address. model: its name there. key: never shown."""
+    """An OpenAI-compatible address.
+
+    model: its name there; None where the only one is meant. key: never shown. key_variable: the environment variable
+    that it came from. concurrency: requests under way at once; None leaves it to the caller. extra_body: further fields
+    of every request.
+    """
 
     url: str
     model: str | None = None
     key: str | None = field(default=None, repr=False)
+    key_variable: str = KEY_VARIABLE
+    concurrency: int | None = None
+    extra_body: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, server: "TeacherServer", thinking: bool | None) -> "Server":
+        """The server that a recipe or a card names. thinking: sent as the variables that templates read.
+
+        Errors: UserError when the variable with the key is not set; the default one may be missing.
+        """
+        key = os.environ.get(server.api_key_env)
+        if not key and server.api_key_env != KEY_VARIABLE:
+            raise UserError(
+                f"server.api_key_env: the environment variable {server.api_key_env} is not set; "
+                f"export {server.api_key_env}=… with the API key"
+            )
+        body = dict(server.extra_body)
+        if thinking is not None:
+            variables = body.get("chat_template_kwargs")
+            chosen = variables if isinstance(variables, dict) else {}
+            body["chat_template_kwargs"] = {"thinking": thinking, "enable_thinking": thinking} | chosen
+        return cls(server.url, server.model, key, server.api_key_env, server.concurrency, body)
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        """What decides the answers: the model and the fields of the request. The address is no part of it."""
+        identity: dict[str, JsonValue] = {"model": self.model}
+        if self.extra_body:
+            identity["extra_body"] = dict(self.extra_body)
+        return identity
 
 
 @dataclass(eq=False)
@@ -45,6 +83,11 @@ class Model:
     place: Path | Server
     template: str | None = None
     thinking: bool | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is behind a server."""
+        return isinstance(self.place, Server)
 
     @property
     def directory(self) -> Path:
@@ -62,7 +105,7 @@ class Model:
         """What the fingerprint of a stage says of the model: weights, the template where it is not the directory's own,
         and the mode where one was chosen. The address of a server is no part of it."""
         if isinstance(self.place, Server):
-            return {"model": self.place.model}
+            return self.place.identity
         from distill.chat import read_template
 
         template = digest(read_template(self.template)) if self.template else "own"
@@ -75,6 +118,18 @@ class Model:
         from distill.chat import Chat
 
         return Chat.load(self.directory, self.template, self.thinking)
+
+
+def teacher_of(name: str, card_name: str, server: "TeacherServer | None" = None, thinking: bool | None = None) -> Model:
+    """The model of a teacher card. server: in place of the card's. thinking: in place of the card's mode.
+
+    Errors: as `Models.teacher`.
+    """
+    card = catalog.load_teacher(card_name)
+    mode = card.thinking if thinking is None else thinking
+    if (server := server or card.server) is not None:
+        return Model(name, Server.of(server, mode))
+    return Model(name, catalog.resolve_weights("teacher", card_name), thinking=mode)
 
 
 class Models:
@@ -95,9 +150,11 @@ class Models:
 
     @cached_property
     def teacher(self) -> Model:
-        """The teacher; a hub id is downloaded first. Errors: UserError when its weights are not complete."""
-        place = catalog.resolve_weights("teacher", self._recipe.teacher)
-        return Model("teacher", place, thinking=self.teacher_card.thinking)
+        """The teacher, behind a server or in a directory; a hub id is downloaded first.
+
+        Errors: UserError when its weights are not complete, or its server's key is missing.
+        """
+        return teacher_of("teacher", self._recipe.teacher, self._recipe.server)
 
     @cached_property
     def base(self) -> Model:

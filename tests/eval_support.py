@@ -23,6 +23,7 @@ class Script(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(asked)
+        self.server.keys.append(self.headers["Authorization"])
         made = self.server.reply(asked["messages"][-1]["content"], asked["seed"])
         if isinstance(made, int):
             self.send_json({"error": {"message": "scripted"}}, made)
@@ -57,7 +58,7 @@ class Script(BaseHTTPRequestHandler):
 @contextmanager
 def server(reply) -> Iterator[ThreadingHTTPServer]:
     made = ThreadingHTTPServer(("127.0.0.1", 0), Script)
-    made.reply, made.asked = reply, []
+    made.reply, made.asked, made.keys = reply, [], []
     made.handle_error = lambda *_: None  # of clients that hang up
     thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()

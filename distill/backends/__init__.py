@@ -29,7 +29,7 @@ def open(model: Model, engine: LocalEngine, max_batch: int = 128) -> Iterator[Ba
     if isinstance(model.place, Server):
         from distill.backends.remote import RemoteBackend
 
-        backend = RemoteBackend.connect(model.place, max_batch)
+        backend = RemoteBackend.connect(model.place, model.place.concurrency or max_batch)
     else:
         from distill.backends.local import LocalBackend
 

@@ -12,11 +12,11 @@ raised: their answers are paid for.
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import httpx2
-from pydantic import JsonValue
 
 from distill.backends.backend import Completed, Job, Usage
 from distill.backends.reply import Unreadable, read_model_names, read_reply
@@ -43,17 +43,18 @@ KEPT = "finished samples are stored, run the same command to continue"
 
 
 class RemoteBackend:
-    """One model of a server. concurrency: requests under way at once. Errors: UserError for a key or an address that
-    cannot be used."""
+    """One model of a server, whose name is known. concurrency: requests under way at once. Errors: UserError for a key
+    or an address that cannot be used."""
 
     max_context: int | None = None
     numerics: dict[str, str] = {"kernels": "server"}  # noqa: RUF012  what else decides the numbers is not known
 
-    def __init__(self, url: str, model: str, concurrency: int = 64, key: str | None = None) -> None:
-        self.url, self.model, self.concurrency = checked_url(url), model, concurrency
-        self.identity: dict[str, JsonValue] = {"model": model}
+    def __init__(self, server: Server, concurrency: int = 64) -> None:
+        self.url, self.model, self.concurrency = checked_url(server.url), server.model or "", concurrency
+        self.identity = server.identity
         self.usage = Usage()
-        self._secrets = Secrets(url, key)
+        self._extra = dict(server.extra_body)
+        self._secrets = Secrets(server.url, server.key, server.key_variable)
 
     @classmethod
     def connect(cls, server: Server, concurrency: int = 64) -> "RemoteBackend":
@@ -61,14 +62,17 @@ class RemoteBackend:
 
         Errors: UserError when no server answers, it rejects the key, or it does not have the model.
         """
-        backend = cls(server.url, server.model or "", concurrency, server.key)
+        backend = cls(server, concurrency)
         where, names = shown_url(server.url), backend._model_names()
         model = names[0] if server.model is None and len(names) == 1 else server.model
         if model is None or (names and model not in names):
             problem = "several models" if model is None else f"no model {model!r}"
             choices = ", ".join(names) or "none"
-            raise UserError(f"{where}: the server has {problem}; choose one with --name: {backend._hide(choices)}")
-        return cls(server.url, model, concurrency, server.key)
+            raise UserError(
+                f"{where}: the server has {problem}; choose one with --name, or in a recipe with "
+                f"server.model: {backend._hide(choices)}"
+            )
+        return cls(replace(server, model=model), concurrency)
 
     def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
         """Nothing: the server knows its context, and refuses what does not fit."""
@@ -163,7 +167,7 @@ class RemoteBackend:
             top_p=sampling.top_p,
             max_tokens=sampling.max_new_tokens,
             seed=int(digest([seed, prompt.id, sample]), 16) % 2**31,
-            extra_body={"top_k": sampling.top_k} if sampling.top_k else None,
+            extra_body=(({"top_k": sampling.top_k} if sampling.top_k else {}) | self._extra) or None,
         )
         body: bytes = reply.http_response.content
         return body
@@ -219,7 +223,8 @@ class RemoteBackend:
         return WorkError(f"the server failed: {reason}; {KEPT}")
 
     def _rejected(self, error: "OpenAIError") -> str:
-        return f"the server rejected the key ({self._secrets.reason(error)}); set OPENAI_API_KEY to a valid one"
+        reason, variable = self._secrets.reason(error), self._secrets.variable
+        return f"the server rejected the key ({reason}); set {variable} to a valid one"
 
     def _hide(self, text: str) -> str:
         return self._secrets.hide(text)

@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from distill.chat import THINK
+from distill.chat import END_THINK, THINK
 
 GAVE_UP = "insufficient_system_resource"  # DeepSeek's finish reason for an answer that it did not complete
 MOST_TOKENS = 2**31 - 1  # that a trace can store
@@ -109,7 +109,10 @@ def _count(value: object) -> int | None:
 
 
 def _joined(reasoning: str, content: str) -> str:
+    """The text with both tags: a template may have opened the reasoning in the prompt, and a reasoning parser may have
+    taken the tags away."""
     if not reasoning:
-        return content
+        head, closed, _ = content.partition(END_THINK)
+        return f"{THINK}\n{content}" if closed and THINK not in head else content
     closed = f"\n</think>\n\n{content}" if content else ""
     return f"{THINK}\n{reasoning.strip()}{closed}"

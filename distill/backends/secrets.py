@@ -7,6 +7,7 @@ import re
 from urllib.parse import quote, quote_plus, urlsplit, urlunsplit
 
 from distill.errors import UserError
+from distill.recipe.server import KEY_VARIABLE
 
 HIDDEN = "***"
 SHORTEST = 6  # characters; shorter keys ("none", "x") are placeholders, and would blank out parts of words
@@ -14,15 +15,15 @@ MESSAGE_LENGTH = 200  # characters of another program's message that ours repeat
 
 
 class Secrets:
-    """A key, and the credentials of an address (`https://user:password@host/v1`).
+    """A key, and the credentials of an address (`https://user:password@host/v1`). variable: where the key came from.
 
     Errors: UserError for a key that no HTTP header can carry.
     """
 
-    def __init__(self, url: str, key: str | None) -> None:
-        self.key = (key or "").strip()
+    def __init__(self, url: str, key: str | None, variable: str = KEY_VARIABLE) -> None:
+        self.key, self.variable = (key or "").strip(), variable
         if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
-            raise UserError("OPENAI_API_KEY holds spaces or characters outside ASCII; set it to the key alone")
+            raise UserError(f"{variable} holds spaces or characters outside ASCII; set it to the key alone")
         secrets = {self.key, *_credentials(url)}
         forms = {form for secret in secrets if len(secret) >= SHORTEST for form in _forms(secret)}
         longest_first = sorted(forms, key=len, reverse=True)

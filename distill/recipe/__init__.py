@@ -18,6 +18,7 @@ from distill.recipe.evaluate import Eval
 from distill.recipe.filter import Filter
 from distill.recipe.generate import Generate, LocalEngine
 from distill.recipe.sampling import SamplingSettings
+from distill.recipe.server import TeacherServer
 from distill.recipe.sources import PromptSource, TraceSource
 from distill.recipe.train import Train
 from distill.section import Free, Section
@@ -36,6 +37,7 @@ __all__ = [
     "SamplingSettings",
     "StudentCard",
     "TeacherCard",
+    "TeacherServer",
     "Train",
     "recipe_schema",
 ]
@@ -55,6 +57,9 @@ class Recipe(Section):
     prompts: tuple[PromptSource, ...] = Field((), description="where the problems come from")
     traces: tuple[TraceSource, ...] = Field((), description="published traces, instead of asking the teacher")
     engine: LocalEngine = LocalEngine()
+    server: TeacherServer | None = Field(
+        None, description="server that has the teacher, in place of the card's; null: the card's, else the local engine"
+    )
     generate: Generate = Generate()
     filter: Filter = Filter()
     train: Train = Train()
@@ -70,10 +75,10 @@ class Recipe(Section):
         return self
 
     def generate_settings(self) -> dict[str, Any]:
-        """What decides the traces, beside the teacher's weights."""
+        """What decides the traces, beside the teacher and how it computes."""
         if self.traces:
             return {key: value for i, source in enumerate(self.traces) for key, value in _keyed(f"traces.{i}", source)}
-        settings = self.generate.settings() | {"seed": self.seed} | self.engine_settings()
+        settings = self.generate.settings() | {"seed": self.seed}
         for i, source in enumerate(self.prompts):
             settings |= {f"prompts.{i}.{key}": value for key, value in source.settings().items()}
         return settings

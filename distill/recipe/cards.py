@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from distill.engine.families import FAMILIES
 from distill.recipe.sampling import SamplingSettings
+from distill.recipe.server import TeacherServer
 from distill.recipe.sources import PromptSource
 from distill.section import Section
 
@@ -32,13 +33,16 @@ StudentFamily = Annotated[
 
 
 class TeacherCard(Section):
-    """A teacher model: its weights and published figures."""
+    """A teacher model: its weights or its server, and published figures."""
 
     name: str
     description: str = ""
     family: TeacherFamily = Field(description="model architecture: `model_type` in its config.json")
-    weights: str = Field(description="id on the Hugging Face Hub, or a directory relative to the card")
+    weights: str | None = Field(
+        None, description="id on the Hugging Face Hub, or a directory relative to the card; null: it has a server only"
+    )
     revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the newest commit")
+    server: TeacherServer | None = Field(None, description="server that has the teacher; null: the local engine")
     parameters: float = Field(description="total parameters, in billions")
     active_parameters: float = Field(description="parameters active for one token, in billions")
     context: int = Field(description="maximum sequence length, in tokens")
@@ -48,6 +52,12 @@ class TeacherCard(Section):
         None, description="thinking mode of a chat template that has two; null: the template's default"
     )
     sampling: SamplingSettings = Field(SamplingSettings(), description="sampling that the publisher recommends")
+
+    @model_validator(mode="after")
+    def answers_somewhere(self) -> "TeacherCard":
+        if self.weights is None and self.server is None:
+            raise ValueError("one of `weights` and `server` is needed")
+        return self
 
 
 class Architecture(Section):

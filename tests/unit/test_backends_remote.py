@@ -303,9 +303,12 @@ def test_a_list_of_models_that_cannot_be_read(data: bytes) -> None:
 def test_the_model_is_chosen_by_name() -> None:
     two = (200, JSON, body({"data": [{"id": "a"}, {"id": "b"}]}))
     with server(lambda *_: (200, JSON, body(chat())), two) as made:
-        with pytest.raises(UserError, match=r"several models; choose one with --name: a, b"), opened(made):
+        with pytest.raises(UserError, match=r"several models; choose one with --name, or .*: a, b"), opened(made):
             pass
-        with pytest.raises(UserError, match=r"no model 'c'; choose one with --name: a, b"), opened(made, name="c"):
+        with (
+            pytest.raises(UserError, match=r"no model 'c'; choose one with --name, or .*: a, b"),
+            opened(made, name="c"),
+        ):
             pass
         with opened(made, name="b") as backend:
             assert backend.identity == {"model": "b"}

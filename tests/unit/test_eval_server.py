@@ -13,6 +13,7 @@ from eval_support import Script, distill, right, scores, server, sums, url
 from distill.backends import Completed, Job, SamplingParams
 from distill.backends.remote import RemoteBackend
 from distill.errors import WorkError
+from distill.models import Server
 from distill.prompts import Prompt
 
 __all__ = ["sums"]
@@ -70,7 +71,7 @@ def test_what_ended_beside_a_failure_is_kept():
     kept = []
     with pytest.raises(WorkError, match="down"):
         job = Job(Prompt.from_question("q", "1"), tuple(range(10)))
-        for done in Failing("http://127.0.0.1:9/v1", "m", 10).complete([job], SamplingParams(), 0):
+        for done in Failing(Server("http://127.0.0.1:9/v1", "m"), 10).complete([job], SamplingParams(), 0):
             kept.append(done.sample)
     assert sorted(kept) == list(range(1, 10))
 

@@ -1,0 +1,32 @@
+"""`server:` in a recipe or a teacher card: the teacher is asked through an address instead of the local engine."""
+
+from typing import Annotated
+
+from pydantic import Field, JsonValue
+
+from distill.section import Free, Section
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+class TeacherServer(Section):
+    """An OpenAI-compatible server that has the teacher: vLLM, SGLang, llama.cpp or an API.
+
+    The address, the key and the concurrency do not decide the traces: a run may move to another server of the same
+    model.
+    """
+
+    url: Annotated[str, Free] = Field(description="base address, such as http://localhost:8000/v1")
+    model: str = Field(min_length=1, description="name of the model on the server")
+    api_key_env: Annotated[str, Free] = Field(
+        KEY_VARIABLE,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable with the API key; the key itself is in no file",
+    )
+    concurrency: Annotated[int | None, Free] = Field(
+        None, ge=1, description="requests under way at once; null: `generate.max_batch` or `eval.max_batch`"
+    )
+    extra_body: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="further fields of every request, such as `chat_template_kwargs`, as the server documents them",
+    )
