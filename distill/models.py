@@ -23,7 +23,7 @@ from pydantic import JsonValue
 from distill import catalog
 from distill.errors import UserError
 from distill.fingerprint import digest, weights_hash
-from distill.recipe.server import KEY_VARIABLE
+from distill.recipe.server import KEY_VARIABLE, SILENCE
 
 if TYPE_CHECKING:
     from distill.chat import Chat
@@ -35,7 +35,8 @@ class Server:
     """An OpenAI-compatible address.
 
     model: its name there; None where the only one is meant. key: never shown. key_variable: the environment variable
-    that it came from. concurrency: requests under way at once; None leaves it to the caller. extra_body: further fields
+    that it came from. concurrency: requests under way at once; None leaves it to the caller. stream: whether tokens are
+    sent as they are sampled. silence: seconds without one after which a request has failed. extra_body: further fields
     of every request.
     """
 
@@ -44,6 +45,8 @@ class Server:
     key: str | None = field(default=None, repr=False)
     key_variable: str = KEY_VARIABLE
     concurrency: int | None = None
+    stream: bool = True
+    silence: float = SILENCE
     extra_body: Mapping[str, JsonValue] = field(default_factory=dict)
 
     @classmethod
@@ -63,7 +66,16 @@ class Server:
             variables = body.get("chat_template_kwargs")
             chosen = variables if isinstance(variables, dict) else {}
             body["chat_template_kwargs"] = {"thinking": thinking, "enable_thinking": thinking} | chosen
-        return cls(server.url, server.model, key, server.api_key_env, server.concurrency, body)
+        return cls(
+            server.url,
+            server.model,
+            key,
+            server.api_key_env,
+            concurrency=server.concurrency,
+            stream=server.stream,
+            silence=server.silence,
+            extra_body=body,
+        )
 
     @property
     def identity(self) -> dict[str, JsonValue]:

@@ -55,9 +55,13 @@ class Script(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 256  # connections that arrive together; beyond, the kernel resets them
+
+
 @contextmanager
 def server(reply) -> Iterator[ThreadingHTTPServer]:
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Script)
+    made = Server(("127.0.0.1", 0), Script)
     made.reply, made.asked, made.keys = reply, [], []
     made.handle_error = lambda *_: None  # of clients that hang up
     thread = threading.Thread(target=made.serve_forever, daemon=True)

@@ -61,9 +61,13 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Listening(ThreadingHTTPServer):
+    request_queue_size = 256  # connections that arrive together; beyond, the kernel resets them
+
+
 @contextmanager
 def server(reply: Callable[[int, Handler], Answer], models: Answer | None = None) -> Iterator[ThreadingHTTPServer]:
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made = Listening(("127.0.0.1", 0), Handler)
     made.reply, made.asked, made.lock = reply, [], threading.Lock()
     made.models = models or (200, JSON, body({"object": "list", "data": [{"id": "m"}]}))
     made.handle_error = lambda *_: None  # of clients that hang up

@@ -6,11 +6,14 @@ a hash of (seed, prompt, sample), so that a server that honours it repeats itsel
 identity: a run may move to another server of the same model.
 
 Replies are read as bytes and checked (`reply.py`) rather than as the client library's objects, which hold whatever the
-server sent. When a request fails for good, the others that are under way are waited for, briefly, before the error is
-raised: their answers are paid for.
+server sent. A sample that fails for good does not end the others: they go on, and the error is raised at the end. Only
+a failure that all of them share (a rejected key, several failures in a row) stops the work; the requests under way are
+then waited for, briefly, as their answers are paid for. The client library's own retries are off, because they hide
+that the server is busy (`pacing.py`).
 """
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -19,8 +22,10 @@ from typing import TYPE_CHECKING
 import httpx2
 
 from distill.backends.backend import Completed, Job, Usage
-from distill.backends.reply import Unreadable, read_model_names, read_reply
+from distill.backends.pacing import Pace, pause, retry_after
+from distill.backends.reply import Reply, Unreadable, read_model_names, read_reply
 from distill.backends.secrets import Secrets, checked_url, shown_url
+from distill.backends.stream import Stream
 from distill.engine.options import SamplingParams
 from distill.errors import UserError, WorkError
 from distill.fingerprint import digest
@@ -29,16 +34,19 @@ from distill.prompts.prompt import Prompt
 from distill.traces.trace import Trace
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI, OpenAIError
+    from openai import APIStatusError, AsyncOpenAI, OpenAIError
 
-RETRIES = 5  # with growing pauses: when a server is busy, restarts, drops a connection or sends no answer
-FIRST_PAUSE = 2.0  # seconds
+RETRIES = 8  # with growing pauses: when a server is busy, restarts, drops a connection or sends no answer
+IN_A_ROW = 5  # samples that fail for good, with no answer between them: the server is down
 TIMEOUT = 3600.0  # seconds for one sample: 32,768 tokens at 10 a second
 CONNECT_TIMEOUT = 30.0  # seconds for the list of models
 GRACE = 10.0  # seconds that other requests under way get after one has failed for good
 REPLY_BYTES = 32 << 20  # of one reply; an answer of 32,768 tokens has about 200 kB
 REFUSED = range(400, 500)  # statuses of requests that would be refused again …
-AGAIN = (408, 409, 429)  # … except these
+AGAIN = (408, 409, 425, 429)  # … except these
+BUSY = (429, 503, 529)
+REDIRECTS = range(300, 400)  # not followed: a key must not reach another host
+SHARED = (401, 402, 403, 404, *REDIRECTS)  # the key, the account, the model, the address: every request would get it
 KEPT = "finished samples are stored, run the same command to continue"
 
 
@@ -52,7 +60,7 @@ class RemoteBackend:
     def __init__(self, server: Server, concurrency: int = 64) -> None:
         self.url, self.model, self.concurrency = checked_url(server.url), server.model or "", concurrency
         self.identity = server.identity
-        self.usage = Usage()
+        self.server, self.usage = server, Usage()
         self._extra = dict(server.extra_body)
         self._secrets = Secrets(server.url, server.key, server.key_variable)
 
@@ -87,90 +95,113 @@ class RemoteBackend:
     def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Iterator[Completed]:
         """Yield every wanted sample once, as it finishes.
 
-        Errors: UserError when the server refuses a request or the key; WorkError, after retries, when it fails. Answers
-        that arrive within `GRACE` seconds of the error are yielded before it is raised.
+        Errors, when all others are finished: UserError for a request that the server refuses; WorkError for one that
+        failed after retries. At once: UserError for a key, an account or a model that it refuses; WorkError after
+        `IN_A_ROW` failures; answers that arrive within `GRACE` seconds are yielded before that.
         """
         wanted = ((job.prompt, sample) for job in jobs for sample in job.samples)
         running: set[asyncio.Task[Completed]] = set()
-        failure: BaseException | None = None
-        deadline = 0.0
+        pace, failures = Pace(self.concurrency), _Failures()
         with asyncio.Runner() as runner:
-            loop, client = runner.get_loop(), self._client(TIMEOUT)
+            silence = self.server.silence if self.server.stream else TIMEOUT
+            loop, client = runner.get_loop(), self._client(silence, retries=0)
             try:
                 while True:
-                    room = 0 if failure else self.concurrency - len(running)
-                    for prompt, sample in islice(wanted, room):
-                        running.add(loop.create_task(self._sample(client, prompt, sample, sampling, seed)))
+                    room = 0 if failures.stopped else pace.limit - len(running)
+                    for prompt, sample in islice(wanted, max(0, room)):
+                        running.add(loop.create_task(self._sample(client, prompt, sample, sampling, seed, pace)))
                     if not running:
                         break
-                    timeout = max(0.0, deadline - loop.time()) if failure else None
+                    timeout = max(0.0, failures.deadline - loop.time()) if failures.stopped else None
                     waiting = asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                     done, running = loop.run_until_complete(waiting)
                     if not done:
                         break
                     for task in done:
-                        if (error := task.exception()) is None:
+                        if (error := task.exception()) is not None:
+                            failures.add(error, loop.time())
+                        else:
+                            failures.in_a_row = 0
                             yield task.result()
-                        elif failure is None:
-                            failure, deadline = error, loop.time() + GRACE
             finally:
                 for task in running:
                     task.cancel()
                 runner.run(client.close())
-        if failure is not None:
-            raise failure
+        failures.raise_first()
 
     async def _sample(
-        self, client: "AsyncOpenAI", prompt: Prompt, sample: int, sampling: SamplingParams, seed: int
+        self, client: "AsyncOpenAI", prompt: Prompt, sample: int, sampling: SamplingParams, seed: int, pace: Pace
     ) -> Completed:
-        """One answer. Errors: UserError, WorkError."""
+        """One answer. Errors: UserError and WorkError, as `_OneSample` where they say nothing about other samples."""
         import openai
 
-        pause, problem = FIRST_PAUSE, ""
-        for left in reversed(range(RETRIES + 1)):
+        loop, draw = asyncio.get_running_loop(), random.Random(f"{prompt.id} {sample}")
+        failure: UserError | WorkError | None = None
+        for attempt in range(RETRIES + 1):
+            sent, wait = loop.time(), None
             try:
                 async with asyncio.timeout(TIMEOUT):
-                    body = await self._ask(client, prompt, sample, sampling, seed)
-                reply = read_reply(body)
+                    reply = await self._ask(client, prompt, sample, sampling, seed)
             except Unreadable as error:
-                problem = str(error)
+                failure = WorkError(
+                    f"the server failed: its answers are empty or unreadable ({error}), as they may be under load; "
+                    f"{KEPT}"
+                )
             except _TooLarge as error:
-                raise WorkError(f"the server failed: {error}; {KEPT}") from error
+                raise _OneSample(WorkError(f"the server failed: {error}; {KEPT}")) from error
             except TimeoutError:
-                raise WorkError(f"the server sent no answer within {TIMEOUT:,.0f} seconds; {KEPT}") from None
-            except openai.OpenAIError as error:
-                raise self._error(error, prompt) from error
+                late = WorkError(f"the server sent no answer within {TIMEOUT:,.0f} seconds; {KEPT}")
+                raise _OneSample(late) from None
+            except openai.APIStatusError as error:
+                failure = self._error(error, prompt)
+                if error.status_code in SHARED:
+                    raise failure from error
+                if isinstance(failure, UserError):
+                    raise _OneSample(failure) from error
+                wait = retry_after(error.response.headers)
+                if error.status_code in BUSY:
+                    pace.busy(sent, loop.time())
+            except (openai.OpenAIError, httpx2.HTTPError) as error:
+                failure = self._error(error, prompt)
             else:
+                pace.answered()
                 self._count(reply.prompt_tokens, reply.completion_tokens)
                 return Completed(
                     prompt, sample, reply.text, reply.finish_reason, completion_tokens=reply.completion_tokens
                 )
-            if left:
-                await asyncio.sleep(pause)
-                pause *= 2
-        raise WorkError(
-            f"the server failed: its answers are empty or unreadable ({problem}), as they may be under load; {KEPT}"
-        )
+            if attempt < RETRIES:
+                await asyncio.sleep(pause(attempt, wait, draw))
+        assert failure is not None
+        raise _OneSample(failure)
 
     async def _ask(
         self, client: "AsyncOpenAI", prompt: Prompt, sample: int, sampling: SamplingParams, seed: int
-    ) -> bytes:
+    ) -> Reply:
         from openai.types.chat import ChatCompletionMessageParam
 
         messages: list[ChatCompletionMessageParam] = [
             {"role": m["role"], "content": m["content"]} for m in prompt.messages
         ]
-        reply = await client.chat.completions.with_raw_response.create(
+        extra: dict[str, object] = {"top_k": sampling.top_k} if sampling.top_k else {}
+        extra |= self._extra
+        if self.server.stream:
+            extra = {"stream": True, "stream_options": {"include_usage": True}} | extra
+        request = client.chat.completions.with_streaming_response.create(
             model=self.model,
             messages=messages,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_new_tokens,
             seed=int(digest([seed, prompt.id, sample]), 16) % 2**31,
-            extra_body=(({"top_k": sampling.top_k} if sampling.top_k else {}) | self._extra) or None,
+            extra_body=extra or None,
         )
-        body: bytes = reply.http_response.content
-        return body
+        async with request as response:
+            if response.headers.get("content-type", "").startswith("text/event-stream"):
+                stream = Stream()
+                async for part in response.iter_bytes():
+                    stream.feed(part)
+                return stream.reply()
+            return read_reply(b"".join([part async for part in response.iter_bytes()]))
 
     def _model_names(self) -> list[str]:
         import openai
@@ -186,23 +217,33 @@ class RemoteBackend:
                 return read_model_names(runner.run(ask()))
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise UserError(f"{where}: {self._rejected(error)}") from error
+        except openai.APIStatusError as error:
+            if error.status_code not in REDIRECTS:
+                raise UserError(self._no_server(error)) from error
+            raise UserError(f"{where}: {_redirected(error)}") from error
         except (openai.OpenAIError, httpx2.InvalidURL, OSError, Unreadable, _TooLarge) as error:
-            raise UserError(
-                f"{where}: no model server answers there ({self._secrets.reason(error)}); give an OpenAI-compatible "
-                "address such as http://localhost:8000/v1"
-            ) from error
+            raise UserError(self._no_server(error)) from error
 
-    def _client(self, timeout: float, retries: int | None = None) -> "AsyncOpenAI":
-        """The client library, whose replies are bounded, of connections that are closed with it."""
+    def _no_server(self, error: Exception) -> str:
+        return (
+            f"{shown_url(self.url)}: no model server answers there ({self._secrets.reason(error)}); give an "
+            f"OpenAI-compatible address such as http://localhost:8000/v1"
+        )
+
+    def _client(self, timeout: float, retries: int) -> "AsyncOpenAI":
+        """The client library, whose replies are bounded, of connections that are closed with it.
+
+        timeout: seconds without a byte, from the request to the end of the reply.
+        """
         import openai
 
         return openai.AsyncOpenAI(
             base_url=self.url,
             api_key=self._secrets.key or "none",
-            max_retries=RETRIES if retries is None else retries,
-            timeout=timeout,
+            max_retries=retries,
+            timeout=httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT),
             default_headers={"Accept-Encoding": "identity"},  # a compressed reply has no bound
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [_bound]}),
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [_bound]}, follow_redirects=False),
         )
 
     def _count(self, prompt_tokens: int | None, completion_tokens: int | None) -> None:
@@ -210,9 +251,11 @@ class RemoteBackend:
             self.usage.prompt_tokens + (prompt_tokens or 0), self.usage.completion_tokens + (completion_tokens or 0)
         )
 
-    def _error(self, error: "OpenAIError", prompt: Prompt) -> UserError | WorkError:
+    def _error(self, error: "OpenAIError | httpx2.HTTPError", prompt: Prompt) -> UserError | WorkError:
         import openai
 
+        if isinstance(error, openai.APIStatusError) and error.status_code in REDIRECTS:
+            return UserError(_redirected(error))
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return UserError(f"{self._rejected(error)}; {KEPT}")
         reason = self._secrets.reason(error)
@@ -228,6 +271,47 @@ class RemoteBackend:
 
     def _hide(self, text: str) -> str:
         return self._secrets.hide(text)
+
+
+def _redirected(error: "APIStatusError") -> str:
+    place = shown_url(error.response.headers.get("location", ""))
+    return f"the server redirects to {place or 'another address'}; give that address, where it is the right one"
+
+
+class _OneSample(Exception):
+    """A failure that says nothing about other samples. error: what the caller gets to see."""
+
+    def __init__(self, error: UserError | WorkError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Failures:
+    """The failures of one call. deadline: when requests under way are given up, once the work is stopped."""
+
+    def __init__(self) -> None:
+        self.deadline = 0.0
+        self.in_a_row = 0
+        self.stopped = False
+        self._errors: list[BaseException] = []
+
+    def add(self, error: BaseException, now: float) -> None:
+        """Count a failure, and stop the work where it is everybody's or one too many."""
+        self._errors.append(error)
+        self.in_a_row += 1
+        if not self.stopped and (not isinstance(error, _OneSample) or self.in_a_row >= IN_A_ROW):
+            self.stopped, self.deadline = True, now + GRACE
+
+    def raise_first(self) -> None:
+        """Raise the failure that stopped the work, else the first one with the number of all; none without any."""
+        shared = next((error for error in self._errors if not isinstance(error, _OneSample)), None)
+        if shared is not None:
+            raise shared
+        failures = [error.error for error in self._errors if isinstance(error, _OneSample)]
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise type(failures[0])(f"{len(failures):,} samples failed; the first: {failures[0]}")
 
 
 class _TooLarge(Exception):

@@ -7,7 +7,7 @@ never counts as "stop".
 """
 
 import json
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distill.chat import END_THINK, THINK
@@ -15,8 +15,6 @@ from distill.chat import END_THINK, THINK
 GAVE_UP = "insufficient_system_resource"  # DeepSeek's finish reason for an answer that it did not complete
 MOST_TOKENS = 2**31 - 1  # that a trace can store
 LONGEST_REASON = 64  # characters of a finish reason
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot
 
 
 class Unreadable(Exception):
@@ -36,17 +34,20 @@ class Reply:
 
 def read_reply(body: bytes) -> Reply:
     """The first choice of a chat completion. Errors: Unreadable."""
-    reply = _object(read_json(body), "the reply")
+    reply = as_object(read_json(body), "the reply")
     choices = reply.get("choices")
     if not isinstance(choices, list) or not choices:
         raise Unreadable("it has no choices")
-    choice = _object(choices[0], "a choice")
-    message = _object(choice.get("message"), "a message")
-    finish_reason = _finish_reason(choice.get("finish_reason"))
+    choice = as_object(choices[0], "a choice")
+    return reply_of(as_object(choice.get("message"), "a message"), choice.get("finish_reason"), reply.get("usage"))
+
+
+def reply_of(message: Mapping[str, object], finish: object, usage: object) -> Reply:
+    """The answer in a message. finish, usage: the values that a server sent beside it. Errors: Unreadable."""
+    finish_reason = _finish_reason(finish)
     content = _text(message.get("content"), "content")
     reasoning = _text(message.get("reasoning_content"), "reasoning_content")
     reasoning = reasoning or _text(message.get("reasoning"), "reasoning")
-    usage = reply.get("usage")
     counts = usage if isinstance(usage, dict) else {}
     tokens = _count(counts.get("completion_tokens"))
     if not (content or reasoning or tokens):
@@ -56,10 +57,10 @@ def read_reply(body: bytes) -> Reply:
 
 def read_model_names(body: bytes) -> list[str]:
     """The names in a list of models. Errors: Unreadable."""
-    data = _object(read_json(body), "the reply").get("data")
+    data = as_object(read_json(body), "the reply").get("data")
     if not isinstance(data, list):
         raise Unreadable("it lists no models")
-    names = [_object(item, "a model").get("id") for item in data]
+    names = [as_object(item, "a model").get("id") for item in data]
     if not all(isinstance(name, str) and name for name in names):
         raise Unreadable("a model has no name")
     return [str(name) for name in names]
@@ -73,24 +74,31 @@ def read_json(body: bytes) -> object:
         raise Unreadable("it is empty" if not body.strip() else "it is not JSON") from None
 
 
-def _object(value: object, name: str) -> dict[str, object]:
+def as_object(value: object, name: str) -> dict[str, object]:
+    """A JSON object. Errors: Unreadable, which calls it `name`."""
     if not isinstance(value, dict):
         raise Unreadable(f"{name} is not an object")
     return value
 
 
-def _text(value: object, name: str) -> str:
-    """A text, or the texts of a list of parts."""
+def joined_parts(value: object, name: str) -> str:
+    """A text, the texts of a list of parts, or "" for null. Errors: Unreadable, which calls it `name`."""
     if isinstance(value, list):
-        parts = [_object(part, f"a part of {name}") for part in value]
+        parts = [as_object(part, f"a part of {name}") for part in value]
         if any(part.get("type") != "text" for part in parts):
             raise Unreadable(f"{name} has a part that is no text")
-        value = "".join(_text(part.get("text"), name) for part in parts)
+        value = "".join(joined_parts(part.get("text"), name) for part in parts)
     if value is None:
         return ""
     if not isinstance(value, str):
         raise Unreadable(f"{name} is not text")
-    return _LONE_SURROGATE.sub("\ufffd", value)
+    return value
+
+
+def _text(value: object, name: str) -> str:
+    """As `joined_parts`; halves of a surrogate pair are joined, and replaced where one is alone: JSON can spell it,
+    UTF-8 cannot store it."""
+    return joined_parts(value, name).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _finish_reason(value: object) -> str | None:

@@ -7,6 +7,7 @@ from pydantic import Field, JsonValue
 from distill.section import Free, Section
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+SILENCE = 600.0  # seconds; a request may also wait in the server's queue that long
 
 
 class TeacherServer(Section):
@@ -25,6 +26,12 @@ class TeacherServer(Section):
     )
     concurrency: Annotated[int | None, Free] = Field(
         None, ge=1, description="requests under way at once; null: `generate.max_batch` or `eval.max_batch`"
+    )
+    stream: Annotated[bool, Free] = Field(
+        True, description="receive tokens as they are sampled, so that a silent server is noticed"
+    )
+    silence: Annotated[float, Free] = Field(
+        SILENCE, gt=0, description="seconds without a token after which a streamed request has failed"
     )
     extra_body: dict[str, JsonValue] = Field(
         default_factory=dict,

@@ -23,7 +23,7 @@ from distill.traces.store import TraceStore
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries without long pauses."""
     monkeypatch.setattr("distill.backends.remote.RETRIES", 1)
-    monkeypatch.setattr("distill.backends.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("distill.backends.pacing.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
 
@@ -306,7 +306,7 @@ def test_the_model_is_chosen_by_name() -> None:
         with pytest.raises(UserError, match=r"several models; choose one with --name, or .*: a, b"), opened(made):
             pass
         with (
-            pytest.raises(UserError, match=r"no model 'c'; choose one with --name, or .*: a, b"),
+            pytest.raises(UserError, match=r"no model 'c'; choose one .*: a, b"),
             opened(made, name="c"),
         ):
             pass

@@ -18,7 +18,7 @@ from distill.traces.store import TraceStore
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries without long pauses."""
     monkeypatch.setattr("distill.backends.remote.RETRIES", 1)
-    monkeypatch.setattr("distill.backends.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("distill.backends.pacing.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
 

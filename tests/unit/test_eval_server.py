@@ -38,7 +38,7 @@ def test_what_is_missing_is_asked_again_after_a_failure(sums, tmp_path, monkeypa
 
 def test_an_empty_answer_is_asked_again(sums, tmp_path, monkeypatch, capsys):
     """Under load some servers answer nothing, with the status of success; that is no answer of the model."""
-    monkeypatch.setattr("distill.backends.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("distill.backends.pacing.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("distill.backends.remote.RETRIES", 2)
     asked = Counter()
 
@@ -63,7 +63,7 @@ def test_what_ended_beside_a_failure_is_kept():
     """Ten samples end at once, the first of them with a failure: the nine are yielded before it is raised."""
 
     class Failing(RemoteBackend):
-        async def _sample(self, client, prompt, sample, sampling, seed):
+        async def _sample(self, client, prompt, sample, sampling, seed, pace):
             if sample == 0:
                 raise WorkError("down")
             return Completed(prompt, sample, "x", "stop", (), ())
@@ -108,7 +108,7 @@ def test_an_interruption_does_not_wait_for_the_server(sums, tmp_path):
 
 @pytest.mark.parametrize("reply", [b'{"choices": [{"mess', b"<html>gateway</html>"])
 def test_replies_that_cannot_be_read_are_a_failure_of_the_server(reply, sums, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("distill.backends.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("distill.backends.pacing.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("distill.backends.remote.RETRIES", 1)
     with server(right) as made:
         monkeypatch.setattr(Script, "send_json", unreadable(reply))
