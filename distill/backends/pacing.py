@@ -1,9 +1,10 @@
 """How fast a server is asked: how many requests are under way, and how long a failed one waits.
 
 A server that is busy says so with a status (429, 503), perhaps with `Retry-After`. The number of requests under way
-follows the rule of TCP (RFC 5681): it is halved when the server is busy, once for all requests that were under way
-then, and grows by one for as many answers as there are requests under way. Pauses double, with jitter, so that the
-requests that failed together do not come back together.
+is then reduced by a fifth, once for all requests that were under way, and grows by a tenth of a request with every
+answer: additive increase and multiplicative decrease, as TCP does it (RFC 5681), with a smaller step down and a larger
+one up, because an answer may take minutes, and half of the requests would be missing for hours. Pauses double, with
+jitter, so that the requests that failed together do not come back together.
 """
 
 import random
@@ -13,6 +14,7 @@ from email.utils import parsedate_to_datetime
 
 FIRST_PAUSE = 1.0  # seconds; doubled for every further attempt
 LONGEST_PAUSE = 60.0  # seconds, where the server names no time
+REDUCTION, GROWTH = 0.8, 0.1
 LONGEST_WAIT = 3600.0  # seconds, where it names one: a quota may open again within the hour
 
 
@@ -31,12 +33,12 @@ class Pace:
 
     def answered(self) -> None:
         """Count an answer."""
-        self._limit = min(self.most, self._limit + 1 / self._limit)
+        self._limit = min(self.most, self._limit + GROWTH)
 
     def busy(self, sent: float, now: float) -> None:
         """Count a request that the server was too busy for. sent, now: times in seconds, of one clock."""
         if sent >= self._reduced:
-            self._limit, self._reduced = max(1.0, self._limit / 2), now
+            self._limit, self._reduced = max(1.0, self._limit * REDUCTION), now
 
 
 def pause(attempt: int, wait: float | None, draw: random.Random) -> float:

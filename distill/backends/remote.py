@@ -16,6 +16,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -41,12 +42,12 @@ IN_A_ROW = 5  # samples that fail for good, with no answer between them: the ser
 TIMEOUT = 3600.0  # seconds for one sample: 32,768 tokens at 10 a second
 CONNECT_TIMEOUT = 30.0  # seconds for the list of models
 GRACE = 10.0  # seconds that other requests under way get after one has failed for good
-REPLY_BYTES = 32 << 20  # of one reply; an answer of 32,768 tokens has about 200 kB
+REPLY_BYTES, TOKEN_BYTES = 1 << 20, 2048  # that a reply may have, and more for every token that was asked for
 REFUSED = range(400, 500)  # statuses of requests that would be refused again …
 AGAIN = (408, 409, 425, 429)  # … except these
 BUSY = (429, 503, 529)
 REDIRECTS = range(300, 400)  # not followed: a key must not reach another host
-SHARED = (401, 402, 403, 404, *REDIRECTS)  # the key, the account, the model, the address: every request would get it
+SHARED = (401, 402, 403, 404)  # refusals of the key, the account or the model, which every request would get
 KEPT = "finished samples are stored, run the same command to continue"
 
 
@@ -104,7 +105,7 @@ class RemoteBackend:
         pace, failures = Pace(self.concurrency), _Failures()
         with asyncio.Runner() as runner:
             silence = self.server.silence if self.server.stream else TIMEOUT
-            loop, client = runner.get_loop(), self._client(silence, retries=0)
+            loop, client = runner.get_loop(), self._client(silence, 0, sampling.max_new_tokens)
             try:
                 while True:
                     room = 0 if failures.stopped else pace.limit - len(running)
@@ -148,7 +149,7 @@ class RemoteBackend:
                     f"{KEPT}"
                 )
             except _TooLarge as error:
-                raise _OneSample(WorkError(f"the server failed: {error}; {KEPT}")) from error
+                failure = WorkError(f"the server failed: {error}; {KEPT}")
             except TimeoutError:
                 late = WorkError(f"the server sent no answer within {TIMEOUT:,.0f} seconds; {KEPT}")
                 raise _OneSample(late) from None
@@ -230,20 +231,21 @@ class RemoteBackend:
             f"OpenAI-compatible address such as http://localhost:8000/v1"
         )
 
-    def _client(self, timeout: float, retries: int) -> "AsyncOpenAI":
+    def _client(self, timeout: float, retries: int, tokens: int = 0) -> "AsyncOpenAI":
         """The client library, whose replies are bounded, of connections that are closed with it.
 
-        timeout: seconds without a byte, from the request to the end of the reply.
+        timeout: seconds without a byte, from the request to the end of the reply. tokens: that a reply may have.
         """
         import openai
 
+        bound = partial(_bound, most=REPLY_BYTES + tokens * TOKEN_BYTES)
         return openai.AsyncOpenAI(
             base_url=self.url,
             api_key=self._secrets.key or "none",
             max_retries=retries,
             timeout=httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT),
             default_headers={"Accept-Encoding": "identity"},  # a compressed reply has no bound
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [_bound]}, follow_redirects=False),
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [bound]}, follow_redirects=False),
         )
 
     def _count(self, prompt_tokens: int | None, completion_tokens: int | None) -> None:
@@ -255,7 +257,7 @@ class RemoteBackend:
         import openai
 
         if isinstance(error, openai.APIStatusError) and error.status_code in REDIRECTS:
-            return UserError(_redirected(error))
+            return WorkError(f"{_redirected(error)}; {KEPT}")
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return UserError(f"{self._rejected(error)}; {KEPT}")
         reason = self._secrets.reason(error)
@@ -275,7 +277,7 @@ class RemoteBackend:
 
 def _redirected(error: "APIStatusError") -> str:
     place = shown_url(error.response.headers.get("location", ""))
-    return f"the server redirects to {place or 'another address'}; give that address, where it is the right one"
+    return f"the server redirects to {place or 'another address'}, which is not followed; if right, give it as url"
 
 
 class _OneSample(Exception):
@@ -315,21 +317,21 @@ class _Failures:
 
 
 class _TooLarge(Exception):
-    """A reply that exceeds `REPLY_BYTES`, or may."""
+    """A reply that is longer than its bound, or may be."""
 
 
 class _Bounded(httpx2.AsyncByteStream):
-    """A reply's body, which ends with an error once it exceeds `REPLY_BYTES`."""
+    """A reply's body, which ends with an error once it has more bytes than `most`."""
 
-    def __init__(self, stream: httpx2.AsyncByteStream) -> None:
-        self._stream = stream
+    def __init__(self, stream: httpx2.AsyncByteStream, most: int) -> None:
+        self._stream, self._most = stream, most
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         size = 0
         async for part in self._stream:
             size += len(part)
-            if size > REPLY_BYTES:
-                raise _TooLarge(f"its reply has more than {REPLY_BYTES:,} bytes")
+            if size > self._most:
+                raise _TooLarge(f"its reply has more than {self._most:,} bytes")
             yield part
 
     async def aclose(self) -> None:
@@ -337,8 +339,8 @@ class _Bounded(httpx2.AsyncByteStream):
         await self._stream.aclose()
 
 
-async def _bound(response: httpx2.Response) -> None:
+async def _bound(response: httpx2.Response, most: int) -> None:
     if response.headers.get("content-encoding", "identity") != "identity":
         raise _TooLarge("its reply is compressed, which was not accepted")
     assert isinstance(response.stream, httpx2.AsyncByteStream)
-    response.stream = _Bounded(response.stream)
+    response.stream = _Bounded(response.stream, most)

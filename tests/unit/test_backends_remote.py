@@ -142,7 +142,8 @@ def test_it_is_asked_again_and_then_a_failure_of_one_line(name: str) -> None:
 
 
 def test_a_reply_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.backends.remote.REPLY_BYTES", 100_000)
+    monkeypatch.setattr("distill.backends.remote.REPLY_BYTES", 36_000)
+    monkeypatch.setattr("distill.backends.remote.TOKEN_BYTES", 1000)
     large = body(chat(message={"content": "x" * 200_000}))
     with (
         server(lambda *_: (200, JSON, large)) as made,
