@@ -1,13 +1,20 @@
 """`server:` in a recipe or a teacher card: the teacher is asked through an address instead of the local engine."""
 
+import re
 from typing import Annotated
 
-from pydantic import Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue
 
 from distill.section import Free, Section
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 SILENCE = 600.0  # seconds; a request may also wait in the server's queue that long
+
+
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # perhaps the key: the message does not repeat it
+        raise ValueError("should be the name of an environment variable, such as DEEPSEEK_API_KEY, not the key itself")
+    return name
 
 
 class TeacherServer(Section):
@@ -19,9 +26,8 @@ class TeacherServer(Section):
 
     url: Annotated[str, Free] = Field(description="base address, such as http://localhost:8000/v1")
     model: str = Field(min_length=1, description="name of the model on the server")
-    api_key_env: Annotated[str, Free] = Field(
+    api_key_env: Annotated[str, Free, AfterValidator(_variable)] = Field(
         KEY_VARIABLE,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="environment variable with the API key; the key itself is in no file",
     )
     concurrency: Annotated[int | None, Free] = Field(

@@ -124,7 +124,7 @@ def test_the_key_is_sent_and_is_in_no_file_and_no_message(recipe, tmp_path, monk
     ("server_changes", "changes", "message"),
     [
         ({"api_key_env": "NO_SUCH_KEY"}, {}, "server.api_key_env: the environment variable NO_SUCH_KEY is not set"),
-        ({"api_key_env": "sk-123"}, {}, "server.api_key_env"),
+        ({"api_key_env": "sk-123"}, {}, "server.api_key_env: should be the name of an environment variable"),
         (
             {"model": "other"},
             {},
@@ -147,7 +147,7 @@ def test_wrong_settings_are_one_line_and_leave_nothing(server_changes, changes, 
         name = recipe(at(script) | server_changes, **changes)
         assert distill(monkeypatch, "run" if changes else "generate", name) == 2
         error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1 and "sk-123" not in error
     assert not Path("runs").exists() and not script.asked
 
 
