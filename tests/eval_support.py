@@ -24,7 +24,7 @@ class Script(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(asked)
         self.server.keys.append(self.headers["Authorization"])
-        made = self.server.reply(asked["messages"][-1]["content"], asked["seed"])
+        made = self.server.reply(asked["messages"][-1]["content"], asked.get("seed"))
         if isinstance(made, int):
             self.send_json({"error": {"message": "scripted"}}, made)
             return

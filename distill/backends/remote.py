@@ -15,6 +15,7 @@ that the server is busy (`pacing.py`).
 import asyncio
 import random
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -67,14 +68,15 @@ class RemoteBackend:
 
     @classmethod
     def connect(cls, server: Server, concurrency: int = 64) -> "RemoteBackend":
-        """Ask the server for its models.
+        """Ask the server for its models, and for a token of one that it does not list: some load models on demand, or
+        know them by several names.
 
         Errors: UserError when no server answers, it rejects the key, or it does not have the model.
         """
         backend = cls(server, concurrency)
         where, names = shown_url(server.url), backend._model_names()
         model = names[0] if server.model is None and len(names) == 1 else server.model
-        if model is None or (names and model not in names):
+        if model is None or (model not in names and not backend._answers()):
             problem = "several models" if model is None else f"no model {model!r}"
             choices = ", ".join(names) or "none"
             raise UserError(
@@ -212,10 +214,43 @@ class RemoteBackend:
                 body: bytes = (await client.models.with_raw_response.list()).http_response.content
                 return body
 
+        with self._connecting():
+            try:
+                with asyncio.Runner() as runner:
+                    return read_model_names(runner.run(ask()))
+            except openai.APIStatusError as error:
+                if self.model and error.status_code not in (401, 403, *REDIRECTS):
+                    return []  # not every server has the list
+                raise
+
+    def _answers(self) -> bool:
+        """Whether the server has the model, although it does not list it."""
+        import openai
+
+        async def ask() -> None:
+            async with self._client(self.server.silence, retries=1) as client:
+                await client.chat.completions.with_raw_response.create(
+                    model=self.model, messages=[{"role": "user", "content": "Hello"}], max_tokens=1
+                )
+
+        with self._connecting():
+            try:
+                with asyncio.Runner() as runner:
+                    runner.run(ask())
+            except openai.APIStatusError as error:
+                if error.status_code in (401, 403, *REDIRECTS):
+                    raise
+                return False
+        return True
+
+    @contextmanager
+    def _connecting(self) -> Iterator[None]:
+        """Turn what is wrong with the server into UserError."""
+        import openai
+
         where = shown_url(self.url)
         try:
-            with asyncio.Runner() as runner:
-                return read_model_names(runner.run(ask()))
+            yield
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise UserError(f"{where}: {self._rejected(error)}") from error
         except openai.APIStatusError as error:

@@ -303,7 +303,12 @@ def test_a_list_of_models_that_cannot_be_read(data: bytes) -> None:
 
 def test_the_model_is_chosen_by_name() -> None:
     two = (200, JSON, body({"data": [{"id": "a"}, {"id": "b"}]}))
-    with server(lambda *_: (200, JSON, body(chat())), two) as made:
+
+    def reply(number: int, handler: Handler) -> Answer:
+        known = handler.server.asked[number]["model"] in ("b", "alias")
+        return (200, JSON, body(chat())) if known else (404, JSON, b"{}")
+
+    with server(reply, two) as made:
         with pytest.raises(UserError, match=r"several models; choose one with --name, or .*: a, b"), opened(made):
             pass
         with (
@@ -311,8 +316,18 @@ def test_the_model_is_chosen_by_name() -> None:
             opened(made, name="c"),
         ):
             pass
-        with opened(made, name="b") as backend:
-            assert backend.identity == {"model": "b"}
+        for name in ("b", "alias"):
+            with opened(made, name=name) as backend:
+                assert backend.identity == {"model": name}
+    for listing in ((404, JSON, b""), (500, JSON, b"{}")):
+        with server(reply, listing) as made, opened(made, name="b") as backend:
+            assert complete(backend)[0].text.endswith("\\boxed{4}.")
+        with (
+            server(reply, listing) as made,
+            pytest.raises(UserError, match=r"no model 'c'; choose .*: none"),
+            opened(made, name="c"),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:99999/v1", "nowhere://x", "http://", "http://h:x"])

@@ -143,12 +143,16 @@ def test_the_key_is_sent_and_is_in_no_file_and_no_message(recipe, tmp_path, monk
 )
 def test_wrong_settings_are_one_line_and_leave_nothing(server_changes, changes, message, recipe, monkeypatch, capsys):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    with server(right) as script:
+
+    def reply(question, seed):
+        return 404 if seed is None else right(question, seed)
+
+    with server(reply) as script:
         name = recipe(at(script) | server_changes, **changes)
         assert distill(monkeypatch, "run" if changes else "generate", name) == 2
         error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "sk-123" not in error
-    assert not Path("runs").exists() and not script.asked
+    assert not Path("runs").exists() and not any("seed" in asked for asked in script.asked)
 
 
 def test_a_card_needs_weights_or_a_server(tmp_path, monkeypatch, capsys):
