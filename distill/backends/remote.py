@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 RETRIES = 8  # with growing pauses: when a server is busy, restarts, drops a connection or sends no answer
 IN_A_ROW = 5  # samples that fail for good, with no answer between them: the server is down
-TIMEOUT = 3600.0  # seconds for one sample: 32,768 tokens at 10 a second
+TIMEOUT = 3600.0  # seconds for a sample that is not streamed: 32,768 tokens at 10 a second
 CONNECT_TIMEOUT = 30.0  # seconds for the list of models
 GRACE = 10.0  # seconds that other requests under way get after one has failed for good
 REPLY_BYTES, TOKEN_BYTES = 1 << 20, 2048  # that a reply may have, and more for every token that was asked for
@@ -143,7 +143,7 @@ class RemoteBackend:
         for attempt in range(RETRIES + 1):
             sent, wait = loop.time(), None
             try:
-                async with asyncio.timeout(TIMEOUT):
+                async with asyncio.timeout(None if self.server.stream else TIMEOUT):
                     reply = await self._ask(client, prompt, sample, sampling, seed)
             except Unreadable as error:
                 failure = WorkError(
