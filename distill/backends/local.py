@@ -8,6 +8,7 @@ and not on what else is in the batch.
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import tee
 from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
@@ -111,7 +112,7 @@ class LocalBackend:
             raise self._too_long(which, *longest, sampling)
 
     def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Iterator[Completed]:
-        """Yield every wanted sample once, as it finishes. Pulls jobs only as fast as they can be started.
+        """Yield every wanted sample once, as it finishes. Pulls jobs little faster than they can be started.
 
         Errors: UserError for a prompt that is too long, and where the model computes numbers that are not finite;
         WorkError when an engine's process dies.
@@ -122,8 +123,10 @@ class LocalBackend:
         running: dict[str, tuple[Prompt, tuple[int, ...], int]] = {}  # prompt, its token ids, samples still to come
 
         def requests() -> Iterator[Request]:
-            for job in jobs:
-                ids = self._checked_ids(job.prompt, sampling)
+            to_start, to_render = tee(jobs)
+            rendered = self.chat.prompts_ids(job.prompt.messages for job in to_render)  # some at a time
+            for job, token_ids in zip(to_start, rendered, strict=True):
+                ids = self._checked(token_ids, job.prompt, sampling)
                 running[job.prompt.id] = (job.prompt, ids, len(job.samples))
                 yield Request(job.prompt.id, ids, params, seed, int(job.prompt.id, 16), job.samples)
 
@@ -197,8 +200,8 @@ class LocalBackend:
             )
         return tuple(ids)
 
-    def _checked_ids(self, prompt: Prompt, sampling: SamplingParams) -> tuple[int, ...]:
-        ids = self._in_vocabulary(self.chat.prompt_ids(prompt.messages))
+    def _checked(self, token_ids: list[int], prompt: Prompt, sampling: SamplingParams) -> tuple[int, ...]:
+        ids = self._in_vocabulary(token_ids)
         if len(ids) + sampling.max_new_tokens > self.engine.max_context:
             raise self._too_long("prompt ", len(ids), prompt, sampling)
         return ids
