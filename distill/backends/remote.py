@@ -47,6 +47,7 @@ REPLY_BYTES, TOKEN_BYTES = 1 << 20, 2048  # that a reply may have, and more for 
 REFUSED = range(400, 500)  # statuses of requests that would be refused again …
 AGAIN = (408, 409, 425, 429)  # … except these
 BUSY = (429, 503, 529)
+LIMITS = ("max_tokens", "max_completion_tokens")  # names of the token limit; some models refuse the first
 REDIRECTS = range(300, 400)  # not followed: a key must not reach another host
 SHARED = (401, 402, 403, 404)  # refusals of the key, the account or the model, which every request would get
 KEPT = "finished samples are stored, run the same command to continue"
@@ -64,6 +65,7 @@ class RemoteBackend:
         self.identity = server.identity
         self.server, self.usage = server, Usage()
         self._extra = dict(server.extra_body)
+        self._limit = LIMITS[0]
         self._secrets = Secrets(server.url, server.key, server.key_variable)
 
     @classmethod
@@ -141,7 +143,7 @@ class RemoteBackend:
         loop, draw = asyncio.get_running_loop(), random.Random(f"{prompt.id} {sample}")
         failure: UserError | WorkError | None = None
         for attempt in range(RETRIES + 1):
-            sent, wait = loop.time(), None
+            sent, wait, limit = loop.time(), None, self._limit
             try:
                 async with asyncio.timeout(None if self.server.stream else TIMEOUT):
                     reply = await self._ask(client, prompt, sample, sampling, seed)
@@ -159,6 +161,9 @@ class RemoteBackend:
                 failure = self._error(error, prompt)
                 if error.status_code in SHARED:
                     raise failure from error
+                if limit == LIMITS[0] and LIMITS[1] in str(error):
+                    self._limit = LIMITS[1]
+                    continue
                 if isinstance(failure, UserError):
                     raise _OneSample(failure) from error
                 wait = retry_after(error.response.headers)
@@ -185,7 +190,9 @@ class RemoteBackend:
         messages: list[ChatCompletionMessageParam] = [
             {"role": m["role"], "content": m["content"]} for m in prompt.messages
         ]
-        extra: dict[str, object] = {"top_k": sampling.top_k} if sampling.top_k else {}
+        extra: dict[str, object] = {self._limit: sampling.max_new_tokens}
+        if sampling.top_k:
+            extra["top_k"] = sampling.top_k
         extra |= self._extra
         if self.server.stream:
             extra = {"stream": True, "stream_options": {"include_usage": True}} | extra
@@ -194,9 +201,8 @@ class RemoteBackend:
             messages=messages,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            max_tokens=sampling.max_new_tokens,
             seed=int(digest([seed, prompt.id, sample]), 16) % 2**31,
-            extra_body=extra or None,
+            extra_body=extra,
         )
         async with request as response:
             if response.headers.get("content-type", "").startswith("text/event-stream"):
