@@ -148,13 +148,8 @@ def download(repo: str, revision: str | None) -> Path | str:
         return "the Hugging Face Hub cannot be reached: check the network"
     except HTTPError as error:  # another refusal of the hub, or a connection that broke off
         return _in_one_line(error)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        AssertionError,
-    ):  # what parsing an answer of some other server raises
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+        # parsing the answer of another kind of server
         return "its answer is not that of a model hub: check the network and HF_ENDPOINT"
 
 

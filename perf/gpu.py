@@ -101,11 +101,7 @@ def measure(case: Case, limits: dict[str, float]) -> dict[str, Any]:
     for name, peer in case.peers.items():
         try:
             row[f"× {name}"] = seconds(peer) / took
-        except (
-            RuntimeError,
-            ValueError,
-            NotImplementedError,
-        ) as error:  # a shape or a library that torch has no kernel for
+        except (RuntimeError, ValueError) as error:  # torch has no kernel for the shape: the page of results says so
             row[f"no {name}"] = str(error).strip().partition("\n")[0][:100]
     return row
 

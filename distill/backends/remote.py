@@ -339,9 +339,12 @@ class _Failures:
         self._errors: list[BaseException] = []
 
     def add(self, error: BaseException, now: float) -> None:
-        """Count a failure, and stop the work where it is everybody's or one too many."""
+        """Count a failure, and stop the work where all samples share it, or the server seems to be down.
+
+        A refused request does not count as such: a rerun meets the same refusals first, and would never get past them.
+        """
         self._errors.append(error)
-        self.in_a_row += 1
+        self.in_a_row += not (isinstance(error, _OneSample) and isinstance(error.error, UserError))
         if not self.stopped and (not isinstance(error, _OneSample) or self.in_a_row >= IN_A_ROW):
             self.stopped, self.deadline = True, now + GRACE
 

@@ -1,6 +1,6 @@
 """A streamed reply: server-sent events that are put together into the answer that an unstreamed reply would hold.
 
-Streaming is how a silent server is told from a long answer: a token arrives now and then, or the request has failed.
+Streaming distinguishes a long answer from a silent server: without a token for some time, the request has failed.
 """
 
 from distill.backends.reply import Reply, Unreadable, as_object, joined_parts, read_json, reply_of
