@@ -167,7 +167,8 @@ def _check_prompts(sources: Sequence[PromptSource], expected: int | None = None)
     """Read every row of the sources; notes about what may not be meant. expected: the number of problems that a card
     says. Errors: UserError."""
     counts = PromptCounts()
-    for _ in load_prompts(sources, counts):
+    unmixed = [source.model_copy(update={"weight": None}) for source in sources]  # a mixture leaves rows unread
+    for _ in load_prompts(unmixed, counts):
         pass
     if expected is not None and counts.seen.total() != expected:
         raise UserError(
