@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from distill.errors import UserError
 from distill.prompts.code_tests import BESIDE
-from distill.prompts.columns import MEDIA, Row, has_column, value_at
+from distill.prompts.columns import MEDIA, Row, has_column, listed, value_at
 from distill.prompts.counts import PromptCounts
 from distill.prompts.golds import gold_of, gold_text, with_choices
 from distill.prompts.messages import asked_text, conversation, turns_of
@@ -89,7 +89,7 @@ def _no_column(source: "FilePrompts | HubPrompts", column: str, names: Iterable[
     fix = "name the right one under `prompts`"
     if column == source.answer:
         fix += ", or set `answer: null` for problems without gold answers"
-    return UserError(f"{where}: no column {column}; the columns are {', '.join(names) or '(none)'}: {fix}")
+    return UserError(f"{where}: no column {column}; the columns are {listed(names)}: {fix}")
 
 
 def prompts_from_rows(
