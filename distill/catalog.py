@@ -209,7 +209,8 @@ def check_recipe(
     for name in recipe.eval.benchmarks:
         load_benchmark(name)
     if prompts:
-        notes += _check_prompts([source for source in recipe.prompts if source.kind == "file"])
+        gym = [source.model_copy(update={"limit": 1}) for source in recipe.prompts if source.kind == "reasoning_gym"]
+        notes += _check_prompts([*gym, *(source for source in recipe.prompts if source.kind == "file")])
         _check_traces((*recipe.traces, *recipe.train.data))
     if recipe.generate.sampling.max_new_tokens >= teacher.context:
         notes.append(f"generate.sampling.max_new_tokens fills {teacher.name}'s whole context of {teacher.context}")

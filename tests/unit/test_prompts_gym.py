@@ -8,11 +8,13 @@ import pytest
 from prompt_support import refused
 from pydantic import ValidationError
 
+from distill.catalog import check_recipe
 from distill.errors import UserError
 from distill.grading import Grade, Grader, require_grader, unreadable_golds
 from distill.grading.gym import GymGrader
 from distill.prompts import Prompt, gym, load_prompts
 from distill.prompts.gym import REFUSED, read_gold
+from distill.recipe import Recipe
 from distill.recipe.sources import GymPrompts
 
 
@@ -166,3 +168,17 @@ def test_every_dataset_accepts_its_own_answers_and_extends() -> None:
     with Grader(workers=1, timeout=20.0) as grader:
         refused_own = {name: grade for name, grade in grader.grade(items) if grade.verdict != "correct"}
     assert not refused_own
+
+
+def test_check_names_a_dataset_that_is_not_there(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "name": "gym",
+            "teacher": "tiny-r1",
+            "student": "tiny-qwen",
+            "prompts": [{"kind": "reasoning_gym", "name": "chain_sums"}],
+            "eval": {"benchmarks": ["tiny-arithmetic"]},
+        }
+    )
+    with pytest.raises(UserError, match="reasoning_gym chain_sums: no such dataset"):
+        check_recipe(recipe, prompts=True)

@@ -177,3 +177,11 @@ def test_roles_are_part_of_a_question(tmp_path: Path) -> None:
     counts = PromptCounts()
     assert len(list(load_prompts([FilePrompts(kind="file", path=str(path))], counts))) == 2
     assert counts.notes() == []
+
+
+def test_a_shuffled_source_from_which_nothing_is_extracted_is_refused_at_once(tmp_path: Path) -> None:
+    source = FilePrompts(
+        kind="file", path=str(numbered(tmp_path / "a.jsonl", 9)), extract="boxed", shuffle_seed=1, limit=2
+    )
+    with pytest.raises(ValueError, match="no row has"):
+        next(load_prompts([source]))
