@@ -1,8 +1,9 @@
 """What an engine in a process of its own and its parent say to each other: JSON lines.
 
-    parent → worker    {"model_dir": …, "options": {…}}, then {"request": {…}} and {"abort": id}
-    worker → parent    {"loaded": {…}} or {"refused": why}, then {"completion": {…}, "usage": {…}}
-                       or {"not_finite": position}
+    parent → worker    {"model_dir": …, "options": {…}}, then {"request": {…}} and {"abort": id, "sample": number}
+    worker → parent    {"loaded": {…}} or {"refused": why}, then {"completions": [{…}, …], "usage": {…}},
+                       {"progress": [{…}, …]} of streamed requests, {"rejected": id, "error": why} of a request that
+                       can never be served, or {"not_finite": position}
 
 The dataclasses of the engine travel whole, as `asdict` gives them; `from_json` is the way back. JSON and not pickle,
 because a line can be read by eye and runs nothing.
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from distill.engine.engine import Completion
+from distill.engine.engine import Completion, Progress
 from distill.engine.numerics import Numerics
 from distill.engine.options import SamplingParams
 from distill.engine.scheduler import Request
@@ -46,6 +47,23 @@ def request(row: object) -> Request:
     """A `Request` from JSON."""
     assert isinstance(row, Mapping)
     return from_json(Request, {**row, "sampling": from_json(SamplingParams, row["sampling"])})
+
+
+def progress(row: object) -> Progress:
+    """A `Progress` from JSON."""
+    return from_json(Progress, row)
+
+
+def sample(value: object) -> int | None:
+    """The number of a sample, or None for all of a request."""
+    assert isinstance(value, int | None)
+    return value
+
+
+def rows(value: object) -> list[object]:
+    """A list of JSON values."""
+    assert isinstance(value, list)
+    return value
 
 
 def completion(row: object) -> Completion:
