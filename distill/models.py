@@ -37,7 +37,7 @@ class Server:
     model: its name there; None where the only one is meant. key: never shown. key_variable: the environment variable
     that it came from. concurrency: requests under way at once; None leaves it to the caller. stream: whether tokens are
     sent as they are sampled. silence: seconds without one after which a request has failed. extra_body: further fields
-    of every request.
+    of every request. others: further addresses of the same model. headers: sent with every request; never shown.
     """
 
     url: str
@@ -48,6 +48,8 @@ class Server:
     stream: bool = True
     silence: float = SILENCE
     extra_body: Mapping[str, JsonValue] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, server: "TeacherServer", thinking: bool | None) -> "Server":
@@ -66,8 +68,9 @@ class Server:
             variables = body.get("chat_template_kwargs")
             chosen = variables if isinstance(variables, dict) else {}
             body["chat_template_kwargs"] = {"thinking": thinking, "enable_thinking": thinking} | chosen
+        url, *others = (server.url,) if isinstance(server.url, str) else server.url
         return cls(
-            server.url,
+            url,
             server.model,
             key,
             server.api_key_env,
@@ -75,6 +78,8 @@ class Server:
             stream=server.stream,
             silence=server.silence,
             extra_body=body,
+            others=tuple(others),
+            headers={name: _from_environment(name, value) for name, value in server.headers.items()},
         )
 
     @property
@@ -84,6 +89,15 @@ class Server:
         if self.extra_body:
             identity["extra_body"] = dict(self.extra_body)
         return identity
+
+
+def _from_environment(name: str, value: str) -> str:
+    """A header's value; `$NAME` is that environment variable's. Errors: UserError when it is not set."""
+    if not value.startswith("$"):
+        return value
+    if not (found := os.environ.get(value[1:])):
+        raise UserError(f"server.headers: {name}: the environment variable {value[1:]} is not set")
+    return found
 
 
 @dataclass(eq=False)

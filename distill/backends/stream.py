@@ -3,7 +3,17 @@
 Streaming distinguishes a long answer from a silent server: without a token for some time, the request has failed.
 """
 
-from distill.backends.reply import Reply, Unreadable, as_object, joined_parts, read_json, reply_of
+from distill.backends.reply import (
+    REASONING,
+    Reply,
+    Tokens,
+    Unreadable,
+    as_object,
+    joined_parts,
+    read_json,
+    reply_of,
+)
+from distill.traces.trace import ReasoningForm
 
 DATA, END = b"data:", b"[DONE]"
 
@@ -15,8 +25,10 @@ class Stream:
         self._rest = b""  # of a line whose end has not arrived
         self._content: list[str] = []
         self._reasoning: list[str] = []
+        self._form: ReasoningForm | None = None  # the field in which the reasoning comes
         self._finish_reason: object = None
         self._usage: object = None
+        self._tokens = Tokens()
         self._ended = False
 
     def feed(self, part: bytes) -> None:
@@ -31,7 +43,9 @@ class Stream:
         if not self._ended and self._finish_reason is None:
             raise Unreadable("it was cut off in the middle")
         message = {"content": "".join(self._content), "reasoning_content": "".join(self._reasoning)}
-        return reply_of(message, self._finish_reason, self._usage)
+        if self._form is not None:
+            message = {"content": message["content"], self._form: message["reasoning_content"]}
+        return reply_of(message, self._finish_reason, self._usage, self._tokens)
 
     def _read(self, line: bytes) -> None:
         if not line.startswith(DATA):  # comments keep a connection alive; names of events say nothing more
@@ -50,7 +64,8 @@ class Stream:
         for choice in (as_object(choice, "a choice") for choice in choices[:1]):
             delta = as_object(choice.get("delta") or {}, "a delta")
             self._content.append(joined_parts(delta.get("content"), "content"))
-            reasoning = delta.get("reasoning_content") or delta.get("reasoning")
-            self._reasoning.append(joined_parts(reasoning, "reasoning"))
+            self._form = self._form or next((name for name in REASONING if delta.get(name)), None)
+            self._reasoning.append(joined_parts(delta.get(self._form or REASONING[0]), "reasoning"))
+            self._tokens.add(chunk, choice)
             if choice.get("finish_reason") is not None:
                 self._finish_reason = choice["finish_reason"]
