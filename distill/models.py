@@ -103,12 +103,14 @@ def _from_environment(name: str, value: str) -> str:
 @dataclass(eq=False)
 class Model:
     """name: what its scores are called. place: a model directory, or a server. template: a built-in training template
-    or a .jinja file in place of the directory's own. thinking: the template's mode, None for its default."""
+    or a .jinja file in place of the directory's own. thinking: the template's mode, None for its default. card: of the
+    teacher that a server has."""
 
     name: str
     place: Path | Server
     template: str | None = None
     thinking: bool | None = None
+    card: str | None = None
 
     @property
     def is_remote(self) -> bool:
@@ -140,10 +142,14 @@ class Model:
 
     @cached_property
     def chat(self) -> "Chat":
-        """The tokenizer with the template, in the model's mode. Errors: UserError when it cannot be used."""
+        """The tokenizer with the template, in the model's mode; behind a server, that of the teacher's card.
+
+        Errors: UserError when it cannot be used.
+        """
         from distill.chat import Chat
 
-        return Chat.load(self.directory, self.template, self.thinking)
+        directory = catalog.resolve_tokenizer(self.card) if self.is_remote and self.card else self.directory
+        return Chat.load(directory, self.template, self.thinking)
 
 
 def teacher_of(name: str, card_name: str, server: "TeacherServer | None" = None, thinking: bool | None = None) -> Model:
@@ -154,7 +160,7 @@ def teacher_of(name: str, card_name: str, server: "TeacherServer | None" = None,
     card = catalog.load_teacher(card_name)
     mode = card.thinking if thinking is None else thinking
     if (server := server or card.server) is not None:
-        return Model(name, Server.of(server, mode))
+        return Model(name, Server.of(server, mode), thinking=mode, card=card_name)
     return Model(name, catalog.resolve_weights("teacher", card_name), thinking=mode)
 
 

@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from distill.backends import SamplingParams
 from distill.backends.live import Asked, LiveModel
 from distill.chat import Chat
-from distill.engine.options import SamplingParams
 from distill.errors import UserError
 from distill.prompts.prompt import content_hash
 from distill.serve.choices import Delta, TokenTexts, deltas
@@ -102,7 +102,7 @@ class Answers:
             top_p=1.0 if request.top_p is None else request.top_p,
             top_k=max(0, request.top_k or 0),
             max_new_tokens=limit,
-            stop_token_ids=self.live.chat.stop_token_ids,
+            stop_token_ids=() if request.ignore_eos else self.live.chat.stop_token_ids,
             logprobs=request.alternatives or None,
         )
         key = request.prompt_key or key or content_hash(({"role": "user", "content": json.dumps(ids)},), "chat", None)

@@ -9,10 +9,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from distill.engine.options import MOST_TOKENS
 from distill.prompts.prompt import Message
 
 MOST_CHOICES = 256
+MOST_TOKENS = 2**31 - 1
 MOST_STOPS, LONGEST_STOP = 16, 1024  # stop strings, and characters of one
 MOST_ALTERNATIVES = 1024  # log-probabilities of one token
 
@@ -90,6 +90,7 @@ class _Sampled(BaseModel):
 
     prompt_key: up to 16 hex digits that, with seed and sample, decide the random draws; default: the prompt's own.
     sample: number of the first choice's sample. return_token_ids: whether the answer has the ids of prompt and choices.
+    ignore_eos: whether it goes on to the token limit, for measurements.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -111,6 +112,7 @@ class _Sampled(BaseModel):
     prompt_key: str | None = Field(None, pattern="^[0-9a-f]{1,16}$")
     sample: int = Field(0, ge=0, lt=2**31 - MOST_CHOICES)
     return_token_ids: bool | None = False
+    ignore_eos: bool | None = False
 
     @model_validator(mode="before")
     @classmethod
