@@ -16,11 +16,18 @@ from pydantic import JsonValue
 
 from distill.console import say
 from distill.engine.options import SamplingParams
+from distill.errors import UserError
 from distill.fingerprint import digest
 from distill.prompts.prompt import Prompt
 
 OURS, VLLM = "distill", "vllm"  # values of owned_by
 LIMITS = ("max_tokens", "max_completion_tokens")  # names of the token limit; some models refuse the first
+THINKING_BUDGET = {  # owner → the field of a thinking budget, a dot before a field inside it
+    OURS: "thinking_budget",
+    VLLM: "thinking_token_budget",
+    "sglang": "custom_params.thinking_budget",
+    "llamacpp": "thinking_budget_tokens",
+}
 OPTIONAL = ("temperature", "top_p", "top_k", "seed", "stream_options")  # left out where a model refuses them
 REFUSAL = re.compile(r"support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra|invalid param", re.I)
 
@@ -48,6 +55,9 @@ class Asking:
             body["top_k"] = sampling.top_k
         if sampling.logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
+        if sampling.thinking_budget is not None:
+            outer, _, inner = THINKING_BUDGET[self.owner].partition(".")
+            body[outer] = {inner: sampling.thinking_budget} if inner else sampling.thinking_budget
         if self._stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         if self.owner == VLLM:
@@ -58,6 +68,15 @@ class Asking:
             body |= {"seed": seed, "prompt_key": prompt.id, "sample": sample}
             body |= {"return_token_ids": True, "separate_reasoning": False}
         return {name: value for name, value in body.items() if name not in self._refused} | self._extra
+
+    def check(self, sampling: SamplingParams) -> None:
+        """Errors: UserError for a thinking budget where it is not known how the server takes one."""
+        if sampling.thinking_budget is not None and self.owner not in THINKING_BUDGET:
+            raise UserError(
+                f"thinking_budget: the server of {self.model} has no known field for it (owned_by {self.owner!r}; "
+                f"known: {', '.join(THINKING_BUDGET)}); set generate.sampling.thinking_budget to null, and the "
+                f"server's own field in server.extra_body"
+            )
 
     def adapt(self, limit: str, status: int, reason: str) -> bool:
         """Leave out what a reply refuses; whether the request is worth sending again. limit: that the request used."""

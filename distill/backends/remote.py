@@ -37,6 +37,7 @@ from distill.traces.trace import Trace
 RETRIES = 8  # with growing pauses: when a server is busy, restarts, drops a connection or sends no answer
 TIMEOUT = 3600.0  # seconds for a sample that is not streamed: 32,768 tokens at 10 a second
 BUSY = (429, 503, 529)
+OVER_BUDGET = 64  # tokens of reasoning past a thinking budget that its closing may take
 SHARED = (401, 402, 403, 404)  # refusals of the key, the account or the model, which every request would get
 
 
@@ -76,7 +77,9 @@ class RemoteBackend:
         return cls(replace(server, model=model), concurrency, owner)
 
     def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
-        """Nothing: the server knows its context, and refuses what does not fit."""
+        """The server knows its context, and refuses what does not fit. Errors: UserError for a thinking budget that it
+        does not take."""
+        self._asking.check(sampling)
 
     def score(self, traces: Sequence[Trace], top_k: int) -> list[Trace]:
         """Errors: UserError, always: chat servers do not score texts."""
@@ -183,6 +186,13 @@ class RemoteBackend:
         except (openai.OpenAIError, httpx2.HTTPError) as error:
             connection.failed(loop.time())
             raise _Again(connection.error(error, prompt)) from error
+        budget, thought = sampling.thinking_budget, reply.reasoning_tokens or 0
+        if budget is not None and thought > budget + OVER_BUDGET:
+            raise UserError(
+                f"{connection.where}: the server ignores thinking_budget: {thought:,} tokens of reasoning instead of "
+                f"{budget:,}; start it with a reasoning parser (vLLM: --reasoning-parser; SGLang: also "
+                f"--enable-strict-thinking), or set generate.sampling.thinking_budget to null; {KEPT}"
+            )
         if sampling.logprobs is not None and reply.top_logprobs is None:
             raise UserError(
                 f"{connection.where}: the server gives no log-probabilities with token ids; set generate.logprobs to "

@@ -272,3 +272,50 @@ def test_a_recipe_names_one_address_or_several(tmp_path: Path):
     with pytest.raises(ValueError):
         TeacherServer(url=(), model="m")
     assert PARAMS.logprobs is None
+
+
+# ---- thinking budgets
+
+
+@pytest.mark.parametrize(
+    ("owner", "fields"),
+    [
+        ("vllm", {"thinking_token_budget": 100}),
+        ("sglang", {"custom_params": {"thinking_budget": 100}}),
+        ("llamacpp", {"thinking_budget_tokens": 100}),
+        ("distill", {"thinking_budget": 100}),
+    ],
+)
+def test_a_thinking_budget_has_another_name_on_every_server(owner, fields):
+    params = SamplingParams(max_new_tokens=500, thinking_budget=100)
+    with server(lambda *_: (200, JSON, body(chat())), owned(owner)) as made, opened(made) as backend:
+        backend.check([], params)
+        list(backend.complete([Job(Prompt.from_question("2 + 2?", "4"), (0,))], params, 0))
+    assert made.asked[0].items() >= fields.items()
+
+
+def test_a_server_that_is_not_known_to_hold_a_thinking_budget_is_refused():
+    params = SamplingParams(max_new_tokens=500, thinking_budget=100)
+    with server(lambda *_: (200, JSON, body(chat())), owned("somebody")) as made, opened(made) as backend:
+        with pytest.raises(UserError, match=r"has no known field for it \(owned_by 'somebody'"):
+            backend.check([], params)
+        assert not made.asked
+
+
+def test_a_server_that_ignores_a_thinking_budget_is_noticed():
+    params = SamplingParams(max_new_tokens=500, thinking_budget=100)
+    usage = {"completion_tokens": 480, "completion_tokens_details": {"reasoning_tokens": 400}}
+    with (
+        server(lambda *_: (200, JSON, body(chat() | {"usage": usage})), owned("vllm")) as made,
+        opened(made) as backend,
+        pytest.raises(UserError, match="ignores thinking_budget: 400 tokens of reasoning instead of 100"),
+    ):
+        list(backend.complete([Job(Prompt.from_question("2 + 2?", "4"), (0,))], params, 0))
+
+
+def test_a_run_without_a_budget_keeps_its_fingerprint():
+    """Runs that were begun before the key existed go on."""
+    from distill.recipe import SamplingSettings
+
+    assert "thinking_budget" not in SamplingSettings().settings()
+    assert SamplingSettings(thinking_budget=5).settings()["thinking_budget"] == 5
