@@ -14,7 +14,7 @@ then waited for, briefly, as their answers are paid for. A file each: `asking` (
 
 import asyncio
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -51,6 +51,7 @@ class RemoteBackend:
         self.model = server.model or ""
         self.identity = server.identity
         self.server, self.usage = server, Usage()
+        self.before_retry: Callable[[], None] = lambda: None  # raises what makes further requests pointless
         self._connections = [Connection(server, url, concurrency) for url in (server.url, *server.others)]
         self._asking = Asking(self.model, owner, server.stream, server.extra_body)
 
@@ -139,6 +140,7 @@ class RemoteBackend:
                 reply = await self._attempt(connection, prompt, sample, sampling, seed)
             except _Again as again:
                 failure = again.failure
+                self.before_retry()
                 if attempt < RETRIES:
                     await asyncio.sleep(0 if again.at_once else pause(attempt, again.wait, draw))
             else:

@@ -20,6 +20,7 @@ STAGES = {"generate", "filters", "train", "eval", "report", "serve", "plan"}
 SHARED = {"recipe", "config", "catalog", "chat", "limits", "traces", "prompts", "run", "hardware"}
 SHARED |= {
     "artefacts",
+    "children",
     "interrupts",
     "lock",
     "model_files",
@@ -41,6 +42,7 @@ BELOW_STAGES = {"grading", "backends"} | SHARED
 ALLOWED: dict[str, set[str]] = {
     "": {"api"},  # the package itself, which imports the Python API on first use
     "api": BELOW_STAGES,
+    "keeper": set(),
     "command": {"cli", "interrupts"},
     "cli": {"pipeline", "doctor", "plan"} | STAGES | BELOW_STAGES,
     "doctor": BELOW_STAGES | {"engine.kernels", "engine.families"},
