@@ -39,6 +39,7 @@ class Server:
     that it came from. concurrency: requests under way at once; None leaves it to the caller. stream: whether tokens are
     sent as they are sampled. silence: seconds without one after which a request has failed. extra_body: further fields
     of every request. others: further addresses of the same model. headers: sent with every request; never shown.
+    n: whether the samples of a prompt are one request. batch: whether requests are sent as files to a batch API.
     """
 
     url: str
@@ -51,6 +52,8 @@ class Server:
     extra_body: Mapping[str, JsonValue] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    n: bool = False
+    batch: bool = False
 
     @classmethod
     def of(cls, server: "TeacherServer", thinking: bool | None) -> "Server":
@@ -75,6 +78,8 @@ class Server:
             silence=server.silence,
             extra_body=in_mode(server.extra_body, thinking),
             others=tuple(others),
+            n=server.n,
+            batch=server.batch,
             headers={name: _from_environment(name, value) for name, value in server.headers.items()},
         )
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 30.0  # seconds for the list of models
 REPLY_BYTES, TOKEN_BYTES = 1 << 20, 2048  # that a reply may have, and more for every token that was asked for
+TRANSFER_TIMEOUT = 600.0  # seconds without a byte of a batch's file
+MOST_FILE_BYTES = 8 << 30  # of a batch's answers
 REFUSED = range(400, 500)  # statuses of requests that would be refused again …
 AGAIN = (408, 409, 425, 429)  # … except these
 REDIRECTS = range(300, 400)  # not followed: a key must not reach another host
@@ -89,6 +91,25 @@ class Connection:
             advice = "lower max_new_tokens" if too_many else "if it is too long, lower max_new_tokens"
             return UserError(f"prompt {prompt.id}: the server refused the request: {reason}; {advice}")
         return WorkError(f"the server failed: {reason}; {KEPT}")
+
+    @contextmanager
+    def asking_batches(self) -> Iterator["AsyncOpenAI"]:
+        """A client for a batch API, with retries of its own. Errors: UserError where the server refuses; WorkError."""
+        import openai
+
+        try:
+            yield self._client(TRANSFER_TIMEOUT, 5, MOST_FILE_BYTES)
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise UserError(f"{self.where}: {self._rejected(error)}") from error
+        except openai.APIStatusError as error:
+            if error.status_code not in REFUSED or error.status_code in AGAIN:
+                raise WorkError(f"the server failed: {self.secrets.reason(error)}; {KEPT}") from error
+            raise UserError(
+                f"{self.where}: the server refused a batch ({self.secrets.reason(error)}); if it has no batch API, set "
+                f"server.batch to false"
+            ) from error
+        except (openai.OpenAIError, httpx2.HTTPError, TooLarge) as error:
+            raise WorkError(f"the server failed: {self.secrets.reason(error)}; {KEPT}") from error
 
     # ---- connecting
 

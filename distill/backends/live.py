@@ -15,12 +15,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from distill.backends.local import options_of
+from distill.backends.local import options_of, with_tokens
 from distill.chat import Chat
 from distill.engine.options import SamplingParams
 from distill.errors import UserError
 from distill.models import Model
 from distill.recipe import LocalEngine
+
+__all__ = ["Asked", "Broken", "LiveModel", "Piece", "Rejected", "Running", "with_tokens"]
 
 if TYPE_CHECKING:
     from distill.engine import Request

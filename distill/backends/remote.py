@@ -14,19 +14,21 @@ then waited for, briefly, as their answers are paid for. A file each: `asking` (
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import TypeVar
 
 import httpx2
 
 from distill.backends.asking import Asking
 from distill.backends.backend import Completed, Job, Usage
+from distill.backends.batch import Batches
 from distill.backends.bounds import TooLarge
 from distill.backends.connection import KEPT, Connection
 from distill.backends.failures import Failures, OneSample
 from distill.backends.pacing import pause, retry_after
-from distill.backends.reply import Reply, Unreadable, read_reply
+from distill.backends.reply import Counts, Reply, Unreadable, read_replies
 from distill.backends.stream import Stream
 from distill.engine.options import SamplingParams
 from distill.errors import UserError, WorkError
@@ -37,6 +39,7 @@ from distill.traces.trace import Trace
 RETRIES = 8  # with growing pauses: when a server is busy, restarts, drops a connection or sends no answer
 TIMEOUT = 3600.0  # seconds for a sample that is not streamed: 32,768 tokens at 10 a second
 BUSY = (429, 503, 529)
+OVER_BUDGET = 64  # tokens of reasoning past a thinking budget that its closing may take
 SHARED = (401, 402, 403, 404)  # refusals of the key, the account or the model, which every request would get
 
 
@@ -53,7 +56,7 @@ class RemoteBackend:
         self.server, self.usage = server, Usage()
         self.before_retry: Callable[[], None] = lambda: None  # raises what makes further requests pointless
         self._connections = [Connection(server, url, concurrency) for url in (server.url, *server.others)]
-        self._asking = Asking(self.model, owner, server.stream, server.extra_body)
+        self._asking = Asking(server, owner)
 
     @classmethod
     def connect(cls, server: Server, concurrency: int = 64) -> "RemoteBackend":
@@ -77,7 +80,9 @@ class RemoteBackend:
         return cls(replace(server, model=model), concurrency, owner)
 
     def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
-        """Nothing: the server knows its context, and refuses what does not fit."""
+        """The server knows its context, and refuses what does not fit. Errors: UserError for a thinking budget that it
+        does not take."""
+        self._asking.check(sampling)
 
     def score(self, traces: Sequence[Trace], top_k: int) -> list[Trace]:
         """Errors: UserError, always: chat servers do not score texts."""
@@ -96,8 +101,11 @@ class RemoteBackend:
         failed after retries. At once: UserError for a key, an account or a model that it refuses; WorkError after
         `IN_A_ROW` failures; answers that arrive within `GRACE` seconds are yielded before that.
         """
-        wanted = ((job.prompt, sample) for job in jobs for sample in job.samples)
-        running: set[asyncio.Task[Completed]] = set()
+        if self.server.batch:
+            yield from self._batches(jobs, sampling, seed)
+            return
+        wanted = ((job.prompt, samples) for job in jobs for samples in self._asking.group(job.samples))
+        running: set[asyncio.Task[_Answered]] = set()
         failures = Failures()
         with asyncio.Runner() as runner:
             loop, timeout = runner.get_loop(), self.server.silence if self.server.stream else TIMEOUT
@@ -107,8 +115,8 @@ class RemoteBackend:
                 while True:
                     limit = sum(connection.pace.limit for connection in self._connections)
                     room = 0 if failures.stopped else limit - len(running)
-                    for prompt, sample in islice(wanted, max(0, room)):
-                        running.add(loop.create_task(self._sample(prompt, sample, sampling, seed)))
+                    for prompt, samples in islice(wanted, max(0, room)):
+                        running.add(loop.create_task(self._samples(prompt, samples, sampling, seed)))
                     if not running:
                         break
                     left = max(0.0, failures.deadline - loop.time()) if failures.stopped else None
@@ -117,11 +125,12 @@ class RemoteBackend:
                     if not done:
                         break
                     for task in done:
-                        if (error := task.exception()) is not None:
-                            failures.add(error, loop.time())
-                        else:
+                        answered = task.result()
+                        if answered.completed:
                             failures.in_a_row = 0
-                            yield task.result()
+                            yield from answered.completed
+                        if answered.error is not None:
+                            failures.add(answered.error, loop.time())
             finally:
                 for task in running:
                     task.cancel()
@@ -129,40 +138,79 @@ class RemoteBackend:
                     runner.run(connection.close())
         failures.raise_first()
 
-    async def _sample(self, prompt: Prompt, sample: int, sampling: SamplingParams, seed: int) -> Completed:
-        """One answer. Errors: UserError and WorkError, as `OneSample` where they say nothing about other samples."""
-        loop, draw = asyncio.get_running_loop(), random.Random(f"{prompt.id} {sample}")
+    def _batches(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Iterator[Completed]:
+        """`complete` through the batch API of the first address."""
+        connection = self._connections[0]
+        with asyncio.Runner() as runner, connection.asking_batches() as client:
+            source = Batches(client, self._asking.body, self.identity).complete(jobs, sampling, seed)
+            try:
+                while (answer := runner.run(_next(source))) is not None:
+                    prompt, sample, reply = answer
+                    self._count(Counts(reply.prompt_tokens, reply.completion_tokens))
+                    yield _completed(prompt, sample, reply)
+            finally:
+                runner.run(source.aclose())
+                runner.run(client.close())
+
+    async def _samples(
+        self, prompt: Prompt, samples: tuple[int, ...], sampling: SamplingParams, seed: int
+    ) -> "_Answered":
+        """The answers of one request for several samples, and one by one those that it does not give."""
+        answered = _Answered()
+        try:
+            missing = samples
+            if len(samples) > 1:
+                replies = await self._request(prompt, samples, sampling, seed)
+                good = {samples[i]: r for i, r in replies.items() if i < len(samples) and isinstance(r, Reply)}
+                answered.completed += [_completed(prompt, sample, reply) for sample, reply in good.items()]
+                missing = tuple(sample for sample in samples if sample not in good)
+            for sample in missing:
+                reply = (await self._request(prompt, (sample,), sampling, seed))[0]
+                assert isinstance(reply, Reply), "the only answer of a request is whole"
+                answered.completed.append(_completed(prompt, sample, reply))
+        except (UserError, WorkError, OneSample) as error:
+            answered.error = error
+        return answered
+
+    async def _request(
+        self, prompt: Prompt, samples: tuple[int, ...], sampling: SamplingParams, seed: int
+    ) -> dict[int, Reply | Unreadable]:
+        """The choices of a request, sent again until it is answered; none where the server refuses to give several.
+
+        Errors: UserError and WorkError, as `OneSample` where they say nothing about other samples."""
+        loop, draw = asyncio.get_running_loop(), random.Random(f"{prompt.id} {samples[0]}")
         failure: UserError | WorkError | None = None
         for attempt in range(RETRIES + 1):
             connection = min(self._connections, key=lambda each: each.rank(loop.time()))
             try:
                 connection.running += 1
-                reply = await self._attempt(connection, prompt, sample, sampling, seed)
+                replies = await self._attempt(connection, prompt, samples, sampling, seed)
             except _Again as again:
                 failure = again.failure
                 self.before_retry()
+                if len(samples) > 1 and len(self._asking.group(samples)) > 1:
+                    return {}  # it refuses `n`
                 if attempt < RETRIES:
                     await asyncio.sleep(0 if again.at_once else pause(attempt, again.wait, draw))
             else:
                 connection.answered()
-                self._count(reply)
-                return _completed(prompt, sample, reply)
+                return replies
             finally:
                 connection.running -= 1
         assert failure is not None
         raise OneSample(failure)
 
     async def _attempt(
-        self, connection: Connection, prompt: Prompt, sample: int, sampling: SamplingParams, seed: int
-    ) -> Reply:
-        """One request. Errors: _Again for what may go better another time; as `_sample`."""
+        self, connection: Connection, prompt: Prompt, samples: tuple[int, ...], sampling: SamplingParams, seed: int
+    ) -> dict[int, Reply | Unreadable]:
+        """One request. Errors: _Again for what may go better another time; as `_request`."""
         import openai
 
         loop, limit = asyncio.get_running_loop(), self._asking.limit
         sent = loop.time()
         try:
             async with asyncio.timeout(None if self.server.stream else TIMEOUT):
-                reply = await self._ask(connection, prompt, sample, sampling, seed)
+                replies = await self._ask(connection, prompt, samples, sampling, seed)
         except Unreadable as error:
             unusable = f"its answers are empty or unreadable ({error}), as they may be under load"
             raise _Again(WorkError(f"the server failed: {unusable}; {KEPT}")) from error
@@ -185,18 +233,31 @@ class RemoteBackend:
         except (openai.OpenAIError, httpx2.HTTPError) as error:
             connection.failed(loop.time())
             raise _Again(connection.error(error, prompt)) from error
+        for reply in (reply for reply in replies.values() if isinstance(reply, Reply)):
+            self._check(connection, reply, sampling)
+        return replies
+
+    def _check(self, connection: Connection, reply: Reply, sampling: SamplingParams) -> None:
+        """Errors: UserError where an answer lacks what was asked for."""
+        budget, thought = sampling.thinking_budget, reply.reasoning_tokens or 0
+        if budget is not None and thought > budget + OVER_BUDGET:
+            raise UserError(
+                f"{connection.where}: the server ignores thinking_budget: {thought:,} tokens of reasoning instead of "
+                f"{budget:,}; start it with a reasoning parser (vLLM: --reasoning-parser; SGLang: also "
+                f"--enable-strict-thinking), or set generate.sampling.thinking_budget to null; {KEPT}"
+            )
         if sampling.logprobs is not None and reply.top_logprobs is None:
             raise UserError(
                 f"{connection.where}: the server gives no log-probabilities with token ids; set generate.logprobs to "
                 f"null, or use a server that does (vLLM, distill serve); {KEPT}"
             )
-        return reply
 
     async def _ask(
-        self, connection: Connection, prompt: Prompt, sample: int, sampling: SamplingParams, seed: int
-    ) -> Reply:
+        self, connection: Connection, prompt: Prompt, samples: tuple[int, ...], sampling: SamplingParams, seed: int
+    ) -> dict[int, Reply | Unreadable]:
+        """The choices of a request, of which at least one is whole. Errors: Unreadable; those of the library."""
         assert connection.client is not None, "open the connection first"
-        body = self._asking.body(prompt, sample, sampling, seed)
+        body = self._asking.body(prompt, samples[0], sampling, seed, len(samples))
         request = connection.client.chat.completions.with_streaming_response.create(
             model=self.model, messages=[], extra_body=body
         )
@@ -205,14 +266,30 @@ class RemoteBackend:
                 stream = Stream()
                 async for part in response.iter_bytes():
                     stream.feed(part)
-                return stream.reply()
-            return read_reply(b"".join([part async for part in response.iter_bytes()]))
+                replies, usage = stream.replies(), stream.usage
+            else:
+                replies, usage = read_replies(b"".join([part async for part in response.iter_bytes()]))
+        if all(isinstance(reply, Unreadable) for reply in replies.values()):
+            raise next(reply for reply in replies.values() if isinstance(reply, Unreadable))
+        self._count(usage)
+        return replies
 
-    def _count(self, reply: Reply) -> None:
+    def _count(self, usage: Counts) -> None:
         self.usage = Usage(
-            self.usage.prompt_tokens + (reply.prompt_tokens or 0),
-            self.usage.completion_tokens + (reply.completion_tokens or 0),
+            self.usage.prompt_tokens + (usage.prompt_tokens or 0),
+            self.usage.completion_tokens + (usage.completion_tokens or 0),
         )
+
+
+@dataclass
+class _Answered:
+    """What one request brought: answers, and the error that ended it."""
+
+    completed: list[Completed] = field(default_factory=list)
+    error: UserError | WorkError | OneSample | None = None
+
+
+T = TypeVar("T")
 
 
 class _Again(Exception):
@@ -221,6 +298,11 @@ class _Again(Exception):
     def __init__(self, failure: UserError | WorkError, wait: float | None = None, at_once: bool = False) -> None:
         super().__init__(str(failure))
         self.failure, self.wait, self.at_once = failure, wait, at_once
+
+
+async def _next(source: AsyncGenerator[T, None]) -> T | None:
+    """The next item; None at the end."""
+    return await anext(source, None)
 
 
 def _completed(prompt: Prompt, sample: int, reply: Reply) -> Completed:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from distill.chat import END_THINK, THINK
 from distill.traces.trace import ReasoningForm, form_of
@@ -45,18 +46,60 @@ class Reply:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
 
-def read_reply(body: bytes) -> Reply:
-    """The first choice of a chat completion. Errors: Unreadable."""
+class Counts(NamedTuple):
+    """Tokens of a request; None where they are not known."""
+
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+def counts_of(usage: object) -> Counts:
+    """The counts in `usage`, as far as they can be right."""
+    counts = usage if isinstance(usage, dict) else {}
+    return Counts(_count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens")))
+
+
+def read_replies(body: bytes) -> tuple[dict[int, Reply | Unreadable], Counts]:
+    """The choices of a chat completion by their index, and the tokens of all; a choice that is no answer does not spoil
+    the others.
+
+    Counts of tokens are of all choices together, so a choice has them only where it is alone. Errors: Unreadable.
+    """
     reply = as_object(read_json(body), "the reply")
     choices = reply.get("choices")
     if not isinstance(choices, list) or not choices:
         raise Unreadable("it has no choices")
-    choice = as_object(choices[0], "a choice")
+    replies: dict[int, Reply | Unreadable] = {}
+    for number, each in enumerate(choices):
+        try:
+            choice = as_object(each, "a choice")
+            index = choice.get("index")
+            place = index if isinstance(index, int) and len(choices) > 1 else number
+            replies[place] = _choice(reply, choice, len(choices))
+        except Unreadable as error:
+            replies[number] = error
+    return replies, counts_of(reply.get("usage"))
+
+
+def read_reply(body: bytes) -> Reply:
+    """The first choice of a chat completion. Errors: Unreadable."""
+    reply = next(iter(read_replies(body)[0].values()))
+    if isinstance(reply, Unreadable):
+        raise reply
+    return reply
+
+
+def _choice(reply: Mapping[str, object], choice: Mapping[str, object], choices: int) -> Reply:
     tokens = Tokens(_ids(reply.get("prompt_token_ids")), _ids(choice.get("token_ids")))
     tokens.add_logprobs(choice.get("logprobs"))
-    return reply_of(
-        as_object(choice.get("message"), "a message"), choice.get("finish_reason"), reply.get("usage"), tokens
-    )
+    usage = reply.get("usage") if choices == 1 else shared_usage(reply.get("usage"))
+    return reply_of(as_object(choice.get("message"), "a message"), choice.get("finish_reason"), usage, tokens)
+
+
+def shared_usage(usage: object) -> dict[str, object]:
+    """Of the usage of several choices, what holds for each: the prompt's tokens."""
+    counts = usage if isinstance(usage, dict) else {}
+    return {name: value for name, value in counts.items() if name.startswith("prompt_")}
 
 
 class Tokens:

@@ -315,7 +315,8 @@ class Engine:
         for item in decoding:
             sequence = item.sequence
             for i in range(len(item.ids)):
-                draws.append(Draw(row, sequence.key, len(sequence.tokens) + i, sequence.request.sampling))
+                forced = _forced(sequence, item.ids[1 : i + 1])
+                draws.append(Draw(row, sequence.key, len(sequence.tokens) + i, sequence.request.sampling, forced))
                 row += 1
         for item in ready:
             sequence, request = item.sequence, item.sequence.request
@@ -324,7 +325,8 @@ class Engine:
                 if sequence.sample is None
                 else [sequence.key]
             )
-            draws += [Draw(row, key, len(sequence.tokens), request.sampling) for key in keys]
+            forced = _forced(sequence, [])
+            draws += [Draw(row, key, len(sequence.tokens), request.sampling, forced) for key in keys]
             row += 1
         return draws
 
@@ -411,6 +413,14 @@ class _Work:
     def rows(self, decoded_tc: Tensor, prefilled_rc: Tensor) -> Tensor:
         """Its hidden states, in order."""
         return torch.cat((prefilled_rc[self.prefilled], decoded_tc[self.decoded]))
+
+
+def _forced(state: SequenceState, drafts: list[int]) -> int | None:
+    """The token that must follow a sequence and these drafts."""
+    sampling, prompt = state.request.sampling, len(state.request.prompt_ids)
+    if sampling.thinking_budget is None or len(state.tokens) + len(drafts) - prompt < sampling.thinking_budget:
+        return None
+    return sampling.forced([*state.tokens[prompt:], *drafts])
 
 
 def _finished(state: SequenceState, length: int) -> FinishReason | None:

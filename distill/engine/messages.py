@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from distill.engine.engine import Completion, Progress
 from distill.engine.numerics import Numerics
-from distill.engine.options import SamplingParams
+from distill.engine.options import SamplingParams, ThinkTokens
 from distill.engine.scheduler import Request
 
 T = TypeVar("T")
@@ -46,7 +46,10 @@ def loaded(row: object) -> Loaded:
 def request(row: object) -> Request:
     """A `Request` from JSON."""
     assert isinstance(row, Mapping)
-    return from_json(Request, {**row, "sampling": from_json(SamplingParams, row["sampling"])})
+    sampling = dict(row["sampling"])
+    if sampling["think_tokens"] is not None:
+        sampling["think_tokens"] = from_json(ThinkTokens, sampling["think_tokens"])
+    return from_json(Request, {**row, "sampling": from_json(SamplingParams, sampling)})
 
 
 def progress(row: object) -> Progress:

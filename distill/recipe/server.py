@@ -47,6 +47,14 @@ class TeacherServer(Section):
     silence: Annotated[float, Free] = Field(
         SILENCE, gt=0, description="seconds without a token after which a streamed request has failed"
     )
+    n: Annotated[bool, Free] = Field(
+        False,
+        description="ask for all samples of a prompt in one request (`n`), where the server charges the prompt once; "
+        "samples then have no seed of their own",
+    )
+    batch: Annotated[bool, Free] = Field(
+        False, description="send all requests as files to the provider's batch API, which answers within a day for less"
+    )
     headers: Annotated[dict[str, str], Free] = Field(
         default_factory=dict,
         description="further HTTP headers of every request; a value that begins with $ names an environment variable",

@@ -6,10 +6,10 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from distill.backends import SamplingParams
-from distill.backends.live import Asked, LiveModel
+from distill.backends.live import Asked, LiveModel, with_tokens
 from distill.chat import Chat
 from distill.errors import UserError
 from distill.prompts.prompt import content_hash
@@ -58,13 +58,14 @@ class Answers:
             raise BadRequest(f"no model {request.model!r}; the model is {self.name}", "model", "model_not_found", 404)
         seed = secrets.randbits(63) if request.seed is None else request.seed
         if isinstance(request, CompletionRequest):
-            return Work(request, self.live.chat, [self._asked(request, ids, seed) for ids in self._ids(request)])
+            chat = self.live.chat
+            return Work(request, chat, [self._asked(request, chat, ids, seed) for ids in self._ids(request)])
         chat, messages = self._chat(template_mode(request)), [message.to_message() for message in request.messages]
         try:
             ids = chat.prompt_ids(messages)
         except UserError as error:
             raise BadRequest(str(error), "messages") from error
-        asked = self._asked(request, ids, seed, content_hash(tuple(messages), "chat", None))
+        asked = self._asked(request, chat, ids, seed, content_hash(tuple(messages), "chat", None))
         return Work(request, chat, [asked], chat.prefill, request.separate_reasoning is not False)
 
     def _chat(self, mode: bool | None) -> Chat:
@@ -87,7 +88,7 @@ class Answers:
             all_ids.append(ids)
         return all_ids
 
-    def _asked(self, request: Request, ids: list[int], seed: int, key: str | None = None) -> Asked:
+    def _asked(self, request: Request, chat: Chat, ids: list[int], seed: int, key: str | None = None) -> Asked:
         room = self.live.max_context - len(ids)
         limit = room if request.limit is None else request.limit
         if limit > room or room < 1:
@@ -102,9 +103,15 @@ class Answers:
             top_p=1.0 if request.top_p is None else request.top_p,
             top_k=max(0, request.top_k or 0),
             max_new_tokens=limit,
-            stop_token_ids=() if request.ignore_eos else self.live.chat.stop_token_ids,
             logprobs=request.alternatives or None,
+            thinking_budget=request.thinking_budget if isinstance(request, ChatRequest) else None,
         )
+        try:
+            sampling = with_tokens(sampling, chat)
+        except UserError as error:
+            raise BadRequest(str(error), "thinking_budget") from error
+        if request.ignore_eos:
+            sampling = replace(sampling, stop_token_ids=())
         key = request.prompt_key or key or content_hash(({"role": "user", "content": json.dumps(ids)},), "chat", None)
         samples = tuple(range(request.sample, request.sample + (request.n or 1)))
         streamed = bool(request.stream or request.stop)

@@ -147,7 +147,7 @@ class ChatMessage(BaseModel):
 
 class ChatRequest(_Sampled):
     """`POST /v1/chat/completions`. separate_reasoning: whether the think block is in `reasoning_content`; else it stays
-    in the content, with its tags."""
+    in the content, with its tags. thinking_budget: tokens after which an open think block is closed."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
@@ -155,6 +155,7 @@ class ChatRequest(_Sampled):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
     chat_template_kwargs: TemplateArguments | None = None
     separate_reasoning: bool | None = True
+    thinking_budget: int | None = Field(None, ge=1, le=MOST_TOKENS)
 
     @model_validator(mode="after")
     def _answerable(self) -> Self:

@@ -8,12 +8,13 @@ from server_support import JSON, KEY, PARAMS, Answer, Handler, body, chat, compl
 
 from distill import backends
 from distill.backends import Job, SamplingParams
+from distill.backends.asking import Asking
 from distill.backends.reply import read_reply
 from distill.backends.stream import Stream
 from distill.errors import UserError, WorkError
 from distill.models import Model, Server, teacher_of
 from distill.prompts import Prompt
-from distill.recipe import LocalEngine, TeacherServer
+from distill.recipe import LocalEngine, SamplingSettings, TeacherServer
 
 
 @pytest.fixture(autouse=True)
@@ -272,3 +273,129 @@ def test_a_recipe_names_one_address_or_several(tmp_path: Path):
     with pytest.raises(ValueError):
         TeacherServer(url=(), model="m")
     assert PARAMS.logprobs is None
+
+
+# ---- thinking budgets
+
+
+@pytest.mark.parametrize(
+    ("owner", "fields"),
+    [
+        ("vllm", {"thinking_token_budget": 100}),
+        ("sglang", {"custom_params": {"thinking_budget": 100}}),
+        ("llamacpp", {"thinking_budget_tokens": 100}),
+        ("distill", {"thinking_budget": 100}),
+    ],
+)
+def test_a_thinking_budget_has_another_name_on_every_server(owner, fields):
+    params = SamplingParams(max_new_tokens=500, thinking_budget=100)
+    with server(lambda *_: (200, JSON, body(chat())), owned(owner)) as made, opened(made) as backend:
+        backend.check([], params)
+        list(backend.complete([Job(Prompt.from_question("2 + 2?", "4"), (0,))], params, 0))
+    assert made.asked[0].items() >= fields.items()
+
+
+def test_a_server_that_is_not_known_to_hold_a_thinking_budget_is_refused():
+    params = SamplingParams(max_new_tokens=500, thinking_budget=100)
+    with server(lambda *_: (200, JSON, body(chat())), owned("somebody")) as made, opened(made) as backend:
+        with pytest.raises(UserError, match=r"has no known field for it \(owned_by 'somebody'"):
+            backend.check([], params)
+        assert not made.asked
+
+
+def test_a_server_that_ignores_a_thinking_budget_is_noticed():
+    params = SamplingParams(max_new_tokens=500, thinking_budget=100)
+    usage = {"completion_tokens": 480, "completion_tokens_details": {"reasoning_tokens": 400}}
+    with (
+        server(lambda *_: (200, JSON, body(chat() | {"usage": usage})), owned("vllm")) as made,
+        opened(made) as backend,
+        pytest.raises(UserError, match="ignores thinking_budget: 400 tokens of reasoning instead of 100"),
+    ):
+        list(backend.complete([Job(Prompt.from_question("2 + 2?", "4"), (0,))], params, 0))
+
+
+def test_a_run_without_a_budget_keeps_its_fingerprint():
+    """Runs that were begun before the key existed go on."""
+    assert "thinking_budget" not in SamplingSettings().settings()
+    assert SamplingSettings(thinking_budget=5).settings()["thinking_budget"] == 5
+
+
+# ---- several samples in one request
+
+
+def several(count: int) -> dict[str, object]:
+    choices = [chat(index=i, message={"content": f"answer {i}"})["choices"][0] for i in range(count)]
+    return chat() | {"choices": choices}
+
+
+def asking_n(made, stream: bool = False) -> Model:
+    return Model("m", Server(url(made), "m", n=True, stream=stream))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_samples_of_a_prompt_are_one_request(stream):
+    def reply(number: int, handler: Handler) -> Answer:
+        n = handler.server.asked[number]["n"]
+        if not stream:
+            return 200, JSON, body(several(n))
+        parts = [
+            {"choices": [{"index": i, "delta": {"content": text}, "finish_reason": end}]}
+            for text, end in (("answer", None), (" ", None), (None, "stop"))
+            for i in range(n)
+        ]
+        parts += [{"choices": [{"index": 0, "delta": {}}], "usage": chat()["usage"]}]
+        return 200, "text/event-stream", b"".join(b"data: " + body(part) + b"\n\n" for part in parts)
+
+    with server(reply) as made, backends.open(asking_n(made, stream), LocalEngine(), 4) as backend:
+        done = complete(backend, 5)
+        assert backend.usage == backends.Usage(3, 7)
+    assert [asked["n"] for asked in made.asked] == [5]
+    assert {d.sample: d.text for d in done} == {i: "answer " if stream else f"answer {i}" for i in range(5)}
+    assert all(d.prompt_tokens == 3 and d.completion_tokens is None for d in done)  # seven are of all five
+
+
+def test_a_server_that_refuses_n_is_asked_for_one_sample_at_a_time(capsys):
+    def reply(number: int, handler: Handler) -> Answer:
+        if "n" in handler.server.asked[number]:
+            return 400, JSON, body({"error": {"message": "Unsupported parameter: 'n'"}})
+        return 200, JSON, body(chat())
+
+    with server(reply) as made, backends.open(asking_n(made), LocalEngine(), 1) as backend:
+        jobs = [Job(Prompt.from_question(f"{n}?", "4"), (0, 1, 2)) for n in range(2)]
+        assert len(list(backend.complete(jobs, PARAMS, 0))) == 6
+    assert "n" in made.asked[0] and capsys.readouterr().out.count("refuses n;") == 1
+    assert len({asked["seed"] for asked in made.asked if "n" not in asked}) == 6
+
+
+def test_choices_that_are_missing_or_empty_are_asked_for_alone_and_the_others_kept():
+    def reply(number: int, handler: Handler) -> Answer:
+        asked = handler.server.asked[number]
+        if "n" not in asked:
+            return 200, JSON, body(chat(message={"content": "alone"}))
+        made = several(3)
+        made["choices"][1]["message"] = {"content": ""}
+        made["choices"] = made["choices"][:2]
+        return 200, JSON, body(made | {"usage": None})
+
+    with server(reply) as made, backends.open(asking_n(made), LocalEngine(), 1) as backend:
+        assert [(d.sample, d.text) for d in complete(backend, 3)] == [(0, "answer 0"), (1, "alone"), (2, "alone")]
+    assert len(made.asked) == 3
+
+
+def test_a_sample_that_fails_does_not_lose_those_of_its_request():
+    def reply(number: int, handler: Handler) -> Answer:
+        return (200, JSON, body(several(2))) if "n" in handler.server.asked[number] else (400, JSON, b"{}")
+
+    with server(reply) as made, backends.open(asking_n(made), LocalEngine(), 1) as backend:
+        done = []
+        with pytest.raises(UserError, match="refused the request"):
+            for each in backend.complete([Job(Prompt.from_question("2 + 2?", "4"), (0, 1, 2))], PARAMS, 0):
+                done.append(each)
+    assert [d.sample for d in done] == [0, 1]
+
+
+def test_samples_with_gaps_are_several_requests():
+    asking = Server("http://x/v1", "m", n=True)
+    assert Asking(asking, "").group((0, 1, 4, 6, 7, 8)) == [(0, 1), (4,), (6, 7, 8)]
+    assert Asking(Server("http://x/v1", "m"), "").group((0, 1)) == [(0,), (1,)]
+    assert [len(group) for group in Asking(asking, "").group(range(300))] == [128, 128, 44]

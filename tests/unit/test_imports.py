@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     **{stage: BELOW_STAGES for stage in STAGES},
     "plan": BELOW_STAGES | {"train", "engine.spec", "engine.families"},
     "grading": {"backends"} | SHARED,
-    "backends": {"engine"} | SHARED,
+    "backends": {"engine", "keeper"} | SHARED,
     **{room: SHARED for room in SHARED},
     "catalog": SHARED | {"engine.families"},  # what a card says of its model is compared with the model
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.
