@@ -167,7 +167,8 @@ def _check_prompts(sources: Sequence[PromptSource], expected: int | None = None)
     """Read every row of the sources; notes about what may not be meant. expected: the number of problems that a card
     says. Errors: UserError."""
     counts = PromptCounts()
-    for _ in load_prompts(sources, counts):
+    unmixed = [source.model_copy(update={"weight": None}) for source in sources]  # a mixture leaves rows unread
+    for _ in load_prompts(unmixed, counts):
         pass
     if expected is not None and counts.seen.total() != expected:
         raise UserError(
@@ -215,7 +216,8 @@ def check_recipe(
     for name in recipe.eval.benchmarks:
         load_benchmark(name)
     if prompts:
-        notes += _check_prompts([source for source in recipe.prompts if source.kind == "file"])
+        gym = [source.model_copy(update={"limit": 1}) for source in recipe.prompts if source.kind == "reasoning_gym"]
+        notes += _check_prompts([*gym, *(source for source in recipe.prompts if source.kind == "file")])
         _check_traces((*recipe.traces, *recipe.train.data))
     if recipe.generate.sampling.max_new_tokens >= teacher.context:
         notes.append(f"generate.sampling.max_new_tokens fills {teacher.name}'s whole context of {teacher.context}")
