@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from distill.engine.families import FAMILIES
 from distill.recipe.sampling import SamplingSettings
-from distill.recipe.server import TeacherServer
+from distill.recipe.server import AnyServer
 from distill.recipe.sources import PromptSource
 from distill.section import Section
 
@@ -42,7 +42,7 @@ class TeacherCard(Section):
         None, description="id on the Hugging Face Hub, or a directory relative to the card; null: it has a server only"
     )
     revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the newest commit")
-    server: TeacherServer | None = Field(None, description="server that has the teacher; null: the local engine")
+    server: AnyServer | None = Field(None, description="server that has the teacher; null: the local engine")
     parameters: float = Field(description="total parameters, in billions")
     active_parameters: float = Field(description="parameters active for one token, in billions")
     context: int = Field(description="maximum sequence length, in tokens")
