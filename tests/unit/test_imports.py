@@ -42,8 +42,9 @@ ALLOWED: dict[str, set[str]] = {
     "": {"api"},  # the package itself, which imports the Python API on first use
     "api": BELOW_STAGES,
     "command": {"cli", "interrupts"},
-    "cli": {"pipeline", "doctor", "plan"} | STAGES | BELOW_STAGES,
+    "cli": {"pipeline", "doctor", "plan", "push"} | STAGES | BELOW_STAGES,
     "doctor": BELOW_STAGES | {"engine.kernels", "engine.families"},
+    "push": SHARED,
     "pipeline": STAGES | BELOW_STAGES | {"filters.pipeline"},
     **{stage: BELOW_STAGES for stage in STAGES},
     "plan": BELOW_STAGES | {"train", "engine.spec", "engine.families"},
