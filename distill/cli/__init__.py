@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from distill import __version__, console, interrupts
-from distill.cli import catalogs, evaluation, exchange, stages
+from distill.cli import catalogs, evaluation, exchange, serving, stages
 from distill.errors import UserError, WorkError
 
 app = typer.Typer(
@@ -56,6 +56,7 @@ app.command()(stages.plan)
 app.command("import")(exchange.import_)
 app.command()(exchange.export)
 app.command()(exchange.push)
+app.command()(serving.serve)
 app.add_typer(catalogs.recipes, name="recipes")
 app.add_typer(catalogs.teachers, name="teachers")
 app.add_typer(catalogs.students, name="students")

@@ -15,7 +15,9 @@ LiveCodeBench, `test_list` of MBPP (asserts, with `test_setup_code`), `test` of 
 `entry_point`). Columns beside the tests are read by these names (`BESIDE`).
 """
 
+import ast
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import NotRequired, TypedDict
 
@@ -58,13 +60,13 @@ def tests_of(value: object, row: Mapping[str, object]) -> str | None:
     elif isinstance(value, dict) and "inputs" in value and "outputs" in value:
         cases = list(_paired(value))
     elif isinstance(value, list) and all(isinstance(case, str) for case in value):
-        cases = [{"type": "assert", "code": str(case)} for case in value if str(case).strip()]
+        cases = [{"type": "assert", "code": _program(str(case))} for case in value if str(case).strip()]
     elif isinstance(value, list):
         cases = [_case(case, number) for number, case in enumerate(value)]
     elif isinstance(value, str) and value.strip():
         if "def check(" in value and not (isinstance(entry, str) and entry.strip()):
             raise ValueError("defines check(candidate), and there is no column entry_point with the function's name")
-        cases = [{"type": "program", "code": value}]
+        cases = [{"type": "program", "code": _program(value)}]
     elif value is None or value in ("", {}) or isinstance(value, str):
         return None
     else:
@@ -82,6 +84,16 @@ def tests_of(value: object, row: Mapping[str, object]) -> str | None:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("holds half a surrogate pair") from None
+    return text
+
+
+def _program(text: str) -> str:
+    """The text, which is Python: prose in its place would fail every answer. Errors: ValueError."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # MemoryError: nested too deep
+        raise ValueError(f"is not tests: {text[:40]!r} is no Python program ({type(error).__name__})") from error
     return text
 
 

@@ -6,7 +6,7 @@ dotted name reads through it. A column whose own name has a dot comes first.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from distill.errors import UserError
 from distill.limits import JSON_DEPTH, ROW_BYTES
@@ -30,6 +30,13 @@ def value_at(row: Mapping[str, object], column: str) -> object:
 def has_column(row: Mapping[str, object], column: str) -> bool:
     """Whether a row has a column, or the first part of a dotted one."""
     return column in row or column.partition(".")[0] in row
+
+
+def listed(names: Iterable[str]) -> str:
+    """Column names for a message: on one line, whatever a file calls its columns."""
+    short = [name if len(name) <= 40 else f"{name[:39]}…" for name in (" ".join(name.split()) for name in names)]
+    more = f" and {len(short) - 30} more" if len(short) > 30 else ""
+    return (", ".join(short[:30]) or "(none)") + more
 
 
 def parsed(value: object) -> object:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from distill.errors import UserError
 from distill.prompts.code_tests import BESIDE
-from distill.prompts.columns import MEDIA, Row, has_column, value_at
+from distill.prompts.columns import MEDIA, Row, has_column, listed, value_at
 from distill.prompts.counts import PromptCounts
 from distill.prompts.golds import gold_of, gold_text, with_choices
 from distill.prompts.messages import asked_text, conversation, turns_of
@@ -89,7 +89,7 @@ def _no_column(source: "FilePrompts | HubPrompts", column: str, names: Iterable[
     fix = "name the right one under `prompts`"
     if column == source.answer:
         fix += ", or set `answer: null` for problems without gold answers"
-    return UserError(f"{where}: no column {column}; the columns are {', '.join(names) or '(none)'}: {fix}")
+    return UserError(f"{where}: no column {column}; the columns are {listed(names)}: {fix}")
 
 
 def prompts_from_rows(
@@ -103,9 +103,7 @@ def prompts_from_rows(
     candidates: Iterable[_Candidate] = _candidates(rows, source, whole, name)
     if source.shuffle_seed is not None:
         candidates = sampled(candidates, source.shuffle_seed, source.limit, lambda candidate: candidate.prompt)
-    answered = 0
     for candidate in candidates:
-        answered += candidate.prompt.answer is not None
         counts.rows[name] += 1  # at once: a mixture may end before this source does
         if candidate.prompt.answer is None and source.answer is not None:
             counts.unanswered[name] += 1
@@ -113,17 +111,12 @@ def prompts_from_rows(
         if candidate.cut:
             counts.cut[name] += 1
         yield candidate.prompt
-    if not answered and source.extract != "none":
-        raise UserError(
-            f"{whole}: no row has {MARKS[source.extract]} in column {source.answer}; name the column that has one as "
-            f"`answer`, or set another `extract`"
-        )
 
 
 def _candidates(rows: Iterator[Row], source: "FilePrompts | HubPrompts", whole: str, name: str) -> Iterator[_Candidate]:
-    """Rows as prompts: the first `limit`, or all where they are shuffled. Errors: UserError, for an answer column that
-    no row has at the end."""
-    read = 0
+    """Rows as prompts: the first `limit`, or all where they are shuffled. Errors: UserError, at the
+    end for an answer column that no row has or from which nothing is extracted."""
+    read = answered = 0
     answer_there = source.answer is None
     names: dict[str, None] = {}
     first = source.limit if source.shuffle_seed is None else None
@@ -136,6 +129,7 @@ def _candidates(rows: Iterator[Row], source: "FilePrompts | HubPrompts", whole: 
         answer_there = answer_there or has_column(row, source.answer or "")
         messages, cut = _messages(row, source, where)
         answer = _answer(row, source, where)
+        answered += answer is not None
         if source.choices:
             messages, answer = _with_choices_of(row, source, where, messages, answer)
         yield _Candidate(where, Prompt(messages, source.task, answer, name), cut)
@@ -143,6 +137,11 @@ def _candidates(rows: Iterator[Row], source: "FilePrompts | HubPrompts", whole: 
         raise UserError(f"{whole}: no rows; give a source with at least one problem")
     if not answer_there and source.answer is not None:
         raise _no_column(source, source.answer, names, whole)
+    if not answered and source.extract != "none":
+        raise UserError(
+            f"{whole}: no row has {MARKS[source.extract]} in column {source.answer}; name the column that has one as "
+            f"`answer`, or set another `extract`"
+        )
 
 
 def _within(rows: Iterator[Row], source: "FilePrompts | HubPrompts") -> Iterator[Row]:

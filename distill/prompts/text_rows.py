@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distill.errors import UserError
 from distill.limits import ARRAY_BYTES, ROW_BYTES
-from distill.prompts.columns import Row, parse_json, parse_json_at
+from distill.prompts.columns import Row, listed, parse_json, parse_json_at
 from distill.prompts.streams import lines, opened, readable
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -132,7 +132,7 @@ class _Table:
             raise UserError(f"{path}: empty; the first line names the columns, such as question{separator}answer")
         self.header = [name.strip() for name in header]
         if twice := sorted({name for name in self.header if self.header.count(name) > 1}):
-            raise UserError(f"{path}: the header names column {twice[0]!r} twice; rename or remove one")
+            raise UserError(f"{path}: the header names column {listed(twice[:1])!r} twice; rename or remove one")
         other = next((mark for mark in ";\t," if mark != separator and mark in self.header[0]), None)
         if len(self.header) == 1 and other is not None:
             name = {"\t": "tabs: name it .tsv", ",": "commas: name it .csv", ";": "semicolons: write it with commas"}

@@ -26,9 +26,9 @@ from itertools import count
 
 from distill.chat import END_THINK, THINK
 from distill.errors import UserError
-from distill.prompts.files import MEDIA
+from distill.prompts.columns import MEDIA, listed, parse_json, value_at
+from distill.prompts.messages import ROLES, TEXT_PARTS
 from distill.prompts.prompt import Message
-from distill.prompts.rows import parse_json, value_at
 from distill.traces.trace import FinishReason
 
 Row = Mapping[str, object]
@@ -52,17 +52,7 @@ FLAT = (  # columns of question, reasoning (None: between tags in the answer) an
     ("problem", None, "response"),
     ("instruction", None, "response"),
 )
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "system",
-}
 TOOLS = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
-TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = (
     "thinking",
     "reasoning",
@@ -260,7 +250,7 @@ def no_layout(columns: Iterable[str], where: str) -> UserError:
     """The error for columns that are no known layout."""
     return UserError(
         f"{where}: no known layout of traces (messages, conversations, prompt and completion, generations) in the "
-        f"columns {', '.join(columns)}; name `question`, `reasoning` and `response` of this source"
+        f"columns {listed(columns)}; name `question`, `reasoning` and `response` of this source"
     )
 
 
@@ -385,7 +375,7 @@ def tagged(text: str) -> str:
 
 def _column(row: Row, name: str, where: str) -> object:
     if name.partition(".")[0] not in row and name not in row:
-        raise UserError(f"{where}: no column {name}; the columns are {', '.join(row)}")
+        raise UserError(f"{where}: no column {name}; the columns are {listed(row)}")
     return value_at(row, name)
 
 

@@ -17,6 +17,7 @@ from distill.chat import split_reasoning
 from distill.console import say
 from distill.errors import UserError
 from distill.fingerprint import digest
+from distill.prompts.columns import listed
 from distill.prompts.files import MEDIA, gold_text
 from distill.prompts.hub import load_dataset, rows_of_dataset
 from distill.prompts.prompt import Prompt
@@ -103,12 +104,12 @@ def _mentions(path: Path, column: str) -> bool:
 
 
 def _no_column(name: str, column: str, names: Iterable[str]) -> UserError:
-    return UserError(f"{name}: no column {column}; the columns are {', '.join(names)}: correct it in this source")
+    return UserError(f"{name}: no column {column}; the columns are {listed(names)}: correct it in this source")
 
 
 def _no_gold_column(name: str, column: str, names: Iterable[str]) -> UserError:
     return UserError(
-        f"{name}: no column {column}; the columns are {', '.join(names)}: name the one with the gold answer as "
+        f"{name}: no column {column}; the columns are {listed(names)}: name the one with the gold answer as "
         f"`answer`, or leave `answer` out"
     )
 

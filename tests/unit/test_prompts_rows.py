@@ -287,3 +287,9 @@ def test_saved_data_sets_are_files_too(tmp_path: Path, cache: Path) -> None:
     file_refused(jsonl(tmp_path / "a.jsonl", {"question": "q"}), "a file has no split", split="train")
     (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"nonsense")
     file_refused(tmp_path / "one")
+
+
+def test_column_names_are_listed_on_one_line(tmp_path: Path) -> None:
+    header = ",".join(['"a\nb"', "x" * 500, *(f"c{n}" for n in range(40))])
+    path = csv_file(tmp_path / "a.csv", f"{header}\n{',' * 41}\n")
+    file_refused(path, "the columns are a b, " + "x" * 39 + "…, c0, c1", " and 12 more: name the right one")
