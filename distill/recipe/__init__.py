@@ -17,6 +17,7 @@ from distill.recipe.cards import Architecture, BenchmarkCard, StudentCard, Teach
 from distill.recipe.evaluate import Eval
 from distill.recipe.filter import Filter
 from distill.recipe.generate import Generate, LocalEngine
+from distill.recipe.price import Price
 from distill.recipe.sampling import SamplingSettings
 from distill.recipe.server import TeacherServer
 from distill.recipe.sources import PromptSource, TraceSource
@@ -32,6 +33,7 @@ __all__ = [
     "Generate",
     "LocalEngine",
     "Lora",
+    "Price",
     "Qlora",
     "Recipe",
     "SamplingSettings",

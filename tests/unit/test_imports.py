@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": BELOW_STAGES | {"engine.kernels", "engine.families"},
     "pipeline": STAGES | BELOW_STAGES | {"filters.pipeline"},
     **{stage: BELOW_STAGES for stage in STAGES},
-    "plan": BELOW_STAGES | {"train", "engine.spec", "engine.families"},
+    "plan": BELOW_STAGES | {"generate", "train", "engine.spec", "engine.families"},
     "grading": {"backends"} | SHARED,
     "backends": {"engine"} | SHARED,
     **{room: SHARED for room in SHARED},
