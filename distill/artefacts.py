@@ -231,8 +231,10 @@ class GenerateSummary(Artefact):
     """What `traces/` holds, and how fast the last session made it.
 
     content_hash: over (prompt id, sample, text) of all traces, whatever their order. completion_tokens: 0 where the
-    traces have no token counts. made, seconds, tokens_per_second, drafts: of the last
-    session alone. numerics: what produced the numbers, None for published traces.
+    traces have no token counts, like the other counts of tokens; cached tokens are among those of the prompts,
+    reasoning tokens among those of the completions. forms: how the reasoning came (`Trace.form`) → traces. made,
+    seconds, tokens_per_second, drafts: of the last session alone. numerics: what produced the numbers, None for
+    published traces.
     """
 
     traces: int
@@ -241,6 +243,10 @@ class GenerateSummary(Artefact):
     truncated: int
     completion_tokens: int
     median_completion_tokens: float
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    forms: dict[str, int] = {}
     made: int
     seconds: float
     tokens_per_second: int | None = None

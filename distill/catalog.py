@@ -167,7 +167,8 @@ def _check_prompts(sources: Sequence[PromptSource], expected: int | None = None)
     """Read every row of the sources; notes about what may not be meant. expected: the number of problems that a card
     says. Errors: UserError."""
     counts = PromptCounts()
-    for _ in load_prompts(sources, counts):
+    unmixed = [source.model_copy(update={"weight": None}) for source in sources]  # a mixture leaves rows unread
+    for _ in load_prompts(unmixed, counts):
         pass
     if expected is not None and counts.seen.total() != expected:
         raise UserError(
@@ -197,10 +198,17 @@ def check_recipe(
     notes = []
     server = server_of(recipe)
     if server is not None and recipe.train.objective.teacher_top_k is not None:
-        raise UserError(
-            f"train.objective.kind {recipe.train.objective.kind} reads the teacher's probabilities, which needs its "
-            f"weights on this machine: remove `server`, or set train.objective.kind to `sft`"
-        )
+        reads = f"train.objective.kind {recipe.train.objective.kind} reads the teacher's probabilities"
+        if recipe.generate.logprobs is None or recipe.traces:
+            raise UserError(
+                f"{reads}, which a server gives only beside its answers: set generate.logprobs, remove `server`, or "
+                f"set train.objective.kind to `sft`"
+            )
+        if teacher.weights is None:
+            raise UserError(
+                f"{reads} and needs its tokenizer: set `weights:` in the card of {teacher.name} to its directory or "
+                f"hub id"
+            )
     for kind in weights:
         if kind == "teacher" and server is not None:
             continue
@@ -208,7 +216,8 @@ def check_recipe(
     for name in recipe.eval.benchmarks:
         load_benchmark(name)
     if prompts:
-        notes += _check_prompts([source for source in recipe.prompts if source.kind == "file"])
+        gym = [source.model_copy(update={"limit": 1}) for source in recipe.prompts if source.kind == "reasoning_gym"]
+        notes += _check_prompts([*gym, *(source for source in recipe.prompts if source.kind == "file")])
         _check_traces((*recipe.traces, *recipe.train.data))
     if recipe.generate.sampling.max_new_tokens >= teacher.context:
         notes.append(f"generate.sampling.max_new_tokens fills {teacher.name}'s whole context of {teacher.context}")
@@ -252,6 +261,16 @@ def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> P
     return directory
 
 
+def resolve_tokenizer(name_or_path: str) -> Path:
+    """The local directory with the tokenizer of a teacher that is asked through a server; of a hub id only the files
+    beside the weights are downloaded. Errors: UserError."""
+    card = load_teacher(name_or_path)
+    directory = _local_weights(card, find("teacher", name_or_path))
+    if card.weights is None:
+        raise UserError(f"the card of {card.name} names no `weights:`, whose tokenizer is needed")
+    return directory or _download(card.weights, card.revision, "teacher", name_or_path, model_files.TOKENIZER_FILES)
+
+
 def _local_weights(card: TeacherCard | StudentCard, card_file: Path) -> Path | None:
     """The directory that `weights` names; None for a hub id (`owner/name` where no such directory exists), and for a
     teacher that has a server only."""
@@ -269,8 +288,10 @@ def local_weights(kind: Literal["teacher", "student"], name_or_path: str) -> Pat
     return _local_weights(card, find(kind, name_or_path))
 
 
-def _download(repo: str, revision: str | None, kind: Kind, name: str) -> Path:
-    place = model_files.download(repo, revision)
+def _download(
+    repo: str, revision: str | None, kind: Kind, name: str, files: Sequence[str] = model_files.HUB_FILES
+) -> Path:
+    place = model_files.download(repo, revision, files)
     if isinstance(place, Path):
         return place
     card_file = find(kind, name)

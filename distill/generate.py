@@ -34,6 +34,15 @@ if TYPE_CHECKING:
     from distill.run import Run
 
 TOGETHER = 256  # published traces stored at once
+FORMS = {  # of a reasoning, as `Trace.form`
+    "reasoning_content": "in reasoning_content",
+    "reasoning": "in reasoning",
+    "think": "in think tags",
+    "end_think": "with </think> only",
+    "none": "without any",
+    "cut_off": "cut off",
+    "no_content": "with no answer after it",
+}
 
 
 class Generate(Stage[GenerateSummary]):
@@ -100,7 +109,10 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
                 collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix)
         seconds, usage, numerics = time.monotonic() - started, backend.usage, dict(backend.numerics)
     store.compact()
-    return _counts(store).model_copy(
+    counts = _counts(store)
+    if len(counts.forms) > 1:
+        say("reasoning: " + ", ".join(f"{count:,} {FORMS[form]}" for form, count in counts.forms.items()))
+    return counts.model_copy(
         update={
             "made": left,
             "seconds": round(seconds, 1),
@@ -197,12 +209,17 @@ def _renumbered(trace: Trace, samples: Counter[str]) -> Trace:
 def _counts(store: TraceStore) -> GenerateSummary:
     """Counts over the whole store, in one pass. completion_tokens: of the traces whose token ids are known."""
     lengths, prompts, truncated = [], set(), 0
-    digests = []
+    digests, counts, forms = [], Counter[str](), Counter[str]()
     for figures in store.figures():
         digests.append(figures.digest)
         lengths.append(figures.tokens)
         prompts.add(figures.key[0])
         truncated += figures.finish_reason == "length"
+        counts["prompt_tokens"] += figures.prompt_tokens
+        counts["cached_tokens"] += figures.cached_tokens
+        counts["reasoning_tokens"] += figures.reasoning_tokens
+        if figures.form is not None:
+            forms[figures.form] += 1
     return GenerateSummary(
         traces=len(lengths),
         content_hash=content_hash(digests),
@@ -210,6 +227,10 @@ def _counts(store: TraceStore) -> GenerateSummary:
         truncated=truncated,
         completion_tokens=sum(lengths),
         median_completion_tokens=statistics.median(lengths),
+        prompt_tokens=counts["prompt_tokens"],
+        cached_tokens=counts["cached_tokens"],
+        reasoning_tokens=counts["reasoning_tokens"],
+        forms=dict(sorted(forms.items())),
         made=0,
         seconds=0.0,
     )

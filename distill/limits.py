@@ -9,8 +9,9 @@ The values are far above what honest data needs (the longest published reasoning
 below what a small machine cannot take. They are constants and not settings: input that exceeds one is damaged.
 """
 
-ROW_BYTES = 32 << 20  # of one JSONL line (as Python objects up to 25 times as much), or of the text in a Parquet row
+ROW_BYTES = 32 << 20  # of a line or a CSV row (as Python objects up to 25 times as much), or of a Parquet row's text
 JSON_DEPTH = 100  # brackets inside one another, in a row or in JSON kept as text in a column
+ARRAY_BYTES = 1 << 30  # of a JSON array, unpacked: it is held in memory whole
 BATCH_ROWS = 32  # of Parquet decoded together: a row has at most ROW_BYTES of text
 
 YAML_BYTES = 4 << 20  # of a recipe, a card or one `--set` value

@@ -8,6 +8,7 @@ read, and the files of an adapter, which transformers would load into the model 
 import json
 import re
 import struct
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from distill.errors import UserError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 ADDRESS = re.compile(r"(https?://|[\w.-]+:\d+(/|$))", re.IGNORECASE)
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a model repository, what is read here
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model repository
+HUB_FILES = (*TOKENIZER_FILES, "*.safetensors")  # what is read here
 INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs"
 POINTER_BYTES = 1024  # a pointer is smaller
@@ -114,8 +116,8 @@ def parameters(directory: Path) -> int | None:
     return total
 
 
-def download(repo: str, revision: str | None) -> Path | str:
-    """The directory of a model on the hub, or why it cannot be downloaded, with the way out."""
+def download(repo: str, revision: str | None, files: Sequence[str] = HUB_FILES) -> Path | str:
+    """The directory of a model on the hub, or why it cannot be downloaded, with the way out. files: patterns."""
     from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -129,7 +131,7 @@ def download(repo: str, revision: str | None) -> Path | str:
     )
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
     except GatedRepoError:
         return "accept its licence on the hub and run `hf auth login`"
     except RepositoryNotFoundError:

@@ -37,7 +37,8 @@ class Server:
     model: its name there; None where the only one is meant. key: never shown. key_variable: the environment variable
     that it came from. concurrency: requests under way at once; None leaves it to the caller. stream: whether tokens are
     sent as they are sampled. silence: seconds without one after which a request has failed. extra_body: further fields
-    of every request.
+    of every request. others: further addresses of the same model. headers: sent with every request; never shown.
+    n: whether the samples of a prompt are one request. batch: whether requests are sent as files to a batch API.
     """
 
     url: str
@@ -48,6 +49,10 @@ class Server:
     stream: bool = True
     silence: float = SILENCE
     extra_body: Mapping[str, JsonValue] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    n: bool = False
+    batch: bool = False
 
     @classmethod
     def of(cls, server: "TeacherServer", thinking: bool | None) -> "Server":
@@ -66,8 +71,9 @@ class Server:
             variables = body.get("chat_template_kwargs")
             chosen = variables if isinstance(variables, dict) else {}
             body["chat_template_kwargs"] = {"thinking": thinking, "enable_thinking": thinking} | chosen
+        url, *others = (server.url,) if isinstance(server.url, str) else server.url
         return cls(
-            server.url,
+            url,
             server.model,
             key,
             server.api_key_env,
@@ -75,6 +81,10 @@ class Server:
             stream=server.stream,
             silence=server.silence,
             extra_body=body,
+            others=tuple(others),
+            n=server.n,
+            batch=server.batch,
+            headers={name: _from_environment(name, value) for name, value in server.headers.items()},
         )
 
     @property
@@ -86,15 +96,26 @@ class Server:
         return identity
 
 
+def _from_environment(name: str, value: str) -> str:
+    """A header's value; `$NAME` is that environment variable's. Errors: UserError when it is not set."""
+    if not value.startswith("$"):
+        return value
+    if not (found := os.environ.get(value[1:])):
+        raise UserError(f"server.headers: {name}: the environment variable {value[1:]} is not set")
+    return found
+
+
 @dataclass(eq=False)
 class Model:
     """name: what its scores are called. place: a model directory, or a server. template: a built-in training template
-    or a .jinja file in place of the directory's own. thinking: the template's mode, None for its default."""
+    or a .jinja file in place of the directory's own. thinking: the template's mode, None for its default. card: of the
+    teacher that a server has."""
 
     name: str
     place: Path | Server
     template: str | None = None
     thinking: bool | None = None
+    card: str | None = None
 
     @property
     def is_remote(self) -> bool:
@@ -126,10 +147,14 @@ class Model:
 
     @cached_property
     def chat(self) -> "Chat":
-        """The tokenizer with the template, in the model's mode. Errors: UserError when it cannot be used."""
+        """The tokenizer with the template, in the model's mode; behind a server, that of the teacher's card.
+
+        Errors: UserError when it cannot be used.
+        """
         from distill.chat import Chat
 
-        return Chat.load(self.directory, self.template, self.thinking)
+        directory = catalog.resolve_tokenizer(self.card) if self.is_remote and self.card else self.directory
+        return Chat.load(directory, self.template, self.thinking)
 
 
 def teacher_of(name: str, card_name: str, server: "TeacherServer | None" = None, thinking: bool | None = None) -> Model:
@@ -140,7 +165,7 @@ def teacher_of(name: str, card_name: str, server: "TeacherServer | None" = None,
     card = catalog.load_teacher(card_name)
     mode = card.thinking if thinking is None else thinking
     if (server := server or card.server) is not None:
-        return Model(name, Server.of(server, mode))
+        return Model(name, Server.of(server, mode), thinking=mode, card=card_name)
     return Model(name, catalog.resolve_weights("teacher", card_name), thinking=mode)
 
 

@@ -82,7 +82,7 @@ class Run:
     def prompts(self) -> list[Prompt]:
         """The recipe's prompts, read once. Errors: UserError naming file and line."""
         counts = PromptCounts()
-        prompts = list(load_prompts(self.recipe.prompts, counts))
+        prompts = list(load_prompts(self.recipe.prompts, counts, self.recipe.generate.max_prompts))
         for note in counts.notes():
             say(f"note: {note}")
         return prompts

@@ -9,6 +9,11 @@ class Free:
     """Mark of a field that does not decide what a stage's output *is*: how many, how fast, where."""
 
 
+class WhenSet:
+    """Mark of a field that belongs to the fingerprint only where it is not null, so that runs begun before the field
+    existed can go on."""
+
+
 class Section(BaseModel):
     """Part of a recipe or a card. Frozen, so that the validated values are those that run."""
 
@@ -18,8 +23,9 @@ class Section(BaseModel):
         """The fields that belong to the stage's fingerprint: dotted keys → JSON values, without the `Free` ones."""
         flat: dict[str, JsonValue] = {}
         for name, info in type(self).model_fields.items():
-            if Free not in info.metadata:
-                flat |= _flattened(name, getattr(self, name))
+            value = getattr(self, name)
+            if Free not in info.metadata and not (WhenSet in info.metadata and value is None):
+                flat |= _flattened(name, value)
         return flat
 
     def marked(self, marker: type) -> dict[str, JsonValue]:

@@ -8,7 +8,7 @@ from pydantic import JsonValue
 
 from distill.engine.options import SamplingParams
 from distill.prompts.prompt import Prompt
-from distill.traces.trace import FinishReason, Trace
+from distill.traces.trace import FinishReason, ReasoningForm, Trace
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Completed:
     """One finished sample.
 
     text: with the prefilled `<think>` put back. finish_reason: as the model or the server gives it, None where it gives
-    none. Token ids are exactly what was sampled; empty where they are not known, and then completion_tokens is the
-    server's count, None where it gives none that can be used.
+    none. Token ids are exactly what was sampled; empty where they are not known, and then completion_tokens and
+    prompt_tokens are the server's counts, None where it gives none that can be used. The other counts and form: as of
+    `Trace`.
     """
 
     prompt: Prompt
@@ -37,6 +38,10 @@ class Completed:
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     completion_tokens: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    form: ReasoningForm | None = None
 
 
 @dataclass(frozen=True)

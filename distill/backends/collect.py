@@ -12,7 +12,7 @@ from distill.chat import split_reasoning
 from distill.engine.options import SamplingParams
 from distill.prompts.prompt import Prompt
 from distill.traces.store import TraceStore
-from distill.traces.trace import Trace
+from distill.traces.trace import Trace, form_of
 
 
 def missing(prompts: Iterable[Prompt], samples: int, have: set[tuple[str, int]]) -> list[Job]:
@@ -80,4 +80,8 @@ def _trace(done: Completed, prompt: Prompt, seed: int, teacher: str) -> Trace:
         logprobs=done.logprobs,
         top_logprobs=done.top_logprobs,
         completion_tokens=done.completion_tokens,
+        prompt_tokens=done.prompt_tokens,
+        cached_tokens=done.cached_tokens,
+        reasoning_tokens=done.reasoning_tokens,
+        form=done.form or form_of(done.text, done.finish_reason),
     )

@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from distill.backends.backend import Completed, Job, Usage
-from distill.engine.options import EngineOptions, SamplingParams
+from distill.engine.options import EngineOptions, SamplingParams, ThinkTokens
 from distill.errors import UserError, WorkError
 from distill.models import Model
-from distill.prompts.prompt import Prompt
+from distill.prompts.prompt import END_THINK, THINK, Prompt
 from distill.recipe import LocalEngine
 from distill.traces.trace import Trace
 
 if TYPE_CHECKING:
+    from distill.chat import Chat
     from distill.engine import Completion, Engine, Engines, Request
 
 GIB = 1 << 30
+CLOSING = f"\n{END_THINK}\n\n"  # what closes a think block whose budget is used up
 
 
 def options_of(settings: LocalEngine, max_batch: int) -> EngineOptions:
@@ -36,6 +38,24 @@ def options_of(settings: LocalEngine, max_batch: int) -> EngineOptions:
         memory_budget=None if settings.memory_budget is None else int(settings.memory_budget * GIB),
         kv_cache_dtype=settings.kv_cache_dtype,
     )
+
+
+def with_tokens(sampling: SamplingParams, chat: "Chat") -> SamplingParams:
+    """The parameters with the tokens that a model ends its turn and its thinking with.
+
+    Errors: UserError for a thinking budget where `</think>` is not a token of its own.
+    """
+    think = None
+    if sampling.thinking_budget is not None:
+        end, begin = chat.text_ids(END_THINK), chat.text_ids(THINK)
+        if len(end) != 1:
+            raise UserError(
+                f"thinking_budget needs a model with a token {END_THINK}, which the tokenizer of {chat.where} has not; "
+                f"remove it"
+            )
+        closing = chat.text_ids(CLOSING)
+        think = ThinkTokens(bool(chat.prefill), begin[0] if len(begin) == 1 else None, end[0], tuple(closing))
+    return replace(sampling, stop_token_ids=chat.stop_token_ids, think_tokens=think)
 
 
 class LocalBackend:
@@ -119,7 +139,7 @@ class LocalBackend:
         """
         from distill.engine import Request
 
-        params = replace(sampling, stop_token_ids=self.chat.stop_token_ids)
+        params = with_tokens(sampling, self.chat)
         running: dict[str, tuple[Prompt, tuple[int, ...], int]] = {}  # prompt, its token ids, samples still to come
 
         def requests() -> Iterator[Request]:

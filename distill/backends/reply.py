@@ -7,14 +7,20 @@ never counts as "stop".
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from distill.chat import END_THINK, THINK
+from distill.traces.trace import ReasoningForm, form_of
 
-GAVE_UP = "insufficient_system_resource"  # DeepSeek's finish reason for an answer that it did not complete
+GAVE_UP = ("insufficient_system_resource", "abort")  # finish reasons of answers that were given up: DeepSeek's, vLLM's
 MOST_TOKENS = 2**31 - 1  # that a trace can store
 LONGEST_REASON = 64  # characters of a finish reason
+REASONING: tuple[ReasoningForm, ...] = ("reasoning_content", "reasoning")  # fields of a message
+AS_ID = re.compile(r"token_id:(\d{1,10})")  # how vLLM writes a token where ids are requested
 
 
 class Unreadable(Exception):
@@ -23,47 +29,185 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer. text: with reasoning that the server returns separately put back into `<think>`. finish_reason,
-    prompt_tokens, completion_tokens: None where the server does not say, or nothing that can be right."""
+    """One answer. text: with reasoning that the server returns separately put back into `<think>`. finish_reason and
+    counts of tokens: None where the server does not say, or nothing that can be right. Token ids and log-probabilities:
+    empty and None where they are not there for all tokens. form: as of `Trace`."""
 
     text: str
     finish_reason: str | None
     prompt_tokens: int | None
     completion_tokens: int | None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    form: ReasoningForm | None = None
+    prompt_token_ids: tuple[int, ...] = ()
+    completion_token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
 
-def read_reply(body: bytes) -> Reply:
-    """The first choice of a chat completion. Errors: Unreadable."""
+class Counts(NamedTuple):
+    """Tokens of a request; None where they are not known."""
+
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+def counts_of(usage: object) -> Counts:
+    """The counts in `usage`, as far as they can be right."""
+    counts = usage if isinstance(usage, dict) else {}
+    return Counts(_count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens")))
+
+
+def read_replies(body: bytes) -> tuple[dict[int, Reply | Unreadable], Counts]:
+    """The choices of a chat completion by their index, and the tokens of all; a choice that is no answer does not spoil
+    the others.
+
+    Counts of tokens are of all choices together, so a choice has them only where it is alone. Errors: Unreadable.
+    """
     reply = as_object(read_json(body), "the reply")
     choices = reply.get("choices")
     if not isinstance(choices, list) or not choices:
         raise Unreadable("it has no choices")
-    choice = as_object(choices[0], "a choice")
-    return reply_of(as_object(choice.get("message"), "a message"), choice.get("finish_reason"), reply.get("usage"))
+    replies: dict[int, Reply | Unreadable] = {}
+    for number, each in enumerate(choices):
+        try:
+            choice = as_object(each, "a choice")
+            index = choice.get("index")
+            place = index if isinstance(index, int) and len(choices) > 1 else number
+            replies[place] = _choice(reply, choice, len(choices))
+        except Unreadable as error:
+            replies[number] = error
+    return replies, counts_of(reply.get("usage"))
 
 
-def reply_of(message: Mapping[str, object], finish: object, usage: object) -> Reply:
-    """The answer in a message. finish, usage: the values that a server sent beside it. Errors: Unreadable."""
+def read_reply(body: bytes) -> Reply:
+    """The first choice of a chat completion. Errors: Unreadable."""
+    reply = next(iter(read_replies(body)[0].values()))
+    if isinstance(reply, Unreadable):
+        raise reply
+    return reply
+
+
+def _choice(reply: Mapping[str, object], choice: Mapping[str, object], choices: int) -> Reply:
+    tokens = Tokens(_ids(reply.get("prompt_token_ids")), _ids(choice.get("token_ids")))
+    tokens.add_logprobs(choice.get("logprobs"))
+    usage = reply.get("usage") if choices == 1 else shared_usage(reply.get("usage"))
+    return reply_of(as_object(choice.get("message"), "a message"), choice.get("finish_reason"), usage, tokens)
+
+
+def shared_usage(usage: object) -> dict[str, object]:
+    """Of the usage of several choices, what holds for each: the prompt's tokens."""
+    counts = usage if isinstance(usage, dict) else {}
+    return {name: value for name, value in counts.items() if name.startswith("prompt_")}
+
+
+class Tokens:
+    """Token ids and log-probabilities of an answer, which may come in parts."""
+
+    def __init__(self, prompt: tuple[int, ...] = (), completion: tuple[int, ...] = ()) -> None:
+        self.prompt, self.completion = prompt, [*completion]
+        self._rows: list[tuple[int, float, tuple[tuple[int, float], ...]]] | None = []
+
+    def add(self, chunk: Mapping[str, object], choice: Mapping[str, object]) -> None:
+        """Add those of a part of a stream."""
+        self.prompt = self.prompt or _ids(chunk.get("prompt_token_ids"))
+        self.completion += _ids(choice.get("token_ids"))
+        self.add_logprobs(choice.get("logprobs"))
+
+    def add_logprobs(self, value: object) -> None:
+        """Add the `logprobs` of a choice. Without ids they say nothing of tokens, and none are kept."""
+        content = value.get("content") if isinstance(value, dict) else None
+        for entry in content if isinstance(content, list) else ():
+            row = _logprob(entry)
+            tops = entry.get("top_logprobs") if isinstance(entry, dict) else None
+            alternatives = [_logprob(each) for each in tops] if isinstance(tops, list) else []
+            if row is None or None in alternatives:
+                self._rows = None
+            if self._rows is not None and row is not None:
+                self._rows.append((*row, tuple(each for each in alternatives if each is not None)))
+
+    def known(
+        self,
+    ) -> tuple[tuple[int, ...], tuple[float, ...] | None, tuple[tuple[tuple[int, float], ...], ...] | None]:
+        """Completion ids, log-probabilities and alternatives."""
+        ids = tuple(token for token, _, _ in self._rows or ())
+        if not ids or (self.completion and tuple(self.completion) != ids):
+            return tuple(self.completion), None, None
+        return ids, tuple(logprob for _, logprob, _ in self._rows or ()), tuple(tops for _, _, tops in self._rows or ())
+
+
+def reply_of(message: Mapping[str, object], finish: object, usage: object, tokens: Tokens | None = None) -> Reply:
+    """The answer in a message. finish, usage, tokens: what a server sent beside it. Errors: Unreadable."""
     finish_reason = _finish_reason(finish)
     content = _text(message.get("content"), "content")
-    reasoning = _text(message.get("reasoning_content"), "reasoning_content")
-    reasoning = reasoning or _text(message.get("reasoning"), "reasoning")
+    texts = {name: _text(message.get(name), name) for name in REASONING}
+    form = next((name for name in REASONING if texts[name]), None)
+    reasoning = texts[form] if form else ""
     counts = usage if isinstance(usage, dict) else {}
-    tokens = _count(counts.get("completion_tokens"))
-    if not (content or reasoning or tokens):
+    completion_tokens = _count(counts.get("completion_tokens"))
+    if not (content or reasoning or completion_tokens):
         raise Unreadable("it is empty")
-    return Reply(_joined(reasoning, content), finish_reason, _count(counts.get("prompt_tokens")), tokens)
+    text = _joined(reasoning, content)
+    if form is None:
+        form = form_of(content, finish_reason)
+    elif not content.strip():
+        form = "cut_off" if finish_reason == "length" else "no_content"
+    ids, logprobs, top_logprobs = tokens.known() if tokens else ((), None, None)
+    return Reply(
+        text,
+        finish_reason,
+        _count(counts.get("prompt_tokens")),
+        completion_tokens,
+        _count(_detail(counts, "prompt_tokens_details", "cached_tokens", "prompt_cache_hit_tokens")),
+        _count(_detail(counts, "completion_tokens_details", "reasoning_tokens", "reasoning_tokens")),
+        form,
+        tokens.prompt if tokens else (),
+        ids,
+        logprobs,
+        top_logprobs,
+    )
 
 
-def read_model_names(body: bytes) -> list[str]:
-    """The names in a list of models. Errors: Unreadable."""
+def _detail(counts: Mapping[str, object], group: str, name: str, flat: str) -> object:
+    """A count inside a group of usage, or under a name of its own, as DeepSeek's API has it."""
+    details = counts.get(group)
+    value = details.get(name) if isinstance(details, dict) else None
+    return counts.get(flat) if value is None else value
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    """Token ids; none where the value is anything else."""
+    if not isinstance(value, list) or any(_count(token) is None for token in value):
+        return ()
+    return tuple(value)
+
+
+def _logprob(entry: object) -> tuple[int, float] | None:
+    """(token id, log-probability) of an entry of `logprobs`; None where it has no id."""
+    if not isinstance(entry, dict):
+        return None
+    token, logprob = entry.get("token_id"), entry.get("logprob")
+    if token is None and isinstance(text := entry.get("token"), str) and (match := AS_ID.fullmatch(text)):
+        token = int(match[1])
+    usable = isinstance(logprob, int | float) and not isinstance(logprob, bool) and math.isfinite(logprob)
+    if _count(token) is None or not isinstance(token, int) or not usable or not isinstance(logprob, int | float):
+        return None
+    return token, float(logprob)
+
+
+def read_models(body: bytes) -> dict[str, str]:
+    """The names in a list of models, and `owned_by`, "" where a server does not say. Errors: Unreadable."""
     data = as_object(read_json(body), "the reply").get("data")
     if not isinstance(data, list):
         raise Unreadable("it lists no models")
-    names = [as_object(item, "a model").get("id") for item in data]
-    if not all(isinstance(name, str) and name for name in names):
-        raise Unreadable("a model has no name")
-    return [str(name) for name in names]
+    owners = {}
+    for item in (as_object(item, "a model") for item in data):
+        name, owner = item.get("id"), item.get("owned_by")
+        if not isinstance(name, str) or not name:
+            raise Unreadable("a model has no name")
+        owners[name] = owner if isinstance(owner, str) else ""
+    return owners
 
 
 def read_json(body: bytes) -> object:
@@ -106,7 +250,7 @@ def _finish_reason(value: object) -> str | None:
         return None
     if not isinstance(value, str) or len(value) > LONGEST_REASON or not value.isprintable():
         raise Unreadable("finish_reason is not a short text")
-    if value == GAVE_UP:
+    if value in GAVE_UP:
         raise Unreadable("the server gave up")
     return value
 
@@ -122,5 +266,5 @@ def _joined(reasoning: str, content: str) -> str:
     if not reasoning:
         head, closed, _ = content.partition(END_THINK)
         return f"{THINK}\n{content}" if closed and THINK not in head else content
-    closed = f"\n</think>\n\n{content}" if content else ""
+    closed = f"\n</think>\n\n{content.lstrip()}" if content.strip() else ""
     return f"{THINK}\n{reasoning.strip()}{closed}"

@@ -4,6 +4,7 @@ passes through here."""
 import html
 import json
 import re
+from collections.abc import Iterable
 from urllib.parse import quote, quote_plus, urlsplit, urlunsplit
 
 from distill.errors import UserError
@@ -15,16 +16,18 @@ MESSAGE_LENGTH = 200  # characters of another program's message that ours repeat
 
 
 class Secrets:
-    """A key, and the credentials of an address (`https://user:password@host/v1`). variable: where the key came from.
+    """A key, the credentials of an address (`https://user:password@host/v1`), and values of headers.
+
+    variable: where the key came from.
 
     Errors: UserError for a key that no HTTP header can carry.
     """
 
-    def __init__(self, url: str, key: str | None, variable: str = KEY_VARIABLE) -> None:
+    def __init__(self, url: str, key: str | None, variable: str = KEY_VARIABLE, headers: Iterable[str] = ()) -> None:
         self.key, self.variable = (key or "").strip(), variable
         if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
             raise UserError(f"{variable} holds spaces or characters outside ASCII; set it to the key alone")
-        secrets = {self.key, *_credentials(url)}
+        secrets = {self.key, *_credentials(url), *headers}
         forms = {form for secret in secrets if len(secret) >= SHORTEST for form in _forms(secret)}
         longest_first = sorted(forms, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from distill import __version__, console, interrupts
-from distill.cli import catalogs, evaluation, stages
+from distill.cli import catalogs, evaluation, serving, stages
 from distill.errors import UserError, WorkError
 
 app = typer.Typer(
@@ -53,6 +53,7 @@ app.add_typer(evaluation.group, name="eval")
 app.command()(stages.traces)
 app.command()(stages.report)
 app.command()(stages.plan)
+app.command()(serving.serve)
 app.add_typer(catalogs.recipes, name="recipes")
 app.add_typer(catalogs.teachers, name="teachers")
 app.add_typer(catalogs.students, name="students")

@@ -78,7 +78,7 @@ def _unreadable_golds(kind: "Kind", name: str) -> list[str]:
     sources = load_recipe(name).prompts if kind == "recipe" else ()
     if kind == "benchmark":
         sources = (load_benchmark(name).prompts,)
-    files = [source for source in sources if source.kind == "file"]
+    files = [source.model_copy(update={"weight": None}) for source in sources if source.kind == "file"]
     if not files:
         return []
     golds, tried = unreadable_golds(load_prompts(files), WORKERS, TIMEOUT)

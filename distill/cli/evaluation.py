@@ -69,7 +69,7 @@ def score(
         typer.Option(
             "--source",
             metavar="NAME=FILE",
-            help="read a benchmark's problems from a .jsonl or .parquet file; repeatable",
+            help="read a benchmark's problems from a file, such as a .jsonl or .csv; repeatable",
         ),
     ] = None,
     published: Annotated[

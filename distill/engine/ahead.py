@@ -5,7 +5,8 @@ Rows take their tokens from the device; here each sequence has `UNKNOWN` in its 
 row that was launched for a sequence which turns out to be finished is wasted and skipped; it writes the sequence's
 pages once more, which is harmless, because the device runs whatever reuses these pages later. Only steps that are
 certain to be one more token of every running sequence can be launched ahead (`Scheduler.steady`), and only without
-alternatives' log-probabilities, which are read from the logits.
+alternatives' log-probabilities, which are read from the logits, and without a thinking budget, which may put another
+token in place of the drawn one.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Ahead:
             sequence.computed += 1
         if before is not None:
             yield from _filled(before, places)
-        if any(draw.params.logprobs for draw in draws):
+        if any(draw.params.logprobs or draw.params.thinking_budget is not None for draw in draws):
             yield from self.take_in()
 
     def take_in(self) -> Iterator[tuple[SequenceState, int]]:

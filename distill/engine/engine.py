@@ -2,7 +2,8 @@
 
 A step is: the scheduler picks the work, the batch is laid out, the model runs once, one token is drawn for every
 sequence whose last token was computed, finished samples leave. Everything is offline batch work: the caller cares for
-tokens per second over thousands of requests, not for the latency of one, so there is no streaming and no priority.
+tokens per second over thousands of requests, not for the latency of one, so there is no priority. A server that streams
+asks for the `progress` of its requests after each step.
 
 Token ids in, token ids out. Templates, stop strings and detokenising are the caller's.
 """
@@ -17,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.engine.ahead import Ahead
+from distill.engine.ahead import UNKNOWN, Ahead
 from distill.engine.attention import Batch, Chunk, Wanted, build_batch
 from distill.engine.cache import PageAllocator, PagedCache
 from distill.engine.graphs import DecodeGraphs
@@ -30,7 +31,7 @@ from distill.engine.sampler import Draw, Drawn, TopLogprobs, sample, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
 from distill.engine.score import Scores, score
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]  # abort: by `Engine.abort`
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,17 @@ class Completion:
     sample: int
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[TopLogprobs, ...] | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """New tokens of a sample of a streamed request; fields as of `Completion`."""
+
+    request_id: str
+    sample: int
+    token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     top_logprobs: tuple[TopLogprobs, ...] | None
 
@@ -87,6 +99,7 @@ class Engine:
         self._scheduler = Scheduler(self._pages, sizes.max_batch, sizes.max_step_tokens, sizes.drafts)
         self._drafter = Drafter(model, self._cache, self._batch) if sizes.drafts else None
         self._unfinished: dict[str, int] = {}  # request id → samples still to come
+        self._progress: list[Progress] = []
 
     @classmethod
     def load(cls, model_dir: Path | str, options: EngineOptions = EngineOptions()) -> Engine:  # noqa: B008  it is frozen
@@ -139,11 +152,27 @@ class Engine:
     def close(self) -> None:
         """Nothing: memory is released with the object. Several engines (`Engines`) end their processes here."""
 
-    def abort(self, request_id: str) -> None:
-        """Drop a request and free its pages; completions already returned stay valid. Unknown ids are ignored."""
+    def abort(self, request_id: str, sample: int | None = None) -> list[Completion]:
+        """Drop a request, or one sample of it whose first token is drawn, and free its pages. Returns what there is of
+        each dropped sample, with the reason `abort`; completions already returned stay valid. Unknown ids are ignored.
+        """
+        dropped: list[Completion] = []
         for sequence in list(self._scheduler.of_request(request_id)):
-            self._scheduler.remove(sequence)
-        self._unfinished.pop(request_id, None)
+            if sequence.sample is None and sample is None:  # its prompt is not computed yet
+                empty = None if sequence.request.sampling.logprobs is None else ()
+                dropped += [Completion(request_id, n, (), "abort", (), empty) for n in sequence.request.samples]
+                self._scheduler.remove(sequence)
+                del self._unfinished[request_id]
+            elif sequence.sample is not None and sample in (None, sequence.sample):
+                while sequence.tokens[-1] == UNKNOWN:
+                    sequence.tokens.pop()
+                dropped.append(self._complete(sequence, "abort"))
+        return dropped
+
+    def progress(self) -> list[Progress]:
+        """Tokens of streamed requests that were drawn since the last call, in the order they were drawn."""
+        progress, self._progress = self._progress, []
+        return progress
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
@@ -286,7 +315,8 @@ class Engine:
         for item in decoding:
             sequence = item.sequence
             for i in range(len(item.ids)):
-                draws.append(Draw(row, sequence.key, len(sequence.tokens) + i, sequence.request.sampling))
+                forced = _forced(sequence, item.ids[1 : i + 1])
+                draws.append(Draw(row, sequence.key, len(sequence.tokens) + i, sequence.request.sampling, forced))
                 row += 1
         for item in ready:
             sequence, request = item.sequence, item.sequence.request
@@ -295,7 +325,8 @@ class Engine:
                 if sequence.sample is None
                 else [sequence.key]
             )
-            draws += [Draw(row, key, len(sequence.tokens), request.sampling) for key in keys]
+            forced = _forced(sequence, [])
+            draws += [Draw(row, key, len(sequence.tokens), request.sampling, forced) for key in keys]
             row += 1
         return draws
 
@@ -311,6 +342,7 @@ class Engine:
             reason = _finished(sequence, len(sequence.tokens))
         sequence.computed += count
         self._completion_tokens += count
+        self._report(sequence, len(sequence.tokens), count)
         if self._drafter:
             self._drafter.accepted += count - 1
             assert hidden_tc is not None
@@ -326,6 +358,8 @@ class Engine:
             sequence.append(next(drawn))
             states = [sequence]
         self._completion_tokens += len(states)
+        for state in states:
+            self._report(state, len(state.tokens), 1)
         return [self._complete(state, reason) for state in states if (reason := _finished(state, len(state.tokens)))]
 
     def _taken_in(self, known: Iterator[tuple[SequenceState, int]]) -> list[Completion]:
@@ -333,10 +367,21 @@ class Engine:
         completions = []
         for sequence, length in known:
             self._completion_tokens += 1
+            self._report(sequence, length, 1)
             if reason := _finished(sequence, length):
                 del sequence.tokens[length:]
                 completions.append(self._complete(sequence, reason))
         return completions
+
+    def _report(self, state: SequenceState, length: int, count: int) -> None:
+        """Note the last `count` of a sequence's first `length` tokens, where its request is streamed."""
+        if not (count and state.request.streamed):
+            return
+        assert state.sample is not None
+        end = length - len(state.request.prompt_ids)
+        tops = None if state.request.sampling.logprobs is None else tuple(state.top_logprobs[end - count : end])
+        ids, logprobs = tuple(state.tokens[length - count : length]), tuple(state.logprobs[end - count : end])
+        self._progress.append(Progress(state.request.id, state.sample, ids, logprobs, tops))
 
     def _complete(self, state: SequenceState, reason: FinishReason) -> Completion:
         request = state.request
@@ -368,6 +413,14 @@ class _Work:
     def rows(self, decoded_tc: Tensor, prefilled_rc: Tensor) -> Tensor:
         """Its hidden states, in order."""
         return torch.cat((prefilled_rc[self.prefilled], decoded_tc[self.decoded]))
+
+
+def _forced(state: SequenceState, drafts: list[int]) -> int | None:
+    """The token that must follow a sequence and these drafts."""
+    sampling, prompt = state.request.sampling, len(state.request.prompt_ids)
+    if sampling.thinking_budget is None or len(state.tokens) + len(drafts) - prompt < sampling.thinking_budget:
+        return None
+    return sampling.forced([*state.tokens[prompt:], *drafts])
 
 
 def _finished(state: SequenceState, length: int) -> FinishReason | None:

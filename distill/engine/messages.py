@@ -1,8 +1,9 @@
 """What an engine in a process of its own and its parent say to each other: JSON lines.
 
-    parent → worker    {"model_dir": …, "options": {…}}, then {"request": {…}} and {"abort": id}
-    worker → parent    {"loaded": {…}} or {"refused": why}, then {"completion": {…}, "usage": {…}}
-                       or {"not_finite": position}
+    parent → worker    {"model_dir": …, "options": {…}}, then {"request": {…}} and {"abort": id, "sample": number}
+    worker → parent    {"loaded": {…}} or {"refused": why}, then {"completions": [{…}, …], "usage": {…}},
+                       {"progress": [{…}, …]} of streamed requests, {"rejected": id, "error": why} of a request that
+                       can never be served, or {"not_finite": position}
 
 The dataclasses of the engine travel whole, as `asdict` gives them; `from_json` is the way back. JSON and not pickle,
 because a line can be read by eye and runs nothing.
@@ -14,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from distill.engine.engine import Completion
+from distill.engine.engine import Completion, Progress
 from distill.engine.numerics import Numerics
-from distill.engine.options import SamplingParams
+from distill.engine.options import SamplingParams, ThinkTokens
 from distill.engine.scheduler import Request
 
 T = TypeVar("T")
@@ -45,7 +46,27 @@ def loaded(row: object) -> Loaded:
 def request(row: object) -> Request:
     """A `Request` from JSON."""
     assert isinstance(row, Mapping)
-    return from_json(Request, {**row, "sampling": from_json(SamplingParams, row["sampling"])})
+    sampling = dict(row["sampling"])
+    if sampling["think_tokens"] is not None:
+        sampling["think_tokens"] = from_json(ThinkTokens, sampling["think_tokens"])
+    return from_json(Request, {**row, "sampling": from_json(SamplingParams, sampling)})
+
+
+def progress(row: object) -> Progress:
+    """A `Progress` from JSON."""
+    return from_json(Progress, row)
+
+
+def sample(value: object) -> int | None:
+    """The number of a sample, or None for all of a request."""
+    assert isinstance(value, int | None)
+    return value
+
+
+def rows(value: object) -> list[object]:
+    """A list of JSON values."""
+    assert isinstance(value, list)
+    return value
 
 
 def completion(row: object) -> Completion:

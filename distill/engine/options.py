@@ -6,6 +6,7 @@ process gets them as one JSON message. The file imports no torch: a setting is c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -65,11 +66,24 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class ThinkTokens:
+    """How a model thinks, in tokens. opened: whether the prompt has opened the block. begin: opens it, None where no
+    single token does. end: closes it. closing: what is written to close it, `end` among it."""
+
+    opened: bool
+    begin: int | None
+    end: int
+    closing: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn.
 
     temperature: 0 is greedy. top_p: nucleus, 1 is off. top_k: 0 is off. stop_token_ids: tokens that end a sample.
     logprobs: how many of the largest raw log-probabilities to return beside each generated token; None for none.
+    thinking_budget: completion tokens after which an open think block is closed; None for no limit. think_tokens: what
+    the budget needs to know of the model.
     Errors: ValueError naming the parameter.
     """
 
@@ -79,6 +93,8 @@ class SamplingParams:
     max_new_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    thinking_budget: int | None = None
+    think_tokens: ThinkTokens | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -89,5 +105,17 @@ class SamplingParams:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.thinking_budget is not None and self.thinking_budget < 1:
+            raise ValueError(f"thinking_budget is {self.thinking_budget}; it must be at least 1, or None")
         if self.logprobs is not None and self.logprobs < 1:
             raise ValueError(f"logprobs is {self.logprobs}; it must be at least 1, or None")
+
+    def forced(self, completion: Sequence[int]) -> int | None:
+        """The token that follows these of a completion because the thinking budget is used up, if one does."""
+        budget, think = self.thinking_budget, self.think_tokens
+        if budget is None or think is None or not 0 <= (place := len(completion) - budget) < len(think.closing):
+            return None
+        thought = completion[:budget]
+        if think.end in thought or not (think.opened or think.begin in thought):
+            return None
+        return think.closing[place]

@@ -56,12 +56,14 @@ TopLogprobs = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Draw:
-    """One token to draw: from row `row` of the logits, with the uniform of (key, position)."""
+    """One token to draw: from row `row` of the logits, with the uniform of (key, position). forced: the token that is
+    taken instead, with its own log-probability."""
 
     row: int
     key: int
     position: int
     params: SamplingParams
+    forced: int | None = None
 
 
 @dataclass(frozen=True)
@@ -128,17 +130,22 @@ def draw_numbers(draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray, np.ndar
 def drawn_of(draws: Sequence[Draw], token_b: Tensor, logprob_b: Tensor, logits_rv: Tensor) -> list[Drawn]:
     """Tokens and raw log-probabilities, with the largest ones where requested. Errors: NonFiniteLogits where a row has
     no distribution."""
-    logprobs = logprob_b.tolist()
+    tokens, logprobs = token_b.tolist(), logprob_b.tolist()
     for draw, logprob in zip(draws, logprobs, strict=True):
         if math.isnan(logprob):
             raise NonFiniteLogits(draw.position)
+    if forced := [i for i, draw in enumerate(draws) if draw.forced is not None]:
+        row_b = torch.tensor([draws[i].row for i in forced], device=logits_rv.device)
+        forced_b = torch.tensor([draws[i].forced for i in forced], device=logits_rv.device)
+        for i, logprob in zip(forced, logprobs_of(logits_rv.index_select(0, row_b), forced_b, 0)[0], strict=True):
+            tokens[i], logprobs[i] = draws[i].forced, logprob
     tops: list[TopLogprobs] = [()] * len(draws)
     if width := max(draw.params.logprobs or 0 for draw in draws):
         row_b = torch.tensor([draw.row for draw in draws], device=logits_rv.device)
         _, tops = logprobs_of(logits_rv.index_select(0, row_b), token_b.to(row_b.device), width)
     return [
         Drawn(token, logprob, top[: draw.params.logprobs or 0])
-        for draw, token, logprob, top in zip(draws, token_b.tolist(), logprobs, tops, strict=True)
+        for draw, token, logprob, top in zip(draws, tokens, logprobs, tops, strict=True)
     ]
 
 

@@ -35,7 +35,7 @@ class Request:
 
     prompt_key: any unsigned 64-bit number that identifies the prompt for the random draws, so that the text of a sample
     does not depend on the request's id or on the batch. samples: the sample numbers to draw; a resume names those that
-    are missing.
+    are missing. streamed: whether its tokens are reported as they are drawn (`Engine.progress`).
     """
 
     id: str
@@ -44,6 +44,7 @@ class Request:
     seed: int
     prompt_key: int
     samples: tuple[int, ...]
+    streamed: bool = False
 
 
 @dataclass(eq=False)

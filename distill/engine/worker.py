@@ -10,14 +10,14 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import BinaryIO
 
 import torch
 
 from distill.engine import messages
-from distill.engine.engine import Engine
+from distill.engine.engine import Completion, Engine
 from distill.engine.options import EngineOptions
 from distill.engine.sampler import NonFiniteLogits
 
@@ -51,11 +51,23 @@ def _serve(engine: Engine, incoming: queue.SimpleQueue[Message], out: BinaryIO) 
         while not (incoming.empty() and engine.has_work):  # waits when there is nothing to do
             message = incoming.get()
             if "abort" in message:
-                engine.abort(str(message["abort"]))
-            else:
-                engine.add(messages.request(message["request"]))
-        for completion in engine.step():
-            _send(out, {"completion": asdict(completion), "usage": asdict(engine.usage)})
+                completions = engine.abort(str(message["abort"]), messages.sample(message.get("sample")))
+                _report(engine, completions, out)
+                continue
+            request = messages.request(message["request"])
+            try:
+                engine.add(request)
+            except ValueError as error:
+                _send(out, {"rejected": request.id, "error": str(error)})
+        _report(engine, engine.step(), out)
+
+
+def _report(engine: Engine, completions: Sequence[Completion], out: BinaryIO) -> None:
+    """Send new tokens of streamed requests, then completions."""
+    if progress := engine.progress():
+        _send(out, {"progress": [asdict(each) for each in progress]})
+    if completions:
+        _send(out, {"completions": [asdict(each) for each in completions], "usage": asdict(engine.usage)})
 
 
 def _read(incoming: queue.SimpleQueue[Message]) -> None:

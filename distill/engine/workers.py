@@ -41,7 +41,7 @@ class EngineDied(RuntimeError):
     """An engine's process ended unexpectedly. Completions already yielded are valid; the others can be drawn again."""
 
 
-class _Worker:
+class Worker:
     """One process. outstanding: samples that were requested and have not come back. usage: as it counted last."""
 
     def __init__(self, device: str, threads: int) -> None:
@@ -99,12 +99,13 @@ class _Worker:
 class Engines:
     """Several engines, one a device; the interface of `Engine` that generation needs. Close it, or leave its context.
 
-    Attributes: spec, numerics, max_context and usage, as `Engine`.
+    Attributes: spec, numerics, max_context and usage, as `Engine`. max_batch: samples that one engine decodes at once.
     """
 
-    def __init__(self, workers: Sequence[_Worker], spec: ModelSpec, loaded: Loaded, max_batch: int) -> None:
+    def __init__(self, workers: Sequence[Worker], spec: ModelSpec, loaded: Loaded, max_batch: int) -> None:
         self.spec, self.numerics, self.max_context = spec, loaded.numerics, loaded.max_context
-        self._workers, self._max_batch = list(workers), max_batch
+        self.max_batch = max_batch
+        self._workers = list(workers)
         self._number = 0
 
     @classmethod
@@ -115,7 +116,7 @@ class Engines:
         """
         spec = read_spec(model_dir)
         threads = max(1, torch.get_num_threads() // len(devices))
-        workers = [_Worker(device, threads) for device in devices]
+        workers = [Worker(device, threads) for device in devices]
         try:
             for worker in workers:
                 own = replace(options, device=worker.device)
@@ -128,6 +129,11 @@ class Engines:
         return cls(workers, spec, loaded[0], options.max_batch)
 
     @property
+    def workers(self) -> Sequence[Worker]:
+        """The processes, for a caller that exchanges their messages itself."""
+        return tuple(self._workers)
+
+    @property
     def usage(self) -> EngineUsage:
         """Tokens of all engines so far."""
         return sum((worker.usage for worker in self._workers), EngineUsage())
@@ -136,7 +142,7 @@ class Engines:
         """Completions of `requests`, as they finish; see `Engine.generate`. Errors: EngineDied; NonFiniteLogits."""
         source = iter(requests)
         waiting = next(source, None)
-        sent: dict[int, tuple[Request, _Worker]] = {}  # by the number it was sent with
+        sent: dict[int, tuple[Request, Worker]] = {}  # by the number it was sent with
         left: dict[int, int] = {}
         with selectors.DefaultSelector() as ready:
             for worker in self._workers:
@@ -145,7 +151,7 @@ class Engines:
             try:
                 while waiting or sent:
                     idlest = min(self._workers, key=lambda worker: worker.outstanding)
-                    if waiting and idlest.outstanding < 2 * self._max_batch:
+                    if waiting and idlest.outstanding < 2 * self.max_batch:
                         self._number += 1
                         sent[self._number], left[self._number] = (waiting, idlest), len(waiting.samples)
                         idlest.outstanding += len(waiting.samples)
@@ -154,17 +160,19 @@ class Engines:
                         continue
                     for key, _ in ready.select():
                         for message in map(_checked, key.data.receive()):
+                            if "rejected" in message:
+                                raise ValueError(message["error"])
                             key.data.usage = messages.from_json(EngineUsage, message["usage"])
-                            completion = messages.completion(message["completion"])
-                            number = int(completion.request_id)
-                            if number not in sent:  # of a request that was aborted
-                                continue
-                            request, worker = sent[number]
-                            worker.outstanding -= 1
-                            left[number] -= 1
-                            if not left[number]:
-                                del sent[number], left[number]
-                            yield replace(completion, request_id=request.id)
+                            for completion in map(messages.completion, messages.rows(message["completions"])):
+                                number = int(completion.request_id)
+                                if number not in sent:  # of a request that was aborted
+                                    continue
+                                request, worker = sent[number]
+                                worker.outstanding -= 1
+                                left[number] -= 1
+                                if not left[number]:
+                                    del sent[number], left[number]
+                                yield replace(completion, request_id=request.id)
             finally:
                 for number, (_, worker) in sent.items():
                     worker.outstanding -= left[number]

@@ -15,7 +15,7 @@ from distill.fingerprint import file_hash
 from distill.grading import require_grader, unreadable_golds
 from distill.prompts import Prompt, PromptCounts, load_prompts
 from distill.prompts.rows import rows_of_file
-from distill.recipe.sources import FilePrompts, ProceduralPrompts
+from distill.recipe.sources import FilePrompts, GymPrompts, ProceduralPrompts
 
 if TYPE_CHECKING:
     from distill.recipe import BenchmarkCard, Eval
@@ -40,8 +40,7 @@ class Benchmark:
     def of(cls, card: "BenchmarkCard", recipe: "Eval") -> "Benchmark":
         """Apply a recipe's `eval:` to a card. Errors: UserError when no grader knows its task, or the file that the
         recipe names for it has other columns."""
-        task = "math" if isinstance(card.prompts, ProceduralPrompts) else card.prompts.task
-        require_grader(task, f"benchmark {card.name}", f"leave {card.name} out")
+        require_grader(card.prompts.task, f"benchmark {card.name}", f"leave {card.name} out")
         path = recipe.sources.get(card.name)
         source = card.prompts if path is None else local_source(card, Path(path))
         longest = recipe.max_new_tokens or card.sampling.max_new_tokens
@@ -137,7 +136,7 @@ def local_source(card: "BenchmarkCard", path: Path) -> FilePrompts:
     Errors: UserError when the file cannot be read, is empty, or has no column with the questions.
     """
     prompts = card.prompts
-    if isinstance(prompts, ProceduralPrompts):
+    if isinstance(prompts, ProceduralPrompts | GymPrompts):
         raise UserError(
             f"eval.sources: the problems of {card.name} are generated, not read from a file; remove its entry"
         )
@@ -151,7 +150,7 @@ def local_source(card: "BenchmarkCard", path: Path) -> FilePrompts:
     question = next((name for name in (prompts.question, *QUESTIONS) if name in row), None)
     if question is None:
         raise UserError(f"{where}: no column {prompts.question} with the question; the columns are {', '.join(row)}")
-    columns = prompts.model_dump(include={"answer", "choices", "date", "since", "until", "task"})
+    columns = prompts.model_dump(include={"answer", "extract", "choices", "date", "since", "until", "task"})
     return FilePrompts(kind="file", path=str(path), question=question, **columns)
 
 

@@ -7,7 +7,7 @@ memory is bounded.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 Outcome = Literal["correct", "wrong", "unverifiable"]
 Ruling = tuple[Outcome, str]  # with a short, countable reason
@@ -40,10 +40,18 @@ class Grade:
 
 
 class TaskGrader(ABC):
-    """Grades the answers of one task. `GRADERS` in `distill.grading.graders` is the only list of graders."""
+    """Grades the answers of one task. `GRADERS` in `distill.grading.graders` is the only list of graders.
+
+    lazy: whether a worker prepares it at its first question and not when it starts.
+    """
+
+    lazy: ClassVar[bool] = False
+
+    def require(self, where: str) -> None:  # noqa: B027  most graders need nothing that may be missing
+        """Raise UserError when a package that this grader needs is not installed. where: begins the message."""
 
     def prepare(self) -> None:  # noqa: B027  most graders have nothing to load
-        """Load, in a worker, what `compare` and `reads` need, before any of its clocks runs."""
+        """Load, in a worker, what `compare` and `reads` need, before the clock of a question runs."""
 
     @abstractmethod
     def gold(self, text: str) -> str:

@@ -21,10 +21,11 @@ TRIED = 2000  # different gold answers that are tried before generating: some te
 def require_grader(task: str, where: str, remedy: str = "leave such prompts out") -> TaskGrader:
     """The grader of a task. `where`: the setting that asks for it; `remedy`: what to do without one.
 
-    Errors: UserError when no grader knows this task.
+    Errors: UserError when no grader knows this task, or a package that it needs is not installed.
     """
     if task not in GRADERS:
         raise UserError(f"{where}: task {task!r} has no grader yet (only {', '.join(GRADERS)} have); {remedy}")
+    GRADERS[task].require(where)
     return GRADERS[task]
 
 

@@ -22,6 +22,7 @@ Reasoning is never searched: a box inside `<think>` is not an answer.
 import re
 
 from distill.grading.grade import Answer, Ruling, TaskGrader
+from distill.prompts.boxes import boxed, hashes
 
 # ---- finding
 
@@ -34,7 +35,7 @@ def final_answer(response: str) -> Answer | None:
     for method, text in (
         ("boxed", boxed(scope)),
         ("tag", _one_line(scope) if tagged else None),
-        ("hashes", _last(r"^[ \t]*####[ \t]*(\S.*)$", scope)),
+        ("hashes", hashes(scope)),
         ("stated", _stated(scope)),
         ("bare", _one_line(scope) if not has_words(scope) else None),
         ("last line", scope.splitlines()[-1] if scope else None),
@@ -46,56 +47,11 @@ def final_answer(response: str) -> Answer | None:
 
 def gold_answer(gold: str) -> str:
     """Extract the answer: data sets give it alone, in a box at the end of a solution, or after `####`."""
-    return _trim(boxed(gold) or _last(r"^[ \t]*####[ \t]*(\S.*)$", gold) or gold)
+    return _trim(boxed(gold) or hashes(gold) or gold)
 
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([^\s{}$\\]+))")
 CUT_OFF_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")  # in a text without a whole one
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-BETWEEN_BOXES = re.compile(r"(?:\s|[,;$]|\\[,;:!\s()\[\]]|\\q?quad|and|or|\\(?:text|mathrm)\{\s*(?:and|or)\s*\})*")
 STATED = re.compile(r"\banswer[*_]*(?:\s+is\b[\s:*]*|\s*[:=][\s*]*)", re.IGNORECASE)
-
-
-def boxed(text: str) -> str | None:
-    """Content of the last complete `\\boxed{…}`; boxes separated by commas, "and" or "or" are joined by commas."""
-    contents: list[str] = []
-    end = 0  # where the previous box ended
-    for match in BOX.finditer(text):
-        if match.start() < end:
-            continue  # a box within a box
-        close = match.end() if match[1] else _closing_brace(text, match.end())
-        if close is None:
-            break  # cut off: so are all boxes inside it
-        content = match[1] or text[match.end() : close - 1].strip()
-        if not content:
-            continue
-        if not (contents and match.start() - end <= 80 and BETWEEN_BOXES.fullmatch(text, end, match.start())):
-            contents = []
-        if content not in contents:
-            contents.append(content)
-        end = close
-    return ", ".join(contents) or None
-
-
-def boxed_end(text: str, start: int) -> int | None:
-    """Index just past the `\\boxed{…}` that begins at `start`; None where it is cut off."""
-    match = BOX.match(text, start)
-    return None if match is None else match.end() if match[1] else _closing_brace(text, match.end())
-
-
-def _closing_brace(text: str, start: int) -> int | None:
-    """Index just past the brace that closes the one before `start`; escaped braces do not count."""
-    depth = 1
-    for match in BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.end()
-    return None
-
-
-def _last(pattern: str, text: str) -> str | None:
-    matches = re.findall(pattern, text, re.MULTILINE)
-    return matches[-1] if matches else None
 
 
 def _stated(text: str) -> str | None:

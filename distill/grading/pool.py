@@ -45,7 +45,8 @@ class Worker(Generic[K]):
 
     def __init__(self, timeout: float, memory: int) -> None:
         self.timeout = timeout
-        self.child = Child("distill.grading.worker", [str(memory), str(timeout)])
+        # a fixed hash seed: some generators of problems iterate over sets (`distill.prompts.gym`)
+        self.child = Child("distill.grading.worker", [str(memory), str(timeout)], {"PYTHONHASHSEED": "0"})
         self.ready = False
         self.deadline: float | None = time.monotonic() + START_SECONDS
         self.key: K | None = None

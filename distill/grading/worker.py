@@ -16,6 +16,8 @@ import resource
 import signal
 import sys
 
+PREPARE_SECONDS = 60.0  # of processor time for a lazy grader's imports
+
 
 def main(memory: int, seconds: float) -> None:
     """Answer until the input ends. memory: bytes of address space; seconds: processor time for one question."""
@@ -25,13 +27,18 @@ def main(memory: int, seconds: float) -> None:
     logging.disable(logging.CRITICAL)  # math-verify warns that its time-outs are off; ours is the kill
     from distill.grading.graders import GRADERS
 
-    for grader in GRADERS.values():
-        grader.prepare()
+    waiting = {task for task, grader in GRADERS.items() if grader.lazy}
+    for task in GRADERS.keys() - waiting:
+        GRADERS[task].prepare()
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
-        _limit_cpu(seconds)
         question = json.loads(line)
+        if question["task"] in waiting:
+            waiting.remove(question["task"])
+            _limit_cpu(PREPARE_SECONDS)
+            GRADERS[question["task"]].prepare()
+        _limit_cpu(seconds)
         grader, gold = GRADERS[question["task"]], question["gold"]
         answer: object
         try:

@@ -5,58 +5,64 @@ score. What is legal but may not be meant (rows without a gold answer, the same 
 `PromptCounts`.
 """
 
-import hashlib
-import json
-import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.errors import UserError
+from distill.prompts.code_tests import BESIDE
+from distill.prompts.columns import MEDIA, Row, has_column, listed, value_at
+from distill.prompts.counts import PromptCounts
+from distill.prompts.golds import gold_of, gold_text, with_choices
+from distill.prompts.messages import asked_text, conversation, turns_of
 from distill.prompts.prompt import Message, Prompt
-from distill.prompts.rows import Row, columns_of, has_column, rows_of_file, value_at
+from distill.prompts.rows import columns_of, rows_of_file
+from distill.prompts.selection import sampled
 
 if TYPE_CHECKING:
     from distill.recipe.sources import FilePrompts, HubPrompts
 
-LETTERS = "ABCDEFGHIJ"
+__all__ = ["MEDIA", "PromptCounts", "gold_text", "read_file", "read_hub"]
+
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns of rows that are not text alone
-ROLES = ("system", "user", "assistant")
+MARKS = {"hash": "a line with ####", "boxed": "a \\boxed{…}", "tests": "tests"}  # what `extract` looks for
 
 
-@dataclass
-class PromptCounts:
-    """What was read. seen: prompt id → how often. rows: source → rows read. unanswered: source → rows without a gold
-    answer where one is asked for."""
+@dataclass(frozen=True)
+class _Candidate:
+    """A row as a prompt. cut: whether turns after its question were cut off."""
 
-    seen: Counter[str] = field(default_factory=Counter)
-    rows: Counter[str] = field(default_factory=Counter)
-    unanswered: Counter[str] = field(default_factory=Counter)
-
-    def notes(self) -> list[str]:
-        """One line for each thing that may not be meant."""
-        notes = [
-            f"{source}: {count:,} of {self.rows[source]:,} problems have no gold answer"
-            for source, count in self.unanswered.items()
-        ]
-        if repeated := self.seen.total() - len(self.seen):
-            notes.append(f"{repeated:,} of {self.seen.total():,} prompts repeat an earlier one and are read once")
-        return notes
+    where: str
+    prompt: Prompt
+    cut: bool
 
 
 def read_file(source: "FilePrompts", counts: PromptCounts) -> Iterator[Prompt]:
     """The prompts of the file, at most `source.limit` rows of it. Errors: UserError, see the module."""
     path = Path(source.path)
-    rows = rows_of_file(path, (*required_columns(source), *optional_columns(source)))
-    if (names := columns_of(path)) is not None:
+    rows = rows_of_file(path, (*required_columns(source), *optional_columns(source)), source.split)
+    if (names := columns_of(path, source.split)) is not None:
         require_columns(source, names, str(path))
     # the last two parts of the path tell files apart, and put no home directory into a published data set
     return prompts_from_rows(rows, source, str(path), "/".join(path.absolute().parts[-2:]).lstrip("/"), counts)
+
+
+def read_hub(source: "HubPrompts", counts: PromptCounts) -> Iterator[Prompt]:
+    """The prompts of the split, at most `source.limit` rows of it. Errors: UserError when it cannot be loaded."""
+    from distill.prompts.hub import load_dataset, rows_of_dataset
+
+    whole = f"{source.dataset} ({source.split})"
+    dataset = load_dataset(source.dataset, source.subset, source.split, source.revision)
+    require_columns(source, dataset.column_names, whole)
+    wanted = {*required_columns(source), *optional_columns(source)}
+    wanted |= {column.partition(".")[0] for column in wanted}
+    chosen = dataset.select_columns([name for name in dataset.column_names if name in wanted])
+    path = Path(source.dataset)
+    name = path.name if path.is_absolute() else source.dataset  # no home directory in a published data set
+    return prompts_from_rows(rows_of_dataset(chosen, whole), source, whole, name, counts)
 
 
 def required_columns(source: "FilePrompts | HubPrompts") -> list[str]:
@@ -67,7 +73,8 @@ def required_columns(source: "FilePrompts | HubPrompts") -> list[str]:
 
 def optional_columns(source: "FilePrompts | HubPrompts") -> list[str]:
     """The columns that a row may lack."""
-    return [column for column in (source.answer, source.system, *MEDIA) if column is not None]
+    columns = (source.answer, source.system, *MEDIA, *(BESIDE if source.extract == "tests" else ()))
+    return [column for column in columns if column is not None]
 
 
 def require_columns(source: "FilePrompts | HubPrompts", names: Iterable[str], where: str) -> None:
@@ -82,7 +89,7 @@ def _no_column(source: "FilePrompts | HubPrompts", column: str, names: Iterable[
     fix = "name the right one under `prompts`"
     if column == source.answer:
         fix += ", or set `answer: null` for problems without gold answers"
-    return UserError(f"{where}: no column {column}; the columns are {', '.join(names) or '(none)'}: {fix}")
+    return UserError(f"{where}: no column {column}; the columns are {listed(names)}: {fix}")
 
 
 def prompts_from_rows(
@@ -90,31 +97,51 @@ def prompts_from_rows(
 ) -> Iterator[Prompt]:
     """Turn rows into prompts. whole: what the rows come from, for messages; name: the prompts' `source`.
 
-    Errors: UserError, lazily: for a row when it is read, for an answer column that no row has at the end.
+    Errors: UserError, lazily: for a row when it is read, for an answer column that no row has, or from which nothing
+    can be extracted, at the end.
     """
-    read = unanswered = 0
+    candidates: Iterable[_Candidate] = _candidates(rows, source, whole, name)
+    if source.shuffle_seed is not None:
+        candidates = sampled(candidates, source.shuffle_seed, source.limit, lambda candidate: candidate.prompt)
+    for candidate in candidates:
+        counts.rows[name] += 1  # at once: a mixture may end before this source does
+        if candidate.prompt.answer is None and source.answer is not None:
+            counts.unanswered[name] += 1
+            counts.first_unanswered.setdefault(name, candidate.where)
+        if candidate.cut:
+            counts.cut[name] += 1
+        yield candidate.prompt
+
+
+def _candidates(rows: Iterator[Row], source: "FilePrompts | HubPrompts", whole: str, name: str) -> Iterator[_Candidate]:
+    """Rows as prompts: the first `limit`, or all where they are shuffled. Errors: UserError, at the
+    end for an answer column that no row has or from which nothing is extracted."""
+    read = answered = 0
     answer_there = source.answer is None
     names: dict[str, None] = {}
-    for where, row in islice(_within(rows, source), source.limit):
+    first = source.limit if source.shuffle_seed is None else None
+    for where, row in islice(_within(rows, source), first):
         read += 1
         names |= dict.fromkeys(row)
         for column in required_columns(source):
             if not has_column(row, column):
                 raise _no_column(source, column, row, where)
         answer_there = answer_there or has_column(row, source.answer or "")
-        messages = _messages(row, source, where)
+        messages, cut = _messages(row, source, where)
         answer = _answer(row, source, where)
+        answered += answer is not None
         if source.choices:
             messages, answer = _with_choices_of(row, source, where, messages, answer)
-        unanswered += answer is None and source.answer is not None
-        yield Prompt(messages, source.task, answer, name)
+        yield _Candidate(where, Prompt(messages, source.task, answer, name), cut)
     if not read:
         raise UserError(f"{whole}: no rows; give a source with at least one problem")
     if not answer_there and source.answer is not None:
         raise _no_column(source, source.answer, names, whole)
-    counts.rows[name] += read
-    if unanswered:
-        counts.unanswered[name] += unanswered
+    if not answered and source.extract != "none":
+        raise UserError(
+            f"{whole}: no row has {MARKS[source.extract]} in column {source.answer}; name the column that has one as "
+            f"`answer`, or set another `extract`"
+        )
 
 
 def _within(rows: Iterator[Row], source: "FilePrompts | HubPrompts") -> Iterator[Row]:
@@ -133,8 +160,10 @@ def _within(rows: Iterator[Row], source: "FilePrompts | HubPrompts") -> Iterator
             yield where, row
 
 
-def _messages(row: dict[str, object], source: "FilePrompts | HubPrompts", where: str) -> tuple[Message, ...]:
-    """The conversation that is asked: a system message where there is one, and the question."""
+def _messages(
+    row: dict[str, object], source: "FilePrompts | HubPrompts", where: str
+) -> tuple[tuple[Message, ...], bool]:
+    """The conversation that is asked, a system message first where there is one, and whether turns were cut off."""
     for column in MEDIA:
         if row.get(column) and column not in (source.question, source.answer, source.system, *source.choices):
             raise UserError(
@@ -144,53 +173,14 @@ def _messages(row: dict[str, object], source: "FilePrompts | HubPrompts", where:
     question, messages = value_at(row, source.question), list[Message]()
     system = value_at(row, source.system) if source.system else None
     if isinstance(system, str) and system.strip():
-        messages.append({"role": "system", "content": _text(system, source.system or "", where)})
+        messages.append({"role": "system", "content": asked_text(system, source.system or "", where)})
     elif system is not None and not isinstance(system, str):
         raise UserError(f"{where}: column {source.system} is not text but {type(system).__name__}; correct the row")
-    if isinstance(question, list):
-        messages += conversation(question, source.question, where)
-    else:
-        messages.append({"role": "user", "content": _text(question, source.question, where)})
-    return tuple(messages)
-
-
-def conversation(turns: Sequence[object], column: str, where: str) -> list[Message]:
-    """A question given as a list of messages, which ends with the user's. Errors: UserError."""
-    messages = list[Message]()
-    for turn in turns:
-        role = turn.get("role") if isinstance(turn, dict) else None
-        if not isinstance(turn, dict) or role not in ROLES:
-            raise UserError(
-                f"{where}: column {column} is a list, but not of messages (role: {' or '.join(ROLES)}; content: text)"
-            )
-        messages.append({"role": str(role), "content": _text(turn.get("content"), f"{column}.content", where)})
-    if not messages or messages[-1]["role"] != "user":
-        raise UserError(f"{where}: column {column} does not end with a message of the user; correct or remove the row")
-    return messages
-
-
-def _text(value: object, column: str, where: str) -> str:
-    """The text of a column that is asked. Errors: UserError when it is none, empty, or damaged."""
-    if not isinstance(value, str):
-        problem = "is empty" if value is None else f"is not text but {type(value).__name__}"
-    else:
-        problem = _wrong_text(value) or ("" if value.strip() else "is blank" if value else "is empty")
-    if problem:
-        raise UserError(f"{where}: column {column} {problem}; correct or remove the row")
-    assert isinstance(value, str)
-    return value
-
-
-def _wrong_text(text: str) -> str | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "holds half a surrogate pair, which no tokenizer takes"
-    control = next((c for c in text if (c < " " and c not in "\t\n\r") or c == "\x7f"), None)
-    if control is None:
-        return None
-    latex = " (LaTeX in JSON needs two backslashes: \\\\frac)" if control in "\b\f" else ""
-    return f"holds the control character U+{ord(control):04X}{latex}"
+    turns = turns_of(question)
+    if turns is None:
+        return (*messages, {"role": "user", "content": asked_text(question, source.question, where)}), False
+    asked, cut = conversation(turns, source.question, where)
+    return (*messages, *asked), cut > 0
 
 
 def _answer(row: dict[str, object], source: "FilePrompts | HubPrompts", where: str) -> str | None:
@@ -198,30 +188,9 @@ def _answer(row: dict[str, object], source: "FilePrompts | HubPrompts", where: s
     if source.answer is None:
         return None
     try:
-        return gold_text(value_at(row, source.answer), source.task)
+        return gold_of(value_at(row, source.answer), source.task, source.extract, row)
     except ValueError as error:
         raise UserError(f"{where}: column {source.answer} {error}; correct or remove the row") from error
-
-
-def gold_text(answer: object, task: str) -> str | None:
-    """A gold answer as text; None where it is null or blank.
-
-    A number becomes its JSON, and so do the lists and objects that tests of code are. Errors: ValueError, the end of a
-    sentence about the column.
-    """
-    if isinstance(answer, list) and task in ("math", "choice"):
-        if len(answer) > 1:
-            raise ValueError(f"is a list of {len(answer)}, and a problem has one gold answer")
-        answer = answer[0] if answer else None
-    if isinstance(answer, str):
-        if wrong := _wrong_text(answer):
-            raise ValueError(wrong)
-        return answer if answer.strip() else None
-    if answer is None:
-        return None
-    if isinstance(answer, float) and not math.isfinite(answer):
-        raise ValueError(f"is {answer}, not a finite number")
-    return json.dumps(answer, ensure_ascii=False, default=str, allow_nan=False)
 
 
 def _with_choices_of(
@@ -246,17 +215,3 @@ def _text_of_choice(value: object, column: str, where: str) -> str:
         what = "empty" if not value else f"a {type(value).__name__}"
         raise UserError(f"{where}: column {column} is {what}; a question with choices needs all of them")
     return str(value)
-
-
-def with_choices(question: str, right: str, wrong: Sequence[str]) -> tuple[str, str]:
-    """The question with its choices listed, and the right one's letter.
-
-    The order is that of a hash, so that it is the same everywhere and says nothing about the answer.
-    """
-
-    def rank(choice: str) -> bytes:
-        return hashlib.sha256(json.dumps([question, choice]).encode()).digest()
-
-    choices = sorted([right, *wrong], key=rank)
-    listed = "\n".join(f"{letter}) {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False))
-    return f"{question.strip()}\n\n{listed}", LETTERS[choices.index(right)]

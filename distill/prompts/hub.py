@@ -1,4 +1,4 @@
-"""Rows and prompts of a Hugging Face dataset: an id on the hub, a local dataset directory, or one of `save_to_disk`.
+"""Rows of a Hugging Face dataset: an id on the hub, a local dataset directory, or one of `save_to_disk`.
 
 Not streamed: the download is kept in the ecosystem's cache, so a resumed run needs no network. Where the hub cannot be
 reached, the cache is used at once: `datasets` alone would retry for half a minute first.
@@ -11,36 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.errors import UserError
-from distill.prompts.files import (
-    MEDIA,
-    PromptCounts,
-    optional_columns,
-    prompts_from_rows,
-    require_columns,
-    required_columns,
-)
-from distill.prompts.prompt import Prompt
-from distill.prompts.rows import Row, checked
+from distill.prompts.columns import MEDIA, Row, checked
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from distill.recipe.sources import HubPrompts
-
 PROBE_SECONDS = 10.0  # for the first answer of the hub
-
-
-def read_hub(source: "HubPrompts", counts: PromptCounts) -> Iterator[Prompt]:
-    """The prompts of the split, at most `source.limit` rows of it. Errors: UserError when it cannot be loaded."""
-    whole = f"{source.dataset} ({source.split})"
-    dataset = load_dataset(source.dataset, source.subset, source.split, source.revision)
-    require_columns(source, dataset.column_names, whole)
-    wanted = {*required_columns(source), *optional_columns(source)}
-    wanted |= {column.partition(".")[0] for column in wanted}
-    chosen = dataset.select_columns([name for name in dataset.column_names if name in wanted])
-    path = Path(source.dataset)
-    name = path.name if path.is_absolute() else source.dataset  # no home directory in a published data set
-    return prompts_from_rows(rows_of_dataset(chosen, whole), source, whole, name, counts)
 
 
 def rows_of_dataset(dataset: "Dataset", whole: str) -> Iterator[Row]:
@@ -65,23 +41,44 @@ def load_dataset(name: str, subset: str | None, split: str, revision: str | None
     path = Path(name)
     if path.is_file():
         raise UserError(f"dataset {name}: a file; read it with `kind: file` and `path: {name}`")
+    if (path / "state.json").is_file():
+        return load_saved(path, None)
+    if (path / "dataset_dict.json").is_file():
+        return load_saved(path, split)
+    with _refused(name), _cache_where_unreachable(name, path.exists()):
+        loaded = datasets.load_dataset(name, name=subset, split=split, revision=revision)
+    assert isinstance(loaded, datasets.Dataset)
+    return loaded
+
+
+def load_saved(path: Path, split: str | None) -> "Dataset":
+    """A dataset that `save_to_disk` wrote. split: None takes the only one. Errors: UserError."""
+    import datasets
+
+    name = str(path)
+    with _refused(name):
+        saved = datasets.load_from_disk(name)
+    if isinstance(saved, datasets.Dataset):
+        if split is not None:
+            raise UserError(f"dataset {name}: it has no splits; remove `split: {split}`")
+        return saved
+    splits = [str(key) for key in saved]
+    if split is None and len(splits) == 1:
+        (split,) = splits
+    if split not in splits:
+        what = "it has several splits" if split is None else f"no split {split}"
+        raise UserError(f"dataset {name}: {what}; set `split` to one of {', '.join(splits) or '(none)'}")
+    return saved[split]
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
     try:
-        if (path / "state.json").is_file():
-            saved = datasets.load_from_disk(str(path))
-        elif (path / "dataset_dict.json").is_file():
-            splits = datasets.load_from_disk(str(path))
-            if split not in splits:
-                raise ValueError(f"no split {split}, only {', '.join(map(str, splits))}")
-            saved = splits[split]
-        else:
-            with _cache_where_unreachable(name, path.exists()):
-                saved = datasets.load_dataset(name, name=subset, split=split, revision=revision)
+        yield
     except Exception as error:  # `datasets` passes on whatever its readers raise, StopIteration for an empty file
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"dataset {name}: {_reason(error)}") from error
-    assert isinstance(saved, datasets.Dataset)
-    return saved
 
 
 def _reason(error: Exception) -> str:

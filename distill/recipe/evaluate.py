@@ -22,7 +22,8 @@ class Eval(Section):
         description="maximum tokens per answer, reduced to what the model's context has room for; null: the card's",
     )
     sources: Annotated[dict[str, str], Free] = Field(
-        default_factory=dict, description="benchmark → a .jsonl or .parquet file with its problems, instead of the hub"
+        default_factory=dict,
+        description="benchmark → a file with its problems (as `path` of a prompt source), instead of the hub",
     )
     published: Annotated[str | None, Free] = Field(
         None, description="model whose published scores are compared with the student's, as the cards name it"

@@ -12,6 +12,9 @@ class Generate(Section):
     """Stage 1: the teacher answers the prompts."""
 
     samples: Annotated[int, Free] = Field(1, ge=1, description="answers per prompt")
+    max_prompts: Annotated[int | None, Free] = Field(
+        None, ge=1, description="number of prompts, of all sources together; null: all that they have"
+    )
     sampling: SamplingSettings = SamplingSettings()
     prompt_suffix: str = Field(
         "", description="text appended to every question, such as R1's request for a \\boxed{} answer"

@@ -25,7 +25,10 @@ class TeacherServer(Section):
     model.
     """
 
-    url: Annotated[str, Free] = Field(description="base address, such as http://localhost:8000/v1")
+    url: Annotated[str | tuple[str, ...], Free] = Field(
+        min_length=1,
+        description="base address, such as http://localhost:8000/v1; a list of several servers of the same model",
+    )
     model: str = Field(min_length=1, description="name of the model on the server")
     api_key_env: Annotated[str, Free, AfterValidator(_variable)] = Field(
         KEY_VARIABLE,
@@ -39,6 +42,18 @@ class TeacherServer(Section):
     )
     silence: Annotated[float, Free] = Field(
         SILENCE, gt=0, description="seconds without a token after which a streamed request has failed"
+    )
+    n: Annotated[bool, Free] = Field(
+        False,
+        description="ask for all samples of a prompt in one request (`n`), where the server charges the prompt once; "
+        "samples then have no seed of their own",
+    )
+    batch: Annotated[bool, Free] = Field(
+        False, description="send all requests as files to the provider's batch API, which answers within a day for less"
+    )
+    headers: Annotated[dict[str, str], Free] = Field(
+        default_factory=dict,
+        description="further HTTP headers of every request; a value that begins with $ names an environment variable",
     )
     extra_body: dict[str, JsonValue] = Field(
         default_factory=dict,

@@ -6,7 +6,7 @@ How they are read is `distill.prompts` and `distill.traces.published`.
 from datetime import date
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from distill.section import Free, Section
 
@@ -24,7 +24,34 @@ Day = Annotated[str, AfterValidator(_is_date)]
 Task = Literal["math", "code", "choice", "chat"]
 
 
-class ProceduralPrompts(Section):
+class Later:
+    """Mark of a field that did not always exist: at its default it is left out of the fingerprint, so that runs begun
+    without it go on."""
+
+
+class _Source(Section):
+    def settings(self) -> dict[str, JsonValue]:
+        """The fields of the fingerprint, without those that are marked `Later` and have their default."""
+        defaults = {
+            name
+            for name, info in type(self).model_fields.items()
+            if Later in info.metadata and getattr(self, name) == info.default
+        }
+        return {key: value for key, value in super().settings().items() if key.partition(".")[0] not in defaults}
+
+
+class _Weighted(_Source):
+    """A source's part in a mixture."""
+
+    weight: Annotated[float | None, Later] = Field(
+        None,
+        gt=0,
+        description="share of this source among the prompts: with a weight anywhere the sources are interleaved in "
+        "proportion (1 where it is null) until the first has no more; null everywhere: read one after the other",
+    )
+
+
+class ProceduralPrompts(_Weighted):
     """Problems made by a generator of this package."""
 
     kind: Literal["procedural"]
@@ -33,10 +60,44 @@ class ProceduralPrompts(Section):
     seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed that selects the problems of the split")
     limit: Annotated[int, Free] = Field(1000, ge=1, description="number of problems")
 
+    @property
+    def task(self) -> Literal["math"]:
+        """Kind of problem, which selects the grader."""
+        return "math"
 
-class _InFile(Section):
+
+class GymPrompts(_Weighted):
+    """Problems made by a generator of reasoning-gym, scored by its own verifier (extra `gym`)."""
+
+    kind: Literal["reasoning_gym"]
+    name: str = Field(description="name of a reasoning-gym dataset, such as chain_sum")
+    config: dict[str, JsonValue] = Field({}, description="keys of the dataset's own configuration, such as max_terms")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the first problem; problem i has seed + i")
+    limit: Annotated[int, Free] = Field(1000, ge=1, description="number of problems")
+
+    @property
+    def task(self) -> Literal["gym"]:
+        """Kind of problem, which selects the grader."""
+        return "gym"
+
+    @model_validator(mode="after")
+    def config_has_keys_of_its_own(self) -> "GymPrompts":
+        """Refuse in `config` what the source itself sets."""
+        for key, ours in (("seed", "seed"), ("size", "limit")):
+            if key in self.config:
+                raise ValueError(f"config.{key} is set by `{ours}` of the source; remove it from `config`")
+        return self
+
+
+class _InFile(_Source):
     kind: Literal["file"]
-    path: str = Field(description="a .jsonl or .parquet file, relative to the current directory")
+    path: str = Field(
+        description="a .jsonl, .json, .csv, .tsv (also .gz or .zst) or .parquet file, or a directory of save_to_disk; "
+        "relative to the current directory"
+    )
+    split: Annotated[str | None, Later] = Field(
+        None, description="name of the split, of a directory of save_to_disk that holds several"
+    )
 
 
 class _OnHub(Section):
@@ -47,11 +108,16 @@ class _OnHub(Section):
     split: str = Field("train", description="name of the split")
 
 
-class _Problems(Section):
+class _Problems(_Weighted):
     """Columns of a row. `a.b` is the key b of column a."""
 
-    question: str = Field("question", description="column with the question: text, or a list of messages")
+    question: str = Field("question", description="column with the question: text, or a list of messages or turns")
     answer: str | None = Field("answer", description="column with the gold answer; null: the problems have none")
+    extract: Annotated[Literal["none", "hash", "boxed", "tests"], Later] = Field(
+        "none",
+        description="what is taken out of the answer column: hash: what follows the last ####; boxed: the last "
+        "\\boxed{}; tests: the test cases of a program; none: the answer as it is",
+    )
     choices: tuple[str, ...] = Field(
         (), description="columns with wrong choices; the question then lists them and the answer in a fixed order"
     )
@@ -62,20 +128,33 @@ class _Problems(Section):
         "system", description="column with a system message, sent before the question in the rows that have one"
     )
     task: Task = Field("math", description="kind of problem, which selects the grader")
+    shuffle_seed: Annotated[int | None, Later] = Field(
+        None, description="seed of the order in which rows are taken, and so of a subsample by `limit`; null: in order"
+    )
     limit: Annotated[int | None, Free] = Field(None, ge=1, description="maximum number of rows to read")
+
+    @model_validator(mode="after")
+    def extract_fits_the_task(self) -> "_Problems":
+        """Refuse an `extract` that the task has no use for."""
+        if self.extract != "none" and self.answer is None:
+            raise ValueError(f"extract: {self.extract} needs a column to read; set `answer`")
+        if (self.extract == "tests") != (self.task == "code") and self.extract != "none":
+            needed = "code" if self.extract == "tests" else "math, choice or chat"
+            raise ValueError(f"extract: {self.extract} is for task {needed}, and the task is {self.task}")
+        return self
 
 
 class FilePrompts(_Problems, _InFile):
-    """Problems in a JSONL or Parquet file."""
+    """Problems in a file."""
 
 
 class HubPrompts(_Problems, _OnHub):
     """Problems in a Hugging Face dataset."""
 
-    question: str = Field("problem", description="column with the question: text, or a list of messages")
+    question: str = Field("problem", description="column with the question: text, or a list of messages or turns")
 
 
-PromptSource = Annotated[ProceduralPrompts | FilePrompts | HubPrompts, Field(discriminator="kind")]
+PromptSource = Annotated[ProceduralPrompts | GymPrompts | FilePrompts | HubPrompts, Field(discriminator="kind")]
 
 
 class _Published(Section):
@@ -95,7 +174,7 @@ class HubTraces(_Published, _OnHub):
 
 
 class FileTraces(_Published, _InFile):
-    """Traces in a JSONL or Parquet file."""
+    """Traces in a file."""
 
 
 class RunTraces(Section):

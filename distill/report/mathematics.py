@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from markupsafe import Markup, escape
 
-from distill.grading.math import boxed_end
+from distill.prompts.boxes import boxed_end
 
 LONGEST = 1000  # characters of a formula
 FORMULA = re.compile(

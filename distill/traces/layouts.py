@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from distill.chat import END_THINK, THINK
 from distill.errors import UserError
-from distill.prompts.files import MEDIA
+from distill.prompts.columns import MEDIA, listed, parse_json, value_at
+from distill.prompts.messages import ROLES, TEXT_PARTS
 from distill.prompts.prompt import Message
-from distill.prompts.rows import parse_json, value_at
 from distill.traces.trace import FinishReason
 
 Row = Mapping[str, object]
@@ -36,17 +36,7 @@ TAGS = (  # around a reasoning: opening, closing; around the answer after it: op
     ("<thinking>", "</thinking>", "<answer>", "</answer>"),
 )
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's turn
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "system",
-}
 TOOLS = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
-TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
 FINISHED = {"eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 HEADS = ("generations", "messages", "conversations", "completion")  # a known layout has one of these columns
@@ -122,7 +112,7 @@ def no_layout(columns: Iterable[str], where: str) -> UserError:
     """The error for columns that are no known layout."""
     return UserError(
         f"{where}: no known layout of traces (messages, conversations, prompt and completion, generations) in the "
-        f"columns {', '.join(columns)}; name `question`, `reasoning` and `response` of this source"
+        f"columns {listed(columns)}; name `question`, `reasoning` and `response` of this source"
     )
 
 
@@ -242,7 +232,7 @@ def tagged(text: str) -> str:
 
 def _column(row: Row, name: str, where: str) -> object:
     if name.partition(".")[0] not in row and name not in row:
-        raise UserError(f"{where}: no column {name}; the columns are {', '.join(row)}")
+        raise UserError(f"{where}: no column {name}; the columns are {listed(row)}")
     return value_at(row, name)
 
 

@@ -17,10 +17,12 @@ from distill.chat import split_reasoning
 from distill.console import say
 from distill.errors import UserError
 from distill.fingerprint import digest
+from distill.prompts.columns import listed
 from distill.prompts.files import MEDIA, gold_text
 from distill.prompts.hub import load_dataset, rows_of_dataset
 from distill.prompts.prompt import Prompt
 from distill.prompts.rows import Row, columns_of, has_column, rows_of_file, value_at
+from distill.prompts.streams import opened, readable
 from distill.traces.layouts import COLUMNS, HEADS, Answer, Columns, LeftOut, answers, no_layout
 from distill.traces.store import read_traces
 from distill.traces.trace import Trace
@@ -52,8 +54,8 @@ def _rows(source: "HubTraces | FileTraces") -> tuple[Iterator[Row], str]:
     named = [name for name in (source.question, source.reasoning, source.response, source.answer) if name]
     if source.kind == "file":
         path = Path(source.path)
-        rows = rows_of_file(path, [*COLUMNS, *MEDIA, *GOLD, *named])
-        name, names = "/".join(path.absolute().parts[-2:]).lstrip("/"), columns_of(path)
+        rows = rows_of_file(path, [*COLUMNS, *MEDIA, *GOLD, *named], source.split)
+        name, names = "/".join(path.absolute().parts[-2:]).lstrip("/"), columns_of(path, source.split)
         if names is None and source.answer and not _mentions(path, source.answer.partition(".")[0]):
             raise _no_gold_column(name, source.answer, next(rows, (name, {}))[1])
     else:
@@ -70,9 +72,9 @@ def _rows(source: "HubTraces | FileTraces") -> tuple[Iterator[Row], str]:
 
 
 def _mentions(path: Path, column: str) -> bool:
-    """Whether a JSONL file has the name of a column anywhere: cheap, and known before anything is written."""
+    """Whether a JSON file has the name of a column anywhere: cheap, and known before anything is written."""
     needle = json.dumps(column).encode()
-    with path.open("rb") as file:
+    with opened(path) as file, readable(path):
         tail = b""
         while block := file.read(1 << 20):
             if needle in tail + block:
@@ -82,12 +84,12 @@ def _mentions(path: Path, column: str) -> bool:
 
 
 def _no_column(name: str, column: str, names: Iterable[str]) -> UserError:
-    return UserError(f"{name}: no column {column}; the columns are {', '.join(names)}: correct it in this source")
+    return UserError(f"{name}: no column {column}; the columns are {listed(names)}: correct it in this source")
 
 
 def _no_gold_column(name: str, column: str, names: Iterable[str]) -> UserError:
     return UserError(
-        f"{name}: no column {column}; the columns are {', '.join(names)}: name the one with the gold answer as "
+        f"{name}: no column {column}; the columns are {listed(names)}: name the one with the gold answer as "
         f"`answer`, or leave `answer` out"
     )
 

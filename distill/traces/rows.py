@@ -38,6 +38,10 @@ SCHEMA = pa.schema(
         ("top_logprobs", pa.list_(pa.list_(pa.struct([("token", pa.int32()), ("logprob", pa.float32())])))),
         ("exact", pa.string()),
         ("completion_tokens", pa.int32()),
+        ("prompt_tokens", pa.int32()),
+        ("cached_tokens", pa.int32()),
+        ("reasoning_tokens", pa.int32()),
+        ("form", pa.string()),
     ]
 )
 TOKEN_COLUMNS = ("prompt_token_ids", "completion_token_ids", "logprobs", "top_logprobs")  # most of a trace's bytes
@@ -53,6 +57,14 @@ VERDICTS = pa.field(  # evidence: JSON
 def table_of(traces: Iterable[Trace]) -> pa.Table:
     """The traces as a table with `SCHEMA`."""
     return pa.Table.from_pylist([_row(trace) for trace in traces], schema=SCHEMA)
+
+
+def with_all_columns(table: pa.Table) -> pa.Table:
+    """The table with `SCHEMA`; columns that an earlier version did not write are null."""
+    for field in SCHEMA:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(SCHEMA.names)
 
 
 def verdict_column(verdicts: Iterable[Sequence[Verdict]]) -> pa.Array:
@@ -81,6 +93,10 @@ def trace_of(row: Row) -> Trace:
         logprobs=None if logprobs is None else tuple(logprobs),
         top_logprobs=None if top is None else tuple(tuple((c["token"], c["logprob"]) for c in alts) for alts in top),
         completion_tokens=row["completion_tokens"],
+        prompt_tokens=row.get("prompt_tokens"),
+        cached_tokens=row.get("cached_tokens"),
+        reasoning_tokens=row.get("reasoning_tokens"),
+        form=row.get("form"),
     )
 
 
@@ -125,6 +141,10 @@ def _row(trace: Trace) -> Row:
         "top_logprobs": trace.top_logprobs,
         "exact": None,
         "completion_tokens": trace.completion_tokens,
+        "prompt_tokens": trace.prompt_tokens,
+        "cached_tokens": trace.cached_tokens,
+        "reasoning_tokens": trace.reasoning_tokens,
+        "form": trace.form,
     }
     if trace.top_logprobs is not None:
         row["top_logprobs"] = [[{"token": t, "logprob": p} for t, p in top] for top in trace.top_logprobs]

@@ -36,23 +36,31 @@ from distill.traces.rows import (
     trace_of,
     verdict_column,
     verdicts_of,
+    with_all_columns,
     without_tokens,
 )
-from distill.traces.trace import FinishReason, Trace, Verdict, trace_digest
+from distill.traces.trace import FinishReason, ReasoningForm, Trace, Verdict, trace_digest
 
 Key = tuple[str, int]
 T = TypeVar("T")
 
+COUNTS = ("completion_tokens", "prompt_tokens", "cached_tokens", "reasoning_tokens")
+FIGURE_COLUMNS = ["id", "sample", "text", "exact", "finish_reason", *COUNTS, "form"]
 JUDGED_SCHEMA = SCHEMA.append(VERDICTS)
 
 
 class Figures(NamedTuple):
-    """What the summaries need of a trace. tokens: 0 where their number is not known. digest: `Trace.digest`."""
+    """What the summaries need of a trace. tokens: of the completion, 0 where their number is not known, like the other
+    counts. digest: `Trace.digest`."""
 
     key: Key
     finish_reason: FinishReason
     tokens: int
     digest: str
+    prompt_tokens: int
+    cached_tokens: int
+    reasoning_tokens: int
+    form: ReasoningForm | None
 
 
 def decoded(directory: Path, traces: Iterator[T]) -> Iterator[T]:
@@ -109,7 +117,7 @@ class TraceStore:
     def figures(self) -> Iterator[Figures]:
         """Key, finish reason and length of every stored trace once, in order. Reads no token."""
         seen: set[Key] = set()
-        for batch in batches(self.directory, ["id", "sample", "text", "exact", "finish_reason", "completion_tokens"]):
+        for batch in batches(self.directory, FIGURE_COLUMNS):
             for row in batch.to_pylist():
                 key = (row["id"], row["sample"])
                 if key not in seen:
@@ -187,7 +195,7 @@ class TraceStore:
 
     def _tables(self) -> Iterator[pa.Table]:
         for batch in batches(self.directory):
-            yield pa.Table.from_batches([batch])
+            yield with_all_columns(pa.Table.from_batches([batch]))
         yield from self._ledger_tables(set())
 
     def _ledger_tables(self, seen: set[Key]) -> Iterator[pa.Table]:
@@ -240,7 +248,9 @@ def _judged(directory: Path, columns: Sequence[str] | None) -> Iterator[tuple[Tr
 
 
 def _figures(key: Key, row: Row) -> Figures:
-    return Figures(key, row["finish_reason"], row["completion_tokens"] or 0, trace_digest(*key, row["text"]))
+    completion, prompt, cached, reasoning = (row.get(name) or 0 for name in COUNTS)
+    digest = trace_digest(*key, row["text"])
+    return Figures(key, row["finish_reason"], completion, digest, prompt, cached, reasoning, row.get("form"))
 
 
 def _keys_of(table: pa.Table | pa.RecordBatch) -> list[Key]:

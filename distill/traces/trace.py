@@ -11,11 +11,13 @@ are checked once, when the trace is stored (`Trace.check_tokens`), because readi
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from distill.prompts.prompt import END_THINK, Message, Prompt
+from distill.prompts.prompt import END_THINK, THINK, Message, Prompt
 
 FinishReason = str | None  # "stop", "length", "content_filter", or what else a server says; None: it does not say
+
+ReasoningForm = Literal["reasoning_content", "reasoning", "think", "end_think", "none", "cut_off", "no_content"]
 
 TOKENS, WORDS = "teacher tokens", "words"  # units of length
 
@@ -41,6 +43,11 @@ class Trace:
     logprobs: raw log-probability (natural log, temperature 1) of each completion token, where known.
     top_logprobs: per completion token the k most likely (token id, log-probability) pairs, where asked for.
     completion_tokens: the number of completion tokens; None where neither ids nor a server's count are known.
+    prompt_tokens, cached_tokens, reasoning_tokens: as the server counts them; cached tokens are among those of the
+    prompt, reasoning tokens among those of the completion. None where they are not known.
+    form: how the reasoning came: in a field of its own (`reasoning_content` or `reasoning`), in the text with both tags
+    (`think`) or with the closing one alone (`end_think`), or `none`; `cut_off`: it has no end, `no_content`: nothing
+    follows it. None for published traces.
 
     Errors: ValueError naming the field when a value has another type or range than the store can hold.
     """
@@ -58,17 +65,24 @@ class Trace:
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     completion_tokens: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    form: ReasoningForm | None = None
 
     def __post_init__(self) -> None:
         if self.completion_token_ids:
             object.__setattr__(self, "completion_tokens", len(self.completion_token_ids))
+        if self.prompt_token_ids:
+            object.__setattr__(self, "prompt_tokens", len(self.prompt_token_ids))
         _check_integer("sample", self.sample, 0, INT32_MAX)
         _check_integer("seed", self.seed, -INT64_MAX - 1, INT64_MAX)
-        if self.completion_tokens is not None:
-            _check_integer("completion_tokens", self.completion_tokens, 0, INT32_MAX)
+        for name in ("completion_tokens", "prompt_tokens", "cached_tokens", "reasoning_tokens"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 0, INT32_MAX)
         for name in ("text", "response", "teacher"):
             _check_text(name, getattr(self, name))
-        for name in ("reasoning", "finish_reason"):
+        for name in ("reasoning", "finish_reason", "form"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
 
@@ -136,6 +150,16 @@ class Trace:
         if row.get("top_logprobs") is not None:
             values["top_logprobs"] = tuple(tuple((int(t), float(p)) for t, p in top) for top in row["top_logprobs"])
         return cls(**values)
+
+
+def form_of(text: str, finish_reason: FinishReason) -> ReasoningForm:
+    """The form of a reasoning that came inside the text."""
+    head, closed, response = text.rpartition(END_THINK)
+    if not closed:
+        return "cut_off" if THINK in text else "none"
+    if not response.strip():
+        return "cut_off" if finish_reason == "length" else "no_content"
+    return "think" if THINK in head else "end_think"
 
 
 def content_hash(digests: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from server_support import JSON, KEY, PARAMS, Answer, Handler, body, chat, compl
 from distill import backends
 from distill.backends import Completed, Job
 from distill.backends.collect import collect
-from distill.backends.reply import Unreadable, read_model_names, read_reply
+from distill.backends.reply import Unreadable, read_models, read_reply
 from distill.backends.secrets import Secrets, shown_url
 from distill.errors import UserError, WorkError
 from distill.models import Model, Server
@@ -142,8 +142,8 @@ def test_it_is_asked_again_and_then_a_failure_of_one_line(name: str) -> None:
 
 
 def test_a_reply_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.backends.remote.REPLY_BYTES", 36_000)
-    monkeypatch.setattr("distill.backends.remote.TOKEN_BYTES", 1000)
+    monkeypatch.setattr("distill.backends.connection.REPLY_BYTES", 36_000)
+    monkeypatch.setattr("distill.backends.connection.TOKEN_BYTES", 1000)
     large = body(chat(message={"content": "x" * 200_000}))
     with (
         server(lambda *_: (200, JSON, large)) as made,
@@ -199,7 +199,7 @@ def test_no_request_is_sent_after_a_refusal() -> None:
 
 
 def test_others_under_way_are_waited_for_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.backends.remote.GRACE", 0.2)
+    monkeypatch.setattr("distill.backends.failures.GRACE", 0.2)
     never = threading.Event()
 
     def reply(number: int, handler: Handler) -> Answer:
@@ -306,7 +306,7 @@ def test_a_key_that_no_header_can_carry(key: str) -> None:
 )  # fmt: skip
 def test_a_list_of_models_that_cannot_be_read(data: bytes) -> None:
     with pytest.raises(Unreadable):
-        read_model_names(data)
+        read_models(data)
     models = 200, JSON, data
     refused = pytest.raises(UserError, match="no model server answers there")
     with server(lambda *_: models, models) as made, refused as error, opened(made):

@@ -186,7 +186,7 @@ def test_the_check_counts_missing_answers_and_duplicates(tmp_path):
     source = f"[{{kind: file, path: {prompts}}}]"
     file.write_text(catalog.load_recipe("tiny", [f"prompts={source}"]).to_yaml())
     assert catalog.check("recipe", str(file)) == [
-        f"{tmp_path.name}/p.jsonl: 1 of 3 problems have no gold answer",
+        f"{tmp_path.name}/p.jsonl: 1 of 3 problems have no gold answer (first: {prompts}, line 3)",
         "1 of 3 prompts repeat an earlier one and are read once",
     ]
 

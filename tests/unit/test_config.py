@@ -290,14 +290,19 @@ def test_errors_inside_a_union_name_the_keys_the_user_wrote():
 
 
 def test_suggestions_in_a_union_come_from_the_branch_that_was_chosen():
-    assert "valid here: kind, path, question" in error_of(prompts=[{"kind": "file", "path": "x", "subset": "y"}])
+    assert "valid here: kind, path, split, weight, question" in error_of(
+        prompts=[{"kind": "file", "path": "x", "subset": "y"}]
+    )
 
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
         ([{"name": "arithmetic"}], "prompts.0: the key 'kind' is missing"),
-        ([{"kind": "web"}], "prompts.0: 'kind' should be one of 'procedural', 'file', 'hub', not 'web'"),
+        (
+            [{"kind": "web"}],
+            "prompts.0: 'kind' should be one of 'procedural', 'reasoning_gym', 'file', 'hub', not 'web'",
+        ),
         ({"kind": "hub"}, "prompts: should be a valid list"),
         ([1], "prompts.0: "),
     ],

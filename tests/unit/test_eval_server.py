@@ -1,5 +1,6 @@
 """Servers that fail in the middle of an evaluation: what is kept, what is asked again, what the user reads."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from collections import Counter
 import pytest
 from eval_support import Script, distill, right, scores, server, sums, url
 
-from distill.backends import Completed, Job, SamplingParams
+from distill.backends import Job, SamplingParams
 from distill.backends.remote import RemoteBackend
+from distill.backends.reply import Reply
 from distill.errors import WorkError
 from distill.models import Server
 from distill.prompts import Prompt
@@ -63,10 +65,10 @@ def test_what_ended_beside_a_failure_is_kept():
     """Ten samples end at once, the first of them with a failure: the nine are yielded before it is raised."""
 
     class Failing(RemoteBackend):
-        async def _sample(self, client, prompt, sample, sampling, seed, pace):
-            if sample == 0:
+        async def _request(self, prompt, samples, sampling, seed):
+            if samples == (0,):
                 raise WorkError("down")
-            return Completed(prompt, sample, "x", "stop", (), ())
+            return {0: Reply("x", "stop", None, None)}
 
     kept = []
     with pytest.raises(WorkError, match="down"):
@@ -101,8 +103,10 @@ def test_an_interruption_does_not_wait_for_the_server(sums, tmp_path):
             process.kill()
             wait.set()
     assert process.returncode == 130 and (
-        "interrupted (eval sums/scripted: 8/16 samples are kept); rerun the same command to resume" in error
-    )
+        re.search(
+            r"interrupted \(eval sums/scripted: [78]/16 samples are kept\); rerun the same command to resume", error
+        )
+    )  # the eighth may be stored and not yet counted
     assert ledger.read_bytes().count(b"\n") == 8 and "Traceback" not in error
 
 

@@ -201,7 +201,7 @@ def test_a_sample_that_is_refused_does_not_end_the_others(tmp_path, monkeypatch)
 
 def test_a_server_that_is_down_ends_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr("distill.backends.pacing.FIRST_PAUSE", 0.001)
-    monkeypatch.setattr("distill.backends.remote.GRACE", 0.5)
+    monkeypatch.setattr("distill.backends.failures.GRACE", 0.5)
     with server(lambda number, handler: (500, JSON, b"{}")) as made:
         recipe = load_recipe(str(write_recipe(tmp_path, address(made), problems=500, samples=2)))
         with pytest.raises(WorkError, match=r"\d+ samples failed; the first: the server failed"):

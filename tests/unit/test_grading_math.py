@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from distill.errors import UserError
 from distill.grading import Grade, Grader, require_grader
-from distill.grading.math import Answer, boxed, final_answer, gold_answer, has_words, judge, normalise, quick_judge
+from distill.grading.math import Answer, final_answer, gold_answer, has_words, judge, normalise, quick_judge
+from distill.prompts.boxes import boxed
 from distill.prompts.prompt import Prompt
 
 
@@ -172,8 +173,8 @@ def test_grades_say_what_was_compared_and_how() -> None:
 def test_a_task_without_a_grader_is_refused_in_one_line() -> None:
     with pytest.raises(UserError) as refusal:
         require_grader("code", "filter.correct", "set it to false")
-    assert (
-        str(refusal.value) == "filter.correct: task 'code' has no grader yet (only math, choice have); set it to false"
+    assert str(refusal.value) == (
+        "filter.correct: task 'code' has no grader yet (only math, choice, gym have); set it to false"
     )
     with Grader() as grader, pytest.raises(UserError, match="'chat' has no grader"):
         list(grader.grade([(0, Prompt.from_question("How are you?", None, "chat"), "Fine.")]))

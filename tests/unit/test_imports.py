@@ -59,6 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     "traces.trace": {"chat", "prompts.prompt"},
     "traces.ledger": {"durable", "errors"},
     "prompts.prompt": set(),
+    "prompts.boxes": set(),
+    "prompts.gym": {"errors", "prompts.prompt"},
     "engine": {"engine.kernels"},
     "engine.kernels": {"engine.kernels"},
 }

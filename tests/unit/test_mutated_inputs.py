@@ -3,6 +3,7 @@
 A mutation that is read is no fault: a digit of a learning rate is another learning rate.
 """
 
+import gzip
 import json
 import random
 from collections.abc import Callable
@@ -52,9 +53,18 @@ def recipes(directory: Path, seeds: range) -> None:
 def prompt_files(directory: Path, seeds: range) -> None:
     jsonl = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
     pq.write_table(pa.Table.from_pylist(ROWS), directory / "whole.parquet")
-    parquet = (directory / "whole.parquet").read_bytes()
+    table = "question,answer\n" + "".join(f'"{row["question"]}",{row["answer"]}\n' for row in ROWS)
+    wholes = {
+        ".parquet": (directory / "whole.parquet").read_bytes(),
+        ".jsonl": jsonl,
+        ".json": json.dumps(ROWS).encode(),
+        ".csv": table.encode(),
+        ".jsonl.gz": gzip.compress(jsonl, mtime=0),
+        ".json.zst": bytes(pa.compress(json.dumps(ROWS).encode(), "zstd", asbytes=True)),
+        ".csv.zst": bytes(pa.compress(table.encode(), "zstd", asbytes=True)),
+    }
     for seed in seeds:
-        suffix, data = (".jsonl", jsonl) if seed % 2 else (".parquet", parquet)
+        suffix, data = list(wholes.items())[seed % len(wholes)]
         kind, changed = mutated(seed, data)
         path = directory / f"prompts{suffix}"
         path.write_bytes(changed)

@@ -68,7 +68,10 @@ def test_duplicates_are_read_once_and_counted(tmp_path: Path) -> None:
     prompts = list(load_prompts([FilePrompts(kind="file", path=str(path)) for path in (first, second)], counts))
     assert [(p.messages[0]["content"], p.answer) for p in prompts] == [("a", "1"), ("b", "1"), ("c", "1"), ("a", "2")]
     assert counts.seen[prompts[0].id] == 3
-    assert counts.notes() == ["3 of 7 prompts repeat an earlier one and are read once"]
+    assert counts.notes() == [
+        "3 of 7 prompts repeat an earlier one and are read once",
+        "1 of 4 prompts ask the question of an earlier one with another gold answer, such as 'a'; all are kept",
+    ]
 
 
 # What is wrong with a file
@@ -104,7 +107,8 @@ def test_rows_without_the_answer_column_are_counted_unless_none_has_it(tmp_path:
     counts = PromptCounts()
     source = FilePrompts(kind="file", path=str(jsonl(tmp_path / "a.jsonl", *rows)))
     assert [p.answer for p in load_prompts([source], counts)] == [None, "2", None]
-    assert counts.notes() == [f"{tmp_path.name}/a.jsonl: 2 of 3 problems have no gold answer"]
+    first = f"(first: {tmp_path}/a.jsonl, line 1)"
+    assert counts.notes() == [f"{tmp_path.name}/a.jsonl: 2 of 3 problems have no gold answer {first}"]
     file_refused(
         jsonl(tmp_path / "b.jsonl", rows[0], {"question": "d", "gold": 1}), "no column answer", "question, gold"
     )
@@ -157,13 +161,14 @@ def test_problems_that_are_not_text_alone_are_refused(tmp_path: Path, column: st
 @pytest.mark.parametrize(
     ("turns", "said"),
     [
-        ([], "does not end with a message of the user"),
-        (
-            [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
-            "does not end with a message of the",
-        ),
-        (["q"], "not of messages"),
-        ([{"role": "tool", "content": "q"}], "not of messages"),
+        ([], "has no message of the user"),
+        ([{"role": "assistant", "content": "a"}], "has no message of the user"),
+        (["q"], "not of messages: it holds a str"),
+        ([{"role": "tool", "content": "q"}], "not of messages: it holds a turn of role 'tool'"),
+        ([{"from": "tool", "value": "q"}], "not of messages: it holds a turn of role 'tool'"),
+        ([{"content": "q"}], "not of messages: it holds a turn of role None"),
+        ([{"from": "human", "value": None}], "question.value is empty"),
+        ([{"role": "user", "content": ["a", {"type": "image"}]}], "question.content is not text but list"),
         ([{"role": "user", "content": [{"type": "image"}]}], "question.content is not text but list"),
         ([{"role": "user"}], "question.content is empty"),
     ],
@@ -216,8 +221,8 @@ CASES = {  # file → fields of the source, what is read or what is said
     "dupkeys.jsonl": ({}, "line 1: not JSON (duplicate key 'question')"),
     "control.jsonl": ({}, "line 1: column question holds the control character U+000C (LaTeX in JSON needs two"),
     "nanq.jsonl": ({}, "line 1: column question is empty"),
-    "array.json": ({}, "not a .jsonl or .parquet file; convert it"),
-    "array.jsonl": ({}, "line 1: a JSON array; write one object per line"),
+    "array.json": ({}, [("What is 2 + 3?", "5")]),
+    "array.jsonl": ({}, "line 1: a JSON array; name the file array.json, or write one object per line"),
     "lfs.jsonl": ({}, "a Git LFS pointer, not the file: run `git lfs pull`"),
     "inf.jsonl": ({}, "line 1: not JSON (Infinity is not a JSON value)"),
     "utf16.jsonl": ({}, "UTF-16 text: convert it"),

@@ -207,7 +207,11 @@ def test_figures_and_texts_are_those_of_the_traces(tmp_path: Path, small_shards:
     traces = [trace(i) for i in range(5)]
     traces += [replace(trace(5), completion_token_ids=(), completion_tokens=9, text="\ud800")]
     traces += [replace(trace(6), completion_token_ids=(), completion_tokens=None, finish_reason=None)]
-    expected = [(t.key, t.finish_reason, tokens, t.digest) for t, tokens in zip(traces, [5] * 5 + [9, 0], strict=True)]
+    traces += [replace(trace(7), cached_tokens=1, reasoning_tokens=3, form="think")]
+    expected = [
+        (t.key, t.finish_reason, tokens, t.digest, 2, t.cached_tokens or 0, t.reasoning_tokens or 0, t.form)
+        for t, tokens in zip(traces, [5] * 5 + [9, 0, 5], strict=True)
+    ]
     light = [
         replace(t, prompt_token_ids=(), completion_token_ids=(), logprobs=None, completion_tokens=t.completion_tokens)
         for t in traces

@@ -1,0 +1,106 @@
+"""What a request says beyond the OpenAI protocol's common part, which differs from server to server.
+
+A server is known by `owned_by` in its list of models. Ours and vLLM give token ids, which let traces carry
+probabilities; only ours takes the prompt's key and the sample's number, with which its text is that of a local run,
+token for token. To all others a sample's seed is a hash of (seed, prompt, sample), so that one that honours seeds
+repeats itself.
+
+Some models refuse parameters that others need: `max_tokens` where `max_completion_tokens` is meant, a temperature where
+they have their own. A refused parameter is left out of all further requests, and this is said once.
+"""
+
+import re
+from collections.abc import Sequence
+
+from distill.console import say
+from distill.engine.options import SamplingParams
+from distill.errors import UserError
+from distill.fingerprint import digest
+from distill.models import Server
+from distill.prompts.prompt import Prompt
+
+OURS, VLLM = "distill", "vllm"  # values of owned_by
+LIMITS = ("max_tokens", "max_completion_tokens")  # names of the token limit; some models refuse the first
+THINKING_BUDGET = {  # owner → the field of a thinking budget, a dot before a field inside it
+    OURS: "thinking_budget",
+    VLLM: "thinking_token_budget",
+    "sglang": "custom_params.thinking_budget",
+    "llamacpp": "thinking_budget_tokens",
+}
+MOST_CHOICES = 128  # samples of one request, as OpenAI bounds `n`
+OPTIONAL = ("temperature", "top_p", "top_k", "seed", "stream_options", "n")  # left out where a model refuses them
+REFUSAL = re.compile(r"support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra|invalid param", re.I)
+
+
+class Asking:
+    """Makes the bodies of requests. owner: who has the server, "" if unknown."""
+
+    def __init__(self, server: Server, owner: str) -> None:
+        self.model, self.owner = server.model or "", owner
+        self._stream, self._n, self._extra = server.stream, server.n, dict(server.extra_body)
+        self.limit = LIMITS[0]
+        self._refused = set[str]()
+
+    def group(self, samples: Sequence[int]) -> list[tuple[int, ...]]:
+        """The samples of a prompt that are asked for together: with `n` all of them, as far as they are consecutive."""
+        if not self._n or "n" in self._refused:
+            return [(sample,) for sample in samples]
+        groups = list[tuple[int, ...]]()
+        for sample in samples:
+            follows = bool(groups) and groups[-1][-1] + 1 == sample and len(groups[-1]) < MOST_CHOICES
+            groups = [*groups[:-1], (*groups[-1], sample)] if follows else [*groups, (sample,)]
+        return groups
+
+    def body(self, prompt: Prompt, sample: int, sampling: SamplingParams, seed: int, n: int = 1) -> dict[str, object]:
+        """The request for `n` samples, of which `sample` is the first."""
+        body: dict[str, object] = {
+            "model": self.model,
+            "messages": [{"role": m["role"], "content": m["content"]} for m in prompt.messages],
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": int(digest([seed, prompt.id, sample]), 16) % 2**31,
+            self.limit: sampling.max_new_tokens,
+        }
+        if n > 1:
+            body["n"] = n
+        if sampling.top_k:
+            body["top_k"] = sampling.top_k
+        if sampling.logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
+        if sampling.thinking_budget is not None:
+            outer, _, inner = THINKING_BUDGET[self.owner].partition(".")
+            body[outer] = {inner: sampling.thinking_budget} if inner else sampling.thinking_budget
+        if self._stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        if self.owner == VLLM:
+            body |= {"return_token_ids": True}
+            if sampling.logprobs is not None:
+                body["return_tokens_as_token_ids"] = True
+        elif self.owner == OURS:
+            body |= {"seed": seed, "prompt_key": prompt.id, "sample": sample}
+            body |= {"return_token_ids": True, "separate_reasoning": False}
+        return {name: value for name, value in body.items() if name not in self._refused} | self._extra
+
+    def check(self, sampling: SamplingParams) -> None:
+        """Errors: UserError for a thinking budget where it is not known how the server takes one."""
+        if sampling.thinking_budget is not None and self.owner not in THINKING_BUDGET:
+            raise UserError(
+                f"thinking_budget: the server of {self.model} has no known field for it (owned_by {self.owner!r}; "
+                f"known: {', '.join(THINKING_BUDGET)}); set generate.sampling.thinking_budget to null, and the "
+                f"server's own field in server.extra_body"
+            )
+
+    def adapt(self, limit: str, status: int, reason: str) -> bool:
+        """Leave out what a reply refuses; whether the request is worth sending again. limit: that the request used."""
+        if limit == LIMITS[0] and LIMITS[1] in reason:
+            self.limit = LIMITS[1]
+            return True
+        if status not in (400, 422) or not REFUSAL.search(reason):
+            return False
+        for name in OPTIONAL:
+            named = rf"[`'\"]{name}[`'\"]|\b{name} " if name == "n" else rf"\b{name}\b"
+            if name not in self._refused and name not in self._extra and re.search(named, reason):
+                self._refused.add(name)
+                say(f"note: {self.model} refuses {name}; it is left out, and the server's own applies")
+                return True
+        return False

@@ -1,0 +1,35 @@
+"""A bound on the bytes of a reply, whatever the server says of its length."""
+
+from collections.abc import AsyncIterator
+
+import httpx2
+
+
+class TooLarge(Exception):
+    """A reply that is longer than its bound, or may be."""
+
+
+class _Bounded(httpx2.AsyncByteStream):
+    """A reply's body, which ends with an error once it has more bytes than `most`."""
+
+    def __init__(self, stream: httpx2.AsyncByteStream, most: int) -> None:
+        self._stream, self._most = stream, most
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for part in self._stream:
+            size += len(part)
+            if size > self._most:
+                raise TooLarge(f"its reply has more than {self._most:,} bytes")
+            yield part
+
+    async def aclose(self) -> None:
+        """Close the connection's stream."""
+        await self._stream.aclose()
+
+
+async def bound(response: httpx2.Response, most: int) -> None:
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise TooLarge("its reply is compressed, which was not accepted")
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
+    response.stream = _Bounded(response.stream, most)

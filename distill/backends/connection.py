@@ -1,0 +1,202 @@
+"""One address of a server: its client library, how busy it is, and its errors as ours.
+
+The client library's own retries are off while sampling, because they hide that the server is busy (`pacing.py`).
+Proxies and certificates are those of the environment (`HTTPS_PROXY`, `SSL_CERT_FILE`), as the library takes them.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import httpx2
+
+from distill.backends.bounds import TooLarge, bound
+from distill.backends.pacing import Pace
+from distill.backends.reply import Unreadable, read_models
+from distill.backends.secrets import Secrets, checked_url, shown_url
+from distill.errors import UserError, WorkError
+from distill.models import Server
+from distill.prompts.prompt import Prompt
+
+if TYPE_CHECKING:
+    from openai import APIStatusError, AsyncOpenAI, OpenAIError
+
+CONNECT_TIMEOUT = 30.0  # seconds for the list of models
+REPLY_BYTES, TOKEN_BYTES = 1 << 20, 2048  # that a reply may have, and more for every token that was asked for
+TRANSFER_TIMEOUT = 600.0  # seconds without a byte of a batch's file
+MOST_FILE_BYTES = 8 << 30  # of a batch's answers
+REFUSED = range(400, 500)  # statuses of requests that would be refused again …
+AGAIN = (408, 409, 425, 429)  # … except these
+REDIRECTS = range(300, 400)  # not followed: a key must not reach another host
+DOWN_AFTER, DOWN_SECONDS = 3, 60.0  # failures in a row after which other addresses are preferred, and for how long
+KEPT = "finished samples are stored, run the same command to continue"
+
+
+class Connection:
+    """An address. pace: how many requests it takes. running: requests under way. Errors: UserError for a key or an
+    address that cannot be used."""
+
+    def __init__(self, server: Server, url: str, concurrency: int) -> None:
+        self.server, self.url, self.pace, self.running = server, checked_url(url), Pace(concurrency), 0
+        self.secrets = Secrets(url, server.key, server.key_variable, server.headers.values())
+        self.client: AsyncOpenAI | None = None
+        self._failures, self._failed = 0, 0.0
+
+    @property
+    def where(self) -> str:
+        """The address as messages show it."""
+        return shown_url(self.url)
+
+    # ---- sampling
+
+    def open(self, timeout: float, tokens: int, alternatives: int) -> None:
+        """Create the client. timeout: seconds without a byte. tokens, alternatives: that a reply may have, and for each
+        of the tokens."""
+        most = REPLY_BYTES + tokens * (TOKEN_BYTES + 256 * alternatives)
+        self.pace, self.running = Pace(self.pace.most), 0
+        self.client = self._client(timeout, 0, most)
+
+    async def close(self) -> None:
+        """Close the client's connections."""
+        if self.client is not None:
+            await self.client.close()
+
+    def rank(self, now: float) -> tuple[bool, float]:
+        """Lower is preferred: addresses that answer, and those with the most room."""
+        down = self._failures >= DOWN_AFTER and now - self._failed < DOWN_SECONDS
+        return down, self.running / self.pace.limit
+
+    def answered(self) -> None:
+        """Count an answer."""
+        self.pace.answered()
+        self._failures = 0
+
+    def failed(self, now: float) -> None:
+        """Count a failure that is not the request's."""
+        self._failures, self._failed = self._failures + 1, now
+
+    def error(self, error: "OpenAIError | httpx2.HTTPError", prompt: Prompt) -> UserError | WorkError:
+        """What a failed request means to the user."""
+        import openai
+
+        if isinstance(error, openai.APIStatusError) and error.status_code in REDIRECTS:
+            return WorkError(f"{_redirected(error)}; {KEPT}")
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            return UserError(f"{self._rejected(error)}; {KEPT}")
+        reason = self.secrets.reason(error)
+        if isinstance(error, openai.APIStatusError) and error.status_code in REFUSED and error.status_code not in AGAIN:
+            too_many = "max_tokens" in reason or "max_completion_tokens" in reason
+            advice = "lower max_new_tokens" if too_many else "if it is too long, lower max_new_tokens"
+            return UserError(f"prompt {prompt.id}: the server refused the request: {reason}; {advice}")
+        return WorkError(f"the server failed: {reason}; {KEPT}")
+
+    @contextmanager
+    def asking_batches(self) -> Iterator["AsyncOpenAI"]:
+        """A client for a batch API, with retries of its own. Errors: UserError where the server refuses; WorkError."""
+        import openai
+
+        try:
+            yield self._client(TRANSFER_TIMEOUT, 5, MOST_FILE_BYTES)
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise UserError(f"{self.where}: {self._rejected(error)}") from error
+        except openai.APIStatusError as error:
+            if error.status_code not in REFUSED or error.status_code in AGAIN:
+                raise WorkError(f"the server failed: {self.secrets.reason(error)}; {KEPT}") from error
+            raise UserError(
+                f"{self.where}: the server refused a batch ({self.secrets.reason(error)}); if it has no batch API, set "
+                f"server.batch to false"
+            ) from error
+        except (openai.OpenAIError, httpx2.HTTPError, TooLarge) as error:
+            raise WorkError(f"the server failed: {self.secrets.reason(error)}; {KEPT}") from error
+
+    # ---- connecting
+
+    def models(self) -> dict[str, str]:
+        """Names of the models that the server lists, and who has them ("" where it does not say).
+
+        Errors: UserError when no server answers, or it rejects the key.
+        """
+        import openai
+
+        async def ask() -> bytes:
+            async with self._client(CONNECT_TIMEOUT, 1, REPLY_BYTES) as client:
+                body: bytes = (await client.models.with_raw_response.list()).http_response.content
+                return body
+
+        with self._connecting():
+            try:
+                with asyncio.Runner() as runner:
+                    return read_models(runner.run(ask()))
+            except openai.APIStatusError as error:
+                if self.server.model and error.status_code not in (401, 403, *REDIRECTS):
+                    return {}  # not every server has the list
+                raise
+
+    def answers(self, model: str) -> bool:
+        """Whether the server has a model that it does not list: some load models on demand, or know them by several
+        names. Errors: as `models`."""
+        import openai
+
+        async def ask() -> None:
+            async with self._client(self.server.silence, 1, REPLY_BYTES) as client:
+                await client.chat.completions.with_raw_response.create(
+                    model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=1
+                )
+
+        with self._connecting():
+            try:
+                with asyncio.Runner() as runner:
+                    runner.run(ask())
+            except openai.APIStatusError as error:
+                if error.status_code in (401, 403, *REDIRECTS):
+                    raise
+                return False
+        return True
+
+    @contextmanager
+    def _connecting(self) -> Iterator[None]:
+        """Turn what is wrong with the server into UserError."""
+        import openai
+
+        try:
+            yield
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise UserError(f"{self.where}: {self._rejected(error)}") from error
+        except openai.APIStatusError as error:
+            if error.status_code not in REDIRECTS:
+                raise UserError(self._no_server(error)) from error
+            raise UserError(f"{self.where}: {_redirected(error)}") from error
+        except (openai.OpenAIError, httpx2.InvalidURL, OSError, Unreadable, TooLarge) as error:
+            raise UserError(self._no_server(error)) from error
+
+    def _no_server(self, error: Exception) -> str:
+        return (
+            f"{self.where}: no model server answers there ({self.secrets.reason(error)}); give an "
+            f"OpenAI-compatible address such as http://localhost:8000/v1"
+        )
+
+    def _client(self, timeout: float, retries: int, most: int) -> "AsyncOpenAI":
+        """The client library, whose replies are bounded, of connections that are closed with it."""
+        import openai
+
+        return openai.AsyncOpenAI(
+            base_url=self.url,
+            api_key=self.secrets.key or "none",
+            max_retries=retries,
+            timeout=httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT),
+            default_headers=dict(self.server.headers) | {"Accept-Encoding": "identity"},  # compressed: no bound
+            http_client=openai.DefaultAsyncHttpxClient(
+                event_hooks={"response": [partial(bound, most=most)]}, follow_redirects=False
+            ),
+        )
+
+    def _rejected(self, error: "OpenAIError") -> str:
+        reason, variable = self.secrets.reason(error), self.secrets.variable
+        return f"the server rejected the key ({reason}); set {variable} to a valid one"
+
+
+def _redirected(error: "APIStatusError") -> str:
+    place = shown_url(error.response.headers.get("location", ""))
+    return f"the server redirects to {place or 'another address'}, which is not followed; if right, give it as url"

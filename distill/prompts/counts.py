@@ -1,0 +1,89 @@
+"""Counts of what was read, and the notes that a user gets of them.
+
+What is legal but may not be meant is counted and not refused: rows without a gold answer, prompts that occur twice,
+questions that differ in case or white space only, questions with two different gold answers, conversations whose last
+turns are not asked.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+from distill.prompts.prompt import Prompt
+
+SHOWN = 60  # characters of a question in a note
+
+
+@dataclass
+class PromptCounts:
+    """Counts over all sources.
+
+    seen: prompt id → how often. rows: source → rows read. unanswered: source → rows without a gold answer where one is
+    asked for; first_unanswered: source → the place of the first. cut: source → conversations that lost turns after
+    their last question. similar, contradictory: prompts whose question was read before, in another spelling or with
+    another gold answer; the example is such a question. ended: why a mixture ended before its other sources did.
+    """
+
+    seen: Counter[str] = field(default_factory=Counter)
+    rows: Counter[str] = field(default_factory=Counter)
+    unanswered: Counter[str] = field(default_factory=Counter)
+    first_unanswered: dict[str, str] = field(default_factory=dict)
+    cut: Counter[str] = field(default_factory=Counter)
+    similar: int = 0
+    contradictory: int = 0
+    similar_example: str = ""
+    contradictory_example: str = ""
+    ended: str | None = None
+    _questions: dict[bytes, bytes] = field(default_factory=dict)  # question without spelling → as first spelled
+
+    def add(self, prompt: Prompt) -> bool:
+        """Count a prompt; whether it is the first with its id."""
+        self.seen[prompt.id] += 1
+        if self.seen[prompt.id] > 1:
+            return False
+        turns = [f"{message['role']}\0{message['content']}" for message in prompt.messages]
+        spelled, plain = _hash("\0".join(turns)), _hash("\0".join(" ".join(turn.casefold().split()) for turn in turns))
+        if plain not in self._questions:
+            self._questions[plain] = spelled
+        elif self._questions[plain] == spelled:
+            self.contradictory += 1
+            self.contradictory_example = self.contradictory_example or _shown(prompt)
+        else:
+            self.similar += 1
+            self.similar_example = self.similar_example or _shown(prompt)
+        return True
+
+    def notes(self) -> list[str]:
+        """One line for each thing that may not be meant."""
+        notes = [
+            f"{source}: {count:,} of {self.rows[source]:,} problems have no gold answer "
+            f"(first: {self.first_unanswered[source]})"
+            for source, count in self.unanswered.items()
+        ]
+        notes += [
+            f"{source}: {count:,} of {self.rows[source]:,} conversations go on after the last question; those turns "
+            f"are not asked"
+            for source, count in self.cut.items()
+        ]
+        if repeated := self.seen.total() - len(self.seen):
+            notes.append(f"{repeated:,} of {self.seen.total():,} prompts repeat an earlier one and are read once")
+        if self.contradictory:
+            notes.append(
+                f"{self.contradictory:,} of {len(self.seen):,} prompts ask the question of an earlier one with another "
+                f"gold answer, such as {self.contradictory_example!r}; all are kept"
+            )
+        if self.similar:
+            notes.append(
+                f"{self.similar:,} of {len(self.seen):,} prompts differ from an earlier one in case or white space "
+                f"only, such as {self.similar_example!r}; all are kept"
+            )
+        return notes + ([self.ended] if self.ended else [])
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:12]
+
+
+def _shown(prompt: Prompt) -> str:
+    text = " ".join(prompt.messages[-1]["content"].split())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"

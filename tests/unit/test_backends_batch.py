@@ -1,0 +1,190 @@
+"""A provider's batch API: nothing is asked for twice, whatever is interrupted, and what fails is asked for again."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import pytest
+from server_support import JSON, KEY, Handler, Listening, body, chat
+
+from distill import backends
+from distill.backends import Job, SamplingParams
+from distill.errors import UserError, WorkError
+from distill.models import Model, Server
+from distill.prompts import Prompt
+from distill.recipe import LocalEngine
+
+PARAMS = SamplingParams(temperature=0.6, max_new_tokens=64)
+PROMPTS = [Prompt.from_question(f"{n} + {n}?", str(2 * n)) for n in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.backends.batch.POLL", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
+
+
+class Provider(Handler):
+    """Files and batches in memory. A batch ends when it was asked about `polls` times; `outcome(custom_id)` is the
+    response of its line, None for no line."""
+
+    def do_GET(self) -> None:
+        state, path = self.server, urlsplit(self.path).path
+        if path == "/v1/models":
+            self.send(200, JSON, body({"object": "list", "data": [{"id": "m"}]}))
+        elif path == "/v1/batches":
+            self.send(200, JSON, body({"object": "list", "data": list(state.batches.values()), "has_more": False}))
+        elif match := re.fullmatch(r"/v1/batches/(\w+)", path):
+            batch = state.batches[match[1]]
+            state.polled[match[1]] = state.polled.get(match[1], 0) + 1
+            if state.polled[match[1]] >= state.polls:
+                self.end(batch)
+            self.send(200, JSON, body(batch))
+        elif match := re.fullmatch(r"/v1/files/(\w+)/content", path):
+            self.send(200, "application/octet-stream", state.files[match[1]])
+
+    def do_POST(self) -> None:
+        state, content = self.server, self.rfile.read(int(self.headers["Content-Length"]))
+        state.keys.add(self.headers["Authorization"])
+        if self.path == "/v1/files":
+            if state.refuses:
+                self.send(404, JSON, body({"error": {"message": "no such page"}}))
+                return
+            name = f"file{len(state.files)}"
+            state.files[name] = re.search(rb'filename="requests.jsonl".*?\r\n\r\n(.*?)\r\n--', content, re.DOTALL)[1]
+            self.send(200, JSON, body({"id": name, "object": "file", "purpose": "batch"}))
+        else:
+            asked = json.loads(content)
+            name = f"batch{len(state.batches)}"
+            state.batches[name] = {
+                "id": name,
+                "object": "batch",
+                "status": "in_progress",
+                "output_file_id": None,
+            } | asked
+            self.send(200, JSON, body(state.batches[name]))
+
+    def end(self, batch) -> None:
+        lines = []
+        for line in self.server.files[batch["input_file_id"]].splitlines():
+            asked = json.loads(line)
+            response = self.server.outcome(asked["custom_id"])
+            if response is not None:
+                lines.append(json.dumps({"custom_id": asked["custom_id"], "response": response, "error": None}))
+        name = f"file{len(self.server.files)}"
+        self.server.files[name] = "\n".join(lines).encode()
+        batch |= {"status": "completed", "output_file_id": name}
+
+    def end_all(self) -> None:
+        for batch in self.server.batches.values():
+            self.end(batch)
+
+
+@contextmanager
+def provider(outcome=None, polls: int = 1) -> Iterator[Listening]:
+    import threading
+
+    made = Listening(("127.0.0.1", 0), Provider)
+    made.files, made.batches, made.polled, made.keys, made.refuses = {}, {}, {}, set(), False
+    made.polls, made.outcome = polls, outcome or (lambda key: {"status_code": 200, "body": chat()})
+    thread = threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield made
+    finally:
+        made.shutdown()
+        made.server_close()
+        thread.join()
+
+
+@contextmanager
+def opened(made):
+    place = Server(f"http://127.0.0.1:{made.server_address[1]}/v1", "m", KEY, batch=True)
+    with backends.open(Model("m", place), LocalEngine()) as backend:
+        yield backend
+
+
+def jobs(samples=2, prompts=PROMPTS):
+    return [Job(prompt, tuple(range(samples))) for prompt in prompts]
+
+
+def requests(made) -> list[str]:
+    """The custom ids of all requests that were sent, in order."""
+    files = [made.files[batch["input_file_id"]] for batch in made.batches.values()]
+    return [json.loads(line)["custom_id"] for file in files for line in file.splitlines()]
+
+
+def test_every_sample_is_asked_for_once_in_one_file():
+    with provider() as made, opened(made) as backend:
+        done = list(backend.complete(jobs(), PARAMS, 0))
+        assert backend.usage.completion_tokens == 70
+    assert {(d.prompt.id, d.sample) for d in done} == {(p.id, n) for p in PROMPTS for n in (0, 1)}
+    assert done[0].text.startswith("<think>\ntwice two") and done[0].completion_tokens == 7
+    assert len(requests(made)) == 10 == len(set(requests(made)))
+    (batch,) = made.batches.values()
+    asked = json.loads(made.files[batch["input_file_id"]].splitlines()[0])
+    assert (asked["url"], asked["body"]["model"], asked["body"]["max_tokens"]) == ("/v1/chat/completions", "m", 64)
+    assert "stream" not in asked["body"] and made.keys == {f"Bearer {KEY}"}
+
+
+def test_an_interrupted_run_finds_its_batch_and_asks_for_the_new_samples_alone():
+    with provider(polls=10**9) as made:
+        with opened(made) as backend, pytest.MonkeyPatch.context() as patch:  # killed while it waits
+            patch.setattr("distill.backends.batch.asyncio.sleep", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                list(backend.complete(jobs(1), PARAMS, 0))
+        assert len(requests(made)) == 5
+        made.polls = 1
+        with opened(made) as backend:
+            assert len(list(backend.complete(jobs(2), PARAMS, 0))) == 10
+        assert len(requests(made)) == 10 == len(set(requests(made)))
+        with opened(made) as backend:  # other settings are other samples
+            assert len(list(backend.complete(jobs(1), PARAMS, 1))) == 5
+        assert len(requests(made)) == 15
+
+
+async def interrupted(seconds: float) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_failed_is_asked_for_again_and_nothing_else():
+    failing = {f"{PROMPTS[0].id}-0": {"status_code": 500, "body": {}}, f"{PROMPTS[1].id}-1": None}
+    failing[f"{PROMPTS[2].id}-0"] = {"status_code": 200, "body": {"choices": []}}
+    made_outcome = {"first": True}
+
+    def outcome(key: str):
+        return failing[key] if made_outcome["first"] and key in failing else {"status_code": 200, "body": chat()}
+
+    with provider(outcome) as made:
+        with opened(made) as backend:
+            done = []
+            with pytest.raises(WorkError, match="3 samples were not answered"):
+                for each in backend.complete(jobs(), PARAMS, 0):
+                    done.append(each)
+            assert len(done) == 7
+        made_outcome["first"] = False
+        left = [Job(PROMPTS[0], (0,)), Job(PROMPTS[1], (1,)), Job(PROMPTS[2], (0,))]
+        with opened(made) as backend:
+            assert len(list(backend.complete(left, PARAMS, 0))) == 3
+    assert requests(made)[10:] == list(failing)
+
+
+def test_a_large_request_is_several_batches(monkeypatch):
+    monkeypatch.setattr("distill.backends.batch.MOST_REQUESTS", 4)
+    with provider() as made, opened(made) as backend:
+        assert len(list(backend.complete(jobs(), PARAMS, 0))) == 10
+        assert len(made.batches) == 3
+    monkeypatch.setattr("distill.backends.batch.MOST_BYTES", 1)
+    with provider() as made, opened(made) as backend:
+        assert len(list(backend.complete(jobs(1), PARAMS, 0))) == 5
+        assert len(made.batches) == 5
+
+
+def test_a_server_without_a_batch_api_is_refused():
+    with provider() as made, opened(made) as backend:
+        made.refuses = True
+        with pytest.raises(UserError, match="set server.batch to false"):
+            list(backend.complete(jobs(), PARAMS, 0))

@@ -1,0 +1,80 @@
+"""Whose turn it is: bounded, fair, and nothing is lost when clients give up."""
+
+import asyncio
+from contextlib import AsyncExitStack, suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.serve.admission import Admission, Full
+
+
+def test_clients_take_turns_however_much_one_of_them_asks():
+    async def run() -> list[str]:
+        admission, order = Admission(1, 100, 100), list[str]()
+
+        async def ask(client: str) -> None:
+            async with admission.admitted(client, 1):
+                order.append(client)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(ask(client) for client in ["a"] * 5 + ["b"] * 2 + ["c"]))
+        assert (admission.running, admission.waiting) == (0, 0)
+        return order
+
+    assert asyncio.run(run()) == ["a", "a", "b", "c", "a", "b", "a", "a"]  # the first at once, while nobody else waits
+
+
+def test_the_queue_and_each_client_are_bounded():
+    async def run() -> None:
+        admission = Admission(1, 2, 2)
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(admission.admitted("a", 1))
+            waiting = [asyncio.ensure_future(stack.enter_async_context(admission.admitted(c, 1))) for c in "ab"]
+            await asyncio.sleep(0)
+            for client, own in (("a", True), ("c", False)):
+                with pytest.raises(Full) as full:
+                    await stack.enter_async_context(admission.admitted(client, 1))
+                assert full.value.own == own
+            for task in waiting:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+        assert (admission.running, admission.waiting, admission._clients, +admission._held) == (0, 0, {}, {})
+
+    asyncio.run(run())
+
+
+def test_a_request_of_more_samples_than_fit_runs_alone():
+    async def run() -> None:
+        admission = Admission(4, 10, 10)
+        async with admission.admitted("a", 9):
+            assert admission.running == 9
+
+    asyncio.run(run())
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 5), st.booleans()), max_size=30), st.integers(1, 6))
+def test_every_request_gets_its_turn_or_is_given_up_and_the_capacity_holds(requests, capacity):
+    async def run() -> None:
+        admission, served = Admission(capacity, 1000, 1000), []
+
+        async def ask(number: int, client: str, samples: int) -> None:
+            async with admission.admitted(client, samples):
+                assert admission.running <= max(capacity, samples)
+                served.append(number)
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.ensure_future(ask(i, client, samples)) for i, (client, samples, _) in enumerate(requests)]
+        await asyncio.sleep(0)
+        for task, (_, _, given_up) in zip(tasks, requests, strict=True):
+            if given_up:
+                task.cancel()
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        stayed = {i for i, (_, _, given_up) in enumerate(requests) if not given_up}
+        assert stayed <= set(served) and len(set(served)) == len(served)
+        assert (admission.running, admission.waiting, admission._clients, +admission._held) == (0, 0, {}, {})
+
+    asyncio.run(asyncio.wait_for(run(), 30))
