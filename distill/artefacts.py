@@ -201,9 +201,11 @@ class StagePlan(Artefact):
 
 
 class Plan(Artefact):
-    """`plan.json`: what a recipe was expected to take. basis: what the tokens are estimated from. mean_tokens: per
-    trace. prompt_tokens: of all requests. price: where and when the price of tokens is from; None without one. input_price, output_price: per
-    million tokens."""
+    """`plan.json`: what a recipe was expected to take.
+
+    basis: what the tokens are estimated from. mean_tokens: per trace. prompt_tokens: of all requests. price: where and
+    when the price of tokens is from; None without one. input_price, output_price: per million tokens.
+    """
 
     traces: int
     mean_tokens: float

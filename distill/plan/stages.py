@@ -125,7 +125,11 @@ def _measured(recipe: "Recipe", directory: Path) -> Measured | None:
     summary = Run(directory, recipe).stored_summary("generate", GenerateSummary)
     if summary is None or not summary.tokens_per_second or not summary.made:
         return None
-    return Measured(rate=summary.tokens_per_second, at_once=recipe.generate.max_batch, prompt_tokens=None)
+    return Measured(
+        rate=summary.tokens_per_second,
+        at_once=recipe.generate.max_batch,
+        prompt_tokens=(summary.prompt_tokens / summary.traces) or None,
+    )
 
 
 def _prompts(recipe: "Recipe", paths: RunPaths) -> list[Prompt] | None:

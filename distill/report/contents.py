@@ -108,7 +108,8 @@ class Contents:
 
     price: of an hour. solved: (right, all) samples of each prompt by the teacher, empty where every prompt has one
     sample or none is graded. solved_by: benchmark → model → the same of each problem. lines: below the scores,
-    differences between models and published scores. foretold: stages as `distill plan` expected them. answers: to one problem of the first benchmark, by each model.
+    differences between models and published scores. foretold: as `distill plan` expected.
+    answers: to one problem of the first benchmark, by each model.
     """
 
     name: str
