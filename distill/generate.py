@@ -7,6 +7,7 @@ teacher, seed, prompts) is refused by the run directory.
 Where a recipe has `traces:`, the answers that others have published are copied instead; everything after is the same.
 """
 
+import random
 import statistics
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from distill import backends, catalog
-from distill.artefacts import Drafts, GenerateSummary, Settings
+from distill.artefacts import Drafts, GenerateSummary, Measured, Settings
 from distill.backends import SamplingParams
 from distill.backends.collect import check_all, collect, missing
 from distill.backends.device import device_type
@@ -120,6 +121,42 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
             "numerics": numerics,
         }
     )
+
+
+def sample_pilot(run: "Run", count: int) -> Measured | None:
+    """Sample `count` prompts, chosen at random by the recipe's seed, into the run's store: `distill generate` goes on
+    from them. Returns the speed, None where all of them were there already.
+
+    The stage is begun and not finished. Errors: as `Generate.work`, and UserError for a run with other settings.
+    """
+    recipe, settings, extent = run.recipe, STAGE.settings(run), STAGE.extent(run)
+    run.finished(STAGE, settings, extent)
+    store = TraceStore(run.paths.traces)
+    chosen = random.Random(f"pilot {recipe.seed}").sample(run.prompts, min(count, len(run.prompts)))
+    wanted = missing(chosen, recipe.generate.samples, store.keys())
+    if not wanted:
+        return None
+    sampling = SamplingParams(**recipe.generate.sampling.model_dump(), logprobs=recipe.generate.logprobs)
+    suffix, total = recipe.generate.prompt_suffix, sum(len(job.samples) for job in wanted)
+    with backends.open(run.models.teacher, recipe.engine, recipe.generate.max_batch) as backend:
+        check_all(backend, wanted, sampling, suffix)
+        run.begin(STAGE, settings, extent)
+        before, started = backend.usage, time.monotonic()
+        with store, progress("pilot", total, "traces", stored=True) as advance:
+            collect(backend, store, wanted, sampling, recipe.seed, _teacher(run, backend), advance, suffix)
+        seconds, usage = time.monotonic() - started, backend.usage
+    prompts = usage.prompt_tokens - before.prompt_tokens
+    requests = total if run.models.teacher.is_remote else len(wanted)  # the engine reads a prompt once for all samples
+    return Measured(
+        rate=(usage.completion_tokens - before.completion_tokens) / max(seconds, 1e-3),
+        at_once=min(total, _at_once(recipe)),
+        prompt_tokens=prompts / requests if prompts else None,
+    )
+
+
+def _at_once(recipe: "Recipe") -> int:
+    server = catalog.server_of(recipe)
+    return (server.concurrency if server else None) or recipe.generate.max_batch
 
 
 def _say_unreadable(run: "Run") -> None:

@@ -174,23 +174,32 @@ def plan(
     ] = None,
     traces: Annotated[
         int | None,
-        typer.Option("--traces", metavar="N", help="number of traces, where none are encoded yet; default: assumed"),
+        typer.Option("--traces", metavar="N", min=1, help="number of traces; default: counted, else assumed"),
     ] = None,
     mean_tokens: Annotated[
         int | None,
         typer.Option(
-            "--mean-tokens", metavar="N", help="mean tokens per trace, where none are encoded yet; default: assumed"
+            "--mean-tokens", metavar="N", min=1, help="mean tokens per trace; default: of stored traces, else assumed"
+        ),
+    ] = None,
+    pilot: Annotated[
+        int | None,
+        typer.Option(
+            "--pilot",
+            metavar="N",
+            min=2,
+            help="first sample N prompts, chosen at random, into the run directory, where `distill generate` goes on",
         ),
     ] = None,
 ) -> None:
-    """Estimate what training a recipe takes on the named machines: memory by part, hours and disk.
+    """Estimate what a recipe takes: tokens, hours, money and disk of all stages, and memory of the training.
 
-    Example: `distill plan r1-distill-qwen-7b --hardware 8xH100`
+    Examples: `distill plan r1-distill-qwen-7b --hardware 8xH100` · `distill plan my.yaml --pilot 8`
     """
     from distill.catalog import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
     from distill.pipeline import default_run_dir
-    from distill.plan import plan_training
+    from distill.plan import plan_recipe
 
-    plan_training(loaded, run_dir or default_run_dir(loaded), hardware or (), traces, mean_tokens)
+    plan_recipe(loaded, run_dir or default_run_dir(loaded), hardware or (), traces, mean_tokens, pilot)

@@ -11,7 +11,7 @@ and the output says which.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,7 @@ class Way:
     offloading: bool
     memory: "Memory"
     hours: float
+    own: bool = False  # the recipe's own method
 
     @property
     def fits(self) -> bool:
@@ -64,9 +65,17 @@ class Way:
 
 
 def plan_training(
-    recipe: "Recipe", directory: Path, machines: Sequence[str] = (), traces: int | None = None, mean: int | None = None
-) -> list[Way]:
-    """Print the table, and return its rows. traces: number of traces. mean: their mean tokens; both None if unknown.
+    recipe: "Recipe",
+    directory: Path,
+    machines: Sequence[str] = (),
+    traces: int | None = None,
+    mean: int | None = None,
+    expected: "Data | None" = None,
+) -> tuple[list[Way], Data]:
+    """Print the table; returns its rows and the data that they are for.
+
+    traces: number of traces. mean: their mean tokens; both None if unknown. expected: the data where training has not
+    encoded its rows.
 
     Errors: UserError for an unknown machine, or a student whose architecture is unknown.
     """
@@ -76,7 +85,7 @@ def plan_training(
     card = catalog.load_student(recipe.student)
     config = configuration(recipe, card)
     settings = recipe.train
-    data = count(recipe, directory, traces, mean)
+    data = count(recipe, directory, traces, mean, expected)
     shape = memory.shape(config)
     steps = -(-data.rows // (settings.batches_per_step(1) * settings.per_device_train_batch_size))
     epochs = settings.num_train_epochs
@@ -93,7 +102,7 @@ def plan_training(
         f"{(settings.save_total_limit + 1) * checkpoint / 1e9:,.0f} GB of checkpoints (full), "
         f"{shape.total * 2 / 1e9:,.1f} GB for the student; hours at {UTILISATION:.0%} of the data sheet's bfloat16 rate"
     )
-    return ways
+    return ways, data
 
 
 def ways_on(machine: Hardware, recipe: "Recipe", config: "PretrainedConfig", data: Data) -> list[Way]:
@@ -112,7 +121,8 @@ def ways_on(machine: Hardware, recipe: "Recipe", config: "PretrainedConfig", dat
             for saving in _savings(settings)
         ]
         fitting = (candidate for candidate in candidates if candidate.fits)
-        ways.append(next(fitting, min(candidates, key=lambda candidate: candidate.memory.total)))
+        best = next(fitting, min(candidates, key=lambda candidate: candidate.memory.total))
+        ways.append(replace(best, own=adapter == recipe.train.adapter))
     return ways
 
 
@@ -186,8 +196,10 @@ def configuration(recipe: "Recipe", card: "StudentCard") -> "PretrainedConfig":
     return config
 
 
-def count(recipe: "Recipe", directory: Path, traces: int | None, mean: int | None) -> Data:
-    """Row counts: of the rows that training has encoded, else as given, else assumed."""
+def count(
+    recipe: "Recipe", directory: Path, traces: int | None, mean: int | None, expected: Data | None = None
+) -> Data:
+    """Row counts: of the rows that training has encoded, else as expected, as given, or assumed."""
     from distill.artefacts import RunPaths
     from distill.train.rows import stored
 
@@ -195,6 +207,8 @@ def count(recipe: "Recipe", directory: Path, traces: int | None, mean: int | Non
     rows = stored.load(RunPaths(directory).tokens)
     if rows is not None and traces is None and mean is None:
         return Data(len(rows), rows.counts.tokens, int(rows.lengths.max()), "counted")
+    if expected is not None:
+        return expected
     assumed = []
     if traces is None:
         limits = [getattr(source, "limit", None) for source in (*recipe.prompts, *recipe.traces)]

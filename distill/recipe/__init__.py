@@ -17,6 +17,7 @@ from distill.recipe.cards import Architecture, BenchmarkCard, StudentCard, Teach
 from distill.recipe.evaluate import Eval
 from distill.recipe.filter import Filter
 from distill.recipe.generate import Generate, LocalEngine
+from distill.recipe.price import Price
 from distill.recipe.sampling import SamplingSettings
 from distill.recipe.server import AnyServer, LaunchedServer, TeacherServer
 from distill.recipe.sources import PromptSource, TraceSource
@@ -33,6 +34,7 @@ __all__ = [
     "LaunchedServer",
     "LocalEngine",
     "Lora",
+    "Price",
     "Qlora",
     "Recipe",
     "SamplingSettings",

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from distill.engine.families import FAMILIES
+from distill.recipe.price import Price
 from distill.recipe.sampling import SamplingSettings
 from distill.recipe.server import AnyServer
 from distill.recipe.sources import PromptSource
@@ -43,6 +44,7 @@ class TeacherCard(Section):
     )
     revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the newest commit")
     server: AnyServer | None = Field(None, description="server that has the teacher; null: the local engine")
+    price: Price | None = Field(None, description="price of the teacher at a provider; null: unknown")
     parameters: float = Field(description="total parameters, in billions")
     active_parameters: float = Field(description="parameters active for one token, in billions")
     context: int = Field(description="maximum sequence length, in tokens")

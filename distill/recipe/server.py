@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, JsonValue, Tag, model_validator
 
+from distill.recipe.price import Price
 from distill.section import Free, Section
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -62,6 +63,9 @@ class TeacherServer(Section):
     extra_body: dict[str, JsonValue] = Field(
         default_factory=dict,
         description="further fields of every request, such as `chat_template_kwargs`, as the server documents them",
+    )
+    price: Annotated[Price | None, Free] = Field(
+        None, description="price of the tokens at this server, in place of the card's; null: the card's"
     )
 
 

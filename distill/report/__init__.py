@@ -59,6 +59,9 @@ class Report(Stage[ReportSummary]):
             for name, record in records.items()
             if record
         }
+        plan = run.paths.plan
+        if plan.exists():
+            extent["plan"] = digest(plan.read_text(encoding="utf-8", errors="replace"))
         return extent | {"price_per_hour": run.recipe.price_per_hour if self.price is None else self.price}
 
     def work(self, run: Run, begin: Callable[[], None]) -> ReportSummary:

@@ -20,6 +20,7 @@ from distill.artefacts import (
     EvalSummary,
     FilterSummary,
     GenerateSummary,
+    Plan,
     PublishedScores,
     RunPaths,
     Scores,
@@ -39,6 +40,7 @@ from distill.evaluations import (
 )
 from distill.recipe import Recipe
 from distill.record import StageRecord, read_recipe
+from distill.report.foretold import Foretold, compare_with_plan
 from distill.traces.browse import KEPT, verdict_of
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, count_traces, read_traces
@@ -106,7 +108,8 @@ class Contents:
 
     price: of an hour. solved: (right, all) samples of each prompt by the teacher, empty where every prompt has one
     sample or none is graded. solved_by: benchmark → model → the same of each problem. lines: below the scores,
-    differences between models and published scores. answers: to one problem of the first benchmark, by each model.
+    differences between models and published scores. foretold: as `distill plan` expected.
+    answers: to one problem of the first benchmark, by each model.
     """
 
     name: str
@@ -126,6 +129,8 @@ class Contents:
     published: list[PublishedScores]
     lines: list[str]
     answers: list[Shown]
+    foretold: list[Foretold]
+    plan: Plan | None
 
     @property
     def worked(self) -> float:
@@ -166,11 +171,13 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
     kept, dropped = _Traces.read(paths.kept), _Traces.read(paths.dropped)
     results = _results(paths.eval)
     scores = [result.scores for result in results]
+    times = [_stage_time(name, record, summaries.get(name), price) for name, record in records.items()]
+    plan = Plan.read_if_there(paths.plan, "remove it, or run `distill plan` again")
     return Contents(
         name=recipe.name,
         recipe=recipe,
         recipe_text=text,
-        stages=[_stage_time(name, record, summaries.get(name), price) for name, record in records.items()],
+        stages=times,
         price=price,
         generated=generated,
         filtered=filtered,
@@ -184,6 +191,8 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
         published=list(evaluated.published) if evaluated else [],
         lines=_lines(evaluated, scores) if evaluated else [],
         answers=_answers(paths.eval, results),
+        foretold=_compared(plan, paths, times, trained) if plan else [],
+        plan=plan,
     )
 
 
@@ -218,6 +227,14 @@ def _stage_time(name: str, record: StageRecord, summary: Artefact | None, price:
     seconds = record.seconds if record.finished else None
     cost = None if seconds is None or price is None else seconds / 3600 * price
     return StageTime(name, f"{begun:%Y-%m-%d %H:%M} UTC", record.finished is not None, seconds, _tokens(summary), cost)
+
+
+def _compared(plan: Plan, paths: RunPaths, times: Iterable[StageTime], trained: TrainSummary | None) -> list[Foretold]:
+    finished = [time for time in times if time.finished]
+    tokens = {time.name: time.tokens for time in finished}
+    if trained is not None:
+        tokens["train"] = trained.tokens
+    return compare_with_plan(plan, paths, tokens, {time.name: time.seconds for time in finished})
 
 
 def _tokens(summary: Artefact | None) -> int | None:

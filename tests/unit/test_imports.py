@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "push": SHARED,
     "pipeline": STAGES | BELOW_STAGES | {"filters.pipeline"},
     **{stage: BELOW_STAGES for stage in STAGES},
-    "plan": BELOW_STAGES | {"train", "engine.spec", "engine.families"},
+    "plan": BELOW_STAGES | {"generate", "train", "engine.spec", "engine.families"},
     "grading": {"backends"} | SHARED,
     "backends": {"engine", "keeper"} | SHARED,
     **{room: SHARED for room in SHARED},

@@ -66,7 +66,7 @@ def tables(tmp_path_factory):
     nowhere = tmp_path_factory.mktemp("nowhere")
     machines = ("1x24GB", "1x80GB", "8x80GB", "4x8x80GB")
     return {
-        name: training.plan_training(catalog.load_recipe(f"r1-distill-{name}"), nowhere, machines, 800_000, 6000)
+        name: training.plan_training(catalog.load_recipe(f"r1-distill-{name}"), nowhere, machines, 800_000, 6000)[0]
         for name in ("qwen-1.5b", "llama-70b")
     }
 

@@ -1,0 +1,368 @@
+"""`distill plan` for a whole recipe: tokens, hours, money and disk of each stage, before they are spent.
+
+All follows from the length of the traces. It is estimated from the traces that the run directory holds (a pilot, an
+unfinished or a finished `distill generate`), else as the user gives it, else assumed, and the output says which. Hours
+are at the rate that a pilot or the last `distill generate` measured, or on the machines named at a share of their data
+sheet's rate. Prompt tokens are counted where the teacher's tokenizer is on this machine.
+
+Hub data sets are read for a pilot and where traces are stored, and not for a guess: a plan needs no network.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill import catalog, generate
+from distill.artefacts import Expected, GenerateSummary, Measured, Plan, RunPaths, StagePlan
+from distill.backends.collect import asked
+from distill.console import say, table
+from distill.errors import UserError
+from distill.models import Models
+from distill.plan.hardware import Hardware, parse
+from distill.plan.lengths import expected_tokens
+from distill.plan.training import ASSUMED_SHARE, ASSUMED_TRACES, MACHINES, Data, plan_training
+from distill.prompts import Prompt, load_prompts
+from distill.run import Run
+from distill.traces.store import TraceStore
+
+if TYPE_CHECKING:
+    from distill.recipe import Recipe
+    from distill.recipe.price import Price
+
+DECODING = 0.05  # share of the data sheet's rate at which large batches are decoded; large mixtures reach 3 to 10 %
+FP8_FAMILIES = ("deepseek_v3", "deepseek_v32")  # published with one byte per weight, others with two
+ASSUMED_PROMPT = 150  # tokens of a prompt that cannot be counted: a problem and its instruction
+TOKEN_BYTES = 12  # of a stored token, with its text, where no trace is stored to measure it on
+FILTER_SECONDS = 0.01  # to judge a trace; grading takes most of it
+
+
+@dataclass(frozen=True)
+class Traces:
+    """The traces that generation will make. tokens: of completions. basis: what the estimate comes from. disk: bytes
+    per trace, None where none is stored. lengths: of the stored ones, by prompt."""
+
+    prompts: int
+    samples: int
+    tokens: Expected
+    basis: str
+    disk: float | None = None
+    truncated: float | None = None
+
+    @property
+    def count(self) -> int:
+        """Prompts × samples."""
+        return self.prompts * self.samples
+
+    @property
+    def mean(self) -> float:
+        """Completion tokens per trace."""
+        return self.tokens.value / max(self.count, 1)
+
+
+def plan_recipe(
+    recipe: "Recipe",
+    directory: Path,
+    machines: Sequence[str] = (),
+    traces: int | None = None,
+    mean: int | None = None,
+    pilot: int | None = None,
+) -> Plan:
+    """Print the plan of all stages, and return it. It is stored where there is a run directory.
+
+    machines: names of hardware. traces, mean: number and mean tokens of traces, in place of the estimates. pilot:
+    prompts to sample first, into the run directory. Errors: UserError for an unknown machine, a run with other
+    settings, or what `distill generate` refuses.
+    """
+    hardware = [parse(name) for name in machines]
+    paths = RunPaths(directory)
+    measured = _pilot(recipe, directory, pilot) if pilot else None
+    previous = Plan.read_if_there(paths.plan, "remove it, and run `distill plan` again")
+    measured = measured or _measured(recipe, directory) or (previous.measured if previous else None)
+    prompts = _prompts(recipe, paths)
+    foretold = foretell(recipe, directory, prompts, traces, mean)
+    prompt_tokens, counted = _prompt_tokens(recipe, prompts, foretold, measured)
+    price = catalog.price_of(recipe)
+    stages = (
+        _generate(recipe, foretold, prompt_tokens, price, measured, hardware),
+        _filter(recipe, foretold),
+        _train(recipe, foretold, directory, machines, traces, mean, counted, prompt_tokens),
+        _eval(recipe, foretold),
+    )
+    plan = Plan(
+        traces=foretold.count,
+        mean_tokens=foretold.mean,
+        basis=foretold.basis,
+        prompt_tokens=prompt_tokens,
+        price=f"{price.date}, {price.source}" if price and not recipe.traces else None,
+        currency=price.currency if price and not recipe.traces else "",
+        input_price=price.input if price else None,
+        output_price=price.output if price else None,
+        measured=measured,
+        stages=stages,
+    )
+    _show(recipe, plan, foretold, counted, price, hardware)
+    if paths.identity.exists():
+        plan.write(paths.plan)
+        say(f"stored in {paths.plan}; `distill report` shows it beside what is measured")
+    return plan
+
+
+def _pilot(recipe: "Recipe", directory: Path, count: int) -> Measured | None:
+    """Sample the pilot's prompts into the run directory."""
+    if recipe.traces:
+        raise UserError("--pilot asks the teacher, and this recipe copies published traces; leave --pilot out")
+    catalog.check_recipe(recipe, ["teacher"])
+    with Run(directory, recipe) as run:
+        return generate.sample_pilot(run, count)
+
+
+def _measured(recipe: "Recipe", directory: Path) -> Measured | None:
+    """The speed of a finished `distill generate`."""
+    summary = Run(directory, recipe).stored_summary("generate", GenerateSummary)
+    if summary is None or not summary.tokens_per_second or not summary.made:
+        return None
+    return Measured(
+        rate=summary.tokens_per_second,
+        at_once=recipe.generate.max_batch,
+        prompt_tokens=(summary.prompt_tokens / summary.traces) or None,
+    )
+
+
+def _prompts(recipe: "Recipe", paths: RunPaths) -> list[Prompt] | None:
+    """The prompts where they can be read without a download, or were downloaded for the stored traces."""
+    on_hub = any(source.kind == "hub" for source in recipe.prompts)
+    if recipe.traces or (on_hub and TraceStore(paths.traces).is_empty()):
+        return None
+    return list(load_prompts(recipe.prompts))
+
+
+def foretell(
+    recipe: "Recipe", directory: Path, prompts: list[Prompt] | None, traces: int | None, mean: int | None
+) -> Traces:
+    """Number and tokens of the traces: from stored ones, else as given, else assumed. Errors: UserError where the
+    stored ones were sampled with other settings."""
+    samples, assumed = (1 if recipe.traces else recipe.generate.samples), []
+    limits = [getattr(source, "limit", None) for source in (*recipe.prompts, *recipe.traces)]
+    if traces is not None:
+        number = -(-traces // samples)
+    elif prompts is not None:
+        number = len(prompts)
+    elif limits and all(limits):
+        number = sum(limit for limit in limits if limit)
+    else:
+        number = ASSUMED_TRACES // samples
+        assumed.append("the number of traces (--traces)")
+    paths, limit = RunPaths(directory), recipe.generate.sampling.max_new_tokens
+    if mean is None and prompts is not None and not TraceStore(paths.traces).is_empty():
+        Run(directory, recipe).refuse_other_settings("generate", generate.STAGE.recipe_settings(recipe))
+        stored = _stored(recipe, paths, prompts, number)
+        if stored is not None:
+            return stored
+        assumed.append("the length, as the stored traces have no token counts (--mean-tokens)")
+    elif mean is None:
+        assumed.append("the length (--mean-tokens)")
+    tokens = number * samples * (round(ASSUMED_SHARE * limit) if mean is None else mean)
+    basis = f"{' and '.join(assumed)} assumed; --pilot 8 measures it" if assumed else "as given"
+    return Traces(number, samples, Expected(value=tokens), basis if not recipe.traces else basis.partition(";")[0])
+
+
+def _stored(recipe: "Recipe", paths: RunPaths, prompts: list[Prompt], number: int) -> Traces | None:
+    wanted, by_prompt = {prompt.id for prompt in prompts}, defaultdict(list)
+    truncated = stored = 0
+    for figures in TraceStore(paths.traces).figures():
+        stored += 1
+        if figures.key[0] in wanted and figures.tokens:
+            by_prompt[figures.key[0]].append(figures.tokens)
+            truncated += figures.finish_reason == "length"
+    samples = recipe.generate.samples
+    whole = [lengths for lengths in by_prompt.values() if len(lengths) >= samples] or list(by_prompt.values())
+    if not whole:
+        return None
+    tokens = expected_tokens(whole, number, samples, recipe.generate.sampling.max_new_tokens)
+    size = sum(path.stat().st_size for path in paths.traces.iterdir() if path.is_file())
+    shown = sum(len(lengths) for lengths in whole)
+    basis = f"{shown:,} stored traces of {len(whole):,} prompts"
+    return Traces(number, samples, tokens, basis, size / stored, truncated / sum(map(len, by_prompt.values())))
+
+
+def _prompt_tokens(
+    recipe: "Recipe", prompts: list[Prompt] | None, traces: Traces, measured: Measured | None
+) -> tuple[float, str]:
+    """Prompt tokens of all requests, and how they are known: counted, measured or assumed."""
+    if recipe.traces:
+        return float(traces.count * ASSUMED_PROMPT), "assumed"
+    teacher = catalog.load_teacher(recipe.teacher)
+    local = teacher.weights is not None and catalog.local_weights("teacher", recipe.teacher)
+    if prompts is not None and local and catalog.server_of(recipe) is None:
+        chat, suffix = Models(recipe, Path()).teacher.chat, recipe.generate.prompt_suffix
+        counts = [len(ids) for ids in chat.prompts_ids(asked(prompt, suffix).messages for prompt in prompts)]
+        return statistics.fmean(counts) * traces.count, "counted"
+    if measured and measured.prompt_tokens:
+        return measured.prompt_tokens * traces.count, "measured"
+    return float(traces.count * ASSUMED_PROMPT), "assumed"
+
+
+def _generate(
+    recipe: "Recipe",
+    traces: Traces,
+    prompt_tokens: float,
+    price: "Price | None",
+    measured: Measured | None,
+    hardware: Sequence[Hardware],
+) -> StagePlan:
+    disk = Expected(value=traces.disk * traces.count) if traces.disk else traces.tokens.times(TOKEN_BYTES)
+    if recipe.traces:
+        return StagePlan(stage="generate", tokens=traces.tokens, disk=disk)
+    hours = None
+    if hardware:
+        rate = decoding_rate(recipe.teacher, hardware[0])
+        hours = traces.tokens.times(1 / rate / 3600) if rate else None
+    elif measured and measured.rate:
+        hours = traces.tokens.times(1 / measured.rate / 3600)
+    money = None
+    if price:
+        ends = (traces.tokens.value, traces.tokens.low, traces.tokens.high)
+        value, low, high = (None if end is None else price.cost(prompt_tokens, end) for end in ends)
+        money = Expected(value=value or 0.0, low=low, high=high)
+    return StagePlan(stage="generate", tokens=traces.tokens, hours=hours, money=money, disk=disk)
+
+
+def decoding_rate(teacher: str, machine: Hardware) -> float | None:
+    """Completion tokens per second of a teacher card on a machine; None where the weights do not fit."""
+    card = catalog.load_teacher(teacher)
+    size = card.parameters * 1e9 * (1 if card.family in FP8_FAMILIES else 2)
+    if size > 0.9 * machine.memory * machine.devices:
+        return None
+    return machine.devices * machine.rate * DECODING / (2 * card.active_parameters * 1e9)
+
+
+def _filter(recipe: "Recipe", traces: Traces) -> StagePlan:
+    workers = recipe.filter.correct.workers if recipe.filter.correct else 1
+    hours = Expected(value=traces.count * FILTER_SECONDS / max(workers, 1) / 3600)
+    size = traces.disk * traces.count if traces.disk else traces.tokens.value * TOKEN_BYTES
+    return StagePlan(stage="filter", hours=hours, disk=Expected(value=size))
+
+
+def _train(
+    recipe: "Recipe",
+    traces: Traces,
+    directory: Path,
+    machines: Sequence[str],
+    given: int | None,
+    mean: int | None,
+    counted: str,
+    prompt_tokens: float,
+) -> StagePlan:
+    """The table of training, with the tokens foretold; hours of the recipe's own method on the first machine."""
+    select = recipe.filter.select
+    share = min(1.0, select.per_prompt / traces.samples) if select and select.per_prompt else 1.0
+    per_trace = traces.mean + prompt_tokens / max(traces.count, 1)
+    rows = max(1, round(traces.count * share))
+    source = f"if all traces are kept; {traces.basis}" if share == 1 else f"of the selected traces; {traces.basis}"
+    expected = Data(rows, round(rows * min(per_trace, recipe.train.max_length)), recipe.train.max_length, source)
+    ways, data = plan_training(recipe, directory, machines or MACHINES, given, mean, expected)
+    own = [way for way in ways if way.hardware.name == ways[0].hardware.name and way.own and way.fits]
+    hours = Expected(value=own[0].hours) if own and machines else None
+    return StagePlan(
+        stage="train", tokens=Expected(value=float(data.tokens * recipe.train.num_train_epochs)), hours=hours
+    )
+
+
+def _eval(recipe: "Recipe", traces: Traces) -> StagePlan:
+    """Problems × samples × models, each as long as the teacher's traces: nothing is known of the models yet."""
+    total = 0.0
+    for name in recipe.eval.benchmarks:
+        card = catalog.load_benchmark(name)
+        problems = card.problems or getattr(card.prompts, "limit", None) or 0
+        problems = min(problems, recipe.eval.limit or problems)
+        longest = recipe.eval.max_new_tokens or card.sampling.max_new_tokens
+        answers = problems * (recipe.eval.samples or card.samples) * len(recipe.eval.models)
+        total += answers * min(traces.mean, longest)
+    return StagePlan(stage="eval", tokens=Expected(value=total), disk=Expected(value=total * TOKEN_BYTES))
+
+
+# ---- output
+
+
+def _show(
+    recipe: "Recipe",
+    plan: Plan,
+    traces: Traces,
+    counted: str,
+    price: "Price | None",
+    hardware: Sequence[Hardware],
+) -> None:
+    rows = [
+        (
+            stage.stage,
+            shown(stage.tokens),
+            interval(stage.tokens),
+            shown(stage.hours, "h"),
+            shown(stage.money),
+            shown(stage.disk, "B"),
+        )
+        for stage in plan.stages
+    ]
+    money = plan.currency or "money"
+    table("All stages", ("stage", "tokens", "95 % interval", "hours", money, "disk"), rows)
+    say(f"{plan.traces:,} traces, mean {plan.mean_tokens:,.0f} tokens: {plan.basis}")
+    if traces.truncated is not None:
+        say(f"{traces.truncated:.1%} of the stored traces end at max_new_tokens")
+    if recipe.traces:
+        say("published traces: nothing is asked of a teacher")
+    else:
+        say(f"{short(plan.prompt_tokens)} prompt tokens ({counted})")
+    if price is not None and not recipe.traces:
+        say(
+            f"money: price of {price.date}, {price.input:g} {price.currency} per million prompt tokens, "
+            f"{price.output:g} per million completion tokens ({price.source})"
+        )
+    _say_hours(plan, hardware)
+    if recipe.price_per_hour is not None and (hours := [s.hours.value for s in plan.stages if s.hours]):
+        say(f"machine: {sum(hours) * recipe.price_per_hour:,.2f} at {recipe.price_per_hour:g} an hour")
+    say("eval: answers as long as the teacher's traces")
+
+
+def _say_hours(plan: Plan, hardware: Sequence[Hardware]) -> None:
+    if hardware:
+        rate = f"{DECODING:.0%} of the data sheet's bfloat16 rate"
+        say(f"hours of generate: on {hardware[0].name} at {rate}, a rough guess")
+        if plan.stages[0].hours is None:
+            say(f"hours of generate: the teacher's weights do not fit on {hardware[0].name}, or nothing is sampled")
+    elif plan.measured:
+        say(
+            f"hours of generate: at the measured {plan.measured.rate:,.0f} tokens/s with {plan.measured.at_once:,} "
+            f"samples at once; more at once are usually faster"
+        )
+    else:
+        say("hours of generate and train: name a machine with --hardware, or measure the teacher with --pilot 8")
+
+
+def short(value: float) -> str:
+    """Three digits and a unit: 174 k, 1.23 B (10⁹), 4.5 T (10¹²)."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size * 0.9995:
+            digits = value / size
+            return f"{digits:,.{max(0, 2 - len(str(int(digits))) + 1)}f} {unit}"
+    return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def shown(expected: Expected | None, unit: str = "") -> str:
+    """An estimate in a table; empty without one. unit: "h" or "B" (bytes)."""
+    if expected is None:
+        return ""
+    if unit == "B":
+        return f"{expected.value / 1e9:,.2f} GB" if expected.value >= 1e8 else f"{expected.value / 1e6:,.2f} MB"
+    if unit == "h":
+        return f"{expected.value:,.2f}" if expected.value >= 0.005 else "< 0.01"
+    return short(expected.value)
+
+
+def interval(expected: Expected | None) -> str:
+    """The ends of the interval; empty without one."""
+    if expected is None or expected.low is None or expected.high is None:
+        return ""
+    return f"{short(expected.low)} – {short(expected.high)}"

@@ -1,0 +1,61 @@
+"""What `distill plan` expected of each stage, beside what was measured.
+
+Money is the price of the teacher's tokens, at the price that the plan was made with; the measured one has the plan's
+number of prompt tokens, since traces store those of completions only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distill.artefacts import Expected, Plan, RunPaths
+
+DIRECTORIES = {"generate": ("traces",), "filter": ("filtered",), "train": (), "eval": ("eval",)}
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """One quantity of one stage. expected: with its interval, as text. measured: empty while it is unknown."""
+
+    stage: str
+    quantity: str
+    expected: str
+    measured: str
+
+
+def compare_with_plan(
+    plan: Plan, paths: RunPaths, tokens: Mapping[str, int | None], seconds: Mapping[str, float | None]
+) -> list[Foretold]:
+    """A row for each quantity that the plan has. tokens, seconds: of the finished stages."""
+    rows = []
+    for stage in plan.stages:
+        name, done = stage.stage, stage.stage in seconds
+        count, time = tokens.get(name), seconds.get(name)
+        spent = None
+        if count is not None and plan.input_price is not None and plan.output_price is not None:
+            spent = (plan.prompt_tokens * plan.input_price + count * plan.output_price) / 1e6
+        size = _size(paths, name) if done else None
+        quantities: tuple[tuple[str, Expected | None, float | None, str], ...] = (
+            ("tokens", stage.tokens, count, ",.0f"),
+            ("hours", stage.hours, None if time is None else time / 3600, ",.3f"),
+            (plan.currency or "money", stage.money, spent, ",.2f"),
+            ("MB", stage.disk and stage.disk.times(1e-6), None if size is None else size / 1e6, ",.1f"),
+        )
+        for quantity, expected, measured, form in quantities:
+            if expected is not None:
+                shown = "" if measured is None else format(measured, form)
+                rows.append(Foretold(name, quantity, _shown(expected, form), shown))
+    return rows
+
+
+def _shown(expected: Expected, form: str) -> str:
+    value = format(expected.value, form)
+    if expected.low is None or expected.high is None:
+        return value
+    return f"{value} ({expected.low:{form}} – {expected.high:{form}})"
+
+
+def _size(paths: RunPaths, stage: str) -> int | None:
+    """Bytes that the stage's directories take; None for a stage without any."""
+    names = DIRECTORIES.get(stage, ())
+    files = [file for name in names for file in (paths.root / name).rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files) if names else None

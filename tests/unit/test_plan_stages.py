@@ -1,0 +1,150 @@
+"""`distill plan` for generation: the pilot is stored and not paid for twice; tokens, money and what is said of them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from eval_support import distill, right, server, url
+
+from distill import catalog
+from distill.artefacts import Plan, RunPaths
+from distill.plan import stages
+from distill.traces.store import TraceStore
+
+PRICE = {"input": 1, "output": 10, "date": "2025-01-20", "source": "a test"}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """`recipe(server)`: forty problems, two samples each, of a teacher behind that server."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(40)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(script):
+        content = {
+            "name": "served",
+            "teacher": "deepseek-r1",
+            "student": "tiny-qwen",
+            "server": {"url": url(script), "model": "scripted", "price": PRICE},
+            "prompts": [{"kind": "file", "path": "sums.jsonl"}],
+            "generate": {"samples": 2, "sampling": {"max_new_tokens": 64}},
+            "eval": {"benchmarks": ["tiny-arithmetic"]},
+        }
+        (tmp_path / "served.yaml").write_text(yaml.safe_dump(content))
+        return "served.yaml"
+
+    return write
+
+
+def test_generate_asks_exactly_the_rest_after_a_pilot(recipe, monkeypatch, capsys):
+    with server(right) as script:
+        name = recipe(script)
+        assert distill(monkeypatch, "plan", name, "--pilot", 8) == 0
+        assert len(script.asked) == 16
+        pilot = {trace.key for trace in TraceStore(Path("runs/served/traces"))}
+        assert set(Counter(prompt for prompt, _ in pilot).values()) == {2}
+        questions = {asked["messages"][-1]["content"] for asked in script.asked}
+        assert questions != {f"What is {n} + {n}?" for n in range(8)}, "the pilot is drawn at random"
+        assert distill(monkeypatch, "plan", name, "--pilot", 8) == 0 and len(script.asked) == 16
+        assert distill(monkeypatch, "plan", name) == 0 and len(script.asked) == 16
+        assert "16 stored traces of 8 prompts" in capsys.readouterr().out
+        assert distill(monkeypatch, "generate", name) == 0
+        assert len(script.asked) == 80 == len({asked["seed"] for asked in script.asked})
+    traces = list(TraceStore(Path("runs/served/traces")))
+    assert len(traces) == 80 and len({trace.teacher for trace in traces}) == 1
+
+
+def test_tokens_and_money_by_hand(recipe, monkeypatch, capsys):
+    """Every answer has seven tokens, every prompt one: 560 and 80 tokens; 560 · 10 + 80 · 1 millionths of a dollar."""
+    with server(right) as script:
+        assert distill(monkeypatch, "plan", recipe(script), "--pilot", 8) == 0
+    plan = Plan.read(RunPaths(Path("runs/served")).plan, "")
+    generate = next(stage for stage in plan.stages if stage.stage == "generate")
+    assert generate.tokens.value == 560 and plan.prompt_tokens == 80 and plan.mean_tokens == 7
+    assert generate.tokens.low == pytest.approx(560) and generate.tokens.high == pytest.approx(560)
+    assert generate.money.value == pytest.approx(0.00568) and plan.currency == "USD"
+    assert plan.measured is not None and plan.measured.at_once == 16
+    assert generate.hours.value == pytest.approx(560 / plan.measured.rate / 3600)
+    assert "price of 2025-01-20" in capsys.readouterr().out
+
+
+def test_traces_with_other_settings_are_refused(recipe, monkeypatch, capsys):
+    with server(right) as script:
+        name = recipe(script)
+        assert distill(monkeypatch, "plan", name, "--pilot", 2) == 0
+        for more in ((), ("--pilot", 4)):
+            assert distill(monkeypatch, "plan", name, "--set", "generate.sampling.temperature=1", *more) == 2
+            assert "sampling.temperature: 0.6 → 1" in capsys.readouterr().err
+        assert len(script.asked) == 4
+
+
+def test_a_plan_without_a_pilot_writes_nothing_and_says_what_is_assumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert distill(monkeypatch, "plan", "tiny") == 0
+    assert "the length (--mean-tokens) assumed; --pilot 8 measures it" in capsys.readouterr().out
+    assert distill(monkeypatch, "plan", "tiny", "--mean-tokens", 58) == 0
+    out = capsys.readouterr().out
+    assert "3,000 traces, mean 58 tokens: as given" in out and "174 k" in out and "prompt tokens (counted)" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pilot_of_published_traces_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert distill(monkeypatch, "plan", "s1-32b", "--pilot", 8) == 2
+    assert "copies published traces" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", catalog.entries("recipe"))
+def test_every_recipe_is_planned_without_network(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    plan = stages.plan_recipe(catalog.load_recipe(name), tmp_path / "nowhere", ["8xH200"])
+    assert [stage.stage for stage in plan.stages] == ["generate", "filter", "train", "eval"]
+    wide = capsys.readouterr().out.partition("All stages")[2].splitlines()[:7]
+    assert max(map(len, wide)) <= 80
+
+
+@pytest.mark.parametrize("name", ["deepseek-api-qwen-7b", "r1-served-qwen-7b"])
+def test_recipes_of_servers_are_checked_planned_and_run(name, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DEEPSEEK_API_KEY", "sk-a-key-of-many-characters")
+    with server(right) as script:
+        recipe(script)
+        assert distill(monkeypatch, "recipes", "copy", name, "mine.yaml") == 0
+        content = yaml.safe_load(Path("mine.yaml").read_text())
+        here = {"url": url(script), "model": "scripted", "api_key_env": "DEEPSEEK_API_KEY"}
+        content |= {"prompts": [{"kind": "file", "path": "sums.jsonl"}], "server": here}
+        Path("mine.yaml").write_text(yaml.safe_dump(content))
+        assert distill(monkeypatch, "recipes", "check", name) == 0
+        assert distill(monkeypatch, "plan", "mine.yaml", "--pilot", 8) == 0
+        out = capsys.readouterr().out
+        assert "price of 2025-01-20, 0.55 USD per million prompt tokens, 2.19 per million completion tokens" in out
+        assert distill(monkeypatch, "generate", "mine.yaml") == 0
+        assert len(script.asked) == 80
+        assert set(script.keys) == {"Bearer sk-a-key-of-many-characters"}
+
+
+def test_the_rate_of_a_machine_by_hand():
+    """R1: 8 · 989e12 · 5 % / (2 · 37e9) on H200; its 671 GB do not fit on eight H100 of 80 GB."""
+    from distill.plan.hardware import parse
+
+    assert stages.decoding_rate("deepseek-r1", parse("8xH200")) == pytest.approx(5346, rel=1e-3)
+    assert stages.decoding_rate("deepseek-r1", parse("8xH100")) is None
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (999.9, "1.00 k"),
+        (173_999, "174 k"),
+        (1.2345e9, "1.23 B"),
+        (4.56e12, "4.56 T"),
+    ],
+)
+def test_large_numbers_are_short(value, text):
+    assert stages.short(value) == text
