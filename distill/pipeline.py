@@ -127,3 +127,8 @@ def _unfinished_before_training(run: Run, names: Sequence[str]) -> str | None:
         if name in names and run.has_work_left(STAGES[name], STAGES[name].extent(run)):
             return name
     return None
+
+
+def check_stages(recipe: Recipe) -> None:
+    """Raise UserError for prompts whose traces no filter could judge, which `distill run` refuses at its beginning."""
+    filters.check_gradable(recipe)

@@ -52,12 +52,15 @@ def catalog(kind: "Kind", what: str) -> typer.Typer:
     def check_(
         names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="names or paths")] = None,
     ) -> None:
-        from distill.catalog import check, entries
+        from distill.catalog import check, entries, load_recipe
+        from distill.pipeline import check_stages
 
         wrong = False
         for name in names or entries(kind):
             try:
                 notes = check(kind, name)
+                if kind == "recipe":
+                    check_stages(load_recipe(name))
                 notes += _unreadable_golds(kind, name)
             except UserError as error:
                 wrong = True

@@ -121,11 +121,13 @@ def export(
         raise UserError(f"{there}: exists already; {fix}")
     taken, rows = export_traces(traces, form.value, out, kind)
     say(f"{taken:,} traces in {rows:,} rows → {out}")
+    written: dict[Path, None] = {}  # TRL and axolotl share a template
     for trainer in trainers:
         assert card is not None and student is not None
         local = local_weights("student", student)
-        for path in write_config(trainer.value, out, form.value, kind, card, str(local or card.weights)):
-            say(f"  {path}")
+        written |= dict.fromkeys(write_config(trainer.value, out, form.value, kind, card, str(local or card.weights)))
+    for path in written:
+        say(f"  {path}")
 
 
 def push(

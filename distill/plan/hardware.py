@@ -25,7 +25,7 @@ ASSUMED = {
     80: "A100",
     141: "H200",
 }  # the GPU of a name that gives only a size
-NAME = re.compile(r"(?:(?P<nodes>\d+)x)?(?P<count>\d+)x(?P<gpu>[\w-]+)", re.IGNORECASE)
+NAME = re.compile(r"(?:(?P<nodes>0*[1-9]\d*)x)?(?P<count>0*[1-9]\d*)x(?P<gpu>[\w-]+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

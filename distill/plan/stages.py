@@ -23,7 +23,7 @@ from distill.errors import UserError
 from distill.models import Models
 from distill.plan.hardware import Hardware, parse
 from distill.plan.lengths import expected_tokens
-from distill.plan.training import ASSUMED_SHARE, ASSUMED_TRACES, MACHINES, Data, plan_training
+from distill.plan.training import ASSUMED_SHARE, ASSUMED_TRACES, MACHINES, Data, plan_training, trained_tokens
 from distill.prompts import Prompt, load_prompts
 from distill.run import Run
 from distill.traces.store import TraceStore
@@ -266,9 +266,7 @@ def _train(
     ways, data = plan_training(recipe, directory, machines or MACHINES, given, mean, expected)
     own = [way for way in ways if way.hardware.name == ways[0].hardware.name and way.own and way.fits]
     hours = Expected(value=own[0].hours) if own and machines else None
-    return StagePlan(
-        stage="train", tokens=Expected(value=float(data.tokens * recipe.train.num_train_epochs)), hours=hours
-    )
+    return StagePlan(stage="train", tokens=Expected(value=trained_tokens(recipe.train, data)), hours=hours)
 
 
 def _eval(recipe: "Recipe", traces: Traces) -> StagePlan:

@@ -172,10 +172,15 @@ def operations(config: "PretrainedConfig", settings: "Train", data: Data) -> flo
     passes += 2 if settings.gradient_checkpointing else 0
     mean = data.tokens / max(data.rows, 1)
     token = passes * products + passes * shape.layers * shape.width * mean
+    return float(token * trained_tokens(settings, data))
+
+
+def trained_tokens(settings: "Train", data: Data) -> float:
+    """Tokens that all epochs read, or those of `max_steps` full batches on one device."""
     if settings.max_steps:
         rows = settings.max_steps * settings.batches_per_step(1) * settings.per_device_train_batch_size
-        return float(token * mean * rows)
-    return float(token * data.tokens * settings.num_train_epochs)
+        return data.tokens / max(data.rows, 1) * rows
+    return data.tokens * settings.num_train_epochs
 
 
 def configuration(recipe: "Recipe", card: "StudentCard") -> "PretrainedConfig":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["MEDIA", "PromptCounts", "gold_text", "read_file", "read_hub"]
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
-MARKS = {"hash": "a line with ####", "boxed": "a \\boxed{…}", "tests": "tests"}  # what `extract` looks for
+MARKS = {"hash": "a line that begins with ####", "boxed": "a \\boxed{…}", "tests": "tests"}  # what `extract` looks for
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,11 @@ def _candidates(rows: Iterator[Row], source: "FilePrompts | HubPrompts", whole: 
         raise UserError(f"{whole}: no rows; give a source with at least one problem")
     if not answer_there and source.answer is not None:
         raise _no_column(source, source.answer, names, whole)
+    if not answered and source.extract == "none" and source.answer is not None and source.answer not in names:
+        raise UserError(
+            f"{whole}: no row has a value at {source.answer}, inside column {source.answer.partition('.')[0]}; name "
+            f"the right one under `prompts`, or set `answer: null` for problems without gold answers"
+        )
     if not answered and source.extract != "none":
         raise UserError(
             f"{whole}: no row has {MARKS[source.extract]} in column {source.answer}; name the column that has one as "

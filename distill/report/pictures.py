@@ -215,7 +215,8 @@ def training(rows: Sequence[Mapping[str, float]], parts: Mapping[str, str]) -> P
 
     def draw(figure: "Figure", narrow: bool) -> None:
         loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        loss.plot(steps, losses, color=LIGHT["student"], linewidth=1.6, label="training")
+        mark = "o" if len(steps) == 1 else None  # a line through one point is invisible
+        loss.plot(steps, losses, color=LIGHT["student"], linewidth=1.6, marker=mark, label="training")
         for (label, points), name in zip(others.items(), cycle(("teacher", "base", "muted")), strict=False):
             if points:
                 loss.plot(*zip(*points, strict=True), color=LIGHT[name], linewidth=1.2, label=label)
@@ -224,7 +225,7 @@ def training(rows: Sequence[Mapping[str, float]], parts: Mapping[str, str]) -> P
         loss.set_yscale("log" if logarithmic else "linear")
         if not logarithmic:
             loss.set_ylim(bottom=0)
-        rate.plot(steps, [row["learning_rate"] for row in rows], color=LIGHT["muted"], linewidth=1.2)
+        rate.plot(steps, [row["learning_rate"] for row in rows], color=LIGHT["muted"], linewidth=1.2, marker=mark)
         rate.set_ylim(bottom=0)
         rate.set_xlabel("optimiser step")
         for axes, title in ((loss, "loss, nats per supervised token"), (rate, "learning rate")):

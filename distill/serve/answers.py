@@ -83,7 +83,7 @@ class Answers:
             ids = prompt if isinstance(prompt, list) else list(tokenizer(prompt, verbose=False)["input_ids"])
             if not ids or min(ids) < 0 or max(ids) >= self.live.vocab_size:
                 raise BadRequest(
-                    f"prompt: token ids must be from 0 to {self.live.vocab_size - 1:,}, at least one", "prompt"
+                    f"prompt: expected at least one token, with an id from 0 to {self.live.vocab_size - 1:,}", "prompt"
                 )
             all_ids.append(ids)
         return all_ids

@@ -42,3 +42,15 @@ def test_a_mistake_is_one_line_and_the_exit_code(checked):
     code, out, err = checked({"problem": "q", "answer": "5"})
     assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
     assert "no column question; the columns are problem, answer" in err
+
+
+def test_prompts_that_the_filter_cannot_grade_are_refused_before_they_are_asked(tmp_path, monkeypatch, capsys):
+    source = json.dumps([{"kind": "file", "path": str(tmp_path / "a.jsonl"), "answer": None}])
+    (tmp_path / "a.jsonl").write_text('{"question": "q"}\n')
+    (tmp_path / "mine.yaml").write_text(catalog.load_recipe("tiny", [f"prompts={source}"]).to_yaml())
+    monkeypatch.setattr(sys, "argv", ["distill", "recipes", "check", str(tmp_path / "mine.yaml")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert "prompts.0 has no gold answers" in error and "set filter.correct to false" in error

@@ -36,6 +36,8 @@ def test_a_machine_by_its_name(name, devices, gpu, gigabytes):
         ("8xH10", "unknown GPU H10; did you mean H100"),
         ("1x33GB", "name the GPU, or one of 24, 40, 48, 80, 141 GB"),
         ("0.5x", "expected a name like"),
+        ("0xH100", "expected a name like"),
+        ("0x8xH100", "expected a name like"),
     ],
 )
 def test_a_machine_that_is_none_is_one_line(name, message):
@@ -117,3 +119,10 @@ def test_batches_say_one_thing_only():
     ):
         with pytest.raises(UserError, match=message):
             parse_model(Recipe, fields | {"train": train}, "x.yaml")
+
+
+@pytest.mark.parametrize("changed, tokens", [({}, 16_500), ({"max_steps": 5}, 8_000)])
+def test_tokens_of_a_training(changed, tokens):
+    """55 rows of 100 tokens in 3 epochs; 5 steps of 16 rows."""
+    settings = catalog.load_recipe("tiny").train.model_copy(update=changed)
+    assert training.trained_tokens(settings, training.Data(55, 5_500, 512, "given")) == tokens

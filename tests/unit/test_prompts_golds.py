@@ -203,3 +203,11 @@ def test_humaneval_and_mbpp_carry_what_a_sandbox_needs(real_data: Callable[[str]
     cases = [json.loads(p.answer or "")["test_cases"] for p in mbpp]
     assert len(mbpp) == 510 and all(case["type"] == "assert" for of_one in cases for case in of_one)
     assert any("setup" in json.loads(p.answer or "") for p in mbpp)
+
+
+def test_a_nested_answer_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    rows = [{"question": f"q{n}", "gold": {"value": "1" if n else None}} for n in range(2)]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    file_refused(path, "no row has a value at gold.valeu, inside column gold", "`answer: null`", answer="gold.valeu")
+    source = FilePrompts(kind="file", path=str(path), answer="gold.value")
+    assert [p.answer for p in load_prompts([source])] == [None, "1"]

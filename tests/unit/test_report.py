@@ -136,6 +136,13 @@ def test_held_out_rows_and_parts_of_an_objective_are_drawn_beside_the_loss():
     assert ["held out" in svg for svg in drawn] == [False, False, True]
 
 
+def test_a_single_logged_step_is_visible():
+    rows = [{"step": i, "loss": 2.0, "learning_rate": 1e-3} for i in (5, 10)]
+    drawn = [pictures.training(logged, {}).svg["wide"] for logged in (rows[:1], rows)]
+    marked = ["\nC " in svg for svg in drawn]  # the curves of a circle
+    assert marked == [True, False]
+
+
 def test_published_scores_stand_beside_ours(finished):
     ours = read_contents(finished).scores
     published = [
