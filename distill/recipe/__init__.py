@@ -70,6 +70,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def traces_come_from_somewhere(self) -> "Recipe":
+        """Errors: ValueError for a recipe with both prompts and traces, or neither."""
         if bool(self.prompts) == bool(self.traces):
             raise ValueError(
                 "one of `prompts` (which the teacher answers) and `traces` (which others have published) is needed, "
