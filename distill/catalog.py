@@ -20,7 +20,7 @@ from distill.config import did_you_mean, parse, read_yaml
 from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.prompts import PromptCounts, load_prompts
-from distill.recipe import BenchmarkCard, Recipe, StudentCard, TeacherCard, TeacherServer
+from distill.recipe import BenchmarkCard, LaunchedServer, Recipe, StudentCard, TeacherCard, TeacherServer
 from distill.recipe.sources import MixedSource, PromptSource, TraceSource
 from distill.section import Section
 
@@ -210,7 +210,7 @@ def check_recipe(
                 f"hub id"
             )
     for kind in weights:
-        if kind == "teacher" and server is not None:
+        if kind == "teacher" and isinstance(server, TeacherServer):
             continue
         notes += _check_weights(kind, recipe.teacher if kind == "teacher" else recipe.student)
     for name in recipe.eval.benchmarks:
@@ -231,7 +231,7 @@ def check_recipe(
     return notes
 
 
-def server_of(recipe: Recipe) -> TeacherServer | None:
+def server_of(recipe: Recipe) -> TeacherServer | LaunchedServer | None:
     """The server that has a recipe's teacher: the recipe's, or its card's; None is the local engine."""
     return recipe.server or load_teacher(recipe.teacher).server
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import zip_longest
@@ -218,6 +218,34 @@ class Advance(Protocol):
 
     def __call__(self, n: int = 1, note: str = "") -> None:
         """Count `n` more. note: a short text beside the rate, such as `loss 1.23`; it stays until the next one."""
+
+
+@contextmanager
+def waiting(description: str) -> Iterator[Callable[[str], None]]:
+    """Yield `show(note)`, for work whose end is not known: the time that has passed, and the latest note, on one line.
+
+    On a terminal the line is rewritten; elsewhere a line is printed now and then.
+    """
+    started = last = time.monotonic()
+
+    def line(note: str) -> str:
+        seconds = round(time.monotonic() - started)
+        return f"{description}: {seconds // 60}:{seconds % 60:02}" + (f"  {escaped(note)}" if note else "")
+
+    if console().is_terminal:
+        from rich.markup import escape
+
+        with interrupts.held(), console().status(escape(line(""))) as status:
+            yield lambda note: status.update(escape(line(note)[: max(20, console().width - 4)]))
+        return
+
+    def show(note: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_INTERVAL:
+            last = time.monotonic()
+            say(line(note))
+
+    yield show
 
 
 class _Count:

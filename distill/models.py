@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from distill import catalog
+from distill.artefacts import RunPaths
 from distill.errors import UserError
 from distill.fingerprint import digest, weights_hash
-from distill.recipe.server import KEY_VARIABLE, SILENCE
+from distill.recipe.server import KEY_VARIABLE, SILENCE, LaunchedServer
 
 if TYPE_CHECKING:
     from distill.chat import Chat
@@ -66,11 +67,6 @@ class Server:
                 f"server.api_key_env: the environment variable {server.api_key_env} is not set; "
                 f"export {server.api_key_env}=… with the API key"
             )
-        body = dict(server.extra_body)
-        if thinking is not None:
-            variables = body.get("chat_template_kwargs")
-            chosen = variables if isinstance(variables, dict) else {}
-            body["chat_template_kwargs"] = {"thinking": thinking, "enable_thinking": thinking} | chosen
         url, *others = (server.url,) if isinstance(server.url, str) else server.url
         return cls(
             url,
@@ -80,7 +76,7 @@ class Server:
             concurrency=server.concurrency,
             stream=server.stream,
             silence=server.silence,
-            extra_body=body,
+            extra_body=in_mode(server.extra_body, thinking),
             others=tuple(others),
             n=server.n,
             batch=server.batch,
@@ -96,6 +92,37 @@ class Server:
         return identity
 
 
+def in_mode(extra_body: Mapping[str, JsonValue], thinking: bool | None) -> dict[str, JsonValue]:
+    """The further fields of a request, with the variables by which chat templates choose the thinking mode."""
+    body = dict(extra_body)
+    if thinking is not None:
+        variables = body.get("chat_template_kwargs")
+        chosen = variables if isinstance(variables, dict) else {}
+        body["chat_template_kwargs"] = {"thinking": thinking, "enable_thinking": thinking} | chosen
+    return body
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A server that is started with the weights in `directory`. context: of the card, in tokens. log: the file that its
+    output is appended to; None for a temporary one."""
+
+    settings: LaunchedServer
+    directory: Path
+    context: int
+    log: Path | None = None
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        """What decides the numbers beside the weights: the engine, its arguments and the fields of the request."""
+        identity: dict[str, JsonValue] = {"engine": self.settings.launch}
+        if self.settings.arguments:
+            identity["arguments"] = list(self.settings.arguments)
+        if self.settings.extra_body:
+            identity["extra_body"] = dict(self.settings.extra_body)
+        return identity
+
+
 def _from_environment(name: str, value: str) -> str:
     """A header's value; `$NAME` is that environment variable's. Errors: UserError when it is not set."""
     if not value.startswith("$"):
@@ -107,12 +134,12 @@ def _from_environment(name: str, value: str) -> str:
 
 @dataclass(eq=False)
 class Model:
-    """name: what its scores are called. place: a model directory, or a server. template: a built-in training template
-    or a .jinja file in place of the directory's own. thinking: the template's mode, None for its default. card: of the
-    teacher that a server has."""
+    """name: what its scores are called. place: a model directory, a server, or a server that is started with one.
+    template: a built-in training template or a .jinja file in place of the directory's own. thinking: the template's
+    mode, None for its default. card: of the teacher that a server at an address has."""
 
     name: str
-    place: Path | Server
+    place: Path | Server | Launch
     template: str | None = None
     thinking: bool | None = None
     card: str | None = None
@@ -120,11 +147,13 @@ class Model:
     @property
     def is_remote(self) -> bool:
         """Whether it is behind a server."""
-        return isinstance(self.place, Server)
+        return not isinstance(self.place, Path)
 
     @property
     def directory(self) -> Path:
-        """The model directory. A server has none: that is asserted."""
+        """The model directory. A server at an address has none: that is asserted."""
+        if isinstance(self.place, Launch):
+            return self.place.directory
         assert isinstance(self.place, Path), f"{self.name} is behind a server"
         return self.place
 
@@ -143,7 +172,8 @@ class Model:
 
         template = digest(read_template(self.template)) if self.template else "own"
         mode: dict[str, JsonValue] = {} if self.thinking is None else {"thinking": self.thinking}
-        return {"weights": self.weights, "chat_template": template} | mode
+        engine = self.place.identity if isinstance(self.place, Launch) else {}
+        return {"weights": self.weights, "chat_template": template} | mode | engine
 
     @cached_property
     def chat(self) -> "Chat":
@@ -157,16 +187,25 @@ class Model:
         return Chat.load(directory, self.template, self.thinking)
 
 
-def teacher_of(name: str, card_name: str, server: "TeacherServer | None" = None, thinking: bool | None = None) -> Model:
-    """The model of a teacher card. server: in place of the card's. thinking: in place of the card's mode.
+def teacher_of(
+    name: str,
+    card_name: str,
+    server: "TeacherServer | LaunchedServer | None" = None,
+    thinking: bool | None = None,
+    log: Path | None = None,
+) -> Model:
+    """The model of a teacher card. server: in place of the card's. thinking: in place of the card's mode. log: the file
+    that a launched server's output is appended to; None for a temporary one.
 
     Errors: as `Models.teacher`.
     """
     card = catalog.load_teacher(card_name)
     mode = card.thinking if thinking is None else thinking
-    if (server := server or card.server) is not None:
+    server = server or card.server
+    if server is not None and not isinstance(server, LaunchedServer):
         return Model(name, Server.of(server, mode), thinking=mode, card=card_name)
-    return Model(name, catalog.resolve_weights("teacher", card_name), thinking=mode)
+    directory = catalog.resolve_weights("teacher", card_name)
+    return Model(name, Launch(server, directory, card.context, log) if server else directory, thinking=mode)
 
 
 class Models:
@@ -191,7 +230,8 @@ class Models:
 
         Errors: UserError when its weights are not complete, or its server's key is missing.
         """
-        return teacher_of("teacher", self._recipe.teacher, self._recipe.server)
+        log = RunPaths(self._root).server_log
+        return teacher_of("teacher", self._recipe.teacher, self._recipe.server, log=log)
 
     @cached_property
     def base(self) -> Model:

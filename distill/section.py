@@ -9,9 +9,9 @@ class Free:
     """Mark of a field that does not decide what a stage's output *is*: how many, how fast, where."""
 
 
-class WhenSet:
-    """Mark of a field that belongs to the fingerprint only where it is not null, so that runs begun before the field
-    existed can go on."""
+class Later:
+    """Mark of a field that belongs to the fingerprint only where it differs from its default, so that runs begun before
+    the field existed can go on."""
 
 
 class Section(BaseModel):
@@ -24,7 +24,7 @@ class Section(BaseModel):
         flat: dict[str, JsonValue] = {}
         for name, info in type(self).model_fields.items():
             value = getattr(self, name)
-            if Free not in info.metadata and not (WhenSet in info.metadata and value is None):
+            if Free not in info.metadata and not (Later in info.metadata and value == info.default):
                 flat |= _flattened(name, value)
         return flat
 

@@ -14,7 +14,7 @@ then waited for, briefly, as their answers are paid for. A file each: `asking` (
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TypeVar
@@ -54,6 +54,7 @@ class RemoteBackend:
         self.model = server.model or ""
         self.identity = server.identity
         self.server, self.usage = server, Usage()
+        self.before_retry: Callable[[], None] = lambda: None  # raises what makes further requests pointless
         self._connections = [Connection(server, url, concurrency) for url in (server.url, *server.others)]
         self._asking = Asking(server, owner)
 
@@ -186,6 +187,7 @@ class RemoteBackend:
                 replies = await self._attempt(connection, prompt, samples, sampling, seed)
             except _Again as again:
                 failure = again.failure
+                self.before_retry()
                 if len(samples) > 1 and len(self._asking.group(samples)) > 1:
                     return {}  # it refuses `n`
                 if attempt < RETRIES:

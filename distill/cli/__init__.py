@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from distill import __version__, console, interrupts
-from distill.cli import catalogs, evaluation, serving, stages
+from distill.cli import catalogs, evaluation, exchange, serving, stages
 from distill.errors import UserError, WorkError
 
 app = typer.Typer(
@@ -53,6 +53,9 @@ app.add_typer(evaluation.group, name="eval")
 app.command()(stages.traces)
 app.command()(stages.report)
 app.command()(stages.plan)
+app.command("import")(exchange.import_)
+app.command()(exchange.export)
+app.command()(exchange.push)
 app.command()(serving.serve)
 app.add_typer(catalogs.recipes, name="recipes")
 app.add_typer(catalogs.teachers, name="teachers")

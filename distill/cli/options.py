@@ -8,6 +8,8 @@ import typer
 
 
 class StageName(StrEnum):
+    """The stages by name."""
+
     generate = "generate"
     filter = "filter"
     train = "train"

@@ -78,9 +78,9 @@ def _models(annotation: object) -> list[Model]:
 
 
 def _tags(model: Model) -> set[str]:
-    """The values of its one-valued Literal fields: what a discriminated union calls this branch."""
+    """What a discriminated union calls this branch: its name, or the values of its one-valued Literal fields."""
     literals = [f.annotation for f in model.model_fields.values() if get_origin(f.annotation) is Literal]
-    return {str(get_args(a)[0]) for a in literals if len(get_args(a)) == 1}
+    return {model.__name__} | {str(get_args(a)[0]) for a in literals if len(get_args(a)) == 1}
 
 
 def unknown_key(root: Model, path: Location) -> str:

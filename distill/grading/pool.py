@@ -8,7 +8,7 @@ The time-out is one of processor time, to which the worker asks the kernel to ho
 not change a verdict, and should this process be killed itself, no endless comparison outlives it. A worker that uses no
 processor time either is killed (SIGKILL) when PATIENCE times as much time has passed on the clock.
 
-Rejected: `multiprocessing` (see `distill.grading.children`) and SIGALRM (main thread only, and not inside C calls).
+Rejected: `multiprocessing` (see `distill.children`) and SIGALRM (main thread only, and not inside C calls).
 """
 
 import selectors
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
 
+from distill.children import Child
 from distill.errors import WorkError
-from distill.grading.children import Child
 
 K = TypeVar("K", bound=Hashable)
 Question = dict[str, str | bool]  # as `distill.grading.worker` describes it

@@ -25,6 +25,7 @@ from distill.plan.hardware import Hardware, parse
 from distill.plan.lengths import expected_tokens
 from distill.plan.training import ASSUMED_SHARE, ASSUMED_TRACES, MACHINES, Data, plan_training
 from distill.prompts import Prompt, load_prompts
+from distill.recipe import TeacherServer
 from distill.run import Run
 from distill.traces.store import TraceStore
 
@@ -85,7 +86,7 @@ def plan_recipe(
     foretold = foretell(recipe, directory, prompts, traces, mean)
     prompt_tokens, counted = _prompt_tokens(recipe, prompts, foretold, measured)
     server = catalog.server_of(recipe)
-    price = (server.price if server else None) or catalog.load_teacher(recipe.teacher).price
+    price = (server.price if isinstance(server, TeacherServer) else None) or catalog.load_teacher(recipe.teacher).price
     stages = (
         _generate(recipe, foretold, prompt_tokens, price, measured, hardware),
         _filter(recipe, foretold),
@@ -137,7 +138,7 @@ def _prompts(recipe: "Recipe", paths: RunPaths) -> list[Prompt] | None:
     on_hub = any(source.kind == "hub" for source in recipe.prompts)
     if recipe.traces or (on_hub and TraceStore(paths.traces).is_empty()):
         return None
-    return list(load_prompts(recipe.prompts))
+    return list(load_prompts(recipe.prompts, None, recipe.generate.max_prompts))
 
 
 def foretell(
@@ -153,6 +154,9 @@ def foretell(
         number = len(prompts)
     elif limits and all(limits):
         number = sum(limit for limit in limits if limit)
+        number = min(number, (recipe.generate.max_prompts if recipe.prompts else None) or number)
+    elif recipe.prompts and recipe.generate.max_prompts:
+        number = recipe.generate.max_prompts
     else:
         number = ASSUMED_TRACES // samples
         assumed.append("the number of traces (--traces)")

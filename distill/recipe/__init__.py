@@ -19,7 +19,7 @@ from distill.recipe.filter import Filter
 from distill.recipe.generate import Generate, LocalEngine
 from distill.recipe.price import Price
 from distill.recipe.sampling import SamplingSettings
-from distill.recipe.server import TeacherServer
+from distill.recipe.server import AnyServer, LaunchedServer, TeacherServer
 from distill.recipe.sources import PromptSource, TraceSource
 from distill.recipe.train import Train
 from distill.section import Free, Section
@@ -31,6 +31,7 @@ __all__ = [
     "Eval",
     "Filter",
     "Generate",
+    "LaunchedServer",
     "LocalEngine",
     "Lora",
     "Price",
@@ -59,7 +60,7 @@ class Recipe(Section):
     prompts: tuple[PromptSource, ...] = Field((), description="where the problems come from")
     traces: tuple[TraceSource, ...] = Field((), description="published traces, instead of asking the teacher")
     engine: LocalEngine = LocalEngine()
-    server: TeacherServer | None = Field(
+    server: AnyServer | None = Field(
         None, description="server that has the teacher, in place of the card's; null: the card's, else the local engine"
     )
     generate: Generate = Generate()

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 from distill.engine.families import FAMILIES
 from distill.recipe.price import Price
 from distill.recipe.sampling import SamplingSettings
-from distill.recipe.server import TeacherServer
+from distill.recipe.server import AnyServer
 from distill.recipe.sources import PromptSource
 from distill.section import Section
 
@@ -43,7 +43,7 @@ class TeacherCard(Section):
         None, description="id on the Hugging Face Hub, or a directory relative to the card; null: it has a server only"
     )
     revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the newest commit")
-    server: TeacherServer | None = Field(None, description="server that has the teacher; null: the local engine")
+    server: AnyServer | None = Field(None, description="server that has the teacher; null: the local engine")
     price: Price | None = Field(None, description="price of the teacher at a provider; null: unknown")
     parameters: float = Field(description="total parameters, in billions")
     active_parameters: float = Field(description="parameters active for one token, in billions")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from distill.section import Section, WhenSet
+from distill.section import Later, Section
 
 
 class SamplingSettings(Section):
@@ -14,7 +14,7 @@ class SamplingSettings(Section):
     top_p: float = Field(0.95, gt=0, le=1, description="nucleus; 1 is off")
     top_k: int = Field(0, ge=0, description="0 is off")
     max_new_tokens: int = Field(32768, ge=1, description="completion tokens at most")
-    thinking_budget: Annotated[int | None, WhenSet] = Field(
+    thinking_budget: Annotated[int | None, Later] = Field(
         None,
         ge=1,
         description="tokens after which an open think block is closed, so the answer follows; null: no limit",

@@ -1,9 +1,14 @@
-"""`server:` in a recipe or a teacher card: the teacher is asked through an address instead of the local engine."""
+"""`server:` in a recipe or a teacher card: the teacher is asked through an address instead of the local engine.
+
+Two forms: the address of a server that runs (`url`), and one that distill starts and stops (`launch`). They are a union
+and not one section with optional fields, so that a key of one form is refused in the other.
+"""
 
 import re
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import AfterValidator, Discriminator, Field, JsonValue, Tag, model_validator
 
 from distill.recipe.price import Price
 from distill.section import Free, Section
@@ -62,3 +67,72 @@ class TeacherServer(Section):
     price: Annotated[Price | None, Free] = Field(
         None, description="price of the tokens at this server, in place of the card's; null: the card's"
     )
+
+
+OWN_FLAGS = {  # flags that `launch` sets itself: a second value would contradict what distill was told
+    "--host",
+    "--port",
+    "--api-key",
+    "--served-model-name",
+    "--model",
+    "--model-path",
+    "--config",
+    "--tensor-parallel-size",
+    "--tp-size",
+    "--tp",
+    "-tp",
+}
+
+
+class LaunchedServer(Section):
+    """A vLLM or SGLang server that distill starts with the card's weights on this machine, and stops.
+
+    The engine and its arguments decide the numbers; where it is installed, its GPUs and the concurrency do not.
+    """
+
+    launch: Literal["vllm", "sglang"] = Field(description="engine to start")
+    executable: Annotated[str | None, Free] = Field(
+        None,
+        description="the engine's command, or a Python interpreter that has it installed; null: the command `vllm` or "
+        "`sglang` on PATH",
+    )
+    arguments: tuple[str, ...] = Field((), description="further arguments of the server, such as `--enforce-eager`")
+    tensor_parallel_size: Annotated[int | None, Free] = Field(
+        None,
+        ge=1,
+        description="GPUs that share the weights; null: the largest number of the visible ones that divides the "
+        "model's attention heads",
+    )
+    trust_remote_code: bool = Field(False, description="run the Python files that a checkpoint brings")
+    start_timeout: Annotated[float, Free] = Field(
+        3600, gt=0, description="seconds within which the server has to answer"
+    )
+    concurrency: Annotated[int | None, Free] = Field(
+        None, ge=1, description="requests under way at once; null: `generate.max_batch` or `eval.max_batch`"
+    )
+    silence: Annotated[float, Free] = Field(
+        SILENCE, gt=0, description="seconds without a token after which a request has failed"
+    )
+    extra_body: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="further fields of every request, such as `chat_template_kwargs`, as the server documents them",
+    )
+
+    @model_validator(mode="after")
+    def sets_no_flag_twice(self) -> "LaunchedServer":
+        for argument in self.arguments:
+            if (flag := argument.partition("=")[0]) in OWN_FLAGS:
+                raise ValueError(f"arguments: {flag} is set by distill; remove it")
+        return self
+
+
+def _form(values: object) -> str:
+    """The form of a `server:` section: it is launched where it says so."""
+    launched = "launch" in values if isinstance(values, Mapping) else isinstance(values, LaunchedServer)
+    return LaunchedServer.__name__ if launched else TeacherServer.__name__
+
+
+AnyServer = Annotated[
+    Annotated[TeacherServer, Tag("TeacherServer")] | Annotated[LaunchedServer, Tag("LaunchedServer")],
+    Discriminator(_form),
+]

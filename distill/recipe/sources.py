@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
-from distill.section import Free, Section
+from distill.section import Free, Later, Section
 
 
 def _is_date(day: str) -> str:
@@ -24,23 +24,7 @@ Day = Annotated[str, AfterValidator(_is_date)]
 Task = Literal["math", "code", "choice", "chat"]
 
 
-class Later:
-    """Mark of a field that did not always exist: at its default it is left out of the fingerprint, so that runs begun
-    without it go on."""
-
-
-class _Source(Section):
-    def settings(self) -> dict[str, JsonValue]:
-        """The fields of the fingerprint, without those that are marked `Later` and have their default."""
-        defaults = {
-            name
-            for name, info in type(self).model_fields.items()
-            if Later in info.metadata and getattr(self, name) == info.default
-        }
-        return {key: value for key, value in super().settings().items() if key.partition(".")[0] not in defaults}
-
-
-class _Weighted(_Source):
+class _Weighted(Section):
     """A source's part in a mixture."""
 
     weight: Annotated[float | None, Later] = Field(
@@ -89,7 +73,7 @@ class GymPrompts(_Weighted):
         return self
 
 
-class _InFile(_Source):
+class _InFile(Section):
     kind: Literal["file"]
     path: str = Field(
         description="a .jsonl, .json, .csv, .tsv (also .gz or .zst) or .parquet file, or a directory of save_to_disk; "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from distill.errors import UserError
 from distill.evaluations import EvaluationPaths, read_grades
+from distill.traces.published import IMPORTED
 from distill.traces.store import TraceStore, read_traces
 from distill.traces.trace import Trace, Verdict
 
@@ -65,6 +66,9 @@ def entries(directory: Path) -> Iterator[Entry]:
             for trace, verdicts in read_traces(folder, ids=False):
                 reason = verdict_of(verdicts)
                 yield Entry(trace, reason == KEPT, reason, tuple(map(_decision, verdicts or ())))
+    elif (directory / IMPORTED).is_file():
+        for trace, verdicts in read_traces(directory / "traces", ids=False):
+            yield Entry(trace, None, NOT_FILTERED, tuple(map(_decision, verdicts)))
     elif (directory / "traces").is_dir():
         for trace in TraceStore(directory / "traces").iterate(tokens=False):
             yield Entry(trace, None, NOT_FILTERED)

@@ -4,6 +4,8 @@
     messages             the ecosystem's own: `role` and `content`
     conversations        ShareGPT: `from` and `value`, a `system` column beside it (OpenThoughts)
     prompt, completion   TRL's: text, or lists of messages
+    responses_create_params, response   rollouts as items of the Responses API (NeMo Gym)
+    question, response   and the other pairs of columns in `FLAT`
     named by the recipe  a question, a reasoning without tags and an answer in columns of their own (s1K)
 
 A column may hold its list as JSON text. A content may be text or a list of parts. The reasoning stands in the text
@@ -16,8 +18,11 @@ image) is left out under a reason that is counted (`LeftOut`): in a published da
 and nobody can correct them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import count
 
 from distill.chat import END_THINK, THINK
 from distill.errors import UserError
@@ -35,14 +40,50 @@ TAGS = (  # around a reasoning: opening, closing; around the answer after it: op
     ("[THINK]", "[/THINK]", "", ""),
     ("<thinking>", "</thinking>", "<answer>", "</answer>"),
 )
-REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's turn
+REASONING = (  # keys of an assistant's turn
+    *("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "thinking_content", "reasoning_text"),
+    "reasoning_details",
+)
+FLAT = (  # columns of question, reasoning (None: between tags in the answer) and answer that need no naming
+    ("question", "deepseek_thinking_trajectory", "deepseek_attempt"),
+    ("question", "thinking_trajectories", "attempt"),
+    ("problem", "message_thinking", "message_content"),
+    ("question", None, "response"),
+    ("problem", None, "response"),
+    ("instruction", None, "response"),
+)
 TOOLS = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
-THOUGHT_PARTS = ("thinking", "reasoning")
-FINISHED = {"eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
-HEADS = ("generations", "messages", "conversations", "completion")  # a known layout has one of these columns
+THOUGHT_PARTS = (
+    "thinking",
+    "reasoning",
+    "thought",
+    "reasoning.text",
+    "reasoning.summary",
+    "reasoning_text",
+    "summary_text",
+)
+SECRET_PARTS = ("reasoning.encrypted", "redacted_thinking")  # a reasoning that nobody can read
+FINISHED = {
+    "eos": "stop",
+    "eos_token": "stop",
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "max_output_tokens": "length",
+}
+HEADS = (  # a known layout has one of these columns
+    *("generations", "messages", "conversations", "completion", "responses_create_params"),
+)
+ALIGNED = (
+    "finish_reasons",
+    "is_reasoning_complete",
+    "correctness_math_verify",
+    "correctness_llama",
+)  # to `generations`
 COLUMNS = (  # that a row in a known layout may have
     *HEADS,
-    *("problem", "question", "prompt", "system", "finish_reason", "finish_reasons", "is_reasoning_complete"),
+    *("problem", "question", "prompt", "system", "finish_reason", "response", *REASONING, *ALIGNED),
+    *dict.fromkeys(name for flat in FLAT for name in flat if name is not None),
 )
 
 
@@ -61,11 +102,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. messages: those before it, the question last. text: with its reasoning in a think block."""
+    """One answer. messages: those before it, the question last. text: with its reasoning in a think block. number: its
+    place in a row of several."""
 
     messages: tuple[Message, ...]
     text: str
     finish_reason: FinishReason
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,11 +120,17 @@ class _Turn:
     reasoning: object = None
 
 
-def answers(row: Row, columns: Columns, where: str) -> Iterator[Answer | LeftOut]:
-    """The answers in a row, or why one is left out. Errors: UserError for a row in no known layout."""
-    for number, turns in enumerate(_conversations(row, columns, where)):
+def answers(row: Row, columns: Columns, where: str, empty: bool = False) -> Iterator[Answer | LeftOut]:
+    """The answers in a row, or why one is left out. empty: whether an empty text is an answer.
+
+    Errors: UserError for a row in no known layout, or whose lists have other lengths than `generations`.
+    """
+    conversations = _conversations(row, columns, where)
+    for number in count():
         try:
-            yield _answer(row, turns, number, where)
+            if (turns := next(conversations, None)) is None:
+                return
+            yield _answer(row, turns, number, where, empty)
         except LeftOut as reason:
             yield reason
 
@@ -92,6 +141,7 @@ def _conversations(row: Row, columns: Columns, where: str) -> Iterator[list[_Tur
         reasoning = _column(row, columns.reasoning, where) if columns.reasoning else None
         yield [question, _Turn("assistant", _column(row, columns.response, where), reasoning)]
     elif (generations := _list(row.get("generations"), of=str)) is not None:
+        _check_aligned(row, len(generations), where)
         question = _Turn(
             "user", _column(row, columns.question or ("problem" if "problem" in row else "question"), where)
         )
@@ -103,9 +153,97 @@ def _conversations(row: Row, columns: Columns, where: str) -> Iterator[list[_Tur
         yield _turns(row["conversations"], "conversations", where)
     elif row.get("prompt") and "completion" in row:
         prompt = _turns(row["prompt"], "prompt", where, text_role="user")
-        yield prompt + _turns(row["completion"], "completion", where, text_role="assistant")
+        *before, last = _turns(row["completion"], "completion", where, text_role="assistant") or [_Turn("none", None)]
+        if not last.reasoning:
+            last = replace(last, reasoning=next((row[key] for key in REASONING if row.get(key)), None))
+        yield [*prompt, *before, last]
+    elif isinstance(row.get("responses_create_params"), dict):
+        yield _rollout(row, where)
+    elif (flat := _flat(row)) is not None:
+        yield from _conversations(row, flat, where)
     else:
         raise no_layout(row, where)
+
+
+def is_known(columns: Collection[str]) -> bool:
+    """Whether columns are those of a known layout."""
+    return any(head in columns for head in HEADS) or _flat(columns) is not None
+
+
+def _flat(columns: Collection[str]) -> Columns | None:
+    for question, reasoning, response in FLAT:
+        if {question, reasoning or question, response} <= set(columns):
+            return Columns(question, reasoning, response)
+    return None
+
+
+def _check_aligned(row: Row, length: int, where: str) -> None:
+    """Raise UserError for a list about the generations that has another length: which is whose cannot be known."""
+    for column in ALIGNED:
+        listed = row.get(column)
+        if isinstance(listed, list) and listed and len(listed) != length:
+            raise UserError(
+                f"{where}: {column} has {len(listed)} values for {length} generations; correct or remove the row"
+            )
+
+
+def _rollout(row: Row, where: str) -> list[_Turn]:
+    """The turns of a rollout. Calls of tools and their results are text in the turns of assistant and user, with the
+    tags that Qwen's chat templates put around them: a conversation has no other roles, and nothing is lost."""
+    asked, response = row["responses_create_params"], row.get("response")
+    assert isinstance(asked, dict)
+    given, made = asked.get("input"), response.get("output") if isinstance(response, dict) else None
+    turns = [_Turn("system", asked["instructions"])] if asked.get("instructions") else []
+    turns += [_Turn("user", given)] if isinstance(given, str) else []
+    items = [*(given if isinstance(given, list) else ()), *(made if isinstance(made, list) else ())]
+    for number, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise UserError(f"{where}: item {number} of the rollout is a {type(item).__name__}, not an object")
+        turn = _item(item, where)
+        if turn.role == "assistant" and turns and turns[-1].role == "assistant":
+            turns[-1] = _merged(turns[-1], turn)
+        else:
+            turns.append(turn)
+    return [
+        turn if turn.role != "assistant" or turn is turns[-1] else _Turn(turn.role, _with_thought(turn))
+        for turn in turns
+    ]
+
+
+def _item(item: Mapping[str, object], where: str) -> _Turn:
+    match item.get("type", "message"):
+        case "message":
+            return _Turn(item.get("role"), item.get("content"), next((item[k] for k in REASONING if item.get(k)), None))
+        case "reasoning":
+            return _Turn("assistant", "", item.get("content") or item.get("summary") or None)
+        case "function_call":
+            arguments = item.get("arguments")
+            with suppress(ValueError):  # else it stays the text that the model wrote
+                arguments = parse_json(arguments) if isinstance(arguments, str) else arguments
+            call = json.dumps({"name": item.get("name"), "arguments": arguments}, ensure_ascii=False)
+            return _Turn("assistant", f"<tool_call>\n{call}\n</tool_call>")
+        case "function_call_output":
+            return _Turn(
+                "user", f"<tool_response>\n{_content(item.get('output'), 'result', empty=True)[1]}\n</tool_response>"
+            )
+    raise UserError(f"{where}: unknown item {item.get('type')!r} in the rollout; remove the row")
+
+
+def _merged(first: _Turn, second: _Turn) -> _Turn:
+    texts = [_content(turn.content, "answer", empty=True)[1] for turn in (first, second)]
+    thoughts = [_thought(turn.reasoning) for turn in (first, second) if turn.reasoning]
+    return _Turn("assistant", "\n".join(filter(None, texts)), "\n".join(filter(None, thoughts)) or None)
+
+
+def _with_thought(turn: _Turn) -> str:
+    thought = _thought(turn.reasoning) if turn.reasoning else None
+    return _with_reasoning(_content(turn.content, "answer", empty=True)[1], thought)
+
+
+def _thought(reasoning: object) -> str | None:
+    """The text of a reasoning under a key of its own; s1K has one trajectory in a list. Errors: LeftOut."""
+    inside, text = _content(reasoning, "reasoning", separator="\n", empty=True)
+    return "\n".join(filter(None, (inside, text))) or None
 
 
 def no_layout(columns: Iterable[str], where: str) -> UserError:
@@ -151,7 +289,7 @@ def _list(value: object, of: type = dict) -> list[object] | None:
     return value if isinstance(value, list) else None
 
 
-def _answer(row: Row, turns: list[_Turn], number: int, where: str) -> Answer:
+def _answer(row: Row, turns: list[_Turn], number: int, where: str, empty: bool) -> Answer:
     """The last turn as the answer to those before it. Errors: LeftOut; UserError for an unknown role."""
     if any(row.get(column) for column in MEDIA):
         raise LeftOut("not text alone")
@@ -167,10 +305,10 @@ def _answer(row: Row, turns: list[_Turn], number: int, where: str) -> Answer:
     system = row.get("system")
     if isinstance(system, str) and system.strip() and roles[0] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    thought, text = _content(turns[-1].content, "answer")
+    thought, text = _content(turns[-1].content, "answer", empty=empty and turns[-1].content is not None)
     if turns[-1].reasoning:
-        thought = _content(turns[-1].reasoning, "reasoning", separator="\n")[1]  # s1K: one trajectory in a list
-    return Answer(tuple(messages), _with_reasoning(tagged(text), thought), _finish(row, number, where))
+        thought = _thought(turns[-1].reasoning)
+    return Answer(tuple(messages), _with_reasoning(tagged(text), thought), _finish(row, number, where), number)
 
 
 def _role(turn: _Turn, where: str) -> str:
@@ -182,8 +320,11 @@ def _role(turn: _Turn, where: str) -> str:
     return ROLES[role]
 
 
-def _content(content: object, what: str, separator: str = "") -> tuple[str | None, str]:
-    """(reasoning in parts of its own, text) of a turn. what: its name in a reason. Errors: LeftOut."""
+def _content(content: object, what: str, separator: str = "", empty: bool = False) -> tuple[str | None, str]:
+    """(reasoning in parts of its own, text) of a turn. what: its name in a reason. empty: whether the text may be.
+
+    Errors: LeftOut.
+    """
     parts = content if isinstance(content, list) else [content]
     texts, thoughts = list[str](), list[str]()
     for part in parts:
@@ -194,13 +335,15 @@ def _content(content: object, what: str, separator: str = "") -> tuple[str | Non
             texts.append(part["text"])
         elif isinstance(part, dict) and kind in THOUGHT_PARTS:
             value = next((part[key] for key in (*THOUGHT_PARTS, "text", "content") if part.get(key)), None)
-            thoughts.append(_content(value, "reasoning")[1])
+            thoughts.append(_content(value, "reasoning", empty=empty)[1])
+        elif kind in SECRET_PARTS:
+            continue
         elif part is not None:
             raise LeftOut(
                 f"{what} of type {kind}" if isinstance(kind, str) else f"{what} of type {type(part).__name__}"
             )
     text = separator.join(texts)
-    if not text.strip():
+    if not text.strip() and not empty:
         raise LeftOut(f"empty {what}")
     return ("\n".join(thoughts) or None), text
 
@@ -238,6 +381,11 @@ def _column(row: Row, name: str, where: str) -> object:
 
 def _finish(row: Row, number: int, where: str) -> FinishReason:
     """Why an answer ended: as a column says it, else whether it is complete, else as published: an answer is whole."""
+    response = row.get("response")
+    if isinstance(response, dict):  # of the Responses API
+        details = response.get("incomplete_details")
+        cut = details.get("reason") if isinstance(details, dict) else None
+        return "stop" if cut is None else FINISHED.get(str(cut), str(cut))
     listed, complete = row.get("finish_reasons"), row.get("is_reasoning_complete")
     reason = listed[number] if isinstance(listed, list) and number < len(listed) else row.get("finish_reason")
     if isinstance(reason, str) and reason.strip():

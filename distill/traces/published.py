@@ -23,14 +23,21 @@ from distill.prompts.hub import load_dataset, rows_of_dataset
 from distill.prompts.prompt import Prompt
 from distill.prompts.rows import Row, columns_of, has_column, rows_of_file, value_at
 from distill.prompts.streams import opened, readable
-from distill.traces.layouts import COLUMNS, HEADS, Answer, Columns, LeftOut, answers, no_layout
+from distill.traces.exported import MARK, is_exported, read_exported
+from distill.traces.layouts import ALIGNED, COLUMNS, REASONING, Answer, Columns, LeftOut, answers, is_known, no_layout
 from distill.traces.store import read_traces
-from distill.traces.trace import Trace
+from distill.traces.trace import Trace, Verdict
 
 if TYPE_CHECKING:
     from distill.recipe.sources import FileTraces, HubTraces, TraceSource
 
-GOLD = ("answer", "gtruth_answer", "ground_truth", "expected_answer", "reward_model.ground_truth")
+GOLD = ("answer", "gtruth_answer", "ground_truth", "expected_answer", "gt", "reward_model.ground_truth")
+CORRECT = (  # columns with a publisher's verdict, the most reliable first
+    *("correctness_math_verify", "correctness_llama", "is_correct", "correct", "accuracy", "score", "reward"),
+)
+LABEL = "published"  # the filter under whose name an import stores what was published beside an answer
+LONGEST = 200  # characters of a text that is stored so
+IMPORTED = "import.json"  # in a directory that `distill import` made
 
 
 def read_published(source: "TraceSource", note: Callable[[str], None] = say) -> Iterator[Trace]:
@@ -40,21 +47,34 @@ def read_published(source: "TraceSource", note: Callable[[str], None] = say) -> 
     answer of the source can be used.
     """
     if source.kind == "run":
-        kept = Path(source.path) / "filtered" / "kept"
+        run = Path(source.path)
+        kept = run / "traces" if (run / IMPORTED).is_file() else run / "filtered" / "kept"
         if not kept.is_dir():
-            raise UserError(f"{source.path}: no run directory with kept traces (no filtered/kept in it)")
+            raise UserError(
+                f"{source.path}: no run directory with kept traces (no filtered/kept in it), and not made by "
+                f"`distill import`"
+            )
         yield from (trace for trace, _ in read_traces(kept))
         return
     rows, name = _rows(source)
-    yield from _Reader(source, name, note).traces(rows)
+    yield from (trace for trace, _ in Reader(source, name, note).traces(rows))
 
 
-def _rows(source: "HubTraces | FileTraces") -> tuple[Iterator[Row], str]:
-    """The rows and the source's name in a published data set: no home directory. Errors: UserError."""
+def reader_of(source: "HubTraces | FileTraces", note: Callable[[str], None]) -> "tuple[Reader, Iterator[Row]]":
+    """A reader of every column and the rows for it, for `distill import`. Errors: UserError."""
+    rows, name = _rows(source, every=True)
+    return Reader(source, name, note, whole=True), rows
+
+
+def _rows(source: "HubTraces | FileTraces", every: bool = False) -> tuple[Iterator[Row], str]:
+    """The rows and the source's name in a published data set: no home directory. every: with every column.
+
+    Errors: UserError.
+    """
     named = [name for name in (source.question, source.reasoning, source.response, source.answer) if name]
     if source.kind == "file":
         path = Path(source.path)
-        rows = rows_of_file(path, [*COLUMNS, *MEDIA, *GOLD, *named], source.split)
+        rows = rows_of_file(path, None if every else [*COLUMNS, MARK, *MEDIA, *GOLD, *named], source.split)
         name, names = "/".join(path.absolute().parts[-2:]).lstrip("/"), columns_of(path, source.split)
         if names is None and source.answer and not _mentions(path, source.answer.partition(".")[0]):
             raise _no_gold_column(name, source.answer, next(rows, (name, {}))[1])
@@ -63,7 +83,7 @@ def _rows(source: "HubTraces | FileTraces") -> tuple[Iterator[Row], str]:
         whole, path = f"{source.dataset} ({source.split})", Path(source.dataset)
         rows, name = rows_of_dataset(dataset, whole), path.name if path.is_absolute() else source.dataset
         names = dataset.column_names
-    if names is not None and not source.response and not any(head in names for head in HEADS):
+    if names is not None and not source.response and not is_known(names):
         raise no_layout(names, name)
     for column in named if names is not None else ():
         if not has_column(dict.fromkeys(names or ()), column):
@@ -94,35 +114,77 @@ def _no_gold_column(name: str, column: str, names: Iterable[str]) -> UserError:
     )
 
 
-class _Reader:
-    """Rows → traces, and counts of what is left out."""
+class Reader:
+    """Rows → traces, and counts of what is left out.
 
-    def __init__(self, source: "HubTraces | FileTraces", name: str, note: Callable[[str], None]) -> None:
-        self.source, self.name, self.note = source, name, note
+    whole: keep empty answers too, which filters judge, and what was published beside an answer, as a verdict `LABEL`.
+    """
+
+    def __init__(
+        self, source: "HubTraces | FileTraces", name: str, note: Callable[[str], None], whole: bool = False
+    ) -> None:
+        self.source, self.name, self.note, self.whole = source, name, note, whole
         self.rows = self.taken = self.without_gold = 0
         self.gold_seen = source.answer is None
         self.columns: dict[str, None] = {}
+        self.stored: set[str] = set()  # columns with values in a verdict
         self.left_out: Counter[str] = Counter()
         self.first: dict[str, str] = {}  # reason → place of the first such answer
 
-    def traces(self, rows: Iterator[Row]) -> Iterator[Trace]:
-        """The traces of the rows. Errors: UserError."""
+    @property
+    def left_behind(self) -> list[str]:
+        """The columns of the rows that were read so far of which nothing is stored."""
+        named = (self.source.question, self.source.reasoning, self.source.response, self.source.answer)
+        used = {*COLUMNS, *GOLD, *(name.partition(".")[0] for name in named if name), MARK, *self.stored}
+        return [name for name in self.columns if name not in used and name != "reward_model"]
+
+    def traces(self, rows: Iterator[Row]) -> Iterator[tuple[Trace, list[Verdict]]]:
+        """The traces of the rows, with the verdict `LABEL` if `whole`. Errors: UserError."""
         columns = Columns(self.source.question, self.source.reasoning, self.source.response)
         teacher, samples = digest({"published": self.name}), Counter[str]()
         for where, row in islice(rows, self.source.limit):
             self.rows += 1
             self.columns |= dict.fromkeys(row)
             self.gold_seen = self.gold_seen or has_column(row, self.source.answer or "")
-            for answer in answers(row, columns, where):
-                if isinstance(answer, LeftOut):
-                    self.left_out[str(answer)] += 1
-                    self.first.setdefault(str(answer), where)
-                    continue
-                trace = self._trace(row, answer, teacher)
-                yield replace(trace, sample=samples[trace.prompt.id])
+            for trace, verdicts in self._row(row, columns, teacher, where):
+                yield replace(trace, sample=samples[trace.prompt.id]), verdicts
                 samples[trace.prompt.id] += 1
                 self.taken += 1
         self._finish()
+
+    def _row(
+        self, row: dict[str, object], columns: Columns, teacher: str, where: str
+    ) -> Iterator[tuple[Trace, list[Verdict]]]:
+        if is_exported(row):
+            self.gold_seen = True
+            for number, trace in enumerate(read_exported(row, where)):
+                yield trace, self._label(row, number)
+            return
+        for answer in answers(row, columns, where, self.whole):
+            if isinstance(answer, LeftOut):
+                self.left_out[str(answer)] += 1
+                self.first.setdefault(str(answer), where)
+            else:
+                yield self._trace(row, answer, teacher), self._label(row, answer.number)
+
+    def _label(self, row: dict[str, object], number: int) -> list[Verdict]:
+        """What was published beside an answer: numbers, short texts, and the values of lists about the generations."""
+        if not self.whole:
+            return []
+        generations = row.get("generations")
+        length = len(generations) if isinstance(generations, list) else 0
+        evidence: dict[str, object] = {}
+        for name, value in row.items():
+            if name in (set(COLUMNS) - set(ALIGNED) - set(REASONING)) or name in MEDIA or name == MARK:
+                continue
+            if isinstance(value, list) and length and len(value) == length:
+                value = value[number]
+            if isinstance(value, bool | int | float) or (isinstance(value, str) and 0 < len(value) <= LONGEST):
+                evidence[name] = value
+        self.stored |= evidence.keys()
+        said = next((evidence[name] for name in CORRECT if evidence.get(name) in (0, 1)), None)
+        reason = "not labelled" if said is None else "labelled correct" if said else "labelled incorrect"
+        return [Verdict(LABEL, True, reason, evidence)] if evidence else []
 
     def _trace(self, row: dict[str, object], answer: Answer, teacher: str) -> Trace:
         prompt = Prompt(answer.messages, self.source.task, self._gold(row), self.name)
@@ -143,9 +205,9 @@ class _Reader:
         reasons = ", ".join(
             f"{count:,} {reason} (first: {self.first[reason]})" for reason, count in self.left_out.items()
         )
-        if not self.rows:
+        if not self.rows and not self.whole:
             raise UserError(f"{self.name}: no rows; give a source with at least one trace")
-        if not self.taken:
+        if not self.taken and not self.whole:
             raise UserError(f"{self.name}: no answer can be used: {reasons}; correct the rows or name another source")
         if not self.gold_seen:
             raise _no_gold_column(self.name, self.source.answer or "", self.columns)

@@ -15,8 +15,8 @@ import pytest
 import train_support as support
 from safetensors.torch import load_file
 
+from distill.children import free_port
 from distill.errors import WorkError
-from distill.train.ranks import launch
 
 REPO = Path(__file__).resolve().parents[2]
 SETTINGS = {"max_steps": 8, "logging_steps": 1, "save_steps": 3}
@@ -115,7 +115,7 @@ def test_sharded_means_that_a_rank_holds_half(student, tmp_path):
     script.write_text(textwrap.dedent(SHARDED.format(tests=REPO / "tests", student=student)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
     done = subprocess.run(
-        [*command, str(launch.free_port()), str(script)], capture_output=True, text=True, cwd=REPO, timeout=120
+        [*command, str(free_port()), str(script)], capture_output=True, text=True, cwd=REPO, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shares = [float(share) for share in re.findall(r"share ([\d.]+) ", done.stdout)]
@@ -130,7 +130,7 @@ def test_torchrun_may_start_the_processes(one, student, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(support.make_recipe(student, SETTINGS).to_yaml())
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    arguments = [str(launch.free_port()), str(REPO / "cli.py"), "train", str(recipe), "--run-dir", str(directory)]
+    arguments = [str(free_port()), str(REPO / "cli.py"), "train", str(recipe), "--run-dir", str(directory)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, cwd=REPO, env=environment, timeout=180
@@ -139,7 +139,7 @@ def test_torchrun_may_start_the_processes(one, student, tmp_path):
     assert figures(directory) == pytest.approx(figures(one), rel=1e-5)
     assert done.stdout.count("integrity gate") == 1, "only the first rank speaks"
     again = subprocess.run(
-        [*command, str(launch.free_port()), *arguments[1:]], capture_output=True, text=True, cwd=REPO, timeout=180
+        [*command, str(free_port()), *arguments[1:]], capture_output=True, text=True, cwd=REPO, timeout=180
     )
     assert again.returncode == 0 and "nothing to do: train" in again.stdout
 

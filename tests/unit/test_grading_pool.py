@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from distill import grading
+from distill.children import Child
 from distill.errors import UserError, WorkError
 from distill.grading import GRADERS, Answer, Grader, TaskGrader, unreadable_golds
 from distill.grading import grader as grader_module
-from distill.grading.children import Child
 from distill.grading.grade import Outcome
 from distill.grading.pool import Lost, WorkerPool
 from distill.prompts.prompt import Prompt
@@ -235,7 +235,7 @@ def test_a_child_speaks_in_lines_and_ends_with_its_input() -> None:
 def test_a_silent_child_writes_where_its_parent_does(tmp_path: Path) -> None:
     (tmp_path / "shout.py").write_text("import os, sys; print(os.environ['WORD']); sys.exit(3)\n")
     script = f"""
-from distill.grading.children import Child
+from distill.children import Child
 child = Child("shout", environment={{"WORD": "hello", "PYTHONPATH": {str(tmp_path)!r}}}, speaks=False)
 print(child.process.wait(), child.stdout, child.end())
 """

@@ -20,6 +20,7 @@ STAGES = {"generate", "filters", "train", "eval", "report", "serve", "plan"}
 SHARED = {"recipe", "config", "catalog", "chat", "limits", "traces", "prompts", "run", "hardware"}
 SHARED |= {
     "artefacts",
+    "children",
     "interrupts",
     "lock",
     "model_files",
@@ -41,14 +42,16 @@ BELOW_STAGES = {"grading", "backends"} | SHARED
 ALLOWED: dict[str, set[str]] = {
     "": {"api"},  # the package itself, which imports the Python API on first use
     "api": BELOW_STAGES,
+    "keeper": set(),
     "command": {"cli", "interrupts"},
-    "cli": {"pipeline", "doctor", "plan"} | STAGES | BELOW_STAGES,
+    "cli": {"pipeline", "doctor", "plan", "push"} | STAGES | BELOW_STAGES,
     "doctor": BELOW_STAGES | {"engine.kernels", "engine.families"},
+    "push": SHARED,
     "pipeline": STAGES | BELOW_STAGES | {"filters.pipeline"},
     **{stage: BELOW_STAGES for stage in STAGES},
     "plan": BELOW_STAGES | {"generate", "train", "engine.spec", "engine.families"},
     "grading": {"backends"} | SHARED,
-    "backends": {"engine"} | SHARED,
+    "backends": {"engine", "keeper"} | SHARED,
     **{room: SHARED for room in SHARED},
     "catalog": SHARED | {"engine.families"},  # what a card says of its model is compared with the model
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.

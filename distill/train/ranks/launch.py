@@ -10,7 +10,6 @@ standard input.
 
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -19,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distill.artefacts import TrainSummary
+from distill.children import Child, free_port
 from distill.errors import UserError, WorkError
-from distill.grading.children import Child
 from distill.hardware import cores
 from distill.recipe import Train
 from distill.train.ranks import environment
@@ -107,13 +106,6 @@ def _outcome(outcomes: Sequence[Path], codes: Sequence[int], interrupted: bool) 
                 f"resumes from the newest checkpoint"
             )
     return TrainSummary.read(outcomes[0], "rerun the same command")
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -14,6 +14,7 @@ Standard library only, so that light processes may use it. POSIX only, as are th
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])  # so that a child finds `distill` in a bare clone too
+PACKAGE_PARENT = str(Path(__file__).resolve().parents[1])  # so that a child finds `distill` in a bare clone too
 DYING_SECONDS = 2.0  # between the end of a process's output and its own end
 
 
@@ -92,3 +93,10 @@ class Child:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "no message"
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,196 @@
+"""A server that distill starts: its flags, its end on every way out, and what is said when it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from eval_support import distill
+
+from distill import keeper
+from distill.backends.serving import ENGINES, parallel_size, reasoning_parser
+from distill.config import parse
+from distill.errors import UserError
+from distill.recipe import Recipe
+from distill.traces.store import TraceStore
+
+REPO = Path(__file__).resolve().parents[2]
+TEMPLATE = (REPO / "teachers/tiny-r1/chat_template.jinja").read_text()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A directory with the commands `vllm` and `sglang` on PATH; the ids of their processes are in `pids`."""
+    for name in ("vllm", "sglang"):
+        command = tmp_path / "bin" / name
+        command.parent.mkdir(exist_ok=True)
+        command.write_text(f"#!{sys.executable}\n" + (REPO / "tests/stand_in_server.py").read_text())
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("STAND_IN_PIDS", str(tmp_path / "pids"))
+    monkeypatch.setattr(keeper, "STOP_SECONDS", 1.0)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(8)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def recipe(server=None, **changes):
+    content = {
+        "name": "launched",
+        "teacher": "tiny-r1",
+        "student": "tiny-qwen",
+        "server": {"launch": "vllm"} | (server or {}),
+        "prompts": [{"kind": "file", "path": "sums.jsonl"}],
+        "generate": {"sampling": {"max_new_tokens": 64}, "max_batch": 2},
+        "eval": {"benchmarks": ["tiny-arithmetic"]},
+    }
+    Path("launched.yaml").write_text(yaml.safe_dump(content | changes))
+    return "launched.yaml"
+
+
+def processes():
+    return [int(line) for line in Path("pids").read_text().split()] if Path("pids").exists() else []
+
+
+def none_is_left(seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while any(_runs(pid) for pid in processes()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return processes() and not any(_runs(pid) for pid in processes())
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def stored():
+    return len(TraceStore(Path("runs/launched/traces")))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_it_starts_answers_and_leaves_no_process_and_no_key(here, monkeypatch, capsys, engine):
+    server = {"launch": engine, "arguments": ["--enforce-eager"]}
+    assert distill(monkeypatch, "generate", recipe(server)) == 0
+    traces = list(TraceStore(Path("runs/launched/traces")))
+    assert len(traces) == 8 and {trace.reasoning for trace in traces} == {"twice two"}
+    assert len(processes()) == 2 and none_is_left()
+    log = Path("runs/launched/logs/server.log").read_text()
+    assert "--enforce-eager" in log and "loading with key ***" in log
+    assert f"--served-model-name teacher --{'tp-size' if engine == 'sglang' else 'tensor-parallel-size'} 1" in log
+    assert "--reasoning-parser deepseek" in log
+    capsys.readouterr()
+    assert distill(monkeypatch, "generate", "launched.yaml") == 0 and len(processes()) == 2  # nothing to do
+    assert distill(monkeypatch, "generate", recipe(server | {"arguments": []})) == 2
+    assert "teacher.arguments" in capsys.readouterr().err
+
+
+def test_a_server_that_dies_at_the_start_is_reported_with_its_last_line(here, monkeypatch, capsys):
+    monkeypatch.setenv("STAND_IN", "dies")
+    assert distill(monkeypatch, "generate", recipe()) == 1
+    error = capsys.readouterr().err
+    assert "vllm ended with exit code 1 before it answered (out of memory)" in error and "logs/server.log" in error
+    monkeypatch.delenv("STAND_IN")
+    assert distill(monkeypatch, "generate", recipe()) == 0 and none_is_left()
+
+
+def test_an_argument_that_the_server_does_not_know_is_reported(here, monkeypatch, capsys):
+    assert distill(monkeypatch, "generate", recipe({"arguments": ["--nonsense"]})) == 1
+    assert "exit code 2" in (error := capsys.readouterr().err) and "--nonsense" in error
+
+
+def test_a_server_that_dies_in_the_middle_keeps_what_is_finished(here, monkeypatch, capsys):
+    monkeypatch.setenv("STAND_IN", "quits:5")
+    assert distill(monkeypatch, "generate", recipe()) == 1
+    error = capsys.readouterr().err
+    assert "vllm ended with exit code 3 in the middle (CUDA error)" in error and none_is_left()
+    before = stored()
+    assert 2 <= before <= 4
+    monkeypatch.delenv("STAND_IN")
+    assert distill(monkeypatch, "generate", "launched.yaml") == 0
+    assert stored() == 8 and none_is_left()
+
+
+def test_a_server_that_never_answers_is_ended(here, monkeypatch, capsys):
+    monkeypatch.setenv("STAND_IN", "deaf")
+    assert distill(monkeypatch, "generate", recipe({"start_timeout": 2})) == 1
+    assert "did not answer within 2 seconds (server.start_timeout)" in capsys.readouterr().err and none_is_left()
+
+
+@pytest.mark.slow  # the server is given twenty seconds to end
+def test_a_server_that_ignores_sigterm_is_killed(here, monkeypatch):
+    monkeypatch.setenv("STAND_IN", "stubborn")
+    assert distill(monkeypatch, "generate", recipe()) == 0 and none_is_left()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
+@pytest.mark.parametrize("moment", ["starting", "answering"])
+def test_no_process_is_left_whatever_ends_the_command(here, number, code, moment):
+    faults = {"starting": {"STAND_IN": "deaf"}, "answering": {"STAND_IN_SECONDS": "60"}}[moment]
+    command = [sys.executable, str(REPO / "cli.py"), "generate", recipe()]
+    running = subprocess.Popen(command, env=os.environ | faults, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = Path("runs/launched/logs/server.log")
+    deadline = time.monotonic() + 60
+    while len(processes()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.5)  # in the middle of the wait, or of the first answers
+    assert all(_runs(pid) for pid in processes()) and log.exists()
+    running.send_signal(number)
+    assert running.wait(60) == code
+    assert none_is_left()
+
+
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(here, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    cases = {
+        "pip install vllm": {},
+        "server.executable: nowhere": {"executable": "nowhere"},
+        "does not have vllm": {"executable": sys.executable},
+        "server.url: unknown key": {"url": "http://localhost/v1"},
+        "arguments: --port is set by distill": {"arguments": ["--port=1"]},
+        "did you mean server.arguments?": {"argumens": []},
+        "server.launch: should be 'vllm' or 'sglang'": {"launch": "other"},
+    }
+    for message, server in cases.items():
+        assert distill(monkeypatch, "generate", recipe(server)) == 2, message
+        assert message in capsys.readouterr().err
+    assert not Path("runs/launched").exists() and not processes()
+
+
+def test_a_mistake_in_an_address_is_reported_by_the_users_keys():
+    base = {"name": "x", "teacher": "t", "student": "s", "prompts": [{"kind": "file", "path": "p"}]}
+    for server, message in (({"model": "m"}, "server.url: is missing"), ({"url": "u", "model": 1}, "server.model: ")):
+        with pytest.raises(UserError, match=message):
+            parse(Recipe, base | {"eval": {"benchmarks": ["b"]}, "server": server}, "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("template", "thinking", "parser"),
+    [
+        (TEMPLATE, None, "deepseek_r1"),
+        (TEMPLATE, False, None),
+        ("{{ messages[0].content }}", None, None),
+        ("{% if thinking %}<think>{% else %}</think>{% endif %}", True, "deepseek_v3"),
+        ("{% if thinking %}<think>{% else %}</think>{% endif %}", None, "deepseek_v3"),
+        ("{% if thinking %}<think>{% else %}</think>{% endif %}", False, None),
+        ("{% if enable_thinking is defined %}<think></think>{% endif %}", None, "qwen3"),
+        ("{% set thinking = 1 %}<think>", None, "deepseek_r1"),
+    ],
+)
+def test_the_reasoning_parser_follows_from_the_template(template, thinking, parser):
+    assert reasoning_parser(ENGINES["vllm"], template, thinking) == parser
+
+
+def test_gpus_divide_the_attention_heads(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 28}')
+    assert [parallel_size(tmp_path, gpus) for gpus in (0, 1, 3, 4, 8)] == [1, 1, 2, 4, 7]
