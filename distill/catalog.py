@@ -20,7 +20,7 @@ from distill.config import did_you_mean, parse, read_yaml
 from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.prompts import PromptCounts, load_prompts
-from distill.recipe import BenchmarkCard, LaunchedServer, Recipe, StudentCard, TeacherCard, TeacherServer
+from distill.recipe import BenchmarkCard, LaunchedServer, Price, Recipe, StudentCard, TeacherCard, TeacherServer
 from distill.recipe.sources import MixedSource, PromptSource, TraceSource
 from distill.section import Section
 
@@ -234,6 +234,13 @@ def check_recipe(
 def server_of(recipe: Recipe) -> TeacherServer | LaunchedServer | None:
     """The server that has a recipe's teacher: the recipe's, or its card's; None is the local engine."""
     return recipe.server or load_teacher(recipe.teacher).server
+
+
+def price_of(recipe: Recipe) -> Price | None:
+    """The price of a recipe's teacher: at the server that is named, else what its card says of a provider."""
+    server = server_of(recipe)
+    own = server.price if isinstance(server, TeacherServer) else None
+    return own or load_teacher(recipe.teacher).price
 
 
 def training_template(recipe: Recipe) -> str | None:

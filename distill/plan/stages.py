@@ -25,7 +25,6 @@ from distill.plan.hardware import Hardware, parse
 from distill.plan.lengths import expected_tokens
 from distill.plan.training import ASSUMED_SHARE, ASSUMED_TRACES, MACHINES, Data, plan_training
 from distill.prompts import Prompt, load_prompts
-from distill.recipe import TeacherServer
 from distill.run import Run
 from distill.traces.store import TraceStore
 
@@ -85,8 +84,7 @@ def plan_recipe(
     prompts = _prompts(recipe, paths)
     foretold = foretell(recipe, directory, prompts, traces, mean)
     prompt_tokens, counted = _prompt_tokens(recipe, prompts, foretold, measured)
-    server = catalog.server_of(recipe)
-    price = (server.price if isinstance(server, TeacherServer) else None) or catalog.load_teacher(recipe.teacher).price
+    price = catalog.price_of(recipe)
     stages = (
         _generate(recipe, foretold, prompt_tokens, price, measured, hardware),
         _filter(recipe, foretold),
