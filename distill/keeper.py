@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import BinaryIO, TypedDict
 
 POLL = 0.1  # seconds between two checks of whether the server has ended
+CANNOT_RUN = 126  # exit code, as that of a shell
 SUBREAPER, PDEATHSIG = 36, 1  # options of Linux's prctl
 
 
@@ -68,15 +69,19 @@ def main() -> int:
     if settings["python_path"]:
         environment["PYTHONPATH"] = settings["python_path"]
     with _with_key(settings, environment) as command, Path(settings["log"]).open("ab") as log:
-        server = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=lambda: _prctl(PDEATHSIG, signal.SIGKILL),
-        )
+        try:
+            server = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=lambda: _prctl(PDEATHSIG, signal.SIGKILL),
+            )
+        except OSError as error:  # as a shell reports it: not a program, or an interpreter that is missing
+            log.write(f"{command[0]}: {error.strerror}\n".encode())
+            return CANNOT_RUN
         output = _Output(server, log, settings["key"].encode())
         output.copy_until(lambda: bool(received) or server.poll() is not None, stop_with_input=True)
         _stop(server, output, settings["grace"])

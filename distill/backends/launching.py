@@ -19,7 +19,7 @@ import shlex
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -107,7 +107,7 @@ class LaunchedBackend:
         """Errors: UserError, always: chat servers do not score texts."""
         raise UserError("server.launch: the server cannot score texts; remove `server` to use the local engine")
 
-    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Iterator[Completed]:
+    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
         """Start the server unless it runs, and yield every wanted sample once.
 
         Errors: WorkError when the server does not start, or ends early; as `RemoteBackend.complete`.

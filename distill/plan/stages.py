@@ -136,7 +136,7 @@ def _prompts(recipe: "Recipe", paths: RunPaths) -> list[Prompt] | None:
     on_hub = any(source.kind == "hub" for source in recipe.prompts)
     if recipe.traces or (on_hub and TraceStore(paths.traces).is_empty()):
         return None
-    return list(load_prompts(recipe.prompts))
+    return list(load_prompts(recipe.prompts, None, recipe.generate.max_prompts))
 
 
 def foretell(
@@ -152,6 +152,9 @@ def foretell(
         number = len(prompts)
     elif limits and all(limits):
         number = sum(limit for limit in limits if limit)
+        number = min(number, (recipe.generate.max_prompts if recipe.prompts else None) or number)
+    elif recipe.prompts and recipe.generate.max_prompts:
+        number = recipe.generate.max_prompts
     else:
         number = ASSUMED_TRACES // samples
         assumed.append("the number of traces (--traces)")

@@ -16,7 +16,7 @@ from distill.recipe.adapters import Adapter, Lora, Qlora
 from distill.recipe.cards import Architecture, BenchmarkCard, StudentCard, TeacherCard
 from distill.recipe.evaluate import Eval
 from distill.recipe.filter import Filter
-from distill.recipe.generate import Generate, LocalEngine
+from distill.recipe.generate import Budget, Generate, LocalEngine
 from distill.recipe.price import Price
 from distill.recipe.sampling import SamplingSettings
 from distill.recipe.server import AnyServer, LaunchedServer, TeacherServer
@@ -28,6 +28,7 @@ __all__ = [
     "Adapter",
     "Architecture",
     "BenchmarkCard",
+    "Budget",
     "Eval",
     "Filter",
     "Generate",

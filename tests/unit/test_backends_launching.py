@@ -211,6 +211,13 @@ def test_a_server_that_dies_at_the_start_is_reported_with_its_last_line(here, mo
     assert distill(monkeypatch, "generate", recipe()) == 0 and none_is_left()
 
 
+def test_a_command_that_cannot_be_run_is_reported(here, monkeypatch, capsys):
+    (here / "bin/vllm").write_text("#!/nowhere/bin/python\n")
+    assert distill(monkeypatch, "generate", recipe()) == 1
+    error = capsys.readouterr().err
+    assert "vllm ended with exit code 126 while it started (" in error and "bin/vllm: No such file" in error
+
+
 def test_an_argument_that_the_server_does_not_know_is_reported(here, monkeypatch, capsys):
     assert distill(monkeypatch, "generate", recipe({"arguments": ["--nonsense"]})) == 1
     assert "exit code 2" in (error := capsys.readouterr().err) and "--nonsense" in error
