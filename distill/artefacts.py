@@ -56,11 +56,6 @@ class RunPaths:
         return self.root / "traces"
 
     @property
-    def usage(self) -> Path:
-        """`traces/usage.jsonl`: what the samples have cost so far, in tokens and seconds, by session."""
-        return self.traces / "usage.jsonl"
-
-    @property
     def server_log(self) -> Path:
         """`logs/server.log`: the output of the servers that distill started."""
         return self.root / "logs" / "server.log"

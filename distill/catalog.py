@@ -209,6 +209,15 @@ def check_recipe(
                 f"{reads} and needs its tokenizer: set `weights:` in the card of {teacher.name} to its directory or "
                 f"hub id"
             )
+    if (budget := recipe.generate.budget) is not None:
+        remote = isinstance(server, TeacherServer)
+        if budget.cost is not None and (price_of(recipe) if remote else recipe.price_per_hour) is None:
+            key = "server.price" if remote else "price_per_hour"
+            raise UserError(f"generate.budget.cost needs a price: set {key}, or remove the cost")
+        if isinstance(server, TeacherServer) and server.n:
+            raise UserError(
+                "generate.budget needs the tokens of each sample, which server.n hides: remove one of the two"
+            )
     for kind in weights:
         if kind == "teacher" and isinstance(server, TeacherServer):
             continue

@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING
 from distill import backends, catalog
 from distill.artefacts import Drafts, GenerateSummary, Measured, Settings
 from distill.backends import SamplingParams
-from distill.backends.collect import check_all, collect, missing
+from distill.backends.budget import Allowance, spent_on
+from distill.backends.collect import asked, check_all, collect, missing
 from distill.backends.device import device_type
 from distill.console import progress, say
+from distill.errors import WorkError
 from distill.fingerprint import digest
 from distill.grading import unreadable_golds
+from distill.recipe import TeacherServer
 from distill.stage import Stage
 from distill.traces.published import read_published
 from distill.traces.store import TraceStore
@@ -94,20 +97,27 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
     wanted = missing(run.prompts, recipe.generate.samples, store.keys())
     sampling = SamplingParams(**recipe.generate.sampling.model_dump(), logprobs=recipe.generate.logprobs)
     suffix = recipe.generate.prompt_suffix
+    total = len(run.prompts) * recipe.generate.samples
+    left = sum(len(job.samples) for job in wanted)
+    allowance = _allowance(run, store)
+    if wanted and allowance is not None and not allowance.fits(asked(wanted[0].prompt, suffix)):
+        raise _used_up(allowance, left, total)
     with backends.open(run.models.teacher, recipe.engine, recipe.generate.max_batch) as backend:
         check_all(backend, wanted, sampling, suffix)
         if wanted:
             _say_unreadable(run)
         begin()
-        total = len(run.prompts) * recipe.generate.samples
-        left = sum(len(job.samples) for job in wanted)
         started, teacher = time.monotonic(), _teacher(run, backend)
         with store:
             if store.cut_off:
                 say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
             with progress("generate", total, "traces", done=total - left, stored=True) as advance:
-                collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix)
+                made = collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix, allowance)
         seconds, usage, numerics = time.monotonic() - started, backend.usage, dict(backend.numerics)
+    if allowance is not None:
+        if made < left:
+            raise _used_up(allowance, left - made, total)
+        say(f"budget: {allowance.report()}")
     store.compact()
     counts = _counts(store)
     if len(counts.forms) > 1:
@@ -120,6 +130,25 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
             "drafts": usage.drafts and Drafts(proposed=usage.drafts[0], accepted=usage.drafts[1]),
             "numerics": numerics,
         }
+    )
+
+
+def _allowance(run: "Run", store: TraceStore) -> Allowance | None:
+    """What the recipe's budget still allows, after what all sessions of the run have spent."""
+    recipe = run.recipe
+    if recipe.generate.budget is None:
+        return None
+    suffix, limit = recipe.generate.prompt_suffix, recipe.generate.sampling.max_new_tokens
+    prompts = {prompt.id: asked(prompt, suffix) for prompt in run.prompts}
+    used, remote = spent_on(store, prompts, limit), isinstance(catalog.server_of(recipe), TeacherServer)
+    price, hourly = (catalog.price_of(recipe), None) if remote else (None, recipe.price_per_hour)
+    return Allowance(recipe.generate.budget, limit, used, run.seconds(STAGE), price, hourly)
+
+
+def _used_up(allowance: Allowance, left: int, total: int) -> WorkError:
+    return WorkError(
+        f"the budget is used up ({allowance.report()}): {left:,} of {total:,} samples are left, the others are stored; "
+        f"raise generate.budget, or lower generate.samples or the number of prompts"
     )
 
 
@@ -138,12 +167,17 @@ def sample_pilot(run: "Run", count: int) -> Measured | None:
         return None
     sampling = SamplingParams(**recipe.generate.sampling.model_dump(), logprobs=recipe.generate.logprobs)
     suffix, total = recipe.generate.prompt_suffix, sum(len(job.samples) for job in wanted)
+    allowance = _allowance(run, store)
     with backends.open(run.models.teacher, recipe.engine, recipe.generate.max_batch) as backend:
         check_all(backend, wanted, sampling, suffix)
         run.begin(STAGE, settings, extent)
         before, started = backend.usage, time.monotonic()
         with store, progress("pilot", total, "traces", stored=True) as advance:
-            collect(backend, store, wanted, sampling, recipe.seed, _teacher(run, backend), advance, suffix)
+            made = collect(
+                backend, store, wanted, sampling, recipe.seed, _teacher(run, backend), advance, suffix, allowance
+            )
+        if allowance is not None and made < total:
+            raise _used_up(allowance, total - made, total)
         seconds, usage = time.monotonic() - started, backend.usage
     prompts = usage.prompt_tokens - before.prompt_tokens
     requests = total if run.models.teacher.is_remote else len(wanted)  # the engine reads a prompt once for all samples

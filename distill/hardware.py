@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,6 +78,35 @@ def gpus() -> tuple[str, ...]:
         return ()
     properties = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
     return tuple(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in properties)
+
+
+def gpu_count() -> int:
+    """Number of NVIDIA or AMD GPUs that another program sees in this environment.
+
+    A torch that was built without CUDA sees none; they are counted with `nvidia-smi` then, as far as
+    CUDA_VISIBLE_DEVICES allows. Does not initialize CUDA, which would occupy memory of the first GPU.
+    """
+    import torch
+
+    if seen := torch.cuda.device_count():
+        return seen
+    listed = _listed_gpus()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return listed or 0
+    devices = [device.strip() for device in visible.split(",")]
+    hidden = (number for number, device in enumerate(devices) if device in ("", "-1"))
+    allowed = next(hidden, len(devices))  # CUDA ignores what follows an invalid device
+    return allowed if listed is None else min(allowed, listed)
+
+
+def _listed_gpus() -> int | None:
+    """Number of GPUs that `nvidia-smi` lists; None where it cannot be run."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
 
 
 def memory_bandwidth(size: int = 1 << 30, device: str = "cpu") -> float:

@@ -40,6 +40,7 @@ class Server:
     sent as they are sampled. silence: seconds without one after which a request has failed. extra_body: further fields
     of every request. others: further addresses of the same model. headers: sent with every request; never shown.
     n: whether the samples of a prompt are one request. batch: whether requests are sent as files to a batch API.
+    direct: whether requests bypass the proxies of the environment.
     """
 
     url: str
@@ -54,6 +55,7 @@ class Server:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     n: bool = False
     batch: bool = False
+    direct: bool = False
 
     @classmethod
     def of(cls, server: "TeacherServer", thinking: bool | None) -> "Server":

@@ -144,6 +144,11 @@ class Run:
         path = self.paths.record(name)
         return StageRecord.read_if_there(path, f"--fresh {name} moves the stage's output aside and starts it over")
 
+    def seconds(self, stage: StageFiles[S]) -> float:
+        """Seconds that a stage was worked on, in all sessions that have ended or were killed."""
+        record = self.record(stage.name)
+        return self._seconds(stage, record) if record is not None else 0.0
+
     def begun(self, name: str) -> bool:
         """Whether a stage was ever begun."""
         return self.paths.record(name).exists()

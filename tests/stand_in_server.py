@@ -1,7 +1,7 @@
-"""A stand-in for the commands `vllm` and `sglang`: strict about flags, with a worker process, and faults by STAND_IN.
+"""A stand-in for vLLM and SGLang, as commands and as modules: strict about flags, with a worker process.
 
-Faults: `dies` at the start, `deaf` (never healthy), `stubborn` (ignores SIGTERM, as does its worker), `quits:N` (ends
-when N requests were answered). Its processes write their ids to the file STAND_IN_PIDS.
+STAND_IN chooses a fault: `dies` at the start, `deaf` (never healthy), `stubborn` (ignores SIGTERM, as does its worker),
+`quits:N` (ends at request N). Its processes write their ids to the file STAND_IN_PIDS.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+SGLANG = "sglang" in Path(sys.argv[0]).parts[-2:]  # bin/sglang or sglang/launch_server.py
 FAULT = os.environ.get("STAND_IN", "")
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
@@ -26,7 +27,8 @@ def flags():
     parser.add_argument("--port", type=int)
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--enforce-eager", action="store_true")
-    if Path(sys.argv[0]).name == "sglang":
+    if SGLANG:
+        parser.add_argument("--enable-strict-thinking", action="store_true")
         parser.add_argument("--model-path", required=True)
         parser.add_argument("--config", type=Path, required=True)
         parser.add_argument("--tp-size", type=int)
@@ -35,14 +37,16 @@ def flags():
         parser.add_argument("model")
         parser.add_argument("--tensor-parallel-size", type=int)
         parser.add_argument("--max-model-len", type=int)
-    assert sys.argv[1] == "serve"
-    return parser.parse_args(sys.argv[2:])
+    arguments = sys.argv[1:]
+    if Path(sys.argv[0]).name != "launch_server.py":
+        assert arguments.pop(0) == "serve"
+    return parser.parse_args(arguments)
 
 
 def main():
     given = flags()
-    sglang = hasattr(given, "config")
-    key = given.config.read_text().split()[1] if sglang else os.environ["VLLM_API_KEY"]
+    key = given.config.read_text().split('"')[1] if SGLANG else os.environ["VLLM_API_KEY"]
+    assert len(key) >= 32 and key not in " ".join(sys.argv)
     print(f"loading with key {key}", flush=True)
     if FAULT == "dies":
         sys.exit("out of memory")
@@ -55,13 +59,13 @@ def main():
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            if self.path == ("/health_generate" if sglang else "/health"):
+            if self.headers["Authorization"] != f"Bearer {key}":
+                self.send({}, 401)
+            elif self.path == ("/health_generate" if SGLANG else "/health"):
                 ready = FAULT != "deaf" and time.monotonic() - started > 0.3
                 self.send({}, 200 if ready else 503)
-            elif self.headers["Authorization"] != f"Bearer {key}":
-                self.send({}, 401)
             else:
-                owner = "sglang" if sglang else "vllm"
+                owner = "sglang" if SGLANG else "vllm"
                 self.send({"object": "list", "data": [{"id": given.served_model_name, "owned_by": owner}]})
 
         def do_POST(self):

@@ -1,6 +1,6 @@
 """The protocol of a model that answers, and the types of its arguments and results."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,8 +76,8 @@ class Backend(Protocol):
     def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
         """Errors: UserError when a prompt cannot be completed (longer than the context, …)."""
 
-    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Iterator[Completed]:
-        """Yield every wanted sample once, in order of completion. Lazy in `jobs`.
+    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
+        """Yield every wanted sample once, in order of completion. Lazy in `jobs`. Closing it gives up the others.
 
         Errors: UserError for what the user can correct, WorkError when the engine or the server fails; every sample
         that was delivered before is yielded first.

@@ -5,9 +5,13 @@ the one loop they share. A sample that is in the store is never requested again.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
+from itertools import takewhile
 
 from distill.backends.backend import Backend, Completed, Job
+from distill.backends.budget import Allowance
 from distill.chat import split_reasoning
 from distill.engine.options import SamplingParams
 from distill.prompts.prompt import Prompt
@@ -34,21 +38,45 @@ def collect(
     teacher: str,
     advance: Callable[[int], None],
     suffix: str = "",
-) -> None:
+    allowance: Allowance | None = None,
+) -> int:
     """Sample the jobs into an open store. `teacher` is the fingerprint written into every trace.
 
-    suffix: text added to the last message of what the model is asked; the stored prompt stays as it was.
+    suffix: text added to the last message of what the model is asked; the stored prompt stays as it was. allowance:
+    what may be spent. Returns the number of samples made: fewer than wanted only where the allowance ends.
     """
     prompts: dict[str, Prompt] = {}
+    left: list[Job] = []
 
-    def with_suffix() -> Iterator[Job]:
+    def admitted() -> Iterator[Job]:
         for job in jobs:
+            prompt, samples = asked(job.prompt, suffix), job.samples
+            if allowance is not None:
+                some = tuple(takewhile(partial(allowance.admit, prompt), samples)) if not left else ()
+                if rest := samples[len(some) :]:
+                    left.append(Job(job.prompt, rest))
+                if not (samples := some):
+                    continue
             prompts[job.prompt.id] = job.prompt
-            yield Job(asked(job.prompt, suffix), job.samples)
+            yield Job(prompt, samples)
 
-    for done in backend.complete(with_suffix(), sampling, seed):
-        store.append([_trace(done, prompts[done.prompt.id], seed, teacher)])
-        advance(1)
+    made = 0
+    while True:
+        before = made
+        with closing(backend.complete(admitted(), sampling, seed)) as completions:
+            for done in completions:
+                trace = _trace(done, prompts[done.prompt.id], seed, teacher)
+                store.append([trace])
+                advance(1)
+                made += 1
+                if allowance is not None:
+                    allowance.settle(trace)
+                    if allowance.over:
+                        break
+        if allowance is None or not left or made == before or allowance.over:
+            return made
+        allowance.release()
+        jobs, left = left, []  # what was not used has become free
 
 
 def check_all(backend: Backend, jobs: Iterable[Job], sampling: SamplingParams, suffix: str = "") -> None:

@@ -1,7 +1,8 @@
 """One address of a server: its client library, how busy it is, and its errors as ours.
 
 The client library's own retries are off while sampling, because they hide that the server is busy (`pacing.py`).
-Proxies and certificates are those of the environment (`HTTPS_PROXY`, `SSL_CERT_FILE`), as the library takes them.
+Proxies and certificates are those of the environment (`HTTPS_PROXY`, `SSL_CERT_FILE`), as the library takes them. A
+server that distill starts is on the loopback interface, where no proxy could reach it: its requests bypass them.
 """
 
 import asyncio
@@ -188,7 +189,9 @@ class Connection:
             timeout=httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT),
             default_headers=dict(self.server.headers) | {"Accept-Encoding": "identity"},  # compressed: no bound
             http_client=openai.DefaultAsyncHttpxClient(
-                event_hooks={"response": [partial(bound, most=most)]}, follow_redirects=False
+                event_hooks={"response": [partial(bound, most=most)]},
+                follow_redirects=False,
+                trust_env=not self.server.direct,
             ),
         )
 

@@ -6,7 +6,7 @@ and not on what else is in the batch.
 """
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import tee
 from typing import TYPE_CHECKING
@@ -131,7 +131,7 @@ class LocalBackend:
             which = f"{too_long:,} of {len(sized):,} prompts do not fit; the longest, "
             raise self._too_long(which, *longest, sampling)
 
-    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Iterator[Completed]:
+    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
         """Yield every wanted sample once, as it finishes. Pulls jobs little faster than they can be started.
 
         Errors: UserError for a prompt that is too long, and where the model computes numbers that are not finite;

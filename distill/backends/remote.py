@@ -14,7 +14,7 @@ then waited for, briefly, as their answers are paid for. A file each: `asking` (
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TypeVar
@@ -94,7 +94,7 @@ class RemoteBackend:
     def close(self) -> None:
         """Nothing: `complete` closes its connections."""
 
-    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Iterator[Completed]:
+    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
         """Yield every wanted sample once, as it finishes.
 
         Errors, when all others are finished: UserError for a request that the server refuses; WorkError for one that
@@ -138,7 +138,7 @@ class RemoteBackend:
                     runner.run(connection.close())
         failures.raise_first()
 
-    def _batches(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Iterator[Completed]:
+    def _batches(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
         """`complete` through the batch API of the first address."""
         connection = self._connections[0]
         with asyncio.Runner() as runner, connection.asking_batches() as client:

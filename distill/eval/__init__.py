@@ -11,7 +11,6 @@ evaluations side by side), metrics.py (pass@k and consensus for use elsewhere).
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -183,12 +182,12 @@ def _evaluate(
     evaluations: Sequence[Evaluation], open_: Open, engine: "LocalEngine", max_batch: int, grader: Grader
 ) -> list[Scores]:
     """The scores of one model on all benchmarks. It is loaded once, and only if samples are missing."""
-    with ExitStack() as loaded:
-        backend = None
-        for evaluation in evaluations:
-            if evaluation.needs_model():
-                model = evaluation.model
-                backend = backend or loaded.enter_context(open_(model, engine_for(model, engine), max_batch))
+    if incomplete := [evaluation for evaluation in evaluations if evaluation.needs_model()]:
+        model = incomplete[0].model
+        with open_(model, engine_for(model, engine), max_batch) as backend:
+            for evaluation in incomplete:  # before the first sample: a launched server reserves the longest context
+                evaluation.check(backend)
+            for evaluation in incomplete:
                 evaluation.sample(backend)
     for evaluation in evaluations:
         evaluation.grade(grader)

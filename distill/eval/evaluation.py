@@ -127,6 +127,11 @@ class Evaluation:
         """Whether samples are missing, or it is not known how those that are there were drawn."""
         return bool(self.missing()) or (self._drawn_with() is None and not self.store.is_empty())
 
+    def check(self, backend: Backend) -> None:
+        """Errors: UserError when a problem cannot be answered, such as one that is longer than the model's context."""
+        sampling = self._fitting(backend, self._drawn_with())
+        check_all(backend, self.missing(), sampling, self.benchmark.card.prompt_suffix)
+
     def sample(self, backend: Backend) -> None:
         """Draw the missing samples; each is on the disk before the next one is looked at.
 

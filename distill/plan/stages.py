@@ -19,6 +19,7 @@ from distill import catalog, generate
 from distill.artefacts import Expected, GenerateSummary, Measured, Plan, RunPaths, StagePlan
 from distill.backends.collect import asked
 from distill.console import say, table
+from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.models import Models
 from distill.plan.hardware import Hardware, parse
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from distill.recipe.price import Price
 
 DECODING = 0.05  # share of the data sheet's rate at which large batches are decoded; large mixtures reach 3 to 10 %
-FP8_FAMILIES = ("deepseek_v3", "deepseek_v32")  # published with one byte per weight, others with two
 ASSUMED_PROMPT = 150  # tokens of a prompt that cannot be counted: a problem and its instruction
 TOKEN_BYTES = 12  # of a stored token, with its text, where no trace is stored to measure it on
 FILTER_SECONDS = 0.01  # to judge a trace; grading takes most of it
@@ -136,7 +136,7 @@ def _prompts(recipe: "Recipe", paths: RunPaths) -> list[Prompt] | None:
     on_hub = any(source.kind == "hub" for source in recipe.prompts)
     if recipe.traces or (on_hub and TraceStore(paths.traces).is_empty()):
         return None
-    return list(load_prompts(recipe.prompts))
+    return list(load_prompts(recipe.prompts, None, recipe.generate.max_prompts))
 
 
 def foretell(
@@ -152,6 +152,9 @@ def foretell(
         number = len(prompts)
     elif limits and all(limits):
         number = sum(limit for limit in limits if limit)
+        number = min(number, (recipe.generate.max_prompts if recipe.prompts else None) or number)
+    elif recipe.prompts and recipe.generate.max_prompts:
+        number = recipe.generate.max_prompts
     else:
         number = ASSUMED_TRACES // samples
         assumed.append("the number of traces (--traces)")
@@ -233,7 +236,7 @@ def _generate(
 def decoding_rate(teacher: str, machine: Hardware) -> float | None:
     """Completion tokens per second of a teacher card on a machine; None where the weights do not fit."""
     card = catalog.load_teacher(teacher)
-    size = card.parameters * 1e9 * (1 if card.family in FP8_FAMILIES else 2)
+    size = card.parameters * 1e9 * FAMILIES[card.family].published_bytes
     if size > 0.9 * machine.memory * machine.devices:
         return None
     return machine.devices * machine.rate * DECODING / (2 * card.active_parameters * 1e9)

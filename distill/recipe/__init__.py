@@ -16,7 +16,7 @@ from distill.recipe.adapters import Adapter, Lora, Qlora
 from distill.recipe.cards import Architecture, BenchmarkCard, StudentCard, TeacherCard
 from distill.recipe.evaluate import Eval
 from distill.recipe.filter import Filter
-from distill.recipe.generate import Generate, LocalEngine
+from distill.recipe.generate import Budget, Generate, LocalEngine
 from distill.recipe.price import Price
 from distill.recipe.sampling import SamplingSettings
 from distill.recipe.server import AnyServer, LaunchedServer, TeacherServer
@@ -28,6 +28,7 @@ __all__ = [
     "Adapter",
     "Architecture",
     "BenchmarkCard",
+    "Budget",
     "Eval",
     "Filter",
     "Generate",
@@ -70,6 +71,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def traces_come_from_somewhere(self) -> "Recipe":
+        """Errors: ValueError for a recipe with both prompts and traces, or neither."""
         if bool(self.prompts) == bool(self.traces):
             raise ValueError(
                 "one of `prompts` (which the teacher answers) and `traces` (which others have published) is needed, "

@@ -57,6 +57,7 @@ class TeacherCard(Section):
 
     @model_validator(mode="after")
     def answers_somewhere(self) -> "TeacherCard":
+        """Errors: ValueError for a card with neither weights nor a server."""
         if self.weights is None and self.server is None:
             raise ValueError("one of `weights` and `server` is needed")
         return self

@@ -2,10 +2,27 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill.recipe.sampling import SamplingSettings
 from distill.section import Free, Section
+
+
+class Budget(Section):
+    """What a run may spend on samples. At its end the finished samples are kept, and a raised budget goes on."""
+
+    cost: float | None = Field(
+        None, gt=0, description="money: of tokens at the `price` of the server or the card, else at `price_per_hour`"
+    )
+    tokens: int | None = Field(None, ge=1, description="tokens of prompts and completions")
+    hours: float | None = Field(None, gt=0, description="hours of sampling")
+
+    @model_validator(mode="after")
+    def bounds_something(self) -> "Budget":
+        """Errors: ValueError for a budget without a limit."""
+        if self.cost is None and self.tokens is None and self.hours is None:
+            raise ValueError("one of `cost`, `tokens` and `hours` is needed")
+        return self
 
 
 class Generate(Section):
@@ -21,6 +38,9 @@ class Generate(Section):
     )
     logprobs: int | None = Field(
         None, ge=1, description="number of most likely tokens stored with every token of an answer; null stores none"
+    )
+    budget: Annotated[Budget | None, Free] = Field(
+        None, description="what may be spent on the samples, over all sessions of the run; null: no limit"
     )
     max_batch: Annotated[int, Free] = Field(
         128, ge=1, description="sequences decoded at once by the local engine; requests under way at a server"

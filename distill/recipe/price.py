@@ -20,6 +20,8 @@ class Price(Section):
     date: Day = Field(description="day on which the price was valid, such as 2025-01-20")
     source: str = Field(description="where the price is from")
 
-    def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """The price of these tokens, in `currency`."""
-        return (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
+    def cost(self, prompt_tokens: float, completion_tokens: float, cached_tokens: float = 0) -> float:
+        """The price of these tokens, in `currency`. cached_tokens: among those of the prompts."""
+        cached = self.input if self.cached_input is None else self.cached_input
+        prompts = (prompt_tokens - cached_tokens) * self.input + cached_tokens * cached
+        return (prompts + completion_tokens * self.output) / 1e6

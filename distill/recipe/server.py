@@ -1,7 +1,7 @@
-"""`server:` in a recipe or a teacher card: the teacher is asked through an address instead of the local engine.
+"""`server:` in a recipe or a teacher card: a server, and not the local engine, has the teacher.
 
-Two forms: the address of a server that runs (`url`), and one that distill starts and stops (`launch`). They are a union
-and not one section with optional fields, so that a key of one form is refused in the other.
+Two forms: the address of a running server (`url`), and a server that distill starts and stops (`launch`). They are a
+union and not one section with optional fields, so that a key of one form is refused in the other.
 """
 
 import re
@@ -69,7 +69,8 @@ class TeacherServer(Section):
     )
 
 
-OWN_FLAGS = {  # flags that `launch` sets itself: a second value would contradict what distill was told
+PARALLEL_FLAGS = {"--tensor-parallel-size", "--tp-size", "--tp", "-tp"}
+OWN_FLAGS = PARALLEL_FLAGS | {  # flags that distill sets: with other values it could not reach the server
     "--host",
     "--port",
     "--api-key",
@@ -77,10 +78,6 @@ OWN_FLAGS = {  # flags that `launch` sets itself: a second value would contradic
     "--model",
     "--model-path",
     "--config",
-    "--tensor-parallel-size",
-    "--tp-size",
-    "--tp",
-    "-tp",
 }
 
 
@@ -93,20 +90,20 @@ class LaunchedServer(Section):
     launch: Literal["vllm", "sglang"] = Field(description="engine to start")
     executable: Annotated[str | None, Free] = Field(
         None,
-        description="the engine's command, or a Python interpreter that has it installed; null: the command `vllm` or "
+        description="the engine's command, or a Python interpreter that has the engine; null: the command `vllm` or "
         "`sglang` on PATH",
     )
-    arguments: tuple[str, ...] = Field((), description="further arguments of the server, such as `--enforce-eager`")
+    arguments: tuple[str, ...] = Field(
+        (), description="further arguments of the server's command, such as `--enforce-eager`"
+    )
     tensor_parallel_size: Annotated[int | None, Free] = Field(
         None,
         ge=1,
-        description="GPUs that share the weights; null: the largest number of the visible ones that divides the "
-        "model's attention heads",
+        description="GPUs that share the weights; null: the largest number, at most all visible GPUs, that divides "
+        "the model's attention heads",
     )
-    trust_remote_code: bool = Field(False, description="run the Python files that a checkpoint brings")
-    start_timeout: Annotated[float, Free] = Field(
-        3600, gt=0, description="seconds within which the server has to answer"
-    )
+    trust_remote_code: bool = Field(False, description="run the Python files in the model directory")
+    start_timeout: Annotated[float, Free] = Field(3600, gt=0, description="seconds that the server may take to start")
     concurrency: Annotated[int | None, Free] = Field(
         None, ge=1, description="requests under way at once; null: `generate.max_batch` or `eval.max_batch`"
     )
@@ -120,14 +117,16 @@ class LaunchedServer(Section):
 
     @model_validator(mode="after")
     def sets_no_flag_twice(self) -> "LaunchedServer":
+        """Errors: ValueError for an argument that distill sets itself."""
         for argument in self.arguments:
             if (flag := argument.partition("=")[0]) in OWN_FLAGS:
-                raise ValueError(f"arguments: {flag} is set by distill; remove it")
+                remedy = "use tensor_parallel_size instead" if flag in PARALLEL_FLAGS else "remove it"
+                raise ValueError(f"arguments: {flag} is set by distill; {remedy}")
         return self
 
 
 def _form(values: object) -> str:
-    """The form of a `server:` section: it is launched where it says so."""
+    """The form of a `server:` section, which its key `launch` decides."""
     launched = "launch" in values if isinstance(values, Mapping) else isinstance(values, LaunchedServer)
     return LaunchedServer.__name__ if launched else TeacherServer.__name__
 

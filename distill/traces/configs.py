@@ -62,7 +62,7 @@ def write_config(
 ) -> list[Path]:
     """Write the configuration beside the exported file `out`; return the files. weights: a hub id, or a directory."""
     check_readable(trainer, form)
-    llama = student.family == "llama"
+    llama = student.chat_template == "llama3"
     template = out.with_name(f"{out.stem}.jinja")
     config = out.with_name(f"{out.stem}.{trainer}.yaml")
     length = min(student.context, CONTEXT)

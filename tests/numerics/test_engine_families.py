@@ -122,7 +122,7 @@ def test_the_table_is_the_only_list() -> None:
         for path in (ROOT / "distill").rglob("*.py")
         if "families" not in path.parts and names.search(path.read_text(encoding="utf-8"))
     }
-    assert not named
+    assert not named - {"distill/backends/serving.py"}  # vLLM and SGLang have reasoning parsers of the same names
 
 
 def test_names_are_complete() -> None:

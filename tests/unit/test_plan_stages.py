@@ -88,6 +88,9 @@ def test_a_plan_without_a_pilot_writes_nothing_and_says_what_is_assumed(tmp_path
     assert distill(monkeypatch, "plan", "tiny", "--mean-tokens", 58) == 0
     out = capsys.readouterr().out
     assert "3,000 traces, mean 58 tokens: as given" in out and "174 k" in out and "prompt tokens (counted)" in out
+    for changes in (("prompts.0.limit=10",), ("generate.max_prompts=10",)):
+        sets = [word for change in changes for word in ("--set", change)]
+        assert distill(monkeypatch, "plan", "tiny", *sets) == 0 and "\n10 traces, " in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

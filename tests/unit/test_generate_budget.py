@@ -1,0 +1,172 @@
+"""Budgets: nothing goes past them, whatever finishes when, and a rerun goes on where the money ended."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from eval_support import distill, right, server, url
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.backends.budget import Allowance, Spent, bound_of
+from distill.prompts import Prompt
+from distill.recipe import Budget, Price
+from distill.traces.store import TraceStore
+from distill.traces.trace import Trace
+
+PRICE = Price(input=1.0, output=10.0, cached_input=0.1, date="2026-01-01", source="a test")
+
+
+def trace(prompt: Prompt, sample: int, tokens: int, prompt_tokens: int = 10, cached: int = 0) -> Trace:
+    return Trace(
+        prompt, sample, 0, "x", None, "x", "stop", "ab",
+        completion_tokens=tokens, prompt_tokens=prompt_tokens, cached_tokens=cached,
+    )  # fmt: skip
+
+
+@given(
+    st.integers(1, 5000),
+    st.lists(st.tuples(st.booleans(), st.integers(1, 50), st.integers(0, 300)), max_size=60),
+)
+def test_tokens_never_exceed_the_budget_whatever_finishes_when(most, steps):
+    """Each step begins a sample or ends the oldest one, with some tokens up to its limit."""
+    allowance = Allowance(Budget(tokens=most), 50, Spent(100, 20), 0.0)
+    running, number = [], 0
+    for begins, tokens, prompt_tokens in steps:
+        if begins:
+            prompt = Prompt.from_question(f"{number}?", None)
+            number += 1
+            if allowance.admit(prompt, 0):
+                running.append(prompt)
+        elif running:
+            allowance.settle(trace(running.pop(0), 0, tokens, min(prompt_tokens, 250)))
+        assert allowance.used.tokens <= max(most, 120)
+    under_way = sum(bound_of(prompt, 50).tokens for prompt in running)
+    assert not running or allowance.used.tokens + under_way <= most
+
+
+def test_money_is_that_of_the_price_cached_tokens_at_their_own():
+    allowance = Allowance(Budget(cost=1.0), 1000, Spent(), 0.0, PRICE)
+    prompt = Prompt.from_question("q", None)
+    assert allowance.admit(prompt, 0)
+    allowance.settle(trace(prompt, 0, 50_000, 200_000, cached=100_000))
+    assert allowance.report() == "0.61 of 1 USD"  # 100,000 × 1 + 100,000 × 0.1 + 50,000 × 10, per million
+    used = Allowance(Budget(cost=1.0), 1000, Spent(0, 99_000), 0.0, PRICE)
+    assert not used.admit(prompt, 0)  # 0.99 + 0.01 and a prompt
+
+
+def test_time_is_that_of_all_sessions_and_the_longest_sample_has_to_fit():
+    now = [0.0]
+    allowance = Allowance(Budget(hours=1.0), 10, Spent(), 1800.0, clock=lambda: now[0])
+    prompt = Prompt.from_question("q", None)
+    assert allowance.admit(prompt, 0)
+    now[0] = 900
+    allowance.settle(trace(prompt, 0, 5))
+    assert not allowance.over and allowance.admit(prompt, 1) is False  # 2,700 s + 900 s
+    now[0] = 1800
+    assert allowance.over and allowance.report() == "1.00 of 1 hours"
+
+
+def test_money_of_a_teacher_that_is_here_is_time():
+    now = [0.0]
+    allowance = Allowance(Budget(cost=4.0), 10, Spent(), 3600.0, hourly=2.0, clock=lambda: now[0])
+    assert not allowance.over
+    now[0] = 3600
+    assert allowance.over and allowance.report() == "4.00 of 4"
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(8)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(script, budget, server=None, **generate):
+        content = {
+            "name": "served",
+            "teacher": "deepseek-r1",
+            "student": "tiny-qwen",
+            "server": {"url": url(script), "model": "scripted", "concurrency": 3} | (server or {}),
+            "prompts": [{"kind": "file", "path": "sums.jsonl"}],
+            "generate": {"samples": 2, "sampling": {"max_new_tokens": 64}, "budget": budget} | generate,
+            "eval": {"benchmarks": ["tiny-arithmetic"]},
+        }
+        (tmp_path / "served.yaml").write_text(yaml.safe_dump(content))
+        return "served.yaml"
+
+    return write
+
+
+def stored() -> int:
+    return len(TraceStore(Path("runs/served/traces")))
+
+
+BOUND = len("What is 0 + 0?") + 256 + 64  # tokens that one sample may use; each uses 1 and 7
+
+
+def test_a_run_stops_before_its_budget_and_a_raised_one_goes_on(recipe, monkeypatch, capsys):
+    with server(right) as script:
+        assert distill(monkeypatch, "run", recipe(script, {"tokens": BOUND + 5 * 8 - 1})) == 1
+        error = capsys.readouterr().err
+        assert stored() == 5 == len(script.asked) and error.count("\n") == 1
+        assert "the budget is used up (40 of 373 tokens): 11 of 16 samples are left" in error
+        for _ in range(2):  # nothing is asked any more
+            assert distill(monkeypatch, "generate", "served.yaml") == 1 and len(script.asked) == 5
+            assert "11 of 16 samples are left" in capsys.readouterr().err
+        assert distill(monkeypatch, "generate", recipe(script, {"tokens": BOUND + 9 * 8})) == 1
+        assert stored() == 10 == len(script.asked)
+        assert distill(monkeypatch, "generate", recipe(script, {"tokens": 10_000})) == 0
+        assert stored() == 16 == len(script.asked)
+        assert "budget: 128 of 10,000 tokens" in capsys.readouterr().out
+
+
+def test_money_at_the_price_of_the_server(recipe, monkeypatch, capsys):
+    price = {"input": 1, "output": 10, "date": "2026-01-01", "source": "a test"}
+    with server(right) as script:
+        name = recipe(script, {"cost": (BOUND - 64 + 640 + 3 * 71) / 1e6}, {"price": price})
+        assert distill(monkeypatch, "generate", name) == 1 and stored() == 4
+        assert re.search(r"used up \(0\.00 of 0\.00\d+ USD\)", capsys.readouterr().err)
+
+
+def test_a_count_that_the_server_does_not_give_is_taken_as_its_bound(recipe, monkeypatch, capsys):
+    with server(lambda question, seed: ("4", "stop")) as script:
+        monkeypatch.setattr("distill.backends.reply._count", lambda value: None)
+        assert distill(monkeypatch, "generate", recipe(script, {"tokens": 3 * BOUND})) == 1
+        assert stored() == 3
+        assert distill(monkeypatch, "generate", "served.yaml") == 1 and stored() == 3
+    assert f"({3 * BOUND:,} of {3 * BOUND:,} tokens)" in capsys.readouterr().err
+
+
+def test_the_local_engine_has_budgets_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = ["--set", "prompts.0.limit=30", "--set", "generate.budget={tokens: 3000}"]
+    assert distill(monkeypatch, "generate", "tiny", *few) == 1
+    count = len(TraceStore(Path("runs/tiny/traces")))
+    used = sum(t.tokens + (t.prompt_tokens or 0) for t in TraceStore(Path("runs/tiny/traces")))
+    assert 10 < count < 30 and 2000 < used <= 3000 and f"{used:,} of 3,000 tokens" in capsys.readouterr().err
+    assert distill(monkeypatch, "generate", "tiny", *few[:2]) == 0
+    assert len(TraceStore(Path("runs/tiny/traces"))) == 30
+
+
+@pytest.mark.parametrize(
+    ("budget", "server_keys", "message"),
+    [
+        ({}, {}, "one of `cost`, `tokens` and `hours` is needed"),
+        ({"tokens": 0}, {}, "generate.budget.tokens"),
+        ({"tokens": 5}, {"n": True}, "server.n hides"),
+        ({"dollars": 5}, {}, "generate.budget.dollars"),
+    ],
+)
+def test_wrong_budgets_are_one_line(recipe, budget, server_keys, message, monkeypatch, capsys):
+    with server(right) as script:
+        assert distill(monkeypatch, "generate", recipe(script, budget, server_keys)) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and not script.asked and not Path("runs").exists()
+
+
+def test_a_budget_of_money_needs_a_price(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert distill(monkeypatch, "generate", "tiny", "--set", "generate.budget={cost: 1}") == 2
+    assert "generate.budget.cost needs a price: set price_per_hour" in capsys.readouterr().err
