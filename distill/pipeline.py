@@ -129,6 +129,6 @@ def _unfinished_before_training(run: Run, names: Sequence[str]) -> str | None:
     return None
 
 
-def check_stages(recipe: Recipe) -> None:
+def check_stages(recipe: "Recipe") -> None:
     """Raise UserError for prompts whose traces no filter could judge, which `distill run` refuses at its beginning."""
     filters.check_gradable(recipe)
