@@ -228,7 +228,7 @@ def check_recipe(
         gym = [source.model_copy(update={"limit": 1}) for source in recipe.prompts if source.kind == "reasoning_gym"]
         notes += _check_prompts([*gym, *(source for source in recipe.prompts if source.kind == "file")])
         _check_traces((*recipe.traces, *recipe.train.data))
-    if recipe.generate.sampling.max_new_tokens >= teacher.context:
+    if recipe.prompts and recipe.generate.sampling.max_new_tokens >= teacher.context:
         notes.append(f"generate.sampling.max_new_tokens fills {teacher.name}'s whole context of {teacher.context}")
     if recipe.train.max_length > (recipe.train.max_position_embeddings or student.context):
         notes.append(f"train.max_length is past the context of {student.context} that {student.name} declares")
@@ -246,10 +246,12 @@ def server_of(recipe: Recipe) -> TeacherServer | LaunchedServer | None:
 
 
 def price_of(recipe: Recipe) -> Price | None:
-    """The price of a recipe's teacher: at the server that is named, else what its card says of a provider."""
+    """The price of tokens of a recipe's teacher: at the server that is named, else what its card says of a provider.
+
+    None for a teacher on this machine, which costs hours and not tokens.
+    """
     server = server_of(recipe)
-    own = server.price if isinstance(server, TeacherServer) else None
-    return own or load_teacher(recipe.teacher).price
+    return (server.price or load_teacher(recipe.teacher).price) if isinstance(server, TeacherServer) else None
 
 
 def training_template(recipe: Recipe) -> str | None:

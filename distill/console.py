@@ -91,6 +91,11 @@ def say(message: str) -> None:
     console().print(escaped(message), markup=False)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: `1 trace`, `2,000 traces`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def paged(parts: Iterable[str]) -> None:
     """Show a long text in the user's pager ($PAGER, less); plainly where the output is no terminal, or no pager is."""
     command = shlex.split(os.environ.get("PAGER", "less")) if sys.stdout.isatty() else []

@@ -22,7 +22,7 @@ from distill.backends import SamplingParams
 from distill.backends.budget import Allowance, spent_on
 from distill.backends.collect import asked, check_all, collect, missing
 from distill.backends.device import device_type
-from distill.console import progress, say
+from distill.console import counted, progress, say
 from distill.errors import WorkError
 from distill.fingerprint import digest
 from distill.grading import unreadable_golds
@@ -88,7 +88,7 @@ class Generate(Stage[GenerateSummary]):
     def headline(self, summary: GenerateSummary) -> str:
         """Traces, prompts and tokens."""
         tokens = f", {summary.completion_tokens:,} tokens" if summary.completion_tokens else ", published"
-        return f"{summary.traces:,} traces of {summary.prompts:,} prompts{tokens}"
+        return f"{counted(summary.traces, 'trace')} of {counted(summary.prompts, 'prompt')}{tokens}"
 
 
 def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
@@ -141,8 +141,8 @@ def _allowance(run: "Run", store: TraceStore) -> Allowance | None:
     suffix, limit = recipe.generate.prompt_suffix, recipe.generate.sampling.max_new_tokens
     prompts = {prompt.id: asked(prompt, suffix) for prompt in run.prompts}
     used, remote = spent_on(store, prompts, limit), isinstance(catalog.server_of(recipe), TeacherServer)
-    price, hourly = (catalog.price_of(recipe), None) if remote else (None, recipe.price_per_hour)
-    return Allowance(recipe.generate.budget, limit, used, run.seconds(STAGE), price, hourly)
+    hourly = None if remote else recipe.price_per_hour
+    return Allowance(recipe.generate.budget, limit, used, run.seconds(STAGE), catalog.price_of(recipe), hourly)
 
 
 def _used_up(allowance: Allowance, left: int, total: int) -> WorkError:

@@ -6,10 +6,11 @@ server that distill starts is on the loopback interface, where no proxy could re
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -33,6 +34,10 @@ AGAIN = (408, 409, 425, 429)  # … except these
 REDIRECTS = range(300, 400)  # not followed: a key must not reach another host
 DOWN_AFTER, DOWN_SECONDS = 3, 60.0  # failures in a row after which other addresses are preferred, and for how long
 KEPT = "finished samples are stored, run the same command to continue"
+
+
+class Unreachable(UserError):
+    """Nothing that speaks the protocol answers at an address."""
 
 
 class Connection:
@@ -156,6 +161,18 @@ class Connection:
                 return False
         return True
 
+    def without(self, model: str | None, listed: Sequence[str]) -> UserError:
+        """The error of a server that does not have the model, or has several where none is named."""
+        if not listed and not urlsplit(self.url).path.rstrip("/").endswith("/v1"):
+            return UserError(f"{self.where}: no model answers there; complete the address, which usually ends with /v1")
+        if not listed:
+            return UserError(f"{self.where}: the server has no model {model!r} and lists none; correct its name")
+        problem = "several models" if model is None else f"no model {model!r}"
+        return UserError(
+            f"{self.where}: the server has {problem}; choose one with --name, or in a recipe with server.model: "
+            f"{self.secrets.hide(', '.join(listed))}"
+        )
+
     @contextmanager
     def _connecting(self) -> Iterator[None]:
         """Turn what is wrong with the server into UserError."""
@@ -167,10 +184,10 @@ class Connection:
             raise UserError(f"{self.where}: {self._rejected(error)}") from error
         except openai.APIStatusError as error:
             if error.status_code not in REDIRECTS:
-                raise UserError(self._no_server(error)) from error
+                raise Unreachable(self._no_server(error)) from error
             raise UserError(f"{self.where}: {_redirected(error)}") from error
         except (openai.OpenAIError, httpx2.InvalidURL, OSError, Unreadable, TooLarge) as error:
-            raise UserError(self._no_server(error)) from error
+            raise Unreachable(self._no_server(error)) from error
 
     def _no_server(self, error: Exception) -> str:
         return (

@@ -25,11 +25,12 @@ from distill.backends.asking import Asking
 from distill.backends.backend import Completed, Job, Usage
 from distill.backends.batch import Batches
 from distill.backends.bounds import TooLarge
-from distill.backends.connection import KEPT, Connection
+from distill.backends.connection import KEPT, Connection, Unreachable
 from distill.backends.failures import Failures, OneSample
 from distill.backends.pacing import pause, retry_after
 from distill.backends.reply import Counts, Reply, Unreadable, read_replies
 from distill.backends.stream import Stream
+from distill.console import say
 from distill.engine.options import SamplingParams
 from distill.errors import UserError, WorkError
 from distill.models import Server
@@ -62,22 +63,28 @@ class RemoteBackend:
     def connect(cls, server: Server, concurrency: int = 64) -> "RemoteBackend":
         """Ask each address for its models, and for a token of one that it does not list.
 
-        Errors: UserError when no server answers, it rejects the key, or it does not have the model.
+        Of several addresses those that do not answer are left out. Errors: UserError when no server answers, it rejects
+        the key, or it does not have the model.
         """
-        model, owner = server.model, ""
+        model, owner, unreachable, reached = server.model, "", list[Unreachable](), list[str]()
         for connection in cls(server, concurrency)._connections:
-            owners = connection.models()
-            if model is None and len(owners) == 1:
-                model = next(iter(owners))
-            if model is None or (model not in owners and not connection.answers(model)):
-                problem = "several models" if model is None else f"no model {model!r}"
-                choices = connection.secrets.hide(", ".join(owners) or "none")
-                raise UserError(
-                    f"{connection.where}: the server has {problem}; choose one with --name, or in a recipe with "
-                    f"server.model: {choices}"
-                )
+            try:
+                owners = connection.models()
+                if model is None and len(owners) == 1:
+                    model = next(iter(owners))
+                if model is None or (model not in owners and not connection.answers(model)):
+                    raise connection.without(model, list(owners))
+            except Unreachable as error:
+                unreachable.append(error)
+                continue
             owner = owners.get(model, "")
-        return cls(replace(server, model=model), concurrency, owner)
+            reached.append(connection.url)
+        if not reached:
+            raise unreachable[0]
+        for silent in unreachable:
+            say(f"note: {silent}; the other servers are asked")
+        url, *others = reached
+        return cls(replace(server, model=model, url=url, others=tuple(others)), concurrency, owner)
 
     def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
         """The server knows its context, and refuses what does not fit. Errors: UserError for a thinking budget that it

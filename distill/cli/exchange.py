@@ -69,12 +69,12 @@ def import_(
 
     Example: `distill import open-r1/OpenR1-Math-220k --out openr1`
     """
-    from distill.console import say
+    from distill.console import counted, say
     from distill.traces.imports import import_traces, sources_of
 
     columns = {"question": question, "reasoning": reasoning, "response": response, "answer": answer}
     summary = import_traces(sources_of(sources, columns, task.value, split, subset, revision), out)
-    say(f"{summary.traces:,} traces of {summary.prompts:,} prompts → {out}")
+    say(f"{counted(summary.traces, 'trace')} of {counted(summary.prompts, 'prompt')} → {out}")
 
 
 def export(
@@ -100,7 +100,7 @@ def export(
     Example: `distill export runs/tiny --format messages --out traces.jsonl --config trl`
     """
     from distill.catalog import load_recipe, load_student, local_weights
-    from distill.console import say
+    from distill.console import counted, say
     from distill.traces.configs import check_readable, config_files, write_config
     from distill.traces.exports import export_traces, file_type_of, stored_traces
 
@@ -120,7 +120,7 @@ def export(
         fix = "name a file in it" if there.is_dir() else "choose another --out, or replace it with --force"
         raise UserError(f"{there}: exists already; {fix}")
     taken, rows = export_traces(traces, form.value, out, kind)
-    say(f"{taken:,} traces in {rows:,} rows → {out}")
+    say(f"{counted(taken, 'trace')} in {counted(rows, 'row')} → {out}")
     written: dict[Path, None] = {}  # TRL and axolotl share a template
     for trainer in trainers:
         assert card is not None and student is not None

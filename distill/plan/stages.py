@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from distill import catalog, generate
 from distill.artefacts import Expected, GenerateSummary, Measured, Plan, RunPaths, StagePlan
 from distill.backends.collect import asked
-from distill.console import say, table
+from distill.console import counted, say, table
 from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.models import Models
@@ -187,7 +187,7 @@ def _stored(recipe: "Recipe", paths: RunPaths, prompts: list[Prompt], number: in
     tokens = expected_tokens(whole, number, samples, recipe.generate.sampling.max_new_tokens)
     size = sum(path.stat().st_size for path in paths.traces.iterdir() if path.is_file())
     shown = sum(len(lengths) for lengths in whole)
-    basis = f"{shown:,} stored traces of {len(whole):,} prompts"
+    basis = f"{counted(shown, 'stored trace')} of {counted(len(whole), 'prompt')}"
     return Traces(number, samples, tokens, basis, size / stored, truncated / sum(map(len, by_prompt.values())))
 
 
@@ -321,13 +321,13 @@ def _show(
             f"money: price of {price.date}, {price.input:g} {price.currency} per million prompt tokens, "
             f"{price.output:g} per million completion tokens ({price.source})"
         )
-    _say_hours(plan, hardware)
+    _say_hours(recipe, plan, hardware)
     if recipe.price_per_hour is not None and (hours := [s.hours.value for s in plan.stages if s.hours]):
         say(f"machine: {sum(hours) * recipe.price_per_hour:,.2f} at {recipe.price_per_hour:g} an hour")
     say("eval: answers as long as the teacher's traces")
 
 
-def _say_hours(plan: Plan, hardware: Sequence[Hardware]) -> None:
+def _say_hours(recipe: "Recipe", plan: Plan, hardware: Sequence[Hardware]) -> None:
     if hardware:
         rate = f"{DECODING:.0%} of the data sheet's bfloat16 rate"
         say(f"hours of generate: on {hardware[0].name} at {rate}, a rough guess")
@@ -339,7 +339,8 @@ def _say_hours(plan: Plan, hardware: Sequence[Hardware]) -> None:
             f"samples at once; more at once are usually faster"
         )
     else:
-        say("hours of generate and train: name a machine with --hardware, or measure the teacher with --pilot 8")
+        pilot = "" if recipe.traces else ", or measure the teacher with --pilot 8"
+        say(f"hours: name a machine with --hardware{pilot}")
 
 
 def short(value: float) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -62,10 +63,12 @@ class Service:
             ("/health", "health", self._health, "GET"),
             ("/metrics", "metrics", self._metrics, "GET"),
         )
+        handlers: dict[int, Callable[[Request, Exception], Response]] = {404: _no_endpoint, 405: _no_endpoint}
         return Starlette(
+            exception_handlers=handlers,
             routes=[
                 Route(path, self._guarded(name, endpoint), methods=[method]) for path, name, endpoint, method in routes
-            ]
+            ],
         )
 
     def _guarded(
@@ -237,6 +240,11 @@ async def unless_gone(receive: Receive, work: Coroutine[object, object, T]) -> T
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
+
+
+def _no_endpoint(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    return _error(status, f"no endpoint {request.method} {request.url.path}", code="unknown_endpoint")
 
 
 def _json(value: Object, status: int = 200) -> Response:

@@ -125,24 +125,26 @@ class _Sampled(BaseModel):
         return {name: value for name, value in values.items() if name not in DEFAULTS and name not in IGNORED}
 
 
-class TextPart(BaseModel):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
+def _joined(content: object) -> object:
+    """The text of parts. Errors: ValueError for parts that are not text."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("only parts of type text are supported")
+    return "".join(str(text) for text in texts)
 
 
 class ChatMessage(BaseModel):
-    """One turn. A developer's message is a system's."""
+    """One turn. A developer's message is a system's. content: text, or a list of parts of text."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[str, BeforeValidator(_joined)]
     name: str | None = None
 
     def to_message(self) -> Message:
         """The turn as templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class ChatRequest(_Sampled):
@@ -225,6 +227,8 @@ def _bad(error: ValidationError) -> BadRequest:
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
+    if not place and (named := message.partition(" ")[0].rstrip(":")) in {*DEFAULTS, *ChatRequest.model_fields}:
+        return BadRequest(message, named, "unsupported_parameter")
     if first["type"] == "extra_forbidden":
         return BadRequest(f"{place}: unknown parameter", place, "unknown_parameter")
     return BadRequest(f"{place}: {message}" if place else message, place or None)

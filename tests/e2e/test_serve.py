@@ -247,6 +247,8 @@ def test_generate_through_the_server_gives_the_traces_of_a_local_run(served, tmp
         ({"chat_template_kwargs": {"other": 1}}, 400, "chat_template_kwargs.other"),
         ({"messages": [{"role": "user", "content": "x" * 200_000}]}, 413, "100,000 bytes"),
         ({"top_logprobs": 2}, 400, "logprobs: true"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only parts of type text"),
         ({"n": 0}, 400, "n:"),
         ({"stop": [""]}, 400, "stop"),
         ({"seed": 2**70}, 400, "seed"),
@@ -256,6 +258,22 @@ def test_what_cannot_be_answered_is_refused_by_name(served, change, status, word
     reply = post(served, **({"messages": HELLO} | change))
     error = reply.json()["error"]
     assert reply.status_code == status and words in error["message"] and "\n" not in error["message"], error
+
+
+def test_the_parameter_at_fault_is_named(served):
+    for change in ({"frequency_penalty": 1}, {"top_logprobs": 2}, {"temperature": -1}):
+        assert post(served, messages=HELLO, **change).json()["error"]["param"] == next(iter(change))
+
+
+def test_parts_of_text_are_one_text(served):
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "1 + 2?"}]
+    whole = post(served, messages=HELLO, seed=1, max_tokens=20).json()["choices"]
+    assert post(served, messages=[{"role": "user", "content": parts}], seed=1, max_tokens=20).json()["choices"] == whole
+
+
+def test_other_addresses_are_errors_of_the_protocol_too(served):
+    for reply in (httpx2.get(served.url + "/nothing"), httpx2.get(served.url + "/chat/completions")):
+        assert reply.status_code in (404, 405) and "no endpoint GET" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 50_000, b'{"messages": NaN}'])

@@ -230,6 +230,26 @@ def test_each_address_must_have_the_model():
             backends.open(Model("m", Server(url(first), "m", others=(url(second),))), LocalEngine()).__enter__()
 
 
+def test_an_address_that_does_not_answer_is_left_out_and_said(capsys):
+    with server(lambda *_: (200, JSON, body(chat()))) as made:
+        place = Server("http://127.0.0.1:9/v1", "m", others=(url(made),))
+        with backends.open(Model("m", place), LocalEngine(), 2) as backend:
+            assert len(complete(backend, 3)) == 3
+    out = capsys.readouterr().out
+    assert "http://127.0.0.1:9/v1: no model server answers there" in out and "the other servers are asked" in out
+    dead = Server("http://127.0.0.1:9/v1", "m", others=("http://127.0.0.1:10/v1",))
+    with pytest.raises(UserError, match="127.0.0.1:9/v1: no model server answers there"):
+        backends.open(Model("m", dead), LocalEngine()).__enter__()
+
+
+def test_an_address_without_its_path_is_completed_by_the_message():
+    with server(lambda *_: (404, JSON, b"{}"), (404, JSON, b"{}")) as made:
+        for path, message in (("", "complete the address, which usually ends with /v1"), ("/v1", "has no model 'm'")):
+            place = Server(url(made).removesuffix("/v1") + path, "m")
+            with pytest.raises(UserError, match=message):
+                backends.open(Model("m", place), LocalEngine()).__enter__()
+
+
 def test_headers_are_sent_and_their_secrets_are_hidden(monkeypatch):
     monkeypatch.setenv("GATEWAY_TOKEN", "tok-0123456789")
     seen = []

@@ -337,7 +337,7 @@ def test_the_model_is_chosen_by_name() -> None:
             assert complete(backend)[0].text.endswith("\\boxed{4}.")
         with (
             server(reply, listing) as made,
-            pytest.raises(UserError, match=r"no model 'c'; choose .*: none"),
+            pytest.raises(UserError, match=r"no model 'c' and lists none; correct its name"),
             opened(made, name="c"),
         ):
             pass

@@ -232,7 +232,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess:
 def test_the_commands(tmp_path):
     file = write(tmp_path / "openr1.jsonl", OPENR1)
     done = command("import", file, "--out", tmp_path / "in")
-    assert done.returncode == 0 and "2 traces of 1 prompts" in done.stdout + done.stderr, done.stderr
+    assert done.returncode == 0 and "2 traces of 1 prompt " in done.stdout + done.stderr, done.stderr
     again = command("import", file, "--out", tmp_path / "in")
     assert again.returncode == 2 and "exists already" in again.stderr
     shown = command("traces", tmp_path / "in")
@@ -279,16 +279,31 @@ def test_configurations_keep_the_reasoning(trainer, name, tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_a_step_of_trl(form, kind, tmp_path):
     """On every format; with the template of the written configuration where it is for TRL."""
+    texts = [f"<think>\n{i}\n</think>\n\n{i + 1}" for i in range(4)]
+    traces = [Trace(Prompt.from_question(t, "1"), 0, 0, t, *split_reasoning(t), "stop", "t") for t in texts]
+    assert "<think>\n0\n</think>" in trl_step(traces, form, kind, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", SETS)
+def test_a_step_of_trl_on_real_traces(name, form, real_data, tmp_path):
+    """The shortest ones, whose text the tiny student's rows hold whole."""
+    traces = sorted(bring_in(real_data(name), tmp_path / "in"), key=lambda trace: len(trace.text))
+    whole = [trace for trace in traces if trace.reasoning and trace.response][:4]
+    assert whole[0].response[-20:] in trl_step(whole, form, "jsonl", tmp_path)
+
+
+def trl_step(traces: list[Trace], form: str, kind: str, directory: Path) -> str:
+    """Export the traces, and train the tiny student on them for a step; returns the first row as it is trained on."""
     import datasets
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    texts = [f"<think>\n{i}\n</think>\n\n{i + 1}" for i in range(4)]
-    traces = [Trace(Prompt.from_question(t, "1"), 0, 0, t, *split_reasoning(t), "stop", "t") for t in texts]
-    file = tmp_path / f"a.{kind}"
+    file = directory / f"a.{kind}"
     export_traces(((trace, []) for trace in traces), form, file, kind)
     loaded = datasets.load_dataset(
-        "json" if kind == "jsonl" else kind, data_files=str(file), split="train", cache_dir=str(tmp_path / "cache")
+        "json" if kind == "jsonl" else kind, data_files=str(file), split="train", cache_dir=str(directory / "cache")
     )
     options: dict[str, object] = {}
     student = load_student("tiny-qwen")
@@ -299,13 +314,12 @@ def test_a_step_of_trl(form, kind, tmp_path):
         loaded = loaded.select_columns(values["datasets"][0]["columns"])
     weights = str(resolve_weights("student", "tiny-qwen"))
     arguments = SFTConfig(
-        output_dir=str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to=[], save_strategy="no", **options
+        output_dir=str(directory / "out"), max_steps=1, use_cpu=True, report_to=[], save_strategy="no", **options
     )
     trainer = SFTTrainer(
         model=weights, args=arguments, train_dataset=loaded, processing_class=AutoTokenizer.from_pretrained(weights)
     )
-    row = trainer.train_dataset[0]
-    text = trainer.processing_class.decode(row["input_ids"])
-    assert "<think>\n0\n</think>" in text
+    text = trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
     result = trainer.train()
     assert result.global_step == 1 and 0 < result.training_loss < 100
+    return text

@@ -101,7 +101,13 @@ def test_a_pilot_of_published_traces_is_refused(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", catalog.entries("recipe"))
+QUICK = ("tiny", "deepseek-api-qwen-7b", "r1-distill-llama-8b")  # a plan takes seconds; the others are slow together
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in catalog.entries("recipe")],
+)
 def test_every_recipe_is_planned_without_network(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     plan = stages.plan_recipe(catalog.load_recipe(name), tmp_path / "nowhere", ["8xH200"])
