@@ -199,10 +199,10 @@ def check_recipe(
     server = server_of(recipe)
     if server is not None and recipe.train.objective.teacher_top_k is not None:
         reads = f"train.objective.kind {recipe.train.objective.kind} reads the teacher's probabilities"
-        if recipe.generate.logprobs is None or recipe.traces:
+        if recipe.generate.logprobs is None and not recipe.traces:  # published ones a server may score, as vLLM does
             raise UserError(
-                f"{reads}, which a server gives only beside its answers: set generate.logprobs, remove `server`, or "
-                f"set train.objective.kind to `sft`"
+                f"{reads}, which a server gives beside its answers: set generate.logprobs, remove `server`, or set "
+                f"train.objective.kind to `sft`"
             )
         if teacher.weights is None:
             raise UserError(

@@ -30,7 +30,9 @@ def open(model: Model, engine: LocalEngine, max_batch: int = 128) -> Iterator[Ba
     if isinstance(model.place, Server):
         from distill.backends.remote import RemoteBackend
 
-        backend = RemoteBackend.connect(model.place, model.place.concurrency or max_batch)
+        remote = RemoteBackend.connect(model.place, model.place.concurrency or max_batch)
+        remote.chat = (lambda: model.chat) if model.card else None
+        backend = remote
     elif isinstance(model.place, Launch):
         from distill.backends.launching import LaunchedBackend
 

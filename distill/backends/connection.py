@@ -117,6 +117,10 @@ class Connection:
         except (openai.OpenAIError, httpx2.HTTPError, TooLarge) as error:
             raise WorkError(f"the server failed: {self.secrets.reason(error)}; {KEPT}") from error
 
+    def new_client(self, timeout: float, reply_bytes: int) -> "AsyncOpenAI":
+        """A client with retries of its own, for requests that are not samples. Close it, or leave its context."""
+        return self._client(timeout, 5, REPLY_BYTES + reply_bytes)
+
     # ---- connecting
 
     def models(self) -> dict[str, str]:

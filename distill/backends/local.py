@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from distill.backends.backend import Completed, Job, Usage
+from distill.backends.scoring import completion_ids
 from distill.engine.options import EngineOptions, SamplingParams, ThinkTokens
 from distill.errors import UserError, WorkError
 from distill.models import Model
@@ -175,7 +176,7 @@ class LocalBackend:
 
         assert isinstance(self.engine, Engine), "several engines sample, one scores"
         prompts = [self.chat.prompt_ids(trace.prompt.messages) for trace in traces]
-        completions = [self._completion_ids(trace) for trace in traces]
+        completions = [completion_ids(trace, self.chat, self.engine.spec.vocab_size) for trace in traces]
         try:
             scores = self.engine.score([p + c for p, c in zip(prompts, completions, strict=True)], top_k)
         except ValueError as error:
@@ -193,13 +194,6 @@ class LocalBackend:
                 )
             )
         return scored
-
-    def _completion_ids(self, trace: Trace) -> list[int]:
-        ids = list(trace.completion_token_ids)
-        if ids and max(ids) < self.engine.spec.vocab_size and self.chat.restore(self.chat.decode(ids)) == trace.text:
-            return ids
-        text = trace.text.removeprefix(self.chat.prefill)
-        return [*self.chat.text_ids(text), self.chat.stop_token_ids[-1]]
 
     def _finished(self, requests: "Iterable[Request]") -> "Iterator[Completion]":
         from distill.engine import EngineDied, NonFiniteLogits

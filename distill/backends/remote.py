@@ -21,7 +21,8 @@ from typing import TypeVar
 
 import httpx2
 
-from distill.backends.asking import Asking
+from distill.backends import scoring
+from distill.backends.asking import VLLM, Asking
 from distill.backends.backend import Completed, Job, Usage
 from distill.backends.batch import Batches
 from distill.backends.bounds import TooLarge
@@ -30,6 +31,7 @@ from distill.backends.failures import Failures, OneSample
 from distill.backends.pacing import pause, retry_after
 from distill.backends.reply import Counts, Reply, Unreadable, read_replies
 from distill.backends.stream import Stream
+from distill.chat import Chat
 from distill.console import say
 from distill.engine.options import SamplingParams
 from distill.errors import UserError, WorkError
@@ -55,6 +57,7 @@ class RemoteBackend:
         self.model = server.model or ""
         self.identity = server.identity
         self.server, self.usage = server, Usage()
+        self.chat: Callable[[], Chat] | None = None  # the teacher's tokenizer, for scores
         self.before_retry: Callable[[], None] = lambda: None  # raises what makes further requests pointless
         self._connections = [Connection(server, url, concurrency) for url in (server.url, *server.others)]
         self._asking = Asking(server, owner)
@@ -92,11 +95,16 @@ class RemoteBackend:
         self._asking.check(sampling)
 
     def score(self, traces: Sequence[Trace], top_k: int) -> list[Trace]:
-        """Errors: UserError, always: chat servers do not score texts."""
-        raise UserError(
-            f"{self.model} is behind a server, which does not score texts; use a local teacher, or traces that were "
-            f"sampled with generate.logprobs"
-        )
+        """As `Backend.score`, where the server is vLLM and the teacher's tokenizer is known.
+
+        Errors: UserError, also for every other server; WorkError.
+        """
+        if self._asking.owner != VLLM or self.chat is None:
+            raise UserError(
+                f"{self.model} is behind a server that does not score texts (vLLM does); use a local teacher, or "
+                f"traces that were sampled with generate.logprobs"
+            )
+        return scoring.score(self._connections[0], self.model, self.chat(), traces, top_k)
 
     def close(self) -> None:
         """Nothing: `complete` closes its connections."""

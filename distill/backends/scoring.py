@@ -1,0 +1,120 @@
+"""Log-probabilities of given texts from a server: vLLM's `prompt_logprobs`.
+
+The trace is sent as token ids, prompt and completion together, to the completions endpoint, which returns for every
+position the log-probability of its token and of the most likely ones, with ids. Other servers have nothing that says
+as much: SGLang's input log-probabilities are an endpoint of its own, APIs have none.
+"""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import httpx2
+
+from distill.backends.bounds import TooLarge
+from distill.backends.connection import Connection
+from distill.backends.reply import Unreadable, as_object, read_json
+from distill.chat import Chat
+from distill.errors import UserError, WorkError
+from distill.traces.trace import Trace
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+TIMEOUT = 600.0  # seconds without a byte
+POSITION_BYTES = 256  # of one alternative at one position
+
+
+def completion_ids(trace: Trace, chat: Chat, vocab_size: int | None = None) -> list[int]:
+    """The tokens of a trace's completion: as they were sampled, where they are this model's and give the trace's text,
+    else the text tokenized, with the end token."""
+    ids = list(trace.completion_token_ids)
+    known = bool(ids) and (vocab_size is None or max(ids) < vocab_size)
+    if known and chat.restore(chat.decode(ids)) == trace.text:
+        return ids
+    return [*chat.text_ids(trace.text.removeprefix(chat.prefill)), chat.stop_token_ids[-1]]
+
+
+def score(connection: Connection, model: str, chat: Chat, traces: Sequence[Trace], top_k: int) -> list[Trace]:
+    """The traces with the log-probabilities of their tokens and of the `top_k` most likely at each position.
+
+    Errors: UserError where the server refuses, or gives none; WorkError when it fails.
+    """
+    rows = [(trace, chat.prompt_ids(trace.prompt.messages), completion_ids(trace, chat)) for trace in traces]
+    longest = max((len(prompt) + len(completion) for _, prompt, completion in rows), default=0)
+
+    async def ask() -> list[Trace]:
+        limit = asyncio.Semaphore(connection.pace.most)
+        async with connection.new_client(TIMEOUT, longest * (top_k + 1) * POSITION_BYTES) as client:
+
+            async def one(trace: Trace, prompt: list[int], completion: list[int]) -> Trace:
+                async with limit:
+                    return await _scored(client, connection, model, trace, prompt, completion, top_k)
+
+            return list(await asyncio.gather(*(one(*row) for row in rows)))
+
+    with asyncio.Runner() as runner:
+        return runner.run(ask())
+
+
+async def _scored(
+    client: "AsyncOpenAI",
+    connection: Connection,
+    model: str,
+    trace: Trace,
+    prompt: list[int],
+    completion: list[int],
+    top_k: int,
+) -> Trace:
+    import openai
+
+    try:
+        raw = await client.completions.with_raw_response.create(
+            model=model, prompt=[*prompt, *completion], max_tokens=1, extra_body={"prompt_logprobs": top_k}
+        )
+        positions = _positions(raw.http_response.content)
+        logprobs, tops = [], []
+        for token, position in zip(completion, positions[len(prompt) : len(prompt) + len(completion)], strict=True):
+            alternatives = _alternatives(position)
+            logprobs.append(alternatives[token])
+            tops.append(tuple(sorted(alternatives.items(), key=lambda item: -item[1])[:top_k]))
+    except (Unreadable, ValueError, KeyError) as error:
+        raise UserError(
+            f"{connection.where}: the server does not score texts (its answer lacks prompt_logprobs of every token); "
+            f"use vLLM, or the teacher's weights on this machine"
+        ) from error
+    except (openai.OpenAIError, httpx2.HTTPError) as error:
+        raise connection.error(error, trace.prompt) from error
+    except TooLarge as error:
+        raise WorkError(f"the server failed: {error}") from error
+    return replace(
+        trace,
+        prompt_token_ids=tuple(prompt),
+        completion_token_ids=tuple(completion),
+        logprobs=tuple(logprobs),
+        top_logprobs=tuple(tops),
+    )
+
+
+def _positions(body: bytes) -> list[object]:
+    """`prompt_logprobs` of a reply: one entry a token of the prompt. Errors: Unreadable."""
+    reply = as_object(read_json(body), "the reply")
+    choices = reply.get("choices")
+    choice = as_object(choices[0], "a choice") if isinstance(choices, list) and choices else {}
+    positions = choice.get("prompt_logprobs")
+    if not isinstance(positions, list):
+        raise Unreadable("it has no prompt_logprobs")
+    return positions
+
+
+def _alternatives(position: object) -> dict[int, float]:
+    """Token id → log-probability. Errors: Unreadable; ValueError."""
+    alternatives = {}
+    for token, value in as_object(position, "a position").items():
+        logprob = as_object(value, "a token").get("logprob")
+        if not isinstance(logprob, int | float) or isinstance(logprob, bool) or not math.isfinite(logprob):
+            raise Unreadable("a log-probability is no number")
+        alternatives[int(token)] = float(logprob)
+    return alternatives
