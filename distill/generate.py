@@ -23,7 +23,7 @@ from distill.backends.budget import Allowance, spent_on
 from distill.backends.collect import asked, check_all, collect, missing
 from distill.backends.device import device_type
 from distill.console import counted, progress, say
-from distill.errors import WorkError
+from distill.errors import UserError, WorkError
 from distill.fingerprint import digest
 from distill.grading import unreadable_golds
 from distill.recipe import TeacherServer
@@ -106,13 +106,19 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
         check_all(backend, wanted, sampling, suffix)
         if wanted:
             _say_unreadable(run)
+        had_begun = run.begun(STAGE.name)
         begin()
         started, teacher = time.monotonic(), _teacher(run, backend)
-        with store:
-            if store.cut_off:
-                say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
-            with progress("generate", total, "traces", done=total - left, stored=True) as advance:
-                made = collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix, allowance)
+        try:
+            with store:
+                if store.cut_off:
+                    say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
+                with progress("generate", total, "traces", done=total - left, stored=True) as advance:
+                    made = collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix, allowance)
+        except (UserError, WorkError):
+            if not had_begun and store.is_empty():  # a server that refuses all: its settings may be corrected
+                run.forget(STAGE)
+            raise
         seconds, usage, numerics = time.monotonic() - started, backend.usage, dict(backend.numerics)
     if allowance is not None:
         if made < left:

@@ -208,6 +208,11 @@ class Run:
             self.paths.record(stage.name).parent.mkdir(exist_ok=True)
             new.write(self.paths.record(stage.name))
 
+    def forget(self, stage: StageFiles[S]) -> None:
+        """Take back `begin` of a stage that has made nothing: with other settings it may begin anew."""
+        self.paths.record(stage.name).unlink(missing_ok=True)
+        self.worked.discard(stage.name)
+
     def finish(self, stage: StageFiles[S], summary: S) -> None:
         """Record, in one step, that a stage is done, and what its products hold. They must be on the disk before."""
         record = self.record(stage.name)

@@ -174,8 +174,9 @@ class Reader:
         generations = row.get("generations")
         length = len(generations) if isinstance(generations, list) else 0
         evidence: dict[str, object] = {}
+        golds = {self.source.answer, *GOLD} & row.keys()  # the prompt has them
         for name, value in row.items():
-            if name in (set(COLUMNS) - set(ALIGNED) - set(REASONING)) or name in MEDIA or name == MARK:
+            if name in (set(COLUMNS) - set(ALIGNED) - set(REASONING)) or name in (*MEDIA, MARK, *golds):
                 continue
             if isinstance(value, list) and length and len(value) == length:
                 value = value[number]

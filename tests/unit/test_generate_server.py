@@ -106,6 +106,17 @@ def test_the_recipes_server_comes_before_the_cards(tmp_path):
     assert teacher_of("teacher", card, TeacherServer(url="http://b/v1", model="b")).place.model == "b"
 
 
+def test_settings_that_a_server_refuses_may_be_corrected_before_the_first_trace(recipe, monkeypatch, capsys):
+    with server(lambda question, seed: 400) as script:
+        assert distill(monkeypatch, "generate", recipe(at(script, extra_body={"min_p": 7}))) == 2
+        assert "refused the request" in capsys.readouterr().err
+    with server(right) as script:
+        assert distill(monkeypatch, "generate", recipe(at(script, extra_body={"min_p": 0.1}))) == 0
+        assert len(traces()) == 16
+        assert distill(monkeypatch, "generate", recipe(at(script, extra_body={"min_p": 0.2}))) == 2  # now it is not
+    assert "teacher.extra_body" in capsys.readouterr().err
+
+
 def test_the_key_is_sent_and_is_in_no_file_and_no_message(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TEACHER_KEY", KEY)
     with server(right) as script:
