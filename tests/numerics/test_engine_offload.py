@@ -182,6 +182,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_stays_under_the_budget(tmp_path: Path) -> None:
     """A checkpoint of 120 MB under a budget of half of it: the peak beyond the process's baseline, all included."""
     if why := cpu.why_missing():

@@ -24,7 +24,7 @@ OTHERS = ("v3-yarn", "v2", "v2-lite", "llama-mqa-biases", "qwen2")
 TINY_R1 = Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1"
 
 
-@pytest.mark.parametrize("name", ["v32", "qwen3", *(slow(name) for name in OTHERS)])
+@pytest.mark.parametrize("name", ["qwen3", slow("v32"), *(slow(name) for name in OTHERS)])
 def test_float32_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     checkpoint = build(tmp_path, CONFIGS[name])
     engine = Engine.load(checkpoint.path, engine_options(kernels="cuda", cache_tokens=512))
@@ -105,6 +105,7 @@ def test_steps_that_are_launched_ahead_change_nothing(tmp_path: Path) -> None:
         assert done.logprobs == pytest.approx(theirs[key].logprobs, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_where_experts_lie_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build(tmp_path, CONFIGS["v3"], fp8=True).path
     monkeypatch.setattr(
@@ -119,6 +120,7 @@ def test_where_experts_lie_changes_no_bit(tmp_path: Path, monkeypatch: pytest.Mo
         }
 
 
+@pytest.mark.slow
 def test_sparse_attention_decodes_without_a_graph(tmp_path: Path) -> None:
     path = build(tmp_path, CONFIGS["v32"]).path
     load = {"dtype": torch.float32, "max_context": 100, "max_batch": 6}

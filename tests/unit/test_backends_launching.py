@@ -250,7 +250,7 @@ def test_a_server_that_ignores_sigterm_is_killed(here, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)]
 )
-@pytest.mark.parametrize("moment", ["starting", "answering"])
+@pytest.mark.parametrize("moment", [pytest.param("starting", marks=pytest.mark.slow), "answering"])
 def test_no_process_is_left_whatever_ends_the_command(here, number, code, moment):
     faults = {"starting": {"STAND_IN": "deaf"}, "answering": {"STAND_IN_SECONDS": "60"}}[moment]
     command = [sys.executable, str(REPO / "cli.py"), "generate", recipe()]

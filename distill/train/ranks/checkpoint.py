@@ -234,6 +234,8 @@ def writing(path: Path, ranks: Ranks | None = None) -> Iterator[Path]:
             replace_directory(scratch, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(scratch, ignore_errors=True)
+        if "gloo" in str(error) or "NCCL" in str(error):  # another rank died meanwhile, which the launcher reports
+            raise
         reason = str(error).partition("\n")[0]
         raise WorkError(
             f"{path} could not be written ({reason}): make sure that there is free disk space, then rerun the same "
