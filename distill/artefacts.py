@@ -195,8 +195,10 @@ class Measured(Artefact):
 
 
 class StagePlan(Artefact):
-    """One stage as foretold. tokens: completion tokens, or tokens that training reads. money: in the plan's `currency`.
-    disk: bytes."""
+    """The expected figures of one stage. tokens: completion tokens, or tokens that training reads.
+
+    money: in the plan's `currency`. disk: bytes.
+    """
 
     stage: str
     tokens: Expected | None = None

@@ -151,11 +151,6 @@ class LiveModel:
         return self._engines.spec.vocab_size
 
     @property
-    def numerics(self) -> Mapping[str, str]:
-        """What produces the numbers, as `Backend.numerics`."""
-        return self._engines.numerics.to_json()
-
-    @property
     def capacity(self) -> int:
         """Samples that all engines decode at once."""
         return self._engines.max_batch * len(self._engines.workers)

@@ -97,7 +97,7 @@ def _choice(reply: Mapping[str, object], choice: Mapping[str, object], choices: 
 
 
 def shared_usage(usage: object) -> dict[str, object]:
-    """Of the usage of several choices, what holds for each: the prompt's tokens."""
+    """Keep the counts that hold for each of several choices: those of the prompt."""
     counts = usage if isinstance(usage, dict) else {}
     return {name: value for name, value in counts.items() if name.startswith("prompt_")}
 

@@ -82,19 +82,19 @@ def plan_recipe(
     previous = Plan.read_if_there(paths.plan, "remove it, and run `distill plan` again")
     measured = measured or _measured(recipe, directory) or (previous.measured if previous else None)
     prompts = _prompts(recipe, paths)
-    foretold = foretell(recipe, directory, prompts, traces, mean)
-    prompt_tokens, counted = _prompt_tokens(recipe, prompts, foretold, measured)
+    estimate = estimate_traces(recipe, directory, prompts, traces, mean)
+    prompt_tokens, counted = _prompt_tokens(recipe, prompts, estimate, measured)
     price = catalog.price_of(recipe)
     stages = (
-        _generate(recipe, foretold, prompt_tokens, price, measured, hardware),
-        _filter(recipe, foretold),
-        _train(recipe, foretold, directory, machines, traces, mean, counted, prompt_tokens),
-        _eval(recipe, foretold),
+        _generate(recipe, estimate, prompt_tokens, price, measured, hardware),
+        _filter(recipe, estimate),
+        _train(recipe, estimate, directory, machines, traces, mean, counted, prompt_tokens),
+        _eval(recipe, estimate),
     )
     plan = Plan(
-        traces=foretold.count,
-        mean_tokens=foretold.mean,
-        basis=foretold.basis,
+        traces=estimate.count,
+        mean_tokens=estimate.mean,
+        basis=estimate.basis,
         prompt_tokens=prompt_tokens,
         price=f"{price.date}, {price.source}" if price and not recipe.traces else None,
         currency=price.currency if price and not recipe.traces else "",
@@ -103,7 +103,7 @@ def plan_recipe(
         measured=measured,
         stages=stages,
     )
-    _show(recipe, plan, foretold, counted, price, hardware)
+    _show(recipe, plan, estimate, counted, price, hardware)
     if paths.identity.exists():
         plan.write(paths.plan)
         say(f"stored in {paths.plan}; `distill report` shows it beside what is measured")
@@ -139,7 +139,7 @@ def _prompts(recipe: "Recipe", paths: RunPaths) -> list[Prompt] | None:
     return list(load_prompts(recipe.prompts, None, recipe.generate.max_prompts))
 
 
-def foretell(
+def estimate_traces(
     recipe: "Recipe", directory: Path, prompts: list[Prompt] | None, traces: int | None, mean: int | None
 ) -> Traces:
     """Number and tokens of the traces: from stored ones, else as given, else assumed. Errors: UserError where the
@@ -259,7 +259,7 @@ def _train(
     counted: str,
     prompt_tokens: float,
 ) -> StagePlan:
-    """The table of training, with the tokens foretold; hours of the recipe's own method on the first machine."""
+    """The table of training, with the expected tokens; hours of the recipe's own method on the first machine."""
     select = recipe.filter.select
     share = min(1.0, select.per_prompt / traces.samples) if select and select.per_prompt else 1.0
     per_trace = traces.mean + prompt_tokens / max(traces.count, 1)

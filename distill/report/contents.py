@@ -40,7 +40,7 @@ from distill.evaluations import (
 )
 from distill.recipe import Recipe
 from distill.record import StageRecord, read_recipe
-from distill.report.foretold import Foretold, compare_with_plan
+from distill.report.expected import ExpectedRow, compare_with_plan
 from distill.traces.browse import KEPT, verdict_of
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, count_traces, read_traces
@@ -108,7 +108,7 @@ class Contents:
 
     price: of an hour. solved: (right, all) samples of each prompt by the teacher, empty where every prompt has one
     sample or none is graded. solved_by: benchmark → model → the same of each problem. lines: below the scores,
-    differences between models and published scores. foretold: as `distill plan` expected.
+    differences between models and published scores. expected: as `distill plan` estimated.
     answers: to one problem of the first benchmark, by each model.
     """
 
@@ -129,7 +129,7 @@ class Contents:
     published: list[PublishedScores]
     lines: list[str]
     answers: list[Shown]
-    foretold: list[Foretold]
+    expected: list[ExpectedRow]
     plan: Plan | None
 
     @property
@@ -191,7 +191,7 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
         published=list(evaluated.published) if evaluated else [],
         lines=_lines(evaluated, scores) if evaluated else [],
         answers=_answers(paths.eval, results),
-        foretold=_compared(plan, paths, times, trained) if plan else [],
+        expected=_compared(plan, paths, times, trained) if plan else [],
         plan=plan,
     )
 
@@ -229,7 +229,9 @@ def _stage_time(name: str, record: StageRecord, summary: Artefact | None, price:
     return StageTime(name, f"{begun:%Y-%m-%d %H:%M} UTC", record.finished is not None, seconds, _tokens(summary), cost)
 
 
-def _compared(plan: Plan, paths: RunPaths, times: Iterable[StageTime], trained: TrainSummary | None) -> list[Foretold]:
+def _compared(
+    plan: Plan, paths: RunPaths, times: Iterable[StageTime], trained: TrainSummary | None
+) -> list[ExpectedRow]:
     finished = [time for time in times if time.finished]
     tokens = {time.name: time.tokens for time in finished}
     if trained is not None:

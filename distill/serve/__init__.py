@@ -5,7 +5,7 @@ sample number an answer is the same text, token for token, whether it comes from
 is read in `requests`, whose turn it is in `admission`, tokens become choices in `choices` and answers in `answers`;
 `app` has the addresses.
 
-Loopback by default. Another interface needs a key, because whoever reaches the address can use the machine.
+Loopback by default. Another interface needs a key, because anyone who reaches the address can use the machine.
 """
 
 import asyncio

@@ -13,7 +13,7 @@ DIRECTORIES = {"generate": ("traces",), "filter": ("filtered",), "train": (), "e
 
 
 @dataclass(frozen=True)
-class Foretold:
+class ExpectedRow:
     """One quantity of one stage. expected: with its interval, as text. measured: empty while it is unknown."""
 
     stage: str
@@ -24,7 +24,7 @@ class Foretold:
 
 def compare_with_plan(
     plan: Plan, paths: RunPaths, tokens: Mapping[str, int | None], seconds: Mapping[str, float | None]
-) -> list[Foretold]:
+) -> list[ExpectedRow]:
     """A row for each quantity that the plan has. tokens, seconds: of the finished stages."""
     rows = []
     for stage in plan.stages:
@@ -43,7 +43,7 @@ def compare_with_plan(
         for quantity, expected, measured, form in quantities:
             if expected is not None:
                 shown = "" if measured is None else format(measured, form)
-                rows.append(Foretold(name, quantity, _shown(expected, form), shown))
+                rows.append(ExpectedRow(name, quantity, _shown(expected, form), shown))
     return rows
 
 
