@@ -120,8 +120,8 @@ def check(kind: Kind, name_or_path: str) -> list[str]:
     card = load(kind, name_or_path)
     if isinstance(card, TeacherCard | StudentCard):
         return _check_weights("teacher" if isinstance(card, TeacherCard) else "student", name_or_path)
-    if isinstance(card, BenchmarkCard) and card.prompts.kind == "file":
-        return _check_prompts([card.prompts], card.problems)
+    if isinstance(card, BenchmarkCard) and all(source.kind == "file" for source in card.sources):
+        return _check_prompts(card.sources, card.problems)
     return []
 
 

@@ -225,7 +225,7 @@ class Evaluation:
             median_reasoning_tokens=statistics.median_reasoning_tokens,
             reasoning_unit=length_unit(self.model),
             interval="95 %: Wilson's score interval with the effective trials of problems as clusters",
-            source=self.benchmark.source.model_dump(mode="json"),
+            source=self.benchmark.described(),
             prompts_hash=digest([prompt.id for prompt in self.benchmark.prompts]),
             settings=drawn,
             versions={

@@ -277,7 +277,7 @@ def _eval(recipe: "Recipe", traces: Traces) -> StagePlan:
     total = 0.0
     for name in recipe.eval.benchmarks:
         card = catalog.load_benchmark(name)
-        problems = card.problems or getattr(card.prompts, "limit", None) or 0
+        problems = card.problems or sum(source.limit or 0 for source in card.sources)
         problems = min(problems, recipe.eval.limit or problems)
         longest = recipe.eval.max_new_tokens or card.sampling.max_new_tokens
         answers = problems * (recipe.eval.samples or card.samples) * len(recipe.eval.models)
