@@ -342,12 +342,30 @@ class ConsensusScore(Interval):
     silent: int
 
 
+class InstructionScores(Artefact):
+    """IFEval's accuracies: the share of prompts whose instructions are all followed, and the share of all instructions
+    that are, each strict (the response as it stands) and loose (a variant of it). prompt_strict is pass@1."""
+
+    prompt_strict: Interval
+    prompt_loose: Interval
+    instruction_strict: Interval
+    instruction_loose: Interval
+
+
+class PartScore(Artefact):
+    """pass@1 on the problems of one source of a benchmark."""
+
+    problems: int
+    pass_at_1: Interval = Field(alias="pass@1")
+
+
 class Scores(Artefact):
     """`scores.json`: one model on one benchmark, and what it takes to repeat it.
 
     Rates are shares of all samples. pass_at_k, consensus_at_k: by k, empty where a problem has one sample. Lengths are
-    in the model's tokens (`reasoning_unit` says where reasoning is counted in words). settings: how the samples were
-    drawn. versions: of the packages that a score may depend on.
+    in the model's tokens (`reasoning_unit` says where reasoning is counted in words). instructions: None where the
+    problems are not instructions. parts: by source, for a benchmark of several. settings: how the samples were drawn.
+    versions: of the packages that a score may depend on.
     """
 
     benchmark: str
@@ -360,6 +378,8 @@ class Scores(Artefact):
     effective_trials: float
     pass_at_k: dict[int, Interval] = Field(alias="pass@k")
     consensus_at_k: dict[int, ConsensusScore] = Field(alias="cons@k")
+    instructions: InstructionScores | None = None
+    parts: dict[str, PartScore] = {}
     truncated_rate: float
     no_answer_rate: float
     unverifiable_rate: float

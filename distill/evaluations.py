@@ -121,6 +121,14 @@ class GradeRow:
         return None if answer is None else str(answer)
 
     @property
+    def followed(self) -> tuple[list[bool], list[bool]] | None:
+        """Whether each instruction was followed, strictly and loosely; None where they were not checked."""
+        match self.evidence:
+            case {"strict": list(strict), "loose": list(loose)}:
+                return strict, loose
+        return None
+
+    @property
     def vote(self) -> str | None:
         """The answer that the sample votes with: one that it marked as final, not a guess from its last line."""
         return None if self.evidence.get("method") == "last line" else self.answer

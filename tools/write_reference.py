@@ -134,7 +134,7 @@ def type_name(annotation: Any) -> str:
             names.append("null")
         elif origin is Literal:
             names += [f"`{value}`" for value in inner]
-        elif origin is tuple and names and sections(inner[0]) == sections(annotation):
+        elif origin is tuple and names and sections(inner[0]) and sections(inner[0]) == sections(annotation):
             names.append("a list of them")
         elif origin is tuple:
             names.append(f"list of {type_name(inner[0])}")

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from distill.recipe import Eval, LocalEngine, Recipe
     from distill.run import Run
 
+INSTRUCTION_COLUMNS = ("model", "accuracy of", "strict (95 %)", "loose (95 %)")
+PARTS_SHOWN = 4  # sources whose scores fit beside one another in the terminal; scores.json and the report have all
 COLUMNS = ("model", "pass@1 (95 %)", "truncated", "no\nanswer", "unverifiable", "mean\ntokens")
 
 
@@ -219,7 +221,12 @@ def show(summary: EvalSummary) -> None:
         table(f"Scores on {benchmark}, {size}", COLUMNS, map(_cells, rows))
         if several := [row for row in rows if row.pass_at_k]:
             names = [f"pass@{k}" for k in several[0].pass_at_k] + [f"cons@{k}" for k in several[0].consensus_at_k]
-            table("", ("model", *names, "ties"), map(_cells_of_several, several))
+            ties = ("ties",) if several[0].consensus_at_k else ()
+            table("", ("model", *names, *ties), map(_cells_of_several, several))
+        if followed := [row for row in rows if row.instructions is not None]:
+            table("", INSTRUCTION_COLUMNS, (cells for row in followed for cells in _cells_of_instructions(row)))
+        if 1 < len(rows[0].parts) <= PARTS_SHOWN:
+            table("pass@1 by source", ("model", *rows[0].parts), map(_cells_of_parts, rows))
         for comparison in summary.comparisons:
             if comparison.benchmark == benchmark:
                 say(difference_line(comparison))
@@ -242,8 +249,25 @@ def _cells(row: Scores) -> tuple[str, ...]:
 
 def _cells_of_several(row: Scores) -> tuple[str, ...]:
     estimates = [*row.pass_at_k.values(), *row.consensus_at_k.values()]
-    ties = next(iter(row.consensus_at_k.values())).ties
-    return (row.model, *map(_estimate, estimates), f"{ties:,}")
+    ties = [f"{score.ties:,}" for score in row.consensus_at_k.values()]
+    return (row.model, *map(_estimate, estimates), *ties)
+
+
+def _cells_of_instructions(row: Scores) -> list[tuple[str, ...]]:
+    scores = row.instructions
+    assert scores is not None
+    prompts, instructions = (
+        (_estimate(strict), _estimate(loose))
+        for strict, loose in (
+            (scores.prompt_strict, scores.prompt_loose),
+            (scores.instruction_strict, scores.instruction_loose),
+        )
+    )
+    return [(row.model, "prompts", *prompts), ("", "instructions", *instructions)]
+
+
+def _cells_of_parts(row: Scores) -> tuple[str, ...]:
+    return (row.model, *(_estimate(part.pass_at_1) for part in row.parts.values()))
 
 
 def _estimate(interval: Interval) -> str:

@@ -64,12 +64,36 @@ class Benchmark:
     def prompts(self) -> list[Prompt]:
         """The problems. Errors: UserError when there are none, when their number is not the card's, when a problem has
         no answer or no grader, or the source cannot be read."""
+        return [prompt for _, prompt in self._labelled]
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """Source → the ids of its problems, for a benchmark of several sources; a problem belongs to the first."""
+        parts: dict[str, list[str]] = {}
+        if len(self.sources) > 1:
+            for label, prompt in self._labelled:
+                parts.setdefault(label, []).append(prompt.id)
+        return parts
+
+    @cached_property
+    def _labelled(self) -> list[tuple[str, Prompt]]:
+        """The problems, each with the name of its source."""
         counts = PromptCounts()
+        labelled = (
+            (label, prompt)
+            for label, source in zip(source_names(self.sources), self.sources, strict=True)
+            for prompt in load_prompts([source], counts)
+        )
         try:
-            prompts = list(islice(load_prompts(self.sources, counts), self.limit))
+            found = list(islice(labelled, self.limit))
         except UserError as error:
             hint = f"; or read {self.name} from a file: --source {self.name}=FILE, in a recipe eval.sources"
             raise UserError(f"{error}{hint if self.sources == self.card.sources else ''}") from error
+        self._check([prompt for _, prompt in found], counts.seen.total())
+        return found
+
+    def _check(self, prompts: list[Prompt], total: int) -> None:
+        """Raise UserError for problems that cannot be used. total: rows that were read."""
         if not prompts:
             raise UserError(f"benchmark {self.name} has no problems: check `prompts` in its card")
         for prompt in prompts:
@@ -80,14 +104,13 @@ class Benchmark:
                 f"benchmark {self.name}: {len(unanswered):,} problems have no answer to compare with, the first is "
                 f"{start!r}…; remove them from its file"
             )
-        expected, total = self.card.problems, counts.seen.total()
+        expected = self.card.problems
         if expected is not None and (self.limit is None or self.limit >= expected) and total != expected:
             raise UserError(
                 f"benchmark {self.name} has {total:,} problems but its card says {expected:,}: this is another "
                 f"version of the data set; name the right revision or file, or set a limit (--limit, in a recipe "
                 f"eval.limit) to take the first problems"
             )
-        return prompts
 
     @cached_property
     def unreadable_golds(self) -> str | None:
@@ -130,6 +153,23 @@ class Benchmark:
         settings |= {f"sampling.{key}": value for key, value in self.card.sampling.settings().items()}
         settings["sampling.max_new_tokens"] = self.max_new_tokens
         return settings | {"prompt_suffix": self.card.prompt_suffix, "seed": self.seed}
+
+
+def source_names(sources: "Sequence[PromptSource]") -> list[str]:
+    """A short name for each source, no two alike: its subset, its dataset or its file, whatever tells them apart."""
+    forms = [[_names(source)[form] for source in sources] for form in range(3)]
+    names = next((names for names in forms if len(set(names)) == len(names) and all(names)), None)
+    return names or [f"source {number}" for number in range(len(sources))]
+
+
+def _names(source: "PromptSource") -> tuple[str, str, str]:
+    match source.kind:
+        case "hub":
+            last = source.dataset.rpartition("/")[2]
+            return source.subset or "", last, f"{last}/{source.subset or ''}/{source.split}"
+        case "file":
+            return Path(source.path).stem, Path(source.path).name, source.path
+    return source.name, source.name, f"{source.name} {source.seed}"
 
 
 def benchmarks_of(recipe: "Eval") -> list[Benchmark]:

@@ -11,7 +11,7 @@ A finished evaluation has a record of its files (`distill.evaluations`). Files t
 """
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from distill import __version__
-from distill.artefacts import Scores, Settings
+from distill.artefacts import Interval, PartScore, Scores, Settings
 from distill.backends import Backend, Job, SamplingParams
 from distill.backends.collect import asked, check_all, collect, missing
 from distill.chat import THINK
@@ -30,7 +30,7 @@ from distill.durable import sync_directory, write_whole
 from distill.errors import UserError
 from distill.eval.benchmark import Benchmark
 from distill.eval.models import length_function, length_unit
-from distill.eval.statistics import Sample, summarise
+from distill.eval.statistics import Followed, Sample, pass_at_1, summarise
 from distill.eval.votes import classes
 from distill.evaluations import (
     DrawnWith,
@@ -43,6 +43,8 @@ from distill.evaluations import (
     read_votes,
 )
 from distill.fingerprint import digest
+from distill.grading import GRADERS
+from distill.grading.instructions import number_of_instructions
 from distill.integrity import record_files
 from distill.models import Model, Server
 from distill.traces.ledger import Ledger
@@ -180,7 +182,7 @@ class Evaluation:
 
     def vote(self, grader: "Grader") -> None:
         """Find out which of a problem's answers are equal, where that is not known yet."""
-        if self.benchmark.samples < 2:
+        if self.benchmark.samples < 2 or not GRADERS[self.benchmark.card.task].votes:
             return
         answers: dict[str, dict[str, None]] = {}
         for row in self._counted():
@@ -201,8 +203,9 @@ class Evaluation:
 
     def score(self) -> Scores:
         """Write scores.json and then record.json; returns the scores."""
-        known = read_votes(self.paths.votes)
-        statistics = summarise(_sample(row, known.get(row.prompt, {})) for row in self._counted())
+        known, counted = read_votes(self.paths.votes), self._counted()
+        samples = [_sample(row, known.get(row.prompt, {})) for row in counted]
+        statistics = summarise(samples, GRADERS[self.benchmark.card.task].votes)
         drawn = self._drawn_with()
         assert drawn is not None, "samples are graded only when it is known how they were drawn"
         scores = Scores(
@@ -216,6 +219,8 @@ class Evaluation:
             effective_trials=statistics.effective_trials,
             pass_at_k=statistics.pass_at_k,
             consensus_at_k=statistics.consensus_at_k,
+            instructions=statistics.instructions,
+            parts=self._parts(counted),
             truncated_rate=statistics.truncated_rate,
             no_answer_rate=statistics.no_answer_rate,
             unverifiable_rate=statistics.unverifiable_rate,
@@ -245,10 +250,16 @@ class Evaluation:
 
     def correct(self) -> dict[str, list[bool]]:
         """Prompt id → whether each of its samples is right."""
-        correct: dict[str, list[bool]] = {}
-        for row in self._counted():
-            correct.setdefault(row.prompt, []).append(row.correct)
-        return correct
+        return _correct(self._counted())
+
+    def _parts(self, counted: Sequence[GradeRow]) -> dict[str, PartScore]:
+        """pass@1 by source, for a benchmark of several."""
+        correct, parts = _correct(counted), {}
+        for label, prompts in self.benchmark.parts.items():
+            estimate = pass_at_1([correct[prompt] for prompt in prompts])
+            interval = Interval(value=estimate.value, low=estimate.low, high=estimate.high)
+            parts[label] = PartScore(problems=len(prompts), pass_at_1=interval)
+        return parts
 
     def _counted(self) -> list[GradeRow]:
         grades = read_grades(self.paths.grades)
@@ -344,6 +355,21 @@ def _row(trace: Trace, grade: "Grade", length: Callable[[str], int]) -> GradeRow
     )
 
 
+def _correct(rows: Iterable[GradeRow]) -> dict[str, list[bool]]:
+    correct: dict[str, list[bool]] = {}
+    for row in rows:
+        correct.setdefault(row.prompt, []).append(row.correct)
+    return correct
+
+
+def _followed(row: GradeRow) -> Followed | None:
+    """Which instructions a sample follows. One without a response, or whose check was not made, follows none."""
+    if (outcomes := row.followed) is not None:
+        return Followed(*map(tuple, outcomes))
+    count = number_of_instructions(str(row.evidence.get("gold")))
+    return Followed((False,) * count, (False,) * count) if count else None
+
+
 def _sample(row: GradeRow, classes: Mapping[str, int]) -> Sample:
     return Sample(
         problem=row.prompt,
@@ -353,4 +379,5 @@ def _sample(row: GradeRow, classes: Mapping[str, int]) -> Sample:
         completion_tokens=row.completion_tokens,
         reasoning_tokens=row.reasoning_tokens,
         vote=None if row.vote is None else classes.get(row.vote),
+        followed=_followed(row),
     )

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 Outcome = Literal["correct", "wrong", "unverifiable"]
 Ruling = tuple[Outcome, str]  # with a short, countable reason
+Detailed = tuple[Outcome, str, dict[str, object]]  # a ruling with details, which join the evidence: JSON values by name
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class Grade:
 class TaskGrader(ABC):
     """Grades the answers of one task. `GRADERS` in `distill.grading.graders` is the only list of graders.
 
-    lazy: whether a worker prepares it at its first question and not when it starts.
+    lazy: whether a worker prepares it at its first question and not when it starts. votes: whether two answers can be
+    equal, so that the samples of a prompt have a majority.
     """
 
     lazy: ClassVar[bool] = False
+    votes: ClassVar[bool] = True
 
     def require(self, where: str) -> None:  # noqa: B027  most graders need nothing that may be missing
         """Raise UserError when a package that this grader needs is not installed. where: begins the message."""
@@ -69,7 +72,7 @@ class TaskGrader(ABC):
     def rule(self, gold: str, answer: Answer) -> Ruling | None:
         """Compare without a parser, in linear time; None where that needs one."""
 
-    def compare(self, gold: str, answer: str, marked: bool) -> Ruling:
+    def compare(self, gold: str, answer: str, marked: bool) -> Ruling | Detailed:
         """Compare with a parser. Runs in a worker that can be killed."""
         raise AssertionError(f"{type(self).__name__}.rule gave no ruling, and there is no parser")
 

@@ -3,10 +3,12 @@
 from distill.grading.choice import ChoiceGrader
 from distill.grading.grade import TaskGrader
 from distill.grading.gym import GymGrader
+from distill.grading.instructions import InstructionsGrader
 from distill.grading.math import MathGrader
 
 GRADERS: dict[str, TaskGrader] = {  # task of a prompt → its grader
     "math": MathGrader(),
     "choice": ChoiceGrader(),
     "gym": GymGrader(),
+    "instructions": InstructionsGrader(),
 }

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from eval_support import distill, scores, server, url
 from prompt_support import file_refused, jsonl, read
 from pydantic import ValidationError
 
 from distill import catalog
 from distill.errors import UserError
-from distill.eval.benchmark import Benchmark, local_sources
+from distill.eval.benchmark import Benchmark, local_sources, source_names
 from distill.prompts import Prompt, load_prompts
 from distill.recipe import BenchmarkCard, Eval
+from distill.recipe.sources import FilePrompts
 
 ROWS: dict[str, dict[str, Any]] = {  # card → a made-up row with the columns of the published data set
     "aime-2026": {"id": "1", "problem": "1+1?", "answer": "2"},
@@ -265,3 +267,36 @@ def test_cards_that_are_refused(fields: dict[str, Any], message: str, tmp_path: 
     (tmp_path / "card.yaml").write_text(json.dumps({"name": "a"} | fields))
     with pytest.raises(UserError, match=message):
         catalog.load_benchmark(str(tmp_path / "card.yaml"))
+
+
+def test_scores_by_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [
+        jsonl(tmp_path / f"{name}.jsonl", *({"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in numbers))
+        for name, numbers in {"feb": range(4), "nov": range(3, 8)}.items()  # one problem is in both
+    ]
+    card = {"name": "sums", "prompts": [{"kind": "file", "path": str(path)} for path in paths], "problems": 9}
+    (tmp_path / "card.yaml").write_text(json.dumps(card))
+
+    def reply(question: str, seed: int) -> tuple[str, str]:
+        n = int(question.split()[2])
+        return f"\\boxed{{{2 * n if n < 4 else 0}}}", "stop"
+
+    with server(reply) as made:
+        asked = ["eval", "--model", url(made), "--benchmark", tmp_path / "card.yaml", "--out", tmp_path / "out"]
+        assert distill(monkeypatch, *asked) == 0
+    row = scores(tmp_path / "out")
+    parts = {name: (part.problems, part.pass_at_1.value) for name, part in row.parts.items()}
+    assert parts == {"feb": (4, 1.0), "nov": (4, 0.0)}
+    assert row.source["1.path"] == str(paths[1])
+    assert "pass@1 by source" in capsys.readouterr().out
+
+
+def test_sources_get_names_that_differ() -> None:
+    card = catalog.load_benchmark
+    assert source_names(card("olymmath").sources) == ["en-easy", "en-hard", "zh-easy", "zh-hard"]
+    assert source_names(card("hmmt-2025").sources) == ["hmmt_feb_2025", "hmmt_nov_2025"]
+    assert source_names([FilePrompts(kind="file", path=path) for path in ("a/x.jsonl", "b/x.jsonl")]) == [
+        "a/x.jsonl",
+        "b/x.jsonl",
+    ]
+    assert source_names(card("gsm8k").sources * 2) == ["source 0", "source 1"]
