@@ -13,23 +13,28 @@ of one identity, and `--fresh generate` moves the filter's output aside too. A t
 row in the ledger was written for is judged again.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 from distill import console
-from distill.artefacts import FilterSummary, GenerateSummary, Settings
+from distill.artefacts import FilterSummary, GenerateSummary, RunPaths, Settings
 from distill.errors import UserError
-from distill.filters.base import Candidate
-from distill.filters.judged import Judged, Key
-from distill.filters.summary import print_summary, summarise
-from distill.grading import Grade, Grader, require_grader
-from distill.recipe import Filter, Recipe
+from distill.filters.base import ChoosingFilter, CorpusFilter, GroupFilter, PromptGroup, Resources
+from distill.filters.judge import Judge
+from distill.filters.judged import Judged
+from distill.filters.resources import RunResources
+from distill.filters.summary import Tally, print_summary
+from distill.filters.table import JudgedTable, Survivors
+from distill.grading import require_grader
+from distill.recipe import Recipe
 from distill.run import Run
 from distill.stage import Stage
 from distill.traces.ledger import Ledger
-from distill.traces.store import TraceStore
-from distill.traces.trace import Trace, content_hash
+from distill.traces.store import Decision, TraceStore
+from distill.traces.trace import Trace, Verdict, content_hash
 
 KEPT, DROPPED = 0, 1  # of the two directories
 
@@ -69,10 +74,10 @@ class FilterStage(Stage[FilterSummary]):
         """The traces: from the record of a finished `generate`, else from the store. UserError when there are none."""
         if (generated := run.stored_summary("generate", GenerateSummary)) is not None:
             return {"traces": generated.traces, "content": generated.content_hash}
-        digests = [figures.digest for figures in TraceStore(run.paths.traces).figures()]
-        if not digests:
+        store = TraceStore(run.paths.traces)
+        if store.is_empty():
             raise UserError(f"{run.paths.traces}: no traces to filter; run `distill generate` first")
-        return {"traces": len(digests), "content": content_hash(digests)}
+        return {"traces": len(store), "content": content_hash(figures.digest for figures in store.figures())}
 
     def work(self, run: Run, begin: Callable[[], None]) -> FilterSummary:
         """Judge the traces that have no verdict yet, choose among them, write both directories.
@@ -81,23 +86,18 @@ class FilterStage(Stage[FilterSummary]):
         traces are written before).
         """
         check_gradable(run.recipe)
-        settings = run.recipe.filter
-        store = TraceStore(run.paths.traces)
-        keys = store.keys()
+        settings, store = run.recipe.filter, TraceStore(run.paths.traces)
+        total = len(store)
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
-        judged = _judge_each(store, keys, settings, run.paths.verdicts)
-        for choosing in settings.choosing_filters():
-            survivors = [trace for trace in judged.values() if trace.kept]
-            for key, verdict in choosing.choose(survivors, run.recipe.seed).items():
-                judged[key].verdicts.append(verdict)
-        store.split(
-            [run.paths.kept, run.paths.dropped],
-            lambda key: KEPT if judged[key].kept else DROPPED,
-            {key: trace.verdicts for key, trace in judged.items()},
-        )
-        order = [each.name for each in (*settings.trace_filters(), *settings.choosing_filters())]
-        summary = summarise(list(judged.values()), order)
+        resources = RunResources(run.recipe)
+        judge = Judge(settings.judging_filters(), settings.choosing_filters(), resources)
+        with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
+            _judge(store, total, judge, table, run.paths.verdicts)
+            _choose(table, settings.choosing_filters(), resources, run.paths.filtered / ".scratch")
+            tally = Tally([each.name for each in (*judge.filters, *judge.choosing)])
+            _write(store, total, table, tally, run.paths)
+            summary = tally.summary(*table.prompt_counts())
         if not summary.kept:
             raise _nothing_kept(summary, run.directory)
         print_summary(summary, str(run.paths.kept))
@@ -111,34 +111,77 @@ class FilterStage(Stage[FilterSummary]):
 STAGE = FilterStage()
 
 
-def _judge_each(store: TraceStore, keys: set[Key], settings: Filter, path: Path) -> dict[Key, Judged]:
-    """The verdicts of the filters that judge one trace, from the ledger or made now."""
-    ledger = Ledger(path)
-    known = {judged.key: judged for judged in map(Judged.from_row, ledger.rows()) if judged.key in keys}
-    judged: dict[Key, Judged] = {}
-    filters = settings.trace_filters()
+def _judge(store: TraceStore, total: int, judge: Judge, table: JudgedTable, path: Path) -> None:
+    """Fill the table: from the ledger, and with verdicts that are made now."""
+    with Ledger(path) as ledger:
+        for row in ledger.rows():
+            if (earlier := Judged.from_row(row)) is not None:
+                table.remember(earlier)
+        with console.progress("filter", total, "traces") as advance, judge:
 
-    def unknown() -> Iterator[Trace]:
-        for trace in store.iterate(tokens=False):
-            earlier = known.get(trace.key)
-            if earlier and earlier.digest == trace.digest:
-                judged[trace.key] = earlier
-            else:
-                yield trace
+            def unknown() -> Iterator[tuple[int, Trace]]:
+                for position, trace in enumerate(store.iterate(tokens=False)):
+                    if (earlier := table.recall(trace.key, trace.digest)) is not None:
+                        table.add(position, earlier)
+                        advance(1)
+                    else:
+                        yield position, trace
 
-    with ExitStack() as stack:
-        stack.enter_context(ledger)
-        advance = stack.enter_context(console.progress("filter", len(keys), "traces", done=len(known)))
-        graded: Iterable[tuple[Trace, Grade | None]] = ((trace, None) for trace in unknown())
-        if settings.correct:
-            grader = stack.enter_context(Grader(settings.correct.workers, settings.correct.timeout))
-            graded = grader.grade((trace, trace.prompt, trace.answer) for trace in unknown())
-        for trace, grade in graded:
-            candidate = Candidate(trace, grade)
-            judged[trace.key] = Judged.of(trace, [each.judge(candidate) for each in filters])
-            ledger.add(judged[trace.key].to_row())
-            advance(1)
-    return judged
+            for position, judged in judge.judge(unknown()):
+                ledger.add(judged.to_row())
+                table.add(position, judged)
+                advance(1)
+    table.arrange()
+
+
+def _choose(table: JudgedTable, filters: Sequence[ChoosingFilter], resources: Resources, scratch: Path) -> None:
+    """Let the choosing filters choose, in their order; neighbours that look at one prompt share a pass."""
+    for is_group, neighbours in groupby(filters, lambda each: isinstance(each, GroupFilter)):
+        if is_group:
+            groups = [each for each in neighbours if isinstance(each, GroupFilter)]
+            table.choose(_chosen_in_groups(table, groups, resources), len(groups))
+            continue
+        for each in neighbours:
+            assert isinstance(each, CorpusFilter)
+            with _empty_directory(scratch):
+                verdicts = each.judge_corpus(Survivors(table, scratch), resources)
+                table.choose(((table.position(key), [verdict]) for key, verdict in verdicts), 1)
+
+
+def _chosen_in_groups(
+    table: JudgedTable, filters: Sequence[GroupFilter], resources: Resources
+) -> Iterator[tuple[int, Sequence[Verdict]]]:
+    for placed in table.prompts():
+        group = PromptGroup([each.judged for each in placed])
+        before = [len(each.judged.verdicts) for each in placed]
+        for each in filters:
+            if survivors := group.survivors:
+                verdicts = each.judge_group(group, resources)
+                for trace, verdict in zip(survivors, verdicts, strict=True):
+                    trace.verdicts.append(verdict)
+        for (position, judged), start in zip(placed, before, strict=True):
+            yield position, judged.verdicts[start:]
+
+
+def _write(store: TraceStore, total: int, table: JudgedTable, tally: Tally, paths: RunPaths) -> None:
+    """Copy the traces to their two directories, and count them."""
+    with console.progress("write", total, "traces") as advance:
+
+        def decisions() -> Iterator[Decision]:
+            for judged in table:
+                tally.add(judged)
+                yield Decision(judged.key, KEPT if judged.kept else DROPPED, judged.verdicts)
+                advance(1)
+
+        store.split([paths.kept, paths.dropped], decisions())
+
+
+@contextmanager
+def _empty_directory(path: Path) -> Iterator[None]:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    yield
+    shutil.rmtree(path)
 
 
 def _nothing_kept(summary: FilterSummary, run: Path) -> UserError:

@@ -5,18 +5,17 @@ finished, and raising k or adding samples keeps as much of the earlier choice as
 """
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from distill.filters.base import OK, ChoosingFilter, Group
-from distill.filters.judged import Judged, Key, common_unit
+from distill.filters.base import OK, Group, GroupFilter, PromptGroup, Resources
+from distill.filters.judged import Judged, common_unit
 from distill.traces.trace import Verdict
 
 
-class Select(ChoosingFilter):
+class Select(GroupFilter):
     """Keep at most `per_prompt` traces of each prompt."""
 
     per_prompt: int = Field(ge=1, description="number of traces of a prompt to keep")
@@ -42,17 +41,15 @@ class Select(ChoosingFilter):
         """Whether its verdicts depend on the recipe's seed."""
         return self.order == "random"
 
-    def choose(self, survivors: Sequence[Judged], seed: int) -> dict[Key, Verdict]:
-        """Keep the first `per_prompt` of each prompt; the evidence has the trace's rank (from 1) in its prompt."""
-        by_prompt: dict[str, list[Judged]] = defaultdict(list)
-        for trace in survivors:
-            by_prompt[trace.key[0]].append(trace)
-        verdicts = {}
-        for group in by_prompt.values():
-            for rank, trace in enumerate(self._ordered(group, seed), 1):
-                reason = OK if rank <= self.per_prompt else "surplus"
-                verdicts[trace.key] = self.verdict(reason, rank=rank, by=self.order)
-        return verdicts
+    def judge_group(self, group: PromptGroup, resources: Resources) -> Sequence[Verdict]:
+        """Keep the first `per_prompt`; the evidence has the trace's rank (from 1)."""
+        survivors = group.survivors
+        rank = {trace.key: rank for rank, trace in enumerate(self._ordered(survivors, resources.seed), 1)}
+        reasons = (OK if rank[trace.key] <= self.per_prompt else "surplus" for trace in survivors)
+        return [
+            self.verdict(reason, rank=rank[trace.key], by=self.order)
+            for trace, reason in zip(survivors, reasons, strict=True)
+        ]
 
     def _ordered(self, group: Sequence[Judged], seed: int) -> list[Judged]:
         if self.order == "random":

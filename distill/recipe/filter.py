@@ -12,7 +12,7 @@ from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, fiel
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from distill.filters.base import AnyFilter, ChoosingFilter, TraceFilter
+from distill.filters.base import AnyFilter, ChoosingFilter, StreamFilter, TraceFilter
 from distill.filters.correct import Correct
 from distill.filters.dedup import Dedup
 from distill.filters.finish import Finish
@@ -67,12 +67,12 @@ class Filter(Section):
     dedup: Switch[Dedup] = Dedup()
     select: Switch[Select] = None
 
-    def trace_filters(self) -> list[TraceFilter]:
-        """The filters that are on and judge one trace, in order."""
-        return [each for each in self._all() if isinstance(each, TraceFilter)]
+    def judging_filters(self) -> list[TraceFilter | StreamFilter]:
+        """The filters that are on and judge each trace by itself, in order."""
+        return [each for each in self._all() if isinstance(each, (TraceFilter, StreamFilter))]
 
     def choosing_filters(self) -> list[ChoosingFilter]:
-        """The filters that are on and choose among traces, in order."""
+        """The filters that are on and compare traces, in order."""
         return [each for each in self._all() if isinstance(each, ChoosingFilter)]
 
     @property

@@ -4,7 +4,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +18,18 @@ from distill.artefacts import FilterSummary
 from distill.catalog import load_recipe
 from distill.chat import split_reasoning
 from distill.errors import UserError
-from distill.filters.base import OK, Candidate, ChoosingFilter, Example, TraceFilter
+from distill.filters.base import (
+    OK,
+    Candidate,
+    ChoosingFilter,
+    CorpusFilter,
+    Example,
+    GroupFilter,
+    PromptGroup,
+    Resources,
+    StreamFilter,
+    TraceFilter,
+)
 from distill.filters.correct import Correct
 from distill.filters.dedup import Dedup
 from distill.filters.format import Format
@@ -24,6 +37,7 @@ from distill.filters.judged import Judged, common_unit
 from distill.filters.length import Length
 from distill.filters.pipeline import STAGE, check_gradable
 from distill.filters.select import Select
+from distill.filters.table import JudgedTable, Survivors
 from distill.grading import Grade
 from distill.grading import math as mathematics
 from distill.prompts.prompt import Prompt
@@ -75,36 +89,66 @@ def samples(directory: Path, which: str = "kept") -> dict[int, dict[str, str]]:
 
 # One filter at a time
 
-TRACE_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, TraceFilter)]
+JUDGING_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, (TraceFilter, StreamFilter))]
 CHOOSING_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, ChoosingFilter)]
 
 
 @pytest.mark.parametrize(
     ("kind", "example"),
-    [pytest.param(kind, example, id=kind.name) for kind in TRACE_FILTERS for example in kind.examples],
+    [pytest.param(kind, example, id=kind.name) for kind in JUDGING_FILTERS for example in kind.examples],
 )
-def test_examples_of_filters_that_judge(kind: type[TraceFilter], example: Example) -> None:
+def test_examples_of_filters_that_judge(kind: type[TraceFilter | StreamFilter], example: Example) -> None:
+    judging = kind.model_validate(example.settings)
     trace = make_trace(example.text, tokens=example.tokens or 0, finish_reason=example.finish_reason)
-    verdict = kind.model_validate(example.settings).judge(Candidate(trace, example.grade))
+    is_stream = isinstance(judging, StreamFilter)
+    verdict = judging.verdict_on(example.outcome) if is_stream else judging.judge(Candidate(trace))
     assert (verdict.filter, verdict.reason) == (kind.name, example.reason)
     assert verdict.keep is (example.reason == kind.passing)
+
+
+def choose(choosing: ChoosingFilter, traces: list[Trace], earlier: Any = (), seed: int = 0) -> dict[Any, Verdict]:
+    """The verdicts of a filter on traces, each with the verdicts that it got before, as the pipeline asks for them."""
+    resources = Resources(seed)
+    said = {trace.key: list(earlier[i]) if earlier else [] for i, trace in enumerate(traces)}
+    judged = [
+        Judged.of(trace, said[trace.key], {choosing.name: choosing.note(Candidate(trace, resources))})
+        for trace in sorted(traces, key=lambda trace: trace.key)
+    ]
+    if isinstance(choosing, GroupFilter):
+        verdicts = {}
+        for _, group in groupby(judged, lambda trace: trace.key[0]):
+            members = PromptGroup(list(group))
+            chosen = choosing.judge_group(members, resources)
+            verdicts |= dict(zip([trace.key for trace in members.survivors], chosen, strict=True))
+        return verdicts
+    assert isinstance(choosing, CorpusFilter)
+    with TemporaryDirectory() as scratch, JudgedTable(Path(scratch) / "table") as table:
+        for position, trace in enumerate(judged):
+            table.add(position, trace)
+        table.arrange()
+        (Path(scratch) / "files").mkdir()
+        return dict(choosing.judge_corpus(Survivors(table, Path(scratch) / "files"), resources))
 
 
 @pytest.mark.parametrize("kind", CHOOSING_FILTERS)
 def test_examples_of_filters_that_choose(kind: type[ChoosingFilter]) -> None:
     for group in kind.examples:
         lengths = group.tokens or (0,) * len(group.texts)
-        traces = judged(*(make_trace(text, sample=i, tokens=lengths[i]) for i, text in enumerate(group.texts)))
-        for order in (1, -1):
-            verdicts = kind.model_validate(group.settings).choose(traces[::order], seed=0)
-            assert [verdicts[trace.key].reason for trace in traces] == list(group.reasons)
-            assert all(verdict.keep is (verdict.reason == kind.passing) for verdict in verdicts.values())
+        questions = group.questions or ("20 + 22?",) * len(group.texts)
+        traces = [
+            make_trace(text, question=questions[i], sample=i, tokens=lengths[i]) for i, text in enumerate(group.texts)
+        ]
+        verdicts = choose(kind.model_validate(group.settings), traces, group.earlier)
+        dropped = [any(not verdict.keep for verdict in earlier) for earlier in group.earlier] or [False] * len(traces)
+        reasons = [reason for reason, was in zip(group.reasons, dropped, strict=True) if not was]
+        assert [verdicts[trace.key].reason for trace in traces if trace.key in verdicts] == reasons
+        assert all(verdict.keep is (verdict.reason == kind.passing) for verdict in verdicts.values())
 
 
 @pytest.mark.parametrize("kind", FILTERS.values())
 def test_every_reason_has_an_example_and_every_filter_a_description(kind: Any) -> None:
-    examples = kind.examples if issubclass(kind, TraceFilter) else [g for group in kind.examples for g in [*group[:1]]]
-    reasons = [e.reason for e in examples] if issubclass(kind, TraceFilter) else [r for g in examples for r in g]
+    is_choosing = issubclass(kind, ChoosingFilter)
+    reasons = [reason for example in kind.examples for reason in (example.reasons if is_choosing else [example.reason])]
     assert {reason.partition(": ")[0] for reason in reasons} == set(kind.reasons)
     assert kind.__doc__ and list(FILTERS) == list(Filter.model_fields)
     assert all(field.description for field in kind.model_fields.values())
@@ -118,7 +162,7 @@ def test_format_keeps_just_what_its_rule_says(text: str) -> None:
 
 
 def test_the_evidence_of_a_grade_is_kept() -> None:
-    verdict = Correct().judge(Candidate(make_trace(), Grade("correct", "equal", {"gold": "42"})))
+    verdict = Correct().verdict_on(Grade("correct", "equal", {"gold": "42"}))
     assert verdict == Verdict("correct", True, "correct", {"judged": "equal", "gold": "42"})
 
 
@@ -161,7 +205,7 @@ def test_duplicates_are_found_within_a_prompt_and_up_to_white_space() -> None:
     other = make_trace(question="21 + 21?", sample=5)
     spaced = make_trace(GOOD.replace(" ", "\n  "), sample=2)
     different = make_trace(GOOD.replace("20 + 22", "22 + 20"), sample=3)
-    verdicts = Dedup().choose(judged(spaced, make_trace(sample=1), different, other), 0)
+    verdicts = choose(Dedup(), [spaced, make_trace(sample=1), different, other])
     assert {key[1]: (v.keep, v.evidence) for key, v in verdicts.items()} == {
         1: (True, {}),
         2: (False, {"of_sample": 1}),
@@ -171,12 +215,12 @@ def test_duplicates_are_found_within_a_prompt_and_up_to_white_space() -> None:
 
 
 def test_select() -> None:
-    traces = judged(*(make_trace(sample=i, tokens=tokens) for i, tokens in enumerate([50, 30, 40, 30])))
-    traces += judged(make_trace(question="21 + 21?", sample=0, tokens=99))
+    traces = [make_trace(sample=i, tokens=tokens) for i, tokens in enumerate([50, 30, 40, 30])]
+    traces.append(make_trace(question="21 + 21?", sample=0, tokens=99))
     other = traces[-1].key
 
-    def kept(how: Any, per_prompt: int = 2, seed: int = 0, order: int = 1) -> set[tuple[str, int]]:
-        verdicts = Select(per_prompt=per_prompt, order=how).choose(traces[::order], seed)
+    def kept(how: Any, per_prompt: int = 2, seed: int = 0) -> set[tuple[str, int]]:
+        verdicts = choose(Select(per_prompt=per_prompt, order=how), traces, seed=seed)
         assert verdicts.keys() == {trace.key for trace in traces}
         return {key for key, verdict in verdicts.items() if verdict.keep}
 
@@ -188,15 +232,16 @@ def test_select() -> None:
     assert numbers(kept("shortest", per_prompt=1)) == {1}  # of two equally long ones the first
     draws = {frozenset(numbers(kept("random", seed=seed))) for seed in range(50)}
     assert len(draws) == 6, "every pair of four comes up"
-    assert kept("random", seed=3) == kept("random", seed=3, order=-1)
     assert kept("random", per_prompt=2, seed=3) < kept("random", per_prompt=3, seed=3)
     assert all(other in kept(how) for how in ("first", "shortest", "random"))
     assert [Filter(select=Select(per_prompt=1, order=how)).draws for how in ("first", "random")] == [False, True]
 
 
 def test_a_ledger_row_holds_all_of_it() -> None:
-    one = Judged.of(make_trace(tokens=9), [Verdict("format", False, "no_think", {"think": 0})])
-    assert Judged.from_row(json.loads(json.dumps(one.to_row()))) == one
+    judged = Judged.of(make_trace(tokens=9), [Verdict("format", False, "no_think", {"think": 0})], {"dedup": [1, "a"]})
+    row = json.loads(json.dumps(judged.to_row()))
+    assert Judged.from_row(row) == judged
+    assert Judged.from_row(row | {"spelling": "ab"}) is None, "of an earlier version: the trace is judged again"
 
 
 # The section of the recipe

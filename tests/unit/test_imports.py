@@ -57,7 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.
     "recipe": SHARED | {"filters", "engine.families"},
     "filters": {"section", "chat", "grading", "traces.trace", "traces.ledger", "prompts.prompt"},
-    "filters.pipeline": BELOW_STAGES | {"filters", "filters.summary"},
+    "filters.pipeline": BELOW_STAGES | {"filters", "filters.resources", "filters.summary"},
+    "filters.resources": BELOW_STAGES | {"filters"},
     "filters.summary": BELOW_STAGES | {"filters"},
     "traces.trace": {"chat", "prompts.prompt"},
     "traces.ledger": {"durable", "errors"},
