@@ -220,8 +220,11 @@ def grade(answer: str, gold: str, task: Task = "math") -> "Grade":
     seconds of processor time; the verdict is then unverifiable. Errors: UserError for a task without a grader.
     """
     from distill.grading import Grader, require_grader
+    from distill.grading.sandbox.levels import require_level
 
     require_grader(task, "grade", "choose another task")
+    if task == "code":
+        require_level("full", "grade")
     with Grader(workers=1) as grader:
         ((_, result),) = grader.grade([(0, Prompt.from_question("", gold, task), answer)])
     return result

@@ -22,6 +22,7 @@ from distill import __version__, catalog
 from distill.backends.device import device_type
 from distill.console import bytes_text, say, table
 from distill.engine.families import FAMILIES
+from distill.grading.sandbox import levels as sandbox_levels
 from distill.hardware import Machine, disk_rate, fastest, gpu_memory, memory_bandwidth, product_rate, this_machine
 from distill.recipe import TeacherCard
 
@@ -124,7 +125,7 @@ def _show_software() -> None:
         rows.append(("kernels", f"{why}. Without them the engine is several times slower and needs more memory"))
     else:
         rows.append(("kernels", f"in use: {cpu.instruction_set()}; here: {', '.join(cpu.instruction_sets())}"))
-    table("", ("software", ""), rows, text_columns=2)
+    table("", ("software", ""), [*rows, *sandbox_levels.describe()], text_columns=2)
 
 
 def _weights_file(teacher: str) -> Path | None:

@@ -16,6 +16,7 @@ from distill.console import counted, say
 from distill.errors import UserError
 from distill.fingerprint import file_hash
 from distill.grading import require_grader, unreadable_golds
+from distill.grading.sandbox.levels import require_level
 from distill.prompts import Prompt, PromptCounts, load_prompts
 from distill.prompts.rows import rows_of_file
 from distill.recipe.sources import FilePrompts, GymPrompts, ProceduralPrompts
@@ -45,6 +46,8 @@ class Benchmark:
         """Apply a recipe's `eval:` to a card. Errors: UserError when no grader knows its task, or the file that the
         recipe names for it has other columns."""
         require_grader(card.task, f"benchmark {card.name}", f"leave {card.name} out")
+        if card.task == "code":
+            require_level(recipe.sandbox, "eval.sandbox")
         paths = recipe.sources.get(card.name, ())
         files = local_sources(card, [Path(path) for path in ((paths,) if isinstance(paths, str) else paths)])
         longest = recipe.max_new_tokens or card.sampling.max_new_tokens

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from distill.filters.base import Candidate, Example, Judging, Resources, StreamFilter
 from distill.grading.grade import Grade
+from distill.grading.sandbox.levels import Level
 from distill.section import Free
 from distill.traces.trace import Verdict
 
@@ -23,7 +24,15 @@ AHEAD = 256  # traces that were read and have no grade yet
 class Correct(StreamFilter):
     """Keep traces whose answer equals the gold one. Unverifiable answers are dropped too, and counted apart."""
 
-    timeout: float = Field(5.0, gt=0, description="processor seconds for one comparison; a longer one is unverifiable")
+    timeout: float = Field(
+        5.0,
+        gt=0,
+        description="processor seconds for one comparison, or one test of a program; a longer comparison is "
+        "unverifiable, a longer program is wrong",
+    )
+    sandbox: Annotated[Level, Free] = Field(
+        "full", description="isolation that programs need at least; a machine that gives less is refused"
+    )
     workers: Annotated[int, Free] = Field(2, ge=1, description="number of grading processes")
 
     name = "correct"

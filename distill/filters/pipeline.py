@@ -29,6 +29,7 @@ from distill.filters.resources import RunResources
 from distill.filters.summary import Tally, print_summary
 from distill.filters.table import JudgedTable, Survivors
 from distill.grading import require_grader
+from distill.grading.sandbox.levels import require_level
 from distill.recipe import Recipe
 from distill.run import Run
 from distill.stage import Stage
@@ -46,6 +47,8 @@ def check_gradable(recipe: Recipe) -> None:
     for i, source in enumerate((*recipe.prompts, *recipe.traces)):
         task = getattr(source, "task", "math")  # procedural problems are mathematics
         require_grader(task, "filter.correct", "set it to false, or leave such prompts out")
+        if task == "code":
+            require_level(recipe.filter.correct.sandbox, "filter.correct.sandbox")
         if recipe.prompts and getattr(source, "answer", "") is None:
             raise UserError(
                 f"filter.correct: prompts.{i} has no gold answers (its `answer` is null), so all of its traces would "

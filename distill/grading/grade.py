@@ -44,11 +44,12 @@ class TaskGrader(ABC):
     """Grades the answers of one task. `GRADERS` in `distill.grading.graders` is the only list of graders.
 
     lazy: whether a worker prepares it at its first question and not when it starts. votes: whether two answers can be
-    equal, so that the samples of a prompt have a majority.
+    equal, so that the samples of a prompt have a majority. seconds: of processor time for one comparison, in a worker.
     """
 
     lazy: ClassVar[bool] = False
     votes: ClassVar[bool] = True
+    seconds: float = 5.0
 
     def require(self, where: str) -> None:  # noqa: B027  most graders need nothing that may be missing
         """Raise UserError when a package that this grader needs is not installed. where: begins the message."""
@@ -63,6 +64,14 @@ class TaskGrader(ABC):
     @abstractmethod
     def find(self, response: str) -> Answer | None:
         """The final answer of a response. Linear time."""
+
+    def gold_shown(self, gold: str) -> str:
+        """The gold answer as evidence shows it."""
+        return gold
+
+    def limits(self, gold: str) -> int:
+        """How many time limits a comparison with this gold answer may take."""
+        return 1
 
     def shown(self, answer: Answer) -> str:
         """The answer as evidence shows it: answers that are equal without a parser look the same."""

@@ -151,7 +151,7 @@ def _graded(prompt: "Prompt", response: str) -> tuple[Grade, Question | None]:
     answer = grader.find(response)
     evidence: dict[str, object] = {
         "extracted": answer and grader.shown(answer),
-        "gold": gold or None,
+        "gold": grader.gold_shown(gold) if gold else None,
         "method": answer and answer.method,
     }
     if not gold or answer is None:

@@ -1,6 +1,7 @@
 """`GRADERS`: the only list of graders. A new one is a file with its `TaskGrader`, and a line here."""
 
 from distill.grading.choice import ChoiceGrader
+from distill.grading.code import CodeGrader
 from distill.grading.grade import TaskGrader
 from distill.grading.gym import GymGrader
 from distill.grading.instructions import InstructionsGrader
@@ -9,6 +10,7 @@ from distill.grading.math import MathGrader
 GRADERS: dict[str, TaskGrader] = {  # task of a prompt → its grader
     "math": MathGrader(),
     "choice": ChoiceGrader(),
+    "code": CodeGrader(),
     "gym": GymGrader(),
     "instructions": InstructionsGrader(),
 }

@@ -23,6 +23,7 @@ from typing import Generic, TypeVar
 
 from distill.children import Child
 from distill.errors import WorkError
+from distill.grading.graders import GRADERS
 
 K = TypeVar("K", bound=Hashable)
 Question = dict[str, str | bool]  # as `distill.grading.worker` describes it
@@ -54,7 +55,8 @@ class Worker(Generic[K]):
     def send(self, key: K, item: Question) -> None:
         """Give it an item, whose answer will carry `key`."""
         assert self.ready and self.deadline is None, "one item at a time, and only after it said it is ready"
-        self.key, self.deadline = key, time.monotonic() + PATIENCE * self.timeout
+        limits = GRADERS[str(item["task"])].limits(str(item["gold"]))
+        self.key, self.deadline = key, time.monotonic() + PATIENCE * self.timeout * limits
         self.child.send(item)
 
     def read(self) -> list[object] | None:

@@ -30,6 +30,8 @@ def main(memory: int, seconds: float) -> None:
     waiting = {task for task, grader in GRADERS.items() if grader.lazy}
     for task in GRADERS.keys() - waiting:
         GRADERS[task].prepare()
+    for each in GRADERS.values():
+        each.seconds = seconds
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
@@ -38,8 +40,8 @@ def main(memory: int, seconds: float) -> None:
             waiting.remove(question["task"])
             _limit_cpu(PREPARE_SECONDS)
             GRADERS[question["task"]].prepare()
-        _limit_cpu(seconds)
         grader, gold = GRADERS[question["task"]], question["gold"]
+        _limit_cpu(seconds * grader.limits(gold))
         answer: object
         try:
             if "answer" in question:

@@ -5,27 +5,44 @@
                     {"type": "function_call", "fn_name": "add", "input": [1, 2], "output": 3},
                     {"type": "assert", "code": "assert add(1, 2) == 3"},
                     {"type": "program", "code": "def check(candidate): …"}],
-     "setup": "import math",          where there is one: code before every test
-     "entry_point": "add"}            where there is one: the function that `check` is called with
+     "setup": "import math",          optional: code before every test
+     "entry_point": "add",            optional: the function that `check` is called with
+     "stub": "def add(a, b):\n"}       optional: the beginning of the function, with its imports and helpers
 
 The gold of a prompt is this object as JSON text, so a sandbox reads one form, and the prompt's id is the same whether
-the tests were published as objects or as JSON text. The forms: `verification_info` of open-r1 (an object with
-`test_cases`), `input_output` of APPS and TACO (`inputs`, `outputs`, `fn_name`), lists of `input` and `output` of
-LiveCodeBench, `test_list` of MBPP (asserts, with `test_setup_code`), `test` of HumanEval (a program, with
-`entry_point`). Columns beside the tests are read by these names (`BESIDE`).
+the tests were published as objects or as JSON text. The published forms:
+
+    open-r1           `verification_info`, an object with `test_cases`
+    APPS, TACO        `input_output`, an object with `inputs`, `outputs` and, for a function, `fn_name`
+    LiveCodeBench     `private_test_cases`: base64 of zlib of a pickle of the JSON of a list of `input`, `output` and
+                      `testtype`; for a function, `metadata` has `func_name`, and each line of an input is an argument
+    MBPP, MBPP+       `test_list`, a list of asserts, with `test_setup_code` and `test_imports`; `test`, a program
+    HumanEval(+)      `test`, a program that defines `check`, with `entry_point` and `prompt`
+
+Columns beside the tests are read by these names (`BESIDE`). LiveCodeBench's pickle is not unpickled, which could run
+code: its instructions are read, and any but that of one string is refused.
 """
 
 import ast
+import base64
+import binascii
 import json
+import pickletools
+import re
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import NotRequired, TypedDict
 
 from distill.prompts.columns import parsed
 
-BESIDE = ("entry_point", "test_setup_code", "test_imports")  # columns that are read beside the tests
+# columns that are read beside the tests
+BESIDE = ("entry_point", "test_setup_code", "test_imports", "prompt", "metadata", "public_test_cases")
 STDIN, CALL = "stdin_stdout", "function_call"
 TYPES = {STDIN: STDIN, "stdin": STDIN, CALL: CALL, "functional": CALL}
+UNPACKED = 1 << 30  # bytes that compressed tests may hold
+BASE64 = re.compile(r"eJ[A-Za-z0-9+/]{10,}={0,2}|eN[A-Za-z0-9+/]{10,}={0,2}")  # of a zlib stream's first bytes
+STRING = {"PROTO", "FRAME", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
 
 
 class Case(TypedDict):
@@ -45,6 +62,7 @@ class CodeTests(TypedDict):
     test_cases: list[Case]
     setup: NotRequired[str]
     entry_point: NotRequired[str]
+    stub: NotRequired[str]
 
 
 def tests_of(value: object, row: Mapping[str, object]) -> str | None:
@@ -52,7 +70,7 @@ def tests_of(value: object, row: Mapping[str, object]) -> str | None:
 
     Errors: ValueError, the end of a sentence about the column, when the tests are in no known form.
     """
-    value, language = parsed(value), "python"
+    value, language = parsed(_unpacked(value)), "python"
     setup, entry = _setup(row), row.get("entry_point")
     if isinstance(value, dict) and "test_cases" in value:
         language = str(value.get("language") or language)
@@ -62,7 +80,8 @@ def tests_of(value: object, row: Mapping[str, object]) -> str | None:
     elif isinstance(value, list) and all(isinstance(case, str) for case in value):
         cases = [{"type": "assert", "code": _program(str(case))} for case in value if str(case).strip()]
     elif isinstance(value, list):
-        cases = [_case(case, number) for number, case in enumerate(value)]
+        function = _function(row)
+        cases = [_case(case, number, function) for number, case in enumerate([*_public(row), *value])]
     elif isinstance(value, str) and value.strip():
         if "def check(" in value and not (isinstance(entry, str) and entry.strip()):
             raise ValueError("defines check(candidate), and there is no column entry_point with the function's name")
@@ -79,6 +98,9 @@ def tests_of(value: object, row: Mapping[str, object]) -> str | None:
         tests["setup"] = setup
     if isinstance(entry, str) and entry.strip():
         tests["entry_point"] = entry.strip()
+        stub = row.get("prompt")
+        if isinstance(stub, str) and re.search(rf"^(?:async )?def {re.escape(entry.strip())}\b", stub, re.MULTILINE):
+            tests["stub"] = stub
     text = json.dumps(tests, ensure_ascii=False, allow_nan=False, default=str)
     try:
         text.encode()
@@ -104,16 +126,67 @@ def _listed(value: object) -> list[object]:
     return value
 
 
-def _case(case: object, number: int) -> Case:
-    """A test of input and output. Errors: ValueError."""
+def _case(case: object, number: int, function: str | None = None) -> Case:
+    """A test of input and output. function: its name, where the case has none. Errors: ValueError."""
     if not isinstance(case, dict) or "input" not in case or "output" not in case:
         what = f"keys {', '.join(case)}" if isinstance(case, dict) else f"a {type(case).__name__}"
         raise ValueError(f"has a test ({number}) with {what}; expected input and output")
-    name = case.get("fn_name") or None
+    name = case.get("fn_name") or (function if case.get("testtype") == "functional" else None)
     kind = case.get("type") or case.get("testtype") or (CALL if name else STDIN)
     if kind not in TYPES:
         raise ValueError(f"has a test ({number}) of type {kind!r}; expected one of {', '.join(TYPES)}")
+    if case.get("testtype") == "functional":
+        lines = str(case["input"]).strip().split("\n")
+        return _made(CALL, name, [_json(line) for line in lines], _json(str(case["output"])), number)
     return _made(TYPES[str(kind)], name, case["input"], case["output"], number)
+
+
+def _json(text: str) -> object:
+    """A value in JSON; the text itself where it is none, as contests write some texts without quotes."""
+    try:
+        value: object = json.loads(text)
+    except ValueError:
+        return text
+    return value
+
+
+def _function(row: Mapping[str, object]) -> str | None:
+    """The function that LiveCodeBench's functional tests call."""
+    metadata = parsed(row.get("metadata"))
+    name = metadata.get("func_name") if isinstance(metadata, dict) else None
+    return str(name) if name else None
+
+
+def _public(row: Mapping[str, object]) -> list[object]:
+    """LiveCodeBench's public tests, which count beside the private ones."""
+    value = parsed(row.get("public_test_cases"))
+    return value if isinstance(value, list) else []
+
+
+def _unpacked(value: object) -> object:
+    """The text in LiveCodeBench's compressed form; anything else as it is. Errors: ValueError."""
+    if not isinstance(value, str) or not BASE64.fullmatch(value.strip()):
+        return value
+    try:
+        stream = zlib.decompressobj()
+        data = stream.decompress(base64.b64decode(value, validate=True), UNPACKED)
+    except (binascii.Error, zlib.error) as error:
+        raise ValueError(f"looks like compressed tests, and cannot be read ({error})") from error
+    if stream.unconsumed_tail:
+        raise ValueError(f"holds more than {UNPACKED >> 20} MiB when it is decompressed")
+    if not stream.eof:
+        raise ValueError("looks like compressed tests, and is cut off")
+    texts = list[str]()
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name not in STRING:
+                raise ValueError(f"its pickle has the instruction {opcode.name}")
+            texts += [argument] if isinstance(argument, str) else []
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"is compressed, and holds no JSON text ({error})") from error
+    if len(texts) != 1:
+        raise ValueError(f"is compressed, and holds {len(texts)} texts in place of one")
+    return texts[0]
 
 
 def _paired(value: Mapping[str, object]) -> Iterator[Case]:

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from distill.grading.sandbox.levels import Level
 from distill.section import Free, Section
 
 
@@ -25,6 +26,9 @@ class Eval(Section):
         default_factory=dict,
         description="benchmark → a file with its problems (as `path` of a prompt source), instead of the hub; for a "
         "benchmark of several sources a list of as many files, or one file with all problems",
+    )
+    sandbox: Annotated[Level, Free] = Field(
+        "full", description="isolation that programs need at least, in benchmarks of code"
     )
     published: Annotated[str | None, Free] = Field(
         None, description="model whose published scores are compared with the student's, as the cards name it"

@@ -66,10 +66,6 @@ def test_votes_count_equal_answers_together(sums, tmp_path, monkeypatch):
         (["--model", "x", "--out", "OUT"], "(--benchmark missing)"),
         (["tiny", "--model", "x"], "give either RECIPE or --model"),
         (["tiny", "--samples", "2"], "--samples needs --model"),
-        (
-            ["--model", "x", "--benchmark", "humaneval", "--out", "OUT"],
-            "benchmark humaneval: task 'code' has no grader",
-        ),
         (["--model", "x", "--benchmark", "SUMS", "--out", "OUT", "--published", "Nobody"], "the cards have Somebody"),
         (["--model", "x", "--benchmark", "SUMS", "--out", "OUT", "--source", "sums"], "write it as NAME=FILE"),
         (

@@ -455,11 +455,11 @@ def test_a_filter_is_a_class_and_a_line_in_the_table(tmp_path: Path) -> None:
 
 
 def test_a_task_without_a_grader_is_refused_before_any_work(tmp_path: Path) -> None:
-    code = [{"kind": "file", "path": "problems.jsonl", "task": "code"}]
-    with pytest.raises(UserError, match=r"^filter.correct: task 'code' .* set it to false"):
-        run_filter(tmp_path / "run", MIXED, prompts=code)
+    chat = [{"kind": "file", "path": "problems.jsonl", "task": "chat"}]
+    with pytest.raises(UserError, match=r"^filter.correct: task 'chat' .* set it to false"):
+        run_filter(tmp_path / "run", MIXED, prompts=chat)
     assert not (tmp_path / "run" / "filtered").exists()
-    check_gradable(make_recipe(prompts=code, correct=False))
+    check_gradable(make_recipe(prompts=chat, correct=False))
 
 
 def test_hostile_text_goes_through(tmp_path: Path) -> None:

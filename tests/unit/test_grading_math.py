@@ -172,9 +172,9 @@ def test_grades_say_what_was_compared_and_how() -> None:
 
 def test_a_task_without_a_grader_is_refused_in_one_line() -> None:
     with pytest.raises(UserError) as refusal:
-        require_grader("code", "filter.correct", "set it to false")
+        require_grader("chat", "filter.correct", "set it to false")
     assert str(refusal.value) == (
-        "filter.correct: task 'code' has no grader yet (only math, choice, gym have); set it to false"
+        "filter.correct: task 'chat' has no grader yet (only math, choice, code, gym, instructions have); set it to false"
     )
     with Grader() as grader, pytest.raises(UserError, match="'chat' has no grader"):
         list(grader.grade([(0, Prompt.from_question("How are you?", None, "chat"), "Fine.")]))

@@ -179,7 +179,7 @@ def test_golds_that_no_grader_can_read() -> None:
 def test_unreadable_golds_are_counted_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = ["90°", "42", "90°", None, "€5", r"\frac{1}{2}"]
     prompts = [Prompt.from_question(f"q{i}", answer) for i, answer in enumerate(answers)]
-    prompts.append(Prompt.from_question("q", "print(1)", "code"))
+    prompts.append(Prompt.from_question("q", "hello", "chat"))
     assert unreadable_golds(prompts, 1, 5.0) == (["90°", "€5"], 4)
     monkeypatch.setattr(grader_module, "TRIED", 2)
     assert unreadable_golds(prompts, 1, 5.0) == (["90°"], 2)

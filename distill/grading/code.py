@@ -1,0 +1,282 @@
+"""Does this program pass the tests? Runs an answer's program in the sandbox.
+
+The gold of a prompt is its tests (`distill.prompts.code_tests`). An answer is `correct` when it passes all of them and
+`wrong` at the first that it does not, with the reason: `wrong output`, `test failed`, `time limit`, `error: KeyError`.
+It is `unverifiable` when the tests are not Python, when they never use the answer, and when the only difference are
+decimals beyond a relative error of 1e-6, which a checker of the problem's own might accept.
+
+What is compared where: the output of a program and the value that a function returned are compared here, in the worker,
+and the program never sees what is expected. Asserts run in a process of their own that calls the answer's functions in
+another one (`distill.grading.sandbox.peer`).
+
+The program is the last code block that defines something or reads its input, else the last block; without blocks, a
+response that is Python as a whole. Only what follows the reasoning is searched.
+"""
+
+import ast
+import json
+import math
+import re
+import textwrap
+import warnings
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from typing import cast
+
+from distill.errors import WorkError
+from distill.grading.grade import Answer, Detailed, Outcome, Ruling, TaskGrader
+from distill.grading.sandbox.levels import open_zygote
+from distill.grading.sandbox.peer import Remote
+from distill.grading.sandbox.program import Test
+from distill.grading.sandbox.runner import Sandbox
+from distill.prompts.code_tests import STDIN, Case, CodeTests
+
+BLOCK = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+PYTHON = ("", "python", "py", "python3", "python2", "pycon")
+SUBSTANCE = re.compile(r"^(?:async )?(?:def|class) |\binput\(|\bsys\.stdin|\bopen\(0", re.MULTILINE)
+CLOSE = 1e-6  # relative or absolute error that a checker usually accepts
+SHOWN = 200  # characters of an output or a message in the evidence
+TESTED = ("python", "python3", "py")
+
+
+class CodeGrader(TaskGrader):
+    """Runs programs against their tests, each of which has `seconds` of processor time."""
+
+    lazy = True  # few runs have code, and a zygote takes half a second
+    votes = False
+
+    def __init__(self) -> None:
+        self.sandbox: Sandbox | None = None
+
+    def prepare(self) -> None:
+        """Start a zygote behind the strongest walls of this machine."""
+        self.sandbox = Sandbox(open_zygote())
+
+    def limits(self, gold: str) -> int:
+        """Every test has the time limit to itself, and a moment to start."""
+        tests = read_tests(gold)
+        return 1 if tests is None else 1 + len(tests["test_cases"])
+
+    def gold(self, text: str) -> str:
+        """The tests; empty where the text is none."""
+        return text if read_tests(text) else ""
+
+    def gold_shown(self, gold: str) -> str:
+        """How many tests of which type: tests may be megabytes."""
+        tests = read_tests(gold)
+        kinds = [case["type"] for case in tests["test_cases"]] if tests else []
+        return ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
+
+    def find(self, response: str) -> Answer | None:
+        """The program, see the module."""
+        return find_program(response)
+
+    def rule(self, gold: str, answer: Answer) -> Ruling | None:
+        """Only running tells."""
+        tests = read_tests(gold)
+        assert tests is not None, "`gold` let it through"
+        if tests["language"] not in TESTED:
+            return "unverifiable", f"tests in {tests['language']}"
+        return None
+
+    def compare(self, gold: str, answer: str, marked: bool) -> Ruling | Detailed:
+        """Run the tests until one fails; details: the number of that test, and what it said."""
+        tests = read_tests(gold)
+        assert tests is not None and self.sandbox is not None, "`gold` let it through, and `prepare` was called"
+        try:
+            return run_tests(self.sandbox, answer, tests, self.seconds)
+        except WorkError:  # a zygote may be killed by others than its program
+            self.sandbox.zygote.close()
+            self.prepare()
+        try:
+            return run_tests(self.sandbox, answer, tests, self.seconds)
+        except WorkError as error:
+            return "unverifiable", "sandbox failed", {"detail": str(error)}
+
+    def reads_plainly(self, gold: str) -> bool:
+        """Whether the gold are tests in Python."""
+        tests = read_tests(gold)
+        return tests is not None and tests["language"] in TESTED
+
+
+def read_tests(text: str) -> CodeTests | None:
+    """The tests of a gold; None where it has none."""
+    try:
+        tests = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(tests, dict) or not isinstance(tests.get("test_cases"), list) or not tests["test_cases"]:
+        return None
+    return cast(CodeTests, tests)  # of the form that `tests_of` writes
+
+
+# ---- the program in a response
+
+
+def find_program(response: str) -> Answer | None:
+    """The program of a response; None where there is none. Linear time."""
+    scope = response.rpartition("</think>")[2].partition("<think>")[0]
+    blocks = [(tag.lower(), textwrap.dedent(text)) for _, tag, text in BLOCK.findall(scope) if text.strip()]
+    python = [text for tag, text in blocks if tag in PYTHON]
+    substantial = [text for text in python if SUBSTANCE.search(text)]
+    if chosen := substantial or python or [text for _, text in blocks]:
+        return Answer(chosen[-1], "code block")
+    if scope.strip() and _parses(scope.strip()) and re.search(r"[=(]", scope):
+        return Answer(scope.strip(), "whole response")
+    if scope.strip() and scope[:1] in " \t" and _parses(f"def f():\n{scope.rstrip()}\n"):
+        return Answer(scope.rstrip(), "body")
+    return None
+
+
+def _parses(code: str) -> bool:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def completed(program: str, tests: CodeTests) -> str:
+    """The program with what the problem gave: imports and helpers, or the head of the function that it continues."""
+    stub, entry = tests.get("stub", ""), tests.get("entry_point", "")
+    if not stub:
+        return program
+    if not re.search(rf"^(?:async )?def {re.escape(entry)}\b|^{re.escape(entry)}\s*=", program, re.MULTILINE):
+        return stub + program
+    head = re.split(rf"^(?:async )?def {re.escape(entry)}\b", stub, maxsplit=1, flags=re.MULTILINE)[0]
+    return f"{head}\n{program}" if _parses(head) and "from __future__" not in program else program
+
+
+# ---- running
+
+
+def run_tests(sandbox: Sandbox, program: str, tests: CodeTests, seconds: float) -> Ruling | Detailed:
+    """Run all tests; the ruling on the first that does not pass. seconds: of processor time for each.
+
+    Errors: WorkError when the sandbox fails.
+    """
+    code, setup = completed(program, tests), tests.get("setup", "")
+    asserts = [Test(type=case["type"], code=case["code"]) for case in tests["test_cases"] if "code" in case]
+    doubt: Ruling | Detailed | None = None
+    for number, case in enumerate(case for case in tests["test_cases"] if "code" not in case):
+        if case["type"] == STDIN:
+            outcome, reason, detail = _run_script(sandbox, code, case, seconds)
+        else:
+            outcome, reason, detail = _run_call(sandbox, code, setup, case, tests.get("entry_point"), seconds)
+        if outcome == "wrong":
+            return outcome, reason, {"test": number, "detail": detail}
+        if outcome == "unverifiable" and doubt is None:
+            doubt = outcome, reason, {"test": number, "detail": detail}
+    if asserts:
+        tested = sandbox.tests(code, setup, asserts, tests.get("entry_point"), seconds)
+        if tested["reason"] == "never called":
+            return "unverifiable", "tests never call the answer"
+        if not tested["passed"]:
+            outcome, reason, detail = _failed(tested["reason"], tested["detail"])
+            return outcome, reason, {"test": tested["number"], "detail": detail}
+    return doubt or ("correct", "all tests passed")
+
+
+_Result = tuple[Outcome, str, str]  # the outcome of one test, its reason, and a line on what came
+
+
+def _failed(reason: str, detail: str) -> _Result:
+    """The result of a program that did not end well."""
+    return ("unverifiable" if reason.startswith("not started") else "wrong"), reason, _last(detail)
+
+
+def _last(text: str) -> str:
+    return text.strip().rpartition("\n")[2][:SHOWN]
+
+
+def _run_script(sandbox: Sandbox, code: str, case: Case, seconds: float) -> _Result:
+    ended = sandbox.script(code, str(case["input"]).encode(errors="surrogateescape"), seconds)
+    if ended.reason:
+        return _failed(ended.reason, ended.errors)
+    output = ended.output.decode(errors="replace")
+    return *compare_output(output, str(case["output"])), f"printed {output[:SHOWN]!r}"
+
+
+def _run_call(sandbox: Sandbox, code: str, setup: str, case: Case, entry: str | None, seconds: float) -> _Result:
+    name, given = case.get("fn_name") or entry, case["input"]
+    if not name:
+        return "unverifiable", "tests without a function's name", ""
+    returned = sandbox.call(code, setup, name, given if isinstance(given, list) else [given], seconds)
+    if returned.reason:
+        return _failed(returned.reason, returned.detail)
+    if isinstance(returned.value, Remote):
+        return "wrong", "returned no plain data", ""
+    wanted = case["output"]
+    rulings = [compare_values(returned.value, wanted)]
+    if isinstance(wanted, list) and len(wanted) == 1:  # APPS wraps some of its results
+        rulings.append(compare_values(returned.value, wanted[0]))
+    best = min(rulings, key=lambda ruling: ("correct", "unverifiable", "wrong").index(ruling[0]))
+    return *best, f"returned {repr(returned.value)[:SHOWN]}"
+
+
+def compare_output(output: str, wanted: str) -> Ruling:
+    """Compare what was printed with what was to be: line by line without the space around them, numbers by value."""
+    given, expected = (
+        [line.split() for line in text.strip().splitlines() if line.strip()] for text in (output, wanted)
+    )
+    if given == expected:
+        return "correct", "same output"
+    if list(map(len, given)) != list(map(len, expected)):
+        return "wrong", "wrong output"
+    pairs = [
+        (a, b) for line, other in zip(given, expected, strict=True) for a, b in zip(line, other, strict=True) if a != b
+    ]
+    return _closest([_compare_numbers(_number(a), _number(b)) for a, b in pairs], "output")
+
+
+def _number(text: str) -> Decimal | None:
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() and -400 < number.adjusted() < 400 else None
+
+
+def _compare_numbers(given: Decimal | None, wanted: Decimal | None) -> str:
+    """`equal`, `close` or `different`. Integers are never close."""
+    if given is None or wanted is None:
+        return "different"
+    if given == wanted:
+        return "equal"
+    if given == given.to_integral_value() and wanted == wanted.to_integral_value():
+        return "different"
+    return "close" if abs(given - wanted) <= Decimal(CLOSE) * max(Decimal(1), abs(wanted)) else "different"
+
+
+def _closest(differences: Sequence[str], what: str) -> Ruling:
+    if "different" in differences:
+        return "wrong", f"wrong {what}"
+    return ("unverifiable", "close numbers") if "close" in differences else ("correct", f"same {what}")
+
+
+def compare_values(value: object, wanted: object) -> Ruling:
+    """Compare what a function returned with the JSON value that it should: tuples are lists, keys are texts."""
+    return _closest(list(_differences(value, wanted, 0)), "result")
+
+
+def _differences(value: object, wanted: object, depth: int) -> list[str]:
+    if depth > 100:
+        return ["different"]
+    if isinstance(value, list | tuple) and isinstance(wanted, list):
+        if len(value) != len(wanted):
+            return ["different"]
+        return [d for one, other in zip(value, wanted, strict=True) for d in _differences(one, other, depth + 1)]
+    if isinstance(value, dict) and isinstance(wanted, dict):
+        texts = {str(key): inner for key, inner in value.items()}
+        if texts.keys() != wanted.keys():
+            return ["different"]
+        return [d for key, inner in texts.items() for d in _differences(inner, wanted[key], depth + 1)]
+    if isinstance(value, bool) or isinstance(wanted, bool) or value is None or wanted is None:
+        return ["equal" if value is wanted else "different"]
+    if isinstance(value, int | float) and isinstance(wanted, int | float):
+        if value == wanted:
+            return ["equal"]
+        whole = isinstance(value, int) and isinstance(wanted, int)
+        return ["close" if not whole and math.isclose(value, wanted, rel_tol=CLOSE, abs_tol=CLOSE) else "different"]
+    return ["equal" if type(value) is type(wanted) and value == wanted else "different"]
