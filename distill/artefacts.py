@@ -66,6 +66,11 @@ class RunPaths:
         return self.root / "filtered"
 
     @property
+    def judgements(self) -> Path:
+        """`judgements/`: what the judge of the recipe wrote, by user; shared by filters and evaluations."""
+        return self.root / "judgements"
+
+    @property
     def kept(self) -> Path:
         """`filtered/kept/`: the traces that training reads."""
         return self.filtered / "kept"

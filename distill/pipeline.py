@@ -66,7 +66,7 @@ def run_recipe(
     with Run(directory, recipe, verify) as run:
         _look_ahead(run, names, fresh)
         if "eval" in names and not run.begun("eval"):
-            evaluation.check_benchmarks(recipe.eval)
+            evaluation.check_benchmarks(recipe.eval, recipe.judge)
         run.restore_identity()
         if fresh:
             first = min(fresh, key=list(STAGES).index)

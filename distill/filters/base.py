@@ -20,7 +20,7 @@ setting twice and leaves room for a filter whose settings are another's.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, TypeVar, cast
@@ -28,6 +28,7 @@ from typing import ClassVar, NamedTuple, Protocol, TypeVar, cast
 from pydantic import JsonValue
 
 from distill.filters.judged import Judged, Key
+from distill.grading.grade import AnswerJudge
 from distill.section import Section
 from distill.traces.trace import FinishReason, Trace, Verdict
 
@@ -46,6 +47,11 @@ class Resources:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         self._made: dict[str, object] = {}
+
+    def judge(self, user: str) -> "AbstractContextManager[AnswerJudge | None]":
+        """The judge of the recipe, for as long as the block lasts; None where the recipe has none. user: which filter
+        asks."""
+        return nullcontext()
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """Return the result of `make()`, which is called once in this process for each name."""

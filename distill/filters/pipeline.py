@@ -29,6 +29,8 @@ from distill.filters.resources import RunResources
 from distill.filters.summary import Tally, print_summary
 from distill.filters.table import JudgedTable, Survivors
 from distill.grading import require_grader
+from distill.grading.judge import check_budget
+from distill.grading.mixed import require_judge
 from distill.recipe import Recipe
 from distill.run import Run
 from distill.stage import Stage
@@ -41,8 +43,11 @@ KEPT, DROPPED = 0, 1  # of the two directories
 
 def check_gradable(recipe: Recipe) -> None:
     """Raise UserError when the filters cannot judge what the prompts ask. Cheap: worth asking before generating."""
+    if recipe.judge is not None:
+        check_budget(recipe.judge)
     if not recipe.filter.correct:
         return
+    require_judge(recipe.tasks, recipe.judge is not None, "filter.correct")
     for i, source in enumerate((*recipe.prompts, *recipe.traces)):
         task = getattr(source, "task", "math")  # procedural problems are mathematics
         require_grader(task, "filter.correct", "set it to false, or leave such prompts out")
@@ -67,8 +72,11 @@ class FilterStage(Stage[FilterSummary]):
         return recipe.filter_settings()
 
     def settings(self, run: Run) -> Settings:
-        """Those of the recipe."""
-        return self.recipe_settings(run.recipe)
+        """Those of the recipe, and the judge's identity where one is asked."""
+        settings, judge = self.recipe_settings(run.recipe), run.recipe.judge
+        if judge is not None and run.recipe.filters_ask_the_judge:
+            settings |= {f"judge_model.{key}": value for key, value in run.models.judge.identity.items()}
+        return settings
 
     def extent(self, run: Run) -> Settings:
         """The traces: from the record of a finished `generate`, else from the store. UserError when there are none."""
@@ -90,7 +98,7 @@ class FilterStage(Stage[FilterSummary]):
         total = len(store)
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
-        resources = RunResources(run.recipe)
+        resources = RunResources(run.recipe, run.paths.judgements)
         judge = Judge(settings.judging_filters(), settings.choosing_filters(), resources)
         with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
             _judge(store, total, judge, table, run.paths.verdicts)

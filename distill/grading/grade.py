@@ -6,8 +6,15 @@ memory is bounded.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
+
+if TYPE_CHECKING:  # the worker imports this module too, and must stay light
+    from distill.prompts.prompt import Prompt
+    from distill.recipe.rubric import Rubric
+
+K = TypeVar("K")
 
 Outcome = Literal["correct", "wrong", "unverifiable"]
 Ruling = tuple[Outcome, str]  # with a short, countable reason
@@ -38,6 +45,15 @@ class Grade:
     verdict: Outcome
     reason: str
     evidence: dict[str, object] = field(default_factory=dict)
+
+
+class AnswerJudge(Protocol):
+    """A model that grades answers (`distill.grading.judge.JudgeModel`)."""
+
+    def grade(
+        self, items: "Iterable[tuple[K, Prompt, str]]", rubric: "Rubric | None" = None
+    ) -> "Iterator[tuple[K, Grade]]":
+        """Yield (key, grade) for every (key, prompt, response), in order of completion. Lazy in `items`."""
 
 
 class TaskGrader(ABC):

@@ -4,6 +4,7 @@ from distill.grading.choice import ChoiceGrader
 from distill.grading.grade import TaskGrader
 from distill.grading.gym import GymGrader
 from distill.grading.instructions import InstructionsGrader
+from distill.grading.judged import JUDGE, JudgedTask
 from distill.grading.math import MathGrader
 
 GRADERS: dict[str, TaskGrader] = {  # task of a prompt → its grader
@@ -11,4 +12,5 @@ GRADERS: dict[str, TaskGrader] = {  # task of a prompt → its grader
     "choice": ChoiceGrader(),
     "gym": GymGrader(),
     "instructions": InstructionsGrader(),
+    JUDGE: JudgedTask(),
 }

@@ -18,6 +18,7 @@ from distill.filters.dedup import Dedup
 from distill.filters.finish import Finish
 from distill.filters.format import Format
 from distill.filters.length import Length
+from distill.filters.model_judge import ModelJudge
 from distill.filters.select import Select
 from distill.section import Section
 
@@ -64,6 +65,7 @@ class Filter(Section):
     finish: Switch[Finish] = Finish()
     correct: Switch[Correct] = Correct()
     length: Switch[Length] = None
+    judge: Switch[ModelJudge] = None
     dedup: Switch[Dedup] = Dedup()
     select: Switch[Select] = None
 

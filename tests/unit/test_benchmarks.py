@@ -48,6 +48,15 @@ ROWS: dict[str, dict[str, Any]] = {  # card → a made-up row with the columns o
         "choices": {"text": ["1", "2", "3"], "label": ["1", "2", "3"]},
         "answerKey": "2",
     },
+    "simpleqa": {"metadata": "{'topic': 'Math'}", "problem": "1+1?", "answer": "2"},
+    "chinese-simpleqa": {
+        "id": "x",
+        "primary_category": "",
+        "secondary_category": "",
+        "question": "1+1=?",
+        "answer": "2",
+        "urls": [],
+    },
     "c-eval": {"id": 0, "question": "1+1=____", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"},
     "ifeval": {
         "key": 1000,

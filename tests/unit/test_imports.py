@@ -36,7 +36,7 @@ SHARED |= {
     "fingerprint",
     "evaluations",
 }
-BELOW_STAGES = {"grading", "backends"} | SHARED
+BELOW_STAGES = {"grading", "grading.judge", "backends"} | SHARED
 
 # room → the rooms it may import. What is not listed here is not a room yet: add it, and say what it may know.
 ALLOWED: dict[str, set[str]] = {
@@ -51,12 +51,15 @@ ALLOWED: dict[str, set[str]] = {
     **{stage: BELOW_STAGES for stage in STAGES},
     "plan": BELOW_STAGES | {"generate", "train", "engine.spec", "engine.families"},
     "grading": {"backends"} | SHARED,
+    "grading.judge": {"grading", "backends", "recipe.rubric", "recipe.template"} | SHARED,  # a grader that is a model
     "backends": {"engine", "keeper"} | SHARED,
     **{room: SHARED for room in SHARED},
     "catalog": SHARED | {"engine.families"},  # what a card says of its model is compared with the model
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.
     "recipe": SHARED | {"filters", "engine.families"},
-    "filters": {"section", "chat", "grading", "traces.trace", "traces.ledger", "prompts.prompt"},
+    "filters": {"section", "chat", "grading", "traces.trace", "traces.ledger", "prompts.prompt", "recipe.rubric"},
+    "recipe.rubric": {"section", "recipe.template"},  # what a judge is asked: of the recipe, and of a filter
+    "recipe.template": set(),
     "filters.pipeline": BELOW_STAGES | {"filters", "filters.resources", "filters.summary"},
     "filters.resources": BELOW_STAGES | {"filters"},
     "filters.summary": BELOW_STAGES | {"filters"},

@@ -302,7 +302,10 @@ def test_a_parquet_file_is_read_by_the_columns_that_matter(tmp_path):
     (trace,) = read_published(FileTraces(kind="file", path=str(path)))
     assert (trace.text, trace.prompt.answer) == (THOUGHT, "4")
     for fields, message in (
-        ({"answer": "gold"}, "no column gold; the columns are messages, answer, input_ids: name the column with the gold"),
+        (
+            {"answer": "gold"},
+            "no column gold; the columns are messages, answer, input_ids: name the column with the gold",
+        ),
         ({"response": "attempt"}, "no column attempt; the columns are messages, answer, input_ids"),
     ):
         with pytest.raises(UserError, match=message):
