@@ -273,6 +273,15 @@ def difference_line(comparison: Comparison) -> str:
     )
 
 
+def judge_line(scores: Scores) -> str | None:
+    """Which judge gave the verdicts; None where programs did."""
+    judge = {key: value for key, value in scores.settings.items() if key.startswith("judge.model.")}
+    if not judge:
+        return None
+    name = judge.get("judge.model.model") or f"the model with weights {judge.get('judge.model.weights')}"
+    return f"{scores.benchmark}: the verdicts are those of a judge, {name}; another judge may give other scores"
+
+
 def published_line(published: PublishedScores, scores: Scores) -> str:
     """Published scores, and whether a published pass@1 is inside our interval."""
     parts = []

@@ -23,7 +23,7 @@ from distill.eval.compare import comparison_of
 from distill.eval.evaluation import Evaluation
 from distill.eval.judging import check_judge, judge_settings, opened_judge
 from distill.eval.models import Open, engine_for, model_at, models_of
-from distill.evaluations import difference_line, published_line
+from distill.evaluations import difference_line, judge_line, published_line
 from distill.fingerprint import digest
 from distill.grading import Grader
 from distill.grading.grade import AnswerJudge
@@ -242,6 +242,8 @@ def show(summary: EvalSummary) -> None:
             table("", INSTRUCTION_COLUMNS, (cells for row in followed for cells in _cells_of_instructions(row)))
         if 1 < len(rows[0].parts) <= PARTS_SHOWN:
             table("pass@1 by source", ("model", *rows[0].parts), map(_cells_of_parts, rows))
+        if (judged := judge_line(rows[0])) is not None:
+            say(f"note: {judged}")
         for comparison in summary.comparisons:
             if comparison.benchmark == benchmark:
                 say(difference_line(comparison))
