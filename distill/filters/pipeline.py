@@ -21,7 +21,7 @@ from pathlib import Path
 
 from distill import console
 from distill.artefacts import FilterSummary, GenerateSummary, RunPaths, Settings
-from distill.errors import UserError
+from distill.errors import UserError, WorkError
 from distill.filters.base import ChoosingFilter, CorpusFilter, GroupFilter, PromptGroup, Resources
 from distill.filters.judge import Judge
 from distill.filters.judged import Judged
@@ -95,13 +95,18 @@ class FilterStage(Stage[FilterSummary]):
         """
         check_gradable(run.recipe)
         settings, store = run.recipe.filter, TraceStore(run.paths.traces)
-        total = len(store)
+        total, had_begun = len(store), run.begun(self.name)
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
         resources = RunResources(run.recipe, run.paths.judgements)
         judge = Judge(settings.judging_filters(), settings.choosing_filters(), resources)
         with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
-            _judge(store, total, judge, table, run.paths.verdicts)
+            try:
+                _judge(store, total, judge, table, run.paths.verdicts)
+            except (UserError, WorkError):
+                if not had_begun and not any(Ledger(run.paths.verdicts).rows()):
+                    run.forget(self)  # a judge that cannot be asked: its settings may be corrected
+                raise
             _choose(table, settings.choosing_filters(), resources, run.paths.filtered / ".scratch")
             tally = Tally([each.name for each in (*judge.filters, *judge.choosing)])
             _write(store, total, table, tally, run.paths)

@@ -16,7 +16,7 @@ Of a stored judgement only its place is in memory, some 200 bytes.
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -31,6 +31,7 @@ from distill.errors import UserError, WorkError
 from distill.fingerprint import digest
 from distill.grading.grade import Grade
 from distill.grading.verdicts import Words, read_verdict
+from distill.models import Server
 from distill.models import judge_is_directory as is_directory
 from distill.prompts.prompt import Prompt
 from distill.recipe import TeacherServer
@@ -131,6 +132,8 @@ class JudgeModel:
                     settled.append((key, _grade(rubric, prompt, response, known)))
                 elif question.id in waiting:
                     waiting[question.id].append(item)
+                elif not self._fits(question):
+                    settled.append((key, Grade("unverifiable", "too long to judge", _evidence(prompt, response))))
                 else:
                     waiting[question.id] = [item]
                     yield question
@@ -169,50 +172,50 @@ class JudgeModel:
 
     def _judged(self, questions: Iterable[Prompt]) -> Generator[tuple[str, Judgement], None, None]:
         """Ask; yield (id of the question, judgement), each after it is stored."""
-        backend, ledger = self._opened()
-        sampling = SamplingParams(**self.settings.sampling.model_dump())
-        allowance = self._allowance()
-
-        def jobs() -> Iterator[Job]:
-            for question in questions:
-                backend.check([question], sampling)
-                yield Job(question, (0,))
-
-        traces = sampled(backend, jobs(), sampling, self.settings.seed, self._fingerprint, allowance=allowance)
+        backend, sampling = self._opened()
+        jobs = (Job(question, (0,)) for question in questions)
+        allowance = self._allowance(sampling.max_new_tokens)
+        traces = sampled(backend, jobs, sampling, self.settings.seed, self._fingerprint, allowance=allowance)
         with closing(traces):
             for trace in traces:
                 judgement = Judgement(trace.text, trace.finish_reason in ("stop", None))
                 spent = _spent(trace, sampling.max_new_tokens)
                 self.used += spent
                 self._asked += 1
-                if ledger is not None:
-                    self._known[trace.prompt.id] = ledger, ledger.end
-                    ledger.append(
-                        [
-                            {
-                                "id": trace.prompt.id,
-                                "judge": self._fingerprint,
-                                "text": judgement.text,
-                                "finished": judgement.finished,
-                                "prompt_tokens": spent.prompt,
-                                "completion_tokens": spent.completion,
-                            }
-                        ]
-                    )
+                self._store(trace.prompt.id, judgement, spent)
                 yield trace.prompt.id, judgement
 
-    def _opened(self) -> tuple[Backend, Ledger | None]:
+    def _store(self, question: str, judgement: Judgement, spent: Spent) -> None:
+        if self._directory is None:
+            return
+        if self._ledger is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._ledger = self._stack.enter_context(Ledger(self._directory / f"{self._user}.jsonl"))
+        self._known[question] = self._ledger, self._ledger.end
+        row = {"id": question, "judge": self._fingerprint, **vars(judgement)}
+        self._ledger.append([row | {"prompt_tokens": spent.prompt, "completion_tokens": spent.completion}])
+
+    def _opened(self) -> tuple[Backend, SamplingParams]:
+        """The judge, loaded or asked for the first time, and how its tokens are drawn: at most half of its context."""
         if self._backend is None:
             self._backend = self._stack.enter_context(backends.open(self.model, self.engine, self.settings.max_batch))
-            if self._directory is not None:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                self._ledger = self._stack.enter_context(Ledger(self._directory / f"{self._user}.jsonl"))
-        return self._backend, self._ledger
+        sampling = SamplingParams(**self.settings.sampling.model_dump())
+        if (context := self._backend.max_context) is not None:
+            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context // 2))
+        return self._backend, sampling
 
-    def _allowance(self) -> Allowance | None:
+    def _fits(self, question: Prompt) -> bool:
+        """Whether a question and its judgement fit the judge's context; True where a server does not say how long that
+        is, or which tokenizer it has."""
+        backend, sampling = self._opened()
+        if backend.max_context is None or isinstance(self.model.place, Server):
+            return True
+        (ids,) = self.model.chat.prompts_ids([question.messages])
+        return len(ids) + sampling.max_new_tokens <= backend.max_context
+
+    def _allowance(self, limit: int) -> Allowance | None:
         if self.settings.budget is None:
             return None
-        limit = self.settings.sampling.max_new_tokens
         return Allowance(self.settings.budget, limit, self.used, 0.0, judge_price(self.settings))
 
 

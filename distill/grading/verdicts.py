@@ -62,7 +62,7 @@ def read_verdict(text: str, words: Words, finished: bool = True) -> Reading:
     """The verdict in a judge's text. finished: whether it ended by itself, not at a token limit."""
     _, closed, answer = text.rpartition(END_THINK)
     if not closed and THINK in text:
-        return Reading(None, problem="the judge was cut off")
+        return Reading(None, problem="no verdict" if finished else "the judge was cut off")
     if not finished and not closed:  # it may be a reasoning without tags, which states verdicts that it then rejects
         first = next(iter(_lines(answer)), "").strip(MARKUP)
         match = LABEL.match(first)

@@ -47,7 +47,7 @@ class Judge(Rubric):
     )
     sampling: SamplingSettings = Field(
         SamplingSettings(temperature=0.0, top_p=1.0, max_new_tokens=4096),
-        description="how the judge's tokens are drawn",
+        description="how the judge's tokens are drawn; max_new_tokens is reduced to half of the judge's context",
     )
     seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed of the judge's sampling")
     budget: Annotated[Budget | None, Free] = Field(

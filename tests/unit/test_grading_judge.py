@@ -195,6 +195,18 @@ def test_a_judge_may_be_a_card_a_directory_or_a_server(tmp_path: Path, monkeypat
         judge_of(Judge(teacher="nobody"))
 
 
+def test_the_embedded_teacher_as_a_judge(tmp_path: Path) -> None:
+    """Behind the local engine: its context bounds questions and judgements."""
+    settings = Judge.model_validate({"teacher": "tiny-r1", "prompt": "What is 20 + 22? {{response}}", "max_batch": 4})
+    settings = settings.model_copy(update={"accepted": ("42",), "sampling": settings.sampling})
+    with JudgeModel(settings, judge_of(settings), LocalEngine(dtype="float32"), tmp_path) as judge:
+        grades = dict(judge.grade([("short", prompt(None), "Compute it."), ("long", prompt(None), "a" * 3_000)]))
+    assert (grades["long"].verdict, grades["long"].reason) == ("unverifiable", "too long to judge")
+    (row,) = Ledger(tmp_path / "judge.jsonl").rows()
+    assert grades["short"].evidence["judgement"] == row["text"][-300:]
+    assert 0 < row["completion_tokens"] <= 2048 and row["prompt_tokens"] > 5
+
+
 # ---- the filter
 
 

@@ -78,7 +78,8 @@ def test_forms(text, expected):
     [
         ("<think>Judgement: No? Yes?</think>\nJudgement: Yes", True, "Y", None),
         ("So judgement: no</think>Judgement: Yes", True, "Y", None),
-        ("<think>Judgement: Yes", True, "-", "the judge was cut off"),
+        ("<think>Judgement: Yes", False, "-", "the judge was cut off"),
+        ("<think>Judgement: Yes", True, "-", "no verdict"),
         ("<think>a</think>\nJudgement: Yes\n\nbecause", False, "Y", None),
         ("Maybe. Judgement: Yes. Or is it? Let me", False, "-", "the judge was cut off"),
         ("Judgement: No\n\nReasoning: the predicted", False, "N", None),
