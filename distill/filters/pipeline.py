@@ -21,8 +21,10 @@ from pathlib import Path
 
 from distill import console
 from distill.artefacts import FilterSummary, GenerateSummary, RunPaths, Settings
+from distill.durable import replacing
 from distill.errors import UserError, WorkError
 from distill.filters.base import ChoosingFilter, CorpusFilter, GroupFilter, PromptGroup, Resources
+from distill.filters.cluster import ClusterJudge, require_ray
 from distill.filters.judge import Judge
 from distill.filters.judged import Judged
 from distill.filters.resources import RunResources
@@ -34,7 +36,7 @@ from distill.grading.mixed import require_judge
 from distill.recipe import Recipe
 from distill.run import Run
 from distill.stage import Stage
-from distill.traces.ledger import Ledger
+from distill.traces.ledger import Ledger, line_of
 from distill.traces.store import Decision, TraceStore
 from distill.traces.trace import Trace, Verdict, content_hash
 
@@ -94,12 +96,20 @@ class FilterStage(Stage[FilterSummary]):
         traces are written before).
         """
         check_gradable(run.recipe)
+        if run.on == "ray":
+            require_ray()
+            if run.recipe.filters_ask_the_judge:
+                raise UserError(
+                    "--on ray: a judge is asked by one process, which stores its judgements and keeps its budget; "
+                    "remove --on ray (a server judges many responses at once), or turn the judge's filters off"
+                )
         settings, store = run.recipe.filter, TraceStore(run.paths.traces)
         total, had_begun = len(store), run.begun(self.name)
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
         resources = RunResources(run.recipe, run.paths.judgements)
-        judge = Judge(settings.judging_filters(), settings.choosing_filters(), resources)
+        filters, choosing = settings.judging_filters(), settings.choosing_filters()
+        judge = ClusterJudge(run.recipe) if run.on == "ray" else Judge(filters, choosing, resources)
         with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
             try:
                 _judge(store, total, judge, table, run.paths.verdicts)
@@ -107,10 +117,11 @@ class FilterStage(Stage[FilterSummary]):
                 if not had_begun and not any(Ledger(run.paths.verdicts).rows()):
                     run.forget(self)  # a judge that cannot be asked: its settings may be corrected
                 raise
-            _choose(table, settings.choosing_filters(), resources, run.paths.filtered / ".scratch")
-            tally = Tally([each.name for each in (*judge.filters, *judge.choosing)])
+            _choose(table, choosing, resources, run.paths.filtered / ".scratch")
+            tally = Tally([each.name for each in (*filters, *choosing)])
             _write(store, total, table, tally, run.paths)
             summary = tally.summary(*table.prompt_counts())
+        summary.write(run.paths.funnel)
         if not summary.kept:
             raise _nothing_kept(summary, run.directory)
         print_summary(summary, str(run.paths.kept))
@@ -124,7 +135,7 @@ class FilterStage(Stage[FilterSummary]):
 STAGE = FilterStage()
 
 
-def _judge(store: TraceStore, total: int, judge: Judge, table: JudgedTable, path: Path) -> None:
+def _judge(store: TraceStore, total: int, judge: Judge | ClusterJudge, table: JudgedTable, path: Path) -> None:
     """Fill the table: from the ledger, and with verdicts that are made now."""
     with Ledger(path) as ledger:
         for row in ledger.rows():
@@ -144,6 +155,8 @@ def _judge(store: TraceStore, total: int, judge: Judge, table: JudgedTable, path
                 ledger.add(judged.to_row())
                 table.add(position, judged)
                 advance(1)
+    with replacing(path) as file:  # in the store's order, which no kill and no cluster changes
+        file.writelines(line_of(judged.to_row()) for judged in table)
     table.arrange()
 
 
@@ -183,8 +196,8 @@ def _write(store: TraceStore, total: int, table: JudgedTable, tally: Tally, path
         def decisions() -> Iterator[Decision]:
             for judged in table:
                 tally.add(judged)
-                yield Decision(judged.key, KEPT if judged.kept else DROPPED, judged.verdicts)
                 advance(1)
+                yield Decision(judged.key, KEPT if judged.kept else DROPPED, judged.verdicts)
 
         store.split([paths.kept, paths.dropped], decisions())
 

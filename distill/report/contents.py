@@ -20,7 +20,6 @@ from distill.artefacts import (
     EvalSummary,
     FilterSummary,
     GenerateSummary,
-    Plan,
     PublishedScores,
     RunPaths,
     Scores,
@@ -39,6 +38,7 @@ from distill.evaluations import (
     published_line,
     read_results,
 )
+from distill.planned import Plan
 from distill.recipe import Recipe
 from distill.record import StageRecord, read_recipe
 from distill.report.expected import ExpectedRow, compare_with_plan

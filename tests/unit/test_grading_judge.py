@@ -260,6 +260,15 @@ def test_a_recipe_with_the_filter_needs_a_judge(tmp_path: Path) -> None:
         check_gradable(recipe)
 
 
+def test_a_judge_is_not_asked_from_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its budget and its stored judgements are those of one process."""
+    monkeypatch.setattr("distill.filters.pipeline.require_ray", lambda: None)
+    with Run(tmp_path / "run", judged_recipe("http://127.0.0.1:9/v1"), on="ray") as run:
+        add(run.directory, traces())
+        with pytest.raises(UserError, match="--on ray: a judge is asked by one process"):
+            STAGE.perform(run)
+
+
 def main(address: str, directory: Path) -> None:
     with Run(directory, judged_recipe(address)) as run:
         STAGE.perform(run)
