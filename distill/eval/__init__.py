@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from distill import backends
 from distill.artefacts import Comparison, EvalSummary, Interval, Scores, Settings
 from distill.backends.device import device_type
-from distill.console import say, table
+from distill.console import counted, say, table
 from distill.eval.benchmark import Benchmark, benchmarks_of, published_scores
 from distill.eval.compare import comparison_of
 from distill.eval.evaluation import Evaluation
@@ -232,7 +232,7 @@ def show(summary: EvalSummary) -> None:
     """Print the tables of scores, for each benchmark; differences and published scores below them."""
     for benchmark in dict.fromkeys(row.benchmark for row in summary.scores):
         rows = [row for row in summary.scores if row.benchmark == benchmark]
-        size = f"{rows[0].problems:,} problems × {rows[0].samples_per_problem:,}"  # the same for all models
+        size = f"{counted(rows[0].problems, 'problem')} × {rows[0].samples_per_problem:,}"  # the same for all models
         table(f"Scores on {benchmark}, {size}", COLUMNS, map(_cells, rows))
         if several := [row for row in rows if row.pass_at_k]:
             names = [f"pass@{k}" for k in several[0].pass_at_k] + [f"cons@{k}" for k in several[0].consensus_at_k]

@@ -262,7 +262,7 @@ def _asked(prompt: Prompt) -> str:
 
 
 def _without_judge(rubric: Rubric, prompt: Prompt, response: str) -> Grade | None:
-    """The grade of what is not worth a request; None where the judge is asked."""
+    """The grade of a response that needs no request; None where the judge is asked."""
     if not response.strip():
         return Grade("unverifiable", "no answer found", _evidence(prompt, None))
     if rubric.needs_gold and not (prompt.answer or "").strip():

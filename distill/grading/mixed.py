@@ -20,7 +20,7 @@ def require_judge(tasks: Iterable[str], has_judge: bool, where: str) -> None:
     if not has_judge and JUDGE in tasks:
         raise UserError(
             f"{where}: task judge needs a model that judges; set `judge:` in the recipe, such as `judge: {{teacher: "
-            f"NAME}}`, or leave such prompts out"
+            f"NAME}}` (without a recipe: --set judge.teacher=NAME), or leave such prompts out"
         )
 
 

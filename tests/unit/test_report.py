@@ -372,4 +372,4 @@ def test_instructions_sources_and_judges_are_shown(tmp_path, monkeypatch):
     text = page_of(make_run(tmp_path / "run")).text
     for shown in ("Instructions followed", "62.5 % (50.0 – 70.0)", "75.0 %", "feb_2025", "12.5 %"):
         assert shown in text
-    assert "the verdicts are those of a judge, grader-7b" in text
+    assert "tiny-arithmetic is graded by a judge, grader-7b" in text
