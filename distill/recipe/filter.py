@@ -17,9 +17,10 @@ from distill.filters.correct import Correct
 from distill.filters.dedup import Dedup
 from distill.filters.finish import Finish
 from distill.filters.format import Format
+from distill.filters.language import Language
 from distill.filters.length import Length
 from distill.filters.select import Select
-from distill.section import Section
+from distill.section import Later, Section
 
 F = TypeVar("F", bound=AnyFilter)
 
@@ -55,6 +56,7 @@ def _with_tuples(value: object) -> object:
 
 
 Switch = Annotated[F | None, _OnOff()]
+Optional = Annotated[F | None, _OnOff(), Later]  # off by default; runs that began before the filter existed go on
 
 
 class Filter(Section):
@@ -62,6 +64,7 @@ class Filter(Section):
 
     format: Switch[Format] = Format()
     finish: Switch[Finish] = Finish()
+    language: Optional[Language] = None
     correct: Switch[Correct] = Correct()
     length: Switch[Length] = None
     dedup: Switch[Dedup] = Dedup()
@@ -82,7 +85,11 @@ class Filter(Section):
 
     def settings(self) -> dict[str, Any]:
         """As `Section.settings`, with every filter's name: on or off."""
-        switches = {name: getattr(self, name) is not None for name in type(self).model_fields}
+        switches = {
+            name: getattr(self, name) is not None
+            for name, info in type(self).model_fields.items()
+            if Later not in info.metadata or getattr(self, name) is not None
+        }
         return switches | {key: value for key, value in super().settings().items() if key not in switches}
 
     @field_serializer("*")
