@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from pydantic import Field, field_validator
 
 from distill.filters.base import OK, Candidate, Example, TraceFilter
+from distill.filters.words import UNSPACED
 from distill.prompts.prompt import END_THINK, THINK
 from distill.traces.trace import Trace, Verdict
 
@@ -52,9 +53,8 @@ PROSE = re.compile(
 )  # three words: text between amounts of money, not a formula
 COMMAND = re.compile(r"\\[a-zA-Z]+(?:\{[^{}]*\})?|https?://\S+")
 SENTENCE = re.compile(r"(?<=[.!?:;])\s+|\n+|(?<=[\u3002\uff01\uff1f\uff1b])")
-UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 WORD = re.compile(  # between spaces and punctuation: names in code are none
-    rf"(?<![^\s\"'(«“¡¿-])[^\W\d_]{{2,}}(?:['’][^\W\d_]+)?(?![^\s.,;:!?)\"'»”-])|{UNSPACED.pattern}+"
+    rf"(?<![^\s\"'(«“¡¿-])[^\W\d_]{{2,}}(?:['’][^\W\d_]+)?(?![^\s.,;:!?)\"'»”-])|{UNSPACED}+"
 )
 FOREIGN_LETTERS = re.compile(r"[^\W\d_\x00-\u024f]+")  # beyond Latin
 SCRIPTS = {  # first word of a character's name → script; other letters, such as those of formulas, have none
@@ -97,17 +97,14 @@ class Language(TraceFilter):
     }
     examples = (
         Example(OK, "<think>\nFirst we add the two numbers, so that x = 20 + 22.\n</think>\nThe answer is 42."),
-        Example(
-            OK,
-            "<think>\nLet \u03b1, \u03b2 ∈ \u211d , so the angles add up to π.\n</think>\nIt is 42.",
-        ),
+        Example(OK, "<think>\nLet \u03b1 + \u03b2 = π in \u211d, so the sum of the angles is known.\n</think>\n42"),
         Example(OK, "<think>\nThis prints it: ```print('你好')  # 所以```, so the program is done.\n</think>\n42"),
         Example("other_script: Han", "<think>\nFirst we add the two numbers, 所以 the sum is 42.\n</think>\n42"),
         Example("other_script: Hangul", "<think>\n먼저 두 수를 더합니다.\n</think>\n42"),
         Example(
             "other_language: de",
             "<think>\nWe add the two numbers, and then we check that the result is right, because it is easy to "
-            "make a mistake with the tens. Zuerst addieren wir die beiden Zahlen, um die Summe zu finden.\n</think>\n42",
+            "make a mistake. Zuerst addieren wir die beiden Zahlen, um die Summe zu finden.\n</think>\n42",
         ),
         Example(
             OK,
@@ -177,7 +174,7 @@ def _without_formula(match: re.Match[str]) -> str:
 
 
 def _is_long(words: list[str]) -> bool:
-    return len(words) >= WORDS or sum(len(UNSPACED.findall(word)) for word in words) >= CHARACTERS
+    return len(words) >= WORDS or sum(len(re.findall(UNSPACED, word)) for word in words) >= CHARACTERS
 
 
 def _is_plain_english(words: list[str]) -> bool:

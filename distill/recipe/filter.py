@@ -19,6 +19,7 @@ from distill.filters.finish import Finish
 from distill.filters.format import Format
 from distill.filters.language import Language
 from distill.filters.length import Length
+from distill.filters.repetition import Repetition
 from distill.filters.select import Select
 from distill.section import Later, Section
 
@@ -64,6 +65,7 @@ class Filter(Section):
 
     format: Switch[Format] = Format()
     finish: Switch[Finish] = Finish()
+    repetition: Optional[Repetition] = None
     language: Optional[Language] = None
     correct: Switch[Correct] = Correct()
     length: Switch[Length] = None
