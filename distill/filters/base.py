@@ -28,6 +28,7 @@ from typing import ClassVar, NamedTuple, Protocol, TypeVar, cast
 from pydantic import JsonValue
 
 from distill.filters.judged import Judged, Key
+from distill.filters.overlap import Item
 from distill.section import Section
 from distill.traces.trace import FinishReason, Trace, Verdict
 
@@ -52,6 +53,17 @@ class Resources:
         if name not in self._made:
             self._made[name] = make()
         return cast(T, self._made[name])
+
+    def student_tokens(self, text: str) -> int:
+        """The number of tokens of a text by the student's tokenizer. Errors: LookupError outside of a run."""
+        raise LookupError("only a run has a student")
+
+    def benchmark_items(self, benchmarks: Sequence[str]) -> list[Item]:
+        """The problems of benchmarks, of which each is a card or a file; of none, those of the recipe's evaluation.
+
+        Errors: LookupError outside of a run, UserError when one cannot be read.
+        """
+        raise LookupError("only a run has benchmarks")
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,9 @@ class AnyFilter(Section, ABC):
     def draws(self) -> bool:
         """Whether its verdicts depend on the recipe's seed."""
         return False
+
+    def check(self, resources: Resources) -> None:
+        """Load what the filter needs, before anything is written. Errors: UserError when it is missing."""
 
     def verdict(self, reason: str, **evidence: object) -> Verdict:
         """This filter's verdict; the reason decides whether the trace is kept. evidence: JSON values."""

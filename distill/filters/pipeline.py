@@ -88,9 +88,11 @@ class FilterStage(Stage[FilterSummary]):
         check_gradable(run.recipe)
         settings, store = run.recipe.filter, TraceStore(run.paths.traces)
         total = len(store)
+        resources = RunResources(run.recipe)
+        for each in (*settings.judging_filters(), *settings.choosing_filters()):
+            each.check(resources)
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
-        resources = RunResources(run.recipe)
         judge = Judge(settings.judging_filters(), settings.choosing_filters(), resources)
         with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
             _judge(store, total, judge, table, run.paths.verdicts)

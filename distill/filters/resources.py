@@ -1,7 +1,22 @@
 """What a run adds to the resources of its filters. The recipe imports the filters, so only this room knows it."""
 
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from distill import catalog
+from distill.chat import Chat
+from distill.errors import UserError
 from distill.filters.base import Resources
+from distill.filters.overlap import Item
+from distill.models import Models
+from distill.prompts import load_prompts
+from distill.prompts.columns import listed
+from distill.prompts.rows import rows_of_file
 from distill.recipe import Recipe
+from distill.recipe.sources import FilePrompts, PromptSource
+
+QUESTIONS = ("question", "problem", "prompt", "text")  # columns in which files of problems keep their questions
 
 
 class RunResources(Resources):
@@ -10,3 +25,43 @@ class RunResources(Resources):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe.seed)
         self.recipe = recipe
+
+    @cached_property
+    def _tokenizer(self) -> Chat:
+        return Models(self.recipe, Path()).base.chat
+
+    def student_tokens(self, text: str) -> int:
+        """The number of tokens of a text by the student's tokenizer. Errors: UserError when it cannot be loaded."""
+        return len(self._tokenizer.text_ids(text))
+
+    def benchmark_items(self, benchmarks: Sequence[str]) -> list[Item]:
+        """The problems of benchmarks, of which each is a card or a file; of none, those of the recipe's evaluation.
+
+        Errors: UserError when one cannot be read.
+        """
+        return [item for name in benchmarks or self.recipe.eval.benchmarks for item in self._items(name)]
+
+    def _items(self, name: str) -> Iterator[Item]:
+        is_file = Path(name).suffix not in ("", ".yaml", ".yml") and Path(name).exists()
+        try:
+            sources = [_file_of(Path(name))] if is_file else self._sources(name)
+            for number, prompt in enumerate(load_prompts(sources)):
+                yield Item(f"{Path(name).stem}/{number}", prompt.messages[-1]["content"])
+        except UserError as error:
+            raise UserError(
+                f"filter.decontaminate: {error}; a file with its problems may stand in filter.decontaminate.benchmarks"
+            ) from error
+
+    def _sources(self, name: str) -> Sequence[PromptSource]:
+        card = catalog.load_benchmark(name)
+        path = self.recipe.eval.sources.get(card.name)
+        return [card.prompts if path is None else _file_of(Path(path))]
+
+
+def _file_of(path: Path) -> FilePrompts:
+    """A file of problems. Errors: UserError when it cannot be read or has no column with questions."""
+    where, row = next(rows_of_file(path), (str(path), {}))
+    question = next((column for column in QUESTIONS if column in row), None)
+    if question is None:
+        raise UserError(f"{where}: no column with questions ({', '.join(QUESTIONS)}); the columns are {listed(row)}")
+    return FilePrompts(kind="file", path=str(path), question=question, answer=None, task="chat")

@@ -94,7 +94,10 @@ class Recipe(Section):
 
     def filter_settings(self) -> dict[str, Any]:
         """What decides the verdicts, beside the traces."""
-        return self.filter.settings() | ({"seed": self.seed} if self.filter.draws else {})
+        settings = self.filter.settings() | ({"seed": self.seed} if self.filter.draws else {})
+        if self.filter.decontaminate and not self.filter.decontaminate.benchmarks:
+            settings["decontaminate.benchmarks"] = list(self.eval.benchmarks)
+        return settings
 
 
 def _keyed(prefix: str, section: Section) -> list[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from distill.filters.base import AnyFilter, ChoosingFilter, StreamFilter, TraceFilter
 from distill.filters.correct import Correct
+from distill.filters.decontaminate import Decontaminate
 from distill.filters.dedup import Dedup
 from distill.filters.finish import Finish
 from distill.filters.format import Format
@@ -67,6 +68,7 @@ class Filter(Section):
     finish: Switch[Finish] = Finish()
     repetition: Optional[Repetition] = None
     language: Optional[Language] = None
+    decontaminate: Optional[Decontaminate] = None
     correct: Switch[Correct] = Correct()
     length: Switch[Length] = None
     dedup: Switch[Dedup] = Dedup()

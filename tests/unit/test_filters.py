@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -31,10 +31,12 @@ from distill.filters.base import (
     TraceFilter,
 )
 from distill.filters.correct import Correct
+from distill.filters.decontaminate import QUESTION
 from distill.filters.dedup import Dedup
 from distill.filters.format import Format
 from distill.filters.judged import Judged, common_unit
 from distill.filters.length import Length
+from distill.filters.overlap import Item
 from distill.filters.pipeline import STAGE, check_gradable
 from distill.filters.select import Select
 from distill.filters.table import JudgedTable, Survivors
@@ -89,6 +91,17 @@ def samples(directory: Path, which: str = "kept") -> dict[int, dict[str, str]]:
 
 # One filter at a time
 
+
+class ExampleResources(Resources):
+    """What the examples need: a student whose tokens are characters, benchmarks that are their only problem."""
+
+    def student_tokens(self, text: str) -> int:
+        return len(text)
+
+    def benchmark_items(self, benchmarks: Sequence[str]) -> list[Item]:
+        return [Item(f"benchmark/{number}", question) for number, question in enumerate(benchmarks)]
+
+
 JUDGING_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, (TraceFilter, StreamFilter))]
 CHOOSING_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, ChoosingFilter)]
 
@@ -99,9 +112,10 @@ CHOOSING_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, Choosi
 )
 def test_examples_of_filters_that_judge(kind: type[TraceFilter | StreamFilter], example: Example) -> None:
     judging = kind.model_validate(example.settings)
-    trace = make_trace(example.text, tokens=example.tokens or 0, finish_reason=example.finish_reason)
+    trace = make_trace(example.text, question=QUESTION, tokens=example.tokens or 0, finish_reason=example.finish_reason)
     is_stream = isinstance(judging, StreamFilter)
-    verdict = judging.verdict_on(example.outcome) if is_stream else judging.judge(Candidate(trace))
+    resources = ExampleResources()
+    verdict = judging.verdict_on(example.outcome) if is_stream else judging.judge(Candidate(trace, resources))
     assert (verdict.filter, verdict.reason) == (kind.name, example.reason)
     assert verdict.keep is (example.reason == kind.passing)
 
