@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from distill import catalog, generate
 from distill.artefacts import Expected, GenerateSummary, Measured, Plan, RunPaths, StagePlan
 from distill.backends.collect import asked
-from distill.console import counted, say, table
+from distill.console import bytes_text, counted, say, short, table
 from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.models import Models
@@ -343,21 +343,12 @@ def _say_hours(recipe: "Recipe", plan: Plan, hardware: Sequence[Hardware]) -> No
         say(f"hours: name a machine with --hardware{pilot}")
 
 
-def short(value: float) -> str:
-    """Three digits and a unit: 174 k, 1.23 B (10⁹), 4.5 T (10¹²)."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size * 0.9995:
-            digits = value / size
-            return f"{digits:,.{max(0, 2 - len(str(int(digits))) + 1)}f} {unit}"
-    return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
-
-
 def shown(expected: Expected | None, unit: str = "") -> str:
     """An estimate in a table; empty without one. unit: "h" or "B" (bytes)."""
     if expected is None:
         return ""
     if unit == "B":
-        return f"{expected.value / 1e9:,.2f} GB" if expected.value >= 1e8 else f"{expected.value / 1e6:,.2f} MB"
+        return bytes_text(expected.value)
     if unit == "h":
         return f"{expected.value:,.2f}" if expected.value >= 0.005 else "< 0.01"
     return short(expected.value)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from eval_support import distill, right, server, url
 
-from distill import catalog
+from distill import catalog, console
 from distill.artefacts import Plan, RunPaths
 from distill.plan import stages
 from distill.traces.store import TraceStore
@@ -156,4 +156,4 @@ def test_the_rate_of_a_machine_by_hand():
     ],
 )
 def test_large_numbers_are_short(value, text):
-    assert stages.short(value) == text
+    assert console.short(value) == text
