@@ -31,7 +31,6 @@ from distill.errors import UserError
 from distill.eval.benchmark import Benchmark
 from distill.eval.models import length_function, length_unit
 from distill.eval.statistics import Sample, summarise
-from distill.eval.votes import classes
 from distill.evaluations import (
     DrawnWith,
     EvaluationPaths,
@@ -43,6 +42,7 @@ from distill.evaluations import (
     read_votes,
 )
 from distill.fingerprint import digest
+from distill.grading.votes import classes
 from distill.integrity import record_files
 from distill.models import Model, Server
 from distill.traces.ledger import Ledger

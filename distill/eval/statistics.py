@@ -45,7 +45,7 @@ CAUTION = 0.125  # c of the docstring, in units of p(1 - p): half a problem at p
 @dataclass(frozen=True)
 class Sample:
     """One graded answer. Tokens are the answering model's; `reasoning_tokens` is 0 without reasoning. vote: the number
-    of its class among the problem's answers (votes.py), None where no answer is marked."""
+    of its class among the problem's answers (`distill.grading.votes`), None where no answer is marked."""
 
     problem: str
     verdict: Literal["correct", "wrong", "unverifiable"]

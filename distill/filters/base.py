@@ -92,7 +92,8 @@ class Group(NamedTuple):
     """Completions, in order of their sample numbers, and the reason for each; every group is a test.
 
     tokens: the length of each; none: they are counted in words. questions: the question that each answers; none: all
-    answer the same one. earlier: verdicts that each got before, such as those of `correct`; none: none.
+    answer the same one. earlier: verdicts that each got before, such as those of `correct`; none: none. gold: the gold
+    answer of the prompt.
     """
 
     reasons: tuple[str, ...]
@@ -101,6 +102,7 @@ class Group(NamedTuple):
     tokens: tuple[int, ...] = ()
     questions: tuple[str, ...] = ()
     earlier: tuple[tuple[Verdict, ...], ...] = ()
+    gold: str | None = "42"
 
 
 class AnyFilter(Section, ABC):

@@ -27,12 +27,13 @@ class RunResources(Resources):
         self.recipe = recipe
 
     @cached_property
-    def _tokenizer(self) -> Chat:
-        return Models(self.recipe, Path()).base.chat
+    def _chat(self) -> Chat:
+        template = Models(self.recipe, Path()).training_template
+        return Chat.load(catalog.resolve_tokenizer(self.recipe.student, "student"), template)
 
     def student_tokens(self, text: str) -> int:
         """The number of tokens of a text by the student's tokenizer. Errors: UserError when it cannot be loaded."""
-        return len(self._tokenizer.text_ids(text))
+        return len(self._chat.text_ids(text))
 
     def benchmark_items(self, benchmarks: Sequence[str]) -> list[Item]:
         """The problems of benchmarks, of which each is a card or a file; of none, those of the recipe's evaluation.

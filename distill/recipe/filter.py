@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, field_serializer
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, field_serializer, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
@@ -20,6 +20,10 @@ from distill.filters.finish import Finish
 from distill.filters.format import Format
 from distill.filters.language import Language
 from distill.filters.length import Length
+from distill.filters.majority import Majority
+from distill.filters.near_answers import NearAnswers
+from distill.filters.near_prompts import NearPrompts
+from distill.filters.pass_rate import PassRate
 from distill.filters.repetition import Repetition
 from distill.filters.select import Select
 from distill.section import Later, Section
@@ -71,8 +75,18 @@ class Filter(Section):
     decontaminate: Optional[Decontaminate] = None
     correct: Switch[Correct] = Correct()
     length: Switch[Length] = None
+    majority: Optional[Majority] = None
+    pass_rate: Optional[PassRate] = None
+    near_prompts: Optional[NearPrompts] = None
     dedup: Switch[Dedup] = Dedup()
+    near_answers: Optional[NearAnswers] = None
     select: Switch[Select] = None
+
+    @model_validator(mode="after")
+    def _rates_have_grades(self) -> "Filter":
+        if self.pass_rate and not self.correct:
+            raise ValueError("pass_rate needs the verdicts of correct; turn that on, or pass_rate off")
+        return self
 
     def judging_filters(self) -> list[TraceFilter | StreamFilter]:
         """The filters that are on and judge each trace by itself, in order."""

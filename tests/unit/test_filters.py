@@ -150,7 +150,8 @@ def test_examples_of_filters_that_choose(kind: type[ChoosingFilter]) -> None:
         lengths = group.tokens or (0,) * len(group.texts)
         questions = group.questions or ("20 + 22?",) * len(group.texts)
         traces = [
-            make_trace(text, question=questions[i], sample=i, tokens=lengths[i]) for i, text in enumerate(group.texts)
+            make_trace(text, prompt=Prompt.from_question(questions[i], group.gold), sample=i, tokens=lengths[i])
+            for i, text in enumerate(group.texts)
         ]
         verdicts = choose(kind.model_validate(group.settings), traces, group.earlier)
         dropped = [any(not verdict.keep for verdict in earlier) for earlier in group.earlier] or [False] * len(traces)
