@@ -121,6 +121,11 @@ class AnyFilter(Section, ABC):
         """Whether its verdicts depend on the recipe's seed."""
         return False
 
+    @property
+    def measures_student(self) -> bool:
+        """Whether its verdicts depend on the student's tokenizer."""
+        return False
+
     def check(self, resources: Resources) -> None:
         """Load what the filter needs, before anything is written. Errors: UserError when it is missing."""
 

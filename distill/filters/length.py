@@ -51,15 +51,20 @@ class Length(TraceFilter):
             raise ValueError("min_tokens is larger than max_tokens: nothing would be kept")
         return self
 
+    @property
+    def measures_student(self) -> bool:
+        """Whether lengths are measured in the student's tokens."""
+        return self.unit == "student"
+
     def check(self, resources: Resources) -> None:
         """Load the student's tokenizer, where it counts. Errors: UserError when it cannot be loaded."""
-        if self.unit == "student":
+        if self.measures_student:
             resources.student_tokens("")
 
     def judge(self, candidate: Candidate) -> Verdict:
         """Compare the length, which is the evidence, with its unit."""
         count, unit = candidate.trace.length
-        if self.unit == "student":
+        if self.measures_student:
             count, unit = candidate.resources.student_tokens(candidate.trace.text), "student tokens"
         if self.min_tokens is not None and count < self.min_tokens:
             reason = "too_short"

@@ -95,8 +95,8 @@ class Recipe(Section):
     def filter_settings(self) -> dict[str, Any]:
         """What decides the verdicts, beside the traces."""
         settings = self.filter.settings() | ({"seed": self.seed} if self.filter.draws else {})
-        if self.filter.length and self.filter.length.unit == "student":
-            settings["length.student"] = self.student
+        if self.filter.measures_student:
+            settings["student"] = self.student
         if self.filter.decontaminate and not self.filter.decontaminate.benchmarks:
             settings["decontaminate.benchmarks"] = list(self.eval.benchmarks)
         return settings

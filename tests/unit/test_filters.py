@@ -165,7 +165,7 @@ def test_every_reason_has_an_example_and_every_filter_a_description(kind: Any) -
     is_choosing = issubclass(kind, ChoosingFilter)
     reasons = [reason for example in kind.examples for reason in (example.reasons if is_choosing else [example.reason])]
     assert {reason.partition(": ")[0] for reason in reasons} == set(kind.reasons)
-    assert kind.__doc__ and list(FILTERS) == list(Filter.model_fields)
+    assert kind.__doc__ and ["profile", *FILTERS] == list(Filter.model_fields)
     assert all(field.description for field in kind.model_fields.values())
 
 
