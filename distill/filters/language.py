@@ -1,14 +1,15 @@
 """Language mixing: reasoning that leaves the language of its prompt, the flaw of R1-Zero.
 
-Two rules, on the prose of the text (code and formulas are removed first):
+Two rules, on the text without its code:
 
 - *Script.* A word in a script that the conversation does not use, such as Han characters in an English solution, is
   found by the names of its characters in the Unicode database: exact, and free for text in ASCII. Greek letters and the
   letters of mathematical alphabets are symbols, not words; five Greek letters in a row are a word.
-- *Language.* Within a script, each sentence of at least `WORDS` words is identified by py3langid. It counts as foreign
-  when the prompt's language is improbable (below `IMPROBABLE`) and another one is likely (above `LIKELY`); comparing
-  with the prompt's language alone makes it irrelevant whether Spanish was taken for Portuguese. English sentences with
-  enough function words skip the detector, which reads a byte at a time: most sentences of most traces.
+- *Language.* Within a script, and outside of formulas, each sentence of at least `WORDS` words is identified by
+  py3langid. It counts as foreign when the prompt's language is improbable (below `IMPROBABLE`) and another one is
+  likely (above `LIKELY`); comparing with the prompt's language alone makes it irrelevant whether Spanish was taken for
+  Portuguese. English sentences with enough function words skip the detector, which reads a byte at a time: most
+  sentences of most traces.
 
 py3langid (4.5 MB, 80 µs a sentence) mistook none of 8,856 sentences of real solutions at these limits. Rejected:
 lingua, which took 1 GB of memory, 2 ms a sentence, and called formulas in words Latin at 0.95; a share of ASCII
@@ -141,8 +142,7 @@ class Language(TraceFilter):
     def _foreign(self, trace: Trace, text: str) -> Iterator[Foreign]:
         asked = "\n".join(message["content"] for message in trace.prompt.messages)
         known = {script for run in FOREIGN_LETTERS.findall(asked) for script in _scripts(run)}
-        body = prose(text)
-        for run in FOREIGN_LETTERS.findall(body):
+        for run in FOREIGN_LETTERS.findall(CODE.sub(" ", text)):
             for script, letters in _scripts(run).items():
                 if script not in known and letters >= SHORTEST_WORD.get(script, 2):
                     yield Foreign(f"other_script: {script}", run, letters)
@@ -150,7 +150,7 @@ class Language(TraceFilter):
         if not expected:
             return
         accepted = {*expected, *self.also}
-        for sentence in SENTENCE.split(body):
+        for sentence in SENTENCE.split(prose(text)):
             words = WORD.findall(sentence)
             if not _is_long(words) or ("en" in accepted and _is_plain_english(words)):
                 continue

@@ -34,8 +34,8 @@ LINES, LINE_WORDS = 3, 20  # occurrences of a line or paragraph, and words that 
 SHORT_LINES = 10  # occurrences of a shorter line, which has more than GRAM words with letters
 LINE = "So the tens are added first and then the ones, and the carry goes to the tens, which gives the sum of both."
 CHARACTERS = re.compile(r"(\S{1,12}?)\1{23,}")  # 24 times without white space
-RULE = re.compile(r"[^\w]+\Z")  # rows of dashes and the like are decoration
-DIGITS = 100  # characters of a run of digits
+RULE = re.compile(r"[-=_*#.~|+:\u2500-\u257f]+\Z")  # lines of a table and the like are decoration
+DIGITS = 100  # characters of a run of digits or signs
 LETTERS = re.compile(rf"(?<![\\\w])[^\W\d_]{{2,}}|{UNSPACED}")  # words; LaTeX commands are none
 
 
@@ -66,6 +66,7 @@ class Repetition(TraceFilter):
         Example(OK, "| a | b |\n|" + "-" * 80 + "|\n" + "| 1 | 0 |\n" * 12),
         Example("characters", "<think>\nSo the answer is " + "4" * 200),
         Example("characters", "<think>\nSo the answer is ha" + "ha" * 30 + "\n</think>\n42"),
+        Example("characters", "<think>\n" + "!" * 120),
         Example("phrase", "<think>\nThe sum is 42. " + "Let me check that again. " * 5 + "\n</think>\n42"),
         Example("phrase", "<think>\n" + "wait " * 30 + "\n</think>\n42"),
         Example("phrase", "<think>\n" + "我需要再检查一下。" * 6 + "\n</think>\n42"),

@@ -133,7 +133,7 @@ class Filter(Section):
         switches = {
             name: getattr(self, name) is not None
             for name, info in type(self).model_fields.items()
-            if (name in FILTERS and Later not in info.metadata) or getattr(self, name) is not None
+            if name in FILTERS and (Later not in info.metadata or getattr(self, name) is not None)
         }
         return switches | {key: value for key, value in super().settings().items() if key not in switches}
 
