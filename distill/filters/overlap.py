@@ -35,7 +35,8 @@ class Item(NamedTuple):
 
 
 class Match(NamedTuple):
-    """The problem that is most like a prompt. score: from 0 to 1. shared: terms, the rarest first."""
+    """The problem that is most like a prompt. score: from 0 to 1. shared: terms as the problem spells them, the rarest
+    first."""
 
     item: Item
     score: float
@@ -106,9 +107,11 @@ class Index:
 
     def _shared(self, terms: Terms, number: int) -> dict[Kind, list[str]]:
         both = {kind: self._kind(terms, kind) & self._kind(self._terms[number], kind) for kind in KINDS}
-        return {
+        ranked = {
             kind: sorted(shared, key=lambda term: (-self._weights[kind][term], term)) for kind, shared in both.items()
         }
+        spelled = self._terms[number].spelled
+        return {kind: [spelled.get(term, term.partition("#")[0]) for term in terms] for kind, terms in ranked.items()}
 
     def _copied(self, tokens: Sequence[str]) -> int | None:
         """The problem whose words the tokens contain in their order."""

@@ -54,12 +54,14 @@ ENDINGS = ("ing", "ies", "es", "ed", "ly", "s", "e")
 
 
 class Terms(NamedTuple):
-    """The terms of a text by kind, each kind a set; and its tokens in order, for verbatim comparison."""
+    """The terms of a text by kind, each kind a set; its tokens in order, for verbatim comparison; and term → how the text
+    spells it."""
 
     numbers: frozenset[str]
     names: frozenset[str]
     words: frozenset[str]
     tokens: tuple[str, ...]
+    spelled: dict[str, str]
 
     def of(self, kind: Kind) -> frozenset[str]:
         """The terms of one kind."""
@@ -73,6 +75,7 @@ def terms_of(text: str) -> Terms:
     names: set[str] = set()
     words: set[str] = set()
     tokens: list[str] = []
+    spelled: dict[str, str] = {}
     for token in TOKEN.findall(text):
         lower = token.lower().removesuffix("'s")
         number = f"{float(token):g}" if token[0].isdigit() else NUMBERS.get(lower)
@@ -82,10 +85,11 @@ def terms_of(text: str) -> Terms:
         elif lower not in STOP:
             stem = stem_of(lower)
             words.add(stem)
+            spelled.setdefault(stem, token)
             if token[0].isupper():
                 names.add(stem)
     repeated = (f"{number}#{n}" if n > 1 else number for number, count in numbers.items() for n in range(1, count + 1))
-    return Terms(frozenset(repeated), frozenset(names), frozenset(words), tuple(tokens))
+    return Terms(frozenset(repeated), frozenset(names), frozenset(words), tuple(tokens), spelled)
 
 
 def stem_of(word: str) -> str:

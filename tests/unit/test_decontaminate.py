@@ -51,7 +51,7 @@ def test_a_score_by_hand() -> None:
     numbers = 2 * weight / (2 * weight + SMOOTHING)
     words = 2 * weight / (2 * weight + unknown + SMOOTHING)
     assert match.score == pytest.approx(WEIGHTS["numbers"] * numbers + WEIGHTS["words"] * words)
-    assert match.shared == {"numbers": ["17"], "names": [], "words": ["pear"]}
+    assert match.shared == {"numbers": ["17"], "names": [], "words": ["pears"]}
 
 
 def test_copies_are_found_in_longer_prompts_and_when_they_are_short() -> None:
@@ -138,7 +138,11 @@ def test_contaminated_prompts_are_dropped_with_evidence(tmp_path: Path, problems
     [verdict] = [verdict for verdict in verdicts if verdict.filter == "decontaminate"]
     assert verdict.reason == "rephrased"
     assert verdict.evidence["item"] == "held-out/0"
-    assert verdict.evidence["shared"] == {"numbers": ["17", "25"], "names": ["ann"], "words": ["pear", "pick", "plum"]}
+    assert verdict.evidence["shared"] == {
+        "numbers": ["17", "25"],
+        "names": ["Ann"],
+        "words": ["pears", "picks", "plums"],
+    }
     assert str(verdict.evidence["question"]).startswith("Ann picks 17 pears")
 
 
