@@ -54,7 +54,7 @@ ENDINGS = ("ing", "ies", "es", "ed", "ly", "s", "e")
 
 
 class Terms(NamedTuple):
-    """The terms of a text by kind, each kind a set; its tokens in order, for verbatim comparison; and term → how the text
+    """The terms of a text by kind, each kind a set; its tokens in order, for copies; and term → how the text
     spells it."""
 
     numbers: frozenset[str]
