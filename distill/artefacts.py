@@ -76,6 +76,11 @@ class RunPaths:
         return self.filtered / "dropped"
 
     @property
+    def funnel(self) -> Path:
+        """`filtered/funnel.json`: how many traces each filter dropped, and why."""
+        return self.filtered / "funnel.json"
+
+    @property
     def verdicts(self) -> Path:
         """`filtered/verdicts.jsonl`: the ledger of per-trace verdicts, by which filtering resumes."""
         return self.filtered / "verdicts.jsonl"

@@ -21,8 +21,10 @@ from pathlib import Path
 
 from distill import console
 from distill.artefacts import FilterSummary, GenerateSummary, RunPaths, Settings
+from distill.durable import replacing
 from distill.errors import UserError
 from distill.filters.base import ChoosingFilter, CorpusFilter, GroupFilter, PromptGroup, Resources
+from distill.filters.cluster import ClusterJudge, require_ray
 from distill.filters.judge import Judge
 from distill.filters.judged import Judged
 from distill.filters.resources import RunResources
@@ -32,7 +34,7 @@ from distill.grading import require_grader
 from distill.recipe import Recipe
 from distill.run import Run
 from distill.stage import Stage
-from distill.traces.ledger import Ledger
+from distill.traces.ledger import Ledger, line_of
 from distill.traces.store import Decision, TraceStore
 from distill.traces.trace import Trace, Verdict, content_hash
 
@@ -86,20 +88,24 @@ class FilterStage(Stage[FilterSummary]):
         traces are written before).
         """
         check_gradable(run.recipe)
+        if run.on == "ray":
+            require_ray()
         settings, store = run.recipe.filter, TraceStore(run.paths.traces)
         total = len(store)
         resources = RunResources(run.recipe)
-        for each in (*settings.judging_filters(), *settings.choosing_filters()):
+        filters, choosing = settings.judging_filters(), settings.choosing_filters()
+        for each in (*filters, *choosing):
             each.check(resources)
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
-        judge = Judge(settings.judging_filters(), settings.choosing_filters(), resources)
+        judge = ClusterJudge(run.recipe) if run.on == "ray" else Judge(filters, choosing, resources)
         with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
             _judge(store, total, judge, table, run.paths.verdicts)
-            _choose(table, settings.choosing_filters(), resources, run.paths.filtered / ".scratch")
-            tally = Tally([each.name for each in (*judge.filters, *judge.choosing)])
+            _choose(table, choosing, resources, run.paths.filtered / ".scratch")
+            tally = Tally([each.name for each in (*filters, *choosing)])
             _write(store, total, table, tally, run.paths)
             summary = tally.summary(*table.prompt_counts())
+        summary.write(run.paths.funnel)
         if not summary.kept:
             raise _nothing_kept(summary, run.directory)
         print_summary(summary, str(run.paths.kept))
@@ -113,7 +119,7 @@ class FilterStage(Stage[FilterSummary]):
 STAGE = FilterStage()
 
 
-def _judge(store: TraceStore, total: int, judge: Judge, table: JudgedTable, path: Path) -> None:
+def _judge(store: TraceStore, total: int, judge: Judge | ClusterJudge, table: JudgedTable, path: Path) -> None:
     """Fill the table: from the ledger, and with verdicts that are made now."""
     with Ledger(path) as ledger:
         for row in ledger.rows():
@@ -133,6 +139,8 @@ def _judge(store: TraceStore, total: int, judge: Judge, table: JudgedTable, path
                 ledger.add(judged.to_row())
                 table.add(position, judged)
                 advance(1)
+    with replacing(path) as file:  # in the store's order, which no kill and no cluster changes
+        file.writelines(line_of(judged.to_row()) for judged in table)
     table.arrange()
 
 
@@ -172,8 +180,8 @@ def _write(store: TraceStore, total: int, table: JudgedTable, tally: Tally, path
         def decisions() -> Iterator[Decision]:
             for judged in table:
                 tally.add(judged)
-                yield Decision(judged.key, KEPT if judged.kept else DROPPED, judged.verdicts)
                 advance(1)
+                yield Decision(judged.key, KEPT if judged.kept else DROPPED, judged.verdicts)
 
         store.split([paths.kept, paths.dropped], decisions())
 

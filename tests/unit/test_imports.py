@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"pipeline", "doctor", "plan", "push"} | STAGES | BELOW_STAGES,
     "doctor": BELOW_STAGES | {"engine.kernels", "engine.families"},
     "push": SHARED,
-    "pipeline": STAGES | BELOW_STAGES | {"filters.pipeline"},
+    "pipeline": STAGES | BELOW_STAGES | {"filters.pipeline", "filters.cluster"},
     **{stage: BELOW_STAGES for stage in STAGES},
     "plan": BELOW_STAGES | {"generate", "train", "engine.spec", "engine.families"},
     "grading": {"backends"} | SHARED,
@@ -57,7 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.
     "recipe": SHARED | {"filters", "engine.families"},
     "filters": {"section", "chat", "grading", "traces.trace", "traces.ledger", "prompts.prompt"},
-    "filters.pipeline": BELOW_STAGES | {"filters", "filters.resources", "filters.summary"},
+    "filters.pipeline": BELOW_STAGES | {"filters", "filters.cluster", "filters.resources", "filters.summary"},
+    "filters.cluster": BELOW_STAGES | {"filters", "filters.resources"},
     "filters.resources": BELOW_STAGES | {"filters"},
     "filters.summary": BELOW_STAGES | {"filters"},
     "traces.trace": {"chat", "prompts.prompt"},
