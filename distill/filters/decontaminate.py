@@ -57,19 +57,17 @@ class Decontaminate(TraceFilter):
         self._matches(resources)
 
     def judge(self, candidate: Candidate) -> Verdict:
-        """Look for the problem most like the prompt. The evidence has it, with score and shared terms, in any case."""
+        """Look for the problem most like the prompt. The evidence has it, with score and shared terms."""
         asked = "\n".join(m["content"] for m in candidate.trace.prompt.messages if m["role"] == "user")
         match = self._matches(candidate.resources)(asked)
         if match is None:
             return self.verdict(OK, score=0.0)
         reason = "copied" if match.verbatim else "rephrased" if match.score >= self.threshold else OK
-        return self.verdict(
-            reason,
-            item=match.item.name,
-            score=round(match.score, 3),
-            shared={kind: terms for kind, terms in match.shared.items() if terms},
-            question=match.item.question[:300],
-        )
+        shared = {kind: terms for kind, terms in match.shared.items() if terms}
+        evidence = {"item": match.item.name, "score": round(match.score, 3), "shared": shared}
+        if reason != OK:
+            evidence["question"] = match.item.question[:300]
+        return self.verdict(reason, **evidence)
 
     def _matches(self, resources: Resources) -> Callable[[str], Match | None]:
         def make() -> Callable[[str], Match | None]:

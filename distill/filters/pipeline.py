@@ -55,6 +55,14 @@ def check_gradable(recipe: Recipe) -> None:
             )
 
 
+def load_resources(recipe: Recipe) -> RunResources:
+    """Load what the filters need besides the traces. Errors: UserError, such as for a benchmark that cannot be read."""
+    resources = RunResources(recipe)
+    for each in (*recipe.filter.judging_filters(), *recipe.filter.choosing_filters()):
+        each.check(resources)
+    return resources
+
+
 class FilterStage(Stage[FilterSummary]):
     """The traces with their verdicts, in `filtered/kept` and `filtered/dropped`."""
 
@@ -92,10 +100,8 @@ class FilterStage(Stage[FilterSummary]):
             require_ray()
         settings, store = run.recipe.filter, TraceStore(run.paths.traces)
         total = len(store)
-        resources = RunResources(run.recipe)
+        resources = load_resources(run.recipe)
         filters, choosing = settings.judging_filters(), settings.choosing_filters()
-        for each in (*filters, *choosing):
-            each.check(resources)
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
         judge = ClusterJudge(run.recipe) if run.on == "ray" else Judge(filters, choosing, resources)

@@ -16,6 +16,7 @@ from distill.prompts.rows import rows_of_file
 from distill.recipe import Recipe
 from distill.recipe.sources import FilePrompts, PromptSource
 
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # what is not a card
 QUESTIONS = ("question", "problem", "prompt", "text")  # columns in which files of problems keep their questions
 
 
@@ -40,18 +41,23 @@ class RunResources(Resources):
 
         Errors: UserError when one cannot be read.
         """
-        return [item for name in benchmarks or self.recipe.eval.benchmarks for item in self._items(name)]
+        names = benchmarks or self.recipe.eval.benchmarks
+        if not names:
+            raise UserError(
+                "filter.decontaminate: there is no benchmark to compare with; name some in "
+                "filter.decontaminate.benchmarks, or set filter.decontaminate to false"
+            )
+        return [item for name in names for item in self._items(name)]
 
     def _items(self, name: str) -> Iterator[Item]:
-        is_file = Path(name).suffix not in ("", ".yaml", ".yml") and Path(name).exists()
+        is_file = Path(name).is_dir() or any(name.endswith((kind, f"{kind}.gz", f"{kind}.zst")) for kind in FILES)
+        hint = "" if is_file else "; or name a file with its problems in filter.decontaminate.benchmarks"
         try:
             sources = [_file_of(Path(name))] if is_file else self._sources(name)
             for number, prompt in enumerate(load_prompts(sources)):
                 yield Item(f"{Path(name).stem}/{number}", prompt.messages[-1]["content"])
         except UserError as error:
-            raise UserError(
-                f"filter.decontaminate: {error}; a file with its problems may stand in filter.decontaminate.benchmarks"
-            ) from error
+            raise UserError(f"filter.decontaminate: {error}{hint}") from error
 
     def _sources(self, name: str) -> Sequence[PromptSource]:
         card = catalog.load_benchmark(name)
@@ -61,7 +67,9 @@ class RunResources(Resources):
 
 def _file_of(path: Path) -> FilePrompts:
     """A file of problems. Errors: UserError when it cannot be read or has no column with questions."""
-    where, row = next(rows_of_file(path), (str(path), {}))
+    where, row = next(rows_of_file(path), (str(path), None))
+    if row is None:
+        raise UserError(f"{path}: no rows; give a file with at least one problem")
     question = next((column for column in QUESTIONS if column in row), None)
     if question is None:
         raise UserError(f"{where}: no column with questions ({', '.join(QUESTIONS)}); the columns are {listed(row)}")
