@@ -69,6 +69,8 @@ def run_recipe(
             require_ray()
     with Run(directory, recipe, verify, on) as run:
         _look_ahead(run, names, fresh)
+        if "filter" in names and not run.begun("filter"):
+            filters.load_resources(recipe)
         if "eval" in names and not run.begun("eval"):
             evaluation.check_benchmarks(recipe.eval, recipe.judge)
         run.restore_identity()

@@ -5,7 +5,7 @@ its files), so that another model, another benchmark, more problems or more samp
 student that was trained anew is refused rather than mixed with the old one's answers. Keeping all settings in the
 stage's record was rejected: adding a benchmark would throw the others away.
 
-The files: statistics.py (pure functions), votes.py (which answers are equal), benchmark.py (what is asked), models.py
+The files: statistics.py (pure functions), benchmark.py (what is asked), models.py
 (who is asked), evaluation.py (one model on one benchmark), this one (all of them, in order); compare.py (two
 evaluations side by side), metrics.py (pass@k and consensus for use elsewhere).
 """

@@ -31,7 +31,6 @@ from distill.errors import UserError
 from distill.eval.benchmark import Benchmark
 from distill.eval.models import length_function, length_unit
 from distill.eval.statistics import Followed, Sample, pass_at_1, summarise
-from distill.eval.votes import classes
 from distill.evaluations import (
     DrawnWith,
     EvaluationPaths,
@@ -47,6 +46,7 @@ from distill.grading import GRADERS
 from distill.grading.instructions import number_of_instructions
 from distill.grading.judged import JUDGE
 from distill.grading.mixed import graded
+from distill.grading.votes import classes
 from distill.integrity import record_files
 from distill.models import Model, Server
 from distill.traces.ledger import Ledger

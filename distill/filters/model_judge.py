@@ -54,6 +54,10 @@ class ModelJudge(Rubric, StreamFilter):
         Example("unverifiable: no verdict", "<think>a</think>b", outcome=Grade("unverifiable", "no verdict")),
     )
 
+    def check(self, resources: Resources) -> None:
+        """Raise UserError when the judge's card, directory or key is missing."""
+        resources.judge(self.name)
+
     @contextmanager
     def opened(self, resources: Resources) -> Iterator[Judging]:
         """Open the judge. Outcomes are grades. Errors: UserError when it cannot be used."""

@@ -60,6 +60,14 @@ def check_gradable(recipe: Recipe) -> None:
             )
 
 
+def load_resources(recipe: Recipe, judgements: Path | None = None) -> RunResources:
+    """Load what the filters need besides the traces. Errors: UserError, such as for a benchmark that cannot be read."""
+    resources = RunResources(recipe, judgements)
+    for each in (*recipe.filter.judging_filters(), *recipe.filter.choosing_filters()):
+        each.check(resources)
+    return resources
+
+
 class FilterStage(Stage[FilterSummary]):
     """The traces with their verdicts, in `filtered/kept` and `filtered/dropped`."""
 
@@ -105,10 +113,10 @@ class FilterStage(Stage[FilterSummary]):
                 )
         settings, store = run.recipe.filter, TraceStore(run.paths.traces)
         total, had_begun = len(store), run.begun(self.name)
+        resources = load_resources(run.recipe, run.paths.judgements)
+        filters, choosing = settings.judging_filters(), settings.choosing_filters()
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
-        resources = RunResources(run.recipe, run.paths.judgements)
-        filters, choosing = settings.judging_filters(), settings.choosing_filters()
         judge = ClusterJudge(run.recipe) if run.on == "ray" else Judge(filters, choosing, resources)
         with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
             try:

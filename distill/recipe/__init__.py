@@ -105,6 +105,10 @@ class Recipe(Section):
     def filter_settings(self) -> dict[str, Any]:
         """What decides the verdicts, beside the traces. `judge.…` is the filter, `judge_model.…` the recipe's judge."""
         settings = self.filter.settings() | ({"seed": self.seed} if self.filter.draws else {})
+        if self.filter.measures_student:
+            settings["student"] = self.student
+        if self.filter.decontaminate and not self.filter.decontaminate.benchmarks:
+            settings["decontaminate.benchmarks"] = list(self.eval.benchmarks)
         if self.judge is not None and self.filters_ask_the_judge:
             settings |= {f"judge_model.{key}": value for key, value in self.judge.settings().items()}
         return settings

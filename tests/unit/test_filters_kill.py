@@ -4,6 +4,7 @@ All answers need the parser, so that grading takes a while; the ledger is flushe
 can be told exactly. Moments are random in the ledger's length, not in time: a busy machine kills at the same places.
 """
 
+import os
 import random
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from test_filters import add, make_recipe, make_trace
+from filter_support import add, make_recipe, make_trace
 
 from distill.filters.pipeline import STAGE
 from distill.run import Run
@@ -40,7 +41,8 @@ def main(directory: Path) -> None:
 
 
 def start(directory: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, __file__, str(directory)], stdout=subprocess.DEVNULL)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # where filter_support is
+    return subprocess.Popen([sys.executable, __file__, str(directory)], stdout=subprocess.DEVNULL, env=environment)
 
 
 def test_kill_in_the_middle_of_grading(tmp_path: Path) -> None:
