@@ -10,7 +10,7 @@ import re
 from distill.grading.math.lexer import tokens
 from distill.grading.math.reader import Reader
 from distill.grading.math.spelling import cleaned
-from distill.grading.math.values import Unreadable, Value
+from distill.grading.math.values import Unreadable, Value, Words
 
 CURRENCY = {
     "$": "dollar",
@@ -31,6 +31,11 @@ REPEATING = re.compile(
 )
 OPTION = re.compile(
     r"\s*(?:\\(?:text|textbf|mathrm|mathbf|bf|rm)\{\s*\(?([A-J])\)?[).:]?\s*\}|\(([A-J])\))\s*[:.]?\s*(.*)", re.DOTALL
+)
+PROSE = re.compile(  # words only, none of which joins answers or is a number, a unit or a function
+    r"(?!(?:.*\b)?(?:or|and|sin|cos|tan|log|ln|exp|union)\b)(?=.*\b[a-z]{2,3}\b)"
+    r"[A-Za-z']{2,}(?:[\s,.;:-]+[A-Za-z']+)+|no|yes|all",
+    re.IGNORECASE,
 )
 TRAILING = re.compile(
     r"[\s,;]*\\?(?:text|mathrm)?\{?\s*for\s+(?:all|any|every|each)\s+(?:real\s+|integer\s+|positive\s+)*(?:numbers?\s+|integers?\s+)?\}?\s*"
@@ -120,4 +125,6 @@ def _read(text: str) -> Value:
     text = REPEATING.sub(_repeating, text).strip().rstrip(".,;").strip()
     if not text:
         raise Unreadable("empty")
+    if PROSE.fullmatch(text):
+        return Words(" ".join(re.findall(r"[a-z']+", text.casefold())))
     return Reader(tokens(text)).whole()
