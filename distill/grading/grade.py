@@ -21,6 +21,9 @@ Ruling = tuple[Outcome, str]  # with a short, countable reason
 Detailed = tuple[Outcome, str, dict[str, object]]  # a ruling with details, which join the evidence: JSON values by name
 
 
+GUESSES = ("last line", "sentence")  # methods that look for an answer in prose
+
+
 @dataclass(frozen=True)
 class Answer:
     """A final answer as written, and how it was found. `marked` is False for a mere guess from the last line."""
@@ -31,7 +34,7 @@ class Answer:
     @property
     def marked(self) -> bool:
         """Whether the answerer marked it as its answer: only then can it be wrong."""
-        return self.method != "last line"
+        return self.method not in GUESSES
 
 
 @dataclass(frozen=True)
