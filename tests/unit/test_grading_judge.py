@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from eval_support import distill, scores, server, url
-from test_filters import add, make_recipe, make_trace
+from filter_support import add, make_recipe, make_trace
 
 from distill import catalog
 from distill.backends.budget import TEMPLATE_TOKENS
