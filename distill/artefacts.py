@@ -66,6 +66,11 @@ class RunPaths:
         return self.root / "filtered"
 
     @property
+    def judgements(self) -> Path:
+        """`judgements/`: what the judge of the recipe wrote, by user; shared by filters and evaluations."""
+        return self.root / "judgements"
+
+    @property
     def kept(self) -> Path:
         """`filtered/kept/`: the traces that training reads."""
         return self.filtered / "kept"
@@ -74,6 +79,11 @@ class RunPaths:
     def dropped(self) -> Path:
         """`filtered/dropped/`: the others, with the reason."""
         return self.filtered / "dropped"
+
+    @property
+    def funnel(self) -> Path:
+        """`filtered/funnel.json`: how many traces each filter dropped, and why."""
+        return self.filtered / "funnel.json"
 
     @property
     def verdicts(self) -> Path:
@@ -167,63 +177,6 @@ class Artefact(BaseModel):
 def _checksum(content: Mapping[str, JsonValue]) -> str:
     text = json.dumps(content, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-# ---- plan
-
-
-class Expected(Artefact):
-    """An estimate, with the ends of its 95 % interval where it comes from a sample."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def times(self, factor: float) -> "Expected":
-        """The estimate in another unit."""
-        ends = (None if end is None else end * factor for end in (self.low, self.high))
-        return Expected(value=self.value * factor, **dict(zip(("low", "high"), ends, strict=True)))
-
-
-class Measured(Artefact):
-    """The speed and prompts of a pilot. rate: completion tokens per second, all requests together. at_once: sequences
-    under way at most. prompt_tokens: mean per prompt; None where the server does not count them."""
-
-    rate: float
-    at_once: int
-    prompt_tokens: float | None
-
-
-class StagePlan(Artefact):
-    """The expected figures of one stage. tokens: completion tokens, or tokens that training reads.
-
-    money: in the plan's `currency`. disk: bytes.
-    """
-
-    stage: str
-    tokens: Expected | None = None
-    hours: Expected | None = None
-    money: Expected | None = None
-    disk: Expected | None = None
-
-
-class Plan(Artefact):
-    """`plan.json`: what a recipe was expected to take.
-
-    basis: what the tokens are estimated from. mean_tokens: per trace. prompt_tokens: of all requests. price: where and
-    when the price of tokens is from; None without one. input_price, output_price: per million tokens.
-    """
-
-    traces: int
-    mean_tokens: float
-    basis: str
-    prompt_tokens: float
-    price: str | None
-    currency: str
-    input_price: float | None = None
-    output_price: float | None = None
-    measured: Measured | None
-    stages: tuple[StagePlan, ...]
 
 
 # ---- generate

@@ -119,15 +119,17 @@ def score(
 def _score_model(
     model: str, name: str | None, values: Mapping[str, object], overrides: Sequence[str], out: Path
 ) -> None:
-    """values: of `eval:`. overrides: --set, of `eval:` or, as `engine.KEY`, of `engine:`."""
+    """values: of `eval:`. overrides: --set, of `eval:`, or as `engine.KEY` or `judge.KEY` of the section."""
     from distill.config import parse
     from distill.eval import evaluate_model
-    from distill.recipe import Eval, LocalEngine
+    from distill.recipe import Eval, Judge, LocalEngine
 
     engine = [item.removeprefix("engine.") for item in overrides if item.startswith("engine.")]
-    rest = [item.removeprefix("eval.") for item in overrides if not item.startswith("engine.")]
+    judge = [item.removeprefix("judge.") for item in overrides if item.startswith("judge.")]
+    rest = [item.removeprefix("eval.") for item in overrides if not item.startswith(("engine.", "judge."))]
     settings, local = parse(Eval, values, "--model", rest), parse(LocalEngine, {}, "--model", engine)
-    evaluate_model(model, name, settings, local, out, os.environ.get("OPENAI_API_KEY"))
+    asked = parse(Judge, {}, "--set judge", judge) if judge else None
+    evaluate_model(model, name, settings, local, out, os.environ.get("OPENAI_API_KEY"), judge=asked)
 
 
 def _files(items: Sequence[str]) -> dict[str, str | list[str]]:

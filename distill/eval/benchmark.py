@@ -88,12 +88,12 @@ class Benchmark:
             for prompt in load_prompts([source], counts)
         )
         try:
-            found = list(islice(labelled, self.limit))
+            problems = list(islice(labelled, self.limit))
         except UserError as error:
             hint = f"; or read {self.name} from a file: --source {self.name}=FILE, in a recipe eval.sources"
             raise UserError(f"{error}{hint if self.sources == self.card.sources else ''}") from error
-        self._check([prompt for _, prompt in found], counts.seen.total())
-        return found
+        self._check([prompt for _, prompt in problems], counts.seen.total())
+        return problems
 
     def _check(self, prompts: list[Prompt], total: int) -> None:
         """Raise UserError for problems that cannot be used. total: rows that were read."""
@@ -121,9 +121,12 @@ class Benchmark:
         golds, tried = unreadable_golds(self.prompts, WORKERS, TIMEOUT)
         if not golds:
             return None
+        consequence = "an answer counts as correct only in the same spelling, else as unverifiable"
+        if self.card.task == "instructions":
+            consequence = "the responses to them are unverifiable"
         return (
             f"{self.name}: {len(golds):,} of {tried:,} gold answers cannot be read by a grader, such as "
-            f"{golds[0][:60]!r}: an answer counts as correct only in the same spelling, else as unverifiable"
+            f"{golds[0][:60]!r}: {consequence}"
         )
 
     def source_identity(self) -> Settings:
@@ -140,7 +143,7 @@ class Benchmark:
 
     @staticmethod
     def _keyed(sources: "Iterable[Mapping[str, JsonValue]]") -> Settings:
-        """The fields of one source as they are, those of several under their places: `0.dataset`."""
+        """The fields of a single source unchanged; the fields of several sources with their index: `0.dataset`."""
         each = list(sources)
         if len(each) == 1:
             return dict(each[0])
@@ -193,7 +196,7 @@ def benchmarks_of(recipe: "Eval") -> list[Benchmark]:
 
 
 def local_sources(card: "BenchmarkCard", paths: Sequence[Path]) -> tuple[FilePrompts, ...]:
-    """Files in place of the card's sources: their columns are the card's, or those that copies usually have.
+    """Files in place of the card's sources: their columns are the card's, or the names that copies usually have.
 
     paths: as many as the card has sources, in the same order, or one with the problems of all of them. Errors:
     UserError for another number, and as `_local_source`.

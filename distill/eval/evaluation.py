@@ -31,7 +31,6 @@ from distill.errors import UserError
 from distill.eval.benchmark import Benchmark
 from distill.eval.models import length_function, length_unit
 from distill.eval.statistics import Followed, Sample, pass_at_1, summarise
-from distill.eval.votes import classes
 from distill.evaluations import (
     DrawnWith,
     EvaluationPaths,
@@ -45,6 +44,9 @@ from distill.evaluations import (
 from distill.fingerprint import digest
 from distill.grading import GRADERS
 from distill.grading.instructions import number_of_instructions
+from distill.grading.judged import JUDGE
+from distill.grading.mixed import graded
+from distill.grading.votes import classes
 from distill.integrity import record_files
 from distill.models import Model, Server
 from distill.traces.ledger import Ledger
@@ -53,6 +55,7 @@ from distill.traces.trace import Trace
 
 if TYPE_CHECKING:
     from distill.grading import Grade, Grader
+    from distill.grading.grade import AnswerJudge
 
 PACKAGES = ("torch", "transformers", "math-verify")  # whose versions a score may depend on
 LONGEST = "sampling.max_new_tokens"  # as it was used
@@ -61,13 +64,23 @@ IN_A_RUN = "--fresh eval moves all evaluations of this run aside, or choose anot
 
 
 class Evaluation:
-    """The directory `<benchmark>/<model>` below `root`. remedy: how to get rid of samples that were drawn otherwise."""
+    """The directory `<benchmark>/<model>` below `root`. remedy: how to get rid of samples that were drawn otherwise.
+    judge: what decides the verdicts of a judge, where the benchmark needs one."""
 
-    def __init__(self, root: Path, benchmark: Benchmark, model: Model, remedy: str = IN_A_RUN) -> None:
+    def __init__(
+        self,
+        root: Path,
+        benchmark: Benchmark,
+        model: Model,
+        remedy: str = IN_A_RUN,
+        judge: "Settings | None" = None,
+    ) -> None:
         self.benchmark, self.model, self.remedy = benchmark, model, remedy
         self.name = f"{benchmark.name}/{model.name}"
         self.paths = EvaluationPaths(root / benchmark.name / model.name)
         self.settings = benchmark.settings() | _of_model(model.identity)
+        if benchmark.card.task == JUDGE and judge is not None:
+            self.settings |= {f"judge.{key}": value for key, value in judge.items()}
         self.store = TraceStore(self.paths.traces)
 
     @cached_property
@@ -163,7 +176,7 @@ class Evaluation:
             collect(backend, self.store, jobs, sampling, self.benchmark.seed, digest(settings), advance, suffix)
         self.store.compact()
 
-    def grade(self, grader: "Grader") -> None:
+    def grade(self, grader: "Grader", judge: "AnswerJudge | None" = None) -> None:
         """Grade the wanted samples that have no grade yet. The tokenizer is loaded only when there are any."""
         ungraded = set(self.wanted) - read_grades(self.paths.grades).keys()
         if not ungraded:
@@ -176,7 +189,7 @@ class Evaluation:
             Ledger(self.paths.grades) as ledger,
             progress(f"grade {self.name}", len(self.wanted), "samples", done) as advance,
         ):
-            for trace, grade in grader.grade(items):
+            for trace, grade in graded(grader, judge, items):
                 ledger.add(_row(trace, grade, length).to_row())
                 advance(1)
 

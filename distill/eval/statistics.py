@@ -53,7 +53,8 @@ class Followed:
 @dataclass(frozen=True)
 class Sample:
     """One graded answer. Tokens are the answering model's; `reasoning_tokens` is 0 without reasoning. vote: the number
-    of its class among the problem's answers (votes.py), None where no answer is marked. followed: of instructions."""
+    of its class among the problem's answers (`distill.grading.votes`), None where no answer is marked. followed: of
+    instructions."""
 
     problem: str
     verdict: Literal["correct", "wrong", "unverifiable"]

@@ -20,7 +20,7 @@ setting twice and leaves room for a filter whose settings are another's.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, TypeVar, cast
@@ -28,6 +28,8 @@ from typing import ClassVar, NamedTuple, Protocol, TypeVar, cast
 from pydantic import JsonValue
 
 from distill.filters.judged import Judged, Key
+from distill.filters.overlap import Item
+from distill.grading.grade import AnswerJudge
 from distill.section import Section
 from distill.traces.trace import FinishReason, Trace, Verdict
 
@@ -47,11 +49,27 @@ class Resources:
         self.seed = seed
         self._made: dict[str, object] = {}
 
+    def judge(self, user: str) -> "AbstractContextManager[AnswerJudge | None]":
+        """The judge of the recipe, for as long as the block lasts; None where the recipe has none. user: which filter
+        asks."""
+        return nullcontext()
+
     def once(self, name: str, make: Callable[[], T]) -> T:
         """Return the result of `make()`, which is called once in this process for each name."""
         if name not in self._made:
             self._made[name] = make()
         return cast(T, self._made[name])
+
+    def student_tokens(self, text: str) -> int:
+        """The number of tokens of a text by the student's tokenizer. Errors: LookupError outside of a run."""
+        raise LookupError("only a run has a student")
+
+    def benchmark_items(self, benchmarks: Sequence[str]) -> list[Item]:
+        """The problems of benchmarks, of which each is a card or a file; of none, those of the recipe's evaluation.
+
+        Errors: LookupError outside of a run, UserError when one cannot be read.
+        """
+        raise LookupError("only a run has benchmarks")
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,8 @@ class Group(NamedTuple):
     """Completions, in order of their sample numbers, and the reason for each; every group is a test.
 
     tokens: the length of each; none: they are counted in words. questions: the question that each answers; none: all
-    answer the same one. earlier: verdicts that each got before, such as those of `correct`; none: none.
+    answer the same one. earlier: verdicts that each got before, such as those of `correct`; none: none. gold: the gold
+    answer of the prompt.
     """
 
     reasons: tuple[str, ...]
@@ -89,6 +108,7 @@ class Group(NamedTuple):
     tokens: tuple[int, ...] = ()
     questions: tuple[str, ...] = ()
     earlier: tuple[tuple[Verdict, ...], ...] = ()
+    gold: str | None = "42"
 
 
 class AnyFilter(Section, ABC):
@@ -106,6 +126,14 @@ class AnyFilter(Section, ABC):
     def draws(self) -> bool:
         """Whether its verdicts depend on the recipe's seed."""
         return False
+
+    @property
+    def measures_student(self) -> bool:
+        """Whether its verdicts depend on the student's tokenizer."""
+        return False
+
+    def check(self, resources: Resources) -> None:
+        """Load what the filter needs, before anything is written. Errors: UserError when it is missing."""
 
     def verdict(self, reason: str, **evidence: object) -> Verdict:
         """This filter's verdict; the reason decides whether the trace is kept. evidence: JSON values."""

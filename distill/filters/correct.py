@@ -52,12 +52,13 @@ class Correct(StreamFilter):
     def opened(self, resources: Resources) -> Iterator[Judging]:
         """Start the grading processes. Outcomes are grades. Errors: WorkError when a process does not start."""
         from distill.grading.grader import Grader  # a recipe is read without graders
+        from distill.grading.mixed import graded
 
-        with Grader(self.workers, self.timeout) as grader:
+        with Grader(self.workers, self.timeout) as grader, resources.judge(self.name) as judge:
 
             def judging(candidates: Iterable[tuple[K, Candidate]]) -> Iterator[tuple[K, object]]:
                 items = ((key, each.trace.prompt, each.trace.answer) for key, each in candidates)
-                return _bounded(grader, items)
+                return _bounded(grader, items) if judge is None else graded(grader, judge, items)
 
             yield judging
 

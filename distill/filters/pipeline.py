@@ -21,19 +21,23 @@ from pathlib import Path
 
 from distill import console
 from distill.artefacts import FilterSummary, GenerateSummary, RunPaths, Settings
-from distill.errors import UserError
+from distill.durable import replacing
+from distill.errors import UserError, WorkError
 from distill.filters.base import ChoosingFilter, CorpusFilter, GroupFilter, PromptGroup, Resources
+from distill.filters.cluster import ClusterJudge, require_ray
 from distill.filters.judge import Judge
 from distill.filters.judged import Judged
 from distill.filters.resources import RunResources
 from distill.filters.summary import Tally, print_summary
 from distill.filters.table import JudgedTable, Survivors
 from distill.grading import require_grader
+from distill.grading.judge import check_budget
+from distill.grading.mixed import require_judge
 from distill.grading.sandbox.levels import require_level
 from distill.recipe import Recipe
 from distill.run import Run
 from distill.stage import Stage
-from distill.traces.ledger import Ledger
+from distill.traces.ledger import Ledger, line_of
 from distill.traces.store import Decision, TraceStore
 from distill.traces.trace import Trace, Verdict, content_hash
 
@@ -42,8 +46,11 @@ KEPT, DROPPED = 0, 1  # of the two directories
 
 def check_gradable(recipe: Recipe) -> None:
     """Raise UserError when the filters cannot judge what the prompts ask. Cheap: worth asking before generating."""
+    if recipe.judge is not None:
+        check_budget(recipe.judge)
     if not recipe.filter.correct:
         return
+    require_judge(recipe.tasks, recipe.judge is not None, "filter.correct")
     for i, source in enumerate((*recipe.prompts, *recipe.traces)):
         task = getattr(source, "task", "math")  # procedural problems are mathematics
         require_grader(task, "filter.correct", "set it to false, or leave such prompts out")
@@ -54,6 +61,14 @@ def check_gradable(recipe: Recipe) -> None:
                 f"filter.correct: prompts.{i} has no gold answers (its `answer` is null), so all of its traces would "
                 f"be dropped; set filter.correct to false, or name the column with the answers"
             )
+
+
+def load_resources(recipe: Recipe, judgements: Path | None = None) -> RunResources:
+    """Load what the filters need besides the traces. Errors: UserError, such as for a benchmark that cannot be read."""
+    resources = RunResources(recipe, judgements)
+    for each in (*recipe.filter.judging_filters(), *recipe.filter.choosing_filters()):
+        each.check(resources)
+    return resources
 
 
 class FilterStage(Stage[FilterSummary]):
@@ -70,8 +85,11 @@ class FilterStage(Stage[FilterSummary]):
         return recipe.filter_settings()
 
     def settings(self, run: Run) -> Settings:
-        """Those of the recipe."""
-        return self.recipe_settings(run.recipe)
+        """Those of the recipe, and the judge's identity where one is asked."""
+        settings, judge = self.recipe_settings(run.recipe), run.recipe.judge
+        if judge is not None and run.recipe.filters_ask_the_judge:
+            settings |= {f"judge_model.{key}": value for key, value in run.models.judge.identity.items()}
+        return settings
 
     def extent(self, run: Run) -> Settings:
         """The traces: from the record of a finished `generate`, else from the store. UserError when there are none."""
@@ -89,18 +107,32 @@ class FilterStage(Stage[FilterSummary]):
         traces are written before).
         """
         check_gradable(run.recipe)
+        if run.on == "ray":
+            require_ray()
+            if run.recipe.filters_ask_the_judge:
+                raise UserError(
+                    "--on ray: a judge is asked by one process, which stores its judgements and keeps its budget; "
+                    "remove --on ray (a server judges many responses at once), or turn the judge's filters off"
+                )
         settings, store = run.recipe.filter, TraceStore(run.paths.traces)
-        total = len(store)
+        total, had_begun = len(store), run.begun(self.name)
+        resources = load_resources(run.recipe, run.paths.judgements)
+        filters, choosing = settings.judging_filters(), settings.choosing_filters()
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
-        resources = RunResources(run.recipe)
-        judge = Judge(settings.judging_filters(), settings.choosing_filters(), resources)
+        judge = ClusterJudge(run.recipe) if run.on == "ray" else Judge(filters, choosing, resources)
         with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
-            _judge(store, total, judge, table, run.paths.verdicts)
-            _choose(table, settings.choosing_filters(), resources, run.paths.filtered / ".scratch")
-            tally = Tally([each.name for each in (*judge.filters, *judge.choosing)])
+            try:
+                _judge(store, total, judge, table, run.paths.verdicts)
+            except (UserError, WorkError):
+                if not had_begun and not any(Ledger(run.paths.verdicts).rows()):
+                    run.forget(self)  # a judge that cannot be asked: its settings may be corrected
+                raise
+            _choose(table, choosing, resources, run.paths.filtered / ".scratch")
+            tally = Tally([each.name for each in (*filters, *choosing)])
             _write(store, total, table, tally, run.paths)
             summary = tally.summary(*table.prompt_counts())
+        summary.write(run.paths.funnel)
         if not summary.kept:
             raise _nothing_kept(summary, run.directory)
         print_summary(summary, str(run.paths.kept))
@@ -114,7 +146,7 @@ class FilterStage(Stage[FilterSummary]):
 STAGE = FilterStage()
 
 
-def _judge(store: TraceStore, total: int, judge: Judge, table: JudgedTable, path: Path) -> None:
+def _judge(store: TraceStore, total: int, judge: Judge | ClusterJudge, table: JudgedTable, path: Path) -> None:
     """Fill the table: from the ledger, and with verdicts that are made now."""
     with Ledger(path) as ledger:
         for row in ledger.rows():
@@ -134,6 +166,8 @@ def _judge(store: TraceStore, total: int, judge: Judge, table: JudgedTable, path
                 ledger.add(judged.to_row())
                 table.add(position, judged)
                 advance(1)
+    with replacing(path) as file:  # in the store's order, which no kill and no cluster changes
+        file.writelines(line_of(judged.to_row()) for judged in table)
     table.arrange()
 
 
@@ -173,8 +207,8 @@ def _write(store: TraceStore, total: int, table: JudgedTable, tally: Tally, path
         def decisions() -> Iterator[Decision]:
             for judged in table:
                 tally.add(judged)
-                yield Decision(judged.key, KEPT if judged.kept else DROPPED, judged.verdicts)
                 advance(1)
+                yield Decision(judged.key, KEPT if judged.kept else DROPPED, judged.verdicts)
 
         store.split([paths.kept, paths.dropped], decisions())
 

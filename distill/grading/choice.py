@@ -1,11 +1,29 @@
-"""Is this the right letter? The final answer of a question with choices, as a letter."""
+"""Is this the right letter? The final answer of a question with choices.
+
+A mark counts where it names exactly one choice: `\\boxed{B}`, "Answer: (b)", `B) 4 mol`, "Option D". The last such mark
+is the answer, so an equation in a box before "The answer is (A)" does not hide it. A mark that names several choices
+("A or C"), or only may name one (the article in "A stable cation", the pronoun in "I cannot tell"), is unverifiable.
+"""
 
 import re
 
 from distill.grading.grade import Answer, Ruling, TaskGrader
-from distill.grading.math import FONT, final_answer, gold_answer
+from distill.grading.math import FONT, gold_answer
+from distill.grading.math.extraction import scope_of
+from distill.prompts.boxes import boxed, last_box_end
 
-LETTER = re.compile(r"\(?([A-J])\)?(?:[).:,]|\s|$)")
+NAMED = r"(?:(?:the\s+)?(?:option|choice|answer)\s*:?\s*)?"
+WHOLE = re.compile(rf"{NAMED}[\[({{]?\s*([A-Ja-j])\s*[\])}}]?\s*[.:,]?", re.IGNORECASE)
+HEAD = re.compile(rf"{NAMED}(?:[\[(]\s*([A-Ja-j])\s*[\])]|([A-J])\s*[).:](?!\w))\s*\S.*", re.IGNORECASE | re.DOTALL)
+STATED = re.compile(
+    r"\b(?:answers?|choice|option)[*_]*(?:\s+(?:is|are|would be|must be)\b[*_]*[\s:]*|\s*[:=]\**\s*)", re.IGNORECASE
+)
+CHOSEN = re.compile(
+    r"(?:I\s+(?:think|would\s+choose|choose|pick|would\s+say|believe)\s+(?:it\s+is|it's|that\s+it\s+is)?\s*)",
+    re.IGNORECASE,
+)
+SENTENCE_END = re.compile(r"\n|(?<=[\w)*])[.!?]\**(?=\s|$)")
+SEVERAL = re.compile(r"\(?\b[A-J]\b\)?\s*(?:,|/|&|\+|\bor\b|\band\b)\s*(?:and\s+|or\s+)?\(?\b[A-J]\b\)?")
 
 
 class ChoiceGrader(TaskGrader):
@@ -13,14 +31,22 @@ class ChoiceGrader(TaskGrader):
 
     def gold(self, text: str) -> str:
         """The gold letter, as a data set gives it."""
-        return gold_answer(text)
+        answer = gold_answer(text)
+        return letter(answer) or answer
 
     def find(self, response: str) -> Answer | None:
-        """Find the final answer as a mathematical one is found."""
-        return final_answer(response)
+        """The last mark that names one choice, else the last mark, else the last line."""
+        scope, tagged = scope_of(response)
+        if not scope:
+            return None
+        marks = list(_marks(scope, tagged))
+        for answer in reversed(marks):
+            if letter(answer.text) or SEVERAL.search(_plain(answer.text)):
+                return answer
+        return marks[-1] if marks else Answer(scope.splitlines()[-1].strip(), "last line")
 
     def shown(self, answer: Answer) -> str:
-        """The letter, so that votes count letters; the text where it holds none."""
+        """The letter, so that votes count letters; the text where it names none or several."""
         return letter(answer.text) or answer.text
 
     def rule(self, gold: str, answer: Answer) -> Ruling:
@@ -32,10 +58,34 @@ class ChoiceGrader(TaskGrader):
         return re.fullmatch("[A-J]", gold.strip().upper()) is not None
 
 
+def _marks(scope: str, tagged: bool) -> list[Answer]:
+    """The marked answers of a response, in order."""
+    marks = [(0, Answer(scope, "tag"))] if tagged and len(scope) <= 200 else []
+    if (box := boxed(scope)) is not None:
+        marks.append((last_box_end(scope), Answer(box, "boxed")))
+    for match in STATED.finditer(scope):
+        text = SENTENCE_END.split(scope[match.end() : match.end() + 400], maxsplit=1)[0]
+        if text and r"\boxed" not in text:
+            marks.append((match.end(), Answer(CHOSEN.sub("", text, count=1).strip(), "stated")))
+    if not marks and len(scope) <= 200 and "\n" not in scope and letter(scope):
+        marks.append((0, Answer(scope, "bare")))
+    return [answer for _, answer in sorted(marks, key=lambda mark: mark[0])]
+
+
+def _plain(text: str) -> str:
+    """The text without fonts, delimiters and Markdown."""
+    for _ in range(3):
+        text = FONT.sub(r"\1", text)
+    return re.sub(r"\\[()\[\],;: ]|\\(?:left|right)|[\\$*]", " ", text).strip()
+
+
 def letter(text: str) -> str | None:
-    """The letter that an answer begins with, as in `(B)`, `\\text{B}` or `B) 4 mol`."""
-    match = LETTER.match(FONT.sub(r"\1", text).replace("\\", "").strip("*$ "))
-    return match[1] if match else None
+    """The choice that an answer names, as in `(B)`, `\\text{b}`, "Option B" or `B) 4 mol`; None for none or several."""
+    plain = _plain(text)
+    if SEVERAL.search(plain):
+        return None
+    match = WHOLE.fullmatch(plain) or HEAD.fullmatch(plain)
+    return next(group for group in match.groups() if group).upper() if match else None
 
 
 def judge_choice(gold: str, answer: Answer) -> Ruling:
@@ -45,4 +95,6 @@ def judge_choice(gold: str, answer: Answer) -> Ruling:
         return "correct", "same letter"
     if not answer.marked:
         return "unverifiable", "no marked answer"
-    return ("wrong", "another letter") if given else ("unverifiable", "not a letter")
+    if given:
+        return "wrong", "another letter"
+    return "unverifiable", "several letters" if SEVERAL.search(_plain(answer.text)) else "not a letter"

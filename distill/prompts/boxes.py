@@ -4,7 +4,12 @@ import re
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([^\s{}$\\]+))")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-BETWEEN_BOXES = re.compile(r"(?:\s|[,;$]|\\[,;:!\s()\[\]]|\\q?quad|and|or|\\(?:text|mathrm)\{\s*(?:and|or)\s*\})*")
+_GAP = (
+    r"(?:\s|[,;$]|\\[,;:!\s()\[\]]|\\q?quad|\+{2,}|"
+    r"(?:\b[a-z]+\s+)?\band\b|\bor\b|\\(?:text|mathrm)\{\s*(?:and|or)\s*\})*"
+)
+_LABEL = r"(?:[A-Za-z](?:_(?:\w|\{\w+\}))?\s*=\s*[$\s]*)?"  # `x = ` before the next box
+BETWEEN_BOXES = re.compile(_GAP + _LABEL)
 HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 
 
@@ -33,6 +38,18 @@ def boxed(text: str) -> str | None:
             contents.append(content)
         end = close
     return ", ".join(contents) or None
+
+
+def last_box_end(text: str) -> int:
+    """Index just past the last complete box; 0 where there is none."""
+    end = 0
+    for match in BOX.finditer(text):
+        if match.start() >= end:
+            close = match.end() if match[1] else _closing_brace(text, match.end())
+            if close is None:
+                break
+            end = close
+    return end
 
 
 def boxed_end(text: str, start: int) -> int | None:

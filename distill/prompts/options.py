@@ -37,7 +37,7 @@ def options_of(row: Mapping[str, object], columns: str | Sequence[str]) -> list[
 
 
 def right_letter(answer: object, options: Sequence[str], labels: object) -> str:
-    """The letter of the right option. labels: those that are published beside the options, None where there are none.
+    """The letter of the right option. labels: published beside the options, None without any.
 
     Errors: ValueError, the end of a sentence about the answer.
     """

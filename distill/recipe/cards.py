@@ -123,7 +123,7 @@ class BenchmarkCard(Section):
 
     @property
     def sources(self) -> "tuple[PromptSource, ...]":
-        """The sources of the problems, in order: those of `prompts`, one for each of `subsets`."""
+        """The sources of the problems, in order: `prompts`, or one for each of `subsets`."""
         if not isinstance(self.prompts, tuple):
             return tuple(self.prompts.model_copy(update={"subset": name}) for name in self.subsets) or (self.prompts,)
         return self.prompts

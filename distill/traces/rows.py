@@ -59,13 +59,12 @@ def table_of(traces: Iterable[Trace]) -> pa.Table:
     return pa.Table.from_pylist([_row(trace) for trace in traces], schema=SCHEMA)
 
 
-def with_all_columns(table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table with these columns of `SCHEMA` (None: all); columns that an earlier version did not write are null."""
-    names = SCHEMA.names if columns is None else columns
-    for name in names:
-        if name not in table.column_names:
-            table = table.append_column(SCHEMA.field(name), pa.nulls(table.num_rows, SCHEMA.field(name).type))
-    return table.select(names)
+def with_all_columns(table: pa.Table) -> pa.Table:
+    """The table with `SCHEMA`; columns that an earlier version did not write are null."""
+    for field in SCHEMA:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(SCHEMA.names)
 
 
 def verdict_column(verdicts: Iterable[Sequence[Verdict]]) -> pa.Array:

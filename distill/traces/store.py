@@ -10,8 +10,8 @@ because a run has hundreds of thousands.
 
 Making Python objects of a large store takes minutes, so readings have different prices: `keys` reads two narrow
 columns, `figures` the text and a few numbers, `iterate(tokens=False)` everything but token ids and log-probabilities,
-which are most of the bytes, and iterating reads all. `tables` gives columns, and `split` copies them, without making
-objects of them. No reader but `keys` holds more of a trace than a hash of its key.
+which are most of the bytes, and iterating reads all. `split` copies columns, without making objects of them. No reader
+but `keys` holds more of a trace than a hash of its key.
 """
 
 import json
@@ -168,17 +168,6 @@ class TraceStore:
         if self.directory.exists():
             sync_directory(self.directory)
 
-    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Every trace once, in the order of `iterate`, as tables of up to `GROUP_ROWS` rows.
-
-        columns: names of `SCHEMA`; None for all.
-        """
-        seen = KeySet()
-        for batch in batches(self.directory, columns):
-            yield with_all_columns(pa.Table.from_batches([_unseen(batch, seen)]), columns)
-        for table in self._ledger_tables(seen):
-            yield table if columns is None else table.select(columns)
-
     def split(self, directories: Sequence[Path], decisions: Iterable[Decision]) -> None:
         """Copy every trace, with its verdicts, into one of `directories`, in place of what they hold.
 
@@ -188,7 +177,7 @@ class TraceStore:
         rest = iter(decisions)
         with replacing_directories(*directories) as new, ExitStack() as stack:
             writers = [stack.enter_context(PartWriter(path, JUDGED_SCHEMA, columns_at_least=True)) for path in new]
-            for table in self.tables():
+            for table in self._tables():
                 here = list(islice(rest, table.num_rows))
                 assert [decision.key for decision in here] == _keys_of(table), "a decision for each trace, in order"
                 judged = table.append_column(VERDICTS, verdict_column(decision.verdicts for decision in here))
@@ -205,6 +194,12 @@ class TraceStore:
         for row in self._ledger_rows(seen):
             trace = Trace.from_dict(row)
             yield trace if tokens else without_tokens(trace)
+
+    def _tables(self) -> Iterator[pa.Table]:
+        seen = KeySet()
+        for batch in batches(self.directory):
+            yield with_all_columns(pa.Table.from_batches([_unseen(batch, seen)]))
+        yield from self._ledger_tables(seen)
 
     def _ledger_tables(self, seen: KeySet) -> Iterator[pa.Table]:
         if self._ledger.path.exists():

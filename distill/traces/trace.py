@@ -10,7 +10,7 @@ are checked once, when the trace is stored (`Trace.check_tokens`), because readi
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 from distill.prompts.prompt import END_THINK, THINK, Message, Prompt
@@ -207,7 +207,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, object]:
         """The verdict as a JSON object."""
-        return asdict(self)
+        return {"filter": self.filter, "keep": self.keep, "reason": self.reason, "evidence": self.evidence}
 
 
 def _check_integer(name: str, value: object, least: int, most: int) -> None:

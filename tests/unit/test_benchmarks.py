@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from distill import catalog
 from distill.errors import UserError
 from distill.eval.benchmark import Benchmark, local_sources, source_names
+from distill.filters.resources import RunResources
 from distill.prompts import Prompt, load_prompts
 from distill.recipe import BenchmarkCard, Eval
 from distill.recipe.sources import FilePrompts
@@ -47,6 +48,15 @@ ROWS: dict[str, dict[str, Any]] = {  # card → a made-up row with the columns o
         "question": "1+1?",
         "choices": {"text": ["1", "2", "3"], "label": ["1", "2", "3"]},
         "answerKey": "2",
+    },
+    "simpleqa": {"metadata": "{'topic': 'Math'}", "problem": "1+1?", "answer": "2"},
+    "chinese-simpleqa": {
+        "id": "x",
+        "primary_category": "",
+        "secondary_category": "",
+        "question": "1+1=?",
+        "answer": "2",
+        "urls": [],
     },
     "c-eval": {"id": 0, "question": "1+1=____", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"},
     "ifeval": {
@@ -300,3 +310,15 @@ def test_sources_get_names_that_differ() -> None:
         "b/x.jsonl",
     ]
     assert source_names(card("gsm8k").sources * 2) == ["source 0", "source 1"]
+
+
+def test_decontamination_compares_bare_questions(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "quiz.jsonl", {"question": "Which?", "options": ["a", "b"], "answer": "A", "topic": "t"})
+    source = {"kind": "file", "path": str(path), **OPTIONS, "template": "On {{topic}}:\n{{question}}\n{{options}}"}
+    (tmp_path / "card.yaml").write_text(json.dumps({"name": "quiz", "prompts": [source, source | {"limit": 1}]}))
+    recipe = catalog.load_recipe("tiny", [f"eval.benchmarks=[{tmp_path}/card.yaml]"])
+    assert [item.question for item in RunResources(recipe).benchmark_items(())] == ["Which?"]
+    recipe = catalog.load_recipe(
+        "tiny", [f"eval.sources={{quiz: [{path}, {path}]}}", f"eval.benchmarks=[{tmp_path}/card.yaml]"]
+    )
+    assert [item.question for item in RunResources(recipe).benchmark_items(())] == ["Which?"]

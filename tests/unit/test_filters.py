@@ -2,46 +2,37 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from itertools import groupby
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import pytest
+from filter_support import GOOD, ExampleResources, add, choose, make_recipe, make_trace, run_filter, samples
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distill.artefacts import FilterSummary
 from distill.catalog import load_recipe
-from distill.chat import split_reasoning
 from distill.errors import UserError
 from distill.filters.base import (
     OK,
     Candidate,
     ChoosingFilter,
-    CorpusFilter,
     Example,
-    GroupFilter,
-    PromptGroup,
-    Resources,
     StreamFilter,
     TraceFilter,
 )
 from distill.filters.correct import Correct
+from distill.filters.decontaminate import QUESTION
 from distill.filters.dedup import Dedup
 from distill.filters.format import Format
 from distill.filters.judged import Judged, common_unit
 from distill.filters.length import Length
 from distill.filters.pipeline import STAGE, check_gradable
 from distill.filters.select import Select
-from distill.filters.table import JudgedTable, Survivors
 from distill.grading import Grade
 from distill.grading import math as mathematics
 from distill.prompts.prompt import Prompt
-from distill.recipe import Recipe
 from distill.recipe.filter import FILTERS, Filter, Switch
 from distill.run import Run
 from distill.traces import store as store_module
@@ -49,45 +40,8 @@ from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, read_traces
 from distill.traces.trace import Trace, Verdict
 
-GOOD = "<think>\n20 + 22 = 42\n</think>\nThe answer is \\boxed{42}."
-
-
-def make_trace(text: str = GOOD, question: str = "20 + 22?", sample: int = 0, tokens: int = 0, **more: Any) -> Trace:
-    reasoning, response = split_reasoning(text)
-    prompt = more.pop("prompt", Prompt.from_question(question, "42"))
-    trace = Trace(prompt, sample, 0, text, reasoning, response, "stop", "t", completion_token_ids=tuple(range(tokens)))
-    return replace(trace, **more)
-
-
-def make_recipe(table: Filter | None = None, **settings: Any) -> Recipe:
-    names = {"name": "r", "teacher": "t", "student": "s", "eval": {"benchmarks": []}}
-    prompts = settings.pop("prompts", [{"kind": "procedural", "name": "arithmetic"}])
-    recipe = Recipe.model_validate(names | {"prompts": prompts, "filter": settings})
-    return recipe if table is None else recipe.model_copy(update={"filter": table})
-
-
-def add(directory: Path, traces: Iterable[Trace]) -> None:
-    (directory / "traces").mkdir(parents=True, exist_ok=True)
-    with TraceStore(directory / "traces") as store:
-        store.append(traces)
-
-
-def run_filter(
-    directory: Path, traces: Iterable[Trace] = (), fresh: bool = False, table: Filter | None = None, **settings: Any
-) -> FilterSummary:
-    with Run(directory, make_recipe(table, **settings)) as run:
-        add(directory, traces)
-        if fresh:
-            run.fresh([STAGE])
-        return STAGE.perform(run)
-
-
-def samples(directory: Path, which: str = "kept") -> dict[int, dict[str, str]]:
-    """Sample number → filter → reason."""
-    return {t.sample: {v.filter: v.reason for v in found} for t, found in read_traces(directory / "filtered" / which)}
-
-
 # One filter at a time
+
 
 JUDGING_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, (TraceFilter, StreamFilter))]
 CHOOSING_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, ChoosingFilter)]
@@ -99,35 +53,12 @@ CHOOSING_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, Choosi
 )
 def test_examples_of_filters_that_judge(kind: type[TraceFilter | StreamFilter], example: Example) -> None:
     judging = kind.model_validate(example.settings)
-    trace = make_trace(example.text, tokens=example.tokens or 0, finish_reason=example.finish_reason)
+    trace = make_trace(example.text, question=QUESTION, tokens=example.tokens or 0, finish_reason=example.finish_reason)
     is_stream = isinstance(judging, StreamFilter)
-    verdict = judging.verdict_on(example.outcome) if is_stream else judging.judge(Candidate(trace))
+    resources = ExampleResources()
+    verdict = judging.verdict_on(example.outcome) if is_stream else judging.judge(Candidate(trace, resources))
     assert (verdict.filter, verdict.reason) == (kind.name, example.reason)
     assert verdict.keep is (example.reason == kind.passing)
-
-
-def choose(choosing: ChoosingFilter, traces: list[Trace], earlier: Any = (), seed: int = 0) -> dict[Any, Verdict]:
-    """The verdicts of a filter on traces, each with the verdicts that it got before, as the pipeline asks for them."""
-    resources = Resources(seed)
-    said = {trace.key: list(earlier[i]) if earlier else [] for i, trace in enumerate(traces)}
-    judged = [
-        Judged.of(trace, said[trace.key], {choosing.name: choosing.note(Candidate(trace, resources))})
-        for trace in sorted(traces, key=lambda trace: trace.key)
-    ]
-    if isinstance(choosing, GroupFilter):
-        verdicts = {}
-        for _, group in groupby(judged, lambda trace: trace.key[0]):
-            members = PromptGroup(list(group))
-            chosen = choosing.judge_group(members, resources)
-            verdicts |= dict(zip([trace.key for trace in members.survivors], chosen, strict=True))
-        return verdicts
-    assert isinstance(choosing, CorpusFilter)
-    with TemporaryDirectory() as scratch, JudgedTable(Path(scratch) / "table") as table:
-        for position, trace in enumerate(judged):
-            table.add(position, trace)
-        table.arrange()
-        (Path(scratch) / "files").mkdir()
-        return dict(choosing.judge_corpus(Survivors(table, Path(scratch) / "files"), resources))
 
 
 @pytest.mark.parametrize("kind", CHOOSING_FILTERS)
@@ -136,7 +67,8 @@ def test_examples_of_filters_that_choose(kind: type[ChoosingFilter]) -> None:
         lengths = group.tokens or (0,) * len(group.texts)
         questions = group.questions or ("20 + 22?",) * len(group.texts)
         traces = [
-            make_trace(text, question=questions[i], sample=i, tokens=lengths[i]) for i, text in enumerate(group.texts)
+            make_trace(text, prompt=Prompt.from_question(questions[i], group.gold), sample=i, tokens=lengths[i])
+            for i, text in enumerate(group.texts)
         ]
         verdicts = choose(kind.model_validate(group.settings), traces, group.earlier)
         dropped = [any(not verdict.keep for verdict in earlier) for earlier in group.earlier] or [False] * len(traces)
@@ -150,7 +82,7 @@ def test_every_reason_has_an_example_and_every_filter_a_description(kind: Any) -
     is_choosing = issubclass(kind, ChoosingFilter)
     reasons = [reason for example in kind.examples for reason in (example.reasons if is_choosing else [example.reason])]
     assert {reason.partition(": ")[0] for reason in reasons} == set(kind.reasons)
-    assert kind.__doc__ and list(FILTERS) == list(Filter.model_fields)
+    assert kind.__doc__ and ["profile", *FILTERS] == list(Filter.model_fields)
     assert all(field.description for field in kind.model_fields.values())
 
 
@@ -256,7 +188,7 @@ def test_a_filter_is_on_or_off_in_several_spellings() -> None:
     off = parsed('{"format": false, "finish": null}')
     assert off.format is None and off.finish is None
     assert parsed('{"correct": {"workers": 3}}').correct == Correct(workers=3)
-    assert [name for name, value in Filter().settings().items() if value is False] == ["length", "select"]
+    assert {name for name, value in Filter().settings().items() if value is False} == {"length", "select"}
     assert off.settings()["format"] is False and Filter().settings()["correct.timeout"] == 5.0
     assert "correct.workers" not in Filter().settings(), "how many processes decides nothing"
     assert parsed(json.dumps(off.model_dump(mode="json"))) == off

@@ -118,8 +118,8 @@ def test_words_are_told_from_products() -> None:
         ("42", Answer("042", "boxed"), ("correct", "equal")),
         ("42", Answer("43", "boxed"), ("wrong", "not equal")),
         ("42", Answer("43", "last line"), None),
-        ("Evelyn", Answer(r"\text{evelyn}", "boxed"), ("correct", "same word")),
-        ("Evelyn", Answer("Carla", "boxed"), ("wrong", "another word")),
+        ("Evelyn", Answer(r"\text{Evelyn}", "boxed"), ("correct", "identical")),
+        ("Evelyn", Answer("Carla", "boxed"), None),
         ("silent", Answer("listen", "boxed"), None),
         ("no one", Answer("nobody at all", "boxed"), None),
         ("1/2", Answer("0.5", "boxed"), None),
@@ -137,15 +137,19 @@ def test_what_needs_no_parser(gold: str, answer: Answer, verdict: tuple[str, str
         ("18", "18 eggs", True, ("correct", "equal")),
         ("18", "17 eggs", True, ("wrong", "not equal")),
         ("18", r"\$18", True, ("correct", "equal")),
-        ("5000000", "5 million", True, ("unverifiable", "words, not mathematics")),
-        ("5", "five", True, ("unverifiable", "words, not mathematics")),
-        ("no solution", "5", True, ("unverifiable", "words, not mathematics")),
+        ("5000000", "5 million", True, ("correct", "equal")),
+        ("5", "five", True, ("correct", "equal")),
+        ("Evelyn", r"\text{evelyn}", True, ("correct", "equal")),
+        ("Evelyn", "Carla", True, ("wrong", "not equal")),
+        ("Evelyn", "Evelyn and Carla", True, ("unverifiable", "words, not mathematics")),
+        ("no solution", "5", True, ("wrong", "not equal")),
+        ("no solution", "0", True, ("unverifiable", "equality not decided")),
         ("42", "42 dollars for 3 people", False, ("unverifiable", "no marked answer")),
         ("42", "Together they have 42 apples", False, ("correct", "equal")),
         ("1,22", "1.22", True, ("correct", "equal")),
         ("1000", "1 000", True, ("correct", "equal")),
-        (r"\frac{", "5", True, ("unverifiable", "gold not parseable")),
-        ("5", r"\frac{", True, ("unverifiable", "answer not parseable")),
+        (r"\frac{", "5", True, ("unverifiable", "gold not read: not parseable")),
+        ("5", r"\frac{", True, ("unverifiable", "answer not read: not parseable")),
     ],
 )
 def test_judge(gold: str, answer: str, marked: bool, verdict: tuple[str, str]) -> None:
@@ -174,7 +178,8 @@ def test_a_task_without_a_grader_is_refused_in_one_line() -> None:
     with pytest.raises(UserError) as refusal:
         require_grader("chat", "filter.correct", "set it to false")
     assert str(refusal.value) == (
-        "filter.correct: task 'chat' has no grader yet (only math, choice, code, gym, instructions have); set it to false"
+        "filter.correct: task 'chat' has no grader yet (only math, choice, code, gym, instructions, judge have); "
+        "set it to false"
     )
     with Grader() as grader, pytest.raises(UserError, match="'chat' has no grader"):
         list(grader.grade([(0, Prompt.from_question("How are you?", None, "chat"), "Fine.")]))

@@ -48,16 +48,12 @@ def test_pairs_labelled_by_hand_or_by_two_graders(real_data: RealData, graded: G
     grades = graded((row["gold"], rf"\boxed{{{row['pred']}}}") for row in pairs)
     assert len(pairs) == 194
     assert disagreements(grades, [row["equivalent"] for row in pairs]) == []
-    assert sum(g.verdict == "unverifiable" for g in grades) == 4  # all four are labelled "not equivalent"
+    assert sum(g.verdict == "unverifiable" for g in grades) == 2  # both are garbled, and labelled "not equivalent"
 
 
 MATH_VERIFY_DISAGREEMENTS = {
-    "test_all.py:133": "0.33 for 1/3: that case asks for two decimals; we keep math-verify's default, six",
-    "test_strict.py:250": "f(y) for f(x): that case turns strict variables off",
-    "test_numina_cases.py:214": "the gold answer is an unclosed box behind a doubled backslash: garbled",
-    "test_open_thoughts.py:244": "two functions boxed apart from each other: the last box is the answer",
-    "test_open_thoughts.py:247": "gold of two boxes with a word in between: its last box is the gold answer",
-    "test_boxed.py:251": "the same, with plus signs in between",
+    "test_all.py:133": "0.33 for 1/3: that case asks for two decimals (its options say so); rounding is undecided here",
+    "test_strict.py:250": "f(y) for f(x): that case turns strict variables off; the same pair is different before it",
 }
 
 

@@ -1,0 +1,113 @@
+"""Are two expressions equal? Decided exactly, or not at all.
+
+`True` needs a proof: rational arithmetic, a canonical form, or sympy's algebra (minimal polynomials for constants).
+`False` needs a proof too: for constants a difference whose leading digits are certain; for expressions with variables a
+difference at each of several points. Everything else is None: agreement to many digits proves nothing, nor does a
+difference at some points only, which may come from a branch of a root or a logarithm.
+
+Rejected: comparing rounded decimals, which makes all constants of nature equal to 0; and sympy's `==` alone, which
+compares spellings.
+"""
+
+from itertools import count
+
+import sympy
+
+from distill.grading.math.expressions import applied
+from distill.grading.math.regions import opaque
+
+DIGITS = 30
+EXPANDABLE = 40  # powers up to which expressions are expanded
+FRACTIONS = [  # where variables are tried: positive, small and large, no special values
+    (3, 7), (5, 11), (2, 13), (8, 17), (11, 23), (9, 19), (4, 29), (12, 31),
+    (13, 5), (17, 7), (29, 11), (23, 9), (31, 13), (41, 17), (37, 8), (43, 19),
+]  # fmt: skip
+
+
+def same(one: sympy.Expr, other: sympy.Expr) -> bool | None:
+    """Whether two expressions are equal for all positive values of their variables; None where that is not decided."""
+    if one == other:
+        return True
+    if one.has(sympy.oo, -sympy.oo) or other.has(sympy.oo, -sympy.oo):
+        return False if one.is_number and other.is_number else None
+    if one.is_Rational and other.is_Rational:
+        return False
+    unknown = applied(one) or applied(other)
+    difference = opaque(one) - opaque(other)
+    if difference == 0:
+        return True
+    symbols = sorted(difference.free_symbols, key=str)
+    if not symbols:
+        return _constants(difference)
+    different = _differ(difference, symbols)
+    if different:
+        return None if unknown else False
+    return True if different is False and _vanishes(difference) else None
+
+
+def _constants(difference: sympy.Expr) -> bool | None:
+    """Whether a constant is zero."""
+    if _certain(difference) is not None:
+        return False
+    return True if _vanishes(difference) else None
+
+
+def _certain(constant: sympy.Expr) -> sympy.Expr | None:
+    """The value of a constant whose leading digits are certain to differ from zero, else None."""
+    value = constant.evalf(DIGITS, maxn=400)
+    parts = value.as_real_imag()
+    for part in parts:
+        if part.is_Rational and part != 0:
+            return value
+        if part.is_Float and part != 0 and part._prec > 1:
+            return value
+        if not part.is_number or part.has(sympy.nan, sympy.zoo, sympy.oo):
+            raise ArithmeticError("not finite")
+    return None
+
+
+def _differ(difference: sympy.Expr, symbols: list[sympy.Symbol]) -> bool | None:
+    """True: different at every point; False: at none; None: at some, or it could not be evaluated."""
+    outcomes = set()
+    large = any(
+        power.exp.is_Integer and abs(power.exp) > 500
+        for power in difference.atoms(sympy.Pow)
+        if power.base.free_symbols
+    )
+    if large:
+        return None
+    for offset in range(0, len(FRACTIONS), 4):
+        chosen = (FRACTIONS[(offset + i) % len(FRACTIONS)] for i in count())
+        point = {symbol: sympy.Rational(*fraction) for symbol, fraction in zip(symbols, chosen, strict=False)}
+        if len(symbols) > len(FRACTIONS):
+            return None
+        try:
+            outcomes.add(_certain(difference.subs(point)) is not None)
+        except ArithmeticError:
+            continue
+    return outcomes.pop() if len(outcomes) == 1 else None
+
+
+def _vanishes(difference: sympy.Expr) -> bool:
+    """Whether algebra proves that the difference is zero."""
+    if any(power.exp.is_Integer and abs(power.exp) > EXPANDABLE for power in difference.atoms(sympy.Pow)):
+        return bool(sympy.powsimp(difference) == 0)
+    if sympy.expand(difference) == 0 or sympy.cancel(sympy.together(difference)) == 0:
+        return True
+    trigonometric = difference.has(sympy.sin, sympy.cos, sympy.tan, sympy.cot, sympy.sec, sympy.csc)
+    if trigonometric and sympy.trigsimp(sympy.expand_trig(difference)) == 0:
+        return True
+    if sympy.expand_log(sympy.expand(difference)) == 0:
+        return True
+    if sympy.simplify(difference) == 0:
+        return True
+    return difference.is_number and _algebraic_zero(difference)
+
+
+def _algebraic_zero(constant: sympy.Expr) -> bool:
+    """Whether an algebraic number is zero, by its minimal polynomial."""
+    try:
+        variable = sympy.Symbol("x")
+        return bool(sympy.minimal_polynomial(constant, variable) == variable)
+    except (NotImplementedError, sympy.polys.polyerrors.NotAlgebraic):
+        return False

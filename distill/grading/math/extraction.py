@@ -1,0 +1,139 @@
+"""Find the final answer of a response, and of what a data set gives as its gold answer. Linear time, no parser.
+
+Only text that the answerer *marked* as its answer can be wrong. Marks, inside `<answer>…</answer>` where there is one:
+
+  boxed       the last `\\boxed{…}`, braces balanced; boxes joined by commas, "and" or labels are one answer
+  stated      "the answer is …", "Answer: …"; it replaces a box that precedes it, where it is a formula
+  tag         the whole of `<answer>…`, closed or cut off
+  hashes      GSM8K's `#### 42`
+  bare        a response that is one line and nothing but an expression
+  sentence    "the answer is …" with prose around the answer: its last formula or number is a guess
+  last line   no mark: the last formula or number of the last line is a guess
+
+A guess is correct if it equals the gold answer and otherwise unverifiable, because "42 dollars for 3 people" would make
+3 a wrong answer. Rejected: searching the whole response for any number, which turns "no answer" into "wrong".
+
+Reasoning is never searched: a box inside `<think>` is not an answer.
+"""
+
+import re
+
+from distill.grading.grade import Answer
+from distill.grading.math.spelling import ENVIRONMENT, has_words, repaired
+from distill.prompts.boxes import boxed, boxed_end, hashes, last_box_end
+
+CUT_OFF_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")  # in a text without a whole one
+TURN = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end_of_sentence)\|>")
+STATED = re.compile(
+    r"\banswers?[*_]*(?:\s+(?:is|are)\b[*_]*[\s:]*|\s*[:=]\**\s*)|^[ \t]*A:[ \t]*(?=\S)", re.IGNORECASE | re.MULTILINE
+)
+DISPLAY = re.compile(r"(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
+SENTENCE_END = re.compile(r"[.!?]\**(?:\s|$)|(?<=[\w)}\]])\.(?=[A-Z])")
+FORMULA = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.)+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+NUMERAL = re.compile(
+    r"(?:[-\N{MINUS SIGN}]\s*)?(?:\\?\$|[\N{EURO SIGN}\N{POUND SIGN}])?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)"
+    r"(?:\s*(?:%|\\%|percent\b|pct\b|\N{DEGREE SIGN}|\N{EURO SIGN}))?"
+)
+NEGATED = re.compile(r"(?:\bnot|n't|\bnever)\s*$")
+MISSING = {"nan", "none", "null", "n/a", "<na>"}  # how tables spell that there is nothing
+
+
+def scope_of(response: str) -> tuple[str, bool]:
+    """The part of a response that may hold the answer, and whether `<answer>` marks it. Reasoning is left out."""
+    text = TURN.split(response.rpartition("</think>")[2].partition("<think>")[0], maxsplit=1)[0].strip()
+    tagged = text.rpartition("<answer>")[2].partition("</answer>")[0].strip() if "<answer>" in text else ""
+    return tagged or text, bool(tagged)
+
+
+def final_answer(response: str) -> Answer | None:
+    """Find the answer of a completion. Reasoning is not searched, whether its block is closed or not."""
+    scope, tagged = scope_of(_unescaped(response))
+    box = boxed(scope)
+    stated, begin = _stated(scope)
+    if box and stated and begin >= last_box_end(scope) and _is_formula(stated):
+        return Answer(_trim(stated), "stated")
+    plain = not stated or _is_formula(stated)
+    for method, text in (
+        ("boxed", box),
+        ("tag", _one_line(scope) if tagged else None),
+        ("hashes", hashes(scope)),
+        ("stated" if plain else "sentence", stated),
+        ("bare", _one_line(scope) if _is_formula(scope) and not has_words(scope) else None),
+        ("last line", scope.splitlines()[-1] if scope else None),
+    ):
+        if text and not (method != "boxed" and CUT_OFF_BOX.search(text)):
+            trimmed = _trim(text)
+            if trimmed:
+                return Answer(trimmed, method)
+    return None
+
+
+def gold_answer(gold: str) -> str:
+    """Extract the answer: data sets give it alone, in a box at the end of a solution, after `####` or after `A:`.
+
+    Empty for the words by which tables say that a value is missing.
+    """
+    text = _unescaped(gold).strip()
+    if text.casefold() in MISSING:
+        return ""
+    answer = boxed(text) or hashes(text)
+    if answer is None and (cut := CUT_OFF_BOX.search(text)):
+        answer = text[cut.end() :].rstrip("} ")
+    if answer is None and "\n" in text and text.splitlines()[-1].startswith("A:"):
+        answer = text.splitlines()[-1][2:]
+    if answer is None and len(text) > 200 and (stated := _stated(text)[0]) and _is_formula(stated):
+        answer = stated
+    return _trim(answer or text)
+
+
+def _unescaped(text: str) -> str:
+    return repaired(text).replace(r"\\boxed", r"\boxed")
+
+
+def formulas(line: str) -> list[str]:
+    """The formulas of the last sentence with any, and the numbers after them, from last to first; no negated ones."""
+    for sentence in reversed(SENTENCE_END.split(line)):
+        found = list(FORMULA.finditer(sentence))
+        behind = found[-1].end() if found else 0
+        found += list(NUMERAL.finditer(sentence, behind))
+        if found:
+            kept = [match for match in found if not NEGATED.search(sentence, 0, match.start())]
+            return [next(part for part in (*match.groups(), match[0]) if part).strip() for match in reversed(kept)]
+    return []
+
+
+def _stated(text: str) -> tuple[str | None, int]:
+    """The text after the last "answer is" or "answer:", up to the end of its sentence, and where it begins."""
+    matches = list(STATED.finditer(text))
+    if not matches:
+        return None, 0
+    end = matches[-1].end()
+    rest = text[end:]
+    if display := DISPLAY.match(rest):
+        return (display[1] or display[2] or "").strip() or None, end
+    if (box := boxed_end(text, end)) is not None:
+        return text[end:box], matches[-1].start()
+    line = rest.partition("\n")[0]
+    return SENTENCE_END.split(line, maxsplit=1)[0] or None, end
+
+
+def _is_formula(text: str) -> bool:
+    """Whether a statement can replace a box: an expression, maybe with a unit, and no prose."""
+    trimmed = _trim(text)
+    words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", "", ENVIRONMENT.sub("", trimmed)))
+    return bool(trimmed) and len(trimmed) <= 200 and len(words) <= 1
+
+
+def _one_line(text: str) -> str | None:
+    return text if text and "\n" not in text and len(text) <= 200 else None
+
+
+def _trim(text: str) -> str:
+    """Remove white space, Markdown's asterisks, a full stop and one pair of math delimiters from the ends."""
+    text = text.strip().strip("*").strip()
+    text = re.sub(r"(?<!\\right)\.$", "", text).strip()
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        inner = text[len(opening) : -len(closing)]
+        if text.startswith(opening) and text.endswith(closing) and inner.strip() and opening not in inner:
+            return inner.strip()
+    return text

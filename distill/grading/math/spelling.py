@@ -1,0 +1,122 @@
+"""Spellings without a meaning of their own: what two texts may differ in and still say the same.
+
+`normalise` is safe for comparing spellings: it only removes typesetting. `cleaned` prepares a text for the lexer:
+Unicode becomes LaTeX, escapes that JSON or Python swallowed are repaired, and typesetting is removed.
+"""
+
+import re
+import unicodedata
+
+FONT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bf|rm)\*?\s*\{([^{}\\]*)\}"
+)
+ENVIRONMENT = re.compile(r"\\(?:begin|end)\{\w+\*?\}")
+SPELLINGS = (
+    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,!;: ]|\\?\$"), ""),
+    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (FONT, r"\1"),
+    (re.compile("\N{MINUS SIGN}"), "-"),
+    (re.compile(r"_\{([A-Za-z0-9])\}"), r"_\1"),
+    (re.compile(r"(?<!\d)\s+|\s+(?!\d)"), ""),  # but "1 1/2" is not "11/2"
+)
+WORD = re.compile(r"(?<![\\A-Za-z])(?!sqrt)[A-Za-z]{4,}")  # fewer letters may be a product of variables
+
+SYMBOLS = {
+    "\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{HYPHEN}": "-", "\N{MULTIPLICATION SIGN}": r"\times ",
+    "\N{DIVISION SIGN}": r"\div ", "\N{MIDDLE DOT}": r"\cdot ", "\N{DOT OPERATOR}": r"\cdot ",
+    "\N{FRACTION SLASH}": "/",
+    "\N{SQUARE ROOT}": r"\sqrt ", "\N{CUBE ROOT}": r"\sqrt[3] ", "\N{INFINITY}": r"\infty ",
+    "\N{DEGREE SIGN}": r"^\circ ",
+    "\N{LESS-THAN OR EQUAL TO}": r"\le ", "\N{GREATER-THAN OR EQUAL TO}": r"\ge ", "\N{NOT EQUAL TO}": r"\ne ",
+    "\N{ELEMENT OF}": r"\in ", "\N{UNION}": r"\cup ", "\N{INTERSECTION}": r"\cap ", "\N{EMPTY SET}": r"\emptyset ",
+    "\N{PLUS-MINUS SIGN}": r"\pm ", "\N{MINUS-OR-PLUS SIGN}": r"\mp ", "\N{ALMOST EQUAL TO}": r"\approx ",
+    "\N{IDENTICAL TO}": r"\equiv ", "\N{DOUBLE-STRUCK CAPITAL R}": r"\mathbb{R}", "\N{ANGLE}": r"\angle ",
+    "\N{DOUBLE-STRUCK CAPITAL Z}": r"\mathbb{Z}", "\N{DOUBLE-STRUCK CAPITAL N}": r"\mathbb{N}",
+    "\N{DOUBLE-STRUCK CAPITAL Q}": r"\mathbb{Q}", "\N{DOUBLE-STRUCK CAPITAL C}": r"\mathbb{C}",
+    "\N{LEFT FLOOR}": r"\lfloor ", "\N{RIGHT FLOOR}": r"\rfloor ", "\N{LEFT CEILING}": r"\lceil ",
+    "\N{RIGHT CEILING}": r"\rceil ", "\N{PRIME}": "'", "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+    "\N{SET MINUS}": r"\setminus ",
+    "\N{PER MILLE SIGN}": r"\permille ", "\N{FULLWIDTH COMMA}": ",", "\N{HORIZONTAL ELLIPSIS}": r"\ldots ",
+    "\N{NO-BREAK SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ", "\N{ASTERISK OPERATOR}": "*",
+    "\N{FULLWIDTH PERCENT SIGN}": "%", "\N{FULLWIDTH LEFT PARENTHESIS}": "(", "\N{FULLWIDTH RIGHT PARENTHESIS}": ")",
+}  # fmt: skip
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+GREEK = {
+    name: rf"\{name.casefold()} " if name.islower() else rf"\{name.title()} "
+    for name in (  # noqa: SIM905  a list of words
+        "alpha beta gamma delta epsilon zeta eta theta iota kappa mu nu xi pi rho sigma tau phi chi psi omega "
+        "GAMMA DELTA THETA XI PI SIGMA PHI PSI OMEGA"
+    ).split()
+}
+GREEK["lambda"] = r"\lambda "
+for _name, _command in GREEK.items():
+    _size = "SMALL" if _name.islower() else "CAPITAL"
+    SYMBOLS[unicodedata.lookup(f"GREEK {_size} LETTER {_name.upper().replace('LAMBDA', 'LAMDA')}")] = _command
+
+SWALLOWED = (  # a backslash and a letter, read as an escape
+    (re.compile("\b(?=oxed|inom|egin|ar|eta|mod|f|igcup)"), r"\\b"),
+    (re.compile("\f(?=rac|box|orall)"), r"\\f"),
+    (re.compile("\t(?=ext|imes|frac|heta|an|au|o\b|riangle)"), r"\\t"),
+    (re.compile("\r(?=ight|ho|angle|floor|ceil|m)"), r"\\r"),
+    (re.compile("\x07(?=lpha|ngle|pprox|rc)"), r"\\a"),
+    (re.compile("\x0b(?=ec|ar|ert|dots|ee)"), r"\\v"),
+)
+TYPESETTING = (
+    (re.compile(r",\s*\\!\s*|\{,\}\s*|,\s*\\,\s*(?=\d{3}(?!\d))"), ","),
+    (re.compile(r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lrm]?|limits|nolimits)(?![a-zA-Z])\s*\.?"), ""),
+    (re.compile(r"\\[!]"), ""),
+    (re.compile(r"(?<!\\)\\[,;: >]|\\q?quad(?![a-zA-Z])|(?<!\\)~|\\hspace\{[^{}]*\}|\\(?:h|v)?phantom\{[^{}]*\}"), " "),
+    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\[dt]binom(?![a-zA-Z])"), r"\\binom"),
+    (re.compile(r"\\(?:lbrace|lbrack)(?![a-zA-Z])"), r"\\{"),
+    (re.compile(r"\\(?:rbrace|rbrack)(?![a-zA-Z])"), r"\\}"),
+    (re.compile(r"\\[()\[\]]"), " "),
+)
+
+
+def repaired(text: str) -> str:
+    """Undo what reading LaTeX as an escaped string does: `\\boxed` became a backspace and "oxed"."""
+    for pattern, replacement in SWALLOWED:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def normalise(text: str) -> str:
+    """Unify spellings without a meaning of their own: spacing, `\\left`, `\\dfrac`, `\\text{…}`, the minus sign."""
+    for pattern, replacement in SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def has_words(text: str) -> bool:
+    """Whether the text has prose in it; words inside `\\text{…}` are part of the notation."""
+    return bool(WORD.search(ENVIRONMENT.sub("", FONT.sub("", text))))
+
+
+def cleaned(text: str) -> str:
+    """The text in plain LaTeX without typesetting; white space is kept where it may mean something."""
+    text = repaired(text)
+    if r"\begin" not in text:
+        text = re.sub(r"\\\\(?=[a-zA-Z{}])", r"\\", text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: f"_{{{match[0].translate(SUBSCRIPTS)}}}", text)
+    text = "".join(character if character.isascii() else _ascii(character) for character in text)
+    text = re.sub(r"\\sqrt (\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
+    for pattern, replacement in TYPESETTING:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+def _ascii(character: str) -> str:
+    if character in SYMBOLS:
+        return SYMBOLS[character]
+    if (digit := unicodedata.decimal(character, None)) is not None:
+        return str(digit)
+    decomposed = unicodedata.decomposition(character).split()
+    if decomposed[:1] == ["<fraction>"]:
+        top, bottom = "".join(chr(int(code, 16)) for code in decomposed[1:]).split("\N{FRACTION SLASH}")
+        return rf"\frac{{{top}}}{{{bottom}}}"
+    if decomposed[:1] == ["<wide>"]:
+        return chr(int(decomposed[1], 16))
+    return character

@@ -1,0 +1,118 @@
+"""What an answer may be once it is read: a number or expression, a sequence, an interval, a relation, words.
+
+Each class is one form. Expressions are sympy's and exact: decimals are rationals, and nothing is a float.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import sympy
+
+from distill.grading.math.units import Unit
+
+
+class Unreadable(ValueError):
+    """The text was not read whole, or what it denotes is too large to build; the message is the countable reason."""
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number or an expression.
+
+    decimals: digits after the point where the text is a decimal number, else None. base: of a number such as `204_5`,
+    whose value `expression` is; `digits` as written.
+    """
+
+    expression: sympy.Expr
+    decimals: int | None = None
+    percent: bool = False
+    unit: Unit | None = None
+    base: int | None = None
+    digits: str = ""
+    approximate: bool = False
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Values in brackets or separated by commas. brackets: "" for a bare list, "{}" for a set, else both brackets."""
+
+    items: tuple["Value", ...]
+    brackets: str = ""
+    alternatives: bool = False  # joined by "or"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A set of real numbers, and the variable that is said to be in it, if any."""
+
+    points: sympy.Set
+    variable: sympy.Expr | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A chain of inequalities or one `≠`, in at least two variables: `sides[i] relations[i] sides[i + 1]`."""
+
+    sides: tuple[sympy.Expr, ...]
+    relations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """`label = value`: the label is a symbol, a function of symbols or a name, in normal form."""
+
+    label: str
+    value: "Value"
+    side: sympy.Expr | None = None  # the label as an expression, where it is one
+
+
+@dataclass(frozen=True)
+class Equation:
+    """`left = right` where neither side is a label only."""
+
+    left: sympy.Expr
+    right: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Congruence:
+    """`left ≡ right (mod modulus)`; left is None for a bare residue."""
+
+    left: sympy.Expr | None
+    right: sympy.Expr
+    modulus: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """`3:2:1`. clock: it may be a time of day."""
+
+    parts: tuple[sympy.Expr, ...]
+    clock: bool = False
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Rows of values."""
+
+    rows: tuple[tuple["Value", ...], ...]
+
+
+@dataclass(frozen=True)
+class Words:
+    """Text that is no mathematics, in lower case and single spaces."""
+
+    text: str
+
+
+Value: TypeAlias = Scalar | Sequence | Region | Comparison | Labelled | Equation | Congruence | Ratio | Matrix | Words
+
+
+@dataclass(frozen=True)
+class Token:
+    """A piece of text. kind: see `distill.grading.math.lexer`; spaced: white space precedes it."""
+
+    kind: Literal["number", "letter", "function", "command", "operator", "word", "join", "opaque", "end"]
+    text: str
+    spaced: bool = False
+    subscript: str = field(default="")
