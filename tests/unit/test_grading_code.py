@@ -1,8 +1,12 @@
 """The code grader: which program is run, how outputs are compared, and the references of HumanEval and MBPP."""
 
+import ast
 import base64
 import json
 import pickle
+import random
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +17,7 @@ from distill.grading import Grader
 from distill.grading.code import compare_output, compare_values, find_program, run_tests
 from distill.grading.sandbox.levels import open_zygote
 from distill.grading.sandbox.runner import Sandbox
-from distill.prompts.code_tests import tests_of
+from distill.prompts import code_tests
 from distill.prompts.prompt import Prompt
 
 FENCE = "```"
@@ -89,7 +93,8 @@ def test_programs_are_graded_in_workers() -> None:
     ]
     with Grader(workers=1) as grader:
         prompts = (
-            (name, Prompt.from_question("q", tests_of(tests, {}), "code"), code) for name, tests, code, _ in items
+            (name, Prompt.from_question("q", code_tests.tests_of(tests, {}), "code"), code)
+            for name, tests, code, _ in items
         )
         grades = dict(grader.grade((name, prompt, f"{FENCE}python\n{code}\n{FENCE}") for name, prompt, code in prompts))
     assert {name: (grade.verdict, grade.reason) for name, grade in grades.items()} == {
@@ -106,13 +111,13 @@ def test_compressed_tests_are_read_without_unpickling() -> None:
         return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
 
     row = {"metadata": '{"func_name": "add"}', "public_test_cases": "[]"}
-    read = json.loads(tests_of(packed(json.dumps(cases)), row) or "")
+    read = json.loads(code_tests.tests_of(packed(json.dumps(cases)), row) or "")
     assert read["test_cases"] == [
         {"type": "function_call", "fn_name": "add", "input": [[1, 2], 3], "output": [1, 2, 3]}
     ]
     for value in (print, [1], {"a": "b"}):
         with pytest.raises(ValueError, match="is compressed, and holds"):
-            tests_of(packed(value), row)
+            code_tests.tests_of(packed(value), row)
 
 
 def problems(path: Path) -> list[dict[str, str]]:
@@ -125,7 +130,7 @@ def verdicts(rows: list[dict[str, str]], tests: str) -> list[tuple[object, objec
         found = []
         for row in rows:
             code = row["code"] if "code" in row else row["prompt"] + row["canonical_solution"]
-            ruling = run_tests(sandbox, code, json.loads(tests_of(row[tests], row) or ""), 10.0)
+            ruling = run_tests(sandbox, code, json.loads(code_tests.tests_of(row[tests], row) or ""), 10.0)
             found.append((row["task_id"], ruling))
     return [(name, ruling) for name, ruling in found if ruling[0] != "correct"]
 
@@ -139,3 +144,90 @@ def test_a_sample_of_reference_solutions_passes(real_data: Callable[[str], Path]
 def test_every_reference_solution_passes(real_data: Callable[[str], Path]) -> None:
     assert verdicts(problems(real_data("humaneval/HumanEval.jsonl")), "test") == []
     assert verdicts(problems(real_data("mbpp_dev/mbpp.jsonl")), "test_list") == []
+
+
+class Mutator(ast.NodeTransformer):
+    """Changes the place with a given number: an operator, a comparison, a constant, a condition or a result."""
+
+    def __init__(self, place: int) -> None:
+        self.place, self.seen = place, 0
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        changed = mutated(node)
+        if changed is None:
+            return node
+        self.seen += 1
+        return changed if self.seen - 1 == self.place else node
+
+
+def mutated(node: ast.AST) -> ast.AST | None:
+    match node:
+        case ast.BinOp(left, operator, right):
+            other = ast.Sub() if isinstance(operator, ast.Add) else ast.Add()
+            return ast.BinOp(left, other, right)
+        case ast.Compare(left, [operator], [right]):
+            other = (
+                ast.LtE() if isinstance(operator, ast.Lt) else ast.NotEq() if isinstance(operator, ast.Eq) else ast.Lt()
+            )
+            return ast.Compare(left, [other], [right])
+        case ast.Constant(bool(value)):
+            return ast.Constant(not value)
+        case ast.Constant(int(value)):
+            return ast.Constant(value + 1)
+        case ast.If(test, body, orelse):
+            return ast.If(ast.UnaryOp(ast.Not(), test), body, orelse)
+        case ast.Return(value) if value is not None:
+            return ast.Return(ast.Constant(None))
+    return None
+
+
+def mutants(code: str, count: int, draw: random.Random) -> list[str]:
+    counter = Mutator(-1)
+    counter.visit(ast.parse(code))
+    places = draw.sample(range(counter.seen), min(count, counter.seen))
+    return [ast.unparse(ast.fix_missing_locations(Mutator(place).visit(ast.parse(code)))) for place in places]
+
+
+def plainly(code: str, row: dict[str, str]) -> bool:
+    """The verdict of a process without a sandbox."""
+    if "test" in row:
+        program = f"{code}\n{row['test']}\ncheck({row['entry_point']})\n"
+    else:
+        program = "\n".join([code, row["test_setup_code"], *row["test_list"]])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, timeout=30, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def differing(rows: list[dict[str, str]], each: int, draw: random.Random) -> tuple[int, list[object]]:
+    """How many mutants were run, and those that the sandbox judges differently."""
+    count, different = 0, list[object]()
+    with open_zygote() as zygote:
+        sandbox = Sandbox(zygote)
+        for row in rows:
+            code = row["code"] if "code" in row else row["prompt"] + row["canonical_solution"]
+            tests = json.loads(code_tests.tests_of(row["test" if "test" in row else "test_list"], row) or "")
+            for mutant in mutants(code, each, draw):
+                ruling = run_tests(sandbox, mutant, tests, 3.0)
+                count += 1
+                if (ruling[0] == "correct") != plainly(mutant, row):
+                    different.append((row["task_id"], ruling, mutant))
+    return count, different
+
+
+def test_a_sample_of_mutants_gets_the_verdicts_of_a_plain_process(real_data: Callable[[str], Path]) -> None:
+    rows = problems(real_data("humaneval/HumanEval.jsonl"))[::16] + problems(real_data("mbpp_dev/mbpp.jsonl"))[::50]
+    count, different = differing(rows, 2, random.Random(19))
+    assert count > 30 and different == []
+
+
+@pytest.mark.slow
+def test_two_thousand_mutants_get_the_verdicts_of_a_plain_process(real_data: Callable[[str], Path]) -> None:
+    rows = problems(real_data("humaneval/HumanEval.jsonl")) + problems(real_data("mbpp_dev/mbpp.jsonl"))
+    count, different = differing(rows, 4, random.Random(2000))
+    assert count >= 2000 and different == []
