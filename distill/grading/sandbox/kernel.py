@@ -27,7 +27,7 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 163
 MNT_DETACH = 2
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4  # of mount_setattr
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
-PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 8, 22, 24, 38
+PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 8, 22, 38
 READ_ANYWHERE = 1 << 2  # CAP_DAC_READ_SEARCH
 THREAD = 0x10000  # CLONE_THREAD
 
@@ -195,9 +195,6 @@ def keep_capabilities() -> None:
 
 def drop_capabilities(kept: int = 0) -> None:
     """Give up every capability but those of a mask, and the right to gain one by executing a file."""
-    for capability in range(64):
-        if _libc().prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            break  # past the kernel's last capability, or without CAP_SETPCAP, where the set below is empty anyway
     header, data = struct.pack("Ii", 0x20080522, 0), struct.pack("IIIIII", kept, kept, 0, 0, 0, 0)
     _call("capset", int(_libc().capset(header, data)))
     _call("prctl", int(_libc().prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)))

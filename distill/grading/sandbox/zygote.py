@@ -240,7 +240,7 @@ def _become_program(place: Place, header: Header, named: dict[str, int], scratch
         if sys.platform == "linux":
             kernel.drop_capabilities(kept)
             kernel.die_with_parent(signal.SIGKILL)
-        if place.powers["landlock"]:
+        if place.powers["landlock"] and place.own is None:  # else mounts of its own hold it
             kernel.landlock(place.readable or ["/"], [scratch])
         if place.powers["seccomp"]:
             kernel.seccomp(kernel.seccomp_filter(os.getpid()))
