@@ -11,7 +11,8 @@ import pytest
 import yaml
 from eval_support import distill, scores, server, url
 
-from distill.traces.store import TraceStore
+from distill.traces.browse import verdict_of
+from distill.traces.store import TraceStore, read_traces
 
 FENCE = "```"
 PROBLEMS = 12
@@ -75,9 +76,8 @@ def test_problems_with_tests_become_a_student_that_is_scored(files: Path, monkey
     kept = [trace.prompt.messages[-1]["content"] for trace in TraceStore(run / "filtered" / "kept")]
     assert len(kept) == PROBLEMS - PROBLEMS // 3
     assert all(int(question.partition("add_")[2].partition("(")[0]) % 3 for question in kept)
-    dropped = list(TraceStore(run / "filtered" / "dropped"))
-    verdicts = {(verdict.filter, verdict.reason) for trace in dropped for verdict in trace.verdicts if not verdict.kept}
-    assert verdicts == {("correct", "wrong")}
+    verdicts = [verdict_of(verdicts) for _, verdicts in read_traces(run / "filtered" / "dropped", ids=False)]
+    assert verdicts == ["correct: wrong"] * (PROBLEMS // 3)
     teacher = scores(run / "eval", "own-humaneval", "teacher")
     assert (teacher.problems, teacher.correct) == (PROBLEMS, PROBLEMS - PROBLEMS // 3)
     assert scores(run / "eval", "own-humaneval", "student").problems == PROBLEMS
