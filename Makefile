@@ -9,6 +9,8 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 JUNIT := build/junit.xml
 NATIVE := $(wildcard $(addprefix distill/engine/kernels/native/,*.cpp *.h isa/*.h))
 INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(NATIVE)
+# A file a process, in the order of their names: e2e/, whose files hold few and long tests, before unit/.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 SOURCES := $(wildcard distill tests tools perf cli.py setup.py)
 
 .PHONY: quickstart test test-slow lint format docs clean
@@ -19,7 +21,7 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev lint
 	rm -f $(JUNIT)
-	$(OFFLINE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m 'not slow' --junitxml $(JUNIT) $(PYTEST_ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) -m 'not slow' --junitxml $(JUNIT) $(PYTEST_ARGS)
 
 # What takes minutes and rarely breaks: run by hand before a release.
 test-slow: .venv/installed-dev

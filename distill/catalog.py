@@ -182,7 +182,7 @@ def _check_traces(sources: Sequence[TraceSource | MixedSource]) -> None:
     from distill.traces.published import read_published
 
     for source in sources:
-        if source.kind == "file":
+        if source.kind == "file" or (source.kind == "hub" and source.local):
             for _ in read_published(source):
                 pass
 
@@ -226,7 +226,9 @@ def check_recipe(
         load_benchmark(name)
     if prompts:
         gym = [source.model_copy(update={"limit": 1}) for source in recipe.prompts if source.kind == "reasoning_gym"]
-        notes += _check_prompts([*gym, *(source for source in recipe.prompts if source.kind == "file")])
+        notes += _check_prompts(
+            [*gym, *(each for each in recipe.prompts if each.kind == "file" or (each.kind == "hub" and each.local))]
+        )
         _check_traces((*recipe.traces, *recipe.train.data))
     if recipe.prompts and recipe.generate.sampling.max_new_tokens >= teacher.context:
         notes.append(f"generate.sampling.max_new_tokens fills {teacher.name}'s whole context of {teacher.context}")

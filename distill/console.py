@@ -96,6 +96,24 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def short(value: float) -> str:
+    """A number with three digits and a unit: 174 k, 1.23 B (10⁹), 4.50 T (10¹²)."""
+    return _scaled(value, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)))
+
+
+def bytes_text(value: float) -> str:
+    """A number of bytes with three digits, in decimal units: 1.37 MB, 141 GB."""
+    return _scaled(value, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))) + (" B" if value < 999.5 else "")
+
+
+def _scaled(value: float, units: Sequence[tuple[str, float]]) -> str:
+    for unit, size in units:
+        if value >= size * 0.9995:
+            digits = value / size
+            return f"{digits:,.{max(0, 3 - len(str(int(digits))))}f} {unit}"
+    return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+
+
 def paged(parts: Iterable[str]) -> None:
     """Show a long text in the user's pager ($PAGER, less); plainly where the output is no terminal, or no pager is."""
     command = shlex.split(os.environ.get("PAGER", "less")) if sys.stdout.isatty() else []

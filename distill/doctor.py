@@ -20,7 +20,7 @@ from pathlib import Path
 
 from distill import __version__, catalog
 from distill.backends.device import device_type
-from distill.console import say, table
+from distill.console import bytes_text, say, table
 from distill.engine.families import FAMILIES
 from distill.hardware import Machine, disk_rate, fastest, gpu_memory, memory_bandwidth, product_rate, this_machine
 from distill.recipe import TeacherCard
@@ -143,10 +143,6 @@ def _row(card: TeacherCard, file: Path | None, limits: Limits, machine: Machine)
     elif size > limits.memory and file is None and size > machine.disk:
         where = "too large for the disk"
     if total < SMALL or where.startswith("too large"):
-        return (card.name, _size(size), *["–"] * len(BATCHES), where)
+        return (card.name, bytes_text(size), *["–"] * len(BATCHES), where)
     rates = (tokens_per_second(size, total, active, batch, limits) for batch in BATCHES)
-    return (card.name, _size(size), *(f"{rate:,.2g}" if rate < 10 else f"{rate:,.0f}" for rate in rates), where)
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.0f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
+    return (card.name, bytes_text(size), *(f"{rate:,.2g}" if rate < 10 else f"{rate:,.0f}" for rate in rates), where)

@@ -1,12 +1,12 @@
 """A server that follows a script, and a small benchmark, for tests of evaluations."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
+from server_support import Listening, listening
 
 from distill.cli import main
 from distill.evaluations import read_results
@@ -55,23 +55,10 @@ class Script(BaseHTTPRequestHandler):
         pass
 
 
-class Server(ThreadingHTTPServer):
-    request_queue_size = 256  # connections that arrive together; beyond, the kernel resets them
-
-
 @contextmanager
-def server(reply) -> Iterator[ThreadingHTTPServer]:
-    made = Server(("127.0.0.1", 0), Script)
-    made.reply, made.asked, made.keys = reply, [], []
-    made.handle_error = lambda *_: None  # of clients that hang up
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
-    try:
+def server(reply) -> Iterator[Listening]:
+    with listening(Script, reply=reply, asked=[], keys=[]) as made:
         yield made
-    finally:
-        made.shutdown()
-        made.server_close()
-        thread.join()
 
 
 def url(made) -> str:

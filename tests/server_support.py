@@ -64,13 +64,15 @@ class Handler(BaseHTTPRequestHandler):
 class Listening(ThreadingHTTPServer):
     request_queue_size = 256  # connections that arrive together; beyond, the kernel resets them
 
+    def handle_error(self, *_: object) -> None:
+        """Clients that hang up are no error."""
+
 
 @contextmanager
-def server(reply: Callable[[int, Handler], Answer], models: Answer | None = None) -> Iterator[ThreadingHTTPServer]:
-    made = Listening(("127.0.0.1", 0), Handler)
-    made.reply, made.asked, made.lock = reply, [], threading.Lock()
-    made.models = models or (200, JSON, body({"object": "list", "data": [{"id": "m"}]}))
-    made.handle_error = lambda *_: None  # of clients that hang up
+def listening(handler: type[BaseHTTPRequestHandler], **attributes: object) -> Iterator[Listening]:
+    """A server on a free port of the loopback address. attributes: of the server, for its handler."""
+    made = Listening(("127.0.0.1", 0), handler)
+    vars(made).update(attributes)
     thread = threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
@@ -81,7 +83,14 @@ def server(reply: Callable[[int, Handler], Answer], models: Answer | None = None
         thread.join()
 
 
-def opened(made: ThreadingHTTPServer, max_batch: int = 4, key: str | None = KEY, name: str | None = None):
+@contextmanager
+def server(reply: Callable[[int, Handler], Answer], models: Answer | None = None) -> Iterator[Listening]:
+    models = models or (200, JSON, body({"object": "list", "data": [{"id": "m"}]}))
+    with listening(Handler, reply=reply, models=models, asked=[], lock=threading.Lock()) as made:
+        yield made
+
+
+def opened(made: Listening, max_batch: int = 4, key: str | None = KEY, name: str | None = None):
     url = f"http://127.0.0.1:{made.server_address[1]}/v1"
     return backends.open(Model("m", Server(url, name, key)), LocalEngine(), max_batch)
 

@@ -96,7 +96,7 @@ def unknown_key(root: Model, path: Location) -> str:
     # Nothing of a list: another branch of a union may have it, and which item of another list would be meant?
     others = [dotted for dotted in _all_keys(root) if dotted != prefix + key and ".0" not in dotted]
     elsewhere = {dotted.rpartition(".")[2]: dotted for dotted in reversed(others)}
-    if near := _nearest(key, list(elsewhere)):
+    if near := _nearest(key, list(elsewhere), cutoff=0.85):  # most often the very same key of another section
         return f"unknown key; did you mean {elsewhere[near]}?"
     return f"unknown key; valid here: {', '.join(path.siblings)}"
 
@@ -105,12 +105,12 @@ def _renamed(path: Location) -> str | None:
     return RENAMED.get(".".join(key for key in path.keys if not key.isdecimal()))
 
 
-def _nearest(key: str, names: Sequence[str]) -> str | None:
+def _nearest(key: str, names: Sequence[str], cutoff: float = 0.6) -> str | None:
     """The closest name by spelling, or by initials: `lr` stands for learning_rate in this field."""
     for name in names:
         if len(key) > 1 and key == "".join(word[0] for word in name.split("_")):
             return name
-    return next(iter(difflib.get_close_matches(key, names, n=1, cutoff=0.6)), None)
+    return next(iter(difflib.get_close_matches(key, names, n=1, cutoff=cutoff)), None)
 
 
 def _all_keys(model: Model, prefix: str = "") -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill import catalog
-from distill.console import say, table
+from distill.console import bytes_text, say, short, table
 from distill.errors import UserError
 from distill.plan.hardware import Hardware, parse
 
@@ -89,7 +89,7 @@ def plan_training(
     shape = memory.shape(config)
     steps = -(-data.rows // (settings.batches_per_step(1) * settings.per_device_train_batch_size))
     epochs = settings.num_train_epochs
-    say(f"{card.name}: {shape.total / 1e9:,.2f} B parameters, {shape.layers} layers, vocabulary {shape.vocabulary:,}")
+    say(f"{card.name}: {short(shape.total)} parameters, {shape.layers} layers, vocabulary {shape.vocabulary:,}")
     say(
         f"{data.rows:,} rows, {data.tokens:,} tokens per epoch ({data.source}); {epochs:g} epochs, at most "
         f"{settings.max_length:,} tokens per row"
@@ -99,8 +99,8 @@ def plan_training(
     checkpoint = shape.total * 12
     say(
         f"about {settings.max_steps or round(steps * epochs):,} steps on one device; disk: up to "
-        f"{(settings.save_total_limit + 1) * checkpoint / 1e9:,.0f} GB of checkpoints (full), "
-        f"{shape.total * 2 / 1e9:,.1f} GB for the student; hours at {UTILISATION:.0%} of the data sheet's bfloat16 rate"
+        f"{bytes_text((settings.save_total_limit + 1) * checkpoint)} of checkpoints (full), "
+        f"{bytes_text(shape.total * 2)} for the student; hours at {UTILISATION:.0%} of the data sheet's bfloat16 rate"
     )
     return ways, data
 
@@ -233,7 +233,7 @@ def show(ways: Sequence[Way], settings: "Train") -> None:
     """Print the table."""
     rows = []
     for each in ways:
-        parts = {name: size / 1e9 for name, size in each.memory.parts()}
+        parts = dict(each.memory.parts())
         own = [parts.pop(name) for name in ("weights", "gradients", "optimizer", "activations")]
         saving = "c" * each.checkpointing + "o" * each.offloading
         rows.append(
@@ -241,11 +241,17 @@ def show(ways: Sequence[Way], settings: "Train") -> None:
                 each.hardware.name,
                 f"{'→ ' if each.method == method(settings) else '  '}{each.method}",
                 each.layout + (f" +{saving}" if saving else ""),
-                *(f"{size:,.1f}" for size in (*own, sum(parts.values()))),
-                f"{each.memory.total / 1e9:,.1f}",
-                f"{each.hours:,.1f}" if each.fits else "too big",
+                *(_figure(size / 1e9) for size in (*own, sum(parts.values()), each.memory.total)),
+                _figure(each.hours) if each.fits else "too big",
             )
         )
     columns = ("machine", "method", "layout", "model", "grads", "optim.", "activ.", "other", "total", "hours")
     table("Training: peak memory per device, GB", columns, rows, text_columns=3)
     say("→ the recipe's own; +c gradient checkpointing; +o activation offloading; other: casts, logits, libraries")
+
+
+def _figure(value: float) -> str:
+    """A figure of the table, short enough that a student of 70B stays within 80 columns."""
+    if 0 < value < 0.05:
+        return "< 0.1"
+    return f"{value:,.1f}" if value < 99.95 else f"{value:,.0f}"

@@ -43,7 +43,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         if kind := _other_kind(head, path, magic):
             raise UserError(f"{path}: {kind}")
         if not head.startswith(magic):
-            what = "it is empty" if not head else "its first bytes are others"
+            what = "it is empty" if not head else "its first bytes are not those of such a file"
             raise UserError(f"{path}: not compressed by {name} ({what}); download it again, or correct its name")
         if name == "gzip":
             with gzip.open(raw) as file:

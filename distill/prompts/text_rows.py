@@ -9,6 +9,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+from distill.console import counted
 from distill.errors import UserError
 from distill.limits import ARRAY_BYTES, ROW_BYTES
 from distill.prompts.columns import Row, listed, parse_json, parse_json_at
@@ -112,8 +113,8 @@ def csv_rows(path: Path, separator: str) -> Iterator[Row]:
         where = f"{path}, row {number} (line {table.line})"
         if len(fields) != len(table.header):
             raise UserError(
-                f"{where}: {len(fields)} values, and the header names {len(table.header)} columns; quote a value that "
-                f'holds a separator or a line end, and double the quotes in it (")'
+                f"{where}: {counted(len(fields), 'value')}, and the header has {counted(len(table.header), 'column')}; "
+                f'quote a value that holds a separator or a line end, and double the quotes in it (")'
             )
         yield where, {name: value or None for name, value in zip(table.header, fields, strict=True)}
 

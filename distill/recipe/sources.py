@@ -4,6 +4,7 @@ How they are read is `distill.prompts` and `distill.traces.published`.
 """
 
 from datetime import date
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
@@ -90,6 +91,11 @@ class _OnHub(Section):
     revision: str | None = Field(None, description="commit, tag or branch; null: the newest commit")
     subset: str | None = Field(None, description="name of the dataset's configuration")
     split: str = Field("train", description="name of the split")
+
+    @property
+    def local(self) -> bool:
+        """Whether the dataset is a directory of this machine."""
+        return Path(self.dataset).is_dir()
 
 
 class _Problems(_Weighted):

@@ -14,6 +14,7 @@ import yaml
 
 from distill.durable import write_whole
 from distill.errors import UserError
+from distill.model_files import read_object
 from distill.recipe import StudentCard
 from distill.traces.exported import Format
 
@@ -46,6 +47,7 @@ READS: dict[Trainer, tuple[Format, ...]] = {
     "axolotl": ("messages", "sharegpt", "openr1"),
     "llama-factory": ("messages", "sharegpt", "openr1"),
 }
+REGISTRY = "dataset_info.json"  # where LLaMA-Factory looks for the data sets of a directory
 CONTEXT = 32_768  # tokens of a row at most; longer students are given this much too
 
 
@@ -77,7 +79,8 @@ def write_config(
     else:
         del written[template]
         name = out.stem.replace(".", "-")
-        written[out.with_name("dataset_info.json")] = _dataset_info(name, out, form)
+        registry = out.with_name(REGISTRY)
+        written[registry] = json.dumps(_registered(registry) | {name: _dataset(out, form)}, indent=2) + "\n"
         command, values = f"llamafactory-cli train {config}", _llama_factory(out, name, llama)
         values |= {"model_name_or_path": weights, "cutoff_len": length}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -88,9 +91,13 @@ def write_config(
 
 
 def config_files(trainer: Trainer, out: Path) -> list[Path]:
-    """The files that `write_config` writes, for a check before anything is written."""
+    """The files that `write_config` creates, for a check before anything is written.
+
+    Errors: UserError when LLaMA-Factory's registry, to which it adds an entry, is there and cannot be read.
+    """
     if trainer == "llama-factory":
-        return [out.with_name(f"{out.stem}.{trainer}.yaml"), out.with_name("dataset_info.json")]
+        _registered(out.with_name(REGISTRY))
+        return [out.with_name(f"{out.stem}.{trainer}.yaml")]
     return [out.with_name(f"{out.stem}.{trainer}.yaml"), out.with_name(f"{out.stem}.jinja")]
 
 
@@ -109,7 +116,12 @@ def _trl_columns(form: Format) -> list[str]:
     return ["prompt", "completion"] if form == "prompt-completion" else ["messages"]
 
 
-def _dataset_info(name: str, out: Path, form: Format) -> str:
+def _registered(registry: Path) -> dict[str, object]:
+    """The data sets that LLaMA-Factory finds in a directory already."""
+    return read_object(registry) if registry.exists() else {}
+
+
+def _dataset(out: Path, form: Format) -> dict[str, object]:
     sharegpt = form == "sharegpt"
     tags = {
         "role_tag": "from" if sharegpt else "role",
@@ -118,13 +130,12 @@ def _dataset_info(name: str, out: Path, form: Format) -> str:
         "assistant_tag": "gpt" if sharegpt else "assistant",
         "system_tag": "system",
     }
-    entry = {
+    return {
         "file_name": out.name,
         "formatting": "sharegpt",
         "columns": {"messages": "conversations" if sharegpt else "messages"},
         "tags": tags,
     }
-    return json.dumps({name: entry}, indent=2) + "\n"
 
 
 def _trl(out: Path, form: Format, loader: str, llama: bool) -> dict[str, object]:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.console import say
+from distill.console import counted, say
 from distill.durable import replacing
 from distill.errors import UserError
 from distill.traces.exported import SCHEMAS, Format, correctness, openr1_row, row_of
@@ -86,7 +86,7 @@ def export_traces(
             first = list(islice(rows, GROUP_ROWS))
         write.close()
     if encodable.left_out:
-        note(f"note: {encodable.left_out:,} traces are left out: their text holds half a surrogate pair")
+        note(f"note: {counted(encodable.left_out, 'trace')} left out: the text holds half a surrogate pair")
     return encodable.taken, written
 
 

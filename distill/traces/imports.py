@@ -112,7 +112,7 @@ def _write(sources: Sequence[FileTraces | HubTraces], new: Path, note: Callable[
         for reason, number in reader.left_out.items():
             left_out[reason] = left_out.get(reason, 0) + number
     if not traces:
-        reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.items()) or "no rows"
+        reasons = ", ".join(f"{reason} ({number:,})" for reason, number in left_out.items()) or "no rows"
         raise UserError(f"{readers[0].name}: no answer can be used: {reasons}; name another source")
     summary = ImportSummary(
         sources=tuple(reader.name for reader in readers),

@@ -183,7 +183,8 @@ def _check_aligned(row: Row, length: int, where: str) -> None:
         listed = row.get(column)
         if isinstance(listed, list) and listed and len(listed) != length:
             raise UserError(
-                f"{where}: {column} has {len(listed)} values for {length} generations; correct or remove the row"
+                f"{where}: {column} has length {len(listed)}, and there are {length} generations; correct or remove "
+                f"the row"
             )
 
 
@@ -250,7 +251,8 @@ def no_layout(columns: Iterable[str], where: str) -> UserError:
     """The error for columns that are no known layout."""
     return UserError(
         f"{where}: no known layout of traces (messages, conversations, prompt and completion, generations) in the "
-        f"columns {listed(columns)}; name `question`, `reasoning` and `response` of this source"
+        f"columns {listed(columns)}; name them: `question`, `reasoning` and `response` "
+        f"of the source, or --question, --reasoning and --response"
     )
 
 

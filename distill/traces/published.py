@@ -109,8 +109,8 @@ def _no_column(name: str, column: str, names: Iterable[str]) -> UserError:
 
 def _no_gold_column(name: str, column: str, names: Iterable[str]) -> UserError:
     return UserError(
-        f"{name}: no column {column}; the columns are {listed(names)}: name the one with the gold answer as "
-        f"`answer`, or leave `answer` out"
+        f"{name}: no column {column}; the columns are {listed(names)}: name the column with the gold "
+        f"answer (`answer` of the source, or --answer), or leave it out"
     )
 
 
@@ -204,7 +204,7 @@ class Reader:
 
     def _finish(self) -> None:
         reasons = ", ".join(
-            f"{count:,} {reason} (first: {self.first[reason]})" for reason, count in self.left_out.items()
+            f"{reason} ({count:,}, first: {self.first[reason]})" for reason, count in self.left_out.items()
         )
         if not self.rows and not self.whole:
             raise UserError(f"{self.name}: no rows; give a source with at least one trace")

@@ -3,11 +3,11 @@
 import asyncio
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from run_support import rewritten
+from server_support import listening
 
 import distill
 from distill import Run, catalog, grade, load_recipe, open_model
@@ -229,22 +229,16 @@ class Server(BaseHTTPRequestHandler):
 
 
 def test_a_server_answers_also_inside_the_event_loop_of_a_notebook():
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def ask():
+    def ask(server):
         with open_model(f"http://127.0.0.1:{server.server_port}/v1") as model:
             return model.sample("6 × 7?", n=2, max_new_tokens=64)
 
-    async def cell():
-        return ask()
+    async def cell(server):
+        return ask(server)
 
-    try:
-        answers = ask()
-        assert asyncio.run(cell()) == answers
-    finally:
-        server.shutdown()
-        server.server_close()
+    with listening(Server) as server:
+        answers = ask(server)
+        assert asyncio.run(cell(server)) == answers
     assert [(a.reasoning, a.response, a.finish_reason, a.tokens) for a in answers] == [
         ("six times seven", "42", "stop", 7)
     ] * 2

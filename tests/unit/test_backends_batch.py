@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
-from server_support import JSON, KEY, Handler, Listening, body, chat
+from server_support import JSON, KEY, Handler, Listening, body, chat, listening
 
 from distill import backends
 from distill.backends import Job, SamplingParams
@@ -85,19 +85,10 @@ class Provider(Handler):
 
 @contextmanager
 def provider(outcome=None, polls: int = 1) -> Iterator[Listening]:
-    import threading
-
-    made = Listening(("127.0.0.1", 0), Provider)
-    made.files, made.batches, made.polled, made.keys, made.refuses = {}, {}, {}, set(), False
-    made.polls, made.outcome = polls, outcome or (lambda key: {"status_code": 200, "body": chat()})
-    thread = threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    outcome = outcome or (lambda key: {"status_code": 200, "body": chat()})
+    state = {"files": {}, "batches": {}, "polled": {}, "keys": set(), "refuses": False}
+    with listening(Provider, **state, polls=polls, outcome=outcome) as made:
         yield made
-    finally:
-        made.shutdown()
-        made.server_close()
-        thread.join()
 
 
 @contextmanager

@@ -5,15 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 import yaml
 from eval_support import distill
+from server_support import listening
 
 from distill.backends import launching
 from distill.backends.serving import ENGINES, Flags, Installed, command, parallel_size, reasoning_parser
@@ -168,15 +168,13 @@ def proxy(monkeypatch):
         def log_message(self, *args):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with listening(Handler) as server:
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
             monkeypatch.delenv(name.lower(), raising=False)
         for name in ("NO_PROXY", "no_proxy"):
             monkeypatch.delenv(name, raising=False)
         yield requested
-        server.shutdown()
 
 
 def test_requests_to_a_launched_server_bypass_the_proxy(here, monkeypatch, proxy):

@@ -71,7 +71,7 @@ def test_real_traces_come_back_from_every_format(name, real_data, tmp_path):
             assert trace.reasoning == thought.strip()
             assert trace.response == answer.strip().removeprefix("<Output>").removesuffix("</Output>").strip()
     if name == "nemo_gym_rollouts":
-        assert any("5 of 5 answers are left out: 5 no answer at the end" in note for note in notes)
+        assert any("5 of 5 answers are left out: no answer at the end (5" in note for note in notes)
         calls = [t for t in traces if any("<tool_call>" in m["content"] for m in t.prompt.messages)]
         assert len(calls) == 4 and all("<tool_response>" in t.prompt.messages[-1]["content"] for t in calls)
         assert sum(not trace.response for trace in traces) == 5  # published without a text
@@ -123,7 +123,7 @@ def test_half_a_surrogate_pair_is_left_out_and_counted(tmp_path):
     half = Trace(Prompt.from_question("q", None), 1, 0, "\ud800", None, "\ud800", None, "t")
     notes: list[str] = []
     export_traces([(whole, []), (half, [])], "messages", tmp_path / "a.jsonl", "jsonl", notes.append)
-    assert notes == ["note: 1 traces are left out: their text holds half a surrogate pair"]
+    assert notes == ["note: 1 trace left out: the text holds half a surrogate pair"]
     with pytest.raises(UserError, match="nothing to export"):
         export_traces([(half, [])], "messages", tmp_path / "b.jsonl", "jsonl", notes.append)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
@@ -162,7 +162,7 @@ def test_what_openr1_says_of_each_generation_is_stored_and_comes_back(tmp_path):
 @pytest.mark.parametrize("column", ["finish_reasons", "correctness_math_verify", "is_reasoning_complete"])
 def test_lists_of_another_length_than_generations_are_refused(column, tmp_path):
     file = write(tmp_path / "a.jsonl", OPENR1, OPENR1 | {column: [None]})
-    with pytest.raises(UserError, match=f"a.jsonl, line 2: {column} has 1 values for 2 generations"):
+    with pytest.raises(UserError, match=f"a.jsonl, line 2: {column} has length 1, and there are 2 generations"):
         bring_in(file, tmp_path / "in")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
@@ -257,13 +257,16 @@ def test_the_commands(tmp_path):
 def test_configurations_keep_the_reasoning(trainer, name, tmp_path):
     import jinja2
 
+    (tmp_path / "dataset_info.json").write_text('{"theirs": {"file_name": "b.jsonl"}}')
     for form in READS[trainer]:
         out = tmp_path / "a.jsonl"
         files = write_config(trainer, out, form, "jsonl", load_student(name), "weights")
         values = yaml.safe_load(files[0].read_text())
         assert "weights" in (values.get("model_name_or_path"), values.get("base_model"))
         if trainer == "llama-factory":
-            entry = json.loads((tmp_path / "dataset_info.json").read_text())[values["dataset"]]
+            registered = json.loads((tmp_path / "dataset_info.json").read_text())
+            assert registered["theirs"] == {"file_name": "b.jsonl"}, "an entry of another data set stays"
+            entry = registered[values["dataset"]]
             assert entry["columns"] == {"messages": "conversations" if form == "sharegpt" else "messages"}
             continue
         from distill.chat.worker import GenerationBlock
@@ -288,9 +291,10 @@ def test_a_step_of_trl(form, kind, tmp_path):
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", SETS)
 def test_a_step_of_trl_on_real_traces(name, form, real_data, tmp_path):
-    """The shortest ones, whose text the tiny student's rows hold whole."""
+    """The shortest traces, whose text the tiny student's rows hold whole. NeMo Gym's rollouts have no reasoning."""
     traces = sorted(bring_in(real_data(name), tmp_path / "in"), key=lambda trace: len(trace.text))
-    whole = [trace for trace in traces if trace.reasoning and trace.response][:4]
+    reasons = name != "nemo_gym_rollouts"
+    whole = [trace for trace in traces if bool(trace.reasoning) == reasons and trace.response][:4]
     assert whole[0].response[-20:] in trl_step(whole, form, "jsonl", tmp_path)
 
 
@@ -305,8 +309,8 @@ def trl_step(traces: list[Trace], form: str, kind: str, directory: Path) -> str:
     loaded = datasets.load_dataset(
         "json" if kind == "jsonl" else kind, data_files=str(file), split="train", cache_dir=str(directory / "cache")
     )
-    options: dict[str, object] = {}
     student = load_student("tiny-qwen")
+    options: dict[str, object] = {"max_length": student.context}
     if form in READS["trl"]:
         values = yaml.safe_load(write_config("trl", file, form, kind, student, "w")[0].read_text())
         names = ("chat_template_path", "completion_only_loss", "assistant_only_loss", "eos_token", "max_length")

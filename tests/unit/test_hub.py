@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
+from server_support import listening
 
 # owner of the repository → status, error code, body
 ANSWERS: dict[str, tuple[int, str | None, bytes]] = {
@@ -50,13 +50,8 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with listening(Hub) as server:
+        yield f"http://127.0.0.1:{server.server_port}"
 
 
 def test_every_refusal_of_the_hub_is_one_reason(endpoint: str, tmp_path: object) -> None:
