@@ -14,7 +14,8 @@ from distill.grading.math import judge
 from distill.prompts.prompt import Prompt
 
 EQUAL = [
-    ("5 cm", r"0.05\text{ m}"), (r"5\text{ cm}", "50 mm"), (r"\$5", "500 cents"), ("2 hours", "120 minutes"),
+    ("5 cm", r"0.05\text{ m}"), (r"5\text{ m}", "5"), (r"2\mathrm{~kg}", r"2000\text{ g}"),
+    (r"5\text{ cm}", "50 mm"), (r"\$5", "500 cents"), ("2 hours", "120 minutes"),
     ("3 km", "3"),
     ("90°", "90"), (r"\frac{\pi}{2}", "90°"), ("€5", "5"), (r"0.\overline{3}", r"\frac{1}{3}"),
     (r"0.1\overline{6}", "1/6"),
@@ -29,7 +30,8 @@ EQUAL = [
     (r"\emptyset", "no solution"), (r"\text{Yes}", "yes"), ("12", r"\textbf{(B)}\ 12"), ("x^2+C", "x^2 + c"),
 ]  # fmt: skip
 UNEQUAL = [
-    ("5 cm", "5 m"), ("5 kg", "5 g"), (r"5\text{ cm}^2", r"5\text{ cm}^3"), (r"\$5", "5 cents"), ("mgh", "mg"),
+    ("5 cm", "5 m"), ("5 kg", "5 g"), (r"5\text{ m}", r"5\text{ s}"), (r"3\text{ m}/\text{s}", r"3\text{ m}"),
+    (r"5\text{ cm}^2", r"5\text{ cm}^3"), (r"\$5", "5 cents"), ("mgh", "mg"),
     ("mgh", "m g"),
     (r"x \equiv 3 \pmod 7", r"x \equiv 5 \pmod 7"), (r"x \equiv 3 \pmod 7", r"x \equiv 3 \pmod{11}"),
     ("5*X**2+1", "5*X**2"),
