@@ -119,8 +119,9 @@ class Run:
         """Return the scores, one row for each benchmark and model.
 
         Columns: the fields of `distill.artefacts.Scores`; an estimate such as `pass@1` has its 95 % interval beside it
-        in `pass@1_low` and `pass@1_high`. Shares lie between 0 and 1, lengths are in tokens. Errors: UserError when the
-        eval stage is not finished.
+        in `pass@1_low` and `pass@1_high`. A benchmark of several sources also has `pass@1/SOURCE`, one of instructions
+        `prompt_strict`, `prompt_loose`, `instruction_strict` and `instruction_loose`. Shares lie between 0 and 1,
+        lengths are in tokens. Errors: UserError when the eval stage is not finished.
         """
         import pandas as pd
 
@@ -194,8 +195,16 @@ def _verdict(rows: Sequence[Mapping[str, object]]) -> str:
 def _row(scores: Scores) -> dict[str, JsonValue]:
     row: dict[str, JsonValue] = {}
     for name, value in scores.to_json().items():
-        if not isinstance(value, dict):
+        if name == "instructions":  # of IFEval alone
+            for level, estimate in value.items() if isinstance(value, dict) else ():
+                assert isinstance(estimate, dict)
+                row |= _estimate(level, estimate)
+        elif not isinstance(value, dict):
             row[name] = value
+        elif name == "parts":  # pass@1 by source
+            for source, part in value.items():
+                assert isinstance(part, dict) and isinstance(part["pass@1"], dict)
+                row |= _estimate(f"pass@1/{source}", part["pass@1"])
         elif "value" in value:
             row |= _estimate(name, value)
         elif name.endswith("@k"):  # pass@k and cons@k by their k

@@ -66,6 +66,11 @@ class RunPaths:
         return self.root / "filtered"
 
     @property
+    def judgements(self) -> Path:
+        """`judgements/`: what the judge of the recipe wrote, by user; shared by filters and evaluations."""
+        return self.root / "judgements"
+
+    @property
     def kept(self) -> Path:
         """`filtered/kept/`: the traces that training reads."""
         return self.filtered / "kept"
@@ -74,6 +79,11 @@ class RunPaths:
     def dropped(self) -> Path:
         """`filtered/dropped/`: the others, with the reason."""
         return self.filtered / "dropped"
+
+    @property
+    def funnel(self) -> Path:
+        """`filtered/funnel.json`: how many traces each filter dropped, and why."""
+        return self.filtered / "funnel.json"
 
     @property
     def verdicts(self) -> Path:
@@ -167,63 +177,6 @@ class Artefact(BaseModel):
 def _checksum(content: Mapping[str, JsonValue]) -> str:
     text = json.dumps(content, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-# ---- plan
-
-
-class Expected(Artefact):
-    """An estimate, with the ends of its 95 % interval where it comes from a sample."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def times(self, factor: float) -> "Expected":
-        """The estimate in another unit."""
-        ends = (None if end is None else end * factor for end in (self.low, self.high))
-        return Expected(value=self.value * factor, **dict(zip(("low", "high"), ends, strict=True)))
-
-
-class Measured(Artefact):
-    """The speed and prompts of a pilot. rate: completion tokens per second, all requests together. at_once: sequences
-    under way at most. prompt_tokens: mean per prompt; None where the server does not count them."""
-
-    rate: float
-    at_once: int
-    prompt_tokens: float | None
-
-
-class StagePlan(Artefact):
-    """The expected figures of one stage. tokens: completion tokens, or tokens that training reads.
-
-    money: in the plan's `currency`. disk: bytes.
-    """
-
-    stage: str
-    tokens: Expected | None = None
-    hours: Expected | None = None
-    money: Expected | None = None
-    disk: Expected | None = None
-
-
-class Plan(Artefact):
-    """`plan.json`: what a recipe was expected to take.
-
-    basis: what the tokens are estimated from. mean_tokens: per trace. prompt_tokens: of all requests. price: where and
-    when the price of tokens is from; None without one. input_price, output_price: per million tokens.
-    """
-
-    traces: int
-    mean_tokens: float
-    basis: str
-    prompt_tokens: float
-    price: str | None
-    currency: str
-    input_price: float | None = None
-    output_price: float | None = None
-    measured: Measured | None
-    stages: tuple[StagePlan, ...]
 
 
 # ---- generate
@@ -342,12 +295,30 @@ class ConsensusScore(Interval):
     silent: int
 
 
+class InstructionScores(Artefact):
+    """IFEval's accuracies: the share of prompts whose instructions are all followed, and the share of all instructions
+    that are, each strict (the response as it stands) and loose (a variant of it). prompt_strict is pass@1."""
+
+    prompt_strict: Interval
+    prompt_loose: Interval
+    instruction_strict: Interval
+    instruction_loose: Interval
+
+
+class PartScore(Artefact):
+    """pass@1 on the problems of one source of a benchmark."""
+
+    problems: int
+    pass_at_1: Interval = Field(alias="pass@1")
+
+
 class Scores(Artefact):
     """`scores.json`: one model on one benchmark, and what it takes to repeat it.
 
     Rates are shares of all samples. pass_at_k, consensus_at_k: by k, empty where a problem has one sample. Lengths are
-    in the model's tokens (`reasoning_unit` says where reasoning is counted in words). settings: how the samples were
-    drawn. versions: of the packages that a score may depend on.
+    in the model's tokens (`reasoning_unit` says where reasoning is counted in words). instructions: None where the
+    problems are not instructions. parts: by source, for a benchmark of several. settings: how the samples were drawn.
+    versions: of the packages that a score may depend on.
     """
 
     benchmark: str
@@ -360,6 +331,8 @@ class Scores(Artefact):
     effective_trials: float
     pass_at_k: dict[int, Interval] = Field(alias="pass@k")
     consensus_at_k: dict[int, ConsensusScore] = Field(alias="cons@k")
+    instructions: InstructionScores | None = None
+    parts: dict[str, PartScore] = {}
     truncated_rate: float
     no_answer_rate: float
     unverifiable_rate: float

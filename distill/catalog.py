@@ -120,8 +120,8 @@ def check(kind: Kind, name_or_path: str) -> list[str]:
     card = load(kind, name_or_path)
     if isinstance(card, TeacherCard | StudentCard):
         return _check_weights("teacher" if isinstance(card, TeacherCard) else "student", name_or_path)
-    if isinstance(card, BenchmarkCard) and card.prompts.kind == "file":
-        return _check_prompts([card.prompts], card.problems)
+    if isinstance(card, BenchmarkCard) and all(source.kind == "file" for source in card.sources):
+        return _check_prompts(card.sources, card.problems)
     return []
 
 
@@ -281,14 +281,15 @@ def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> P
     return directory
 
 
-def resolve_tokenizer(name_or_path: str) -> Path:
-    """The local directory with the tokenizer of a teacher that is asked through a server; of a hub id only the files
-    beside the weights are downloaded. Errors: UserError."""
-    card = load_teacher(name_or_path)
-    directory = _local_weights(card, find("teacher", name_or_path))
+def resolve_tokenizer(name_or_path: str, kind: Literal["teacher", "student"] = "teacher") -> Path:
+    """The local directory with a tokenizer whose model is not needed: of a teacher that is asked through a server, of a
+    student that tokens are counted for. Of a hub id only the files beside the weights are fetched. Errors: UserError.
+    """
+    card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
+    directory = _local_weights(card, find(kind, name_or_path))
     if card.weights is None:
         raise UserError(f"the card of {card.name} names no `weights:`, whose tokenizer is needed")
-    return directory or _download(card.weights, card.revision, "teacher", name_or_path, model_files.TOKENIZER_FILES)
+    return directory or _download(card.weights, card.revision, kind, name_or_path, model_files.TOKENIZER_FILES)
 
 
 def _local_weights(card: TeacherCard | StudentCard, card_file: Path) -> Path | None:

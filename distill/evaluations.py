@@ -121,6 +121,14 @@ class GradeRow:
         return None if answer is None else str(answer)
 
     @property
+    def followed(self) -> tuple[list[bool], list[bool]] | None:
+        """Whether each instruction was followed, strictly and loosely; None where they were not checked."""
+        match self.evidence:
+            case {"strict": list(strict), "loose": list(loose)}:
+                return strict, loose
+        return None
+
+    @property
     def vote(self) -> str | None:
         """The answer that the sample votes with: one that it marked as final, not a guess from its last line."""
         return None if self.evidence.get("method") == "last line" else self.answer
@@ -245,10 +253,10 @@ def remedy_of(directory: Path) -> str:
 
 def finished_evaluations(root: Path) -> dict[str, dict[str, Path]]:
     """Benchmark → model → directory of the finished evaluations below `root`, by name."""
-    found: dict[str, dict[str, Path]] = {}
+    evaluations: dict[str, dict[str, Path]] = {}
     for record in sorted(root.glob("*/*/record.json")):
-        found.setdefault(record.parent.parent.name, {})[record.parent.name] = record.parent
-    return found
+        evaluations.setdefault(record.parent.parent.name, {})[record.parent.name] = record.parent
+    return evaluations
 
 
 # ---- in words, for the terminal and the report
@@ -263,6 +271,15 @@ def difference_line(comparison: Comparison) -> str:
         f"{100 * difference.high:+.1f}); better on {len(comparison.gained):,} problems, worse on "
         f"{len(comparison.lost):,}, sign test p = {comparison.p:.2g}"
     )
+
+
+def judge_line(scores: Scores) -> str | None:
+    """Which judge gave the verdicts; None where programs did."""
+    judge = {key: value for key, value in scores.settings.items() if key.startswith("judge.model.")}
+    if not judge:
+        return None
+    name = judge.get("judge.model.model") or f"the model with weights {judge.get('judge.model.weights')}"
+    return f"{scores.benchmark} is graded by a judge, {name}; another judge may give other scores"
 
 
 def published_line(published: PublishedScores, scores: Scores) -> str:

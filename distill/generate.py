@@ -17,7 +17,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from distill import backends, catalog
-from distill.artefacts import Drafts, GenerateSummary, Measured, Settings
+from distill.artefacts import Drafts, GenerateSummary, Settings
 from distill.backends import SamplingParams
 from distill.backends.budget import Allowance, spent_on
 from distill.backends.collect import asked, check_all, collect, missing
@@ -26,6 +26,7 @@ from distill.console import counted, progress, say
 from distill.errors import UserError, WorkError
 from distill.fingerprint import digest
 from distill.grading import unreadable_golds
+from distill.planned import Measured
 from distill.recipe import TeacherServer
 from distill.stage import Stage
 from distill.traces.published import read_published

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from distill import catalog
+from distill import catalog, model_files
 from distill.artefacts import RunPaths
 from distill.errors import UserError
 from distill.fingerprint import digest, weights_hash
@@ -28,6 +28,7 @@ from distill.recipe.server import KEY_VARIABLE, SILENCE, LaunchedServer
 
 if TYPE_CHECKING:
     from distill.chat import Chat
+    from distill.recipe import Judge as JudgeSettings
     from distill.recipe import Recipe, StudentCard, TeacherCard, TeacherServer
 
 
@@ -210,6 +211,26 @@ def teacher_of(
     return Model(name, Launch(server, directory, card.context, log) if server else directory, thinking=mode)
 
 
+def judge_is_directory(settings: "JudgeSettings") -> bool:
+    """Whether a recipe's judge is a model directory: a path of a directory, and not a name of the catalog or a card."""
+    name = settings.teacher or ""
+    return name not in catalog.entries("teacher") and Path(name).expanduser().is_dir() and bool(name)
+
+
+def judge_of(settings: "JudgeSettings", log: Path | None = None) -> Model:
+    """The judge that a recipe names: behind a server, on a launched one, or in a directory. log: as of `teacher_of`.
+
+    Errors: UserError for an unknown card, a directory without a model, or a missing key.
+    """
+    if settings.teacher is None:
+        server = settings.server
+        assert server is not None and not isinstance(server, LaunchedServer), "checked by the recipe"
+        return Model("judge", Server.of(server, None))
+    if settings.server is None and judge_is_directory(settings):
+        return Model("judge", model_files.model_directory(str(Path(settings.teacher).expanduser())))
+    return teacher_of("judge", settings.teacher, settings.server, log=log)
+
+
 class Models:
     """The models of one recipe. root: the run directory, where training writes the student."""
 
@@ -234,6 +255,12 @@ class Models:
         """
         log = RunPaths(self._root).server_log
         return teacher_of("teacher", self._recipe.teacher, self._recipe.server, log=log)
+
+    @cached_property
+    def judge(self) -> Model:
+        """The judge, where the recipe has one. Errors: as `judge_of`."""
+        assert self._recipe.judge is not None, "check that the recipe has a judge first"
+        return judge_of(self._recipe.judge, RunPaths(self._root).server_log)
 
     @cached_property
     def base(self) -> Model:

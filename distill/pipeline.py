@@ -15,6 +15,7 @@ from distill import eval as evaluation
 from distill.console import say, table
 from distill.errors import UserError
 from distill.filters import pipeline as filters
+from distill.filters.cluster import require_ray
 from distill.report import Report
 from distill.run import Run
 from distill.stage import Stage
@@ -40,12 +41,13 @@ def run_recipe(
     stages: Sequence[str] | None = None,
     fresh: Sequence[str] = (),
     verify: bool = False,
+    on: str = "local",
 ) -> None:
     """Run `stages` (default: all of `STAGES`) of a recipe in `directory`.
 
     fresh: stages whose output is moved aside first, with all that was made from it. verify: hash what finished stages
-    wrote, instead of comparing sizes and times. What can be refused is refused before the first stage begins, and then
-    nothing was touched. Raises UserError and WorkError.
+    wrote, instead of comparing sizes and times. on: where filters judge, `local` or `ray`. What can be refused is
+    refused before the first stage begins, and then nothing was touched. Raises UserError and WorkError.
     """
     names = list(stages or STAGES)
     for name in fresh:
@@ -63,10 +65,14 @@ def run_recipe(
     catalog.check_recipe(recipe, [kind for kind in loaded if kind == "student" or not recipe.traces])
     if "filter" in names:
         filters.check_gradable(recipe)
-    with Run(directory, recipe, verify) as run:
+        if on == "ray":
+            require_ray()
+    with Run(directory, recipe, verify, on) as run:
         _look_ahead(run, names, fresh)
+        if "filter" in names and not run.begun("filter"):
+            filters.load_resources(recipe)
         if "eval" in names and not run.begun("eval"):
-            evaluation.check_benchmarks(recipe.eval)
+            evaluation.check_benchmarks(recipe.eval, recipe.judge)
         run.restore_identity()
         if fresh:
             first = min(fresh, key=list(STAGES).index)

@@ -58,16 +58,17 @@ _UNUSABLE = {
 class Run:
     """A run directory, locked for this process while the `with` block lasts.
 
-    models: the teacher, the base and the student, resolved once. verify: hash what finished stages wrote. Errors on
-    entering: UserError when another process works there, when it belongs to another recipe, when it is something else
-    than a run directory, or when it cannot be written.
+    models: the teacher, the base and the student, resolved once. on: where filters judge, `local` or `ray`. verify:
+    hash what finished stages wrote. Errors on entering: UserError when another process works there, when it belongs
+    to another recipe, when it is something else than a run directory, or when it cannot be written.
     """
 
-    def __init__(self, directory: Path, recipe: Recipe, verify: bool = False) -> None:
+    def __init__(self, directory: Path, recipe: Recipe, verify: bool = False, on: str = "local") -> None:
         self.directory = directory
         self.paths = RunPaths(directory)
         self.recipe = recipe
         self.verify = verify
+        self.on = on
         self.worked: set[str] = set()  # stages that had something to do in this process
         self._lock: int | None = None
         self._created: list[Path] = []  # directories that were created for this run, the deepest first

@@ -127,7 +127,7 @@ def answered(model: Path) -> list[bool]:
     from distill.recipe import LocalEngine
 
     card = load_benchmark("tiny-arithmetic")
-    prompts = list(load_prompts([card.prompts]))
+    prompts = list(load_prompts(card.sources))
     sampling = SamplingParams(**card.sampling.model_dump())
     with backends.open(Model("student", model), LocalEngine(dtype="float32")) as backend, Grader() as grader:
         answers = backend.complete((Job(prompt, (0,)) for prompt in prompts), sampling, seed=1)

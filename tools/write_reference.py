@@ -113,7 +113,7 @@ def sections(annotation: Any) -> list[type[Section]]:
             found.append(member)
         elif get_origin(member) is tuple:
             found += sections(get_args(member)[0])
-    return found
+    return list(dict.fromkeys(found))  # a union with a list of itself names each once
 
 
 def tag(section: type[Section]) -> str:
@@ -134,6 +134,8 @@ def type_name(annotation: Any) -> str:
             names.append("null")
         elif origin is Literal:
             names += [f"`{value}`" for value in inner]
+        elif origin is tuple and names and sections(inner[0]) and sections(inner[0]) == sections(annotation):
+            names.append("a list of them")
         elif origin is tuple:
             names.append(f"list of {type_name(inner[0])}")
         elif origin is dict or origin is Mapping:

@@ -4,7 +4,7 @@ Generation and evaluation both sample many answers of many prompts and must surv
 the one loop they share. A sample that is in the store is never requested again.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -45,6 +45,28 @@ def collect(
     suffix: text added to the last message of what the model is asked; the stored prompt stays as it was. allowance:
     what may be spent. Returns the number of samples made: fewer than wanted only where the allowance ends.
     """
+    made = 0
+    with closing(sampled(backend, jobs, sampling, seed, teacher, suffix, allowance)) as traces:
+        for trace in traces:
+            store.append([trace])
+            advance(1)
+            made += 1
+    return made
+
+
+def sampled(
+    backend: Backend,
+    jobs: Iterable[Job],
+    sampling: SamplingParams,
+    seed: int,
+    teacher: str,
+    suffix: str = "",
+    allowance: Allowance | None = None,
+) -> Generator[Trace, None, None]:
+    """Yield the samples of the jobs as they finish, for a caller that stores each before it asks for the next.
+
+    As `collect`; ends early where the allowance does. Lazy in `jobs`.
+    """
     prompts: dict[str, Prompt] = {}
     left: list[Job] = []
 
@@ -60,21 +82,19 @@ def collect(
             prompts[job.prompt.id] = job.prompt
             yield Job(prompt, samples)
 
-    made = 0
     while True:
-        before = made
+        made = 0
         with closing(backend.complete(admitted(), sampling, seed)) as completions:
             for done in completions:
                 trace = _trace(done, prompts[done.prompt.id], seed, teacher)
-                store.append([trace])
-                advance(1)
+                yield trace
                 made += 1
                 if allowance is not None:
                     allowance.settle(trace)
                     if allowance.over:
                         break
-        if allowance is None or not left or made == before or allowance.over:
-            return made
+        if allowance is None or not left or not made or allowance.over:
+            return
         allowance.release()
         jobs, left = left, []  # what was not used has become free
 

@@ -80,7 +80,7 @@ def _unreadable_golds(kind: "Kind", name: str) -> list[str]:
 
     sources = load_recipe(name).prompts if kind == "recipe" else ()
     if kind == "benchmark":
-        sources = (load_benchmark(name).prompts,)
+        sources = load_benchmark(name).sources
     files = [source.model_copy(update={"weight": None}) for source in sources if source.kind == "file"]
     if not files:
         return []

@@ -69,7 +69,8 @@ def score(
         typer.Option(
             "--source",
             metavar="NAME=FILE",
-            help="read a benchmark's problems from a file, such as a .jsonl or .csv; repeatable",
+            help="read a benchmark's problems from a file, such as a .jsonl or .csv; repeatable, also for a benchmark "
+            "of several sources",
         ),
     ] = None,
     published: Annotated[
@@ -109,7 +110,7 @@ def score(
         "limit": limit,
         "max_new_tokens": max_new_tokens,
         "published": published,
-        "sources": dict(_pair(item) for item in source or ()),
+        "sources": _files(source or ()),
     }
     _score_model(model, name, values, set_ or (), out)
     print(f"scores: {out}")
@@ -118,15 +119,25 @@ def score(
 def _score_model(
     model: str, name: str | None, values: Mapping[str, object], overrides: Sequence[str], out: Path
 ) -> None:
-    """values: of `eval:`. overrides: --set, of `eval:` or, as `engine.KEY`, of `engine:`."""
+    """values: of `eval:`. overrides: --set, of `eval:`, or as `engine.KEY` or `judge.KEY` of the section."""
     from distill.config import parse
     from distill.eval import evaluate_model
-    from distill.recipe import Eval, LocalEngine
+    from distill.recipe import Eval, Judge, LocalEngine
 
     engine = [item.removeprefix("engine.") for item in overrides if item.startswith("engine.")]
-    rest = [item.removeprefix("eval.") for item in overrides if not item.startswith("engine.")]
+    judge = [item.removeprefix("judge.") for item in overrides if item.startswith("judge.")]
+    rest = [item.removeprefix("eval.") for item in overrides if not item.startswith(("engine.", "judge."))]
     settings, local = parse(Eval, values, "--model", rest), parse(LocalEngine, {}, "--model", engine)
-    evaluate_model(model, name, settings, local, out, os.environ.get("OPENAI_API_KEY"))
+    asked = parse(Judge, {}, "--set judge", judge) if judge else None
+    evaluate_model(model, name, settings, local, out, os.environ.get("OPENAI_API_KEY"), judge=asked)
+
+
+def _files(items: Sequence[str]) -> dict[str, str | list[str]]:
+    """Benchmark → its file, or the list of its files in the order in which they are named."""
+    files: dict[str, list[str]] = {}
+    for name, path in map(_pair, items):
+        files.setdefault(name, []).append(path)
+    return {name: paths[0] if len(paths) == 1 else paths for name, paths in files.items()}
 
 
 def _pair(item: str) -> tuple[str, str]:

@@ -16,6 +16,13 @@ class StageName(StrEnum):
     eval = "eval"
 
 
+class Where(StrEnum):
+    """Where filters judge."""
+
+    local = "local"
+    ray = "ray"
+
+
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a name from `distill recipes list`, or a path")]
 SetOption = Annotated[
     list[str] | None,
@@ -35,5 +42,13 @@ FreshOption = Annotated[
         metavar="STAGE",
         help="move the output of this stage and of later ones to old/ and start over: "
         "generate, filter, train or eval; repeatable",
+    ),
+]
+OnOption = Annotated[
+    Where,
+    typer.Option(
+        "--on",
+        metavar="WHERE",
+        help="where filters judge: local, or ray, the cluster that RAY_ADDRESS names or a new one on this machine",
     ),
 ]

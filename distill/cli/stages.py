@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import FreshOption, RecipeArgument, RunDirOption, SetOption, StageName, VerifyOption
+from distill.cli.options import (
+    FreshOption,
+    OnOption,
+    RecipeArgument,
+    RunDirOption,
+    SetOption,
+    StageName,
+    VerifyOption,
+    Where,
+)
 from distill.errors import UserError
 
 
@@ -17,12 +26,13 @@ def run(
     run_dir: RunDirOption = None,
     fresh: FreshOption = None,
     verify: VerifyOption = False,
+    on: OnOption = Where.local,
 ) -> None:
     """Run the four stages and write the report. Finished stages are skipped, interrupted ones resume.
 
     Examples: `distill run tiny` · `distill run my.yaml --set generate.samples=4` · `distill run tiny --fresh train`
     """
-    run_stages(recipe, None, set_, run_dir, fresh, verify)
+    run_stages(recipe, None, set_, run_dir, fresh, verify, on)
 
 
 def generate(
@@ -45,12 +55,13 @@ def filter_(
     run_dir: RunDirOption = None,
     fresh: FreshOption = None,
     verify: VerifyOption = False,
+    on: OnOption = Where.local,
 ) -> None:
     """Stage 2: decide which traces are kept, and record why.
 
     Example: `distill filter tiny --set filter.select.per_prompt=1 --fresh filter`
     """
-    run_stages(recipe, [StageName.filter], set_, run_dir, fresh, verify)
+    run_stages(recipe, [StageName.filter], set_, run_dir, fresh, verify, on)
 
 
 def train(
@@ -74,6 +85,7 @@ def run_stages(
     run_dir: Path | None,
     fresh: Sequence[StageName] | None,
     verify: bool = False,
+    on: Where = Where.local,
 ) -> None:
     """Load the recipe and run the stages. Errors: UserError and WorkError."""
     from distill.catalog import load_recipe
@@ -83,7 +95,7 @@ def run_stages(
 
     directory = run_dir or default_run_dir(recipe)
     try:
-        run_recipe(recipe, directory, stages=stages, fresh=fresh or (), verify=verify)
+        run_recipe(recipe, directory, stages=stages, fresh=fresh or (), verify=verify, on=on.value)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             error.filename = error.filename or str(directory)  # a failed write to an open file does not say where

@@ -35,6 +35,7 @@ RENAMED: dict[str, str] = {
 
 SHOWN = 60  # characters of a wrong value or key in a message
 PROBLEMS = 10  # named in one message
+SHAPES = ("one", "several")  # branches of a value that may be one section or a list of them
 
 
 class Location(NamedTuple):
@@ -57,6 +58,8 @@ def walk(root: Model, location: Sequence[str | int]) -> Location:
         branches = [m for m in models if step in _tags(m)]
         if annotations:
             models = [model for annotation in annotations for model in _models(annotation)]
+        elif step in SHAPES:
+            continue
         elif branches and len(models) > 1:
             models = branches
             continue

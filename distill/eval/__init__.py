@@ -5,7 +5,7 @@ its files), so that another model, another benchmark, more problems or more samp
 student that was trained anew is refused rather than mixed with the old one's answers. Keeping all settings in the
 stage's record was rejected: adding a benchmark would throw the others away.
 
-The files: statistics.py (pure functions), votes.py (which answers are equal), benchmark.py (what is asked), models.py
+The files: statistics.py (pure functions), benchmark.py (what is asked), models.py
 (who is asked), evaluation.py (one model on one benchmark), this one (all of them, in order); compare.py (two
 evaluations side by side), metrics.py (pass@k and consensus for use elsewhere).
 """
@@ -17,21 +17,25 @@ from typing import TYPE_CHECKING
 from distill import backends
 from distill.artefacts import Comparison, EvalSummary, Interval, Scores, Settings
 from distill.backends.device import device_type
-from distill.console import say, table
+from distill.console import counted, say, table
 from distill.eval.benchmark import Benchmark, benchmarks_of, published_scores
 from distill.eval.compare import comparison_of
 from distill.eval.evaluation import Evaluation
+from distill.eval.judging import check_judge, judge_settings, opened_judge
 from distill.eval.models import Open, engine_for, model_at, models_of
-from distill.evaluations import difference_line, published_line
+from distill.evaluations import difference_line, judge_line, published_line
 from distill.fingerprint import digest
 from distill.grading import Grader
+from distill.grading.grade import AnswerJudge
 from distill.lock import locked
 from distill.stage import Stage
 
 if TYPE_CHECKING:
-    from distill.recipe import Eval, LocalEngine, Recipe
+    from distill.recipe import Eval, Judge, LocalEngine, Recipe
     from distill.run import Run
 
+INSTRUCTION_COLUMNS = ("model", "accuracy of", "strict (95 %)", "loose (95 %)")
+PARTS_SHOWN = 4  # sources whose scores fit beside one another in the terminal; scores.json and the report have all
 COLUMNS = ("model", "pass@1 (95 %)", "truncated", "no\nanswer", "unverifiable", "mean\ntokens")
 
 
@@ -73,7 +77,10 @@ class EvalStage(Stage[EvalSummary]):
         benchmarks = benchmarks_of(run.recipe.eval)
         evaluations = _evaluations(run, benchmarks)
         return {
-            "sizes": {item.name: [item.samples, item.limit, item.card.prompts.limit] for item in benchmarks},
+            "sizes": {
+                item.name: [item.samples, item.limit, *(source.limit for source in item.card.sources)]
+                for item in benchmarks
+            },
             "parts": {item.name: digest(item.settings) for of_model in evaluations for item in of_model},
             "sources": {item.name: item.source_identity() for item in benchmarks},
             "published": run.recipe.eval.published,
@@ -89,9 +96,10 @@ class EvalStage(Stage[EvalSummary]):
         begin()
         _prepare([evaluation for of_model in evaluations for evaluation in of_model])
         scores: list[Scores] = []
-        with Grader() as grader:
+        opened = opened_judge(benchmarks, run.recipe.judge, run.recipe.engine, run.paths.judgements)
+        with Grader() as grader, opened as judge:
             for of_model in evaluations:
-                scores += _evaluate(of_model, self.open, run.recipe.engine, recipe.max_batch, grader)
+                scores += _evaluate(of_model, self.open, run.recipe.engine, recipe.max_batch, grader, judge)
         order = [benchmark.name for benchmark in benchmarks]
         summary = EvalSummary(
             scores=tuple(sorted(scores, key=lambda row: order.index(row.benchmark))),  # stable: models keep their order
@@ -123,6 +131,7 @@ def evaluate_model(
     directory: Path,
     key: str | None = None,
     open_: Open = backends.open,
+    judge: "Judge | None" = None,
 ) -> EvalSummary:
     """Score one model without a recipe: a directory, a hub id, or an OpenAI-compatible server.
 
@@ -135,12 +144,14 @@ def evaluate_model(
     scored = model_at(model, name, key, open_, engine)
     _read_problems(benchmarks)
     remedy = "choose another --out, or delete that directory"
-    evaluations = [Evaluation(directory, benchmark, scored, remedy) for benchmark in benchmarks]
+    asked = judge_settings(benchmarks, judge)
+    evaluations = [Evaluation(directory, benchmark, scored, remedy, asked) for benchmark in benchmarks]
     for evaluation in evaluations:
         evaluation.refuse_other_settings()
-    with locked(directory), Grader() as grader:
+    opened = opened_judge(benchmarks, judge, engine, directory / "judgements")
+    with locked(directory), Grader() as grader, opened as answer_judge:
         _prepare(evaluations)
-        scores = _evaluate(evaluations, open_, engine, recipe.max_batch, grader)
+        scores = _evaluate(evaluations, open_, engine, recipe.max_batch, grader, answer_judge)
     summary = EvalSummary(scores=tuple(scores), published=published)
     show(summary)
     return summary
@@ -148,8 +159,10 @@ def evaluate_model(
 
 def _evaluations(run: "Run", benchmarks: Sequence[Benchmark]) -> list[list[Evaluation]]:
     """For each model, its evaluations by benchmark. Errors: UserError when samples were drawn with other settings."""
+    judge = judge_settings(benchmarks, run.recipe.judge)
     evaluations = [
-        [Evaluation(run.paths.eval, benchmark, model) for benchmark in benchmarks] for model in models_of(run)
+        [Evaluation(run.paths.eval, benchmark, model, judge=judge) for benchmark in benchmarks]
+        for model in models_of(run)
     ]
     for of_model in evaluations:
         for evaluation in of_model:
@@ -157,9 +170,11 @@ def _evaluations(run: "Run", benchmarks: Sequence[Benchmark]) -> list[list[Evalu
     return evaluations
 
 
-def check_benchmarks(recipe: "Eval") -> None:
+def check_benchmarks(recipe: "Eval", judge: "Judge | None" = None) -> None:
     """Read every problem of the benchmarks. Errors: UserError for an unknown benchmark, or one that cannot be used."""
-    _read_problems(benchmarks_of(recipe))
+    benchmarks = benchmarks_of(recipe)
+    check_judge(benchmarks, judge)
+    _read_problems(benchmarks)
 
 
 def _read_problems(benchmarks: Iterable[Benchmark]) -> None:
@@ -179,7 +194,12 @@ def _prepare(evaluations: Sequence[Evaluation]) -> None:
 
 
 def _evaluate(
-    evaluations: Sequence[Evaluation], open_: Open, engine: "LocalEngine", max_batch: int, grader: Grader
+    evaluations: Sequence[Evaluation],
+    open_: Open,
+    engine: "LocalEngine",
+    max_batch: int,
+    grader: Grader,
+    judge: AnswerJudge | None = None,
 ) -> list[Scores]:
     """The scores of one model on all benchmarks. It is loaded once, and only if samples are missing."""
     if incomplete := [evaluation for evaluation in evaluations if evaluation.needs_model()]:
@@ -190,7 +210,7 @@ def _evaluate(
             for evaluation in incomplete:
                 evaluation.sample(backend)
     for evaluation in evaluations:
-        evaluation.grade(grader)
+        evaluation.grade(grader, judge)
         evaluation.vote(grader)
     return [evaluation.score() for evaluation in evaluations]
 
@@ -212,11 +232,18 @@ def show(summary: EvalSummary) -> None:
     """Print the tables of scores, for each benchmark; differences and published scores below them."""
     for benchmark in dict.fromkeys(row.benchmark for row in summary.scores):
         rows = [row for row in summary.scores if row.benchmark == benchmark]
-        size = f"{rows[0].problems:,} problems × {rows[0].samples_per_problem:,}"  # the same for all models
+        size = f"{counted(rows[0].problems, 'problem')} × {rows[0].samples_per_problem:,}"  # the same for all models
         table(f"Scores on {benchmark}, {size}", COLUMNS, map(_cells, rows))
         if several := [row for row in rows if row.pass_at_k]:
             names = [f"pass@{k}" for k in several[0].pass_at_k] + [f"cons@{k}" for k in several[0].consensus_at_k]
-            table("", ("model", *names, "ties"), map(_cells_of_several, several))
+            ties = ("ties",) if several[0].consensus_at_k else ()
+            table("", ("model", *names, *ties), map(_cells_of_several, several))
+        if followed := [row for row in rows if row.instructions is not None]:
+            table("", INSTRUCTION_COLUMNS, (cells for row in followed for cells in _cells_of_instructions(row)))
+        if 1 < len(rows[0].parts) <= PARTS_SHOWN:
+            table("pass@1 by source", ("model", *rows[0].parts), map(_cells_of_parts, rows))
+        if (judged := judge_line(rows[0])) is not None:
+            say(f"note: {judged}")
         for comparison in summary.comparisons:
             if comparison.benchmark == benchmark:
                 say(difference_line(comparison))
@@ -239,8 +266,25 @@ def _cells(row: Scores) -> tuple[str, ...]:
 
 def _cells_of_several(row: Scores) -> tuple[str, ...]:
     estimates = [*row.pass_at_k.values(), *row.consensus_at_k.values()]
-    ties = next(iter(row.consensus_at_k.values())).ties
-    return (row.model, *map(_estimate, estimates), f"{ties:,}")
+    ties = [f"{score.ties:,}" for score in row.consensus_at_k.values()]
+    return (row.model, *map(_estimate, estimates), *ties)
+
+
+def _cells_of_instructions(row: Scores) -> list[tuple[str, ...]]:
+    scores = row.instructions
+    assert scores is not None
+    prompts, instructions = (
+        (_estimate(strict), _estimate(loose))
+        for strict, loose in (
+            (scores.prompt_strict, scores.prompt_loose),
+            (scores.instruction_strict, scores.instruction_loose),
+        )
+    )
+    return [(row.model, "prompts", *prompts), ("", "instructions", *instructions)]
+
+
+def _cells_of_parts(row: Scores) -> tuple[str, ...]:
+    return (row.model, *(_estimate(part.pass_at_1) for part in row.parts.values()))
 
 
 def _estimate(interval: Interval) -> str:

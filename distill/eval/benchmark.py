@@ -1,15 +1,18 @@
 """A benchmark as a recipe asks for it: which problems, how many samples of each, drawn how."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import JsonValue
+
 from distill import catalog
 from distill.artefacts import PublishedScores, Settings
 from distill.backends import SamplingParams
-from distill.console import say
+from distill.console import counted, say
 from distill.errors import UserError
 from distill.fingerprint import file_hash
 from distill.grading import require_grader, unreadable_golds
@@ -22,29 +25,30 @@ if TYPE_CHECKING:
     from distill.recipe.sources import PromptSource
 
 WORKERS, TIMEOUT = 2, 5.0  # of the processes that try to read gold answers; seconds of processor time for each
+COLUMNS = {"answer", "extract", "choices", "options", "labels", "template", "date", "since", "until", "task"}
 QUESTIONS = ("problem", "question", "prompt")  # columns in which copies of a benchmark keep their questions
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A card with a recipe's choices: at most `limit` problems of `source`, `samples` answers to each."""
+    """A card with a recipe's choices: at most `limit` problems of the sources, `samples` answers to each."""
 
     card: "BenchmarkCard"
     samples: int
     limit: int | None
     seed: int
-    source: "PromptSource"
+    sources: tuple["PromptSource", ...]
     max_new_tokens: int
 
     @classmethod
     def of(cls, card: "BenchmarkCard", recipe: "Eval") -> "Benchmark":
         """Apply a recipe's `eval:` to a card. Errors: UserError when no grader knows its task, or the file that the
         recipe names for it has other columns."""
-        require_grader(card.prompts.task, f"benchmark {card.name}", f"leave {card.name} out")
-        path = recipe.sources.get(card.name)
-        source = card.prompts if path is None else local_source(card, Path(path))
+        require_grader(card.task, f"benchmark {card.name}", f"leave {card.name} out")
+        paths = recipe.sources.get(card.name, ())
+        files = local_sources(card, [Path(path) for path in ((paths,) if isinstance(paths, str) else paths)])
         longest = recipe.max_new_tokens or card.sampling.max_new_tokens
-        return cls(card, recipe.samples or card.samples, recipe.limit, recipe.seed, source, longest)
+        return cls(card, recipe.samples or card.samples, recipe.limit, recipe.seed, files or card.sources, longest)
 
     @property
     def name(self) -> str:
@@ -60,12 +64,36 @@ class Benchmark:
     def prompts(self) -> list[Prompt]:
         """The problems. Errors: UserError when there are none, when their number is not the card's, when a problem has
         no answer or no grader, or the source cannot be read."""
+        return [prompt for _, prompt in self._labelled]
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """Source → the ids of its problems, for a benchmark of several sources; a problem belongs to the first."""
+        parts: dict[str, list[str]] = {}
+        if len(self.sources) > 1:
+            for label, prompt in self._labelled:
+                parts.setdefault(label, []).append(prompt.id)
+        return parts
+
+    @cached_property
+    def _labelled(self) -> list[tuple[str, Prompt]]:
+        """The problems, each with the name of its source."""
         counts = PromptCounts()
+        labelled = (
+            (label, prompt)
+            for label, source in zip(source_names(self.sources), self.sources, strict=True)
+            for prompt in load_prompts([source], counts)
+        )
         try:
-            prompts = list(islice(load_prompts([self.source], counts), self.limit))
+            problems = list(islice(labelled, self.limit))
         except UserError as error:
             hint = f"; or read {self.name} from a file: --source {self.name}=FILE, in a recipe eval.sources"
-            raise UserError(f"{error}{hint if self.source is self.card.prompts else ''}") from error
+            raise UserError(f"{error}{hint if self.sources == self.card.sources else ''}") from error
+        self._check([prompt for _, prompt in problems], counts.seen.total())
+        return problems
+
+    def _check(self, prompts: list[Prompt], total: int) -> None:
+        """Raise UserError for problems that cannot be used. total: rows that were read."""
         if not prompts:
             raise UserError(f"benchmark {self.name} has no problems: check `prompts` in its card")
         for prompt in prompts:
@@ -76,14 +104,13 @@ class Benchmark:
                 f"benchmark {self.name}: {len(unanswered):,} problems have no answer to compare with, the first is "
                 f"{start!r}…; remove them from its file"
             )
-        expected, total = self.card.problems, counts.seen.total()
+        expected = self.card.problems
         if expected is not None and (self.limit is None or self.limit >= expected) and total != expected:
             raise UserError(
                 f"benchmark {self.name} has {total:,} problems but its card says {expected:,}: this is another "
                 f"version of the data set; name the right revision or file, or set a limit (--limit, in a recipe "
                 f"eval.limit) to take the first problems"
             )
-        return prompts
 
     @cached_property
     def unreadable_golds(self) -> str | None:
@@ -91,26 +118,61 @@ class Benchmark:
         golds, tried = unreadable_golds(self.prompts, WORKERS, TIMEOUT)
         if not golds:
             return None
+        consequence = "an answer counts as correct only in the same spelling, else as unverifiable"
+        if self.card.task == "instructions":
+            consequence = "the responses to them are unverifiable"
         return (
             f"{self.name}: {len(golds):,} of {tried:,} gold answers cannot be read by a grader, such as "
-            f"{golds[0][:60]!r}: an answer counts as correct only in the same spelling, else as unverifiable"
+            f"{golds[0][:60]!r}: {consequence}"
         )
 
     def source_identity(self) -> Settings:
-        """Where the problems come from: a file that has grown or changed is another source. Errors: UserError when the
+        """Where the problems come from: a file that has grown or changed is another source. Errors: UserError when a
         file is missing."""
-        content = {"content": file_hash(Path(self.source.path))} if isinstance(self.source, FilePrompts) else {}
-        return self.source.settings() | content
+        return self._keyed(
+            source.settings() | ({"content": file_hash(Path(source.path))} if isinstance(source, FilePrompts) else {})
+            for source in self.sources
+        )
+
+    def described(self) -> Settings:
+        """The sources with all their fields, for scores.json."""
+        return self._keyed(source.model_dump(mode="json") for source in self.sources)
+
+    @staticmethod
+    def _keyed(sources: "Iterable[Mapping[str, JsonValue]]") -> Settings:
+        """The fields of a single source unchanged; the fields of several sources with their index: `0.dataset`."""
+        each = list(sources)
+        if len(each) == 1:
+            return dict(each[0])
+        return {f"{place}.{key}": value for place, fields in enumerate(each) for key, value in fields.items()}
 
     def settings(self) -> Settings:
         """What decides the samples besides the model: dotted keys → JSON values.
 
         The path of a file is not part of it: samples belong to the text of a problem, and the file may move, or grow.
         """
-        settings = {f"prompts.{key}": value for key, value in self.source.settings().items() if key != "path"}
+        fields = [{key: value for key, value in source.settings().items() if key != "path"} for source in self.sources]
+        settings = {f"prompts.{key}": value for key, value in self._keyed(fields).items()}
         settings |= {f"sampling.{key}": value for key, value in self.card.sampling.settings().items()}
         settings["sampling.max_new_tokens"] = self.max_new_tokens
         return settings | {"prompt_suffix": self.card.prompt_suffix, "seed": self.seed}
+
+
+def source_names(sources: "Sequence[PromptSource]") -> list[str]:
+    """A short name for each source, no two alike: its subset, its dataset or its file, whatever tells them apart."""
+    forms = [[_names(source)[form] for source in sources] for form in range(3)]
+    names = next((names for names in forms if len(set(names)) == len(names) and all(names)), None)
+    return names or [f"source {number}" for number in range(len(sources))]
+
+
+def _names(source: "PromptSource") -> tuple[str, str, str]:
+    match source.kind:
+        case "hub":
+            last = source.dataset.rpartition("/")[2]
+            return source.subset or "", last, f"{last}/{source.subset or ''}/{source.split}"
+        case "file":
+            return Path(source.path).stem, Path(source.path).name, source.path
+    return source.name, source.name, f"{source.name} {source.seed}"
 
 
 def benchmarks_of(recipe: "Eval") -> list[Benchmark]:
@@ -130,28 +192,50 @@ def benchmarks_of(recipe: "Eval") -> list[Benchmark]:
     return benchmarks
 
 
-def local_source(card: "BenchmarkCard", path: Path) -> FilePrompts:
-    """A file in place of the card's source: its columns are the card's, or those that copies usually have.
+def local_sources(card: "BenchmarkCard", paths: Sequence[Path]) -> tuple[FilePrompts, ...]:
+    """Files in place of the card's sources: their columns are the card's, or the names that copies usually have.
+
+    paths: as many as the card has sources, in the same order, or one with the problems of all of them. Errors:
+    UserError for another number, and as `_local_source`.
+    """
+    sources = card.sources
+    if len(paths) == 1 and len(sources) > 1:
+        columns = [source.model_dump(include=COLUMNS) for source in sources]
+        if any(each != columns[0] for each in columns):
+            raise UserError(
+                f"eval.sources: the {len(sources)} sources of {card.name} have different columns; give a file for each"
+            )
+        sources = sources[:1]
+    if paths and len(paths) != len(sources):
+        raise UserError(
+            f"eval.sources: {len(paths)} files for {card.name}, which has {counted(len(sources), 'source')}; give a "
+            f"file for each, in the same order, or one with all problems"
+        )
+    files = [_local_source(card.name, source, path) for source, path in zip(sources, paths, strict=bool(paths))]
+    count = sum(rows for _, rows in files)
+    if files and card.problems not in (None, count):
+        where = ", ".join(map(str, paths))
+        say(f"note: {where} has {count:,} rows, {card.name} has {card.problems:,} problems: is it the right file?")
+    return tuple(source for source, _ in files)
+
+
+def _local_source(name: str, source: "PromptSource", path: Path) -> tuple[FilePrompts, int]:
+    """The file in place of a source, and its number of rows.
 
     Errors: UserError when the file cannot be read, is empty, or has no column with the questions.
     """
-    prompts = card.prompts
-    if isinstance(prompts, ProceduralPrompts | GymPrompts):
-        raise UserError(
-            f"eval.sources: the problems of {card.name} are generated, not read from a file; remove its entry"
-        )
+    if isinstance(source, ProceduralPrompts | GymPrompts):
+        raise UserError(f"eval.sources: the problems of {name} are generated, not read from a file; remove its entry")
     rows = rows_of_file(path)
     where, row = next(rows, (str(path), None))
     if row is None:
         raise UserError(f"{path}: no rows; give a file with at least one problem")
     count = 1 + sum(1 for _ in rows)
-    if card.problems not in (None, count):
-        say(f"note: {path} has {count:,} rows, {card.name} has {card.problems:,} problems: is it the right file?")
-    question = next((name for name in (prompts.question, *QUESTIONS) if name in row), None)
+    question = next((column for column in (source.question, *QUESTIONS) if column in row), None)
     if question is None:
-        raise UserError(f"{where}: no column {prompts.question} with the question; the columns are {', '.join(row)}")
-    columns = prompts.model_dump(include={"answer", "extract", "choices", "date", "since", "until", "task"})
-    return FilePrompts(kind="file", path=str(path), question=question, **columns)
+        raise UserError(f"{where}: no column {source.question} with the question; the columns are {', '.join(row)}")
+    columns = source.model_dump(include=COLUMNS)
+    return FilePrompts(kind="file", path=str(path), question=question, **columns), count
 
 
 def published_scores(benchmarks: list[Benchmark], model: str | None) -> list[PublishedScores]:

@@ -74,8 +74,7 @@ def _pass_at_1(correct: Mapping[str, Sequence[bool]]) -> float:
 
 
 def _differences(first: Results, second: Results, common: Iterable[str]) -> list[str]:
-    """What was not the same: settings, as `key: first, second`, but those that make the models two; the number of
-    samples; the gold answers of problems."""
+    """What differs besides the model: settings, as `key: first, second`, the number of samples, the gold answers."""
     a, b = first.scores.settings, second.scores.settings
     keys = [key for key in {**a, **b} if not key.startswith("model.") or key.startswith("model.numerics")]
     differing = [f"{key}: {_shown(a.get(key))}, {_shown(b.get(key))}" for key in keys if a.get(key) != b.get(key)]
@@ -144,13 +143,13 @@ def _evaluations(directory: Path, model: str | None) -> dict[str, Path]:
     """Benchmark → the directory of the model's evaluation. Errors: UserError when there is none, or no such model."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give a run directory, or the --out of `distill eval --model`")
-    found = finished_evaluations(_root(directory))
-    if not found:
+    evaluations = finished_evaluations(_root(directory))
+    if not evaluations:
         raise UserError(
             f"{directory} has no finished evaluation; `distill eval` makes one, and finishes one that was interrupted"
         )
     chosen = {}
-    for benchmark, models in found.items():
+    for benchmark, models in evaluations.items():
         name = model or ("student" if "student" in models else next(iter(models)) if len(models) == 1 else None)
         if name in models:
             chosen[benchmark] = models[name]
@@ -159,6 +158,6 @@ def _evaluations(directory: Path, model: str | None) -> dict[str, Path]:
                 f"{directory} has several models on {benchmark}: choose one of {', '.join(models)} with --models"
             )
     if not chosen:
-        names = sorted({name for models in found.values() for name in models})
+        names = sorted({name for models in evaluations.values() for name in models})
         raise UserError(f"{directory} has no model {model}; --models can name {', '.join(names)}")
     return chosen

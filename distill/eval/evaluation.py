@@ -11,7 +11,7 @@ A finished evaluation has a record of its files (`distill.evaluations`). Files t
 """
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from distill import __version__
-from distill.artefacts import Scores, Settings
+from distill.artefacts import Interval, PartScore, Scores, Settings
 from distill.backends import Backend, Job, SamplingParams
 from distill.backends.collect import asked, check_all, collect, missing
 from distill.chat import THINK
@@ -30,8 +30,7 @@ from distill.durable import sync_directory, write_whole
 from distill.errors import UserError
 from distill.eval.benchmark import Benchmark
 from distill.eval.models import length_function, length_unit
-from distill.eval.statistics import Sample, summarise
-from distill.eval.votes import classes
+from distill.eval.statistics import Followed, Sample, pass_at_1, summarise
 from distill.evaluations import (
     DrawnWith,
     EvaluationPaths,
@@ -43,6 +42,11 @@ from distill.evaluations import (
     read_votes,
 )
 from distill.fingerprint import digest
+from distill.grading import GRADERS
+from distill.grading.instructions import number_of_instructions
+from distill.grading.judged import JUDGE
+from distill.grading.mixed import graded
+from distill.grading.votes import classes
 from distill.integrity import record_files
 from distill.models import Model, Server
 from distill.traces.ledger import Ledger
@@ -51,6 +55,7 @@ from distill.traces.trace import Trace
 
 if TYPE_CHECKING:
     from distill.grading import Grade, Grader
+    from distill.grading.grade import AnswerJudge
 
 PACKAGES = ("torch", "transformers", "sympy")  # whose versions a score may depend on
 LONGEST = "sampling.max_new_tokens"  # as it was used
@@ -59,13 +64,23 @@ IN_A_RUN = "--fresh eval moves all evaluations of this run aside, or choose anot
 
 
 class Evaluation:
-    """The directory `<benchmark>/<model>` below `root`. remedy: how to get rid of samples that were drawn otherwise."""
+    """The directory `<benchmark>/<model>` below `root`. remedy: how to get rid of samples that were drawn otherwise.
+    judge: what decides the verdicts of a judge, where the benchmark needs one."""
 
-    def __init__(self, root: Path, benchmark: Benchmark, model: Model, remedy: str = IN_A_RUN) -> None:
+    def __init__(
+        self,
+        root: Path,
+        benchmark: Benchmark,
+        model: Model,
+        remedy: str = IN_A_RUN,
+        judge: "Settings | None" = None,
+    ) -> None:
         self.benchmark, self.model, self.remedy = benchmark, model, remedy
         self.name = f"{benchmark.name}/{model.name}"
         self.paths = EvaluationPaths(root / benchmark.name / model.name)
         self.settings = benchmark.settings() | _of_model(model.identity)
+        if benchmark.card.task == JUDGE and judge is not None:
+            self.settings |= {f"judge.{key}": value for key, value in judge.items()}
         self.store = TraceStore(self.paths.traces)
 
     @cached_property
@@ -161,7 +176,7 @@ class Evaluation:
             collect(backend, self.store, jobs, sampling, self.benchmark.seed, digest(settings), advance, suffix)
         self.store.compact()
 
-    def grade(self, grader: "Grader") -> None:
+    def grade(self, grader: "Grader", judge: "AnswerJudge | None" = None) -> None:
         """Grade the wanted samples that have no grade yet. The tokenizer is loaded only when there are any."""
         ungraded = set(self.wanted) - read_grades(self.paths.grades).keys()
         if not ungraded:
@@ -174,13 +189,13 @@ class Evaluation:
             Ledger(self.paths.grades) as ledger,
             progress(f"grade {self.name}", len(self.wanted), "samples", done) as advance,
         ):
-            for trace, grade in grader.grade(items):
+            for trace, grade in graded(grader, judge, items):
                 ledger.add(_row(trace, grade, length).to_row())
                 advance(1)
 
     def vote(self, grader: "Grader") -> None:
         """Find out which of a problem's answers are equal, where that is not known yet."""
-        if self.benchmark.samples < 2:
+        if self.benchmark.samples < 2 or not GRADERS[self.benchmark.card.task].votes:
             return
         answers: dict[str, dict[str, None]] = {}
         for row in self._counted():
@@ -201,8 +216,9 @@ class Evaluation:
 
     def score(self) -> Scores:
         """Write scores.json and then record.json; returns the scores."""
-        known = read_votes(self.paths.votes)
-        statistics = summarise(_sample(row, known.get(row.prompt, {})) for row in self._counted())
+        known, counted = read_votes(self.paths.votes), self._counted()
+        samples = [_sample(row, known.get(row.prompt, {})) for row in counted]
+        statistics = summarise(samples, GRADERS[self.benchmark.card.task].votes)
         drawn = self._drawn_with()
         assert drawn is not None, "samples are graded only when it is known how they were drawn"
         scores = Scores(
@@ -216,6 +232,8 @@ class Evaluation:
             effective_trials=statistics.effective_trials,
             pass_at_k=statistics.pass_at_k,
             consensus_at_k=statistics.consensus_at_k,
+            instructions=statistics.instructions,
+            parts=self._parts(counted),
             truncated_rate=statistics.truncated_rate,
             no_answer_rate=statistics.no_answer_rate,
             unverifiable_rate=statistics.unverifiable_rate,
@@ -225,7 +243,7 @@ class Evaluation:
             median_reasoning_tokens=statistics.median_reasoning_tokens,
             reasoning_unit=length_unit(self.model),
             interval="95 %: Wilson's score interval with the effective trials of problems as clusters",
-            source=self.benchmark.source.model_dump(mode="json"),
+            source=self.benchmark.described(),
             prompts_hash=digest([prompt.id for prompt in self.benchmark.prompts]),
             settings=drawn,
             versions={
@@ -245,10 +263,16 @@ class Evaluation:
 
     def correct(self) -> dict[str, list[bool]]:
         """Prompt id → whether each of its samples is right."""
-        correct: dict[str, list[bool]] = {}
-        for row in self._counted():
-            correct.setdefault(row.prompt, []).append(row.correct)
-        return correct
+        return _correct(self._counted())
+
+    def _parts(self, counted: Sequence[GradeRow]) -> dict[str, PartScore]:
+        """pass@1 by source, for a benchmark of several."""
+        correct, parts = _correct(counted), {}
+        for label, prompts in self.benchmark.parts.items():
+            estimate = pass_at_1([correct[prompt] for prompt in prompts])
+            interval = Interval(value=estimate.value, low=estimate.low, high=estimate.high)
+            parts[label] = PartScore(problems=len(prompts), pass_at_1=interval)
+        return parts
 
     def _counted(self) -> list[GradeRow]:
         grades = read_grades(self.paths.grades)
@@ -344,6 +368,21 @@ def _row(trace: Trace, grade: "Grade", length: Callable[[str], int]) -> GradeRow
     )
 
 
+def _correct(rows: Iterable[GradeRow]) -> dict[str, list[bool]]:
+    correct: dict[str, list[bool]] = {}
+    for row in rows:
+        correct.setdefault(row.prompt, []).append(row.correct)
+    return correct
+
+
+def _followed(row: GradeRow) -> Followed | None:
+    """Which instructions a sample follows. One without a response, or whose check was not made, follows none."""
+    if (outcomes := row.followed) is not None:
+        return Followed(*map(tuple, outcomes))
+    count = number_of_instructions(str(row.evidence.get("gold")))
+    return Followed((False,) * count, (False,) * count) if count else None
+
+
 def _sample(row: GradeRow, classes: Mapping[str, int]) -> Sample:
     return Sample(
         problem=row.prompt,
@@ -353,4 +392,5 @@ def _sample(row: GradeRow, classes: Mapping[str, int]) -> Sample:
         completion_tokens=row.completion_tokens,
         reasoning_tokens=row.reasoning_tokens,
         vote=None if row.vote is None else classes.get(row.vote),
+        followed=_followed(row),
     )

@@ -14,9 +14,9 @@ import datasets
 import evaluate
 
 from distill.eval.statistics import Estimate, Vote, consensus, pass_at_k
-from distill.eval.votes import classes
 from distill.grading import Grader
 from distill.grading.math import final_answer
+from distill.grading.votes import classes
 from distill.prompts.prompt import Prompt
 
 Result = dict[str, float]

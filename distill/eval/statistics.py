@@ -36,16 +36,25 @@ from math import comb, sqrt
 from statistics import fmean, median
 from typing import Literal
 
-from distill.artefacts import ConsensusScore, Interval
+from distill.artefacts import ConsensusScore, InstructionScores, Interval
 
 Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 CAUTION = 0.125  # c of the docstring, in units of p(1 - p): half a problem at p = 1/2
 
 
 @dataclass(frozen=True)
+class Followed:
+    """Whether a response follows each instruction of its prompt, as it stands (strict) and in a variant (loose)."""
+
+    strict: tuple[bool, ...]
+    loose: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class Sample:
     """One graded answer. Tokens are the answering model's; `reasoning_tokens` is 0 without reasoning. vote: the number
-    of its class among the problem's answers (votes.py), None where no answer is marked."""
+    of its class among the problem's answers (`distill.grading.votes`), None where no answer is marked. followed: of
+    instructions."""
 
     problem: str
     verdict: Literal["correct", "wrong", "unverifiable"]
@@ -54,6 +63,7 @@ class Sample:
     completion_tokens: int | None  # None: the server does not count them
     reasoning_tokens: int
     vote: int | None = None
+    followed: Followed | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,23 @@ def pass_at_k(correct: Sequence[Sequence[bool]], k: int, samples: int | None = N
         return pass_at_1(correct)
     shares = [1 - comb(len(row) - sum(row), k) / comb(len(row), k) for row in correct]
     return _estimate(shares, fmean(k / len(row) for row in correct))
+
+
+def share_of_parts(parts: Sequence[Sequence[bool]]) -> Estimate:
+    """The share of all parts that are true, clustered by problem. parts: of each problem, at least one.
+
+    The share is a ratio, Σ yᵢ / Σ nᵢ for yᵢ true parts among the nᵢ of problem i, so its design effect is that of a
+    ratio estimator: (Σ (yᵢ - p nᵢ)² + c m) / (N p (1 - p) + c), for N parts, m of them a problem on average. Where all
+    parts are true, or none is, it is m: each problem then counts as one trial. It is never below 1.
+    """
+    if not parts or not all(parts):
+        raise ValueError("a share of parts needs at least one problem, and at least one part of every problem")
+    total = sum(map(len, parts))
+    p = sum(map(sum, parts)) / total
+    spread = sum((sum(row) - p * len(row)) ** 2 for row in parts)
+    effect = (spread + CAUTION * total / len(parts)) / (total * p * (1 - p) + CAUTION)
+    effective = total / max(1.0, effect)
+    return Estimate(p, *wilson(p, effective), effective)
 
 
 def _range(counts: set[int]) -> str:
@@ -214,6 +241,7 @@ class Statistics:
     effective_trials: float
     pass_at_k: dict[int, Interval]
     consensus_at_k: dict[int, ConsensusScore]
+    instructions: InstructionScores | None
     truncated_rate: float
     no_answer_rate: float
     unverifiable_rate: float
@@ -223,8 +251,11 @@ class Statistics:
     median_reasoning_tokens: float
 
 
-def summarise(samples: Iterable[Sample]) -> Statistics:
-    """The statistics of graded samples. Errors: ValueError when there is none."""
+def summarise(samples: Iterable[Sample], votes: bool = True) -> Statistics:
+    """The statistics of graded samples. votes: whether answers can be equal, else there is no consensus.
+
+    Errors: ValueError when there is no sample.
+    """
     samples = list(samples)
     problems: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -242,7 +273,8 @@ def summarise(samples: Iterable[Sample]) -> Statistics:
         pass_at_1=_interval(estimate),
         effective_trials=estimate.effective,
         pass_at_k=_pass_at_several_k(correct) if several else {},
-        consensus_at_k=_consensus_of_all(list(problems.values())) if several else {},
+        consensus_at_k=_consensus_of_all(list(problems.values())) if several and votes else {},
+        instructions=_instructions(list(problems.values())),
         truncated_rate=fmean(sample.truncated for sample in samples),
         no_answer_rate=fmean(not sample.answered for sample in samples),
         unverifiable_rate=fmean(sample.verdict == "unverifiable" for sample in samples),
@@ -269,6 +301,24 @@ def _consensus_of_all(problems: Sequence[Sequence[Sample]]) -> dict[int, Consens
         value=estimate.value, low=estimate.low, high=estimate.high, ties=result.ties, silent=result.silent
     )
     return {len(votes[0]): score}
+
+
+def _instructions(problems: Sequence[Sequence[Sample]]) -> InstructionScores | None:
+    """IFEval's four accuracies; None where the problems are not instructions."""
+    followed = [[sample.followed for sample in samples if sample.followed is not None] for samples in problems]
+    if not all(followed):
+        return None
+    strict, loose = ([[getattr(each, level) for each in rows] for rows in followed] for level in ("strict", "loose"))
+    at_prompts = [pass_at_1([[all(parts) for parts in rows] for rows in level]) for level in (strict, loose)]
+    at_parts = [
+        share_of_parts([[one for parts in rows for one in parts] for rows in level]) for level in (strict, loose)
+    ]
+    return InstructionScores(
+        prompt_strict=_interval(at_prompts[0]),
+        prompt_loose=_interval(at_prompts[1]),
+        instruction_strict=_interval(at_parts[0]),
+        instruction_loose=_interval(at_parts[1]),
+    )
 
 
 def _interval(estimate: Estimate) -> Interval:

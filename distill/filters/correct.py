@@ -1,17 +1,26 @@
 """Correctness: the grade of the answer, as a verdict. Unverifiable is dropped like wrong, but under its own reasons."""
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
 
 from pydantic import Field
 
-from distill.filters.base import Candidate, Example, TraceFilter
+from distill.filters.base import Candidate, Example, Judging, Resources, StreamFilter
 from distill.grading.grade import Grade
 from distill.section import Free
 from distill.traces.trace import Verdict
 
+if TYPE_CHECKING:
+    from distill.grading.grader import Grader
+    from distill.prompts.prompt import Prompt
 
-class Correct(TraceFilter):
+K = TypeVar("K")
+
+AHEAD = 256  # traces that were read and have no grade yet
+
+
+class Correct(StreamFilter):
     """Keep traces whose answer equals the gold one. Unverifiable answers are dropped too, and counted apart."""
 
     timeout: float = Field(5.0, gt=0, description="processor seconds for one comparison; a longer one is unverifiable")
@@ -25,14 +34,50 @@ class Correct(TraceFilter):
         "unverifiable": "it cannot be decided, for the reason named",
     }
     examples = (
-        Example("correct", "<think>a</think>42", grade=Grade("correct", "equal", {"gold": "42"})),
-        Example("wrong", "<think>a</think>41", grade=Grade("wrong", "not equal")),
-        Example("unverifiable: timeout", "<think>a</think>9^{9^9}", grade=Grade("unverifiable", "timeout")),
+        Example("correct", "<think>a</think>42", outcome=Grade("correct", "equal", {"gold": "42"})),
+        Example("wrong", "<think>a</think>41", outcome=Grade("wrong", "not equal")),
+        Example("unverifiable: timeout", "<think>a</think>9^{9^9}", outcome=Grade("unverifiable", "timeout")),
     )
 
-    def judge(self, candidate: Candidate) -> Verdict:
+    @contextmanager
+    def opened(self, resources: Resources) -> Iterator[Judging]:
+        """Start the grading processes. Outcomes are grades. Errors: WorkError when a process does not start."""
+        from distill.grading.grader import Grader  # a recipe is read without graders
+        from distill.grading.mixed import graded
+
+        with Grader(self.workers, self.timeout) as grader, resources.judge(self.name) as judge:
+
+            def judging(candidates: Iterable[tuple[K, Candidate]]) -> Iterator[tuple[K, object]]:
+                items = ((key, each.trace.prompt, each.trace.answer) for key, each in candidates)
+                return _bounded(grader, items) if judge is None else graded(grader, judge, items)
+
+            yield judging
+
+    def verdict_on(self, outcome: object) -> Verdict:
         """Turn the grade into a verdict. The evidence has what was compared, and how."""
-        grade = candidate.grade
-        assert grade is not None, "the pipeline grades where this filter is on"
-        reason = f"unverifiable: {grade.reason}" if grade.verdict == "unverifiable" else grade.verdict
-        return self.verdict(reason, **{"judged": grade.reason, **grade.evidence})
+        assert isinstance(outcome, Grade)
+        reason = f"unverifiable: {outcome.reason}" if outcome.verdict == "unverifiable" else outcome.verdict
+        return self.verdict(reason, **{"judged": outcome.reason, **outcome.evidence})
+
+
+def _bounded(grader: "Grader", items: "Iterator[tuple[K, Prompt, str]]") -> Iterator[tuple[K, Grade]]:
+    """The grades of items, at most `AHEAD` of which wait at a time.
+
+    A grader holds the grades that need no worker until one that does is finished, which may be never.
+    """
+    waiting = 0
+    ended = False
+
+    def some() -> "Iterator[tuple[K, Prompt, str]]":
+        nonlocal waiting, ended
+        while waiting < AHEAD:
+            if (item := next(items, None)) is None:
+                ended = True
+                return
+            waiting += 1
+            yield item
+
+    while not ended:
+        for result in grader.grade(some()):
+            waiting -= 1
+            yield result

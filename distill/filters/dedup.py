@@ -3,15 +3,17 @@
 Near-duplicates and duplicates across prompts are another question (was it asked twice?), with other evidence.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from distill.filters.base import OK, ChoosingFilter, Group
-from distill.filters.judged import Judged, Key
+from pydantic import JsonValue
+
+from distill.filters.base import OK, Candidate, Group, GroupFilter, PromptGroup, Resources
 from distill.traces.trace import Verdict
 
 
-class Dedup(ChoosingFilter):
+class Dedup(GroupFilter):
     """Keep the first of several identical answers to one prompt."""
 
     name = "dedup"
@@ -21,12 +23,17 @@ class Dedup(ChoosingFilter):
     }
     examples = (Group((OK, "duplicate", OK), ("20 + 22 = 42", "20 + 22\n  = 42", "22 + 20 = 42")),)
 
-    def choose(self, survivors: Sequence[Judged], seed: int) -> dict[Key, Verdict]:
-        """Keep first samples; the evidence names the one that stays. The order of `survivors` does not matter."""
-        first: dict[tuple[str, str], int] = {}
-        verdicts = {}
-        for trace in sorted(survivors, key=lambda trace: trace.key):
-            prompt, sample = trace.key
-            stays = first.setdefault((prompt, trace.spelling), sample)
-            verdicts[trace.key] = self.verdict(OK) if stays == sample else self.verdict("duplicate", of_sample=stays)
+    def note(self, candidate: Candidate) -> JsonValue:
+        """32 hex digits over the text with every run of white space as one space."""
+        spelling = " ".join(candidate.trace.text.split())
+        return hashlib.sha256(spelling.encode(errors="surrogatepass")).hexdigest()[:32]
+
+    def judge_group(self, group: PromptGroup, resources: Resources) -> Sequence[Verdict]:
+        """Keep first samples; the evidence names the sample that stays."""
+        first: dict[JsonValue, int] = {}
+        verdicts = []
+        for trace in group.survivors:
+            stays = first.setdefault(self.noted(trace), trace.key[1])
+            is_first = stays == trace.key[1]
+            verdicts.append(self.verdict(OK) if is_first else self.verdict("duplicate", of_sample=stays))
         return verdicts

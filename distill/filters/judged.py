@@ -1,11 +1,12 @@
-"""What the pipeline remembers of a trace: its verdicts and the few figures that later filters and the summary need.
+"""What is recorded of a trace: its verdicts, and the few figures that later filters and the summary need.
 
-The text itself stays on the disk. Each is one row of the verdict ledger.
+One row of the verdict ledger. The text itself is not part of it.
 """
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+from pydantic import JsonValue
 
 from distill.traces.ledger import Row
 from distill.traces.trace import TOKENS, WORDS, Trace, Verdict
@@ -17,33 +18,31 @@ Key = tuple[str, int]
 class Judged:
     """The figures of one trace.
 
-    digest: `Trace.digest`. spelling: 32 hex digits over the text with every run of white space as one space. tokens:
-    None where their number is not known. characters, reasoning_characters: of the whole text and of its reasoning.
-    verdicts: in the funnel's order.
+    digest: `Trace.digest`. tokens: None where their number is not known. characters, reasoning_characters: of the whole
+    text and of its reasoning. verdicts: in the funnel's order. notes: filter → what it noted of the trace.
     """
 
     key: Key
     digest: str
-    spelling: str
     tokens: int | None
     words: int
     characters: int
     reasoning_characters: int
     verdicts: list[Verdict] = field(default_factory=list)
+    notes: dict[str, JsonValue] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, trace: Trace, verdicts: list[Verdict]) -> "Judged":
-        """The figures of a trace with the verdicts on it."""
-        words = trace.text.split()
+    def of(cls, trace: Trace, verdicts: list[Verdict], notes: dict[str, JsonValue] | None = None) -> "Judged":
+        """The figures of a trace with the verdicts and notes on it."""
         return cls(
             trace.key,
             trace.digest,
-            hashlib.sha256(" ".join(words).encode(errors="surrogatepass")).hexdigest()[:32],
             trace.tokens or None,
-            len(words),
+            len(trace.text.split()),
             len(trace.text),
             len(trace.reasoning or ""),
             verdicts,
+            notes or {},
         )
 
     @property
@@ -64,8 +63,10 @@ class Judged:
         return vars(self) | {"key": list(self.key), "verdicts": [verdict.to_dict() for verdict in self.verdicts]}
 
     @classmethod
-    def from_row(cls, row: Row) -> "Judged":
-        """The figures that `to_row` described."""
+    def from_row(cls, row: Row) -> "Judged | None":
+        """The figures that `to_row` described; None for a row that an earlier version wrote with other figures."""
+        if row.keys() != {f.name for f in fields(cls)}:
+            return None
         prompt, sample = row["key"]
         return cls(**(row | {"key": (prompt, sample), "verdicts": [Verdict(**v) for v in row["verdicts"]]}))
 

@@ -13,31 +13,43 @@ of one identity, and `--fresh generate` moves the filter's output aside too. A t
 row in the ledger was written for is judged again.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 from distill import console
-from distill.artefacts import FilterSummary, GenerateSummary, Settings
-from distill.errors import UserError
-from distill.filters.base import Candidate
-from distill.filters.judged import Judged, Key
-from distill.filters.summary import print_summary, summarise
-from distill.grading import Grade, Grader, require_grader
-from distill.recipe import Filter, Recipe
+from distill.artefacts import FilterSummary, GenerateSummary, RunPaths, Settings
+from distill.durable import replacing
+from distill.errors import UserError, WorkError
+from distill.filters.base import ChoosingFilter, CorpusFilter, GroupFilter, PromptGroup, Resources
+from distill.filters.cluster import ClusterJudge, require_ray
+from distill.filters.judge import Judge
+from distill.filters.judged import Judged
+from distill.filters.resources import RunResources
+from distill.filters.summary import Tally, print_summary
+from distill.filters.table import JudgedTable, Survivors
+from distill.grading import require_grader
+from distill.grading.judge import check_budget
+from distill.grading.mixed import require_judge
+from distill.recipe import Recipe
 from distill.run import Run
 from distill.stage import Stage
-from distill.traces.ledger import Ledger
-from distill.traces.store import TraceStore
-from distill.traces.trace import Trace, content_hash
+from distill.traces.ledger import Ledger, line_of
+from distill.traces.store import Decision, TraceStore
+from distill.traces.trace import Trace, Verdict, content_hash
 
 KEPT, DROPPED = 0, 1  # of the two directories
 
 
 def check_gradable(recipe: Recipe) -> None:
     """Raise UserError when the filters cannot judge what the prompts ask. Cheap: worth asking before generating."""
+    if recipe.judge is not None:
+        check_budget(recipe.judge)
     if not recipe.filter.correct:
         return
+    require_judge(recipe.tasks, recipe.judge is not None, "filter.correct")
     for i, source in enumerate((*recipe.prompts, *recipe.traces)):
         task = getattr(source, "task", "math")  # procedural problems are mathematics
         require_grader(task, "filter.correct", "set it to false, or leave such prompts out")
@@ -46,6 +58,14 @@ def check_gradable(recipe: Recipe) -> None:
                 f"filter.correct: prompts.{i} has no gold answers (its `answer` is null), so all of its traces would "
                 f"be dropped; set filter.correct to false, or name the column with the answers"
             )
+
+
+def load_resources(recipe: Recipe, judgements: Path | None = None) -> RunResources:
+    """Load what the filters need besides the traces. Errors: UserError, such as for a benchmark that cannot be read."""
+    resources = RunResources(recipe, judgements)
+    for each in (*recipe.filter.judging_filters(), *recipe.filter.choosing_filters()):
+        each.check(resources)
+    return resources
 
 
 class FilterStage(Stage[FilterSummary]):
@@ -62,17 +82,20 @@ class FilterStage(Stage[FilterSummary]):
         return recipe.filter_settings()
 
     def settings(self, run: Run) -> Settings:
-        """Those of the recipe."""
-        return self.recipe_settings(run.recipe)
+        """Those of the recipe, and the judge's identity where one is asked."""
+        settings, judge = self.recipe_settings(run.recipe), run.recipe.judge
+        if judge is not None and run.recipe.filters_ask_the_judge:
+            settings |= {f"judge_model.{key}": value for key, value in run.models.judge.identity.items()}
+        return settings
 
     def extent(self, run: Run) -> Settings:
         """The traces: from the record of a finished `generate`, else from the store. UserError when there are none."""
         if (generated := run.stored_summary("generate", GenerateSummary)) is not None:
             return {"traces": generated.traces, "content": generated.content_hash}
-        digests = [figures.digest for figures in TraceStore(run.paths.traces).figures()]
-        if not digests:
+        store = TraceStore(run.paths.traces)
+        if store.is_empty():
             raise UserError(f"{run.paths.traces}: no traces to filter; run `distill generate` first")
-        return {"traces": len(digests), "content": content_hash(digests)}
+        return {"traces": len(store), "content": content_hash(figures.digest for figures in store.figures())}
 
     def work(self, run: Run, begin: Callable[[], None]) -> FilterSummary:
         """Judge the traces that have no verdict yet, choose among them, write both directories.
@@ -81,23 +104,32 @@ class FilterStage(Stage[FilterSummary]):
         traces are written before).
         """
         check_gradable(run.recipe)
-        settings = run.recipe.filter
-        store = TraceStore(run.paths.traces)
-        keys = store.keys()
+        if run.on == "ray":
+            require_ray()
+            if run.recipe.filters_ask_the_judge:
+                raise UserError(
+                    "--on ray: a judge is asked by one process, which stores its judgements and keeps its budget; "
+                    "remove --on ray (a server judges many responses at once), or turn the judge's filters off"
+                )
+        settings, store = run.recipe.filter, TraceStore(run.paths.traces)
+        total, had_begun = len(store), run.begun(self.name)
+        resources = load_resources(run.recipe, run.paths.judgements)
+        filters, choosing = settings.judging_filters(), settings.choosing_filters()
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
-        judged = _judge_each(store, keys, settings, run.paths.verdicts)
-        for choosing in settings.choosing_filters():
-            survivors = [trace for trace in judged.values() if trace.kept]
-            for key, verdict in choosing.choose(survivors, run.recipe.seed).items():
-                judged[key].verdicts.append(verdict)
-        store.split(
-            [run.paths.kept, run.paths.dropped],
-            lambda key: KEPT if judged[key].kept else DROPPED,
-            {key: trace.verdicts for key, trace in judged.items()},
-        )
-        order = [each.name for each in (*settings.trace_filters(), *settings.choosing_filters())]
-        summary = summarise(list(judged.values()), order)
+        judge = ClusterJudge(run.recipe) if run.on == "ray" else Judge(filters, choosing, resources)
+        with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
+            try:
+                _judge(store, total, judge, table, run.paths.verdicts)
+            except (UserError, WorkError):
+                if not had_begun and not any(Ledger(run.paths.verdicts).rows()):
+                    run.forget(self)  # a judge that cannot be asked: its settings may be corrected
+                raise
+            _choose(table, choosing, resources, run.paths.filtered / ".scratch")
+            tally = Tally([each.name for each in (*filters, *choosing)])
+            _write(store, total, table, tally, run.paths)
+            summary = tally.summary(*table.prompt_counts())
+        summary.write(run.paths.funnel)
         if not summary.kept:
             raise _nothing_kept(summary, run.directory)
         print_summary(summary, str(run.paths.kept))
@@ -111,34 +143,79 @@ class FilterStage(Stage[FilterSummary]):
 STAGE = FilterStage()
 
 
-def _judge_each(store: TraceStore, keys: set[Key], settings: Filter, path: Path) -> dict[Key, Judged]:
-    """The verdicts of the filters that judge one trace, from the ledger or made now."""
-    ledger = Ledger(path)
-    known = {judged.key: judged for judged in map(Judged.from_row, ledger.rows()) if judged.key in keys}
-    judged: dict[Key, Judged] = {}
-    filters = settings.trace_filters()
+def _judge(store: TraceStore, total: int, judge: Judge | ClusterJudge, table: JudgedTable, path: Path) -> None:
+    """Fill the table: from the ledger, and with verdicts that are made now."""
+    with Ledger(path) as ledger:
+        for row in ledger.rows():
+            if (earlier := Judged.from_row(row)) is not None:
+                table.remember(earlier)
+        with console.progress("filter", total, "traces") as advance, judge:
 
-    def unknown() -> Iterator[Trace]:
-        for trace in store.iterate(tokens=False):
-            earlier = known.get(trace.key)
-            if earlier and earlier.digest == trace.digest:
-                judged[trace.key] = earlier
-            else:
-                yield trace
+            def unknown() -> Iterator[tuple[int, Trace]]:
+                for position, trace in enumerate(store.iterate(tokens=False)):
+                    if (earlier := table.recall(trace.key, trace.digest)) is not None:
+                        table.add(position, earlier)
+                        advance(1)
+                    else:
+                        yield position, trace
 
-    with ExitStack() as stack:
-        stack.enter_context(ledger)
-        advance = stack.enter_context(console.progress("filter", len(keys), "traces", done=len(known)))
-        graded: Iterable[tuple[Trace, Grade | None]] = ((trace, None) for trace in unknown())
-        if settings.correct:
-            grader = stack.enter_context(Grader(settings.correct.workers, settings.correct.timeout))
-            graded = grader.grade((trace, trace.prompt, trace.answer) for trace in unknown())
-        for trace, grade in graded:
-            candidate = Candidate(trace, grade)
-            judged[trace.key] = Judged.of(trace, [each.judge(candidate) for each in filters])
-            ledger.add(judged[trace.key].to_row())
-            advance(1)
-    return judged
+            for position, judged in judge.judge(unknown()):
+                ledger.add(judged.to_row())
+                table.add(position, judged)
+                advance(1)
+    with replacing(path) as file:  # in the store's order, which no kill and no cluster changes
+        file.writelines(line_of(judged.to_row()) for judged in table)
+    table.arrange()
+
+
+def _choose(table: JudgedTable, filters: Sequence[ChoosingFilter], resources: Resources, scratch: Path) -> None:
+    """Let the choosing filters choose, in their order; neighbours that look at one prompt share a pass."""
+    for is_group, neighbours in groupby(filters, lambda each: isinstance(each, GroupFilter)):
+        if is_group:
+            groups = [each for each in neighbours if isinstance(each, GroupFilter)]
+            table.choose(_chosen_in_groups(table, groups, resources), len(groups))
+            continue
+        for each in neighbours:
+            assert isinstance(each, CorpusFilter)
+            with _empty_directory(scratch):
+                verdicts = each.judge_corpus(Survivors(table, scratch), resources)
+                table.choose(((table.position(key), [verdict]) for key, verdict in verdicts), 1)
+
+
+def _chosen_in_groups(
+    table: JudgedTable, filters: Sequence[GroupFilter], resources: Resources
+) -> Iterator[tuple[int, Sequence[Verdict]]]:
+    for placed in table.prompts():
+        group = PromptGroup([each.judged for each in placed])
+        before = [len(each.judged.verdicts) for each in placed]
+        for each in filters:
+            if survivors := group.survivors:
+                verdicts = each.judge_group(group, resources)
+                for trace, verdict in zip(survivors, verdicts, strict=True):
+                    trace.verdicts.append(verdict)
+        for (position, judged), start in zip(placed, before, strict=True):
+            yield position, judged.verdicts[start:]
+
+
+def _write(store: TraceStore, total: int, table: JudgedTable, tally: Tally, paths: RunPaths) -> None:
+    """Copy the traces to their two directories, and count them."""
+    with console.progress("write", total, "traces") as advance:
+
+        def decisions() -> Iterator[Decision]:
+            for judged in table:
+                tally.add(judged)
+                advance(1)
+                yield Decision(judged.key, KEPT if judged.kept else DROPPED, judged.verdicts)
+
+        store.split([paths.kept, paths.dropped], decisions())
+
+
+@contextmanager
+def _empty_directory(path: Path) -> Iterator[None]:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    yield
+    shutil.rmtree(path)
 
 
 def _nothing_kept(summary: FilterSummary, run: Path) -> UserError:

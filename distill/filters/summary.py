@@ -1,63 +1,79 @@
 """The funnel in figures: how many traces each filter judged and dropped, why, and how many are left."""
 
+from array import array
 from collections import Counter
-from collections.abc import Sequence
-from statistics import mean, median
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from distill import console
 from distill.artefacts import FilterSummary, FunnelStep
-from distill.filters.judged import Judged, common_unit
-from distill.traces.trace import content_hash
+from distill.filters.judged import Judged
+from distill.traces.trace import TOKENS, WORDS, ContentHash
 
 
-def summarise(traces: Sequence[Judged], order: Sequence[str]) -> FilterSummary:
-    """The stage's summary. order: the names of the filters that ran, as the funnel has them.
+class Tally:
+    """Counts judged traces as they pass by. order: the names of the filters that ran, as the funnel has them.
 
-    funnel: for every filter: traces that `entered` (not dropped by an earlier one), that it `dropped` and `kept`, and
-    the `reasons` of the dropped. verdicts: filter → reason → count over *all* traces that it judged, so that the effect
-    of each filter alone can be read off. tokens_kept and reasoning_… are in `unit`, which is one for all traces.
+    Holds the length of the reasoning of each kept trace, in both units: which one all traces have is known at the end.
     """
-    kept = [trace for trace in traces if trace.kept]
-    unit = common_unit(traces)
-    reasoning = [trace.reasoning(unit) for trace in kept]
-    return FilterSummary(
-        total=len(traces),
-        kept=len(kept),
-        dropped=len(traces) - len(kept),
-        prompts=len({trace.key[0] for trace in traces}),
-        prompts_kept=len({trace.key[0] for trace in kept}),
-        funnel=tuple(_funnel(traces, order)),
-        verdicts=_verdicts(traces, order),
-        unit=unit,
-        tokens_kept=sum(trace.length(unit) for trace in kept),
-        reasoning_median=median(reasoning) if reasoning else None,
-        reasoning_mean=round(mean(reasoning), 1) if reasoning else None,
-        kept_hash=content_hash(trace.digest for trace in kept),
-    )
 
+    def __init__(self, order: Sequence[str]) -> None:
+        self._total = self._uncounted = 0
+        self._verdicts: dict[str, Counter[str]] = {name: Counter() for name in order}
+        self._dropped: dict[str, Counter[str]] = {name: Counter() for name in order}
+        self._hash = ContentHash()
+        self._length = dict.fromkeys((TOKENS, WORDS), 0)
+        self._reasoning = {unit: array("q") for unit in self._length}
 
-def _funnel(traces: Sequence[Judged], order: Sequence[str]) -> list[FunnelStep]:
-    dropped: dict[str, Counter[str]] = {name: Counter() for name in order}
-    for trace in traces:
+    def add(self, trace: Judged) -> None:
+        """Count a trace with all its verdicts."""
+        self._total += 1
+        self._uncounted += not trace.tokens
+        for verdict in trace.verdicts:
+            self._verdicts[verdict.filter][verdict.reason] += 1
         first = next((verdict for verdict in trace.verdicts if not verdict.keep), None)
         if first:
-            dropped[first.filter][first.reason] += 1
-    steps, left = [], len(traces)
-    for name, reasons in dropped.items():
-        count = reasons.total()
-        steps.append(
-            FunnelStep(filter=name, entered=left, dropped=count, kept=left - count, reasons=dict(reasons.most_common()))
+            self._dropped[first.filter][first.reason] += 1
+            return
+        self._hash.add(trace.digest)
+        for unit, lengths in self._reasoning.items():
+            self._length[unit] += trace.length(unit)
+            lengths.append(trace.reasoning(unit))
+
+    def summary(self, prompts: int, prompts_kept: int) -> FilterSummary:
+        """The stage's summary. prompts: the number of prompts with a trace; prompts_kept: with a kept one.
+
+        funnel: for every filter: traces that `entered` (not dropped by an earlier one), that it `dropped` and `kept`,
+        and the `reasons` of the dropped. verdicts: filter → reason → count over *all* traces that it judged, so that
+        the effect of each filter alone can be read off. tokens_kept and reasoning_… are in `unit`, which is one for all
+        traces.
+        """
+        unit = WORDS if self._uncounted else TOKENS
+        reasoning = np.asarray(self._reasoning[unit])
+        kept = len(reasoning)
+        return FilterSummary(
+            total=self._total,
+            kept=kept,
+            dropped=self._total - kept,
+            prompts=prompts,
+            prompts_kept=prompts_kept,
+            funnel=tuple(self._funnel()),
+            verdicts={name: dict(reasons.most_common()) for name, reasons in self._verdicts.items()},
+            unit=unit,
+            tokens_kept=self._length[unit],
+            reasoning_median=float(np.median(reasoning)) if kept else None,
+            reasoning_mean=round(int(reasoning.sum()) / kept, 1) if kept else None,
+            kept_hash=self._hash.value(),
         )
-        left -= count
-    return steps
 
-
-def _verdicts(traces: Sequence[Judged], order: Sequence[str]) -> dict[str, dict[str, int]]:
-    counts: dict[str, Counter[str]] = {name: Counter() for name in order}
-    for trace in traces:
-        for verdict in trace.verdicts:
-            counts[verdict.filter][verdict.reason] += 1
-    return {name: dict(reasons.most_common()) for name, reasons in counts.items()}
+    def _funnel(self) -> Iterator[FunnelStep]:
+        left = self._total
+        for name, reasons in self._dropped.items():
+            count, entered = reasons.total(), left
+            left -= count
+            most = dict(reasons.most_common())
+            yield FunnelStep(filter=name, entered=entered, dropped=count, kept=left, reasons=most)
 
 
 def print_summary(summary: FilterSummary, where: str) -> None:

@@ -6,11 +6,19 @@ memory is bounded.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
+
+if TYPE_CHECKING:  # the worker imports this module too, and must stay light
+    from distill.prompts.prompt import Prompt
+    from distill.recipe.rubric import Rubric
+
+K = TypeVar("K")
 
 Outcome = Literal["correct", "wrong", "unverifiable"]
 Ruling = tuple[Outcome, str]  # with a short, countable reason
+Detailed = tuple[Outcome, str, dict[str, object]]  # a ruling with details, which join the evidence: JSON values by name
 
 
 GUESSES = ("last line", "sentence")  # methods that look for an answer in prose
@@ -42,13 +50,24 @@ class Grade:
     evidence: dict[str, object] = field(default_factory=dict)
 
 
+class AnswerJudge(Protocol):
+    """A model that grades answers (`distill.grading.judge.JudgeModel`)."""
+
+    def grade(
+        self, items: "Iterable[tuple[K, Prompt, str]]", rubric: "Rubric | None" = None
+    ) -> "Iterator[tuple[K, Grade]]":
+        """Yield (key, grade) for every (key, prompt, response), in order of completion. Lazy in `items`."""
+
+
 class TaskGrader(ABC):
     """Grades the answers of one task. `GRADERS` in `distill.grading.graders` is the only list of graders.
 
-    lazy: whether a worker prepares it at its first question and not when it starts.
+    lazy: whether a worker prepares it at its first question and not when it starts. votes: whether two answers can be
+    equal, so that the samples of a prompt have a majority.
     """
 
     lazy: ClassVar[bool] = False
+    votes: ClassVar[bool] = True
 
     def require(self, where: str) -> None:  # noqa: B027  most graders need nothing that may be missing
         """Raise UserError when a package that this grader needs is not installed. where: begins the message."""
@@ -72,7 +91,7 @@ class TaskGrader(ABC):
     def rule(self, gold: str, answer: Answer) -> Ruling | None:
         """Compare without a parser, in linear time; None where that needs one."""
 
-    def compare(self, gold: str, answer: str, marked: bool) -> Ruling:
+    def compare(self, gold: str, answer: str, marked: bool) -> Ruling | Detailed:
         """Compare with a parser. Runs in a worker that can be killed."""
         raise AssertionError(f"{type(self).__name__}.rule gave no ruling, and there is no parser")
 

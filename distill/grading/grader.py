@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, cast, get_args
 
 from distill.errors import UserError
-from distill.grading.grade import Answer, Grade, Outcome, Ruling, TaskGrader
+from distill.grading.grade import Answer, Detailed, Grade, Outcome, TaskGrader
 from distill.grading.graders import GRADERS
 from distill.grading.pool import MEMORY, Lost, Question, WorkerPool
 
@@ -59,8 +59,8 @@ class Grader:
                 evidence = grade.evidence | {"exit_code": result.exit_code}
                 grade = replace(grade, verdict="unverifiable", reason=result.reason, evidence=evidence)
             elif result is not None:
-                outcome, reason = _ruling(result)
-                grade = replace(grade, verdict=outcome, reason=reason)
+                outcome, reason, details = _ruling(result)
+                grade = replace(grade, verdict=outcome, reason=reason, evidence=grade.evidence | details)
             yield key, grade
 
     def same(self, pairs: Iterable[tuple[K, str, str]]) -> Iterator[tuple[K, bool]]:
@@ -162,7 +162,9 @@ def _graded(prompt: "Prompt", response: str) -> tuple[Grade, Question | None]:
     return Grade("unverifiable", "not compared", evidence), question
 
 
-def _ruling(result: object) -> Ruling:
+def _ruling(result: object) -> Detailed:
     """A worker's answer to a comparison."""
     assert isinstance(result, list) and result[0] in get_args(Outcome), result
-    return cast(Outcome, result[0]), str(result[1])
+    details = result[2] if len(result) > 2 else {}
+    assert isinstance(details, dict), result
+    return cast(Outcome, result[0]), str(result[1]), details

@@ -2,7 +2,8 @@
 
 `9^{9^{9^{9}}}` keeps sympy busy past the end of the universe, inside one C call that no signal handler interrupts. So:
 a time-out kills the process and a new one is started; a worker that dies (a crash, the memory limit) costs its one item
-and nothing else. Both are results of the item, not failures of the pool.
+and nothing else. Both are results of the item, not failures of the pool. A worker that somebody else kills (SIGKILL:
+an operator, the kernel short of memory) says nothing about its item, which is asked again.
 
 The time-out is one of processor time, to which the worker asks the kernel to hold it (RLIMIT_CPU): a busy machine does
 not change a verdict, and should this process be killed itself, no endless comparison outlives it. A worker that uses no
@@ -15,7 +16,7 @@ import selectors
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -29,6 +30,7 @@ Question = dict[str, str | bool]  # as `distill.grading.worker` describes it
 
 PATIENCE = 20  # seconds on the clock that a worker may take for a second of processor time
 MEMORY = 2 << 30  # bytes of address space of a worker; idle, it takes 0.06 GiB
+ATTEMPTS = 3  # of an item whose worker was killed from outside
 START_SECONDS = 300.0  # a worker that is not ready by then never will be; a first start may read a cold disk
 
 
@@ -50,11 +52,12 @@ class Worker(Generic[K]):
         self.ready = False
         self.deadline: float | None = time.monotonic() + START_SECONDS
         self.key: K | None = None
+        self.item: Question = {}  # whose answer will carry `key`
 
     def send(self, key: K, item: Question) -> None:
         """Give it an item, whose answer will carry `key`."""
         assert self.ready and self.deadline is None, "one item at a time, and only after it said it is ready"
-        self.key, self.deadline = key, time.monotonic() + PATIENCE * self.timeout
+        self.key, self.item, self.deadline = key, item, time.monotonic() + PATIENCE * self.timeout
         self.child.send(item)
 
     def read(self) -> list[object] | None:
@@ -75,6 +78,8 @@ class WorkerPool(Generic[K]):
         assert workers >= 1 and timeout > 0
         self.size, self.timeout, self.memory = workers, timeout, memory
         self.workers: list[Worker[K]] = []
+        self.queue: deque[tuple[K, Question]] = deque()
+        self.killed: Counter[K] = Counter()  # how many workers were killed at an item, from outside
         self.selector = selectors.DefaultSelector()
 
     def __enter__(self) -> "WorkerPool[K]":
@@ -91,7 +96,7 @@ class WorkerPool(Generic[K]):
         Raises WorkError when a worker does not start.
         """
         source = iter(items)
-        queue = deque(islice(source, self.size))
+        queue = self.queue = deque(islice(source, self.size))
         try:
             while queue or any(worker.key is not None for worker in self.workers):
                 for worker in self.workers:
@@ -103,6 +108,7 @@ class WorkerPool(Generic[K]):
                     self._start()
                 yield from self._results()
         finally:  # a consumer that stops in the middle does not get the rest the next time
+            self.killed.clear()
             for worker in [worker for worker in self.workers if worker.key is not None]:
                 self._remove(worker)
 
@@ -128,7 +134,12 @@ class WorkerPool(Generic[K]):
         if not worker.ready:
             raise WorkError(f"a grading process did not start ({sys.executable}): {worker.child.last_words()}")
         code = self._remove(worker, dying)
-        if worker.key is not None:
+        if worker.key is None:
+            return
+        if dying and code == -signal.SIGKILL and self.killed[worker.key] < ATTEMPTS - 1:
+            self.killed[worker.key] += 1
+            self.queue.appendleft((worker.key, worker.item))
+        else:
             timeout = code == -signal.SIGXCPU or not dying
             yield worker.key, Lost("timeout" if timeout else "worker died", code)
 

@@ -4,7 +4,7 @@ Started by `distill.grading.pool` as `python -m distill.grading.worker MEMORY_BY
 imports the graders and little else. Protocol: one `{"ready": true}` line, then for every question a line with its
 answer, in order:
 
-    {"task", "gold", "answer", "marked"}   → [outcome, reason], see `TaskGrader.compare`
+    {"task", "gold", "answer", "marked"}   → [outcome, reason] or [outcome, reason, details], see `TaskGrader.compare`
     {"task", "gold"}                       → whether the grader can read this gold answer, see `TaskGrader.reads`
 """
 

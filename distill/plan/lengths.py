@@ -21,7 +21,7 @@ above the token limit.
 import math
 from collections.abc import Sequence
 
-from distill.artefacts import Expected
+from distill.planned import Expected
 
 T975 = (  # Student's t with 1, 2, … degrees of freedom: 97.5 %
     *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill import catalog, generate
-from distill.artefacts import Expected, GenerateSummary, Measured, Plan, RunPaths, StagePlan
+from distill.artefacts import GenerateSummary, RunPaths
 from distill.backends.collect import asked
 from distill.console import bytes_text, counted, say, short, table
 from distill.engine.families import FAMILIES
@@ -25,6 +25,7 @@ from distill.models import Models
 from distill.plan.hardware import Hardware, parse
 from distill.plan.lengths import expected_tokens
 from distill.plan.training import ASSUMED_SHARE, ASSUMED_TRACES, MACHINES, Data, plan_training, trained_tokens
+from distill.planned import Expected, Measured, Plan, StagePlan
 from distill.prompts import Prompt, load_prompts
 from distill.run import Run
 from distill.traces.store import TraceStore
@@ -291,7 +292,7 @@ def _eval(
     answers, tokens = 0, 0.0  # of one model
     for name in recipe.eval.benchmarks:
         card = catalog.load_benchmark(name)
-        problems = card.problems or getattr(card.prompts, "limit", None) or 0
+        problems = card.problems or sum(source.limit or 0 for source in card.sources)
         problems = min(problems, recipe.eval.limit or problems)
         longest = recipe.eval.max_new_tokens or card.sampling.max_new_tokens
         count = problems * (recipe.eval.samples or card.samples)

@@ -6,7 +6,7 @@ score. What is legal but may not be meant (rows without a gold answer, the same 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 
 from distill.errors import UserError
 from distill.prompts.code_tests import BESIDE
-from distill.prompts.columns import MEDIA, Row, has_column, listed, value_at
+from distill.prompts.columns import MEDIA, Row, has_column, listed, parsed, value_at
 from distill.prompts.counts import PromptCounts
-from distill.prompts.golds import gold_of, gold_text, with_choices
+from distill.prompts.golds import ARGUMENTS, gold_of, gold_text, with_choices
 from distill.prompts.messages import asked_text, conversation, turns_of
+from distill.prompts.options import PLAIN, listed_options, options_of, right_letter
 from distill.prompts.prompt import Message, Prompt
 from distill.prompts.rows import columns_of, rows_of_file
 from distill.prompts.selection import sampled
+from distill.recipe.sources import OPTIONS, QUESTION
+from distill.recipe.template import filled, placeholders
 
 if TYPE_CHECKING:
     from distill.recipe.sources import FilePrompts, HubPrompts
@@ -28,7 +31,16 @@ if TYPE_CHECKING:
 __all__ = ["MEDIA", "PromptCounts", "gold_text", "read_file", "read_hub"]
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
-MARKS = {"hash": "a line that begins with ####", "boxed": "a \\boxed{…}", "tests": "tests"}  # what `extract` looks for
+MARKS = {  # what `extract` looks for
+    "hash": "a line that begins with ####",
+    "boxed": "a \\boxed{…}",
+    "tests": "tests",
+    "instructions": "instruction ids",
+}
+BESIDE_ANSWERS = {
+    "tests": BESIDE,
+    "instructions": (ARGUMENTS,),
+}  # columns that are read beside the answer, by `extract`
 
 
 @dataclass(frozen=True)
@@ -67,13 +79,15 @@ def read_hub(source: "HubPrompts", counts: PromptCounts) -> Iterator[Prompt]:
 
 def required_columns(source: "FilePrompts | HubPrompts") -> list[str]:
     """The columns that every row needs."""
-    columns = source.question, *source.choices, source.date
+    options = (source.options,) if isinstance(source.options, str) else source.options or ()
+    named = [name for name in placeholders(source.template or "") if name not in (QUESTION, OPTIONS)]
+    columns = source.question, *source.choices, *options, source.labels, *named, source.date
     return list(dict.fromkeys(column for column in columns if column is not None))
 
 
 def optional_columns(source: "FilePrompts | HubPrompts") -> list[str]:
     """The columns that a row may lack."""
-    columns = (source.answer, source.system, *MEDIA, *(BESIDE if source.extract == "tests" else ()))
+    columns = (source.answer, source.system, *MEDIA, *BESIDE_ANSWERS.get(source.extract, ()))
     return [column for column in columns if column is not None]
 
 
@@ -128,7 +142,13 @@ def _candidates(rows: Iterator[Row], source: "FilePrompts | HubPrompts", whole: 
                 raise _no_column(source, column, row, where)
         answer_there = answer_there or has_column(row, source.answer or "")
         messages, cut = _messages(row, source, where)
-        answer = _answer(row, source, where)
+        answer: str | None
+        if source.options is not None:
+            messages, answer = _with_options_of(row, source, where, messages)
+        else:
+            answer = _answer(row, source, where)
+            if source.template is not None:
+                messages = _templated(row, source, where, messages, ())
         answered += answer is not None
         if source.choices:
             messages, answer = _with_choices_of(row, source, where, messages, answer)
@@ -196,6 +216,48 @@ def _answer(row: dict[str, object], source: "FilePrompts | HubPrompts", where: s
         return gold_of(value_at(row, source.answer), source.task, source.extract, row)
     except ValueError as error:
         raise UserError(f"{where}: column {source.answer} {error}; correct or remove the row") from error
+
+
+def _with_options_of(
+    row: dict[str, object], source: "FilePrompts | HubPrompts", where: str, messages: tuple[Message, ...]
+) -> tuple[tuple[Message, ...], str]:
+    """The question with its options, and the right one's letter. Errors: UserError."""
+    assert source.options is not None and source.answer is not None
+    try:
+        options = options_of(row, source.options)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; correct or remove the row") from error
+    labels = parsed(value_at(row, source.labels)) if source.labels else None
+    try:
+        answer = right_letter(value_at(row, source.answer), options, labels)
+    except ValueError as error:
+        raise UserError(f"{where}: column {source.answer} {error}; correct or remove the row") from error
+    return _templated(row, source, where, messages, options), answer
+
+
+def _templated(
+    row: dict[str, object],
+    source: "FilePrompts | HubPrompts",
+    where: str,
+    messages: tuple[Message, ...],
+    options: Sequence[str],
+) -> tuple[Message, ...]:
+    """The messages, the last with the source's template around its question. Errors: UserError."""
+
+    *before, last = messages
+    texts = {QUESTION: last["content"].strip(), OPTIONS: listed_options(options)}
+
+    def text_of(name: str) -> str:
+        if name in texts:
+            return texts[name]
+        value = value_at(row, name)
+        if value is None or isinstance(value, list | dict):
+            what = "empty" if value is None else f"a {type(value).__name__}"
+            raise UserError(f"{where}: column {name} is {what}; the template needs its text")
+        return str(value)
+
+    text = filled(source.template or PLAIN, text_of)
+    return (*before, {"role": last["role"], "content": text})
 
 
 def _with_choices_of(

@@ -8,11 +8,13 @@ from typing import Literal
 
 from distill.prompts.boxes import boxed, hashes
 from distill.prompts.code_tests import tests_of
+from distill.prompts.columns import parsed
 from distill.prompts.messages import wrong_text
 
-Extract = Literal["none", "hash", "boxed", "tests"]
+Extract = Literal["none", "hash", "boxed", "tests", "instructions"]
 
 LETTERS = "ABCDEFGHIJ"
+ARGUMENTS = "kwargs"  # IFEval's column with the arguments of its instructions
 
 
 def gold_of(value: object, task: str, extract: Extract, row: Mapping[str, object]) -> str | None:
@@ -22,6 +24,8 @@ def gold_of(value: object, task: str, extract: Extract, row: Mapping[str, object
     """
     if extract == "tests":
         return tests_of(value, row)
+    if extract == "instructions":
+        return instructions_of(value, row)
     text = gold_text(value, task)
     if text is None or extract == "none":
         return text
@@ -47,6 +51,28 @@ def gold_text(answer: object, task: str) -> str | None:
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ValueError(f"is {answer}, not a finite number")
     return json.dumps(answer, ensure_ascii=False, default=str, allow_nan=False)
+
+
+def instructions_of(ids: object, row: Mapping[str, object]) -> str | None:
+    """The instructions of a prompt, as JSON text: a list of objects with the `id` and the arguments of each.
+
+    None where there are none. row: for the column `kwargs`, whose arguments that are null are left out. Errors:
+    ValueError, the end of a sentence about the column.
+    """
+    ids, arguments = parsed(ids), parsed(row.get(ARGUMENTS))
+    if ids in (None, []):
+        return None
+    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
+        raise ValueError("is not a list of instruction ids")
+    arguments = [parsed(each) for each in arguments] if isinstance(arguments, list) else arguments
+    if not isinstance(arguments, list) or len(arguments) != len(ids):
+        raise ValueError(f"has {len(ids)} instruction ids, and column {ARGUMENTS} is not a list of as many objects")
+    instructions = []
+    for name, given in zip(ids, arguments, strict=True):
+        if not isinstance(given, dict):
+            raise ValueError(f"has instruction {name}, whose arguments in column {ARGUMENTS} are not an object")
+        instructions.append({"id": name} | {key: value for key, value in sorted(given.items()) if value is not None})
+    return json.dumps(instructions, ensure_ascii=False)
 
 
 def with_choices(question: str, right: str, wrong: Sequence[str]) -> tuple[str, str]:

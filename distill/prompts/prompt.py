@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
-Task = Literal["math", "code", "choice", "chat", "gym"]
+Task = Literal["math", "code", "choice", "instructions", "judge", "chat", "gym"]
 THINK, END_THINK = "<think>", "</think>"  # around the reasoning in an assistant's message
 
 
@@ -34,7 +34,8 @@ class PromptRow(TypedDict):
 @dataclass(frozen=True)
 class Prompt:
     """One question. `answer` is the gold answer as text (None when unknown): for task `code` possibly the JSON text of
-    `distill.prompts.code_tests`, for task `gym` that of `distill.prompts.gym`. `source` names its file, data set or
+    `distill.prompts.code_tests`, for task `gym` that of `distill.prompts.gym`, for task `instructions` that of
+    `distill.prompts.golds`. `source` names its file, data set or
     generator."""
 
     messages: tuple[Message, ...]

@@ -17,6 +17,7 @@ from distill.recipe.cards import Architecture, BenchmarkCard, StudentCard, Teach
 from distill.recipe.evaluate import Eval
 from distill.recipe.filter import Filter
 from distill.recipe.generate import Budget, Generate, LocalEngine
+from distill.recipe.judge import Judge
 from distill.recipe.price import Price
 from distill.recipe.sampling import SamplingSettings
 from distill.recipe.server import AnyServer, LaunchedServer, TeacherServer
@@ -32,6 +33,7 @@ __all__ = [
     "Eval",
     "Filter",
     "Generate",
+    "Judge",
     "LaunchedServer",
     "LocalEngine",
     "Lora",
@@ -65,6 +67,7 @@ class Recipe(Section):
         None, description="server that has the teacher, in place of the card's; null: the card's, else the local engine"
     )
     generate: Generate = Generate()
+    judge: Judge | None = Field(None, description="model that grades prompts of task judge, and serves filter.judge")
     filter: Filter = Filter()
     train: Train = Train()
     eval: Eval
@@ -77,6 +80,13 @@ class Recipe(Section):
                 "one of `prompts` (which the teacher answers) and `traces` (which others have published) is needed, "
                 "and not both"
             )
+        return self
+
+    @model_validator(mode="after")
+    def judge_filter_has_a_judge(self) -> "Recipe":
+        """Errors: ValueError for a filter that asks a judge where the recipe has none."""
+        if self.filter.judge is not None and self.judge is None:
+            raise ValueError("filter.judge needs `judge:`, the model that is asked")
         return self
 
     def generate_settings(self) -> dict[str, Any]:
@@ -93,8 +103,25 @@ class Recipe(Section):
         return {f"engine.{key}": value for key, value in self.engine.settings().items()}
 
     def filter_settings(self) -> dict[str, Any]:
-        """What decides the verdicts, beside the traces."""
-        return self.filter.settings() | ({"seed": self.seed} if self.filter.draws else {})
+        """What decides the verdicts, beside the traces. `judge.…` is the filter, `judge_model.…` the recipe's judge."""
+        settings = self.filter.settings() | ({"seed": self.seed} if self.filter.draws else {})
+        if self.filter.measures_student:
+            settings["student"] = self.student
+        if self.filter.decontaminate and not self.filter.decontaminate.benchmarks:
+            settings["decontaminate.benchmarks"] = list(self.eval.benchmarks)
+        if self.judge is not None and self.filters_ask_the_judge:
+            settings |= {f"judge_model.{key}": value for key, value in self.judge.settings().items()}
+        return settings
+
+    @property
+    def tasks(self) -> set[str]:
+        """The tasks of the prompts, or of the published traces."""
+        return {getattr(source, "task", "math") for source in (*self.prompts, *self.traces)}
+
+    @property
+    def filters_ask_the_judge(self) -> bool:
+        """Whether a filter that is on needs the judge."""
+        return self.filter.judge is not None or (self.filter.correct is not None and "judge" in self.tasks)
 
 
 def _keyed(prefix: str, section: Section) -> list[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
 from distill.engine.families import FAMILIES
 from distill.recipe.price import Price
@@ -94,12 +94,23 @@ class StudentCard(Section):
     )
 
 
+def _one_or_several(value: object) -> str:
+    return "several" if isinstance(value, list | tuple) else "one"
+
+
 class BenchmarkCard(Section):
     """A benchmark: problems with known answers."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="name, also of its folder in a run")
     description: str = ""
-    prompts: PromptSource
+    prompts: Annotated[
+        Annotated[PromptSource, Tag("one")] | Annotated[tuple[PromptSource, ...], Tag("several"), Field(min_length=1)],
+        Discriminator(_one_or_several),
+    ] = Field(description="where the problems come from: a source, or a list of sources that are read in order")
+    subsets: tuple[str, ...] = Field(
+        (),
+        description="configurations of the dataset in `prompts`, one of which each source reads, in place of `subset`",
+    )
     problems: int | None = Field(None, ge=1, description="number of problems; a source with another number is refused")
     prompt_suffix: str = Field("", description="text appended to every question that does not end with it")
     samples: int = Field(1, ge=1, description="answers sampled per problem")
@@ -109,3 +120,27 @@ class BenchmarkCard(Section):
     )
     license: str = ""
     source: str = ""
+
+    @property
+    def sources(self) -> "tuple[PromptSource, ...]":
+        """The sources of the problems, in order: `prompts`, or one for each of `subsets`."""
+        if not isinstance(self.prompts, tuple):
+            return tuple(self.prompts.model_copy(update={"subset": name}) for name in self.subsets) or (self.prompts,)
+        return self.prompts
+
+    @property
+    def task(self) -> str:
+        """Kind of problem, the same in all sources."""
+        return self.sources[0].task
+
+    @model_validator(mode="after")
+    def sources_belong_together(self) -> "BenchmarkCard":
+        """Errors: ValueError for subsets without a dataset, sources of several tasks, and weights, which would leave
+        problems out."""
+        if self.subsets and (isinstance(self.prompts, tuple) or self.prompts.kind != "hub" or self.prompts.subset):
+            raise ValueError("subsets needs `prompts` to be one source of kind hub without a `subset`")
+        if len(tasks := {source.task for source in self.sources}) > 1:
+            raise ValueError(f"prompts has sources of several tasks ({', '.join(sorted(tasks))}); make a card of each")
+        if any(source.weight is not None for source in self.sources):
+            raise ValueError("prompts has a `weight`, which would leave problems out; remove it")
+        return self

@@ -21,9 +21,10 @@ class Eval(Section):
         ge=1,
         description="maximum tokens per answer, reduced to what the model's context has room for; null: the card's",
     )
-    sources: Annotated[dict[str, str], Free] = Field(
+    sources: Annotated[dict[str, str | tuple[str, ...]], Free] = Field(
         default_factory=dict,
-        description="benchmark → a file with its problems (as `path` of a prompt source), instead of the hub",
+        description="benchmark → a file with its problems (as `path` of a prompt source), instead of the hub; for a "
+        "benchmark of several sources a list of as many files, or one file with all problems",
     )
     published: Annotated[str | None, Free] = Field(
         None, description="model whose published scores are compared with the student's, as the cards name it"

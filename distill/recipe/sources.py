@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
+from distill.recipe.template import placeholders
 from distill.section import Free, Later, Section
 
 
@@ -22,7 +23,9 @@ def _is_date(day: str) -> str:
 
 
 Day = Annotated[str, AfterValidator(_is_date)]
-Task = Literal["math", "code", "choice", "chat"]
+Task = Literal["math", "code", "choice", "instructions", "judge", "chat"]
+QUESTION, OPTIONS = "question", "options"  # the names in a template that are not those of columns
+EXTRACT_TASK = {"tests": "code", "instructions": "instructions"}  # `extract` that only one task uses
 
 
 class _Weighted(Section):
@@ -103,13 +106,27 @@ class _Problems(_Weighted):
 
     question: str = Field("question", description="column with the question: text, or a list of messages or turns")
     answer: str | None = Field("answer", description="column with the gold answer; null: the problems have none")
-    extract: Annotated[Literal["none", "hash", "boxed", "tests"], Later] = Field(
+    extract: Annotated[Literal["none", "hash", "boxed", "tests", "instructions"], Later] = Field(
         "none",
         description="what is taken out of the answer column: hash: what follows the last ####; boxed: the last "
-        "\\boxed{}; tests: the test cases of a program; none: the answer as it is",
+        "\\boxed{}; tests: the test cases of a program; instructions: ids of IFEval's instructions, with their "
+        "arguments in column kwargs; none: the answer as it is",
     )
     choices: tuple[str, ...] = Field(
         (), description="columns with wrong choices; the question then lists them and the answer in a fixed order"
+    )
+    options: Annotated[str | tuple[str, ...] | None, Later] = Field(
+        None,
+        description="column with a list of all options, or the columns with one each; the question then lists them, "
+        "and the answer column has the letter, the index from 0 or the text of the right one",
+    )
+    labels: Annotated[str | None, Later] = Field(
+        None, description="column with the labels of `options`, one of which the answer column has"
+    )
+    template: Annotated[str | None, Later] = Field(
+        None,
+        description="text that is asked: {{question}} is the question, {{options}} the lettered options, and any other "
+        "{{name}} the text of that column; null: the question, and the options below it",
     )
     date: str | None = Field(None, description="column with the date of a problem, for `since` and `until`")
     since: Day | None = Field(None, description="first day of the window, such as 2024-08-01")
@@ -128,9 +145,27 @@ class _Problems(_Weighted):
         """Refuse an `extract` that the task has no use for."""
         if self.extract != "none" and self.answer is None:
             raise ValueError(f"extract: {self.extract} needs a column to read; set `answer`")
-        if (self.extract == "tests") != (self.task == "code") and self.extract != "none":
-            needed = "code" if self.extract == "tests" else "math, choice or chat"
+        only = EXTRACT_TASK.get(self.extract)
+        if self.extract != "none" and (self.task != only if only else self.task in EXTRACT_TASK.values()):
+            needed = only or "math, choice, judge or chat"
             raise ValueError(f"extract: {self.extract} is for task {needed}, and the task is {self.task}")
+        if self.task == "instructions" and self.extract != "instructions":
+            raise ValueError("task instructions needs extract: instructions")
+        return self
+
+    @model_validator(mode="after")
+    def options_can_be_asked(self) -> "_Problems":
+        """Refuse options without an answer, and a template that leaves out the question or the options."""
+        if self.options is not None and (self.choices or self.answer is None or self.task != "choice"):
+            raise ValueError("options needs task: choice and a column `answer`, and excludes `choices`")
+        if self.labels is not None and self.options is None:
+            raise ValueError("labels needs `options`, whose labels they are")
+        if self.template is not None:
+            names = placeholders(self.template)
+            if QUESTION not in names:
+                raise ValueError("template has no {{question}}: all problems would be the same")
+            if (OPTIONS in names) != (self.options is not None):
+                raise ValueError("template needs {{options}} where `options` is set, and only there")
         return self
 
 

@@ -20,7 +20,6 @@ from distill.artefacts import (
     EvalSummary,
     FilterSummary,
     GenerateSummary,
-    Plan,
     PublishedScores,
     RunPaths,
     Scores,
@@ -35,9 +34,11 @@ from distill.evaluations import (
     counts_by_problem,
     difference_line,
     finished_evaluations,
+    judge_line,
     published_line,
     read_results,
 )
+from distill.planned import Plan
 from distill.recipe import Recipe
 from distill.record import StageRecord, read_recipe
 from distill.report.expected import ExpectedRow, compare_with_plan
@@ -189,7 +190,7 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
         scores=scores,
         solved_by=_solved_by(results),
         published=list(evaluated.published) if evaluated else [],
-        lines=_lines(evaluated, scores) if evaluated else [],
+        lines=[*_judged_by(scores), *(_lines(evaluated, scores) if evaluated else [])],
         answers=_answers(paths.eval, results),
         expected=_compared(plan, paths, times, generated, trained) if plan else [],
         plan=plan,
@@ -371,6 +372,11 @@ def _solved_by(results: Iterable[Results]) -> dict[str, dict[str, list[Counts]]]
         if rates := _rates(counts_by_problem(result.samples)):
             solved.setdefault(result.scores.benchmark, {})[result.scores.model] = rates
     return solved
+
+
+def _judged_by(scores: list[Scores]) -> list[str]:
+    """For each benchmark whose verdicts are those of a judge, which one."""
+    return list(dict.fromkeys(line for row in scores if (line := judge_line(row)) is not None))
 
 
 def _lines(summary: EvalSummary, scores: list[Scores]) -> list[str]:

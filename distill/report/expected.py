@@ -7,7 +7,8 @@ have no counts of prompt tokens (from a server without usage), the measured cost
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distill.artefacts import Expected, Plan, RunPaths
+from distill.artefacts import RunPaths
+from distill.planned import Expected, Plan
 
 DIRECTORIES = {"generate": ("traces",), "filter": ("filtered",), "train": (), "eval": ("eval",)}
 

@@ -76,6 +76,12 @@ class Ledger:
             os.close(self._descriptor)
             self._descriptor = None
 
+    @property
+    def end(self) -> int:
+        """Bytes of whole rows on the disk, where the next row begins; of a ledger that is open for appending."""
+        assert self._descriptor is not None, "open the ledger with `with`"
+        return self._end
+
     def append(self, rows: Iterable[Row]) -> None:
         """Store the rows durably, all or none: after a failure the file is whole and has none of them.
 
@@ -104,16 +110,27 @@ class Ledger:
 
         Errors: UserError naming file and line for a damaged line.
         """
+        return (row for _, row in self.located_rows())
+
+    def located_rows(self) -> Iterator[tuple[int, Row]]:
+        """As `rows`, each with the offset of its line, for `row_at`."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
-            number, line = 0, b""
+            number, line, offset = 0, b"", 0
             for following in file:
                 if number:
-                    yield self._row(line, number)
+                    yield offset, self._row(line, number)
+                    offset += len(line)
                 number, line = number + 1, following
             if number and not _is_cut_off(line):
-                yield self._row(line, number)
+                yield offset, self._row(line, number)
+
+    def row_at(self, offset: int) -> Row:
+        """The row whose line begins at an offset that `located_rows` gave. Errors: as `rows`."""
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return self._row(file.readline(), None)
 
     def _flush(self) -> None:
         rows, self._pending = self._pending, []

@@ -50,7 +50,8 @@ def batches(directory: Path, columns: Sequence[str] | None = None) -> Iterator[p
         with open_part(path) as part:
             names = part.schema_arrow.names
             wanted = names if columns is None else [name for name in columns if name in names]
-            yield from part.iter_batches(batch_size=GROUP_ROWS, columns=wanted)
+            for group in range(part.num_row_groups):  # all at once, and the whole part would be read ahead
+                yield from part.iter_batches(GROUP_ROWS, row_groups=[group], columns=wanted)
 
 
 def row_count(directory: Path) -> int:

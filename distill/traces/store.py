@@ -10,11 +10,12 @@ because a run has hundreds of thousands.
 
 Making Python objects of a large store takes minutes, so readings have different prices: `keys` reads two narrow
 columns, `figures` the text and a few numbers, `iterate(tokens=False)` everything but token ids and log-probabilities,
-which are most of the bytes, and iterating reads all. `split` copies columns, without making objects of them.
+which are most of the bytes, and iterating reads all. `split` copies columns, without making objects of them. No reader
+but `keys` holds more of a trace than a hash of its key.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ import pyarrow as pa
 
 from distill.durable import replacing_directories, sync_directory
 from distill.errors import UserError
+from distill.traces.keys import Key, KeySet
 from distill.traces.ledger import Ledger, Row
 from distill.traces.parts import GROUP_ROWS, PartWriter, batches, parts, row_count
 from distill.traces.rows import (
@@ -41,12 +43,19 @@ from distill.traces.rows import (
 )
 from distill.traces.trace import FinishReason, ReasoningForm, Trace, Verdict, trace_digest
 
-Key = tuple[str, int]
 T = TypeVar("T")
 
 COUNTS = ("completion_tokens", "prompt_tokens", "cached_tokens", "reasoning_tokens")
 FIGURE_COLUMNS = ["id", "sample", "text", "exact", "finish_reason", *COUNTS, "form"]
 JUDGED_SCHEMA = SCHEMA.append(VERDICTS)
+
+
+class Decision(NamedTuple):
+    """Where `TraceStore.split` copies a trace: the index of the directory, and the verdicts that go with it."""
+
+    key: Key
+    place: int
+    verdicts: Sequence[Verdict]
 
 
 class Figures(NamedTuple):
@@ -116,18 +125,13 @@ class TraceStore:
 
     def figures(self) -> Iterator[Figures]:
         """Key, finish reason and length of every stored trace once, in order. Reads no token."""
-        seen: set[Key] = set()
+        seen = KeySet()
         for batch in batches(self.directory, FIGURE_COLUMNS):
-            for row in batch.to_pylist():
+            for row in _unseen(batch, seen).to_pylist():
                 key = (row["id"], row["sample"])
-                if key not in seen:
-                    seen.add(key)
-                    yield _figures(key, row if row["exact"] is None else json.loads(row["exact"]))
-        for row in self._ledger.rows():
-            key = _ledger_key(row)
-            if key not in seen:
-                seen.add(key)
-                yield _figures(key, row)
+                yield _figures(key, row if row["exact"] is None else json.loads(row["exact"]))
+        for row in self._ledger_rows(seen):
+            yield _figures(_ledger_key(row), row)
 
     def is_empty(self) -> bool:
         """Whether no trace is stored. Opens no file."""
@@ -135,7 +139,9 @@ class TraceStore:
         return not parts(self.directory) and not (ledger.exists() and ledger.stat().st_size)
 
     def __len__(self) -> int:
-        return len(self.keys())
+        seen = KeySet()
+        parts = sum(sum(seen.add(_keys_of(batch))) for batch in batches(self.directory, ["id", "sample"]))
+        return parts + sum(1 for _ in self._ledger_rows(seen))
 
     def __iter__(self) -> Iterator[Trace]:
         """Every trace once: those of the parts, then those of the ledger, each in the order they were appended."""
@@ -153,63 +159,64 @@ class TraceStore:
         assert not self._open, "compact a store after its `with` block: the open ledger would go on under no name"
         if self._ledger.path.exists():
             with PartWriter(self.directory, SCHEMA) as writer:
-                for table in self._ledger_tables(self._part_keys()):
+                seen = KeySet()
+                for batch in batches(self.directory, ["id", "sample"]):
+                    seen.add(_keys_of(batch))
+                for table in self._ledger_tables(seen):
                     writer.write(table)
             self._ledger.path.unlink()
         if self.directory.exists():
             sync_directory(self.directory)
 
-    def split(
-        self, directories: Sequence[Path], choose: Callable[[Key], int], verdicts: Mapping[Key, Sequence[Verdict]]
-    ) -> None:
+    def split(self, directories: Sequence[Path], decisions: Iterable[Decision]) -> None:
         """Copy every trace, with its verdicts, into one of `directories`, in place of what they hold.
 
-        choose: the index of the directory for a key; it is asked once for each trace. The parts are copied as columns.
-        Every directory gets at least one part. Errors: OSError when the disk is full.
+        decisions: one for each trace, in the order of `iterate`. The parts are copied as columns. Every directory gets
+        at least one part. Errors: OSError when the disk is full.
         """
+        rest = iter(decisions)
         with replacing_directories(*directories) as new, ExitStack() as stack:
             writers = [stack.enter_context(PartWriter(path, JUDGED_SCHEMA, columns_at_least=True)) for path in new]
-            seen: set[Key] = set()
             for table in self._tables():
-                keys = _keys_of(table)
-                places = []
-                for key in keys:
-                    places.append(-1 if key in seen else choose(key))
-                    seen.add(key)
-                judged = table.append_column(VERDICTS, verdict_column(verdicts.get(key, ()) for key in keys))
+                here = list(islice(rest, table.num_rows))
+                assert [decision.key for decision in here] == _keys_of(table), "a decision for each trace, in order"
+                judged = table.append_column(VERDICTS, verdict_column(decision.verdicts for decision in here))
                 for i, writer in enumerate(writers):
-                    writer.write(judged.filter(pa.array([place == i for place in places])))
+                    writer.write(judged.filter(pa.array([decision.place == i for decision in here], pa.bool_())))
 
     def _part_keys(self) -> set[Key]:
         return {key for batch in batches(self.directory, ["id", "sample"]) for key in _keys_of(batch)}
 
     def _traces(self, tokens: bool) -> Iterator[Trace]:
-        seen: set[Key] = set()
+        seen = KeySet()
         for batch in batches(self.directory, None if tokens else TEXT_COLUMNS):
-            for trace in map(trace_of, batch.to_pylist()):
-                if trace.key not in seen:
-                    seen.add(trace.key)
-                    yield trace
-        for trace in self._ledger_traces(seen):
+            yield from map(trace_of, _unseen(batch, seen).to_pylist())
+        for row in self._ledger_rows(seen):
+            trace = Trace.from_dict(row)
             yield trace if tokens else without_tokens(trace)
 
     def _tables(self) -> Iterator[pa.Table]:
+        seen = KeySet()
         for batch in batches(self.directory):
-            yield with_all_columns(pa.Table.from_batches([batch]))
-        yield from self._ledger_tables(set())
+            yield with_all_columns(pa.Table.from_batches([_unseen(batch, seen)]))
+        yield from self._ledger_tables(seen)
 
-    def _ledger_tables(self, seen: set[Key]) -> Iterator[pa.Table]:
+    def _ledger_tables(self, seen: KeySet) -> Iterator[pa.Table]:
         if self._ledger.path.exists():
-            traces = decoded(self.directory, self._ledger_traces(seen))
+            traces = decoded(self.directory, map(Trace.from_dict, self._ledger_rows(seen)))
             while group := list(islice(traces, GROUP_ROWS)):
                 yield table_of(group)
 
-    def _ledger_traces(self, seen: set[Key]) -> Iterator[Trace]:
+    def _ledger_rows(self, seen: KeySet) -> Iterator[Row]:
         for row in self._ledger.rows():
-            key = _ledger_key(row)
-            if key not in seen:
-                seen.add(key)
-                yield Trace.from_dict(row)
+            if all(seen.add([_ledger_key(row)])):
+                yield row
+
+
+def _unseen(batch: pa.RecordBatch, seen: KeySet) -> pa.RecordBatch:
+    """The rows whose keys are new."""
+    new = seen.add(_keys_of(batch))
+    return batch if all(new) else batch.filter(pa.array(new, pa.bool_()))
 
 
 def write_traces(directory: Path, traces: Iterable[Trace], verdicts: Mapping[Key, list[Verdict]] | None = None) -> None:

@@ -10,7 +10,7 @@ are checked once, when the trace is stored (`Trace.check_tokens`), because readi
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 from distill.prompts.prompt import END_THINK, THINK, Message, Prompt
@@ -162,9 +162,30 @@ def form_of(text: str, finish_reason: FinishReason) -> ReasoningForm:
     return "think" if THINK in head else "end_think"
 
 
+class ContentHash:
+    """A hash over the digests of traces, whatever their order. Holds 16 bytes of each."""
+
+    def __init__(self) -> None:
+        self._digests = bytearray()
+
+    def add(self, digest: str) -> None:
+        """Add the digest of a trace: 32 hex digits."""
+        self._digests += bytes.fromhex(digest)
+
+    def value(self) -> str:
+        """16 hex digits over all digests that were added."""
+        import numpy as np  # on first use: traces are read without it
+
+        ordered = np.sort(np.frombuffer(bytes(self._digests), dtype=[("high", ">u8"), ("low", ">u8")]))
+        return hashlib.sha256(ordered.tobytes().hex().encode()).hexdigest()[:16]
+
+
 def content_hash(digests: Iterable[str]) -> str:
-    """16 hex digits over the digests of traces, whatever their order."""
-    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
+    """The value of a `ContentHash` of these digests."""
+    whole = ContentHash()
+    for digest in digests:
+        whole.add(digest)
+    return whole.value()
 
 
 def trace_digest(prompt: str, sample: int, text: str) -> str:
@@ -186,7 +207,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, object]:
         """The verdict as a JSON object."""
-        return asdict(self)
+        return {"filter": self.filter, "keep": self.keep, "reason": self.reason, "evidence": self.evidence}
 
 
 def _check_integer(name: str, value: object, least: int, most: int) -> None:

@@ -10,8 +10,8 @@ from run_support import rewritten
 from server_support import listening
 
 import distill
-from distill import Run, catalog, grade, load_recipe, open_model
-from distill.artefacts import RunPaths
+from distill import Run, api, catalog, grade, load_recipe, open_model
+from distill.artefacts import RunPaths, Scores
 from distill.errors import UserError
 from distill.integrity import record_files
 from distill.record import StageRecord
@@ -107,6 +107,17 @@ def test_scores_are_one_row_a_model(run, tiny_run):
         assert row["pass@2"] == stored["pass@k"]["2"]["value"]
         assert row["cons@2_high"] == stored["cons@k"]["2"]["high"]
         assert row["truncated_rate"] == stored["truncated_rate"]
+
+
+def test_instructions_and_sources_have_columns_of_their_own(tiny_run):
+    text = json.loads((tiny_run / "eval" / "tiny-arithmetic" / "student" / "scores.json").read_text())
+    text.pop("sha256")
+    share = {"value": 0.5, "low": 0.25, "high": 0.75}
+    four = dict.fromkeys(("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"), share)
+    text |= {"instructions": four, "parts": {"nov": {"problems": 3, "pass@1": share}}}
+    row = api._row(Scores.model_validate_json(json.dumps(text)))
+    assert (row["prompt_strict"], row["instruction_loose_high"], row["pass@1/nov_low"]) == (0.5, 0.75, 0.25)
+    assert "instructions" not in row and "parts" not in row
 
 
 def test_the_log_is_one_row_a_step(run, copied):

@@ -2,22 +2,28 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from filter_support import GOOD, ExampleResources, add, choose, make_recipe, make_trace, run_filter, samples
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distill.artefacts import FilterSummary
 from distill.catalog import load_recipe
-from distill.chat import split_reasoning
 from distill.errors import UserError
-from distill.filters.base import OK, Candidate, ChoosingFilter, Example, TraceFilter
+from distill.filters.base import (
+    OK,
+    Candidate,
+    ChoosingFilter,
+    Example,
+    StreamFilter,
+    TraceFilter,
+)
 from distill.filters.correct import Correct
+from distill.filters.decontaminate import QUESTION
 from distill.filters.dedup import Dedup
 from distill.filters.format import Format
 from distill.filters.judged import Judged, common_unit
@@ -27,7 +33,6 @@ from distill.filters.select import Select
 from distill.grading import Grade
 from distill.grading import math as mathematics
 from distill.prompts.prompt import Prompt
-from distill.recipe import Recipe
 from distill.recipe.filter import FILTERS, Filter, Switch
 from distill.run import Run
 from distill.traces import store as store_module
@@ -35,57 +40,23 @@ from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, read_traces
 from distill.traces.trace import Trace, Verdict
 
-GOOD = "<think>\n20 + 22 = 42\n</think>\nThe answer is \\boxed{42}."
-
-
-def make_trace(text: str = GOOD, question: str = "20 + 22?", sample: int = 0, tokens: int = 0, **more: Any) -> Trace:
-    reasoning, response = split_reasoning(text)
-    prompt = more.pop("prompt", Prompt.from_question(question, "42"))
-    trace = Trace(prompt, sample, 0, text, reasoning, response, "stop", "t", completion_token_ids=tuple(range(tokens)))
-    return replace(trace, **more)
-
-
-def make_recipe(table: Filter | None = None, **settings: Any) -> Recipe:
-    names = {"name": "r", "teacher": "t", "student": "s", "eval": {"benchmarks": []}}
-    prompts = settings.pop("prompts", [{"kind": "procedural", "name": "arithmetic"}])
-    recipe = Recipe.model_validate(names | {"prompts": prompts, "filter": settings})
-    return recipe if table is None else recipe.model_copy(update={"filter": table})
-
-
-def add(directory: Path, traces: Iterable[Trace]) -> None:
-    (directory / "traces").mkdir(parents=True, exist_ok=True)
-    with TraceStore(directory / "traces") as store:
-        store.append(traces)
-
-
-def run_filter(
-    directory: Path, traces: Iterable[Trace] = (), fresh: bool = False, table: Filter | None = None, **settings: Any
-) -> FilterSummary:
-    with Run(directory, make_recipe(table, **settings)) as run:
-        add(directory, traces)
-        if fresh:
-            run.fresh([STAGE])
-        return STAGE.perform(run)
-
-
-def samples(directory: Path, which: str = "kept") -> dict[int, dict[str, str]]:
-    """Sample number → filter → reason."""
-    return {t.sample: {v.filter: v.reason for v in found} for t, found in read_traces(directory / "filtered" / which)}
-
-
 # One filter at a time
 
-TRACE_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, TraceFilter)]
+
+JUDGING_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, (TraceFilter, StreamFilter))]
 CHOOSING_FILTERS = [kind for kind in FILTERS.values() if issubclass(kind, ChoosingFilter)]
 
 
 @pytest.mark.parametrize(
     ("kind", "example"),
-    [pytest.param(kind, example, id=kind.name) for kind in TRACE_FILTERS for example in kind.examples],
+    [pytest.param(kind, example, id=kind.name) for kind in JUDGING_FILTERS for example in kind.examples],
 )
-def test_examples_of_filters_that_judge(kind: type[TraceFilter], example: Example) -> None:
-    trace = make_trace(example.text, tokens=example.tokens or 0, finish_reason=example.finish_reason)
-    verdict = kind.model_validate(example.settings).judge(Candidate(trace, example.grade))
+def test_examples_of_filters_that_judge(kind: type[TraceFilter | StreamFilter], example: Example) -> None:
+    judging = kind.model_validate(example.settings)
+    trace = make_trace(example.text, question=QUESTION, tokens=example.tokens or 0, finish_reason=example.finish_reason)
+    is_stream = isinstance(judging, StreamFilter)
+    resources = ExampleResources()
+    verdict = judging.verdict_on(example.outcome) if is_stream else judging.judge(Candidate(trace, resources))
     assert (verdict.filter, verdict.reason) == (kind.name, example.reason)
     assert verdict.keep is (example.reason == kind.passing)
 
@@ -94,19 +65,24 @@ def test_examples_of_filters_that_judge(kind: type[TraceFilter], example: Exampl
 def test_examples_of_filters_that_choose(kind: type[ChoosingFilter]) -> None:
     for group in kind.examples:
         lengths = group.tokens or (0,) * len(group.texts)
-        traces = judged(*(make_trace(text, sample=i, tokens=lengths[i]) for i, text in enumerate(group.texts)))
-        for order in (1, -1):
-            verdicts = kind.model_validate(group.settings).choose(traces[::order], seed=0)
-            assert [verdicts[trace.key].reason for trace in traces] == list(group.reasons)
-            assert all(verdict.keep is (verdict.reason == kind.passing) for verdict in verdicts.values())
+        questions = group.questions or ("20 + 22?",) * len(group.texts)
+        traces = [
+            make_trace(text, prompt=Prompt.from_question(questions[i], group.gold), sample=i, tokens=lengths[i])
+            for i, text in enumerate(group.texts)
+        ]
+        verdicts = choose(kind.model_validate(group.settings), traces, group.earlier)
+        dropped = [any(not verdict.keep for verdict in earlier) for earlier in group.earlier] or [False] * len(traces)
+        reasons = [reason for reason, was in zip(group.reasons, dropped, strict=True) if not was]
+        assert [verdicts[trace.key].reason for trace in traces if trace.key in verdicts] == reasons
+        assert all(verdict.keep is (verdict.reason == kind.passing) for verdict in verdicts.values())
 
 
 @pytest.mark.parametrize("kind", FILTERS.values())
 def test_every_reason_has_an_example_and_every_filter_a_description(kind: Any) -> None:
-    examples = kind.examples if issubclass(kind, TraceFilter) else [g for group in kind.examples for g in [*group[:1]]]
-    reasons = [e.reason for e in examples] if issubclass(kind, TraceFilter) else [r for g in examples for r in g]
+    is_choosing = issubclass(kind, ChoosingFilter)
+    reasons = [reason for example in kind.examples for reason in (example.reasons if is_choosing else [example.reason])]
     assert {reason.partition(": ")[0] for reason in reasons} == set(kind.reasons)
-    assert kind.__doc__ and list(FILTERS) == list(Filter.model_fields)
+    assert kind.__doc__ and ["profile", *FILTERS] == list(Filter.model_fields)
     assert all(field.description for field in kind.model_fields.values())
 
 
@@ -118,7 +94,7 @@ def test_format_keeps_just_what_its_rule_says(text: str) -> None:
 
 
 def test_the_evidence_of_a_grade_is_kept() -> None:
-    verdict = Correct().judge(Candidate(make_trace(), Grade("correct", "equal", {"gold": "42"})))
+    verdict = Correct().verdict_on(Grade("correct", "equal", {"gold": "42"}))
     assert verdict == Verdict("correct", True, "correct", {"judged": "equal", "gold": "42"})
 
 
@@ -161,7 +137,7 @@ def test_duplicates_are_found_within_a_prompt_and_up_to_white_space() -> None:
     other = make_trace(question="21 + 21?", sample=5)
     spaced = make_trace(GOOD.replace(" ", "\n  "), sample=2)
     different = make_trace(GOOD.replace("20 + 22", "22 + 20"), sample=3)
-    verdicts = Dedup().choose(judged(spaced, make_trace(sample=1), different, other), 0)
+    verdicts = choose(Dedup(), [spaced, make_trace(sample=1), different, other])
     assert {key[1]: (v.keep, v.evidence) for key, v in verdicts.items()} == {
         1: (True, {}),
         2: (False, {"of_sample": 1}),
@@ -171,12 +147,12 @@ def test_duplicates_are_found_within_a_prompt_and_up_to_white_space() -> None:
 
 
 def test_select() -> None:
-    traces = judged(*(make_trace(sample=i, tokens=tokens) for i, tokens in enumerate([50, 30, 40, 30])))
-    traces += judged(make_trace(question="21 + 21?", sample=0, tokens=99))
+    traces = [make_trace(sample=i, tokens=tokens) for i, tokens in enumerate([50, 30, 40, 30])]
+    traces.append(make_trace(question="21 + 21?", sample=0, tokens=99))
     other = traces[-1].key
 
-    def kept(how: Any, per_prompt: int = 2, seed: int = 0, order: int = 1) -> set[tuple[str, int]]:
-        verdicts = Select(per_prompt=per_prompt, order=how).choose(traces[::order], seed)
+    def kept(how: Any, per_prompt: int = 2, seed: int = 0) -> set[tuple[str, int]]:
+        verdicts = choose(Select(per_prompt=per_prompt, order=how), traces, seed=seed)
         assert verdicts.keys() == {trace.key for trace in traces}
         return {key for key, verdict in verdicts.items() if verdict.keep}
 
@@ -188,15 +164,16 @@ def test_select() -> None:
     assert numbers(kept("shortest", per_prompt=1)) == {1}  # of two equally long ones the first
     draws = {frozenset(numbers(kept("random", seed=seed))) for seed in range(50)}
     assert len(draws) == 6, "every pair of four comes up"
-    assert kept("random", seed=3) == kept("random", seed=3, order=-1)
     assert kept("random", per_prompt=2, seed=3) < kept("random", per_prompt=3, seed=3)
     assert all(other in kept(how) for how in ("first", "shortest", "random"))
     assert [Filter(select=Select(per_prompt=1, order=how)).draws for how in ("first", "random")] == [False, True]
 
 
 def test_a_ledger_row_holds_all_of_it() -> None:
-    one = Judged.of(make_trace(tokens=9), [Verdict("format", False, "no_think", {"think": 0})])
-    assert Judged.from_row(json.loads(json.dumps(one.to_row()))) == one
+    judged = Judged.of(make_trace(tokens=9), [Verdict("format", False, "no_think", {"think": 0})], {"dedup": [1, "a"]})
+    row = json.loads(json.dumps(judged.to_row()))
+    assert Judged.from_row(row) == judged
+    assert Judged.from_row(row | {"spelling": "ab"}) is None, "of an earlier version: the trace is judged again"
 
 
 # The section of the recipe
@@ -211,7 +188,7 @@ def test_a_filter_is_on_or_off_in_several_spellings() -> None:
     off = parsed('{"format": false, "finish": null}')
     assert off.format is None and off.finish is None
     assert parsed('{"correct": {"workers": 3}}').correct == Correct(workers=3)
-    assert [name for name, value in Filter().settings().items() if value is False] == ["length", "select"]
+    assert {name for name, value in Filter().settings().items() if value is False} == {"length", "select"}
     assert off.settings()["format"] is False and Filter().settings()["correct.timeout"] == 5.0
     assert "correct.workers" not in Filter().settings(), "how many processes decides nothing"
     assert parsed(json.dumps(off.model_dump(mode="json"))) == off

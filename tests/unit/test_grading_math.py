@@ -178,7 +178,8 @@ def test_a_task_without_a_grader_is_refused_in_one_line() -> None:
     with pytest.raises(UserError) as refusal:
         require_grader("code", "filter.correct", "set it to false")
     assert str(refusal.value) == (
-        "filter.correct: task 'code' has no grader yet (only math, choice, gym have); set it to false"
+        "filter.correct: task 'code' has no grader yet (only math, choice, gym, instructions, judge have); "
+        "set it to false"
     )
     with Grader() as grader, pytest.raises(UserError, match="'chat' has no grader"):
         list(grader.grade([(0, Prompt.from_question("How are you?", None, "chat"), "Fine.")]))

@@ -21,7 +21,7 @@ from distill.errors import UserError, WorkError
 from distill.grading import GRADERS, Answer, Grader, TaskGrader, unreadable_golds
 from distill.grading import grader as grader_module
 from distill.grading.grade import Outcome
-from distill.grading.pool import Lost, WorkerPool
+from distill.grading.pool import Lost, Worker, WorkerPool
 from distill.prompts.prompt import Prompt
 
 TOWER = "9^{9^{9^{9}}}"
@@ -132,6 +132,27 @@ def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with WorkerPool(workers=2, timeout=1.0) as pool, pytest.raises(WorkError, match="sympy is broken here"):
         list(pool.map([(0, EASY)]))
+
+
+@pytest.mark.parametrize(("kills", "expected"), [(2, EQUAL), (3, Lost("worker died", -signal.SIGKILL))])
+def test_an_item_whose_worker_is_killed_from_outside_is_asked_again(kills: int, expected: object) -> None:
+    results: dict[str, object] = {}
+    slow = EASY | {"answer": r"\sqrt{25}"}
+    with WorkerPool[str](workers=1, timeout=600.0) as pool:
+        send, left = Worker.send, kills
+
+        def send_and_kill(worker: Worker[str], key: str, item: Any) -> None:
+            nonlocal left
+            if key == "bad" and left:
+                left -= 1
+                worker.child.process.send_signal(signal.SIGKILL)
+                worker.child.process.wait()
+            send(worker, key, item)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Worker, "send", send_and_kill)
+            results.update(pool.map([("first", EASY), ("bad", slow), ("last", EASY)]))
+        assert results == {"first": EQUAL, "bad": expected, "last": EQUAL} and not left
 
 
 def test_the_worker_stays_light_and_ignores_the_working_directory(tmp_path: Path) -> None:

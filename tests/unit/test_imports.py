@@ -26,6 +26,7 @@ SHARED |= {
     "model_files",
     "models",
     "objectives",
+    "planned",
     "record",
     "section",
     "stage",
@@ -36,7 +37,7 @@ SHARED |= {
     "fingerprint",
     "evaluations",
 }
-BELOW_STAGES = {"grading", "backends"} | SHARED
+BELOW_STAGES = {"grading", "grading.judge", "backends"} | SHARED
 
 # room → the rooms it may import. What is not listed here is not a room yet: add it, and say what it may know.
 ALLOWED: dict[str, set[str]] = {
@@ -47,17 +48,22 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"pipeline", "doctor", "plan", "push"} | STAGES | BELOW_STAGES,
     "doctor": BELOW_STAGES | {"engine.kernels", "engine.families"},
     "push": SHARED,
-    "pipeline": STAGES | BELOW_STAGES | {"filters.pipeline"},
+    "pipeline": STAGES | BELOW_STAGES | {"filters.pipeline", "filters.cluster"},
     **{stage: BELOW_STAGES for stage in STAGES},
     "plan": BELOW_STAGES | {"generate", "train", "engine.spec", "engine.families"},
     "grading": {"backends"} | SHARED,
+    "grading.judge": {"grading", "backends", "recipe.rubric", "recipe.template"} | SHARED,  # a grader that is a model
     "backends": {"engine", "keeper"} | SHARED,
     **{room: SHARED for room in SHARED},
     "catalog": SHARED | {"engine.families"},  # what a card says of its model is compared with the model
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.
     "recipe": SHARED | {"filters", "engine.families"},
-    "filters": {"section", "chat", "grading", "traces.trace", "traces.ledger", "prompts.prompt"},
-    "filters.pipeline": BELOW_STAGES | {"filters", "filters.summary"},
+    "filters": {"section", "chat", "grading", "traces.trace", "traces.ledger", "prompts.prompt", "recipe.rubric"},
+    "recipe.rubric": {"section", "recipe.template"},  # what a judge is asked: of the recipe, and of a filter
+    "recipe.template": set(),
+    "filters.pipeline": BELOW_STAGES | {"filters", "filters.cluster", "filters.resources", "filters.summary"},
+    "filters.cluster": BELOW_STAGES | {"filters", "filters.resources"},
+    "filters.resources": BELOW_STAGES | {"filters"},
     "filters.summary": BELOW_STAGES | {"filters"},
     "traces.trace": {"chat", "prompts.prompt"},
     "traces.ledger": {"durable", "errors"},

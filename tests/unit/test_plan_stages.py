@@ -9,8 +9,9 @@ import yaml
 from eval_support import distill, right, server, url
 
 from distill import catalog, console
-from distill.artefacts import Plan, RunPaths
+from distill.artefacts import RunPaths
 from distill.plan import stages
+from distill.planned import Plan
 from distill.traces.store import TraceStore
 
 PRICE = {"input": 1, "output": 10, "date": "2025-01-20", "source": "a test"}

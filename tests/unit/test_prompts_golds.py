@@ -106,8 +106,8 @@ def test_gsm8k_and_math500_answers(real_data: Callable[[str], Path]) -> None:
     [
         ({"extract": "hash", "answer": None}, "needs a column to read; set `answer`"),
         ({"extract": "tests"}, "is for task code, and the task is math"),
-        ({"extract": "boxed", "task": "code"}, "is for task math, choice or chat, and the task is code"),
-        ({"extract": "regex"}, "'none', 'hash', 'boxed' or 'tests'"),
+        ({"extract": "boxed", "task": "code"}, "is for task math, choice, judge or chat, and the task is code"),
+        ({"extract": "regex"}, "'none', 'hash', 'boxed', 'tests' or 'instructions'"),
         ({"weight": 0}, "greater than 0"),
     ],
 )

@@ -16,13 +16,22 @@ from hypothesis import strategies as st
 from report_support import make_run, make_trace, record_again
 
 from distill import report
-from distill.artefacts import FilterSummary, PublishedScores, RunPaths, Scores
+from distill.artefacts import (
+    FilterSummary,
+    InstructionScores,
+    Interval,
+    PartScore,
+    PublishedScores,
+    RunPaths,
+    Scores,
+)
 from distill.errors import UserError
 from distill.evaluations import EvaluationPaths, EvaluationRecord, published_line
 from distill.integrity import record_files
 from distill.objectives import Logits
 from distill.prompts import Prompt
 from distill.record import StageRecord
+from distill.report import contents as contents_module
 from distill.report import pictures, write_report
 from distill.report.contents import read_contents
 from distill.report.mathematics import TAG, marked_up
@@ -340,3 +349,27 @@ def test_a_large_run_gives_a_small_page(tmp_path, monkeypatch):
     assert len(contents.lengths.kept) == 300 and 5 < len([t for t in contents.traces if t.good]) < 60
     path = write_report(run)
     assert path.stat().st_size < 3_000_000 and " of 3" in Page(path.read_text(encoding="utf-8")).text
+
+
+def test_instructions_sources_and_judges_are_shown(tmp_path, monkeypatch):
+    half = Interval(value=0.5, low=0.4, high=0.6)
+    more = {
+        "instructions": InstructionScores(
+            prompt_strict=half,
+            prompt_loose=Interval(value=0.625, low=0.5, high=0.7),
+            instruction_strict=half,
+            instruction_loose=Interval(value=0.75, low=0.7, high=0.8),
+        ),
+        "parts": {"feb_2025": PartScore(problems=30, pass_at_1=Interval(value=0.125, low=0.1, high=0.2))},
+        "settings": {"judge.model.model": "grader-7b"},
+    }
+    results = contents_module._results
+    monkeypatch.setattr(
+        contents_module,
+        "_results",
+        lambda directory: [replace(each, scores=each.scores.model_copy(update=more)) for each in results(directory)],
+    )
+    text = page_of(make_run(tmp_path / "run")).text
+    for shown in ("Instructions followed", "62.5 % (50.0 – 70.0)", "75.0 %", "feb_2025", "12.5 %"):
+        assert shown in text
+    assert "tiny-arithmetic is graded by a judge, grader-7b" in text

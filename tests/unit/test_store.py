@@ -1,6 +1,7 @@
 """The trace store: exact, readable by `datasets`, and complete after `kill -9` or a full disk at any point."""
 
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from distill.errors import UserError
 from distill.prompts.prompt import Prompt
 from distill.traces import parts as parts_module
 from distill.traces import store as store_module
-from distill.traces.store import TraceStore, count_traces, read_traces, write_traces
+from distill.traces.store import Decision, TraceStore, count_traces, read_traces, write_traces
 from distill.traces.trace import Trace, Verdict
 
 TEXT = st.text(st.characters(exclude_categories=[]), max_size=30)  # lone surrogates included
@@ -233,7 +234,7 @@ def test_every_pass_over_the_traces_is_counted(tmp_path: Path, monkeypatch: pyte
     store = filled(tmp_path / "traces", *range(3))
     store.compact()
     assert list(store) and list(store.iterate(tokens=False)) and len(passes) == 3
-    store.split([tmp_path / "kept"], lambda key: 0, {})
+    store.split([tmp_path / "kept"], [Decision(trace(i).key, 0, []) for i in range(3)])
     store.compact()
     assert len(store) == 3 and len(list(store.figures())) == 3 and count_traces(tmp_path / "kept") == 3
     assert len(passes) == 3, "columns are copied and counted without making traces"
@@ -251,12 +252,17 @@ def test_split_gives_every_trace_with_its_verdicts_to_one_directory(tmp_path: Pa
         store.append([trace(6), trace(7), odd])  # the first is in both
     verdicts = {trace(n).key: [Verdict("f", n % 2 == 0, "ok", {"n": n})] for n in range(8)}
     kept, dropped = tmp_path / "filtered" / "kept", tmp_path / "filtered" / "dropped"
+
+    def decisions(place: Callable[[tuple[str, int]], int]) -> Iterator[Decision]:
+        return (Decision(key, place(key), verdicts.get(key, [])) for key in [t.key for t in store])
+
     for _ in range(2):
-        store.split([kept, dropped], lambda key: key[1] % 2, verdicts)
+        store.split([kept, dropped], decisions(lambda key: key[1] % 2))
         assert list(read_traces(kept)) == [(trace(n), verdicts[trace(n).key]) for n in (0, 2, 4, 6)]
         assert list(read_traces(dropped)) == [*((trace(n), verdicts[trace(n).key]) for n in (1, 3, 5, 7)), (odd, [])]
         store.compact()
-    store.split([kept, dropped], lambda key: 1, {})
+    verdicts.clear()
+    store.split([kept, dropped], decisions(lambda key: 1))
     assert count_traces(dropped) == 9 and list(read_traces(kept)) == []
     assert sorted(path.name for path in kept.parent.iterdir()) == ["dropped", "kept"]
 
@@ -264,7 +270,9 @@ def test_split_gives_every_trace_with_its_verdicts_to_one_directory(tmp_path: Pa
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="gone"):
-        store.split([kept, dropped], fail, {})
+        store.split([kept, dropped], decisions(fail))
+    with pytest.raises(AssertionError, match="a decision for each trace"):
+        store.split([kept, dropped], reversed(list(decisions(lambda key: 1))))
     assert count_traces(dropped) == 9
     assert sorted(path.name for path in kept.parent.iterdir()) == ["dropped", "kept"]
 

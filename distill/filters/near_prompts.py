@@ -1,0 +1,47 @@
+"""Near-duplicates among prompts: the same problem with another greeting, another instruction, a typo.
+
+A collection of problems that was put together from several sources asks many of them twice, and then a student sees
+them twice as often. Numbers are compared exactly: two problems of one mould with other numbers are two problems.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+
+from distill.filters.base import OK, Group
+from distill.filters.judged import Judged, Key
+from distill.filters.near import NearDuplicates
+from distill.traces.trace import Trace
+
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+ASKED = "Ann buys three pears and twice as many plums at the market on Monday morning. How many fruits does she buy?"
+
+
+class NearPrompts(NearDuplicates):
+    """Drop the traces of prompts that are nearly the same as another prompt with the same numbers."""
+
+    shingle: int = Field(2, ge=1, le=64, description="words in a shingle")
+
+    name = "near_prompts"
+    reasons: ClassVar[Mapping[str, str]] = {
+        OK: "no similar prompt comes before it",
+        "near_duplicate": "a similar prompt has traces too, and comes first in the order of their ids",
+    }
+    examples = (
+        Group((OK, "near_duplicate"), ("a", "b"), questions=(ASKED, f"{ASKED} Please!")),
+        Group((OK, OK), ("a", "b"), questions=("20 + 22?", "21 + 22?")),
+        Group((OK, OK), ("a", "b")),
+    )
+
+    def text_of(self, trace: Trace) -> str:
+        """The conversation; numbers are attached to every word, so that prompts with other numbers share no shingle."""
+        asked = "\n".join(message["content"] for message in trace.prompt.messages)
+        numbers = hashlib.blake2b(" ".join(NUMBER.findall(asked)).encode(), digest_size=8).hexdigest()
+        return " ".join(f"{word}{numbers}" for word in re.findall(r"[\w\\]+", asked))
+
+    def unit_of(self, judged: Judged) -> Key:
+        """All traces of a prompt."""
+        return judged.key[0], 0

@@ -1,0 +1,131 @@
+"""An index of benchmark problems that finds the one which a prompt copies or rephrases.
+
+Score of a pair: the weighted mean over the kinds of terms (`distill.filters.terms`) of the Dice similarity
+2·shared / (prompt + item + SMOOTHING), in which a term counts by its inverse document frequency among the indexed
+problems: a shared 3 says little, a shared 1,319 much. The smoothing keeps two texts with next to no terms of a kind
+from being alike in it. A prompt that contains the words of a problem in their order, `VERBATIM` of its n-grams, is a
+copy whatever its score: a problem inside a longer prompt, or one of fewer than n words.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from distill.filters.terms import KINDS, Kind, Terms, terms_of
+
+WEIGHTS: dict[Kind, float] = {"numbers": 0.55, "names": 0.15, "words": 0.3}
+SMOOTHING = 2.0
+DOCUMENTS = (
+    500  # at least so many problems are assumed when rarity is measured: in a small benchmark all terms are rare
+)
+GRAM = 8  # words
+VERBATIM = 0.8
+SHORTEST = 3  # words of a problem that is searched in longer prompts
+
+
+class Item(NamedTuple):
+    """A problem of a benchmark. name: such as `gsm8k/17`."""
+
+    name: str
+    question: str
+
+
+class Match(NamedTuple):
+    """The problem that is most like a prompt. score: from 0 to 1. shared: terms as the problem spells them, the rarest
+    first."""
+
+    item: Item
+    score: float
+    verbatim: bool
+    shared: dict[Kind, list[str]]
+
+
+class Index:
+    """Problems by their terms. An index of no problem matches nothing."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self.items = list(items)
+        self._terms = [terms_of(item.question) for item in self.items]
+        lower = {word for terms in self._terms for word in terms.words - terms.names}
+        self._lower = lower
+        self._weights: dict[Kind, dict[str, float]] = {}
+        self._places: dict[Kind, dict[str, npt.NDArray[np.intp]]] = {}
+        self._sums: dict[Kind, npt.NDArray[np.float64]] = {}
+        documents = max(len(self.items), DOCUMENTS)
+        self._most = math.log(2 * (documents + 1))
+        for kind in KINDS:
+            sets = [self._kind(terms, kind) for terms in self._terms]
+            frequency = Counter(term for terms in sets for term in terms)
+            weights = {term: math.log((documents + 1) / (count + 0.5)) for term, count in frequency.items()}
+            places: dict[str, list[int]] = defaultdict(list)
+            for number, terms in enumerate(sets):
+                for term in terms:
+                    places[term].append(number)
+            self._weights[kind] = weights
+            self._places[kind] = {term: np.array(numbers) for term, numbers in places.items()}
+            self._sums[kind] = np.array([sum(weights[term] for term in terms) for terms in sets])
+        self._grams: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        self._gram_counts = []
+        for number, item_terms in enumerate(self._terms):
+            grams = _grams(item_terms.tokens)
+            self._gram_counts.append(len(grams))
+            for gram in grams:
+                self._grams[gram].append(number)
+        self._lengths = sorted({len(gram) for gram in self._grams})
+
+    def best(self, question: str) -> Match | None:
+        """The problem most like a question; None where it shares no term with any."""
+        terms = terms_of(question)
+        score = np.zeros(len(self.items))
+        for kind in KINDS:
+            mine = self._kind(terms, kind)
+            shared = np.zeros(len(self.items))
+            total = 0.0
+            for term in mine:
+                weight = self._weights[kind].get(term, self._most)
+                total += weight
+                if term in self._places[kind]:
+                    shared[self._places[kind][term]] += weight
+            score += WEIGHTS[kind] * 2 * shared / (total + self._sums[kind] + SMOOTHING)
+        if not terms.numbers:  # nor has the problem: its other terms decide
+            score[self._sums["numbers"] == 0] /= 1 - WEIGHTS["numbers"]
+        copied = self._copied(terms.tokens)
+        number = copied if copied is not None else int(score.argmax()) if len(score) else None
+        if number is None or (copied is None and score[number] == 0):
+            return None
+        return Match(self.items[number], float(score[number]), copied is not None, self._shared(terms, number))
+
+    def _kind(self, terms: Terms, kind: Kind) -> frozenset[str]:
+        if kind == "numbers":
+            return terms.numbers
+        names = terms.names - self._lower
+        return names if kind == "names" else terms.words - names
+
+    def _shared(self, terms: Terms, number: int) -> dict[Kind, list[str]]:
+        both = {kind: self._kind(terms, kind) & self._kind(self._terms[number], kind) for kind in KINDS}
+        ranked = {
+            kind: sorted(shared, key=lambda term: (-self._weights[kind][term], term)) for kind, shared in both.items()
+        }
+        spelled = self._terms[number].spelled
+        return {kind: [spelled.get(term, term.partition("#")[0]) for term in terms] for kind, terms in ranked.items()}
+
+    def _copied(self, tokens: Sequence[str]) -> int | None:
+        """The problem whose words the tokens contain in their order."""
+        counts: Counter[int] = Counter()
+        for length in self._lengths:
+            for gram in {tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)}:
+                counts.update(self._grams.get(gram, ()))
+        found = [(count / self._gram_counts[number], -number) for number, count in counts.items()]
+        share, negative = max(found, default=(0.0, 0))
+        return -negative if share >= VERBATIM else None
+
+
+def _grams(tokens: Sequence[str]) -> set[tuple[str, ...]]:
+    """The n-grams of a problem; of a shorter one, all its words."""
+    if len(tokens) < GRAM:
+        return {tuple(tokens)} if len(tokens) >= SHORTEST else set()
+    return {tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1)}

@@ -1,0 +1,130 @@
+"""Repetition: loops of characters, phrases or paragraphs, R1-Zero's other flaw, which a student learns at once.
+
+A loop repeats the words that stand one period before it. Its period is among the most frequent distances between two
+occurrences of the same few words; for each such distance the longest run of words that equal those one period before
+is measured, in linear time and for any period. A phrase must come at least `PHRASES` times in a row (a longer one
+`LONG_PHRASES` times) and fill `SPAN` words, so that a list of like items, or "wait, wait, wait", is none. Runs without
+words (`2 × 2 × 2 ×`, the same formula on every line, rows of a table) are legitimate mathematics and must be longer.
+
+Paragraphs may also come back at intervals, in an endless cycle of doubts: the same long line, at least `LINES` times.
+Twice is no loop: an answer repeats its reasoning.
+
+Rejected: the share of repeated n-grams, as web corpora are filtered: mathematical reasoning repeats its terms, and no
+threshold separates the two; the ratio of compression, for the same reason, and it names no evidence.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from distill.filters.base import OK, Candidate, Example, TraceFilter
+from distill.filters.words import UNSPACED, words_of
+from distill.traces.trace import Verdict
+
+GRAM = 3  # words by which an earlier occurrence is recognised
+DISTANCES = 16  # frequent distances that are tried as periods
+PHRASES, LONG_PHRASES = 4, 3  # repetitions in a row, of any phrase and of one of at least LONG words
+LONG = 8
+SPAN, EQUATIONS, SYMBOLS = 20, 40, 100  # words that a loop fills: with words, of equations, and of other symbols
+LINES, LINE_WORDS = 3, 20  # occurrences of a line or paragraph, and words that make it long
+SHORT_LINES = 10  # occurrences of a shorter line, which has more than GRAM words with letters
+LINE = "So the tens are added first and then the ones, and the carry goes to the tens, which gives the sum of both."
+CHARACTERS = re.compile(r"(\S{1,12}?)\1{23,}")  # 24 times without white space
+RULE = re.compile(r"[-=_*#.~|+:\u2500-\u257f]+\Z")  # lines of a table and the like are decoration
+DIGITS = 100  # characters of a run of digits or signs
+LETTERS = re.compile(rf"(?<![\\\w])[^\W\d_]{{2,}}|{UNSPACED}")  # words; LaTeX commands are none
+
+
+class Loop(NamedTuple):
+    """What is repeated. unit: one period. times: how often it comes. span: words, or characters, of all of them."""
+
+    reason: str
+    unit: str
+    times: int
+    span: int
+
+
+class Repetition(TraceFilter):
+    """Drop traces that loop: a character or syllable, a phrase, or whole paragraphs over and over."""
+
+    name = "repetition"
+    reasons: ClassVar[Mapping[str, str]] = {
+        OK: "no loop",
+        "characters": "a few characters over and over, without white space",
+        "phrase": "the same words several times in a row",
+        "paragraph": "the same line or paragraph again and again",
+    }
+    examples = (
+        Example(OK, "<think>\n20 + 22 = 42\n</think>\nThe answer is \\boxed{42}."),
+        Example(
+            OK, "<think>\nWait, wait, wait. 2 × 2 × 2 × 2 × 2 × 2 × 2 × 2 = 256 and 1/3 = 0.33333333333333333333\n"
+        ),
+        Example(OK, "| a | b |\n|" + "-" * 80 + "|\n" + "| 1 | 0 |\n" * 12),
+        Example("characters", "<think>\nSo the answer is " + "4" * 200),
+        Example("characters", "<think>\nSo the answer is ha" + "ha" * 30 + "\n</think>\n42"),
+        Example("characters", "<think>\n" + "!" * 120),
+        Example("phrase", "<think>\nThe sum is 42. " + "Let me check that again. " * 5 + "\n</think>\n42"),
+        Example("phrase", "<think>\n" + "wait " * 30 + "\n</think>\n42"),
+        Example("phrase", "<think>\n" + "我需要再检查一下。" * 6 + "\n</think>\n42"),
+        Example("paragraph", "<think>\n" + "\n".join(f"{LINE}\n{n}" for n in ("No.", "Hm.", "But wait."))),
+    )
+
+    def judge(self, candidate: Candidate) -> Verdict:
+        """Look for the first loop. The evidence has what is repeated, how often, and the length of all of it."""
+        text = candidate.trace.text
+        loop = next((loop for kind in (_characters, _phrases, _paragraphs) for loop in kind(text)), None)
+        if loop is None:
+            return self.verdict(OK)
+        return self.verdict(loop.reason, unit=loop.unit[:120], times=loop.times, span=loop.span)
+
+
+def _characters(text: str) -> Iterator[Loop]:
+    for match in CHARACTERS.finditer(text):
+        run, unit = match[0], match[1]
+        if RULE.fullmatch(unit) or (not LETTERS.search(unit * 2) and len(run) < DIGITS):
+            continue
+        yield Loop("characters", unit, len(run) // len(unit), len(run))
+
+
+def _phrases(text: str) -> Iterator[Loop]:
+    words = words_of(text)
+    last: dict[tuple[str, ...], int] = {}
+    distances: Counter[int] = Counter()
+    for position, gram in enumerate(zip(*(words[i:] for i in range(GRAM)), strict=False)):
+        if gram in last:
+            distances[position - last[gram]] += 1
+        last[gram] = position
+    numbers: dict[str, int] = {}
+    ids = np.array([numbers.setdefault(word, len(numbers)) for word in words])
+    for period, count in distances.most_common(DISTANCES):
+        if count + GRAM + period < SPAN:
+            continue
+        start, length = _longest_run(ids[period:] == ids[:-period])
+        span, unit = length + period, words[start : start + period]
+        is_equation = "=" in unit and period > GRAM
+        least = SPAN if LETTERS.search(" ".join(unit)) else EQUATIONS if is_equation else SYMBOLS
+        times = LONG_PHRASES if period >= LONG else PHRASES
+        if span >= period * times and span >= least:
+            yield Loop("phrase", " ".join(unit), span // period, span)
+
+
+def _longest_run(equal: npt.NDArray[np.bool_]) -> tuple[int, int]:
+    """Start and length of the longest run of true values."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], equal.astype(np.int8), [0]))))
+    starts, lengths = edges[::2], edges[1::2] - edges[::2]
+    longest = int(lengths.argmax())
+    return int(starts[longest]), int(lengths[longest])
+
+
+def _paragraphs(text: str) -> Iterator[Loop]:
+    lines = Counter(" ".join(line.split()) for line in text.splitlines())
+    for line, times in lines.items():
+        if times < LINES or not LETTERS.search(line):
+            continue
+        length = len(line.split())
+        if length >= LINE_WORDS or (times >= SHORT_LINES and len(LETTERS.findall(line)) > GRAM):
+            yield Loop("paragraph", line, times, times * length)

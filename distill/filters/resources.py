@@ -1,0 +1,99 @@
+"""What a run adds to the resources of its filters. The recipe imports the filters, so only this room knows it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+
+from distill import catalog
+from distill.chat import Chat
+from distill.errors import UserError
+from distill.filters.base import Resources
+from distill.filters.overlap import Item
+from distill.grading.grade import AnswerJudge
+from distill.grading.judge import JudgeModel
+from distill.models import Models, judge_of
+from distill.prompts import load_prompts
+from distill.prompts.columns import listed
+from distill.prompts.rows import rows_of_file
+from distill.recipe import Recipe
+from distill.recipe.sources import FilePrompts, HubPrompts, PromptSource
+
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # what is not a card
+QUESTIONS = ("question", "problem", "prompt", "text")  # columns in which files of problems keep their questions
+
+
+class RunResources(Resources):
+    """The resources of the filters of a recipe. Made anew in every process that judges, from the recipe alone.
+
+    judgements: the directory in which a judge's answers are kept; None keeps none.
+    """
+
+    def __init__(self, recipe: Recipe, judgements: Path | None = None) -> None:
+        super().__init__(recipe.seed)
+        self.recipe = recipe
+        self._judgements = judgements
+
+    def judge(self, user: str) -> AbstractContextManager[AnswerJudge | None]:
+        """The judge of the recipe; see the base. Errors: UserError when its card or directory cannot be used."""
+        settings = self.recipe.judge
+        if settings is None:
+            return nullcontext()
+        return JudgeModel(settings, judge_of(settings), self.recipe.engine, self._judgements, f"filter-{user}")
+
+    @cached_property
+    def _chat(self) -> Chat:
+        template = Models(self.recipe, Path()).training_template
+        return Chat.load(catalog.resolve_tokenizer(self.recipe.student, "student"), template)
+
+    def student_tokens(self, text: str) -> int:
+        """The number of tokens of a text by the student's tokenizer. Errors: UserError when it cannot be loaded."""
+        return len(self._chat.text_ids(text))
+
+    def benchmark_items(self, benchmarks: Sequence[str]) -> list[Item]:
+        """The problems of benchmarks, of which each is a card or a file; of none, those of the recipe's evaluation.
+
+        Errors: UserError when one cannot be read.
+        """
+        names = benchmarks or self.recipe.eval.benchmarks
+        if not names:
+            raise UserError(
+                "filter.decontaminate: there is no benchmark to compare with; name some in "
+                "filter.decontaminate.benchmarks, or set filter.decontaminate to false"
+            )
+        return [item for name in names for item in self._items(name)]
+
+    def _items(self, name: str) -> Iterator[Item]:
+        is_file = Path(name).is_dir() or any(name.endswith((kind, f"{kind}.gz", f"{kind}.zst")) for kind in FILES)
+        hint = "" if is_file else "; or name a file with its problems in filter.decontaminate.benchmarks"
+        try:
+            sources = [_file_of(Path(name))] if is_file else self._sources(name)
+            for number, prompt in enumerate(load_prompts(sources)):
+                yield Item(f"{Path(name).stem}/{number}", prompt.messages[-1]["content"])
+        except UserError as error:
+            raise UserError(f"filter.decontaminate: {error}{hint}") from error
+
+    def _sources(self, name: str) -> Sequence[PromptSource]:
+        card = catalog.load_benchmark(name)
+        paths = self.recipe.eval.sources.get(card.name, ())
+        files = [_file_of(Path(path)) for path in ((paths,) if isinstance(paths, str) else paths)]
+        return files or [_question_alone(source) for source in card.sources]
+
+
+def _question_alone(source: PromptSource) -> PromptSource:
+    """The source without options, templates and answers, which a copy of a question need not have."""
+    if not isinstance(source, FilePrompts | HubPrompts):
+        return source
+    bare = {"template": None, "options": None, "labels": None, "choices": (), "answer": None, "extract": "none"}
+    return source.model_copy(update={**bare, "task": "chat"})
+
+
+def _file_of(path: Path) -> FilePrompts:
+    """A file of problems. Errors: UserError when it cannot be read or has no column with questions."""
+    where, row = next(rows_of_file(path), (str(path), None))
+    if row is None:
+        raise UserError(f"{path}: no rows; give a file with at least one problem")
+    question = next((column for column in QUESTIONS if column in row), None)
+    if question is None:
+        raise UserError(f"{where}: no column with questions ({', '.join(QUESTIONS)}); the columns are {listed(row)}")
+    return FilePrompts(kind="file", path=str(path), question=question, answer=None, task="chat")

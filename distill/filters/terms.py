@@ -1,0 +1,100 @@
+"""What identifies a problem whatever its wording: its numbers, its names and its rare words.
+
+A rephrased problem keeps its numbers, most of its names and some of its nouns; their order and all other words change.
+So a text is a set of terms of three kinds:
+
+    numbers   in one spelling: `1,000`, `1000.0` and `$1000` are equal, as are `twice`, `double` and 2, `2/5` and
+              `two-fifths` (a numerator and a denominator). The second occurrence of a number is a term of its own.
+    names     words that are written with a capital letter, and nowhere in the benchmarks without
+    words     other words without their endings; function words are left out
+
+and two texts are compared kind by kind (`Index`). Rejected: n-grams of words, which a rephrasing leaves none of (and
+which a prompt shorter than n never has); embeddings, which need a model and find problems *about* the same thing, whose
+numbers differ, more alike than rephrasings.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from typing import Literal, NamedTuple
+
+Kind = Literal["numbers", "names", "words"]
+KINDS: tuple[Kind, ...] = ("numbers", "names", "words")
+
+TOKEN = re.compile(r"\d+(?:\.\d+)?|\\?[^\W\d_]+(?:'[^\W\d_]+)?")
+SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+)
+NUMBERS = {word: str(number) for number, word in enumerate([*UNITS.split(), "eighteen", "nineteen"])} | {
+    **{word: str(10 * number) for number, word in enumerate(("twenty", "thirty", "forty", "fifty", "sixty"), 2)},
+    **{word: str(10 * number) for number, word in enumerate(("seventy", "eighty", "ninety", "hundred"), 7)},
+    **dict.fromkeys(("half", "halves", "twice", "double", "doubled", "doubles", "second", "couple", "pair"), "2"),
+    **dict.fromkeys(("third", "thirds", "thrice", "triple", "tripled", "triples"), "3"),
+    **dict.fromkeys(("quarter", "quarters", "fourth", "fourths", "quadruple"), "4"),
+    **{
+        f"{word}{end}": str(n)
+        for n, word in enumerate(("fif", "six", "seven", "eigh", "nin", "ten"), 5)
+        for end in ("th", "ths")
+    },
+    **dict.fromkeys(("once", "single", "first"), "1"),
+    **{"dozen": "12", "dozens": "12", "decade": "10", "decades": "10", "thousand": "1000", "million": "1000000"},
+}
+STOP = frozenset(
+    re.findall(
+        r"\w+",
+        "a about after all also an and any are as at be been before being but by can could did do does down each every "
+        "for from had has have he her here him his how i if in into is it its just may me might more most much many "
+        "must my no not of off on only or our out over per she should so some such than that the their them then "
+        "there these they this those to up was we were what when where which who whom whose why will with would you "
+        "your amount number total find calculate determine compute given",
+    )
+)
+ENDINGS = ("ing", "ies", "es", "ed", "ly", "s", "e")
+
+
+class Terms(NamedTuple):
+    """The terms of a text by kind, each kind a set; its tokens in order, for copies; and term → how the text
+    spells it."""
+
+    numbers: frozenset[str]
+    names: frozenset[str]
+    words: frozenset[str]
+    tokens: tuple[str, ...]
+    spelled: dict[str, str]
+
+    def of(self, kind: Kind) -> frozenset[str]:
+        """The terms of one kind."""
+        return {"numbers": self.numbers, "names": self.names, "words": self.words}[kind]
+
+
+def terms_of(text: str) -> Terms:
+    """The terms of a text. names: every word with a capital letter; which are names is decided by the index."""
+    text = SEPARATOR.sub("", unicodedata.normalize("NFKC", text).replace("\u2019", "'"))
+    numbers: Counter[str] = Counter()
+    names: set[str] = set()
+    words: set[str] = set()
+    tokens: list[str] = []
+    spelled: dict[str, str] = {}
+    for token in TOKEN.findall(text):
+        lower = token.lower().removesuffix("'s")
+        number = f"{float(token):g}" if token[0].isdigit() else NUMBERS.get(lower)
+        tokens.append(number or lower)
+        if number:
+            numbers[number] += 1
+        elif lower not in STOP:
+            stem = stem_of(lower)
+            words.add(stem)
+            spelled.setdefault(stem, token)
+            if token[0].isupper():
+                names.add(stem)
+    repeated = (f"{number}#{n}" if n > 1 else number for number, count in numbers.items() for n in range(1, count + 1))
+    return Terms(frozenset(repeated), frozenset(names), frozenset(words), tuple(tokens), spelled)
+
+
+def stem_of(word: str) -> str:
+    """A word without its ending, so that `sells`, `selling` and `sell` are one term. Crude, and the same for both."""
+    for ending in ENDINGS:
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word.removesuffix(ending)
+    return word

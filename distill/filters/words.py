@@ -1,0 +1,13 @@
+"""Words of a text, for filters that compare texts: what stands between white space, and single characters of the
+scripts that are written without spaces (Thai to Khmer, Japanese, Chinese)."""
+
+import re
+
+UNSPACED = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+ANY_UNSPACED = re.compile(UNSPACED)
+WORD = re.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})\S)+")
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in order."""
+    return text.split() if text.isascii() or not ANY_UNSPACED.search(text) else WORD.findall(text)

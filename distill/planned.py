@@ -1,0 +1,57 @@
+"""`plan.json`: what a recipe was expected to take. `distill plan` writes it, the report compares it with the run."""
+
+from distill.artefacts import Artefact
+
+
+class Expected(Artefact):
+    """An estimate, with the ends of its 95 % interval where it comes from a sample."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def times(self, factor: float) -> "Expected":
+        """The estimate in another unit."""
+        ends = (None if end is None else end * factor for end in (self.low, self.high))
+        return Expected(value=self.value * factor, **dict(zip(("low", "high"), ends, strict=True)))
+
+
+class Measured(Artefact):
+    """The speed and prompts of a pilot. rate: completion tokens per second, all requests together. at_once: sequences
+    under way at most. prompt_tokens: mean per prompt; None where the server does not count them."""
+
+    rate: float
+    at_once: int
+    prompt_tokens: float | None
+
+
+class StagePlan(Artefact):
+    """The expected figures of one stage. tokens: completion tokens, or tokens that training reads.
+
+    money: in the plan's `currency`. disk: bytes.
+    """
+
+    stage: str
+    tokens: Expected | None = None
+    hours: Expected | None = None
+    money: Expected | None = None
+    disk: Expected | None = None
+
+
+class Plan(Artefact):
+    """`plan.json`: what a recipe was expected to take.
+
+    basis: what the tokens are estimated from. mean_tokens: per trace. prompt_tokens: of all requests. price: where and
+    when the price of tokens is from; None without one. input_price, output_price: per million tokens.
+    """
+
+    traces: int
+    mean_tokens: float
+    basis: str
+    prompt_tokens: float
+    price: str | None
+    currency: str
+    input_price: float | None = None
+    output_price: float | None = None
+    measured: Measured | None
+    stages: tuple[StagePlan, ...]

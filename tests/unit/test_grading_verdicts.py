@@ -1,0 +1,155 @@
+"""A judge's verdict in the text of its answer."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.grading.verdicts import Words, read_verdict
+from distill.recipe.judge import Judge
+from distill.recipe.rubric import Rubric
+
+RUBRIC = Rubric(prompt="{{response}}")
+WORDS = Words(RUBRIC.accepted, RUBRIC.rejected)
+SCORES = Words(RUBRIC.accepted, RUBRIC.rejected, min_score=7)
+
+# What each of the 48 real judgements states, as a person reads them. The 22nd reasons to the end of its answer, and
+# states no verdict. `expected_judgement` in the file is what would have been right, not what the judge says.
+STATED = "NYYNNNNNYNNY" + "NYYYYNYYY-NY" + "NYYYYNYNYNNY" + "YYYYYNNNYNNN"
+
+
+def letter(text, words=WORDS, **more):
+    return {True: "Y", False: "N", None: "-"}[read_verdict(text, words, **more).accepted]
+
+
+def test_real_judgements(real_data):
+    path = real_data("judge_outputs_nemo/answer_judge.jsonl")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert "".join(letter(row["judgement"]) for row in rows) == STATED
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Judgement: Yes", "Y"),
+        ("Judgment: no.", "N"),
+        ("**Judgement:** Yes (they are the same)", "Y"),
+        ("**Judgement: No**", "N"),
+        ("## Judgement\n\nso it is.\n\nVerdict: correct", "Y"),
+        ("Since both are equal, the judgement is:\nYes.", "Y"),
+        ("The final verdict is **incorrect**.", "N"),
+        ("reasoning: they match\n\ncorrect: yes\n\nconfidence: 90", "Y"),
+        ("Grade: A", "Y"),
+        ("Grade: B: INCORRECT", "N"),
+        ("Grade: NOT_ATTEMPTED", "N"),
+        ("A", "Y"),
+        ("C", "N"),
+        ("CORRECT", "Y"),
+        ("My reasoning.\n\n[[A]]", "Y"),
+        ("My reasoning: [[B]]", "N"),
+        ("So [[Yes]]. Judgement: Yes", "Y"),
+        ('{"reason": "same", "judgement": "No"}', "N"),
+        ('Here it is:\n```json\n{"correct": true}\n```', "Y"),
+        ('{"is_correct": false}', "N"),
+        (r"The answers differ: \boxed{\text{No}}", "N"),
+        ("No\n\nThey are different.", "N"),
+        ("They are the same.\n\nYes.", "Y"),
+        ("Judgement: not equivalent", "N"),
+        ("Score: 1", "-"),
+        ("They may be the same.", "-"),
+        ("", "-"),
+        ("Verdict: no doubt about it", "-"),
+        ("Grade: A good answer", "-"),
+        ("Judgement: a", "-"),
+        ("Judgement: Yes/No", "-"),
+        ("Judgement: Yes\n\nOn reflection I am not sure. Judgement: No, they differ.\nDone.", "-"),
+        ("At first: Judgement: Yes\nBut 2 is not 3.\nJudgement: No", "N"),
+        ('I write "Judgement: Yes" or "Judgement: No".\n\nJudgement: Yes', "Y"),
+        ("[[A]] or [[B]]?", "-"),
+    ],
+)
+def test_forms(text, expected):
+    assert letter(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "expected", "problem"),
+    [
+        ("<think>Judgement: No? Yes?</think>\nJudgement: Yes", True, "Y", None),
+        ("So judgement: no</think>Judgement: Yes", True, "Y", None),
+        ("<think>Judgement: Yes", False, "-", "the judge was cut off"),
+        ("<think>Judgement: Yes", True, "-", "no verdict"),
+        ("<think>a</think>\nJudgement: Yes\n\nbecause", False, "Y", None),
+        ("Maybe. Judgement: Yes. Or is it? Let me", False, "-", "the judge was cut off"),
+        ("Judgement: No\n\nReasoning: the predicted", False, "N", None),
+        ("<think>a</think>", True, "-", "no verdict"),
+        ("Yes\n\nJudgement: No", True, "N", None),
+        ("Judgement: Yes. Judgement: No.", True, "-", "contradictory verdicts"),
+    ],
+)
+def test_reasoning_judges(text, finished, expected, problem):
+    assert letter(text, finished=finished) == expected
+    assert read_verdict(text, WORDS, finished).problem == problem
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Score: 7", "Y"),
+        ("Rating: [[6.5]]", "N"),
+        ("[[10]]", "Y"),
+        ("Score: 8/10", "Y"),
+        ("**Score:** -1", "N"),
+        ('{"score": 9}', "Y"),
+        ("7", "Y"),
+        ("Judgement: Yes", "-"),
+        ('{"correct": true}', "-"),
+    ],
+)
+def test_scores(text, expected):
+    assert letter(text, SCORES) == expected
+
+
+def test_other_words():
+    words = Words(("tie", "assistant A"), ("assistant B",))
+    assert [letter(f"[[{said}]]", words) for said in ("TIE", "Assistant A", "assistant_b", "Yes")] == [
+        "Y",
+        "Y",
+        "N",
+        "-",
+    ]
+
+
+@given(st.text(st.sampled_from('[]{}":*\n Judgement: Yes No A 7 \\boxed</think>'), max_size=200))
+def test_any_text_has_a_reading(text):
+    reading = read_verdict(text, WORDS)
+    assert (reading.accepted is None) == (reading.problem is not None)
+
+
+def test_long_text_takes_linear_time():
+    """A text of half a million characters of the kinds that make searches quadratic; the test would not end."""
+    for unit in ("judgement is ", "[[", "{", "```json\n{", "\\boxed{", "grade:***"):
+        read_verdict(unit * (500_000 // len(unit)), WORDS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "Good?"}, "prompt has no {{response}}"),
+        ({"prompt": "{{response}} {{gold}}"}, "prompt has {{gold}}; known are {{question}}, {{answer}}, {{response}}"),
+        ({"prompt": "{{response}}", "accepted": ["Yes"], "rejected": ["yes"]}, "accepted and rejected both have 'yes'"),
+        ({"prompt": "{{response}}", "accepted": []}, "accepted is empty"),
+    ],
+)
+def test_rubrics_that_are_refused(fields, message):
+    with pytest.raises(ValueError) as refusal:
+        Rubric.model_validate_json(json.dumps(fields))
+    assert message in str(refusal.value)
+
+
+def test_a_judge_is_somewhere():
+    with pytest.raises(ValueError, match="one of `teacher` and `server`"):
+        Judge()
+    with pytest.raises(ValueError, match="the hours of a judge are not counted"):
+        Judge.model_validate({"teacher": "x", "budget": {"hours": 1.0}})
