@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from distill.grading import Grade, Grader
     from distill.grading.grade import AnswerJudge
 
-PACKAGES = ("torch", "transformers", "math-verify")  # whose versions a score may depend on
+PACKAGES = ("torch", "transformers", "sympy")  # whose versions a score may depend on
 LONGEST = "sampling.max_new_tokens"  # as it was used
 ASKED = "sampling.max_new_tokens_asked"  # where the model's context has less room than the benchmark asks for
 IN_A_RUN = "--fresh eval moves all evaluations of this run aside, or choose another --run-dir"

@@ -66,7 +66,7 @@ def test_790_real_traces(real_data: Callable[[str], Path], tmp_path: Path) -> No
             "entered": 779,
             "dropped": 141,
             "kept": 638,
-            "reasons": {"wrong": 140, "unverifiable: answer not parseable": 1},
+            "reasons": {"wrong": 140, "unverifiable: words, not mathematics": 1},
         },
         {"filter": "dedup", "entered": 638, "dropped": 0, "kept": 638, "reasons": {}},
     ]
@@ -75,7 +75,7 @@ def test_790_real_traces(real_data: Callable[[str], Path], tmp_path: Path) -> No
         "correct": 640,
         "wrong": 141,
         "unverifiable: no answer found": 8,
-        "unverifiable: answer not parseable": 1,
+        "unverifiable: words, not mathematics": 1,
     }
     assert len(kept) == summary.kept == 638
     assert all(trace.reasoning and trace.response for trace, _ in kept)

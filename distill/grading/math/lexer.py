@@ -86,6 +86,9 @@ def _next(text: str, position: int, spaced: bool, before: list[Token]) -> tuple[
         name = "d{}{}/d{}{}".format(*(part or "" for part in (match[1], match[2], match[3], match[4])))
         return [Token("opaque", name, spaced)], position + match.end()
     if match := FONT.match(rest):
+        behind = bool(before) and (before[-1].kind in ("number", "word") or before[-1].text in ("}", ")", "/"))
+        if behind and len(match[1].strip()) == 1 and unit_of(match[1].strip()):
+            return [Token("word", match[1].strip(), True)], position + match.end()  # an upright m is a metre
         return _font(match[1], spaced), position + match.end()
     for pair in (rest[:2], rest[:1]):
         if pair in TWO:

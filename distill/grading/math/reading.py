@@ -7,10 +7,12 @@ decimal or a pair, `(B) 12` an option and its content. What is the same under on
 import json
 import re
 
+import sympy
+
 from distill.grading.math.lexer import tokens
-from distill.grading.math.reader import Reader
+from distill.grading.math.reader import NOTHING, Reader
 from distill.grading.math.spelling import cleaned
-from distill.grading.math.values import Unreadable, Value, Words
+from distill.grading.math.values import Region, Unreadable, Value, Words
 
 CURRENCY = {
     "$": "dollar",
@@ -125,6 +127,8 @@ def _read(text: str) -> Value:
     text = REPEATING.sub(_repeating, text).strip().rstrip(".,;").strip()
     if not text:
         raise Unreadable("empty")
+    if NOTHING.fullmatch(text.casefold()):
+        return Region(sympy.S.EmptySet)
     if PROSE.fullmatch(text):
         return Words(" ".join(re.findall(r"[a-z']+", text.casefold())))
     return Reader(tokens(text)).whole()
