@@ -89,7 +89,7 @@ def plan_recipe(
         _generate(recipe, estimate, prompt_tokens, price, measured, hardware),
         _filter(recipe, estimate),
         _train(recipe, estimate, directory, machines, traces, mean, counted, prompt_tokens),
-        _eval(recipe, estimate),
+        _eval(recipe, estimate, price, measured, hardware),
     )
     plan = Plan(
         traces=estimate.count,
@@ -219,12 +219,8 @@ def _generate(
     disk = Expected(value=traces.disk * traces.count) if traces.disk else traces.tokens.times(TOKEN_BYTES)
     if recipe.traces:
         return StagePlan(stage="generate", tokens=traces.tokens, disk=disk)
-    hours = None
-    if hardware:
-        rate = decoding_rate(recipe.teacher, hardware[0])
-        hours = traces.tokens.times(1 / rate / 3600) if rate else None
-    elif measured and measured.rate:
-        hours = traces.tokens.times(1 / measured.rate / 3600)
+    rate = _teacher_rate(recipe, measured, hardware)
+    hours = traces.tokens.times(1 / rate / 3600) if rate else None
     money = None
     if price:
         ends = (traces.tokens.value, traces.tokens.low, traces.tokens.high)
@@ -233,13 +229,22 @@ def _generate(
     return StagePlan(stage="generate", tokens=traces.tokens, hours=hours, money=money, disk=disk)
 
 
-def decoding_rate(teacher: str, machine: Hardware) -> float | None:
-    """Completion tokens per second of a teacher card on a machine; None where the weights do not fit."""
-    card = catalog.load_teacher(teacher)
-    size = card.parameters * 1e9 * FAMILIES[card.family].published_bytes
-    if size > 0.9 * machine.memory * machine.devices:
+def _teacher_rate(recipe: "Recipe", measured: Measured | None, hardware: Sequence[Hardware]) -> float | None:
+    if hardware:
+        card = catalog.load_teacher(recipe.teacher)
+        size = card.parameters * FAMILIES[card.family].published_bytes
+        return decoding_rate(card.active_parameters, size, hardware[0])
+    return measured.rate if measured else None
+
+
+def decoding_rate(active: float, size: float, machine: Hardware) -> float | None:
+    """Completion tokens per second of a model on a machine; None where the weights do not fit.
+
+    active: parameters that take part in a token, in billions. size: of the weights, in GB.
+    """
+    if size * 1e9 > 0.9 * machine.memory * machine.devices:
         return None
-    return machine.devices * machine.rate * DECODING / (2 * card.active_parameters * 1e9)
+    return machine.devices * machine.rate * DECODING / (2 * active * 1e9)
 
 
 def _filter(recipe: "Recipe", traces: Traces) -> StagePlan:
@@ -272,17 +277,41 @@ def _train(
     return StagePlan(stage="train", tokens=Expected(value=trained_tokens(recipe.train, data)), hours=hours)
 
 
-def _eval(recipe: "Recipe", traces: Traces) -> StagePlan:
-    """Problems × samples × models, each as long as the teacher's traces: nothing is known of the models yet."""
-    total = 0.0
+def _eval(
+    recipe: "Recipe",
+    traces: Traces,
+    price: "Price | None",
+    measured: Measured | None,
+    hardware: Sequence[Hardware],
+) -> StagePlan:
+    """Problems × samples × models, each as long as the teacher's traces: nothing is known of the models yet.
+
+    hours: where the rate of every model is known. money: of the answers of a teacher with a price.
+    """
+    answers, tokens = 0, 0.0  # of one model
     for name in recipe.eval.benchmarks:
         card = catalog.load_benchmark(name)
         problems = card.problems or getattr(card.prompts, "limit", None) or 0
         problems = min(problems, recipe.eval.limit or problems)
         longest = recipe.eval.max_new_tokens or card.sampling.max_new_tokens
-        answers = problems * (recipe.eval.samples or card.samples) * len(recipe.eval.models)
-        total += answers * min(traces.mean, longest)
-    return StagePlan(stage="eval", tokens=Expected(value=total), disk=Expected(value=total * TOKEN_BYTES))
+        count = problems * (recipe.eval.samples or card.samples)
+        answers += count
+        tokens += count * min(traces.mean, longest)
+    size = catalog.load_student(recipe.student).parameters
+    student_rate = decoding_rate(size, 2 * size, hardware[0]) if hardware else None
+    teacher_rate = _teacher_rate(recipe, measured, hardware)
+    rates = [teacher_rate if model == "teacher" else student_rate for model in recipe.eval.models]
+    known = [rate for rate in rates if rate]
+    hours = sum(tokens / rate for rate in known) / 3600
+    asks = price is not None and "teacher" in recipe.eval.models
+    total = tokens * len(rates)
+    return StagePlan(
+        stage="eval",
+        tokens=Expected(value=total),
+        hours=Expected(value=hours) if len(known) == len(rates) else None,
+        money=Expected(value=price.cost(answers * ASSUMED_PROMPT, tokens)) if price and asks else None,
+        disk=Expected(value=total * TOKEN_BYTES),
+    )
 
 
 # ---- output
@@ -330,7 +359,7 @@ def _show(
 def _say_hours(recipe: "Recipe", plan: Plan, hardware: Sequence[Hardware]) -> None:
     if hardware:
         rate = f"{DECODING:.0%} of the data sheet's bfloat16 rate"
-        say(f"hours of generate: on {hardware[0].name} at {rate}, a rough guess")
+        say(f"hours of generate and eval: on {hardware[0].name} at {rate}, a rough guess")
         if plan.stages[0].hours is None:
             say(f"hours of generate: the teacher's weights do not fit on {hardware[0].name}, or nothing is sampled")
     elif plan.measured:

@@ -191,7 +191,7 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
         published=list(evaluated.published) if evaluated else [],
         lines=_lines(evaluated, scores) if evaluated else [],
         answers=_answers(paths.eval, results),
-        expected=_compared(plan, paths, times, trained) if plan else [],
+        expected=_compared(plan, paths, times, generated, trained) if plan else [],
         plan=plan,
     )
 
@@ -230,13 +230,18 @@ def _stage_time(name: str, record: StageRecord, summary: Artefact | None, price:
 
 
 def _compared(
-    plan: Plan, paths: RunPaths, times: Iterable[StageTime], trained: TrainSummary | None
+    plan: Plan,
+    paths: RunPaths,
+    times: Iterable[StageTime],
+    generated: GenerateSummary | None,
+    trained: TrainSummary | None,
 ) -> list[ExpectedRow]:
     finished = [time for time in times if time.finished]
     tokens = {time.name: time.tokens for time in finished}
     if trained is not None:
         tokens["train"] = trained.tokens
-    return compare_with_plan(plan, paths, tokens, {time.name: time.seconds for time in finished})
+    seconds = {time.name: time.seconds for time in finished}
+    return compare_with_plan(plan, paths, tokens, seconds, generated.prompt_tokens if generated else None)
 
 
 def _tokens(summary: Artefact | None) -> int | None:

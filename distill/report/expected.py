@@ -1,7 +1,7 @@
 """What `distill plan` expected of each stage, beside what was measured.
 
-Money is the price of the teacher's tokens, at the price that the plan was made with; the measured one has the plan's
-number of prompt tokens, since traces store those of completions only.
+Money is the price of the teacher's tokens in `generate`, at the price that the plan was made with. Where the traces
+have no counts of prompt tokens (from a server without usage), the measured cost has those of the plan.
 """
 
 from collections.abc import Mapping
@@ -23,16 +23,21 @@ class ExpectedRow:
 
 
 def compare_with_plan(
-    plan: Plan, paths: RunPaths, tokens: Mapping[str, int | None], seconds: Mapping[str, float | None]
+    plan: Plan,
+    paths: RunPaths,
+    tokens: Mapping[str, int | None],
+    seconds: Mapping[str, float | None],
+    prompt_tokens: int | None = None,
 ) -> list[ExpectedRow]:
-    """A row for each quantity that the plan has. tokens, seconds: of the finished stages."""
+    """A row for each quantity that the plan has.
+
+    tokens, seconds: of the finished stages. prompt_tokens: of all traces, None or 0 where they are not known.
+    """
     rows = []
     for stage in plan.stages:
         name, done = stage.stage, stage.stage in seconds
         count, time = tokens.get(name), seconds.get(name)
-        spent = None
-        if count is not None and plan.input_price is not None and plan.output_price is not None:
-            spent = (plan.prompt_tokens * plan.input_price + count * plan.output_price) / 1e6
+        spent = _spent(plan, prompt_tokens, count) if name == "generate" else None
         size = _size(paths, name) if done else None
         quantities: tuple[tuple[str, Expected | None, float | None, str], ...] = (
             ("tokens", stage.tokens, count, ",.0f"),
@@ -45,6 +50,12 @@ def compare_with_plan(
                 shown = "" if measured is None else format(measured, form)
                 rows.append(ExpectedRow(name, quantity, _shown(expected, form), shown))
     return rows
+
+
+def _spent(plan: Plan, prompt_tokens: int | None, completion_tokens: int | None) -> float | None:
+    if completion_tokens is None or plan.input_price is None or plan.output_price is None:
+        return None
+    return ((prompt_tokens or plan.prompt_tokens) * plan.input_price + completion_tokens * plan.output_price) / 1e6
 
 
 def _shown(expected: Expected, form: str) -> str:

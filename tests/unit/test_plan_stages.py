@@ -139,8 +139,25 @@ def test_the_rate_of_a_machine_by_hand():
     """R1: 8 · 989e12 · 5 % / (2 · 37e9) on H200; its 671 GB do not fit on eight H100 of 80 GB."""
     from distill.plan.hardware import parse
 
-    assert stages.decoding_rate("deepseek-r1", parse("8xH200")) == pytest.approx(5346, rel=1e-3)
-    assert stages.decoding_rate("deepseek-r1", parse("8xH100")) is None
+    assert stages.decoding_rate(37, 671, parse("8xH200")) == pytest.approx(5346, rel=1e-3)
+    assert stages.decoding_rate(37, 671, parse("8xH100")) is None
+
+
+def test_eval_by_hand(tmp_path, monkeypatch):
+    """Two problems of 30 (--set eval.limit=2), 3 answers each of 100 tokens by every model: 600 tokens a model. On one
+    H100 a student of 7.62 billion makes 989e12 · 5 % / (2 · 7.62e9) = 3,245 tokens/s. The teacher is behind an API."""
+    monkeypatch.chdir(tmp_path)
+    overrides = ["eval.limit=2", "eval.samples=3", "eval.benchmarks=[aime-2024]"]
+    recipe = catalog.load_recipe("deepseek-api-qwen-7b", overrides)
+    students = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"models": ("base", "student")})})
+    *_, plan = stages.plan_recipe(students, tmp_path / "run", ["1xH100"], traces=10, mean=100).stages
+    assert plan.tokens.value == 1200 and plan.money is None
+    assert plan.hours.value * 3600 == pytest.approx(1200 / 3245, rel=0.01)
+    everyone = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"models": ("student", "teacher")})})
+    *_, plan = stages.plan_recipe(everyone, tmp_path / "run", traces=10, mean=100).stages
+    price = catalog.price_of(recipe)
+    assert plan.hours is None, "nothing is known of the student's rate"
+    assert plan.money.value == pytest.approx((6 * stages.ASSUMED_PROMPT * price.input + 600 * price.output) / 1e6)
 
 
 @pytest.mark.parametrize(
