@@ -36,7 +36,7 @@ def pipeline(monkeypatch):
     stand_in = types.ModuleType("distill.pipeline")
     stand_in.calls, stand_in.failure = [], None
 
-    def run_recipe(recipe, directory, stages=None, fresh=(), verify=False):
+    def run_recipe(recipe, directory, stages=None, fresh=(), verify=False, on="local"):
         stand_in.calls.append((recipe, directory, stages, list(fresh)))
         if stand_in.failure:
             raise stand_in.failure
