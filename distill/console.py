@@ -296,6 +296,14 @@ class _Count:
         return f"{number}/{self.total} {self.unit}"
 
     @property
+    def left(self) -> str:
+        """`3 min left`, by the rate so far; empty where it is unknown, or nothing is left."""
+        if self.total is None or not self.now or self.before + self.now >= self.total:
+            return ""
+        seconds = (self.total - self.before - self.now) * self.elapsed / self.now
+        return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
+
+    @property
     def rate(self) -> str:
         """`3.2 traces/s`, or `4.1 s/trace` where it takes more than a second; empty before the first."""
         if not self.now:
@@ -360,7 +368,9 @@ def _lines(description: str, count: _Count) -> Iterator[Advance]:
     last = time.monotonic()
 
     def line() -> str:
-        return f"{description}: {count.beside(count.done, count.rate, count.note, f'{count.elapsed:.0f} s')}"
+        return (
+            f"{description}: {count.beside(count.done, count.rate, count.note, f'{count.elapsed:.0f} s', count.left)}"
+        )
 
     def advance(n: int = 1, note: str = "") -> None:
         nonlocal last

@@ -111,7 +111,7 @@ def test_slow_work_shows_seconds_a_unit_and_the_last_note(clock, capsys):
     with progress("train", 10, "step", done=4) as advance:
         clock[0] = 24.0
         advance(2, "loss 1.23")
-    assert capsys.readouterr().out.splitlines()[0] == "train: 6/10 step, 12.0 s/step, loss 1.23, 24 s"
+    assert capsys.readouterr().out.splitlines()[0] == "train: 6/10 step, 12.0 s/step, loss 1.23, 24 s, 48 s left"
 
 
 def test_fast_work_shows_units_a_second(clock, capsys):
