@@ -48,10 +48,12 @@ FUNCTION_WORDS = re.compile(
 ENGLISH_SHARE = 0.2  # of function words, from which a sentence is English without a detector
 
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
-FORMULA = re.compile(r"\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$[^$\n]+\$|\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.DOTALL)
-PROSE = re.compile(
-    r"(?:[^\W\d_]{2,}[\s,]+){2}[^\W\d_]{2,}"
-)  # three words: text between amounts of money, not a formula
+FORMULA = re.compile(  # bounded, or every opening without its end would be searched for to the end of the text
+    r"\$\$.{0,2000}?\$\$|\\\[.{0,2000}?\\\]|\\\(.{0,2000}?\\\)|\$[^$\n]+\$"
+    r"|\\begin\{(\w{1,20}\*?)\}.{0,2000}?\\end\{\1\}",
+    re.DOTALL,
+)
+PROSE = re.compile(r"(?:[^\W\d_]{2,30}[\s,]{1,9}){2}[^\W\d_]{2}")  # three words: text between amounts, not a formula
 COMMAND = re.compile(r"\\[a-zA-Z]+(?:\{[^{}]*\})?|https?://\S+")
 SENTENCE = re.compile(r"(?<=[.!?:;])\s+|\n+|(?<=[\u3002\uff01\uff1f\uff1b])")
 WORD = re.compile(  # between spaces and punctuation: names in code are none

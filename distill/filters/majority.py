@@ -2,7 +2,8 @@
 
 Self-consistency (arXiv:2203.11171) as a filter. Equal answers count together whatever their spelling
 (`distill.grading.votes`); a sample votes with the answer that it marked as final. The traces that earlier filters have
-dropped do not vote. Prompts that have a gold answer are left to `correct`.
+dropped do not vote. Prompts that have a gold answer are left to `correct`; where answers cannot be compared with one
+another (code, chat), nothing is judged.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ class Majority(CorpusFilter):
 
     name = "majority"
     reasons: ClassVar[Mapping[str, str]] = {
-        OK: "the most frequent answer; or the prompt has a gold answer",
+        OK: "the most frequent answer; or the prompt is not judged",
         "minority": "another answer is more frequent",
         "no_majority": "no answer of the prompt is frequent enough",
         "no_answer": "no answer is marked as final",
@@ -62,7 +63,9 @@ class Majority(CorpusFilter):
         if answer is None or not answer.marked:
             return ""
         text = GRADERS[prompt.task].shown(answer)
-        return text if len(text) <= LONGEST else f"prose {hashlib.sha256(text.encode()).hexdigest()[:32]}"
+        if len(text) <= LONGEST:
+            return text
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
     def judge_corpus(self, corpus: Corpus, resources: Resources) -> Iterator[tuple[Key, Verdict]]:
         """Count the votes, prompt by prompt. The evidence has the answer, its votes and those of the majority."""
@@ -78,7 +81,7 @@ class Majority(CorpusFilter):
         from distill.grading.votes import classes
 
         if self.noted(group[0]) is None:
-            yield from (self.verdict(OK, gold=True) for _ in group)
+            yield from (self.verdict(OK, judged=False) for _ in group)
             return
         answers = [str(self.noted(trace)) for trace in group]
         voting = [answer for answer in answers if answer]

@@ -55,33 +55,35 @@ class MinHash:
         """The length of a signature."""
         return self.bands * self.rows
 
-    def shingles(self, text: str) -> Hashes:
+    def shingles(self, text: str, salt: int = 0) -> Hashes:
         """Hashes of the shingles of a text, in order. A text of fewer words is one shingle; without words it has none.
 
-        White space and case do not count.
+        White space and case do not count. salt: texts with different ones share no shingle.
         """
         words = words_of(text.lower())
         hashes = np.fromiter(map(HASHES.__getitem__, words), np.uint64, len(words))
         width = min(self.shingle, len(words))
         if not width:
             return hashes
-        mixed = np.zeros(len(words) - width + 1, np.uint64)
+        mixed = np.full(len(words) - width + 1, salt, np.uint64)
         for offset in range(width):
             mixed = _mixed(mixed ^ hashes[offset : offset + len(mixed)])
         return mixed
 
-    def signature(self, text: str) -> Signature:
+    def signature(self, text: str, salt: int = 0) -> Signature:
         """The signature of a text, shape (permutations,)."""
-        signature: Signature = self.signatures([text])[0]
+        signature: Signature = self._signatures([self.shingles(text, salt)])[0]
         return signature
 
     def signatures(self, texts: Sequence[str]) -> npt.NDArray[np.uint32]:
         """The signatures of texts, shape (len(texts), permutations)."""
-        sets = [self.shingles(text) for text in texts]
+        return self._signatures([self.shingles(text) for text in texts])
+
+    def _signatures(self, sets: Sequence[Hashes]) -> npt.NDArray[np.uint32]:
         offsets = np.cumsum([0, *map(len, sets)], dtype=np.uint64)
         flat = np.concatenate([*sets, np.empty(0, np.uint64)])
         matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, self.permutations, self.seed)
-        return np.array(matrix.to_rows(), np.uint32).reshape(len(texts), self.permutations)
+        return np.array(matrix.to_rows(), np.uint32).reshape(len(sets), self.permutations)
 
     def keys(self, signature: Signature) -> Keys:
         """The key of each band, shape (bands,): equal where all rows of the band are."""

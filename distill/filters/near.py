@@ -43,6 +43,10 @@ class NearDuplicates(CorpusFilter):
     def text_of(self, trace: Trace) -> str:
         """The text that is compared."""
 
+    def salt_of(self, trace: Trace) -> int:
+        """What must be equal in near-duplicates beside most of the text, as 64 bits."""
+        return 0
+
     @abstractmethod
     def unit_of(self, judged: Judged) -> Key:
         """What is kept or dropped together."""
@@ -50,7 +54,7 @@ class NearDuplicates(CorpusFilter):
     def note(self, candidate: Candidate) -> JsonValue:
         """The signature, as text."""
         make = candidate.resources.once(f"{self.name} signatures", lambda: self._signatures())
-        return make(self.text_of(candidate.trace))
+        return make(self.text_of(candidate.trace), self.salt_of(candidate.trace))
 
     def judge_corpus(self, corpus: Corpus, resources: Resources) -> Iterator[tuple[Key, Verdict]]:
         """Keep the first of each cluster. The evidence names it, with the similarity to the nearest member."""
@@ -84,10 +88,10 @@ class NearDuplicates(CorpusFilter):
             assert isinstance(note, str), "every trace has a signature"
             yield np.frombuffer(base64.b85decode(note), np.uint32)
 
-    def _signatures(self) -> Callable[[str], str]:
+    def _signatures(self) -> Callable[[str, int], str]:
         @lru_cache(maxsize=REMEMBERED)
-        def make(text: str) -> str:
-            return base64.b85encode(self.minhash.signature(text).tobytes()).decode()
+        def make(text: str, salt: int) -> str:
+            return base64.b85encode(self.minhash.signature(text, salt).tobytes()).decode()
 
         return make
 

@@ -17,6 +17,7 @@ from distill.filters.near import NearDuplicates
 from distill.traces.trace import Trace
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
+WORDS = re.compile(r"[\w\\]+")
 ASKED = "Ann buys three pears and twice as many plums at the market on Monday morning. How many fruits does she buy?"
 
 
@@ -37,11 +38,18 @@ class NearPrompts(NearDuplicates):
     )
 
     def text_of(self, trace: Trace) -> str:
-        """The conversation; numbers are attached to every word, so that prompts with other numbers share no shingle."""
-        asked = "\n".join(message["content"] for message in trace.prompt.messages)
-        numbers = hashlib.blake2b(" ".join(NUMBER.findall(asked)).encode(), digest_size=8).hexdigest()
-        return " ".join(f"{word}{numbers}" for word in re.findall(r"[\w\\]+", asked))
+        """The words of the conversation, without punctuation."""
+        return " ".join(WORDS.findall(_asked(trace)))
+
+    def salt_of(self, trace: Trace) -> int:
+        """The numbers of the conversation, in order."""
+        numbers = " ".join(NUMBER.findall(_asked(trace)))
+        return int.from_bytes(hashlib.blake2b(numbers.encode(), digest_size=8).digest(), "big")
 
     def unit_of(self, judged: Judged) -> Key:
         """All traces of a prompt."""
         return judged.key[0], 0
+
+
+def _asked(trace: Trace) -> str:
+    return "\n".join(message["content"] for message in trace.prompt.messages)

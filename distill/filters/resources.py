@@ -48,7 +48,8 @@ class RunResources(Resources):
 
     def student_tokens(self, text: str) -> int:
         """The number of tokens of a text by the student's tokenizer. Errors: UserError when it cannot be loaded."""
-        return len(self._chat.text_ids(text))
+        encodable = text.encode(errors="replace").decode()  # a lone surrogate is a character that no tokenizer knows
+        return len(self._chat.text_ids(encodable))
 
     def benchmark_items(self, benchmarks: Sequence[str]) -> list[Item]:
         """The problems of benchmarks, of which each is a card or a file; of none, those of the recipe's evaluation.

@@ -78,7 +78,7 @@ def terms_of(text: str) -> Terms:
     spelled: dict[str, str] = {}
     for token in TOKEN.findall(text):
         lower = token.lower().removesuffix("'s")
-        number = f"{float(token):g}" if token[0].isdigit() else NUMBERS.get(lower)
+        number = _plain(token) if token[0].isdigit() else NUMBERS.get(lower)
         tokens.append(number or lower)
         if number:
             numbers[number] += 1
@@ -90,6 +90,13 @@ def terms_of(text: str) -> Terms:
                 names.add(stem)
     repeated = (f"{number}#{n}" if n > 1 else number for number, count in numbers.items() for n in range(1, count + 1))
     return Terms(frozenset(repeated), frozenset(names), frozenset(words), tuple(tokens), spelled)
+
+
+def _plain(number: str) -> str:
+    """A number without zeros at its ends: digit by digit, because two long numbers may be the same float."""
+    whole, _, decimals = number.partition(".")
+    decimals = decimals.rstrip("0")
+    return (whole.lstrip("0") or "0") + (f".{decimals}" if decimals else "")
 
 
 def stem_of(word: str) -> str:

@@ -30,6 +30,8 @@ def test_numbers_have_one_spelling() -> None:
     assert {terms_of(text).numbers for text in written} == {frozenset({"1000"})}
     assert terms_of("two-fifths of 40").numbers == terms_of("2/5 of forty").numbers == {"2", "5", "40"}
     assert terms_of("twice 3, and 3 again").numbers == {"2", "3", "3#2"}
+    assert terms_of("1234567 and 1234568").numbers == {"1234567", "1234568"}, "digits, not floats"
+    assert terms_of("007 or 0.50 or 0").numbers == {"7", "0.5", "0"}
     assert terms_of("1,2 and 3").numbers == {"1", "2", "3"}, "a list, no thousands"
 
 

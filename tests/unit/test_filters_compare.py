@@ -151,6 +151,7 @@ def test_near_duplicates_across_prompts(tmp_path: Path) -> None:
 def test_near_prompts_differ_by_their_numbers(tmp_path: Path) -> None:
     asked = "Ann has {} pears and Bob has {} plums; they eat some of them on the way. How many fruits have they left?"
     questions = [asked.format(7, 5), asked.format(7, 5) + " Think.", asked.format(7, 6), asked.format(5, 7)]
+    questions += [f"小明有 {number} 个苹果,他吃了几个,又买了几个,现在他一共有多少个苹果?" for number in (3, 4)]
     traces = [trace(r"\boxed{42}", question, sample) for question in questions for sample in range(2)]
     found = verdicts(tmp_path / "run", traces, "near_prompts", correct=False, near_prompts=True, dedup=False)
     dropped = [question for (question, _), verdict in found.items() if not verdict.keep]
