@@ -27,6 +27,7 @@ THINKING_BUDGET = {  # owner → the field of a thinking budget, a dot before a 
     "sglang": "custom_params.thinking_budget",
     "llamacpp": "thinking_budget_tokens",
 }
+MODERATION = re.compile(r"content[ _-]*(filter|policy|not allowed)|moderation|safety|flagged", re.I)
 MOST_CHOICES = 128  # samples of one request, as OpenAI bounds `n`
 OPTIONAL = ("temperature", "top_p", "top_k", "seed", "stream_options", "n")  # left out where a model refuses them
 REFUSAL = re.compile(r"support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra|invalid param", re.I)
@@ -90,16 +91,18 @@ class Asking:
                 f"server's own field in server.extra_body"
             )
 
-    def adapt(self, limit: str, status: int, reason: str) -> bool:
-        """Leave out what a reply refuses; whether the request is worth sending again. limit: that the request used."""
+    def adapt(self, limit: str, status: int, reason: str, param: str | None = None) -> bool:
+        """Leave out what a reply refuses; whether the request is worth sending again. limit: that the request used.
+        param: the parameter that the error names, where it has that field."""
         if limit == LIMITS[0] and LIMITS[1] in reason:
             self.limit = LIMITS[1]
             return True
-        if status not in (400, 422) or not REFUSAL.search(reason):
+        if status not in (400, 422) or not REFUSAL.search(reason) or (param is None and MODERATION.search(reason)):
             return False
         for name in OPTIONAL:
             named = rf"[`'\"]{name}[`'\"]|\b{name} " if name == "n" else rf"\b{name}\b"
-            if name not in self._refused and name not in self._extra and re.search(named, reason):
+            refused = param == name if param in OPTIONAL else param is None and re.search(named, reason)
+            if name not in self._refused and name not in self._extra and refused:
                 self._refused.add(name)
                 say(f"note: {self.model} refuses {name}; it is left out, and the server's own applies")
                 return True

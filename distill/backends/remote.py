@@ -180,7 +180,11 @@ class RemoteBackend:
                 answered.completed += [_completed(prompt, sample, reply) for sample, reply in good.items()]
                 missing = tuple(sample for sample in samples if sample not in good)
             for sample in missing:
-                reply = (await self._request(prompt, (sample,), sampling, seed))[0]
+                try:
+                    reply = (await self._request(prompt, (sample,), sampling, seed))[0]
+                except OneSample as error:
+                    answered.error = answered.error or error
+                    continue
                 assert isinstance(reply, Reply), "the only answer of a request is whole"
                 answered.completed.append(_completed(prompt, sample, reply))
         except (UserError, WorkError, OneSample) as error:
@@ -231,14 +235,20 @@ class RemoteBackend:
             raise _Again(WorkError(f"the server failed: {unusable}; {KEPT}")) from error
         except TooLarge as error:
             raise _Again(WorkError(f"the server failed: {error}; {KEPT}")) from error
-        except TimeoutError:
+        except TimeoutError as error:
+            if self.server.stream:
+                connection.failed(loop.time())
+                silent = f"it sent no token for {self.server.silence:,g} seconds"
+                raise _Again(WorkError(f"the server failed: {silent}; {KEPT}")) from error
             raise OneSample(WorkError(f"the server sent no answer within {TIMEOUT:,.0f} seconds; {KEPT}")) from None
         except openai.APIStatusError as error:
             failure = connection.error(error, prompt)
             if error.status_code in SHARED:
                 raise failure from error
-            if self._asking.adapt(limit, error.status_code, str(error)):
+            if self._asking.adapt(limit, error.status_code, str(error), error.param):
                 raise _Again(failure, at_once=True) from error
+            if isinstance(failure, UserError) and len(samples) > 1:
+                return {}  # it may refuse several samples in one request
             if isinstance(failure, UserError):
                 raise OneSample(failure) from error
             if error.status_code in BUSY:
@@ -278,15 +288,21 @@ class RemoteBackend:
         )
         async with request as response:
             if response.headers.get("content-type", "").startswith("text/event-stream"):
-                stream = Stream()
-                async for part in response.iter_bytes():
-                    stream.feed(part)
+                stream, loop = Stream(), asyncio.get_running_loop()
+                async with asyncio.timeout(self.server.silence) as clock:  # comments keep only the connection alive
+                    async for part in response.iter_bytes():
+                        before = stream.deltas
+                        stream.feed(part)
+                        if stream.deltas > before:
+                            clock.reschedule(loop.time() + self.server.silence)
                 replies, usage = stream.replies(), stream.usage
             else:
                 replies, usage = read_replies(b"".join([part async for part in response.iter_bytes()]))
         if all(isinstance(reply, Unreadable) for reply in replies.values()):
             raise next(reply for reply in replies.values() if isinstance(reply, Unreadable))
         self._count(usage)
+        if len(samples) == 1:  # whatever index a server gives to its only usable choice
+            return {0: next(reply for reply in replies.values() if isinstance(reply, Reply))}
         return replies
 
     def _count(self, usage: Counts) -> None:

@@ -108,12 +108,19 @@ class Tokens:
     def __init__(self, prompt: tuple[int, ...] = (), completion: tuple[int, ...] = ()) -> None:
         self.prompt, self.completion = prompt, [*completion]
         self._rows: list[tuple[int, float, tuple[tuple[int, float], ...]]] | None = []
+        self._whole = True  # whether every part with text had its ids
 
     def add(self, chunk: Mapping[str, object], choice: Mapping[str, object]) -> None:
-        """Add those of a part of a stream."""
+        """Add those of a part of a stream. What a part with text lacks, the answer lacks as a whole."""
+        delta, ids = choice.get("delta"), _ids(choice.get("token_ids"))
+        has_text = isinstance(delta, dict) and any(delta.get(name) for name in ("content", *REASONING))
         self.prompt = self.prompt or _ids(chunk.get("prompt_token_ids"))
-        self.completion += _ids(choice.get("token_ids"))
+        self.completion += ids
+        self._whole = self._whole and (bool(ids) or not has_text)
+        rows = len(self._rows or ())
         self.add_logprobs(choice.get("logprobs"))
+        if has_text and len(self._rows or ()) == rows:
+            self._rows = None
 
     def add_logprobs(self, value: object) -> None:
         """Add the `logprobs` of a choice. Without ids they say nothing of tokens, and none are kept."""
@@ -128,12 +135,13 @@ class Tokens:
                 self._rows.append((*row, tuple(each for each in alternatives if each is not None)))
 
     def known(
-        self,
+        self, count: int | None = None
     ) -> tuple[tuple[int, ...], tuple[float, ...] | None, tuple[tuple[tuple[int, float], ...], ...] | None]:
-        """Completion ids, log-probabilities and alternatives."""
+        """Completion ids, log-probabilities and alternatives; none where they are not those of all `count` tokens."""
+        sent = tuple(self.completion) if self._whole and count in (None, len(self.completion)) else ()
         ids = tuple(token for token, _, _ in self._rows or ())
-        if not ids or (self.completion and tuple(self.completion) != ids):
-            return tuple(self.completion), None, None
+        if not ids or (sent and sent != ids) or count not in (None, len(ids)):
+            return sent, None, None
         return ids, tuple(logprob for _, logprob, _ in self._rows or ()), tuple(tops for _, _, tops in self._rows or ())
 
 

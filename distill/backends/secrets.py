@@ -64,6 +64,11 @@ def checked_url(url: str) -> str:
             f"{shown_url(url)}: not the address of a server; give an OpenAI-compatible one such as "
             "http://localhost:8000/v1"
         )
+    if parts.query or parts.fragment:
+        raise UserError(
+            f"{shown_url(url)}: the address of a server has no query (?…) or fragment (#…); give a key by "
+            f"server.api_key_env or server.headers"
+        )
     return url.rstrip("/")
 
 

@@ -58,6 +58,7 @@ class Stream:
         self._rest = b""  # of a line whose end has not arrived
         self._answers: dict[int, _Answer] = {}
         self._ended = False
+        self.deltas = 0  # parts with something of an answer
 
     def feed(self, part: bytes) -> None:
         """Read some bytes. Errors: Unreadable."""
@@ -108,6 +109,7 @@ class Stream:
         if not isinstance(choices, list):
             raise Unreadable("its choices are not a list")
         for choice in (as_object(choice, "a choice") for choice in choices[:MOST_CHOICES]):
+            self.deltas += bool(choice.get("delta") or choice.get("finish_reason"))
             index = choice.get("index")
             number = index if isinstance(index, int) and 0 <= index < MOST_CHOICES else 0
             self._answers.setdefault(number, _Answer()).add(chunk, choice)

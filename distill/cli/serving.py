@@ -46,10 +46,16 @@ def serve(
     """
     from distill.config import parse
     from distill.recipe import LocalEngine
+    from distill.recipe.server import variable_name
     from distill.serve import Address, Limits, model_of, serve
 
     overrides = [item.removeprefix("engine.") for item in set_ or ()]
     engine = parse(LocalEngine, {}, "--set", overrides)
+    if api_key_env is not None:
+        try:
+            variable_name(api_key_env)
+        except ValueError as error:
+            raise UserError(f"--api-key-env: {error}") from None
     key = os.environ.get(api_key_env) if api_key_env is not None else None
     if api_key_env is not None and not key:
         raise UserError(f"--api-key-env: the environment variable {api_key_env} is not set; export it with the key")

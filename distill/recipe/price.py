@@ -22,6 +22,7 @@ class Price(Section):
 
     def cost(self, prompt_tokens: float, completion_tokens: float, cached_tokens: float = 0) -> float:
         """The price of these tokens, in `currency`. cached_tokens: among those of the prompts."""
+        cached_tokens = min(cached_tokens, prompt_tokens)  # a server may count more
         cached = self.input if self.cached_input is None else self.cached_input
         prompts = (prompt_tokens - cached_tokens) * self.input + cached_tokens * cached
         return (prompts + completion_tokens * self.output) / 1e6

@@ -14,13 +14,30 @@ from distill.recipe.price import Price
 from distill.section import Free, Section
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+SECRET_NAME = re.compile(r"auth|key|token|secret|password|cookie|credential", re.I)
+SECRET_VALUE = re.compile(r"\s*((bearer|basic)\s|sk-|hf_)", re.I)
 SILENCE = 600.0  # seconds; a request may also wait in the server's queue that long
 
 
-def _variable(name: str) -> str:
+def variable_name(name: str) -> str:
+    """The name of an environment variable. Errors: ValueError for anything else."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # perhaps the key: the message does not repeat it
         raise ValueError("should be the name of an environment variable, such as DEEPSEEK_API_KEY, not the key itself")
     return name
+
+
+def _without_credentials(urls: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    for url in (urls,) if isinstance(urls, str) else urls:  # stored and published with the run
+        if "@" in url.partition("://")[2].partition("/")[0]:
+            raise ValueError("should hold no user or password; give them by `headers` and an environment variable")
+    return urls
+
+
+def _without_secrets(headers: dict[str, str]) -> dict[str, str]:
+    for name, value in headers.items():
+        if not value.startswith("$") and (SECRET_NAME.search(name) or SECRET_VALUE.match(value)):
+            raise ValueError(f"{name} looks like a secret; give the name of an environment variable, such as $API_KEY")
+    return headers
 
 
 class TeacherServer(Section):
@@ -30,12 +47,12 @@ class TeacherServer(Section):
     model.
     """
 
-    url: Annotated[str | tuple[str, ...], Free] = Field(
+    url: Annotated[str | tuple[str, ...], Free, AfterValidator(_without_credentials)] = Field(
         min_length=1,
         description="base address, such as http://localhost:8000/v1; a list of several servers of the same model",
     )
     model: str = Field(min_length=1, description="name of the model on the server")
-    api_key_env: Annotated[str, Free, AfterValidator(_variable)] = Field(
+    api_key_env: Annotated[str, Free, AfterValidator(variable_name)] = Field(
         KEY_VARIABLE,
         description="environment variable with the API key; the key itself is in no file",
     )
@@ -56,7 +73,7 @@ class TeacherServer(Section):
     batch: Annotated[bool, Free] = Field(
         False, description="send all requests as files to the provider's batch API, which answers within a day for less"
     )
-    headers: Annotated[dict[str, str], Free] = Field(
+    headers: Annotated[dict[str, str], Free, AfterValidator(_without_secrets)] = Field(
         default_factory=dict,
         description="further HTTP headers of every request; a value that begins with $ names an environment variable",
     )
