@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -110,16 +111,11 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
         had_begun = run.begun(STAGE.name)
         begin()
         started, teacher = time.monotonic(), _teacher(run, backend)
-        try:
-            with store:
-                if store.cut_off:
-                    say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
-                with progress("generate", total, "traces", done=total - left, stored=True) as advance:
-                    made = collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix, allowance)
-        except (UserError, WorkError):
-            if not had_begun and store.is_empty():  # a server that refuses all: its settings may be corrected
-                run.forget(STAGE)
-            raise
+        with _forgotten_if_refused(run, store, had_begun), store:
+            if store.cut_off:
+                say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
+            with progress("generate", total, "traces", done=total - left, stored=True) as advance:
+                made = collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix, allowance)
         seconds, usage, numerics = time.monotonic() - started, backend.usage, dict(backend.numerics)
     if allowance is not None:
         if made < left:
@@ -138,6 +134,18 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
             "numerics": numerics,
         }
     )
+
+
+@contextmanager
+def _forgotten_if_refused(run: "Run", store: TraceStore, had_begun: bool) -> Iterator[None]:
+    """Take the beginning of the stage back when the work ends in an error without a trace: a server that refuses every
+    request, whose settings may then be corrected. had_begun: in an earlier session, which is kept."""
+    try:
+        yield
+    except (UserError, WorkError):
+        if not had_begun and store.is_empty():
+            run.forget(STAGE)
+        raise
 
 
 def _allowance(run: "Run", store: TraceStore) -> Allowance | None:
@@ -177,9 +185,14 @@ def sample_pilot(run: "Run", count: int) -> Measured | None:
     allowance = _allowance(run, store)
     with backends.open(run.models.teacher, recipe.engine, recipe.generate.max_batch) as backend:
         check_all(backend, wanted, sampling, suffix)
+        had_begun = run.begun(STAGE.name)
         run.begin(STAGE, settings, extent)
         before, started = backend.usage, time.monotonic()
-        with store, progress("pilot", total, "traces", stored=True) as advance:
+        with (
+            _forgotten_if_refused(run, store, had_begun),
+            store,
+            progress("pilot", total, "traces", stored=True) as advance,
+        ):
             made = collect(
                 backend, store, wanted, sampling, recipe.seed, _teacher(run, backend), advance, suffix, allowance
             )
@@ -191,6 +204,7 @@ def sample_pilot(run: "Run", count: int) -> Measured | None:
     return Measured(
         rate=(usage.completion_tokens - before.completion_tokens) / max(seconds, 1e-3),
         at_once=min(total, _at_once(recipe)),
+        settings=digest(STAGE.recipe_settings(recipe)),
         prompt_tokens=prompts / requests if prompts else None,
     )
 

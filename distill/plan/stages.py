@@ -21,6 +21,7 @@ from distill.backends.collect import asked
 from distill.console import bytes_text, counted, say, short, table
 from distill.engine.families import FAMILIES
 from distill.errors import UserError
+from distill.fingerprint import digest
 from distill.models import Models
 from distill.plan.hardware import Hardware, parse
 from distill.plan.lengths import expected_tokens
@@ -43,7 +44,7 @@ FILTER_SECONDS = 0.01  # to judge a trace; grading takes most of it
 @dataclass(frozen=True)
 class Traces:
     """The traces that generation will make. tokens: of completions. basis: what the estimate comes from. disk: bytes
-    per trace, None where none is stored. lengths: of the stored ones, by prompt."""
+    per trace, None where none is stored. truncated: share of the stored ones that end at max_new_tokens."""
 
     prompts: int
     samples: int
@@ -81,7 +82,7 @@ def plan_recipe(
     paths = RunPaths(directory)
     measured = _pilot(recipe, directory, pilot) if pilot else None
     previous = Plan.read_if_there(paths.plan, "remove it, and run `distill plan` again")
-    measured = measured or _measured(recipe, directory) or (previous.measured if previous else None)
+    measured = measured or _measured(recipe, directory) or _of_same_settings(recipe, previous)
     prompts = _prompts(recipe, paths)
     estimate = estimate_traces(recipe, directory, prompts, traces, mean)
     prompt_tokens, counted = _prompt_tokens(recipe, prompts, estimate, measured)
@@ -129,7 +130,15 @@ def _measured(recipe: "Recipe", directory: Path) -> Measured | None:
         rate=summary.tokens_per_second,
         at_once=recipe.generate.max_batch,
         prompt_tokens=(summary.prompt_tokens / summary.traces) or None,
+        settings=digest(generate.STAGE.recipe_settings(recipe)),
     )
+
+
+def _of_same_settings(recipe: "Recipe", previous: Plan | None) -> Measured | None:
+    """The speed in the stored plan, if it was measured with this teacher and these settings."""
+    measured = previous.measured if previous else None
+    same = measured is not None and measured.settings == digest(generate.STAGE.recipe_settings(recipe))
+    return measured if same else None
 
 
 def _prompts(recipe: "Recipe", paths: RunPaths) -> list[Prompt] | None:
