@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
@@ -28,6 +28,7 @@ from distill.errors import UserError, WorkError
 from distill.fingerprint import digest
 from distill.grading import unreadable_golds
 from distill.planned import Measured
+from distill.prompts import Prompt
 from distill.recipe import TeacherServer
 from distill.stage import Stage
 from distill.traces.published import read_published
@@ -167,6 +168,11 @@ def _used_up(allowance: Allowance, left: int, total: int) -> WorkError:
     )
 
 
+def pilot_prompts(seed: int, prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """The prompts of a pilot, at most `count`: the same for the same seed."""
+    return random.Random(f"pilot {seed}").sample(prompts, min(count, len(prompts)))
+
+
 def sample_pilot(run: "Run", count: int) -> Measured | None:
     """Sample `count` prompts, chosen at random by the recipe's seed, into the run's store: `distill generate` goes on
     from them. Returns the speed, None where all of them were there already.
@@ -176,7 +182,7 @@ def sample_pilot(run: "Run", count: int) -> Measured | None:
     recipe, settings, extent = run.recipe, STAGE.settings(run), STAGE.extent(run)
     run.finished(STAGE, settings, extent)
     store = TraceStore(run.paths.traces)
-    chosen = random.Random(f"pilot {recipe.seed}").sample(run.prompts, min(count, len(run.prompts)))
+    chosen = pilot_prompts(recipe.seed, run.prompts, count)
     wanted = missing(chosen, recipe.generate.samples, store.keys())
     if not wanted:
         return None

@@ -191,14 +191,25 @@ def _stored(recipe: "Recipe", paths: RunPaths, prompts: list[Prompt], number: in
             by_prompt[figures.key[0]].append(figures.tokens)
             truncated += figures.finish_reason == "length"
     samples = recipe.generate.samples
+    complete = {prompt for prompt, lengths in by_prompt.items() if len(lengths) >= samples}
     whole = [lengths for lengths in by_prompt.values() if len(lengths) >= samples] or list(by_prompt.values())
     if not whole:
         return None
     tokens = expected_tokens(whole, number, samples, recipe.generate.sampling.max_new_tokens)
+    biased = len(whole) < number and not _is_pilot(recipe, prompts, complete)
+    if biased:  # requests under way together: the short answers are stored first
+        tokens = Expected(value=tokens.value)
     size = sum(path.stat().st_size for path in paths.traces.iterdir() if path.is_file())
     shown = sum(len(lengths) for lengths in whole)
     basis = f"{counted(shown, 'stored trace')} of {counted(len(whole), 'prompt')}"
+    basis += ", which were not drawn at random: the first to finish are short, so expect more" if biased else ""
     return Traces(number, samples, tokens, basis, size / stored, truncated / sum(map(len, by_prompt.values())))
+
+
+def _is_pilot(recipe: "Recipe", prompts: list[Prompt], complete: set[str]) -> bool:
+    """Whether the complete prompts are those of a finished pilot, and no others."""
+    drawn = generate.pilot_prompts(recipe.seed, prompts, len(complete))
+    return {prompt.id for prompt in drawn} == complete
 
 
 def _prompt_tokens(

@@ -14,6 +14,7 @@ from distill.errors import UserError
 from distill.fingerprint import digest
 from distill.plan import stages
 from distill.planned import Measured, Plan
+from distill.prompts import Prompt
 from distill.traces.store import TraceStore
 
 PRICE = {"input": 1, "output": 10, "date": "2025-01-20", "source": "a test"}
@@ -197,3 +198,12 @@ def test_a_pilot_that_a_server_refuses_leaves_the_settings_free(recipe, monkeypa
     with server(right) as script:
         assert distill(monkeypatch, "plan", recipe(script), "--pilot", 2) != 0
     assert not RunPaths(Path("runs/served")).record("generate").exists()
+
+
+def test_only_the_prompts_of_a_complete_pilot_are_a_random_sample(recipe):
+    with server(right) as script:
+        loaded = catalog.load_recipe(recipe(script))
+    prompts = [Prompt.from_question(f"{n}?", None) for n in range(40)]
+    drawn = {prompt.id for prompt in generate.pilot_prompts(loaded.seed, prompts, 8)}
+    assert stages._is_pilot(loaded, prompts, drawn)
+    assert not stages._is_pilot(loaded, prompts, {prompt.id for prompt in prompts[:8]})
