@@ -290,7 +290,6 @@ class OpenModel:
         server fails.
         """
         from distill.backends import Job, SamplingParams
-        from distill.chat import split_reasoning
 
         messages: Sequence[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else question
         prompt = Prompt(tuple(messages), "chat")
@@ -303,7 +302,7 @@ class OpenModel:
         completions = self._call(lambda: list(self._backend.complete(jobs, sampling, seed)))
         answers: list[Answer] = []
         for done in sorted(completions, key=lambda done: done.sample):
-            reasoning, response = split_reasoning(done.text)
+            reasoning, response = done.split
             tokens = len(done.completion_token_ids) or done.completion_tokens
             answers.append(Answer(done.text, reasoning, response, done.finish_reason, tokens))
         return answers

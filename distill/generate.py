@@ -11,7 +11,8 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from distill.errors import UserError, WorkError
 from distill.fingerprint import digest
 from distill.grading import unreadable_golds
 from distill.planned import Measured
+from distill.prompts import Prompt
 from distill.recipe import TeacherServer
 from distill.stage import Stage
 from distill.traces.published import read_published
@@ -110,16 +112,11 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
         had_begun = run.begun(STAGE.name)
         begin()
         started, teacher = time.monotonic(), _teacher(run, backend)
-        try:
-            with store:
-                if store.cut_off:
-                    say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
-                with progress("generate", total, "traces", done=total - left, stored=True) as advance:
-                    made = collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix, allowance)
-        except (UserError, WorkError):
-            if not had_begun and store.is_empty():  # a server that refuses all: its settings may be corrected
-                run.forget(STAGE)
-            raise
+        with _forgotten_if_refused(run, store, had_begun), store:
+            if store.cut_off:
+                say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
+            with progress("generate", total, "traces", done=total - left, stored=True) as advance:
+                made = collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix, allowance)
         seconds, usage, numerics = time.monotonic() - started, backend.usage, dict(backend.numerics)
     if allowance is not None:
         if made < left:
@@ -138,6 +135,18 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
             "numerics": numerics,
         }
     )
+
+
+@contextmanager
+def _forgotten_if_refused(run: "Run", store: TraceStore, had_begun: bool) -> Iterator[None]:
+    """Take the beginning of the stage back when the work ends in an error without a trace: a server that refuses every
+    request, whose settings may then be corrected. had_begun: in an earlier session, which is kept."""
+    try:
+        yield
+    except (UserError, WorkError):
+        if not had_begun and store.is_empty():
+            run.forget(STAGE)
+        raise
 
 
 def _allowance(run: "Run", store: TraceStore) -> Allowance | None:
@@ -159,6 +168,11 @@ def _used_up(allowance: Allowance, left: int, total: int) -> WorkError:
     )
 
 
+def pilot_prompts(seed: int, prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """The prompts of a pilot, at most `count`: the same for the same seed."""
+    return random.Random(f"pilot {seed}").sample(prompts, min(count, len(prompts)))
+
+
 def sample_pilot(run: "Run", count: int) -> Measured | None:
     """Sample `count` prompts, chosen at random by the recipe's seed, into the run's store: `distill generate` goes on
     from them. Returns the speed, None where all of them were there already.
@@ -168,7 +182,7 @@ def sample_pilot(run: "Run", count: int) -> Measured | None:
     recipe, settings, extent = run.recipe, STAGE.settings(run), STAGE.extent(run)
     run.finished(STAGE, settings, extent)
     store = TraceStore(run.paths.traces)
-    chosen = random.Random(f"pilot {recipe.seed}").sample(run.prompts, min(count, len(run.prompts)))
+    chosen = pilot_prompts(recipe.seed, run.prompts, count)
     wanted = missing(chosen, recipe.generate.samples, store.keys())
     if not wanted:
         return None
@@ -177,9 +191,14 @@ def sample_pilot(run: "Run", count: int) -> Measured | None:
     allowance = _allowance(run, store)
     with backends.open(run.models.teacher, recipe.engine, recipe.generate.max_batch) as backend:
         check_all(backend, wanted, sampling, suffix)
+        had_begun = run.begun(STAGE.name)
         run.begin(STAGE, settings, extent)
         before, started = backend.usage, time.monotonic()
-        with store, progress("pilot", total, "traces", stored=True) as advance:
+        with (
+            _forgotten_if_refused(run, store, had_begun),
+            store,
+            progress("pilot", total, "traces", stored=True) as advance,
+        ):
             made = collect(
                 backend, store, wanted, sampling, recipe.seed, _teacher(run, backend), advance, suffix, allowance
             )
@@ -191,6 +210,7 @@ def sample_pilot(run: "Run", count: int) -> Measured | None:
     return Measured(
         rate=(usage.completion_tokens - before.completion_tokens) / max(seconds, 1e-3),
         at_once=min(total, _at_once(recipe)),
+        settings=digest(STAGE.recipe_settings(recipe)),
         prompt_tokens=prompts / requests if prompts else None,
     )
 

@@ -18,11 +18,13 @@ class Expected(Artefact):
 
 class Measured(Artefact):
     """The speed and prompts of a pilot. rate: completion tokens per second, all requests together. at_once: sequences
-    under way at most. prompt_tokens: mean per prompt; None where the server does not count them."""
+    under way at most. prompt_tokens: mean per prompt; None where the server does not count them. settings: digest
+    of the recipe's generate settings; None in a plan of an earlier version."""
 
     rate: float
     at_once: int
     prompt_tokens: float | None
+    settings: str | None = None
 
 
 class StagePlan(Artefact):

@@ -4,8 +4,10 @@ Everything is checked before anything is sent: the stages are finished, their fi
 there, no repository of that name holds something else. Each repository gets one commit, so that a reader sees all of it
 or nothing. Resuming needs no record of ours: the hub knows by content which large files it has.
 
-A file `distill.json` in the repository names the run that it came from. A repository that has other files and not this
-one is refused: a push would mix two data sets.
+A file `distill.json` in the repository names the run that it came from: the recipe's name, and when the run directory
+was created. A repository that has other files and not this one is refused: a push would mix two data sets. The commit
+that adds the files of a run deletes its earlier ones that it no longer has: parts of a larger data set, shards of a
+larger model, the weights of an adapter.
 """
 
 import hashlib
@@ -25,13 +27,17 @@ from distill.artefacts import FilterSummary, RunPaths, TrainSummary
 from distill.catalog import load_recipe
 from distill.errors import UserError, WorkError
 from distill.recipe import Recipe
-from distill.record import StageRecord
+from distill.record import StageRecord, read_identity
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 ORIGIN = "distill.json"
+PRODUCTS = {  # files that are deleted from the run's repository once the run no longer has them
+    "dataset": re.compile(r"data/.*\.parquet"),
+    "model": re.compile(r"[^/]*\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"),
+}
 INITIAL = {".gitattributes", "README.md"}  # that the hub may have put into a new repository
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
@@ -67,12 +73,13 @@ def push(run: Path, dataset: str | None, model: str | None, private: bool, force
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set: unset it to push")
     api = HfApi(token=token)
+    stale: list[list[str]] = []
     for upload in uploads:
         with _reasons(upload):
-            _refuse_other(api, upload, force)
-    for upload in uploads:
+            stale.append(_stale(api, upload, force))
+    for upload, names in zip(uploads, stale, strict=True):
         with _reasons(upload):
-            yield _send(api, upload, private)
+            yield _send(api, upload, names, private)
 
 
 def _uploads(run: Path, dataset: str | None, model: str | None) -> list[Upload]:
@@ -80,7 +87,10 @@ def _uploads(run: Path, dataset: str | None, model: str | None) -> list[Upload]:
     if not paths.recipe.is_file():
         raise UserError(f"{run} is not a run directory (no recipe.yaml in it); `distill run RECIPE` makes one")
     recipe = load_recipe(str(paths.recipe))
-    origin = json.dumps({"run": recipe.name, "recipe": hashlib.sha256(paths.recipe.read_bytes()).hexdigest()}) + "\n"
+    identity = read_identity(run)
+    created = identity.created if identity else None
+    checksum = hashlib.sha256(paths.recipe.read_bytes()).hexdigest()
+    origin = json.dumps({"run": recipe.name, "created": created, "recipe": checksum}) + "\n"
     common: dict[str, Path | bytes] = {ORIGIN: origin.encode(), "recipe.yaml": paths.recipe}
     uploads = []
     if dataset is not None:
@@ -154,47 +164,60 @@ of the teacher and of the problems (`source`) before you publish a model that is
 # ---- the hub
 
 
-def _refuse_other(api: "HfApi", upload: Upload, force: bool) -> None:
+def _stale(api: "HfApi", upload: Upload, force: bool) -> list[str]:
+    """The files of an earlier push of this run that it no longer has. Errors: UserError where the repository holds
+    something else; with `force`, whose files stay, none are stale."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     api.whoami(cache=False)
     try:
         info = api.repo_info(upload.repository, repo_type=upload.kind)
     except RepositoryNotFoundError:
-        return
+        return []
     names = {file.rfilename for file in getattr(info, "siblings", None) or ()}
-    if force or names <= INITIAL:
-        return
+    if names <= INITIAL:
+        return []
     theirs = None
     if ORIGIN in names:
         with tempfile.TemporaryDirectory() as directory:
             path = api.hf_hub_download(upload.repository, ORIGIN, repo_type=upload.kind, local_dir=directory)
-            theirs = _run_name(Path(path).read_bytes())
-    mine = upload.files[ORIGIN]
-    assert isinstance(mine, bytes)
-    if theirs is None or theirs != _run_name(mine):
+            theirs = _origin(Path(path).read_bytes())
+    content = upload.files[ORIGIN]
+    assert isinstance(content, bytes)
+    mine = _origin(content)
+    # A push of an earlier version names the recipe only.
+    same = theirs is not None and mine is not None and theirs[0] == mine[0] and theirs[1] in (None, mine[1])
+    if same:
+        return sorted(name for name in names - upload.files.keys() if PRODUCTS[upload.kind].fullmatch(name))
+    if not force:
         raise UserError(
             f"{upload.repository}: this {upload.kind} repository holds something else already; choose another name, or "
             f"add to it with --force"
         )
+    return []
 
 
-def _run_name(content: bytes) -> str | None:
+def _origin(content: bytes) -> tuple[str, str | None] | None:
+    """The recipe's name and the run's time of creation in a `distill.json`; None where it is no such file."""
     try:
-        name = json.loads(content)["run"]
-    except (ValueError, KeyError, TypeError):
+        origin = json.loads(content)
+    except ValueError:
         return None
-    return name if isinstance(name, str) else None
+    if not isinstance(origin, dict) or not isinstance(name := origin.get("run"), str):
+        return None
+    created = origin.get("created")
+    return name, created if isinstance(created, str) else None
 
 
-def _send(api: "HfApi", upload: Upload, private: bool) -> str:
-    from huggingface_hub import CommitOperationAdd
+def _send(api: "HfApi", upload: Upload, stale: list[str], private: bool) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     url = api.create_repo(upload.repository, repo_type=upload.kind, private=private or None, exist_ok=True)
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
         for name, content in upload.files.items()
     ]
+    operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
     api.create_commit(upload.repository, operations, commit_message="Upload of a distill run", repo_type=upload.kind)
     return str(url)
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from pydantic import JsonValue
 
+from distill.chat import split_reasoning
 from distill.engine.options import SamplingParams
 from distill.prompts.prompt import Prompt
 from distill.traces.trace import FinishReason, ReasoningForm, Trace
@@ -26,7 +27,7 @@ class Completed:
     text: with the prefilled `<think>` put back. finish_reason: as the model or the server gives it, None where it gives
     none. Token ids are exactly what was sampled; empty where they are not known, and then completion_tokens and
     prompt_tokens are the server's counts, None where it gives none that can be used. The other counts and form: as of
-    `Trace`.
+    `Trace`. parts: reasoning and response, where the server returned them in two fields.
     """
 
     prompt: Prompt
@@ -42,6 +43,12 @@ class Completed:
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
     form: ReasoningForm | None = None
+    parts: tuple[str | None, str] | None = None
+
+    @property
+    def split(self) -> tuple[str | None, str]:
+        """(reasoning, response): as the server keeps them apart, else split at the tags of the text."""
+        return self.parts or split_reasoning(self.text)
 
 
 @dataclass(frozen=True)

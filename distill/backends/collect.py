@@ -12,7 +12,6 @@ from itertools import takewhile
 
 from distill.backends.backend import Backend, Completed, Job
 from distill.backends.budget import Allowance
-from distill.chat import split_reasoning
 from distill.engine.options import SamplingParams
 from distill.prompts.prompt import Prompt
 from distill.traces.store import TraceStore
@@ -113,7 +112,7 @@ def asked(prompt: Prompt, suffix: str) -> Prompt:
 
 
 def _trace(done: Completed, prompt: Prompt, seed: int, teacher: str) -> Trace:
-    reasoning, response = split_reasoning(done.text)
+    reasoning, response = done.split
     return Trace(
         prompt=prompt,
         sample=done.sample,

@@ -351,4 +351,5 @@ def _completed(prompt: Prompt, sample: int, reply: Reply) -> Completed:
         cached_tokens=reply.cached_tokens,
         reasoning_tokens=reply.reasoning_tokens,
         form=reply.form,
+        parts=reply.parts,
     )

@@ -31,7 +31,8 @@ class Unreadable(Exception):
 class Reply:
     """One answer. text: with reasoning that the server returns separately put back into `<think>`. finish_reason and
     counts of tokens: None where the server does not say, or nothing that can be right. Token ids and log-probabilities:
-    empty and None where they are not there for all tokens. form: as of `Trace`."""
+    empty and None where they are not there for all tokens. form: as of `Trace`. parts: reasoning and response that came
+    in two fields, because the text of either may mention the tags."""
 
     text: str
     finish_reason: str | None
@@ -44,6 +45,7 @@ class Reply:
     completion_token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    parts: tuple[str, str] | None = None
 
 
 class Counts(NamedTuple):
@@ -174,7 +176,15 @@ def reply_of(message: Mapping[str, object], finish: object, usage: object, token
         ids,
         logprobs,
         top_logprobs,
+        _parts(reasoning, content),
     )
+
+
+def _parts(reasoning: str, content: str) -> tuple[str, str] | None:
+    """Reasoning and response of two fields; None where one is empty, or the content has a think block of its own."""
+    if not (reasoning and content.strip()) or content.lstrip().startswith(THINK):
+        return None
+    return reasoning.strip(), content.strip()
 
 
 def _detail(counts: Mapping[str, object], group: str, name: str, flat: str) -> object:

@@ -43,14 +43,15 @@ def expected_tokens(lengths: Sequence[Sequence[int]], prompts: int, samples: int
     """The completion tokens of `prompts` prompts with `samples` samples each.
 
     lengths: of the traces of each prompt that was sampled, at least one each. limit: tokens that a completion may have.
-    One prompt gives no interval; all of them give one without width.
+    One prompt gives no interval; all samples of all prompts give one
+    without width, and some samples of all prompts give none: the spread within a prompt is not estimated.
     """
     means = [sum(of_prompt) / len(of_prompt) for of_prompt in lengths]
     n, scale = len(means), samples * prompts
     mean, largest = sum(means) / n, max(limit, *(max(of_prompt) for of_prompt in lengths))
-    if n >= prompts:
+    if n >= prompts and all(len(of_prompt) >= samples for of_prompt in lengths):
         return Expected(value=mean * scale, low=mean * scale, high=mean * scale)
-    if n < 2 or mean == 0:
+    if n < 2 or n >= prompts or mean == 0:
         return Expected(value=mean * scale)
     reach = student_t(n - 1) * math.sqrt(1 - n / prompts)
     error = math.sqrt(sum((x - mean) ** 2 for x in means) / (n - 1) / n)

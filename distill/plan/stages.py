@@ -21,6 +21,7 @@ from distill.backends.collect import asked
 from distill.console import bytes_text, counted, say, short, table
 from distill.engine.families import FAMILIES
 from distill.errors import UserError
+from distill.fingerprint import digest
 from distill.models import Models
 from distill.plan.hardware import Hardware, parse
 from distill.plan.lengths import expected_tokens
@@ -43,7 +44,7 @@ FILTER_SECONDS = 0.01  # to judge a trace; grading takes most of it
 @dataclass(frozen=True)
 class Traces:
     """The traces that generation will make. tokens: of completions. basis: what the estimate comes from. disk: bytes
-    per trace, None where none is stored. lengths: of the stored ones, by prompt."""
+    per trace, None where none is stored. truncated: share of the stored ones that end at max_new_tokens."""
 
     prompts: int
     samples: int
@@ -81,7 +82,7 @@ def plan_recipe(
     paths = RunPaths(directory)
     measured = _pilot(recipe, directory, pilot) if pilot else None
     previous = Plan.read_if_there(paths.plan, "remove it, and run `distill plan` again")
-    measured = measured or _measured(recipe, directory) or (previous.measured if previous else None)
+    measured = measured or _measured(recipe, directory) or _of_same_settings(recipe, previous)
     prompts = _prompts(recipe, paths)
     estimate = estimate_traces(recipe, directory, prompts, traces, mean)
     prompt_tokens, counted = _prompt_tokens(recipe, prompts, estimate, measured)
@@ -129,7 +130,15 @@ def _measured(recipe: "Recipe", directory: Path) -> Measured | None:
         rate=summary.tokens_per_second,
         at_once=recipe.generate.max_batch,
         prompt_tokens=(summary.prompt_tokens / summary.traces) or None,
+        settings=digest(generate.STAGE.recipe_settings(recipe)),
     )
+
+
+def _of_same_settings(recipe: "Recipe", previous: Plan | None) -> Measured | None:
+    """The speed in the stored plan, if it was measured with this teacher and these settings."""
+    measured = previous.measured if previous else None
+    same = measured is not None and measured.settings == digest(generate.STAGE.recipe_settings(recipe))
+    return measured if same else None
 
 
 def _prompts(recipe: "Recipe", paths: RunPaths) -> list[Prompt] | None:
@@ -182,14 +191,25 @@ def _stored(recipe: "Recipe", paths: RunPaths, prompts: list[Prompt], number: in
             by_prompt[figures.key[0]].append(figures.tokens)
             truncated += figures.finish_reason == "length"
     samples = recipe.generate.samples
+    complete = {prompt for prompt, lengths in by_prompt.items() if len(lengths) >= samples}
     whole = [lengths for lengths in by_prompt.values() if len(lengths) >= samples] or list(by_prompt.values())
     if not whole:
         return None
     tokens = expected_tokens(whole, number, samples, recipe.generate.sampling.max_new_tokens)
+    biased = len(whole) < number and not _is_pilot(recipe, prompts, complete)
+    if biased:  # requests under way together: the short answers are stored first
+        tokens = Expected(value=tokens.value)
     size = sum(path.stat().st_size for path in paths.traces.iterdir() if path.is_file())
     shown = sum(len(lengths) for lengths in whole)
     basis = f"{counted(shown, 'stored trace')} of {counted(len(whole), 'prompt')}"
+    basis += ", which were not drawn at random: the first to finish are short, so expect more" if biased else ""
     return Traces(number, samples, tokens, basis, size / stored, truncated / sum(map(len, by_prompt.values())))
+
+
+def _is_pilot(recipe: "Recipe", prompts: list[Prompt], complete: set[str]) -> bool:
+    """Whether the complete prompts are those of a finished pilot, and no others."""
+    drawn = generate.pilot_prompts(recipe.seed, prompts, len(complete))
+    return {prompt.id for prompt in drawn} == complete
 
 
 def _prompt_tokens(

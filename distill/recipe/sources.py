@@ -113,7 +113,9 @@ class _Problems(_Weighted):
         "arguments in column kwargs; none: the answer as it is",
     )
     choices: tuple[str, ...] = Field(
-        (), description="columns with wrong choices; the question then lists them and the answer in a fixed order"
+        (),
+        max_length=9,
+        description="columns with wrong choices; the question then lists them and the answer in a fixed order",
     )
     options: Annotated[str | tuple[str, ...] | None, Later] = Field(
         None,

@@ -30,6 +30,8 @@ from distill.serve.app import Limits, Service
 
 __all__ = ["Address", "Limits", "model_of", "serve"]
 
+LONGEST_GRACE = 1e9  # seconds, for a server that waits without end
+
 
 @dataclass(frozen=True)
 class Address:
@@ -108,7 +110,7 @@ async def _serve(live: LiveModel, name: str, address: Address, limits: Limits, l
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=int(address.grace) + 5,
+            timeout_graceful_shutdown=int(min(address.grace, LONGEST_GRACE)) + 5,
         )
     )
     ending = asyncio.Event()

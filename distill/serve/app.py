@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import TypeVar
 
 from starlette.applications import Starlette
@@ -29,6 +30,14 @@ from distill.serve.requests import BadRequest, ChatRequest, CompletionRequest, O
 BODY_SECONDS = 60.0  # for the body of a request to arrive
 GONE = 499  # the client went away
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an IP address reaches this machine only; False for a name, which may resolve to anything."""
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class Service:
         if self._key is None:
             host = request.headers.get("host", "").rpartition(":")
             name = host[0] if host[2].isdigit() else request.headers.get("host", "")
-            if self._local and name not in LOCAL_NAMES:
+            if self._local and name not in LOCAL_NAMES and not is_loopback(name.strip("[]")):
                 raise BadRequest(f"the host {name!r} is not this machine", code="invalid_host", status=403)
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -173,7 +182,7 @@ class Service:
     async def _events(self, work: Work, client: str) -> AsyncGenerator[bytes, None]:
         """Events of a streamed answer; an error in the middle is an event too."""
         ended = list[Delta]()
-        tokens = 0
+        tokens, counted = 0, True
         with self.metrics.timed() as first_token:
             try:
                 async with self.admission.admitted(client, work.samples):
@@ -185,10 +194,14 @@ class Service:
                                 tokens += len(delta.token_ids)
                                 ended += [delta] if delta.finish_reason else []
                             yield part
+            except Full:
+                counted = False
+                raise
             except (Rejected, Broken) as error:
                 yield event({"error": _problem(500, str(error), None, "engine_error")})
             finally:
-                self.metrics.used(work.prompt_tokens, tokens, [delta.finish_reason or "" for delta in ended])
+                if counted:
+                    self.metrics.used(work.prompt_tokens, tokens, [delta.finish_reason or "" for delta in ended])
 
     def _count(self, work: Work, choices: list[Delta]) -> None:
         tokens = sum(len(choice.token_ids) for choice in choices)

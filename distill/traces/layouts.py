@@ -103,12 +103,14 @@ class Columns:
 @dataclass(frozen=True)
 class Answer:
     """One answer. messages: those before it, the question last. text: with its reasoning in a think block. number: its
-    place in a row of several."""
+    place in a row of several. parts: reasoning and response, where they were published in two fields and the response
+    mentions a tag; None: the tags of the text divide it."""
 
     messages: tuple[Message, ...]
     text: str
     finish_reason: FinishReason
     number: int = 0
+    parts: tuple[str | None, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,9 @@ def _conversations(row: Row, columns: Columns, where: str) -> Iterator[list[_Tur
         yield _turns(row["conversations"], "conversations", where)
     elif row.get("prompt") and "completion" in row:
         prompt = _turns(row["prompt"], "prompt", where, text_role="user")
-        *before, last = _turns(row["completion"], "completion", where, text_role="assistant") or [_Turn("none", None)]
+        if not (completion := _turns(row["completion"], "completion", where, text_role="assistant")):
+            raise LeftOut("no answer at the end")
+        *before, last = completion
         if not last.reasoning:
             last = replace(last, reasoning=next((row[key] for key in REASONING if row.get(key)), None))
         yield [*prompt, *before, last]
@@ -310,7 +314,10 @@ def _answer(row: Row, turns: list[_Turn], number: int, where: str, empty: bool) 
     thought, text = _content(turns[-1].content, "answer", empty=empty and turns[-1].content is not None)
     if turns[-1].reasoning:
         thought = _thought(turns[-1].reasoning)
-    return Answer(tuple(messages), _with_reasoning(tagged(text), thought), _finish(row, number, where), number)
+    text = tagged(text)
+    whole = _with_reasoning(text, thought)
+    parts = (thought.strip(), text) if thought and whole != text and END_THINK in text else None
+    return Answer(tuple(messages), whole, _finish(row, number, where), number, parts)
 
 
 def _role(turn: _Turn, where: str) -> str:
@@ -353,7 +360,10 @@ def _content(content: object, what: str, separator: str = "", empty: bool = Fals
 def _with_reasoning(text: str, reasoning: str | None) -> str:
     if reasoning is None or not reasoning.strip():
         return text
-    if END_THINK in text:
+    head, closed, _ = text.partition(END_THINK)
+    if closed and reasoning.strip() in head:
+        return text
+    if closed and text.lstrip().startswith(THINK):
         if reasoning.strip() not in text:
             raise LeftOut("two reasonings")
         return text

@@ -93,13 +93,14 @@ def _rows(source: "HubTraces | FileTraces", every: bool = False) -> tuple[Iterat
 
 def _mentions(path: Path, column: str) -> bool:
     """Whether a JSON file has the name of a column anywhere: cheap, and known before anything is written."""
-    needle = json.dumps(column).encode()
+    needles = [json.dumps(column, ensure_ascii=ascii_only).encode() for ascii_only in (True, False)]
+    longest = max(map(len, needles))
     with opened(path) as file, readable(path):
         tail = b""
         while block := file.read(1 << 20):
-            if needle in tail + block:
+            if any(needle in tail + block for needle in needles):
                 return True
-            tail = block[-len(needle) :]
+            tail = (tail + block)[-longest:]
     return False
 
 
@@ -189,7 +190,7 @@ class Reader:
 
     def _trace(self, row: dict[str, object], answer: Answer, teacher: str) -> Trace:
         prompt = Prompt(answer.messages, self.source.task, self._gold(row), self.name)
-        reasoning, response = split_reasoning(answer.text)
+        reasoning, response = answer.parts or split_reasoning(answer.text)
         return Trace(prompt, 0, 0, answer.text, reasoning, response, answer.finish_reason, teacher)
 
     def _gold(self, row: dict[str, object]) -> str | None:

@@ -8,7 +8,9 @@ import pytest
 from server_support import JSON, KEY, PARAMS, Answer, body, chat, opened, server
 
 from distill.backends import Job
+from distill.backends.backend import Completed
 from distill.backends.collect import collect
+from distill.backends.reply import reply_of
 from distill.errors import UserError, WorkError
 from distill.prompts import Prompt
 from distill.traces.store import TraceStore
@@ -89,3 +91,13 @@ def test_any_reply_is_stored_or_one_line(tmp_path: Path) -> None:
 def test_two_hundred_replies(tmp_path: Path) -> None:
     outcomes = [survives(seed, tmp_path) for seed in range(1000, 1200)]
     assert outcomes.count("stored") > 20 and outcomes.count("WorkError") > 20 and "UserError" in outcomes
+
+
+def test_two_fields_stay_apart_where_the_answer_mentions_a_tag() -> None:
+    message = {"reasoning_content": "Think of tags.", "content": "A block ends with `</think>`, as in HTML."}
+    reply = reply_of(message, "stop", None)
+    assert reply.parts == (message["reasoning_content"], message["content"])
+    done = Completed(Prompt.from_question("q", None), 0, reply.text, "stop", parts=reply.parts)
+    assert done.split == reply.parts
+    whole = reply_of({"reasoning_content": "r", "content": "<think>r</think>answer"}, "stop", None)
+    assert whole.parts is None  # the content has the reasoning too

@@ -88,3 +88,8 @@ def resampled(lengths, limit, seed):
         widths.append((foretold.high - foretold.low) / truth)
         held += foretold.low <= truth <= foretold.high
     return errors, held, widths
+
+
+def test_some_samples_of_all_prompts_give_no_interval():
+    foretold = expected_tokens([[10, 20], [30, 40]], prompts=2, samples=4, limit=1000)
+    assert (foretold.value, foretold.low, foretold.high) == (200, None, None)

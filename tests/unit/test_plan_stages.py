@@ -8,10 +8,13 @@ import pytest
 import yaml
 from eval_support import distill, right, server, url
 
-from distill import catalog, console
+from distill import catalog, console, generate
 from distill.artefacts import RunPaths
+from distill.errors import UserError
+from distill.fingerprint import digest
 from distill.plan import stages
-from distill.planned import Plan
+from distill.planned import Measured, Plan
+from distill.prompts import Prompt
 from distill.traces.store import TraceStore
 
 PRICE = {"input": 1, "output": 10, "date": "2025-01-20", "source": "a test"}
@@ -175,3 +178,32 @@ def test_eval_by_hand(tmp_path, monkeypatch):
 )
 def test_large_numbers_are_short(value, text):
     assert console.short(value) == text
+
+
+def test_a_rate_measured_with_other_settings_is_not_used(recipe, monkeypatch):
+    with server(right) as script:
+        loaded = catalog.load_recipe(recipe(script))
+        own = digest(generate.STAGE.recipe_settings(loaded))
+    plan = Plan.model_construct(measured=Measured(rate=9.0, at_once=1, prompt_tokens=None, settings=own))
+    assert stages._of_same_settings(loaded, plan) == plan.measured
+    other = Plan.model_construct(measured=plan.measured.model_copy(update={"settings": "other"}))
+    assert stages._of_same_settings(loaded, other) is None
+
+
+def test_a_pilot_that_a_server_refuses_leaves_the_settings_free(recipe, monkeypatch):
+    def refuse(*arguments):
+        raise UserError("the server refuses it")
+
+    monkeypatch.setattr(generate, "collect", refuse)
+    with server(right) as script:
+        assert distill(monkeypatch, "plan", recipe(script), "--pilot", 2) != 0
+    assert not RunPaths(Path("runs/served")).record("generate").exists()
+
+
+def test_only_the_prompts_of_a_complete_pilot_are_a_random_sample(recipe):
+    with server(right) as script:
+        loaded = catalog.load_recipe(recipe(script))
+    prompts = [Prompt.from_question(f"{n}?", None) for n in range(40)]
+    drawn = {prompt.id for prompt in generate.pilot_prompts(loaded.seed, prompts, 8)}
+    assert stages._is_pilot(loaded, prompts, drawn)
+    assert not stages._is_pilot(loaded, prompts, {prompt.id for prompt in prompts[:8]})

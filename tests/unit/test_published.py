@@ -9,6 +9,8 @@ from pydantic import TypeAdapter
 
 from distill.errors import UserError
 from distill.recipe.sources import FileTraces, TraceSource
+from distill.traces import published
+from distill.traces.layouts import Columns, LeftOut, answers
 from distill.traces.published import read_published
 
 THOUGHT = "<think>\nI add.\n</think>\n\nFour."
@@ -385,3 +387,21 @@ def test_the_cases(cases, name):
 
 def test_every_case_is_tried(cases):
     assert {path.name for path in cases("layouts").iterdir()} == CASES.keys()
+
+
+def test_a_reasoning_of_its_own_stays_apart_from_an_answer_that_mentions_a_tag():
+    row = {"messages": [USER, {"role": "assistant", "content": "It ends with </think>.", "thinking": "Tags."}]}
+    (answer,) = answers(row, Columns(), "row 0")
+    assert answer.parts == ("Tags.", "It ends with </think>.")
+
+
+def test_an_empty_completion_is_left_out():
+    (reason,) = answers({"prompt": "q", "completion": []}, Columns(), "row 0")
+    assert isinstance(reason, LeftOut) and str(reason) == "no answer at the end"
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_a_gold_column_outside_ascii(tmp_path, ascii_only):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"question": "q", "答案": "4"}, ensure_ascii=ascii_only) + "\n", encoding="utf-8")
+    assert published._mentions(path, "答案") and not published._mentions(path, "答")

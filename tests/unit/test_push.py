@@ -18,7 +18,7 @@ import yaml
 from report_support import make_run
 
 from distill.integrity import record_files
-from distill.record import StageRecord
+from distill.record import Identity, StageRecord
 
 TOKEN = "hf_not_for_any_log"
 
@@ -99,6 +99,9 @@ class Handler(BaseHTTPRequestHandler):
             lines = [json.loads(line) for line in body.splitlines()]
             for line in lines[1:]:
                 value = line["value"]
+                if line["key"] == "deletedFile":
+                    del self.server.repositories[repository[0]][value["path"]]
+                    continue
                 content = (
                     base64.b64decode(value["content"]) if line["key"] == "file" else self.server.blobs[value["oid"]]
                 )
@@ -180,6 +183,25 @@ def test_data_set_and_student_arrive_with_their_cards(push: Push, hub: Hub, run:
     assert student["model.safetensors"] == b"weights" and b"license: mit" in student["README.md"]
     assert str(tmp_path).encode() not in b"".join([*traces.values(), *student.values()])
     assert push(run, "--dataset", "me/traces").returncode == 0  # the same run again
+
+
+def test_a_second_push_deletes_what_the_run_no_longer_has(push: Push, hub: Hub, run: Path) -> None:
+    (run / "student" / "adapter_model.safetensors").write_bytes(b"adapter")
+    assert push(run, "--dataset", "me/traces", "--model", "me/student").returncode == 0
+    hub.repositories["me/traces"] |= {"data/part-00001.parquet": b"old", "notes.md": b"theirs"}
+    (run / "student" / "adapter_model.safetensors").unlink()
+    assert push(run, "--dataset", "me/traces", "--model", "me/student").returncode == 0
+    traces, student = hub.repositories["me/traces"], hub.repositories["me/student"]
+    assert "data/part-00001.parquet" not in traces and "notes.md" in traces and "data/part-00000.parquet" in traces
+    assert "adapter_model.safetensors" not in student and student["model.safetensors"] == b"weights"
+
+
+def test_another_run_of_the_same_recipe_is_something_else(push: Push, hub: Hub, run: Path) -> None:
+    assert push(run, "--dataset", "me/traces").returncode == 0
+    path = run / "run.json"
+    Identity.read(path, "").model_copy(update={"created": "2026-04-01"}).write(path)
+    done = push(run, "--dataset", "me/traces")
+    assert done.returncode == 2 and "holds something else already" in done.stderr
 
 
 def test_a_push_that_failed_resumes_with_what_is_missing(push: Push, hub: Hub, run: Path) -> None:

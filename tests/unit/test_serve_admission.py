@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.serve.admission import Admission, Full
+from distill.serve.app import is_loopback
 
 
 def test_clients_take_turns_however_much_one_of_them_asks():
@@ -78,3 +79,8 @@ def test_every_request_gets_its_turn_or_is_given_up_and_the_capacity_holds(reque
         assert (admission.running, admission.waiting, admission._clients, +admission._held) == (0, 0, {}, {})
 
     asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_only_addresses_of_this_machine_are_loopback():
+    hosts = ("127.0.0.1", "127.0.0.2", "::1", "10.0.0.1", "127.0.0.1.evil.example", "")
+    assert [is_loopback(host) for host in hosts] == [True, True, True, False, False, False]
