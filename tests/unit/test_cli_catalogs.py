@@ -27,10 +27,12 @@ def checked(tmp_path, monkeypatch, capsys):
 
 
 def test_gold_answers_that_no_grader_reads_are_counted(checked):
-    rows = [{"question": f"q{i}", "answer": gold} for i, gold in enumerate(["5", "90°", "1/2", "€5"])]
+    rows = [
+        {"question": f"q{i}", "answer": gold} for i, gold in enumerate(["5", "x \\mid y", "90°", "it depends on it"])
+    ]
     code, out, err = checked(*rows)
     assert (code, err) == (0, "")
-    assert "mine.yaml: ok\n  note: 2 of 4 gold answers cannot be read by a grader, such as '90°'" in out
+    assert "mine.yaml: ok\n  note: 2 of 4 gold answers cannot be read by a grader, such as 'x \\\\mid y'" in out
 
 
 def test_a_file_without_trouble_has_no_note(checked):

@@ -354,7 +354,7 @@ def test_two_cards_of_one_name_are_refused(tmp_path, recipe):
 
 def test_problems_without_a_grader_are_refused(tmp_path, recipe):
     card = tmp_path / "sums.yaml"
-    card.write_text(card.read_text().replace("problems.jsonl", "problems.jsonl, task: code"))
+    card.write_text(card.read_text().replace("problems.jsonl", "problems.jsonl, task: chat"))
     models = Scripted(knows)
     with pytest.raises(UserError, match="leave sums out"):
         score(tmp_path, recipe, models)

@@ -94,7 +94,12 @@ def test_damaged_samples_are_drawn_again(command, tmp_path):
 
 
 def test_a_benchmark_with_answers_that_no_grader_reads_says_so(sums, tmp_path, capsys):
-    rows = [{"question": f"What is {n} + {n}?", "answer": "no number" if n == 3 else str(2 * n)} for n in range(8)]
+    rows = [
+        {"question": f"What is {n} + {n}?", "answer": "it depends on the weather" if n == 3 else str(2 * n)}
+        for n in range(8)
+    ]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     score(sums, tmp_path / "out")
-    assert "1 of 8 gold answers cannot be read by a grader, such as 'no number'" in capsys.readouterr().out
+    assert (
+        "1 of 8 gold answers cannot be read by a grader, such as 'it depends on the weather'" in capsys.readouterr().out
+    )
