@@ -2,7 +2,8 @@
 
 Batches are not kept in a file of the run: each carries a hash of model, sampling and seed in its `metadata`, and the
 provider lists them. A run that is interrupted while it waits finds its batches again, and pays for none twice; so
-does a run that is killed between creating one and the next line. A request is known by `PROMPT-SAMPLE` (`custom_id`).
+does a run that is killed between creating one and the next line. A request is known by
+`PROMPT-SAMPLE-MESSAGES` (`custom_id`), the last a hash: the same prompt may be asked with another suffix.
 
 What a batch does not answer (it expired, or a request failed) is asked for in a new batch by the next run.
 """
@@ -34,6 +35,11 @@ ENDPOINT = "/v1/chat/completions"
 LONGEST_LINE = 64 << 20  # bytes of one answer
 
 
+def request_id(prompt: Prompt, sample: int) -> str:
+    """What a request is known by among those of the same model, sampling and seed."""
+    return f"{prompt.id}-{sample}-{digest([dict(message) for message in prompt.messages])[:16]}"
+
+
 @dataclass(frozen=True)
 class Batches:
     """The batches of one model. client: the library, with the key. body: makes a request's body. identity: what decides
@@ -50,7 +56,7 @@ class Batches:
 
         Errors: WorkError for samples that no batch has answered; those of the client library.
         """
-        wanted = {f"{job.prompt.id}-{sample}": (job.prompt, sample) for job in jobs for sample in job.samples}
+        wanted = {request_id(job.prompt, sample): (job.prompt, sample) for job in jobs for sample in job.samples}
         tag = digest([dict(self.identity), asdict(sampling), seed])
         batches, covered = await self._known(tag, wanted.keys())
         new = [key for key in wanted if key not in covered]

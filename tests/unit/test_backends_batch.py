@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import pytest
@@ -11,6 +12,7 @@ from server_support import JSON, KEY, Handler, Listening, body, chat, listening
 
 from distill import backends
 from distill.backends import Job, SamplingParams
+from distill.backends.batch import request_id
 from distill.errors import UserError, WorkError
 from distill.models import Model, Server
 from distill.prompts import Prompt
@@ -137,13 +139,24 @@ def test_an_interrupted_run_finds_its_batch_and_asks_for_the_new_samples_alone()
         assert len(requests(made)) == 15
 
 
+def test_the_same_prompt_with_another_suffix_is_another_request():
+    asked = [
+        replace(PROMPTS[0], messages=({"role": "user", "content": text},)) for text in ("2 + 2?", "2 + 2? Briefly.")
+    ]
+    with provider() as made:
+        for prompt in asked:
+            with opened(made) as backend:
+                assert len(list(backend.complete([Job(prompt, (0,))], PARAMS, 0))) == 1
+        assert len(made.batches) == 2 == len(set(requests(made)))
+
+
 async def interrupted(seconds: float) -> None:
     raise KeyboardInterrupt
 
 
 def test_what_failed_is_asked_for_again_and_nothing_else():
-    failing = {f"{PROMPTS[0].id}-0": {"status_code": 500, "body": {}}, f"{PROMPTS[1].id}-1": None}
-    failing[f"{PROMPTS[2].id}-0"] = {"status_code": 200, "body": {"choices": []}}
+    failing = {request_id(PROMPTS[0], 0): {"status_code": 500, "body": {}}, request_id(PROMPTS[1], 1): None}
+    failing[request_id(PROMPTS[2], 0)] = {"status_code": 200, "body": {"choices": []}}
     made_outcome = {"first": True}
 
     def outcome(key: str):

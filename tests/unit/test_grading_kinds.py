@@ -54,6 +54,12 @@ def test_equal_answers_are_correct_in_both_directions(one: str, other: str) -> N
     assert [judge(one, other, True), judge(other, one, True)] == [("correct", "equal")] * 2
 
 
+@pytest.mark.parametrize(("one", "other"), [("5 cm", "0.05 m"), ("1 h", "3600 s"), ("1000 g", "1 kg")])
+def test_a_letter_that_may_be_a_unit_is_neither_right_nor_wrong(one: str, other: str) -> None:
+    assert judge(one, other, True)[0] == judge(other, one, True)[0] == "unverifiable"
+    assert judge(one, f"9{other}", True)[0] == "wrong", "equal under no reading"
+
+
 @pytest.mark.parametrize(("one", "other"), UNEQUAL)
 def test_unequal_answers_are_correct_in_no_direction(one: str, other: str) -> None:
     assert "correct" not in (judge(one, other, True)[0], judge(other, one, True)[0])

@@ -22,22 +22,22 @@ def test_two_prompts_by_hand():
     """Means 200 and 300 of ten prompts: m = 250, s/√2 = 50, t₁ = 12.7062, √(1 − 2/10) = 0.894427; the normal interval
     of the logarithm has the ratio exp(12.7062 · 0.894427 · 50 / 250) = 9.709. ȳ = 5.5010, v = 0.082201, the
     log-normal one exp(5.5421 ± 11.3648 · √(0.0411 + 0.003379)) = 255.2 / 10.986 and more than the limit."""
-    foretold = expected_tokens([[100, 300], [300, 300]], prompts=10, samples=2, limit=1000)
-    assert foretold.value == 250 * 20
-    assert foretold.low == pytest.approx(255.2 / 10.986 * 20, rel=2e-3)
-    assert foretold.high == 1000 * 20
+    estimate = expected_tokens([[100, 300], [300, 300]], prompts=10, samples=2, limit=1000)
+    assert estimate.value == 250 * 20
+    assert estimate.low == pytest.approx(255.2 / 10.986 * 20, rel=2e-3)
+    assert estimate.high == 1000 * 20
 
 
 def test_alike_prompts_give_no_width_and_one_prompt_no_interval():
-    foretold = expected_tokens([[50]] * 8, prompts=1000, samples=1, limit=100)
-    assert foretold.value == 50_000 and foretold.low == pytest.approx(50_000) and foretold.high == pytest.approx(50_000)
+    estimate = expected_tokens([[50]] * 8, prompts=1000, samples=1, limit=100)
+    assert estimate.value == 50_000 and estimate.low == pytest.approx(50_000) and estimate.high == pytest.approx(50_000)
     alone = expected_tokens([[50, 70]], prompts=1000, samples=2, limit=100)
     assert (alone.value, alone.low, alone.high) == (120_000, None, None)
 
 
 def test_a_pilot_of_all_prompts_is_the_truth():
-    foretold = expected_tokens([[10, 20], [50, 80]], prompts=2, samples=2, limit=100)
-    assert (foretold.value, foretold.low, foretold.high) == (160, 160, 160)
+    estimate = expected_tokens([[10, 20], [50, 80]], prompts=2, samples=2, limit=100)
+    assert (estimate.value, estimate.low, estimate.high) == (160, 160, 160)
 
 
 def test_samples_of_one_prompt_do_not_narrow_the_interval():
@@ -83,13 +83,13 @@ def resampled(lengths, limit, seed):
     truth = sum(map(sum, lengths))
     errors, widths, held = [], [], 0
     for _ in range(100):
-        foretold = expected_tokens(draw.sample(lengths, 8), len(lengths), samples, limit)
-        errors.append(abs(foretold.value / truth - 1))
-        widths.append((foretold.high - foretold.low) / truth)
-        held += foretold.low <= truth <= foretold.high
+        estimate = expected_tokens(draw.sample(lengths, 8), len(lengths), samples, limit)
+        errors.append(abs(estimate.value / truth - 1))
+        widths.append((estimate.high - estimate.low) / truth)
+        held += estimate.low <= truth <= estimate.high
     return errors, held, widths
 
 
 def test_some_samples_of_all_prompts_give_no_interval():
-    foretold = expected_tokens([[10, 20], [30, 40]], prompts=2, samples=4, limit=1000)
-    assert (foretold.value, foretold.low, foretold.high) == (200, None, None)
+    estimate = expected_tokens([[10, 20], [30, 40]], prompts=2, samples=4, limit=1000)
+    assert (estimate.value, estimate.low, estimate.high) == (200, None, None)

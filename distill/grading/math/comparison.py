@@ -4,20 +4,20 @@ The forms are those of `distill.grading.math.values`. Conventions, each of which
 
 - A label counts for nothing (`x = 5` is `5`), but two different labels do.
 - A bare list is a multiset, `{…}` is a set, `(…)` is ordered; `(a, b)` is an open interval beside an interval.
-- A unit that only one side has is not compared; two units are, with their factors. A number that would be right in
+- A unit that only one side has is not compared; two units are, with their factors. A letter that would make them
+  equal as a unit leaves them undecided (`0.05 m` beside `5 cm`). A number that would be right in
   another unit is undecided.
 - A percentage equals its number and its hundredth. A rounded decimal beside an exact number is undecided.
 - A base that only one side has: the same digits are undecided, another value is wrong.
 """
 
 from collections.abc import Iterable
-from fractions import Fraction
 
 import sympy
 
 from distill.grading.math.equality import same
 from distill.grading.math.reader import set_of
-from distill.grading.math.units import Unit, may_convert
+from distill.grading.math.scalars import equal_scalars
 from distill.grading.math.values import (
     Comparison,
     Congruence,
@@ -70,7 +70,7 @@ def equal(gold: Value, answer: Value) -> Verdict:
 def _alike(gold: Value, answer: Value) -> Verdict:
     """Two values of one form."""
     if isinstance(gold, Scalar) and isinstance(answer, Scalar):
-        return _scalars(gold, answer)
+        return equal_scalars(gold, answer)
     if isinstance(gold, Sequence) and isinstance(answer, Sequence):
         return _sequences(gold, answer)
     if isinstance(gold, Region) and isinstance(answer, Region):
@@ -100,86 +100,6 @@ def _all(verdicts: Iterable[Verdict]) -> Verdict:
             return False
         result = result if verdict else None
     return result
-
-
-# ---- scalars
-
-
-def _scalars(gold: Scalar, answer: Scalar) -> Verdict:
-    if gold.base != answer.base:
-        return _bases(gold, answer)
-    if gold.percent != answer.percent:
-        plain, percentage = (answer, gold) if gold.percent else (gold, answer)
-        hundredth = same(plain.expression, percentage.expression / 100)
-        face = same(plain.expression, percentage.expression)
-        return True if face or hundredth else None if None in (face, hundredth) else False
-    if gold.unit is not None and answer.unit is not None:
-        return _quantities(gold, answer, gold.unit, answer.unit)
-    verdict = _numbers(gold, answer)
-    unit = gold.unit or answer.unit
-    if verdict is False and unit is not None:
-        with_unit, without = (gold, answer) if gold.unit else (answer, gold)
-        if unit.dimensions == (("angle", 1),) and same(with_unit.expression * sympy.pi / 180, without.expression):
-            return True
-        return None if _convertible(with_unit.expression, without.expression, unit) else False
-    return verdict
-
-
-def _numbers(gold: Scalar, answer: Scalar) -> Verdict:
-    """Compare two expressions; a decimal that may be the rounded other is undecided."""
-    one, other = gold.expression, answer.expression
-    verdict = same(one, other)
-    if verdict is True or not (one.is_number and other.is_number):
-        return _constant_of_integration(one, other) if verdict is False else verdict
-    for exact, rounded in ((gold, answer), (answer, gold)):
-        if rounded.decimals is None or (exact.decimals is not None and not rounded.approximate):
-            continue
-        error = sympy.Abs(exact.expression - rounded.expression) * 10**rounded.decimals
-        if not error.is_comparable or error <= sympy.Rational(1001, 2000):
-            return None
-    return verdict
-
-
-def _constant_of_integration(one: sympy.Expr, other: sympy.Expr) -> Verdict:
-    """Expressions that differ in the case of the letter C only."""
-    small, large = sympy.Symbol("c", real=True), sympy.Symbol("C", real=True)
-    a, b = one.free_symbols, other.free_symbols
-    if not ({small, large} <= a | b and len({small, large} & a) == len({small, large} & b) == 1):
-        return False
-    return same(one.xreplace({large: small}), other.xreplace({large: small})) is True
-
-
-def _bases(gold: Scalar, answer: Scalar) -> Verdict:
-    if gold.unit or answer.unit or gold.percent or answer.percent:
-        return None
-    if gold.expression == answer.expression:
-        return True
-    for based, other in ((gold, answer), (answer, gold)):
-        if based.base is not None and other.base is None and str(other.expression) == based.digits:
-            return None
-    return False
-
-
-def _quantities(gold: Scalar, answer: Scalar, unit: Unit, other: Unit) -> Verdict:
-    if unit.words != other.words:
-        return False if _numbers(gold, answer) is False and not (unit.dimensions or other.dimensions) else None
-    if unit.dimensions != other.dimensions:
-        return None if bool(unit.dimensions) != bool(other.dimensions) else False
-    if unit.factor == other.factor:
-        return _numbers(gold, answer)
-    return same(gold.expression * _rational(unit.factor), answer.expression * _rational(other.factor))
-
-
-def _convertible(with_unit: sympy.Expr, without: sympy.Expr, unit: Unit) -> bool:
-    """Whether a number without unit may be the same quantity in another unit."""
-    if not (with_unit.is_Rational and without.is_Rational) or 0 in (with_unit, without):
-        return False
-    ratio = with_unit / without
-    return may_convert(Fraction(int(ratio.p), int(ratio.q)), unit)
-
-
-def _rational(factor: Fraction) -> sympy.Expr:
-    return sympy.Rational(factor.numerator, factor.denominator)
 
 
 # ---- sequences

@@ -9,8 +9,6 @@ Rejected: comparing rounded decimals, which makes all constants of nature equal 
 compares spellings.
 """
 
-from itertools import count
-
 import sympy
 
 from distill.grading.math.expressions import applied
@@ -74,16 +72,14 @@ def _differ(difference: sympy.Expr, symbols: list[sympy.Symbol]) -> bool | None:
         for power in difference.atoms(sympy.Pow)
         if power.base.free_symbols
     )
-    if large:
+    if large or len(symbols) > len(FRACTIONS):
         return None
     for offset in range(0, len(FRACTIONS), 4):
-        chosen = (FRACTIONS[(offset + i) % len(FRACTIONS)] for i in count())
-        point = {symbol: sympy.Rational(*fraction) for symbol, fraction in zip(symbols, chosen, strict=False)}
-        if len(symbols) > len(FRACTIONS):
-            return None
+        values = FRACTIONS[offset:] + FRACTIONS[:offset]
+        point = {symbol: sympy.Rational(*value) for symbol, value in zip(symbols, values, strict=False)}
         try:
             outcomes.add(_certain(difference.subs(point)) is not None)
-        except ArithmeticError:
+        except ArithmeticError:  # not finite there: the other points decide
             continue
     return outcomes.pop() if len(outcomes) == 1 else None
 
@@ -105,7 +101,8 @@ def _vanishes(difference: sympy.Expr) -> bool:
 
 
 def _algebraic_zero(constant: sympy.Expr) -> bool:
-    """Whether an algebraic number is zero, by its minimal polynomial."""
+    """Whether the minimal polynomial proves that an algebraic number is zero. No proof for other constants: they stay
+    undecided."""
     try:
         variable = sympy.Symbol("x")
         return bool(sympy.minimal_polynomial(constant, variable) == variable)

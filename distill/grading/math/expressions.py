@@ -5,6 +5,7 @@ A recursive descent that consumes every token or raises `Unreadable`. Where conv
 divides it). Nothing of a size that could stall sympy is built: see `power` and `factorial`.
 """
 
+from abc import ABC, abstractmethod
 from fractions import Fraction
 from math import log2
 from typing import TypeAlias
@@ -75,7 +76,7 @@ def checked(expression: sympy.Expr) -> sympy.Expr:
     return expression
 
 
-class Expressions:
+class Expressions(ABC):
     """A position in a list of tokens, and the rules of arithmetic. sign: what `\\pm` means in this reading."""
 
     def __init__(self, tokens: list[Token]) -> None:
@@ -105,9 +106,9 @@ class Expressions:
         if not self.take(*texts):
             raise Unreadable("not parseable")
 
+    @abstractmethod
     def group(self) -> Value:
         """What stands between brackets, read by the rules for whole answers."""
-        raise NotImplementedError
 
     def sum(self) -> Operand:
         """`a + b - c`, with signs in front."""

@@ -412,7 +412,7 @@ def set_of(value: Value) -> sympy.Set:
             if value.brackets[:1] in ("(", "[") and len(value.items) == 2:
                 low, high = map(_expression, value.items)
                 return sympy.Interval(low, high, value.brackets[0] == "(", value.brackets[1] == ")")
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError) as error:  # sympy's, for ends that are not real numbers
             raise Unreadable("not an interval") from error
     raise Unreadable("not a set")
 

@@ -37,34 +37,11 @@ SCALES = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
     "million dollars": 10**6,
 }  # fmt: skip
-NUMBERS = {
-    word: number
-    for number, word in enumerate(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-            "seventeen",
-            "eighteen",
-            "nineteen",
-            "twenty",
-        ]
-    )
-}
+_NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+NUMBERS = {word: number for number, word in enumerate(_NUMBERS.split())}
 PERCENT = {"percent", "percentage", "pct", "percentages", "percents"}
 COMPOUND = {"mph": {"mile": 1, "hour": -1}, "kph": {"km": 1, "h": -1}, "km/h": {"km": 1, "h": -1}}
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}

@@ -132,7 +132,7 @@ class Peer:
         number = self._number(type(error)) if base is not type(error) else -1
         try:
             text = str(error)
-        except Exception:
+        except Exception:  # its `__str__` is the answer's code; the exception itself is still reported
             text = ""
         return [base.__name__, type(error).__name__, number, text[:2000]]
 

@@ -1,4 +1,4 @@
-"""Values between a program and whoever tests it, as JSON: plain data only, and handles for everything else.
+"""Values between a program and its tests, as JSON: plain data only, and handles for everything else.
 
 The receiver must be able to trust what it decodes to be plain: a result whose class says that it equals everything, or
 an unpickled object with code of its own, would pass every test. So a value is sent as its exact built-in type (an

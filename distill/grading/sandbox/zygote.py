@@ -8,7 +8,8 @@ request, so its memory, of which every program has a copy, holds nothing of any 
                      process 1 of a pid namespace; a /tmp of its own; waits, kills, reports
                                       limits, user nobody, no capability, Landlock or mounts, seccomp; then the request
 
-The keeper's end ends everything in its pid namespace. Whoever closes the control socket, by dying too, ends the keeper.
+When the keeper ends, the kernel ends everything in its pid namespace. When the control socket is closed, also by the
+death of its owner, the keeper ends.
 """
 
 import fcntl
