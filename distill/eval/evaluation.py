@@ -43,6 +43,7 @@ from distill.evaluations import (
 )
 from distill.fingerprint import digest
 from distill.grading import GRADERS
+from distill.grading.grade import GUESSES
 from distill.grading.instructions import number_of_instructions
 from distill.grading.judged import JUDGE
 from distill.grading.mixed import graded
@@ -199,8 +200,8 @@ class Evaluation:
             return
         answers: dict[str, dict[str, None]] = {}
         for row in self._counted():
-            if row.vote is not None:
-                answers.setdefault(row.prompt, {})[row.vote] = None
+            if (vote := vote_of(row)) is not None:
+                answers.setdefault(row.prompt, {})[vote] = None
         known = read_votes(self.paths.votes)
         new = {prompt: texts for prompt, texts in answers.items() if not texts.keys() <= known.get(prompt, {}).keys()}
         if not new:
@@ -383,6 +384,11 @@ def _followed(row: GradeRow) -> Followed | None:
     return Followed((False,) * count, (False,) * count) if count else None
 
 
+def vote_of(row: GradeRow) -> str | None:
+    """The answer that a sample votes with: one that it marked as final, not a guess from its prose."""
+    return None if row.evidence.get("method") in GUESSES else row.answer
+
+
 def _sample(row: GradeRow, classes: Mapping[str, int]) -> Sample:
     return Sample(
         problem=row.prompt,
@@ -391,6 +397,6 @@ def _sample(row: GradeRow, classes: Mapping[str, int]) -> Sample:
         truncated=row.finish_reason == "length",
         completion_tokens=row.completion_tokens,
         reasoning_tokens=row.reasoning_tokens,
-        vote=None if row.vote is None else classes.get(row.vote),
+        vote=None if (vote := vote_of(row)) is None else classes.get(vote),
         followed=_followed(row),
     )

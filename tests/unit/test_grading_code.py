@@ -170,6 +170,12 @@ def test_compressed_tests_are_read_without_unpickling() -> None:
     assert read["test_cases"] == [
         {"type": "function_call", "fn_name": "add", "input": [[1, 2], 3], "output": [1, 2, 3]}
     ]
+    (program, bare) = (
+        f"class Solution:\n def add(self, a: {kind}, b): return a + [b]" for kind in ("List[int]", "Liste")
+    )
+    with open_zygote() as zygote:
+        assert run_tests(Sandbox(zygote), program, read, 5.0)[0] == "correct", "LeetCode imports `List` for its answers"
+        assert run_tests(Sandbox(zygote), bare, read, 5.0)[:2] == ("wrong", "error: NameError")
     for value in (print, [1], {"a": "b"}):
         with pytest.raises(ValueError, match="is compressed, and holds"):
             code_tests.tests_of(packed(value), row)
