@@ -6,6 +6,7 @@ from typing import Protocol
 
 from pydantic import JsonValue
 
+from distill.backends.budget import Allowance
 from distill.chat import split_reasoning
 from distill.engine.options import SamplingParams
 from distill.prompts.prompt import Prompt
@@ -83,9 +84,12 @@ class Backend(Protocol):
     def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
         """Errors: UserError when a prompt cannot be completed (longer than the context, …)."""
 
-    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
+    def complete(
+        self, jobs: Iterable[Job], sampling: SamplingParams, seed: int, allowance: Allowance | None = None
+    ) -> Generator[Completed, None, None]:
         """Yield every wanted sample once, in order of completion. Lazy in `jobs`. Closing it gives up the others.
 
+        allowance: what may be spent; at its deadline the samples under way are given up, and there is no error.
         Errors: UserError for what the user can correct, WorkError when the engine or the server fails; every sample
         that was delivered before is yielded first.
         """

@@ -77,8 +77,13 @@ class Batches:
                     if key in wanted:
                         yield *wanted.pop(key), reply
             if batches := running:
-                await asyncio.sleep(POLL)
-                batches = [await self.client.batches.retrieve(batch.id) for batch in batches]
+                try:
+                    await asyncio.sleep(POLL)
+                    batches = [await self.client.batches.retrieve(batch.id) for batch in batches]
+                except asyncio.CancelledError:  # at the deadline of a budget, or by the user
+                    for batch in batches:
+                        say(f"batch {batch.id} goes on at the provider; the same command collects its answers")
+                    raise
         if wanted:
             raise WorkError(
                 f"{len(wanted):,} samples were not answered by their batches; the others are stored, run the same "

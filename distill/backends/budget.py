@@ -8,8 +8,8 @@ token of every tokenizer in use has at least one byte, which bounds a prompt wit
 What was used is what the stored traces say, so that it survives a kill without a file of its own: the samples that were
 under way are forgotten, as nobody knows what became of them. A count that a server does not give is taken as its bound.
 
-Time has no such bound. No sample is admitted that would end too late if it took as long as the longest so far, and at
-the budget's end the work stops: what is under way is then lost, what is finished is stored.
+Time has no such bound. No sample is admitted that would end too late if it took as long as the longest so far. At the
+deadline the backend stops waiting, whatever a server does: samples under way are lost, finished ones are stored.
 """
 
 import time
@@ -95,6 +95,11 @@ class Allowance:
     def over(self) -> bool:
         """Whether the time is up."""
         return self.seconds >= self._most_seconds
+
+    @property
+    def deadline(self) -> float:
+        """When the time is up, as `clock` counts it; infinite without a limit of time."""
+        return self._began + self._most_seconds
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether a sample of this prompt would be admitted."""

@@ -83,15 +83,13 @@ def sampled(
 
     while True:
         made = 0
-        with closing(backend.complete(admitted(), sampling, seed)) as completions:
+        with closing(backend.complete(admitted(), sampling, seed, allowance)) as completions:
             for done in completions:
                 trace = _trace(done, prompts[done.prompt.id], seed, teacher)
                 yield trace
                 made += 1
                 if allowance is not None:
                     allowance.settle(trace)
-                    if allowance.over:
-                        break
         if allowance is None or not left or not made or allowance.over:
             return
         allowance.release()

@@ -13,7 +13,9 @@ then waited for, briefly, as their answers are paid for. A file each: `asking` (
 """
 
 import asyncio
+import math
 import random
+import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -26,6 +28,7 @@ from distill.backends.asking import VLLM, Asking
 from distill.backends.backend import Completed, Job, Usage
 from distill.backends.batch import Batches
 from distill.backends.bounds import TooLarge
+from distill.backends.budget import Allowance
 from distill.backends.connection import KEPT, Connection, Unreachable
 from distill.backends.failures import Failures, OneSample
 from distill.backends.pacing import pause, retry_after
@@ -109,23 +112,25 @@ class RemoteBackend:
     def close(self) -> None:
         """Nothing: `complete` closes its connections."""
 
-    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
-        """Yield every wanted sample once, as it finishes.
+    def complete(
+        self, jobs: Iterable[Job], sampling: SamplingParams, seed: int, allowance: Allowance | None = None
+    ) -> Generator[Completed, None, None]:
+        """Yield every wanted sample once, as it finishes. allowance: as of `Backend.complete`.
 
         Errors, when all others are finished: UserError for a request that the server refuses; WorkError for one that
         failed after retries. At once: UserError for a key, an account or a model that it refuses; WorkError after
         `IN_A_ROW` failures; answers that arrive within `GRACE` seconds are yielded before that.
         """
         if self.server.batch:
-            yield from self._batches(jobs, sampling, seed)
+            yield from self._batches(jobs, sampling, seed, allowance)
             return
         wanted = ((job.prompt, samples) for job in jobs for samples in self._asking.group(job.samples))
         running: set[asyncio.Task[_Answered]] = set()
-        failures = Failures()
+        failures, deadline = Failures(), allowance.deadline if allowance else math.inf
         with asyncio.Runner() as runner:
-            loop, timeout = runner.get_loop(), self.server.silence if self.server.stream else TIMEOUT
+            loop, silence = runner.get_loop(), self.server.silence if self.server.stream else TIMEOUT
             for connection in self._connections:
-                connection.open(timeout, sampling.max_new_tokens, sampling.logprobs or 0)
+                connection.open(silence, sampling.max_new_tokens, sampling.logprobs or 0)
             try:
                 while True:
                     limit = sum(connection.pace.limit for connection in self._connections)
@@ -134,8 +139,9 @@ class RemoteBackend:
                         running.add(loop.create_task(self._samples(prompt, samples, sampling, seed)))
                     if not running:
                         break
-                    left = max(0.0, failures.deadline - loop.time()) if failures.stopped else None
-                    waiting = asyncio.wait(running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                    left = min(deadline, failures.deadline if failures.stopped else math.inf) - loop.time()
+                    timeout = None if math.isinf(left) else max(0.0, left)
+                    waiting = asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                     done, running = loop.run_until_complete(waiting)
                     if not done:
                         break
@@ -153,13 +159,15 @@ class RemoteBackend:
                     runner.run(connection.close())
         failures.raise_first()
 
-    def _batches(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
+    def _batches(
+        self, jobs: Iterable[Job], sampling: SamplingParams, seed: int, allowance: Allowance | None
+    ) -> Generator[Completed, None, None]:
         """`complete` through the batch API of the first address."""
-        connection = self._connections[0]
+        connection, deadline = self._connections[0], allowance.deadline if allowance else math.inf
         with asyncio.Runner() as runner, connection.asking_batches() as client:
             source = Batches(client, self._asking.body, self.identity).complete(jobs, sampling, seed)
             try:
-                while (answer := runner.run(_next(source))) is not None:
+                while (answer := runner.run(_next(source, deadline))) is not None:
                     prompt, sample, reply = answer
                     self._count(Counts(reply.prompt_tokens, reply.completion_tokens))
                     yield _completed(prompt, sample, reply)
@@ -331,9 +339,15 @@ class _Again(Exception):
         self.failure, self.wait, self.at_once = failure, wait, at_once
 
 
-async def _next(source: AsyncGenerator[T, None]) -> T | None:
-    """The next item; None at the end."""
-    return await anext(source, None)
+async def _next(source: AsyncGenerator[T, None], deadline: float) -> T | None:
+    """The next item; None at the end, or at the deadline (of `time.monotonic`)."""
+    try:
+        async with asyncio.timeout(None if math.isinf(deadline) else deadline - time.monotonic()) as clock:
+            return await anext(source, None)
+    except TimeoutError:
+        if not clock.expired():
+            raise
+        return None
 
 
 def _completed(prompt: Prompt, sample: int, reply: Reply) -> Completed:

@@ -13,10 +13,11 @@ from server_support import JSON, KEY, Handler, Listening, body, chat, listening
 from distill import backends
 from distill.backends import Job, SamplingParams
 from distill.backends.batch import request_id
+from distill.backends.budget import Allowance, Spent
 from distill.errors import UserError, WorkError
 from distill.models import Model, Server
 from distill.prompts import Prompt
-from distill.recipe import LocalEngine
+from distill.recipe import Budget, LocalEngine
 
 PARAMS = SamplingParams(temperature=0.6, max_new_tokens=64)
 PROMPTS = [Prompt.from_question(f"{n} + {n}?", str(2 * n)) for n in range(5)]
@@ -192,3 +193,17 @@ def test_a_server_without_a_batch_api_is_refused():
         made.refuses = True
         with pytest.raises(UserError, match="set server.batch to false"):
             list(backend.complete(jobs(), PARAMS, 0))
+
+
+def test_a_batch_that_outlasts_the_budget_is_left_to_the_provider(monkeypatch, capsys):
+    """With a higher budget the same command collects its answers."""
+    monkeypatch.setattr("distill.backends.batch.POLL", 0.05)
+    allowance = Allowance(Budget(hours=1.0), PARAMS.max_new_tokens, Spent(), 3600 - 1.5)
+    with provider(polls=300) as made:
+        with opened(made) as backend:
+            assert list(backend.complete(jobs(1), PARAMS, 0, allowance)) == []
+        assert "batch0 goes on at the provider" in " ".join(capsys.readouterr().out.split())
+        made.end_all()
+        with opened(made) as backend:
+            assert len(list(backend.complete(jobs(1), PARAMS, 0))) == 5
+        assert len(made.batches) == 1

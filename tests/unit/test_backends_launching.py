@@ -233,6 +233,13 @@ def test_a_server_that_dies_in_the_middle_keeps_what_is_finished(here, monkeypat
     assert stored() == 8 and none_is_left()
 
 
+def test_a_budget_of_time_ends_while_the_server_starts(here, monkeypatch, capsys):
+    monkeypatch.setenv("STAND_IN", "deaf")
+    generate = {"sampling": {"max_new_tokens": 64}, "budget": {"hours": 5 / 3600}}
+    assert distill(monkeypatch, "generate", recipe({"start_timeout": 20}, generate=generate)) == 1
+    assert "the budget is used up" in capsys.readouterr().err and none_is_left()
+
+
 def test_a_server_that_never_answers_is_ended(here, monkeypatch, capsys):
     monkeypatch.setenv("STAND_IN", "deaf")
     assert distill(monkeypatch, "generate", recipe({"start_timeout": 2})) == 1
