@@ -103,7 +103,9 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
     total = len(run.prompts) * recipe.generate.samples
     left = sum(len(job.samples) for job in wanted)
     allowance = _allowance(run, store)
-    if wanted and allowance is not None and not allowance.fits(asked(wanted[0].prompt, suffix)):
+    if wanted and allowance is not None and not allowance.fits(first := asked(wanted[0].prompt, suffix)):
+        if (shortfall := allowance.shortfall(first)) is not None:
+            raise UserError(f"{shortfall}; raise it, or lower generate.sampling.max_new_tokens")
         raise _used_up(allowance, left, total)
     with backends.open(run.models.teacher, recipe.engine, recipe.generate.max_batch) as backend:
         check_all(backend, wanted, sampling, suffix)

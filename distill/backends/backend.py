@@ -28,7 +28,7 @@ class Completed:
     text: with the prefilled `<think>` put back. finish_reason: as the model or the server gives it, None where it gives
     none. Token ids are exactly what was sampled; empty where they are not known, and then completion_tokens and
     prompt_tokens are the server's counts, None where it gives none that can be used. The other counts and form: as of
-    `Trace`. parts: reasoning and response, where the server returned them in two fields.
+    `Trace`. parts: reasoning and response, where the server returned them in two fields. omitted: as of `Trace`.
     """
 
     prompt: Prompt
@@ -45,6 +45,7 @@ class Completed:
     reasoning_tokens: int | None = None
     form: ReasoningForm | None = None
     parts: tuple[str | None, str] | None = None
+    omitted: tuple[str, ...] = ()
 
     @property
     def split(self) -> tuple[str | None, str]:

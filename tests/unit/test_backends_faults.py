@@ -12,6 +12,8 @@ from distill.models import Server
 from distill.recipe import Price
 from distill.recipe.server import TeacherServer
 
+SENT = ("max_tokens", "temperature", "top_p", "seed", "n")  # names in a request
+
 
 def test_token_ids_of_some_parts_are_not_those_of_the_answer() -> None:
     tokens = Tokens()
@@ -33,9 +35,35 @@ def test_log_probabilities_of_some_parts_are_not_those_of_the_answer() -> None:
 
 def test_a_refused_text_refuses_no_parameter() -> None:
     asking = Asking(Server("http://h/v1", "m"), "")
-    assert not asking.adapt("max_tokens", 400, "Content not allowed: 'The temperature of a gas …'")
-    assert not asking.adapt("max_tokens", 400, "unsupported value; temperature", param="messages")
-    assert asking.adapt("max_tokens", 400, "unsupported value", param="temperature")
+    for text in (
+        "Content not allowed: 'The temperature of a gas …'",
+        "Input not permitted: The temperature of a gas is unknown to most",
+        "unknown role 'robot' in {'messages': [], 'temperature': 0.6, 'top_p': 0.95}",
+        "Extra inputs are not permitted: 'min_p'. " + "x" * 99 + " 'temperature'",
+        "the seed of an apple",
+        "can't: n/a is not supported",
+    ):
+        assert not asking.adapt(SENT, 400, text), text
+    assert not asking.adapt(SENT, 400, "unsupported value; temperature", param="messages")
+    assert not asking.adapt(SENT, 400, "temperature must be at most 2", param="temperature", code="invalid_value")
+    assert asking.left_out == ()
+    assert asking.adapt(SENT, 400, "only the default is allowed", param="temperature", code="unsupported_value")
+    assert asking.adapt(SENT, 422, "model m does not support top_p") and asking.left_out == ("temperature", "top_p")
+
+
+def test_a_request_that_was_under_way_when_its_parameter_was_refused_is_sent_again() -> None:
+    asking = Asking(Server("http://h/v1", "m"), "")
+    for _ in range(3):
+        assert asking.adapt(SENT, 400, "unknown field `seed`")
+    assert not asking.adapt([*SENT[1:]], 400, "unknown field `max_completion_tokens`")
+    assert not asking.adapt([name for name in SENT if name != "seed"], 400, "unknown field `seed`")
+
+
+def test_no_parameter_that_decides_the_samples_is_left_out_after_an_answer() -> None:
+    asking = Asking(Server("http://h/v1", "m"), "")
+    asking.answered()
+    assert not asking.adapt(SENT, 400, "unknown field `temperature`") and asking.left_out == ()
+    assert asking.adapt(SENT, 400, "unknown field `seed`") and asking.left_out == ("seed",)
 
 
 def test_more_cached_tokens_than_prompt_tokens_cost_no_less_than_the_cache() -> None:
