@@ -1,11 +1,18 @@
 """Servers that answer in part, in other places or never, and secrets in a recipe."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
+import yaml
+from server_support import chat
 from typer.testing import CliRunner
 
 from distill.backends.asking import Asking
-from distill.backends.reply import Tokens
+from distill.backends.reply import Tokens, read_reply
 from distill.backends.secrets import checked_url
+from distill.catalog import load_recipe
 from distill.cli import app
 from distill.errors import UserError
 from distill.models import Server
@@ -96,3 +103,67 @@ def test_a_key_in_place_of_its_variable_is_not_shown() -> None:
     result = CliRunner().invoke(app, ["serve", "tiny-r1", "--api-key-env", "sk-THE-KEY"])
     assert isinstance(result.exception, UserError)
     assert "sk-THE-KEY" not in str(result.exception) + result.output
+
+
+# ---- headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({"X-Team": "étude"}, "X-Team: the value holds a line end or a character outside ASCII"),
+        ({"X-Team": "a\nX-Other: b"}, "X-Team: the value holds a line end"),
+        ({"X Team": "a"}, "'X Team' is not the name of a header"),
+        ({"X-Tëam": "a"}, "is not the name of a header"),
+    ],
+)
+def test_a_header_that_http_cannot_carry_is_refused(headers: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        TeacherServer.model_validate({"url": "http://h/v1", "model": "m", "headers": headers})
+    recipe = {
+        "name": "r",
+        "teacher": "deepseek-r1",
+        "student": "tiny-qwen",
+        "eval": {"benchmarks": ["tiny-arithmetic"]},
+    }
+    recipe |= {"prompts": [{"kind": "file", "path": "x.jsonl"}]}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"server": {"url": "http://h/v1", "model": "m", "headers": headers}}))
+    with pytest.raises(UserError, match=r"server\.headers") as error:
+        load_recipe(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["s3cret-é", "s3cret\nX-Other: b", "s3cret\0"])
+def test_a_header_of_the_environment_is_checked_when_it_is_read(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ) | {"GATEWAY": value})
+    card = TeacherServer(url="http://h/v1", model="m", headers={"X-Key": "$GATEWAY"})
+    with pytest.raises(
+        UserError, match=r"server\.headers: X-Key: the value holds .*\(environment variable GATEWAY\)"
+    ) as e:
+        Server.of(card, None)
+    assert "s3cret" not in str(e.value)
+
+
+def test_white_space_around_a_header_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY", "tok-1\n")
+    card = TeacherServer(url="http://h/v1", model="m", headers={"X-Key": "$GATEWAY", "X-Team": " a\n"})
+    assert Server.of(card, None).headers == {"X-Key": "tok-1", "X-Team": "a"}
+
+
+# ---- counts
+
+
+@pytest.mark.parametrize(("count", "whole"), [(2, True), (None, True), (3, False), (1, False)])
+def test_tokens_that_are_not_as_many_as_the_server_counts_are_none(count: int | None, whole: bool) -> None:
+    content = [{"token_id": n, "logprob": -0.5, "top_logprobs": []} for n in (5, 7)]
+    reply = chat(logprobs={"content": content}, token_ids=[5, 7]) | {"usage": {"completion_tokens": count}}
+    read = read_reply(json.dumps(reply).encode())
+    expected = ((5, 7), (-0.5, -0.5)) if whole else ((), None)
+    assert (read.completion_token_ids, read.logprobs) == expected and read.completion_tokens == count
+
+
+def test_more_cached_tokens_than_prompt_tokens_are_unknown() -> None:
+    usage = {"prompt_tokens": 10, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 11}}
+    reply = read_reply(json.dumps(chat() | {"usage": usage}).encode())
+    assert (reply.prompt_tokens, reply.cached_tokens) == (10, None)
