@@ -73,7 +73,7 @@ def _unlike(one: Value, other: Value) -> Verdict:
         return _same_region(one, other)
     if isinstance(one, Region) and isinstance(other, Scalar):
         return _point(one, other)
-    if isinstance(one, (Matrix, Sequence)) and isinstance(other, Scalar) and other.expression.free_symbols:
+    if isinstance(one, (Matrix, Sequence)) and isinstance(other, Scalar) and _may_be_vector(other.expression):
         return _in_components(one, other)
     if isinstance(one, Matrix):
         return _vector(one, other) if isinstance(other, Sequence) else False if isinstance(other, Scalar) else None
@@ -129,6 +129,8 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
         return True if gold.brackets == answer.brackets and _in_any_order(gold.items, answer.items) else None
     if ELLIPSIS in gold.items + answer.items:  # what the dots stand for is not known
         return True if gold.brackets == answer.brackets and _in_order(gold.items, answer.items) else None
+    if "" in (gold.brackets, answer.brackets) and any(isinstance(item, Region) for item in gold.items + answer.items):
+        return _lists_of_regions(gold, answer)
     kinds = {gold.brackets, answer.brackets}
     ordered = [kind for kind in (gold.brackets, answer.brackets) if kind not in ("", "{}")]
     if len(ordered) == 2:
@@ -150,6 +152,17 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
     return _in_any_order(gold.items, answer.items)
 
 
+def _lists_of_regions(gold: Sequence, answer: Sequence) -> Verdict:
+    """Lists of sets, at least one of them with inequalities in it."""
+    if gold.brackets == answer.brackets == "" and _in_any_order(gold.items, answer.items):
+        return True
+    one, other = _as_regions(gold), _as_regions(answer)
+    if one is None or other is None:
+        return None
+    verdicts = [equal_regions(a, b) for a in one for b in other]
+    return verdicts[0] if len(verdicts) == 1 else False if set(verdicts) == {False} else None
+
+
 def _in_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict:
     if len(gold) != len(answer):
         return False
@@ -163,7 +176,11 @@ def _in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict
     labels = [[item.label for item in items if isinstance(item, Labelled)] for items in (gold, answer)]
     if set(labels[0]) == set(labels[1]) and len(set(labels[0])) == len(labels[0]) == len(labels[1]) == len(gold) > 1:
         by_label = {item.label: item for item in answer if isinstance(item, Labelled)}
-        return all_of(equal(item, by_label[item.label]) for item in gold if isinstance(item, Labelled))
+        verdict = all_of(equal(item, by_label[item.label]) for item in gold if isinstance(item, Labelled))
+        if verdict is not False or len({label.partition("_")[0] for label in labels[0]}) > 1:
+            return verdict
+        values = [tuple(item.value for item in items if isinstance(item, Labelled)) for items in (gold, answer)]
+        return False if _in_any_order(*values) is False else None  # roots in another order, or another solution
     rest, unsure = list(answer), False
     for item in gold:
         verdicts = [equal(item, other) for other in rest]
@@ -187,6 +204,9 @@ def _distinct(items: tuple[Value, ...]) -> tuple[Value, ...]:
 def _one_of(sequence: Sequence, scalar: Scalar) -> Verdict:
     """A single value beside a sequence: different, unless the sequence offers alternatives or repeats one value."""
     verdicts = [equal(item, scalar) for item in sequence.items]
+    units = [item.unit for item in sequence.items if isinstance(item, Scalar) and item.unit is not None]
+    if len(units) == len(sequence.items) and len({unit.dimensions for unit in units}) == 1 < len(set(units)):
+        return None  # 2 hours, 30 minutes
     if len(sequence.items) == 1:
         return verdicts[0] if sequence.brackets == "{}" else None
     if all(verdict is not False for verdict in verdicts):
@@ -203,6 +223,10 @@ def _vector(matrix: Matrix, sequence: Sequence) -> Verdict:
         verdict = _in_order(entries, sequence.items)
         return verdict if sequence.brackets in ("()", "[]") else None if verdict else verdict
     return None
+
+
+def _may_be_vector(expression: sympy.Expr) -> bool:
+    return bool(expression.free_symbols) or not expression.is_real
 
 
 def _in_components(vector: Matrix | Sequence, scalar: Scalar) -> Verdict:
@@ -298,20 +322,30 @@ def _same_region(region: Region, sequence: Sequence) -> Verdict:
     """A set of numbers beside an interval, or a list of its numbers, of intervals or of inequalities."""
     if sequence.brackets == "" and isinstance(region.points, sympy.FiniteSet):
         return _in_any_order(tuple(map(Scalar, region.points)), _distinct(sequence.items))
+    meant = _as_regions(sequence)
+    if meant is None:
+        return False if all(isinstance(item, Scalar) for item in sequence.items) else None
+    verdicts = [equal_regions(region, each) for each in meant]
+    return verdicts[0] if len(verdicts) == 1 else False if set(verdicts) == {False} else None
+
+
+def _as_regions(sequence: Sequence) -> list[Region] | None:
+    """The sets of numbers that an interval or a list of intervals or inequalities may mean; None for anything else.
+
+    "x > 1, x > 2" is the union or the intersection; whichever of them says nothing ("x < 1, x > 2" have no number in
+    common) is not meant.
+    """
     try:
         if sequence.brackets != "":
-            return equal_regions(region, Region(set_of(sequence)))
+            return [Region(set_of(sequence))]
         parts = [set_of(item) for item in sequence.items]
     except Unreadable:
-        return False if all(isinstance(item, Scalar) for item in sequence.items) else None
+        return None
     union, common = Region(sympy.Union(*parts)), Region(sympy.Intersection(*parts))
     inequalities = all(isinstance(item, Region) and item.variable is not None for item in sequence.items)
     if sequence.alternatives or not inequalities or common.points is sympy.S.EmptySet:
-        return equal_regions(region, union)
-    if union.points == sympy.S.Reals:
-        return equal_regions(region, common)
-    verdicts = {equal_regions(region, union), equal_regions(region, common)}
-    return False if verdicts == {False} else None  # "x > 1, x > 2" says one or the other
+        return [union]
+    return [common] if union.points == sympy.S.Reals else [union, common]
 
 
 def _point(region: Region, scalar: Scalar) -> Verdict:

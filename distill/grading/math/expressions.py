@@ -58,6 +58,8 @@ def power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
                 raise Unreadable("number too large")
         if base == 0 and not exponent.is_positive:
             raise Unreadable("undefined")
+        if base.is_negative and exponent.is_Rational and exponent.q % 2 == 1 and exponent.q > 1:
+            raise Unreadable("ambiguous root of a negative number")  # (-8)^{1/3}: -2, or the principal value
     elif exponent.is_Rational and abs(exponent) > 10**6:
         raise Unreadable("number too large")
     return checked(base**exponent)
@@ -296,6 +298,10 @@ class Expressions(ABC):
             self.position, primes = self.position + 1, primes + 1
         if name in self.bound and not token.subscript and not primes:
             return sympy.Symbol(name, real=True)
+        if token.subscript and any(each in token.subscript for each in self.bound):
+            if token.subscript not in self.bound or primes:
+                raise Unreadable("an index that varies")
+            return sympy.Function(f"{name}_")(sympy.Symbol(token.subscript, real=True))
         constant = not token.subscript and name in ("e", "i", "pi", "infty")
         argument = self.peek(1)
         alone = self.next.text == "(" and self.peek(2).text == ")"

@@ -19,27 +19,26 @@ ELLIPSIS = re.compile(r"(\d*\.\d*?)(?:(\d)\2\2+|(\d{2,}?)\3+)\s*(?:\\[lc]?dots|\
 LONGEST = 100  # characters of a text whose repeating digits are looked for
 TRUNCATED = re.compile(r"(\d*\.\d+)\s*(?:\\[lc]?dots|\.{2,})\s*$")
 
-REWRITINGS = (
-    (re.compile(r"(?<=\d)\s*x\s*(?=10\s*\^)"), r"\\times "),  # 1.2 x 10^3
-    (re.compile(r"\^\s*\{?\s*(?:\\(?:text|mathrm)\{)?\s*(st|nd|rd|th)\s*\}?\}?(?![a-z])"), r"\\text{\1}"),  # 5^{th}
-    (re.compile(r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}"), r"\\binom{\1}{\2}"),
-    (re.compile(r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}"), r"\\frac{\1}{\2}"),
-    (re.compile(r"(?<![\w})])(?:\{\})?[\^_]\{?(\d+)\}?\s*C\s*_\{?(\d+)\}?"), r"\\binom{\1}{\2}"),  # ^{10}C_5
-    (re.compile(r"\^(\d+)\s*/\s*_(\d+)"), r"\\frac{\1}{\2}"),  # the text of a small fraction: ^1/_2
-    (
-        re.compile(r"(?<=\))\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\(?:mathrm|mathsf|text)\{T\})\s*\}?\s*$"),
-        "",
-    ),  # (1, 2)^T
-    (re.compile(r"(?<=\d)\s+(m|km|cm|ft|mi)\s*/\s*(s|h|hr|min|sec)(\^2|\^\{2\})?(?![a-zA-Z])"), r"\\text{ \1/\2\3}"),
-    (re.compile(r"(?<=\d)\s*\\text\{ (\w+/\w+)\^\{2\}\}"), r"\\text{ \1^2}"),
-    (re.compile(r"^\s*(?:USD|US\s?dollars?|EUR|GBP|INR|Rs\.?)\s*(?=[\d.])"), ""),
-    (
-        re.compile(r"^\s*(?=(?:<=|>=|<|>|\\le(?![a-z])|\\ge(?![a-z])|\\leq|\\geq))"),
-        "x",
-    ),  # ≤ 5: what it is about is clear
-    (re.compile(r"^\s*<([^<>=]*,[^<>=]*)>\s*$"), r"(\1)"),
-    (re.compile(r"^\s*(\d+)\s+(?:to|\\text\{\s*to\s*\})\s+(\d+)\s*$"), r"\1:\2"),
-)
+_RELATION = r"(?:<=|>=|<|>|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z]))"
+_TRANSPOSED = r"(?:T|\\top|\\intercal|\\(?:mathrm|mathsf|text)\{T\})"
+_REWRITINGS = {  # pattern: replacement
+    r"(?<=\d)\s*x\s*(?=10\s*\^)": r"\\times ",  # 1.2 x 10^3
+    r"(?<=\d)\s*\^\s*\{?\s*(?:\\(?:text|mathrm)\{)?\s*(st|nd|rd|th)\s*\}?\}?(?![a-z])": r"\\text{\1}",  # 5^{th}
+    r"(?<!\\)\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}": r"\\binom{\1}{\2}",
+    r"(?<!\\)\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}": r"\\frac{\1}{\2}",
+    r"(?<![\w})])(?:\{\})?[\^_]\{?(\d+)\}?\s*C\s*_\{?(\d+)\}?": r"\\binom{\1}{\2}",  # ^{10}C_5
+    r"\^(\d+)\s*/\s*_(\d+)": r"\\frac{\1}{\2}",  # the text of a small fraction: ^1/_2
+    rf"(\([^()]*,[^()]*\))\s*\^\s*\{{?\s*{_TRANSPOSED}\s*\}}?\s*$": r"\1",  # (1, 2)^T
+    r"(?<=\d)\s+(m|km|cm|ft|mi)\s*/\s*(s|h|hr|min|sec)(\^2|\^\{2\})?(?![a-zA-Z])": r"\\text{ \1/\2\3}",  # 3 m/s
+    r"(?<=\d)\s*\\text\{ (\w+/\w+)\^\{2\}\}": r"\\text{ \1^2}",
+    r"^\s*(?:USD|US|EUR|GBP|INR|Rs\.?)\s*(?=[\d.])": "",
+    r"^\s*<([^<>=]*,[^<>=]*)>\s*$": r"(\1)",
+    rf"^\s*(?={_RELATION})": "x",  # "≤ 5": what is meant is clear
+    r"^\s*(\d+)\s+(?:to|\\text\{\s*to\s*\})\s+(\d+)\s*$": r"\1:\2",
+}
+REWRITINGS = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITINGS.items()]
+MODULUS = re.compile(r"\(?\s*(?:\\b?mod(?![a-z])|\\(?:text|mathrm)\{\s*mod\s*\}|(?<![\\a-z])mod\b)\s*(\d+|[a-z])\s*\)?")
+OVER = re.compile(r"\\frac\{([^{}]*)d([a-z])\}(\{(?:[^{}]|\{[^{}]*\})*\})")  # of an integral: dx over something
 CHOSEN = re.compile(r"C_\{?(\d+)\}?\^\{?(\d+)\}?")  # C_{10}^5: of 10 things, 5
 DIGITS = re.compile(r"\(?\s*(?:\\(?:text|mathrm)\{)?\s*([0-9A-Z]{2,}|\d)\s*\}?\s*\)?\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))")
 PREFIXED = re.compile(r"0([xXbB])([0-9a-fA-F]+)")
@@ -74,6 +73,10 @@ def rewritten(text: str) -> str:
     """The text in notations that the reader knows. Errors: Unreadable for a repeating decimal that is none."""
     for pattern, replacement in REWRITINGS:
         text = pattern.sub(replacement, text)
+    if r"\equiv" in text:
+        text = MODULUS.sub(r"\\pmod{\1}", text)
+    if r"\int" in text:
+        text = OVER.sub(lambda match: rf"\frac{{{match[1].strip() or 1}}}{match[3]} d{match[2]}", text)
     text = CHOSEN.sub(_chosen, BASE_WORD.sub(_base_word, _french(text)))
     if len(text) <= LONGEST and text.rstrip().endswith(("dots", "..")):
         text = ELLIPSIS.sub(lambda match: rf"{match[1]}\overline{{{match[2] or match[3]}}}", text)
@@ -115,7 +118,7 @@ def _french(text: str) -> str:
 
 def _chosen(match: re.Match[str]) -> str:
     of, taken = int(match[1]), int(match[2])
-    return rf"\binom{{{of}}}{{{taken}}}" if 2 <= taken <= of else match[0]
+    return rf"\binom{{{of}}}{{{taken}}}" if 2 <= taken < of else match[0]
 
 
 def _base_word(match: re.Match[str]) -> str:
@@ -130,8 +133,8 @@ def numeral_in_base(text: str) -> tuple[int, int, str] | None:
         base, digits = (16 if match[1] in "xX" else 2), match[2].upper()
     elif match := DIGITS.fullmatch(text):
         base, digits = int(match[2] or match[3]), match[1]
-        if not digits.isdigit() and base <= 10:
-            return None
+        if not digits.isdigit() and max(int(digit, 36) for digit in digits) >= base:
+            return None  # a symbol with a subscript
     else:
         return None
     if not 2 <= base <= 36:
@@ -164,7 +167,8 @@ def time_of_day(text: str) -> Clock | None:
 
 def number_in_words(text: str) -> Fraction | None:
     """The value of a number that is spelled out: "twenty-one", "one hundred and five", "two thirds", "first"."""
-    words = [word for word in re.split(r"[\s-]+", text.strip().lower()) if word != "and"]
+    text = re.sub(r"^a(?= (?:hundred|thousand|million))", "one", text.strip().lower())
+    words = [word for word in re.split(r"[\s-]+", text) if word != "and"]
     if not words or len(words) > 12:
         return None
     if len(words) == 1 and words[0] in ORDINALS:

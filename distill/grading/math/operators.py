@@ -61,11 +61,11 @@ class Operators(Expressions):
 
     def _of_numbers(self, name: str) -> sympy.Expr:
         """`\\gcd(4, 6)`, `\\max(1, 2)`."""
-        self.expect("(")
+        self.expect("(", "{set")
         values = [number(self.sum())]
         while self.take(","):
             values.append(number(self.sum()))
-        self.expect(")")
+        self.expect(")", "set}")
         whole = name in ("gcd", "lcm")
         if not all(value.is_Integer if whole else value.is_number and value.is_extended_real for value in values):
             raise Unreadable("not parseable")
@@ -83,7 +83,9 @@ class Operators(Expressions):
         if name.kind != "letter" or name.subscript or name.text in ("pi", "e", "infty"):
             raise Unreadable("not parseable")
         self.expect(*separators)
-        value = number(self.sum())
+        sign = -1 if self.take("-") else 1
+        self.take("+")
+        value = sign * (number(self._primary()) if separators == ("to",) else number(self.sum()))
         self.bound.append(name.text)
         return sympy.Symbol(name.text, real=True), value
 
@@ -167,7 +169,7 @@ def _is_found(value: sympy.Basic) -> bool:
 
 def _agrees(value: sympy.Expr, integral: sympy.Integral) -> bool:
     exact, numerical = sympy.N(value, 15), integral.evalf(15)
-    if not (exact.is_comparable and numerical.is_comparable):
+    if not (exact.is_real and numerical.is_real):
         return False
     return bool(abs(exact - numerical) <= AGREEMENT * max(1, abs(exact)))
 

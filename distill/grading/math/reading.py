@@ -15,6 +15,7 @@ from distill.grading.math.reader import Reader, named_set
 from distill.grading.math.spelling import FONT, cleaned
 from distill.grading.math.values import Labelled, Scalar, Sequence, Unreadable, Value, Words
 
+LONGEST = 8000  # characters, before typesetting is removed: some of the patterns below take quadratic time
 CURRENCY = {
     "$": "dollar",
     r"\$": "dollar",
@@ -34,7 +35,8 @@ SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])")
 POINTED = re.compile(r"(?<![\d.,_])[1-9]\d{0,2}(?:(?:\.\d{3}){2,}|(?:'\d{3})+|(?:_\d{3})+)(?![\d.,'_])")
 LAKHS = re.compile(r"[1-9]\d?(?:,\d{2})+,\d{3}")  # 12,34,567
 DECIMAL_COMMA = re.compile(r"(-?)(\d{1,3}(?:\.\d{3})+|\d+),(\d+)")
-MIXED = re.compile(r"(-?\d+) and (\d+/\d+)")
+JOINED = re.compile(r"(?:,|;|and\b|or\b|\\(?:text|mathrm)\{\s*(?:and|or)\b)")  # several options
+MIXED = re.compile(r"(-?\d+)(?:\s+and\s+|\s*\\text\{\s*and\s*\}\s*)(\d+/\d+|\\frac\s*\{?\d+\}?\s*\{?\d+\}?)")
 CHOSEN = re.compile(r"C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")  # or a point
 POINT = re.compile(r"([A-Z])'*\s*(\([^()=]*,[^()=]*\))")  # a name before its coordinates
 OPTION = re.compile(
@@ -59,8 +61,10 @@ def read(text: str) -> Value:
 
 def readings(text: str) -> list[Value]:
     """Every reading of a text, the likeliest first. Errors: Unreadable where there is none."""
+    if len(text) > LONGEST:
+        raise Unreadable("too long")
     plain = re.sub(TRAILING, "", cleaned(_money(_listed(text))))
-    if option := OPTION.fullmatch(plain):
+    if (option := OPTION.fullmatch(plain)) and not JOINED.match(option[3]):
         return _option(option[1] or option[2], option[3].strip())
     variants = [plain]
     merged = _merged(plain)

@@ -138,6 +138,6 @@ def equal_clocks(ratio: Ratio, clock: Clock) -> Verdict:
     if not ratio.clock or len(ratio.parts) != 2 or not all(part.is_Integer for part in ratio.parts):
         return None
     minutes = 60 * int(ratio.parts[0]) + int(ratio.parts[1])
-    if minutes == clock.minutes and minutes >= 13 * 60:
-        return True
+    if minutes >= 13 * 60:
+        return minutes == clock.minutes
     return None if (minutes - clock.minutes) % 720 == 0 else False

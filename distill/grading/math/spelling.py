@@ -73,6 +73,8 @@ TYPESETTING = (
     (re.compile(r"\\(?:lbrace|lbrack)(?![a-zA-Z])"), r"\\{"),
     (re.compile(r"\\(?:rbrace|rbrack)(?![a-zA-Z])"), r"\\}"),
     (re.compile(r"\\[()\[\]]"), " "),
+    (re.compile(r"\\(?:text|mathrm)\{\s*\\?%\s*\}"), r"\\%"),
+    (re.compile(r"(?<![\d.])\.{3,}"), r"\\ldots "),
     (re.compile(r"\\textcolor\{\w+\}|\\color\{\w+\}"), ""),
     (re.compile(r"\\langle(?![a-zA-Z])"), "("),
     (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
