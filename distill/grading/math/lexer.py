@@ -139,7 +139,7 @@ def _font(content: str, spaced: bool) -> list[Token]:
         return [Token("join", inner.lower(), spaced)]
     if not re.search("[A-Za-z]", inner):
         return tokens(inner)
-    if inner in OF_NUMBERS:
+    if inner in OF_NUMBERS - {"min"}:  # minutes
         return [Token("command", inner, spaced)]
     if inner in FUNCTIONS:
         return [Token("function", inner, spaced)]
