@@ -86,6 +86,9 @@ def main(kind: str, descriptors: list[int]) -> None:
     except OSError as error:
         servers[0].send(json.dumps({"error": str(error)}).encode())
         return
+    os.environ.clear()
+    os.environ.update(PATH="/usr/bin:/bin", LANG="C.UTF-8", TZ="UTC")
+    _live_in("/tmp")
     home = kernel.own_pid_namespace() if powers["namespaces"] else None
     gc.collect()
     gc.freeze()
@@ -134,6 +137,8 @@ def _prepare(kind: str) -> tuple[Powers, list[str]]:
     apart = kind in ("namespaces", "bubblewrap") and _succeeds(lambda: kernel.unshare(kernel.NEWPID | kernel.NEWNS))
     version = kernel.landlock_version() if kind != "process" else 0
     filtered = _succeeds(lambda: kernel.seccomp(kernel.seccomp_filter(os.getpid())))
+    if filtered:
+        kernel.seccomp_filter(0)  # makes the template, for all
     uid = walls.NOBODY if os.geteuid() == 0 and _succeeds(_become_nobody) else os.geteuid()
     return {"walls": kind, "uid": uid, "namespaces": apart, "landlock": version, "seccomp": filtered}, readable
 
@@ -178,7 +183,7 @@ def _run(place: Place, server: socket.socket, header: Header, descriptors: list[
     scratch = None
     try:
         if not place.powers["namespaces"]:
-            scratch = tempfile.mkdtemp(prefix="distill-")
+            scratch = tempfile.mkdtemp(prefix="distill-", dir="/tmp")
             if place.powers["uid"] != os.geteuid():
                 os.chown(scratch, place.powers["uid"], -1)
         child = os.fork()
@@ -257,9 +262,8 @@ def _become_program(place: Place, header: Header, named: dict[str, int], scratch
             request = json.load(file)
         _arrange(named, faults)
         os.chdir(scratch)
-        os.environ.clear()
-        os.environ.update(HOME=scratch, TMPDIR=scratch, PATH="/usr/bin:/bin", LANG="C.UTF-8", TZ="UTC")
-        tempfile.tempdir = scratch
+        if scratch != tempfile.tempdir:
+            _live_in(scratch)
         _limit(header, THREADS if place.powers["namespaces"] else CROWD)
         # An interpreter in root's home is no secret, and Landlock shows nothing else: nobody may read it.
         kept = kernel.READ_ANYWHERE if place.powers["walls"] == "landlock" and os.geteuid() == 0 else 0
@@ -282,6 +286,11 @@ def _become_program(place: Place, header: Header, named: dict[str, int], scratch
         code = program.run(request)
     finally:
         os._exit(code)
+
+
+def _live_in(scratch: str) -> None:
+    os.environ.update(HOME=scratch, TMPDIR=scratch)
+    tempfile.tempdir = scratch
 
 
 def _arrange(named: dict[str, int], kept: int) -> None:
