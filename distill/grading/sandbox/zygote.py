@@ -78,7 +78,7 @@ class Place(NamedTuple):
 
 
 def main(kind: str, descriptors: list[int]) -> None:
-    """Fork a keeper for each socket and wait until they end. kind: `namespaces`, `bubblewrap`, `landlock`, `process`."""
+    """Fork a keeper for each socket and wait until they end. kind: of walls, see `levels`."""
     servers = [socket.socket(fileno=descriptor) for descriptor in descriptors]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
