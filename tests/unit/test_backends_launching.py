@@ -345,9 +345,9 @@ def test_the_start_of_a_server_is_no_part_of_its_rate(here, monkeypatch):
     late, start = [0.0], launching.LaunchedBackend._start
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0], sleep=time.sleep, strftime=time.strftime)
 
-    def slowly(backend):
+    def slowly(backend, give_up):
         late[0] += 1000
-        return start(backend)
+        return start(backend, give_up)
 
     monkeypatch.setattr(launching.LaunchedBackend, "_start", slowly)
     for module in (launching, generate):
