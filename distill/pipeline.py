@@ -136,5 +136,8 @@ def _unfinished_before_training(run: Run, names: Sequence[str]) -> str | None:
 
 
 def check_stages(recipe: "Recipe") -> None:
-    """Raise UserError for prompts whose traces no filter could judge, which `distill run` refuses at its beginning."""
+    """Raise UserError for prompts whose traces no filter could judge, benchmarks or files in their place that cannot be
+    used, and a model without published scores: what `distill run` refuses at its beginning."""
     filters.check_gradable(recipe)
+    benchmarks = evaluation.benchmarks_of(recipe.eval)
+    evaluation.published_scores(benchmarks, recipe.eval.published)
