@@ -56,11 +56,12 @@ class Completed:
 @dataclass(frozen=True)
 class Usage:
     """Tokens of one backend's work so far. drafts: proposed and accepted by the multi-token-prediction layer; None
-    where the backend does not draft."""
+    where the backend does not draft. starting: seconds that a server took to start, which are no part of a rate."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     drafts: tuple[int, int] | None = None
+    starting: float = 0.0
 
 
 class Backend(Protocol):

@@ -64,6 +64,7 @@ class LaunchedBackend:
         self._budget = False  # whether requests have a thinking budget
         self._context = 0  # tokens that the running server accepts
         self._stopped_usage = Usage()  # of servers that were stopped
+        self._starting = 0.0  # seconds until the servers answered
         self._child: Child | None = None
         self._remote: RemoteBackend | None = None
 
@@ -89,7 +90,9 @@ class LaunchedBackend:
         """Tokens so far."""
         current, stopped = self._remote.usage if self._remote else Usage(), self._stopped_usage
         return Usage(
-            stopped.prompt_tokens + current.prompt_tokens, stopped.completion_tokens + current.completion_tokens
+            stopped.prompt_tokens + current.prompt_tokens,
+            stopped.completion_tokens + current.completion_tokens,
+            starting=self._starting,
         )
 
     def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
@@ -126,11 +129,13 @@ class LaunchedBackend:
                 jobs = list(jobs)
                 self.check((job.prompt for job in jobs), sampling)
             self.close()
+            begun = time.monotonic()
             try:
                 self._remote = self._start(allowance.deadline if allowance else math.inf)
             except _TimeIsUp:
                 self.close()
                 return
+            self._starting += time.monotonic() - begun
         self._remote.check((), sampling)
         yield from self._remote.complete(jobs, sampling, seed, allowance)
 

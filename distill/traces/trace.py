@@ -156,7 +156,7 @@ class Trace:
 
 def form_of(text: str, finish_reason: FinishReason) -> ReasoningForm:
     """The form of a reasoning that came inside the text."""
-    head, closed, response = text.rpartition(END_THINK)
+    head, closed, response = text.partition(END_THINK)
     if not closed:
         return "cut_off" if THINK in text else "none"
     if not response.strip():
