@@ -222,7 +222,7 @@ def test_a_server_without_a_batch_api_is_refused():
 def test_a_batch_that_outlasts_the_budget_is_left_to_the_provider(monkeypatch, capsys):
     """With a higher budget the same command collects its answers."""
     monkeypatch.setattr("distill.backends.batch.POLL", 0.05)
-    allowance = Allowance(Budget(hours=1.0), PARAMS.max_new_tokens, Spent(), 3600 - 1.5)
+    allowance = Allowance(Budget(hours=1.0), PARAMS.max_new_tokens, Spent(), 3600 - 3.0)
     with provider(polls=300) as made:
         with opened(made) as backend:
             assert list(backend.complete(jobs(1), PARAMS, 0, allowance)) == []
