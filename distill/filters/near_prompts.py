@@ -53,8 +53,9 @@ class NearPrompts(NearDuplicates):
     )
 
     def text_of(self, trace: Trace) -> str:
-        """The words of the conversation, without punctuation."""
-        return " ".join(WORDS.findall(_asked(trace)))
+        """The words of the conversation, without punctuation; without words, its characters."""
+        asked = _asked(trace)
+        return " ".join(WORDS.findall(asked)) or asked
 
     def salt_of(self, trace: Trace) -> int:
         """The numbers, operators and decisive words of the conversation, in order."""

@@ -1,6 +1,7 @@
 """Filters that compare traces: MinHash against exact similarities, majorities, pass rates, orders, profiles."""
 
 import random
+import unicodedata
 from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
@@ -13,10 +14,13 @@ from pydantic import ValidationError
 from distill.catalog import load_recipe
 from distill.chat import split_reasoning
 from distill.errors import UserError
-from distill.filters.base import Resources
+from distill.filters.base import ChoosingFilter, Resources
+from distill.filters.dedup import Dedup
 from distill.filters.index import Buckets
 from distill.filters.majority import Majority
 from distill.filters.minhash import ALL_PAIRS, MinHash
+from distill.filters.near_answers import NearAnswers
+from distill.filters.near_prompts import NearPrompts
 from distill.filters.pipeline import STAGE
 from distill.filters.resources import RunResources
 from distill.prompts.prompt import Prompt
@@ -178,6 +182,21 @@ def test_prompts_that_one_word_makes_another_problem(one: str, other: str, tmp_p
     found = verdicts(tmp_path / "run", traces, "near_prompts", correct=False, near_prompts={"threshold": 0.5})
     dropped = {question for (question, _), verdict in found.items() if not verdict.keep}
     assert len(dropped) == 1 and dropped < {one, f"{one} Please."}
+
+
+def test_texts_without_words_are_compared_by_their_characters() -> None:
+    def kept(filter_: ChoosingFilter, *traces: Trace) -> list[bool]:
+        chosen = choose(filter_, list(traces))
+        return [chosen[each.key].keep for each in traces]
+
+    assert kept(NearPrompts(), trace("a", "?"), trace("a", "!")) == [True, True]
+    assert kept(NearPrompts(), trace("a", "😀"), trace("a", "😁")) == [True, True]
+    empty = [Trace(Prompt.from_question(question, None), 0, 0, "", None, "", "stop", "t") for question in "ab"]
+    assert kept(NearAnswers(), *empty) == [True, True], "of two prompts"
+    words = "un café déjà fermé à côté de la forêt, où l'élève a mangé une pêche mûre et un gâteau âcre très tôt hier"
+    decomposed = unicodedata.normalize("NFD", words)
+    assert kept(Dedup(), trace(words), trace(decomposed, sample=1)) == [True, False]
+    assert kept(NearAnswers(), trace(words), trace(decomposed, sample=1)) == [True, False]
 
 
 def test_shares_of_a_majority_are_exact() -> None:
