@@ -33,6 +33,21 @@ FENCE = "```"
         ("x = 1\nprint(x)", "x = 1\nprint(x)"),
         ("    return x + 1\n", "    return x + 1"),
         ("I do not know.", None),
+        (f"{FENCE}python\nprint(1)\n{FENCE}\n\n{FENCE}\n$ python x.py\n1\n{FENCE}", "print(1)\n"),
+        (f"{FENCE}\n1 2\n{FENCE}\n{FENCE}\nprint(1)\n{FENCE}\n{FENCE}\n3\n{FENCE}", "print(1)\n"),
+        (f"{FENCE}py\ndef f(): pass\n{FENCE}\n{FENCE}py\ndef test_f():\n    f()\n{FENCE}", "def f(): pass\n"),
+        (
+            f"{FENCE}py\ndef f(): pass\n{FENCE}\n{FENCE}py\nimport unittest\nclass TestF: pass\n{FENCE}",
+            "def f(): pass\n",
+        ),
+        (f"{FENCE}py\ndef test(x): pass\n{FENCE}\n{FENCE}py\nprint(test(1))\n{FENCE}", "def test(x): pass\n"),
+        (f"{FENCE}python\r\nprint(1)\r\n{FENCE}\r\nDone.\r\n", "print(1)\n"),
+        (f"The program: {FENCE}python\nprint(1)\n{FENCE}\n", "print(1)\n"),
+        ("~~~python\nprint(1)\n~~~\n", "print(1)\n"),
+        (f"`{FENCE}python\nx = '''\n{FENCE}\n'''\n`{FENCE}\n", f"x = '''\n{FENCE}\n'''\n"),
+        (f"1. So:\n   {FENCE}Python3\n   def f():\n       pass\n   {FENCE}\n", "def f():\n    pass\n"),
+        ("So:\n\nclass Solution:\n    def f(self): pass\n\nIt is fast.", "class Solution:\n    def f(self): pass"),
+        ("def is a keyword of Python (and f = 1 is not).", None),
     ],
 )
 def test_the_program_of_a_response(response: str, program: str | None) -> None:
