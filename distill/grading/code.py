@@ -31,6 +31,7 @@ from distill.grading.sandbox.peer import Remote
 from distill.grading.sandbox.program import Test
 from distill.grading.sandbox.runner import Sandbox
 from distill.prompts.code_tests import STDIN, Case, CodeTests
+from distill.prompts.prompt import outside_blocks
 
 BLOCK = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 PYTHON = ("", "python", "py", "python3", "python2", "pycon")
@@ -141,7 +142,7 @@ def read_tests(text: str) -> CodeTests | None:
 
 def find_program(response: str) -> Answer | None:
     """The program of a response; None where there is none. Linear time."""
-    scope = response.replace("\r\n", "\n").rpartition("</think>")[2].partition("<think>")[0]
+    scope = outside_blocks(response.replace("\r\n", "\n"))
     blocks = _blocks(scope) or _blocks(LATE_FENCE.sub(r"\n\1", scope))
     if blocks:
         return Answer(max(enumerate(blocks), key=lambda block: (_rank(*block[1]), block[0]))[1][1], "code block")

@@ -48,6 +48,8 @@ FENCE = "```"
         (f"1. So:\n   {FENCE}Python3\n   def f():\n       pass\n   {FENCE}\n", "def f():\n    pass\n"),
         ("So:\n\nclass Solution:\n    def f(self): pass\n\nIt is fast.", "class Solution:\n    def f(self): pass"),
         ("def is a keyword of Python (and f = 1 is not).", None),
+        (f"{FENCE}python\nprint(s.split('</think>'), '<think>')\n{FENCE}", "print(s.split('</think>'), '<think>')\n"),
+        (f"{FENCE}python\nf = 1\n{FENCE}\n<think>{FENCE}\n2\n{FENCE}</think>", "f = 1\n"),
     ],
 )
 def test_the_program_of_a_response(response: str, program: str | None) -> None:

@@ -17,8 +17,8 @@ from distill.grading.sandbox.zygote import Powers
 
 Level = Literal["full", "landlock", "process"]
 ALLOW = (
-    "allow user namespaces (sysctl user.max_user_namespaces=10000, on Ubuntu also"
-    " kernel.apparmor_restrict_unprivileged_userns=0; start a container with --privileged)"
+    "allow user namespaces (sysctl user.max_user_namespaces=10000, on Ubuntu "
+    "kernel.apparmor_restrict_unprivileged_userns=0 as well; start a container with --privileged)"
 )
 LEVELS: tuple[Level, ...] = get_args(Level)  # from the strongest on
 
