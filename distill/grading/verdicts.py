@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from distill.prompts.boxes import boxed
-from distill.prompts.prompt import END_THINK, THINK
+from distill.prompts.prompt import END_THINK, THINK, outside_blocks
 
 JUDGEMENT = "judge?ment|verdict|grade|decision|score|rating"  # names of a verdict, and of nothing else
 QUALITY = "correct|correctness|equivalent"
@@ -94,7 +94,8 @@ class Reading(NamedTuple):
 
 def read_verdict(text: str, words: Words, finished: bool = True) -> Reading:
     """The verdict in a judge's text. finished: whether it ended by itself, not at a token limit."""
-    _, closed, answer = text.rpartition(END_THINK)
+    reasoning, closed, answer = text.partition(END_THINK)
+    answer = outside_blocks(answer if closed else reasoning)
     if not closed and THINK in text:
         return Reading(None, problem="no verdict" if finished else "the judge was cut off")
     if not finished and not closed:  # it may be a reasoning without tags, which states verdicts that it then rejects

@@ -1,7 +1,7 @@
 """What runs in the process of a program, after it is confined: a script, the names of an answer, or tests.
 
     {"role": "script", "code"}                      run it as __main__: standard input to standard output
-    {"role": "answer", "code", "setup", "given"}    run it, then serve its names on the channel (`peer`)
+    {"role": "answer", "code", "setup"}             run it, then serve its names on the channel (`peer`)
     {"role": "tests", "setup", "tests", "entry"}    run tests against an answer on the channel, write the result
 
 The result of tests is a line of JSON on a descriptor that only this process has: `passed`, or why not. The answer runs
@@ -19,13 +19,13 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypedDict
 
 from distill.grading.sandbox.peer import FOR_ANSWERS, OPERATIONS, AnswerError, Ended, Peer, Remote
 
 DESCRIPTORS = {"input": 0, "output": 1, "errors": 2, "channel": 3, "result": 4}
-NOT_STARTED = 97  # exit code of a process that could not be confined
+WITHOUT = "the answer could not be loaded"
 
 
 class Test(TypedDict):
@@ -55,7 +55,7 @@ def run(request: Mapping[str, object]) -> int:
         case "script":
             return _finished(lambda: _execute(str(request["code"]), _module("__main__")))
         case "answer":
-            return _finished(lambda: _serve([str(request[part]) for part in ("given", "setup", "code")]))
+            return _finished(lambda: _serve(str(request["code"]), str(request["setup"])))
     return _test(request)
 
 
@@ -114,14 +114,14 @@ def _own_part(error: BaseException) -> types.TracebackType | None:
 # ---- the answer
 
 
-def _serve(parts: Sequence[str]) -> None:
+def _serve(code: str, setup: str) -> None:
     """Load an answer and serve its names. Its main block is not run: the name of its module is `solution`."""
     channel = socket.socket(fileno=DESCRIPTORS["channel"])
     names = _module("solution")
     peer = Peer(channel, frozenset(OPERATIONS) | {"names"})
     try:
-        for part in parts:
-            _execute(part, names)
+        _execute(setup, names)
+        _execute(code, names)
     except BaseException:
         channel.close()
         raise
