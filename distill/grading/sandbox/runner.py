@@ -237,13 +237,10 @@ class Sandbox:
             theirs.close()
             os.close(result)
 
-    def call(
-        self, code: str, setup: str, name: str, arguments: Sequence[object], seconds: float, given: str = ""
-    ) -> "Returned":
-        """Call a function of an answer, or a method of its class `Solution`, and bring back what it returned. given:
-        imports before the answer; a function of that name among them is not the answer's."""
+    def call(self, code: str, setup: str, name: str, arguments: Sequence[object], seconds: float) -> "Returned":
+        """Call a function of an answer, or a method of its class `Solution`, and bring back what it returned."""
         ours, theirs = socket.socketpair()
-        answer = self._answer(code, setup, theirs, seconds, f"{given}\nglobals().pop({name!r}, None)\n")
+        answer = self._answer(code, setup, theirs, seconds)
         theirs.close()
         ours.settimeout(PATIENCE * seconds + REPORT_SECONDS)
         try:
@@ -259,8 +256,8 @@ class Sandbox:
             ours.close()
             answer.close()
 
-    def _answer(self, code: str, setup: str, channel: socket.socket, seconds: float, given: str = "") -> _Running:
-        request = {"role": "answer", "code": code, "setup": _shared(setup), "given": given}
+    def _answer(self, code: str, setup: str, channel: socket.socket, seconds: float) -> _Running:
+        request = {"role": "answer", "code": code, "setup": _shared(setup)}
         return self.zygote.start(request, seconds, passed={"channel": channel.fileno()}, memory=self.memory)
 
 

@@ -2,8 +2,8 @@
 
 The receiver must be able to trust what it decodes to be plain: a result whose class says that it equals everything, or
 an unpickled object with code of its own, would pass every test. So a value is sent as its exact built-in type (an
-instance of a subclass as the type below it, a named tuple as one of a class made by the receiver), and anything that is
-no plain data becomes a handle: a number by which the other side knows its object (`distill.grading.sandbox.peer`).
+instance of a subclass as the type below it), and anything that is no plain data becomes a handle: a number by which
+the other side knows its object (`distill.grading.sandbox.peer`).
 
     null true 1 2.5 "text"     themselves, for None, bool, int, float and str
     ["l", …] ["t", …] ["s", …] ["z", …]      list, tuple, set, frozenset
