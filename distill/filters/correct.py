@@ -54,7 +54,7 @@ class Correct(StreamFilter):
         from distill.grading.grader import Grader  # a recipe is read without graders
         from distill.grading.mixed import graded
 
-        with Grader(self.workers, self.timeout) as grader, resources.judge(self.name) as judge:
+        with Grader(self.workers, self.timeout) as grader, resources.judge() as judge:
 
             def judging(candidates: Iterable[tuple[K, Candidate]]) -> Iterator[tuple[K, object]]:
                 items = ((key, each.trace.prompt, each.trace.answer) for key, each in candidates)

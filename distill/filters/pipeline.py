@@ -14,7 +14,7 @@ row in the ledger was written for is judged again.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -44,28 +44,32 @@ from distill.traces.trace import Trace, Verdict, content_hash
 KEPT, DROPPED = 0, 1  # of the two directories
 
 
-def check_gradable(recipe: Recipe) -> None:
-    """Raise UserError when the filters cannot judge what the prompts ask. Cheap: worth asking before generating."""
+def check_gradable(recipe: Recipe, tasks: Collection[str] = ()) -> None:
+    """Raise UserError when the filters cannot judge what the prompts ask. Cheap: worth asking before generating.
+
+    tasks: of the stored traces; those of another run have their own, which the recipe does not name.
+    """
     if recipe.judge is not None:
         check_budget(recipe.judge)
     if not recipe.filter.correct:
         return
-    require_judge(recipe.tasks, recipe.judge is not None, "filter.correct")
-    for i, source in enumerate((*recipe.prompts, *recipe.traces)):
-        task = getattr(source, "task", "math")  # procedural problems are mathematics
+    tasks = {*recipe.tasks, *tasks}
+    require_judge(tasks, recipe.judge is not None, "filter.correct")
+    for task in sorted(tasks):
         require_grader(task, "filter.correct", "set it to false, or leave such prompts out")
         if task == "code":
             require_level(recipe.filter.correct.sandbox, "filter.correct.sandbox")
-        if recipe.prompts and getattr(source, "answer", "") is None:
+    for i, source in enumerate(recipe.prompts):
+        if getattr(source, "answer", "") is None:
             raise UserError(
                 f"filter.correct: prompts.{i} has no gold answers (its `answer` is null), so all of its traces would "
                 f"be dropped; set filter.correct to false, or name the column with the answers"
             )
 
 
-def load_resources(recipe: Recipe, judgements: Path | None = None) -> RunResources:
+def load_resources(recipe: Recipe, judgements: Path | None = None, tasks: Collection[str] = ()) -> RunResources:
     """Load what the filters need besides the traces. Errors: UserError, such as for a benchmark that cannot be read."""
-    resources = RunResources(recipe, judgements)
+    resources = RunResources(recipe, judgements, tasks)
     for each in (*recipe.filter.judging_filters(), *recipe.filter.choosing_filters()):
         each.check(resources)
     return resources
@@ -86,8 +90,9 @@ class FilterStage(Stage[FilterSummary]):
 
     def settings(self, run: Run) -> Settings:
         """Those of the recipe, and the judge's identity where one is asked."""
-        settings, judge = self.recipe_settings(run.recipe), run.recipe.judge
-        if judge is not None and run.recipe.filters_ask_the_judge:
+        tasks, judge = stored_tasks(run), run.recipe.judge
+        settings = run.recipe.filter_settings(tasks)
+        if judge is not None and run.recipe.filters_ask_the_judge(tasks):
             settings |= {f"judge_model.{key}": value for key, value in run.models.judge.identity.items()}
         return settings
 
@@ -106,17 +111,18 @@ class FilterStage(Stage[FilterSummary]):
         Errors: UserError when there are no traces, when a task has no grader, and when nothing is kept (the dropped
         traces are written before).
         """
-        check_gradable(run.recipe)
+        tasks = stored_tasks(run)
+        check_gradable(run.recipe, tasks)
         if run.on == "ray":
             require_ray()
-            if run.recipe.filters_ask_the_judge:
+            if run.recipe.filters_ask_the_judge(tasks):
                 raise UserError(
                     "--on ray: a judge is asked by one process, which stores its judgements and keeps its budget; "
                     "remove --on ray (a server judges many responses at once), or turn the judge's filters off"
                 )
         settings, store = run.recipe.filter, TraceStore(run.paths.traces)
         total, had_begun = len(store), run.begun(self.name)
-        resources = load_resources(run.recipe, run.paths.judgements)
+        resources = load_resources(run.recipe, run.paths.judgements, tasks)
         filters, choosing = settings.judging_filters(), settings.choosing_filters()
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
@@ -144,6 +150,11 @@ class FilterStage(Stage[FilterSummary]):
 
 
 STAGE = FilterStage()
+
+
+def stored_tasks(run: Run) -> set[str]:
+    """The tasks of a run's traces, where they are published ones, which may have others than the recipe says."""
+    return TraceStore(run.paths.traces).tasks() if run.recipe.traces else set()
 
 
 def _judge(store: TraceStore, total: int, judge: Judge | ClusterJudge, table: JudgedTable, path: Path) -> None:

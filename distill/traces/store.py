@@ -123,6 +123,13 @@ class TraceStore:
         """(prompt id, sample) of every stored trace. Reads only the two key columns of the parts."""
         return self._part_keys() | {_ledger_key(row) for row in self._ledger.rows()}
 
+    def tasks(self) -> set[str]:
+        """The tasks of the stored prompts. Reads one narrow column of the parts."""
+        tasks = {
+            task for batch in batches(self.directory, ["task"]) for task in batch.column("task").unique().to_pylist()
+        }
+        return tasks | {row["prompt"]["task"] for row in self._ledger.rows()}
+
     def figures(self) -> Iterator[Figures]:
         """Key, finish reason and length of every stored trace once, in order. Reads no token."""
         seen = KeySet()
