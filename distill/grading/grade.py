@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:  # the worker imports this module too, and must stay light
+    from distill.grading.sandbox.levels import Level
     from distill.prompts.prompt import Prompt
     from distill.recipe.rubric import Rubric
 
@@ -64,17 +65,22 @@ class TaskGrader(ABC):
 
     lazy: whether a worker prepares it at its first question and not when it starts. votes: whether two answers can be
     equal, so that the samples of a prompt have a majority. seconds: of processor time for one comparison, in a worker.
+    level: isolation that the programs of answers need at least, where a grader runs them.
     """
 
     lazy: ClassVar[bool] = False
     votes: ClassVar[bool] = True
     seconds: float = 5.0
+    level: "Level" = "full"
 
     def require(self, where: str) -> None:  # noqa: B027  most graders need nothing that may be missing
         """Raise UserError when a package that this grader needs is not installed. where: begins the message."""
 
     def prepare(self) -> None:  # noqa: B027  most graders have nothing to load
-        """Load, in a worker, what `compare` and `reads` need, before the clock of a question runs."""
+        """Load, in a worker, what `compare` and `reads` need, before the clock of a question runs.
+
+        Errors: WorkError where this machine cannot grade; the pool then stops with its message.
+        """
 
     @abstractmethod
     def gold(self, text: str) -> str:

@@ -10,6 +10,7 @@ from distill.grading.graders import GRADERS
 from distill.grading.pool import MEMORY, Lost, Question, WorkerPool
 
 if TYPE_CHECKING:  # the worker imports this package too, and must stay light
+    from distill.grading.sandbox.levels import Level
     from distill.prompts.prompt import Prompt
 
 K = TypeVar("K")
@@ -30,10 +31,14 @@ def require_grader(task: str, where: str, remedy: str = "leave such prompts out"
 
 
 class Grader:
-    """Grades answers in `workers` processes. timeout: seconds of processor time on one comparison."""
+    """Grades answers in `workers` processes.
 
-    def __init__(self, workers: int = 2, timeout: float = 5.0, memory: int = MEMORY) -> None:
-        self.pool: WorkerPool[int] = WorkerPool(workers, timeout, memory)
+    timeout: seconds of processor time on one comparison. level: isolation that the programs of answers need at least;
+    where a worker's machine gives less, none is run and grading ends with a WorkError.
+    """
+
+    def __init__(self, workers: int = 2, timeout: float = 5.0, memory: int = MEMORY, level: "Level" = "full") -> None:
+        self.pool: WorkerPool[int] = WorkerPool(workers, timeout, memory, level)
 
     def __enter__(self) -> "Grader":
         self.pool.__enter__()
@@ -46,7 +51,8 @@ class Grader:
         """Yield (key, grade) for every (key, prompt, response), in order of completion. Lazy in `items`.
 
         Finding the answer and comparing strings happen here, in linear time; only what needs a parser goes to a worker.
-        Raises UserError at a task without a grader, WorkError when no process can be started.
+        Raises UserError at a task without a grader, WorkError when no process can be started or its machine gives
+        programs less isolation than `level`.
         """
 
         def questions() -> "Iterator[tuple[tuple[K, Grade], Question | None]]":
