@@ -208,11 +208,16 @@ def _without_formula(match: re.Match[str]) -> str:
 
 
 def _is_long(words: list[str]) -> bool:
-    """Whether a detector can judge these words. Words with a capital letter are names, numerals or abbreviations."""
+    """Whether a detector can judge a sentence. Words with a capital letter are names, numerals or abbreviations."""
     if len(words) >= WORDS:
         small = [word for word in words if not word[0].isupper()]
         if len(small) >= WORDS and sum(map(len, small)) >= LETTERS:
             return True
+    return _has_unspaced(words)
+
+
+def _has_unspaced(words: list[str]) -> bool:
+    """Whether there are enough characters of scripts that are written without spaces."""
     return any(map(ANY_UNSPACED.match, words)) and sum(len(ANY_UNSPACED.findall(word)) for word in words) >= CHARACTERS
 
 
@@ -226,7 +231,7 @@ def _is_plain_english(words: list[str]) -> bool:
 def _languages(text: str) -> frozenset[str]:
     """The languages that a text may be in; empty where it has too few words to say."""
     words = WORD.findall(prose(text[:8192]))
-    if not _is_long(words):
+    if len(words) < WORDS and not _has_unspaced(words):
         return frozenset()
     ranked = _detector().rank(" ".join(words))
     is_clear = ranked[0][1] > CLEAR

@@ -138,6 +138,15 @@ class TraceStore:
         """The tasks of the stored traces. Reads only that column of the parts."""
         return tasks_in(self.directory) | {row["prompt"]["task"] for row in self._ledger.rows()}
 
+    def omitted(self) -> tuple[str, ...] | None:
+        """`Trace.omitted` of the first stored trace, None without any. Reads one group of rows."""
+        for batch in batches(self.directory, ["id", "omitted"]):
+            for row in batch.slice(0, 1).to_pylist():
+                return tuple(row.get("omitted") or ())
+        for row in self._ledger.rows():
+            return tuple(row.get("omitted") or ())
+        return None
+
     def is_empty(self) -> bool:
         """Whether no trace is stored. Opens no file."""
         ledger = self._ledger.path
@@ -260,7 +269,7 @@ def _judged(directory: Path, columns: Sequence[str] | None) -> Iterator[tuple[Tr
 
 
 def tasks_in(directory: Path) -> set[str]:
-    """The tasks of the traces in a directory of parts, from that column alone. Errors: UserError when one is damaged."""
+    """The tasks of the traces in a directory of parts; reads that column alone. Errors: UserError for a damaged part."""
     return {task for batch in batches(directory, ["task"]) for task in batch["task"].unique().to_pylist()}
 
 

@@ -115,6 +115,11 @@ def test_rare_characters_have_their_script(text: str, script: str) -> None:
     assert reason(ASKED["en"], text) == f"other_script: {script}"
 
 
+def test_a_short_prompt_has_a_language_too() -> None:
+    assert reason("How many are 3 and 39?", f"{REASONED['en']} {REASONED['de']}") == "other_language: de"
+    assert reason("3 + 39?", REASONED["de"]) == "ok", "in none: the reasoning's own language is accepted"
+
+
 def test_the_evidence_has_whole_words() -> None:
     prompt = Prompt.from_question(ASKED["en"], "7")
     verdict = Language().judge(Candidate(make_trace("<think>the अन्ना is</think>7", prompt=prompt)))

@@ -77,9 +77,9 @@ def test_the_judge_of_a_run_s_traces_is_needed_and_recorded(tmp_path: Path) -> N
             generate.STAGE.perform(run)
             assert STAGE.perform(run).kept == 3
         for change in ({"accepted": ["no"], "rejected": ["yes"]}, {"seed": 5}):
-            with Run(tmp_path / "b", recipe_of(source, judge=judge(url(made), **change))) as run:
-                with pytest.raises(UserError, match=r"judge_model\.(accepted|seed)"):
-                    STAGE.perform(run)
+            recipe = recipe_of(source, judge=judge(url(made), **change))
+            with Run(tmp_path / "b", recipe) as run, pytest.raises(UserError, match=r"judge_model\.(accepted|seed)"):
+                STAGE.perform(run)
         with Run(tmp_path / "b", recipe_of(source)) as run, pytest.raises(UserError, match="judge_model"):
             STAGE.perform(run)
 
@@ -93,10 +93,9 @@ def test_the_judge_of_exported_rows_is_recorded(tmp_path: Path) -> None:
         generate.STAGE.perform(run)
         with pytest.raises(UserError, match="task judge needs a model that judges"):
             STAGE.perform(run)
-    with server(yes) as made:
-        with Run(tmp_path / "b", recipe_of(file, judge=judge(url(made)))) as run:
-            assert STAGE.perform(run).kept == 1
-            assert "judge_model.seed" in STAGE.settings(run)
+    with server(yes) as made, Run(tmp_path / "b", recipe_of(file, judge=judge(url(made)))) as run:
+        assert STAGE.perform(run).kept == 1
+        assert "judge_model.seed" in STAGE.settings(run)
 
 
 def test_a_judge_that_no_trace_needs_is_not_opened(tmp_path: Path) -> None:

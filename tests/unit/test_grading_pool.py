@@ -178,7 +178,7 @@ print([module for module in {heavy} if module in sys.modules])
 
 
 def test_golds_that_no_grader_can_read() -> None:
-    golds = [r"\int_0^1 x\,dx", r"1, 2, \ldots, n", "the sum of all of its digits", r"3 \mid n", "", TOWER, r"\frac{"]
+    golds = [r"\oint x\,dx", r"1 + 2 + \ldots + n", "the sum of all of its digits", r"3 \mid n", "", TOWER, r"\frac{"]
     readable = [
         "42",
         "-7",
