@@ -51,9 +51,8 @@ class Resources:
         self.tasks = frozenset(tasks)
         self._made: dict[str, object] = {}
 
-    def judge(self, user: str) -> "AbstractContextManager[AnswerJudge | None]":
-        """The judge of the recipe, for as long as the block lasts; None where the recipe has none. user: which filter
-        asks."""
+    def judge(self) -> "AbstractContextManager[AnswerJudge | None]":
+        """The judge of the recipe, for as long as the block lasts; None where no filter of the recipe asks one."""
         return nullcontext()
 
     def once(self, name: str, make: Callable[[], T]) -> T:

@@ -59,7 +59,7 @@ class Correct(StreamFilter):
         from distill.grading.grader import Grader  # a recipe is read without graders
         from distill.grading.mixed import graded
 
-        opened = resources.judge(self.name) if JUDGE in resources.tasks else nullcontext()
+        opened = resources.judge() if JUDGE in resources.tasks else nullcontext()
         with Grader(self.workers, self.timeout, level=self.sandbox) as grader, opened as judge:
 
             def judging(candidates: Iterable[tuple[K, Candidate]]) -> Iterator[tuple[K, object]]:

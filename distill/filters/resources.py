@@ -11,7 +11,7 @@ from distill.errors import UserError
 from distill.filters.base import Resources
 from distill.filters.overlap import Item
 from distill.grading.grade import AnswerJudge
-from distill.grading.judge import JudgeModel
+from distill.grading.judge import InRounds, JudgeModel
 from distill.models import Models, judge_of
 from distill.prompts import load_prompts
 from distill.prompts.columns import listed
@@ -35,12 +35,18 @@ class RunResources(Resources):
         self.recipe = recipe
         self._judgements = judgements
 
-    def judge(self, user: str) -> AbstractContextManager[AnswerJudge | None]:
+    def judge(self) -> AbstractContextManager[AnswerJudge | None]:
         """The judge of the recipe; see the base. Errors: UserError when its card or directory cannot be used."""
-        settings = self.recipe.judge
-        if settings is None:
+        if not self.recipe.filters_ask_the_judge(self.tasks):
             return nullcontext()
-        return JudgeModel(settings, judge_of(settings), self.recipe.engine, self._judgements, f"filter-{user}")
+        several = self.recipe.filter.judge is not None and self.recipe.judge_grades(self.tasks)
+        return InRounds(self._judge) if several else self._judge
+
+    @cached_property
+    def _judge(self) -> JudgeModel:
+        settings = self.recipe.judge
+        assert settings is not None, "a recipe whose filters ask a judge has one"
+        return JudgeModel(settings, judge_of(settings), self.recipe.engine, self._judgements, "filter")
 
     @cached_property
     def _chat(self) -> Chat:

@@ -125,7 +125,11 @@ class Recipe(Section):
 
     def filters_ask_the_judge(self, tasks: Collection[str]) -> bool:
         """Whether a filter that is on needs the judge. tasks: those of the traces."""
-        return self.filter.judge is not None or (self.filter.correct is not None and "judge" in tasks)
+        return self.filter.judge is not None or self.judge_grades(tasks)
+
+    def judge_grades(self, tasks: Collection[str]) -> bool:
+        """Whether `filter.correct` needs the judge. tasks: those of the traces."""
+        return self.filter.correct is not None and "judge" in tasks
 
 
 def _keyed(prefix: str, section: Section) -> list[tuple[str, Any]]:

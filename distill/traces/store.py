@@ -269,7 +269,7 @@ def _judged(directory: Path, columns: Sequence[str] | None) -> Iterator[tuple[Tr
 
 
 def tasks_in(directory: Path) -> set[str]:
-    """The tasks of the traces in a directory of parts; reads that column alone. Errors: UserError for a damaged part."""
+    """The tasks of the traces in a directory of parts, from that column alone. Errors: UserError for a damaged part."""
     return {task for batch in batches(directory, ["task"]) for task in batch["task"].unique().to_pylist()}
 
 
