@@ -1,6 +1,6 @@
 """What a run adds to the resources of its filters. The recipe imports the filters, so only this room knows it."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +25,13 @@ QUESTIONS = ("question", "problem", "prompt", "text")  # columns in which files 
 class RunResources(Resources):
     """The resources of the filters of a recipe. Made anew in every process that judges, from the recipe alone.
 
-    judgements: the directory in which a judge's answers are kept; None keeps none. tasks: of the stored traces.
+    judgements: the directory in which a judge's answers are kept; None keeps none. tasks: those of the traces; None:
+    those that the recipe names.
     """
 
-    def __init__(self, recipe: Recipe, judgements: Path | None = None, tasks: Collection[str] = ()) -> None:
-        super().__init__(recipe.seed)
-        self.recipe, self.tasks = recipe, tasks
+    def __init__(self, recipe: Recipe, judgements: Path | None = None, tasks: Iterable[str] | None = None) -> None:
+        super().__init__(recipe.seed, recipe.tasks if tasks is None else tasks)
+        self.recipe = recipe
         self._judgements = judgements
 
     def judge(self) -> AbstractContextManager[AnswerJudge | None]:

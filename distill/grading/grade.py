@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:  # the worker imports this module too, and must stay light
+    from distill.grading.sandbox.levels import Level
     from distill.prompts.prompt import Prompt
     from distill.recipe.rubric import Rubric
 
@@ -64,18 +65,22 @@ class TaskGrader(ABC):
 
     lazy: a worker prepares this grader at its first question instead of at its start. votes: answers can be compared
     with one another, so the samples of a prompt have a majority. seconds: processor time for one comparison in a
-    worker.
+    worker. level: the least isolation for the programs of answers, where a grader runs them.
     """
 
     lazy: ClassVar[bool] = False
     votes: ClassVar[bool] = True
     seconds: float = 5.0
+    level: "Level" = "full"
 
     def require(self, where: str) -> None:  # noqa: B027  most graders need nothing that may be missing
         """Raise UserError if a package that this grader needs is not installed. where: the start of the message."""
 
     def prepare(self) -> None:  # noqa: B027  most graders have nothing to load
-        """Load what `compare` and `reads` need. Called in a worker, before the time limit of a question starts."""
+        """Load what `compare` and `reads` need. Called in a worker, before the time limit of a question starts.
+
+        Errors: WorkError if this machine cannot grade; the pool then stops with its message.
+        """
 
     @abstractmethod
     def gold(self, text: str) -> str:

@@ -10,6 +10,7 @@ from distill.grading.graders import GRADERS
 from distill.grading.pool import MEMORY, Lost, Question, WorkerPool
 
 if TYPE_CHECKING:  # the worker imports this package too and must start fast
+    from distill.grading.sandbox.levels import Level
     from distill.prompts.prompt import Prompt
 
 K = TypeVar("K")
@@ -30,11 +31,15 @@ def require_grader(task: str, where: str, remedy: str = "leave such prompts out"
 
 
 class Grader:
-    """Grades answers with `workers` processes. timeout: seconds of processor time for one comparison. memory: bytes of
-    address space of a worker."""
+    """Grades answers with `workers` processes.
 
-    def __init__(self, workers: int = 2, timeout: float = 5.0, memory: int = MEMORY) -> None:
-        self.pool: WorkerPool[int] = WorkerPool(workers, timeout, memory)
+
+    timeout: seconds of processor time for one comparison. memory: bytes of address space of a worker. level: the least
+    isolation for the programs of answers; on a machine with less, no program is run and grading ends with a WorkError.
+    """
+
+    def __init__(self, workers: int = 2, timeout: float = 5.0, memory: int = MEMORY, level: "Level" = "full") -> None:
+        self.pool: WorkerPool[int] = WorkerPool(workers, timeout, memory, level)
 
     def __enter__(self) -> "Grader":
         self.pool.__enter__()
@@ -47,7 +52,8 @@ class Grader:
         """Yield (key, grade) for each (key, prompt, response), in order of completion. Reads `items` lazily.
 
         This process finds answers and compares strings, in linear time; comparisons that need a parser go to a worker.
-        Errors: UserError for a task without a grader, WorkError if no process can be started.
+        Errors: UserError for a task without a grader; WorkError if no process can be started, or its machine isolates
+        programs less than `level`.
         """
 
         def questions() -> "Iterator[tuple[tuple[K, Grade], Question | None]]":

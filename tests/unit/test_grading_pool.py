@@ -247,7 +247,7 @@ def test_a_grader_is_a_class_and_a_line_in_the_table(monkeypatch: pytest.MonkeyP
 
 
 def test_a_child_speaks_in_lines_and_ends_with_its_input() -> None:
-    child = Child("distill.grading.worker", [str(2 << 30), "600"], detached=True)
+    child = Child("distill.grading.worker", [str(2 << 30), "600", "full"], detached=True)
     assert os.getsid(child.process.pid) == child.process.pid != os.getsid(0)
     messages: list[object] = []
     while not messages:
