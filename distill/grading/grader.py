@@ -33,7 +33,6 @@ def require_grader(task: str, where: str, remedy: str = "leave such prompts out"
 class Grader:
     """Grades answers with `workers` processes.
 
-
     timeout: seconds of processor time for one comparison. memory: bytes of address space of a worker. level: the least
     isolation for the programs of answers; on a machine with less, no program is run and grading ends with a WorkError.
     """
