@@ -15,8 +15,13 @@ from distill.prompts.boxes import boxed, last_box_end
 NAMED = r"(?:(?:the\s+)?(?:option|choice|answer)\s*:?\s*)?"
 WHOLE = re.compile(rf"{NAMED}[\[({{]?\s*([A-Ja-j])\s*[\])}}]?\s*[.:,]?", re.IGNORECASE)
 HEAD = re.compile(rf"{NAMED}(?:[\[(]\s*([A-Ja-j])\s*[\])]|([A-J])\s*[).:](?!\w))\s*\S.*", re.IGNORECASE | re.DOTALL)
+REMARKED = re.compile(  # "C because D is wrong", "C - 4 mol", "C (4 mol)", "C only"
+    r"([A-J])(?:,?\s+(?:because|since|only)\b.*|\s+[-\N{EN DASH}\N{EM DASH}]\s+\S.*|\s*\([^()]{2,}\)\.?)", re.DOTALL
+)
 STATED = re.compile(
-    r"\b(?:answers?|choice|option)[*_]*(?:\s+(?:is|are|would be|must be)\b[*_]*[\s:]*|\s*[:=]\**\s*)", re.IGNORECASE
+    r"\b(?:answers?|choice|option)[*_]*(?:\s+(?:is|are|would be|must be|should be)\b[*_]*[\s:]*|\s*[:=]\**\s*)"
+    "|\u7b54\u6848[*_]*\\s*(?:\u662f|\u4e3a|:|\uff1a)+[*_\\s:\uff1a]*",
+    re.IGNORECASE,
 )
 CHOSEN = re.compile(
     r"(?:I\s+(?:think|would\s+choose|choose|pick|would\s+say|believe)\s+(?:it\s+is|it's|that\s+it\s+is)?\s*)",
@@ -76,7 +81,7 @@ def _plain(text: str) -> str:
     """The text without fonts, delimiters and Markdown."""
     for _ in range(3):
         text = FONT.sub(r"\1", text)
-    return re.sub(r"\\[()\[\],;: ]|\\(?:left|right)|[\\$*]", " ", text).strip()
+    return re.sub(r"\\[()\[\],;: ]|\\(?:left|right)|[\\$*\"`]", " ", text).strip()
 
 
 def letter(text: str) -> str | None:
@@ -84,7 +89,7 @@ def letter(text: str) -> str | None:
     plain = _plain(text)
     if SEVERAL.search(plain):
         return None
-    match = WHOLE.fullmatch(plain) or HEAD.fullmatch(plain)
+    match = WHOLE.fullmatch(plain) or HEAD.fullmatch(plain) or REMARKED.fullmatch(plain)
     return next(group for group in match.groups() if group).upper() if match else None
 
 

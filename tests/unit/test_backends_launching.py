@@ -238,6 +238,17 @@ def test_a_server_that_dies_in_the_middle_keeps_what_is_finished(here, monkeypat
     assert stored() == 8 and none_is_left()
 
 
+def test_a_budget_of_time_ends_while_the_server_starts(here, monkeypatch, capsys):
+    """The clock jumps by two hours when the server's processes run."""
+    monkeypatch.setenv("STAND_IN", "deaf")
+    late = lambda: time.monotonic() + 7200 * bool(processes())  # noqa: E731
+    clock = SimpleNamespace(monotonic=late, sleep=time.sleep, strftime=time.strftime)
+    monkeypatch.setattr(launching, "time", clock)
+    budgeted = {"sampling": {"max_new_tokens": 64}, "budget": {"hours": 1}}
+    assert distill(monkeypatch, "generate", recipe(generate=budgeted)) == 1
+    assert "the budget is used up" in capsys.readouterr().err and none_is_left()
+
+
 def test_a_server_that_never_answers_is_ended(here, monkeypatch, capsys):
     monkeypatch.setenv("STAND_IN", "deaf")
     assert distill(monkeypatch, "generate", recipe({"start_timeout": 2})) == 1
@@ -338,9 +349,9 @@ def test_the_start_of_a_server_is_no_part_of_its_rate(here, monkeypatch):
     late, start = [0.0], launching.LaunchedBackend._start
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0], sleep=time.sleep, strftime=time.strftime)
 
-    def slowly(backend):
+    def slowly(backend, give_up):
         late[0] += 1000
-        return start(backend)
+        return start(backend, give_up)
 
     monkeypatch.setattr(launching.LaunchedBackend, "_start", slowly)
     for module in (launching, generate):
