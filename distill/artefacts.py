@@ -195,7 +195,8 @@ class GenerateSummary(Artefact):
     content_hash: over (prompt id, sample, text) of all traces, whatever their order. completion_tokens: 0 where the
     traces have no token counts, like the other counts of tokens; cached tokens are among those of the prompts,
     reasoning tokens among those of the completions. forms: how the reasoning came (`Trace.form`) → traces. made,
-    seconds, tokens_per_second, drafts: of the last session alone. numerics: what produced the numbers, None for
+    seconds, tokens_per_second, drafts: of the last session alone; the rate is without the start of a
+    server. numerics: what produced the numbers, None for
     published traces.
     """
 

@@ -34,6 +34,7 @@ LINES, LINE_WORDS = 3, 20  # occurrences of a line or paragraph, and words that 
 SHORT_LINES = 10  # occurrences of a shorter line, which has more than GRAM words with letters
 LINE = "So the tens are added first and then the ones, and the carry goes to the tens, which gives the sum of both."
 CHARACTERS = re.compile(r"(\S{1,12}?)\1{23,}")  # 24 times without white space
+UNBROKEN = re.compile(r"\S{24,}")  # the only places where that may be: most words are shorter
 RULE = re.compile(r"[-=_*#.~|+:\u2500-\u257f]+\Z")  # lines of a table and the like are decoration
 DIGITS = 100  # characters of a run of digits or signs
 LETTERS = re.compile(rf"(?<![\\\w])[^\W\d_]{{2,}}|{UNSPACED}")  # words; LaTeX commands are none
@@ -83,7 +84,7 @@ class Repetition(TraceFilter):
 
 
 def _characters(text: str) -> Iterator[Loop]:
-    for match in CHARACTERS.finditer(text):
+    for match in (match for part in UNBROKEN.finditer(text) for match in CHARACTERS.finditer(part[0])):
         run, unit = match[0], match[1]
         if RULE.fullmatch(unit) or (not LETTERS.search(unit * 2) and len(run) < DIGITS):
             continue
@@ -92,15 +93,9 @@ def _characters(text: str) -> Iterator[Loop]:
 
 def _phrases(text: str) -> Iterator[Loop]:
     words = words_of(text)
-    last: dict[tuple[str, ...], int] = {}
-    distances: Counter[int] = Counter()
-    for position, gram in enumerate(zip(*(words[i:] for i in range(GRAM)), strict=False)):
-        if gram in last:
-            distances[position - last[gram]] += 1
-        last[gram] = position
-    numbers: dict[str, int] = {}
-    ids = np.array([numbers.setdefault(word, len(numbers)) for word in words])
-    for period, count in distances.most_common(DISTANCES):
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    ids = np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))
+    for period, count in _frequent_distances(ids, len(numbers)):
         if count + GRAM + period < SPAN:
             continue
         start, length = _longest_run(ids[period:] == ids[:-period])
@@ -110,6 +105,23 @@ def _phrases(text: str) -> Iterator[Loop]:
         times = LONG_PHRASES if period >= LONG else PHRASES
         if span >= period * times and span >= least:
             yield Loop("phrase", " ".join(unit), span // period, span)
+
+
+def _frequent_distances(ids: npt.NDArray[np.int64], vocabulary: int) -> Iterator[tuple[int, int]]:
+    """Distances between an occurrence of a gram and the previous one, with their numbers: the most frequent first, and
+    of equally frequent ones the one that comes first. ids: of words, each below `vocabulary`."""
+    if len(ids) <= GRAM:
+        return
+    grams = np.zeros(len(ids) - GRAM + 1, np.int64)
+    for offset in range(GRAM):
+        grams = grams * vocabulary + ids[offset : offset + len(grams)]
+    order = np.argsort(grams, kind="stable")
+    again = np.flatnonzero(grams[order][1:] == grams[order][:-1])
+    places, earlier = order[again + 1], order[again]
+    distances = (places - earlier)[np.argsort(places)]
+    values, first, counts = np.unique(distances, return_index=True, return_counts=True)
+    for place in np.lexsort((first, -counts))[:DISTANCES]:
+        yield int(values[place]), int(counts[place])
 
 
 def _longest_run(equal: npt.NDArray[np.bool_]) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from distill.grading.sandbox.peer import Remote
 from distill.grading.sandbox.program import Test
 from distill.grading.sandbox.runner import Sandbox
 from distill.prompts.code_tests import STDIN, Case, CodeTests
+from distill.prompts.prompt import outside_blocks
 
 BLOCK = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 PYTHON = ("", "python", "py", "python3", "python2", "pycon")
@@ -115,7 +116,7 @@ def read_tests(text: str) -> CodeTests | None:
 
 def find_program(response: str) -> Answer | None:
     """The program of a response; None where there is none. Linear time."""
-    scope = response.rpartition("</think>")[2].partition("<think>")[0]
+    scope = outside_blocks(response)
     blocks = [(tag.lower(), textwrap.dedent(text)) for _, tag, text in BLOCK.findall(scope) if text.strip()]
     python = [text for tag, text in blocks if tag in PYTHON]
     substantial = [text for text in python if SUBSTANCE.search(text)]
@@ -183,7 +184,7 @@ _Result = tuple[Outcome, str, str]  # the outcome of one test, its reason, and a
 
 def _failed(reason: str, detail: str) -> _Result:
     """The result of a program that did not end well."""
-    return ("unverifiable" if reason.startswith("not started") else "wrong"), reason, _last(detail)
+    return "wrong", reason, _last(detail)
 
 
 def _last(text: str) -> str:

@@ -20,6 +20,7 @@ from distill.grading.grade import Answer, Ruling, TaskGrader
 from distill.grading.math import FONT, final_answer
 from distill.prompts.boxes import boxed
 from distill.prompts.gym import entry_of, read_gold, require_gym
+from distill.prompts.prompt import outside_blocks
 
 HARMLESS = {"os.listdir", "os.scandir", "os.walk", "os.fwalk"}  # imports list directories
 HARMFUL = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "fcntl.", "webbrowser.", "urllib.", "ftplib.")
@@ -54,7 +55,7 @@ class GymGrader(TaskGrader):
     def find(self, response: str) -> Answer | None:
         """Find the content of the last `<answer>`, else of the last box, else the answer that the math grader finds,
         else the whole text after the reasoning, as a guess."""
-        scope = response.rpartition("</think>")[2].partition("<think>")[0].strip()
+        scope = outside_blocks(response).strip()
         if "<answer>" in scope:
             tagged = scope.rpartition("<answer>")[2].partition("</answer>")[0].strip()
             return Answer(_plain(tagged), "tag") if tagged else None

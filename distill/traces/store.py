@@ -133,6 +133,15 @@ class TraceStore:
         for row in self._ledger_rows(seen):
             yield _figures(_ledger_key(row), row)
 
+    def omitted(self) -> tuple[str, ...] | None:
+        """`Trace.omitted` of the first stored trace, None without any. Reads one group of rows."""
+        for batch in batches(self.directory, ["id", "omitted"]):
+            for row in batch.slice(0, 1).to_pylist():
+                return tuple(row.get("omitted") or ())
+        for row in self._ledger.rows():
+            return tuple(row.get("omitted") or ())
+        return None
+
     def is_empty(self) -> bool:
         """Whether no trace is stored. Opens no file."""
         ledger = self._ledger.path

@@ -45,7 +45,7 @@ class Scripted:
     def check(self, prompts, sampling):
         pass
 
-    def complete(self, jobs, sampling, seed):
+    def complete(self, jobs, sampling, seed, allowance=None):
         self.sampled_with.add(sampling.max_new_tokens)
         for job in jobs:
             for sample in job.samples:

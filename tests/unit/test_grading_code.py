@@ -33,6 +33,8 @@ FENCE = "```"
         ("x = 1\nprint(x)", "x = 1\nprint(x)"),
         ("    return x + 1\n", "    return x + 1"),
         ("I do not know.", None),
+        (f"{FENCE}python\nprint(s.split('</think>'), '<think>')\n{FENCE}", "print(s.split('</think>'), '<think>')\n"),
+        (f"{FENCE}python\nf = 1\n{FENCE}\n<think>{FENCE}\n2\n{FENCE}</think>", "f = 1\n"),
     ],
 )
 def test_the_program_of_a_response(response: str, program: str | None) -> None:

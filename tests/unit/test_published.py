@@ -395,6 +395,27 @@ def test_a_reasoning_of_its_own_stays_apart_from_an_answer_that_mentions_a_tag()
     assert answer.parts == ("Tags.", "It ends with </think>.")
 
 
+@pytest.mark.parametrize(
+    ("text", "reasoning", "response"),
+    [
+        ("<think>I add.</think>Four, after </think>.", "I add.", "Four, after </think>."),
+        ("[THINK]I add.[/THINK]Four, after [/THINK].", "I add.", "Four, after [/THINK]."),
+        ("<Thought>I add.</Thought>\n<Output>\nFour: </Thought>.\n</Output>", "I add.", "Four: </Thought>."),
+        ("◁think▷Is it </think>?◁/think▷Four, after </think>.", "Is it </think>?", "Four, after </think>."),
+    ],
+)
+def test_the_first_closing_tag_ends_a_reasoning(tmp_path, text, reasoning, response):
+    """Also after it was stored, where the text has think tags."""
+    (trace,) = read(tmp_path, [{"messages": [USER, {"role": "assistant", "content": text}]}])
+    assert (trace.reasoning, trace.response) == (reasoning, response)
+
+
+def test_a_field_that_begins_like_the_answer_is_not_the_reasoning_in_it():
+    row = {"messages": [USER, {"role": "assistant", "content": "The 4th tag </think> ends it.", "thinking": "4"}]}
+    (answer,) = answers(row, Columns(), "row 0")
+    assert answer.parts == ("4", "The 4th tag </think> ends it.")
+
+
 def test_an_empty_completion_is_left_out():
     (reason,) = answers({"prompt": "q", "completion": []}, Columns(), "row 0")
     assert isinstance(reason, LeftOut) and str(reason) == "no answer at the end"

@@ -21,6 +21,7 @@ import re
 from distill.grading.grade import Answer
 from distill.grading.math.spelling import ENVIRONMENT, has_words, repaired
 from distill.prompts.boxes import boxed, boxed_end, hashes, last_box_end
+from distill.prompts.prompt import outside_blocks
 
 CUT_OFF_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")  # in a text without a whole one
 TURN = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end_of_sentence)\|>")
@@ -43,7 +44,7 @@ MISSING = {"nan", "none", "null", "n/a", "<na>"}  # how tables spell that there 
 
 def scope_of(response: str) -> tuple[str, bool]:
     """The part of a response that may hold the answer, and whether `<answer>` marks it. Reasoning is left out."""
-    text = TURN.split(response.rpartition("</think>")[2].partition("<think>")[0], maxsplit=1)[0].strip()
+    text = TURN.split(outside_blocks(response), maxsplit=1)[0].strip()
     tagged = text.rpartition("<answer>")[2].partition("</answer>")[0].strip() if "<answer>" in text else ""
     return tagged or text, bool(tagged)
 

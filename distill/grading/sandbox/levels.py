@@ -1,7 +1,7 @@
 """What this machine can hold a program with, and whether that is enough for what was asked.
 
-`full` and `landlock` hold the files of the user, `process` does not: see the package's note, and docs/code.md for what
-each level leaves open. The strongest walls that work are taken, whatever level is asked for.
+`full` and `landlock` protect the files of the user, `process` does not: see the package's note, and docs/code.md for
+the limits of each level. The strongest walls that work are used, whatever level is required.
 """
 
 import os
@@ -16,7 +16,10 @@ from distill.grading.sandbox.runner import NotAvailable, Zygote
 from distill.grading.sandbox.zygote import Powers
 
 Level = Literal["full", "landlock", "process"]
-ALLOW = "allow user namespaces (sysctl kernel.unprivileged_userns_clone=1; in a container, start it with --privileged)"
+ALLOW = (
+    "allow user namespaces (sysctl user.max_user_namespaces=10000, on Ubuntu "
+    "kernel.apparmor_restrict_unprivileged_userns=0 as well; start a container with --privileged)"
+)
 LEVELS: tuple[Level, ...] = get_args(Level)  # from the strongest on
 
 
@@ -80,7 +83,7 @@ def describe() -> list[tuple[str, str]]:
 def _remedy() -> str:
     if sys.platform != "linux":
         return "full isolation needs Linux; run code there, such as in a virtual machine"
-    if walls.bubblewrap() is None:
+    if os.geteuid() != 0 and walls.bubblewrap() is None:
         return f"install bubblewrap (the package `bubblewrap`), or {ALLOW}"
     return ALLOW
 

@@ -25,7 +25,6 @@ from typing import TypedDict
 from distill.grading.sandbox.peer import FOR_ANSWERS, OPERATIONS, AnswerError, Ended, Peer, Remote
 
 DESCRIPTORS = {"input": 0, "output": 1, "errors": 2, "channel": 3, "result": 4}
-NOT_STARTED = 97  # exit code of a process that could not be confined
 WITHOUT = "the answer could not be loaded"
 
 
