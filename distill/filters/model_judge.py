@@ -56,12 +56,12 @@ class ModelJudge(Rubric, StreamFilter):
 
     def check(self, resources: Resources) -> None:
         """Raise UserError when the judge's card, directory or key is missing."""
-        resources.judge(self.name)
+        resources.judge()
 
     @contextmanager
     def opened(self, resources: Resources) -> Iterator[Judging]:
         """Open the judge. Outcomes are grades. Errors: UserError when it cannot be used."""
-        with resources.judge(self.name) as judge:
+        with resources.judge() as judge:
             assert judge is not None, "the recipe refuses filter.judge without a judge"
             answer_judge = judge
 

@@ -14,7 +14,7 @@ row in the ledger was written for is judged again.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -38,34 +38,45 @@ from distill.recipe import Recipe
 from distill.run import Run
 from distill.stage import Stage
 from distill.traces.ledger import Ledger, line_of
+from distill.traces.published import tasks_of_run
 from distill.traces.store import Decision, TraceStore
 from distill.traces.trace import Trace, Verdict, content_hash
 
 KEPT, DROPPED = 0, 1  # of the two directories
 
 
-def check_gradable(recipe: Recipe) -> None:
-    """Raise UserError when the filters cannot judge what the prompts ask. Cheap: worth asking before generating."""
+def check_gradable(recipe: Recipe, tasks: Collection[str] | None = None) -> None:
+    """Raise UserError when the filters cannot judge what the prompts ask. Cheap: worth asking before generating.
+
+    tasks: those of the traces; None, before there are any: those that the recipe and the runs it reads have.
+    """
     if recipe.judge is not None:
         check_budget(recipe.judge)
     if not recipe.filter.correct:
         return
-    require_judge(recipe.tasks, recipe.judge is not None, "filter.correct")
-    for i, source in enumerate((*recipe.prompts, *recipe.traces)):
-        task = getattr(source, "task", "math")  # procedural problems are mathematics
+    if tasks is None:
+        tasks = recipe.tasks | {task for source in recipe.traces for task in tasks_of_run(source)}
+    require_judge(tasks, recipe.judge is not None, "filter.correct")
+    for task in sorted(tasks):
         require_grader(task, "filter.correct", "set it to false, or leave such prompts out")
-        if task == "code":
-            require_level(recipe.filter.correct.sandbox, "filter.correct.sandbox")
-        if recipe.prompts and getattr(source, "answer", "") is None:
+    if "code" in tasks:
+        require_level(recipe.filter.correct.sandbox, "filter.correct.sandbox")
+    for i, source in enumerate(recipe.prompts):
+        if getattr(source, "answer", "") is None:
             raise UserError(
                 f"filter.correct: prompts.{i} has no gold answers (its `answer` is null), so all of its traces would "
                 f"be dropped; set filter.correct to false, or name the column with the answers"
             )
 
 
-def load_resources(recipe: Recipe, judgements: Path | None = None) -> RunResources:
-    """Load what the filters need besides the traces. Errors: UserError, such as for a benchmark that cannot be read."""
-    resources = RunResources(recipe, judgements)
+def load_resources(
+    recipe: Recipe, judgements: Path | None = None, tasks: Collection[str] | None = None
+) -> RunResources:
+    """Load what the filters need besides the traces. judgements, tasks: as `RunResources` has them.
+
+    Errors: UserError, such as for a benchmark that cannot be read.
+    """
+    resources = RunResources(recipe, judgements, tasks)
     for each in (*recipe.filter.judging_filters(), *recipe.filter.choosing_filters()):
         each.check(resources)
     return resources
@@ -86,8 +97,9 @@ class FilterStage(Stage[FilterSummary]):
 
     def settings(self, run: Run) -> Settings:
         """Those of the recipe, and the judge's identity where one is asked."""
-        settings, judge = self.recipe_settings(run.recipe), run.recipe.judge
-        if judge is not None and run.recipe.filters_ask_the_judge:
+        tasks, judge = _tasks(run), run.recipe.judge
+        settings = run.recipe.filter_settings(tasks)
+        if judge is not None and run.recipe.filters_ask_the_judge(tasks):
             settings |= {f"judge_model.{key}": value for key, value in run.models.judge.identity.items()}
         return settings
 
@@ -106,21 +118,22 @@ class FilterStage(Stage[FilterSummary]):
         Errors: UserError when there are no traces, when a task has no grader, and when nothing is kept (the dropped
         traces are written before).
         """
-        check_gradable(run.recipe)
+        tasks = _tasks(run)
+        check_gradable(run.recipe, tasks)
         if run.on == "ray":
             require_ray()
-            if run.recipe.filters_ask_the_judge:
+            if run.recipe.filters_ask_the_judge(tasks):
                 raise UserError(
                     "--on ray: a judge is asked by one process, which stores its judgements and keeps its budget; "
                     "remove --on ray (a server judges many responses at once), or turn the judge's filters off"
                 )
         settings, store = run.recipe.filter, TraceStore(run.paths.traces)
         total, had_begun = len(store), run.begun(self.name)
-        resources = load_resources(run.recipe, run.paths.judgements)
+        resources = load_resources(run.recipe, run.paths.judgements, tasks)
         filters, choosing = settings.judging_filters(), settings.choosing_filters()
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
-        judge = ClusterJudge(run.recipe) if run.on == "ray" else Judge(filters, choosing, resources)
+        judge = ClusterJudge(run.recipe, tasks) if run.on == "ray" else Judge(filters, choosing, resources)
         with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
             try:
                 _judge(store, total, judge, table, run.paths.verdicts)
@@ -144,6 +157,15 @@ class FilterStage(Stage[FilterSummary]):
 
 
 STAGE = FilterStage()
+
+
+def _tasks(run: Run) -> set[str]:
+    """The tasks of the run's traces. Reads the traces only if they were published and `generate` is not finished."""
+    if run.recipe.prompts:
+        return run.recipe.tasks
+    if (generated := run.stored_summary("generate", GenerateSummary)) is not None and generated.tasks is not None:
+        return set(generated.tasks)
+    return TraceStore(run.paths.traces).tasks()
 
 
 def _judge(store: TraceStore, total: int, judge: Judge | ClusterJudge, table: JudgedTable, path: Path) -> None:

@@ -1,6 +1,6 @@
 """What a run adds to the resources of its filters. The recipe imports the filters, so only this room knows it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from distill.errors import UserError
 from distill.filters.base import Resources
 from distill.filters.overlap import Item
 from distill.grading.grade import AnswerJudge
-from distill.grading.judge import JudgeModel
+from distill.grading.judge import InRounds, JudgeModel
 from distill.models import Models, judge_of
 from distill.prompts import load_prompts
 from distill.prompts.columns import listed
@@ -19,27 +19,33 @@ from distill.prompts.rows import rows_of_file
 from distill.recipe import Recipe
 from distill.recipe.sources import FilePrompts, HubPrompts, PromptSource
 
-FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # what is not a card
 QUESTIONS = ("question", "problem", "prompt", "text")  # columns in which files of problems keep their questions
 
 
 class RunResources(Resources):
     """The resources of the filters of a recipe. Made anew in every process that judges, from the recipe alone.
 
-    judgements: the directory in which a judge's answers are kept; None keeps none.
+    judgements: the directory in which a judge's answers are kept; None keeps none. tasks: those of the traces; None:
+    those that the recipe names.
     """
 
-    def __init__(self, recipe: Recipe, judgements: Path | None = None) -> None:
-        super().__init__(recipe.seed)
+    def __init__(self, recipe: Recipe, judgements: Path | None = None, tasks: Iterable[str] | None = None) -> None:
+        super().__init__(recipe.seed, recipe.tasks if tasks is None else tasks)
         self.recipe = recipe
         self._judgements = judgements
 
-    def judge(self, user: str) -> AbstractContextManager[AnswerJudge | None]:
+    def judge(self) -> AbstractContextManager[AnswerJudge | None]:
         """The judge of the recipe; see the base. Errors: UserError when its card or directory cannot be used."""
-        settings = self.recipe.judge
-        if settings is None:
+        if not self.recipe.filters_ask_the_judge(self.tasks):
             return nullcontext()
-        return JudgeModel(settings, judge_of(settings), self.recipe.engine, self._judgements, f"filter-{user}")
+        several = self.recipe.filter.judge is not None and self.recipe.judge_grades(self.tasks)
+        return InRounds(self._judge) if several else self._judge
+
+    @cached_property
+    def _judge(self) -> JudgeModel:
+        settings = self.recipe.judge
+        assert settings is not None, "a recipe whose filters ask a judge has one"
+        return JudgeModel(settings, judge_of(settings), self.recipe.engine, self._judgements, "filter")
 
     @cached_property
     def _chat(self) -> Chat:
@@ -65,7 +71,7 @@ class RunResources(Resources):
         return [item for name in names for item in self._items(name)]
 
     def _items(self, name: str) -> Iterator[Item]:
-        is_file = Path(name).is_dir() or any(name.endswith((kind, f"{kind}.gz", f"{kind}.zst")) for kind in FILES)
+        is_file = catalog.is_problem_file(name)
         hint = "" if is_file else "; or name a file with its problems in filter.decontaminate.benchmarks"
         try:
             sources = [_file_of(Path(name))] if is_file else self._sources(name)

@@ -76,8 +76,8 @@ class CodeGrader(TaskGrader):
         self.sandbox: Sandbox | None = None
 
     def prepare(self) -> None:
-        """Start a zygote behind the strongest walls of this machine."""
-        self.sandbox = Sandbox(open_zygote())
+        """Start a zygote behind the strongest walls of this machine. Errors: WorkError when they are below `level`."""
+        self.sandbox = Sandbox(open_zygote(self.level))
 
     def limits(self, gold: str) -> int:
         """Every test has the time limit to itself, and a moment to start."""
@@ -114,8 +114,8 @@ class CodeGrader(TaskGrader):
             return run_tests(self.sandbox, answer, tests, self.seconds)
         except WorkError:  # a zygote may be killed by others than its program
             self.sandbox.zygote.close()
-            self.prepare()
         try:
+            self.prepare()
             return run_tests(self.sandbox, answer, tests, self.seconds)
         except WorkError as error:
             return "unverifiable", "sandbox failed", {"detail": str(error)}

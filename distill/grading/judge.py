@@ -6,7 +6,9 @@ judgement is on the disk before its verdict is used, in a ledger of the run, und
 filter` costs nothing, an identical answer is judged once, and another judge or another prompt never meets the old
 judgements. The ledger has the judge's whole text, so that a verdict can be looked up.
 
-Each user of a judge (a filter, an evaluation) has a ledger of its own to write and reads those of the others.
+Each user of a judge (the filters of a run, an evaluation) has a ledger of its own to write and reads those of the
+others. Filters that work at the same time share one `JudgeModel`, and ask it in turn (`InRounds`): so one budget holds
+for all of them, and the model is loaded once.
 
 A judgement without a verdict is unverifiable. A request that fails is not a verdict of any kind: the work ends with the
 failure when all others are done, and the next run asks again for what is missing.
@@ -17,7 +19,7 @@ Of a stored judgement only its place is in memory, some 200 bytes.
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 K = TypeVar("K")
 
 SHOWN = 300  # characters of a response and of a judgement in the evidence
+ROUND = 256  # answers that are judged together, where several filters ask
 SETTLED = 1024  # answers that wait while requests are under way
 
 
@@ -60,7 +63,8 @@ class Judgement:
 
 
 class JudgeModel:
-    """The judge of a recipe. A context manager: the model is loaded, or its server asked, at the first question.
+    """The judge of a recipe. A context manager: the model is loaded, or its server asked, at the first question. Blocks
+    may be nested: the outermost one opens and closes it.
 
     model: of `distill.models.judge_of`. directory: of the ledgers, created at the first judgement; None stores none.
     user: name of the ledger that is written. Errors, on the first question: UserError when the model cannot be used.
@@ -84,8 +88,12 @@ class JudgeModel:
         self._backend: Backend | None = None
         self._ledger: Ledger | None = None
         self._asked = 0
+        self._blocks = 0  # nested ones that it is in
 
     def __enter__(self) -> "JudgeModel":
+        self._blocks += 1
+        if self._blocks > 1:
+            return self
         self.used = Spent()
         for path in sorted(self._directory.glob("*.jsonl")) if self._directory else ():
             ledger = Ledger(path)
@@ -96,6 +104,9 @@ class JudgeModel:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._blocks -= 1
+        if self._blocks:
+            return
         self._stack.close()
         self._backend = self._ledger = None
         self._known.clear()
@@ -217,6 +228,31 @@ class JudgeModel:
         if self.settings.budget is None:
             return None
         return Allowance(self.settings.budget, limit, self.used, 0.0, judge_price(self.settings))
+
+
+class InRounds:
+    """A judge whose questions are asked in rounds: a grade is handed out when its whole round is judged. A context
+    manager, as the judge is.
+
+    For several filters in a row, each of which reads what the one before has judged: so no requests of two are under
+    way together, which neither a budget nor a local engine could serve.
+    """
+
+    def __init__(self, judge: JudgeModel) -> None:
+        self.judge = judge
+
+    def __enter__(self) -> "InRounds":
+        self.judge.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.judge.__exit__(*exc)
+
+    def grade(self, items: Iterable[tuple[K, Prompt, str]], rubric: Rubric | None = None) -> Iterator[tuple[K, Grade]]:
+        """As `JudgeModel.grade`, reading a round ahead."""
+        source = iter(items)
+        while together := list(islice(source, ROUND)):
+            yield from list(self.judge.grade(together, rubric))
 
 
 def judge_identity(settings: "JudgeSettings", model: "Model") -> Settings:

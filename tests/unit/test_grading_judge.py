@@ -283,7 +283,7 @@ def test_a_killed_filter_pays_for_no_judgement_twice(tmp_path: Path) -> None:
         with Run(tmp_path / "run", judged_recipe(url(made))) as run:
             run.begin(STAGE, STAGE.settings(run), {})
             add(run.directory, [make_trace(f"<think>{n}</think>good {n}", question=f"q{n}") for n in range(150)])
-        ledger = tmp_path / "run" / "judgements" / "filter-judge.jsonl"
+        ledger = tmp_path / "run" / "judgements" / "filter.jsonl"
         with subprocess.Popen(
             [sys.executable, __file__, url(made), str(tmp_path / "run")], env=os.environ | {"PYTHONPATH": TESTS}
         ) as process:
@@ -297,6 +297,87 @@ def test_a_killed_filter_pays_for_no_judgement_twice(tmp_path: Path) -> None:
         with Run(tmp_path / "run", judged_recipe(url(made))) as run, pytest.raises(UserError, match="nothing kept"):
             STAGE.perform(run)
         assert len(made.asked) - before == 150 - stored
+
+
+def both(address: str, **judge: Any) -> Any:
+    """A recipe whose answers the judge grades, and whose responses the filter `judge` shows it as well."""
+    recipe = judged_recipe(address, correct=True, judge={"prompt": "{{response}}"})
+    return recipe.model_copy(update={"judge": judge_settings(address, **judge)})
+
+
+def judged_traces(count: int) -> list[Any]:
+    prompts = [Prompt.from_question(f"q{n}", "good", "judge") for n in range(count)]
+    return [make_trace(f"<think>{n}</think>good {n}", prompt=each) for n, each in enumerate(prompts)]
+
+
+def from_run(recipe: Any, directory: Path) -> Any:
+    """The recipe with the traces of another run, whose tasks it does not name."""
+    data = recipe.model_dump(mode="json") | {"prompts": [], "traces": [{"kind": "run", "path": str(directory)}]}
+    return type(recipe).model_validate_json(json.dumps(data))
+
+
+def answered(question: str, seed: int | None) -> Any:
+    return "Judgement: Yes", "stop"
+
+
+def test_one_budget_holds_for_all_filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both filters ask about 40 traces, at 8 tokens each. What both spend together stays within the budget, and a
+    budget that suffices is not used up by what is under way."""
+    monkeypatch.setattr("distill.grading.judge.ROUND", 16)
+    monkeypatch.setattr("distill.grading.mixed.TOGETHER", 16)
+    limits = {"sampling": {"max_new_tokens": 10}, "prompt": "{{response}} {{answer}}"}  # at most 300 tokens each
+    with server(answered) as made:
+        recipe = from_run(both(url(made), budget={"tokens": 500}, **limits), tmp_path)
+        with Run(tmp_path / "run", recipe) as run:
+            add(run.directory, judged_traces(40))
+            with pytest.raises(WorkError, match=r"the judge's budget is used up"):
+                STAGE.perform(run)
+        rows = list(Ledger(tmp_path / "run" / "judgements" / "filter.jsonl").rows())
+        spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in rows)
+        assert len(rows) == len(made.asked) and 8 * len(made.asked) == spent <= 500
+    with server(answered) as made:
+        recipe = from_run(both(url(made), budget={"tokens": 80 * 8 + 300}, **limits), tmp_path)
+        with Run(tmp_path / "other", recipe) as run:
+            add(run.directory, judged_traces(40))
+            assert STAGE.perform(run).verdicts["judge"] == {"accepted": 40}
+        assert len(made.asked) == 80
+
+
+# ---- tasks that the recipe does not name
+
+
+def test_traces_of_another_run_bring_their_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the stored tasks they would be taken for mathematics: another judge would change nothing."""
+    with server(answered) as made:
+        recipe = from_run(judged_recipe(url(made), correct=True, judge=False), tmp_path)
+        with Run(tmp_path / "run", recipe) as run:
+            add(run.directory, judged_traces(2))
+            assert STAGE.settings(run)["judge_model.model"] == "scripted"
+            assert STAGE.perform(run).kept == 2
+        other = recipe.model_copy(update={"judge": judge_settings(url(made), accepted=["no"], rejected=["yes"])})
+        with Run(tmp_path / "run", other) as run, pytest.raises(UserError, match=r"judge_model\.accepted"):
+            STAGE.perform(run)
+        with Run(tmp_path / "none", recipe.model_copy(update={"judge": None})) as run:
+            add(run.directory, judged_traces(2))
+            with pytest.raises(UserError, match=r"filter\.correct: task judge needs a model that judges"):
+                STAGE.perform(run)
+    levels: list[str] = []
+    monkeypatch.setattr("distill.filters.pipeline.require_level", lambda level, where: levels.append(level))
+    with Run(tmp_path / "code", recipe) as run:
+        add(run.directory, [make_trace(prompt=Prompt.from_question("q", "{}", "code"))])
+        with pytest.raises(UserError, match="nothing kept"):
+            STAGE.perform(run)
+    assert levels == ["full"], "programs run at the level that the recipe asks for"
+
+
+def test_a_judge_that_no_filter_asks_is_not_opened(tmp_path: Path) -> None:
+    recipe = judged_recipe("http://127.0.0.1:9/v1", correct=True, judge=False)
+    settings = judge_settings("http://127.0.0.1:9/v1")
+    server_with_key = settings.server.model_copy(update={"api_key_env": "NOT_SET_ANYWHERE"})
+    recipe = recipe.model_copy(update={"judge": settings.model_copy(update={"server": server_with_key})})
+    with Run(tmp_path / "run", recipe) as run:
+        add(run.directory, [make_trace()])
+        assert STAGE.perform(run).kept == 1
 
 
 # ---- a benchmark
