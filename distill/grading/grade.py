@@ -3,10 +3,13 @@
 A `TaskGrader` has two halves. Finding an answer and the comparisons that cannot fail run in the caller's process, in
 linear time. Everything that needs a parser runs in a worker process that can be killed, for neither its time nor its
 memory is bounded.
+
+A grader has a `version`. Raise it with every change after which a verdict may be another: verdicts that are stored were
+given by the version beside them, and those of another one are given again (`distill.grading.identity`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
@@ -64,8 +67,11 @@ class TaskGrader(ABC):
 
     lazy: whether a worker prepares it at its first question and not when it starts. votes: whether two answers can be
     equal, so that the samples of a prompt have a majority. seconds: of processor time for one comparison, in a worker.
+    version: raised when a verdict may change. packages: distributions on which verdicts rest; `python` is Python.
     """
 
+    version: ClassVar[int] = 1
+    packages: ClassVar[Sequence[str]] = ()
     lazy: ClassVar[bool] = False
     votes: ClassVar[bool] = True
     seconds: float = 5.0
