@@ -94,9 +94,10 @@ class FilterStage(Stage[FilterSummary]):
         return recipe.filter_settings()
 
     def settings(self, run: Run) -> Settings:
-        """Those of the recipe, and the judge's identity where one is asked."""
+        """Those of the recipe, the content of the benchmarks of `decontaminate`, and the judge's identity where one is
+        asked."""
         tasks, judge = stored_tasks(run), run.recipe.judge
-        settings = run.recipe.filter_settings(tasks)
+        settings = run.recipe.filter_settings(tasks) | RunResources(run.recipe).benchmarks_identity()
         if judge is not None and run.recipe.filters_ask_the_judge(tasks):
             settings |= {f"judge_model.{key}": value for key, value in run.models.judge.identity.items()}
         return settings
@@ -137,7 +138,7 @@ class FilterStage(Stage[FilterSummary]):
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
         judge = ClusterJudge(run.recipe) if run.on == "ray" else Judge(filters, choosing, resources)
-        judged_by = digest(judges_identity(run.recipe, tasks))
+        judged_by = digest(judges_identity(run.recipe, tasks) | {"benchmarks": resources.benchmarks_digest()})
         with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
             try:
                 _judge(store, total, judge, table, run.paths.verdicts, judged_by)

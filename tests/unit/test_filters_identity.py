@@ -1,5 +1,6 @@
 """What decides verdicts besides the recipe and the traces: versions of filters and graders, contents of benchmarks."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,67 @@ def test_verdicts_without_a_version_are_given_again(tmp_path: Path, capsys: pyte
     assert run_filter(run, numbered(3, 5)).kept == 5
     assert "3 traces had verdicts of other versions" in capsys.readouterr().out
     assert len(judged_by(run)) == 1
+
+
+# ---- decontamination
+
+
+PEARS = "Ann picks 17 pears and 25 plums. How many fruits has she?"
+TRAINS = "A train goes 80 miles in 2 hours. How fast is it?"
+
+
+def problems(path: Path, *questions: str) -> None:
+    path.write_text("".join(json.dumps({"question": each, "answer": "42"}) + "\n" for each in questions))
+
+
+def asked(*questions: str) -> list[Any]:
+    return [make_trace(question=each) for each in questions]
+
+
+def test_another_content_of_a_benchmark_is_refused(tmp_path: Path) -> None:
+    """A file by its name, a card's file, and a file in place of a card's source: also of a finished stage."""
+    bench, other, run = tmp_path / "bench.jsonl", tmp_path / "other.jsonl", tmp_path / "run"
+    problems(bench, PEARS)
+    problems(other, PEARS, TRAINS)
+    settings: dict[str, Any] = {"decontaminate": {"benchmarks": [str(bench)]}}
+    assert run_filter(run, asked(PEARS, TRAINS, "What is 1 + 1?"), **settings).kept == 2
+    assert run_filter(run, **settings).kept == 2
+    bench.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match=r"decontaminate\.content\..*bench\.jsonl: .* → .*--fresh filter"):
+        run_filter(run, **settings)
+    assert run_filter(run, fresh=True, **settings).kept == 1
+
+
+@pytest.mark.parametrize("place", ["the card", "eval.sources"])
+def test_the_file_of_a_card_is_part_of_the_settings(place: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    problems(first, PEARS)
+    problems(second, PEARS, TRAINS)
+    card = tmp_path / "fruit.yaml"
+
+    def identity(path: Path) -> object:
+        card.write_text(f"name: fruit\nprompts: {{kind: file, path: {path if place == 'the card' else first}}}\n")
+        sources = {} if place == "the card" else {"fruit": str(path)}
+        recipe = make_recipe(decontaminate=True)
+        evaluation = recipe.eval.model_copy(update={"benchmarks": (str(card),), "sources": sources})
+        with Run(tmp_path / "run", recipe.model_copy(update={"eval": evaluation})) as run:
+            settings = STAGE.settings(run)
+        return {key: value for key, value in settings.items() if key.startswith("decontaminate.content.")}
+
+    before = identity(first)
+    assert before and before == identity(first) and before != identity(second)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(first.read_bytes())
+    assert identity(copy) == before, "a file may move"
+
+
+def test_traces_are_judged_against_one_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a dataset changes under one name, such as one of the hub without a revision, all traces are judged anew
+    when there is work left, so that no output mixes two contents."""
+    bench, run = tmp_path / "bench.jsonl", tmp_path / "run"
+    problems(bench, PEARS)
+    monkeypatch.setattr("distill.filters.resources._hash_of", lambda path: "unknown")
+    settings: dict[str, Any] = {"decontaminate": {"benchmarks": [str(bench)]}}
+    assert run_filter(run, asked(TRAINS, "What is 1 + 1?"), **settings).kept == 2
+    problems(bench, PEARS, TRAINS)
+    assert run_filter(run, asked(PEARS), **settings).kept == 1
