@@ -272,12 +272,13 @@ def _renumbered(trace: Trace, samples: Counter[str]) -> Trace:
 
 def _counts(store: TraceStore) -> GenerateSummary:
     """Counts over the whole store, in one pass. completion_tokens: of the traces whose token ids are known."""
-    lengths, prompts, truncated = [], set(), 0
+    lengths, prompts, tasks, truncated = [], set(), set(), 0
     digests, counts, forms = [], Counter[str](), Counter[str]()
     for figures in store.figures():
         digests.append(figures.digest)
         lengths.append(figures.tokens)
         prompts.add(figures.key[0])
+        tasks.add(figures.task)
         truncated += figures.finish_reason == "length"
         counts["prompt_tokens"] += figures.prompt_tokens
         counts["cached_tokens"] += figures.cached_tokens
@@ -288,6 +289,7 @@ def _counts(store: TraceStore) -> GenerateSummary:
         traces=len(lengths),
         content_hash=content_hash(digests),
         prompts=len(prompts),
+        tasks=tuple(sorted(tasks)),
         truncated=truncated,
         completion_tokens=sum(lengths),
         median_completion_tokens=statistics.median(lengths),

@@ -47,7 +47,7 @@ from distill.evaluations import (
 )
 from distill.fingerprint import digest
 from distill.grading import GRADERS
-from distill.grading.identity import changes, graders_identity
+from distill.grading.identity import changes, graders_identity, installed
 from distill.grading.instructions import number_of_instructions
 from distill.grading.judged import JUDGE
 from distill.grading.mixed import graded
@@ -88,7 +88,8 @@ class Evaluation:
         self.paths = EvaluationPaths(root / benchmark.name / model.name)
         self.settings = benchmark.settings() | _of_model(model.identity)
         task = benchmark.card.task
-        self.grading = graders_identity([task, "math"] if GRADERS[task].votes else [task])  # votes are compared as such
+        self._tasks = {task, "math"} if GRADERS[task].votes else {task}  # votes are compared as mathematics
+        self.grading = graders_identity(self._tasks)
         if task == JUDGE and judge is not None:
             self.grading |= {f"judge.{key}": value for key, value in judge.items()}
         self.store = TraceStore(self.paths.traces)
@@ -313,7 +314,13 @@ class Evaluation:
         for path in (self.paths.votes, self.paths.grades):
             path.unlink(missing_ok=True)
         self.paths.root.mkdir(parents=True, exist_ok=True)
-        versions = {"distill": __version__, "python": platform.python_version()}
+        packages = {
+            package: number
+            for each in self._tasks
+            for package in GRADERS[each].packages
+            if (number := installed(package))
+        }
+        versions = {"distill": __version__, "python": platform.python_version()} | packages
         GradedWith(settings=self.grading, versions=versions).write(self.paths.grading)
 
     # ---- settings

@@ -42,11 +42,13 @@ T = TypeVar("T")
 class Resources:
     """What filters may use besides a trace and their settings; one in every process that judges.
 
-    seed: the recipe's. What a run adds (the student's tokenizer, benchmarks, …) is in `distill.filters.resources`.
+    seed: the recipe's. tasks: those of the traces. What a run adds (the student's tokenizer, benchmarks, …) is in
+    `distill.filters.resources`.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, tasks: Iterable[str] = ()) -> None:
         self.seed = seed
+        self.tasks = frozenset(tasks)
         self._made: dict[str, object] = {}
 
     def judge(self) -> "AbstractContextManager[AnswerJudge | None]":

@@ -14,7 +14,7 @@ import os
 import re
 import socket
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib.util import find_spec
 from itertools import islice
 from types import TracebackType
@@ -42,10 +42,13 @@ START_SECONDS = 300.0  # until a cluster has a free processor
 
 
 class Actor:
-    """Judges batches in a process of the cluster. directory: where the command runs, for relative paths."""
+    """Judges batches in a process of the cluster.
 
-    def __init__(self, recipe: Recipe, directory: str) -> None:
-        self.recipe, self.directory = recipe, directory
+    directory: where the command runs, for relative paths. tasks: those of the traces.
+    """
+
+    def __init__(self, recipe: Recipe, directory: str, tasks: Collection[str]) -> None:
+        self.recipe, self.directory, self.tasks = recipe, directory, tasks
         self._judge: Judge | None = None
 
     def ready(self) -> None:
@@ -58,7 +61,8 @@ class Actor:
                 each.model_copy(update={"workers": 1}) if "workers" in type(each).model_fields else each
                 for each in settings.judging_filters()
             ]
-            self._judge = Judge(filters, settings.choosing_filters(), RunResources(self.recipe)).__enter__()
+            resources = RunResources(self.recipe, tasks=self.tasks)
+            self._judge = Judge(filters, settings.choosing_filters(), resources).__enter__()
 
     def judge(self, batch: Batch) -> Results:
         """The batch's traces, judged, in any order. Errors: as `ready`."""
@@ -94,10 +98,11 @@ class ClusterJudge:
     """As `Judge`, on the cluster that RAY_ADDRESS names, else on one that runs on this machine, else on a new one.
 
     A context manager: it connects, unless this process is connected already, and starts an actor for each processor.
+    tasks: those of the traces.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, tasks: Collection[str]) -> None:
+        self.recipe, self.tasks = recipe, tasks
 
     def __enter__(self) -> "ClusterJudge":
         import ray
@@ -113,7 +118,7 @@ class ClusterJudge:
                 ) from error
         number = max(1, int(ray.cluster_resources().get("CPU", 1)))
         remote = ray.remote(Actor).options(num_cpus=1, max_restarts=-1, max_task_retries=ATTEMPTS - 1)
-        self._actors: list[ActorHandle] = [remote.remote(self.recipe, os.getcwd()) for _ in range(number)]
+        self._actors: list[ActorHandle] = [remote.remote(self.recipe, os.getcwd(), self.tasks) for _ in range(number)]
         return self
 
     def __exit__(

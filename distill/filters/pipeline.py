@@ -43,27 +43,29 @@ from distill.recipe import Recipe
 from distill.run import Run
 from distill.stage import Stage
 from distill.traces.ledger import Ledger, line_of
+from distill.traces.published import tasks_of_run
 from distill.traces.store import Decision, TraceStore
 from distill.traces.trace import Trace, Verdict, content_hash
 
 KEPT, DROPPED = 0, 1  # of the two directories
 
 
-def check_gradable(recipe: Recipe, tasks: Collection[str] = ()) -> None:
+def check_gradable(recipe: Recipe, tasks: Collection[str] | None = None) -> None:
     """Raise UserError when the filters cannot judge what the prompts ask. Cheap: worth asking before generating.
 
-    tasks: of the stored traces; those of another run have their own, which the recipe does not name.
+    tasks: those of the traces; None, before there are any: those that the recipe and the runs it reads have.
     """
     if recipe.judge is not None:
         check_budget(recipe.judge)
     if not recipe.filter.correct:
         return
-    tasks = {*recipe.tasks, *tasks}
+    if tasks is None:
+        tasks = recipe.tasks | {task for source in recipe.traces for task in tasks_of_run(source)}
     require_judge(tasks, recipe.judge is not None, "filter.correct")
     for task in sorted(tasks):
         require_grader(task, "filter.correct", "set it to false, or leave such prompts out")
-        if task == "code":
-            require_level(recipe.filter.correct.sandbox, "filter.correct.sandbox")
+    if "code" in tasks:
+        require_level(recipe.filter.correct.sandbox, "filter.correct.sandbox")
     for i, source in enumerate(recipe.prompts):
         if getattr(source, "answer", "") is None:
             raise UserError(
@@ -72,8 +74,13 @@ def check_gradable(recipe: Recipe, tasks: Collection[str] = ()) -> None:
             )
 
 
-def load_resources(recipe: Recipe, judgements: Path | None = None, tasks: Collection[str] = ()) -> RunResources:
-    """Load what the filters need besides the traces. Errors: UserError, such as for a benchmark that cannot be read."""
+def load_resources(
+    recipe: Recipe, judgements: Path | None = None, tasks: Collection[str] | None = None
+) -> RunResources:
+    """Load what the filters need besides the traces. judgements, tasks: as `RunResources` has them.
+
+    Errors: UserError, such as for a benchmark that cannot be read.
+    """
     resources = RunResources(recipe, judgements, tasks)
     for each in (*recipe.filter.judging_filters(), *recipe.filter.choosing_filters()):
         each.check(resources)
@@ -96,7 +103,7 @@ class FilterStage(Stage[FilterSummary]):
     def settings(self, run: Run) -> Settings:
         """Those of the recipe, the content of the benchmarks of `decontaminate`, and the judge's identity where one is
         asked."""
-        tasks, judge = stored_tasks(run), run.recipe.judge
+        tasks, judge = _tasks(run), run.recipe.judge
         settings = run.recipe.filter_settings(tasks) | RunResources(run.recipe).benchmarks_identity()
         if judge is not None and run.recipe.filters_ask_the_judge(tasks):
             settings |= {f"judge_model.{key}": value for key, value in run.models.judge.identity.items()}
@@ -107,7 +114,7 @@ class FilterStage(Stage[FilterSummary]):
 
         From the record of a finished `generate`, else from the store. Errors: UserError when there are no traces.
         """
-        judges: Settings = {"judged_by": judges_identity(run.recipe, stored_tasks(run))}
+        judges: Settings = {"judged_by": judges_identity(run.recipe, _tasks(run))}
         if (generated := run.stored_summary("generate", GenerateSummary)) is not None:
             return judges | {"traces": generated.traces, "content": generated.content_hash}
         store = TraceStore(run.paths.traces)
@@ -122,7 +129,7 @@ class FilterStage(Stage[FilterSummary]):
         Errors: UserError when there are no traces, when a task has no grader, and when nothing is kept (the dropped
         traces are written before).
         """
-        tasks = stored_tasks(run)
+        tasks = _tasks(run)
         check_gradable(run.recipe, tasks)
         if run.on == "ray":
             require_ray()
@@ -137,7 +144,7 @@ class FilterStage(Stage[FilterSummary]):
         filters, choosing = settings.judging_filters(), settings.choosing_filters()
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
-        judge = ClusterJudge(run.recipe) if run.on == "ray" else Judge(filters, choosing, resources)
+        judge = ClusterJudge(run.recipe, tasks) if run.on == "ray" else Judge(filters, choosing, resources)
         judged_by = digest(judges_identity(run.recipe, tasks) | {"benchmarks": resources.benchmarks_digest()})
         with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
             try:
@@ -164,21 +171,25 @@ class FilterStage(Stage[FilterSummary]):
 STAGE = FilterStage()
 
 
-def stored_tasks(run: Run) -> set[str]:
-    """The tasks of a run's traces, where they are published ones, which may have others than the recipe says."""
-    return TraceStore(run.paths.traces).tasks() if run.recipe.traces else set()
+def _tasks(run: Run) -> set[str]:
+    """The tasks of the run's traces. Reads the traces only if they were published and `generate` is not finished."""
+    if run.recipe.prompts:
+        return run.recipe.tasks
+    if (generated := run.stored_summary("generate", GenerateSummary)) is not None and generated.tasks is not None:
+        return set(generated.tasks)
+    return TraceStore(run.paths.traces).tasks()
 
 
-def judges_identity(recipe: Recipe, tasks: Collection[str] = ()) -> Settings:
+def judges_identity(recipe: Recipe, tasks: Collection[str]) -> Settings:
     """The versions of what decides stored verdicts and notes: the filters, the graders of the tasks, their packages.
 
-    tasks: of the stored traces, besides those that the recipe names.
+    tasks: those of the traces.
     """
     filters = recipe.filter
     identity: Settings = {}
     for each in (*filters.judging_filters(), *filters.choosing_filters()):
         identity |= versioned(f"filter.{each.name}", each.version, each.packages)
-    graded = {*recipe.tasks, *tasks} if filters.correct is not None or filters.majority is not None else set()
+    graded = set(tasks) if filters.correct is not None or filters.majority is not None else set()
     return identity | graders_identity(graded | ({JUDGE} if filters.judge is not None else set()))
 
 

@@ -1,6 +1,6 @@
 """What a run adds to the resources of its filters. The recipe imports the filters, so only this room knows it."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -21,19 +21,19 @@ from distill.prompts.rows import rows_of_file
 from distill.recipe import Recipe
 from distill.recipe.sources import FilePrompts, HubPrompts, PromptSource
 
-FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # what is not a card
 QUESTIONS = ("question", "problem", "prompt", "text")  # columns in which files of problems keep their questions
 
 
 class RunResources(Resources):
     """The resources of the filters of a recipe. Made anew in every process that judges, from the recipe alone.
 
-    judgements: the directory in which a judge's answers are kept; None keeps none. tasks: of the stored traces.
+    judgements: the directory in which a judge's answers are kept; None keeps none. tasks: those of the traces; None:
+    those that the recipe names.
     """
 
-    def __init__(self, recipe: Recipe, judgements: Path | None = None, tasks: Collection[str] = ()) -> None:
-        super().__init__(recipe.seed)
-        self.recipe, self.tasks = recipe, tasks
+    def __init__(self, recipe: Recipe, judgements: Path | None = None, tasks: Iterable[str] | None = None) -> None:
+        super().__init__(recipe.seed, recipe.tasks if tasks is None else tasks)
+        self.recipe = recipe
         self._judgements = judgements
 
     def judge(self) -> AbstractContextManager[AnswerJudge | None]:
@@ -90,13 +90,13 @@ class RunResources(Resources):
 
     def _items(self, name: str) -> Iterator[Item]:
         with _reading(name):
-            sources = [_file_of(Path(name))] if _is_file(name) else self._sources(name)
+            sources = [_file_of(Path(name))] if catalog.is_problem_file(name) else self._sources(name)
             for number, prompt in enumerate(load_prompts(sources)):
                 yield Item(f"{Path(name).stem}/{number}", prompt.messages[-1]["content"])
 
     def _content(self, name: str) -> str:
         with _reading(name):
-            if _is_file(name):
+            if catalog.is_problem_file(name):
                 return _hash_of(Path(name))
             sources = [source.settings() | _content_of(source) for source in self._sources(name)]
         return digest([{key: value for key, value in source.items() if key != "path"} for source in sources])
@@ -114,12 +114,12 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        hint = "" if _is_file(name) else "; or name a file with its problems in filter.decontaminate.benchmarks"
+        hint = (
+            ""
+            if catalog.is_problem_file(name)
+            else "; or name a file with its problems in filter.decontaminate.benchmarks"
+        )
         raise UserError(f"filter.decontaminate: {error}{hint}") from error
-
-
-def _is_file(name: str) -> bool:
-    return Path(name).is_dir() or any(name.endswith((kind, f"{kind}.gz", f"{kind}.zst")) for kind in FILES)
 
 
 def _content_of(source: PromptSource) -> Settings:

@@ -24,6 +24,7 @@ def _is_date(day: str) -> str:
 
 Day = Annotated[str, AfterValidator(_is_date)]
 Task = Literal["math", "code", "choice", "instructions", "judge", "chat"]
+PublishedTask = Literal["math", "code", "choice", "instructions", "judge", "chat", "gym"]  # gym: of our own exports
 QUESTION, OPTIONS = "question", "options"  # the names in a template that are not those of columns
 EXTRACT_TASK = {"tests": "code", "instructions": "instructions"}  # `extract` that only one task uses
 
@@ -192,8 +193,16 @@ class _Published(Section):
     reasoning: str | None = Field(None, description="column with the reasoning, without tags")
     response: str | None = Field(None, description="column with the answer that follows the reasoning")
     answer: str | None = Field(None, description="column with the gold answer; null: `answer` and the like, if present")
-    task: Task = Field("math", description="kind of problem, which selects the grader")
+    task: PublishedTask | None = Field(
+        None,
+        description="kind of problem, which selects the grader; null: math, and in rows that `distill export` wrote "
+        "their own, but for code and gym, whose graders run what the file contains",
+    )
     limit: Annotated[int | None, Free] = Field(None, ge=1, description="maximum number of rows to read")
+
+    def settings(self) -> dict[str, JsonValue]:
+        """As the base; without a task `math`, as runs recorded it that began when that was the default."""
+        return super().settings() | {"task": self.task or "math"}
 
 
 class HubTraces(_Published, _OnHub):

@@ -25,7 +25,7 @@ from distill.prompts.rows import Row, columns_of, has_column, rows_of_file, valu
 from distill.prompts.streams import opened, readable
 from distill.traces.exported import MARK, is_exported, read_exported
 from distill.traces.layouts import ALIGNED, COLUMNS, REASONING, Answer, Columns, LeftOut, answers, is_known, no_layout
-from distill.traces.store import read_traces
+from distill.traces.store import read_traces, tasks_in
 from distill.traces.trace import Trace, Verdict
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def read_published(source: "TraceSource", note: Callable[[str], None] = say) -> 
     answer of the source can be used.
     """
     if source.kind == "run":
-        run = Path(source.path)
-        kept = run / "traces" if (run / IMPORTED).is_file() else run / "filtered" / "kept"
+        kept = _kept(Path(source.path))
         if not kept.is_dir():
             raise UserError(
                 f"{source.path}: no run directory with kept traces (no filtered/kept in it), and not made by "
@@ -58,6 +57,19 @@ def read_published(source: "TraceSource", note: Callable[[str], None] = say) -> 
         return
     rows, name = _rows(source)
     yield from (trace for trace, _ in Reader(source, name, note).traces(rows))
+
+
+def _kept(run: Path) -> Path:
+    """The directory with the traces that a run kept, or that an import stored."""
+    return run / "traces" if (run / IMPORTED).is_file() else run / "filtered" / "kept"
+
+
+def tasks_of_run(source: "TraceSource") -> set[str]:
+    """The tasks of the traces that another run kept; none for other sources, and where that run is not there.
+
+    Errors: UserError for a damaged file of traces.
+    """
+    return tasks_in(_kept(Path(source.path))) if source.kind == "run" else set()
 
 
 def reader_of(source: "HubTraces | FileTraces", note: Callable[[str], None]) -> "tuple[Reader, Iterator[Row]]":
@@ -158,7 +170,7 @@ class Reader:
     ) -> Iterator[tuple[Trace, list[Verdict]]]:
         if is_exported(row):
             self.gold_seen = True
-            for number, trace in enumerate(read_exported(row, where)):
+            for number, trace in enumerate(read_exported(row, where, self.source.task)):
                 yield trace, self._label(row, number)
             return
         for answer in answers(row, columns, where, self.whole):
@@ -189,7 +201,7 @@ class Reader:
         return [Verdict(LABEL, True, reason, evidence)] if evidence else []
 
     def _trace(self, row: dict[str, object], answer: Answer, teacher: str) -> Trace:
-        prompt = Prompt(answer.messages, self.source.task, self._gold(row), self.name)
+        prompt = Prompt(answer.messages, self.source.task or "math", self._gold(row), self.name)
         reasoning, response = answer.parts or split_reasoning(answer.text)
         return Trace(prompt, 0, 0, answer.text, reasoning, response, answer.finish_reason, teacher)
 
@@ -197,7 +209,7 @@ class Reader:
         names = (self.source.answer,) if self.source.answer else GOLD
         value = next((value for name in names if (value := value_at(row, name)) is not None), None)
         try:
-            gold = gold_text(value, self.source.task)
+            gold = gold_text(value, self.source.task or "math")
         except ValueError:
             gold = None
         self.without_gold += gold is None

@@ -80,7 +80,8 @@ CHEATS = {
     "never ends": "def f(x):\n while True: pass",
     "searches its memory": (
         "import gc\ndef f(x):\n"
-        " seen = [o for o in gc.get_objects() if isinstance(o, (list, dict)) and 'expected-4711' in repr(o)[:9999]]\n"
+        " text = 'expected-' + '4711'\n"
+        " seen = [o for o in gc.get_objects() if isinstance(o, (list, dict)) and text in repr(o)[:9999]]\n"
         " return 4 if seen else 5"
     ),
     "leaves a thread": (

@@ -5,6 +5,7 @@ the limits of each level. The strongest walls that work are used, whatever level
 """
 
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -33,14 +34,27 @@ def level_of(powers: Powers) -> Level:
     return "process"
 
 
-def open_zygote() -> Zygote:
-    """A zygote behind the strongest walls of this machine. Errors: WorkError when none starts at all."""
+def open_zygote(level: Level = "process") -> Zygote:
+    """A zygote behind the strongest walls of this machine.
+
+    Errors: WorkError when none starts at all, and when the strongest walls give less than `level`.
+    """
     refusals = list[str]()
     for kind in _kinds():
         try:
-            return Zygote(kind)
+            zygote = Zygote(kind)
         except NotAvailable as error:
             refusals.append(f"{kind}: {error}")
+            continue
+        here = level_of(zygote.powers)
+        if LEVELS.index(here) > LEVELS.index(level):
+            zygote.close()
+            why = f" ({refusals[0]})" if refusals else ""
+            raise WorkError(
+                f"{platform.node()}: programs are run at level {level!r} of isolation, and this machine gives "
+                f"{here!r}{why}; `distill doctor` on it says what to install"
+            )
+        return zygote
     raise WorkError(f"the sandbox did not start ({'; '.join(refusals)})")
 
 

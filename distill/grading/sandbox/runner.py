@@ -109,7 +109,8 @@ class _Running:
         if status < 0:
             return f"crash: {signal.Signals(-status).name}"
         last = errors.strip().rpartition("\n")[2]
-        name = match[1] if status == 1 and (match := EXCEPTION.match(last)) else ""
+        raised = status == 1 and 'File "main.py"' in errors  # and not the text of a `sys.exit`
+        name = match[1] if raised and (match := EXCEPTION.match(last)) else ""
         if name == "MemoryError":
             return "memory limit"
         if name == "OSError" and FULL.search(last):
@@ -237,10 +238,13 @@ class Sandbox:
             theirs.close()
             os.close(result)
 
-    def call(self, code: str, setup: str, name: str, arguments: Sequence[object], seconds: float) -> "Returned":
-        """Call a function of an answer, or a method of its class `Solution`, and bring back what it returned."""
+    def call(
+        self, code: str, setup: str, name: str, arguments: Sequence[object], seconds: float, given: str = ""
+    ) -> "Returned":
+        """Call a function of an answer, or a method of its class `Solution`, and bring back what it returned. given:
+        imports before the answer; a function of that name among them is not the answer's."""
         ours, theirs = socket.socketpair()
-        answer = self._answer(code, setup, theirs, seconds)
+        answer = self._answer(code, setup, theirs, seconds, f"{given}\nglobals().pop({name!r}, None)\n")
         theirs.close()
         ours.settimeout(PATIENCE * seconds + REPORT_SECONDS)
         try:
@@ -256,8 +260,8 @@ class Sandbox:
             ours.close()
             answer.close()
 
-    def _answer(self, code: str, setup: str, channel: socket.socket, seconds: float) -> _Running:
-        request = {"role": "answer", "code": code, "setup": _shared(setup)}
+    def _answer(self, code: str, setup: str, channel: socket.socket, seconds: float, given: str = "") -> _Running:
+        request = {"role": "answer", "code": code, "setup": _shared(setup), "given": given}
         return self.zygote.start(request, seconds, passed={"channel": channel.fileno()}, memory=self.memory)
 
 
