@@ -426,12 +426,22 @@ def test_a_benchmark_that_a_judge_grades(tmp_path: Path, monkeypatch: pytest.Mon
         assert distill(monkeypatch, *asked, *judge) == 0
         row = scores(tmp_path / "out", "simpleqa")
         assert (row.correct, row.unverifiable_rate) == (1, pytest.approx(1 / 3))
-        assert row.settings["judge.model.model"] == "scripted" and "judge.prompt" in row.settings
+        assert row.grading["judge.model.model"] == "scripted" and "judge.prompt" in row.grading
+        assert not any(key.startswith("judge.") for key in row.settings), "samples do not depend on the judge"
         assert len(made.asked) == 6
         assert distill(monkeypatch, *asked, *judge) == 0
         assert len(made.asked) == 6, "finished is finished"
-        assert distill(monkeypatch, *asked, *judge, "--set", "judge.seed=3") == 2
-        assert "judge.seed: 0 → 3" in capsys.readouterr().err
+        capsys.readouterr()
+        assert distill(monkeypatch, *asked, *judge, "--set", "judge.seed=3") == 0
+        assert (
+            "its grades are of another grader (judge.seed: 0 → 3); grading its samples again" in capsys.readouterr().out
+        )
+        assert len(made.asked) == 9, "another judge is asked about the same samples"
+        assert scores(tmp_path / "out", "simpleqa").grading["judge.seed"] == 3
+        assert distill(monkeypatch, *asked, *judge) == 0
+        assert len(made.asked) == 9, "the judgements of the first judge are still there"
+        assert distill(monkeypatch, *asked, *judge, "--set", "judge.max_characters=8") == 0
+        assert len(made.asked) == 9 and scores(tmp_path / "out", "simpleqa").correct == 0
 
 
 if __name__ == "__main__":
