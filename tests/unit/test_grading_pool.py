@@ -211,7 +211,7 @@ def test_unreadable_golds_are_counted_once_each(monkeypatch: pytest.MonkeyPatch)
     prompts = [Prompt.from_question(f"q{i}", answer) for i, answer in enumerate(answers)]
     prompts.append(Prompt.from_question("q", "hello", "chat"))
     assert unreadable_golds(prompts, 1, 5.0) == ([r"3 \mid n", r"\sum k"], 4)
-    monkeypatch.setattr(grader_module, "TRIED", 2)
+    monkeypatch.setattr(grader_module, "CHECKED", 2)
     assert unreadable_golds(prompts, 1, 5.0) == ([r"3 \mid n"], 2)
     monkeypatch.setattr(WorkerPool, "_start", lambda pool: pytest.fail("integers need no process"))
     assert unreadable_golds([Prompt.from_question(str(i), str(i)) for i in range(9)], 1, 5.0) == ([], 2)

@@ -1,14 +1,25 @@
 """Are two answers the same? True, False, or None where that is not decided.
 
-The forms are those of `distill.grading.math.values`. Conventions, each of which is a test:
+The forms are those of `distill.grading.math.values`. The conventions follow the published graders of the data sets
+(the normalizer of MATH, the graders of Qwen2.5-Math and Math-Verify) where a person would agree. Where the question
+would have to decide, the verdict is None: a wrong answer graded correct is the worst error. Each is tested:
 
-- A label counts for nothing (`x = 5` is `5`), but two different labels do.
+- A label is not compared (`x = 5` equals `5`), but two different labels leave the answers undecided.
 - A bare list is a multiset, `{…}` is a set, `(…)` is ordered; `(a, b)` is an open interval beside an interval.
-- A unit that only one side has is not compared; two units are, with their factors. A letter that would make them
-  equal as a unit leaves them undecided (`0.05 m` beside `5 cm`). A number that would be right in
-  another unit is undecided.
-- A percentage equals its number and its hundredth. A rounded decimal beside an exact number is undecided.
-- A base that only one side has: the same digits are undecided, another value is wrong.
+  Inequalities joined by "or" are a union. Lists with labels are compared label by label.
+- A unit on one side only is not compared; two units are, with their factors. A number that would be right in another
+  unit, and a letter that may be a unit (`0.05 m` beside `5 cm`, `5 m` beside `5`), are undecided.
+- `5%` equals `5` and `0.05`: the normalizer of MATH drops the sign, Qwen2.5-Math's grader accepts both values, and such
+  a question usually asks "what percent". Up to 1 the number alone is undecided: `0.5` beside `0.5%` may lack the sign
+  or confuse a fraction with a percentage.
+- `1,5` equals `1.5`, as for Math-Verify, and the list 1, 5: the digits would not agree by chance. A comma before
+  exactly three digits separates thousands: `1,000` is never 1.
+- The ratio `3:4` equals the quotient `3/4`, which is its definition. With two digits after the colon (`10:30`) it may
+  be a time, and the quotient is undecided.
+- A rounded decimal beside an exact number is undecided; `0.333...` repeats.
+- A base on one side only: the same digits are undecided, another value is wrong.
+- A logarithm without a base is undecided unless every usual base (e, 10, 2) gives the same verdict.
+- `n!!` is the double factorial, `\\sin^{-1}` the inverse function, `I`, `AB` and `VI` are names as well as products.
 """
 
 import sympy

@@ -1,7 +1,8 @@
-"""An answer's text → what it denotes, or `Unreadable`: never a part of it.
+"""The text of an answer → its value, or `Unreadable`; a text is never read in part.
 
-`readings` gives every reading that a text has by common conventions: `1,234` is a number or a pair of numbers, `1,5` a
-decimal or a pair, `(B) 12` an option and its content. What is the same under one reading of each is the same answer.
+`readings` gives every reading of a text by common conventions: `1,5` is a decimal or a pair of numbers, `(B) 12` an
+option and its content. Two answers are the same if one reading of each is. A comma before three digits separates
+thousands.
 """
 
 import json
@@ -55,7 +56,7 @@ TRAILING = re.compile(
 
 
 def read(text: str) -> Value:
-    """Read a whole text. Errors: Unreadable where a part of it is not understood."""
+    """Read a text. Errors: Unreadable if any part of it is not understood."""
     return _read(cleaned(_money(text)))
 
 

@@ -14,7 +14,7 @@ Verdict = bool | None
 
 
 def all_of(verdicts: Iterable[Verdict]) -> Verdict:
-    """False if one is, else None if one is, else True."""
+    """False if any verdict is False, else None if any is None, else True."""
     result: Verdict = True
     for verdict in verdicts:
         if verdict is False:
@@ -24,6 +24,7 @@ def all_of(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def equal_regions(gold: Region, answer: Region) -> Verdict:
+    """Compare two sets of real numbers, interval by interval where they are unions of intervals."""
     one, other = gold.points, answer.points
     if one == other:
         return True
@@ -112,6 +113,7 @@ def equal_comparisons(gold: Comparison, answer: Comparison) -> Verdict:
 
 
 def equal_ratios(gold: Ratio, answer: Ratio) -> Verdict:
+    """Compare two ratios up to a common factor; times of day part by part."""
     if len(gold.parts) != len(answer.parts):
         return None if gold.clock or answer.clock else False
     exact = all_of(map(same, gold.parts, answer.parts))
@@ -123,6 +125,7 @@ def equal_ratios(gold: Ratio, answer: Ratio) -> Verdict:
 
 
 def equal_congruences(gold: Congruence, answer: Congruence) -> Verdict:
+    """Compare the residues of two congruences with the same left side and modulus."""
     if gold.left != answer.left:
         return None
     if gold.modulus != answer.modulus:

@@ -1,4 +1,4 @@
-"""What an answer may be once it is read: a number or expression, a sequence, an interval, a relation, words.
+"""The forms of an answer: a number or expression, a sequence, an interval, a relation, words.
 
 Each class is one form. Expressions are sympy's and exact: decimals are rationals, and nothing is a float.
 """
@@ -12,7 +12,7 @@ from distill.grading.math.units import Unit
 
 
 class Unreadable(ValueError):
-    """The text was not read whole, or what it denotes is too large to build; the message is the countable reason."""
+    """A text that is not read completely, or denotes a number too large to build; the message is a countable reason."""
 
 
 @dataclass(frozen=True)
