@@ -19,8 +19,8 @@ from distill.grading.code import (
     compare_output,
     compare_values,
     find_program,
-    run_tests,
     names_in_tests,
+    run_tests,
 )
 from distill.grading.sandbox.levels import open_zygote
 from distill.grading.sandbox.runner import Sandbox
