@@ -29,7 +29,7 @@ from distill.catalog import load_recipe
 from distill.config import did_you_mean, parse, read_yaml
 from distill.errors import UserError
 from distill.models import Model, Server, teacher_of
-from distill.prompts.prompt import Message, Prompt, Task
+from distill.prompts.prompt import Message, Prompt, Task, split_reasoning
 from distill.recipe import LocalEngine, Recipe, SamplingSettings
 from distill.record import StageRecord, read_recipe
 from distill.traces.trace import FinishReason
@@ -235,7 +235,7 @@ def grade(answer: str, gold: str, task: Task = "math") -> "Grade":
     if task == "code":
         require_level("full", "grade")
     with Grader(workers=1) as grader:
-        ((_, result),) = grader.grade([(0, Prompt.from_question("", gold, task), answer)])
+        ((_, result),) = grader.grade([(0, Prompt.from_question("", gold, task), split_reasoning(answer)[1])])
     return result
 
 

@@ -192,16 +192,17 @@ class Drafts(Artefact):
 class GenerateSummary(Artefact):
     """What `traces/` holds, and how fast the last session made it.
 
-    content_hash: over (prompt id, sample, text) of all traces, whatever their order. completion_tokens: 0 where the
-    traces have no token counts, like the other counts of tokens; cached tokens are among those of the prompts,
-    reasoning tokens among those of the completions. forms: how the reasoning came (`Trace.form`) → traces. made,
-    seconds, tokens_per_second, drafts: of the last session alone. numerics: what produced the numbers, None for
-    published traces.
+    content_hash: over (prompt id, sample, text) of all traces, whatever their order. tasks: of the prompts; None in
+    summaries of earlier versions. completion_tokens: 0 where the traces have no token counts, like the other counts of
+    tokens; cached tokens are among those of the prompts, reasoning tokens among those of the completions. forms: how
+    the reasoning came (`Trace.form`) → traces. made, seconds, tokens_per_second, drafts: of the last session alone; the
+    rate is without the start of a server. numerics: what produced the numbers, None for published traces.
     """
 
     traces: int
     content_hash: str
     prompts: int
+    tasks: tuple[str, ...] | None = None
     truncated: int
     completion_tokens: int
     median_completion_tokens: float
@@ -318,7 +319,8 @@ class Scores(Artefact):
     Rates are shares of all samples. pass_at_k, consensus_at_k: by k, empty where a problem has one sample. Lengths are
     in the model's tokens (`reasoning_unit` says where reasoning is counted in words). instructions: None where the
     problems are not instructions. parts: by source, for a benchmark of several. settings: how the samples were drawn.
-    versions: of the packages that a score may depend on.
+    grading: which grader or judge gave the verdicts, empty where an earlier version did not record it. versions: of the
+    packages that a score may depend on.
     """
 
     benchmark: str
@@ -345,6 +347,7 @@ class Scores(Artefact):
     source: dict[str, JsonValue]
     prompts_hash: str
     settings: Settings
+    grading: Settings = {}
     versions: dict[str, str]
 
 

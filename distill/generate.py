@@ -103,7 +103,9 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
     total = len(run.prompts) * recipe.generate.samples
     left = sum(len(job.samples) for job in wanted)
     allowance = _allowance(run, store)
-    if wanted and allowance is not None and not allowance.fits(asked(wanted[0].prompt, suffix)):
+    if wanted and allowance is not None and not allowance.fits(first := asked(wanted[0].prompt, suffix)):
+        if (shortfall := allowance.shortfall(first)) is not None:
+            raise UserError(f"{shortfall}; raise it, or lower generate.sampling.max_new_tokens")
         raise _used_up(allowance, left, total)
     with backends.open(run.models.teacher, recipe.engine, recipe.generate.max_batch) as backend:
         check_all(backend, wanted, sampling, suffix)
@@ -130,7 +132,7 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
         update={
             "made": left,
             "seconds": round(seconds, 1),
-            "tokens_per_second": round(usage.completion_tokens / max(seconds, 1e-3)),
+            "tokens_per_second": round(usage.completion_tokens / max(seconds - usage.starting, 1e-3)),
             "drafts": usage.drafts and Drafts(proposed=usage.drafts[0], accepted=usage.drafts[1]),
             "numerics": numerics,
         }
@@ -205,6 +207,7 @@ def sample_pilot(run: "Run", count: int) -> Measured | None:
         if allowance is not None and made < total:
             raise _used_up(allowance, total - made, total)
         seconds, usage = time.monotonic() - started, backend.usage
+        seconds -= usage.starting - before.starting
     prompts = usage.prompt_tokens - before.prompt_tokens
     requests = total if run.models.teacher.is_remote else len(wanted)  # the engine reads a prompt once for all samples
     return Measured(
@@ -269,12 +272,13 @@ def _renumbered(trace: Trace, samples: Counter[str]) -> Trace:
 
 def _counts(store: TraceStore) -> GenerateSummary:
     """Counts over the whole store, in one pass. completion_tokens: of the traces whose token ids are known."""
-    lengths, prompts, truncated = [], set(), 0
+    lengths, prompts, tasks, truncated = [], set(), set(), 0
     digests, counts, forms = [], Counter[str](), Counter[str]()
     for figures in store.figures():
         digests.append(figures.digest)
         lengths.append(figures.tokens)
         prompts.add(figures.key[0])
+        tasks.add(figures.task)
         truncated += figures.finish_reason == "length"
         counts["prompt_tokens"] += figures.prompt_tokens
         counts["cached_tokens"] += figures.cached_tokens
@@ -285,6 +289,7 @@ def _counts(store: TraceStore) -> GenerateSummary:
         traces=len(lengths),
         content_hash=content_hash(digests),
         prompts=len(prompts),
+        tasks=tuple(sorted(tasks)),
         truncated=truncated,
         completion_tokens=sum(lengths),
         median_completion_tokens=statistics.median(lengths),

@@ -24,7 +24,7 @@ from distill import catalog, model_files
 from distill.artefacts import RunPaths
 from distill.errors import UserError
 from distill.fingerprint import digest, weights_hash
-from distill.recipe.server import KEY_VARIABLE, SILENCE, LaunchedServer
+from distill.recipe.server import KEY_VARIABLE, SILENCE, LaunchedServer, checked_header
 
 if TYPE_CHECKING:
     from distill.chat import Chat
@@ -127,12 +127,17 @@ class Launch:
 
 
 def _from_environment(name: str, value: str) -> str:
-    """A header's value; `$NAME` is that environment variable's. Errors: UserError when it is not set."""
-    if not value.startswith("$"):
-        return value
-    if not (found := os.environ.get(value[1:])):
-        raise UserError(f"server.headers: {name}: the environment variable {value[1:]} is not set")
-    return found
+    """A header's value; `$NAME` is that environment variable's. Errors: UserError when it is not set, or HTTP cannot
+    carry its value."""
+    variable, content = ("", value) if not value.startswith("$") else (value[1:], os.environ.get(value[1:], "").strip())
+    if variable and not content:
+        raise UserError(f"server.headers: {name}: the environment variable {variable} is not set")
+    try:
+        return checked_header(name, content)
+    except ValueError as error:
+        raise UserError(
+            f"server.headers: {error}{f' (environment variable {variable})' if variable else ''}"
+        ) from error
 
 
 @dataclass(eq=False)

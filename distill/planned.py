@@ -27,6 +27,22 @@ class Measured(Artefact):
     settings: str | None = None
 
 
+class Pilot(Artefact):
+    """The samples of finished pilots: all samples below `samples` of these prompts (ids). population: digest of the ids
+    of all prompts, from which they were drawn at random."""
+
+    prompts: tuple[str, ...]
+    samples: int
+    population: str
+
+    def joined(self, earlier: "Pilot | None") -> "Pilot":
+        """This pilot with an earlier one from the same prompts: both were drawn without regard to lengths."""
+        if earlier is None or earlier.population != self.population:
+            return self
+        prompts = tuple(dict.fromkeys((*earlier.prompts, *self.prompts)))
+        return self.model_copy(update={"prompts": prompts, "samples": min(earlier.samples, self.samples)})
+
+
 class StagePlan(Artefact):
     """The expected figures of one stage. tokens: completion tokens, or tokens that training reads.
 
@@ -40,11 +56,30 @@ class StagePlan(Artefact):
     disk: Expected | None = None
 
 
+class Judgements(Artefact):
+    """What a judge is asked. filter, eval: judgements. prompt_tokens, completion_tokens: of each, as the `stored`
+    judgements have on average, or assumed where none is stored. money: of all, in `currency`; None without a price."""
+
+    filter: int
+    eval: int
+    prompt_tokens: float
+    completion_tokens: float
+    stored: int
+    money: float | None = None
+    currency: str = ""
+
+    @property
+    def count(self) -> int:
+        """All judgements."""
+        return self.filter + self.eval
+
+
 class Plan(Artefact):
     """`plan.json`: what a recipe was expected to take.
 
     basis: what the tokens are estimated from. mean_tokens: per trace. prompt_tokens: of all requests. price: where and
-    when the price of tokens is from; None without one. input_price, output_price: per million tokens.
+    when the price of tokens is from; None without one. input_price, output_price: per million tokens. pilot: None
+    before one has finished. judgements: None without a judge; their money is not part of the stages'.
     """
 
     traces: int
@@ -56,4 +91,6 @@ class Plan(Artefact):
     input_price: float | None = None
     output_price: float | None = None
     measured: Measured | None
+    pilot: Pilot | None = None
+    judgements: Judgements | None = None
     stages: tuple[StagePlan, ...]

@@ -1,21 +1,29 @@
-"""The filter stage on traces as long as R1's: traces a second and peak memory at two sizes.
+"""The filter stage on traces as long as R1's: traces a second and peak memory at two sizes; and MinHash beside a peer.
 
     python perf/filters.py [--json FILE] [--work DIR] [--sizes 10000,100000] [--seed N] [--set KEY=VALUE …]
+        [--no-peer]
 
 The traces are synthetic, from a seed: lengths as those of R1 on mathematics (log-normal, mean some 3,900 tokens, a tail
 up to 32,768), four samples of a prompt, stored in the order in which they would finish; most are right, three in ten of
 those in another spelling that needs the parser, the others are wrong, cut off, without an answer or without a closed
 block; one in a hundred is a copy of another sample. They are written once and kept.
 
-`distill filter` runs on each size in a process of its own. Its memory is the proportional set size (`Pss` in
-`/proc/PID/smaps_rollup`) of the process and all its descendants, sampled five times a second; a page that several
-processes share counts once.
+`distill filter` runs on each size in a process of its own, with the profile `math` and every other filter that can
+judge such traces: decontamination against 1,319 problems, pass rates, near-duplicates of prompts and of completions,
+the most diverse two of four samples. `--set` adds to that or takes away (`--set filter.near_answers=false`). Its
+memory is the proportional set size (`Pss` in `/proc/PID/smaps_rollup`) of the process and all its descendants,
+sampled five times a second; a page that several processes share counts once. Before that every filter judges the same
+few traces in this process, for its own milliseconds a trace; grading, which happens in processes of its own, is not
+among these figures.
+
+`perf/minhash.py` compares MinHash with datatrove, which `perf/requirements.txt` installs; `--no-peer` leaves it out.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -25,6 +33,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import minhash
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,90 +42,35 @@ sys.path.insert(0, str(ROOT))
 SAMPLES = 4
 MEDIAN, SIGMA, LONGEST = 2600, 0.9, 32768  # tokens
 CHARACTERS = 3.6  # of a token
+PROBLEMS = 1319  # of the benchmark that prompts are compared with, as many as GSM8K's
+TIMED = 300  # traces on which each filter is timed alone
 SAMPLED = 0.2  # seconds between two looks at the memory
-WORDS = [
-    "let",
-    "us",
-    "the",
-    "we",
-    "so",
-    "then",
-    "value",
-    "number",
-    "sum",
-    "product",
-    "equation",
-    "root",
-    "triangle",
-    "angle",
-    "side",
-    "length",
-    "square",
-    "check",
-    "wait",
-    "again",
-    "maybe",
-    "consider",
-    "because",
-    "therefore",
-    "each",
-    "term",
-    "factor",
-    "prime",
-    "modulo",
-    "remainder",
-    "case",
-    "total",
-    "answer",
-    "simplify",
-    "substitute",
-    "gives",
-    "hence",
-    "suppose",
-    "integer",
-    "positive",
-    "circle",
-    "radius",
-    "area",
-    "coordinate",
-    "point",
-    "line",
-    "segment",
-    "sequence",
-    "next",
-    "previous",
-    "first",
-    "second",
-    "divide",
-    "both",
-    "sides",
-    "expand",
-    "collect",
-    "compare",
-    "bound",
-    "maximum",
-    "minimum",
-    "probability",
-    "choose",
-    "ways",
-    "count",
-    "pairs",
-    "even",
-    "odd",
-]
+FUNCTION_WORDS = ("the", "of", "is", "that", "and", "to", "we", "so", "in", "it", "this", "then")
+WORDS = re.findall(
+    r"\w+",
+    "let us the we so then value number sum product equation root triangle angle side length square "
+    "check wait again maybe consider because therefore each term factor prime modulo remainder case "
+    "total answer simplify substitute gives hence suppose integer positive circle radius area coordinate "
+    "point line segment sequence next previous first second divide both sides expand collect compare "
+    "bound maximum minimum probability choose ways count pairs even odd",
+)
 RIGHT = {r"\frac{1}{2}": ("0.5", r"\dfrac12", "1/2"), "12": ("12.0", "12"), r"2\sqrt{3}": (r"\sqrt{12}", r"2 \sqrt{3}")}
 
 
 # ---- synthetic traces
 
 
+def word(rng: random.Random) -> str:
+    """A word or a figure; as in real solutions, about four words of ten are function words."""
+    draw = rng.random()
+    return str(rng.randrange(1000)) if draw < 0.2 else rng.choice(FUNCTION_WORDS if draw < 0.55 else WORDS)
+
+
 def sentences(rng: random.Random, number: int) -> list[str]:
     """Sentences of words and figures."""
     made = []
     for _ in range(number):
-        words = [
-            rng.choice(WORDS) if rng.random() < 0.8 else str(rng.randrange(1000)) for _ in range(rng.randint(6, 20))
-        ]
+        words = [word(rng) for _ in range(rng.randint(6, 20))]
         made.append(" ".join(words).capitalize() + rng.choice([". ", ". ", ".\n\n"]))
     return made
 
@@ -172,7 +126,7 @@ def write(directory: Path, number: int, seed: int) -> None:
 
 def store(work: Path, number: int, seed: int) -> Path:
     """The directory of so many traces, written on first use."""
-    directory = work / f"traces-{number}-{seed}"
+    directory = work / f"solutions-{number}-{seed}"
     if not directory.exists():
         new = directory.with_name(f"{directory.name}.new")
         shutil.rmtree(new, ignore_errors=True)
@@ -209,6 +163,43 @@ def proportional(pid: int) -> float:
             continue
         total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total / 1024
+
+
+def settings_of(work: Path, seed: int) -> list[str]:
+    """The filters that run, as of `--set`."""
+    path = work / "problems.jsonl"
+    rows = ({"question": text} for text in sentences(random.Random(seed + 1), PROBLEMS))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [
+        "filter.profile=math",
+        f"filter.decontaminate={{benchmarks: [{path.absolute()}]}}",
+        "filter.pass_rate={min_rate: 0.1}",
+        "filter.near_prompts=true",
+        "filter.near_answers=true",
+        "filter.select={per_prompt: 2, order: diverse}",
+    ]
+
+
+def milliseconds(settings: list[str], number: int, seed: int) -> dict[str, float]:
+    """Filter → processor milliseconds a trace in this process, to judge it or to take the note for a later choice."""
+    from distill.catalog import load_recipe
+    from distill.filters.base import Candidate, ChoosingFilter, StreamFilter
+    from distill.filters.resources import RunResources
+
+    recipe = load_recipe("tiny", settings)
+    resources = RunResources(recipe)
+    candidates = [Candidate(trace, resources) for trace in islice(traces(number, seed), TIMED)]
+    measured = {}
+    for each in (*recipe.filter.judging_filters(), *recipe.filter.choosing_filters()):
+        if isinstance(each, StreamFilter):
+            continue
+        each.check(resources)
+        judge = each.note if isinstance(each, ChoosingFilter) else each.judge
+        begun = time.process_time()
+        for candidate in candidates:
+            judge(candidate)
+        measured[each.name] = 1000 * (time.process_time() - begun) / len(candidates)
+    return measured
 
 
 def run_filter(run: Path, settings: list[str]) -> dict[str, float]:
@@ -273,12 +264,18 @@ def main() -> None:
     parser.add_argument("--sizes", default="10000,100000", help="numbers of traces")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of `distill filter`")
+    parser.add_argument("--no-peer", action="store_true", help="leave out MinHash beside datatrove")
     args = parser.parse_args()
-    results: dict[str, object] = {}
+    args.work.mkdir(parents=True, exist_ok=True)
     sizes = [int(size) for size in args.sizes.split(",")]
+    settings = [*settings_of(args.work, args.seed), *args.set]
+    results: dict[str, object] = {"milliseconds a trace": milliseconds(settings, sizes[0], args.seed)}
+    if not args.no_peer:
+        results["MinHash"] = minhash.compare(minhash.TEXTS, minhash.ROUNDS, args.seed)
+    print(json.dumps(results, indent=2), flush=True)
     measured = {}
     for size in sizes:
-        measured[size] = results[f"{size:,} traces"] = measure(args.work, size, args.seed, args.set)
+        measured[size] = results[f"{size:,} traces"] = measure(args.work, size, args.seed, settings)
         print(json.dumps(measured[size], indent=2), flush=True)
     if len(sizes) > 1:
         small, large = measured[sizes[0]], measured[sizes[-1]]

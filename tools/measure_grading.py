@@ -2,9 +2,10 @@
 
     python tools/measure_grading.py [--data DIR] [--cases FILE] [SET …]
 
-A miss is a verdict that the set does not allow: for labelled pairs, `correct` where the label says different, or
-anything else where it says equal. An unverifiable answer to a pair that is labelled different is no miss, but it is
-counted. Pairs "with options" follow other conventions, such as rounding to two decimals.
+A miss is a verdict that the set does not allow: for labelled pairs, `correct` where the label is "different", and
+`wrong` or `unverifiable` where it is "equal". An unverifiable answer to a pair labelled "different" is not a miss, but
+it is counted. Pairs without a label, and pairs that occur with both labels, are left out. Pairs "with options" follow
+other conventions, such as rounding to two decimals.
 """
 
 import argparse
@@ -42,8 +43,11 @@ def lines(path: Path) -> Iterator[dict[str, object]]:
 
 def pairs(path: Path, box: bool) -> Iterator[Case]:
     """Labelled pairs of a gold answer and a prediction; box: predictions are bare answers, not responses."""
+    labels: dict[tuple[object, object], set[object]] = {}
     for row in lines(path):
-        if row["equivalent"] is not None:
+        labels.setdefault((row["gold"], row["pred"]), set()).add(row["equivalent"])
+    for row in lines(path):
+        if row["equivalent"] is not None and len(labels[row["gold"], row["pred"]]) == 1:
             response = rf"\boxed{{{row['pred']}}}" if box else str(row["pred"])
             kind = str(row.get("kind", str(row["id"]).partition(".")[0]))
             allowed = EQUAL if row["equivalent"] else DIFFERENT
@@ -52,7 +56,7 @@ def pairs(path: Path, box: bool) -> Iterator[Case]:
 
 
 def solutions(path: Path) -> Iterator[Case]:
-    """GSM8K solutions of four models with the flags of their authors; the answer stands after `A:`."""
+    """GSM8K solutions of four models with their authors' labels; the answer follows `A:`."""
     for number, row in enumerate(lines(path)):
         gold = str(row["ground_truth"]).rpartition("\nA:")[2].strip()
         for kind, sample in row.items():

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from distill.cli import app
+from distill.filters.base import AnyFilter, Example
 from distill.recipe import BenchmarkCard, Recipe, StudentCard, TeacherCard
 from distill.recipe.filter import FILTERS
 from distill.section import Free, Section
@@ -27,6 +28,7 @@ from distill.section import Free, Section
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NAMES = {bool: "true or false", int: "integer", float: "number", str: "text"}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+LONGEST = 90  # characters of an example
 GENERATED = "<!-- Written by tools/write_reference.py from the code; edit the descriptions there. -->"
 
 RECIPE_INTRODUCTION = """
@@ -54,6 +56,9 @@ FILTERS_INTRODUCTION = """
 The filters in the order in which they are applied, and every reason that they give. A verdict reads `FILTER: REASON`,
 such as `format: not_closed`; some reasons are followed by details, such as `correct: unverifiable: timeout`.
 `distill traces RUN --verdict "correct: unverifiable"` shows the traces whose verdict begins so.
+
+An example is a completion (⏎ is a line break) with the settings that decide it, beside the defaults; of filters that
+compare prompts it is a prompt. The tests run every one of them.
 
 [Filtering](filtering.md)
 explains the stage, and the [recipe reference](recipe-reference.md#filter) lists the settings.
@@ -259,13 +264,40 @@ def cards_page() -> str:
 
 
 def filters_page() -> str:
-    """`docs/filter-reference.md`."""
+    """`docs/filter-reference.md`. Each example is one that the filter's tests run."""
     texts = [GENERATED, FILTERS_INTRODUCTION.strip()]
     for name, kind in FILTERS.items():
-        lines = [f"| `{reason}` | {one_line(meaning)} |" for reason, meaning in kind.reasons.items()]
+        lines = [
+            f"| `{reason}` | {one_line(meaning)} | {example_of(kind, reason)} |"
+            for reason, meaning in kind.reasons.items()
+        ]
         texts += [f"## {anchored(f'`{name}`')}", one_line(kind.__doc__ or "")]
-        texts.append("\n".join(["| reason | meaning |", "| --- | --- |", *lines]))
+        texts.append("\n".join(["| reason | meaning | example |", "| --- | --- | --- |", *lines]))
     return "\n\n".join(texts) + "\n"
+
+
+def example_of(kind: type[AnyFilter], reason: str) -> str:
+    """The first example of a filter with this reason, shortened: the completion, with what else decides."""
+    for example in getattr(kind, "examples", ()):
+        more = dict(example.settings)
+        if isinstance(example, Example):
+            if example.reason.partition(": ")[0] == reason:
+                more |= {"finish_reason": example.finish_reason} if example.finish_reason != "stop" else {}
+                more |= {"tokens": example.tokens} if example.tokens is not None else {}
+                return shown(example.text, more)
+        elif reason in (reasons := [each.partition(": ")[0] for each in example.reasons]):
+            place = reasons.index(reason)
+            text = example.questions[place] if example.questions else example.texts[place]
+            others = len(example.texts) - 1
+            return f"{shown(text, more)}, beside {others} other{'s' * (others > 1)}"
+    raise AssertionError(f"{kind.name}: no example of {reason}")
+
+
+def shown(text: str, more: Mapping[str, object]) -> str:
+    """A text and settings as code in a cell of a table."""
+    cells = [text.replace("\n", "⏎"), *(f"{key}: {value}" for key, value in more.items())]
+    cut = (cell if len(cell) <= LONGEST else f"{cell[: LONGEST - 20]} … {cell[-17:]}" for cell in cells)
+    return ", ".join(f"`` {cell} ``".replace("|", "\\|") for cell in cut if cell)
 
 
 # ---- commands

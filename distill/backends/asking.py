@@ -6,11 +6,16 @@ token for token. To all others a sample's seed is a hash of (seed, prompt, sampl
 repeats itself.
 
 Some models refuse parameters that others need: `max_tokens` where `max_completion_tokens` is meant, a temperature where
-they have their own. A refused parameter is left out of all further requests, and this is said once.
+they have their own. A refused parameter is left out of all further requests, and this is said once. A refusal names its
+parameter in the error's `param`; where an error has no such field, only in quotes beside a word of refusal, or as its
+subject: the text of a prompt may be in the message too.
+
+The parameters of `SAMPLING` decide what the samples are. They are left out before the first answer only; a later
+refusal is that of one request. An answer knows which ones its request lacked, so that `collect` can refuse a mixture.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from distill.console import say
 from distill.engine.options import SamplingParams
@@ -30,7 +35,12 @@ THINKING_BUDGET = {  # owner → the field of a thinking budget, a dot before a 
 MODERATION = re.compile(r"content[ _-]*(filter|policy|not allowed)|moderation|safety|flagged", re.I)
 MOST_CHOICES = 128  # samples of one request, as OpenAI bounds `n`
 OPTIONAL = ("temperature", "top_p", "top_k", "seed", "stream_options", "n")  # left out where a model refuses them
-REFUSAL = re.compile(r"support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra|invalid param", re.I)
+SAMPLING = ("temperature", "top_p", "top_k")  # those of them that decide what the samples are
+CODES = ("unsupported_parameter", "unsupported_value", "unknown_parameter")  # OpenAI's, of such refusals
+WORDS = r"support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra|invalid param"
+REFUSAL = re.compile(WORDS, re.I)
+BETWEEN = r"\W+(?:(?:is|are|does|do|not|parameters?|arguments?|fields?|request|supplied|value|option)\W+){0,4}"
+NEAR = 60  # characters between a quoted name and the word of its refusal
 
 
 class Asking:
@@ -41,6 +51,7 @@ class Asking:
         self._stream, self._n, self._extra = server.stream, server.n, dict(server.extra_body)
         self.limit = LIMITS[0]
         self._refused = set[str]()
+        self._answered = False
 
     def group(self, samples: Sequence[int]) -> list[tuple[int, ...]]:
         """The samples of a prompt that are asked for together: with `n` all of them, as far as they are consecutive."""
@@ -91,19 +102,61 @@ class Asking:
                 f"server's own field in server.extra_body"
             )
 
-    def adapt(self, limit: str, status: int, reason: str, param: str | None = None) -> bool:
-        """Leave out what a reply refuses; whether the request is worth sending again. limit: that the request used.
-        param: the parameter that the error names, where it has that field."""
-        if limit == LIMITS[0] and LIMITS[1] in reason:
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the parameters that requests lack from now on."""
+        return tuple(sorted(self._refused | ({LIMITS[0]} if self.limit != LIMITS[0] else set())))
+
+    def answered(self) -> None:
+        """Count an answer: from now on no parameter of `SAMPLING` is left out."""
+        self._answered = True
+
+    def adapt(
+        self, sent: Collection[str], status: int, reason: str, param: str | None = None, code: str | None = None
+    ) -> bool:
+        """Leave out what a reply refuses; whether the request is worth sending again.
+
+        sent: names of the parameters that the request had. param, code: of the error, where it has these fields.
+        """
+        if status not in (400, 422) or (param is None and MODERATION.search(reason)):
+            return False
+        if LIMITS[0] in sent and LIMITS[0] not in self._extra and LIMITS[1] in reason:
             self.limit = LIMITS[1]
             return True
-        if status not in (400, 422) or not REFUSAL.search(reason) or (param is None and MODERATION.search(reason)):
-            return False
         for name in OPTIONAL:
-            named = rf"[`'\"]{name}[`'\"]|\b{name} " if name == "n" else rf"\b{name}\b"
-            refused = param == name if param in OPTIONAL else param is None and re.search(named, reason)
-            if name not in self._refused and name not in self._extra and refused:
+            if name not in sent or name in self._extra or not _refuses(name, reason, param, code):
+                continue
+            if name not in self._refused:
+                if name in SAMPLING and self._answered:
+                    return False
                 self._refused.add(name)
                 say(f"note: {self.model} refuses {name}; it is left out, and the server's own applies")
-                return True
+            return True
         return False
+
+
+def omitted(body: Collection[str], sampling: SamplingParams) -> tuple[str, ...]:
+    """Names of the parameters of `SAMPLING` that a request should have had and had not."""
+    return tuple(name for name in SAMPLING if name not in body and (name != "top_k" or sampling.top_k))
+
+
+def error_fields(error: Mapping[str, object]) -> tuple[str | None, str | None]:
+    """`param` and `code` of OpenAI's error object, where they are texts."""
+    param, code = error.get("param"), error.get("code")
+    return (param if isinstance(param, str) else None), (code if isinstance(code, str) else None)
+
+
+def _refuses(name: str, reason: str, param: str | None, code: str | None) -> bool:
+    """Whether an error refuses the parameter `name`."""
+    if param is not None:
+        return param.partition(".")[0] == name and (code in CODES or bool(REFUSAL.search(reason)))
+    refusals = [match.span() for match in REFUSAL.finditer(reason)]
+    quoted = re.finditer(rf"[`'\"]{name}[`'\"](?!\s*:)", reason)  # a colon follows a name in an echo of the request
+    if any(
+        start - NEAR <= end and begin <= stop + NEAR
+        for start, stop in map(re.Match.span, quoted)
+        for begin, end in refusals
+    ):
+        return True
+    subject = rf"\b{name}\b{BETWEEN}\w*(?:{WORDS})"
+    return bool(re.search(rf"{subject}|(?:{WORDS})\w*{BETWEEN}{name}\b", reason, re.I))

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from pydantic import JsonValue
 
+from distill.backends.budget import Allowance
 from distill.chat import split_reasoning
 from distill.engine.options import SamplingParams
 from distill.prompts.prompt import Prompt
@@ -27,7 +28,7 @@ class Completed:
     text: with the prefilled `<think>` put back. finish_reason: as the model or the server gives it, None where it gives
     none. Token ids are exactly what was sampled; empty where they are not known, and then completion_tokens and
     prompt_tokens are the server's counts, None where it gives none that can be used. The other counts and form: as of
-    `Trace`. parts: reasoning and response, where the server returned them in two fields.
+    `Trace`. parts: reasoning and response, where the server returned them in two fields. omitted: as of `Trace`.
     """
 
     prompt: Prompt
@@ -44,6 +45,7 @@ class Completed:
     reasoning_tokens: int | None = None
     form: ReasoningForm | None = None
     parts: tuple[str | None, str] | None = None
+    omitted: tuple[str, ...] = ()
 
     @property
     def split(self) -> tuple[str | None, str]:
@@ -54,11 +56,12 @@ class Completed:
 @dataclass(frozen=True)
 class Usage:
     """Tokens of one backend's work so far. drafts: proposed and accepted by the multi-token-prediction layer; None
-    where the backend does not draft."""
+    where the backend does not draft. starting: seconds that a server took to start, which are no part of a rate."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     drafts: tuple[int, int] | None = None
+    starting: float = 0.0
 
 
 class Backend(Protocol):
@@ -83,9 +86,12 @@ class Backend(Protocol):
     def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
         """Errors: UserError when a prompt cannot be completed (longer than the context, …)."""
 
-    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
+    def complete(
+        self, jobs: Iterable[Job], sampling: SamplingParams, seed: int, allowance: Allowance | None = None
+    ) -> Generator[Completed, None, None]:
         """Yield every wanted sample once, in order of completion. Lazy in `jobs`. Closing it gives up the others.
 
+        allowance: what may be spent; at its deadline the samples under way are given up, and there is no error.
         Errors: UserError for what the user can correct, WorkError when the engine or the server fails; every sample
         that was delivered before is yielded first.
         """

@@ -7,9 +7,10 @@ token of every tokenizer in use has at least one byte, which bounds a prompt wit
 
 What was used is what the stored traces say, so that it survives a kill without a file of its own: the samples that were
 under way are forgotten, as nobody knows what became of them. A count that a server does not give is taken as its bound.
+An attempt that fails after its answer had begun is used up too, for this session; it is repeated only where that fits.
 
-Time has no such bound. No sample is admitted that would end too late if it took as long as the longest so far, and at
-the budget's end the work stops: what is under way is then lost, what is finished is stored.
+Time has no such bound. No sample is admitted that would end too late if it took as long as the longest so far. At the
+deadline the backend stops waiting, whatever a server does: samples under way are lost, finished ones are stored.
 """
 
 import time
@@ -62,7 +63,9 @@ def spent_on(store: "TraceStore", prompts: Mapping[str, Prompt], max_new_tokens:
     for figures in store.figures():
         prompt = prompts.get(figures.key[0])
         bound = bound_of(prompt, max_new_tokens) if prompt else Spent(TEMPLATE_TOKENS, max_new_tokens)
-        total += Spent(figures.prompt_tokens or bound.prompt, figures.tokens or bound.completion, figures.cached_tokens)
+        prompt_tokens = figures.prompt_tokens or bound.prompt
+        cached = min(figures.cached_tokens, prompt_tokens)  # sums of larger ones would hide the prompts of other traces
+        total += Spent(prompt_tokens, figures.tokens or bound.completion, cached)
     return total
 
 
@@ -96,14 +99,26 @@ class Allowance:
         """Whether the time is up."""
         return self.seconds >= self._most_seconds
 
+    @property
+    def deadline(self) -> float:
+        """When the time is up, as `clock` counts it; infinite without a limit of time."""
+        return self._began + self._most_seconds
+
     def fits(self, prompt: Prompt) -> bool:
         """Whether a sample of this prompt would be admitted."""
         total = self.used + self._reserved + bound_of(prompt, self._limit)
-        if self.budget.tokens is not None and total.tokens > self.budget.tokens:
-            return False
-        if self.budget.cost is not None and self._price and self._price_of(total) > self.budget.cost + TOLERANCE:
-            return False
-        return self.seconds + self._longest < self._most_seconds
+        return self._affords(total) and self.seconds + self._longest < self._most_seconds
+
+    def shortfall(self, prompt: Prompt) -> str | None:
+        """What is wrong where the whole budget does not allow for one sample of this prompt, else None."""
+        bound = bound_of(prompt, self._limit)
+        if self._affords(bound):
+            return None
+        if self.budget.tokens is not None and bound.tokens > self.budget.tokens:
+            return (
+                f"one sample may use {bound.tokens:,} tokens, more than generate.budget.tokens ({self.budget.tokens:,})"
+            )
+        return f"one sample may cost {self._price_of(bound):.2g}, more than generate.budget.cost ({self.budget.cost:g})"
 
     def admit(self, prompt: Prompt, sample: int) -> bool:
         """Whether a sample may begin; it is then under way."""
@@ -120,8 +135,22 @@ class Allowance:
         self._reserved -= bound
         prompt = bound.prompt if trace.prompt_tokens is None else trace.prompt_tokens
         completion = trace.completion_tokens or bound.completion
-        self.used += Spent(prompt, completion, trace.cached_tokens or 0)
+        self.used += Spent(prompt, completion, min(trace.cached_tokens or 0, prompt))
         self._longest = max(self._longest, self._clock() - began)
+
+    @property
+    def under_way(self) -> list[Key]:
+        """(prompt id, sample) of the samples that were admitted and have not finished."""
+        return list(self._under_way)
+
+    def lose(self, prompt: Prompt, prompt_tokens: int | None = None, completion_tokens: int | None = None) -> bool:
+        """Count an attempt that failed after its answer had begun: as the server counts it, else by its bound.
+
+        Returns whether the sample, which is still under way, may be asked for again.
+        """
+        bound = bound_of(prompt, self._limit)
+        self.used += Spent(prompt_tokens or bound.prompt, completion_tokens or bound.completion)
+        return self._affords(self.used + self._reserved)
 
     def release(self) -> None:
         """Nothing is under way any more."""
@@ -146,6 +175,12 @@ class Allowance:
         if self.budget.cost is not None and self._price is None and self._hourly:
             hours.append(self.budget.cost / self._hourly)
         return min(hours, default=float("inf")) * 3600
+
+    def _affords(self, total: Spent) -> bool:
+        """Whether tokens and their price are within the budget."""
+        if self.budget.tokens is not None and total.tokens > self.budget.tokens:
+            return False
+        return self.budget.cost is None or not self._price or self._price_of(total) <= self.budget.cost + TOLERANCE
 
     def _price_of(self, spent: Spent) -> float:
         assert self._price is not None

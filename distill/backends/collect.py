@@ -13,6 +13,7 @@ from itertools import takewhile
 from distill.backends.backend import Backend, Completed, Job
 from distill.backends.budget import Allowance
 from distill.engine.options import SamplingParams
+from distill.errors import UserError
 from distill.prompts.prompt import Prompt
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace, form_of
@@ -42,10 +43,12 @@ def collect(
     """Sample the jobs into an open store. `teacher` is the fingerprint written into every trace.
 
     suffix: text added to the last message of what the model is asked; the stored prompt stays as it was. allowance:
-    what may be spent. Returns the number of samples made: fewer than wanted only where the allowance ends.
+    what may be spent. Returns the number of samples made: fewer than wanted only where the allowance ends. Errors: as
+    `Backend.complete`; UserError where a server refuses, or takes, other parameters than when the stored samples were
+    drawn.
     """
     made = 0
-    with closing(sampled(backend, jobs, sampling, seed, teacher, suffix, allowance)) as traces:
+    with closing(sampled(backend, jobs, sampling, seed, teacher, suffix, allowance, store.omitted())) as traces:
         for trace in traces:
             store.append([trace])
             advance(1)
@@ -61,10 +64,12 @@ def sampled(
     teacher: str,
     suffix: str = "",
     allowance: Allowance | None = None,
+    omitted: tuple[str, ...] | None = None,
 ) -> Generator[Trace, None, None]:
     """Yield the samples of the jobs as they finish, for a caller that stores each before it asks for the next.
 
-    As `collect`; ends early where the allowance does. Lazy in `jobs`.
+    As `collect`; ends early where the allowance does. Lazy in `jobs`. omitted: of the samples that are there already;
+    None: as of the first to finish.
     """
     prompts: dict[str, Prompt] = {}
     left: list[Job] = []
@@ -83,16 +88,19 @@ def sampled(
 
     while True:
         made = 0
-        with closing(backend.complete(admitted(), sampling, seed)) as completions:
+        with closing(backend.complete(admitted(), sampling, seed, allowance)) as completions:
             for done in completions:
                 trace = _trace(done, prompts[done.prompt.id], seed, teacher)
+                if (omitted := trace.omitted if omitted is None else omitted) != trace.omitted:
+                    raise _mixed(trace.omitted, omitted)
                 yield trace
                 made += 1
                 if allowance is not None:
                     allowance.settle(trace)
-                    if allowance.over:
-                        break
-        if allowance is None or not left or not made or allowance.over:
+        if allowance is None or not made or allowance.over:
+            return
+        left += [Job(prompts[prompt], (sample,)) for prompt, sample in allowance.under_way]  # not asked for again
+        if not left:
             return
         allowance.release()
         jobs, left = left, []  # what was not used has become free
@@ -109,6 +117,17 @@ def asked(prompt: Prompt, suffix: str) -> Prompt:
     if not suffix or last["content"].rstrip().endswith(suffix.strip()):
         return prompt
     return replace(prompt, messages=(*before, {"role": last["role"], "content": last["content"] + suffix}))
+
+
+def _mixed(now: tuple[str, ...], before: tuple[str, ...]) -> UserError:
+    """The error of samples that would be drawn with other parameters than those beside them."""
+    refused, taken = (", ".join(name for name in a if name not in b) for a, b in ((now, before), (before, now)))
+    what = f"refuses {refused}, which the other samples were drawn with" if refused else ""
+    also = f"takes {taken}, which a server refused when the other samples were drawn" if taken else ""
+    return UserError(
+        f"the server {' and '.join(filter(None, (what, also)))}; ask the server that they came from, or sample all of "
+        f"them again (--fresh generate, or a new directory)"
+    )
 
 
 def _trace(done: Completed, prompt: Prompt, seed: int, teacher: str) -> Trace:
@@ -131,4 +150,5 @@ def _trace(done: Completed, prompt: Prompt, seed: int, teacher: str) -> Trace:
         cached_tokens=done.cached_tokens,
         reasoning_tokens=done.reasoning_tokens,
         form=done.form or form_of(done.text, done.finish_reason),
+        omitted=done.omitted,
     )

@@ -6,6 +6,7 @@ server that distill starts is on the loopback interface, where no proxy could re
 """
 
 import asyncio
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from distill.backends.asking import MODERATION
 from distill.backends.bounds import TooLarge, bound
 from distill.backends.pacing import Pace
 from distill.backends.reply import Unreadable, read_models
@@ -33,6 +35,7 @@ REFUSED = range(400, 500)  # statuses of requests that would be refused again â€
 AGAIN = (408, 409, 425, 429)  # â€¦ except these
 REDIRECTS = range(300, 400)  # not followed: a key must not reach another host
 DOWN_AFTER, DOWN_SECONDS = 3, 60.0  # failures in a row after which other addresses are preferred, and for how long
+TOO_LONG = re.compile(r"token|context|length|too long", re.I)  # in the reason of a refused request
 KEPT = "finished samples are stored, run the same command to continue"
 
 
@@ -92,11 +95,17 @@ class Connection:
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return UserError(f"{self._rejected(error)}; {KEPT}")
         reason = self.secrets.reason(error)
-        if isinstance(error, openai.APIStatusError) and error.status_code in REFUSED and error.status_code not in AGAIN:
-            too_many = "max_tokens" in reason or "max_completion_tokens" in reason
-            advice = "lower max_new_tokens" if too_many else "if it is too long, lower max_new_tokens"
-            return UserError(f"prompt {prompt.id}: the server refused the request: {reason}; {advice}")
+        if isinstance(error, openai.APIStatusError) and is_refusal(error.status_code):
+            return UserError(_refusal(error.status_code, reason, str(error), f"prompt {prompt.id}: "))
         return WorkError(f"the server failed: {reason}; {KEPT}")
+
+    def unanswered(self, count: int, status: int | None, reason: str) -> UserError | WorkError:
+        """The error of samples that their batches did not answer. status, reason: of the first of them."""
+        line = self.secrets.line(reason) or "the provider gives no reason"
+        subject = f"{count:,} samples were not answered by their batches: "
+        if status is not None and is_refusal(status):
+            return UserError(subject + _refusal(status, line, reason))
+        return WorkError(f"{subject}{line}; the others are stored, run the same command to ask for these again")
 
     @contextmanager
     def asking_batches(self) -> Iterator["AsyncOpenAI"]:
@@ -108,7 +117,7 @@ class Connection:
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise UserError(f"{self.where}: {self._rejected(error)}") from error
         except openai.APIStatusError as error:
-            if error.status_code not in REFUSED or error.status_code in AGAIN:
+            if not is_refusal(error.status_code):
                 raise WorkError(f"the server failed: {self.secrets.reason(error)}; {KEPT}") from error
             raise UserError(
                 f"{self.where}: the server refused a batch ({self.secrets.reason(error)}); if it has no batch API, set "
@@ -219,6 +228,26 @@ class Connection:
     def _rejected(self, error: "OpenAIError") -> str:
         reason, variable = self.secrets.reason(error), self.secrets.variable
         return f"the server rejected the key ({reason}); set {variable} to a valid one"
+
+
+def is_refusal(status: int) -> bool:
+    """Whether a request with this status would be refused again."""
+    return status in REFUSED and status not in AGAIN
+
+
+def _refusal(status: int, reason: str, whole: str, subject: str = "") -> str:
+    """What a refused request means, and what to do. reason: on one line; whole: the text that it begins."""
+    if status == 402:
+        return f"the server demands payment ({reason}); add credit at the provider; {KEPT}"
+    if status == 404:
+        return f"the server refused the request: {reason}; correct server.model, or the path of server.url"
+    if MODERATION.search(whole):
+        remedy = "leave the prompt out"
+    elif TOO_LONG.search(whole):
+        remedy = "lower max_new_tokens, or leave the prompt out"
+    else:
+        remedy = "correct generate.sampling or server.extra_body, or leave the prompt out"
+    return f"{subject}the server refused the request: {reason}; {remedy}"
 
 
 def _redirected(error: "APIStatusError") -> str:

@@ -13,6 +13,7 @@ The identity is that of the weights on this machine, with the engine's name and 
 other numbers and is another teacher. The engine's version is part of the numerics.
 """
 
+import math
 import os
 import secrets
 import shlex
@@ -25,6 +26,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from distill.backends.backend import Completed, Job, Usage
+from distill.backends.budget import Allowance
 from distill.backends.connection import KEPT
 from distill.backends.remote import RemoteBackend
 from distill.backends.serving import Flags, Installed, command, parallel_size, reasoning_parser
@@ -45,6 +47,10 @@ SPARE_TOKENS = 16  # of the context: servers count a prompt's tokens with their 
 CONTEXT_STEP = 4096  # tokens; the context is a multiple, so that a slightly longer prompt needs no other server
 
 
+class _TimeIsUp(Exception):
+    """The allowance's deadline passed while the server started."""
+
+
 class LaunchedBackend:
     """A model directory behind a server that runs while the backend is open. concurrency: requests under way at
     once."""
@@ -58,6 +64,7 @@ class LaunchedBackend:
         self._budget = False  # whether requests have a thinking budget
         self._context = 0  # tokens that the running server accepts
         self._stopped_usage = Usage()  # of servers that were stopped
+        self._starting = 0.0  # seconds until the servers answered
         self._child: Child | None = None
         self._remote: RemoteBackend | None = None
 
@@ -83,7 +90,9 @@ class LaunchedBackend:
         """Tokens so far."""
         current, stopped = self._remote.usage if self._remote else Usage(), self._stopped_usage
         return Usage(
-            stopped.prompt_tokens + current.prompt_tokens, stopped.completion_tokens + current.completion_tokens
+            stopped.prompt_tokens + current.prompt_tokens,
+            stopped.completion_tokens + current.completion_tokens,
+            starting=self._starting,
         )
 
     def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
@@ -107,9 +116,12 @@ class LaunchedBackend:
         """Errors: UserError, always: chat servers do not score texts."""
         raise UserError("server.launch: the server cannot score texts; remove `server` to use the local engine")
 
-    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
+    def complete(
+        self, jobs: Iterable[Job], sampling: SamplingParams, seed: int, allowance: Allowance | None = None
+    ) -> Generator[Completed, None, None]:
         """Start the server unless it runs, and yield every wanted sample once.
 
+        allowance: as of `Backend.complete`; a server that still starts at its deadline is stopped.
         Errors: WorkError when the server does not start, or ends early; as `RemoteBackend.complete`.
         """
         if self._remote is None or self._context < self._needed or self._exit_code() is not None:
@@ -117,9 +129,15 @@ class LaunchedBackend:
                 jobs = list(jobs)
                 self.check((job.prompt for job in jobs), sampling)
             self.close()
-            self._remote = self._start()
+            begun = time.monotonic()
+            try:
+                self._remote = self._start(allowance.deadline if allowance else math.inf)
+            except _TimeIsUp:
+                self.close()
+                return
+            self._starting += time.monotonic() - begun
         self._remote.check((), sampling)
-        yield from self._remote.complete(jobs, sampling, seed)
+        yield from self._remote.complete(jobs, sampling, seed, allowance)
 
     def close(self) -> None:
         """Stop the server and wait until all its processes have ended."""
@@ -132,7 +150,7 @@ class LaunchedBackend:
 
     # ---- the server
 
-    def _start(self) -> RemoteBackend:
+    def _start(self, give_up: float) -> RemoteBackend:
         settings, engine, model = self.place.settings, self.installed.engine, self.model
         port, key = free_port(), secrets.token_hex(24)
         self._context = min(self.place.context, _multiple(self._needed + SPARE_TOKENS, CONTEXT_STEP))
@@ -153,7 +171,7 @@ class LaunchedBackend:
             )
         )
         address = f"http://127.0.0.1:{port}"
-        self._wait(address + engine.health, key)
+        self._wait(address + engine.health, key, give_up)
         body = in_mode(settings.extra_body, model.thinking)
         server = Server(f"{address}/v1", model.name, key, silence=settings.silence, extra_body=body, direct=True)
         try:
@@ -179,8 +197,9 @@ class LaunchedBackend:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(arguments)}\n")
             self._log_start = log.tell()
 
-    def _wait(self, address: str, key: str) -> None:
-        """Wait until the server is healthy. Errors: WorkError when it ends first, or after `start_timeout`."""
+    def _wait(self, address: str, key: str, give_up: float) -> None:
+        """Wait until the server is healthy. Errors: WorkError when it ends first, or after `start_timeout`; _TimeIsUp
+        at `give_up`, a time of `time.monotonic`."""
         seconds, engine = self.place.settings.start_timeout, self.place.settings.launch
         say(f"starting {engine} (log: {self.log})")
         request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"})
@@ -189,6 +208,8 @@ class LaunchedBackend:
             while not _healthy(request):
                 if (code := self._exit_code()) is not None:
                     raise WorkError(f"{engine} ended with exit code {code} while it started{self._last_words()}")
+                if time.monotonic() >= give_up:
+                    raise _TimeIsUp
                 if time.monotonic() > deadline:
                     raise WorkError(
                         f"{engine} did not answer within {seconds:,.0f} seconds (server.start_timeout)"

@@ -6,6 +6,7 @@ and not on what else is in the batch.
 """
 
 import gc
+import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import tee
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from distill.backends.backend import Completed, Job, Usage
+from distill.backends.budget import Allowance
 from distill.backends.scoring import completion_ids
 from distill.engine.options import EngineOptions, SamplingParams, ThinkTokens
 from distill.errors import UserError, WorkError
@@ -132,8 +134,12 @@ class LocalBackend:
             which = f"{too_long:,} of {len(sized):,} prompts do not fit; the longest, "
             raise self._too_long(which, *longest, sampling)
 
-    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
+    def complete(
+        self, jobs: Iterable[Job], sampling: SamplingParams, seed: int, allowance: Allowance | None = None
+    ) -> Generator[Completed, None, None]:
         """Yield every wanted sample once, as it finishes. Pulls jobs little faster than they can be started.
+
+        allowance: as of `Backend.complete`; a step that is under way at its deadline is finished.
 
         Errors: UserError for a prompt that is too long, and where the model computes numbers that are not finite;
         WorkError when an engine's process dies.
@@ -151,7 +157,7 @@ class LocalBackend:
                 running[job.prompt.id] = (job.prompt, ids, len(job.samples))
                 yield Request(job.prompt.id, ids, params, seed, int(job.prompt.id, 16), job.samples)
 
-        for done in self._finished(requests()):
+        for done in self._finished(requests(), allowance.deadline if allowance else math.inf):
             prompt, ids, left = running.pop(done.request_id)
             if left > 1:
                 running[done.request_id] = (prompt, ids, left - 1)
@@ -195,11 +201,11 @@ class LocalBackend:
             )
         return scored
 
-    def _finished(self, requests: "Iterable[Request]") -> "Iterator[Completion]":
+    def _finished(self, requests: "Iterable[Request]", deadline: float) -> "Iterator[Completion]":
         from distill.engine import EngineDied, NonFiniteLogits
 
         try:
-            yield from self.engine.generate(requests)
+            yield from self.engine.generate(requests, deadline)
         except NonFiniteLogits as error:
             raise UserError(f"{self.model.directory}: {error}") from error
         except EngineDied as error:

@@ -13,19 +13,23 @@ then waited for, briefly, as their answers are paid for. A file each: `asking` (
 """
 
 import asyncio
+import math
 import random
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import httpx2
 
 from distill.backends import scoring
-from distill.backends.asking import VLLM, Asking
+from distill.backends.answers import check_answer, completed
+from distill.backends.asking import VLLM, Asking, omitted
 from distill.backends.backend import Completed, Job, Usage
 from distill.backends.batch import Batches
 from distill.backends.bounds import TooLarge
+from distill.backends.budget import Allowance
 from distill.backends.connection import KEPT, Connection, Unreachable
 from distill.backends.failures import Failures, OneSample
 from distill.backends.pacing import pause, retry_after
@@ -39,11 +43,17 @@ from distill.models import Server
 from distill.prompts.prompt import Prompt
 from distill.traces.trace import Trace
 
+if TYPE_CHECKING:
+    from openai import AsyncAPIResponse
+    from openai.types.chat import ChatCompletion
+
 RETRIES = 8  # with growing pauses: when a server is busy, restarts, drops a connection or sends no answer
 TIMEOUT = 3600.0  # seconds for a sample that is not streamed: 32,768 tokens at 10 a second
 BUSY = (429, 503, 529)
-OVER_BUDGET = 64  # tokens of reasoning past a thinking budget that its closing may take
 SHARED = (401, 402, 403, 404)  # refusals of the key, the account or the model, which every request would get
+
+
+UNKNOWN = Counts(None, None)
 
 
 class RemoteBackend:
@@ -109,33 +119,37 @@ class RemoteBackend:
     def close(self) -> None:
         """Nothing: `complete` closes its connections."""
 
-    def complete(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
-        """Yield every wanted sample once, as it finishes.
+    def complete(
+        self, jobs: Iterable[Job], sampling: SamplingParams, seed: int, allowance: Allowance | None = None
+    ) -> Generator[Completed, None, None]:
+        """Yield every wanted sample once, as it finishes. allowance: as of `Backend.complete`.
 
         Errors, when all others are finished: UserError for a request that the server refuses; WorkError for one that
         failed after retries. At once: UserError for a key, an account or a model that it refuses; WorkError after
         `IN_A_ROW` failures; answers that arrive within `GRACE` seconds are yielded before that.
         """
         if self.server.batch:
-            yield from self._batches(jobs, sampling, seed)
+            yield from self._batches(jobs, sampling, seed, allowance)
             return
         wanted = ((job.prompt, samples) for job in jobs for samples in self._asking.group(job.samples))
         running: set[asyncio.Task[_Answered]] = set()
-        failures = Failures()
+        work = _Work(sampling, seed, allowance)
+        failures, deadline = Failures(), allowance.deadline if allowance else math.inf
         with asyncio.Runner() as runner:
-            loop, timeout = runner.get_loop(), self.server.silence if self.server.stream else TIMEOUT
+            loop, silence = runner.get_loop(), self.server.silence if self.server.stream else TIMEOUT
             for connection in self._connections:
-                connection.open(timeout, sampling.max_new_tokens, sampling.logprobs or 0)
+                connection.open(silence, sampling.max_new_tokens, sampling.logprobs or 0)
             try:
                 while True:
                     limit = sum(connection.pace.limit for connection in self._connections)
                     room = 0 if failures.stopped else limit - len(running)
                     for prompt, samples in islice(wanted, max(0, room)):
-                        running.add(loop.create_task(self._samples(prompt, samples, sampling, seed)))
+                        running.add(loop.create_task(self._samples(prompt, samples, work)))
                     if not running:
                         break
-                    left = max(0.0, failures.deadline - loop.time()) if failures.stopped else None
-                    waiting = asyncio.wait(running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                    left = min(deadline, failures.deadline if failures.stopped else math.inf) - loop.time()
+                    timeout = None if math.isinf(left) else max(0.0, left)
+                    waiting = asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                     done, running = loop.run_until_complete(waiting)
                     if not done:
                         break
@@ -144,8 +158,8 @@ class RemoteBackend:
                         if answered.completed:
                             failures.in_a_row = 0
                             yield from answered.completed
-                        if answered.error is not None:
-                            failures.add(answered.error, loop.time())
+                        for error in answered.errors:
+                            failures.add(error, loop.time())
             finally:
                 for task in running:
                     task.cancel()
@@ -153,83 +167,83 @@ class RemoteBackend:
                     runner.run(connection.close())
         failures.raise_first()
 
-    def _batches(self, jobs: Iterable[Job], sampling: SamplingParams, seed: int) -> Generator[Completed, None, None]:
+    def _batches(
+        self, jobs: Iterable[Job], sampling: SamplingParams, seed: int, allowance: Allowance | None
+    ) -> Generator[Completed, None, None]:
         """`complete` through the batch API of the first address."""
-        connection = self._connections[0]
+        connection, deadline = self._connections[0], allowance.deadline if allowance else math.inf
         with asyncio.Runner() as runner, connection.asking_batches() as client:
-            source = Batches(client, self._asking.body, self.identity).complete(jobs, sampling, seed)
+            source = Batches(client, connection, self._asking, self.identity).complete(jobs, sampling, seed)
             try:
-                while (answer := runner.run(_next(source))) is not None:
-                    prompt, sample, reply = answer
-                    self._count(Counts(reply.prompt_tokens, reply.completion_tokens))
-                    yield _completed(prompt, sample, reply)
+                while (answer := runner.run(_next(source, deadline))) is not None:
+                    self._count(Counts(answer.reply.prompt_tokens, answer.reply.completion_tokens))
+                    check_answer(connection.where, answer.reply, sampling)
+                    yield completed(*answer)
             finally:
                 runner.run(source.aclose())
                 runner.run(client.close())
 
-    async def _samples(
-        self, prompt: Prompt, samples: tuple[int, ...], sampling: SamplingParams, seed: int
-    ) -> "_Answered":
+    async def _samples(self, prompt: Prompt, samples: tuple[int, ...], work: "_Work") -> "_Answered":
         """The answers of one request for several samples, and one by one those that it does not give."""
         answered = _Answered()
         try:
             missing = samples
             if len(samples) > 1:
-                replies = await self._request(prompt, samples, sampling, seed)
-                good = {samples[i]: r for i, r in replies.items() if i < len(samples) and isinstance(r, Reply)}
-                answered.completed += [_completed(prompt, sample, reply) for sample, reply in good.items()]
-                missing = tuple(sample for sample in samples if sample not in good)
+                done = await self._request(prompt, samples, work)
+                answered.completed += done
+                missing = tuple(sample for sample in samples if sample not in {each.sample for each in done})
             for sample in missing:
                 try:
-                    reply = (await self._request(prompt, (sample,), sampling, seed))[0]
+                    answered.completed += await self._request(prompt, (sample,), work)
                 except OneSample as error:
-                    answered.error = answered.error or error
-                    continue
-                assert isinstance(reply, Reply), "the only answer of a request is whole"
-                answered.completed.append(_completed(prompt, sample, reply))
+                    answered.errors.append(error)
         except (UserError, WorkError, OneSample) as error:
-            answered.error = error
+            answered.errors.append(error)
         return answered
 
-    async def _request(
-        self, prompt: Prompt, samples: tuple[int, ...], sampling: SamplingParams, seed: int
-    ) -> dict[int, Reply | Unreadable]:
-        """The choices of a request, sent again until it is answered; none where the server refuses to give several.
+    async def _request(self, prompt: Prompt, samples: tuple[int, ...], work: "_Work") -> list[Completed]:
+        """The answers of a request, sent again until there is one. None where the server refuses to give several, and
+        where the allowance ends before a failed attempt is repeated.
 
         Errors: UserError and WorkError, as `OneSample` where they say nothing about other samples."""
         loop, draw = asyncio.get_running_loop(), random.Random(f"{prompt.id} {samples[0]}")
         failure: UserError | WorkError | None = None
         for attempt in range(RETRIES + 1):
             connection = min(self._connections, key=lambda each: each.rank(loop.time()))
+            body = self._asking.body(prompt, samples[0], work.sampling, work.seed, len(samples))
+            asked = _Asked(prompt, samples, body)
             try:
                 connection.running += 1
-                replies = await self._attempt(connection, prompt, samples, sampling, seed)
+                replies = await self._attempt(connection, asked, work)
             except _Again as again:
                 failure = again.failure
                 self.before_retry()
-                if len(samples) > 1 and len(self._asking.group(samples)) > 1:
-                    return {}  # it refuses `n`
+                if not work.may_repeat(asked) or (len(samples) > 1 and len(self._asking.group(samples)) > 1):
+                    return []  # the second: it refuses `n`
                 if attempt < RETRIES:
                     await asyncio.sleep(0 if again.at_once else pause(attempt, again.wait, draw))
+            except (UserError, WorkError, OneSample):
+                work.may_repeat(asked)
+                raise
             else:
                 connection.answered()
-                return replies
+                self._asking.answered()
+                lacking = omitted(body, work.sampling)
+                return [completed(prompt, sample, reply, lacking) for sample, reply in replies.items()]
             finally:
                 connection.running -= 1
         assert failure is not None
         raise OneSample(failure)
 
-    async def _attempt(
-        self, connection: Connection, prompt: Prompt, samples: tuple[int, ...], sampling: SamplingParams, seed: int
-    ) -> dict[int, Reply | Unreadable]:
-        """One request. Errors: _Again for what may go better another time; as `_request`."""
+    async def _attempt(self, connection: Connection, asked: "_Asked", work: "_Work") -> dict[int, Reply]:
+        """One request: its whole answers by their sample. Errors: _Again for what may go better another time; as
+        `_request`."""
         import openai
 
-        loop, limit = asyncio.get_running_loop(), self._asking.limit
-        sent = loop.time()
+        loop, sent = asyncio.get_running_loop(), asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(None if self.server.stream else TIMEOUT):
-                replies = await self._ask(connection, prompt, samples, sampling, seed)
+                replies = await self._ask(connection, asked)
         except Unreadable as error:
             unusable = f"its answers are empty or unreadable ({error}), as they may be under load"
             raise _Again(WorkError(f"the server failed: {unusable}; {KEPT}")) from error
@@ -242,12 +256,12 @@ class RemoteBackend:
                 raise _Again(WorkError(f"the server failed: {silent}; {KEPT}")) from error
             raise OneSample(WorkError(f"the server sent no answer within {TIMEOUT:,.0f} seconds; {KEPT}")) from None
         except openai.APIStatusError as error:
-            failure = connection.error(error, prompt)
+            failure = connection.error(error, asked.prompt)
             if error.status_code in SHARED:
                 raise failure from error
-            if self._asking.adapt(limit, error.status_code, str(error), error.param):
+            if self._asking.adapt(asked.body, error.status_code, str(error), error.param, error.code):
                 raise _Again(failure, at_once=True) from error
-            if isinstance(failure, UserError) and len(samples) > 1:
+            if isinstance(failure, UserError) and len(asked.samples) > 1:
                 return {}  # it may refuse several samples in one request
             if isinstance(failure, UserError):
                 raise OneSample(failure) from error
@@ -257,52 +271,50 @@ class RemoteBackend:
             raise _Again(failure, retry_after(error.response.headers)) from error
         except (openai.OpenAIError, httpx2.HTTPError) as error:
             connection.failed(loop.time())
-            raise _Again(connection.error(error, prompt)) from error
-        for reply in (reply for reply in replies.values() if isinstance(reply, Reply)):
-            self._check(connection, reply, sampling)
+            raise _Again(connection.error(error, asked.prompt)) from error
+        for reply in replies.values():
+            check_answer(connection.where, reply, work.sampling)
         return replies
 
-    def _check(self, connection: Connection, reply: Reply, sampling: SamplingParams) -> None:
-        """Errors: UserError where an answer lacks what was asked for."""
-        budget, thought = sampling.thinking_budget, reply.reasoning_tokens or 0
-        if budget is not None and thought > budget + OVER_BUDGET:
-            raise UserError(
-                f"{connection.where}: the server ignores thinking_budget: {thought:,} tokens of reasoning instead of "
-                f"{budget:,}; start it with a reasoning parser (vLLM: --reasoning-parser; SGLang: also "
-                f"--enable-strict-thinking), or set generate.sampling.thinking_budget to null; {KEPT}"
-            )
-        if sampling.logprobs is not None and reply.top_logprobs is None:
-            raise UserError(
-                f"{connection.where}: the server gives no log-probabilities with token ids; set generate.logprobs to "
-                f"null, or use a server that does (vLLM, distill serve); {KEPT}"
-            )
-
-    async def _ask(
-        self, connection: Connection, prompt: Prompt, samples: tuple[int, ...], sampling: SamplingParams, seed: int
-    ) -> dict[int, Reply | Unreadable]:
-        """The choices of a request, of which at least one is whole. Errors: Unreadable; those of the library."""
+    async def _ask(self, connection: Connection, asked: "_Asked") -> dict[int, Reply]:
+        """The whole answers of a request by their sample, at least one. Errors: Unreadable; those of the library."""
         assert connection.client is not None, "open the connection first"
-        body = self._asking.body(prompt, samples[0], sampling, seed, len(samples))
         request = connection.client.chat.completions.with_streaming_response.create(
-            model=self.model, messages=[], extra_body=body
+            model=self.model, messages=[], extra_body=asked.body
         )
         async with request as response:
             if response.headers.get("content-type", "").startswith("text/event-stream"):
-                stream, loop = Stream(), asyncio.get_running_loop()
-                async with asyncio.timeout(self.server.silence) as clock:  # comments keep only the connection alive
-                    async for part in response.iter_bytes():
-                        before = stream.deltas
-                        stream.feed(part)
-                        if stream.deltas > before:
-                            clock.reschedule(loop.time() + self.server.silence)
-                replies, usage = stream.replies(), stream.usage
+                replies = await self._streamed(response, asked)
             else:
-                replies, usage = read_replies(b"".join([part async for part in response.iter_bytes()]))
-        if all(isinstance(reply, Unreadable) for reply in replies.values()):
+                content = b""
+                async for part in response.iter_bytes():
+                    content += part
+                    asked.begun = asked.begun or bool(content.strip())
+                replies, asked.usage = read_replies(content)
+        whole = {index: reply for index, reply in replies.items() if isinstance(reply, Reply)}
+        if not whole:
             raise next(reply for reply in replies.values() if isinstance(reply, Unreadable))
-        self._count(usage)
-        if len(samples) == 1:  # whatever index a server gives to its only usable choice
-            return {0: next(reply for reply in replies.values() if isinstance(reply, Reply))}
+        self._count(asked.usage)
+        if len(asked.samples) == 1:  # whatever index a server gives to its only usable choice
+            return {asked.samples[0]: next(iter(whole.values()))}
+        return {asked.samples[index]: reply for index, reply in whole.items() if index < len(asked.samples)}
+
+    async def _streamed(
+        self, response: "AsyncAPIResponse[ChatCompletion]", asked: "_Asked"
+    ) -> dict[int, Reply | Unreadable]:
+        """The choices of a stream. Errors: Unreadable; TimeoutError after a silence: comments keep only the connection
+        alive."""
+        stream, loop = Stream(), asyncio.get_running_loop()
+        async with asyncio.timeout(self.server.silence) as clock:
+            async for part in response.iter_bytes():
+                before = stream.deltas
+                try:
+                    stream.feed(part)
+                finally:
+                    asked.begun, asked.usage = stream.deltas > 0, stream.usage
+                if stream.deltas > before:
+                    clock.reschedule(loop.time() + self.server.silence)
+        replies, asked.usage = stream.replies(), stream.usage
         return replies
 
     def _count(self, usage: Counts) -> None:
@@ -312,12 +324,39 @@ class RemoteBackend:
         )
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What all requests of one call share."""
+
+    sampling: SamplingParams
+    seed: int
+    allowance: Allowance | None
+
+    def may_repeat(self, asked: "_Asked") -> bool:
+        """Count a failed attempt whose answer had begun; whether the allowance has room for another one."""
+        if self.allowance is None or not asked.begun:
+            return True
+        return self.allowance.lose(asked.prompt, *asked.usage)
+
+
+@dataclass
+class _Asked:
+    """One attempt of a request. begun: whether something of an answer came. usage: its tokens, as far as they are
+    known."""
+
+    prompt: Prompt
+    samples: tuple[int, ...]
+    body: Mapping[str, object]
+    begun: bool = False
+    usage: Counts = UNKNOWN
+
+
 @dataclass
 class _Answered:
-    """What one request brought: answers, and the error that ended it."""
+    """What one request brought: answers, and the errors of the samples without one."""
 
     completed: list[Completed] = field(default_factory=list)
-    error: UserError | WorkError | OneSample | None = None
+    errors: list[UserError | WorkError | OneSample] = field(default_factory=list)
 
 
 T = TypeVar("T")
@@ -331,25 +370,12 @@ class _Again(Exception):
         self.failure, self.wait, self.at_once = failure, wait, at_once
 
 
-async def _next(source: AsyncGenerator[T, None]) -> T | None:
-    """The next item; None at the end."""
-    return await anext(source, None)
-
-
-def _completed(prompt: Prompt, sample: int, reply: Reply) -> Completed:
-    return Completed(
-        prompt,
-        sample,
-        reply.text,
-        reply.finish_reason,
-        prompt_token_ids=reply.prompt_token_ids,
-        completion_token_ids=reply.completion_token_ids,
-        logprobs=reply.logprobs,
-        top_logprobs=reply.top_logprobs,
-        completion_tokens=reply.completion_tokens,
-        prompt_tokens=reply.prompt_tokens,
-        cached_tokens=reply.cached_tokens,
-        reasoning_tokens=reply.reasoning_tokens,
-        form=reply.form,
-        parts=reply.parts,
-    )
+async def _next(source: AsyncGenerator[T, None], deadline: float) -> T | None:
+    """The next item; None at the end, or at the deadline (of `time.monotonic`)."""
+    try:
+        async with asyncio.timeout(None if math.isinf(deadline) else deadline - time.monotonic()) as clock:
+            return await anext(source, None)
+    except TimeoutError:
+        if not clock.expired():
+            raise
+        return None

@@ -163,13 +163,17 @@ def reply_of(message: Mapping[str, object], finish: object, usage: object, token
         form = form_of(content, finish_reason)
     elif not content.strip():
         form = "cut_off" if finish_reason == "length" else "no_content"
-    ids, logprobs, top_logprobs = tokens.known() if tokens else ((), None, None)
+    ids, logprobs, top_logprobs = tokens.known(completion_tokens) if tokens else ((), None, None)
+    prompt_tokens = _count(counts.get("prompt_tokens"))
+    cached_tokens = _count(_detail(counts, "prompt_tokens_details", "cached_tokens", "prompt_cache_hit_tokens"))
+    if prompt_tokens is not None and cached_tokens is not None and cached_tokens > prompt_tokens:
+        cached_tokens = None  # it is a part of the prompt's
     return Reply(
         text,
         finish_reason,
-        _count(counts.get("prompt_tokens")),
+        prompt_tokens,
         completion_tokens,
-        _count(_detail(counts, "prompt_tokens_details", "cached_tokens", "prompt_cache_hit_tokens")),
+        cached_tokens,
         _count(_detail(counts, "completion_tokens_details", "reasoning_tokens", "reasoning_tokens")),
         form,
         tokens.prompt if tokens else (),

@@ -38,8 +38,11 @@ class Secrets:
 
     def reason(self, error: BaseException) -> str:
         """What an error says, on one line, without secrets; never empty."""
-        text = " ".join(str(error.__cause__ or error).split())
-        return self.hide(text)[:MESSAGE_LENGTH] or type(error).__name__
+        return self.line(str(error.__cause__ or error)) or type(error).__name__
+
+    def line(self, text: str) -> str:
+        """The beginning of a text of another program, on one line, without secrets."""
+        return self.hide(" ".join(text.split()))[:MESSAGE_LENGTH]
 
 
 def shown_url(url: str) -> str:

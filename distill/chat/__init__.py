@@ -38,7 +38,7 @@ from distill.chat.rendering import RENDERER, Chats, TemplateError, Value
 from distill.chat.tokens import ControlTokens
 from distill.durable import write_whole
 from distill.errors import UserError
-from distill.prompts.prompt import END_THINK, THINK, Message
+from distill.prompts.prompt import END_THINK, THINK, Message, split_reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,22 +49,6 @@ TOGETHER = 256  # conversations that are rendered and tokenized together
 PROBE: list[Message] = [{"role": "user", "content": "q"}]
 SAVED_CLASS = "PreTrainedTokenizerFast"  # what transformers 4, vLLM and SGLang know TokenizersBackend as
 OURS_ALONE = ("backend", "is_local", "local_files_only")  # keys of a saved tokenizer that say how it was loaded here
-
-
-def split_reasoning(text: str) -> tuple[str | None, str]:
-    """Split a completion into (reasoning, response).
-
-    The reasoning is the text between the first `<think>` and the last `</think>`, stripped of surrounding white space;
-    an empty block gives "". It is None when no block was closed, and then the response is the text before an open
-    `<think>` (usually nothing) or, without any tag, the whole text. A lone `</think>` closes a block that the prompt
-    had opened.
-    """
-    head, closed, response = text.rpartition(END_THINK)
-    if not closed:
-        return None, text.partition(THINK)[0].strip()
-    before, opened, inside = head.partition(THINK)
-    reasoning = inside if opened and not before.strip() else head
-    return reasoning.strip(), response.strip()
 
 
 class Chat:

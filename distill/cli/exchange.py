@@ -39,7 +39,10 @@ class TaskName(StrEnum):
     math = "math"
     code = "code"
     choice = "choice"
+    instructions = "instructions"
+    judge = "judge"
     chat = "chat"
+    gym = "gym"
 
 
 def import_(
@@ -60,7 +63,14 @@ def import_(
     answer: Annotated[
         str | None, typer.Option("--answer", metavar="COLUMN", help="column of the gold answer; default: recognized")
     ] = None,
-    task: Annotated[TaskName, typer.Option("--task", help="kind of problem, which selects the grader")] = TaskName.math,
+    task: Annotated[
+        TaskName | None,
+        typer.Option(
+            "--task",
+            help="kind of problem, which selects the grader; default: math, and in rows that `distill export` wrote "
+            "their own, but for code and gym, whose graders run what the file contains",
+        ),
+    ] = None,
     split: Annotated[str | None, typer.Option("--split", help="split of a dataset; default: train")] = None,
     subset: Annotated[str | None, typer.Option("--subset", help="configuration of a dataset on the hub")] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="commit, tag or branch on the hub")] = None,
@@ -73,7 +83,7 @@ def import_(
     from distill.traces.imports import import_traces, sources_of
 
     columns = {"question": question, "reasoning": reasoning, "response": response, "answer": answer}
-    summary = import_traces(sources_of(sources, columns, task.value, split, subset, revision), out)
+    summary = import_traces(sources_of(sources, columns, task.value if task else None, split, subset, revision), out)
     say(f"{counted(summary.traces, 'trace')} of {counted(summary.prompts, 'prompt')} → {out}")
 
 

@@ -10,6 +10,8 @@ Token ids in, token ids out. Templates, stop strings and detokenising are the ca
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -240,10 +242,11 @@ class Engine:
                 completions += self._begin(item.sequence, drawn)
         return completions
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], deadline: float = math.inf) -> Iterator[Completion]:
         """Completions of `requests`, as they finish. Requests are pulled only as fast as they can be started, so an
         endless iterable is fine. Completions of requests queued by `add` come along; closing the generator aborts only
-        its own."""
+        its own. deadline: `time.monotonic()` after which no further step begins, and unfinished requests are aborted.
+        """
         source = iter(requests)
         mine: set[str] = set()
         exhausted = False
@@ -256,7 +259,7 @@ class Engine:
                     else:
                         self.add(request)
                         mine.add(request.id)
-                if not mine:
+                if not mine or time.monotonic() >= deadline:
                     return
                 for completion in self.step():
                     if completion.request_id in mine and completion.request_id not in self._unfinished:

@@ -12,11 +12,13 @@ dies is noticed by the end of its output, and one whose parent dies by the end o
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -138,7 +140,7 @@ class Engines:
         """Tokens of all engines so far."""
         return sum((worker.usage for worker in self._workers), EngineUsage())
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], deadline: float = math.inf) -> Iterator[Completion]:
         """Completions of `requests`, as they finish; see `Engine.generate`. Errors: EngineDied; NonFiniteLogits."""
         source = iter(requests)
         waiting = next(source, None)
@@ -149,7 +151,7 @@ class Engines:
                 assert worker.process.stdout is not None
                 ready.register(worker.process.stdout, selectors.EVENT_READ, worker)
             try:
-                while waiting or sent:
+                while (waiting or sent) and (left_s := deadline - time.monotonic()) > 0:
                     idlest = min(self._workers, key=lambda worker: worker.outstanding)
                     if waiting and idlest.outstanding < 2 * self.max_batch:
                         self._number += 1
@@ -158,7 +160,7 @@ class Engines:
                         idlest.send({"request": asdict(waiting) | {"id": str(self._number)}})
                         waiting = next(source, None)
                         continue
-                    for key, _ in ready.select():
+                    for key, _ in ready.select(None if math.isinf(left_s) else left_s):
                         for message in map(_checked, key.data.receive()):
                             if "rejected" in message:
                                 raise ValueError(message["error"])

@@ -23,7 +23,7 @@ from distill.eval.compare import comparison_of
 from distill.eval.evaluation import Evaluation
 from distill.eval.judging import check_judge, judge_settings, opened_judge
 from distill.eval.models import Open, engine_for, model_at, models_of
-from distill.evaluations import difference_line, judge_line, published_line
+from distill.evaluations import LABELS, difference_line, judge_line, published_line
 from distill.fingerprint import digest
 from distill.grading import Grader
 from distill.grading.grade import AnswerJudge
@@ -51,6 +51,7 @@ class EvalStage(Stage[EvalSummary]):
     products = (
         "eval/*/*/traces/part-*.parquet",
         "eval/*/*/settings.json",
+        "eval/*/*/grading.json",
         "eval/*/*/grades.jsonl",
         "eval/*/*/votes.jsonl",
         "eval/*/*/scores.json",
@@ -82,6 +83,7 @@ class EvalStage(Stage[EvalSummary]):
                 for item in benchmarks
             },
             "parts": {item.name: digest(item.settings) for of_model in evaluations for item in of_model},
+            "graded": {item.name: digest(item.grading) for of_model in evaluations for item in of_model},
             "sources": {item.name: item.source_identity() for item in benchmarks},
             "published": run.recipe.eval.published,
         }
@@ -97,7 +99,7 @@ class EvalStage(Stage[EvalSummary]):
         _prepare([evaluation for of_model in evaluations for evaluation in of_model])
         scores: list[Scores] = []
         opened = opened_judge(benchmarks, run.recipe.judge, run.recipe.engine, run.paths.judgements)
-        with Grader() as grader, opened as judge:
+        with Grader(level=recipe.sandbox) as grader, opened as judge:
             for of_model in evaluations:
                 scores += _evaluate(of_model, self.open, run.recipe.engine, recipe.max_batch, grader, judge)
         order = [benchmark.name for benchmark in benchmarks]
@@ -149,7 +151,7 @@ def evaluate_model(
     for evaluation in evaluations:
         evaluation.refuse_other_settings()
     opened = opened_judge(benchmarks, judge, engine, directory / "judgements")
-    with locked(directory), Grader() as grader, opened as answer_judge:
+    with locked(directory), Grader(level=recipe.sandbox) as grader, opened as answer_judge:
         _prepare(evaluations)
         scores = _evaluate(evaluations, open_, engine, recipe.max_batch, grader, answer_judge)
     summary = EvalSummary(scores=tuple(scores), published=published)
@@ -250,6 +252,8 @@ def show(summary: EvalSummary) -> None:
         for published in summary.published:
             if published.benchmark == benchmark:
                 say(published_line(published, next((row for row in rows if row.model == "student"), rows[0])))
+    for line in LABELS:
+        say(line)
 
 
 def _cells(row: Scores) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from distill.eval.statistics import Estimate, Vote, consensus, pass_at_k
 from distill.grading import Grader
 from distill.grading.math import final_answer
 from distill.grading.votes import classes
-from distill.prompts.prompt import Prompt
+from distill.prompts.prompt import Prompt, split_reasoning
 
 Result = dict[str, float]
 
@@ -60,6 +60,7 @@ class ConsensusAtK(evaluate.Metric):  # type: ignore[misc]  # evaluate has no ty
         drawn = {len(samples) for samples in predictions}
         if len(drawn) != 1:
             raise ValueError(f"cons@k needs as many samples of every problem; there are {sorted(drawn)}")
+        predictions = [[split_reasoning(text)[1] for text in samples] for samples in predictions]
         with Grader() as grader:
             graded = dict(
                 grader.grade(

@@ -42,16 +42,17 @@ T = TypeVar("T")
 class Resources:
     """What filters may use besides a trace and their settings; one in every process that judges.
 
-    seed: the recipe's. What a run adds (the student's tokenizer, benchmarks, …) is in `distill.filters.resources`.
+    seed: the recipe's. tasks: those of the traces. What a run adds (the student's tokenizer, benchmarks, …) is in
+    `distill.filters.resources`.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, tasks: Iterable[str] = ()) -> None:
         self.seed = seed
+        self.tasks = frozenset(tasks)
         self._made: dict[str, object] = {}
 
-    def judge(self, user: str) -> "AbstractContextManager[AnswerJudge | None]":
-        """The judge of the recipe, for as long as the block lasts; None where the recipe has none. user: which filter
-        asks."""
+    def judge(self) -> "AbstractContextManager[AnswerJudge | None]":
+        """The judge of the recipe, for as long as the block lasts; None where no filter of the recipe asks one."""
         return nullcontext()
 
     def once(self, name: str, make: Callable[[], T]) -> T:
@@ -115,12 +116,16 @@ class AnyFilter(Section, ABC):
     """What all kinds share.
 
     name: the key in the recipe and in verdicts. reasons: reason → what it means; a reason may be followed by `: ` and
-    details. passing: the reason of the traces that are kept.
+    details. passing: the reason of the traces that are kept. version: raised with every change after which a verdict or
+    a note may be another, because stored ones of another version are not used. packages: distributions on which
+    verdicts rest.
     """
 
     name: ClassVar[str]
     reasons: ClassVar[Mapping[str, str]]
     passing: ClassVar[str] = OK
+    version: ClassVar[int] = 1
+    packages: ClassVar[Sequence[str]] = ()
 
     @property
     def draws(self) -> bool:

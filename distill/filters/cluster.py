@@ -11,8 +11,11 @@ batches on their way) and tasks instead of actors (each would start its own grad
 """
 
 import os
+import re
+import socket
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from importlib.util import find_spec
 from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -34,14 +37,18 @@ Results = list[tuple[int, Judged]]
 BATCH = 64  # traces; some 4 MB
 WAITING = 2  # batches at an actor, so that it does not idle while the next one travels
 ATTEMPTS = 4  # of a batch, before it is taken for what kills the workers
+MAX_PORT, CONNECT_SECONDS = 65535, 5.0
 START_SECONDS = 300.0  # until a cluster has a free processor
 
 
 class Actor:
-    """Judges batches in a process of the cluster. directory: where the command runs, for relative paths."""
+    """Judges batches in a process of the cluster.
 
-    def __init__(self, recipe: Recipe, directory: str) -> None:
-        self.recipe, self.directory = recipe, directory
+    directory: where the command runs, for relative paths. tasks: those of the traces.
+    """
+
+    def __init__(self, recipe: Recipe, directory: str, tasks: Collection[str]) -> None:
+        self.recipe, self.directory, self.tasks = recipe, directory, tasks
         self._judge: Judge | None = None
 
     def ready(self) -> None:
@@ -54,7 +61,8 @@ class Actor:
                 each.model_copy(update={"workers": 1}) if "workers" in type(each).model_fields else each
                 for each in settings.judging_filters()
             ]
-            self._judge = Judge(filters, settings.choosing_filters(), RunResources(self.recipe)).__enter__()
+            resources = RunResources(self.recipe, tasks=self.tasks)
+            self._judge = Judge(filters, settings.choosing_filters(), resources).__enter__()
 
     def judge(self, batch: Batch) -> Results:
         """The batch's traces, judged, in any order. Errors: as `ready`."""
@@ -64,21 +72,37 @@ class Actor:
 
 
 def require_ray() -> None:
-    """Raise UserError where Ray is not installed."""
+    """Raise UserError where Ray is not installed, or RAY_ADDRESS names nothing that answers. Cheap, unlike Ray itself,
+    which tries for minutes."""
+    if find_spec("ray") is None:
+        raise UserError("--on ray: Ray is not installed; pip install 'distill[ray]', on every node")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not re.fullmatch(r"\d{1,5}", port) or int(port) > MAX_PORT:
+        raise UserError(
+            f"--on ray: RAY_ADDRESS is {address!r}; set it to HOST:PORT of the cluster's head node, such as "
+            f"10.0.0.1:6379, which `ray start --head` prints"
+        )
     try:
-        import ray  # noqa: F401
-    except ImportError:
-        raise UserError("--on ray: Ray is not installed; pip install 'distill[ray]', on every node") from None
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"--on ray: no cluster answers at {address} ({error}); start one there with "
+            f"`ray start --head --port {port}`, or correct or unset RAY_ADDRESS"
+        ) from error
 
 
 class ClusterJudge:
     """As `Judge`, on the cluster that RAY_ADDRESS names, else on one that runs on this machine, else on a new one.
 
     A context manager: it connects, unless this process is connected already, and starts an actor for each processor.
+    tasks: those of the traces.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, tasks: Collection[str]) -> None:
+        self.recipe, self.tasks = recipe, tasks
 
     def __enter__(self) -> "ClusterJudge":
         import ray
@@ -88,10 +112,13 @@ class ClusterJudge:
             try:
                 ray.init(log_to_driver=False, logging_level="ERROR")
             except ConnectionError as error:
-                raise UserError(f"--on ray: no cluster answers at {os.environ.get('RAY_ADDRESS')}; {error}") from error
+                raise UserError(
+                    f"--on ray: no Ray cluster answers at {os.environ.get('RAY_ADDRESS')}; start one there with "
+                    f"`ray start --head`, or correct or unset RAY_ADDRESS"
+                ) from error
         number = max(1, int(ray.cluster_resources().get("CPU", 1)))
         remote = ray.remote(Actor).options(num_cpus=1, max_restarts=-1, max_task_retries=ATTEMPTS - 1)
-        self._actors: list[ActorHandle] = [remote.remote(self.recipe, os.getcwd()) for _ in range(number)]
+        self._actors: list[ActorHandle] = [remote.remote(self.recipe, os.getcwd(), self.tasks) for _ in range(number)]
         return self
 
     def __exit__(

@@ -1,13 +1,14 @@
 """Correctness: the grade of the answer, as a verdict. Unverifiable is dropped like wrong, but under its own reasons."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
 
 from pydantic import Field
 
 from distill.filters.base import Candidate, Example, Judging, Resources, StreamFilter
 from distill.grading.grade import Grade
+from distill.grading.judged import JUDGE
 from distill.grading.sandbox.levels import Level
 from distill.section import Free
 from distill.traces.trace import Verdict
@@ -50,11 +51,16 @@ class Correct(StreamFilter):
 
     @contextmanager
     def opened(self, resources: Resources) -> Iterator[Judging]:
-        """Start the grading processes. Outcomes are grades. Errors: WorkError when a process does not start."""
+        """Start the grading processes, and open the judge if there are traces for it. Outcomes are grades.
+
+        Errors: UserError when the judge cannot be used; WorkError when a process does not start, or gives programs less
+        isolation than `sandbox`.
+        """
         from distill.grading.grader import Grader  # a recipe is read without graders
         from distill.grading.mixed import graded
 
-        with Grader(self.workers, self.timeout) as grader, resources.judge(self.name) as judge:
+        opened = resources.judge() if JUDGE in resources.tasks else nullcontext()
+        with Grader(self.workers, self.timeout, level=self.sandbox) as grader, opened as judge:
 
             def judging(candidates: Iterable[tuple[K, Candidate]]) -> Iterator[tuple[K, object]]:
                 items = ((key, each.trace.prompt, each.trace.answer) for key, each in candidates)

@@ -10,6 +10,7 @@ from typing import ClassVar
 from pydantic import JsonValue
 
 from distill.filters.base import OK, Candidate, Group, GroupFilter, PromptGroup, Resources
+from distill.filters.words import composed
 from distill.traces.trace import Verdict
 
 
@@ -24,8 +25,8 @@ class Dedup(GroupFilter):
     examples = (Group((OK, "duplicate", OK), ("20 + 22 = 42", "20 + 22\n  = 42", "22 + 20 = 42")),)
 
     def note(self, candidate: Candidate) -> JsonValue:
-        """32 hex digits over the text with every run of white space as one space."""
-        spelling = " ".join(candidate.trace.text.split())
+        """32 hex digits over the text with composed accents and every run of white space as one space."""
+        spelling = " ".join(composed(candidate.trace.text).split())
         return hashlib.sha256(spelling.encode(errors="surrogatepass")).hexdigest()[:32]
 
     def judge_group(self, group: PromptGroup, resources: Resources) -> Sequence[Verdict]:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from rensa import RMinHash
 
 from distill.filters.index import Buckets, Keys, Numbers, Vectors
-from distill.filters.words import words_of
+from distill.filters.words import composed, words_of
 
 Hashes = npt.NDArray[np.uint64]
 Signature = npt.NDArray[np.uint32]
@@ -56,15 +56,16 @@ class MinHash:
         return self.bands * self.rows
 
     def shingles(self, text: str, salt: int = 0) -> Hashes:
-        """Hashes of the shingles of a text, in order. A text of fewer words is one shingle; without words it has none.
+        """Hashes of the shingles of a text, in order. A text of fewer words is one; without words and salt it has
+        none.
 
-        White space and case do not count. salt: texts with different ones share no shingle.
+        White space, case and the form of accents do not count. salt: texts with different ones share no shingle.
         """
-        words = words_of(text.lower())
+        words = words_of(composed(text).lower())
         hashes = np.fromiter(map(HASHES.__getitem__, words), np.uint64, len(words))
         width = min(self.shingle, len(words))
         if not width:
-            return hashes
+            return _mixed(np.array([salt] if salt else [], np.uint64))
         mixed = np.full(len(words) - width + 1, salt, np.uint64)
         for offset in range(width):
             mixed = _mixed(mixed ^ hashes[offset : offset + len(mixed)])

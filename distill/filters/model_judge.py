@@ -56,12 +56,12 @@ class ModelJudge(Rubric, StreamFilter):
 
     def check(self, resources: Resources) -> None:
         """Raise UserError when the judge's card, directory or key is missing."""
-        resources.judge(self.name)
+        resources.judge()
 
     @contextmanager
     def opened(self, resources: Resources) -> Iterator[Judging]:
         """Open the judge. Outcomes are grades. Errors: UserError when it cannot be used."""
-        with resources.judge(self.name) as judge:
+        with resources.judge() as judge:
             assert judge is not None, "the recipe refuses filter.judge without a judge"
             answer_judge = judge
 
@@ -75,5 +75,5 @@ class ModelJudge(Rubric, StreamFilter):
         """Turn the grade into a verdict. The evidence has what the judge said, and the end of its judgement."""
         assert isinstance(outcome, Grade)
         reasons = {"correct": "accepted", "wrong": "rejected", "unverifiable": f"unverifiable: {outcome.reason}"}
-        shown = {key: outcome.evidence[key] for key in ("said", "judgement") if key in outcome.evidence}
+        shown = {key: outcome.evidence[key] for key in ("said", "judgement", "refusal") if key in outcome.evidence}
         return self.verdict(reasons[outcome.verdict], **shown)

@@ -1,17 +1,17 @@
 """What the filters of near-duplicates share: clusters of texts that MinHash connects, of which the first stays.
 
 Two texts are near-duplicates when their estimated similarity reaches the threshold, less the error of the estimate
-(`MARGIN` standard errors): a pair above the threshold is missed in about one of forty cases, and the estimate is in the
-evidence. Clusters are transitive, and independent of the order in which traces were finished: the one that stays is the
-first in order of (prompt id, sample). Rejected: to compare the sets of shingles of candidates exactly, which needs
-their texts a second time.
+(`MARGIN` standard errors): a pair at the threshold is missed in about one of 700 cases, and one a tenth below it may
+be dropped, too; the estimate is in the evidence. Clusters are transitive, and independent of the order in which
+traces were finished: the one that stays is the first in order of (prompt id, sample). Rejected: to compare the sets
+of shingles of candidates exactly, which needs their texts a second time.
 """
 
 import base64
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from functools import cached_property, lru_cache
+from collections.abc import Iterator
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
@@ -22,8 +22,7 @@ from distill.filters.judged import Judged, Key
 from distill.filters.minhash import MinHash, Signature
 from distill.traces.trace import Trace, Verdict
 
-MARGIN = 2.0
-REMEMBERED = 4096  # texts whose signatures are kept: the samples of a prompt come at about the same time
+MARGIN = 3.0
 
 
 class NearDuplicates(CorpusFilter):
@@ -53,8 +52,8 @@ class NearDuplicates(CorpusFilter):
 
     def note(self, candidate: Candidate) -> JsonValue:
         """The signature, as text."""
-        make = candidate.resources.once(f"{self.name} signatures", lambda: self._signatures())
-        return make(self.text_of(candidate.trace), self.salt_of(candidate.trace))
+        signature = self.minhash.signature(self.text_of(candidate.trace), self.salt_of(candidate.trace))
+        return base64.b85encode(signature.tobytes()).decode()
 
     def judge_corpus(self, corpus: Corpus, resources: Resources) -> Iterator[tuple[Key, Verdict]]:
         """Keep the first of each cluster. The evidence names it, with the similarity to the nearest member."""
@@ -87,13 +86,6 @@ class NearDuplicates(CorpusFilter):
             note = self.noted(next(traces))
             assert isinstance(note, str), "every trace has a signature"
             yield np.frombuffer(base64.b85decode(note), np.uint32)
-
-    def _signatures(self) -> Callable[[str, int], str]:
-        @lru_cache(maxsize=REMEMBERED)
-        def make(text: str, salt: int) -> str:
-            return base64.b85encode(self.minhash.signature(text, salt).tobytes()).decode()
-
-        return make
 
 
 def _root(parent: "np.ndarray[tuple[int], np.dtype[np.int64]]", number: int) -> int:

@@ -1,7 +1,9 @@
 """Near-duplicates among prompts: the same problem with another greeting, another instruction, a typo.
 
 A collection of problems that was put together from several sources asks many of them twice, and then a student sees
-them twice as often. Numbers are compared exactly: two problems of one mould with other numbers are two problems.
+them twice as often. What makes another problem of nearly the same words is compared exactly, in its order: numbers (in
+figures or words), operators and comparisons, and words such as *not*, *maximum*, *product* or *perimeter*. Two problems
+of one mould with other numbers are two problems.
 """
 
 import hashlib
@@ -14,15 +16,26 @@ from pydantic import Field
 from distill.filters.base import OK, Group
 from distill.filters.judged import Judged, Key
 from distill.filters.near import NearDuplicates
+from distill.filters.terms import NUMBERS, SEPARATOR
 from distill.traces.trace import Trace
 
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
+DECISIVE = frozenset(  # words that make another problem; words for numbers are in NUMBERS
+    re.findall(
+        r"\w+",
+        "not no without except never at least most more less fewer greater smaller larger maximum minimum maximal "
+        "minimal max min greatest smallest largest lowest highest sum difference product quotient remainder mean "
+        "median mode average variance area perimeter volume circumference radius diameter sin cos tan log ln sine "
+        "cosine tangent increase increases increased decrease decreases decreased positive negative even odd "
+        "before after first last and or true false prove disprove",
+    )
+)
+TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|(?<!\w)-|-(?![^\W\d_])|(?<=\d)!|[+×÷·*/^<>=≤≥≠±√∈∩|%]+")
 WORDS = re.compile(r"[\w\\]+")
 ASKED = "Ann buys three pears and twice as many plums at the market on Monday morning. How many fruits does she buy?"
 
 
 class NearPrompts(NearDuplicates):
-    """Drop the traces of prompts that are nearly the same as another prompt with the same numbers."""
+    """Drop the traces of prompts that are nearly the same as another prompt with the same numbers and operators."""
 
     shingle: int = Field(2, ge=1, le=64, description="words in a shingle")
 
@@ -34,17 +47,25 @@ class NearPrompts(NearDuplicates):
     examples = (
         Group((OK, "near_duplicate"), ("a", "b"), questions=(ASKED, f"{ASKED} Please!")),
         Group((OK, OK), ("a", "b"), questions=("20 + 22?", "21 + 22?")),
+        Group((OK, OK), ("a", "b"), questions=("What is 20 + 22?", "What is 20 - 22?")),
+        Group((OK, OK), ("a", "b"), questions=(ASKED, ASKED.replace("three", "four"))),
         Group((OK, OK), ("a", "b")),
     )
 
     def text_of(self, trace: Trace) -> str:
-        """The words of the conversation, without punctuation."""
-        return " ".join(WORDS.findall(_asked(trace)))
+        """The words of the conversation, without punctuation; without words, its characters."""
+        asked = _asked(trace)
+        return " ".join(WORDS.findall(asked)) or asked
 
     def salt_of(self, trace: Trace) -> int:
-        """The numbers of the conversation, in order."""
-        numbers = " ".join(NUMBER.findall(_asked(trace)))
-        return int.from_bytes(hashlib.blake2b(numbers.encode(), digest_size=8).digest(), "big")
+        """The numbers, operators and decisive words of the conversation, in order."""
+        tokens = (token.lower() for token in TOKEN.findall(SEPARATOR.sub("", _asked(trace)).replace("**", " ")))
+        decisive = " ".join(
+            NUMBERS.get(token, token)
+            for token in tokens
+            if not token.isalpha() or token in NUMBERS or token in DECISIVE
+        )
+        return int.from_bytes(hashlib.blake2b(decisive.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
     def unit_of(self, judged: Judged) -> Key:
         """All traces of a prompt."""

@@ -5,8 +5,10 @@ That goes for grading too, whose cost on the traces that other filters drop is s
 compare.
 
 Per-trace verdicts go to a ledger as they come (`verdicts.jsonl`), so a killed run repeats next to no grading, and a run
-that was extended by more samples grades only those. The choosing filters are cheap and start afresh. Judging reads
-texts only, in one pass; writing copies the stored columns, in another.
+that was extended by more samples grades only those. Rows hold a hash of the versions of filters and graders: rows of
+other versions are judged again, also those of a finished stage, so that no output mixes two graders. The choosing
+filters are cheap and start afresh. Judging reads texts only, in one pass; writing copies the stored columns, in
+another.
 
 The settings are the filters' only. Which teacher made the traces need not be among them: a run directory holds traces
 of one identity, and `--fresh generate` moves the filter's output aside too. A trace whose text is not the one that its
@@ -14,7 +16,7 @@ row in the ledger was written for is judged again.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -30,42 +32,56 @@ from distill.filters.judged import Judged
 from distill.filters.resources import RunResources
 from distill.filters.summary import Tally, print_summary
 from distill.filters.table import JudgedTable, Survivors
+from distill.fingerprint import digest
 from distill.grading import require_grader
+from distill.grading.identity import graders_identity, versioned
 from distill.grading.judge import check_budget
+from distill.grading.judged import JUDGE
 from distill.grading.mixed import require_judge
 from distill.grading.sandbox.levels import require_level
 from distill.recipe import Recipe
 from distill.run import Run
 from distill.stage import Stage
 from distill.traces.ledger import Ledger, line_of
+from distill.traces.published import tasks_of_run
 from distill.traces.store import Decision, TraceStore
 from distill.traces.trace import Trace, Verdict, content_hash
 
 KEPT, DROPPED = 0, 1  # of the two directories
 
 
-def check_gradable(recipe: Recipe) -> None:
-    """Raise UserError when the filters cannot judge what the prompts ask. Cheap: worth asking before generating."""
+def check_gradable(recipe: Recipe, tasks: Collection[str] | None = None) -> None:
+    """Raise UserError when the filters cannot judge what the prompts ask. Cheap: worth asking before generating.
+
+    tasks: those of the traces; None, before there are any: those that the recipe and the runs it reads have.
+    """
     if recipe.judge is not None:
         check_budget(recipe.judge)
     if not recipe.filter.correct:
         return
-    require_judge(recipe.tasks, recipe.judge is not None, "filter.correct")
-    for i, source in enumerate((*recipe.prompts, *recipe.traces)):
-        task = getattr(source, "task", "math")  # procedural problems are mathematics
+    if tasks is None:
+        tasks = recipe.tasks | {task for source in recipe.traces for task in tasks_of_run(source)}
+    require_judge(tasks, recipe.judge is not None, "filter.correct")
+    for task in sorted(tasks):
         require_grader(task, "filter.correct", "set it to false, or leave such prompts out")
-        if task == "code":
-            require_level(recipe.filter.correct.sandbox, "filter.correct.sandbox")
-        if recipe.prompts and getattr(source, "answer", "") is None:
+    if "code" in tasks:
+        require_level(recipe.filter.correct.sandbox, "filter.correct.sandbox")
+    for i, source in enumerate(recipe.prompts):
+        if getattr(source, "answer", "") is None:
             raise UserError(
                 f"filter.correct: prompts.{i} has no gold answers (its `answer` is null), so all of its traces would "
                 f"be dropped; set filter.correct to false, or name the column with the answers"
             )
 
 
-def load_resources(recipe: Recipe, judgements: Path | None = None) -> RunResources:
-    """Load what the filters need besides the traces. Errors: UserError, such as for a benchmark that cannot be read."""
-    resources = RunResources(recipe, judgements)
+def load_resources(
+    recipe: Recipe, judgements: Path | None = None, tasks: Collection[str] | None = None
+) -> RunResources:
+    """Load what the filters need besides the traces. judgements, tasks: as `RunResources` has them.
+
+    Errors: UserError, such as for a benchmark that cannot be read.
+    """
+    resources = RunResources(recipe, judgements, tasks)
     for each in (*recipe.filter.judging_filters(), *recipe.filter.choosing_filters()):
         each.check(resources)
     return resources
@@ -85,20 +101,27 @@ class FilterStage(Stage[FilterSummary]):
         return recipe.filter_settings()
 
     def settings(self, run: Run) -> Settings:
-        """Those of the recipe, and the judge's identity where one is asked."""
-        settings, judge = self.recipe_settings(run.recipe), run.recipe.judge
-        if judge is not None and run.recipe.filters_ask_the_judge:
+        """Those of the recipe, the content of the benchmarks of `decontaminate`, and the judge's identity where one is
+        asked."""
+        tasks, judge = _tasks(run), run.recipe.judge
+        settings = run.recipe.filter_settings(tasks) | RunResources(run.recipe).benchmarks_identity()
+        if judge is not None and run.recipe.filters_ask_the_judge(tasks):
             settings |= {f"judge_model.{key}": value for key, value in run.models.judge.identity.items()}
         return settings
 
     def extent(self, run: Run) -> Settings:
-        """The traces: from the record of a finished `generate`, else from the store. UserError when there are none."""
+        """The traces, and the versions of what judges them.
+
+        From the record of a finished `generate`, else from the store. Errors: UserError when there are no traces.
+        """
+        judges: Settings = {"judged_by": judges_identity(run.recipe, _tasks(run))}
         if (generated := run.stored_summary("generate", GenerateSummary)) is not None:
-            return {"traces": generated.traces, "content": generated.content_hash}
+            return judges | {"traces": generated.traces, "content": generated.content_hash}
         store = TraceStore(run.paths.traces)
         if store.is_empty():
             raise UserError(f"{run.paths.traces}: no traces to filter; run `distill generate` first")
-        return {"traces": len(store), "content": content_hash(figures.digest for figures in store.figures())}
+        content = content_hash(figures.digest for figures in store.figures())
+        return judges | {"traces": len(store), "content": content}
 
     def work(self, run: Run, begin: Callable[[], None]) -> FilterSummary:
         """Judge the traces that have no verdict yet, choose among them, write both directories.
@@ -106,24 +129,26 @@ class FilterStage(Stage[FilterSummary]):
         Errors: UserError when there are no traces, when a task has no grader, and when nothing is kept (the dropped
         traces are written before).
         """
-        check_gradable(run.recipe)
+        tasks = _tasks(run)
+        check_gradable(run.recipe, tasks)
         if run.on == "ray":
             require_ray()
-            if run.recipe.filters_ask_the_judge:
+            if run.recipe.filters_ask_the_judge(tasks):
                 raise UserError(
                     "--on ray: a judge is asked by one process, which stores its judgements and keeps its budget; "
                     "remove --on ray (a server judges many responses at once), or turn the judge's filters off"
                 )
         settings, store = run.recipe.filter, TraceStore(run.paths.traces)
         total, had_begun = len(store), run.begun(self.name)
-        resources = load_resources(run.recipe, run.paths.judgements)
+        resources = load_resources(run.recipe, run.paths.judgements, tasks)
         filters, choosing = settings.judging_filters(), settings.choosing_filters()
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
-        judge = ClusterJudge(run.recipe) if run.on == "ray" else Judge(filters, choosing, resources)
+        judge = ClusterJudge(run.recipe, tasks) if run.on == "ray" else Judge(filters, choosing, resources)
+        judged_by = digest(judges_identity(run.recipe, tasks) | {"benchmarks": resources.benchmarks_digest()})
         with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
             try:
-                _judge(store, total, judge, table, run.paths.verdicts)
+                _judge(store, total, judge, table, run.paths.verdicts, judged_by)
             except (UserError, WorkError):
                 if not had_begun and not any(Ledger(run.paths.verdicts).rows()):
                     run.forget(self)  # a judge that cannot be asked: its settings may be corrected
@@ -146,12 +171,44 @@ class FilterStage(Stage[FilterSummary]):
 STAGE = FilterStage()
 
 
-def _judge(store: TraceStore, total: int, judge: Judge | ClusterJudge, table: JudgedTable, path: Path) -> None:
-    """Fill the table: from the ledger, and with verdicts that are made now."""
+def _tasks(run: Run) -> set[str]:
+    """The tasks of the run's traces. Reads the traces only if they were published and `generate` is not finished."""
+    if run.recipe.prompts:
+        return run.recipe.tasks
+    if (generated := run.stored_summary("generate", GenerateSummary)) is not None and generated.tasks is not None:
+        return set(generated.tasks)
+    return TraceStore(run.paths.traces).tasks()
+
+
+def judges_identity(recipe: Recipe, tasks: Collection[str]) -> Settings:
+    """The versions of what decides stored verdicts and notes: the filters, the graders of the tasks, their packages.
+
+    tasks: those of the traces.
+    """
+    filters = recipe.filter
+    identity: Settings = {}
+    for each in (*filters.judging_filters(), *filters.choosing_filters()):
+        identity |= versioned(f"filter.{each.name}", each.version, each.packages)
+    graded = set(tasks) if filters.correct is not None or filters.majority is not None else set()
+    return identity | graders_identity(graded | ({JUDGE} if filters.judge is not None else set()))
+
+
+def _judge(
+    store: TraceStore, total: int, judge: Judge | ClusterJudge, table: JudgedTable, path: Path, judged_by: str
+) -> None:
+    """Fill the table: from the ledger, and with verdicts that are made now. judged_by: digest of `judges_identity`."""
     with Ledger(path) as ledger:
+        others = 0
         for row in ledger.rows():
-            if (earlier := Judged.from_row(row)) is not None:
+            if (earlier := Judged.from_row(row)) is not None and earlier.judged_by == judged_by:
                 table.remember(earlier)
+            else:
+                others += 1
+        if others:
+            console.say(
+                f"filter: {console.counted(others, 'trace')} had verdicts of other versions of the filters or graders "
+                f"and will be judged again"
+            )
         with console.progress("filter", total, "traces") as advance, judge:
 
             def unknown() -> Iterator[tuple[int, Trace]]:
@@ -163,6 +220,7 @@ def _judge(store: TraceStore, total: int, judge: Judge | ClusterJudge, table: Ju
                         yield position, trace
 
             for position, judged in judge.judge(unknown()):
+                judged.judged_by = judged_by
                 ledger.add(judged.to_row())
                 table.add(position, judged)
                 advance(1)

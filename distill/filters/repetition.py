@@ -6,8 +6,9 @@ is measured, in linear time and for any period. A phrase must come at least `PHR
 `LONG_PHRASES` times) and fill `SPAN` words, so that a list of like items, or "wait, wait, wait", is none. Runs without
 words (`2 × 2 × 2 ×`, the same formula on every line, rows of a table) are legitimate mathematics and must be longer.
 
-Paragraphs may also come back at intervals, in an endless cycle of doubts: the same long line, at least `LINES` times.
-Twice is no loop: an answer repeats its reasoning.
+Paragraphs may also come back at intervals, in an endless cycle of doubts: the same line at least `LINES` times, which
+together have `LINE_SPAN` words. Twice is no loop: an answer repeats its reasoning. Code in closed fences may repeat its
+lines; only a loop of `SYMBOLS` words counts there.
 
 Rejected: the share of repeated n-grams, as web corpora are filtered: mathematical reasoning repeats its terms, and no
 threshold separates the two; the ratio of compression, for the same reason, and it names no evidence.
@@ -29,13 +30,19 @@ GRAM = 3  # words by which an earlier occurrence is recognised
 DISTANCES = 16  # frequent distances that are tried as periods
 PHRASES, LONG_PHRASES = 4, 3  # repetitions in a row, of any phrase and of one of at least LONG words
 LONG = 8
-SPAN, EQUATIONS, SYMBOLS = 20, 40, 100  # words that a loop fills: with words, of equations, and of other symbols
-LINES, LINE_WORDS = 3, 20  # occurrences of a line or paragraph, and words that make it long
-SHORT_LINES = 10  # occurrences of a shorter line, which has more than GRAM words with letters
+SPAN, EQUATIONS, SUMS, SYMBOLS = 20, 40, 100, 200  # words that a loop fills: of words, equations, a sum, other symbols
+TABLES = 400  # of the rows of a table
+LINES, LINE_SPAN = (
+    3,
+    150,
+)  # occurrences of a line or paragraph, and words of all of them: the cases of a proof are alike
+OPERATORS = frozenset(("+", "-", "*", "×", "·", r"\times", r"\cdot"))
 LINE = "So the tens are added first and then the ones, and the carry goes to the tens, which gives the sum of both."
+CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)  # closed: lines of a program may be equal
 CHARACTERS = re.compile(r"(\S{1,12}?)\1{23,}")  # 24 times without white space
+UNBROKEN = re.compile(r"\S{24,}")  # the only places where that may be: most words are shorter
 RULE = re.compile(r"[-=_*#.~|+:\u2500-\u257f]+\Z")  # lines of a table and the like are decoration
-DIGITS = 100  # characters of a run of digits or signs
+DIGITS, SUM = 100, 400  # characters of a run of digits or signs, or of one letter; of a sum without spaces
 LETTERS = re.compile(rf"(?<![\\\w])[^\W\d_]{{2,}}|{UNSPACED}")  # words; LaTeX commands are none
 
 
@@ -70,46 +77,81 @@ class Repetition(TraceFilter):
         Example("phrase", "<think>\nThe sum is 42. " + "Let me check that again. " * 5 + "\n</think>\n42"),
         Example("phrase", "<think>\n" + "wait " * 30 + "\n</think>\n42"),
         Example("phrase", "<think>\n" + "我需要再检查一下。" * 6 + "\n</think>\n42"),
-        Example("paragraph", "<think>\n" + "\n".join(f"{LINE}\n{n}" for n in ("No.", "Hm.", "But wait."))),
+        Example(
+            "paragraph",
+            "<think>\n" + "\n".join(f"{LINE}\n{n}" for n in ("No.", "Hm.", "But wait.", "Or?", "So.", "Ah.", "Well.")),
+        ),
     )
 
     def judge(self, candidate: Candidate) -> Verdict:
         """Look for the first loop. The evidence has what is repeated, how often, and the length of all of it."""
         text = candidate.trace.text
-        loop = next((loop for kind in (_characters, _phrases, _paragraphs) for loop in kind(text)), None)
+        loop = next(_loops(text), None)
         if loop is None:
             return self.verdict(OK)
         return self.verdict(loop.reason, unit=loop.unit[:120], times=loop.times, span=loop.span)
 
 
+def _loops(text: str) -> Iterator[Loop]:
+    yield from _characters(text)
+    code = CODE.findall(text)
+    prose = CODE.sub("\n", text) if code else text
+    yield from _phrases(prose)
+    yield from _paragraphs(prose)
+    for block in code:
+        yield from _phrases(block, SYMBOLS)
+
+
 def _characters(text: str) -> Iterator[Loop]:
-    for match in CHARACTERS.finditer(text):
+    for match in (match for part in UNBROKEN.finditer(text) for match in CHARACTERS.finditer(part[0])):
         run, unit = match[0], match[1]
-        if RULE.fullmatch(unit) or (not LETTERS.search(unit * 2) and len(run) < DIGITS):
+        is_plain = len(unit) == 1 or not LETTERS.search(unit * 2)
+        if RULE.fullmatch(unit) or (is_plain and len(run) < (SUM if OPERATORS.intersection(unit) else DIGITS)):
             continue
         yield Loop("characters", unit, len(run) // len(unit), len(run))
 
 
-def _phrases(text: str) -> Iterator[Loop]:
+def _phrases(text: str, shortest: int = SPAN) -> Iterator[Loop]:
     words = words_of(text)
-    last: dict[tuple[str, ...], int] = {}
-    distances: Counter[int] = Counter()
-    for position, gram in enumerate(zip(*(words[i:] for i in range(GRAM)), strict=False)):
-        if gram in last:
-            distances[position - last[gram]] += 1
-        last[gram] = position
-    numbers: dict[str, int] = {}
-    ids = np.array([numbers.setdefault(word, len(numbers)) for word in words])
-    for period, count in distances.most_common(DISTANCES):
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    ids = np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))
+    for period, count in _frequent_distances(ids, len(numbers)):
         if count + GRAM + period < SPAN:
             continue
         start, length = _longest_run(ids[period:] == ids[:-period])
         span, unit = length + period, words[start : start + period]
-        is_equation = "=" in unit and period > GRAM
-        least = SPAN if LETTERS.search(" ".join(unit)) else EQUATIONS if is_equation else SYMBOLS
+        least = max(shortest, _least_span(unit))
         times = LONG_PHRASES if period >= LONG else PHRASES
         if span >= period * times and span >= least:
             yield Loop("phrase", " ".join(unit), span // period, span)
+
+
+def _least_span(unit: list[str]) -> int:
+    """The number of words that a loop of this unit fills at least: legitimate repetitions are shorter."""
+    if "|" in unit:
+        return TABLES
+    if "=" not in unit and not OPERATORS.isdisjoint(unit):
+        return SUMS if LETTERS.search(" ".join(unit)) else SYMBOLS
+    if LETTERS.search(" ".join(unit)):
+        return SPAN
+    return EQUATIONS if "=" in unit and len(unit) > GRAM else SYMBOLS
+
+
+def _frequent_distances(ids: npt.NDArray[np.int64], vocabulary: int) -> Iterator[tuple[int, int]]:
+    """Distances between an occurrence of a gram and the previous one, with their numbers: the most frequent first, and
+    of equally frequent ones the one that comes first. ids: of words, each below `vocabulary`."""
+    if len(ids) <= GRAM:
+        return
+    grams = np.zeros(len(ids) - GRAM + 1, np.int64)
+    for offset in range(GRAM):
+        grams = grams * vocabulary + ids[offset : offset + len(grams)]
+    order = np.argsort(grams, kind="stable")
+    again = np.flatnonzero(grams[order][1:] == grams[order][:-1])
+    places, earlier = order[again + 1], order[again]
+    distances = (places - earlier)[np.argsort(places)]
+    values, first, counts = np.unique(distances, return_index=True, return_counts=True)
+    for place in np.lexsort((first, -counts))[:DISTANCES]:
+        yield int(values[place]), int(counts[place])
 
 
 def _longest_run(equal: npt.NDArray[np.bool_]) -> tuple[int, int]:
@@ -123,8 +165,6 @@ def _longest_run(equal: npt.NDArray[np.bool_]) -> tuple[int, int]:
 def _paragraphs(text: str) -> Iterator[Loop]:
     lines = Counter(" ".join(line.split()) for line in text.splitlines())
     for line, times in lines.items():
-        if times < LINES or not LETTERS.search(line):
-            continue
-        length = len(line.split())
-        if length >= LINE_WORDS or (times >= SHORT_LINES and len(LETTERS.findall(line)) > GRAM):
-            yield Loop("paragraph", line, times, times * length)
+        span = times * len(line.split())
+        if times >= LINES and span >= LINE_SPAN and len(LETTERS.findall(line)) > GRAM:
+            yield Loop("paragraph", line, times, span)

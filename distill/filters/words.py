@@ -2,10 +2,16 @@
 scripts that are written without spaces (Thai to Khmer, Japanese, Chinese)."""
 
 import re
+import unicodedata
 
 UNSPACED = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
 ANY_UNSPACED = re.compile(UNSPACED)
 WORD = re.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})\S)+")
+
+
+def composed(text: str) -> str:
+    """The text with composed accents (NFC), in which equal texts have equal characters."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def words_of(text: str) -> list[str]:

@@ -1,13 +1,13 @@
-"""Is this answer right? Correct, wrong and unverifiable are three different verdicts.
+"""Grade answers as correct, wrong or unverifiable.
 
-Unverifiable means that it cannot be said: no answer in the text, no gold answer, a parser that failed, a comparison
-that did not end in time. Calling it wrong would be a false statement about the answerer, calling it correct one about
-the data.
+An answer is unverifiable if the response has no answer, there is no gold answer, the parser failed, or the comparison
+was not decided in time. Grading it wrong would blame the model for a limit of the grader; grading it correct would let
+errors into the data.
 
     with Grader(workers=2, timeout=5.0) as grader:
         for key, grade in grader.grade((i, prompt, response) for …):
 
-Graders by task are in one table, `GRADERS`; a task without one is refused before any work starts (`require_grader`).
+`GRADERS` maps tasks to graders; a task without a grader is refused before any work starts (`require_grader`).
 """
 
 from distill.grading.grade import Answer, Grade, TaskGrader

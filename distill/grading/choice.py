@@ -27,12 +27,12 @@ HEDGE = r"(?! ?(?:or|and|maybe|perhaps|possibly|或)\b)"  # after a letter: anot
 HEAD = re.compile(
     rf"(?i:{NAMED})(?:[\[(] ?([A-Ja-j]) ?[\])]{HEDGE} ?\S.*"  # (B) 4 mol
     rf"|([A-J])(?: ?[).:](?!\w)| ?[,\uff0c、。)\uff09\uff1a]{HEDGE}"  # B) 4 mol, B: 4 mol
-    rf"| [-–—] (?=\w\w)| \({HEDGE}| (?=(?:because|since|due to|which)\b)).+)"
+    rf"| [-–—] (?=\w\w)| \({HEDGE}| (?=(?:because|since|due to|which|only(?! (?:if|when)))\b)).+)"
 )
 SEVERAL = re.compile(r"\(?\b[A-J]\b\)?\s*(?:[,、/&+]|\bor\b|\band\b|[或和])\s*(?:and\s+|or\s+)?\(?\b[A-J]\b\)?")
 OPENING = re.compile(rf"(?i:{NAMED})[\[{{]?")
 STATED = re.compile(
-    r"\b(?P<what>answers?|choice|option)[*_]*(?:\s+(?:is|are|would be|must be)\b[*_]*[\s:]*|\s*[:=]\**\s*)"
+    r"\b(?P<what>answers?|choice|option)[*_]*(?:\s+(?:is|are|would be|must be|should be)\b[*_]*[\s:]*|\s*[:=]\**\s*)"
     r"|(?P<chinese>答案|[故应]选)[*_]*[是为选择]*\s*[:\uff1a]?\s*",
     re.IGNORECASE,
 )
@@ -127,7 +127,7 @@ def _plain(text: str) -> str:
     text = " ".join(text[: 4 * LONGEST].split())[:LONGEST]
     for _ in range(3):
         text = FONT.sub(r"\1", text)
-    return " ".join(re.sub(r"\\[()\[\],;: ]|\\(?:left|right)|[\\$*]", " ", text).split())
+    return " ".join(re.sub(r"\\[()\[\],;: ]|\\(?:left|right)|[\\$*\"`]", " ", text).split())
 
 
 def letter(text: str) -> str | None:

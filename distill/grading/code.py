@@ -10,8 +10,11 @@ What is compared where: the output of a program and the value that a function re
 and the program never sees what is expected. Asserts run in a process of their own that calls the answer's functions in
 another one (`distill.grading.sandbox.peer`).
 
-The program is the last code block that defines something or reads its input, else the last block; without blocks, a
-response that is Python as a whole. Only what follows the reasoning is searched.
+The program is the last Python block that defines what the tests call, with the blocks that define what it lacks
+(`distill.grading.blocks`). Where the tests name nothing, as those of input and output, it is the last Python block that
+defines something other than tests or reads its input, else the last that is marked as Python, else the last block.
+Without blocks it is a response that is Python as a whole, or the lines of Python in it. Only what follows the reasoning
+is searched.
 """
 
 import ast
@@ -24,6 +27,7 @@ from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 
 from distill.errors import WorkError
+from distill.grading.blocks import joined_program, used_names
 from distill.grading.grade import Answer, Detailed, Outcome, Ruling, TaskGrader
 from distill.grading.sandbox.levels import open_zygote
 from distill.grading.sandbox.peer import Remote
@@ -31,11 +35,37 @@ from distill.grading.sandbox.program import OWN_FAULT, Test
 from distill.grading.sandbox.runner import Sandbox
 from distill.prompts import code_tests
 from distill.prompts.code_tests import STDIN, Case, CodeTests
+from distill.prompts.prompt import outside_blocks
 
 BLOCK = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 PYTHON = ("", "python", "py", "python3", "python2", "pycon")
 SUBSTANCE = re.compile(r"^(?:async )?(?:def|class) |\binput\(|\bsys\.stdin|\bopen\(0", re.MULTILINE)
+OTHER_THAN_TESTS = re.compile(
+    r"^(?:async )?def (?!test)|^class (?!Test)|\binput\(|\bsys\.stdin|\bopen\(0", re.MULTILINE
+)
+TESTS_ONLY = re.compile(r"^assert ", re.MULTILINE)
+LATE_FENCE = re.compile(r"(?<=[^\s`])[ \t]*(```+[\w+#.-]*\n)")  # "The program: ```python"
+DEFINITION = re.compile(r"(?:import|from|class|def|async def) \w|@\w")
+STATEMENT = re.compile(  # a line of a program without fences: indented, closing, a keyword, a call, an assignment
+    r"\s|$|[)\]}#@]|(?:import|from|class|def|async|if|elif|else|for|while|try|except|finally|with|print)\b"
+    r"|[\w.\[\]]+\s*[,=(+*/-]"
+)
 CLOSE = 1e-6  # relative or absolute error that a checker usually accepts
+# What LeetCode and LiveCodeBench import before a solution, whose starter code says `List[int]`; builtins stay.
+GIVEN = """
+from typing import *
+from math import *
+from random import *
+from string import *
+from bisect import *
+from heapq import *
+from operator import *
+from itertools import *
+from functools import *
+from collections import *
+from builtins import *
+import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
+"""
 SHOWN = 200  # characters of an output or a message in the evidence
 TESTED = ("python", "python3", "py")
 
@@ -45,13 +75,14 @@ class CodeGrader(TaskGrader):
 
     lazy = True  # few runs have code, and a zygote takes half a second
     votes = False
+    packages = ("python",)  # which runs the programs
 
     def __init__(self) -> None:
         self.sandbox: Sandbox | None = None
 
     def prepare(self) -> None:
-        """Start a zygote behind the strongest walls of this machine."""
-        self.sandbox = Sandbox(open_zygote())
+        """Start a zygote behind the strongest walls of this machine. Errors: WorkError when they are below `level`."""
+        self.sandbox = Sandbox(open_zygote(self.level))
 
     def limits(self, gold: str) -> int:
         """Every test has the time limit to itself, and a moment to start."""
@@ -72,6 +103,10 @@ class CodeGrader(TaskGrader):
         """The program, see the module."""
         return find_program(response)
 
+    def find_for(self, gold: str, response: str) -> Answer | None:
+        """The program that has the functions which the tests call, see the module."""
+        return find_program(response, names_in_tests(gold))
+
     def rule(self, gold: str, answer: Answer) -> Ruling | None:
         """Only running tells."""
         if (tests := read_tests(gold)) is None:
@@ -88,8 +123,8 @@ class CodeGrader(TaskGrader):
             return run_tests(self.sandbox, answer, tests, self.seconds)
         except WorkError:  # a zygote may be killed by others than its program
             self.sandbox.zygote.close()
-            self.prepare()
         try:
+            self.prepare()
             return run_tests(self.sandbox, answer, tests, self.seconds)
         except WorkError as error:
             return "unverifiable", "sandbox failed", {"detail": str(error)}
@@ -112,19 +147,60 @@ def read_tests(text: str) -> CodeTests | None:
 # ---- the program in a response
 
 
-def find_program(response: str) -> Answer | None:
-    """The program of a response; None where there is none. Linear time."""
-    scope = response.rpartition("</think>")[2].partition("<think>")[0]
-    blocks = [(tag.lower(), textwrap.dedent(text)) for _, tag, text in BLOCK.findall(scope) if text.strip()]
-    python = [text for tag, text in blocks if tag in PYTHON]
-    substantial = [text for text in python if SUBSTANCE.search(text)]
-    if chosen := substantial or python or [text for _, text in blocks]:
-        return Answer(chosen[-1], "code block")
+@lru_cache(maxsize=2)  # the samples of a prompt follow one another, and its tests may be megabytes
+def names_in_tests(gold: str) -> frozenset[str]:
+    """The functions and classes that an answer may have to define; empty for tests of input and output."""
+    if (tests := read_tests(gold)) is None:
+        return frozenset()
+    names = {name for case in tests["test_cases"] if (name := case.get("fn_name"))}
+    if "entry_point" in tests:
+        return frozenset(names | {tests["entry_point"]})
+    programs = [case["code"] for case in tests["test_cases"] if "code" in case]
+    return (
+        frozenset(names | used_names("\n".join([tests.get("setup", ""), *programs]))) if programs else frozenset(names)
+    )
+
+
+def find_program(response: str, names: frozenset[str] = frozenset()) -> Answer | None:
+    """The program of a response; None where there is none. Linear time. names: that the tests use."""
+    scope = outside_blocks(response.replace("\r\n", "\n"))
+    blocks = _blocks(scope) or _blocks(LATE_FENCE.sub(r"\n\1", scope))
+    if names and (program := joined_program([text for tag, text in blocks if tag in PYTHON], names)):
+        return Answer(program, "code block")
+    if blocks:
+        return Answer(max(enumerate(blocks), key=lambda block: (_rank(*block[1]), block[0]))[1][1], "code block")
     if scope.strip() and _parses(scope.strip()) and re.search(r"[=(]", scope):
         return Answer(scope.strip(), "whole response")
     if scope.strip() and scope[:1] in " \t" and _parses(f"def f():\n{scope.rstrip()}\n"):
         return Answer(scope.rstrip(), "body")
+    if program := _unfenced(scope):
+        return Answer(program, "lines of code")
     return None
+
+
+def _blocks(scope: str) -> list[tuple[str, str]]:
+    """The language, in lower case, and the text of each code block that is not empty."""
+    return [(tag.lower(), textwrap.dedent(text)) for _, tag, text in BLOCK.findall(scope) if text.strip()]
+
+
+def _rank(tag: str, text: str) -> int:
+    """How likely a block is the program; of equal blocks the last counts."""
+    if tag not in PYTHON:
+        return 0
+    if SUBSTANCE.search(text):
+        return 5 if OTHER_THAN_TESTS.search(text) else 4
+    if tag:
+        return 3 if not TESTS_ONLY.search(text) else 2
+    return 2 if re.search(r"[=(]", text) and _parses(text) else 1
+
+
+def _unfenced(scope: str) -> str | None:
+    """The lines of Python from the first import, class or function on, in a response without code blocks."""
+    lines = scope.splitlines()
+    start = next((number for number, line in enumerate(lines) if DEFINITION.match(line)), len(lines))
+    end = next((number for number in range(start, len(lines)) if not STATEMENT.match(lines[number])), len(lines))
+    program = "\n".join(lines[start:end]).strip()
+    return program if SUBSTANCE.search(program) and _parses(program) else None
 
 
 def _parses(code: str) -> bool:
@@ -184,7 +260,7 @@ _Result = tuple[Outcome, str, str]  # the outcome of one test, its reason, and a
 
 def _failed(reason: str, detail: str) -> _Result:
     """The result of a program that did not end well."""
-    return ("unverifiable" if reason.startswith("not started") else "wrong"), reason, _last(detail)
+    return "wrong", reason, _last(detail)
 
 
 def _last(text: str) -> str:
@@ -203,7 +279,8 @@ def _run_call(sandbox: Sandbox, code: str, setup: str, case: Case, entry: str | 
     name, given = case.get("fn_name") or entry, case["input"]
     if not name:
         return "unverifiable", "tests without a function's name", ""
-    returned = sandbox.call(code, setup, name, given if isinstance(given, list) else [given], seconds)
+    arguments = given if isinstance(given, list) else [given]
+    returned = sandbox.call(code, setup, name, arguments, seconds, GIVEN)
     if returned.reason:
         return _failed(returned.reason, returned.detail)
     if isinstance(returned.value, Remote):

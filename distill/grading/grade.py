@@ -1,16 +1,20 @@
-"""What grading speaks of: a final answer, a ruling on it, a grade, and what a grader of one task provides.
+"""The types of grading: a final answer, a ruling on it, a grade, and the interface of a grader.
 
-A `TaskGrader` has two halves. Finding an answer and the comparisons that cannot fail run in the caller's process, in
-linear time. Everything that needs a parser runs in a worker process that can be killed, for neither its time nor its
+A `TaskGrader` has two halves. Finding an answer and comparing without a parser run in the caller's process, in linear
+time. Everything that needs a parser runs in a worker process that can be killed, because neither its time nor its
 memory is bounded.
+
+A grader has a `version`. Raise it with every change after which a verdict may be another: verdicts that are stored were
+given by the version beside them, and those of another one are given again (`distill.grading.identity`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:  # the worker imports this module too, and must stay light
+    from distill.grading.sandbox.levels import Level
     from distill.prompts.prompt import Prompt
     from distill.recipe.rubric import Rubric
 
@@ -18,22 +22,21 @@ K = TypeVar("K")
 
 Outcome = Literal["correct", "wrong", "unverifiable"]
 Ruling = tuple[Outcome, str]  # with a short, countable reason
-Detailed = tuple[Outcome, str, dict[str, object]]  # a ruling with details, which join the evidence: JSON values by name
+Detailed = tuple[Outcome, str, dict[str, object]]  # a ruling with details (JSON values) for the evidence
 
-
-GUESSES = ("last line", "sentence")  # methods that look for an answer in prose
+GUESSES = ("last line", "sentence")  # methods that search prose for an answer
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A final answer as written, and how it was found. `marked` is False for a mere guess from the last line."""
+    """A final answer as written, and the method that found it."""
 
     text: str
     method: str
 
     @property
     def marked(self) -> bool:
-        """Whether the answerer marked it as its answer: only then can it be wrong."""
+        """Whether the response marks it as its answer. Otherwise it is a guess, which is never graded wrong."""
         return self.method not in GUESSES
 
 
@@ -42,7 +45,8 @@ class Grade:
     """The grade of one answer.
 
     reason: short and countable ("identical", "not equal", "timeout", …).
-    evidence: `extracted` and `gold` as compared, and `method`, how the answer was found (see `distill.grading.math`).
+    evidence: `extracted` and `gold` as compared, and the `method` that found the answer
+    (`distill.grading.math.extraction`).
     """
 
     verdict: Outcome
@@ -56,58 +60,70 @@ class AnswerJudge(Protocol):
     def grade(
         self, items: "Iterable[tuple[K, Prompt, str]]", rubric: "Rubric | None" = None
     ) -> "Iterator[tuple[K, Grade]]":
-        """Yield (key, grade) for every (key, prompt, response), in order of completion. Lazy in `items`."""
+        """Yield (key, grade) for each (key, prompt, response), in order of completion. Reads `items` lazily."""
 
 
 class TaskGrader(ABC):
-    """Grades the answers of one task. `GRADERS` in `distill.grading.graders` is the only list of graders.
+    """Grades the answers of one task. `distill.grading.graders.GRADERS` is the table of graders.
 
-    lazy: whether a worker prepares it at its first question and not when it starts. votes: whether two answers can be
-    equal, so that the samples of a prompt have a majority. seconds: of processor time for one comparison, in a worker.
+    lazy: a worker prepares this grader at its first question instead of at its start. votes: answers can be compared
+    with one another, so the samples of a prompt have a majority. seconds: processor time for one comparison in a
+    worker. level: the least isolation for the programs of answers, where a grader runs them. version: raised when a
+    verdict may change. packages: distributions on which verdicts rest; `python` is Python.
     """
 
+    version: ClassVar[int] = 1
+    packages: ClassVar[Sequence[str]] = ()
     lazy: ClassVar[bool] = False
     votes: ClassVar[bool] = True
     seconds: float = 5.0
+    level: "Level" = "full"
 
     def require(self, where: str) -> None:  # noqa: B027  most graders need nothing that may be missing
-        """Raise UserError when a package that this grader needs is not installed. where: begins the message."""
+        """Raise UserError if a package that this grader needs is not installed. where: the start of the message."""
 
     def prepare(self) -> None:  # noqa: B027  most graders have nothing to load
-        """Load, in a worker, what `compare` and `reads` need, before the clock of a question runs."""
+        """Load what `compare` and `reads` need. Called in a worker, before the time limit of a question starts.
+
+        Errors: WorkError if this machine cannot grade; the pool then stops with its message.
+        """
 
     @abstractmethod
     def gold(self, text: str) -> str:
-        """The gold answer itself, in what a data set gives as its answer; empty where there is none."""
+        """Extract the gold answer from a data set's answer field; empty if there is none."""
 
     @abstractmethod
     def find(self, response: str) -> Answer | None:
-        """The final answer of a response. Linear time."""
+        """Find the final answer of a response, in linear time."""
+
+    def find_for(self, gold: str, response: str) -> Answer | None:
+        """The final answer of a response to a problem with this gold answer, where that helps to find it."""
+        return self.find(response)
 
     def gold_shown(self, gold: str) -> str:
-        """The gold answer as evidence shows it."""
+        """The gold answer as shown in the evidence."""
         return gold
 
     def limits(self, gold: str) -> int:
-        """How many time limits a comparison with this gold answer may take."""
+        """The time limit of a comparison with this gold answer, in units of `seconds`."""
         return 1
 
     def shown(self, answer: Answer) -> str:
-        """The answer as evidence shows it: answers that are equal without a parser look the same."""
+        """The answer as shown in the evidence. Answers that are equal without a parser are shown alike."""
         return answer.text
 
     @abstractmethod
     def rule(self, gold: str, answer: Answer) -> Ruling | None:
-        """Compare without a parser, in linear time; None where that needs one."""
+        """Compare without a parser, in linear time; None if a parser is needed."""
 
     def compare(self, gold: str, answer: str, marked: bool) -> Ruling | Detailed:
-        """Compare with a parser. Runs in a worker that can be killed."""
-        raise AssertionError(f"{type(self).__name__}.rule gave no ruling, and there is no parser")
+        """Compare with a parser. Called in a worker."""
+        raise AssertionError(f"{type(self).__name__}.rule returned None, and compare is not implemented")
 
     @abstractmethod
     def reads_plainly(self, gold: str) -> bool | None:
-        """Whether another spelling of this gold answer can be recognised; None where that needs a parser."""
+        """Whether other spellings of this gold answer are recognised; None if a parser is needed to decide."""
 
     def reads(self, gold: str) -> bool:
-        """The same with a parser. Runs in a worker that can be killed."""
-        raise AssertionError(f"{type(self).__name__}.reads_plainly gave no answer, and there is no parser")
+        """Whether other spellings of this gold answer are recognised. Called in a worker."""
+        raise AssertionError(f"{type(self).__name__}.reads_plainly returned None, and reads is not implemented")

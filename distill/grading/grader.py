@@ -1,4 +1,4 @@
-"""Grading many answers: by spelling in this process, by parser in worker processes."""
+"""Grade many answers: by spelling in this process, with a parser in worker processes."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -9,19 +9,20 @@ from distill.grading.grade import Answer, Detailed, Grade, Outcome, TaskGrader
 from distill.grading.graders import GRADERS
 from distill.grading.pool import MEMORY, Lost, Question, WorkerPool
 
-if TYPE_CHECKING:  # the worker imports this package too, and must stay light
+if TYPE_CHECKING:  # the worker imports this package too and must start fast
+    from distill.grading.sandbox.levels import Level
     from distill.prompts.prompt import Prompt
 
 K = TypeVar("K")
 T = TypeVar("T")
 
-TRIED = 2000  # different gold answers that are tried before generating: some ten seconds of parsing, and enough to see
+CHECKED = 2000  # distinct gold answers that are checked before generating: about ten seconds of parsing
 
 
 def require_grader(task: str, where: str, remedy: str = "leave such prompts out") -> TaskGrader:
-    """The grader of a task. `where`: the setting that asks for it; `remedy`: what to do without one.
+    """Look up the grader of a task. where: the setting that needs it; remedy: the user's alternative.
 
-    Errors: UserError when no grader knows this task, or a package that it needs is not installed.
+    Errors: UserError if the task has no grader, or a package that the grader needs is not installed.
     """
     if task not in GRADERS:
         raise UserError(f"{where}: task {task!r} has no grader yet (only {', '.join(GRADERS)} have); {remedy}")
@@ -30,10 +31,14 @@ def require_grader(task: str, where: str, remedy: str = "leave such prompts out"
 
 
 class Grader:
-    """Grades answers in `workers` processes. timeout: seconds of processor time on one comparison."""
+    """Grades answers with `workers` processes.
 
-    def __init__(self, workers: int = 2, timeout: float = 5.0, memory: int = MEMORY) -> None:
-        self.pool: WorkerPool[int] = WorkerPool(workers, timeout, memory)
+    timeout: seconds of processor time for one comparison. memory: bytes of address space of a worker. level: the least
+    isolation for the programs of answers; on a machine with less, no program is run and grading ends with a WorkError.
+    """
+
+    def __init__(self, workers: int = 2, timeout: float = 5.0, memory: int = MEMORY, level: "Level" = "full") -> None:
+        self.pool: WorkerPool[int] = WorkerPool(workers, timeout, memory, level)
 
     def __enter__(self) -> "Grader":
         self.pool.__enter__()
@@ -43,10 +48,11 @@ class Grader:
         self.pool.__exit__(*exc)
 
     def grade(self, items: "Iterable[tuple[K, Prompt, str]]") -> Iterator[tuple[K, Grade]]:
-        """Yield (key, grade) for every (key, prompt, response), in order of completion. Lazy in `items`.
+        """Yield (key, grade) for each (key, prompt, response), in order of completion. Reads `items` lazily.
 
-        Finding the answer and comparing strings happen here, in linear time; only what needs a parser goes to a worker.
-        Raises UserError at a task without a grader, WorkError when no process can be started.
+        This process finds answers and compares strings, in linear time; comparisons that need a parser go to a worker.
+        Errors: UserError for a task without a grader; WorkError if no process can be started, or its machine isolates
+        programs less than `level`.
         """
 
         def questions() -> "Iterator[tuple[tuple[K, Grade], Question | None]]":
@@ -54,7 +60,7 @@ class Grader:
                 grade, question = _graded(prompt, response)
                 yield (key, grade), question
 
-        for (key, grade), result in self._asked(questions()):
+        for (key, grade), result in self._answered(questions()):
             if isinstance(result, Lost):
                 evidence = grade.evidence | {"exit_code": result.exit_code}
                 grade = replace(grade, verdict="unverifiable", reason=result.reason, evidence=evidence)
@@ -64,9 +70,9 @@ class Grader:
             yield key, grade
 
     def same(self, pairs: Iterable[tuple[K, str, str]]) -> Iterator[tuple[K, bool]]:
-        """Yield (key, whether two answers are equal) for every (key, answer, answer), in order of completion.
+        """Yield (key, whether two answers are equal) for each (key, answer, answer), in order of completion.
 
-        Answers that a parser cannot read, or not in time, are not equal.
+        Answers that the parser cannot read, or not in time, count as different.
         """
         grader = GRADERS["math"]
 
@@ -77,51 +83,51 @@ class Grader:
                 else:
                     yield (key, False), {"task": "math", "gold": one, "answer": other, "marked": True}
 
-        for (key, equal), result in self._asked(questions()):
+        for (key, equal), result in self._answered(questions()):
             yield key, equal or (isinstance(result, list) and result[0] == "correct")
 
     def readable(self, golds: Iterable[tuple[K, str, str]]) -> Iterator[tuple[K, bool]]:
-        """Yield (key, whether its grader can read a gold answer) for every (key, task, gold), in order of completion.
+        """Yield (key, whether the grader can read the gold answer) for each (key, task, gold), in order of completion.
 
-        Of a gold answer that cannot be read only the same spelling is recognised as correct. Not in time counts as no.
-        Raises UserError at a task without a grader.
+        If a gold answer is unreadable, only the same spelling of it is graded correct. A timeout counts as unreadable.
+        Errors: UserError for a task without a grader.
         """
 
         def questions() -> "Iterator[tuple[tuple[K, bool], Question | None]]":
             for key, task, gold in golds:
                 grader = require_grader(task, f"gold answer {gold!r}")
-                itself = grader.gold(gold)
-                plainly = grader.reads_plainly(itself) if itself else False
-                yield (key, bool(plainly)), {"task": task, "gold": itself} if plainly is None else None
+                answer = grader.gold(gold)
+                verdict = grader.reads_plainly(answer) if answer else False
+                yield (key, bool(verdict)), {"task": task, "gold": answer} if verdict is None else None
 
-        for (key, plainly), result in self._asked(questions()):
-            yield key, plainly or result is True
+        for (key, verdict), result in self._answered(questions()):
+            yield key, verdict or result is True
 
-    def _asked(self, items: "Iterable[tuple[T, Question | None]]") -> "Iterator[tuple[T, object]]":
-        """Yield every first half with the workers' answer to the second, None where there is no question."""
+    def _answered(self, items: "Iterable[tuple[T, Question | None]]") -> "Iterator[tuple[T, object]]":
+        """Yield each item with the workers' answer to its question; None if it has no question."""
         waiting: dict[int, T] = {}
         settled: list[T] = []
 
         def questions() -> Iterator[tuple[int, Question]]:
-            for number, (what, question) in enumerate(items):
+            for number, (item, question) in enumerate(items):
                 if question is None:
-                    settled.append(what)
+                    settled.append(item)
                 else:
-                    waiting[number] = what
+                    waiting[number] = item
                     yield number, question
 
         for number, result in self.pool.map(questions()):
-            yield from ((what, None) for what in settled)
+            yield from ((item, None) for item in settled)
             settled.clear()
             yield waiting.pop(number), result
-        yield from ((what, None) for what in settled)
+        yield from ((item, None) for item in settled)
 
 
 def readable(task: str, gold: str) -> bool:
     """Whether the grader of a task can read a gold answer, so that other spellings of it are recognised.
 
-    For many gold answers use `Grader.readable`, which starts its processes once. Errors: UserError for a task without a
-    grader.
+    For many gold answers, use `Grader.readable`, which starts its processes once. Errors: UserError for a task without
+    a grader.
     """
     with Grader(workers=1) as grader:
         ((_, answer),) = grader.readable([(None, task, gold)])
@@ -129,15 +135,15 @@ def readable(task: str, gold: str) -> bool:
 
 
 def unreadable_golds(prompts: "Iterable[Prompt]", workers: int, timeout: float) -> tuple[list[str], int]:
-    """The different gold answers that no grader can read, in order, among the first `TRIED`; and how many were tried.
+    """Return the distinct gold answers that cannot be read, in order, and the number of those that were checked.
 
-    Prompts without a gold answer or of a task without a grader are left out.
+    At most `CHECKED` are checked. Prompts without a gold answer, or of a task without a grader, are skipped.
     """
     golds: dict[tuple[str, str], None] = {}
     for prompt in prompts:
         if prompt.answer and prompt.task in GRADERS:
             golds[prompt.task, prompt.answer] = None
-            if len(golds) == TRIED:
+            if len(golds) == CHECKED:
                 break
     with Grader(workers, timeout) as grader:
         read = dict(grader.readable(((task, gold), task, gold) for task, gold in golds))
@@ -145,10 +151,10 @@ def unreadable_golds(prompts: "Iterable[Prompt]", workers: int, timeout: float) 
 
 
 def _graded(prompt: "Prompt", response: str) -> tuple[Grade, Question | None]:
-    """The grade as far as it can be given without a parser, and the question to a worker where that is not enough."""
+    """Grade without a parser as far as possible; the question for a worker is None if the grade is final."""
     grader = require_grader(prompt.task, f"prompt {prompt.id}")
     gold = grader.gold(prompt.answer or "")
-    answer = grader.find(response)
+    answer = grader.find_for(gold, response)
     evidence: dict[str, object] = {
         "extracted": answer and grader.shown(answer),
         "gold": grader.gold_shown(gold) if gold else None,
@@ -163,7 +169,7 @@ def _graded(prompt: "Prompt", response: str) -> tuple[Grade, Question | None]:
 
 
 def _ruling(result: object) -> Detailed:
-    """A worker's answer to a comparison."""
+    """Parse a worker's answer to a comparison."""
     assert isinstance(result, list) and result[0] in get_args(Outcome), result
     details = result[2] if len(result) > 2 else {}
     assert isinstance(details, dict), result

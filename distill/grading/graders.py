@@ -1,4 +1,4 @@
-"""`GRADERS`: the only list of graders. A new one is a file with its `TaskGrader`, and a line here."""
+"""`GRADERS`: the table of graders. A new grader is a file with a `TaskGrader`, and a line here."""
 
 from distill.grading.choice import ChoiceGrader
 from distill.grading.code import CodeGrader

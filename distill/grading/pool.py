@@ -20,11 +20,14 @@ from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from distill.children import Child
 from distill.errors import WorkError
 from distill.grading.graders import GRADERS
+
+if TYPE_CHECKING:
+    from distill.grading.sandbox.levels import Level
 
 K = TypeVar("K", bound=Hashable)
 Question = dict[str, str | bool]  # as `distill.grading.worker` describes it
@@ -46,10 +49,10 @@ class Lost:
 class Worker(Generic[K]):
     """One process with at most one item. `deadline` is on the monotonic clock and None while it is idle."""
 
-    def __init__(self, timeout: float, memory: int) -> None:
+    def __init__(self, timeout: float, memory: int, level: "Level") -> None:
         self.timeout = timeout
         # a fixed hash seed: some generators of problems iterate over sets (`distill.prompts.gym`)
-        self.child = Child("distill.grading.worker", [str(memory), str(timeout)], {"PYTHONHASHSEED": "0"})
+        self.child = Child("distill.grading.worker", [str(memory), str(timeout), level], {"PYTHONHASHSEED": "0"})
         self.ready = False
         self.deadline: float | None = time.monotonic() + START_SECONDS
         self.key: K | None = None
@@ -73,12 +76,13 @@ class Worker(Generic[K]):
 class WorkerPool(Generic[K]):
     """Up to `workers` processes, started when there is work for them; a context manager that leaves none behind.
 
-    timeout: seconds of processor time for one item, rounded up. memory: bytes of address space of a worker.
+    timeout: seconds of processor time for one item, rounded up. memory: bytes of address space of a worker. level:
+    isolation that the programs of answers need at least.
     """
 
-    def __init__(self, workers: int, timeout: float, memory: int = MEMORY) -> None:
+    def __init__(self, workers: int, timeout: float, memory: int = MEMORY, level: "Level" = "full") -> None:
         assert workers >= 1 and timeout > 0
-        self.size, self.timeout, self.memory = workers, timeout, memory
+        self.size, self.timeout, self.memory, self.level = workers, timeout, memory, level
         self.workers: list[Worker[K]] = []
         self.queue: deque[tuple[K, Question]] = deque()
         self.killed: Counter[K] = Counter()  # how many workers were killed at an item, from outside
@@ -95,7 +99,7 @@ class WorkerPool(Generic[K]):
     def map(self, items: Iterable[tuple[K, Question]]) -> Iterator[tuple[K, object]]:
         """Yield (key, answer or `Lost`) in order of completion; `items` is read a few ahead, not more.
 
-        Raises WorkError when a worker does not start.
+        Raises WorkError when a worker does not start, or its machine cannot grade a task.
         """
         source = iter(items)
         queue = self.queue = deque(islice(source, self.size))
@@ -127,6 +131,8 @@ class WorkerPool(Generic[K]):
             elif answers:
                 key, worker.key = worker.key, None
                 assert key is not None, "an answer without a question"
+                if isinstance(answers[0], dict):
+                    raise WorkError(str(answers[0]["error"]))
                 yield key, answers[0]
         now = time.monotonic()
         for worker in [w for w in self.workers if w.deadline is not None and w.deadline <= now]:
@@ -146,7 +152,7 @@ class WorkerPool(Generic[K]):
             yield worker.key, Lost("timeout" if timeout else "worker died", code)
 
     def _start(self) -> None:
-        worker: Worker[K] = Worker(self.timeout, self.memory)
+        worker: Worker[K] = Worker(self.timeout, self.memory, self.level)
         self.workers.append(worker)
         self.selector.register(_output(worker), selectors.EVENT_READ, worker)
 

@@ -1,30 +1,64 @@
 """What a judge says: its verdict, found in the text of its answer.
 
-Judges are asked for one form and answer in others, so all that are in use are read: `Judgement: Yes` (also bold, in a
-heading, or with the verdict on the next line), `[[A]]`, a JSON object, `\\boxed{No}`, and a verdict that is a line of
-its own at the beginning or the end. The reasoning of a judge that thinks is not searched: it weighs both verdicts.
+Judges are asked for one form and answer in others, so all that are in use are read, in four ranks. The first rank with
+a verdict decides, because judges explain themselves: a verdict is followed by sentences about the response, which
+mention its final answer, its result or its score.
+
+    1. a JSON object
+    2. a label with a colon, `Judgement: Yes` (also bold, in a heading, or with the verdict on the next line); `[[A]]`
+    3. a line that is nothing but a verdict, at the beginning or the end; `the verdict is no` and `correct: yes`
+    4. `\\boxed{No}`, `the final answer is correct`, `Result: pass`: words only, because a letter or a number there is
+       as likely the response's answer
+
+The reasoning of a judge that thinks is not searched: it weighs both verdicts.
 
 A text without a verdict, or with two that differ, has none: guessing would be a statement about the answerer. Where the
-last line states a verdict it is the final one, whatever was said before. A verdict ends with its line or with a mark,
-so that `Verdict: no doubt about it` and `Grade: A good answer` are none.
+last line is a verdict of the same rank it is the final one, whatever was said before. A verdict ends with its line or
+with a mark, so that `Verdict: no doubt about it` and `Grade: A good answer` are none. A number has its sign, and ends
+as a number: `Score: 3-4` and `Score: 7,5` are none.
 """
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from distill.prompts.boxes import boxed
-from distill.prompts.prompt import END_THINK, THINK
+from distill.prompts.prompt import END_THINK, THINK, outside_blocks
 
-NAMES = "judge?ment|verdict|grade|decision|final answer|correct|correctness|equivalent|score|rating|result"
-TOKEN = r"-?\d+(?:\.\d+)?(?:\s*/\s*\d+)?|[A-Za-z]+(?:[ _][A-Za-z]+)?"
-END = r"(?=\s*(?:$|\n|[^\w\s/]))"  # not `Yes/No`, which repeats the question
-LABEL = re.compile(
-    rf"\b(?:{NAMES})\b[^\w\n]{{0,6}}?(?:is\b|:|\uFF1A|=)[^\w\n]{{0,8}}\n?[^\w\n-]{{0,8}}({TOKEN}){END}", re.IGNORECASE
-)
-BRACKETS = re.compile(r"\[\[\s*([^\[\]\n]{1,40}?)\s*\]\]")
-FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+JUDGEMENT = "judge?ment|verdict|grade|decision|score|rating"  # names of a verdict, and of nothing else
+QUALITY = "correct|correctness|equivalent"
+OUTCOME = "final answer|result|correct|correctness|equivalent"  # said of the response as well
+
+NUMBER = r"[-\u2212\u2013]?(?:\d+(?:\.\d+)?|\.\d+)"
+OUT_OF = r"(?:[ \t]{0,4}(?:/|out of|of)[ \t]{0,4}\d+(?:\.\d+)?)?"
+WORD = r"[A-Za-z]+(?:[ _][A-Za-z]+)?"
+END = r"(?=[ \t]{0,80}(?:$|\n|[^\w\s/]))"  # not `Yes/No`, which repeats the question
+NUMBER_END = r"(?![-,.\u2212\u2013]\d)"
+TOKEN = rf"(?:({NUMBER}{OUT_OF}){NUMBER_END}|({WORD})){END}"
+GAP = r"[^\w\n]{0,8}?"  # lazy: the sign of a number is not part of it
+SCALE = r"(?:[ \t]?[(\[][^()\[\]\n]{1,40}[)\]])?"  # such as (1-5) and (Yes/No)
+
+
+def _label(names: str, separator: str) -> re.Pattern[str]:
+    """A label and the verdict behind it, on the same line or the next."""
+    return re.compile(
+        rf"\b(?:{names})\b{SCALE}[^\w\n]{{0,6}}?{separator}{GAP}\n?{GAP}{TOKEN}", re.IGNORECASE | re.MULTILINE
+    )
+
+
+COLON = r"(?:is[ \t]?)?[:=\uFF1A]"
+LABEL = _label(JUDGEMENT, COLON)
+SENTENCE = _label(JUDGEMENT, r"is\b")
+QUALITY_LABEL = _label(QUALITY, COLON)
+OUTCOME_LABEL = _label(OUTCOME, rf"(?:is\b|{COLON})")
+BRACKETS = re.compile(r"\[\[([^\[\]\n]{1,40})\]\]")
+FENCE = re.compile(r"```(?:json)?[ \t]{0,8}\n(.*?)```", re.DOTALL | re.IGNORECASE)
+COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)[ \t]{0,8}\{([^{}]*)\}")
+BOX = re.compile(r"\\(?:boxed|fbox)\{([^{}\n]{1,40})\}")
+SCORE = re.compile(rf"({NUMBER}){OUT_OF}")
+MINUS = str.maketrans("\u2212\u2013", "--")
 KEYS = (
     "judgement",
     "judgment",
@@ -37,7 +71,7 @@ KEYS = (
     "score",
     "rating",
 )
-MARKUP = "*_`#>\"' \t.!:()[]"
+MARKUP = "*_`#>\"' \t!:()[]"
 LONGEST = 200_000  # characters of an answer that are searched: a longer one does not end
 
 
@@ -60,57 +94,78 @@ class Reading(NamedTuple):
 
 def read_verdict(text: str, words: Words, finished: bool = True) -> Reading:
     """The verdict in a judge's text. finished: whether it ended by itself, not at a token limit."""
-    _, closed, answer = text.rpartition(END_THINK)
+    reasoning, closed, answer = text.partition(END_THINK)
+    answer = outside_blocks(answer if closed else reasoning)
     if not closed and THINK in text:
         return Reading(None, problem="no verdict" if finished else "the judge was cut off")
     if not finished and not closed:  # it may be a reasoning without tags, which states verdicts that it then rejects
-        first = next(iter(_lines(answer)), "").strip(MARKUP)
-        match = LABEL.match(first)
-        alone = first if match is None else match[1] if not first[match.end() :].strip(MARKUP) else ""
+        first = _bare_text(next(iter(_lines(answer)), ""))
+        match = LABEL.match(first) or SENTENCE.match(first) or QUALITY_LABEL.match(first)
+        alone = first if match is None else _token(match) if not _bare_text(first[match.end() :]) else ""
         return _word(alone, words) or Reading(None, problem="the judge was cut off")
     answer = answer[-LONGEST:]
-    for readings in (_in_json(answer, words), _labelled(answer, words), _boxed(answer, words), _bare(answer, words)):
-        if readings:
-            return _agreed(readings, answer, words)
+    plain = BOX.sub(r"\1", COMMAND.sub(r"\1", answer))
+    for read in (_in_json, _labelled, _stated, _mentioned):
+        if readings := read(plain if read in (_labelled, _stated) else answer, words):
+            return _agreed(readings, "" if read is _in_json else plain, words)
     return Reading(None, problem="no verdict")
 
 
 def _agreed(readings: list[Reading], answer: str, words: Words) -> Reading:
-    """The verdict that all give; else that of the last line."""
+    """The verdict that all give; else that of the last line, if it is nothing but a word or has a label."""
     if len({reading.accepted for reading in readings}) == 1:
         return readings[-1]
-    last = list(_stated(_lines(answer)[-1], words))
+    line = "".join(_lines(answer)[-1:])
+    last = _labelled(line, words) or [reading for reading in _bare(line, words) if not _is_letter(reading)]
     if len({reading.accepted for reading in last}) == 1:
         return last[-1]
     return Reading(None, problem="contradictory verdicts")
 
 
-def _stated(line: str, words: Words) -> Iterator[Reading]:
-    """The verdicts on a line: labelled, in brackets, or the line itself."""
-    yield from _labelled(line, words) or _bare(line, words)
-
-
 def _labelled(text: str, words: Words) -> list[Reading]:
-    tokens = [match[1] for match in (*LABEL.finditer(text), *BRACKETS.finditer(text))]
-    return [reading for token in tokens if (reading := _word(token, words)) is not None]
+    """The verdicts behind labels, in the order of the text, and those in brackets."""
+    return _readings((*_tokens(LABEL, text), *BRACKETS.findall(text)), words)
 
 
-def _boxed(text: str, words: Words) -> list[Reading]:
-    content = boxed(text)
-    content = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", content) if content else ""
-    reading = _word(content, words)
-    return [] if reading is None else [reading]
+def _stated(text: str, words: Words) -> list[Reading]:
+    """The verdicts that are lines of their own, and those of sentences about the judgement."""
+    sentences = (*_tokens(SENTENCE, text), *_tokens(QUALITY_LABEL, text))
+    return [*_readings(sentences, words), *_bare(text, words)]
+
+
+def _mentioned(text: str, words: Words) -> list[Reading]:
+    """The words in the last box and behind names of the response's outcome. Never a letter or a number."""
+    if words.min_score is not None:
+        return []
+    content = COMMAND.sub(r"\1", boxed(text) or "")
+    readings = _readings([content], words) or _readings(_tokens(OUTCOME_LABEL, text), words)
+    return [reading for reading in readings if not _is_letter(reading)]
 
 
 def _bare(text: str, words: Words) -> list[Reading]:
     """The first line and the last one, where they are nothing but a verdict."""
     lines = _lines(text)
-    readings = [_word(line.strip(MARKUP), words) for line in dict.fromkeys((*lines[:1], *lines[-1:]))]
-    return [reading for reading in readings if reading is not None]
+    return _readings(dict.fromkeys((*lines[:1], *lines[-1:])), words)
+
+
+def _tokens(label: re.Pattern[str], text: str) -> list[str]:
+    return [_token(match) for match in label.finditer(text)]
+
+
+def _token(match: re.Match[str]) -> str:
+    return match[1] or match[2]
+
+
+def _readings(tokens: Iterable[str], words: Words) -> list[Reading]:
+    return [reading for token in tokens if (reading := _word(token, words)) is not None]
+
+
+def _is_letter(reading: Reading) -> bool:
+    return len(reading.said or "") == 1
 
 
 def _in_json(text: str, words: Words) -> list[Reading]:
-    """The verdict in the last JSON object that is the answer, in a fence, or a line of it."""
+    """The verdicts in the last JSON object that is the answer, in a fence, or a line of it."""
     candidates = [text.strip(), *FENCE.findall(text), *(line for line in _lines(text) if line.startswith("{"))]
     for candidate in reversed(candidates):
         if not candidate.strip().startswith("{"):
@@ -119,34 +174,45 @@ def _in_json(text: str, words: Words) -> list[Reading]:
             value = json.loads(candidate)
         except (ValueError, RecursionError):
             continue
-        if isinstance(value, Mapping) and (reading := _of_object(value, words)) is not None:
-            return [reading]
+        if isinstance(value, Mapping) and (readings := _of_object(value, words)):
+            return readings
     return []
 
 
-def _of_object(value: Mapping[str, object], words: Words) -> Reading | None:
+def _of_object(value: Mapping[str, object], words: Words) -> list[Reading]:
     lowered = {str(key).lower(): item for key, item in value.items()}
-    for key in KEYS:
-        item = lowered.get(key)
-        if isinstance(item, bool):
-            return None if words.min_score is not None else Reading(item, json.dumps(item))
-        if isinstance(item, str | int | float) and (reading := _word(str(item), words)) is not None:
-            return reading
+    readings = (_of_value(lowered[key], words) for key in KEYS if key in lowered)
+    return [reading for reading in readings if reading is not None]
+
+
+def _of_value(item: object, words: Words) -> Reading | None:
+    match item:
+        case bool():
+            return Reading(item, json.dumps(item)) if words.min_score is None else None
+        case int() | float() if words.min_score is not None:
+            return Reading(item >= words.min_score, str(item)) if math.isfinite(item) else None
+        case str() | int() | float():
+            return _word(str(item), words)
     return None
 
 
 def _word(token: str, words: Words) -> Reading | None:
     """The verdict that a token is; None where it is none."""
-    said = " ".join(token.strip(MARKUP).replace("_", " ").split())
-    number = re.fullmatch(r"(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?", said)
+    said = " ".join(_bare_text(token).replace("_", " ").split())
     if words.min_score is not None:
-        return Reading(float(number[1]) >= words.min_score, said) if number else None
+        number = SCORE.fullmatch(said)
+        return Reading(float(number[1].translate(MINUS)) >= words.min_score, said) if number else None
     if len(said) == 1 and said.islower():
         return None  # the article, not the letter
     for accepted, spellings in ((True, words.accepted), (False, words.rejected)):
         if said.lower() in {spelling.lower().replace("_", " ") for spelling in spellings}:
             return Reading(accepted, said)
     return None
+
+
+def _bare_text(line: str) -> str:
+    """A line without markup and the dot at its end. A dot at the beginning is part of a number."""
+    return line.strip(MARKUP).rstrip(MARKUP + ".")
 
 
 def _lines(text: str) -> list[str]:

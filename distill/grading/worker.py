@@ -1,11 +1,13 @@
 """What runs in a grading process: read a question as a JSON line, answer with a JSON line, until the input ends.
 
-Started by `distill.grading.pool` as `python -m distill.grading.worker MEMORY_BYTES SECONDS`: a fresh interpreter that
-imports the graders and little else. Protocol: one `{"ready": true}` line, then for every question a line with its
+Started by `distill.grading.pool` as `python -m distill.grading.worker MEMORY_BYTES SECONDS LEVEL`: a fresh interpreter
+that imports the graders and little else. Protocol: one `{"ready": true}` line, then for every question a line with its
 answer, in order:
 
     {"task", "gold", "answer", "marked"}   → [outcome, reason] or [outcome, reason, details], see `TaskGrader.compare`
     {"task", "gold"}                       → whether the grader can read this gold answer, see `TaskGrader.reads`
+
+or `{"error": message}` where this machine cannot grade the task, see `TaskGrader.prepare`. No program runs after that.
 """
 
 import json
@@ -15,12 +17,21 @@ import os
 import resource
 import signal
 import sys
+from typing import TYPE_CHECKING
+
+from distill.errors import WorkError
+
+if TYPE_CHECKING:
+    from distill.grading.sandbox.levels import Level
 
 PREPARE_SECONDS = 60.0  # of processor time for a lazy grader's imports
 
 
-def main(memory: int, seconds: float) -> None:
-    """Answer until the input ends. memory: bytes of address space; seconds: processor time for one question."""
+def main(memory: int, seconds: float, level: "Level") -> None:
+    """Answer until the input ends.
+
+    memory: bytes of address space. seconds: processor time for one question. level: isolation that programs need.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our stdin
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a parser prints must not mix with the answers
@@ -31,15 +42,19 @@ def main(memory: int, seconds: float) -> None:
     for task in GRADERS.keys() - waiting:
         GRADERS[task].prepare()
     for each in GRADERS.values():
-        each.seconds = seconds
+        each.seconds, each.level = seconds, level
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         question = json.loads(line)
         if question["task"] in waiting:
-            waiting.remove(question["task"])
             _limit_cpu(PREPARE_SECONDS)
-            GRADERS[question["task"]].prepare()
+            try:
+                GRADERS[question["task"]].prepare()
+            except WorkError as error:
+                print(json.dumps({"error": str(error)}), file=answers, flush=True)
+                continue
+            waiting.remove(question["task"])
         grader, gold = GRADERS[question["task"]], question["gold"]
         _limit_cpu(seconds * grader.limits(gold))
         answer: object
@@ -64,4 +79,4 @@ def _limit_cpu(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]))
+    main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3])  # type: ignore[arg-type]  # the pool passes a Level

@@ -13,6 +13,8 @@ held the truth in 94 to 97 % of resampled pilots of real traces, and in 95 % of 
 variation of one, of which the first alone held 90 %. A percentile bootstrap was rejected: of eight values it is too
 narrow (89 and 90 % on the two runs of `tests/unit/lengths.json`).
 
+The prompts have to be drawn without regard to their lengths: `distill.plan.traces` says which stored ones are.
+
 No method sees what the pilot has no trace of. Where one prompt in ten runs into `max_new_tokens`, far above all others,
 four pilots in ten have no such prompt, and the interval holds the truth in 74 % only. The end of an interval is never
 above the token limit.

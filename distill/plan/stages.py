@@ -9,23 +9,22 @@ Hub data sets are read for a pilot and where traces are stored, and not for a gu
 """
 
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill import catalog, generate
 from distill.artefacts import GenerateSummary, RunPaths
 from distill.backends.collect import asked
-from distill.console import bytes_text, counted, say, short, table
+from distill.console import bytes_text, say, short, table
 from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.fingerprint import digest
 from distill.models import Models
 from distill.plan.hardware import Hardware, parse
-from distill.plan.lengths import expected_tokens
-from distill.plan.training import ASSUMED_SHARE, ASSUMED_TRACES, MACHINES, Data, plan_training, trained_tokens
+from distill.plan.judging import described, plan_judgements
+from distill.plan.traces import Traces, estimate_traces, pilot_of
+from distill.plan.training import MACHINES, Data, plan_training, trained_tokens
 from distill.planned import Expected, Measured, Plan, StagePlan
 from distill.prompts import Prompt, load_prompts
 from distill.run import Run
@@ -39,29 +38,6 @@ DECODING = 0.05  # share of the data sheet's rate at which large batches are dec
 ASSUMED_PROMPT = 150  # tokens of a prompt that cannot be counted: a problem and its instruction
 TOKEN_BYTES = 12  # of a stored token, with its text, where no trace is stored to measure it on
 FILTER_SECONDS = 0.01  # to judge a trace; grading takes most of it
-
-
-@dataclass(frozen=True)
-class Traces:
-    """The traces that generation will make. tokens: of completions. basis: what the estimate comes from. disk: bytes
-    per trace, None where none is stored. truncated: share of the stored ones that end at max_new_tokens."""
-
-    prompts: int
-    samples: int
-    tokens: Expected
-    basis: str
-    disk: float | None = None
-    truncated: float | None = None
-
-    @property
-    def count(self) -> int:
-        """Prompts × samples."""
-        return self.prompts * self.samples
-
-    @property
-    def mean(self) -> float:
-        """Completion tokens per trace."""
-        return self.tokens.value / max(self.count, 1)
 
 
 def plan_recipe(
@@ -82,9 +58,12 @@ def plan_recipe(
     paths = RunPaths(directory)
     measured = _pilot(recipe, directory, pilot) if pilot else None
     previous = Plan.read_if_there(paths.plan, "remove it, and run `distill plan` again")
+    drawn = previous.pilot if previous else None
     measured = measured or _measured(recipe, directory) or _of_same_settings(recipe, previous)
     prompts = _prompts(recipe, paths)
-    estimate = estimate_traces(recipe, directory, prompts, traces, mean)
+    if pilot and prompts is not None:
+        drawn = pilot_of(recipe, prompts, pilot).joined(drawn)
+    estimate = estimate_traces(recipe, directory, prompts, traces, mean, drawn)
     prompt_tokens, counted = _prompt_tokens(recipe, prompts, estimate, measured)
     price = catalog.price_of(recipe)
     stages = (
@@ -103,6 +82,8 @@ def plan_recipe(
         input_price=price.input if price else None,
         output_price=price.output if price else None,
         measured=measured,
+        pilot=drawn,
+        judgements=plan_judgements(recipe, paths, prompts, estimate),
         stages=stages,
     )
     _show(recipe, plan, estimate, counted, price, hardware)
@@ -147,69 +128,6 @@ def _prompts(recipe: "Recipe", paths: RunPaths) -> list[Prompt] | None:
     if recipe.traces or (on_hub and TraceStore(paths.traces).is_empty()):
         return None
     return list(load_prompts(recipe.prompts, None, recipe.generate.max_prompts))
-
-
-def estimate_traces(
-    recipe: "Recipe", directory: Path, prompts: list[Prompt] | None, traces: int | None, mean: int | None
-) -> Traces:
-    """Number and tokens of the traces: from stored ones, else as given, else assumed. Errors: UserError where the
-    stored ones were sampled with other settings."""
-    samples, assumed = (1 if recipe.traces else recipe.generate.samples), []
-    limits = [getattr(source, "limit", None) for source in (*recipe.prompts, *recipe.traces)]
-    if traces is not None:
-        number = -(-traces // samples)
-    elif prompts is not None:
-        number = len(prompts)
-    elif limits and all(limits):
-        number = sum(limit for limit in limits if limit)
-        number = min(number, (recipe.generate.max_prompts if recipe.prompts else None) or number)
-    elif recipe.prompts and recipe.generate.max_prompts:
-        number = recipe.generate.max_prompts
-    else:
-        number = ASSUMED_TRACES // samples
-        assumed.append("the number of traces (--traces)")
-    paths, limit = RunPaths(directory), recipe.generate.sampling.max_new_tokens
-    if mean is None and prompts is not None and not TraceStore(paths.traces).is_empty():
-        Run(directory, recipe).refuse_other_settings("generate", generate.STAGE.recipe_settings(recipe))
-        stored = _stored(recipe, paths, prompts, number)
-        if stored is not None:
-            return stored
-        assumed.append("the length, as the stored traces have no token counts (--mean-tokens)")
-    elif mean is None:
-        assumed.append("the length (--mean-tokens)")
-    tokens = number * samples * (round(ASSUMED_SHARE * limit) if mean is None else mean)
-    basis = f"{' and '.join(assumed)} assumed; --pilot 8 measures it" if assumed else "as given"
-    return Traces(number, samples, Expected(value=tokens), basis if not recipe.traces else basis.partition(";")[0])
-
-
-def _stored(recipe: "Recipe", paths: RunPaths, prompts: list[Prompt], number: int) -> Traces | None:
-    wanted, by_prompt = {prompt.id for prompt in prompts}, defaultdict(list)
-    truncated = stored = 0
-    for figures in TraceStore(paths.traces).figures():
-        stored += 1
-        if figures.key[0] in wanted and figures.tokens:
-            by_prompt[figures.key[0]].append(figures.tokens)
-            truncated += figures.finish_reason == "length"
-    samples = recipe.generate.samples
-    complete = {prompt for prompt, lengths in by_prompt.items() if len(lengths) >= samples}
-    whole = [lengths for lengths in by_prompt.values() if len(lengths) >= samples] or list(by_prompt.values())
-    if not whole:
-        return None
-    tokens = expected_tokens(whole, number, samples, recipe.generate.sampling.max_new_tokens)
-    biased = len(whole) < number and not _is_pilot(recipe, prompts, complete)
-    if biased:  # requests under way together: the short answers are stored first
-        tokens = Expected(value=tokens.value)
-    size = sum(path.stat().st_size for path in paths.traces.iterdir() if path.is_file())
-    shown = sum(len(lengths) for lengths in whole)
-    basis = f"{counted(shown, 'stored trace')} of {counted(len(whole), 'prompt')}"
-    basis += ", which were not drawn at random: the first to finish are short, so expect more" if biased else ""
-    return Traces(number, samples, tokens, basis, size / stored, truncated / sum(map(len, by_prompt.values())))
-
-
-def _is_pilot(recipe: "Recipe", prompts: list[Prompt], complete: set[str]) -> bool:
-    """Whether the complete prompts are those of a finished pilot, and no others."""
-    drawn = generate.pilot_prompts(recipe.seed, prompts, len(complete))
-    return {prompt.id for prompt in drawn} == complete
 
 
 def _prompt_tokens(
@@ -371,6 +289,8 @@ def _show(
             f"money: price of {price.date}, {price.input:g} {price.currency} per million prompt tokens, "
             f"{price.output:g} per million completion tokens ({price.source})"
         )
+    if plan.judgements is not None:
+        say(described(plan.judgements))
     _say_hours(recipe, plan, hardware)
     if recipe.price_per_hour is not None and (hours := [s.hours.value for s in plan.stages if s.hours]):
         say(f"machine: {sum(hours) * recipe.price_per_hour:,.2f} at {recipe.price_per_hour:g} an hour")

@@ -42,13 +42,6 @@ BESIDE = ("entry_point", "test_setup_code", "test_imports", "prompt", "metadata"
 STDIN, CALL = "stdin_stdout", "function_call"
 TYPES = {STDIN: STDIN, "stdin": STDIN, CALL: CALL, "functional": CALL}
 PROGRAMS = ("assert", "program")
-CONTEST = "\n".join(  # what LeetCode imports before an answer, and so its answers leave out
-    [
-        "import bisect, collections, functools, heapq, itertools, math, operator, random, re, string",
-        *(f"from {name} import *" for name in ("typing", "collections", "heapq", "bisect", "itertools", "functools")),
-        "from math import *",
-    ]
-)
 UNPACKED = 1 << 30  # bytes that compressed tests may hold
 BASE64 = re.compile(r"eJ[A-Za-z0-9+/]{10,}={0,2}|eN[A-Za-z0-9+/]{10,}={0,2}")  # of a zlib stream's first bytes
 STRING = {"PROTO", "FRAME", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
@@ -103,8 +96,6 @@ def read_tests(value: object, row: Mapping[str, object]) -> CodeTests | None:
         cases = [{"type": "assert", "code": with_asserts(str(case))} for case in value if str(case).strip()]
     elif isinstance(value, list):
         function = _function(row)
-        if function is not None and isinstance(beside["setup"], str):
-            beside["setup"] = "\n".join(filter(None, (CONTEST, beside["setup"])))
         cases = [_case(case, number, function) for number, case in enumerate([*_public(row), *value])]
     elif isinstance(value, str) and value.strip():
         cases = [{"type": "program", "code": with_asserts(value)}]

@@ -8,6 +8,7 @@ How YAML and `--set` overrides become these models, and how mistakes are reporte
 """
 
 import json
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -21,7 +22,7 @@ from distill.recipe.judge import Judge
 from distill.recipe.price import Price
 from distill.recipe.sampling import SamplingSettings
 from distill.recipe.server import AnyServer, LaunchedServer, TeacherServer
-from distill.recipe.sources import PromptSource, TraceSource
+from distill.recipe.sources import PromptSource, RunTraces, TraceSource
 from distill.recipe.train import Train
 from distill.section import Free, Section
 
@@ -102,26 +103,33 @@ class Recipe(Section):
         """What decides the numbers that the local engine computes."""
         return {f"engine.{key}": value for key, value in self.engine.settings().items()}
 
-    def filter_settings(self) -> dict[str, Any]:
-        """What decides the verdicts, beside the traces. `judge.…` is the filter, `judge_model.…` the recipe's judge."""
+    def filter_settings(self, tasks: Collection[str] | None = None) -> dict[str, Any]:
+        """What decides the verdicts, beside the traces. `judge.…` is the filter, `judge_model.…` the recipe's judge.
+
+        tasks: those of the traces; None: those that the recipe names.
+        """
         settings = self.filter.settings() | ({"seed": self.seed} if self.filter.draws else {})
         if self.filter.measures_student:
             settings["student"] = self.student
         if self.filter.decontaminate and not self.filter.decontaminate.benchmarks:
             settings["decontaminate.benchmarks"] = list(self.eval.benchmarks)
-        if self.judge is not None and self.filters_ask_the_judge:
+        if self.judge is not None and self.filters_ask_the_judge(self.tasks if tasks is None else tasks):
             settings |= {f"judge_model.{key}": value for key, value in self.judge.settings().items()}
         return settings
 
     @property
     def tasks(self) -> set[str]:
-        """The tasks of the prompts, or of the published traces."""
-        return {getattr(source, "task", "math") for source in (*self.prompts, *self.traces)}
+        """The tasks that the sources name. Traces of another run, and those that `distill export` wrote, bring their
+        own."""
+        return {source.task or "math" for source in (*self.prompts, *self.traces) if not isinstance(source, RunTraces)}
 
-    @property
-    def filters_ask_the_judge(self) -> bool:
-        """Whether a filter that is on needs the judge."""
-        return self.filter.judge is not None or (self.filter.correct is not None and "judge" in self.tasks)
+    def filters_ask_the_judge(self, tasks: Collection[str]) -> bool:
+        """Whether a filter that is on needs the judge. tasks: those of the traces."""
+        return self.filter.judge is not None or self.judge_grades(tasks)
+
+    def judge_grades(self, tasks: Collection[str]) -> bool:
+        """Whether `filter.correct` needs the judge. tasks: those of the traces."""
+        return self.filter.correct is not None and "judge" in tasks
 
 
 def _keyed(prefix: str, section: Section) -> list[tuple[str, Any]]:

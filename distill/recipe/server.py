@@ -33,7 +33,19 @@ def _without_credentials(urls: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return urls
 
 
+def checked_header(name: str, value: str) -> str:
+    """A header's value without white space around it. Errors: ValueError, which does not repeat the value, where HTTP
+    cannot carry it."""
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+        raise ValueError(f"{name!r} is not the name of a header; use letters, digits and -")
+    value = value.strip()
+    if not value.isascii() or not value.isprintable():
+        raise ValueError(f"{name}: the value holds a line end or a character outside ASCII; remove it")
+    return value
+
+
 def _without_secrets(headers: dict[str, str]) -> dict[str, str]:
+    headers = {name: checked_header(name, value) for name, value in headers.items()}
     for name, value in headers.items():
         if not value.startswith("$") and (SECRET_NAME.search(name) or SECRET_VALUE.match(value)):
             raise ValueError(f"{name} looks like a secret; give the name of an environment variable, such as $API_KEY")

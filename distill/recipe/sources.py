@@ -24,6 +24,7 @@ def _is_date(day: str) -> str:
 
 Day = Annotated[str, AfterValidator(_is_date)]
 Task = Literal["math", "code", "choice", "instructions", "judge", "chat"]
+PublishedTask = Literal["math", "code", "choice", "instructions", "judge", "chat", "gym"]  # gym: of our own exports
 QUESTION, OPTIONS = "question", "options"  # the names in a template that are not those of columns
 EXTRACT_TASK = {"tests": "code", "instructions": "instructions"}  # `extract` that only one task uses
 
@@ -231,7 +232,11 @@ class _Published(Section):
         description="what is taken out of the answer column: hash: what follows the last ####; boxed: the last "
         "\\boxed{}; none: the answer as it is",
     )
-    task: Task = Field("math", description="kind of problem, which selects the grader")
+    task: PublishedTask | None = Field(
+        None,
+        description="kind of problem, which selects the grader; null: math, and in rows that `distill export` wrote "
+        "their own, but for code and gym, whose graders run what the file contains",
+    )
     limit: Annotated[int | None, Free] = Field(None, ge=1, description="maximum number of rows to read")
 
     @model_validator(mode="after")
@@ -240,6 +245,10 @@ class _Published(Section):
         if self.extract != "none" and (self.answer is None or self.task in EXTRACT_TASK.values()):
             raise ValueError(f"extract: {self.extract} needs `answer`, and task math, choice, judge or chat")
         return self
+
+    def settings(self) -> dict[str, JsonValue]:
+        """As the base; without a task `math`, as runs recorded it that began when that was the default."""
+        return super().settings() | {"task": self.task or "math"}
 
 
 class HubTraces(_Published, _OnHub):

@@ -10,10 +10,14 @@ with the rest of the trace. It makes importing exact: an answer that begins with
 as another publisher's tags, the prompt keeps its id. `reasoning` and `response` are in it only where splitting the text
 gives others. Rejected: columns of their own for these values, which trainers would take for theirs (`source`,
 `reasoning`).
+
+Anyone can write a column `distill` into a file, so it decides nothing that matters beyond its row. The prompt's id is
+computed again from the prompt: two questions under one id would vote together. A task that runs code of the file
+(`RUNNING`) is read only where the source names it, and a task that is not the source's own is refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import pyarrow as pa
 
@@ -26,6 +30,8 @@ Format = Literal["messages", "sharegpt", "prompt-completion", "openr1"]
 Values = Mapping[str, object]
 
 MARK = "distill"  # column
+TASKS = get_args(Task)
+RUNNING: tuple[Task, ...] = ("code", "gym")  # graders run tests or scorers that the gold answer names
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 
 _TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -120,17 +126,41 @@ def is_exported(row: Values) -> bool:
     return isinstance(row.get(MARK), dict | list)
 
 
-def read_exported(row: Values, where: str) -> Iterator[Trace]:
-    """The traces in a row that `distill export` wrote. Errors: UserError for a row that was changed since."""
+def read_exported(row: Values, where: str, task: Task | None = None) -> Iterator[Trace]:
+    """The traces in a row that `distill export` wrote.
+
+    task: the one that the source names; None: it names none. Errors: UserError for a row that was changed since, and
+    for one of a task that the source does not allow.
+    """
     try:
-        yield from _traces(row)
+        yield from _traces(row, where, task)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
             f"{where}: the column {MARK} does not fit the others ({error!r}); export again, or remove this column"
         ) from error
 
 
-def _traces(row: Values) -> Iterator[Trace]:
+def _allowed_task(marked: object, task: Task | None, where: str) -> Task:
+    """The task of a row. Errors: UserError, see the module."""
+    if marked not in TASKS:
+        raise UserError(f"{where}: unknown task {marked!r} in column {MARK}; expected one of {', '.join(TASKS)}")
+    marked = cast(Task, marked)
+    if marked in RUNNING and marked != task:
+        raise UserError(
+            f"{where}: task {marked}, whose grader runs what the file contains; if you trust the file, set `task: "
+            f"{marked}` of this source (`distill import --task {marked}`)"
+        )
+    if task not in (None, marked, *RUNNING):
+        raise UserError(
+            f"{where}: task {marked}, and the source says {task}; set `task: {marked}` of this source (`distill import "
+            f"--task {marked}`), or leave it out"
+        )
+    return marked
+
+
+def _traces(row: Values, where: str, allowed: Task | None) -> Iterator[Trace]:
     marks = row[MARK]
     if "generations" in row:
         prompt, texts = _messages(row["messages"])[:-1], row["generations"]
@@ -143,13 +173,15 @@ def _traces(row: Values) -> Iterator[Trace]:
     if not isinstance(texts, list):
         raise TypeError("generations is not a list")
     for text, mark in zip(texts, listed, strict=True):
-        task: Task = mark["task"]
-        answer = row["answer"]
+        task = _allowed_task(mark["task"], allowed, where)
+        answer, source = row["answer"], mark["source"]
         if answer is not None and not isinstance(answer, str):
             raise TypeError("answer is not text")
+        if not isinstance(source, str):
+            raise TypeError("source is not text")
         reasoning, response = split_reasoning(text) if mark["split"] else (mark["reasoning"], mark["response"])
         yield Trace(
-            Prompt(tuple(prompt), task, answer, mark["source"], mark["id"]),
+            Prompt(tuple(prompt), task, answer, source),
             0,
             mark["seed"],
             text,
@@ -165,9 +197,12 @@ def _messages(turns: object) -> list[Message]:
     if not isinstance(turns, list):
         raise TypeError("its turns are not a list")
     roles = {speaker: role for role, speaker in SPEAKERS.items()}
-    return [
+    messages: list[Message] = [
         {"role": turn["role"], "content": turn["content"]}
         if "role" in turn
         else {"role": roles[turn["from"]], "content": turn["value"]}
         for turn in turns
     ]
+    if not all(message["role"] in SPEAKERS and isinstance(message["content"], str) for message in messages):
+        raise TypeError("a turn is not text by system, user or assistant")
+    return messages

@@ -20,7 +20,7 @@ from distill.console import say
 from distill.durable import remove_leftovers, replacing_directories
 from distill.errors import UserError
 from distill.prompts.rows import SAVED, TEXTS
-from distill.recipe.sources import FileTraces, HubTraces, Task
+from distill.recipe.sources import FileTraces, HubTraces, PublishedTask
 from distill.traces.parts import GROUP_ROWS, PartWriter
 from distill.traces.published import IMPORTED, reader_of
 from distill.traces.rows import VERDICTS, table_of, verdict_column
@@ -47,19 +47,20 @@ class ImportSummary(Artefact):
 def sources_of(
     names: Sequence[str],
     columns: dict[str, str | None],
-    task: Task = "math",
+    task: PublishedTask | None = None,
     split: str | None = None,
     subset: str | None = None,
     revision: str | None = None,
 ) -> list[FileTraces | HubTraces]:
     """The sources by name: files, directories of them, directories of `save_to_disk`, ids on the hub.
 
-    columns: question, reasoning, response and answer, where they are named. Errors: UserError.
+    columns: question, reasoning, response and answer, where they are named. task: of all rows; None: mathematics, and
+    in rows that `distill export` wrote their own. Errors: UserError.
     """
     sources: list[FileTraces | HubTraces] = []
     for name in names:
         path = Path(name)
-        fields = columns | {"task": task}
+        fields = columns | ({"task": task} if task else {})
         if path.is_dir() and not any((path / saved).is_file() for saved in SAVED):
             files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
             if not files:

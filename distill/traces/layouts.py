@@ -103,8 +103,8 @@ class Columns:
 @dataclass(frozen=True)
 class Answer:
     """One answer. messages: those before it, the question last. text: with its reasoning in a think block. number: its
-    place in a row of several. parts: reasoning and response, where they were published in two fields and the response
-    mentions a tag; None: the tags of the text divide it."""
+    place in a row of several. parts: reasoning and response, where they were published in two fields or between the
+    tags of another model; None: the think tags of the text divide it."""
 
     messages: tuple[Message, ...]
     text: str
@@ -314,9 +314,10 @@ def _answer(row: Row, turns: list[_Turn], number: int, where: str, empty: bool) 
     thought, text = _content(turns[-1].content, "answer", empty=empty and turns[-1].content is not None)
     if turns[-1].reasoning:
         thought = _thought(turns[-1].reasoning)
-    text = tagged(text)
+    text, parts = tagged(text)
     whole = _with_reasoning(text, thought)
-    parts = (thought.strip(), text) if thought and whole != text and END_THINK in text else None
+    if thought and whole != text:
+        parts = thought.strip(), text
     return Answer(tuple(messages), whole, _finish(row, number, where), number, parts)
 
 
@@ -361,8 +362,8 @@ def _with_reasoning(text: str, reasoning: str | None) -> str:
     if reasoning is None or not reasoning.strip():
         return text
     head, closed, _ = text.partition(END_THINK)
-    if closed and reasoning.strip() in head:
-        return text
+    if closed and reasoning.strip() == head.strip().removeprefix(THINK).strip():
+        return text  # it stands in both fields
     if closed and text.lstrip().startswith(THINK):
         if reasoning.strip() not in text:
             raise LeftOut("two reasonings")
@@ -370,19 +371,23 @@ def _with_reasoning(text: str, reasoning: str | None) -> str:
     return f"{THINK}\n{reasoning.strip()}\n{END_THINK}\n\n{text}"
 
 
-def tagged(text: str) -> str:
-    """The text, stripped, with the tags that a publisher put around a reasoning at its beginning as think tags."""
+def tagged(text: str) -> tuple[str, tuple[str, str] | None]:
+    """The text, stripped, with the tags that a publisher put around a reasoning at its beginning as think tags; and its
+    (reasoning, response), None where the text has no such tags.
+
+    The first closing tag ends the reasoning, as in `split_reasoning`: an answer may mention the tag.
+    """
     text = text.strip()
     for opening, closing, answer, end in TAGS:
         if not text.startswith(opening):
             continue
-        thought, closed, response = text.removeprefix(opening).rpartition(closing)
+        thought, closed, response = text.removeprefix(opening).partition(closing)
         if not closed:
-            return THINK + response  # cut off while it thinks
+            return THINK + thought, None  # cut off while it thinks
         if answer and response.lstrip().startswith(answer):
             response = "\n\n" + response.lstrip().removeprefix(answer).strip().removesuffix(end).strip()
-        return f"{THINK}{thought}{END_THINK}{response}".strip()
-    return text
+        return f"{THINK}{thought}{END_THINK}{response}".strip(), (thought.strip(), response.strip())
+    return text, None
 
 
 def _column(row: Row, name: str, where: str) -> object:

@@ -27,7 +27,7 @@ from distill.prompts.rows import Row, columns_of, has_column, rows_of_file, valu
 from distill.prompts.streams import opened, readable
 from distill.traces.exported import MARK, is_exported, read_exported
 from distill.traces.layouts import ALIGNED, COLUMNS, REASONING, Answer, Columns, LeftOut, answers, is_known, no_layout
-from distill.traces.store import read_traces
+from distill.traces.store import read_traces, tasks_in
 from distill.traces.trace import Trace, Verdict
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def read_published(source: "TraceSource", note: Callable[[str], None] = say) -> 
     answer of the source can be used.
     """
     if source.kind == "run":
-        run = Path(source.path)
-        kept = run / "traces" if (run / IMPORTED).is_file() else run / "filtered" / "kept"
+        kept = _kept(Path(source.path))
         if not kept.is_dir():
             raise UserError(
                 f"{source.path}: no run directory with kept traces (no filtered/kept in it), and not made by "
@@ -66,6 +65,19 @@ def read_published(source: "TraceSource", note: Callable[[str], None] = say) -> 
         return
     rows, name = _rows(source)
     yield from (trace for trace, _ in Reader(source, name, note).traces(rows))
+
+
+def _kept(run: Path) -> Path:
+    """The directory with the traces that a run kept, or that an import stored."""
+    return run / "traces" if (run / IMPORTED).is_file() else run / "filtered" / "kept"
+
+
+def tasks_of_run(source: "TraceSource") -> set[str]:
+    """The tasks of the traces that another run kept; none for other sources, and where that run is not there.
+
+    Errors: UserError for a damaged file of traces.
+    """
+    return tasks_in(_kept(Path(source.path))) if source.kind == "run" else set()
 
 
 def reader_of(source: "HubTraces | FileTraces", note: Callable[[str], None]) -> "tuple[Reader, Iterator[Row]]":
@@ -82,7 +94,7 @@ def _rows(source: "HubTraces | FileTraces", every: bool = False) -> tuple[Iterat
     named = [name for name in (source.question, source.reasoning, source.response, source.answer) if name]
     if source.kind == "file":
         path = Path(source.path)
-        golds = (*_gold_columns(source), *BESIDE_GOLD.get(source.task, ()))
+        golds = (*_gold_columns(source), *BESIDE_GOLD.get(source.task or "math", ()))
         rows = rows_of_file(path, None if every else [*COLUMNS, MARK, *MEDIA, *golds, *named], source.split)
         name, names = "/".join(path.absolute().parts[-2:]).lstrip("/"), columns_of(path, source.split)
         if names is None and source.answer and not _mentions(path, source.answer.partition(".")[0]):
@@ -102,7 +114,7 @@ def _rows(source: "HubTraces | FileTraces", every: bool = False) -> tuple[Iterat
 
 def _gold_columns(source: "HubTraces | FileTraces") -> tuple[str, ...]:
     """The columns in which a gold answer is looked for, in order."""
-    return (source.answer,) if source.answer else (*GOLD_OF_TASK.get(source.task, ()), *GOLD)
+    return (source.answer,) if source.answer else (*GOLD_OF_TASK.get(source.task or "math", ()), *GOLD)
 
 
 def _mentions(path: Path, column: str) -> bool:
@@ -180,7 +192,7 @@ class Reader:
     ) -> Iterator[tuple[Trace, list[Verdict]]]:
         if is_exported(row):
             self.gold_seen = True
-            for number, trace in enumerate(read_exported(row, where)):
+            for number, trace in enumerate(read_exported(row, where, self.source.task)):
                 yield trace, self._label(row, number)
             return
         for answer in answers(row, columns, where, self.whole):
@@ -211,16 +223,17 @@ class Reader:
         return [Verdict(LABEL, True, reason, evidence)] if evidence else []
 
     def _trace(self, row: dict[str, object], answer: Answer, teacher: str, where: str) -> Trace:
-        prompt = Prompt(answer.messages, self.source.task, self._gold(row, where), self.name)
+        prompt = Prompt(answer.messages, self.source.task or "math", self._gold(row, where), self.name)
         reasoning, response = answer.parts or split_reasoning(answer.text)
         return Trace(prompt, 0, 0, answer.text, reasoning, response, answer.finish_reason, teacher)
 
     def _gold(self, row: dict[str, object], where: str) -> str | None:
         """The gold answer: of the first column that has one. What cannot be read is no gold answer, and is counted."""
-        extract = EXTRACT_OF_TASK.get(self.source.task, self.source.extract)
+        task = self.source.task or "math"
+        extract = EXTRACT_OF_TASK.get(task, self.source.extract)
         for name in _gold_columns(self.source):
             try:
-                gold = gold_of(value_at(row, name), self.source.task, extract, row)
+                gold = gold_of(value_at(row, name), task, extract, row)
             except ValueError as error:
                 self.unreadable = self.unreadable or f"{where}: column {name} {error}"
                 continue

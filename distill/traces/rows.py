@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         ("cached_tokens", pa.int32()),
         ("reasoning_tokens", pa.int32()),
         ("form", pa.string()),
+        ("omitted", pa.list_(pa.string())),
     ]
 )
 TOKEN_COLUMNS = ("prompt_token_ids", "completion_token_ids", "logprobs", "top_logprobs")  # most of a trace's bytes
@@ -97,6 +98,7 @@ def trace_of(row: Row) -> Trace:
         cached_tokens=row.get("cached_tokens"),
         reasoning_tokens=row.get("reasoning_tokens"),
         form=row.get("form"),
+        omitted=tuple(row.get("omitted") or ()),
     )
 
 
@@ -145,6 +147,7 @@ def _row(trace: Trace) -> Row:
         "cached_tokens": trace.cached_tokens,
         "reasoning_tokens": trace.reasoning_tokens,
         "form": trace.form,
+        "omitted": list(trace.omitted),
     }
     if trace.top_logprobs is not None:
         row["top_logprobs"] = [[{"token": t, "logprob": p} for t, p in top] for top in trace.top_logprobs]

@@ -46,7 +46,7 @@ from distill.traces.trace import FinishReason, ReasoningForm, Trace, Verdict, tr
 T = TypeVar("T")
 
 COUNTS = ("completion_tokens", "prompt_tokens", "cached_tokens", "reasoning_tokens")
-FIGURE_COLUMNS = ["id", "sample", "text", "exact", "finish_reason", *COUNTS, "form"]
+FIGURE_COLUMNS = ["id", "sample", "task", "text", "exact", "finish_reason", *COUNTS, "form"]
 JUDGED_SCHEMA = SCHEMA.append(VERDICTS)
 
 
@@ -70,6 +70,7 @@ class Figures(NamedTuple):
     cached_tokens: int
     reasoning_tokens: int
     form: ReasoningForm | None
+    task: str
 
 
 def decoded(directory: Path, traces: Iterator[T]) -> Iterator[T]:
@@ -129,9 +130,22 @@ class TraceStore:
         for batch in batches(self.directory, FIGURE_COLUMNS):
             for row in _unseen(batch, seen).to_pylist():
                 key = (row["id"], row["sample"])
-                yield _figures(key, row if row["exact"] is None else json.loads(row["exact"]))
+                yield _figures(key, row["task"], row if row["exact"] is None else json.loads(row["exact"]))
         for row in self._ledger_rows(seen):
-            yield _figures(_ledger_key(row), row)
+            yield _figures(_ledger_key(row), row["prompt"]["task"], row)
+
+    def tasks(self) -> set[str]:
+        """The tasks of the stored traces. Reads only that column of the parts."""
+        return tasks_in(self.directory) | {row["prompt"]["task"] for row in self._ledger.rows()}
+
+    def omitted(self) -> tuple[str, ...] | None:
+        """`Trace.omitted` of the first stored trace, None without any. Reads one group of rows."""
+        for batch in batches(self.directory, ["id", "omitted"]):
+            for row in batch.slice(0, 1).to_pylist():
+                return tuple(row.get("omitted") or ())
+        for row in self._ledger.rows():
+            return tuple(row.get("omitted") or ())
+        return None
 
     def is_empty(self) -> bool:
         """Whether no trace is stored. Opens no file."""
@@ -254,10 +268,15 @@ def _judged(directory: Path, columns: Sequence[str] | None) -> Iterator[tuple[Tr
             yield trace_of(row), verdicts_of(row)
 
 
-def _figures(key: Key, row: Row) -> Figures:
+def tasks_in(directory: Path) -> set[str]:
+    """The tasks of the traces in a directory of parts, from that column alone. Errors: UserError for a damaged part."""
+    return {task for batch in batches(directory, ["task"]) for task in batch["task"].unique().to_pylist()}
+
+
+def _figures(key: Key, task: str, row: Row) -> Figures:
     completion, prompt, cached, reasoning = (row.get(name) or 0 for name in COUNTS)
     digest = trace_digest(*key, row["text"])
-    return Figures(key, row["finish_reason"], completion, digest, prompt, cached, reasoning, row.get("form"))
+    return Figures(key, row["finish_reason"], completion, digest, prompt, cached, reasoning, row.get("form"), task)
 
 
 def _keys_of(table: pa.Table | pa.RecordBatch) -> list[Key]:

@@ -48,6 +48,7 @@ class Trace:
     form: how the reasoning came: in a field of its own (`reasoning_content` or `reasoning`), in the text with both tags
     (`think`) or with the closing one alone (`end_think`), or `none`; `cut_off`: it has no end, `no_content`: nothing
     follows it. None for published traces.
+    omitted: sampling parameters that the server refused, so that its own values applied.
 
     Errors: ValueError naming the field when a value has another type or range than the store can hold.
     """
@@ -69,6 +70,7 @@ class Trace:
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
     form: ReasoningForm | None = None
+    omitted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.completion_token_ids:
@@ -143,7 +145,7 @@ class Trace:
         """The trace that `to_dict` described."""
         values = dict(row)
         values["prompt"] = Prompt.from_dict(row["prompt"])
-        for name in ("prompt_token_ids", "completion_token_ids"):
+        for name in ("prompt_token_ids", "completion_token_ids", "omitted"):
             values[name] = tuple(row.get(name) or ())
         if row.get("logprobs") is not None:
             values["logprobs"] = tuple(row["logprobs"])
@@ -154,7 +156,7 @@ class Trace:
 
 def form_of(text: str, finish_reason: FinishReason) -> ReasoningForm:
     """The form of a reasoning that came inside the text."""
-    head, closed, response = text.rpartition(END_THINK)
+    head, closed, response = text.partition(END_THINK)
     if not closed:
         return "cut_off" if THINK in text else "none"
     if not response.strip():

@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 
+from filter_support import add, make_recipe, make_trace
 from test_filters_kill import SETTINGS, begun, output
 
 from distill.filters.pipeline import STAGE
@@ -41,8 +42,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def filtered(directory: Path, on: str) -> dict[str, bytes]:
-    from test_filters import make_recipe
-
     with Run(directory, make_recipe(**SETTINGS), on=on) as run:
         STAGE.perform(run)
     return output(directory)
@@ -63,6 +62,40 @@ def actors() -> set[int]:
 def test_two_nodes_write_what_one_process_writes(tmp_path: Path, cluster: Any, alone: dict[str, bytes]) -> None:
     assert len([node for node in ray.nodes() if node["Alive"]]) == 2
     assert filtered(begun(tmp_path / "run"), "ray") == alone
+
+
+def test_every_filter_gives_the_same_bytes_on_two_nodes(tmp_path: Path, cluster: Any) -> None:
+    """Those of the profile `math`, decontamination, and all that compare traces: their notes travel, too."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"question": "What is the sum of twenty and 22 apples?"}\n', encoding="utf-8")
+    filters: dict[str, Any] = {
+        "profile": "math",
+        "correct": {"workers": 1},
+        "decontaminate": {"benchmarks": [str(problems)]},
+        "length": {"max_tokens": 500, "unit": "student"},
+        "pass_rate": {"min_rate": 0.1},
+        "near_prompts": True,
+        "near_answers": {"threshold": 0.9},
+        "select": {"per_prompt": 2, "order": "diverse"},
+    }
+    line = "Let me check that again, because I am not sure. "
+    texts = [
+        f"<think>\n{'So 20 and 22 are added, which gives 42 in the end.' if n % 3 else line * 9}\n"
+        f"{'Zuerst addieren wir die beiden Zahlen, um die Summe zu finden.' if n % 7 == 0 else f'Case {n}.'}\n"
+        f"</think>\nIt is \\boxed{{{42 if n % 5 else 41}}}."
+        for n in range(160)
+    ]
+    questions = ["What is the sum of twenty and 22 apples?", *(f"How many are {n} and {42 - n}?" for n in range(39))]
+    traces = [make_trace(text, question=questions[n // 4], sample=n % 4) for n, text in enumerate(texts)]
+    outputs = []
+    for on in ("local", "ray"):
+        recipe = make_recipe(**filters).model_copy(update={"student": "tiny-qwen"})
+        with Run(tmp_path / on, recipe, on=on) as run:
+            add(tmp_path / on, traces)
+            summary = STAGE.perform(run)
+        outputs.append(output(tmp_path / on))
+    assert all(step.dropped for step in summary.funnel if step.filter in {"repetition", "language", "decontaminate"})
+    assert outputs[0] == outputs[1]
 
 
 def test_a_killed_ray_worker_changes_nothing(

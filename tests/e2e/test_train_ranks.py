@@ -48,7 +48,7 @@ def one(student, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_train_as_one_does(one, student, tmp_path, parallel):
     directory = begin(tmp_path / "run", student)
     summary = support.train_here(directory, student, SETTINGS | {"num_processes": 2, "parallel": parallel})

@@ -10,7 +10,6 @@ import train_support as support
 
 STEPS = 60
 SETTINGS = {"max_steps": STEPS, "logging_steps": 3, "save_steps": 4, "gradient_accumulation_steps": 2}
-KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,8 @@ def last_step(directory):
     return rows[-1]["step"] if rows else 0
 
 
-def test_kills_at_random_moments_change_nothing(tmp_path, spawn):
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(tmp_path, spawn, kills):
     student = support.make_student(tmp_path / "student")
     names = ("undisturbed", "killed")
     undisturbed, killed = (support.begin(tmp_path / name, support.sums(40), student) for name in names)
@@ -49,7 +49,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, spawn):
     assert process.exitcode == 0
 
     draw = random.Random(0)
-    for target in sorted(draw.sample(range(3, STEPS - 6), KILLS)):
+    for target in sorted(draw.sample(range(3, STEPS - 6), kills)):
         process = spawn(killed, student)
         while last_step(killed) < target and process.is_alive():
             time.sleep(0.003)

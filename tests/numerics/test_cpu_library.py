@@ -70,3 +70,14 @@ def test_arguments_are_given_by_name_and_none_is_forgotten() -> None:
         cpu_structs.PackedMatrix(kind=1, n=2, k=3, groups=4, data=5)
     with pytest.raises(AssertionError, match="PackedMatrix: \\['size'\\]"):
         cpu_structs.PackedMatrix(kind=1, n=2, k=3, groups=4, data=5, scale=None, size=6)
+
+
+@COMPILED
+def test_the_library_needs_no_stream_of_the_standard_library() -> None:
+    """Streams and locales keep state in the C++ library, and a process with CUDA's libraries may hold several copies.
+
+    On one GPU machine the process crashed at the first formatted number."""
+    [library] = FOLDER.glob("_cpu.*.so")
+    content = library.read_bytes()
+    assert b"_Znwm" in content, "the names of imported functions are in the file"
+    assert not [name for name in (b"_ZNSo", b"_ZNSt8ios_base", b"_ZNSt6locale", b"basic_ostream") if name in content]

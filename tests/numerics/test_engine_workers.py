@@ -77,6 +77,13 @@ def test_requests_are_pulled_as_they_can_be_started(engines: Engines) -> None:
     assert all(worker.outstanding == 0 for worker in engines._workers)
 
 
+def test_requests_are_given_up_at_the_deadline(engines: Engines) -> None:
+    assert list(engines.generate(requests(3), time.monotonic())) == []
+    by_sample(engines.generate(requests(10**6), time.monotonic() + 0.2))  # ends at all
+    assert len(by_sample(engines.generate(requests(3)))) == 9
+    assert all(worker.outstanding == 0 for worker in engines._workers)
+
+
 def test_what_an_engine_refuses_is_refused_here(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((TINY_R1 / "config.json").read_text())
     with pytest.raises(ValueError, match="download the weights"):

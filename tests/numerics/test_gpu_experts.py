@@ -54,7 +54,8 @@ def test_slots_of_any_routing(pairs: list[int], rows: int) -> None:
 
 @pytest.mark.parametrize(
     ("t", "kind", "ue8m0"),
-    [(1, "even", False), (7, "one", False), (7, "even", True), (129, "empty", True)]
+    [(1, "even", False), (7, "one", False), (7, "even", True)]
+    + [slow(129, "empty", True)]
     + [slow(t, kind, ue8m0) for t in ROWS for kind, ue8m0 in (("even", False), ("even", True), ("one", False))],
 )
 def test_experts(t: int, kind: str, ue8m0: bool) -> None:

@@ -13,10 +13,11 @@ from server_support import JSON, KEY, Handler, Listening, body, chat, listening
 from distill import backends
 from distill.backends import Job, SamplingParams
 from distill.backends.batch import request_id
+from distill.backends.budget import Allowance, Spent
 from distill.errors import UserError, WorkError
 from distill.models import Model, Server
 from distill.prompts import Prompt
-from distill.recipe import LocalEngine
+from distill.recipe import Budget, LocalEngine
 
 PARAMS = SamplingParams(temperature=0.6, max_new_tokens=64)
 PROMPTS = [Prompt.from_question(f"{n} + {n}?", str(2 * n)) for n in range(5)]
@@ -31,7 +32,9 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class Provider(Handler):
     """Files and batches in memory. A batch ends when it was asked about `polls` times; `outcome(custom_id)` is the
-    response of its line, None for no line."""
+    response of its line, None for no line; `refusal(body)` is the error of a request, as a response in the error file.
+    `failed`: errors of the next batch, which then has no answers. `lost`: batches whose creation is not reported.
+    `overloaded`: requests to create one that fail."""
 
     def do_GET(self) -> None:
         state, path = self.server, urlsplit(self.path).path
@@ -59,6 +62,10 @@ class Provider(Handler):
             state.files[name] = re.search(rb'filename="requests.jsonl".*?\r\n\r\n(.*?)\r\n--', content, re.DOTALL)[1]
             self.send(200, JSON, body({"id": name, "object": "file", "purpose": "batch"}))
         else:
+            if state.overloaded:
+                state.overloaded -= 1
+                self.send(503, JSON, b"{}")
+                return
             asked = json.loads(content)
             name = f"batch{len(state.batches)}"
             state.batches[name] = {
@@ -67,18 +74,33 @@ class Provider(Handler):
                 "status": "in_progress",
                 "output_file_id": None,
             } | asked
-            self.send(200, JSON, body(state.batches[name]))
+            if state.lost:
+                state.lost -= 1
+                self.send(502, JSON, b"<html>bad gateway</html>")
+            else:
+                self.send(200, JSON, body(state.batches[name]))
 
     def end(self, batch) -> None:
-        lines = []
+        lines, refused, state = [], [], self.server
+        if state.failed:
+            batch |= {"status": "failed", "errors": {"object": "list", "data": state.failed}}
+            state.failed = []
+            return
         for line in self.server.files[batch["input_file_id"]].splitlines():
             asked = json.loads(line)
+            if (error := state.refusal(asked["body"])) is not None:
+                response = {"status_code": 400, "body": {"error": error}}
+                refused.append(json.dumps({"custom_id": asked["custom_id"], "response": response, "error": None}))
+                continue
             response = self.server.outcome(asked["custom_id"])
             if response is not None:
                 lines.append(json.dumps({"custom_id": asked["custom_id"], "response": response, "error": None}))
         name = f"file{len(self.server.files)}"
         self.server.files[name] = "\n".join(lines).encode()
         batch |= {"status": "completed", "output_file_id": name}
+        if refused:
+            self.server.files["errors" + name] = "\n".join(refused).encode()
+            batch["error_file_id"] = "errors" + name
 
     def end_all(self) -> None:
         for batch in self.server.batches.values():
@@ -86,9 +108,12 @@ class Provider(Handler):
 
 
 @contextmanager
-def provider(outcome=None, polls: int = 1) -> Iterator[Listening]:
+def provider(
+    outcome=None, polls: int = 1, refusal=lambda body: None, failed=(), lost=0, overloaded=0
+) -> Iterator[Listening]:
     outcome = outcome or (lambda key: {"status_code": 200, "body": chat()})
     state = {"files": {}, "batches": {}, "polled": {}, "keys": set(), "refuses": False}
+    state |= {"refusal": refusal, "failed": list(failed), "lost": lost, "overloaded": overloaded}
     with listening(Provider, **state, polls=polls, outcome=outcome) as made:
         yield made
 
@@ -192,3 +217,78 @@ def test_a_server_without_a_batch_api_is_refused():
         made.refuses = True
         with pytest.raises(UserError, match="set server.batch to false"):
             list(backend.complete(jobs(), PARAMS, 0))
+
+
+def test_a_batch_that_outlasts_the_budget_is_left_to_the_provider(monkeypatch, capsys):
+    """With a higher budget the same command collects its answers."""
+    monkeypatch.setattr("distill.backends.batch.POLL", 0.05)
+    allowance = Allowance(Budget(hours=1.0), PARAMS.max_new_tokens, Spent(), 3600 - 3.0)
+    with provider(polls=300) as made:
+        with opened(made) as backend:
+            assert list(backend.complete(jobs(1), PARAMS, 0, allowance)) == []
+        assert "batch0 goes on at the provider" in " ".join(capsys.readouterr().out.split())
+        made.polls = 1
+        with opened(made) as backend:
+            assert len(list(backend.complete(jobs(1), PARAMS, 0))) == 5
+        assert len(made.batches) == 1
+
+
+# ---- refusals
+
+
+def test_a_batch_that_failed_says_why():
+    failed = [{"code": "token_limit_exceeded", "message": "Enqueued token limit reached.", "line": None, "param": None}]
+    with provider(failed=failed) as made:
+        with (
+            opened(made) as backend,
+            pytest.raises(WorkError, match="batch batch0 failed: Enqueued token limit") as error,
+        ):
+            list(backend.complete(jobs(1), PARAMS, 0))
+        assert "5 samples were not answered" in str(error.value) and len(made.batches) == 1
+        with opened(made) as backend:
+            assert len(list(backend.complete(jobs(1), PARAMS, 0))) == 5
+
+
+def test_requests_that_are_refused_say_why():
+    def refusal(body):
+        return {"message": f"no such tool, {KEY}"} if body["messages"][0]["content"].startswith("0") else None
+
+    with provider(refusal=refusal) as made, opened(made) as backend:
+        done = []
+        with pytest.raises(UserError, match=r"1 samples were not .*status 400: no such tool, \*\*\*; correct generate"):
+            for each in backend.complete(jobs(1), PARAMS, 0):
+                done.append(each)
+    assert len(done) == 4 and len(made.batches) == 1
+
+
+@pytest.mark.parametrize("as_a_whole", [False, True])
+def test_a_refused_parameter_is_left_out_of_a_second_batch(as_a_whole, capsys):
+    error = {"message": "Unsupported value", "param": "temperature", "code": "unsupported_value"}
+
+    def refusal(body):
+        return error if "temperature" in body and not as_a_whole else None
+
+    with provider(refusal=refusal, failed=[error | {"line": 1}] if as_a_whole else ()) as made:
+        with opened(made) as backend:
+            done = list(backend.complete(jobs(1), PARAMS, 0))
+        assert {each.omitted for each in done} == {("temperature",)} and len(done) == 5 and len(made.batches) == 2
+        assert capsys.readouterr().out.count("refuses temperature") == 1
+        with opened(made) as backend:  # known from the provider's list, without another request
+            done = list(backend.complete(jobs(1), PARAMS, 0))
+        assert {each.omitted for each in done} == {("temperature",)} and len(made.batches) == 2
+        with opened(made) as backend:  # the refusal is known, too
+            assert len(list(backend.complete(jobs(2), PARAMS, 0))) == 10
+        assert len(made.batches) == 3
+
+
+def test_answers_without_the_log_probabilities_that_were_asked_for_are_refused():
+    with provider() as made, opened(made) as backend, pytest.raises(UserError, match="gives no log-probabilities"):
+        list(backend.complete(jobs(1), replace(PARAMS, logprobs=2), 0))
+
+
+@pytest.mark.parametrize("fault", [{"lost": 1}, {"overloaded": 2}, {"overloaded": 1, "lost": 1}])
+def test_a_batch_whose_creation_was_not_reported_is_found_and_not_created_twice(fault, monkeypatch):
+    monkeypatch.setattr("distill.backends.pacing.FIRST_PAUSE", 0.01)
+    with provider(**fault) as made, opened(made) as backend:
+        assert len(list(backend.complete(jobs(1), PARAMS, 0))) == 5
+        assert len(made.batches) == 1

@@ -87,6 +87,7 @@ def test_vllm_is_asked_for_ids_and_its_spelling_of_them_is_read():
         for t, p, tops in tokens
     ]
     made_reply = chat(logprobs={"content": content}, token_ids=[5, 7]) | {"prompt_token_ids": [1, 2, 3]}
+    made_reply |= {"usage": {"prompt_tokens": 3, "completion_tokens": 2}}
     params = SamplingParams(max_new_tokens=8, logprobs=2)
     with server(lambda *_: (200, JSON, body(made_reply)), owned("vllm")) as made, opened(made) as backend:
         (done,) = backend.complete([Job(Prompt.from_question("2 + 2?", "4"), (0,))], params, 0)
@@ -130,7 +131,8 @@ def test_probabilities_that_are_not_whole_are_none(logprobs):
 
 
 def test_probabilities_that_contradict_the_ids_are_none():
-    reply = read_reply(body(chat(logprobs={"content": [{"token_id": 1, "logprob": 0.0}]}, token_ids=[2])))
+    made = chat(logprobs={"content": [{"token_id": 1, "logprob": 0.0}]}, token_ids=[2])
+    reply = read_reply(body(made | {"usage": {"completion_tokens": 1}}))
     assert (reply.completion_token_ids, reply.logprobs) == ((2,), None)
 
 

@@ -9,18 +9,23 @@ import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from eval_support import distill
 from server_support import listening
 
+from distill import catalog, generate
+from distill.artefacts import GenerateSummary
 from distill.backends import launching
 from distill.backends.serving import ENGINES, Flags, Installed, command, parallel_size, reasoning_parser
 from distill.config import parse
 from distill.errors import UserError
 from distill.hardware import gpu_count
+from distill.planned import Plan
 from distill.recipe import LaunchedServer, Recipe
+from distill.run import Run
 from distill.traces.store import TraceStore
 
 REPO = Path(__file__).resolve().parents[2]
@@ -233,6 +238,17 @@ def test_a_server_that_dies_in_the_middle_keeps_what_is_finished(here, monkeypat
     assert stored() == 8 and none_is_left()
 
 
+def test_a_budget_of_time_ends_while_the_server_starts(here, monkeypatch, capsys):
+    """The clock jumps by two hours when the server's processes run."""
+    monkeypatch.setenv("STAND_IN", "deaf")
+    late = lambda: time.monotonic() + 7200 * bool(processes())  # noqa: E731
+    clock = SimpleNamespace(monotonic=late, sleep=time.sleep, strftime=time.strftime)
+    monkeypatch.setattr(launching, "time", clock)
+    budgeted = {"sampling": {"max_new_tokens": 64}, "budget": {"hours": 1}}
+    assert distill(monkeypatch, "generate", recipe(generate=budgeted)) == 1
+    assert "the budget is used up" in capsys.readouterr().err and none_is_left()
+
+
 def test_a_server_that_never_answers_is_ended(here, monkeypatch, capsys):
     monkeypatch.setenv("STAND_IN", "deaf")
     assert distill(monkeypatch, "generate", recipe({"start_timeout": 2})) == 1
@@ -326,3 +342,26 @@ def test_gpus_are_counted_without_a_torch_that_sees_them(tmp_path, monkeypatch, 
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpu_count() == count
+
+
+def test_the_start_of_a_server_is_no_part_of_its_rate(here, monkeypatch):
+    """A clock on which a start takes 1,000 seconds more."""
+    late, start = [0.0], launching.LaunchedBackend._start
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0], sleep=time.sleep, strftime=time.strftime)
+
+    def slowly(backend, give_up):
+        late[0] += 1000
+        return start(backend, give_up)
+
+    monkeypatch.setattr(launching.LaunchedBackend, "_start", slowly)
+    for module in (launching, generate):
+        monkeypatch.setattr(module, "time", clock)
+    assert distill(monkeypatch, "plan", recipe(), "--pilot", 2) == 0
+    measured = Plan.read(Path("runs/launched/plan.json"), "").measured
+    tokens = sum(trace.tokens for trace in TraceStore(Path("runs/launched/traces")))
+    assert measured.rate > tokens / 500
+    assert distill(monkeypatch, "generate", "launched.yaml") == 0 and late[0] == 2000
+    summary = Run(Path("runs/launched"), catalog.load_recipe("launched.yaml")).stored_summary(
+        "generate", GenerateSummary
+    )
+    assert summary.seconds > 1000 and summary.tokens_per_second > 0

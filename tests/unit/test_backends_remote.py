@@ -220,8 +220,19 @@ def test_others_under_way_are_waited_for_briefly(monkeypatch: pytest.MonkeyPatch
     ("status", "message", "expected"),
     [
         (400, "max_tokens is too large: 64", "max_tokens is too large: 64; lower max_new_tokens"),
-        (400, "roles must alternate", "roles must alternate; if it is too long, lower max_new_tokens"),
-        (404, "no such model", "the server refused the request: .*no such model"),
+        (400, "roles must alternate", "roles must alternate; correct generate.sampling or server.extra_body"),
+        (
+            400,
+            "the prompt exceeds the context of 4096",
+            "context of 4096; lower max_new_tokens, or leave the prompt out",
+        ),
+        (400, "content policy: a token of violence", "a token of violence; leave the prompt out$"),
+        (
+            402,
+            "insufficient balance",
+            "insufficient balance\\); add credit at the provider; finished samples are stored",
+        ),
+        (404, "no such model", "no such model; correct server.model, or the path of server.url$"),
         (422, "temperature", "the server refused the request"),
     ],
 )

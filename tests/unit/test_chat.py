@@ -21,7 +21,9 @@ from distill.errors import UserError
         ("4", None, "4"),
         ("<think>never closed", None, ""),
         ("so <think>a</think>4", "so <think>a", "4"),  # text before the tag: not R1's form, nothing is lost
-        ("<think>a</think>b</think>4", "a</think>b", "4"),
+        ("<think>a</think>b</think>4", "a", "b</think>4"),  # the first closing tag ends it
+        ("<think>a</think>The tag `</think>` ends it.", "a", "The tag `</think>` ends it."),
+        ("a</think>`<think>` and `</think>`", "a", "`<think>` and `</think>`"),
     ],
 )
 def test_split_reasoning(text: str, reasoning: str | None, response: str) -> None:

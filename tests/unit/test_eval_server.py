@@ -12,6 +12,7 @@ import pytest
 from eval_support import Script, distill, right, scores, server, sums, url
 
 from distill.backends import Job, SamplingParams
+from distill.backends.answers import completed
 from distill.backends.remote import RemoteBackend
 from distill.backends.reply import Reply
 from distill.errors import WorkError
@@ -65,10 +66,10 @@ def test_what_ended_beside_a_failure_is_kept():
     """Ten samples end at once, the first of them with a failure: the nine are yielded before it is raised."""
 
     class Failing(RemoteBackend):
-        async def _request(self, prompt, samples, sampling, seed):
+        async def _request(self, prompt, samples, work):
             if samples == (0,):
                 raise WorkError("down")
-            return {0: Reply("x", "stop", None, None)}
+            return [completed(prompt, samples[0], Reply("x", "stop", None, None), ())]
 
     kept = []
     with pytest.raises(WorkError, match="down"):

@@ -1,20 +1,26 @@
 """Filters that compare traces: MinHash against exact similarities, majorities, pass rates, orders, profiles."""
 
 import random
+import unicodedata
 from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filter_support import choose
 from pydantic import ValidationError
 
 from distill.catalog import load_recipe
 from distill.chat import split_reasoning
 from distill.errors import UserError
-from distill.filters.base import Resources
+from distill.filters.base import ChoosingFilter, Resources
+from distill.filters.dedup import Dedup
 from distill.filters.index import Buckets
+from distill.filters.majority import Majority
 from distill.filters.minhash import ALL_PAIRS, MinHash
+from distill.filters.near_answers import NearAnswers
+from distill.filters.near_prompts import NearPrompts
 from distill.filters.pipeline import STAGE
 from distill.filters.resources import RunResources
 from distill.prompts.prompt import Prompt
@@ -156,6 +162,49 @@ def test_near_prompts_differ_by_their_numbers(tmp_path: Path) -> None:
     found = verdicts(tmp_path / "run", traces, "near_prompts", correct=False, near_prompts=True, dedup=False)
     dropped = [question for (question, _), verdict in found.items() if not verdict.keep]
     assert len(dropped) == 2 and len(set(dropped)) == 1 and set(dropped) < set(questions[:2])
+
+
+STORY = "In a small town by the river, Ann keeps a shop where people buy pears and plums on their way to the market."
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (f"{STORY} What is 20 + 22?", f"{STORY} What is 20 × 22?"),
+        (f"{STORY} Solve x^2 < 90 for x.", f"{STORY} Solve x^2 > 90 for x."),
+        (f"{STORY} Find the maximum.", f"{STORY} Find the minimum."),
+        (f"{STORY} She buys three.", f"{STORY} She buys four."),
+        (f"{STORY} Is it true?", f"{STORY} Is it not true?"),
+    ],
+)
+def test_prompts_that_one_word_makes_another_problem(one: str, other: str, tmp_path: Path) -> None:
+    traces = [trace(r"\boxed{42}", question) for question in (one, other, f"{one} Please.")]
+    found = verdicts(tmp_path / "run", traces, "near_prompts", correct=False, near_prompts={"threshold": 0.5})
+    dropped = {question for (question, _), verdict in found.items() if not verdict.keep}
+    assert len(dropped) == 1 and dropped < {one, f"{one} Please."}
+
+
+def test_texts_without_words_are_compared_by_their_characters() -> None:
+    def kept(filter_: ChoosingFilter, *traces: Trace) -> list[bool]:
+        chosen = choose(filter_, list(traces))
+        return [chosen[each.key].keep for each in traces]
+
+    assert kept(NearPrompts(), trace("a", "?"), trace("a", "!")) == [True, True]
+    assert kept(NearPrompts(), trace("a", "😀"), trace("a", "😁")) == [True, True]
+    empty = [Trace(Prompt.from_question(question, None), 0, 0, "", None, "", "stop", "t") for question in "ab"]
+    assert kept(NearAnswers(), *empty) == [True, True], "of two prompts"
+    words = "un café déjà fermé à côté de la forêt, où l'élève a mangé une pêche mûre et un gâteau âcre très tôt hier"
+    decomposed = unicodedata.normalize("NFD", words)
+    assert kept(Dedup(), trace(words), trace(decomposed, sample=1)) == [True, False]
+    assert kept(NearAnswers(), trace(words), trace(decomposed, sample=1)) == [True, False]
+
+
+def test_shares_of_a_majority_are_exact() -> None:
+    """0.56 * 25 is 14.000000000000002 in floating point."""
+    texts = [r"\boxed{1}"] * 14 + [rf"\boxed{{{number}}}" for number in range(2, 13)]
+    traces = [trace(text, sample=sample, gold=None) for sample, text in enumerate(texts)]
+    chosen = choose(Majority(min_share=0.56, workers=1), traces)
+    assert [verdict.keep for verdict in chosen.values()] == [True] * 14 + [False] * 11
 
 
 def test_majority(tmp_path: Path) -> None:

@@ -9,13 +9,18 @@ import yaml
 from eval_support import distill, right, server, url
 from hypothesis import given
 from hypothesis import strategies as st
+from server_support import JSON, PARAMS, body, chat, opened
+from server_support import server as listening_server
 
+from distill.backends import Job
 from distill.backends.budget import Allowance, Spent, bound_of
+from distill.backends.collect import collect
 from distill.prompts import Prompt
 from distill.recipe import Budget, Price
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace
 
+BOUND_OF_ONE = bound_of(Prompt.from_question("2 + 2?", "4"), PARAMS.max_new_tokens).tokens
 PRICE = Price(input=1.0, output=10.0, cached_input=0.1, date="2026-01-01", source="a test")
 
 
@@ -55,6 +60,29 @@ def test_money_is_that_of_the_price_cached_tokens_at_their_own():
     assert allowance.report() == "0.61 of 1 USD"  # 100,000 × 1 + 100,000 × 0.1 + 50,000 × 10, per million
     used = Allowance(Budget(cost=1.0), 1000, Spent(0, 99_000), 0.0, PRICE)
     assert not used.admit(prompt, 0)  # 0.99 + 0.01 and a prompt
+
+
+def test_cached_tokens_of_one_sample_are_no_cheaper_prompts_of_another():
+    allowance, prompt = Allowance(Budget(cost=1.0), 1000, Spent(), 0.0, PRICE), Prompt.from_question("q", None)
+    for sample, (prompt_tokens, cached) in enumerate(((1000, 900_000), (200_000, 0))):
+        assert allowance.admit(prompt, sample)
+        allowance.settle(trace(prompt, sample, 1, prompt_tokens, cached))
+    assert allowance.report() == "0.20 of 1 USD"
+    assert allowance.used == Spent(201_000, 2, 1000)
+
+
+def test_a_failed_attempt_is_counted_and_repeated_only_where_that_fits():
+    prompt = Prompt.from_question("q", None)
+    bound = bound_of(prompt, 50)
+    for most, counts, fits in (
+        (2 * bound.tokens, (None, None), True),
+        (2 * bound.tokens - 1, (None, None), False),
+        (bound.tokens + 10, (3, 7), True),
+        (bound.tokens + 9, (3, 7), False),
+    ):
+        allowance = Allowance(Budget(tokens=most), 50, Spent(), 0.0)
+        assert allowance.admit(prompt, 0) and allowance.lose(prompt, *counts) is fits
+        assert allowance.used.tokens == (10 if counts[0] else bound.tokens)
 
 
 def test_time_is_that_of_all_sessions_and_the_longest_sample_has_to_fit():
@@ -137,6 +165,46 @@ def test_a_count_that_the_server_does_not_give_is_taken_as_its_bound(recipe, mon
         assert stored() == 3
         assert distill(monkeypatch, "generate", "served.yaml") == 1 and stored() == 3
     assert f"({3 * BOUND:,} of {3 * BOUND:,} tokens)" in capsys.readouterr().err
+
+
+HALF = b'data: {"choices": [{"index": 0, "delta": {"content": "twice"}}]}\n\n'
+USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 7}}\n\n'
+ERROR = b'data: {"error": {"message": "overloaded"}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("failed", "room", "made", "used"),
+    [
+        ((200, "text/event-stream", HALF + ERROR), 2 * BOUND_OF_ONE, 1, BOUND_OF_ONE + 10),
+        ((200, "text/event-stream", HALF + ERROR), 2 * BOUND_OF_ONE - 1, 0, BOUND_OF_ONE),
+        ((200, "text/event-stream", HALF + USAGE + ERROR), 2 * BOUND_OF_ONE - 1, 1, 20),
+        ((200, "text/event-stream", b": ping\n\n" + ERROR), BOUND_OF_ONE, 1, 10),
+        ((200, JSON, b'{"choices": [{"mess'), 2 * BOUND_OF_ONE - 1, 0, BOUND_OF_ONE),
+        ((500, JSON, b"{}"), BOUND_OF_ONE, 1, 10),
+    ],
+)
+def test_attempts_that_had_begun_to_answer_are_counted(failed, room, made, used, tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.backends.pacing.FIRST_PAUSE", 0.01)
+    allowance = Allowance(Budget(tokens=room), PARAMS.max_new_tokens, Spent(), 0.0)
+
+    def reply(number, handler):
+        return failed if number == 0 else (200, JSON, body(chat()))
+
+    with listening_server(reply) as at, opened(at, 1) as backend, TraceStore(tmp_path / "traces") as store:
+        job = Job(Prompt.from_question("2 + 2?", "4"), (0,))
+        assert collect(backend, store, [job], PARAMS, 0, "t", lambda n: None, allowance=allowance) == made
+    assert len(at.asked) == 1 + made and allowance.used.tokens == used
+
+
+def test_a_budget_below_one_sample_says_so(recipe, monkeypatch, capsys):
+    price = {"input": 1, "output": 1_000_000, "date": "2026-01-01", "source": "a test"}
+    with server(right) as script:
+        assert distill(monkeypatch, "generate", recipe(script, {"tokens": 300})) == 2
+        error = capsys.readouterr().err
+        assert f"one sample may use {BOUND:,} tokens, more than generate.budget.tokens (300); raise it" in error
+        assert distill(monkeypatch, "generate", recipe(script, {"cost": 2}, {"price": price})) == 2
+        assert "one sample may cost 64, more than generate.budget.cost (2); raise it" in capsys.readouterr().err
+        assert not script.asked and not Path("runs").exists()
 
 
 def test_the_local_engine_has_budgets_too(tmp_path, monkeypatch, capsys):

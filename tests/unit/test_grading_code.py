@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 
 from distill.grading import Grader
-from distill.grading.code import CodeGrader, compare_output, compare_values, find_program, run_tests
+from distill.grading.code import (
+    CodeGrader,
+    compare_output,
+    compare_values,
+    find_program,
+    names_in_tests,
+    run_tests,
+)
 from distill.grading.grade import Answer
 from distill.grading.sandbox.levels import open_zygote
 from distill.grading.sandbox.runner import Sandbox, Zygote
@@ -40,11 +47,77 @@ def zygote() -> Iterator[Zygote]:
         ("x = 1\nprint(x)", "x = 1\nprint(x)"),
         ("    return x + 1\n", "    return x + 1"),
         ("I do not know.", None),
+        (f"{FENCE}python\nprint(1)\n{FENCE}\n\n{FENCE}\n$ python x.py\n1\n{FENCE}", "print(1)\n"),
+        (f"{FENCE}\n1 2\n{FENCE}\n{FENCE}\nprint(1)\n{FENCE}\n{FENCE}\n3\n{FENCE}", "print(1)\n"),
+        (f"{FENCE}py\ndef f(): pass\n{FENCE}\n{FENCE}py\ndef test_f():\n    f()\n{FENCE}", "def f(): pass\n"),
+        (
+            f"{FENCE}py\ndef f(): pass\n{FENCE}\n{FENCE}py\nimport unittest\nclass TestF: pass\n{FENCE}",
+            "def f(): pass\n",
+        ),
+        (f"{FENCE}py\ndef test(x): pass\n{FENCE}\n{FENCE}py\nprint(test(1))\n{FENCE}", "def test(x): pass\n"),
+        (f"{FENCE}python\r\nprint(1)\r\n{FENCE}\r\nDone.\r\n", "print(1)\n"),
+        (f"The program: {FENCE}python\nprint(1)\n{FENCE}\n", "print(1)\n"),
+        ("~~~python\nprint(1)\n~~~\n", "print(1)\n"),
+        (f"`{FENCE}python\nx = '''\n{FENCE}\n'''\n`{FENCE}\n", f"x = '''\n{FENCE}\n'''\n"),
+        (f"1. So:\n   {FENCE}Python3\n   def f():\n       pass\n   {FENCE}\n", "def f():\n    pass\n"),
+        ("So:\n\nclass Solution:\n    def f(self): pass\n\nIt is fast.", "class Solution:\n    def f(self): pass"),
+        ("def is a keyword of Python (and f = 1 is not).", None),
+        (f"{FENCE}python\nprint(s.split('</think>'), '<think>')\n{FENCE}", "print(s.split('</think>'), '<think>')\n"),
+        (f"{FENCE}python\nf = 1\n{FENCE}\n<think>{FENCE}\n2\n{FENCE}</think>", "f = 1\n"),
     ],
 )
 def test_the_program_of_a_response(response: str, program: str | None) -> None:
     answer = find_program(response)
     assert (answer and answer.text) == program
+
+
+RIGHT = "def add1(x):\n    return x + 1\n"
+TESTED = {
+    "asserts": (["assert add1(1) == 2"], {}),
+    "check": ("def check(candidate):\n    assert candidate(1) == 2", {"entry_point": "add1"}),
+    "calls": ({"fn_name": "add1", "inputs": [[1]], "outputs": [2]}, {}),
+}
+BESIDE = {
+    "tests": ([RIGHT, "from solution import add1\n\ndef test_add1():\n    assert add1(1) == 2"], RIGHT),
+    "example": ([RIGHT, "def main():\n    print(add1(2))\n\nmain()"], RIGHT),
+    "alternative": ([RIGHT, "def add1_slow(x):\n    return sum([x, 1])"], RIGHT),
+    "reads its input": ([RIGHT, "x = int(input())\nprint(add1(x))"], RIGHT),
+    "helper": (["def plus(x):\n    return x + 1", "def add1(x):\n    return plus(x)"], None),
+    "helper after": (["def add1(x):\n    return plus(x)", "def plus(x):\n    return x + 1"], None),
+    "import": (["import operator", "print(0)", "def add1(x):\n    return operator.add(x, 1)"], None),
+    "star import": (["from operator import *", "def add1(x):\n    return add(x, 1)"], None),
+    "constant of a helper": (["ONE = 1", "def one():\n    return ONE", "def add1(x):\n    return x + one()"], None),
+    "corrected": (["def add1(x):\n    return x - 1", RIGHT], RIGHT),
+    "lambda": (["add1 = lambda x: x + 1", "print(add1(1))"], "add1 = lambda x: x + 1\n"),
+    "broken repetition": ([RIGHT, "def add1(x):\n    ...and so on"], RIGHT),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_the_block_with_the_tested_function_is_run(name: str) -> None:
+    blocks, program = BESIDE[name]
+    response = "\n\nAnd:\n\n".join(f"{FENCE}python\n{block}\n{FENCE}" for block in blocks)
+    golds = {kind: code_tests.tests_of(tests, row) for kind, (tests, row) in TESTED.items()}
+    if program is not None:
+        chosen = {kind: CodeGrader().find_for(gold or "", response) for kind, gold in golds.items()}
+        assert {answer and answer.text for answer in chosen.values()} == {program}
+    with Grader(workers=1) as grader:
+        items = [(kind, Prompt.from_question("q", gold, "code"), response) for kind, gold in golds.items()]
+        assert {kind: grade.verdict for kind, grade in grader.grade(items)} == dict.fromkeys(TESTED, "correct")
+
+
+def test_a_method_of_the_class_solution_is_a_function() -> None:
+    gold = code_tests.tests_of({"fn_name": "add1", "inputs": [[1]], "outputs": [2]}, {}) or ""
+    method = "class Solution:\n    def add1(self, x):\n        return x + 1\n"
+    use = "class Runner:\n    def main(self):\n        print(Solution().add1(1))"
+    answer = CodeGrader().find_for(gold, f"{FENCE}python\n{method}{FENCE}\n\n{FENCE}python\n{use}\n{FENCE}")
+    assert answer is not None and answer.text == method
+
+
+def test_tests_that_name_nothing_choose_as_without_tests() -> None:
+    gold = code_tests.tests_of({"inputs": ["1\n"], "outputs": ["2\n"]}, {}) or ""
+    response = f"{FENCE}python\nprint(int(input()) + 1)\n{FENCE}\n\n{FENCE}python\nprint(2)\n{FENCE}"
+    assert names_in_tests(gold) == frozenset() and CodeGrader().find_for(gold, response) == find_program(response)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +191,7 @@ def test_programs_are_graded_in_workers() -> None:
         (["assert add1(1) == 2", "print(add1(1))"], {}, ("correct", "wrong", "wrong")),
         (["assert list(map(add1, [1])) == [2]"], {}, ("correct", "wrong", "wrong")),
         (["import math", "assert math.isclose(add1(1), 2)"], {}, ("correct", "wrong", "wrong")),
-        (["assert math.isclose(add1(1), 2)"], {}, ("unverifiable",) * 3),
+        (["assert nowhere(x=1) == add1(1)", "assert add1(1) == 2"], {}, ("wrong", "wrong", "wrong")),
         (["assert add1(x) == 2"], {}, ("unverifiable", "unverifiable", "wrong")),
         (["import no_such_library\nassert add1(1) == 2"], {}, ("unverifiable",) * 3),
         (["assert add1(1) == 2"], {"test_setup_code": "import no_such_library"}, ("unverifiable",) * 3),

@@ -19,7 +19,7 @@ from distill.catalog import load_recipe
 from distill.errors import UserError, WorkError
 from distill.filters.pipeline import STAGE, check_gradable
 from distill.grading import Grader
-from distill.grading.judge import JudgeModel, judge_identity, judge_price
+from distill.grading.judge import FIRST, JudgeModel, judge_identity, judge_price
 from distill.grading.mixed import graded, require_judge
 from distill.models import Launch, judge_of
 from distill.prompts import Prompt
@@ -116,18 +116,41 @@ def test_users_share_judgements(tmp_path: Path) -> None:
 
 def test_a_failure_is_no_verdict(tmp_path: Path) -> None:
     def failing(question: str, seed: int | None) -> Any:
-        return 400 if "Rome" in question else verdict(question, seed)
+        return 404 if "Rome" in question else verdict(question, seed)
 
     items = [(n, prompt(), f"It is {'Rome' if n == 2 else 'Paris'} ({n}).") for n in range(8)]
     grades: dict[int, Any] = {}
     with server(failing) as made, opened(url(made), tmp_path) as judge, pytest.raises(UserError):
         for key, grade in judge.grade(items):
             grades[key] = grade
-    assert grades.keys() == set(range(8)) - {2}
+    assert 2 not in grades and grades.keys() >= {0, 1}
     assert {grade.verdict for grade in grades.values()} == {"correct"}
     with server(verdict) as made, opened(url(made), tmp_path) as judge:
         assert dict(judge.grade(items))[2].verdict == "wrong"
-        assert len(made.asked) == 1, "only the failed one is asked again"
+        assert len(made.asked) == 8 - len(grades), "only what is missing is asked again"
+
+
+def test_a_refused_response_is_undecided_and_the_others_are_judged(tmp_path: Path) -> None:
+    def refusing(question: str, seed: int | None) -> Any:
+        return 400 if "Rome" in question else verdict(question, seed)
+
+    items = [(n, prompt(), f"It is {'Rome' if n in (2, 9) else 'Paris'} ({n}).") for n in range(12)]
+    with server(refusing) as made, opened(url(made), tmp_path) as judge:
+        grades = dict(judge.grade(items))
+    assert {n: grade.verdict for n, grade in grades.items()} == {
+        n: "unverifiable" if n in (2, 9) else "correct" for n in range(12)
+    }
+    assert grades[9].reason == "refused by the judge" and "scripted" in str(grades[9].evidence["refusal"])
+    with server(verdict) as made, opened(url(made), tmp_path) as judge:
+        assert dict(judge.grade(items))[2].verdict == "wrong", "a refusal is not stored"
+
+
+def test_a_judge_that_refuses_all_ends_the_work(tmp_path: Path) -> None:
+    items = [(n, prompt(), f"It is Paris ({n}).") for n in range(100)]
+    with server(lambda question, seed: 400) as made, opened(url(made), tmp_path) as judge:
+        with pytest.raises(UserError, match="the judge refuses every request: .*scripted") as ended:
+            list(judge.grade(items))
+        assert len(made.asked) <= 2 * FIRST and "\n" not in str(ended.value)
 
 
 def test_a_budget_ends_the_work_and_a_larger_one_goes_on(tmp_path: Path) -> None:
@@ -283,7 +306,7 @@ def test_a_killed_filter_pays_for_no_judgement_twice(tmp_path: Path) -> None:
         with Run(tmp_path / "run", judged_recipe(url(made))) as run:
             run.begin(STAGE, STAGE.settings(run), {})
             add(run.directory, [make_trace(f"<think>{n}</think>good {n}", question=f"q{n}") for n in range(150)])
-        ledger = tmp_path / "run" / "judgements" / "filter-judge.jsonl"
+        ledger = tmp_path / "run" / "judgements" / "filter.jsonl"
         with subprocess.Popen(
             [sys.executable, __file__, url(made), str(tmp_path / "run")], env=os.environ | {"PYTHONPATH": TESTS}
         ) as process:
@@ -297,6 +320,87 @@ def test_a_killed_filter_pays_for_no_judgement_twice(tmp_path: Path) -> None:
         with Run(tmp_path / "run", judged_recipe(url(made))) as run, pytest.raises(UserError, match="nothing kept"):
             STAGE.perform(run)
         assert len(made.asked) - before == 150 - stored
+
+
+def both(address: str, **judge: Any) -> Any:
+    """A recipe whose answers the judge grades, and whose responses the filter `judge` shows it as well."""
+    recipe = judged_recipe(address, correct=True, judge={"prompt": "{{response}}"})
+    return recipe.model_copy(update={"judge": judge_settings(address, **judge)})
+
+
+def judged_traces(count: int) -> list[Any]:
+    prompts = [Prompt.from_question(f"q{n}", "good", "judge") for n in range(count)]
+    return [make_trace(f"<think>{n}</think>good {n}", prompt=each) for n, each in enumerate(prompts)]
+
+
+def from_run(recipe: Any, directory: Path) -> Any:
+    """The recipe with the traces of another run, whose tasks it does not name."""
+    data = recipe.model_dump(mode="json") | {"prompts": [], "traces": [{"kind": "run", "path": str(directory)}]}
+    return type(recipe).model_validate_json(json.dumps(data))
+
+
+def answered(question: str, seed: int | None) -> Any:
+    return "Judgement: Yes", "stop"
+
+
+def test_one_budget_holds_for_all_filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both filters ask about 40 traces, at 8 tokens each. What both spend together stays within the budget, and a
+    budget that suffices is not used up by what is under way."""
+    monkeypatch.setattr("distill.grading.judge.ROUND", 16)
+    monkeypatch.setattr("distill.grading.mixed.TOGETHER", 16)
+    limits = {"sampling": {"max_new_tokens": 10}, "prompt": "{{response}} {{answer}}"}  # at most 300 tokens each
+    with server(answered) as made:
+        recipe = from_run(both(url(made), budget={"tokens": 500}, **limits), tmp_path)
+        with Run(tmp_path / "run", recipe) as run:
+            add(run.directory, judged_traces(40))
+            with pytest.raises(WorkError, match=r"the judge's budget is used up"):
+                STAGE.perform(run)
+        rows = list(Ledger(tmp_path / "run" / "judgements" / "filter.jsonl").rows())
+        spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in rows)
+        assert len(rows) == len(made.asked) and 8 * len(made.asked) == spent <= 500
+    with server(answered) as made:
+        recipe = from_run(both(url(made), budget={"tokens": 80 * 8 + 300}, **limits), tmp_path)
+        with Run(tmp_path / "other", recipe) as run:
+            add(run.directory, judged_traces(40))
+            assert STAGE.perform(run).verdicts["judge"] == {"accepted": 40}
+        assert len(made.asked) == 80
+
+
+# ---- tasks that the recipe does not name
+
+
+def test_traces_of_another_run_bring_their_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the stored tasks they would be taken for mathematics: another judge would change nothing."""
+    with server(answered) as made:
+        recipe = from_run(judged_recipe(url(made), correct=True, judge=False), tmp_path)
+        with Run(tmp_path / "run", recipe) as run:
+            add(run.directory, judged_traces(2))
+            assert STAGE.settings(run)["judge_model.model"] == "scripted"
+            assert STAGE.perform(run).kept == 2
+        other = recipe.model_copy(update={"judge": judge_settings(url(made), accepted=["no"], rejected=["yes"])})
+        with Run(tmp_path / "run", other) as run, pytest.raises(UserError, match=r"judge_model\.accepted"):
+            STAGE.perform(run)
+        with Run(tmp_path / "none", recipe.model_copy(update={"judge": None})) as run:
+            add(run.directory, judged_traces(2))
+            with pytest.raises(UserError, match=r"filter\.correct: task judge needs a model that judges"):
+                STAGE.perform(run)
+    levels: list[str] = []
+    monkeypatch.setattr("distill.filters.pipeline.require_level", lambda level, where: levels.append(level))
+    with Run(tmp_path / "code", recipe) as run:
+        add(run.directory, [make_trace(prompt=Prompt.from_question("q", "{}", "code"))])
+        with pytest.raises(UserError, match="nothing kept"):
+            STAGE.perform(run)
+    assert levels == ["full"], "programs run at the level that the recipe asks for"
+
+
+def test_a_judge_that_no_filter_asks_is_not_opened(tmp_path: Path) -> None:
+    recipe = judged_recipe("http://127.0.0.1:9/v1", correct=True, judge=False)
+    settings = judge_settings("http://127.0.0.1:9/v1")
+    server_with_key = settings.server.model_copy(update={"api_key_env": "NOT_SET_ANYWHERE"})
+    recipe = recipe.model_copy(update={"judge": settings.model_copy(update={"server": server_with_key})})
+    with Run(tmp_path / "run", recipe) as run:
+        add(run.directory, [make_trace()])
+        assert STAGE.perform(run).kept == 1
 
 
 # ---- a benchmark
@@ -322,12 +426,22 @@ def test_a_benchmark_that_a_judge_grades(tmp_path: Path, monkeypatch: pytest.Mon
         assert distill(monkeypatch, *asked, *judge) == 0
         row = scores(tmp_path / "out", "simpleqa")
         assert (row.correct, row.unverifiable_rate) == (1, pytest.approx(1 / 3))
-        assert row.settings["judge.model.model"] == "scripted" and "judge.prompt" in row.settings
+        assert row.grading["judge.model.model"] == "scripted" and "judge.prompt" in row.grading
+        assert not any(key.startswith("judge.") for key in row.settings), "samples do not depend on the judge"
         assert len(made.asked) == 6
         assert distill(monkeypatch, *asked, *judge) == 0
         assert len(made.asked) == 6, "finished is finished"
-        assert distill(monkeypatch, *asked, *judge, "--set", "judge.seed=3") == 2
-        assert "judge.seed: 0 → 3" in capsys.readouterr().err
+        capsys.readouterr()
+        assert distill(monkeypatch, *asked, *judge, "--set", "judge.seed=3") == 0
+        assert (
+            "its grades are of another grader (judge.seed: 0 → 3); grading its samples again" in capsys.readouterr().out
+        )
+        assert len(made.asked) == 9, "another judge is asked about the same samples"
+        assert scores(tmp_path / "out", "simpleqa").grading["judge.seed"] == 3
+        assert distill(monkeypatch, *asked, *judge) == 0
+        assert len(made.asked) == 9, "the judgements of the first judge are still there"
+        assert distill(monkeypatch, *asked, *judge, "--set", "judge.max_characters=8") == 0
+        assert len(made.asked) == 9 and scores(tmp_path / "out", "simpleqa").correct == 0
 
 
 if __name__ == "__main__":

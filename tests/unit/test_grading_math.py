@@ -39,6 +39,8 @@ from distill.prompts.prompt import Prompt
         ("First 3 * 4 = 12.\nTogether they have 12 apples", "Together they have 12 apples", "last line"),
         ("<think> \\boxed{1} </think> \\boxed{2}", "2", "boxed"),
         ("<think>a</think> b </think> \\boxed{2}", "2", "boxed"),
+        ("So it is \\boxed{2}, after the tag </think> of course.", "2", "boxed"),
+        ("</think>\n\\boxed{2} <think> or \\boxed{3}", "2", "boxed"),
     ],
 )
 def test_final_answer(response: str, text: str, method: str) -> None:

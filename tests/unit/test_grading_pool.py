@@ -178,7 +178,7 @@ print([module for module in {heavy} if module in sys.modules])
 
 
 def test_golds_that_no_grader_can_read() -> None:
-    golds = [r"\int_0^1 x\,dx", r"1, 2, \ldots, n", "the sum of all of its digits", r"3 \mid n", "", TOWER, r"\frac{"]
+    golds = [r"\oint x\,dx", r"1 + 2 + \ldots + n", "the sum of all of its digits", r"3 \mid n", "", TOWER, r"\frac{"]
     readable = [
         "42",
         "-7",
@@ -211,7 +211,7 @@ def test_unreadable_golds_are_counted_once_each(monkeypatch: pytest.MonkeyPatch)
     prompts = [Prompt.from_question(f"q{i}", answer) for i, answer in enumerate(answers)]
     prompts.append(Prompt.from_question("q", "hello", "chat"))
     assert unreadable_golds(prompts, 1, 5.0) == ([r"3 \mid n", r"\sum k"], 4)
-    monkeypatch.setattr(grader_module, "TRIED", 2)
+    monkeypatch.setattr(grader_module, "CHECKED", 2)
     assert unreadable_golds(prompts, 1, 5.0) == ([r"3 \mid n"], 2)
     monkeypatch.setattr(WorkerPool, "_start", lambda pool: pytest.fail("integers need no process"))
     assert unreadable_golds([Prompt.from_question(str(i), str(i)) for i in range(9)], 1, 5.0) == ([], 2)
@@ -247,7 +247,7 @@ def test_a_grader_is_a_class_and_a_line_in_the_table(monkeypatch: pytest.MonkeyP
 
 
 def test_a_child_speaks_in_lines_and_ends_with_its_input() -> None:
-    child = Child("distill.grading.worker", [str(2 << 30), "600"], detached=True)
+    child = Child("distill.grading.worker", [str(2 << 30), "600", "full"], detached=True)
     assert os.getsid(child.process.pid) == child.process.pid != os.getsid(0)
     messages: list[object] = []
     while not messages:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.grading.verdicts import Words, read_verdict
+from distill.grading.verdicts import LONGEST, Words, read_verdict
 from distill.recipe.judge import Judge
 from distill.recipe.rubric import Rubric
 
@@ -67,6 +67,25 @@ def test_real_judgements(real_data):
         ("At first: Judgement: Yes\nBut 2 is not 3.\nJudgement: No", "N"),
         ('I write "Judgement: Yes" or "Judgement: No".\n\nJudgement: Yes', "Y"),
         ("[[A]] or [[B]]?", "-"),
+        ("Judgement (Yes/No): No", "N"),
+        (r"Judgement: \boxed{No}", "N"),
+        ('{"judgement": "No", "correct": true}', "-"),
+        # sentences about the response, before or after the verdict
+        ("Judgement: No\n\nThe response's final answer is A.", "N"),
+        ("No\nThe response's final answer is A.", "N"),
+        ("Judgement: Yes\nThe student's final answer is B.", "Y"),
+        ("The student's final answer is B.\nJudgement: Yes\nIts grade is B.", "Y"),
+        ("Judgement: No\nExplanation: its final result is correct.", "N"),
+        ("Judgement: No\n\nThe reference (correct): A", "N"),
+        ("**No**\n\nThe intermediate result is correct.", "N"),
+        ("No\n\nThe student's answer \\boxed{A} differs from it.", "N"),
+        ("No\n\nIts decision is right.", "-"),
+        ("No, it is not the same.\n\nA", "Y"),
+        ("No\n\nThe student chose\nA", "-"),
+        ("The response's final answer is A.", "-"),
+        ("The student's answer is \\boxed{A}, as it should be.", "-"),
+        ("The final answer is correct.", "Y"),
+        ("So the result is wrong.", "N"),
     ],
 )
 def test_forms(text, expected):
@@ -105,6 +124,26 @@ def test_reasoning_judges(text, finished, expected, problem):
         ("7", "Y"),
         ("Judgement: Yes", "-"),
         ('{"correct": true}', "-"),
+        ("Score: -8", "N"),
+        ("Score: \u22128", "N"),
+        ("-8", "N"),
+        ("Score: .9", "N"),
+        (".9", "N"),
+        ('{"score": 1e-7}', "N"),
+        ('{"score": NaN}', "-"),
+        ("Score: 8-9", "-"),
+        ("Score: 8\u20139", "-"),
+        ("Score: 7,5", "-"),
+        ("Score (1-10): 8", "Y"),
+        ("Rating [out of 10]: 6", "N"),
+        ("Score: 8 out of 10", "Y"),
+        ("Score: 2 out of 10", "N"),
+        ("8 / 10", "Y"),
+        ("Score: 2\nThe final answer is 42.", "N"),
+        ("3\nIts result is 42.", "N"),
+        ("The response's result is 42.", "-"),
+        ("The answer is \\boxed{42}.", "-"),
+        ("The score is 8.", "Y"),
     ],
 )
 def test_scores(text, expected):
@@ -128,9 +167,12 @@ def test_any_text_has_a_reading(text):
 
 
 def test_long_text_takes_linear_time():
-    """A text of half a million characters of the kinds that make searches quadratic; the test would not end."""
-    for unit in ("judgement is ", "[[", "{", "```json\n{", "\\boxed{", "grade:***"):
-        read_verdict(unit * (500_000 // len(unit)), WORDS)
+    """The longest texts that are searched, of the kinds that make searches quadratic; the test would not end."""
+    units = ("judgement is ", "[[", "{", "```json\n{", "\\boxed{", "grade:***", "score: 5 ", "\\text{")
+    starts = ("[[", "score:", "score: 5", "```", "grade (", "\\text", "final answer is")
+    for text in (*(unit * (LONGEST // len(unit)) for unit in units), *(f"{start}{{}}x" for start in starts)):
+        for gap in (" ", "\n", "\t"):
+            read_verdict(text.replace("{}", gap * (LONGEST - 20)), WORDS)
 
 
 @pytest.mark.parametrize(

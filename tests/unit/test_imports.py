@@ -60,6 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.
     "recipe": SHARED | {"filters", "grading.sandbox", "engine.families"},
     "filters": {
+        "errors",
         "section",
         "chat",
         "grading",

@@ -13,9 +13,13 @@ from distill.artefacts import RunPaths
 from distill.errors import UserError
 from distill.fingerprint import digest
 from distill.plan import stages
-from distill.planned import Measured, Plan
-from distill.prompts import Prompt
+from distill.plan.judging import described, plan_judgements
+from distill.plan.traces import Traces
+from distill.planned import Expected, Measured, Pilot, Plan
+from distill.prompts import Prompt, load_prompts
+from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore
+from distill.traces.trace import Trace
 
 PRICE = {"input": 1, "output": 10, "date": "2025-01-20", "source": "a test"}
 
@@ -200,10 +204,66 @@ def test_a_pilot_that_a_server_refuses_leaves_the_settings_free(recipe, monkeypa
     assert not RunPaths(Path("runs/served")).record("generate").exists()
 
 
-def test_only_the_prompts_of_a_complete_pilot_are_a_random_sample(recipe):
+def interval_of_generate(monkeypatch, name):
+    assert distill(monkeypatch, "plan", name) == 0
+    plan = Plan.read(RunPaths(Path("runs/served")).plan, "")
+    return plan, next(stage.tokens for stage in plan.stages if stage.stage == "generate")
+
+
+def test_a_pilot_keeps_its_interval_while_generate_goes_on(recipe, monkeypatch, capsys):
     with server(right) as script:
-        loaded = catalog.load_recipe(recipe(script))
-    prompts = [Prompt.from_question(f"{n}?", None) for n in range(40)]
-    drawn = {prompt.id for prompt in generate.pilot_prompts(loaded.seed, prompts, 8)}
-    assert stages._is_pilot(loaded, prompts, drawn)
-    assert not stages._is_pilot(loaded, prompts, {prompt.id for prompt in prompts[:8]})
+        name = recipe(script)
+        assert distill(monkeypatch, "plan", name, "--pilot", 8) == 0
+        before, pilot = interval_of_generate(monkeypatch, name)
+        assert pilot.low is not None and len(before.pilot.prompts) == 8 and before.pilot.samples == 2
+        store, loaded = TraceStore(Path("runs/served/traces")), catalog.load_recipe(name)
+        known = {trace.key[0] for trace in store}
+        assert known == set(before.pilot.prompts)
+        others = [p for p in load_prompts(loaded.prompts, None, None) if p.id not in known][:10]
+        with store:  # the first to finish are short
+            teacher = next(iter(store)).teacher
+            store.append(
+                [Trace(p, n, 0, "4", None, "4", "stop", teacher, completion_tokens=1) for p in others for n in (0, 1)]
+            )
+        capsys.readouterr()
+        after, tokens = interval_of_generate(monkeypatch, name)
+        assert tokens == pilot and after.pilot == before.pilot
+        assert "16 stored traces of 8 prompts, the pilot's" in " ".join(capsys.readouterr().out.split())
+
+
+def test_stored_traces_without_a_finished_pilot_have_no_interval(recipe, monkeypatch, capsys):
+    with server(right) as script:
+        name = recipe(script)
+        assert distill(monkeypatch, "plan", name, "--pilot", 8) == 0
+        RunPaths(Path("runs/served")).plan.unlink()
+        _, tokens = interval_of_generate(monkeypatch, name)
+        assert tokens.low is None and tokens.high is None
+        assert "expect more" in " ".join(capsys.readouterr().out.split())
+        assert distill(monkeypatch, "plan", name, "--pilot", 8) == 0 and len(script.asked) == 16
+        assert interval_of_generate(monkeypatch, name)[1].low is not None
+
+
+def test_pilots_of_the_same_prompts_are_joined():
+    first, second = (Pilot(prompts=ids, samples=2, population="a") for ids in (("p", "q"), ("q", "r")))
+    assert second.joined(first).prompts == ("p", "q", "r")
+    assert second.joined(first.model_copy(update={"samples": 1})).samples == 1
+    assert second.joined(first.model_copy(update={"population": "b"})) == second == second.joined(None)
+
+
+def test_the_judgements_of_a_recipe_by_hand(tmp_path):
+    """60 traces are judged once, by filter.judge: 60 · (1,000 · 1 + 200 · 10) millionths; then as the stored ones."""
+    judge = {"server": {"url": "http://127.0.0.1:1/v1", "model": "j", "price": PRICE}}
+    loaded = catalog.load_recipe("tiny", [f"judge={json.dumps(judge)}", "filter.judge=true"])
+    paths, estimate = RunPaths(tmp_path), Traces(30, 2, Expected(value=600), "given")
+    plan = plan_judgements(loaded, paths, None, estimate)
+    assert (plan.filter, plan.eval, plan.stored) == (60, 0, 0) and plan.money == pytest.approx(60 * 3000 / 1e6)
+    assert "assumed: 0.18 USD, beside the table" in described(plan)
+    paths.judgements.mkdir()
+    with Ledger(paths.judgements / "filter-judge.jsonl") as ledger:
+        ledger.append([{"id": str(n), "prompt_tokens": 100 * n, "completion_tokens": 10} for n in (1, 3)])
+    plan = plan_judgements(loaded, paths, None, estimate)
+    assert (plan.stored, plan.prompt_tokens, plan.completion_tokens) == (2, 200, 10)
+    assert plan.money == pytest.approx(60 * 300 / 1e6) and "as the 2 stored have" in described(plan)
+    mixed = [Prompt.from_question(str(n), "a", "judge" if n < 3 else "math") for n in range(30)]
+    assert plan_judgements(loaded, paths, mixed, estimate).filter == 60 + 6
+    assert plan_judgements(catalog.load_recipe("tiny"), paths, None, estimate) is None

@@ -93,7 +93,10 @@ def test_a_run_that_is_under_way_can_be_looked_at(finished, capsys):
     assert not lock.is_held(finished)
 
 
-@pytest.mark.parametrize("writes", range(len(FILES)))
+@pytest.mark.parametrize(
+    "writes",
+    [0, *(pytest.param(writes, marks=pytest.mark.slow) for writes in range(1, len(FILES) - 1)), len(FILES) - 1],
+)
 def test_a_kill_while_it_is_written_changes_nothing(tmp_path, finished, writes):
     """Killed at each of its files, before that file has its name: the rerun gives the same bytes."""
     directory = make_run(tmp_path / "run", "train", traces=20)

@@ -1,6 +1,8 @@
 """Programs that may do anything: each is held, what happened is reported, and the next one is unaffected."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +36,7 @@ HOSTILE = {
     "one large file": ("f = open('a', 'wb')\nwhile True: f.write(bytes(1 << 20))", "file limit"),
     "a socket": ("import socket\nsocket.socket()", "error: PermissionError"),
     "another user's files": ("open('/etc/shadow').read()", "error: FileNotFoundError"),
-    "the home directory": ("import os\nos.listdir('/work')", "error: FileNotFoundError"),
+    "the home directory": (f"import os\nos.listdir({str(Path(__file__).parent)!r})", "error: FileNotFoundError"),
     "killing the parent": ("import os\nos.kill(os.getppid(), 9)", "error: PermissionError"),
     "killing everything": ("import os\nos.kill(-1, 9)", "error: PermissionError"),
     "writing outside": ("open('/usr/lib/x', 'w')", "error: OSError"),
@@ -43,7 +45,7 @@ HOSTILE = {
         "import threading, time\ndef f():\n while True: time.sleep(0.01)\nthreading.Thread(target=f).start()",
         "time limit",
     ),
-    "becoming root": ("import os\nos.setuid(0)", "error: PermissionError"),
+    "becoming root": ("import os\nos.setuid(0)", "error: PermissionError" if os.geteuid() == 0 else "error: OSError"),
     "a crash": ("import ctypes\nctypes.string_at(1)", "crash: SIGSEGV"),
     "an exit code": ("import sys\nsys.exit(3)", "exit code 3"),
 }
@@ -78,7 +80,8 @@ CHEATS = {
     "never ends": "def f(x):\n while True: pass",
     "searches its memory": (
         "import gc\ndef f(x):\n"
-        " seen = [o for o in gc.get_objects() if isinstance(o, (list, dict)) and 'expected-4711' in repr(o)[:9999]]\n"
+        " text = 'expected-' + '4711'\n"
+        " seen = [o for o in gc.get_objects() if isinstance(o, (list, dict)) and text in repr(o)[:9999]]\n"
         " return 4 if seen else 5"
     ),
     "leaves a thread": (
@@ -92,9 +95,9 @@ CHEATS = {
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_no_cheat_passes(sandbox: Sandbox, name: str) -> None:
-    outcome = sandbox.tests(CHEATS[name], "", ASSERT, None, 0.5)  # type: ignore[arg-type]
+    outcome = sandbox.tests(CHEATS[name], "", ASSERT, None, 0.5)  # type: ignore[arg-type]  # a list of plain dicts
     assert not outcome["passed"] and outcome["reason"]
-    assert sandbox.tests("def f(x): return 2 * x", "", ASSERT, None, 5.0)["passed"]  # type: ignore[arg-type]
+    assert sandbox.tests("def f(x): return 2 * x", "", ASSERT, None, 5.0)["passed"]  # type: ignore[arg-type]  # a list of plain dicts
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,7 @@ def test_values_go_through_the_wire() -> None:
     def refused(*_: object) -> object:
         raise AssertionError("plain data needs no handle")
 
-    assert wire.decode(wire.encode(value, refused), refused) == value  # type: ignore[arg-type]
+    assert wire.decode(wire.encode(value, refused), refused) == value  # type: ignore[arg-type]  # a list of plain dicts
     for data in (["x", 1], {"a": 1}, [["h"]], ["i", "zz"]):
         with pytest.raises((ValueError, TypeError, KeyError, IndexError, AssertionError)):
             wire.decode(data, refused)

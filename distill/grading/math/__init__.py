@@ -1,20 +1,24 @@
-"""Is this the right number, expression, set, interval…? Find the final answer, read it whole, compare it exactly.
+"""Is this the right number, expression, set or interval? Find the final answer, read all of it, compare it exactly.
 
-What was not read whole, or whose equality was not decided exactly, is *unverifiable*: never correct, never wrong.
+An answer that is not read completely, or whose equality is not decided exactly, is *unverifiable*: neither correct nor
+wrong.
 
-  extraction   where the answer stands in a response; linear time, in the caller's process
-  spelling     what spellings mean the same without any parser
-  lexer, expressions, reading   text → `values`, or `Unreadable`; never a part of the text
+  extraction   finds the answer in a response; linear time, in the caller's process
+  spelling     compares spellings without a parser
+  notation, lexer               rewrite notations of whole answers; text → tokens
+  expressions, operators, environments, quantities, reader, reading
+                                tokens → `values`, or `Unreadable`; never a part of the text
   regions, units                inequalities as sets; units with exact factors
-  equality, comparison          expressions and answers: equal, different, or not decided
+  equality, scalars, relations, comparison
+                                expressions and answers: equal, different, or not decided
 
-Everything after extraction may take for ever (sympy simplifies) and runs in a worker that can be killed
+Everything after extraction may take unbounded time (sympy simplifies) and runs in a worker that can be killed
 (`distill.grading.pool`).
 
-Why an own reader and not math-verify, which this grader used before: math-verify parses the longest fragment that it
-finds (`x \\equiv 3 \\pmod 7` equals `x \\equiv 5 \\pmod 7`, `mgh` equals `mg`), compares sets without multiplicity and
-numbers to six decimals, and drops units and bases. On 301 collected cases it called 38 wrong answers correct, and no
-option of it reports what it left out. sympy, on which it stands, does the algebra here too.
+Why a reader of our own and not math-verify, which this grader used before: math-verify parses the longest fragment that
+it finds (`x \\equiv 3 \\pmod 7` equals `x \\equiv 5 \\pmod 7`, `mgh` equals `mg`), compares sets without multiplicity
+and numbers to six decimals, and drops units and bases. On 301 collected cases it graded 38 wrong answers correct, and
+no option of it reports what it ignored. sympy, on which it is based, does the algebra here too.
 """
 
 import re
@@ -27,7 +31,7 @@ from distill.grading.math.spelling import FONT, has_words, normalise
 from distill.grading.math.values import Unreadable, Value, Words
 
 INTEGER = re.compile(r"[+-]?\d{1,1000}")
-PROSE = 4  # words: a gold answer with more is prose, of which only the same spelling is recognised
+PROSE = 4  # words: a longer gold answer is prose, and only the same spelling of it is recognised
 
 __all__ = ["FONT", "MathGrader", "final_answer", "gold_answer", "has_words", "judge", "normalise", "quick_judge"]
 
@@ -45,7 +49,7 @@ def quick_judge(gold: str, answer: Answer) -> Ruling | None:
 
 
 def judge(gold: str, answer: str, marked: bool) -> Ruling:
-    """Compare by reading both. Call it in a process that can be killed: neither time nor memory is bounded here."""
+    """Read both answers and compare them. Neither time nor memory is bounded here: call it in a worker process."""
     try:
         expected = readings(gold)
     except Unreadable as error:
@@ -68,13 +72,13 @@ def judge(gold: str, answer: str, marked: bool) -> Ruling:
 
 
 def spelled(text: str) -> list[Value]:
-    """A short word that is also a product of variables ("yes", "odd") as a word."""
+    """The word that a short text may be besides a product of variables: "yes", "odd"."""
     word = FONT.sub(r"\1", text).strip()
     return [Words(word.casefold())] if word.isalpha() and 2 <= len(word) <= 3 else []
 
 
 def _judge_guess(expected: list[Value], line: str) -> Ruling:
-    """Compare the last formula or number of prose, which nothing marks as the answer: it can only be correct."""
+    """Compare the last formula or number of a line that is not marked as the answer: correct or unverifiable."""
     candidates = formulas(line)[:1]
     candidates += [text.rpartition("=")[2] for text in candidates if "=" in text]
     for text in [*candidates, line]:
@@ -89,6 +93,8 @@ def _judge_guess(expected: list[Value], line: str) -> Ruling:
 
 class MathGrader(TaskGrader):
     """Numbers, expressions, sets and intervals, by the functions above."""
+
+    packages = ("sympy",)
 
     def prepare(self) -> None:
         """Import sympy and fill its caches."""
@@ -115,7 +121,7 @@ class MathGrader(TaskGrader):
         return True if INTEGER.fullmatch(normalise(gold)) else None
 
     def reads(self, gold: str) -> bool:
-        """Whether it is read whole, as mathematics or as a few words."""
+        """Whether all of it is read, as mathematics or as a few words."""
         try:
             values = readings(gold)
         except Unreadable:

@@ -1,24 +1,47 @@
 """Are two answers the same? True, False, or None where that is not decided.
 
-The forms are those of `distill.grading.math.values`. Conventions, each of which is a test:
+The forms are those of `distill.grading.math.values`. The conventions follow the published graders of the data sets
+(the normalizer of MATH, the graders of Qwen2.5-Math and Math-Verify) where a person would agree. Where the question
+would have to decide, the verdict is None: a wrong answer graded correct is the worst error. Each is tested:
 
-- A label counts for nothing (`x = 5` is `5`), but two different labels do.
+- A label is not compared (`x = 5` equals `5`), but two different labels leave the answers undecided.
 - A bare list is a multiset, `{…}` is a set, `(…)` is ordered; `(a, b)` is an open interval beside an interval.
-- A unit that only one side has is not compared; two units are, with their factors. A letter that would make them
-  equal as a unit leaves them undecided (`0.05 m` beside `5 cm`). A number that would be right in
-  another unit is undecided.
-- A percentage equals its number and its hundredth. A rounded decimal beside an exact number is undecided.
-- A base that only one side has: the same digits are undecided, another value is wrong.
+  Inequalities joined by "or" are a union. Lists with labels are compared label by label.
+- A unit on one side only is not compared; two units are, with their factors. A number that would be right in another
+  unit, and a letter that may be a unit (`0.05 m` beside `5 cm`, `5 m` beside `5`), are undecided.
+- `5%` equals `5` and `0.05`: the normalizer of MATH drops the sign, Qwen2.5-Math's grader accepts both values, and such
+  a question usually asks "what percent". Up to 1 the number alone is undecided: `0.5` beside `0.5%` may lack the sign
+  or confuse a fraction with a percentage.
+- `1,5` equals `1.5`, as for Math-Verify, and the list 1, 5: the digits would not agree by chance. A comma before
+  exactly three digits separates thousands: `1,000` is never 1.
+- The ratio `3:4` equals the quotient `3/4`, which is its definition. With two digits after the colon (`10:30`) it may
+  be a time, and the quotient is undecided.
+- A rounded decimal beside an exact number is undecided; `0.333...` repeats.
+- A base on one side only: the same digits are undecided, another value is wrong.
+- A logarithm without a base is undecided unless every usual base (e, 10, 2) gives the same verdict.
+- `n!!` is the double factorial, `\\sin^{-1}` the inverse function, `I`, `AB` and `VI` are names as well as products.
 """
-
-from collections.abc import Iterable
 
 import sympy
 
+from distill.grading.math.environments import set_of
 from distill.grading.math.equality import same
-from distill.grading.math.reader import set_of
+from distill.grading.math.expressions import symbol
+from distill.grading.math.notation import roman_numeral
+from distill.grading.math.reader import ELLIPSIS
+from distill.grading.math.relations import (
+    Verdict,
+    all_of,
+    equal_clocks,
+    equal_comparisons,
+    equal_congruences,
+    equal_equations,
+    equal_ratios,
+    equal_regions,
+)
 from distill.grading.math.scalars import equal_scalars
 from distill.grading.math.values import (
+    Clock,
     Comparison,
     Congruence,
     Equation,
@@ -33,8 +56,13 @@ from distill.grading.math.values import (
     Words,
 )
 
-Verdict = bool | None
 LONGEST = 200  # items of a sequence
+ALIKE = ({"yes", "true"}, {"no", "false"}, {"none", "undefined", "does not exist", "no", "impossible"})
+UNITS = {
+    spelling: sympy.Symbol(f"unit {letter}")
+    for letter in "ijk"
+    for spelling in (letter, f"hat {letter}_", rf"hat \mathbf{letter}_", f"vec {letter}_")
+}
 
 
 def equal(gold: Value, answer: Value) -> Verdict:
@@ -46,24 +74,31 @@ def equal(gold: Value, answer: Value) -> Verdict:
         return _words(gold, answer)
     if type(gold) is type(answer):
         return _alike(gold, answer)
-    for one, other in ((gold, answer), (answer, gold)):
-        if isinstance(one, Region) and isinstance(other, Sequence):
-            return _same_region(one, other)
-        if isinstance(one, Matrix) and isinstance(other, Sequence):
-            return _vector(one, other)
-        if isinstance(one, Sequence) and isinstance(other, Scalar):
-            return _one_of(one, other)
-        if isinstance(one, Ratio) and isinstance(other, Scalar):
-            quotient = len(one.parts) == 2 and one.parts[1] != 0 and same(one.parts[0] / one.parts[1], other.expression)
-            return None if quotient is None or one.clock else bool(quotient)
-        if isinstance(one, Congruence) and isinstance(other, Scalar):
-            return True if one.left is None and one.right == other.expression else None
-        if isinstance(one, (Equation, Comparison)) and isinstance(other, (Scalar, Sequence)):
-            return False if not isinstance(other, Sequence) and isinstance(one, Equation) else None
-        if isinstance(one, Region) and isinstance(other, Scalar):
-            return _point(one, other)
-        if isinstance(one, Matrix) and isinstance(other, Scalar):
-            return False
+    verdicts = [_unlike(one, other) for one, other in ((gold, answer), (answer, gold))]
+    return next((verdict for verdict in verdicts if verdict is not None), None)
+
+
+def _unlike(one: Value, other: Value) -> Verdict:
+    """Two values of different forms, in one of their two orders."""
+    if isinstance(one, Region) and isinstance(other, Sequence):
+        return _same_region(one, other)
+    if isinstance(one, Region) and isinstance(other, Scalar):
+        return _point(one, other)
+    if isinstance(one, (Matrix, Sequence)) and isinstance(other, Scalar) and _may_be_vector(other.expression):
+        return _in_components(one, other)
+    if isinstance(one, Matrix):
+        return _vector(one, other) if isinstance(other, Sequence) else False if isinstance(other, Scalar) else None
+    if isinstance(one, Sequence) and isinstance(other, Scalar):
+        return _one_of(one, other)
+    if isinstance(one, Ratio) and isinstance(other, Scalar):
+        quotient = len(one.parts) == 2 and one.parts[1] != 0 and same(one.parts[0] / one.parts[1], other.expression)
+        return None if quotient is None or one.clock else bool(quotient)
+    if isinstance(one, Ratio) and isinstance(other, Clock):
+        return equal_clocks(one, other)
+    if isinstance(one, Congruence) and isinstance(other, Scalar):
+        return True if one.left is None and one.right == other.expression else None
+    if isinstance(one, Equation) and isinstance(other, Scalar):
+        return False
     return None
 
 
@@ -74,32 +109,24 @@ def _alike(gold: Value, answer: Value) -> Verdict:
     if isinstance(gold, Sequence) and isinstance(answer, Sequence):
         return _sequences(gold, answer)
     if isinstance(gold, Region) and isinstance(answer, Region):
-        return _regions(gold, answer)
+        return equal_regions(gold, answer)
     if isinstance(gold, Equation) and isinstance(answer, Equation):
-        return _equations(gold, answer)
+        return equal_equations(gold, answer)
     if isinstance(gold, Comparison) and isinstance(answer, Comparison):
-        return _comparisons(gold, answer)
+        return equal_comparisons(gold, answer)
     if isinstance(gold, Ratio) and isinstance(answer, Ratio):
-        return _ratios(gold, answer)
+        return equal_ratios(gold, answer)
     if isinstance(gold, Congruence) and isinstance(answer, Congruence):
-        return _congruences(gold, answer)
+        return equal_congruences(gold, answer)
+    if isinstance(gold, Clock) and isinstance(answer, Clock):
+        return gold.minutes == answer.minutes
     assert isinstance(gold, Matrix) and isinstance(answer, Matrix)
     if [len(row) for row in gold.rows] != [len(row) for row in answer.rows]:
         column = len(gold.rows) == 1 == len(answer.rows[0]) or len(answer.rows) == 1 == len(gold.rows[0])
         return None if column else False
-    return _all(
+    return all_of(
         equal(a, b) for one, other in zip(gold.rows, answer.rows, strict=True) for a, b in zip(one, other, strict=True)
     )
-
-
-def _all(verdicts: Iterable[Verdict]) -> Verdict:
-    """False if one is, else None if one is, else True."""
-    result: Verdict = True
-    for verdict in verdicts:
-        if verdict is False:
-            return False
-        result = result if verdict else None
-    return result
 
 
 # ---- sequences
@@ -108,6 +135,13 @@ def _all(verdicts: Iterable[Verdict]) -> Verdict:
 def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
     if len(gold.items) > LONGEST or len(answer.items) > LONGEST:
         return None
+    if "cases" in (gold.brackets, answer.brackets):
+        # the same function may be cut at other places, so only the same pieces decide
+        return True if gold.brackets == answer.brackets and _in_any_order(gold.items, answer.items) else None
+    if ELLIPSIS in gold.items + answer.items:  # what the dots stand for is not known
+        return True if gold.brackets == answer.brackets and _in_order(gold.items, answer.items) else None
+    if "" in (gold.brackets, answer.brackets) and any(isinstance(item, Region) for item in gold.items + answer.items):
+        return _lists_of_regions(gold, answer)
     kinds = {gold.brackets, answer.brackets}
     ordered = [kind for kind in (gold.brackets, answer.brackets) if kind not in ("", "{}")]
     if len(ordered) == 2:
@@ -129,16 +163,35 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
     return _in_any_order(gold.items, answer.items)
 
 
+def _lists_of_regions(gold: Sequence, answer: Sequence) -> Verdict:
+    """Lists of sets, at least one of them with inequalities in it."""
+    if gold.brackets == answer.brackets == "" and _in_any_order(gold.items, answer.items):
+        return True
+    one, other = _as_regions(gold), _as_regions(answer)
+    if one is None or other is None:
+        return None
+    verdicts = [equal_regions(a, b) for a in one for b in other]
+    return verdicts[0] if len(verdicts) == 1 else False if set(verdicts) == {False} else None
+
+
 def _in_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict:
     if len(gold) != len(answer):
         return False
-    return _all(equal(a, b) for a, b in zip(gold, answer, strict=True))
+    return all_of(equal(a, b) for a, b in zip(gold, answer, strict=True))
 
 
 def _in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict:
-    """Compare as multisets: each item is matched with one that is equal to it."""
+    """Compare as multisets: each item is matched with one that is equal to it, or has the same label."""
     if len(gold) != len(answer):
         return False
+    labels = [[item.label for item in items if isinstance(item, Labelled)] for items in (gold, answer)]
+    if set(labels[0]) == set(labels[1]) and len(set(labels[0])) == len(labels[0]) == len(labels[1]) == len(gold) > 1:
+        by_label = {item.label: item for item in answer if isinstance(item, Labelled)}
+        verdict = all_of(equal(item, by_label[item.label]) for item in gold if isinstance(item, Labelled))
+        if verdict is not False or len({label.partition("_")[0] for label in labels[0]}) > 1:
+            return verdict
+        values = [tuple(item.value for item in items if isinstance(item, Labelled)) for items in (gold, answer)]
+        return False if _in_any_order(*values) is False else None  # roots in another order, or another solution
     rest, unsure = list(answer), False
     for item in gold:
         verdicts = [equal(item, other) for other in rest]
@@ -162,6 +215,9 @@ def _distinct(items: tuple[Value, ...]) -> tuple[Value, ...]:
 def _one_of(sequence: Sequence, scalar: Scalar) -> Verdict:
     """A single value beside a sequence: different, unless the sequence offers alternatives or repeats one value."""
     verdicts = [equal(item, scalar) for item in sequence.items]
+    units = [item.unit for item in sequence.items if isinstance(item, Scalar) and item.unit is not None]
+    if len(units) == len(sequence.items) and len({unit.dimensions for unit in units}) == 1 < len(set(units)):
+        return None  # 2 hours, 30 minutes
     if len(sequence.items) == 1:
         return verdicts[0] if sequence.brackets == "{}" else None
     if all(verdict is not False for verdict in verdicts):
@@ -170,11 +226,36 @@ def _one_of(sequence: Sequence, scalar: Scalar) -> Verdict:
 
 
 def _vector(matrix: Matrix, sequence: Sequence) -> Verdict:
+    rows = [item.items for item in sequence.items if isinstance(item, Sequence)]
+    if len(rows) == len(sequence.items) and {len(row) for row in rows} == {len(matrix.rows[0])}:
+        return _alike(matrix, Matrix(tuple(rows)))
     if len(matrix.rows) == 1 or len(matrix.rows[0]) == 1:
         entries = tuple(entry for row in matrix.rows for entry in row)
         verdict = _in_order(entries, sequence.items)
         return verdict if sequence.brackets in ("()", "[]") else None if verdict else verdict
     return None
+
+
+def _may_be_vector(expression: sympy.Expr) -> bool:
+    return bool(expression.free_symbols) or not expression.is_real
+
+
+def _in_components(vector: Matrix | Sequence, scalar: Scalar) -> Verdict:
+    """A vector beside an expression, which may be a sum of unit vectors: `i + 2j`. Never different: a letter may be a
+    vector or a matrix."""
+    entries = vector.items if isinstance(vector, Sequence) else tuple(entry for row in vector.rows for entry in row)
+    if isinstance(vector, Sequence) and not (vector.brackets == "()" and all(isinstance(e, Scalar) for e in entries)):
+        return _one_of(vector, scalar)
+    rest = scalar.expression.xreplace(
+        {symbol: UNITS[str(symbol)] for symbol in scalar.expression.free_symbols if str(symbol) in UNITS}
+    ).subs(sympy.I, UNITS["i"])
+    found = []
+    for unit in dict.fromkeys(UNITS.values()):
+        found.append(Scalar(rest.coeff(unit)))
+        rest = sympy.expand(rest - found[-1].expression * unit)
+    if rest != 0 or not 2 <= len(entries) <= 3 or any(part.expression != 0 for part in found[len(entries) :]):
+        return None
+    return True if _in_order(entries, tuple(found[: len(entries)])) else None
 
 
 # ---- labels, words
@@ -189,13 +270,13 @@ def _labelled(one: Labelled, other: Value) -> Verdict:
             return renamed
         equation, second = _as_equation(one), _as_equation(other)
         if equation is not None and second is not None and (one.side or other.side):
-            verdict = _equations(equation, second)
+            verdict = equal_equations(equation, second)
             if verdict is True:
                 return True
         return False if equal(one.value, other.value) is False else None
     if isinstance(other, Equation):
         equation = _as_equation(one)
-        return None if equation is None else _equations(equation, other)
+        return None if equation is None else equal_equations(equation, other)
     if isinstance(other, (Region, Comparison)) and isinstance(one.value, Scalar):
         point = one.value
         return _point(other, point) if isinstance(other, Region) else None
@@ -223,62 +304,59 @@ def _as_equation(labelled: Labelled) -> Equation | None:
 
 def _words(gold: Value, answer: Value) -> Verdict:
     """Words are compared by their spelling; only two single words can be different."""
-    if isinstance(gold, Words) and isinstance(answer, Words):
-        if gold.text == answer.text:
-            return True
-        return False if " " not in gold.text + answer.text else None
-    return None
+    for one, other in ((gold, answer), (answer, gold)):
+        if isinstance(one, Words) and isinstance(other, Scalar):
+            return True if one.capitals and _capitals(one.capitals, other) else None
+    if not (isinstance(gold, Words) and isinstance(answer, Words)):
+        return None
+    if gold.text == answer.text or {gold.text, answer.text} == {"dne", "does not exist"}:
+        return True
+    if " " in gold.text + answer.text or any({gold.text, answer.text} <= group for group in ALIKE):
+        return None
+    if "dne" in (gold.text, answer.text) or (gold.capitals and sorted(gold.text) == sorted(answer.text)):
+        return None  # AB and BA: a product or a segment, or an order
+    return False
+
+
+def _capitals(letters: str, scalar: Scalar) -> bool:
+    """Whether capital letters are a Roman numeral or a product that is the same as an expression."""
+    number = roman_numeral(letters)
+    if number is not None and scalar.expression == number:
+        return True
+    return scalar.unit is None and scalar.expression == sympy.Mul(*map(symbol, letters))
 
 
 # ---- sets, relations
 
 
-def _regions(gold: Region, answer: Region) -> Verdict:
-    one, other = gold.points, answer.points
-    if one == other:
-        return True
-    pieces, others = _pieces(one), _pieces(other)
-    if pieces is None or others is None:
-        return None
-    if len(pieces) != len(others):
-        return False
-    verdicts = []
-    for (low, high, left, right), (low2, high2, left2, right2) in zip(pieces, others, strict=True):
-        ends = _all((same(low, low2), same(high, high2)))
-        verdicts.append(False if ends is not None and (left, right) != (left2, right2) else ends)
-    return _all(verdicts)
-
-
-Piece = tuple[sympy.Expr, sympy.Expr, bool, bool]
-
-
-def _pieces(points: sympy.Set) -> list[Piece] | None:
-    """A set of real numbers as its intervals from left to right; None where it is no union of intervals and points."""
-    parts = points.args if isinstance(points, sympy.Union) else (points,)
-    pieces: list[Piece] = []
-    for part in parts:
-        if isinstance(part, sympy.FiniteSet):
-            pieces += [(point, point, False, False) for point in part]
-        elif isinstance(part, sympy.Interval):
-            pieces.append((part.start, part.end, bool(part.left_open), bool(part.right_open)))
-        elif part is sympy.S.Reals:
-            pieces.append((-sympy.oo, sympy.oo, True, True))
-        elif part is not sympy.S.EmptySet:
-            return None
-    if len(pieces) > 1 and not all(piece[0].is_number for piece in pieces):
-        return None
-    return sorted(pieces, key=lambda piece: sympy.N(piece[0], 30)) if len(pieces) > 1 else pieces
-
-
 def _same_region(region: Region, sequence: Sequence) -> Verdict:
-    """A set of numbers beside a list or an interval."""
-    if sequence.brackets == "":
-        finite = isinstance(region.points, sympy.FiniteSet)
-        return None if finite else False
+    """A set of numbers beside an interval, or a list of its numbers, of intervals or of inequalities."""
+    if sequence.brackets == "" and isinstance(region.points, sympy.FiniteSet):
+        return _in_any_order(tuple(map(Scalar, region.points)), _distinct(sequence.items))
+    meant = _as_regions(sequence)
+    if meant is None:
+        return False if all(isinstance(item, Scalar) for item in sequence.items) else None
+    verdicts = [equal_regions(region, each) for each in meant]
+    return verdicts[0] if len(verdicts) == 1 else False if set(verdicts) == {False} else None
+
+
+def _as_regions(sequence: Sequence) -> list[Region] | None:
+    """The sets of numbers that an interval or a list of intervals or inequalities may mean; None for anything else.
+
+    "x > 1, x > 2" is the union or the intersection; whichever of them says nothing ("x < 1, x > 2" have no number in
+    common) is not meant.
+    """
     try:
-        return _regions(region, Region(set_of(sequence)))
+        if sequence.brackets != "":
+            return [Region(set_of(sequence))]
+        parts = [set_of(item) for item in sequence.items]
     except Unreadable:
         return None
+    union, common = Region(sympy.Union(*parts)), Region(sympy.Intersection(*parts))
+    inequalities = all(isinstance(item, Region) and item.variable is not None for item in sequence.items)
+    if sequence.alternatives or not inequalities or common.points is sympy.S.EmptySet:
+        return [union]
+    return [common] if union.points == sympy.S.Reals else [union, common]
 
 
 def _point(region: Region, scalar: Scalar) -> Verdict:
@@ -288,76 +366,3 @@ def _point(region: Region, scalar: Scalar) -> Verdict:
     if region.points is sympy.S.EmptySet and scalar.expression == 0:
         return None  # how many there are
     return None if region.points in (sympy.S.Integers, sympy.S.Naturals, sympy.S.Rationals) else False
-
-
-def _equations(gold: Equation, answer: Equation) -> Verdict:
-    """Equal if the sides' differences are proportional; different if polynomials have other zeros."""
-    if same(gold.left, answer.left) and same(gold.right, answer.right):
-        return True
-    one, other = gold.left - gold.right, answer.left - answer.right
-    if same(one, other) or same(one, -other):
-        return True
-    symbols = sorted(one.free_symbols | other.free_symbols, key=str)
-    try:
-        first, second = sympy.Poly(one, *symbols), sympy.Poly(other, *symbols)
-    except sympy.PolynomialError:
-        return same(gold.right, answer.right) if gold.left == answer.left else _proportional(one, other)
-    if not (first.domain.is_ZZ or first.domain.is_QQ) or not (second.domain.is_ZZ or second.domain.is_QQ):
-        return _proportional(one, other)
-    if first.is_ground or second.is_ground:
-        return None
-    return bool(_radical(first) == _radical(second)) or (None if _radical(first).total_degree() > 2 else False)
-
-
-def _radical(polynomial: sympy.Poly) -> sympy.Poly:
-    """The product of the different factors: polynomials have the same zeros if theirs are equal."""
-    return polynomial.to_field().sqf_part().monic()
-
-
-def _proportional(one: sympy.Expr, other: sympy.Expr) -> Verdict:
-    if other == 0:
-        return None
-    ratio = sympy.simplify(one / other)
-    return True if ratio.is_number and ratio.is_nonzero else None
-
-
-def _comparisons(gold: Comparison, answer: Comparison) -> Verdict:
-    """Chains of inequalities in several variables, in either direction; a single one is compared by its difference."""
-    turned = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}
-    reverse = Comparison(answer.sides[::-1], tuple(turned[relation] for relation in answer.relations[::-1]))
-    for other in (answer, reverse):
-        if gold.relations == other.relations and all(map(same, gold.sides, other.sides)):
-            return True
-    if len(gold.relations) == len(answer.relations) == 1:
-        one = gold.sides[0] - gold.sides[1]
-        for other in (answer, reverse):
-            if other.relations == gold.relations:
-                ratio = sympy.simplify((other.sides[0] - other.sides[1]) / one) if one != 0 else sympy.S.Zero
-                if ratio.is_number and ratio.is_positive:
-                    return True
-        return None
-    names = {frozenset(gold.sides), frozenset(answer.sides)}
-    strict = set(gold.relations) in ({"<"}, {">"}) and set(answer.relations) in ({"<"}, {">"})
-    return False if strict and len(names) == 1 else None
-
-
-def _ratios(gold: Ratio, answer: Ratio) -> Verdict:
-    if len(gold.parts) != len(answer.parts):
-        return None if gold.clock or answer.clock else False
-    exact = _all(map(same, gold.parts, answer.parts))
-    if exact or gold.clock or answer.clock:
-        return exact
-    if 0 in (gold.parts[0], answer.parts[0]):
-        return exact
-    return _all(same(a * answer.parts[0], b * gold.parts[0]) for a, b in zip(gold.parts, answer.parts, strict=True))
-
-
-def _congruences(gold: Congruence, answer: Congruence) -> Verdict:
-    if gold.left != answer.left:
-        return None
-    if gold.modulus != answer.modulus:
-        return None
-    difference = sympy.expand(gold.right - answer.right)
-    if difference.is_Integer and gold.modulus.is_Integer and gold.modulus > 0:
-        return bool(difference % gold.modulus == 0)
-    return None

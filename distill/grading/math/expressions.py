@@ -26,10 +26,13 @@ SIMPLE = {
     "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot, "sec": sympy.sec, "csc": sympy.csc,
     "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan, "sinh": sympy.sinh, "cosh": sympy.cosh,
     "tanh": sympy.tanh, "ln": sympy.log, "exp": sympy.exp, "abs": sympy.Abs,
+    "cis": lambda angle: sympy.cos(angle) + sympy.I * sympy.sin(angle),
 }  # fmt: skip
+INVERSES = {name: f"arc{name}" for name in ("sin", "cos", "tan")}  # `\\sin^{-1} x`: never the reciprocal
 UNKNOWN_BASE = sympy.Symbol("ln(base)", positive=True)
 CLOSING = {"(": ")", "[": "]", "{": "}", "{set": "set}"}
-STARTS = {"frac", "sqrt", "binom", "lfloor", "lceil"}
+STARTS = {"frac", "sqrt", "binom", "lfloor", "lceil", "overline", "gcd", "lcm", "max", "min"}
+OPERATORS = {"sum", "prod", "int", "lim"}
 
 
 def symbol(name: str, subscript: str = "") -> sympy.Expr:
@@ -55,6 +58,8 @@ def power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
                 raise Unreadable("number too large")
         if base == 0 and not exponent.is_positive:
             raise Unreadable("undefined")
+        if base.is_negative and exponent.is_Rational and exponent.q % 2 == 1 and exponent.q > 1:
+            raise Unreadable("ambiguous root of a negative number")  # (-8)^{1/3}: -2, or the principal value
     elif exponent.is_Rational and abs(exponent) > 10**6:
         raise Unreadable("number too large")
     return checked(base**exponent)
@@ -65,6 +70,20 @@ def factorial(argument: sympy.Expr) -> sympy.Expr:
     if argument.is_number and not (argument.is_Integer and 0 <= argument <= 3000):
         raise Unreadable("number too large" if argument.is_Integer and argument > 0 else "undefined")
     return sympy.factorial(argument)
+
+
+def remainder(value: sympy.Expr, modulus: sympy.Expr) -> sympy.Expr:
+    """`a mod b` of integers. Errors: Unreadable for other expressions."""
+    if not (value.is_Integer and modulus.is_Integer and modulus > 0):
+        raise Unreadable("a remainder of other than numbers")
+    return value % modulus
+
+
+def double_factorial(argument: sympy.Expr) -> sympy.Expr:
+    """The product of every second number. Errors: Unreadable beyond 3000 and for all but natural numbers."""
+    if not (argument.is_Integer and 0 <= argument <= 3000):
+        raise Unreadable("number too large" if argument.is_Integer and argument > 0 else "undefined")
+    return sympy.factorial2(argument)
 
 
 def checked(expression: sympy.Expr) -> sympy.Expr:
@@ -82,6 +101,7 @@ class Expressions(ABC):
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens, self.position = tokens, 0
         self.sign, self.signs = 1, 0  # signs: how many ± were met
+        self.bound: list[str] = []  # names that a sum, product, integral or limit binds
         self.depth = self.bars = self.arguments = 0
 
     @property
@@ -110,11 +130,15 @@ class Expressions(ABC):
     def group(self) -> Value:
         """What stands between brackets, read by the rules for whole answers."""
 
+    @abstractmethod
+    def command(self, name: str) -> sympy.Expr:
+        """The value of a command whose name was just consumed."""
+
     def sum(self) -> Operand:
         """`a + b - c`, with signs in front."""
         total = self._signed()
         while self.next.kind in ("operator", "command") and self.next.text in ("+", "-", "pm", "mp"):
-            total = _number(total) + _number(self._signed())
+            total = number(total) + number(self._signed())
         return total if isinstance(total, (Sequence, Region, Matrix)) else checked(total)
 
     def _signed(self) -> Operand:
@@ -125,39 +149,44 @@ class Expressions(ABC):
             if text in ("pm", "mp"):
                 self.signs += 1
             sign *= {"+": 1, "-": -1, "pm": self.sign, "mp": -self.sign}[text]
-        value = self._product()
-        return sign * _number(value) if signed else value
+        value = self.product()
+        return sign * number(value) if signed else value
 
-    def _product(self) -> Operand:
+    def product(self) -> Operand:
         """Factors with and without a sign between them; `/` divides by the one factor that follows."""
         value, divided = self._factor(), False
         while True:
             if self.take("*"):
-                value, divided = checked(_number(value) * self._operand()), False
+                value, divided = checked(number(value) * self._operand()), False
             elif self.take("/"):
                 divisor = self._operand()
                 if divisor == 0:
                     raise Unreadable("undefined")
-                value, divided = checked(_number(value) / divisor), True
+                value, divided = checked(number(value) / divisor), True
+            elif self.take("bmod"):
+                value, divided = remainder(number(value), self._operand()), False
             elif self._factor_follows():
                 if divided:
                     raise Unreadable("ambiguous division")
-                value = checked(_number(value) * _number(self._factor()))
+                value = checked(number(value) * number(self._factor()))
             else:
                 return value
 
     def _operand(self) -> sympy.Expr:
         """A factor after an explicit sign, which may have a minus of its own."""
         minus = self.take("-")
-        value = _number(self._factor())
+        value = number(self._factor())
         return -value if minus else value
 
     def _factor_follows(self) -> bool:
         token = self.next
         if token.kind in ("letter", "function", "opaque"):
             return True
+        if token.kind == "number":  # after a factorial or the imaginary unit: 5!5!, i4
+            before = self.tokens[self.position - 1]
+            return before.text == "!" or (before.text == "i" and before.kind == "letter" and not before.subscript)
         if token.kind == "command":
-            return token.text in STARTS
+            return token.text in STARTS | OPERATORS
         return token.kind == "operator" and (token.text in ("(", "[", "{") or (token.text == "|" and not self.bars))
 
     def _factor(self) -> Operand:
@@ -166,16 +195,24 @@ class Expressions(ABC):
         value: Operand = self._primary() if mixed is None else mixed
         while True:
             if self.next.text == "!" and self.next.kind == "operator":
-                self.position += 1
-                value = factorial(_number(value))
+                value = self._factorial(number(value))
             elif self.next.text == "^" and self.next.kind == "operator" and not self._degrees():
                 self.position += 1
-                value = power(_number(value), self._exponent())
+                value = power(number(value), self._exponent())
             elif self.arguments and self._degrees():
                 self.position += self._degrees()
-                value = _number(value) * sympy.pi / 180
+                value = number(value) * sympy.pi / 180
             else:
                 return value
+
+    def _factorial(self, argument: sympy.Expr) -> sympy.Expr:
+        """`n!`, `n!!` (every second factor) and so on. Errors: Unreadable for three signs and more."""
+        count = 0
+        while self.next.text == "!" and self.next.kind == "operator":
+            self.position, count = self.position + 1, count + 1
+        if count > 2:
+            raise Unreadable("ambiguous factorial")
+        return factorial(argument) if count == 1 else double_factorial(argument)
 
     def _degrees(self) -> int:
         """How many tokens are a degree sign here."""
@@ -192,7 +229,7 @@ class Expressions(ABC):
         minus = self.take("-")
         if not minus:
             self.take("+")
-        value = _number(self._primary())
+        value = number(self._primary())
         if self.next.kind == "operator" and self.next.text == "^" and not self._degrees():
             self.position += 1
             value = power(value, self._exponent())
@@ -205,7 +242,7 @@ class Expressions(ABC):
             return None
         start = self.position
         self.position += 2
-        top, bottom = self._argument(), self._argument()
+        top, bottom = self.argument(), self.argument()
         if top.is_Integer and bottom.is_Integer:
             if not 0 < top < bottom:
                 raise Unreadable("ambiguous mixed number")
@@ -227,13 +264,13 @@ class Expressions(ABC):
         if token.kind == "function":
             return self._function(token.text)
         if token.kind == "command":
-            return self._command(token.text)
+            return self.command(token.text)
         if token.kind == "operator":
             if token.text in CLOSING:
                 return self._bracket()
             if token.text == "|":
                 self.bars += 1
-                inner = _number(self.sum())
+                inner = number(self.sum())
                 self.expect("|")
                 self.bars -= 1
                 return sympy.Abs(inner)
@@ -259,6 +296,12 @@ class Expressions(ABC):
         name, primes = token.text, 0
         while self.next.text == "'" and self.next.kind == "operator":
             self.position, primes = self.position + 1, primes + 1
+        if name in self.bound and not token.subscript and not primes:
+            return sympy.Symbol(name, real=True)
+        if token.subscript and any(each in token.subscript for each in self.bound):
+            if token.subscript not in self.bound or primes:
+                raise Unreadable("an index that varies")
+            return sympy.Function(f"{name}_")(sympy.Symbol(token.subscript, real=True))
         constant = not token.subscript and name in ("e", "i", "pi", "infty")
         argument = self.peek(1)
         alone = self.next.text == "(" and self.peek(2).text == ")"
@@ -269,9 +312,9 @@ class Expressions(ABC):
         if not called:
             return symbol(name, token.subscript) if not primes else sympy.Symbol(full)
         self.position += 1
-        arguments = [_number(self.sum())]
+        arguments = [number(self.sum())]
         while self.take(","):
-            arguments.append(_number(self.sum()))
+            arguments.append(number(self.sum()))
         self.expect(")")
         return sympy.Function(full)(*arguments)
 
@@ -281,11 +324,12 @@ class Expressions(ABC):
         exponent: sympy.Expr | None = None
         for _ in range(2):
             if self.take("_"):
-                base = self._argument()
+                base = self.argument()
             elif self.next.text == "^" and exponent is None:
                 self.position += 1
                 exponent = self._exponent()
-        if exponent == -1 or (exponent is not None and name in ("log", "ln", "lg")):
+        inverse = exponent == -1 and name in INVERSES
+        if (exponent == -1 and not inverse) or (exponent is not None and name in ("log", "ln", "lg")):
             raise Unreadable("ambiguous power of a function")
         self.arguments += 1
         argument = self._function_argument()
@@ -294,56 +338,28 @@ class Expressions(ABC):
             divisor = sympy.log(10) if name == "lg" else UNKNOWN_BASE if base is None else sympy.log(base)
             value = checked(sympy.log(argument) / divisor)
         else:
-            value = checked(SIMPLE[name](argument))
-        return value if exponent is None else power(value, exponent)
+            value = checked(SIMPLE[INVERSES[name] if inverse else name](argument))
+        return value if exponent is None or inverse else power(value, exponent)
 
     def _function_argument(self) -> sympy.Expr:
         if self.next.text in ("(", "[", "{") and self.next.kind == "operator":
-            return _number(self._primary())
+            return number(self._primary())
         minus = self.take("-")
-        value = _number(self._factor())
+        value = number(self._factor())
         while self.next.kind in ("letter", "opaque") or (self.next.kind == "command" and self.next.text in STARTS):
-            value *= _number(self._factor())
+            value *= number(self._factor())
         return -value if minus else value
 
-    def _argument(self) -> sympy.Expr:
+    def argument(self) -> sympy.Expr:
         """The argument of a command: a group, or one digit or letter."""
         token = self.next
         if token.kind == "number" and len(token.text) > 1 and token.text.isdigit() and not token.subscript:
             self.tokens[self.position] = Token("number", token.text[1:])
             return sympy.Integer(token.text[0])
-        return _number(self._primary())
-
-    def _command(self, name: str) -> sympy.Expr:
-        if name == "frac":
-            top, bottom = self._argument(), self._argument()
-            if bottom == 0:
-                raise Unreadable("undefined")
-            return checked(top / bottom)
-        if name == "sqrt":
-            index: sympy.Expr = sympy.Integer(2)
-            if self.take("["):
-                index = _number(self.sum())
-                self.expect("]")
-            if self.next.kind == "number" and len(self.next.text) > 1:
-                raise Unreadable("ambiguous root")
-            radicand = _number(self._primary())
-            if index.is_Integer and index % 2 == 1 and radicand.is_negative:
-                return -power(-radicand, 1 / index)
-            return power(radicand, 1 / index)
-        if name == "binom":
-            top, bottom = self._argument(), self._argument()
-            if top.is_number and (not (top.is_Integer and bottom.is_Integer) or not 0 <= top <= 20_000):
-                raise Unreadable("number too large")
-            return sympy.binomial(top, bottom)
-        if name in ("lfloor", "lceil"):
-            inner = _number(self.sum())
-            self.expect("rfloor" if name == "lfloor" else "rceil")
-            return sympy.floor(inner) if name == "lfloor" else sympy.ceiling(inner)
-        raise Unreadable("not parseable")
+        return number(self._primary())
 
 
-def _number(value: Operand) -> sympy.Expr:
+def number(value: Operand) -> sympy.Expr:
     """The operand as an expression. Errors: Unreadable for a sequence, a set or a matrix."""
     if isinstance(value, (Sequence, Region, Matrix)):
         raise Unreadable("not parseable")

@@ -21,14 +21,18 @@ import re
 from distill.grading.grade import Answer
 from distill.grading.math.spelling import ENVIRONMENT, has_words, repaired
 from distill.prompts.boxes import boxed, boxed_end, hashes, last_box_end
+from distill.prompts.prompt import outside_blocks
 
 CUT_OFF_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")  # in a text without a whole one
 TURN = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end_of_sentence)\|>")
 STATED = re.compile(
-    r"\banswers?[*_]*(?:\s+(?:is|are)\b[*_]*[\s:]*|\s*[:=]\**\s*)|^[ \t]*A:[ \t]*(?=\S)", re.IGNORECASE | re.MULTILINE
+    r"\banswers?[*_]*(?:\s+(?:is|are)\b[*_]*[\s:]*|\s*[:=]\**\s*)|^[ \t]*A:[ \t]*(?=\S)"
+    "|\u7b54\u6848[*_]*\\s*(?:\u662f|\u4e3a|:|\uff1a)+[*_\\s:\uff1a]*",
+    re.IGNORECASE | re.MULTILINE,
 )
+CONTRAST = re.compile(r"\s*,\s*(?:and\s+|but\s+)?not\s[^,]*$")  # "5, not 6"
 DISPLAY = re.compile(r"(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
-SENTENCE_END = re.compile(r"[.!?]\**(?:\s|$)|(?<=[\w)}\]])\.(?=[A-Z])")
+SENTENCE_END = re.compile("\u3002|" r"!{3,}\**(?:\s|$)|[.!?]\**(?:\s|$)|(?<=[\w)}\]])\.(?=[A-Z])")
 FORMULA = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.)+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
 NUMERAL = re.compile(
     r"(?:[-\N{MINUS SIGN}]\s*)?(?:\\?\$|[\N{EURO SIGN}\N{POUND SIGN}])?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)"
@@ -40,7 +44,7 @@ MISSING = {"nan", "none", "null", "n/a", "<na>"}  # how tables spell that there 
 
 def scope_of(response: str) -> tuple[str, bool]:
     """The part of a response that may hold the answer, and whether `<answer>` marks it. Reasoning is left out."""
-    text = TURN.split(response.rpartition("</think>")[2].partition("<think>")[0], maxsplit=1)[0].strip()
+    text = TURN.split(outside_blocks(response), maxsplit=1)[0].strip()
     tagged = text.rpartition("<answer>")[2].partition("</answer>")[0].strip() if "<answer>" in text else ""
     return tagged or text, bool(tagged)
 
@@ -55,6 +59,7 @@ def final_answer(response: str) -> Answer | None:
     plain = not stated or _is_formula(stated)
     for method, text in (
         ("boxed", box),
+        ("stated", stated if tagged and stated and plain else None),
         ("tag", _one_line(scope) if tagged else None),
         ("hashes", hashes(scope)),
         ("stated" if plain else "sentence", stated),
@@ -87,7 +92,8 @@ def gold_answer(gold: str) -> str:
 
 
 def _unescaped(text: str) -> str:
-    return repaired(text).replace(r"\\boxed", r"\boxed")
+    text = repaired(text).replace(r"\\boxed", r"\boxed")
+    return text if r"\begin" in text else re.sub(r"\\\\(?=[()%])", r"\\", text)
 
 
 def formulas(line: str) -> list[str]:
@@ -114,7 +120,7 @@ def _stated(text: str) -> tuple[str | None, int]:
     if (box := boxed_end(text, end)) is not None:
         return text[end:box], matches[-1].start()
     line = rest.partition("\n")[0]
-    return SENTENCE_END.split(line, maxsplit=1)[0] or None, end
+    return CONTRAST.sub("", SENTENCE_END.split(line, maxsplit=1)[0]) or None, end
 
 
 def _is_formula(text: str) -> bool:
@@ -129,9 +135,11 @@ def _one_line(text: str) -> str | None:
 
 
 def _trim(text: str) -> str:
-    """Remove white space, Markdown's asterisks, a full stop and one pair of math delimiters from the ends."""
+    """Remove white space, Markdown's asterisks, a full stop, quotes and one pair of math delimiters from the ends."""
     text = text.strip().strip("*").strip()
-    text = re.sub(r"(?<!\\right)\.$", "", text).strip()
+    text = re.sub(r"(?<!\\right)(?<!\.\.)\.$", "", text).strip()
+    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'`" and text.count(text[0]) == 2:
+        text = text[1:-1].strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         inner = text[len(opening) : -len(closing)]
         if text.startswith(opening) and text.endswith(closing) and inner.strip() and opening not in inner:

@@ -15,8 +15,9 @@ from distill.grading.math.values import Token, Unreadable
 
 FUNCTIONS = {
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "lg",
-    "exp", "max", "min", "gcd", "lcm",
+    "exp", "cis",
 }  # fmt: skip
+OF_NUMBERS = {"max", "min", "gcd", "lcm"}
 ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "abs": "abs"}
 LETTERS = {
     "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa",
@@ -35,7 +36,9 @@ COMMANDS = {
     "lor": "or", "vee": "or", "angle": "angle", "to": "to", "colon": ":", "mathbb": "mathbb",
     "dot": "accent", "ddot": "accent",
     "hat": "accent", "bar": "accent", "vec": "accent", "tilde": "accent", "overline": "overline", "begin": "begin",
-    "end": "end", "ast": "*", "iff": "iff",
+    "end": "end", "ast": "*", "iff": "iff", "sum": "sum", "prod": "prod", "int": "int", "lim": "lim", "mid": "mid",
+    "bmod": "bmod", "mod": "bmod", "dots": "dots", "ldots": "dots", "cdots": "dots",
+    "max": "max", "min": "min", "gcd": "gcd", "lcm": "lcm",
 }  # fmt: skip
 KNOWN = sorted(LETTERS | FUNCTIONS | COMMANDS.keys(), key=len, reverse=True)
 PLAIN = {"sqrt": "sqrt", "pi": "pi", "infinity": "infty", "inf": "infty", "oo": "infty", "union": "cup"}
@@ -47,6 +50,9 @@ GROUP = re.compile(r"\{((?:[^{}\\]|\\[a-zA-Z]+ ?|\{[^{}]*\})*)\}|\\([a-zA-Z]+)|(
 DERIVATIVE = re.compile(
     r"\\frac\{\s*(?:d|\\mathrm\{d\})(\^\{?\d\}?)?\s*\\?([A-Za-z]\w*)\s*\}\{\s*(?:d|\\mathrm\{d\})\s*\\?([A-Za-z])(\^\{?\d\}?)?\s*\}"
 )
+DERIVATION = re.compile(
+    r"\\frac\{\s*(?:d|\\mathrm\{d\})(?:\^\{?\d\}?)?\s*\}\{\s*(?:d|\\mathrm\{d\})\s*\\?[A-Za-z]"
+)  # d/dx of what follows
 TWO = {
     "**": "^",
     "<=": "<=",
@@ -85,6 +91,8 @@ def _next(text: str, position: int, spaced: bool, before: list[Token]) -> tuple[
     if match := DERIVATIVE.match(rest):
         name = "d{}{}/d{}{}".format(*(part or "" for part in (match[1], match[2], match[3], match[4])))
         return [Token("opaque", name, spaced)], position + match.end()
+    if DERIVATION.match(rest):
+        raise Unreadable("a derivative")
     if match := FONT.match(rest):
         behind = bool(before) and (before[-1].kind in ("number", "word") or before[-1].text in ("}", ")", "/"))
         if behind and len(match[1].strip()) == 1 and unit_of(match[1].strip()):
@@ -131,6 +139,8 @@ def _font(content: str, spaced: bool) -> list[Token]:
         return [Token("join", inner.lower(), spaced)]
     if not re.search("[A-Za-z]", inner):
         return tokens(inner)
+    if inner in OF_NUMBERS - {"min"}:  # minutes
+        return [Token("command", inner, spaced)]
     if inner in FUNCTIONS:
         return [Token("function", inner, spaced)]
     return _words(inner)
@@ -163,8 +173,6 @@ def _command(name: str, text: str, start: int, position: int, spaced: bool) -> t
     if name in LETTERS:
         return _subscripted("letter", name, text, position, spaced)
     if name in FUNCTIONS:
-        if name in ("max", "min", "gcd", "lcm"):
-            raise Unreadable("unknown command")
         return [Token("function", name, spaced)], position
     meaning = COMMANDS[name]
     if meaning in ("and", "or"):
@@ -183,7 +191,9 @@ def _run(run: str, text: str, start: int, position: int, spaced: bool, before: l
     lower, after_number = run.lower(), bool(before) and before[-1].kind == "number"
     if lower in ("or", "and") and (spaced or len(run) == len(text) or before):
         return [Token("join", lower, spaced)], position
-    if run in FUNCTIONS - {"max", "min", "gcd", "lcm"} or run in ALIASES:
+    if run in OF_NUMBERS and text.startswith("(", position):
+        return [Token("command", run, spaced)], position
+    if run in FUNCTIONS or run in ALIASES:
         return [Token("function", ALIASES.get(run, run), spaced)], position
     if run in PLAIN:
         name = PLAIN[run]
@@ -192,6 +202,11 @@ def _run(run: str, text: str, start: int, position: int, spaced: bool, before: l
         return _subscripted("letter", run, text, position, spaced)
     closing = bool(before) and (before[-1].kind in ("number", "word") or before[-1].text in (")", "}", "^", "/"))
     if lower in PERCENT or (closing and (run in SYMBOLS or lower in SCALES)):
+        return [Token("word", run, spaced)], position
+    if (spaced and after_number and lower in ("sq", "cu")) or (run == "per" and closing):
+        return [Token("word", run, spaced)], position
+    rate = len(before) > 1 and before[-1].text in ("/", "*") and before[-2].kind == "word" and unit_of(run)
+    if rate:  # the hour of km/h
         return [Token("word", run, spaced)], position
     if after_number and run in ("th", "st", "nd", "rd"):
         return [Token("word", "th", spaced)], position

@@ -4,9 +4,11 @@ import re
 
 import sympy
 
-from distill.grading.math.expressions import Expressions, Operand, checked
+from distill.grading.math.environments import expression_of, set_of
+from distill.grading.math.expressions import Operand, symbol
+from distill.grading.math.quantities import Quantities
 from distill.grading.math.regions import region_of
-from distill.grading.math.units import NUMBERS, PERCENT, POWERS, SCALES, Unit, unit_of, word_unit
+from distill.grading.math.units import NUMBERS
 from distill.grading.math.values import (
     Comparison,
     Congruence,
@@ -22,24 +24,42 @@ from distill.grading.math.values import (
     Words,
 )
 
+SUCH_THAT = ("mid", "|", ":")
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "in", "approx", "equiv"}
 NUMBER_SETS = {"R": sympy.S.Reals, "Z": sympy.S.Integers, "N": sympy.S.Naturals, "Q": sympy.S.Rationals}
 NOTHING = re.compile(
     r"(?:there (?:are|is) )?no ?(?:real |integer |such |valid )*(?:solutions?|values?|roots?)(?: exists?)?"
+    r"|(?:the )?empty set"
 )
+EVERY = re.compile(
+    r"(?:x is )?(?:all|any|every|the set of(?: all)?)(?: of)?(?: the)? (?:(positive|negative|non-?negative|nonzero) )?"
+    r"(?:(reals?)(?: numbers?| values?)?|(integers?)|(natural) numbers?|(rational) numbers?)(?: of)?(?: x)?"
+)
+SIGNED = {
+    "positive": sympy.Interval.open(0, sympy.oo), "negative": sympy.Interval.open(-sympy.oo, 0),
+    "nonnegative": sympy.Interval(0, sympy.oo), "nonzero": sympy.Complement(sympy.S.Reals, sympy.FiniteSet(0)),
+}  # fmt: skip
+ELLIPSIS = Words("…")
+ARTICLES = re.compile(r"(?:a|an|the) (?=\w)")
+LARGEST = 200  # integers of a set that is given by bounds
 
 
-class Reader(Expressions):
+class Reader(Quantities):
     """Reads answers: lists, relations, sets, quantities."""
 
     def whole(self) -> Value:
         """The whole text. Errors: Unreadable where a token is left."""
         if self.tokens and all(token.kind in ("word", "join") for token in self.tokens):
             text = " ".join(token.text.casefold() for token in self.tokens)
-            if NOTHING.fullmatch(text):
-                return Region(sympy.S.EmptySet)
+            if (points := named_set(text)) is not None:
+                return points
+            if text in ("infinity", "positive infinity", "negative infinity"):
+                return Scalar(-sympy.oo if text[0] == "n" else sympy.oo)
+            pieces = text.split(" and ")
+            if len(pieces) > 1 and all(len(piece.split()) <= 2 for piece in pieces):
+                return Sequence(tuple(map(Words, pieces)))
             if len(self.tokens) > 1 or text not in NUMBERS:
-                return Words(text)
+                return Words(ARTICLES.sub("", text, count=1) if ARTICLES.match(text) else text)
         items, alternatives = self._items(spread=True)
         if self.position < len(self.tokens):
             raise Unreadable("not parseable")
@@ -52,6 +72,8 @@ class Reader(Expressions):
         if opening == "{set":
             if self.take("set}"):
                 return Region(sympy.S.EmptySet)
+            if self.next.kind == "letter" and self.peek(1).text in (*SUCH_THAT, "in"):
+                return self._described()
             items, _ = self._items(spread=True)
             self.expect("set}")
             return Sequence(tuple(items), "{}")
@@ -72,23 +94,42 @@ class Reader(Expressions):
             raise Unreadable("not parseable")
         return Sequence(tuple(items), opening + closing)
 
+    def _described(self) -> Region:
+        """`x \\in (0, 9) \\mid x < 1`: a set by the conditions that its members satisfy."""
+        variable = symbol(self.next.text, self.next.subscript)
+        self.position += 1
+        domain = set_of(self._quantity()) if self.take("in") else sympy.S.Reals
+        self.expect(*SUCH_THAT)
+        self.bars += 1  # a bar ends a condition and begins no absolute value
+        conditions, alternatives = self._items(spread=False)
+        self.bars -= 1
+        self.expect("set}")
+        if not all(isinstance(each, Region) and each.variable == variable for each in conditions):
+            raise Unreadable("a condition that is no inequality")
+        sets = [each.points for each in conditions if isinstance(each, Region)]
+        described = sympy.Union(*sets) if alternatives else sympy.Intersection(*sets)
+        points = sympy.Intersection(domain, described)
+        if isinstance(points, sympy.Range) and points.is_finite_set and points.size <= LARGEST:
+            points = sympy.FiniteSet(*points)
+        return Region(points, variable)
+
     def _items(self, spread: bool) -> tuple[list[Value], bool]:
         """Values up to a closing bracket or the end, and whether "or" joins them. spread: ± gives two of them."""
         items: list[Value] = []
         alternatives = False
         while True:
             if not spread:
-                items.append(self._item())
+                items.append(self.item())
             else:
                 start, tokens_before, outer = self.position, list(self.tokens), self.signs
                 self.signs = 0
-                item = self._item()
+                item = self.item()
                 if self.signs > 1:
                     raise Unreadable("several plus-minus signs")
                 items += item.items if isinstance(item, Sequence) and not item.brackets else [item]
                 if self.signs:
                     self.position, self.tokens, self.sign = start, tokens_before, -1
-                    items.append(self._item())
+                    items.append(self.item())
                     self.sign = 1
                 self.signs = outer
             separated = False
@@ -98,18 +139,18 @@ class Reader(Expressions):
             if not separated or (self.next.kind == "end" and items):
                 return items, alternatives
 
-    def _item(self) -> Value:
+    def item(self) -> Value:
         """A chain of relations between quantities."""
         start = self.position
         approximate = self.take("approx")
-        values = [self._part()]
+        values = [self.part()]
         spans = [(start, self.position)]
         relations: list[str] = []
         while self.next.kind in ("operator", "command") and self.next.text in RELATIONS:
             relations.append(self.next.text)
             self.position += 1
             begin = self.position
-            values.append(self._part())
+            values.append(self.part())
             spans.append((begin, self.position))
         if approximate and not relations and isinstance(values[0], Scalar):
             scalar = values[0]
@@ -122,7 +163,7 @@ class Reader(Expressions):
         return self._related(values, relations, labels)
 
     def _modulus(self) -> sympy.Expr:
-        return self._argument()
+        return self.argument()
 
     def _related(self, values: list[Value], relations: list[str], labels: list[str | None]) -> Value:
         if "approx" in relations:
@@ -141,9 +182,9 @@ class Reader(Expressions):
             return _member(values[0], values[1])
         if relations == ["equiv"]:
             self.expect("pmod")
-            return Congruence(_expression(values[0]), _expression(values[1]), self._modulus())
+            return Congruence(expression_of(values[0]), expression_of(values[1]), self._modulus())
         if set(relations) <= {"<", ">", "<=", ">=", "!="}:
-            comparison = Comparison(tuple(map(_expression, values)), tuple(relations))
+            comparison = Comparison(tuple(map(expression_of, values)), tuple(relations))
             return region_of(comparison) or comparison
         raise Unreadable("not parseable")
 
@@ -159,7 +200,7 @@ class Reader(Expressions):
             first = values[0]
             side = first.expression if isinstance(first, Scalar) else None
             return Labelled(labels[0], last, side)
-        sides = [_expression(value) for value in values]
+        sides = [expression_of(value) for value in values]
         if all(side.is_number for side in sides):
             if all(sympy.simplify(side - sides[-1]) == 0 for side in sides[:-1]):
                 return last
@@ -186,14 +227,14 @@ class Reader(Expressions):
             return text
         return None
 
-    def _part(self) -> Value:
+    def part(self) -> Value:
         """A quantity, a ratio, or a union, intersection or difference of sets."""
         value = self._quantity()
         if self.next.text == ":" and isinstance(value, Scalar):
             parts = [value.expression]
             numbers = [self.tokens[self.position - 1]]
             while self.take(":"):
-                parts.append(_expression(self._quantity()))
+                parts.append(expression_of(self._quantity()))
                 numbers.append(self.tokens[self.position - 1])
             plain = all(number.kind == "number" for number in numbers)
             clock = plain and all(len(number.text) == 2 for number in numbers[1:]) and len(parts) <= 3
@@ -218,116 +259,35 @@ class Reader(Expressions):
             if token.text == "mathbb":
                 return self._number_set()
             if token.text == "begin":
-                return self._matrix()
+                return self.environment()
+            if token.text == "dots":
+                self.position += 1
+                return ELLIPSIS
             if token.text == "angle":
                 return self._angle()
         if token.kind == "word":
             return self._words()
-        if (special := self._literal()) is not None:
+        if (special := self.literal()) is not None:
             return special
+        if token.text == "-" and self.peek(1).text == "begin":
+            self.position += 1
+            return self.scaled(sympy.S.NegativeOne, self.environment())
         start = self.position
         operand: Operand = self.sum()
         if isinstance(operand, (Sequence, Region, Matrix)):
             return operand
-        if self.next.text == "begin" and operand.is_number:
-            raise Unreadable("not parseable")
-        decimals = self._decimals(start)
+        if self.next.text == "begin":
+            return self.scaled(operand, self.environment())
+        decimals = self.decimals(start)
         plain = all(t.kind == "number" or t.text == "-" for t in self.tokens[start : self.position])
-        return self._with_unit(operand, decimals, "plain" if plain else "")
-
-    def _literal(self) -> Scalar | None:
-        """Numbers that are no expression: with a base, and `1 1/2`."""
-        start = self.position
-        minus = self.take("-")
-        first, second, slash, third = (self.peek(ahead) for ahead in range(4))
-        sign = -1 if minus else 1
-        if first.kind == "number" and first.subscript:
-            self.position += 1
-            if not (first.subscript.isdigit() and 2 <= int(first.subscript) <= 36 and first.text.isdigit()):
-                raise Unreadable("unknown base")
-            base = int(first.subscript)
-            try:
-                number = int(first.text, base)
-            except ValueError as error:
-                raise Unreadable("digits beyond the base") from error
-            return Scalar(sympy.Integer(sign * number), base=base, digits=first.text.lstrip("0") or "0")
-        digits = all(token.kind == "number" and token.text.isdigit() for token in (first, second, third))
-        if digits and slash.text == "/" and second.spaced:
-            top, bottom = int(second.text), int(third.text)
-            if not 0 < top < bottom:
-                raise Unreadable("ambiguous mixed number")
-            self.position += 4
-            value = sympy.Integer(first.text) + sympy.Rational(top, bottom)
-            return self._with_unit(sign * value, None, "")
-        self.position = start
-        return None
-
-    def _decimals(self, start: int) -> int | None:
-        """Digits after the point of the decimal number that was just read, None for any other expression."""
-        part = self.tokens[start : self.position]
-        if part and part[0].text == "-":
-            part = part[1:]
-        if len(part) != 1 or part[0].kind != "number" or "." not in part[0].text:
-            return None
-        mantissa, _, exponent = part[0].text.lower().partition("e")
-        return len(mantissa.partition(".")[2]) - int(exponent or 0)
-
-    def _with_unit(self, value: sympy.Expr, decimals: int | None, digits: str) -> Scalar:
-        """The scalar with the percent sign, degree sign or unit that follows it."""
-        if self.take("%") or (self.next.kind == "word" and self.next.text.lower() in PERCENT):
-            if self.next.kind == "word" and self.next.text.lower() in PERCENT:
-                self.position += 1
-            return Scalar(value, decimals, percent=True)
-        if degrees := self._degrees():
-            self.position += degrees
-            return Scalar(value, decimals, unit=unit_of("degree"))
-        while self.next.kind == "word" and self.next.text.lower() in SCALES:
-            value, decimals = value * SCALES[self.next.text.lower()], None
-            self.position += 1
-        unit = self._unit()
-        return Scalar(value, decimals, unit=unit, digits=digits)
-
-    def _unit(self) -> Unit | None:
-        """Words and their powers after a number; None where none follow."""
-        unit, exponent, pending, seen = Unit(), 1, 1, False
-        while self.next.kind in ("word", "operator"):
-            text = self.next.text
-            follows = self.peek(1).kind == "word"
-            if self.next.kind == "word":
-                self.position, seen = self.position + 1, True
-                if text.lower() in ("per", "a", "an", "each") and follows:
-                    exponent = -1 if text.lower() == "per" else exponent
-                    continue
-                if text.lower() in POWERS and follows:
-                    pending = POWERS[text.lower()]
-                    continue
-                if text.lower() in ("th", "of", "the"):
-                    continue
-                powers = {"squared": 2, "cubed": 3}
-                own = self._unit_power() if self.next.text == "^" else powers.get(self.next.text.lower(), 1)
-                self.position += self.next.text.lower() in powers
-                unit = unit.times(word_unit(text), exponent * pending * own)
-                pending = 1
-            elif seen and text in ("/", "*") and follows:
-                self.position += 1
-                exponent = -1 if text == "/" else exponent
-            else:
-                break
-        return unit if seen and unit != Unit() else None
-
-    def _unit_power(self) -> int:
-        self.expect("^")
-        exponent = self._exponent()
-        if not (exponent.is_Integer and abs(exponent) <= 9):
-            raise Unreadable("not parseable")
-        return int(exponent)
+        return self.with_unit(operand, decimals, "plain" if plain else "")
 
     def _words(self) -> Value:
         """A number in words with its unit, or the words up to a separator or relation."""
         word = self.next.text.lower()
         if word in NUMBERS:
             self.position += 1
-            return self._with_unit(sympy.Integer(NUMBERS[word]), None, "plain")
+            return self.with_unit(sympy.Integer(NUMBERS[word]), None, "plain")
         text: list[str] = []
         while self.next.kind == "word":
             text.append(self.next.text.casefold())
@@ -361,62 +321,21 @@ class Reader(Expressions):
             raise Unreadable("unknown set")
         return Region(NUMBER_SETS[name])
 
-    def _matrix(self) -> Value:
-        """`\\begin{pmatrix}…\\end{pmatrix}` and its like."""
-        self.position += 1
-        name = self._environment()
-        if name not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix"):
-            raise Unreadable("unknown environment")
-        if name == "array" and self.next.text == "{":
-            while not self.take("}"):
-                if self.next.kind == "end":
-                    raise Unreadable("not parseable")
-                self.position += 1
-        rows: list[list[Value]] = [[]]
-        while not self.take("end"):
-            rows[-1].append(self._part())
-            if self.take("\\\\"):
-                if self.next.text != "end":
-                    rows.append([])
-            elif not self.take("&") and self.next.text != "end":
-                raise Unreadable("not parseable")
-        if self._environment() != name or len({len(row) for row in rows}) != 1:
-            raise Unreadable("not parseable")
-        return Matrix(tuple(map(tuple, rows)))
 
-    def _environment(self) -> str:
-        self.expect("{")
-        name = ""
-        while self.next.kind in ("letter", "word"):
-            name += self.next.text
-            self.position += 1
-        self.expect("}")
-        return name
-
-
-def _expression(value: Value) -> sympy.Expr:
-    """The value as an expression. Errors: Unreadable where it has a unit or is none."""
-    if isinstance(value, Scalar) and value.unit is None and value.base is None:
-        return checked(value.expression / 100) if value.percent else value.expression
-    raise Unreadable("not parseable")
-
-
-def set_of(value: Value) -> sympy.Set:
-    """The value as a set of real numbers. Errors: Unreadable."""
-    if isinstance(value, Region):
-        return value.points
-    if isinstance(value, Sequence):
-        try:
-            if value.brackets == "{}":
-                return sympy.FiniteSet(*map(_expression, value.items))
-            if value.brackets[:1] in ("(", "[") and len(value.items) == 2:
-                low, high = map(_expression, value.items)
-                return sympy.Interval(low, high, value.brackets[0] == "(", value.brackets[1] == ")")
-        except (ValueError, NotImplementedError) as error:  # sympy's, for ends that are not real numbers
-            raise Unreadable("not an interval") from error
-    raise Unreadable("not a set")
+def named_set(text: str) -> Region | None:
+    """The set that words name: "no real solutions", "all positive integers". None for other words."""
+    if NOTHING.fullmatch(text):
+        return Region(sympy.S.EmptySet)
+    match = EVERY.fullmatch(text)
+    if match is None:
+        return None
+    sign, real, integer, natural, _ = match.groups()
+    numbers = (
+        sympy.S.Reals if real else sympy.S.Integers if integer else sympy.S.Naturals if natural else sympy.S.Rationals
+    )
+    return Region(sympy.Intersection(numbers, SIGNED[sign.replace("-", "")]) if sign else numbers)
 
 
 def _member(left: Value, right: Value) -> Value:
     """`x ∈ S`."""
-    return Region(set_of(right), _expression(left))
+    return Region(set_of(right), expression_of(left))

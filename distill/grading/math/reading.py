@@ -1,7 +1,8 @@
-"""An answer's text → what it denotes, or `Unreadable`: never a part of it.
+"""The text of an answer → its value, or `Unreadable`; a text is never read in part.
 
-`readings` gives every reading that a text has by common conventions: `1,234` is a number or a pair of numbers, `1,5` a
-decimal or a pair, `(B) 12` an option and its content. What is the same under one reading of each is the same answer.
+`readings` gives every reading of a text by common conventions: `1,5` is a decimal or a pair of numbers, `(B) 12` an
+option and its content. Two answers are the same if one reading of each is. A comma before three digits separates
+thousands.
 """
 
 import json
@@ -10,10 +11,12 @@ import re
 import sympy
 
 from distill.grading.math.lexer import tokens
-from distill.grading.math.reader import NOTHING, Reader
-from distill.grading.math.spelling import cleaned
-from distill.grading.math.values import Region, Unreadable, Value, Words
+from distill.grading.math.notation import date, number_in_words, numeral_in_base, rewritten, time_of_day
+from distill.grading.math.reader import Reader, named_set
+from distill.grading.math.spelling import FONT, cleaned
+from distill.grading.math.values import Labelled, Scalar, Sequence, Unreadable, Value, Words
 
+LONGEST = 8000  # characters, before typesetting is removed: some of the patterns below take quadratic time
 CURRENCY = {
     "$": "dollar",
     r"\$": "dollar",
@@ -23,14 +26,20 @@ CURRENCY = {
     "\N{INDIAN RUPEE SIGN}": "rupee",
 }
 SIGN = r"(?:\\?\$|[\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}\N{INDIAN RUPEE SIGN}])"
-BEFORE = re.compile(rf"({SIGN})\s*(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(\s*(?:thousand|million|billion|trillion))?")
-AFTER = re.compile(rf"(\d)\s*({SIGN})(?![\d.\w])")
-THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d]|,\d)")
-SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])")
-DECIMAL_COMMA = re.compile(r"(-?)(\d{1,3}(?:\.\d{3})+|\d+),(\d+)")
-REPEATING = re.compile(
-    r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\{(\d+)\}|\\dot (\d)(?!\d)|\\(?:overline|bar)\s(\d))(?:(\d*)\\dot\{(\d)\})?"
+SCALE = r"(?:thousand|million|billion|trillion)"
+BEFORE = re.compile(
+    rf"({SIGN})\s*(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?:\s*(?:\\(?:text|mathrm)\{{\s*({SCALE})\s*\}}|({SCALE})))?"
 )
+AFTER = re.compile(rf"(\d)\s*({SIGN})(?![\d.\w])")
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d]|,\d)")
+SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])")
+POINTED = re.compile(r"(?<![\d.,_])[1-9]\d{0,2}(?:(?:\.\d{3}){2,}|(?:'\d{3})+|(?:_\d{3})+)(?![\d.,'_])")
+LAKHS = re.compile(r"[1-9]\d?(?:,\d{2})+,\d{3}")  # 12,34,567
+DECIMAL_COMMA = re.compile(r"(-?)(\d{1,3}(?:\.\d{3})+|\d+),(\d+)")
+JOINED = re.compile(r"(?:,|;|and\b|or\b|\\(?:text|mathrm)\{\s*(?:and|or)\b)")  # several options
+MIXED = re.compile(r"(-?\d+)(?:\s+and\s+|\s*\\text\{\s*and\s*\}\s*)(\d+/\d+|\\frac\s*\{?\d+\}?\s*\{?\d+\}?)")
+CHOSEN = re.compile(r"C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")  # or a point
+POINT = re.compile(r"([A-Z])'*\s*(\([^()=]*,[^()=]*\))")  # a name before its coordinates
 OPTION = re.compile(
     r"\s*(?:\\(?:text|textbf|mathrm|mathbf|bf|rm)\{\s*\(?([A-J])\)?[).:]?\s*\}|\(([A-J])\))\s*[:.]?\s*(.*)", re.DOTALL
 )
@@ -39,6 +48,7 @@ PROSE = re.compile(  # words only, none of which joins answers or is a number, a
     r"[A-Za-z']{2,}(?:[\s,.;:-]+[A-Za-z']+)+|no|yes|all",
     re.IGNORECASE,
 )
+LIST = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]{3,})?(?:\s*,\s*[A-Za-z]{3,}(?: [A-Za-z]{3,})?)+")  # red, dark blue
 TRAILING = re.compile(
     r"[\s,;]*\\?(?:text|mathrm)?\{?\s*for\s+(?:all|any|every|each)\s+(?:real\s+|integer\s+|positive\s+)*(?:numbers?\s+|integers?\s+)?\}?\s*"
     r"\$?(?:[A-Za-z]\s*(?:\\in\s*(?:\\mathbb\{?[RZNQC]\}?|R))?)?\s*\$?\}?\s*$"
@@ -46,23 +56,32 @@ TRAILING = re.compile(
 
 
 def read(text: str) -> Value:
-    """Read a whole text. Errors: Unreadable where a part of it is not understood."""
+    """Read a text. Errors: Unreadable if any part of it is not understood."""
     return _read(cleaned(_money(text)))
 
 
 def readings(text: str) -> list[Value]:
     """Every reading of a text, the likeliest first. Errors: Unreadable where there is none."""
+    if len(text) > LONGEST:
+        raise Unreadable("too long")
     plain = re.sub(TRAILING, "", cleaned(_money(_listed(text))))
+    if (option := OPTION.fullmatch(plain)) and not JOINED.match(option[3]):
+        return _option(option[1] or option[2], option[3].strip())
     variants = [plain]
     merged = _merged(plain)
     if merged != plain:
         variants.insert(0, merged)
     number = re.sub(r"\\text\{[^{}]*\}\s*$", "", plain).strip()
-    if decimal := DECIMAL_COMMA.fullmatch(number):
+    if (decimal := DECIMAL_COMMA.fullmatch(number)) and not THOUSANDS.fullmatch(number.lstrip("-")):
         variants.append(f"{decimal[1]}{decimal[2].replace('.', '')}.{decimal[3]}{plain[len(number) :]}")
-    if option := OPTION.fullmatch(plain):
-        letter = option[1] or option[2]
-        variants = [letter, *([option[3]] if option[3].strip() else [])]
+    if LAKHS.fullmatch(number):
+        variants.append(plain.replace(",", ""))
+    if mixed := MIXED.fullmatch(number):
+        variants.append(f"{mixed[1]} {mixed[2]}")
+    if chosen := CHOSEN.fullmatch(plain):
+        variants.append(rf"\binom{{{chosen[1]}}}{{{chosen[2]}}}")
+    if point := POINT.fullmatch(plain):
+        variants.append(f"{point[1]} = {point[2]}")
     found: list[Value] = []
     reason = "not parseable"
     for variant in variants:
@@ -70,9 +89,21 @@ def readings(text: str) -> list[Value]:
             found.append(_read(variant))
         except Unreadable as error:
             reason = str(error)
-    if not found or (len(variants) > 1 and option and len(found) < len(variants)):
+    if not found:
         raise Unreadable(reason)
     return found
+
+
+def _option(letter: str, content: str) -> list[Value]:
+    """`(B) 12`: the option and its content, either of which may be compared; a labelled value keeps two options apart.
+
+    Errors: Unreadable where the content is not read.
+    """
+    name = _read(letter)
+    if not content:
+        return [name]
+    value = _read(content)
+    return [Labelled(f"option {letter}", value), name]
 
 
 def _listed(text: str) -> str:
@@ -92,7 +123,7 @@ def _money(text: str) -> str:
         text = re.sub(r"(?<!\\)\$", " ", text)
 
     def behind(match: re.Match[str]) -> str:
-        return rf"{match[2]}\text{{{(match[3] or '').strip()} {CURRENCY[match[1]]}}}"
+        return rf"{match[2]}\text{{{match[3] or match[4] or ''} {CURRENCY[match[1]]}}}"
 
     text = BEFORE.sub(behind, text)
     return AFTER.sub(lambda match: rf"{match[1]}\text{{ {CURRENCY[match[2]]}}}", text)
@@ -106,29 +137,29 @@ def _merged(text: str) -> str:
         inside = any(before.count(opening) > before.count(closing) for opening, closing in ("()", "[]", (r"\{", r"\}")))
         return match[0] if inside else re.sub("[, ]", "", match[0])
 
+    text = POINTED.sub(lambda match: re.sub("[.'_]", "", match[0]), text)
     return SPACED.sub(whole, THOUSANDS.sub(whole, text))
 
 
-def _repeating(match: re.Match[str]) -> str:
-    """A repeating decimal as a fraction."""
-    whole, fixed = match[1] or "0", match[2]
-    cycle = match[3] or match[4] or match[5]
-    if match[7]:
-        cycle += match[6] + match[7]
-    elif match[6]:
-        raise Unreadable("not parseable")
-    scale = 10 ** len(fixed)
-    top = int(whole + fixed) * (10 ** len(cycle) - 1) + int(cycle)
-    return rf"(\frac{{{top}}}{{{scale * (10 ** len(cycle) - 1)}}})"
-
-
 def _read(text: str) -> Value:
-    text = re.sub(r"\\(?:boxed|fbox)\s*(?=\{)", "", text)
-    text = REPEATING.sub(_repeating, text).strip().rstrip(".,;").strip()
+    text = re.sub(r"\\(?:boxed|fbox)\s*(?=\{)", "", text).strip().rstrip(",;").strip()
+    if (special := time_of_day(text) or date(text)) is not None:
+        return special
+    if (numeral := numeral_in_base(text)) is not None:
+        value, base, digits = numeral
+        return Scalar(sympy.Integer(value), base=base, digits=digits)
+    text = re.sub(r"(?<!\.\.)\.+$", "", rewritten(text).rstrip(",; "))
     if not text:
         raise Unreadable("empty")
-    if NOTHING.fullmatch(text.casefold()):
-        return Region(sympy.S.EmptySet)
+    words = FONT.sub(r"\1", text).strip()
+    if (points := named_set(words.casefold())) is not None:
+        return points
+    if (number := number_in_words(words)) is not None:
+        return Scalar(sympy.Rational(number.numerator, number.denominator), digits="plain")
+    if re.fullmatch("[A-Z]{2,}", words):
+        return Words(words.casefold(), words)
+    if LIST.fullmatch(words):
+        return Sequence(tuple(Words(item.strip().casefold()) for item in words.split(",")))
     if PROSE.fullmatch(text):
         return Words(" ".join(re.findall(r"[a-z']+", text.casefold())))
     return Reader(tokens(text)).whole()

@@ -36,6 +36,8 @@ def opaque(expression: sympy.Expr) -> sympy.Expr:
 
 def _solved(difference: sympy.Expr, relation: str, variable: sympy.Symbol) -> sympy.Set | None:
     """The solution of `difference relation 0`."""
+    if difference.has(sympy.Abs):
+        return _absolute(difference, relation, variable)
     try:
         polynomial = sympy.Poly(difference, variable)
     except sympy.PolynomialError:
@@ -54,6 +56,28 @@ def _solved(difference: sympy.Expr, relation: str, variable: sympy.Symbol) -> sy
     if not 2 <= polynomial.degree() <= DEGREE or not polynomial.domain.is_ZZ | polynomial.domain.is_QQ:
         return None
     return sympy.Union(*_polynomial(polynomial, relation))
+
+
+def _absolute(difference: sympy.Expr, relation: str, variable: sympy.Symbol) -> sympy.Set | None:
+    """The solution of `a|f(x)| + b relation 0`."""
+    bars = difference.atoms(sympy.Abs)
+    size = sympy.Dummy("size", real=True)
+    inner = next(iter(bars)).args[0]
+    replaced = difference.xreplace(dict.fromkeys(bars, size))
+    if len(bars) != 1 or replaced.has(variable) or inner.has(sympy.Abs):
+        return None
+    sizes = _solved(replaced, relation, size)
+    if not isinstance(sizes, sympy.Interval):
+        return None
+    bound = sizes.start if sizes.end is sympy.oo else sizes.end
+    sign, strict = (">", sizes.left_open) if sizes.end is sympy.oo else ("<", sizes.right_open)
+    if not (bound.is_real and bound.is_positive):
+        return None
+    above = _solved(inner - bound, sign + "=" * (not strict), variable)
+    below = _solved(inner + bound, {"<": ">", ">": "<"}[sign] + "=" * (not strict), variable)
+    if above is None or below is None:
+        return None
+    return sympy.Union(above, below) if sign == ">" else sympy.Intersection(above, below)
 
 
 def _polynomial(polynomial: sympy.Poly, relation: str) -> list[sympy.Set]:

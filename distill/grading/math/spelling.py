@@ -8,7 +8,7 @@ import re
 import unicodedata
 
 FONT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bf|rm)\*?\s*\{([^{}\\]*)\}"
+    r"\\(?:text|textbf|textit|textrm|textnormal|textsc|texttt|emph|mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol|bm|underline|mbox|hbox|operatorname|bf|rm)\*?\s*\{([^{}\\]*)\}"
 )
 ENVIRONMENT = re.compile(r"\\(?:begin|end)\{\w+\*?\}")
 SPELLINGS = (
@@ -35,6 +35,7 @@ SYMBOLS = {
     "\N{DOUBLE-STRUCK CAPITAL Q}": r"\mathbb{Q}", "\N{DOUBLE-STRUCK CAPITAL C}": r"\mathbb{C}",
     "\N{LEFT FLOOR}": r"\lfloor ", "\N{RIGHT FLOOR}": r"\rfloor ", "\N{LEFT CEILING}": r"\lceil ",
     "\N{RIGHT CEILING}": r"\rceil ", "\N{PRIME}": "'", "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+    "\N{MATHEMATICAL LEFT ANGLE BRACKET}": "(", "\N{MATHEMATICAL RIGHT ANGLE BRACKET}": ")",
     "\N{SET MINUS}": r"\setminus ",
     "\N{PER MILLE SIGN}": r"\permille ", "\N{FULLWIDTH COMMA}": ",", "\N{HORIZONTAL ELLIPSIS}": r"\ldots ",
     "\N{NO-BREAK SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ", "\N{ASTERISK OPERATOR}": "*",
@@ -72,6 +73,11 @@ TYPESETTING = (
     (re.compile(r"\\(?:lbrace|lbrack)(?![a-zA-Z])"), r"\\{"),
     (re.compile(r"\\(?:rbrace|rbrack)(?![a-zA-Z])"), r"\\}"),
     (re.compile(r"\\[()\[\]]"), " "),
+    (re.compile(r"\\(?:text|mathrm)\{\s*\\?%\s*\}"), r"\\%"),
+    (re.compile(r"(?<![\d.])\.{3,}"), r"\\ldots "),
+    (re.compile(r"\\textcolor\{\w+\}|\\color\{\w+\}"), ""),
+    (re.compile(r"\\langle(?![a-zA-Z])"), "("),
+    (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
 )
 
 
@@ -99,13 +105,19 @@ def cleaned(text: str) -> str:
     text = repaired(text)
     if r"\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z{}])", r"\\", text)
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+(?=(\\d?))", _superscript, text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: f"_{{{match[0].translate(SUBSCRIPTS)}}}", text)
     text = "".join(character if character.isascii() else _ascii(character) for character in text)
     text = re.sub(r"\\sqrt (\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
     for pattern, replacement in TYPESETTING:
         text = pattern.sub(replacement, text)
     return text.strip()
+
+
+def _superscript(match: re.Match[str]) -> str:
+    """Without braces where they are not needed: `\\text{cm²}` stays without a nested group."""
+    exponent = match[0].translate(SUPERSCRIPTS)
+    return f"^{exponent}" if len(exponent) == 1 and not match[1] else f"^{{{exponent}}}"
 
 
 def _ascii(character: str) -> str:

@@ -22,6 +22,9 @@ sterling: gbp = 1
 yen: yen jpy = 1
 rupee: rupee inr = 1
 angle: degree deg = 1; arcminute = 1/60; arcsecond = 1/3600
+calendar: year yr = 1; month = 1/12
+radian: radian rad = 1
+resistance: ohm = 1
 volume: L liter litre = 1/1000; ml mL milliliter millilitre = 1/1000000; gallon = 473176473/125000000000
 energy: J joule = 1; kJ kilojoule = 1000; eV electronvolt = 1; cal calorie = 1; kcal = 1000
 force: N newton = 1

@@ -1,4 +1,4 @@
-"""What an answer may be once it is read: a number or expression, a sequence, an interval, a relation, words.
+"""The forms of an answer: a number or expression, a sequence, an interval, a relation, words.
 
 Each class is one form. Expressions are sympy's and exact: decimals are rationals, and nothing is a float.
 """
@@ -12,7 +12,7 @@ from distill.grading.math.units import Unit
 
 
 class Unreadable(ValueError):
-    """The text was not read whole, or what it denotes is too large to build; the message is the countable reason."""
+    """A text that is not read completely, or denotes a number too large to build; the message is a countable reason."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,11 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Values in brackets or separated by commas. brackets: "" for a bare list, "{}" for a set, else both brackets."""
+    """Values in brackets or separated by commas.
+
+    brackets: "" for a bare list, "{}" for a set, "cases" for the (value, condition) pairs of a definition by cases,
+    else both brackets.
+    """
 
     items: tuple["Value", ...]
     brackets: str = ""
@@ -92,6 +96,13 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Clock:
+    """A time of day. minutes: since midnight."""
+
+    minutes: int
+
+
+@dataclass(frozen=True)
 class Matrix:
     """Rows of values."""
 
@@ -100,12 +111,16 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Words:
-    """Text that is no mathematics, in lower case and single spaces."""
+    """Text that is no mathematics, in lower case and single spaces. capitals: as written, where it is nothing but
+    capital letters: a name, an order, a product or a Roman numeral."""
 
     text: str
+    capitals: str = ""
 
 
-Value: TypeAlias = Scalar | Sequence | Region | Comparison | Labelled | Equation | Congruence | Ratio | Matrix | Words
+Value: TypeAlias = (
+    Scalar | Sequence | Region | Comparison | Labelled | Equation | Congruence | Ratio | Clock | Matrix | Words
+)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "mknodat": (259, 33),
 }
 FORKS: dict[str, tuple[int | None, int | None]] = {"fork": (57, None), "vfork": (58, None)}
+SELF = 0x7E57C0DE  # stands for the process id in the template of the filter
 CLONE, CLONE3, KILL, TGKILL, PRLIMIT = (56, 220), (435, 435), (62, 129), (234, 131), (302, 261)
 
 
@@ -241,9 +242,13 @@ def landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
 # ---- seccomp
 
 
-@cache  # a zygote makes it once, and its programs have it
 def seccomp_filter(pid: int) -> bytes:
     """The BPF program, see the module. pid: of the process that will run under it, which may signal itself."""
+    return _filter_template().replace(struct.pack("I", SELF), struct.pack("I", pid))
+
+
+@cache  # a zygote makes it once, and its programs have it
+def _filter_template() -> bytes:
     column = _column()
     load, jump_equal, jump_set, jump_greater, give = 0x20, 0x15, 0x45, 0x35, 0x06
     refuse, allow, kill = 0x50000, 0x7FFF0000, 0x80000000
@@ -268,7 +273,7 @@ def seccomp_filter(pid: int) -> bytes:
         CLONE[column], argument, line(jump_set, THREAD, 0, 1), line(give, allow), line(give, refuse | EAGAIN)
     )
     for call in (KILL[column], TGKILL[column]):
-        program += rule(call, argument, line(jump_equal, pid, 0, 1), line(give, allow), line(give, refuse | EPERM))
+        program += rule(call, argument, line(jump_equal, SELF, 0, 1), line(give, allow), line(give, refuse | EPERM))
     program += rule(PRLIMIT[column], argument, line(jump_equal, 0, 0, 1), line(give, allow), line(give, refuse | EPERM))
     program.append(line(give, allow))
     return b"".join(struct.pack("HBBI", *one) for one in program)

@@ -1,10 +1,11 @@
 """What this machine can hold a program with, and whether that is enough for what was asked.
 
-`full` and `landlock` hold the files of the user, `process` does not: see the package's note, and docs/code.md for what
-each level leaves open. The strongest walls that work are taken, whatever level is asked for.
+`full` and `landlock` protect the files of the user, `process` does not: see the package's note, and docs/code.md for
+the limits of each level. The strongest walls that work are used, whatever level is required.
 """
 
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -16,7 +17,10 @@ from distill.grading.sandbox.runner import NotAvailable, Zygote
 from distill.grading.sandbox.zygote import Powers
 
 Level = Literal["full", "landlock", "process"]
-ALLOW = "allow user namespaces (sysctl kernel.unprivileged_userns_clone=1; in a container, start it with --privileged)"
+ALLOW = (
+    "allow user namespaces (sysctl user.max_user_namespaces=10000, on Ubuntu "
+    "kernel.apparmor_restrict_unprivileged_userns=0 as well; start a container with --privileged)"
+)
 LEVELS: tuple[Level, ...] = get_args(Level)  # from the strongest on
 
 
@@ -30,14 +34,27 @@ def level_of(powers: Powers) -> Level:
     return "process"
 
 
-def open_zygote() -> Zygote:
-    """A zygote behind the strongest walls of this machine. Errors: WorkError when none starts at all."""
+def open_zygote(level: Level = "process") -> Zygote:
+    """A zygote behind the strongest walls of this machine.
+
+    Errors: WorkError when none starts at all, and when the strongest walls give less than `level`.
+    """
     refusals = list[str]()
     for kind in _kinds():
         try:
-            return Zygote(kind)
+            zygote = Zygote(kind)
         except NotAvailable as error:
             refusals.append(f"{kind}: {error}")
+            continue
+        here = level_of(zygote.powers)
+        if LEVELS.index(here) > LEVELS.index(level):
+            zygote.close()
+            why = f" ({refusals[0]})" if refusals else ""
+            raise WorkError(
+                f"{platform.node()}: programs are run at level {level!r} of isolation, and this machine gives "
+                f"{here!r}{why}; `distill doctor` on it says what to install"
+            )
+        return zygote
     raise WorkError(f"the sandbox did not start ({'; '.join(refusals)})")
 
 
@@ -80,7 +97,7 @@ def describe() -> list[tuple[str, str]]:
 def _remedy() -> str:
     if sys.platform != "linux":
         return "full isolation needs Linux; run code there, such as in a virtual machine"
-    if walls.bubblewrap() is None:
+    if os.geteuid() != 0 and walls.bubblewrap() is None:
         return f"install bubblewrap (the package `bubblewrap`), or {ALLOW}"
     return ALLOW
 

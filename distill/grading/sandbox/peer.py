@@ -20,7 +20,7 @@ from types import ModuleType
 from distill.grading.sandbox.wire import Stream, Wire, decode, encode, receive, send
 
 OPERATIONS: Mapping[str, Callable[..., object]] = {
-    "call": lambda function, *args: function(*args),
+    "call": lambda function, /, *args, **names: function(*args, **names),
     "get": getattr,
     "set": setattr,
     "del": delattr,
@@ -67,7 +67,7 @@ class Peer:
 
     # ---- asking
 
-    def ask(self, operation: str, *operands: object, **keywords: object) -> object:
+    def ask(self, operation: str, /, *operands: object, **keywords: object) -> object:
         """Have the other side perform an operation of `OPERATIONS`. Raises what it raised, `Ended` when it is gone."""
         self.calls += operation == "call"
         arguments = [self._encode(operand) for operand in operands]
@@ -149,7 +149,8 @@ class Peer:
             return AnswerError(f"{name}: {text}")
 
     def _error_class(self, number: int, name: str, base: type[Exception]) -> type[Exception]:
-        known = self.remotes.setdefault(number, type(name, (base, AnswerError), {}))
+        above = (AnswerError,) if base is Exception else (base, AnswerError)
+        known = self.remotes.setdefault(number, type(name, above, {}))
         return known if isinstance(known, type) else AnswerError
 
     # ---- values
@@ -222,7 +223,7 @@ class Remote:
         object.__setattr__(self, "_number", number)
         object.__setattr__(self, "_kind", kind)
 
-    def __call__(self, *args: object, **keywords: object) -> object:
+    def __call__(self, /, *args: object, **keywords: object) -> object:
         return _ask(self, "call", *args, **keywords)
 
     def __getattr__(self, name: str) -> object:
@@ -295,7 +296,7 @@ class Remote:
         return not self == other
 
 
-def _ask(remote: Remote, operation: str, *operands: object, **keywords: object) -> object:
+def _ask(remote: Remote, operation: str, /, *operands: object, **keywords: object) -> object:
     peer = object.__getattribute__(remote, "_peer")
     assert isinstance(peer, Peer)
     return peer.ask(operation, remote, *operands, **keywords)

@@ -1,7 +1,7 @@
 """What runs in the process of a program, after it is confined: a script, the names of an answer, or tests.
 
     {"role": "script", "code"}                      run it as __main__: standard input to standard output
-    {"role": "answer", "code", "setup"}             run it, then serve its names on the channel (`peer`)
+    {"role": "answer", "code", "setup", "given"}    run it, then serve its names on the channel (`peer`)
     {"role": "tests", "setup", "tests", "entry"}    run tests against an answer on the channel, write the result
 
 The result of tests is a line of JSON on a descriptor that only this process has: `passed`, or why not. The answer runs
@@ -12,21 +12,22 @@ import ast
 import atexit
 import builtins
 import importlib
+import io
 import json
 import os
+import site
 import socket
 import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import unittest
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
 from distill.grading.sandbox.peer import FOR_ANSWERS, OPERATIONS, AnswerError, Ended, Peer, Remote
 
 DESCRIPTORS = {"input": 0, "output": 1, "errors": 2, "channel": 3, "result": 4}
-NOT_STARTED = 97  # exit code of a process that could not be confined
-WITHOUT = "the answer could not be loaded"
 OWN_FAULT = "tests fail by themselves"
 MODULES = {*sys.stdlib_module_names, "np", "numpy", "pd", "pandas"}  # names that tests take for modules
 
@@ -55,12 +56,26 @@ def run(request: Mapping[str, object]) -> int:
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
     sys.argv = ["main.py"]
+    for provide in (site.setquit, site.setcopyright, site.sethelper):  # `exit` and others, which `-S` leaves out
+        provide()
+    if "/dev/std" in str(request.get("code")):
+        vars(builtins)["open"] = vars(io)["open"] = _open
     match request["role"]:
         case "script":
-            return _finished(lambda: _execute(str(request["code"]), _module("__main__")))
+            names = _module("__main__")
+            names["__file__"] = "main.py"
+            return _finished(lambda: _execute(str(request["code"]), names))
         case "answer":
-            return _finished(lambda: _serve(str(request["code"]), str(request["setup"])))
+            return _finished(lambda: _serve([str(request[part]) for part in ("given", "setup", "code")]))
     return _test(request)
+
+
+def _open(file: object, *args: object, **names: object) -> object:
+    """`open` where /dev/stdin, /dev/stdout and /dev/stderr exist, which are links into /proc."""
+    return _OPEN({"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}.get(str(file), file), *args, **names)
+
+
+_OPEN: Callable[..., object] = open
 
 
 def _module(name: str) -> dict[str, object]:
@@ -118,14 +133,14 @@ def _own_part(error: BaseException) -> types.TracebackType | None:
 # ---- the answer
 
 
-def _serve(code: str, setup: str) -> None:
+def _serve(parts: Sequence[str]) -> None:
     """Load an answer and serve its names. Its main block is not run: the name of its module is `solution`."""
     channel = socket.socket(fileno=DESCRIPTORS["channel"])
     names = _module("solution")
     peer = Peer(channel, frozenset(OPERATIONS) | {"names"})
     try:
-        _execute(setup, names)
-        _execute(code, names)
+        for part in parts:
+            _execute(part, names)
     except BaseException:
         channel.close()
         raise
@@ -167,6 +182,7 @@ def _outcome(peer: Peer, setup: str, tests: list[Test], entry: str | None) -> Ou
     names = _module("__main__")
     number = 0
     reason, detail = "", ""
+    setattr(unittest.TestProgram, "runTests", _run_tests)  # noqa: B010  in this process, for these tests
     try:
         _execute(_imports(setup), {"__name__": "setup"})  # first here: an answer's process ends where they fail
         _bind(peer, names, setup, tests, entry)
@@ -196,15 +212,20 @@ def _outcome(peer: Peer, setup: str, tests: list[Test], entry: str | None) -> Ou
 
 def _bind(peer: Peer, names: dict[str, object], setup: str, tests: list[Test], entry: str | None) -> None:
     """Give the tests the names of the answer that they use, and a module `solution` that has them."""
-    used = dict.fromkeys([*_loaded(setup), *(name for test in tests for name in _loaded(test["code"]))])
+    codes = [setup, *(test["code"] for test in tests)]
+    used = dict.fromkeys(name for code in codes for name in _loaded(code))
+    modules = {name for code in codes for name in _modules(code)}
     if entry:
         used[entry] = None
     table = Remote(peer, 0, "names")
     bound = dict[str, object]()
-    # An answer's own `abs` or `len` would decide comparisons: it counts only where the tests call nothing else of it.
+    # An answer's own `abs` or `len` would decide comparisons: it counts only where the tests call nothing else of it,
+    # as its own `math` does not in `math.isclose`.
     for hidden in (False, True):
         for name in (name for name in used if hasattr(builtins, name) == hidden or name == entry):
             match table[name]:
+                case ["value", value] if name in modules:
+                    bound[name] = importlib.import_module(name)
                 case ["value", value]:
                     bound[name] = value
                 case ["module", str(path)]:
@@ -274,6 +295,14 @@ def _imports(setup: str) -> str:
     return ast.unparse(tree)
 
 
+def _modules(code: str) -> Iterator[str]:
+    """The modules of the standard library of which code uses an attribute, as in `math.isclose`."""
+    for node in ast.walk(ast.parse(code)):
+        owner = node.value if isinstance(node, ast.Attribute) else None
+        if isinstance(owner, ast.Name) and owner.id in sys.stdlib_module_names:
+            yield owner.id
+
+
 def _without_classes(setup: str) -> str:
     """The setup without the classes that the answer's process defines."""
     tree = ast.parse(setup)
@@ -290,8 +319,22 @@ def _call(peer: Peer, names: dict[str, object], entry: str | None, before: set[s
     if peer.calls:
         return
     for name, value in list(names.items()):
-        if name.startswith("test") and name not in before and isinstance(value, types.FunctionType):
+        if name in before:
+            continue
+        if name.startswith("test") and isinstance(value, types.FunctionType):
             value()
+        elif isinstance(value, type) and issubclass(value, unittest.TestCase) and not peer.calls:
+            unittest.main(exit=False, argv=["main.py"])
+
+
+_RUN_TESTS = unittest.TestProgram.runTests
+
+
+def _run_tests(program: unittest.TestProgram) -> None:
+    """Run the tests of `unittest.main`, and fail where they fail: with `exit=False` it returns."""
+    _RUN_TESTS(program)
+    if not program.result.wasSuccessful():
+        raise AssertionError(f"{len(program.result.failures)} failures, {len(program.result.errors)} errors")
 
 
 def _last_lines(error: BaseException) -> str:

@@ -20,9 +20,10 @@ from pathlib import Path
 from distill.errors import WorkError
 from distill.grading.sandbox import walls
 from distill.grading.sandbox.peer import Ended, Peer, Remote
-from distill.grading.sandbox.program import NOT_STARTED, Outcome, Test
+from distill.grading.sandbox.program import Outcome, Test
 from distill.grading.sandbox.zygote import Header, Powers
 
+KEEPERS = 2  # an answer and its tests run at the same time
 MEMORY = 2 << 30  # bytes of address space of a program
 PATIENCE = 10  # seconds on the clock for a second of processor time
 START_SECONDS = 60.0
@@ -49,33 +50,47 @@ class Finished:
 
 @dataclass
 class _Running:
-    """A program that was started: its control socket, and the files that it writes."""
+    """A program that was started: the socket of its keeper, and the files that it writes."""
 
-    control: socket.socket
+    keeper: socket.socket
     header: Header
     files: dict[str, int]
+    ended: bool = False
 
     def wait(self) -> Finished:
-        """Wait for its end; kills nothing. Errors: WorkError when its keeper has died."""
-        self.control.settimeout(self.header["patience"] + REPORT_SECONDS)
-        try:
-            message = self.control.recv(4096)
-        except (TimeoutError, ConnectionError):
-            message = b""
-        report = json.loads(message) if message else {"failed": "its keeper has ended"}
+        """Wait for its end; kills nothing. Errors: WorkError when its keeper has died, or could not confine it."""
+        report = self._report()
         if "failed" in report:
             self.close()
             raise WorkError(f"the sandbox could not run a program: {report['failed']}")
         output, errors = self._read("output"), self._read("errors")[-(1 << 16) :].decode(errors="replace")
+        reason = self._reason(report, errors)
         self.close()
-        return Finished(self._reason(report, len(output), errors), output, errors, float(report["seconds"]))
+        return Finished(reason, output, errors, float(str(report["seconds"])))
 
     def close(self) -> None:
         """Kill it if it still runs, and forget its files."""
-        self.control.close()
+        if not self.ended:
+            with suppress(OSError):  # the keeper has died; the next program says so
+                self.keeper.send(b"end")
+                self._report()
         for descriptor in self.files.values():
             os.close(descriptor)
         self.files.clear()
+
+    def _report(self) -> dict[str, object]:
+        """The keeper's report, of which there is one for each program."""
+        self.ended = True
+        self.keeper.settimeout(self.header["patience"] + REPORT_SECONDS)
+        try:
+            message = self.keeper.recv(4096)
+        except (TimeoutError, ConnectionError):
+            message = b""
+        if not message:
+            self.keeper.close()  # out of step, or gone
+            return {"failed": "its keeper has ended"}
+        report: dict[str, object] = json.loads(message)
+        return report
 
     def _read(self, name: str) -> bytes:
         if name not in self.files:
@@ -83,20 +98,19 @@ class _Running:
         size = os.fstat(self.files[name]).st_size
         return os.pread(self.files[name], min(size, walls.SCRATCH), 0)
 
-    def _reason(self, report: dict[str, object], size: int, errors: str) -> str:
+    def _reason(self, report: dict[str, object], errors: str) -> str:
         status, seconds = int(str(report["status"])), float(str(report["seconds"]))
         if report["ended"] == "patience" or (status in _KILLS and seconds > self.header["seconds"] / 2):
             return "time limit"
-        if size >= walls.SCRATCH or len(errors) >= walls.SCRATCH:
+        if any(os.fstat(descriptor).st_size >= walls.SCRATCH for descriptor in self.files.values()):
             return "output limit"
         if status == 0:
             return ""
         if status < 0:
             return f"crash: {signal.Signals(-status).name}"
         last = errors.strip().rpartition("\n")[2]
-        if status == NOT_STARTED and last.startswith("sandbox: "):
-            return f"not started: {last.removeprefix('sandbox: ')}"
-        name = match[1] if status == 1 and (match := EXCEPTION.match(last)) else ""
+        raised = status == 1 and 'File "main.py"' in errors  # and not the text of a `sys.exit`
+        name = match[1] if raised and (match := EXCEPTION.match(last)) else ""
         if name == "MemoryError":
             return "memory limit"
         if name == "OSError" and FULL.search(last):
@@ -112,23 +126,25 @@ class Zygote:
 
     def __init__(self, kind: str) -> None:
         """kind: `namespaces`, `bubblewrap`, `landlock` or `process`. Errors: NotAvailable."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket = ours
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(KEEPERS)]
+        self.keepers = [ours for ours, _ in pairs]
+        passed = [theirs.fileno() for _, theirs in pairs]
         self.process = subprocess.Popen(
-            _command(kind, theirs.fileno()),
+            _command(kind, passed),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             cwd="/",
-            pass_fds=[theirs.fileno()],
+            pass_fds=passed,
             # not the caller's environment, which may hold keys
             env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,
         )
-        theirs.close()
-        ours.settimeout(START_SECONDS)
+        for _, theirs in pairs:
+            theirs.close()
+        self.keepers[0].settimeout(START_SECONDS)
         with suppress(TimeoutError, ConnectionError):
-            message = json.loads(ours.recv(4096) or b"{}")
+            message = json.loads(self.keepers[0].recv(4096) or b"{}")
             if "walls" in message:
                 self.powers: Powers = message
                 return
@@ -146,7 +162,8 @@ class Zygote:
 
     def close(self) -> str:
         """End it, and with it every program that still runs; returns what it wrote to standard error."""
-        self.socket.close()
+        for keeper in self.keepers:
+            keeper.close()
         self.process.kill()
         _, errors = self.process.communicate()
         return str(errors, errors="replace")
@@ -158,8 +175,10 @@ class Zygote:
         stdin: bytes = b"",
         passed: dict[str, int] | None = None,
         memory: int = MEMORY,
+        keeper: int = 0,
     ) -> _Running:
-        """Start a program. passed: further descriptors by name, which stay the caller's to close.
+        """Start a program. passed: further descriptors by name, which stay the caller's to close. keeper: the number of
+        the keeper, which must have no other program.
 
         Errors: WorkError when the zygote has died.
         """
@@ -168,18 +187,17 @@ class Zygote:
             with os.fdopen(files[name], "wb", closefd=False) as file:
                 file.write(data)
             os.lseek(files[name], 0, os.SEEK_SET)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        named = {"control": theirs.fileno(), **files, **(passed or {})}
+        named = {**files, **(passed or {})}
         header = Header(names=list(named), seconds=seconds, patience=PATIENCE * seconds, memory=memory)
         try:
-            socket.send_fds(self.socket, [json.dumps(header).encode()], list(named.values()))
+            socket.send_fds(self.keepers[keeper], [json.dumps(header).encode()], list(named.values()))
         except OSError as error:
+            for descriptor in files.values():
+                os.close(descriptor)
             raise WorkError(f"the sandbox has ended: {error}") from error
-        finally:
-            theirs.close()
         for name in ("request", "input"):
             os.close(files.pop(name))
-        return _Running(ours, header, files)
+        return _Running(self.keepers[keeper], header, files)
 
 
 class Sandbox:
@@ -201,7 +219,7 @@ class Sandbox:
         try:
             answer = self._answer(code, setup, theirs, seconds)
             tester = self.zygote.start(
-                request, seconds, passed={"channel": ours.fileno(), "result": result}, memory=self.memory
+                request, seconds, passed={"channel": ours.fileno(), "result": result}, memory=self.memory, keeper=1
             )
             ours.close()
             theirs.close()
@@ -220,10 +238,13 @@ class Sandbox:
             theirs.close()
             os.close(result)
 
-    def call(self, code: str, setup: str, name: str, arguments: Sequence[object], seconds: float) -> "Returned":
-        """Call a function of an answer, or a method of its class `Solution`, and bring back what it returned."""
+    def call(
+        self, code: str, setup: str, name: str, arguments: Sequence[object], seconds: float, given: str = ""
+    ) -> "Returned":
+        """Call a function of an answer, or a method of its class `Solution`, and bring back what it returned. given:
+        imports before the answer; a function of that name among them is not the answer's."""
         ours, theirs = socket.socketpair()
-        answer = self._answer(code, setup, theirs, seconds)
+        answer = self._answer(code, setup, theirs, seconds, f"{given}\nglobals().pop({name!r}, None)\n")
         theirs.close()
         ours.settimeout(PATIENCE * seconds + REPORT_SECONDS)
         try:
@@ -239,8 +260,8 @@ class Sandbox:
             ours.close()
             answer.close()
 
-    def _answer(self, code: str, setup: str, channel: socket.socket, seconds: float) -> _Running:
-        request = {"role": "answer", "code": code, "setup": _shared(setup)}
+    def _answer(self, code: str, setup: str, channel: socket.socket, seconds: float, given: str = "") -> _Running:
+        request = {"role": "answer", "code": code, "setup": _shared(setup), "given": given}
         return self.zygote.start(request, seconds, passed={"channel": channel.fileno()}, memory=self.memory)
 
 
@@ -281,7 +302,7 @@ def _shared(setup: str) -> str:
     return ast.unparse(tree)
 
 
-def _command(kind: str, descriptor: int) -> list[str]:
+def _command(kind: str, descriptors: list[int]) -> list[str]:
     """The command of a zygote: an isolated interpreter without site packages, and this package alone of `distill`."""
     inside = kind == "bubblewrap"
     parents = [Path(walls.INSIDE, *OWN.parts[-3:-1]), Path(walls.INSIDE, OWN.parts[-3])] if inside else OWN.parents
@@ -292,7 +313,7 @@ def _command(kind: str, descriptor: int) -> list[str]:
         "    sys.modules[name].__path__ = [path]\n"
         f"sys.path += {[str(Path(path).parent) for path in walls.packages()] if not inside else []!r}\n"
         "from distill.grading.sandbox.zygote import main\n"
-        f"main({kind!r}, {descriptor})\n"
+        f"main({kind!r}, {descriptors})\n"
     )
     python = ["-I", "-S", "-X", "utf8", "-B", "-c", code]
     if inside:

@@ -14,6 +14,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,7 +39,8 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 def visible() -> list[str]:
     """The paths that are visible inside, as they are outside: interpreter and libraries."""
-    interpreter = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}  # not a virtual environment, with its packages
+    interpreter = {sysconfig.get_path("stdlib", vars=base), sysconfig.get_path("platstdlib", vars=base)}
     paths = [path for path in (*sorted(interpreter), *LIBRARIES) if os.path.exists(path)]
     return [path for path in paths if not any(path != other and path.startswith(other + "/") for other in paths)]
 
@@ -127,18 +129,23 @@ def _enter_user_namespace(root: bool) -> None:
     entered, mapped = os.pipe(), os.pipe()
     owner = os.getpid()
     if (helper := os.fork()) == 0:  # only a process outside may map two ids
-        os.read(entered[0], 1)
-        table = f"0 0 1\n{NOBODY} {NOBODY} 1\n"
-        _write(str(owner), {"uid_map": table, "gid_map": table})
-        os.write(mapped[1], b"x")
+        os.close(entered[1])
+        if os.read(entered[0], 1):
+            table = f"0 0 1\n{NOBODY} {NOBODY} 1\n"
+            with suppress(OSError):
+                _write(str(owner), {"uid_map": table, "gid_map": table})
+                os.write(mapped[1], b"x")
         os._exit(0)
     os.close(mapped[1])
-    kernel.unshare(flags)
-    os.write(entered[1], b"x")
-    done = os.read(mapped[0], 1)
-    os.waitpid(helper, 0)
-    for descriptor in (*entered, mapped[0]):
-        os.close(descriptor)
+    try:
+        kernel.unshare(flags)
+        os.write(entered[1], b"x")
+    finally:  # without a word from here the helper ends
+        os.close(entered[1])
+        done = os.read(mapped[0], 1)
+        os.waitpid(helper, 0)
+        os.close(entered[0])
+        os.close(mapped[0])
     if not done:
         raise OSError(1, f"uid_map: user {NOBODY} cannot be mapped")
 

@@ -2,8 +2,8 @@
 
 The receiver must be able to trust what it decodes to be plain: a result whose class says that it equals everything, or
 an unpickled object with code of its own, would pass every test. So a value is sent as its exact built-in type (an
-instance of a subclass as the type below it), and anything that is no plain data becomes a handle: a number by which
-the other side knows its object (`distill.grading.sandbox.peer`).
+instance of a subclass as the type below it, a named tuple as one of a class made by the receiver), and anything that is
+no plain data becomes a handle: a number by which the other side knows its object (`distill.grading.sandbox.peer`).
 
     null true 1 2.5 "text"     themselves, for None, bool, int, float and str
     ["l", …] ["t", …] ["s", …] ["z", …]      list, tuple, set, frozenset
@@ -20,10 +20,11 @@ import datetime
 import json
 import math
 import struct
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
+from functools import cache
 from types import BuiltinFunctionType
 from typing import Protocol, cast
 
@@ -76,6 +77,9 @@ def _exactly(stream: Stream, size: int) -> bytes:
 
 def encode(value: object, handle: Callable[[object], Wire]) -> Wire:
     """A value for `send`. handle: encodes what is no plain data. Errors: RecursionError for data that holds itself."""
+    if (fields := _fields(value)) and isinstance(value, tuple):
+        items = vars(tuple)["__iter__"](value)
+        return ["N", type(value).__name__, list(fields), *(encode(item, handle) for item in items)]
     value = _exact(value)
     kind = type(value)
     if value is None or isinstance(value, bool | str):
@@ -93,6 +97,20 @@ def encode(value: object, handle: Callable[[object], Wire]) -> Wire:
     if isinstance(value, deque):
         return ["q", value.maxlen, *(encode(item, handle) for item in value)]
     return _scalar(value) or handle(value)
+
+
+def _fields(value: object) -> tuple[str, ...]:
+    """The names of the fields of a named tuple; none for anything else."""
+    fields = vars(type(value)).get("_fields")
+    if not (isinstance(value, tuple) and type(fields) is tuple and tuple.__len__(value) == len(fields)):
+        return ()
+    return fields if all(type(name) is str for name in fields) else ()
+
+
+@cache
+def _named(name: str, fields: tuple[str, ...]) -> Callable[..., object]:
+    """A class of named tuples. Errors: ValueError for what is no name."""
+    return namedtuple(name, fields)  # the names are known at run time only
 
 
 def _scalar(value: object) -> Wire:
@@ -168,6 +186,9 @@ def decode(data: object, handles: Callable[[str, list[object]], object]) -> obje
         return _PAIRS[str(tag)]((decode(key, handles), decode(item, handles)) for key, item in rest)
     if tag == "v":
         return _view(str(rest[0]), [decode(item, handles) for item in rest[1:]])
+    if tag == "N":
+        names = tuple(str(name) for name in rest[1]) if isinstance(rest[1], list) else ()
+        return _named(str(rest[0]), names)(*(decode(item, handles) for item in rest[2:]))
     if tag == "q":
         return deque((decode(item, handles) for item in rest[1:]), rest[0])
     return _decode_scalar(str(tag), rest)

@@ -1,15 +1,21 @@
 """A warm interpreter that never runs a program itself: it forks a clean child for each.
 
-Started by `distill.grading.sandbox.runner` with a socket. The zygote builds the walls (`walls.build`), imports what
-programs usually import, says what it could do, and then does one thing: receive descriptors, fork. It never reads a
-request, so its memory, of which every program has a copy, holds nothing of any task. Per program:
+Started by `distill.grading.sandbox.runner` with a socket for each keeper. It builds the walls (`walls.build`), imports
+what programs usually import, reports what it can do, and forks its keepers. A keeper runs one program at a time:
 
-    zygote ──fork──▶ keeper ──fork──▶ program
-                     process 1 of a pid namespace; a /tmp of its own; waits, kills, reports
-                                      limits, user nobody, no capability, Landlock or mounts, seccomp; then the request
+    zygote ──fork──▶ keeper, for good ──fork──▶ program
+                     process 1 of a pid           a /tmp of its own; limits, user nobody, no capability,
+                     namespace                    Landlock or mounts, seccomp; then the request
 
-When the keeper ends, the kernel ends everything in its pid namespace. When the control socket is closed, also by the
-death of its owner, the keeper ends.
+A keeper receives descriptors, forks, waits, kills what is left in its pid namespace, and reports. It never reads a
+request, so its memory, of which every program has a copy, holds nothing of any task, and it runs no line of any
+program. A message while a program runs ends that program; a closed socket, also by the death of its owner, ends the
+keeper as well.
+
+Rejected: a keeper for each program, as process 1 of a namespace of its own. It costs a second fork with its page faults
+and a namespace to tear down, a third of the time of a short program. A program that is process 1 itself would do
+without keepers, but the kernel discards the signals that such a process sends to itself, so it would survive its own
+`SIGKILL`.
 """
 
 import fcntl
@@ -32,7 +38,6 @@ from distill.grading.sandbox import kernel, program, walls
 from distill.grading.sandbox.program import DESCRIPTORS
 
 FILES, THREADS = 64, 64
-PROGRAM = 2  # process id of a program in a pid namespace of its own
 CROWD = 4096  # threads where the kernel counts all of the user's, for want of a user namespace
 WARM = (  # modules, in lines
     "abc argparse array ast asyncio base64 binascii bisect calendar cmath collections contextlib copy csv dataclasses",
@@ -46,7 +51,7 @@ SCRATCH = f"size={walls.SCRATCH},nr_inodes=4096,mode=1777"  # of the /tmp of a p
 class Header(TypedDict):
     """What comes with the descriptors: their names, and the limits."""
 
-    names: list[str]  # of control, request, input, output, errors, channel, result; those that are there
+    names: list[str]  # of request, input, output, errors, channel, result; those that are there
     seconds: float  # of processor time
     patience: float  # seconds on the clock
     memory: int  # bytes of address space
@@ -64,39 +69,55 @@ class Powers(TypedDict):
 
 
 class Place(NamedTuple):
-    """Where a zygote runs. readable: for Landlock, where the root is the machine's. own: its pid namespace."""
+    """Where programs run. readable: for Landlock, where the root is the machine's. faults: a pipe by which a program's
+    process says why it could not be confined; it is closed before the program's first line."""
 
     powers: Powers
     readable: list[str]
-    own: int | None
+    faults: tuple[int, int]
 
 
-def main(kind: str, descriptor: int) -> None:
-    """Serve until the socket closes. kind: `namespaces`, `bubblewrap`, `landlock` or `process`."""
-    server = socket.socket(fileno=descriptor)
+def main(kind: str, descriptors: list[int]) -> None:
+    """Fork a keeper for each socket and wait until they end. kind: of walls, see `levels`."""
+    servers = [socket.socket(fileno=descriptor) for descriptor in descriptors]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        place = _prepare(kind)
+        powers, readable = _prepare(kind)
     except OSError as error:
-        server.send(json.dumps({"error": str(error)}).encode())
+        servers[0].send(json.dumps({"error": str(error)}).encode())
         return
-    server.send(json.dumps(place.powers).encode())
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are reaped by the kernel
+    os.environ.clear()
+    os.environ.update(PATH="/usr/bin:/bin", LANG="C.UTF-8", TZ="UTC")
+    _live_in("/tmp")
+    home = kernel.own_pid_namespace() if powers["namespaces"] else None
     gc.collect()
     gc.freeze()
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(server, 4096, 8)
-        if not message:
-            return
-        if _fork_keeper(place) == 0:
-            server.close()
-            _keep(place, json.loads(message), descriptors)
-        for each in descriptors:
-            os.close(each)
+    for server in servers:
+        if home is not None:
+            kernel.setns(home, kernel.NEWPID)  # back from the last keeper's
+            kernel.unshare(kernel.NEWPID)
+        if os.fork() == 0:
+            for other in servers:
+                if other is not server:
+                    other.close()
+            _keep(Place(powers, readable, _fault_pipe()), server)
+    servers[0].send(json.dumps(powers).encode())
+    for server in servers:
+        server.close()
+    os.wait()
 
 
-def _prepare(kind: str) -> Place:
-    """Build the walls, import, and find out what is possible inside. Errors: OSError."""
+def _fault_pipe() -> tuple[int, int]:
+    pipe = os.pipe()
+    os.set_blocking(pipe[0], False)
+    return pipe
+
+
+def _prepare(kind: str) -> tuple[Powers, list[str]]:
+    """Build the walls, import, and find out what is possible inside: the powers, and what Landlock lets be read.
+
+    Errors: OSError.
+    """
     for limit in (resource.RLIMIT_CPU, resource.RLIMIT_NOFILE):  # the starting process may have set its own
         _, hard = resource.getrlimit(limit)
         resource.setrlimit(limit, (hard, hard))
@@ -113,19 +134,13 @@ def _prepare(kind: str) -> Place:
             __import__(name)
     if readable:
         sys.path[:] = [path for path in sys.path if path.startswith(tuple(readable))]
-    own = kernel.own_pid_namespace() if kind in ("namespaces", "bubblewrap") else None
-    if own is not None and not _succeeds(lambda: kernel.unshare(kernel.NEWPID | kernel.NEWNS)):
-        own = None
+    apart = kind in ("namespaces", "bubblewrap") and _succeeds(lambda: kernel.unshare(kernel.NEWPID | kernel.NEWNS))
     version = kernel.landlock_version() if kind != "process" else 0
     filtered = _succeeds(lambda: kernel.seccomp(kernel.seccomp_filter(os.getpid())))
-    if filtered and own is not None:
-        kernel.seccomp_filter(PROGRAM)  # made once, for all
+    if filtered:
+        kernel.seccomp_filter(0)  # makes the template, for all
     uid = walls.NOBODY if os.geteuid() == 0 and _succeeds(_become_nobody) else os.geteuid()
-    return Place(
-        {"walls": kind, "uid": uid, "namespaces": own is not None, "landlock": version, "seccomp": filtered},
-        readable,
-        own,
-    )
+    return {"walls": kind, "uid": uid, "namespaces": apart, "landlock": version, "seccomp": filtered}, readable
 
 
 def _succeeds(action: Callable[[], object]) -> bool:
@@ -144,54 +159,68 @@ def _become_nobody() -> None:
     os.setresuid(walls.NOBODY, walls.NOBODY, walls.NOBODY)
 
 
-def _fork_keeper(place: Place) -> int:
-    if place.own is not None:
-        kernel.setns(place.own, kernel.NEWPID)  # back from the last program's, which has ended or will
-        kernel.unshare(kernel.NEWPID)
-    return os.fork()
-
-
 # ---- the keeper
 
 
-def _keep(place: Place, header: Header, descriptors: list[int]) -> NoReturn:
-    """Run one program, wait for it or for the order to kill it, report on the control socket."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def _keep(place: Place, server: socket.socket) -> NoReturn:
+    """Run programs one after the other until the socket closes."""
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(server, 4096, 8)
+        if not message:
+            os._exit(0)
+        if not descriptors:
+            continue  # an order to end a program, which had ended in the meantime
+        report = _run(place, server, json.loads(message), descriptors)
+        try:
+            server.send(json.dumps(report).encode())
+        except OSError:  # the judging side is gone
+            os._exit(0)
+
+
+def _run(place: Place, server: socket.socket, header: Header, descriptors: list[int]) -> dict[str, object]:
+    """Run one program, wait for it or for the order to kill it; returns the report."""
     named = dict(zip(header["names"], descriptors, strict=True))
-    control = socket.socket(fileno=named.pop("control"))
     scratch = None
-    report: dict[str, object]
     try:
-        if place.own is not None:
-            kernel.unshare(kernel.NEWNS)
-            kernel.mount("tmpfs", "/tmp", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, SCRATCH)
-            directory = "/tmp"
-        else:
-            directory = scratch = tempfile.mkdtemp(prefix="distill-")
+        if not place.powers["namespaces"]:
+            scratch = tempfile.mkdtemp(prefix="distill-", dir="/tmp")
             if place.powers["uid"] != os.geteuid():
                 os.chown(scratch, place.powers["uid"], -1)
         child = os.fork()
         if child == 0:
-            control.close()
-            _become_program(place, header, named, directory)
-        for each in named.values():
-            os.close(each)
-        report = _wait(child, control, header["patience"])
+            server.close()
+            os.close(place.faults[0])
+            _become_program(place, header, named, scratch or "/tmp")
+        report = _wait(child, server, header["patience"])
+        if place.powers["namespaces"]:
+            _end_all()
+        with suppress(BlockingIOError):
+            report["failed"] = os.read(place.faults[0], 1000).decode()
+        return report
     except OSError as error:
-        report = {"failed": str(error)}
-    if scratch is not None:
-        shutil.rmtree(scratch, ignore_errors=True)
-    with suppress(OSError):
-        control.send(json.dumps(report).encode())
-    os._exit(0)
+        return {"failed": str(error)}
+    finally:
+        for each in descriptors:
+            os.close(each)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _wait(child: int, control: socket.socket, patience: float) -> dict[str, object]:
+def _end_all() -> None:
+    """End every process of this pid namespace but its first, which is the caller."""
+    with suppress(ProcessLookupError):
+        os.kill(-1, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def _wait(child: int, server: socket.socket, patience: float) -> dict[str, object]:
     descriptor = os.pidfd_open(child) if hasattr(os, "pidfd_open") else None
     deadline = time.monotonic() + patience
     ended = None
     poll = select.poll()
-    poll.register(control, select.POLLIN)
+    poll.register(server, select.POLLIN)
     if descriptor is not None:
         poll.register(descriptor, select.POLLIN)
     while True:
@@ -200,7 +229,7 @@ def _wait(child: int, control: socket.socket, patience: float) -> dict[str, obje
         finished, status, usage = os.wait4(child, os.WNOHANG)
         if finished:
             break
-        if any(number == control.fileno() for number, _ in ready):
+        if any(number == server.fileno() for number, _ in ready):
             ended = "killed"
         elif deadline <= time.monotonic():
             ended = "patience"
@@ -210,6 +239,8 @@ def _wait(child: int, control: socket.socket, patience: float) -> dict[str, obje
             os.kill(child, signal.SIGKILL)
             _, status, usage = os.wait4(child, 0)
             break
+    if descriptor is not None:
+        os.close(descriptor)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)  # where there is no pid namespace: what it may have left behind
     seconds = usage.ru_utime + usage.ru_stime
@@ -221,17 +252,19 @@ def _wait(child: int, control: socket.socket, patience: float) -> dict[str, obje
 
 def _become_program(place: Place, header: Header, named: dict[str, int], scratch: str) -> NoReturn:
     """Confine this process, then run what the request says. Never returns."""
-    code = 1
+    code, faults = 1, _moved(place.faults[1], 200)
     try:
         os.setsid()
+        if place.powers["namespaces"]:
+            kernel.unshare(kernel.NEWNS)
+            kernel.mount("tmpfs", "/tmp", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, SCRATCH)
         with os.fdopen(named.pop("request"), "rb") as file:
             request = json.load(file)
-        _arrange(named)
+        _arrange(named, faults)
         os.chdir(scratch)
-        os.environ.clear()
-        os.environ.update(HOME=scratch, TMPDIR=scratch, PATH="/usr/bin:/bin", LANG="C.UTF-8", TZ="UTC")
-        tempfile.tempdir = scratch
-        _limit(header, THREADS if place.own is not None else CROWD)
+        if scratch != tempfile.tempdir:
+            _live_in(scratch)
+        _limit(header, THREADS if place.powers["namespaces"] else CROWD)
         # An interpreter in root's home is no secret, and Landlock shows nothing else: nobody may read it.
         kept = kernel.READ_ANYWHERE if place.powers["walls"] == "landlock" and os.geteuid() == 0 else 0
         if place.powers["uid"] != os.geteuid():
@@ -241,21 +274,27 @@ def _become_program(place: Place, header: Header, named: dict[str, int], scratch
         if sys.platform == "linux":
             kernel.drop_capabilities(kept)
             kernel.die_with_parent(signal.SIGKILL)
-        if place.powers["landlock"] and place.own is None:  # else mounts of its own hold it
+        if place.powers["landlock"] and not place.powers["namespaces"]:  # else mounts of its own hold it
             kernel.landlock(place.readable or ["/"], [scratch])
         if place.powers["seccomp"]:
             kernel.seccomp(kernel.seccomp_filter(os.getpid()))
+        os.close(faults)
     except BaseException as error:
-        os.write(2, f"sandbox: {type(error).__name__}: {error}\n".encode())
-        os._exit(program.NOT_STARTED)
+        os.write(faults, f"{type(error).__name__}: {error}".encode()[:1000])
+        os._exit(1)
     try:
         code = program.run(request)
     finally:
         os._exit(code)
 
 
-def _arrange(named: dict[str, int]) -> None:
-    """Give the descriptors the numbers that `program` expects, and close all others."""
+def _live_in(scratch: str) -> None:
+    os.environ.update(HOME=scratch, TMPDIR=scratch)
+    tempfile.tempdir = scratch
+
+
+def _arrange(named: dict[str, int], kept: int) -> None:
+    """Give the descriptors the numbers that `program` expects, and close all others but one, above these."""
     high = {name: _moved(descriptor, 100) for name, descriptor in named.items()}
     for name, number in DESCRIPTORS.items():
         if name in high:
@@ -265,7 +304,8 @@ def _arrange(named: dict[str, int]) -> None:
         if number not in [DESCRIPTORS[name] for name in high]:
             with suppress(OSError):
                 os.close(number)
-    os.closerange(last + 1, 1024)
+    os.closerange(last + 1, kept)
+    os.closerange(kept + 1, 1024)
 
 
 def _moved(descriptor: int, least: int) -> int:

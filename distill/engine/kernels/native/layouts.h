@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <initializer_list>
-#include <sstream>
 #include <string>
 #include <type_traits>
 
@@ -20,10 +19,10 @@ template <class T> constexpr char code_of() {
 }
 
 std::string describe(const char* name, size_t size, std::initializer_list<Field> fields) {
-    std::ostringstream text;
-    text << name << ' ' << size;
-    for (const Field& f : fields) text << ' ' << f.name << ':' << f.code << f.size << '@' << f.offset;
-    return text.str();
+    std::string text = name + (' ' + std::to_string(size));
+    for (const Field& f : fields)
+        ((((text += ' ') += f.name) += ':') += f.code) += std::to_string(f.size) + '@' + std::to_string(f.offset);
+    return text;
 }
 
 // LAYOUT(name, S, a, b, …): the line of struct S with the members a, b, …, under the name that Python gives it.

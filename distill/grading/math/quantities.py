@@ -1,0 +1,133 @@
+"""Numbers with what follows them: a percent sign, degrees, units of measure, words that count things."""
+
+from fractions import Fraction
+
+import sympy
+
+from distill.grading.math.environments import Environments
+from distill.grading.math.units import PERCENT, POWERS, SCALES, Unit, unit_of, word_unit
+from distill.grading.math.values import Scalar, Unreadable
+
+TEMPERATURES = {"C": "celsius", "F": "fahrenheit"}
+
+
+class Quantities(Environments):
+    """The rules of quantities."""
+
+    def literal(self) -> Scalar | None:
+        """Numbers that are no expression: with a base, and `1 1/2`."""
+        start = self.position
+        minus = self.take("-")
+        first, second, slash, third = (self.peek(ahead) for ahead in range(4))
+        sign = -1 if minus else 1
+        if first.kind == "number" and first.subscript:
+            self.position += 1
+            if not (first.subscript.isdigit() and 2 <= int(first.subscript) <= 36 and first.text.isdigit()):
+                raise Unreadable("unknown base")
+            base = int(first.subscript)
+            try:
+                number = int(first.text, base)
+            except ValueError as error:
+                raise Unreadable("digits beyond the base") from error
+            return Scalar(sympy.Integer(sign * number), base=base, digits=first.text.lstrip("0") or "0")
+        digits = all(token.kind == "number" and token.text.isdigit() for token in (first, second, third))
+        if digits and slash.text == "/" and second.spaced:
+            top, bottom = int(second.text), int(third.text)
+            if not 0 < top < bottom:
+                raise Unreadable("ambiguous mixed number")
+            self.position += 4
+            value = sympy.Integer(first.text) + sympy.Rational(top, bottom)
+            return self.with_unit(sign * value, None, "")
+        self.position = start
+        return None
+
+    def decimals(self, start: int) -> int | None:
+        """Digits after the point of the decimal number that was just read, None for any other expression."""
+        part = self.tokens[start : self.position]
+        if part and part[0].text == "-":
+            part = part[1:]
+        if len(part) != 1 or part[0].kind != "number" or "." not in part[0].text:
+            return None
+        mantissa, _, exponent = part[0].text.lower().partition("e")
+        return len(mantissa.partition(".")[2]) - int(exponent or 0)
+
+    def with_unit(self, value: sympy.Expr, decimals: int | None, digits: str) -> Scalar:
+        """The scalar with the percent sign, degree sign or unit that follows it."""
+        if self.take("%") or (self.next.kind == "word" and self.next.text.lower() in PERCENT):
+            if self.next.kind == "word" and self.next.text.lower() in PERCENT:
+                self.position += 1
+            return Scalar(value, decimals, percent=True)
+        if degrees := self._degrees():
+            self.position += degrees
+            if self.next.kind in ("letter", "word") and self.next.text in TEMPERATURES:
+                self.position += 1
+                return Scalar(value, decimals, unit=Unit(words=(TEMPERATURES[self.tokens[self.position - 1].text],)))
+            minutes = self._parts_of_a_degree()
+            return Scalar(value + minutes, None if minutes else decimals, unit=unit_of("degree"))
+        while self.next.kind == "word" and self.next.text.lower() in SCALES:
+            value, decimals = value * SCALES[self.next.text.lower()], None
+            self.position += 1
+        unit = self._unit()
+        while unit is not None and (smaller := self._smaller(unit)) is not None:
+            value, decimals, digits = value + smaller, None, ""
+        return Scalar(value, decimals, unit=unit, digits=digits)
+
+    def _smaller(self, unit: Unit) -> sympy.Expr | None:
+        """The `30 minutes` of "1 hour 30 minutes", in the larger unit; None where no such quantity follows."""
+        start = self.position
+        if self.next.kind == "join" and self.next.text == "and":
+            self.position += 1
+        if self.next.kind == "number" and self.peek(1).kind == "word":
+            amount = sympy.Rational(Fraction(self.next.text))
+            self.position += 1
+            other = self._unit()
+            if other is not None and other.dimensions == unit.dimensions and other.factor < unit.factor:
+                return amount * sympy.Rational(other.factor / unit.factor)
+        self.position = start
+        return None
+
+    def _parts_of_a_degree(self) -> sympy.Expr:
+        """The minutes and seconds of an angle: `30'15''`."""
+        total = sympy.S.Zero
+        if self.next.kind == "number" and self.peek(1).text == "'" and self.peek(2).text != "'":
+            total += sympy.Rational(Fraction(self.next.text)) / 60
+            self.position += 2
+            if self.next.kind == "number" and self.peek(1).text == self.peek(2).text == "'":
+                total += sympy.Rational(Fraction(self.next.text)) / 3600
+                self.position += 3
+        return total
+
+    def _unit(self) -> Unit | None:
+        """Words and their powers after a number; None where none follow."""
+        unit, exponent, pending, seen = Unit(), 1, 1, False
+        while self.next.kind in ("word", "operator"):
+            text = self.next.text
+            follows = self.peek(1).kind == "word"
+            if self.next.kind == "word":
+                self.position, seen = self.position + 1, True
+                if text.lower() in ("per", "a", "an", "each") and follows:
+                    exponent = -1 if text.lower() == "per" else exponent
+                    continue
+                if text.lower() in POWERS and follows:
+                    pending = POWERS[text.lower()]
+                    continue
+                if text.lower() in ("th", "of", "the"):
+                    continue
+                powers = {"squared": 2, "cubed": 3}
+                own = self._unit_power() if self.next.text == "^" else powers.get(self.next.text.lower(), 1)
+                self.position += self.next.text.lower() in powers
+                unit = unit.times(word_unit(text), exponent * pending * own)
+                pending = 1
+            elif seen and text in ("/", "*") and follows:
+                self.position += 1
+                exponent = -1 if text == "/" else exponent
+            else:
+                break
+        return unit if seen and unit != Unit() else None
+
+    def _unit_power(self) -> int:
+        self.expect("^")
+        exponent = self._exponent()
+        if not (exponent.is_Integer and abs(exponent) <= 9):
+            raise Unreadable("not parseable")
+        return int(exponent)
