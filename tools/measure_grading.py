@@ -43,11 +43,8 @@ def lines(path: Path) -> Iterator[dict[str, object]]:
 
 def pairs(path: Path, box: bool) -> Iterator[Case]:
     """Labelled pairs of a gold answer and a prediction; box: predictions are bare answers, not responses."""
-    labels: dict[tuple[object, object], set[object]] = {}
     for row in lines(path):
-        labels.setdefault((row["gold"], row["pred"]), set()).add(row["equivalent"])
-    for row in lines(path):
-        if row["equivalent"] is not None and len(labels[row["gold"], row["pred"]]) == 1:
+        if row["equivalent"] is not None:
             response = rf"\boxed{{{row['pred']}}}" if box else str(row["pred"])
             kind = str(row.get("kind", str(row["id"]).partition(".")[0]))
             allowed = EQUAL if row["equivalent"] else DIFFERENT
