@@ -4,7 +4,7 @@
 
 A miss is a verdict that the set does not allow: for labelled pairs, `correct` where the label is "different", and
 `wrong` or `unverifiable` where it is "equal". An unverifiable answer to a pair labelled "different" is not a miss, but
-it is counted. Pairs without a label, and pairs that occur with both labels, are left out. Pairs "with options" follow
+it is counted. Pairs without a label are left out. Pairs "with options" follow
 other conventions, such as rounding to two decimals.
 """
 

@@ -52,7 +52,7 @@ def test_pairs_labelled_by_hand_or_by_two_graders(real_data: RealData, graded: G
 
 
 MATH_VERIFY_DISAGREEMENTS = {
-    "test_strict.py:250": "f(y) for f(x): equal with its option `strict: false` only; 249 is the same pair, and different",
+    "test_strict.py:250": "f(y) for f(x): equal with its option `strict: false` only; 249 is the same pair",
     "test_all.py:133": "0.33 for 1/3: that case asks for two decimals (its options say so); rounding is undecided here",
 }
 
