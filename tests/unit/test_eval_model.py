@@ -6,7 +6,7 @@ import pytest
 from eval_support import Script, distill, right, scores, server, sums, url
 
 from distill import catalog
-from distill.eval.evaluation import vote_of
+from distill.eval.samples import vote_of
 from distill.evaluations import GradeRow
 from distill.grading import Grader
 from distill.grading.math import final_answer, gold_answer

@@ -6,7 +6,7 @@ import pytest
 from eval_support import distill, scores, server, url
 
 from distill.errors import UserError
-from distill.eval.evaluation import _sample
+from distill.eval.samples import sample_of
 from distill.eval.statistics import Followed, Sample, share_of_parts, summarise, wilson
 from distill.evaluations import GradeRow
 from distill.grading import GRADERS, Grader, readable, require_grader
@@ -210,11 +210,11 @@ def test_a_problem_that_cannot_be_checked_follows_nothing():
         GradeRow(str(n), 0, "correct" if n == 0 else "unverifiable", "", given, "stop", 1, 0)
         for n, given in enumerate([*evidence, {"gold": gold}, {"gold": "nonsense"}])
     ]
-    four = summarise([_sample(row, {}) for row in rows], votes=False).instructions
+    four = summarise([sample_of(row, {}) for row in rows], votes=False).instructions
     assert four is not None
     assert four.prompt_strict.value == pytest.approx(1 / 4)
     assert four.instruction_strict.value == pytest.approx(3 / (2 + 2 + 3 + 1))
-    assert summarise([_sample(row, {}) for row in rows[3:]], votes=False).instructions is None
+    assert summarise([sample_of(row, {}) for row in rows[3:]], votes=False).instructions is None
 
 
 # ---- from a file to the table
