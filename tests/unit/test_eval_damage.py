@@ -128,7 +128,7 @@ def test_grades_of_another_version_of_the_grader_are_made_again(command, tmp_pat
     with monkeypatch.context() as earlier:
         earlier.setattr(MathGrader, "version", 0)
         earlier.setattr(MathGrader, "rule", lambda self, gold, answer: ("wrong", "scripted"))
-        earlier.setattr("distill.eval.evaluation.__version__", "0.0.1")
+        earlier.setattr("distill.eval.grading.__version__", "0.0.1")
         assert command(right, "--samples", 2) == 16
     first = scores(tmp_path / "out")
     assert (first.pass_at_1.value, first.grading["math.version"], first.versions["distill"]) == (0, 0, "0.0.1")
