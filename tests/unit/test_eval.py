@@ -10,7 +10,7 @@ import pytest
 from distill.artefacts import GenerateSummary
 from distill.backends import Completed, Usage
 from distill.errors import UserError
-from distill.eval import EvalStage, evaluation, grading
+from distill.eval import EvalStage
 from distill.evaluations import LABELS, EvaluationPaths, read_grades, read_results
 from distill.grading import identity
 from distill.recipe import Recipe
@@ -200,30 +200,6 @@ def test_an_upgrade_of_the_grader_s_packages_grades_a_finished_stage_again(tmp_p
     again = Scripted(knows)
     assert {row.versions["sympy"] for row in score(tmp_path, recipe, again).values()} == {"2.0"} and again.loaded == []
     assert "grades are of another grader (math.sympy: 1.0 → 2.0)" in capsys.readouterr().out
-
-
-def test_more_samples_after_an_upgrade_grade_all_by_one_version(tmp_path, recipe, monkeypatch):
-    with monkeypatch.context() as earlier:
-        with_sympy(earlier, "1.0")
-        score(tmp_path, recipe, Scripted(knows))
-    with_sympy(monkeypatch, "2.0")
-    graded, give = [], evaluation.graded
-    monkeypatch.setattr(evaluation, "graded", lambda *given: (graded.append(1) or each for each in give(*given)))
-    scores = score(tmp_path, recipe, Scripted(knows), samples=3)
-    assert len(graded) == 3 * 3 * PROBLEMS and {row.versions["sympy"] for row in scores.values()} == {"2.0"}
-
-
-def test_versions_are_those_that_made_the_samples_and_the_grades(tmp_path, recipe, monkeypatch):
-    """Another version of distill with the same grader changes nothing, and does not sign for what it did not do."""
-    with monkeypatch.context() as earlier:
-        earlier.setattr(grading, "__version__", "0.0.1")
-        score(tmp_path, recipe, Scripted(knows))
-    monkeypatch.setattr(evaluation, "version", lambda name: "9.9")
-    (tmp_path / "run/eval/sums/base/record.json").unlink()  # the stage runs again
-    versions = score(tmp_path, recipe, Scripted(knows))["sums", "base"].versions
-    assert versions["distill"] == "0.0.1" and versions["torch"] != "9.9"
-    more = score(tmp_path, recipe, Scripted(knows), samples=3)["sums", "base"].versions
-    assert more["torch"] == f"{versions['torch']}, 9.9"
 
 
 def test_another_file_is_another_evaluation(tmp_path, recipe):
