@@ -9,9 +9,11 @@ What is compared where: the output of a program and the value that a function re
 and the program never sees what is expected. Asserts run in a process of their own that calls the answer's functions in
 another one (`distill.grading.sandbox.peer`).
 
-The program is the last Python block that defines something other than tests or reads its input, else the last that is
-marked as Python, else the last block. Without blocks it is a response that is Python as a whole, or the lines of Python
-in it. Only what follows the reasoning is searched.
+The program is the last Python block that defines what the tests call, with the blocks that define what it lacks
+(`distill.grading.blocks`). Where the tests name nothing, as those of input and output, it is the last Python block that
+defines something other than tests or reads its input, else the last that is marked as Python, else the last block.
+Without blocks it is a response that is Python as a whole, or the lines of Python in it. Only what follows the reasoning
+is searched.
 """
 
 import ast
@@ -22,9 +24,11 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 from typing import cast
 
 from distill.errors import WorkError
+from distill.grading.blocks import joined_program, used_names
 from distill.grading.grade import Answer, Detailed, Outcome, Ruling, TaskGrader
 from distill.grading.sandbox.levels import open_zygote
 from distill.grading.sandbox.peer import Remote
@@ -99,6 +103,10 @@ class CodeGrader(TaskGrader):
         """The program, see the module."""
         return find_program(response)
 
+    def find_for(self, gold: str, response: str) -> Answer | None:
+        """The program that has the functions which the tests call, see the module."""
+        return find_program(response, names_in_tests(gold))
+
     def rule(self, gold: str, answer: Answer) -> Ruling | None:
         """Only running tells."""
         tests = read_tests(gold)
@@ -141,10 +149,26 @@ def read_tests(text: str) -> CodeTests | None:
 # ---- the program in a response
 
 
-def find_program(response: str) -> Answer | None:
-    """The program of a response; None where there is none. Linear time."""
+@lru_cache(maxsize=2)  # the samples of a prompt follow one another, and its tests may be megabytes
+def names_in_tests(gold: str) -> frozenset[str]:
+    """The functions and classes that an answer may have to define; empty for tests of input and output."""
+    if (tests := read_tests(gold)) is None:
+        return frozenset()
+    names = {name for case in tests["test_cases"] if (name := case.get("fn_name"))}
+    if "entry_point" in tests:
+        return frozenset(names | {tests["entry_point"]})
+    programs = [case["code"] for case in tests["test_cases"] if "code" in case]
+    return (
+        frozenset(names | used_names("\n".join([tests.get("setup", ""), *programs]))) if programs else frozenset(names)
+    )
+
+
+def find_program(response: str, names: frozenset[str] = frozenset()) -> Answer | None:
+    """The program of a response; None where there is none. Linear time. names: that the tests use."""
     scope = outside_blocks(response.replace("\r\n", "\n"))
     blocks = _blocks(scope) or _blocks(LATE_FENCE.sub(r"\n\1", scope))
+    if names and (program := joined_program([text for tag, text in blocks if tag in PYTHON], names)):
+        return Answer(program, "code block")
     if blocks:
         return Answer(max(enumerate(blocks), key=lambda block: (_rank(*block[1]), block[0]))[1][1], "code block")
     if scope.strip() and _parses(scope.strip()) and re.search(r"[=(]", scope):

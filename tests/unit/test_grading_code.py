@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 
 from distill.grading import Grader
-from distill.grading.code import compare_output, compare_values, find_program, run_tests
+from distill.grading.code import (
+    CodeGrader,
+    compare_output,
+    compare_values,
+    find_program,
+    names_in_tests,
+    run_tests,
+)
 from distill.grading.sandbox.levels import open_zygote
 from distill.grading.sandbox.runner import Sandbox
 from distill.prompts import code_tests
@@ -55,6 +62,55 @@ FENCE = "```"
 def test_the_program_of_a_response(response: str, program: str | None) -> None:
     answer = find_program(response)
     assert (answer and answer.text) == program
+
+
+RIGHT = "def add1(x):\n    return x + 1\n"
+TESTED = {
+    "asserts": (["assert add1(1) == 2"], {}),
+    "check": ("def check(candidate):\n    assert candidate(1) == 2", {"entry_point": "add1"}),
+    "calls": ({"fn_name": "add1", "inputs": [[1]], "outputs": [2]}, {}),
+}
+BESIDE = {
+    "tests": ([RIGHT, "from solution import add1\n\ndef test_add1():\n    assert add1(1) == 2"], RIGHT),
+    "example": ([RIGHT, "def main():\n    print(add1(2))\n\nmain()"], RIGHT),
+    "alternative": ([RIGHT, "def add1_slow(x):\n    return sum([x, 1])"], RIGHT),
+    "reads its input": ([RIGHT, "x = int(input())\nprint(add1(x))"], RIGHT),
+    "helper": (["def plus(x):\n    return x + 1", "def add1(x):\n    return plus(x)"], None),
+    "helper after": (["def add1(x):\n    return plus(x)", "def plus(x):\n    return x + 1"], None),
+    "import": (["import operator", "print(0)", "def add1(x):\n    return operator.add(x, 1)"], None),
+    "star import": (["from operator import *", "def add1(x):\n    return add(x, 1)"], None),
+    "constant of a helper": (["ONE = 1", "def one():\n    return ONE", "def add1(x):\n    return x + one()"], None),
+    "corrected": (["def add1(x):\n    return x - 1", RIGHT], RIGHT),
+    "lambda": (["add1 = lambda x: x + 1", "print(add1(1))"], "add1 = lambda x: x + 1\n"),
+    "broken repetition": ([RIGHT, "def add1(x):\n    ...and so on"], RIGHT),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_the_block_with_the_tested_function_is_run(name: str) -> None:
+    blocks, program = BESIDE[name]
+    response = "\n\nAnd:\n\n".join(f"{FENCE}python\n{block}\n{FENCE}" for block in blocks)
+    golds = {kind: code_tests.tests_of(tests, row) for kind, (tests, row) in TESTED.items()}
+    if program is not None:
+        chosen = {kind: CodeGrader().find_for(gold or "", response) for kind, gold in golds.items()}
+        assert {answer and answer.text for answer in chosen.values()} == {program}
+    with Grader(workers=1) as grader:
+        items = [(kind, Prompt.from_question("q", gold, "code"), response) for kind, gold in golds.items()]
+        assert {kind: grade.verdict for kind, grade in grader.grade(items)} == dict.fromkeys(TESTED, "correct")
+
+
+def test_a_method_of_the_class_solution_is_a_function() -> None:
+    gold = code_tests.tests_of({"fn_name": "add1", "inputs": [[1]], "outputs": [2]}, {}) or ""
+    method = "class Solution:\n    def add1(self, x):\n        return x + 1\n"
+    use = "class Runner:\n    def main(self):\n        print(Solution().add1(1))"
+    answer = CodeGrader().find_for(gold, f"{FENCE}python\n{method}{FENCE}\n\n{FENCE}python\n{use}\n{FENCE}")
+    assert answer is not None and answer.text == method
+
+
+def test_tests_that_name_nothing_choose_as_without_tests() -> None:
+    gold = code_tests.tests_of({"inputs": ["1\n"], "outputs": ["2\n"]}, {}) or ""
+    response = f"{FENCE}python\nprint(int(input()) + 1)\n{FENCE}\n\n{FENCE}python\nprint(2)\n{FENCE}"
+    assert names_in_tests(gold) == frozenset() and CodeGrader().find_for(gold, response) == find_program(response)
 
 
 @pytest.mark.parametrize(
