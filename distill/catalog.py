@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from distill import model_files
+from distill.chat import read_template
 from distill.config import did_you_mean, parse, read_yaml
 from distill.engine.families import FAMILIES
 from distill.errors import UserError
@@ -33,6 +34,7 @@ MODELS: dict[Kind, type[Section]] = {
     "student": StudentCard,
     "benchmark": BenchmarkCard,
 }
+PROBLEM_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 OTHER_SIZE = 1.1  # a card may round its parameters; a factor above this is another model
 
 
@@ -187,6 +189,34 @@ def _check_traces(sources: Sequence[TraceSource | MixedSource]) -> None:
                 pass
 
 
+def is_problem_file(name: str) -> bool:
+    """Whether a name among benchmarks is that of a file or directory with problems, and not of a card."""
+    return Path(name).is_dir() or name.removesuffix(".gz").removesuffix(".zst").endswith(PROBLEM_FILES)
+
+
+def _check_names(recipe: Recipe) -> list[str]:
+    """Look at the cards and files that settings of the stages name. Returns which runs are not there yet. Errors:
+    UserError."""
+    if (decontaminate := recipe.filter.decontaminate) is not None:
+        for name in decontaminate.benchmarks:
+            try:
+                if not is_problem_file(name):
+                    load_benchmark(name)
+                elif not Path(name).exists():
+                    raise UserError(f"no file {name}; correct the path")
+            except UserError as error:
+                raise UserError(f"filter.decontaminate.benchmarks: {error}") from error
+    if recipe.judge is not None and recipe.judge.teacher is not None and not Path(recipe.judge.teacher).is_dir():
+        try:
+            load_teacher(recipe.judge.teacher)
+        except UserError as error:
+            raise UserError(f"judge.teacher: {error}") from error
+    if recipe.train.chat_template is not None:
+        read_template(recipe.train.chat_template)
+    runs = [source.path for source in (*recipe.traces, *recipe.train.data) if source.kind == "run"]
+    return [f"there is no run {path} yet, whose traces are read" for path in runs if not Path(path).is_dir()]
+
+
 def check_recipe(
     recipe: Recipe, weights: Sequence[Literal["teacher", "student"]] = ("teacher", "student"), prompts: bool = False
 ) -> list[str]:
@@ -230,6 +260,7 @@ def check_recipe(
             [*gym, *(each for each in recipe.prompts if each.kind == "file" or (each.kind == "hub" and each.local))]
         )
         _check_traces((*recipe.traces, *recipe.train.data))
+        notes += _check_names(recipe)
     if recipe.prompts and recipe.generate.sampling.max_new_tokens >= teacher.context:
         notes.append(f"generate.sampling.max_new_tokens fills {teacher.name}'s whole context of {teacher.context}")
     if recipe.train.max_length > (recipe.train.max_position_embeddings or student.context):

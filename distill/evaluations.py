@@ -273,6 +273,12 @@ def difference_line(comparison: Comparison) -> str:
     )
 
 
+LABELS = (  # what the rates of a table of scores mean
+    "no answer: no final answer was found in the response",
+    "unverifiable: no verdict, because there is no answer or it cannot be compared",
+)
+
+
 def judge_line(scores: Scores) -> str | None:
     """Which judge gave the verdicts; None where programs did."""
     judge = {key: value for key, value in scores.settings.items() if key.startswith("judge.model.")}

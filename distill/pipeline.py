@@ -14,6 +14,7 @@ from distill import catalog, generate, train
 from distill import eval as evaluation
 from distill.console import say, table
 from distill.errors import UserError
+from distill.eval.benchmark import benchmarks_of, published_scores
 from distill.filters import pipeline as filters
 from distill.filters.cluster import require_ray
 from distill.report import Report
@@ -136,5 +137,8 @@ def _unfinished_before_training(run: Run, names: Sequence[str]) -> str | None:
 
 
 def check_stages(recipe: "Recipe") -> None:
-    """Raise UserError for prompts whose traces no filter could judge, which `distill run` refuses at its beginning."""
+    """Raise UserError for prompts whose traces no filter could judge, benchmarks or files in their place that cannot be
+    used, and a model without published scores: what `distill run` refuses at its beginning."""
     filters.check_gradable(recipe)
+    benchmarks = benchmarks_of(recipe.eval)
+    published_scores(benchmarks, recipe.eval.published)

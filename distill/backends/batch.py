@@ -9,7 +9,7 @@ What a batch does not answer (it expired, or a request failed) is asked for in a
 where a parameter was refused that can be left out. A batch's metadata name the parameters that its requests lack.
 
 No request that creates a batch is repeated blindly, as a provider may have created one before its reply was lost, and
-would charge for both: it is looked for in the list first. Providers ignore idempotency keys.
+would charge for both: it is looked for in the list first. Not every provider reads idempotency keys.
 """
 
 import asyncio
@@ -186,7 +186,9 @@ class Batches:
 
         file = await self.client.files.create(file=("requests.jsonl", content), purpose="batch")
         once, draw = self.client.with_options(max_retries=0), random.Random(file.id)
-        metadata = {TAG: tag, LEFT_OUT: " ".join(self.asking.left_out)}
+        metadata = {TAG: tag}
+        if self.asking.left_out:
+            metadata[LEFT_OUT] = " ".join(self.asking.left_out)
         for attempt in range(ATTEMPTS):
             try:
                 return await once.batches.create(

@@ -29,6 +29,8 @@ class _Bounded(httpx2.AsyncByteStream):
 
 
 async def bound(response: httpx2.Response, most: int) -> None:
+    """Let a response end with an error once its body has more than `most` bytes. Errors: TooLarge, at once, where it is
+    compressed."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise TooLarge("its reply is compressed, which was not accepted")
     assert isinstance(response.stream, httpx2.AsyncByteStream)

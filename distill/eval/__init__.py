@@ -23,7 +23,7 @@ from distill.eval.compare import comparison_of
 from distill.eval.evaluation import Evaluation
 from distill.eval.judging import check_judge, judge_settings, opened_judge
 from distill.eval.models import Open, engine_for, model_at, models_of
-from distill.evaluations import difference_line, judge_line, published_line
+from distill.evaluations import LABELS, difference_line, judge_line, published_line
 from distill.fingerprint import digest
 from distill.grading import Grader
 from distill.grading.grade import AnswerJudge
@@ -250,6 +250,8 @@ def show(summary: EvalSummary) -> None:
         for published in summary.published:
             if published.benchmark == benchmark:
                 say(published_line(published, next((row for row in rows if row.model == "student"), rows[0])))
+    for line in LABELS:
+        say(line)
 
 
 def _cells(row: Scores) -> tuple[str, ...]:

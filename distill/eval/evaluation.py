@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     from distill.grading import Grade, Grader
     from distill.grading.grade import AnswerJudge
 
-PACKAGES = ("torch", "transformers", "sympy")  # whose versions a score may depend on
+PACKAGES = ("torch", "transformers")  # whose versions a score may depend on
+GRADED_WITH = {"math": ("sympy",), "gym": ("sympy",)}  # task → packages on which its verdicts depend
 LONGEST = "sampling.max_new_tokens"  # as it was used
 ASKED = "sampling.max_new_tokens_asked"  # where the model's context has less room than the benchmark asks for
 IN_A_RUN = "--fresh eval moves all evaluations of this run aside, or choose another --run-dir"
@@ -82,6 +83,7 @@ class Evaluation:
         if benchmark.card.task == JUDGE and judge is not None:
             self.settings |= {f"judge.{key}": value for key, value in judge.items()}
         self.store = TraceStore(self.paths.traces)
+        self._packages = GRADED_WITH.get(benchmark.card.task, ())
 
     @cached_property
     def wanted(self) -> list[Key]:
@@ -177,11 +179,17 @@ class Evaluation:
         self.store.compact()
 
     def grade(self, grader: "Grader", judge: "AnswerJudge | None" = None) -> None:
-        """Grade the wanted samples that have no grade yet. The tokenizer is loaded only when there are any."""
+        """Grade the wanted samples that have no grade yet; all samples where the stored grades are those of another
+        version of the grader's packages, so that a score has one. The tokenizer is loaded only when there are any."""
         ungraded = set(self.wanted) - read_grades(self.paths.grades).keys()
         if not ungraded:
             return
         self._unfinish()
+        if self._graded_by_other_versions():
+            say(f"{self.name}: graded with another version of {' or '.join(self._packages)}; grading all samples again")
+            for path in (self.paths.grades, self.paths.votes):
+                path.unlink(missing_ok=True)
+            ungraded = set(self.wanted)
         length = length_function(self.model)
         items = ((trace, trace.prompt, trace.answer) for trace in self.store if trace.key in ungraded)
         done = len(self.wanted) - len(ungraded)
@@ -246,11 +254,7 @@ class Evaluation:
             source=self.benchmark.described(),
             prompts_hash=digest([prompt.id for prompt in self.benchmark.prompts]),
             settings=drawn,
-            versions={
-                "distill": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in PACKAGES},
-            },
+            versions=self._versions(),
         )
         self._unfinish()
         scores.write(self.paths.scores)
@@ -277,6 +281,26 @@ class Evaluation:
     def _counted(self) -> list[GradeRow]:
         grades = read_grades(self.paths.grades)
         return [grades[key] for key in self.wanted]
+
+    def _stored(self) -> Scores | None:
+        """The scores of an earlier session; None where there are none that can be read."""
+        try:
+            return Scores.read_if_there(self.paths.scores, "")
+        except UserError:
+            return None
+
+    def _versions(self) -> dict[str, str]:
+        """Package → version. Of an evaluation that is still finished the stored ones: an upgrade does not change it."""
+        if self.paths.record.exists() and (stored := self._stored()) is not None:
+            return stored.versions
+        packages = {name: version(name) for name in (*PACKAGES, *self._packages)}
+        return {"distill": __version__, "python": platform.python_version()} | packages
+
+    def _graded_by_other_versions(self) -> bool:
+        """Whether the stored grades were given by other versions of the packages on which a verdict depends."""
+        stored = self._stored()
+        known = stored.versions if stored else {}
+        return any(known.get(name, version(name)) != version(name) for name in self._packages)
 
     def _unfinish(self) -> None:
         """Remove the record: files are about to change."""

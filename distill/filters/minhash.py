@@ -56,7 +56,7 @@ class MinHash:
         return self.bands * self.rows
 
     def shingles(self, text: str, salt: int = 0) -> Hashes:
-        """Hashes of the shingles of a text, in order. A text of fewer words is one shingle; without words and salt it has
+        """Hashes of the shingles of a text, in order. A text of fewer words is one; without words and salt it has
         none.
 
         White space, case and the form of accents do not count. salt: texts with different ones share no shingle.

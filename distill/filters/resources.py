@@ -19,7 +19,6 @@ from distill.prompts.rows import rows_of_file
 from distill.recipe import Recipe
 from distill.recipe.sources import FilePrompts, HubPrompts, PromptSource
 
-FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # what is not a card
 QUESTIONS = ("question", "problem", "prompt", "text")  # columns in which files of problems keep their questions
 
 
@@ -72,7 +71,7 @@ class RunResources(Resources):
         return [item for name in names for item in self._items(name)]
 
     def _items(self, name: str) -> Iterator[Item]:
-        is_file = Path(name).is_dir() or any(name.endswith((kind, f"{kind}.gz", f"{kind}.zst")) for kind in FILES)
+        is_file = catalog.is_problem_file(name)
         hint = "" if is_file else "; or name a file with its problems in filter.decontaminate.benchmarks"
         try:
             sources = [_file_of(Path(name))] if is_file else self._sources(name)

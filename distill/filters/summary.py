@@ -11,6 +11,8 @@ from distill.artefacts import FilterSummary, FunnelStep
 from distill.filters.judged import Judged
 from distill.traces.trace import TOKENS, WORDS, ContentHash
 
+UNVERIFIABLE = "unverifiable: the grader gives no verdict on the answer, for the reason named"
+
 
 class Tally:
     """Counts judged traces as they pass by. order: the names of the filters that ran, as the funnel has them.
@@ -89,6 +91,8 @@ def print_summary(summary: FilterSummary, where: str) -> None:
         for step in summary.funnel
     ]
     console.table("Filter", ("filter", "in", "dropped", "kept", "why"), rows)
+    if any(reason.startswith("unverifiable") for step in summary.funnel for reason in step.reasons):
+        console.say(UNVERIFIABLE)
     console.say(
         f"kept {summary.kept:,} of {summary.total:,} traces, for {summary.prompts_kept:,} of "
         f"{summary.prompts:,} prompts: {summary.tokens_kept:,} {summary.unit}, "

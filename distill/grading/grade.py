@@ -65,7 +65,7 @@ class TaskGrader(ABC):
 
     lazy: a worker prepares this grader at its first question instead of at its start. votes: answers can be compared
     with one another, so the samples of a prompt have a majority. seconds: processor time for one comparison in a
-    worker. level: minimum isolation of the programs in answers, for graders that run them.
+    worker. level: the least isolation for the programs of answers, where a grader runs them.
     """
 
     lazy: ClassVar[bool] = False
@@ -79,7 +79,7 @@ class TaskGrader(ABC):
     def prepare(self) -> None:  # noqa: B027  most graders have nothing to load
         """Load what `compare` and `reads` need. Called in a worker, before the time limit of a question starts.
 
-        Errors: WorkError if this machine cannot grade the task; the pool stops with that message.
+        Errors: WorkError if this machine cannot grade; the pool then stops with its message.
         """
 
     @abstractmethod

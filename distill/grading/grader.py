@@ -33,10 +33,8 @@ def require_grader(task: str, where: str, remedy: str = "leave such prompts out"
 class Grader:
     """Grades answers with `workers` processes.
 
-
-    timeout: seconds of processor time for one comparison. memory: bytes of address space of a worker. level: minimum
-    isolation of the programs in answers; if a worker's machine gives less, no program runs and grading ends with a
-    WorkError.
+    timeout: seconds of processor time for one comparison. memory: bytes of address space of a worker. level: the least
+    isolation for the programs of answers; on a machine with less, no program is run and grading ends with a WorkError.
     """
 
     def __init__(self, workers: int = 2, timeout: float = 5.0, memory: int = MEMORY, level: "Level" = "full") -> None:
@@ -53,8 +51,8 @@ class Grader:
         """Yield (key, grade) for each (key, prompt, response), in order of completion. Reads `items` lazily.
 
         This process finds answers and compares strings, in linear time; comparisons that need a parser go to a worker.
-        Errors: UserError for a task without a grader, WorkError if no process can be started or the machine gives
-        programs less isolation than `level`.
+        Errors: UserError for a task without a grader; WorkError if no process can be started, or its machine isolates
+        programs less than `level`.
         """
 
         def questions() -> "Iterator[tuple[tuple[K, Grade], Question | None]]":

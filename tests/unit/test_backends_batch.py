@@ -33,7 +33,8 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 class Provider(Handler):
     """Files and batches in memory. A batch ends when it was asked about `polls` times; `outcome(custom_id)` is the
     response of its line, None for no line; `refusal(body)` is the error of a request, as a response in the error file.
-    `failed`: errors of the next batch, which then has no answers. `lost`: batches whose creation is not reported."""
+    `failed`: errors of the next batch, which then has no answers. `lost`: batches whose creation is not reported.
+    `overloaded`: requests to create one that fail."""
 
     def do_GET(self) -> None:
         state, path = self.server, urlsplit(self.path).path
@@ -61,6 +62,10 @@ class Provider(Handler):
             state.files[name] = re.search(rb'filename="requests.jsonl".*?\r\n\r\n(.*?)\r\n--', content, re.DOTALL)[1]
             self.send(200, JSON, body({"id": name, "object": "file", "purpose": "batch"}))
         else:
+            if state.overloaded:
+                state.overloaded -= 1
+                self.send(503, JSON, b"{}")
+                return
             asked = json.loads(content)
             name = f"batch{len(state.batches)}"
             state.batches[name] = {
@@ -103,10 +108,12 @@ class Provider(Handler):
 
 
 @contextmanager
-def provider(outcome=None, polls: int = 1, refusal=lambda body: None, failed=(), lost=0) -> Iterator[Listening]:
+def provider(
+    outcome=None, polls: int = 1, refusal=lambda body: None, failed=(), lost=0, overloaded=0
+) -> Iterator[Listening]:
     outcome = outcome or (lambda key: {"status_code": 200, "body": chat()})
     state = {"files": {}, "batches": {}, "polled": {}, "keys": set(), "refuses": False}
-    state |= {"refusal": refusal, "failed": list(failed), "lost": lost}
+    state |= {"refusal": refusal, "failed": list(failed), "lost": lost, "overloaded": overloaded}
     with listening(Provider, **state, polls=polls, outcome=outcome) as made:
         yield made
 
@@ -215,7 +222,7 @@ def test_a_server_without_a_batch_api_is_refused():
 def test_a_batch_that_outlasts_the_budget_is_left_to_the_provider(monkeypatch, capsys):
     """With a higher budget the same command collects its answers."""
     monkeypatch.setattr("distill.backends.batch.POLL", 0.05)
-    allowance = Allowance(Budget(hours=1.0), PARAMS.max_new_tokens, Spent(), 3600 - 1.5)
+    allowance = Allowance(Budget(hours=1.0), PARAMS.max_new_tokens, Spent(), 3600 - 3.0)
     with provider(polls=300) as made:
         with opened(made) as backend:
             assert list(backend.complete(jobs(1), PARAMS, 0, allowance)) == []
@@ -279,8 +286,9 @@ def test_answers_without_the_log_probabilities_that_were_asked_for_are_refused()
         list(backend.complete(jobs(1), replace(PARAMS, logprobs=2), 0))
 
 
-def test_a_batch_whose_creation_was_not_reported_is_found_and_not_created_twice(monkeypatch):
+@pytest.mark.parametrize("fault", [{"lost": 1}, {"overloaded": 2}, {"overloaded": 1, "lost": 1}])
+def test_a_batch_whose_creation_was_not_reported_is_found_and_not_created_twice(fault, monkeypatch):
     monkeypatch.setattr("distill.backends.pacing.FIRST_PAUSE", 0.01)
-    with provider(lost=1) as made, opened(made) as backend:
+    with provider(**fault) as made, opened(made) as backend:
         assert len(list(backend.complete(jobs(1), PARAMS, 0))) == 5
         assert len(made.batches) == 1

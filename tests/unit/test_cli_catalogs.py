@@ -56,3 +56,38 @@ def test_prompts_that_the_filter_cannot_grade_are_refused_before_they_are_asked(
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1
     assert "prompts.0 has no gold answers" in error and "set filter.correct to false" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "filter.decontaminate.benchmarks=[aime-2042]",
+            "filter.decontaminate.benchmarks: no benchmark is named 'aime-2042'",
+        ),
+        ("filter.decontaminate.benchmarks=[gone.jsonl.gz]", "filter.decontaminate.benchmarks: no file gone.jsonl.gz"),
+        ("eval.sources={math: gone.jsonl}", "eval.sources names math, which is not evaluated"),
+        ("eval.published=nobody", "eval.published: no benchmark card has scores of nobody"),
+        ("train.chat_template=gone.jinja", "no chat template 'gone.jinja'"),
+        ("judge={teacher: deepseek-r2}", "judge.teacher: no teacher is named 'deepseek-r2'"),
+    ],
+)
+def test_every_name_in_a_recipe_is_checked(tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(catalog.load_recipe("tiny", [change]).to_yaml())
+    monkeypatch.setattr(sys, "argv", ["distill", "recipes", "check", "mine.yaml"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_a_run_that_is_not_there_yet_is_a_note(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = catalog.load_recipe("tiny", ["train.data=[{kind: kept}, {kind: run, path: runs/later}]"])
+    (tmp_path / "mine.yaml").write_text(recipe.to_yaml())
+    monkeypatch.setattr(sys, "argv", ["distill", "recipes", "check", "mine.yaml"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert "note: there is no run runs/later yet, whose traces are read" in capsys.readouterr().out

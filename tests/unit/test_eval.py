@@ -10,8 +10,8 @@ import pytest
 from distill.artefacts import GenerateSummary
 from distill.backends import Completed, Usage
 from distill.errors import UserError
-from distill.eval import EvalStage
-from distill.evaluations import EvaluationPaths, read_grades, read_results
+from distill.eval import EvalStage, evaluation
+from distill.evaluations import LABELS, EvaluationPaths, read_grades, read_results
 from distill.recipe import Recipe
 from distill.run import Run
 
@@ -173,6 +173,8 @@ def test_the_table_is_printed(tmp_path, recipe, capsys):
     printed = capsys.readouterr().out
     assert "Scores on sums, 12 problems × 2" in printed
     assert "100.0%" in printed
+    assert "no answer: no final answer was found in the response" in printed
+    assert "unverifiable: no verdict" in printed and max(map(len, LABELS)) <= 80
 
 
 def test_finished_is_finished(tmp_path, recipe):
@@ -180,6 +182,39 @@ def test_finished_is_finished(tmp_path, recipe):
     again = Scripted(knows)
     assert score(tmp_path, recipe, again) == first
     assert again.loaded == []
+
+
+def with_sympy(monkeypatch, number):
+    true = evaluation.version
+    monkeypatch.setattr(evaluation, "version", lambda name: number if name == "sympy" else true(name))
+
+
+def test_a_finished_evaluation_keeps_the_versions_that_it_was_made_with(tmp_path, recipe, monkeypatch):
+    with_sympy(monkeypatch, "1.0")
+    first = score(tmp_path, recipe, Scripted(knows))
+    path = tmp_path / "run/eval/sums/student/scores.json"
+    before = path.read_bytes()
+    with_sympy(monkeypatch, "2.0")
+    (tmp_path / "run/eval/sums/base/record.json").unlink()  # the stage runs again
+    again = score(tmp_path, recipe, Scripted(knows))
+    assert again["sums", "student"] == first["sums", "student"] and again["sums", "base"].versions["sympy"] == "2.0"
+    assert path.read_bytes() == before and first["sums", "student"].versions["sympy"] == "1.0"
+
+
+def test_more_samples_after_an_upgrade_grade_all_by_one_version(tmp_path, recipe, monkeypatch, capsys):
+    with_sympy(monkeypatch, "1.0")
+    score(tmp_path, recipe, Scripted(knows))
+    with_sympy(monkeypatch, "2.0")
+    graded, give = [], evaluation.graded
+    monkeypatch.setattr(evaluation, "graded", lambda *given: (graded.append(1) or each for each in give(*given)))
+    scores = score(tmp_path, recipe, Scripted(knows), samples=3)
+    assert len(graded) == 3 * 3 * PROBLEMS and {row.versions["sympy"] for row in scores.values()} == {"2.0"}
+    assert "graded with another version of sympy" in capsys.readouterr().out
+
+
+def test_only_verdicts_of_mathematics_depend_on_sympy():
+    assert evaluation.PACKAGES == ("torch", "transformers")
+    assert {task for task, names in evaluation.GRADED_WITH.items() if "sympy" in names} == {"math", "gym"}
 
 
 def test_another_file_is_another_evaluation(tmp_path, recipe):

@@ -225,6 +225,7 @@ def test_every_verdict_is_recorded_and_nothing_is_lost(tmp_path: Path, capsys: p
     share = round(30 * len("20 + 22 = 42") / len(GOOD))
     assert (summary.reasoning_median, summary.reasoning_mean) == (share, share)
     shown = capsys.readouterr().out
+    assert "unverifiable:" not in shown, "no trace was dropped for it"
     assert "kept 1 of 7 traces" in shown and str(tmp_path / "run/filtered/kept") in shown
 
 

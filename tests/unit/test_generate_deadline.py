@@ -16,7 +16,7 @@ from distill.prompts import Prompt
 from distill.recipe import Budget, LocalEngine
 from distill.traces.store import TraceStore
 
-SOON = 1.5  # seconds
+SOON = 3.0  # seconds
 HANGS = 15.0  # seconds after which a hanging server answers all the same, so that a failing test ends
 TINY_R1 = Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1"
 

@@ -12,7 +12,7 @@ from prompt_support import file_refused, jsonl, read
 from pydantic import ValidationError
 
 from distill.prompts import PromptCounts, code_tests, load_prompts
-from distill.prompts.golds import gold_of
+from distill.prompts.golds import gold_of, with_choices
 from distill.recipe.sources import FilePrompts
 
 # Conversations
@@ -211,3 +211,14 @@ def test_a_nested_answer_that_no_row_has_is_refused(tmp_path: Path) -> None:
     file_refused(path, "no row has a value at gold.valeu, inside column gold", "`answer: null`", answer="gold.valeu")
     source = FilePrompts(kind="file", path=str(path), answer="gold.value")
     assert [p.answer for p in load_prompts([source])] == [None, "1"]
+
+
+def test_more_choices_than_letters_are_refused():
+    """Ten choices with the right one have the letters A to J; an eleventh would be left out."""
+    columns = [f"wrong {n}" for n in range(10)]
+    settings = {"kind": "file", "path": "x.jsonl", "task": "choice"}
+    assert FilePrompts.model_validate(settings | {"choices": columns[:9]}).choices == tuple(columns[:9])
+    with pytest.raises(ValidationError, match="choices\\n.*at most 9 items"):
+        FilePrompts.model_validate(settings | {"choices": columns})
+    letters = {with_choices("q", right, columns[:9])[1] for right in ("a", "m", "z", "right")}
+    assert letters <= set("ABCDEFGHIJ")
