@@ -319,7 +319,8 @@ class Scores(Artefact):
     Rates are shares of all samples. pass_at_k, consensus_at_k: by k, empty where a problem has one sample. Lengths are
     in the model's tokens (`reasoning_unit` says where reasoning is counted in words). instructions: None where the
     problems are not instructions. parts: by source, for a benchmark of several. settings: how the samples were drawn.
-    versions: of the packages that a score may depend on.
+    grading: which grader or judge gave the verdicts, empty where an earlier version did not record it. versions: of the
+    packages that a score may depend on.
     """
 
     benchmark: str
@@ -346,6 +347,7 @@ class Scores(Artefact):
     source: dict[str, JsonValue]
     prompts_hash: str
     settings: Settings
+    grading: Settings = {}
     versions: dict[str, str]
 
 

@@ -2,6 +2,7 @@
 
     <benchmark>/<model>/settings.json    how the samples were drawn (`DrawnWith`)
                         traces/          the samples, a TraceStore
+                        grading.json     which grader, or judge, gave the verdicts (`GradedWith`)
                         grades.jsonl     one verdict a sample, and its lengths in the model's tokens (`GradeRow`)
                         votes.jsonl      which answers to a problem are equal (`VoteRow`)
                         scores.json      pass@1 with its interval, the rates, and all it takes to repeat them (`Scores`)
@@ -19,6 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from pydantic import Field
 
 from distill.artefacts import Artefact, Comparison, PublishedScores, RunPaths, Scores, Settings
 from distill.errors import UserError
@@ -46,6 +49,11 @@ class EvaluationPaths:
         return self.root / "traces"
 
     @property
+    def grading(self) -> Path:
+        """`grading.json`, a `GradedWith`."""
+        return self.root / "grading.json"
+
+    @property
     def grades(self) -> Path:
         """`grades.jsonl`: a ledger of `GradeRow`."""
         return self.root / "grades.jsonl"
@@ -67,14 +75,24 @@ class EvaluationPaths:
 
     def products(self) -> list[Path]:
         """The files that are there and that a finished evaluation vouches for."""
-        files = [self.settings, self.grades, self.votes, self.scores, *self.traces.glob("part-*.parquet")]
+        files = [self.settings, self.grading, self.grades, self.votes, self.scores, *self.traces.glob("part-*.parquet")]
         return sorted(path for path in files if path.exists())
 
 
 class DrawnWith(Artefact):
-    """`settings.json`: everything that decided the samples. Other settings are refused, never mixed."""
+    """`settings.json`: everything that decided the samples. Other settings are refused, never mixed. versions: of the
+    packages that drew them."""
 
     settings: Settings
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class GradedWith(Artefact):
+    """`grading.json`: everything that decided the grades besides the samples. Grades of another grader are replaced,
+    never mixed. versions: of distill and Python, for the record."""
+
+    settings: Settings
+    versions: dict[str, str]
 
 
 class EvaluationRecord(Artefact):
@@ -281,7 +299,8 @@ LABELS = (  # what the rates of a table of scores mean
 
 def judge_line(scores: Scores) -> str | None:
     """Which judge gave the verdicts; None where programs did."""
-    judge = {key: value for key, value in scores.settings.items() if key.startswith("judge.model.")}
+    settings = scores.settings | scores.grading  # an earlier version had the judge among the settings of the samples
+    judge = {key: value for key, value in settings.items() if key.startswith("judge.model.")}
     if not judge:
         return None
     name = judge.get("judge.model.model") or f"the model with weights {judge.get('judge.model.weights')}"

@@ -56,12 +56,30 @@ class StagePlan(Artefact):
     disk: Expected | None = None
 
 
+class Judgements(Artefact):
+    """What a judge is asked. filter, eval: judgements. prompt_tokens, completion_tokens: of each, as the `stored`
+    judgements have on average, or assumed where none is stored. money: of all, in `currency`; None without a price."""
+
+    filter: int
+    eval: int
+    prompt_tokens: float
+    completion_tokens: float
+    stored: int
+    money: float | None = None
+    currency: str = ""
+
+    @property
+    def count(self) -> int:
+        """All judgements."""
+        return self.filter + self.eval
+
+
 class Plan(Artefact):
     """`plan.json`: what a recipe was expected to take.
 
     basis: what the tokens are estimated from. mean_tokens: per trace. prompt_tokens: of all requests. price: where and
     when the price of tokens is from; None without one. input_price, output_price: per million tokens. pilot: None
-    before one has finished.
+    before one has finished. judgements: None without a judge; their money is not part of the stages'.
     """
 
     traces: int
@@ -74,4 +92,5 @@ class Plan(Artefact):
     output_price: float | None = None
     measured: Measured | None
     pilot: Pilot | None = None
+    judgements: Judgements | None = None
     stages: tuple[StagePlan, ...]

@@ -4,7 +4,7 @@
 
 A miss is a verdict that the set does not allow: for labelled pairs, `correct` where the label is "different", and
 `wrong` or `unverifiable` where it is "equal". An unverifiable answer to a pair labelled "different" is not a miss, but
-it is counted. Pairs without a label, and pairs that occur with both labels, are left out. Pairs "with options" follow
+it is counted. Pairs without a label are left out. Pairs "with options" follow
 other conventions, such as rounding to two decimals.
 """
 
@@ -43,11 +43,8 @@ def lines(path: Path) -> Iterator[dict[str, object]]:
 
 def pairs(path: Path, box: bool) -> Iterator[Case]:
     """Labelled pairs of a gold answer and a prediction; box: predictions are bare answers, not responses."""
-    labels: dict[tuple[object, object], set[object]] = {}
     for row in lines(path):
-        labels.setdefault((row["gold"], row["pred"]), set()).add(row["equivalent"])
-    for row in lines(path):
-        if row["equivalent"] is not None and len(labels[row["gold"], row["pred"]]) == 1:
+        if row["equivalent"] is not None:
             response = rf"\boxed{{{row['pred']}}}" if box else str(row["pred"])
             kind = str(row.get("kind", str(row["id"]).partition(".")[0]))
             allowed = EQUAL if row["equivalent"] else DIFFERENT

@@ -18,6 +18,10 @@ class OneSample(Exception):
         self.error = error
 
 
+class Refused(UserError):
+    """A server refuses some requests for what they are, and answers others."""
+
+
 class Failures:
     """The failures of one call. deadline: when requests under way are given up, once the work is stopped."""
 
@@ -43,7 +47,9 @@ class Failures:
         if shared is not None:
             raise shared
         failures = [error.error for error in self._errors if isinstance(error, OneSample)]
-        if len(failures) == 1:
-            raise failures[0]
-        if failures:
-            raise type(failures[0])(f"{len(failures):,} samples failed; the first: {failures[0]}")
+        if not failures:
+            return
+        refused = all(isinstance(failure, UserError) for failure in failures)
+        kind = Refused if refused else type(failures[0])
+        several = f"{len(failures):,} samples failed; the first: " if len(failures) > 1 else ""
+        raise kind(f"{several}{failures[0]}") from failures[0]

@@ -51,6 +51,7 @@ class EvalStage(Stage[EvalSummary]):
     products = (
         "eval/*/*/traces/part-*.parquet",
         "eval/*/*/settings.json",
+        "eval/*/*/grading.json",
         "eval/*/*/grades.jsonl",
         "eval/*/*/votes.jsonl",
         "eval/*/*/scores.json",
@@ -82,6 +83,7 @@ class EvalStage(Stage[EvalSummary]):
                 for item in benchmarks
             },
             "parts": {item.name: digest(item.settings) for of_model in evaluations for item in of_model},
+            "graded": {item.name: digest(item.grading) for of_model in evaluations for item in of_model},
             "sources": {item.name: item.source_identity() for item in benchmarks},
             "published": run.recipe.eval.published,
         }

@@ -75,7 +75,7 @@ def _pass_at_1(correct: Mapping[str, Sequence[bool]]) -> float:
 
 def _differences(first: Results, second: Results, common: Iterable[str]) -> list[str]:
     """What differs besides the model: settings, as `key: first, second`, the number of samples, the gold answers."""
-    a, b = first.scores.settings, second.scores.settings
+    a, b = (of.scores.settings | of.scores.grading for of in (first, second))
     keys = [key for key in {**a, **b} if not key.startswith("model.") or key.startswith("model.numerics")]
     differing = [f"{key}: {_shown(a.get(key))}, {_shown(b.get(key))}" for key in keys if a.get(key) != b.get(key)]
     counts = first.scores.samples_per_problem, second.scores.samples_per_problem

@@ -6,6 +6,9 @@ before a sample is added. The numerics are only known once the model is loaded, 
 first samples are drawn, and compared when more are. Every sample carries a hash of those settings: where settings.json
 is lost, the model is loaded, and its samples are kept if the hash is the same.
 
+Which grader or judge gave the grades is in grading.json. Grades of another one, or of another version, are made again,
+which costs no sample: no score mixes two graders.
+
 A finished evaluation has a record of its files (`distill.evaluations`). Files that are not as recorded are moved to
 `damaged-<n>/` and recreated: samples are drawn anew, and so are their grades; everything else follows from them.
 """
@@ -35,6 +38,7 @@ from distill.evaluations import (
     DrawnWith,
     EvaluationPaths,
     EvaluationRecord,
+    GradedWith,
     GradeRow,
     Key,
     VoteRow,
@@ -43,6 +47,7 @@ from distill.evaluations import (
 )
 from distill.fingerprint import digest
 from distill.grading import GRADERS
+from distill.grading.identity import changes, graders_identity, installed
 from distill.grading.instructions import number_of_instructions
 from distill.grading.judged import JUDGE
 from distill.grading.mixed import graded
@@ -57,8 +62,7 @@ if TYPE_CHECKING:
     from distill.grading import Grade, Grader
     from distill.grading.grade import AnswerJudge
 
-PACKAGES = ("torch", "transformers")  # whose versions a score may depend on
-GRADED_WITH = {"math": ("sympy",), "gym": ("sympy",)}  # task → packages on which its verdicts depend
+PACKAGES = ("torch", "transformers")  # on whose versions samples may depend
 LONGEST = "sampling.max_new_tokens"  # as it was used
 ASKED = "sampling.max_new_tokens_asked"  # where the model's context has less room than the benchmark asks for
 IN_A_RUN = "--fresh eval moves all evaluations of this run aside, or choose another --run-dir"
@@ -66,7 +70,10 @@ IN_A_RUN = "--fresh eval moves all evaluations of this run aside, or choose anot
 
 class Evaluation:
     """The directory `<benchmark>/<model>` below `root`. remedy: how to get rid of samples that were drawn otherwise.
-    judge: what decides the verdicts of a judge, where the benchmark needs one."""
+    judge: what decides the verdicts of a judge, where the benchmark needs one.
+
+    settings: what decides the samples. grading: what decides the grades besides them.
+    """
 
     def __init__(
         self,
@@ -80,10 +87,12 @@ class Evaluation:
         self.name = f"{benchmark.name}/{model.name}"
         self.paths = EvaluationPaths(root / benchmark.name / model.name)
         self.settings = benchmark.settings() | _of_model(model.identity)
-        if benchmark.card.task == JUDGE and judge is not None:
-            self.settings |= {f"judge.{key}": value for key, value in judge.items()}
+        task = benchmark.card.task
+        self._tasks = {task, "math"} if GRADERS[task].votes else {task}  # votes are compared as mathematics
+        self.grading = graders_identity(self._tasks)
+        if task == JUDGE and judge is not None:
+            self.grading |= {f"judge.{key}": value for key, value in judge.items()}
         self.store = TraceStore(self.paths.traces)
-        self._packages = GRADED_WITH.get(benchmark.card.task, ())
 
     @cached_property
     def wanted(self) -> list[Key]:
@@ -171,7 +180,7 @@ class Evaluation:
         self.paths.root.mkdir(parents=True, exist_ok=True)
         self._unfinish()
         self._forget_grades({(job.prompt.id, sample) for job in jobs for sample in job.samples})
-        DrawnWith(settings=settings).write(self.paths.settings)
+        DrawnWith(settings=settings, versions=self._versions_with_earlier()).write(self.paths.settings)
         done = len(self.wanted) - sum(len(job.samples) for job in jobs)
         label = f"eval {self.name}"
         with self.store, progress(label, len(self.wanted), "samples", done, stored=True) as advance:
@@ -179,17 +188,13 @@ class Evaluation:
         self.store.compact()
 
     def grade(self, grader: "Grader", judge: "AnswerJudge | None" = None) -> None:
-        """Grade the wanted samples that have no grade yet; all samples where the stored grades are those of another
-        version of the grader's packages, so that a score has one. The tokenizer is loaded only when there are any."""
+        """Grade the wanted samples that have no grade of this grader yet. The tokenizer is loaded only when there are
+        any."""
+        self._forget_grades_of_others()
         ungraded = set(self.wanted) - read_grades(self.paths.grades).keys()
         if not ungraded:
             return
         self._unfinish()
-        if self._graded_by_other_versions():
-            say(f"{self.name}: graded with another version of {' or '.join(self._packages)}; grading all samples again")
-            for path in (self.paths.grades, self.paths.votes):
-                path.unlink(missing_ok=True)
-            ungraded = set(self.wanted)
         length = length_function(self.model)
         items = ((trace, trace.prompt, trace.answer) for trace in self.store if trace.key in ungraded)
         done = len(self.wanted) - len(ungraded)
@@ -227,8 +232,9 @@ class Evaluation:
         known, counted = read_votes(self.paths.votes), self._counted()
         samples = [_sample(row, known.get(row.prompt, {})) for row in counted]
         statistics = summarise(samples, GRADERS[self.benchmark.card.task].votes)
-        drawn = self._drawn_with()
+        drawn, graded_with = self._drawn(), self._graded_with()
         assert drawn is not None, "samples are graded only when it is known how they were drawn"
+        assert graded_with is not None, "written before the first grade"
         scores = Scores(
             benchmark=self.benchmark.name,
             model=self.model.name,
@@ -253,8 +259,9 @@ class Evaluation:
             interval="95 %: Wilson's score interval with the effective trials of problems as clusters",
             source=self.benchmark.described(),
             prompts_hash=digest([prompt.id for prompt in self.benchmark.prompts]),
-            settings=drawn,
-            versions=self._versions(),
+            settings=drawn.settings,
+            grading=graded_with.settings,
+            versions=graded_with.versions | drawn.versions,
         )
         self._unfinish()
         scores.write(self.paths.scores)
@@ -282,26 +289,6 @@ class Evaluation:
         grades = read_grades(self.paths.grades)
         return [grades[key] for key in self.wanted]
 
-    def _stored(self) -> Scores | None:
-        """The scores of an earlier session; None where there are none that can be read."""
-        try:
-            return Scores.read_if_there(self.paths.scores, "")
-        except UserError:
-            return None
-
-    def _versions(self) -> dict[str, str]:
-        """Package → version. Of an evaluation that is still finished the stored ones: an upgrade does not change it."""
-        if self.paths.record.exists() and (stored := self._stored()) is not None:
-            return stored.versions
-        packages = {name: version(name) for name in (*PACKAGES, *self._packages)}
-        return {"distill": __version__, "python": platform.python_version()} | packages
-
-    def _graded_by_other_versions(self) -> bool:
-        """Whether the stored grades were given by other versions of the packages on which a verdict depends."""
-        stored = self._stored()
-        known = stored.versions if stored else {}
-        return any(known.get(name, version(name)) != version(name) for name in self._packages)
-
     def _unfinish(self) -> None:
         """Remove the record: files are about to change."""
         self.paths.record.unlink(missing_ok=True)
@@ -315,16 +302,57 @@ class Evaluation:
         with Ledger(self.paths.grades) as ledger:
             ledger.append([row.to_row() for key, row in grades.items() if key not in keys])
 
+    def _forget_grades_of_others(self) -> None:
+        """Remove the grades and votes of another grader, another version of it, or another judge."""
+        graded_with = self._graded_with()
+        if graded_with is not None and graded_with.settings == self.grading:
+            return
+        if self.paths.grades.exists():
+            what = changes(graded_with.settings if graded_with else None, self.grading)
+            say(f"note: {self.name}: its grades are of another grader ({what}); grading its samples again")
+        self._unfinish()
+        for path in (self.paths.votes, self.paths.grades):
+            path.unlink(missing_ok=True)
+        self.paths.root.mkdir(parents=True, exist_ok=True)
+        packages = {
+            package: number
+            for each in self._tasks
+            for package in GRADERS[each].packages
+            if (number := installed(package))
+        }
+        versions = {"distill": __version__, "python": platform.python_version()} | packages
+        GradedWith(settings=self.grading, versions=versions).write(self.paths.grading)
+
     # ---- settings
+
+    def _graded_with(self) -> GradedWith | None:
+        """What decided the grades on the disk; None where that is not known."""
+        try:
+            return GradedWith.read_if_there(self.paths.grading, "")
+        except UserError:
+            return None
 
     def _drawn_with(self) -> Settings | None:
         """How the samples on the disk were drawn; None without any, and where settings.json is missing or damaged."""
+        return None if (drawn := self._drawn()) is None else drawn.settings
+
+    def _drawn(self) -> DrawnWith | None:
         if not self.paths.settings.exists() or self.store.is_empty():
             return None
         try:
-            return DrawnWith.read(self.paths.settings, "").settings
+            return DrawnWith.read(self.paths.settings, "")
         except UserError:
             return None
+
+    def _versions_with_earlier(self) -> dict[str, str]:
+        """The versions of the packages that draw samples, each after those that drew the samples on the disk."""
+        drawn = self._drawn()
+        earlier = drawn.versions if drawn is not None else {}
+        versions = {}
+        for name in PACKAGES:
+            all_ = [each for each in earlier.get(name, "").split(", ") if each]
+            versions[name] = ", ".join(dict.fromkeys([*all_, version(name)]))
+        return versions
 
     def _settings_of(self, backend: Backend, sampling: SamplingParams) -> Settings:
         numerics: dict[str, JsonValue] = dict(backend.numerics)

@@ -1,6 +1,7 @@
 """The judge of an evaluation: whether a benchmark needs one, what decides its verdicts, and the open judge itself.
 
-What decides the verdicts belongs to the settings of an evaluation, so that the grades of two judges are never mixed.
+What decides the verdicts is stored beside the grades, so that the grades of two judges are never mixed. The samples do
+not depend on it: another judge grades the same ones.
 """
 
 from collections.abc import Sequence

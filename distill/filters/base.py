@@ -116,12 +116,16 @@ class AnyFilter(Section, ABC):
     """What all kinds share.
 
     name: the key in the recipe and in verdicts. reasons: reason → what it means; a reason may be followed by `: ` and
-    details. passing: the reason of the traces that are kept.
+    details. passing: the reason of the traces that are kept. version: raised with every change after which a verdict or
+    a note may be another, because stored ones of another version are not used. packages: distributions on which
+    verdicts rest.
     """
 
     name: ClassVar[str]
     reasons: ClassVar[Mapping[str, str]]
     passing: ClassVar[str] = OK
+    version: ClassVar[int] = 1
+    packages: ClassVar[Sequence[str]] = ()
 
     @property
     def draws(self) -> bool:

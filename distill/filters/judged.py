@@ -19,7 +19,8 @@ class Judged:
     """The figures of one trace.
 
     digest: `Trace.digest`. tokens: None where their number is not known. characters, reasoning_characters: of the whole
-    text and of its reasoning. verdicts: in the funnel's order. notes: filter → what it noted of the trace.
+    text and of its reasoning. verdicts: in the funnel's order. notes: filter → what it noted of the trace. judged_by:
+    digest of the versions of the filters and graders (`distill.filters.pipeline.judges_identity`).
     """
 
     key: Key
@@ -30,6 +31,7 @@ class Judged:
     reasoning_characters: int
     verdicts: list[Verdict] = field(default_factory=list)
     notes: dict[str, JsonValue] = field(default_factory=dict)
+    judged_by: str = ""
 
     @classmethod
     def of(cls, trace: Trace, verdicts: list[Verdict], notes: dict[str, JsonValue] | None = None) -> "Judged":

@@ -97,6 +97,7 @@ class Language(TraceFilter):
     )
 
     name = "language"
+    packages = ("py3langid",)
     reasons: ClassVar[Mapping[str, str]] = {
         OK: "in the prompt's language, as far as can be said",
         "other_script": "words in a script that the conversation does not use, which is named",

@@ -75,5 +75,5 @@ class ModelJudge(Rubric, StreamFilter):
         """Turn the grade into a verdict. The evidence has what the judge said, and the end of its judgement."""
         assert isinstance(outcome, Grade)
         reasons = {"correct": "accepted", "wrong": "rejected", "unverifiable": f"unverifiable: {outcome.reason}"}
-        shown = {key: outcome.evidence[key] for key in ("said", "judgement") if key in outcome.evidence}
+        shown = {key: outcome.evidence[key] for key in ("said", "judgement", "refusal") if key in outcome.evidence}
         return self.verdict(reasons[outcome.verdict], **shown)

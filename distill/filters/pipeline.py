@@ -5,8 +5,10 @@ That goes for grading too, whose cost on the traces that other filters drop is s
 compare.
 
 Per-trace verdicts go to a ledger as they come (`verdicts.jsonl`), so a killed run repeats next to no grading, and a run
-that was extended by more samples grades only those. The choosing filters are cheap and start afresh. Judging reads
-texts only, in one pass; writing copies the stored columns, in another.
+that was extended by more samples grades only those. Rows hold a hash of the versions of filters and graders: rows of
+other versions are judged again, also those of a finished stage, so that no output mixes two graders. The choosing
+filters are cheap and start afresh. Judging reads texts only, in one pass; writing copies the stored columns, in
+another.
 
 The settings are the filters' only. Which teacher made the traces need not be among them: a run directory holds traces
 of one identity, and `--fresh generate` moves the filter's output aside too. A trace whose text is not the one that its
@@ -30,8 +32,11 @@ from distill.filters.judged import Judged
 from distill.filters.resources import RunResources
 from distill.filters.summary import Tally, print_summary
 from distill.filters.table import JudgedTable, Survivors
+from distill.fingerprint import digest
 from distill.grading import require_grader
+from distill.grading.identity import graders_identity, versioned
 from distill.grading.judge import check_budget
+from distill.grading.judged import JUDGE
 from distill.grading.mixed import require_judge
 from distill.grading.sandbox.levels import require_level
 from distill.recipe import Recipe
@@ -82,6 +87,14 @@ def load_resources(
     return resources
 
 
+def check_benchmark_names(recipe: Recipe) -> None:
+    """Raise UserError when `decontaminate` names a benchmark that is unknown or a file that is missing.
+
+    Reads no problem and needs no network: asked before traces are paid for on a machine that may not filter them.
+    """
+    RunResources(recipe).benchmarks_identity()
+
+
 class FilterStage(Stage[FilterSummary]):
     """The traces with their verdicts, in `filtered/kept` and `filtered/dropped`."""
 
@@ -96,21 +109,27 @@ class FilterStage(Stage[FilterSummary]):
         return recipe.filter_settings()
 
     def settings(self, run: Run) -> Settings:
-        """Those of the recipe, and the judge's identity where one is asked."""
+        """Those of the recipe, the content of the benchmarks of `decontaminate`, and the judge's identity where one is
+        asked."""
         tasks, judge = _tasks(run), run.recipe.judge
-        settings = run.recipe.filter_settings(tasks)
+        settings = run.recipe.filter_settings(tasks) | RunResources(run.recipe).benchmarks_identity()
         if judge is not None and run.recipe.filters_ask_the_judge(tasks):
             settings |= {f"judge_model.{key}": value for key, value in run.models.judge.identity.items()}
         return settings
 
     def extent(self, run: Run) -> Settings:
-        """The traces: from the record of a finished `generate`, else from the store. UserError when there are none."""
+        """The traces, and the versions of what judges them.
+
+        From the record of a finished `generate`, else from the store. Errors: UserError when there are no traces.
+        """
+        judges: Settings = {"judged_by": judges_identity(run.recipe, _tasks(run))}
         if (generated := run.stored_summary("generate", GenerateSummary)) is not None:
-            return {"traces": generated.traces, "content": generated.content_hash}
+            return judges | {"traces": generated.traces, "content": generated.content_hash}
         store = TraceStore(run.paths.traces)
         if store.is_empty():
             raise UserError(f"{run.paths.traces}: no traces to filter; run `distill generate` first")
-        return {"traces": len(store), "content": content_hash(figures.digest for figures in store.figures())}
+        content = content_hash(figures.digest for figures in store.figures())
+        return judges | {"traces": len(store), "content": content}
 
     def work(self, run: Run, begin: Callable[[], None]) -> FilterSummary:
         """Judge the traces that have no verdict yet, choose among them, write both directories.
@@ -134,9 +153,10 @@ class FilterStage(Stage[FilterSummary]):
         begin()
         run.paths.filtered.mkdir(exist_ok=True)
         judge = ClusterJudge(run.recipe, tasks) if run.on == "ray" else Judge(filters, choosing, resources)
+        judged_by = digest(judges_identity(run.recipe, tasks) | {"benchmarks": resources.benchmarks_digest()})
         with JudgedTable(run.paths.filtered / ".judged.sqlite") as table:
             try:
-                _judge(store, total, judge, table, run.paths.verdicts)
+                _judge(store, total, judge, table, run.paths.verdicts, judged_by)
             except (UserError, WorkError):
                 if not had_begun and not any(Ledger(run.paths.verdicts).rows()):
                     run.forget(self)  # a judge that cannot be asked: its settings may be corrected
@@ -168,12 +188,35 @@ def _tasks(run: Run) -> set[str]:
     return TraceStore(run.paths.traces).tasks()
 
 
-def _judge(store: TraceStore, total: int, judge: Judge | ClusterJudge, table: JudgedTable, path: Path) -> None:
-    """Fill the table: from the ledger, and with verdicts that are made now."""
+def judges_identity(recipe: Recipe, tasks: Collection[str]) -> Settings:
+    """The versions of what decides stored verdicts and notes: the filters, the graders of the tasks, their packages.
+
+    tasks: those of the traces.
+    """
+    filters = recipe.filter
+    identity: Settings = {}
+    for each in (*filters.judging_filters(), *filters.choosing_filters()):
+        identity |= versioned(f"filter.{each.name}", each.version, each.packages)
+    graded = set(tasks) if filters.correct is not None or filters.majority is not None else set()
+    return identity | graders_identity(graded | ({JUDGE} if filters.judge is not None else set()))
+
+
+def _judge(
+    store: TraceStore, total: int, judge: Judge | ClusterJudge, table: JudgedTable, path: Path, judged_by: str
+) -> None:
+    """Fill the table: from the ledger, and with verdicts that are made now. judged_by: digest of `judges_identity`."""
     with Ledger(path) as ledger:
+        others = 0
         for row in ledger.rows():
-            if (earlier := Judged.from_row(row)) is not None:
+            if (earlier := Judged.from_row(row)) is not None and earlier.judged_by == judged_by:
                 table.remember(earlier)
+            else:
+                others += 1
+        if others:
+            console.say(
+                f"filter: {console.counted(others, 'trace')} had verdicts of other versions of the filters or graders "
+                f"and will be judged again"
+            )
         with console.progress("filter", total, "traces") as advance, judge:
 
             def unknown() -> Iterator[tuple[int, Trace]]:
@@ -185,6 +228,7 @@ def _judge(store: TraceStore, total: int, judge: Judge | ClusterJudge, table: Ju
                         yield position, trace
 
             for position, judged in judge.judge(unknown()):
+                judged.judged_by = judged_by
                 ledger.add(judged.to_row())
                 table.add(position, judged)
                 advance(1)

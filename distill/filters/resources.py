@@ -1,15 +1,17 @@
 """What a run adds to the resources of its filters. The recipe imports the filters, so only this room knows it."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
 from distill import catalog
+from distill.artefacts import Settings
 from distill.chat import Chat
 from distill.errors import UserError
 from distill.filters.base import Resources
 from distill.filters.overlap import Item
+from distill.fingerprint import digest, file_hash
 from distill.grading.grade import AnswerJudge
 from distill.grading.judge import InRounds, JudgeModel
 from distill.models import Models, judge_of
@@ -62,29 +64,74 @@ class RunResources(Resources):
 
         Errors: UserError when one cannot be read.
         """
+        return [item for name in self._names(benchmarks) for item in self._items(name)]
+
+    def benchmarks_identity(self) -> Settings:
+        """What the benchmarks of `decontaminate` hold, by name. A file is known by its content, a dataset of the
+        Hugging Face Hub by its name and revision. Reads no problem. Errors: UserError when a file is missing."""
+        decontaminate = self.recipe.filter.decontaminate
+        names = self._names(decontaminate.benchmarks) if decontaminate is not None else ()
+        return {f"decontaminate.content.{name}": self._content(name) for name in names}
+
+    def benchmarks_digest(self) -> str:
+        """16 hex digits over the problems that `decontaminate` compares with. Errors: UserError when one cannot be
+        read."""
+        decontaminate = self.recipe.filter.decontaminate
+        return digest(self.benchmark_items(decontaminate.benchmarks) if decontaminate is not None else [])
+
+    def _names(self, benchmarks: Sequence[str]) -> Sequence[str]:
         names = benchmarks or self.recipe.eval.benchmarks
         if not names:
             raise UserError(
                 "filter.decontaminate: there is no benchmark to compare with; name some in "
                 "filter.decontaminate.benchmarks, or set filter.decontaminate to false"
             )
-        return [item for name in names for item in self._items(name)]
+        return names
 
     def _items(self, name: str) -> Iterator[Item]:
-        is_file = catalog.is_problem_file(name)
-        hint = "" if is_file else "; or name a file with its problems in filter.decontaminate.benchmarks"
-        try:
-            sources = [_file_of(Path(name))] if is_file else self._sources(name)
+        with _reading(name):
+            sources = [_file_of(Path(name))] if catalog.is_problem_file(name) else self._sources(name)
             for number, prompt in enumerate(load_prompts(sources)):
                 yield Item(f"{Path(name).stem}/{number}", prompt.messages[-1]["content"])
-        except UserError as error:
-            raise UserError(f"filter.decontaminate: {error}{hint}") from error
+
+    def _content(self, name: str) -> str:
+        with _reading(name):
+            if catalog.is_problem_file(name):
+                return _hash_of(Path(name))
+            sources = [source.settings() | _content_of(source) for source in self._sources(name)]
+        return digest([{key: value for key, value in source.items() if key != "path"} for source in sources])
 
     def _sources(self, name: str) -> Sequence[PromptSource]:
         card = catalog.load_benchmark(name)
         paths = self.recipe.eval.sources.get(card.name, ())
         files = [_file_of(Path(path)) for path in ((paths,) if isinstance(paths, str) else paths)]
         return files or [_question_alone(source) for source in card.sources]
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Names the filter in front of an error, and what to do about a card that cannot be read."""
+    try:
+        yield
+    except UserError as error:
+        hint = (
+            ""
+            if catalog.is_problem_file(name)
+            else "; or name a file with its problems in filter.decontaminate.benchmarks"
+        )
+        raise UserError(f"filter.decontaminate: {error}{hint}") from error
+
+
+def _content_of(source: PromptSource) -> Settings:
+    return {"content": _hash_of(Path(source.path))} if isinstance(source, FilePrompts) else {}
+
+
+def _hash_of(path: Path) -> str:
+    """16 hex digits over a file, or over all files of a saved dataset."""
+    if not path.is_dir():
+        return file_hash(path)
+    files = sorted(each for each in path.rglob("*") if each.is_file())
+    return digest({each.relative_to(path).as_posix(): file_hash(each) for each in files})
 
 
 def _question_alone(source: PromptSource) -> PromptSource:

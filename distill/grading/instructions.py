@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from distill.errors import UserError
 from distill.grading.grade import Answer, Detailed, Ruling, TaskGrader
-from distill.grading.instruction_checks import CHECKS, PACKAGES, variants
+from distill.grading.instruction_checks import CHECKS, DISTRIBUTIONS, PACKAGES, variants
 
 SHOWN = 200  # characters of a response in the evidence
 
@@ -26,6 +26,7 @@ class InstructionsGrader(TaskGrader):
 
     lazy: ClassVar[bool] = True
     votes: ClassVar[bool] = False
+    packages = DISTRIBUTIONS
 
     def require(self, where: str) -> None:
         """Raise UserError when the packages of the extra `ifeval` are not installed."""

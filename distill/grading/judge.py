@@ -10,8 +10,10 @@ Each user of a judge (the filters of a run, an evaluation) has a ledger of its o
 others. Filters that work at the same time share one `JudgeModel`, and ask it in turn (`InRounds`): so one budget holds
 for all of them, and the model is loaded once.
 
-A judgement without a verdict is unverifiable. A request that fails is not a verdict of any kind: the work ends with the
-failure when all others are done, and the next run asks again for what is missing.
+A judgement without a verdict is unverifiable, and so is a response that the judge's server refuses to judge, as its
+filter of contents may: the refusal is in the evidence. Where it refuses all of the first `FIRST`, the settings are
+wrong, and the work ends. A request that fails otherwise is not a verdict of any kind: the work ends with the failure
+when all others are done, and the next run asks again for what is missing.
 
 Of a stored judgement only its place is in memory, some 200 bytes.
 """
@@ -28,6 +30,7 @@ from distill.artefacts import Settings
 from distill.backends import Backend, Job, SamplingParams
 from distill.backends.budget import Allowance, Spent, bound_of
 from distill.backends.collect import sampled
+from distill.backends.failures import Refused
 from distill.console import say
 from distill.errors import UserError, WorkError
 from distill.fingerprint import digest
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
 K = TypeVar("K")
 
 SHOWN = 300  # characters of a response and of a judgement in the evidence
+FIRST = 8  # questions that are asked before all others: are they all refused, the others would be too
 ROUND = 256  # answers that are judged together, where several filters ask
 SETTLED = 1024  # answers that wait while requests are under way
 
@@ -148,7 +152,7 @@ class JudgeModel:
                 else:
                     waiting[question.id] = [item]
                     yield question
-                if len(settled) >= SETTLED:
+                if len(settled) >= SETTLED or (not self._asked and len(waiting) >= FIRST):
                     return
 
         while True:
@@ -161,12 +165,17 @@ class JudgeModel:
                     source = chain([item], source)
                     continue
                 return
-            with closing(self._judged(chain([first], asking))) as judged:
+            refusals: dict[str, str] = {}
+            with closing(self._judged_or_refused(chain([first], asking), refusals)) as judged:
                 for identity, judgement in judged:
                     for key, prompt, response in waiting.pop(identity):
                         yield key, _grade(rubric, prompt, response, judgement)
                     yield from settled
                     settled.clear()
+            for identity, refusal in refusals.items():
+                for key, prompt, response in waiting.pop(identity):
+                    evidence = _evidence(prompt, response) | {"refusal": _cut(refusal)}
+                    yield key, Grade("unverifiable", "refused by the judge", evidence)
             if waiting:
                 raise WorkError(
                     f"the judge's budget is used up ({self.report()}): at least {len(waiting):,} responses are not "
@@ -180,6 +189,34 @@ class JudgeModel:
         ledger, offset = place
         row = ledger.row_at(offset)
         return Judgement(row["text"], row["finished"])
+
+    def _judged_or_refused(
+        self, questions: Iterable[Prompt], refusals: dict[str, str]
+    ) -> Generator[tuple[str, Judgement], None, None]:
+        """As `_judged`, and collect id of the question → reason of those that the server refuses. Errors: UserError
+        where it refuses all, and has judged none before."""
+        asked: dict[str, Prompt] = {}
+
+        def remembered() -> Iterator[Prompt]:
+            for question in questions:
+                asked[question.id] = question
+                yield question
+
+        def judged(questions: Iterable[Prompt]) -> Iterator[tuple[str, Judgement]]:
+            for identity, judgement in self._judged(questions):
+                del asked[identity]
+                yield identity, judgement
+
+        try:
+            yield from judged(remembered())
+        except Refused as refused:
+            if not self._asked and len(asked) > 1:
+                raise UserError(f"the judge refuses every request: {refused}") from refused
+            for question in list(asked.values()):  # alone, so that each has its own reason
+                try:
+                    yield from judged([question])
+                except Refused as reason:
+                    refusals[question.id] = str(reason)
 
     def _judged(self, questions: Iterable[Prompt]) -> Generator[tuple[str, Judgement], None, None]:
         """Ask; yield (id of the question, judgement), each after it is stored."""

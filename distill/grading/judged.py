@@ -2,7 +2,8 @@
 
 A judge has an address, a price and a budget, so the table cannot hold it: the caller brings one (`AnswerJudge`), and
 without one an answer is unverifiable. That a recipe has a judge where it needs one is checked before any work
-(`distill.grading.mixed.require_judge`).
+(`distill.grading.mixed.require_judge`). Its `version` is that of reading verdicts (`distill.grading.verdicts`) and of
+what is put into the judge's prompt.
 """
 
 from typing import ClassVar

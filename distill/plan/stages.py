@@ -22,6 +22,7 @@ from distill.errors import UserError
 from distill.fingerprint import digest
 from distill.models import Models
 from distill.plan.hardware import Hardware, parse
+from distill.plan.judging import described, plan_judgements
 from distill.plan.traces import Traces, estimate_traces, pilot_of
 from distill.plan.training import MACHINES, Data, plan_training, trained_tokens
 from distill.planned import Expected, Measured, Plan, StagePlan
@@ -82,6 +83,7 @@ def plan_recipe(
         output_price=price.output if price else None,
         measured=measured,
         pilot=drawn,
+        judgements=plan_judgements(recipe, paths, prompts, estimate),
         stages=stages,
     )
     _show(recipe, plan, estimate, counted, price, hardware)
@@ -287,6 +289,8 @@ def _show(
             f"money: price of {price.date}, {price.input:g} {price.currency} per million prompt tokens, "
             f"{price.output:g} per million completion tokens ({price.source})"
         )
+    if plan.judgements is not None:
+        say(described(plan.judgements))
     _say_hours(recipe, plan, hardware)
     if recipe.price_per_hour is not None and (hours := [s.hours.value for s in plan.stages if s.hours]):
         say(f"machine: {sum(hours) * recipe.price_per_hour:,.2f} at {recipe.price_per_hour:g} an hour")

@@ -7,7 +7,11 @@ from functools import partial
 import pytest
 from eval_support import distill, right, scores, server, shared_sums, sums, url
 
-from distill.evaluations import EvaluationPaths, read_results
+from distill import __version__
+from distill.artefacts import CHECKSUM, _checksum
+from distill.evaluations import EvaluationPaths, EvaluationRecord, read_results
+from distill.grading.math import MathGrader
+from distill.integrity import record_files
 from distill.traces.ledger import Ledger
 
 __all__ = ["shared_sums", "sums"]
@@ -40,6 +44,8 @@ def finished(shared_sums, tmp_path_factory):
     [
         ("settings.json", "{"),
         ("settings.json", None),
+        ("grading.json", "{"),
+        ("grading.json", None),
         ("grades.jsonl", "{}\n"),
         ("grades.jsonl", None),
         ("votes.jsonl", "[]\n"),
@@ -103,3 +109,55 @@ def test_a_benchmark_with_answers_that_no_grader_reads_says_so(sums, tmp_path, c
     assert (
         "1 of 8 gold answers cannot be read by a grader, such as 'it depends on the weather'" in capsys.readouterr().out
     )
+
+
+@pytest.fixture
+def other_grader(monkeypatch):
+    """Makes the grader of mathematics another version, which gives every answer one verdict."""
+
+    def change(version, verdict=None):
+        monkeypatch.setattr(MathGrader, "version", version)
+        if verdict is not None:
+            monkeypatch.setattr(MathGrader, "rule", lambda self, gold, answer: (verdict, "scripted"))
+
+    return change
+
+
+def test_grades_of_another_version_of_the_grader_are_made_again(command, tmp_path, capsys, monkeypatch, other_grader):
+    """Of a finished evaluation, and of one that is extended: its score has the grades of one grader."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(MathGrader, "version", 0)
+        earlier.setattr(MathGrader, "rule", lambda self, gold, answer: ("wrong", "scripted"))
+        earlier.setattr("distill.eval.evaluation.__version__", "0.0.1")
+        assert command(right, "--samples", 2) == 16
+    first = scores(tmp_path / "out")
+    assert (first.pass_at_1.value, first.grading["math.version"], first.versions["distill"]) == (0, 0, "0.0.1")
+    assert command(right, "--samples", 4) == 16, "only the new samples are drawn"
+    second = scores(tmp_path / "out")
+    assert (second.pass_at_1.value, second.samples, second.versions["distill"]) == (1, 32, __version__)
+    assert second.grading["math.version"] == MathGrader.version and second.grading["math.sympy"]
+    assert f"its grades are of another grader (math.version: 0 → {MathGrader.version})" in capsys.readouterr().out
+    other_grader(MathGrader.version + 1, "wrong")
+    assert command(right, "--samples", 4) == 0
+    assert scores(tmp_path / "out").pass_at_1.value == 0
+
+
+def test_grades_without_a_version_are_made_again(command, tmp_path, capsys):
+    """As earlier versions of distill left them: the files are read, their grades are not used."""
+    command()
+    paths = EvaluationPaths(tmp_path / "out" / "sums" / "scripted")
+    paths.grading.unlink()
+    rows = [row | {"verdict": "wrong"} for row in Ledger(paths.grades).rows()]
+    paths.grades.unlink()
+    with Ledger(paths.grades) as ledger:
+        ledger.append(rows)
+    for path, field in ((paths.settings, "versions"), (paths.scores, "grading")):
+        content = json.loads(path.read_text())
+        del content[field], content[CHECKSUM]
+        path.write_text(json.dumps(content | {CHECKSUM: _checksum(content)}))
+    record = EvaluationRecord.read(paths.record, "")
+    files = record_files(paths.root, paths.products())
+    record.model_copy(update={"files": files}).write(paths.record)
+    assert read_results(paths.root).scores.grading == {}
+    assert command() == 0 and scores(tmp_path / "out").pass_at_1.value == 1
+    assert "another grader (their version is not recorded)" in capsys.readouterr().out

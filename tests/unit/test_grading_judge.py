@@ -19,7 +19,7 @@ from distill.catalog import load_recipe
 from distill.errors import UserError, WorkError
 from distill.filters.pipeline import STAGE, check_gradable
 from distill.grading import Grader
-from distill.grading.judge import JudgeModel, judge_identity, judge_price
+from distill.grading.judge import FIRST, JudgeModel, judge_identity, judge_price
 from distill.grading.mixed import graded, require_judge
 from distill.models import Launch, judge_of
 from distill.prompts import Prompt
@@ -116,18 +116,41 @@ def test_users_share_judgements(tmp_path: Path) -> None:
 
 def test_a_failure_is_no_verdict(tmp_path: Path) -> None:
     def failing(question: str, seed: int | None) -> Any:
-        return 400 if "Rome" in question else verdict(question, seed)
+        return 404 if "Rome" in question else verdict(question, seed)
 
     items = [(n, prompt(), f"It is {'Rome' if n == 2 else 'Paris'} ({n}).") for n in range(8)]
     grades: dict[int, Any] = {}
     with server(failing) as made, opened(url(made), tmp_path) as judge, pytest.raises(UserError):
         for key, grade in judge.grade(items):
             grades[key] = grade
-    assert grades.keys() == set(range(8)) - {2}
+    assert 2 not in grades and grades.keys() >= {0, 1}
     assert {grade.verdict for grade in grades.values()} == {"correct"}
     with server(verdict) as made, opened(url(made), tmp_path) as judge:
         assert dict(judge.grade(items))[2].verdict == "wrong"
-        assert len(made.asked) == 1, "only the failed one is asked again"
+        assert len(made.asked) == 8 - len(grades), "only what is missing is asked again"
+
+
+def test_a_refused_response_is_undecided_and_the_others_are_judged(tmp_path: Path) -> None:
+    def refusing(question: str, seed: int | None) -> Any:
+        return 400 if "Rome" in question else verdict(question, seed)
+
+    items = [(n, prompt(), f"It is {'Rome' if n in (2, 9) else 'Paris'} ({n}).") for n in range(12)]
+    with server(refusing) as made, opened(url(made), tmp_path) as judge:
+        grades = dict(judge.grade(items))
+    assert {n: grade.verdict for n, grade in grades.items()} == {
+        n: "unverifiable" if n in (2, 9) else "correct" for n in range(12)
+    }
+    assert grades[9].reason == "refused by the judge" and "scripted" in str(grades[9].evidence["refusal"])
+    with server(verdict) as made, opened(url(made), tmp_path) as judge:
+        assert dict(judge.grade(items))[2].verdict == "wrong", "a refusal is not stored"
+
+
+def test_a_judge_that_refuses_all_ends_the_work(tmp_path: Path) -> None:
+    items = [(n, prompt(), f"It is Paris ({n}).") for n in range(100)]
+    with server(lambda question, seed: 400) as made, opened(url(made), tmp_path) as judge:
+        with pytest.raises(UserError, match="the judge refuses every request: .*scripted") as ended:
+            list(judge.grade(items))
+        assert len(made.asked) <= 2 * FIRST and "\n" not in str(ended.value)
 
 
 def test_a_budget_ends_the_work_and_a_larger_one_goes_on(tmp_path: Path) -> None:
@@ -403,12 +426,22 @@ def test_a_benchmark_that_a_judge_grades(tmp_path: Path, monkeypatch: pytest.Mon
         assert distill(monkeypatch, *asked, *judge) == 0
         row = scores(tmp_path / "out", "simpleqa")
         assert (row.correct, row.unverifiable_rate) == (1, pytest.approx(1 / 3))
-        assert row.settings["judge.model.model"] == "scripted" and "judge.prompt" in row.settings
+        assert row.grading["judge.model.model"] == "scripted" and "judge.prompt" in row.grading
+        assert not any(key.startswith("judge.") for key in row.settings), "samples do not depend on the judge"
         assert len(made.asked) == 6
         assert distill(monkeypatch, *asked, *judge) == 0
         assert len(made.asked) == 6, "finished is finished"
-        assert distill(monkeypatch, *asked, *judge, "--set", "judge.seed=3") == 2
-        assert "judge.seed: 0 → 3" in capsys.readouterr().err
+        capsys.readouterr()
+        assert distill(monkeypatch, *asked, *judge, "--set", "judge.seed=3") == 0
+        assert (
+            "its grades are of another grader (judge.seed: 0 → 3); grading its samples again" in capsys.readouterr().out
+        )
+        assert len(made.asked) == 9, "another judge is asked about the same samples"
+        assert scores(tmp_path / "out", "simpleqa").grading["judge.seed"] == 3
+        assert distill(monkeypatch, *asked, *judge) == 0
+        assert len(made.asked) == 9, "the judgements of the first judge are still there"
+        assert distill(monkeypatch, *asked, *judge, "--set", "judge.max_characters=8") == 0
+        assert len(made.asked) == 9 and scores(tmp_path / "out", "simpleqa").correct == 0
 
 
 if __name__ == "__main__":

@@ -13,8 +13,11 @@ from distill.artefacts import RunPaths
 from distill.errors import UserError
 from distill.fingerprint import digest
 from distill.plan import stages
-from distill.planned import Measured, Pilot, Plan
-from distill.prompts import load_prompts
+from distill.plan.judging import described, plan_judgements
+from distill.plan.traces import Traces
+from distill.planned import Expected, Measured, Pilot, Plan
+from distill.prompts import Prompt, load_prompts
+from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace
 
@@ -245,3 +248,22 @@ def test_pilots_of_the_same_prompts_are_joined():
     assert second.joined(first).prompts == ("p", "q", "r")
     assert second.joined(first.model_copy(update={"samples": 1})).samples == 1
     assert second.joined(first.model_copy(update={"population": "b"})) == second == second.joined(None)
+
+
+def test_the_judgements_of_a_recipe_by_hand(tmp_path):
+    """60 traces are judged once, by filter.judge: 60 · (1,000 · 1 + 200 · 10) millionths; then as the stored ones."""
+    judge = {"server": {"url": "http://127.0.0.1:1/v1", "model": "j", "price": PRICE}}
+    loaded = catalog.load_recipe("tiny", [f"judge={json.dumps(judge)}", "filter.judge=true"])
+    paths, estimate = RunPaths(tmp_path), Traces(30, 2, Expected(value=600), "given")
+    plan = plan_judgements(loaded, paths, None, estimate)
+    assert (plan.filter, plan.eval, plan.stored) == (60, 0, 0) and plan.money == pytest.approx(60 * 3000 / 1e6)
+    assert "assumed: 0.18 USD, beside the table" in described(plan)
+    paths.judgements.mkdir()
+    with Ledger(paths.judgements / "filter-judge.jsonl") as ledger:
+        ledger.append([{"id": str(n), "prompt_tokens": 100 * n, "completion_tokens": 10} for n in (1, 3)])
+    plan = plan_judgements(loaded, paths, None, estimate)
+    assert (plan.stored, plan.prompt_tokens, plan.completion_tokens) == (2, 200, 10)
+    assert plan.money == pytest.approx(60 * 300 / 1e6) and "as the 2 stored have" in described(plan)
+    mixed = [Prompt.from_question(str(n), "a", "judge" if n < 3 else "math") for n in range(30)]
+    assert plan_judgements(loaded, paths, mixed, estimate).filter == 60 + 6
+    assert plan_judgements(catalog.load_recipe("tiny"), paths, None, estimate) is None

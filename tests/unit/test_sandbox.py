@@ -95,9 +95,9 @@ CHEATS = {
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_no_cheat_passes(sandbox: Sandbox, name: str) -> None:
-    outcome = sandbox.tests(CHEATS[name], "", ASSERT, None, 0.5)  # type: ignore[arg-type]
+    outcome = sandbox.tests(CHEATS[name], "", ASSERT, None, 0.5)  # type: ignore[arg-type]  # a list of plain dicts
     assert not outcome["passed"] and outcome["reason"]
-    assert sandbox.tests("def f(x): return 2 * x", "", ASSERT, None, 5.0)["passed"]  # type: ignore[arg-type]
+    assert sandbox.tests("def f(x): return 2 * x", "", ASSERT, None, 5.0)["passed"]  # type: ignore[arg-type]  # a list of plain dicts
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_values_go_through_the_wire() -> None:
     def refused(*_: object) -> object:
         raise AssertionError("plain data needs no handle")
 
-    assert wire.decode(wire.encode(value, refused), refused) == value  # type: ignore[arg-type]
+    assert wire.decode(wire.encode(value, refused), refused) == value  # type: ignore[arg-type]  # a list of plain dicts
     for data in (["x", 1], {"a": 1}, [["h"]], ["i", "zz"]):
         with pytest.raises((ValueError, TypeError, KeyError, IndexError, AssertionError)):
             wire.decode(data, refused)

@@ -94,6 +94,8 @@ def _judge_guess(expected: list[Value], line: str) -> Ruling:
 class MathGrader(TaskGrader):
     """Numbers, expressions, sets and intervals, by the functions above."""
 
+    packages = ("sympy",)
+
     def prepare(self) -> None:
         """Import sympy and fill its caches."""
         judge("1", r"\frac{2}{3}", True)
