@@ -14,6 +14,7 @@ from distill.filters.overlap import SMOOTHING, WEIGHTS, Index, Item
 from distill.filters.pipeline import STAGE
 from distill.filters.resources import RunResources
 from distill.filters.terms import stem_of, terms_of
+from distill.pipeline import run_recipe
 from distill.prompts.prompt import Prompt
 from distill.recipe import Recipe
 from distill.run import Run
@@ -232,6 +233,14 @@ def test_unusable_benchmarks_are_refused_before_anything_is_written(tmp_path: Pa
             with pytest.raises(UserError, match=f"^filter.decontaminate: .*{message}"):
                 STAGE.perform(run)
             assert not run.paths.filtered.exists()
+
+
+def test_generate_alone_refuses_a_benchmark_that_is_not_there(tmp_path: Path) -> None:
+    """Before the teacher is opened: this one does not exist."""
+    for name, message in {"gsm9k": "did you mean gsm8k", str(tmp_path / "none.jsonl"): "none.jsonl"}.items():
+        with pytest.raises(UserError, match=f"^filter.decontaminate: .*{message}"):
+            run_recipe(recipe({"benchmarks": [name]}), tmp_path / "run", ["generate"])
+        assert not (tmp_path / "run").exists()
 
 
 def test_only_a_run_has_benchmarks() -> None:
