@@ -154,7 +154,7 @@ def _graded(prompt: "Prompt", response: str) -> tuple[Grade, Question | None]:
     """Grade without a parser as far as possible; the question for a worker is None if the grade is final."""
     grader = require_grader(prompt.task, f"prompt {prompt.id}")
     gold = grader.gold(prompt.answer or "")
-    answer = grader.find(response)
+    answer = grader.find_for(gold, response)
     evidence: dict[str, object] = {
         "extracted": answer and grader.shown(answer),
         "gold": grader.gold_shown(gold) if gold else None,
