@@ -191,8 +191,8 @@ def _prepare(evaluations: Sequence[Evaluation]) -> None:
         evaluation.set_damage_aside()
     unanswered = {evaluation.benchmark.name: evaluation.benchmark for evaluation in evaluations if evaluation.missing()}
     for benchmark in unanswered.values():
-        if benchmark.unreadable_golds:
-            say(f"note: {benchmark.unreadable_golds}")
+        for note in benchmark.notes:
+            say(f"note: {note}")
 
 
 def _evaluate(

@@ -32,7 +32,8 @@ from distill.errors import UserError
 from distill.eval.benchmark import Benchmark
 from distill.eval.grading import Grading
 from distill.eval.models import length_function, length_unit
-from distill.eval.statistics import Followed, Sample, pass_at_1, summarise
+from distill.eval.samples import sample_of, vote_of
+from distill.eval.statistics import pass_at_1, summarise
 from distill.evaluations import (
     DrawnWith,
     EvaluationPaths,
@@ -45,7 +46,6 @@ from distill.evaluations import (
 )
 from distill.fingerprint import digest
 from distill.grading import GRADERS
-from distill.grading.instructions import number_of_instructions
 from distill.grading.mixed import graded
 from distill.grading.votes import classes
 from distill.integrity import record_files
@@ -206,8 +206,8 @@ class Evaluation:
             return
         answers: dict[str, dict[str, None]] = {}
         for row in self._counted():
-            if row.vote is not None:
-                answers.setdefault(row.prompt, {})[row.vote] = None
+            if (vote := vote_of(row)) is not None:
+                answers.setdefault(row.prompt, {})[vote] = None
         known = read_votes(self.paths.votes)
         new = {prompt: texts for prompt, texts in answers.items() if not texts.keys() <= known.get(prompt, {}).keys()}
         if not new:
@@ -224,7 +224,7 @@ class Evaluation:
     def score(self) -> Scores:
         """Write scores.json and then record.json; returns the scores."""
         known, counted = read_votes(self.paths.votes), self._counted()
-        samples = [_sample(row, known.get(row.prompt, {})) for row in counted]
+        samples = [sample_of(row, known.get(row.prompt, {})) for row in counted]
         statistics = summarise(samples, GRADERS[self.benchmark.card.task].votes)
         drawn, graded_with = self._drawn(), self.grading.stored()
         assert drawn is not None, "samples are graded only when it is known how they were drawn"
@@ -391,24 +391,3 @@ def _correct(rows: Iterable[GradeRow]) -> dict[str, list[bool]]:
     for row in rows:
         correct.setdefault(row.prompt, []).append(row.correct)
     return correct
-
-
-def _followed(row: GradeRow) -> Followed | None:
-    """Which instructions a sample follows. One without a response, or whose check was not made, follows none."""
-    if (outcomes := row.followed) is not None:
-        return Followed(*map(tuple, outcomes))
-    count = number_of_instructions(str(row.evidence.get("gold")))
-    return Followed((False,) * count, (False,) * count) if count else None
-
-
-def _sample(row: GradeRow, classes: Mapping[str, int]) -> Sample:
-    return Sample(
-        problem=row.prompt,
-        verdict=row.verdict,
-        answered=row.answer is not None,
-        truncated=row.finish_reason == "length",
-        completion_tokens=row.completion_tokens,
-        reasoning_tokens=row.reasoning_tokens,
-        vote=None if row.vote is None else classes.get(row.vote),
-        followed=_followed(row),
-    )
