@@ -70,8 +70,11 @@ def run_recipe(
             require_ray()
     with Run(directory, recipe, verify, on) as run:
         _look_ahead(run, names, fresh)
-        if "filter" in names and not run.begun("filter"):
-            filters.load_resources(recipe)
+        if not run.begun("filter"):
+            if "filter" in names:
+                filters.load_resources(recipe)
+            elif "generate" in names:
+                filters.check_benchmark_names(recipe)
         if "eval" in names and not run.begun("eval"):
             evaluation.check_benchmarks(recipe.eval, recipe.judge)
         run.restore_identity()

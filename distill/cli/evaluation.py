@@ -127,8 +127,8 @@ def _score_model(
     engine = [item.removeprefix("engine.") for item in overrides if item.startswith("engine.")]
     judge = [item.removeprefix("judge.") for item in overrides if item.startswith("judge.")]
     rest = [item.removeprefix("eval.") for item in overrides if not item.startswith(("engine.", "judge."))]
-    settings, local = parse(Eval, values, "--model", rest), parse(LocalEngine, {}, "--model", engine)
-    asked = parse(Judge, {}, "--set judge", judge) if judge else None
+    settings, local = parse(Eval, values, "--model", rest), parse(LocalEngine, {}, "--model", engine, "engine")
+    asked = parse(Judge, {}, "--set judge", judge, "judge") if judge else None
     evaluate_model(model, name, settings, local, out, os.environ.get("OPENAI_API_KEY"), judge=asked)
 
 

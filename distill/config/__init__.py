@@ -27,53 +27,57 @@ __all__ = ["RENAMED", "Value", "did_you_mean", "dump_yaml", "parse", "read_yaml"
 M = TypeVar("M", bound=BaseModel)
 
 
-def parse(model: type[M], data: object, where: str, overrides: Sequence[str] = ()) -> M:
+def parse(model: type[M], data: object, where: str, overrides: Sequence[str] = (), section: str = "") -> M:
     """Validate `data` as `model` after applying `KEY=VALUE` overrides; `where` names the file in errors.
 
+    section: key above the model's own in what the user wrote, such as `judge`; the overrides' keys are without it.
     Errors: UserError with every problem, on one line.
     """
     if not isinstance(data, Mapping):
         what = "is empty" if data is None else f"holds a {type(data).__name__}"
         raise UserError(f"{where}: {what}; it should be a mapping of keys ({', '.join(model.model_fields)})")
-    parsed = [_parse_override(text) for text in overrides]
+    parsed = [_parse_override(text, section) for text in overrides]
     for override in parsed:
         data = _applied(model, data, override)
     try:
         return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         authors = [(override.keys, override.where) for override in parsed]
-        raise UserError(report(model, error, where, authors)) from None
+        raise UserError(report(model, error, where, authors, section)) from None
 
 
 class _Override(NamedTuple):
     keys: tuple[str, ...]
     value: Value
+    section: str = ""
 
     @property
     def where(self) -> str:
-        return f"--set {'.'.join(self.keys)}"
+        return f"--set {'.'.join(filter(None, (self.section, *self.keys)))}"
 
 
-def _parse_override(text: str) -> _Override:
+def _parse_override(text: str, section: str = "") -> _Override:
     """`a.b=c` with c read as YAML; nothing after the = is the empty string."""
     key, equals, value = text.partition("=")
     keys = tuple(key.strip().split("."))
     if not equals or not all(keys):
         raise UserError(f"--set {one_line(text)}: write it as KEY=VALUE, for example --set train.learning_rate=2e-5")
     if not value.strip():
-        return _Override(keys, value)
+        return _Override(keys, value, section)
     try:
-        return _Override(keys, load_yaml(value, ""))
+        return _Override(keys, load_yaml(value, ""), section)
     except UserError as error:
         reason = str(error).partition("not valid YAML: ")[2] or str(error).removeprefix(": ")
-        raise UserError(f"--set {one_line(key)}: the value is not valid YAML ({reason}); quote it") from None
+        name = f"{section}.{key}" if section else key
+        raise UserError(f"--set {one_line(name)}: the value is not valid YAML ({reason}); quote it") from None
 
 
 def _applied(model: type[BaseModel], data: object, override: _Override) -> object:
     """A copy of `data` with the override in place. `UserError` for a key or a list index that does not exist."""
     path = walk(model, override.keys)
     if path.unknown:
-        raise UserError(f"--set {'.'.join(path.keys)}: {unknown_key(model, path)}")
+        name = ".".join(filter(None, (override.section, *path.keys)))
+        raise UserError(f"--set {name}: {unknown_key(model, path, override.section)}")
     return _replaced(data, override.keys, override)
 
 

@@ -86,8 +86,12 @@ def _tags(model: Model) -> set[str]:
     return {model.__name__} | {str(get_args(a)[0]) for a in literals if len(get_args(a)) == 1}
 
 
-def unknown_key(root: Model, path: Location) -> str:
-    """Word an unknown key: its new name, else the nearest valid key beside it, else the nearest in the whole tree."""
+def unknown_key(root: Model, path: Location, section: str = "") -> str:
+    """Word an unknown key: its new name, else the nearest valid key beside it, else the nearest in the whole tree.
+
+    section: as in `report`.
+    """
+    above = f"{section}." if section else ""
     if new := _renamed(path):
         return f"unknown key; write {new}"
     *parents, key = path.keys
@@ -95,12 +99,12 @@ def unknown_key(root: Model, path: Location) -> str:
     if not path.siblings:
         return f"unknown key: there are no keys below {'.'.join(parents)}"
     if near := _nearest(key, path.siblings):
-        return f"unknown key; did you mean {prefix}{near}?"
+        return f"unknown key; did you mean {above}{prefix}{near}?"
     # Nothing of a list: another branch of a union may have it, and which item of another list would be meant?
     others = [dotted for dotted in _all_keys(root) if dotted != prefix + key and ".0" not in dotted]
     elsewhere = {dotted.rpartition(".")[2]: dotted for dotted in reversed(others)}
     if near := _nearest(key, list(elsewhere), cutoff=0.85):  # most often the very same key of another section
-        return f"unknown key; did you mean {elsewhere[near]}?"
+        return f"unknown key; did you mean {above}{elsewhere[near]}?"
     return f"unknown key; valid here: {', '.join(path.siblings)}"
 
 
@@ -126,10 +130,17 @@ def _all_keys(model: Model, prefix: str = "") -> list[str]:
     return keys
 
 
-def report(model: Model, error: ValidationError, where: str, authors: Sequence[tuple[tuple[str, ...], str]]) -> str:
+def report(
+    model: Model,
+    error: ValidationError,
+    where: str,
+    authors: Sequence[tuple[tuple[str, ...], str]],
+    section: str = "",
+) -> str:
     """Every problem on one line, grouped by its author.
 
-    where: the file. authors: keys that an override set, and what that override is called in a message.
+    where: the file. authors: keys that an override set, and what that override is called in a message. section: key
+    above the model's own in what the user wrote.
     """
     groups: dict[str, list[str]] = {}
     details = error.errors(include_url=False)
@@ -139,17 +150,17 @@ def report(model: Model, error: ValidationError, where: str, authors: Sequence[t
     for detail in details[:PROBLEMS]:
         path = walk(model, detail["loc"])
         author = next((name for keys, name in reversed(authors) if path.keys[: len(keys)] == keys), where)
-        dotted = ".".join(path.keys)
+        dotted = ".".join(filter(None, (section if path.keys else "", *path.keys)))
         prefix = f"{_cut(dotted)}: " if dotted and author != f"--set {dotted}" else ""
-        groups.setdefault(author, []).append(prefix + _problem(model, path, detail))
+        groups.setdefault(author, []).append(prefix + _problem(model, path, detail, section))
     more = f"; and {len(details) - PROBLEMS:,} more problems" if len(details) > PROBLEMS else ""
     return "; ".join(f"{author}: {'; '.join(problems)}" for author, problems in groups.items()) + more
 
 
-def _problem(model: Model, path: Location, detail: ErrorDetails) -> str:
+def _problem(model: Model, path: Location, detail: ErrorDetails, section: str) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        return unknown_key(model, path)
+        return unknown_key(model, path, section)
     if not isinstance(detail["input"], Mapping) and (new := _renamed(path)):
         return f"write {new}"
     if kind == "missing":
@@ -167,7 +178,16 @@ def _problem(model: Model, path: Location, detail: ErrorDetails) -> str:
     message = detail["msg"].replace("Input should be", "should be")
     message = message.replace("an object", "a mapping of keys").replace("array", "list")
     message = message.replace("String should", "should")
-    return f"{message}, not {shown(detail['input'])}"
+    return f"{message}, not {shown(detail['input'])}{_quoting(kind, detail['input'])}"
+
+
+def _quoting(kind: str, value: object) -> str:
+    """The hint to quote a scalar that YAML reads as another type than text; empty for other mistakes."""
+    if kind != "string_type" or not isinstance(value, bool | int | float):
+        return ""
+    if isinstance(value, bool):
+        return f"; YAML reads {'yes and on' if value else 'no and off'} as {shown(value)}: quote the word"
+    return f'; quote it: "{value}"'
 
 
 def shown(value: object) -> str:

@@ -2,12 +2,14 @@
 
 A collection of problems that was put together from several sources asks many of them twice, and then a student sees
 them twice as often. What makes another problem of nearly the same words is compared exactly, in its order: numbers (in
-figures or words), operators and comparisons, and words such as *not*, *maximum*, *product* or *perimeter*. Two problems
-of one mould with other numbers are two problems.
+figures or words), mathematical symbols (all that Unicode knows, LaTeX's commands for them, and brackets beside numbers
+and operators), and words such as *not*, *maximum*, *product* or *perimeter*. Two problems of one mould with other
+numbers are two problems. The marks of Markdown and tags such as `<answer>` are no symbols.
 """
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -29,7 +31,31 @@ DECISIVE = frozenset(  # words that make another problem; words for numbers are 
         "before after first last and or true false prove disprove",
     )
 )
-TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|(?<!\w)-|-(?![^\W\d_])|(?<=\d)!|[+×÷·*/^<>=≤≥≠±√∈∩|%]+")
+COMMANDS = frozenset(  # of LaTeX, for symbols
+    re.findall(
+        r"\w+",
+        "div pm mp cdot times ast cap cup setminus le leq ge geq lt gt ne neq equiv approx sim cong sqrt in ni notin "
+        "subset subseteq supset supseteq land lor wedge vee lnot neg to gets rightarrow leftarrow leftrightarrow "
+        "Rightarrow Leftarrow Leftrightarrow implies iff int oint sum prod partial nabla oplus otimes perp parallel "
+        "mid nmid lfloor lceil circ overline vec hat bar binom infty forall exists gcd lcm mod bmod pmod",
+    )
+)
+SPELLINGS = {"leq": "le", "geq": "ge", "neq": "ne", "rightarrow": "to", "\u2212": "-", "\u2217": "*"}
+SYMBOLS = "".join(
+    re.escape(chr(code))
+    for code in range(0x80, 0x2C00)
+    if unicodedata.category(chr(code)) == "Sm" or chr(code) in "€£¥°·\u2032\u2033"
+)
+TOKEN = re.compile(
+    r"\d+(?:\.\d+)?|\\?[^\W\d_]+|(?<!\w)-|-(?![^\W\d_])|(?<=\d)!"
+    r"|[(\[](?=-?\d)|(?<=[*/^+-])\(|(?<=\d)[)\]]|\)(?=\s?[*/^=+-])"
+    rf"|[+*/^<>=|%&~¬±×÷{SYMBOLS}]"
+)
+MARKUP = re.compile(  # marks of lists and quotations, stress, tags, dashes between words
+    r"^[ \t]*(?:[-*+>]|#+)[ \t]+(?=\W?\W?[^\W\d_]{2})|\*\*|</?[A-Za-z]{2,}/?>"
+    r"|(?<=\s)[-\u2013\u2014]{1,3}(?=\s[^\W\d_]{2})",
+    re.MULTILINE,
+)
 WORDS = re.compile(r"[\w\\]+")
 ASKED = "Ann buys three pears and twice as many plums at the market on Monday morning. How many fruits does she buy?"
 
@@ -59,17 +85,22 @@ class NearPrompts(NearDuplicates):
 
     def salt_of(self, trace: Trace) -> int:
         """The numbers, operators and decisive words of the conversation, in order."""
-        tokens = (token.lower() for token in TOKEN.findall(SEPARATOR.sub("", _asked(trace)).replace("**", " ")))
-        decisive = " ".join(
-            NUMBERS.get(token, token)
-            for token in tokens
-            if not token.isalpha() or token in NUMBERS or token in DECISIVE
-        )
+        tokens = TOKEN.findall(SEPARATOR.sub("", MARKUP.sub(" ", _asked(trace))))
+        decisive = " ".join(filter(None, map(_decisive, tokens)))
         return int.from_bytes(hashlib.blake2b(decisive.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
     def unit_of(self, judged: Judged) -> Key:
         """All traces of a prompt."""
         return judged.key[0], 0
+
+
+def _decisive(token: str) -> str:
+    """A token in its one spelling; empty for a word that makes no other problem."""
+    name = token.removeprefix("\\")
+    if name != token and name in COMMANDS:
+        return f"\\{SPELLINGS.get(name, name)}"
+    word = SPELLINGS.get(name, name.lower())
+    return NUMBERS.get(word, word) if not word.isalpha() or word in NUMBERS or word in DECISIVE else ""
 
 
 def _asked(trace: Trace) -> str:

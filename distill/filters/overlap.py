@@ -4,10 +4,14 @@ Score of a pair: the weighted mean over the kinds of terms (`distill.filters.ter
 2·shared / (prompt + item + SMOOTHING), in which a term counts by its inverse document frequency among the indexed
 problems: a shared 3 says little, a shared 1,319 much. The smoothing keeps two texts with next to no terms of a kind
 from being alike in it. A prompt that contains the words of a problem in their order, `VERBATIM` of its n-grams, is a
-copy whatever its score: a problem inside a longer prompt, or one of fewer than n words.
+copy whatever its score: a problem inside a longer prompt, or one of fewer than n words. But words alone make no
+problem: `Which of the following is true?` is the end of a thousand others, and `Simplify √242` a step in them. So a
+problem with fewer than `CONTENT` terms of its own is a copy only if the rest of the prompt asks nothing: it has no
+number, and no more words than an instruction (`INSTRUCTION`).
 """
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -15,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from distill.filters.terms import KINDS, Kind, Terms, terms_of
+from distill.filters.terms import KINDS, Kind, Terms, stem_of, terms_of
 
 WEIGHTS: dict[Kind, float] = {"numbers": 0.55, "names": 0.15, "words": 0.3}
 SMOOTHING = 2.0
@@ -25,6 +29,19 @@ DOCUMENTS = (
 GRAM = 8  # words
 VERBATIM = 0.8
 SHORTEST = 3  # words of a problem that is searched in longer prompts
+CONTENT = 5  # terms of a problem that is searched in any prompt
+INSTRUCTION = 12  # terms such as those of "Please reason step by step, and put your final answer within \\boxed{}."
+GREETING = 2  # terms beside a problem that has next to none of its own
+EXAM = frozenset(  # terms of the stems of multiple choice, as `terms_of` writes them
+    stem_of(word)
+    for word in re.findall(
+        r"\w+",
+        "following true false correct incorrect right wrong best most likely least statement statements option options "
+        "answer answers question choose select one describe describes example explain above below none regarding "
+        "concerning except not problem solve",
+    )
+)
+EXAM_CHARACTERS = frozenset("下列关于叙述说法正确错误的是哪项个一选以中有不属符合最为什么怎谁请问答案以及与和")
 
 
 class Item(NamedTuple):
@@ -93,7 +110,7 @@ class Index:
             score += WEIGHTS[kind] * 2 * shared / (total + self._sums[kind] + SMOOTHING)
         if not terms.numbers:  # nor has the problem: its other terms decide
             score[self._sums["numbers"] == 0] /= 1 - WEIGHTS["numbers"]
-        copied = self._copied(terms.tokens)
+        copied = self._copied(terms)
         number = copied if copied is not None else int(score.argmax()) if len(score) else None
         if number is None or (copied is None and score[number] == 0):
             return None
@@ -113,15 +130,29 @@ class Index:
         spelled = self._terms[number].spelled
         return {kind: [spelled.get(term, term.partition("#")[0]) for term in terms] for kind, terms in ranked.items()}
 
-    def _copied(self, tokens: Sequence[str]) -> int | None:
-        """The problem whose words the tokens contain in their order."""
+    def _copied(self, terms: Terms) -> int | None:
+        """The problem whose words the prompt contains in their order."""
         counts: Counter[int] = Counter()
+        tokens = terms.tokens
         for length in self._lengths:
             for gram in {tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)}:
                 counts.update(self._grams.get(gram, ()))
-        found = [(count / self._gram_counts[number], -number) for number, count in counts.items()]
-        share, negative = max(found, default=(0.0, 0))
-        return -negative if share >= VERBATIM else None
+        shares = {number: count / self._gram_counts[number] for number, count in counts.items()}
+        copies = [number for number, share in shares.items() if share >= VERBATIM and self._is_whole(number, terms)]
+        return max(copies, key=lambda number: (shares[number], -number), default=None)
+
+    def _is_whole(self, number: int, terms: Terms) -> bool:
+        """Whether a problem that a prompt contains is what the prompt asks, see the module."""
+        item = self._terms[number]
+        content = len(item.numbers) + sum(map(_is_content, item.words))
+        if content >= CONTENT:
+            return True
+        rest = terms.words - item.words
+        return terms.numbers <= item.numbers and len(rest) <= (INSTRUCTION if content > 1 else GREETING)
+
+
+def _is_content(term: str) -> bool:
+    return term not in EXAM and not EXAM_CHARACTERS.issuperset(term)
 
 
 def _grams(tokens: Sequence[str]) -> set[tuple[str, ...]]:

@@ -87,6 +87,14 @@ def load_resources(
     return resources
 
 
+def check_benchmark_names(recipe: Recipe) -> None:
+    """Raise UserError when `decontaminate` names a benchmark that is unknown or a file that is missing.
+
+    Reads no problem and needs no network: asked before traces are paid for on a machine that may not filter them.
+    """
+    RunResources(recipe).benchmarks_identity()
+
+
 class FilterStage(Stage[FilterSummary]):
     """The traces with their verdicts, in `filtered/kept` and `filtered/dropped`."""
 

@@ -6,7 +6,8 @@ So a text is a set of terms of three kinds:
     numbers   in one spelling: `1,000`, `1000.0` and `$1000` are equal, as are `twice`, `double` and 2, `2/5` and
               `two-fifths` (a numerator and a denominator). The second occurrence of a number is a term of its own.
     names     words that are written with a capital letter, and nowhere in the benchmarks without
-    words     other words without their endings; function words are left out
+    words     other words without their endings; function words are left out. Of scripts without spaces between words
+              (Chinese, Japanese, Thai to Khmer): pairs of neighbouring characters
 
 and two texts are compared kind by kind (`Index`). Rejected: n-grams of words, which a rephrasing leaves none of (and
 which a prompt shorter than n never has); embeddings, which need a model and find problems *about* the same thing, whose
@@ -18,10 +19,16 @@ import unicodedata
 from collections import Counter
 from typing import Literal, NamedTuple
 
+from distill.filters.words import ANY_UNSPACED, UNSPACED
+
 Kind = Literal["numbers", "names", "words"]
 KINDS: tuple[Kind, ...] = ("numbers", "names", "words")
 
-TOKEN = re.compile(r"\d+(?:\.\d+)?|\\?[^\W\d_]+(?:'[^\W\d_]+)?")
+DIGITS = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"\u3007": 0, "两": 2}
+PLACES = {"十": 10, "百": 100, "千": 1000, "万": 10_000, "亿": 100_000_000}
+HAN_NUMBER = re.compile(rf"(?=.*[{''.join(DIGITS)}十])[{''.join([*DIGITS, *PLACES])}]+")
+LETTER = rf"(?:(?!{UNSPACED})[^\W\d_])"
+TOKEN = re.compile(rf"\d+(?:\.\d+)?|\\?{LETTER}+(?:'{LETTER}+)?|[{''.join([*DIGITS, *PLACES])}]+|{UNSPACED}")
 SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
@@ -76,9 +83,17 @@ def terms_of(text: str) -> Terms:
     words: set[str] = set()
     tokens: list[str] = []
     spelled: dict[str, str] = {}
-    for token in TOKEN.findall(text):
+    before = -1  # end of a character without spaces that the next one may follow
+    for match in TOKEN.finditer(text):
+        token = match.group()
+        if (number := _number(token)) is None and ANY_UNSPACED.match(token):
+            tokens += token
+            start = match.start() - (before == match.start())
+            pairs = [text[i : i + 2] for i in range(start, match.end() - 1)]
+            words.update(pairs or ([token] if not _continues(text, match.end()) else []))
+            before = match.end()
+            continue
         lower = token.lower().removesuffix("'s")
-        number = _plain(token) if token[0].isdigit() else NUMBERS.get(lower)
         tokens.append(number or lower)
         if number:
             numbers[number] += 1
@@ -90,6 +105,36 @@ def terms_of(text: str) -> Terms:
                 names.add(stem)
     repeated = (f"{number}#{n}" if n > 1 else number for number, count in numbers.items() for n in range(1, count + 1))
     return Terms(frozenset(repeated), frozenset(names), frozenset(words), tuple(tokens), spelled)
+
+
+def _continues(text: str, place: int) -> bool:
+    return ANY_UNSPACED.match(text, place) is not None
+
+
+def _number(token: str) -> str | None:
+    """The number that a token spells in figures, in English or in Chinese; a single 一 is an article."""
+    if token[0].isdecimal():
+        return _plain(token)
+    if token != "一" and HAN_NUMBER.match(token):
+        return str(_han_value(token))
+    return NUMBERS.get(token.lower().removesuffix("'s"))
+
+
+def _han_value(numeral: str) -> int:
+    """The value of a Chinese numeral: 二十五 is 25, 三万二千 is 32,000, 二〇二四 is 2024."""
+    if not any(character in PLACES for character in numeral):
+        return int("".join(str(DIGITS[character]) for character in numeral))
+    total = section = digit = 0
+    for character in numeral:
+        if character in DIGITS:
+            digit = DIGITS[character]
+        elif PLACES[character] >= PLACES["万"]:
+            total += max(section + digit, 1) * PLACES[character]
+            section = digit = 0
+        else:
+            section += (digit or 1) * PLACES[character]
+            digit = 0
+    return total + section + digit
 
 
 def _plain(number: str) -> str:

@@ -155,10 +155,9 @@ def names_in_tests(gold: str) -> frozenset[str]:
     names = {name for case in tests["test_cases"] if (name := case.get("fn_name"))}
     if "entry_point" in tests:
         return frozenset(names | {tests["entry_point"]})
-    programs = [case["code"] for case in tests["test_cases"] if "code" in case]
-    return (
-        frozenset(names | used_names("\n".join([tests.get("setup", ""), *programs]))) if programs else frozenset(names)
-    )
+    if programs := [case["code"] for case in tests["test_cases"] if "code" in case]:
+        names |= used_names("\n".join([tests.get("setup", ""), *programs]))
+    return frozenset(names)
 
 
 def find_program(response: str, names: frozenset[str] = frozenset()) -> Answer | None:

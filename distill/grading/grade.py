@@ -97,7 +97,7 @@ class TaskGrader(ABC):
         """Find the final answer of a response, in linear time."""
 
     def find_for(self, gold: str, response: str) -> Answer | None:
-        """The final answer of a response to a problem with this gold answer, where that helps to find it."""
+        """Find the final answer of a response to a problem with this gold answer, in linear time."""
         return self.find(response)
 
     def gold_shown(self, gold: str) -> str:

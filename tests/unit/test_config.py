@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from distill.config import RENAMED, dump_yaml, parse, read_yaml
 from distill.errors import UserError
 from distill.filters.format import Format
-from distill.recipe import BenchmarkCard, Recipe
+from distill.recipe import BenchmarkCard, Judge, Recipe
 from distill.section import Section
 
 MINIMAL = {
@@ -377,3 +377,22 @@ def test_an_old_key_is_answered_with_the_new_one(monkeypatch, data, message):
 def test_an_old_key_of_an_override_is_answered_too(monkeypatch):
     monkeypatch.setitem(RENAMED, "train.rate", "train.learning_rate")
     assert error_of("train.rate=1") == "--set train.rate: unknown key; write train.learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("min_score=x", '--set judge.min_score: should be a valid number, not "x"'),
+        ("min_scor=3", "--set judge.min_scor: unknown key; did you mean judge.min_score?"),
+        (
+            "accepted=[yes]",
+            "--set judge.accepted: judge.accepted.0: should be a valid string, not true; YAML reads yes",
+        ),
+        ("rejected=[no]", "YAML reads no and off as false: quote the word"),
+        ("accepted=[3]", 'not 3; quote it: "3"'),
+        ('prompt="', "--set judge.prompt: the value is not valid YAML"),
+    ],
+)
+def test_a_section_by_itself_is_named_as_the_user_wrote_it(override, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(Judge, {"teacher": "tiny-r1"}, "--set judge", [override], "judge")

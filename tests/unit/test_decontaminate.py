@@ -14,6 +14,7 @@ from distill.filters.overlap import SMOOTHING, WEIGHTS, Index, Item
 from distill.filters.pipeline import STAGE
 from distill.filters.resources import RunResources
 from distill.filters.terms import stem_of, terms_of
+from distill.pipeline import run_recipe
 from distill.prompts.prompt import Prompt
 from distill.recipe import Recipe
 from distill.run import Run
@@ -72,6 +73,68 @@ def test_copies_are_found_in_longer_prompts_and_when_they_are_short() -> None:
     other = problems.best("What is 5 plus 8?")
     assert other is not None and other.score < THRESHOLD
     assert problems.best("") is None and index().best("What is 5 plus 7?") is None
+
+
+FIRM = "A firm lowers its price and sells more units in a market."
+
+
+@pytest.mark.parametrize(
+    ("item", "prompt", "copied"),
+    [
+        ("Which of the following is true?", f"{FIRM} Which of the following is true?", False),
+        (
+            "Which of the following statements is correct?",
+            f"{FIRM} Which of the following statements is correct?",
+            False,
+        ),
+        ("What is the answer?", f"{FIRM} What is the answer?", False),
+        ("Which of the following is true?", "Which of the following is true? A) Cats purr. B) Dogs bark.", False),
+        ("Which of the following is true?", "Which of the following is true?", True),
+        (r"Simplify $\sqrt{242}$", r"A side is 7 and another 9. First simplify $\sqrt{242}$.", False),
+        (
+            r"Simplify $\sqrt{242}$",
+            r"Simplify $\sqrt{242}$. Please reason step by step, and box the final answer.",
+            True,
+        ),
+        (
+            "Name the capital of France, which lies on the Seine.",
+            f"{FIRM} Name the capital of France, which lies on the Seine.",
+            True,
+        ),
+        ("下列叙述正确的是", "某公司降价后销量上升,下列叙述正确的是", False),
+        ("《红楼梦》的作者是谁", "请问红楼梦的作者是谁", True),
+        ("中国的首都是哪座城市", "请问中国的首都是哪座城市?", True),
+        ("小明有三个苹果", "题目:小明有3个苹果", True),
+    ],
+)
+def test_a_short_problem_is_a_copy_where_the_rest_of_the_prompt_asks_nothing(
+    item: str, prompt: str, copied: bool
+) -> None:
+    match = index(item).best(prompt)
+    assert match is not None and match.verbatim is copied
+
+
+def test_problems_without_spaces_are_compared_by_pairs_of_characters() -> None:
+    assert terms_of("细胞膜的。叙述").words == {"细胞", "胞膜", "膜的", "叙述"}
+    assert terms_of("膜").words == {"膜"} and terms_of("膜 abc 膜").tokens == ("膜", "abc", "膜")
+    rephrased = index("下列关于细胞膜的叙述正确的是").best("请回答:下列关于细胞膜的叙述中,正确的是")
+    other = index("下列关于细胞膜的叙述正确的是").best("请回答:下列关于细胞核的叙述中,正确的是")
+    assert rephrased is not None and other is not None and other.score < THRESHOLD <= rephrased.score
+
+
+@pytest.mark.parametrize(
+    ("numeral", "value"),
+    [
+        *(("十", "10"), ("十二", "12"), ("二十五", "25"), ("一百零三", "103"), ("两千", "2000"), ("三万二千", "32000")),
+        *(("二\u3007二四", "2024"), ("一亿", "100000000"), ("九", "9")),
+    ],
+)
+def test_chinese_numerals(numeral: str, value: str) -> None:
+    assert terms_of(f"他有{numeral}个苹果").numbers == terms_of(f"他有{value}个苹果").numbers == {value}
+
+
+def test_characters_that_are_no_numerals() -> None:
+    assert terms_of("一个苹果重5千克").numbers == {"5"}
 
 
 def test_rephrased_problems_of_gsm8k(real_data: Callable[[str], Path]) -> None:
@@ -170,6 +233,14 @@ def test_unusable_benchmarks_are_refused_before_anything_is_written(tmp_path: Pa
             with pytest.raises(UserError, match=f"^filter.decontaminate: .*{message}"):
                 STAGE.perform(run)
             assert not run.paths.filtered.exists()
+
+
+def test_generate_alone_refuses_a_benchmark_that_is_not_there(tmp_path: Path) -> None:
+    """Before the teacher is opened: this one does not exist."""
+    for name, message in {"gsm9k": "did you mean gsm8k", str(tmp_path / "none.jsonl"): "none.jsonl"}.items():
+        with pytest.raises(UserError, match=f"^filter.decontaminate: .*{message}"):
+            run_recipe(recipe({"benchmarks": [name]}), tmp_path / "run", ["generate"])
+        assert not (tmp_path / "run").exists()
 
 
 def test_only_a_run_has_benchmarks() -> None:

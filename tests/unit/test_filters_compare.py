@@ -184,6 +184,37 @@ def test_prompts_that_one_word_makes_another_problem(one: str, other: str, tmp_p
     assert len(dropped) == 1 and dropped < {one, f"{one} Please."}
 
 
+DIFFERENT = [
+    ("Calculate 37 + 48 - 66 + 12 - 5.", "Calculate 37 - 48 + 66 - 12 + 5."),
+    ("Is 3 < 5 or 3 > 5?", "Is 3 > 5 or 3 < 5?"),
+    ("Solve x^2 = -4 for x.", "Solve x^2 = 4 for x."),
+    (r"Compute $3 \div 4$.", r"Compute $3 \times 4$."),
+    (r"Compute $\sin 3$.", r"Compute $\cos 3$."),
+    (r"Find $A \cap B$.", r"Find $A \cup B$."),
+    ("Find A \u222a B.", "Find A \u2229 B."),
+    ("Is p → q?", "Is p ↔ q?"),
+    ("Is ~p & q?", "Is p & q?"),
+    ("Compute (a+b)*c.", "Compute a+(b*c)."),
+    ("Is 2 in [2, 3]?", "Is 2 in (2, 3)?"),
+    ("- 5x is 3", "5x is 3"),
+    ("It costs €5.", "It costs £5."),
+]
+EQUAL = [
+    ("What is 2 + 3?", "what is 2+3 ?"),
+    ("What is 2 + 3?", "**Question:** What is 2 + 3? Put it in <answer> tags."),
+    ("What is 2 + 3?", r"- What is 2 + 3? Put it within \boxed{}."),
+    ("Well - what is 2 + 3?", "Well, what is 2 + 3?"),
+    (r"Is $x \leq 3$?", r"Is $x \le 3$?"),
+    ("Find 2 − 3.", "Find 2 - 3."),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "equal"), [(*p, False) for p in DIFFERENT] + [(*p, True) for p in EQUAL])
+def test_symbols_make_another_problem_and_marks_do_not(one: str, other: str, equal: bool) -> None:
+    salts = {NearPrompts().salt_of(trace("a", question)) for question in (one, other)}
+    assert (len(salts) == 1) is equal
+
+
 def test_texts_without_words_are_compared_by_their_characters() -> None:
     def kept(filter_: ChoosingFilter, *traces: Trace) -> list[bool]:
         chosen = choose(filter_, list(traces))
