@@ -373,11 +373,13 @@ class Comparison(Artefact):
 
 
 class PublishedScores(Artefact):
-    """Published scores of a model: name (`pass@1`, `cons@64`) → share."""
+    """Published scores of a model: name (`pass@1`, `cons@64`) → share. problems: of the benchmark; None where its card
+    does not say."""
 
     benchmark: str
     model: str
     scores: dict[str, float]
+    problems: int | None = None
 
 
 class EvalSummary(Artefact):

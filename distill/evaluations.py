@@ -303,11 +303,14 @@ def judge_line(scores: Scores) -> str | None:
 
 
 def published_line(published: PublishedScores, scores: Scores) -> str:
-    """Published scores, and whether a published pass@1 is inside our interval."""
+    """Published scores, and whether a published pass@1 is inside our interval, where both are of the same problems."""
     parts = []
     if (value := published.scores.get("pass@1")) is not None:
-        where = "inside" if scores.pass_at_1.low <= value <= scores.pass_at_1.high else "outside"
-        parts.append(f"pass@1 {value:.1%}, {where} the interval of {scores.model}")
+        place = "inside" if scores.pass_at_1.low <= value <= scores.pass_at_1.high else "outside"
+        relation = f"{place} the interval of {scores.model}"
+        if published.problems not in (None, scores.problems):
+            relation = f"for all {published.problems:,} problems, of which {scores.problems:,} were asked here"
+        parts.append(f"pass@1 {value:.1%}, {relation}")
     parts += [f"{name} {value:.1%}" for name, value in published.scores.items() if name != "pass@1"]
     return f"published for {published.model}: {', '.join(parts)}"
 

@@ -50,7 +50,10 @@ class Benchmark:
         require_grader(card.task, f"benchmark {card.name}", f"leave {card.name} out")
         if card.task == "code":
             require_level(recipe.sandbox, "eval.sandbox")
-        paths = recipe.sources.get(card.name, ())
+        paths = recipe.sources.get(card.name)
+        if paths is not None and not paths:
+            raise UserError(f"eval.sources: {card.name} names no file; name one, or leave {card.name} out")
+        paths = paths or ()
         files = local_sources(card, [Path(path) for path in ((paths,) if isinstance(paths, str) else paths)])
         longest = recipe.max_new_tokens or card.sampling.max_new_tokens
         return cls(card, recipe.samples or card.samples, recipe.limit, recipe.seed, files or card.sources, longest)
@@ -124,8 +127,11 @@ class Benchmark:
 
     @property
     def notes(self) -> list[str]:
-        """Lines on what is legal and may not be meant: unreadable gold answers, functions that are not named."""
+        """Lines on what is legal and may not be meant: unreadable gold answers, repeated problems, unnamed functions."""
         notes = [self.unreadable_golds] if self.unreadable_golds else []
+        if repeated := self._counts.repeated:
+            total = self._counts.seen.total()
+            notes.append(f"{self.name}: {repeated:,} of {total:,} problems repeat another; each is asked once")
         return notes + [f"{self.name}: {note}" for note in self._counts.notes_on_functions()]
 
     @cached_property
@@ -270,6 +276,7 @@ def published_scores(benchmarks: list[Benchmark], model: str | None) -> list[Pub
             benchmark=benchmark.name,
             model=model,
             scores={name: value / 100 for name, value in benchmark.card.published[model].items()},
+            problems=benchmark.card.problems,
         )
         for benchmark in benchmarks
         if model in benchmark.card.published

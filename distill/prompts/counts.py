@@ -66,6 +66,11 @@ class PromptCounts:
             self.unnamed[source] += 1
             self.first_unnamed.setdefault(source, f"{function}, {where}")
 
+    @property
+    def repeated(self) -> int:
+        """How many prompts repeat an earlier one."""
+        return self.seen.total() - len(self.seen)
+
     def notes_on_functions(self) -> list[str]:
         """One line for each source with questions that do not name the function of their tests."""
         return [
@@ -93,8 +98,8 @@ class PromptCounts:
             if not self.rows[source]
         ]
         notes += self.notes_on_functions()
-        if repeated := self.seen.total() - len(self.seen):
-            notes.append(f"{repeated:,} of {self.seen.total():,} prompts repeat an earlier one and are read once")
+        if self.repeated:
+            notes.append(f"{self.repeated:,} of {self.seen.total():,} prompts repeat an earlier one and are read once")
         if self.contradictory:
             notes.append(
                 f"{self.contradictory:,} of {len(self.seen):,} prompts ask the question of an earlier one with another "

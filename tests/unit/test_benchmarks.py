@@ -357,3 +357,16 @@ def test_decontamination_compares_bare_questions(tmp_path: Path) -> None:
         "tiny", [f"eval.sources={{quiz: [{path}, {path}]}}", f"eval.benchmarks=[{tmp_path}/card.yaml]"]
     )
     assert [item.question for item in RunResources(recipe).benchmark_items(())] == ["Which?"]
+
+
+def test_repeated_problems_are_noted(tmp_path: Path) -> None:
+    rows = ({"question": question, "answer": "2"} for question in ("1+1?", "1+1?", "3-1?"))
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    card = BenchmarkCard.model_validate({"name": "sums", "prompts": {"kind": "file", "path": str(path)}})
+    benchmark = Benchmark.of(card, Eval(benchmarks=("sums",)))
+    assert benchmark.notes == ["sums: 1 of 3 problems repeat another; each is asked once"]
+
+
+def test_a_benchmark_without_a_file_is_refused() -> None:
+    with pytest.raises(UserError, match="eval.sources: math-500 names no file"):
+        Benchmark.of(catalog.load_benchmark("math-500"), Eval(benchmarks=("math-500",), sources={"math-500": ()}))

@@ -167,6 +167,16 @@ def test_published_scores_stand_beside_ours(finished):
     assert "outside the interval of base, cons@64 60.0%" in published_line(published[0], ours[0])
 
 
+def test_a_published_score_of_more_problems_is_not_compared(finished):
+    (ours, *_) = read_contents(finished).scores
+    card = {"benchmark": ours.benchmark, "model": "Somebody", "problems": ours.problems}
+    published = PublishedScores(scores={"pass@1": 0.4}, **card)
+    assert "outside the interval" in published_line(published, ours)
+    more = published.model_copy(update={"problems": 1319})
+    line = f"published for Somebody: pass@1 40.0%, for all 1,319 problems, of which {ours.problems} were asked here"
+    assert published_line(more, ours) == line
+
+
 def test_pass_rates_are_of_each_problem(tmp_path):
     """By hand: of four samples a prompt, one is solved twice and one never; one sample a prompt tells no rates."""
     run = make_run(tmp_path / "run", "filter", traces=20)
