@@ -146,11 +146,6 @@ class GradeRow:
                 return strict, loose
         return None
 
-    @property
-    def vote(self) -> str | None:
-        """The answer that the sample votes with: one that it marked as final, not a guess from its last line."""
-        return None if self.evidence.get("method") == "last line" else self.answer
-
     def to_row(self) -> dict[str, object]:
         """The row as a JSON object."""
         return dict(vars(self))

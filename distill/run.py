@@ -86,6 +86,8 @@ class Run:
         prompts = list(load_prompts(self.recipe.prompts, counts, self.recipe.generate.max_prompts))
         for note in counts.notes():
             say(f"note: {note}")
+        if self.recipe.prompts and not prompts:
+            raise UserError("prompts: no problem is inside the window of `since` and `until`; change these dates")
         return prompts
 
     def __enter__(self) -> "Run":

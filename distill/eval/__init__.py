@@ -6,8 +6,8 @@ student that was trained anew is refused rather than mixed with the old one's an
 stage's record was rejected: adding a benchmark would throw the others away.
 
 The files: statistics.py (pure functions), benchmark.py (what is asked), models.py
-(who is asked), evaluation.py (one model on one benchmark), this one (all of them, in order); compare.py (two
-evaluations side by side), metrics.py (pass@k and consensus for use elsewhere).
+(who is asked), evaluation.py (one model on one benchmark), grading.py (by which grader), this one (all of them, in
+order); compare.py (two evaluations side by side), metrics.py (pass@k and consensus for use elsewhere).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -83,7 +83,7 @@ class EvalStage(Stage[EvalSummary]):
                 for item in benchmarks
             },
             "parts": {item.name: digest(item.settings) for of_model in evaluations for item in of_model},
-            "graded": {item.name: digest(item.grading) for of_model in evaluations for item in of_model},
+            "graded": {item.name: digest(item.grading.settings) for of_model in evaluations for item in of_model},
             "sources": {item.name: item.source_identity() for item in benchmarks},
             "published": run.recipe.eval.published,
         }
@@ -191,8 +191,8 @@ def _prepare(evaluations: Sequence[Evaluation]) -> None:
         evaluation.set_damage_aside()
     unanswered = {evaluation.benchmark.name: evaluation.benchmark for evaluation in evaluations if evaluation.missing()}
     for benchmark in unanswered.values():
-        if benchmark.unreadable_golds:
-            say(f"note: {benchmark.unreadable_golds}")
+        for note in benchmark.notes:
+            say(f"note: {note}")
 
 
 def _evaluate(

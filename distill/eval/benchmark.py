@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from distill.recipe.sources import PromptSource
 
 WORKERS, TIMEOUT = 2, 5.0  # of the processes that try to read gold answers; seconds of processor time for each
-COLUMNS = {"answer", "extract", "choices", "options", "labels", "template", "date", "since", "until", "task"}
+COLUMNS = {  # fields of a source that a file in its place takes over
+    *("answer", "extract", "choices", "options", "labels", "answer_is", "template", "date", "since", "until", "task"),
+}
 QUESTIONS = ("problem", "question", "prompt")  # columns in which copies of a benchmark keep their questions
 
 
@@ -79,9 +81,14 @@ class Benchmark:
         return parts
 
     @cached_property
+    def _counts(self) -> PromptCounts:
+        """Filled by `_labelled`."""
+        return PromptCounts()
+
+    @cached_property
     def _labelled(self) -> list[tuple[str, Prompt]]:
         """The problems, each with the name of its source."""
-        counts = PromptCounts()
+        counts = self._counts
         labelled = (
             (label, prompt)
             for label, source in zip(source_names(self.sources), self.sources, strict=True)
@@ -114,6 +121,12 @@ class Benchmark:
                 f"version of the data set; name the right revision or file, or set a limit (--limit, in a recipe "
                 f"eval.limit) to take the first problems"
             )
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines on what is legal and may not be meant: unreadable gold answers, functions that are not named."""
+        notes = [self.unreadable_golds] if self.unreadable_golds else []
+        return notes + [f"{self.name}: {note}" for note in self._counts.notes_on_functions()]
 
     @cached_property
     def unreadable_golds(self) -> str | None:
@@ -155,6 +168,8 @@ class Benchmark:
         The path of a file is not part of it: samples belong to the text of a problem, and the file may move, or grow.
         """
         fields = [{key: value for key, value in source.settings().items() if key != "path"} for source in self.sources]
+        if all(each == fields[0] for each in fields):  # files of one form: as many as there are, and one more later
+            fields = fields[:1]
         settings = {f"prompts.{key}": value for key, value in self._keyed(fields).items()}
         settings |= {f"sampling.{key}": value for key, value in self.card.sampling.settings().items()}
         settings["sampling.max_new_tokens"] = self.max_new_tokens
@@ -198,8 +213,8 @@ def benchmarks_of(recipe: "Eval") -> list[Benchmark]:
 def local_sources(card: "BenchmarkCard", paths: Sequence[Path]) -> tuple[FilePrompts, ...]:
     """Files in place of the card's sources: their columns are the card's, or the names that copies usually have.
 
-    paths: as many as the card has sources, in the same order, or one with the problems of all of them. Errors:
-    UserError for another number, and as `_local_source`.
+    paths: where the card has several sources, as many, in the same order, or one with the problems of all of them;
+    where it has one, any number. Errors: UserError for another number, and as `_local_source`.
     """
     sources = card.sources
     if len(paths) == 1 and len(sources) > 1:
@@ -209,14 +224,19 @@ def local_sources(card: "BenchmarkCard", paths: Sequence[Path]) -> tuple[FilePro
                 f"eval.sources: the {len(sources)} sources of {card.name} have different columns; give a file for each"
             )
         sources = sources[:1]
+    if len(sources) == 1:
+        sources = sources * len(paths)
     if paths and len(paths) != len(sources):
         raise UserError(
             f"eval.sources: {len(paths)} files for {card.name}, which has {counted(len(sources), 'source')}; give a "
             f"file for each, in the same order, or one with all problems"
         )
+    if twice := sorted({str(path) for path in paths if paths.count(path) > 1} if len(card.sources) == 1 else ()):
+        raise UserError(f"eval.sources: {card.name} has {twice[0]} twice; name each file once")
     files = [_local_source(card.name, source, path) for source, path in zip(sources, paths, strict=bool(paths))]
     count = sum(rows for _, rows in files)
-    if files and card.problems not in (None, count):
+    windowed = any(source.date and (source.since or source.until) for source, _ in files)
+    if files and not windowed and card.problems not in (None, count):
         where = ", ".join(map(str, paths))
         say(f"note: {where} has {count:,} rows, {card.name} has {card.problems:,} problems: is it the right file?")
     return tuple(source for source, _ in files)

@@ -13,7 +13,6 @@ A finished evaluation has a record of its files (`distill.evaluations`). Files t
 `damaged-<n>/` and recreated: samples are drawn anew, and so are their grades; everything else follows from them.
 """
 
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -23,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from distill import __version__
 from distill.artefacts import Interval, PartScore, Scores, Settings
 from distill.backends import Backend, Job, SamplingParams
 from distill.backends.collect import asked, check_all, collect, missing
@@ -32,13 +30,14 @@ from distill.console import progress, say
 from distill.durable import sync_directory, write_whole
 from distill.errors import UserError
 from distill.eval.benchmark import Benchmark
+from distill.eval.grading import Grading
 from distill.eval.models import length_function, length_unit
-from distill.eval.statistics import Followed, Sample, pass_at_1, summarise
+from distill.eval.samples import sample_of, vote_of
+from distill.eval.statistics import pass_at_1, summarise
 from distill.evaluations import (
     DrawnWith,
     EvaluationPaths,
     EvaluationRecord,
-    GradedWith,
     GradeRow,
     Key,
     VoteRow,
@@ -47,9 +46,6 @@ from distill.evaluations import (
 )
 from distill.fingerprint import digest
 from distill.grading import GRADERS
-from distill.grading.identity import changes, graders_identity, installed
-from distill.grading.instructions import number_of_instructions
-from distill.grading.judged import JUDGE
 from distill.grading.mixed import graded
 from distill.grading.votes import classes
 from distill.integrity import record_files
@@ -72,7 +68,7 @@ class Evaluation:
     """The directory `<benchmark>/<model>` below `root`. remedy: how to get rid of samples that were drawn otherwise.
     judge: what decides the verdicts of a judge, where the benchmark needs one.
 
-    settings: what decides the samples. grading: what decides the grades besides them.
+    settings: what decides the samples. grading: the grader, or the judge.
     """
 
     def __init__(
@@ -87,11 +83,7 @@ class Evaluation:
         self.name = f"{benchmark.name}/{model.name}"
         self.paths = EvaluationPaths(root / benchmark.name / model.name)
         self.settings = benchmark.settings() | _of_model(model.identity)
-        task = benchmark.card.task
-        self._tasks = {task, "math"} if GRADERS[task].votes else {task}  # votes are compared as mathematics
-        self.grading = graders_identity(self._tasks)
-        if task == JUDGE and judge is not None:
-            self.grading |= {f"judge.{key}": value for key, value in judge.items()}
+        self.grading = Grading(self.paths, benchmark.card.task, judge)
         self.store = TraceStore(self.paths.traces)
 
     @cached_property
@@ -190,7 +182,9 @@ class Evaluation:
     def grade(self, grader: "Grader", judge: "AnswerJudge | None" = None) -> None:
         """Grade the wanted samples that have no grade of this grader yet. The tokenizer is loaded only when there are
         any."""
-        self._forget_grades_of_others()
+        if not self.grading.is_stored():
+            self._unfinish()
+            self.grading.begin(self.name)
         ungraded = set(self.wanted) - read_grades(self.paths.grades).keys()
         if not ungraded:
             return
@@ -212,8 +206,8 @@ class Evaluation:
             return
         answers: dict[str, dict[str, None]] = {}
         for row in self._counted():
-            if row.vote is not None:
-                answers.setdefault(row.prompt, {})[row.vote] = None
+            if (vote := vote_of(row)) is not None:
+                answers.setdefault(row.prompt, {})[vote] = None
         known = read_votes(self.paths.votes)
         new = {prompt: texts for prompt, texts in answers.items() if not texts.keys() <= known.get(prompt, {}).keys()}
         if not new:
@@ -230,9 +224,9 @@ class Evaluation:
     def score(self) -> Scores:
         """Write scores.json and then record.json; returns the scores."""
         known, counted = read_votes(self.paths.votes), self._counted()
-        samples = [_sample(row, known.get(row.prompt, {})) for row in counted]
+        samples = [sample_of(row, known.get(row.prompt, {})) for row in counted]
         statistics = summarise(samples, GRADERS[self.benchmark.card.task].votes)
-        drawn, graded_with = self._drawn(), self._graded_with()
+        drawn, graded_with = self._drawn(), self.grading.stored()
         assert drawn is not None, "samples are graded only when it is known how they were drawn"
         assert graded_with is not None, "written before the first grade"
         scores = Scores(
@@ -302,35 +296,7 @@ class Evaluation:
         with Ledger(self.paths.grades) as ledger:
             ledger.append([row.to_row() for key, row in grades.items() if key not in keys])
 
-    def _forget_grades_of_others(self) -> None:
-        """Remove the grades and votes of another grader, another version of it, or another judge."""
-        graded_with = self._graded_with()
-        if graded_with is not None and graded_with.settings == self.grading:
-            return
-        if self.paths.grades.exists():
-            what = changes(graded_with.settings if graded_with else None, self.grading)
-            say(f"note: {self.name}: its grades are of another grader ({what}); grading its samples again")
-        self._unfinish()
-        for path in (self.paths.votes, self.paths.grades):
-            path.unlink(missing_ok=True)
-        self.paths.root.mkdir(parents=True, exist_ok=True)
-        packages = {
-            package: number
-            for each in self._tasks
-            for package in GRADERS[each].packages
-            if (number := installed(package))
-        }
-        versions = {"distill": __version__, "python": platform.python_version()} | packages
-        GradedWith(settings=self.grading, versions=versions).write(self.paths.grading)
-
     # ---- settings
-
-    def _graded_with(self) -> GradedWith | None:
-        """What decided the grades on the disk; None where that is not known."""
-        try:
-            return GradedWith.read_if_there(self.paths.grading, "")
-        except UserError:
-            return None
 
     def _drawn_with(self) -> Settings | None:
         """How the samples on the disk were drawn; None without any, and where settings.json is missing or damaged."""
@@ -425,24 +391,3 @@ def _correct(rows: Iterable[GradeRow]) -> dict[str, list[bool]]:
     for row in rows:
         correct.setdefault(row.prompt, []).append(row.correct)
     return correct
-
-
-def _followed(row: GradeRow) -> Followed | None:
-    """Which instructions a sample follows. One without a response, or whose check was not made, follows none."""
-    if (outcomes := row.followed) is not None:
-        return Followed(*map(tuple, outcomes))
-    count = number_of_instructions(str(row.evidence.get("gold")))
-    return Followed((False,) * count, (False,) * count) if count else None
-
-
-def _sample(row: GradeRow, classes: Mapping[str, int]) -> Sample:
-    return Sample(
-        problem=row.prompt,
-        verdict=row.verdict,
-        answered=row.answer is not None,
-        truncated=row.finish_reason == "length",
-        completion_tokens=row.completion_tokens,
-        reasoning_tokens=row.reasoning_tokens,
-        vote=None if row.vote is None else classes.get(row.vote),
-        followed=_followed(row),
-    )

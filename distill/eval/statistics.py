@@ -304,10 +304,18 @@ def _consensus_of_all(problems: Sequence[Sequence[Sample]]) -> dict[int, Consens
 
 
 def _instructions(problems: Sequence[Sequence[Sample]]) -> InstructionScores | None:
-    """IFEval's four accuracies; None where the problems are not instructions."""
-    followed = [[sample.followed for sample in samples if sample.followed is not None] for samples in problems]
-    if not all(followed):
+    """IFEval's four accuracies; None where the problems are not instructions.
+
+    A sample that could not be checked follows none of its instructions, of which there is at least one: pass@1 counts
+    it as wrong too.
+    """
+    if not any(sample.followed for samples in problems for sample in samples):
         return None
+    followed = list[list[Followed]]()
+    for samples in problems:
+        count = max(len(sample.followed.strict) if sample.followed else 1 for sample in samples)
+        none = Followed((False,) * count, (False,) * count)
+        followed.append([sample.followed or none for sample in samples])
     strict, loose = ([[getattr(each, level) for each in rows] for rows in followed] for level in ("strict", "loose"))
     at_prompts = [pass_at_1([[all(parts) for parts in rows] for rows in level]) for level in (strict, loose)]
     at_parts = [

@@ -1,54 +1,80 @@
 """Is this the right letter? The final answer of a question with choices.
 
-A mark counts where it names exactly one choice: `\\boxed{B}`, "Answer: (b)", `B) 4 mol`, "Option D". The last such mark
-is the answer, so an equation in a box before "The answer is (A)" does not hide it. A mark that names several choices
-("A or C"), or only may name one (the article in "A stable cation", the pronoun in "I cannot tell"), is unverifiable.
+A mark counts where it names exactly one choice: `\\boxed{B}`, "Answer: (b)", `B) 4 mol`, "Option D", "B, because".
+The last such mark is the answer, so an equation in a box before "The answer is (A)" does not hide it. A mark that names
+several choices ("A or C"), or only may name one (the article in "A stable cation", the pronoun in "I cannot tell"), is
+unverifiable. A statement about wrong choices ("Incorrect answers: A) …") is no mark. A statement with a condition ("the
+answer is A) only if …"), or about an option that is not called the right one ("the option is A"), counts where there is
+no other mark.
+
+Models pad and repeat: white space is collapsed before anything is searched, and of the statements the last `STATEMENTS`
+count, each with `LONGEST` characters, so that the time is linear in the length of a response.
 """
 
 import re
+from collections import deque
+from typing import NamedTuple
 
 from distill.grading.grade import Answer, Ruling, TaskGrader
 from distill.grading.math import FONT, gold_answer
 from distill.grading.math.extraction import scope_of
 from distill.prompts.boxes import boxed, last_box_end
 
-NAMED = r"(?:(?:the\s+)?(?:option|choice|answer)\s*:?\s*)?"
-WHOLE = re.compile(rf"{NAMED}[\[({{]?\s*([A-Ja-j])\s*[\])}}]?\s*[.:,]?", re.IGNORECASE)
-HEAD = re.compile(rf"{NAMED}(?:[\[(]\s*([A-Ja-j])\s*[\])]|([A-J])\s*[).:](?!\w))\s*\S.*", re.IGNORECASE | re.DOTALL)
-REMARKED = re.compile(  # "C because D is wrong", "C - 4 mol", "C (4 mol)", "C only"
-    r"([A-J])(?:,?\s+(?:because|since|only)\b.*|\s+[-\N{EN DASH}\N{EM DASH}]\s+\S.*|\s*\([^()]{2,}\)\.?)", re.DOTALL
+LONGEST, STATEMENTS = 400, 64
+NAMED = r"(?:(?:the )?(?:option|choice|answer) ?:? ?|(?:答案|选项|选择|选) ?[是为]? ?[:\uff1a]? ?)?"
+WHOLE = re.compile(rf"{NAMED}[\[({{]? ?([A-J]) ?[\])}}]? ?[.:,。]?", re.IGNORECASE)
+HEDGE = r"(?! ?(?:or|and|maybe|perhaps|possibly|或)\b)"  # after a letter: another one may follow
+HEAD = re.compile(
+    rf"(?i:{NAMED})(?:[\[(] ?([A-Ja-j]) ?[\])]{HEDGE} ?\S.*"  # (B) 4 mol
+    rf"|([A-J])(?: ?[).:](?!\w)| ?[,\uff0c、。)\uff09\uff1a]{HEDGE}"  # B) 4 mol, B: 4 mol
+    rf"| [-–—] (?=\w\w)| \({HEDGE}| (?=(?:because|since|due to|which|only(?! (?:if|when)))\b)).+)"
 )
+SEVERAL = re.compile(r"\(?\b[A-J]\b\)?\s*(?:[,、/&+]|\bor\b|\band\b|[或和])\s*(?:and\s+|or\s+)?\(?\b[A-J]\b\)?")
+OPENING = re.compile(rf"(?i:{NAMED})[\[{{]?")
 STATED = re.compile(
-    r"\b(?:answers?|choice|option)[*_]*(?:\s+(?:is|are|would be|must be|should be)\b[*_]*[\s:]*|\s*[:=]\**\s*)"
-    "|\u7b54\u6848[*_]*\\s*(?:\u662f|\u4e3a|:|\uff1a)+[*_\\s:\uff1a]*",
+    r"\b(?P<what>answers?|choice|option)[*_]*(?:\s+(?:is|are|would be|must be|should be)\b[*_]*[\s:]*|\s*[:=]\**\s*)"
+    r"|(?P<chinese>答案|[故应]选)[*_]*[是为选择]*\s*[:\uff1a]?\s*",
     re.IGNORECASE,
 )
 CHOSEN = re.compile(
     r"(?:I\s+(?:think|would\s+choose|choose|pick|would\s+say|believe)\s+(?:it\s+is|it's|that\s+it\s+is)?\s*)",
     re.IGNORECASE,
 )
-SENTENCE_END = re.compile(r"\n|(?<=[\w)*])[.!?]\**(?=\s|$)")
-SEVERAL = re.compile(r"\(?\b[A-J]\b\)?\s*(?:,|/|&|\+|\bor\b|\band\b)\s*(?:and\s+|or\s+)?\(?\b[A-J]\b\)?")
+SENTENCE_END = re.compile(r"\n|(?<=[\w)*])[.!?]\**(?=\s|$)|。")
+BEFORE = 40  # characters before a statement that say what it is about
+QUALITY = r"(?:(?:the|an?|my|correct|right|best|final|most|plausible)\W+){0,4}"
+REJECTED = re.compile(
+    rf"(?:\b(?:incorrect|wrong|false|other|another|not|neither|than|tempting|rejected|eliminated|remaining)|n't)\W+"
+    rf"{QUALITY}$",
+    re.IGNORECASE,
+)
+SUPPOSED = re.compile(rf"\b(?:if|unless|whether|suppose|assuming|when)\W+{QUALITY}$", re.IGNORECASE)
+PREFERRED = re.compile(r"\b(?:correct|right|best|final|my|chosen)\W+$", re.IGNORECASE)
+CONDITION = re.compile(r"\W*[A-Ja-j]\b\W*(?:only )?(?:if|when|unless|assuming|provided)\b")
 
 
 class ChoiceGrader(TaskGrader):
     """Compares letters; needs no parser."""
 
     def gold(self, text: str) -> str:
-        """The gold letter, as a data set gives it."""
+        """The gold letter, as a data set gives it; the text where it names none."""
         answer = gold_answer(text)
-        return letter(answer) or answer
+        if named := letter(answer):
+            return named
+        marked = self.find(text)
+        return (marked and marked.marked and letter(marked.text)) or answer
 
     def find(self, response: str) -> Answer | None:
         """The last mark that names one choice, else the last mark, else the last line."""
         scope, tagged = scope_of(response)
+        scope = _collapsed(scope)
         if not scope:
             return None
-        marks = list(_marks(scope, tagged))
-        for answer in reversed(marks):
-            if letter(answer.text) or SEVERAL.search(_plain(answer.text)):
-                return answer
-        return marks[-1] if marks else Answer(scope.splitlines()[-1].strip(), "last line")
+        marks = _marks(scope, tagged)
+        for mark in reversed(marks):
+            if letter(mark.answer.text) or SEVERAL.search(_plain(mark.answer.text)):
+                return mark.answer
+        return marks[-1].answer if marks else Answer(scope.splitlines()[-1].strip(), "last line")
 
     def shown(self, answer: Answer) -> str:
         """The letter, so that votes count letters; the text where it names none or several."""
@@ -63,40 +89,65 @@ class ChoiceGrader(TaskGrader):
         return re.fullmatch("[A-J]", gold.strip().upper()) is not None
 
 
-def _marks(scope: str, tagged: bool) -> list[Answer]:
-    """The marked answers of a response, in order."""
-    marks = [(0, Answer(scope, "tag"))] if tagged and len(scope) <= 200 else []
+class _Mark(NamedTuple):
+    """A marked answer, in the order in which marks count: a firm one after those that are not, a later one after an
+    earlier one."""
+
+    firm: bool
+    place: int
+    answer: Answer
+
+
+def _marks(scope: str, tagged: bool) -> list[_Mark]:
+    """The marked answers of a response, the one that counts most at the end."""
+    marks = [_Mark(True, 0, Answer(scope, "tag"))] if tagged and len(scope) <= 200 else []
     if (box := boxed(scope)) is not None:
-        marks.append((last_box_end(scope), Answer(box, "boxed")))
-    for match in STATED.finditer(scope):
-        text = SENTENCE_END.split(scope[match.end() : match.end() + 400], maxsplit=1)[0]
-        if text and r"\boxed" not in text:
-            marks.append((match.end(), Answer(CHOSEN.sub("", text, count=1).strip(), "stated")))
+        marks.append(_Mark(True, last_box_end(scope), Answer(box, "boxed")))
+    for match in deque(STATED.finditer(scope), STATEMENTS):
+        text = SENTENCE_END.split(scope[match.end() : match.end() + LONGEST], maxsplit=1)[0]
+        before = scope[max(0, match.start() - BEFORE) : match.start()]
+        if not text or r"\boxed" in text or REJECTED.search(before):
+            continue
+        text = CHOSEN.sub("", text, count=1).strip()
+        called_right = match["what"] is None or match["what"].lower().startswith("answer") or PREFERRED.search(before)
+        firm = bool(called_right) and not SUPPOSED.search(before) and not CONDITION.match(_plain(text))
+        marks.append(_Mark(firm, match.end(), Answer(text, "stated")))
     if not marks and len(scope) <= 200 and "\n" not in scope and letter(scope):
-        marks.append((0, Answer(scope, "bare")))
-    return [answer for _, answer in sorted(marks, key=lambda mark: mark[0])]
+        marks.append(_Mark(True, 0, Answer(scope, "bare")))
+    return sorted(marks, key=lambda mark: mark[:2])
+
+
+def _collapsed(text: str) -> str:
+    """The text with a space for each run of them, and without empty lines."""
+    return re.sub(r" ?\n[ \n]*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
 
 def _plain(text: str) -> str:
-    """The text without fonts, delimiters and Markdown."""
+    """The beginning of a text without fonts, delimiters and Markdown, with single spaces."""
+    text = " ".join(text[: 4 * LONGEST].split())[:LONGEST]
     for _ in range(3):
         text = FONT.sub(r"\1", text)
-    return re.sub(r"\\[()\[\],;: ]|\\(?:left|right)|[\\$*\"`]", " ", text).strip()
+    return " ".join(re.sub(r"\\[()\[\],;: ]|\\(?:left|right)|[\\$*\"`]", " ", text).split())
 
 
 def letter(text: str) -> str | None:
     """The choice that an answer names, as in `(B)`, `\\text{b}`, "Option B" or `B) 4 mol`; None for none or several."""
     plain = _plain(text)
-    if SEVERAL.search(plain):
+    opening = OPENING.match(plain)
+    if opening and SEVERAL.match(plain, opening.end()):
         return None
-    match = WHOLE.fullmatch(plain) or HEAD.fullmatch(plain) or REMARKED.fullmatch(plain)
+    match = WHOLE.fullmatch(plain) or HEAD.fullmatch(plain)
     return next(group for group in match.groups() if group).upper() if match else None
 
 
 def judge_choice(gold: str, answer: Answer) -> Ruling:
-    """Compare an answer with the gold letter. An answer that is not marked as one can only be right."""
-    given = letter(answer.text)
-    if given == gold.strip().upper():
+    """Compare an answer with the gold letter. An answer that is not marked as one can only be right, and no answer is
+    wrong where the gold answer is no letter."""
+    given, wanted = letter(answer.text), gold.strip().upper()
+    if not re.fullmatch("[A-J]", wanted):
+        same = answer.marked and _plain(answer.text).casefold() == _plain(gold).casefold()
+        return ("correct", "same text") if same else ("unverifiable", "gold is no letter")
+    if given == wanted:
         return "correct", "same letter"
     if not answer.marked:
         return "unverifiable", "no marked answer"

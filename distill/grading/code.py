@@ -2,8 +2,9 @@
 
 The gold of a prompt is its tests (`distill.prompts.code_tests`). An answer is `correct` when it passes all of them and
 `wrong` at the first that it does not, with the reason: `wrong output`, `test failed`, `time limit`, `error: KeyError`.
-It is `unverifiable` when the tests are not Python, when they never use the answer, and when the only difference are
-decimals beyond a relative error of 1e-6, which a checker of the problem's own might accept.
+It is `unverifiable` when the tests are not Python, when they never use the answer or fail whatever it is (a module that
+is missing), and when the only difference are decimals within an error of 1e-6, which a checker of the problem's own
+might accept.
 
 What is compared where: the output of a program and the value that a function returned are compared here, in the worker,
 and the program never sees what is expected. Asserts run in a process of their own that calls the answer's functions in
@@ -17,7 +18,6 @@ is searched.
 """
 
 import ast
-import json
 import math
 import re
 import textwrap
@@ -25,15 +25,15 @@ import warnings
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
-from typing import cast
 
 from distill.errors import WorkError
 from distill.grading.blocks import joined_program, used_names
 from distill.grading.grade import Answer, Detailed, Outcome, Ruling, TaskGrader
 from distill.grading.sandbox.levels import open_zygote
 from distill.grading.sandbox.peer import Remote
-from distill.grading.sandbox.program import Test
+from distill.grading.sandbox.program import OWN_FAULT, Test
 from distill.grading.sandbox.runner import Sandbox
+from distill.prompts import code_tests
 from distill.prompts.code_tests import STDIN, Case, CodeTests
 from distill.prompts.prompt import outside_blocks
 
@@ -90,8 +90,8 @@ class CodeGrader(TaskGrader):
         return 1 if tests is None else 1 + len(tests["test_cases"])
 
     def gold(self, text: str) -> str:
-        """The tests; empty where the text is none."""
-        return text if read_tests(text) else ""
+        """The tests, as they are stored."""
+        return text if text.strip() else ""
 
     def gold_shown(self, gold: str) -> str:
         """How many tests of which type: tests may be megabytes."""
@@ -109,8 +109,8 @@ class CodeGrader(TaskGrader):
 
     def rule(self, gold: str, answer: Answer) -> Ruling | None:
         """Only running tells."""
-        tests = read_tests(gold)
-        assert tests is not None, "`gold` let it through"
+        if (tests := read_tests(gold)) is None:
+            return "unverifiable", "tests in no known form"
         if tests["language"] not in TESTED:
             return "unverifiable", f"tests in {tests['language']}"
         return None
@@ -118,7 +118,7 @@ class CodeGrader(TaskGrader):
     def compare(self, gold: str, answer: str, marked: bool) -> Ruling | Detailed:
         """Run the tests until one fails; details: the number of that test, and what it said."""
         tests = read_tests(gold)
-        assert tests is not None and self.sandbox is not None, "`gold` let it through, and `prepare` was called"
+        assert tests is not None and self.sandbox is not None, "`rule` let it through, and `prepare` was called"
         try:
             return run_tests(self.sandbox, answer, tests, self.seconds)
         except WorkError:  # a zygote may be killed by others than its program
@@ -135,15 +135,13 @@ class CodeGrader(TaskGrader):
         return tests is not None and tests["language"] in TESTED
 
 
+@lru_cache(maxsize=2)  # the samples of a prompt follow one another, and its tests may be megabytes
 def read_tests(text: str) -> CodeTests | None:
-    """The tests of a gold; None where it has none."""
+    """The tests of a gold, in any published form; None where it has none that can be run. Not to be changed."""
     try:
-        tests = json.loads(text)
+        return code_tests.read_tests(text, {})
     except ValueError:
         return None
-    if not isinstance(tests, dict) or not isinstance(tests.get("test_cases"), list) or not tests["test_cases"]:
-        return None
-    return cast(CodeTests, tests)  # of the form that `tests_of` writes
 
 
 # ---- the program in a response
@@ -248,6 +246,8 @@ def run_tests(sandbox: Sandbox, program: str, tests: CodeTests, seconds: float) 
         tested = sandbox.tests(code, setup, asserts, tests.get("entry_point"), seconds)
         if tested["reason"] == "never called":
             return "unverifiable", "tests never call the answer"
+        if tested["reason"] == OWN_FAULT:
+            return "unverifiable", OWN_FAULT, {"test": tested["number"], "detail": _last(tested["detail"])}
         if not tested["passed"]:
             outcome, reason, detail = _failed(tested["reason"], tested["detail"])
             return outcome, reason, {"test": tested["number"], "detail": detail}

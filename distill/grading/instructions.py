@@ -100,5 +100,9 @@ def problem_of(gold: str) -> str | None:
 
 
 def number_of_instructions(gold: str) -> int:
-    """How many instructions a gold answer has; 0 where it has none that can be read."""
-    return 0 if problem_of(gold) is not None else len(json.loads(gold))
+    """How many instructions a gold answer has, unknown ones too; 0 where it is no list."""
+    try:
+        instructions = json.loads(gold)
+    except ValueError:
+        return 0
+    return len(instructions) if isinstance(instructions, list) else 0

@@ -1,8 +1,9 @@
 """Which answers to a problem are equal: consensus counts `1/2`, `\\frac12` and `0.5` together.
 
 Answers that are spelled alike are equal without further comparison. Every two of the others are compared as an answer
-is with the gold answer, by the same workers, and answers that are connected by equalities form a class. A sample votes
-with the answer that it marked as final; a guess from its last line is no vote.
+is with the gold answer, by the same workers. An answer joins the first class of which it equals every member: equality
+is not transitive (50 % is 0.5, and in an answer also 50), and 0.5 and 50 must not elect each other through a third. A
+sample votes with the answer that it marked as final; a guess from prose is no vote.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -23,21 +24,16 @@ def classes(grader: Grader, answers: Mapping[P, Iterable[str]]) -> Iterator[tupl
         spelled: dict[str, list[str]] = {}
         for text in texts:
             spelled.setdefault(normalise(text), []).append(text)
-        parent = {spelling: spelling for spelling in spelled}
-
-        def root(spelling: str, parent: dict[str, str] = parent) -> str:
-            while parent[spelling] != spelling:
-                spelling = parent[spelling]
-            return spelling
-
         short = [spelling for spelling in spelled if len(spelling) <= LONGEST]
         pairs = [((a, b), spelled[a][0], spelled[b][0]) for a, b in combinations(short, 2)]
-        for (a, b), equal in grader.same(pairs):
-            if equal:
-                parent[root(b)] = root(a)
-        numbers: dict[str, int] = {}
+        equal = {pair for pair, same in grader.same(pairs) if same}
+        members: list[list[str]] = []
         result: dict[str, int] = {}
         for spelling, spellings in spelled.items():
-            number = numbers.setdefault(root(spelling), len(numbers))
+            joined = (n for n, others in enumerate(members) if all((other, spelling) in equal for other in others))
+            number = next(joined, len(members))
+            if number == len(members):
+                members.append([])
+            members[number].append(spelling)
             result |= dict.fromkeys(spellings, number)
         yield problem, result

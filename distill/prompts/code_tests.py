@@ -21,25 +21,27 @@ the tests were published as objects or as JSON text. The published forms:
 
 Columns beside the tests are read by these names (`BESIDE`). LiveCodeBench's pickle is not unpickled, which could run
 code: its instructions are read, and any but that of one string is refused.
+
+Tests that can fail no answer, and tests of which no part could, are refused where they are read (`assertions`).
 """
 
-import ast
 import base64
 import binascii
 import json
 import pickletools
 import re
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import NotRequired, TypedDict
 
+from distill.prompts.assertions import called_functions, can_fail, parsed_program, with_asserts
 from distill.prompts.columns import parsed
 
 # columns that are read beside the tests
 BESIDE = ("entry_point", "test_setup_code", "test_imports", "prompt", "metadata", "public_test_cases")
 STDIN, CALL = "stdin_stdout", "function_call"
 TYPES = {STDIN: STDIN, "stdin": STDIN, CALL: CALL, "functional": CALL}
+PROGRAMS = ("assert", "program")
 UNPACKED = 1 << 30  # bytes that compressed tests may hold
 BASE64 = re.compile(r"eJ[A-Za-z0-9+/]{10,}={0,2}|eN[A-Za-z0-9+/]{10,}={0,2}")  # of a zlib stream's first bytes
 STRING = {"PROTO", "FRAME", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
@@ -68,39 +70,10 @@ class CodeTests(TypedDict):
 def tests_of(value: object, row: Mapping[str, object]) -> str | None:
     """The tests as JSON text; None where there are none. row: for the columns beside the tests.
 
-    Errors: ValueError, the end of a sentence about the column, when the tests are in no known form.
+    Errors: ValueError, the end of a sentence about the column, when the tests are in no known form, or assert nothing.
     """
-    value, language = parsed(_unpacked(value)), "python"
-    setup, entry = _setup(row), row.get("entry_point")
-    if isinstance(value, dict) and "test_cases" in value:
-        language = str(value.get("language") or language)
-        cases = [_case(case, number) for number, case in enumerate(_listed(value["test_cases"]))]
-    elif isinstance(value, dict) and "inputs" in value and "outputs" in value:
-        cases = list(_paired(value))
-    elif isinstance(value, list) and all(isinstance(case, str) for case in value):
-        cases = [{"type": "assert", "code": _program(str(case))} for case in value if str(case).strip()]
-    elif isinstance(value, list):
-        function = _function(row)
-        cases = [_case(case, number, function) for number, case in enumerate([*_public(row), *value])]
-    elif isinstance(value, str) and value.strip():
-        if "def check(" in value and not (isinstance(entry, str) and entry.strip()):
-            raise ValueError("defines check(candidate), and there is no column entry_point with the function's name")
-        cases = [{"type": "program", "code": _program(value)}]
-    elif value is None or value in ("", {}) or isinstance(value, str):
+    if (tests := read_tests(value, row)) is None:
         return None
-    else:
-        keys = f"an object with {', '.join(value)}" if isinstance(value, dict) else f"a {type(value).__name__}"
-        raise ValueError(f"is {keys}, not tests: expected test_cases, inputs and outputs, a list, or a program")
-    if not cases:
-        return None
-    tests: CodeTests = {"language": language, "test_cases": cases}
-    if setup:
-        tests["setup"] = setup
-    if isinstance(entry, str) and entry.strip():
-        tests["entry_point"] = entry.strip()
-        stub = row.get("prompt")
-        if isinstance(stub, str) and re.search(rf"^(?:async )?def {re.escape(entry.strip())}\b", stub, re.MULTILINE):
-            tests["stub"] = stub
     text = json.dumps(tests, ensure_ascii=False, allow_nan=False, default=str)
     try:
         text.encode()
@@ -109,14 +82,79 @@ def tests_of(value: object, row: Mapping[str, object]) -> str | None:
     return text
 
 
-def _program(text: str) -> str:
-    """The text, which is Python: prose in its place would fail every answer. Errors: ValueError."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # MemoryError: nested too deep
-        raise ValueError(f"is not tests: {text[:40]!r} is no Python program ({type(error).__name__})") from error
-    return text
+def read_tests(value: object, row: Mapping[str, object]) -> CodeTests | None:
+    """The tests in a published form, or in that of `tests_of`. Errors: as `tests_of`."""
+    value, language = parsed(_unpacked(value)), "python"
+    beside = {name: row.get(name) for name in ("entry_point", "stub")} | {"setup": _setup(row)}
+    if isinstance(value, dict) and "test_cases" in value:
+        language = str(value.get("language") or language)
+        beside |= {name: value[name] for name in beside if value.get(name)}
+        cases = [_case(case, number) for number, case in enumerate(_listed(value["test_cases"]))]
+    elif isinstance(value, dict) and "inputs" in value and "outputs" in value:
+        cases = list(_paired(value))
+    elif isinstance(value, list) and all(isinstance(case, str) for case in value):
+        cases = [{"type": "assert", "code": with_asserts(str(case))} for case in value if str(case).strip()]
+    elif isinstance(value, list):
+        function = _function(row)
+        cases = [_case(case, number, function) for number, case in enumerate([*_public(row), *value])]
+    elif isinstance(value, str) and value.strip():
+        cases = [{"type": "program", "code": with_asserts(value)}]
+    elif value is None or value in ("", {}) or isinstance(value, str):
+        return None
+    else:
+        keys = f"an object with {', '.join(value)}" if isinstance(value, dict) else f"a {type(value).__name__}"
+        raise ValueError(f"is {keys}, not tests: expected test_cases, inputs and outputs, a list, or a program")
+    if not cases:
+        return None
+    tests: CodeTests = {"language": language, "test_cases": cases}
+    if setup := _text_beside("setup", beside):
+        parsed_program(setup)
+        tests["setup"] = setup
+    if entry := _text_beside("entry_point", beside).strip():
+        tests["entry_point"] = entry
+        stub = _text_beside("stub", beside) or row.get("prompt")
+        if isinstance(stub, str) and re.search(rf"^(?:async )?def {re.escape(entry)}\b", stub, re.MULTILINE):
+            tests["stub"] = stub
+    _check_programs(tests)
+    return tests
+
+
+def _text_beside(name: str, beside: Mapping[str, object]) -> str:
+    """A text that goes with the tests, empty where there is none. Errors: ValueError."""
+    value = beside[name]
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"has tests whose {name} is a {type(value).__name__}, not text")
+    return value or ""
+
+
+def _check_programs(tests: CodeTests) -> None:
+    """Raise ValueError for programs that can fail no answer, and for a `check` of a function without a name."""
+    programs = [case["code"] for case in tests["test_cases"] if "code" in case]
+    if not programs:
+        return
+    defined = [case["code"] for case in tests["test_cases"] if case["type"] == "program" and "code" in case]
+    if "entry_point" not in tests and any("def check(" in code for code in defined):
+        raise ValueError("defines check(candidate), and there is no column entry_point with the function's name")
+    if not any(map(can_fail, [*programs, tests.get("setup", "")])):
+        raise ValueError(f"is not tests: {programs[0].strip()[:40]!r} asserts nothing")
+
+
+def function_not_named(tests_text: str, question: str) -> str | None:
+    """The function that tests call and the question does not name: an answer can only guess it. None elsewhere.
+
+    tests_text: as `tests_of` returns it.
+    """
+    if f'"type": "{STDIN}"' in tests_text[:200]:  # tests may be megabytes
+        return None
+    tests: CodeTests = json.loads(tests_text)
+    names = [tests["entry_point"]] if "entry_point" in tests else []
+    for case in tests["test_cases"]:
+        names += [name] if (name := case.get("fn_name")) else []
+        if "code" in case and "entry_point" not in tests:
+            names += called_functions(f"{tests.get('setup', '')}\n{case['code']}")
+    if not names or any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", question) for name in names):
+        return None
+    return names[0]
 
 
 def _listed(value: object) -> list[object]:
@@ -127,7 +165,9 @@ def _listed(value: object) -> list[object]:
 
 
 def _case(case: object, number: int, function: str | None = None) -> Case:
-    """A test of input and output. function: its name, where the case has none. Errors: ValueError."""
+    """A test of input and output, or a program. function: its name, where the case has none. Errors: ValueError."""
+    if isinstance(case, dict) and case.get("type") in PROGRAMS and isinstance(case.get("code"), str):
+        return {"type": case["type"], "code": with_asserts(case["code"])}
     if not isinstance(case, dict) or "input" not in case or "output" not in case:
         what = f"keys {', '.join(case)}" if isinstance(case, dict) else f"a {type(case).__name__}"
         raise ValueError(f"has a test ({number}) with {what}; expected input and output")

@@ -2,13 +2,14 @@
 
 What is legal but may not be meant is counted and not refused: rows without a gold answer, prompts that occur twice,
 questions that differ in case or white space only, questions with two different gold answers, conversations whose last
-turns are not asked.
+turns are not asked, and questions that do not name the function that their tests call.
 """
 
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 
+from distill.prompts.code_tests import function_not_named
 from distill.prompts.prompt import Prompt
 
 SHOWN = 60  # characters of a question in a note
@@ -20,8 +21,10 @@ class PromptCounts:
 
     seen: prompt id → how often. rows: source → rows read. unanswered: source → rows without a gold answer where one is
     asked for; first_unanswered: source → the place of the first. cut: source → conversations that lost turns after
-    their last question. similar, contradictory: prompts whose question was read before, in another spelling or with
-    another gold answer; the example is such a question. ended: why a mixture ended before its other sources did.
+    their last question. outside: source → rows outside the window of dates. unnamed: source → problems whose question
+    does not name the function that their tests call; first_unnamed: source → the first such function, and its place.
+    similar, contradictory: prompts whose question was read before, in another spelling or with another gold answer; the
+    example is such a question. ended: why a mixture ended before its other sources did.
     """
 
     seen: Counter[str] = field(default_factory=Counter)
@@ -29,6 +32,9 @@ class PromptCounts:
     unanswered: Counter[str] = field(default_factory=Counter)
     first_unanswered: dict[str, str] = field(default_factory=dict)
     cut: Counter[str] = field(default_factory=Counter)
+    outside: Counter[str] = field(default_factory=Counter)
+    unnamed: Counter[str] = field(default_factory=Counter)
+    first_unnamed: dict[str, str] = field(default_factory=dict)
     similar: int = 0
     contradictory: int = 0
     similar_example: str = ""
@@ -53,6 +59,22 @@ class PromptCounts:
             self.similar_example = self.similar_example or _shown(prompt)
         return True
 
+    def note_function(self, source: str, where: str, prompt: Prompt) -> None:
+        """Count a problem of code with tests, where its function can only be guessed."""
+        asked = "\n".join(message["content"] for message in prompt.messages)
+        if (function := function_not_named(prompt.answer or "", asked)) is not None:
+            self.unnamed[source] += 1
+            self.first_unnamed.setdefault(source, f"{function}, {where}")
+
+    def notes_on_functions(self) -> list[str]:
+        """One line for each source with questions that do not name the function of their tests."""
+        return [
+            f"{source}: {count:,} of {self.rows[source]:,} questions do not name the function that their tests call "
+            f"(first: {self.first_unnamed[source]}), and an answer can only guess it; show the tests, or a column "
+            f"that has the name, with `template`"
+            for source, count in self.unnamed.items()
+        ]
+
     def notes(self) -> list[str]:
         """One line for each thing that may not be meant."""
         notes = [
@@ -65,6 +87,12 @@ class PromptCounts:
             f"are not asked"
             for source, count in self.cut.items()
         ]
+        notes += [
+            f"{source}: all {count:,} problems are outside the window of `since` and `until`"
+            for source, count in self.outside.items()
+            if not self.rows[source]
+        ]
+        notes += self.notes_on_functions()
         if repeated := self.seen.total() - len(self.seen):
             notes.append(f"{repeated:,} of {self.seen.total():,} prompts repeat an earlier one and are read once")
         if self.contradictory:

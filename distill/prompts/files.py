@@ -66,15 +66,28 @@ def read_hub(source: "HubPrompts", counts: PromptCounts) -> Iterator[Prompt]:
     """The prompts of the split, at most `source.limit` rows of it. Errors: UserError when it cannot be loaded."""
     from distill.prompts.hub import load_dataset, rows_of_dataset
 
+    name = source.dataset.rpartition("/")[2] if Path(source.dataset).is_absolute() else source.dataset
+    if source.files:
+        return _read_hub_files(source, name, counts)
     whole = f"{source.dataset} ({source.split})"
     dataset = load_dataset(source.dataset, source.subset, source.split, source.revision)
     require_columns(source, dataset.column_names, whole)
     wanted = {*required_columns(source), *optional_columns(source)}
     wanted |= {column.partition(".")[0] for column in wanted}
     chosen = dataset.select_columns([name for name in dataset.column_names if name in wanted])
-    path = Path(source.dataset)
-    name = path.name if path.is_absolute() else source.dataset  # no home directory in a published data set
     return prompts_from_rows(rows_of_dataset(chosen, whole), source, whole, name, counts)
+
+
+def _read_hub_files(source: "HubPrompts", name: str, counts: PromptCounts) -> Iterator[Prompt]:
+    from distill.prompts.hub import files_of_dataset
+
+    paths = files_of_dataset(source.dataset, source.files, source.revision)
+    columns = (*required_columns(source), *optional_columns(source))
+    for path in paths:
+        if (names := columns_of(path)) is not None:
+            require_columns(source, names, str(path))
+    rows = (row for path in paths for row in rows_of_file(path, columns))
+    return prompts_from_rows(rows, source, source.dataset, name, counts)
 
 
 def required_columns(source: "FilePrompts | HubPrompts") -> list[str]:
@@ -114,7 +127,7 @@ def prompts_from_rows(
     Errors: UserError, lazily: for a row when it is read, for an answer column that no row has, or from which nothing
     can be extracted, at the end.
     """
-    candidates: Iterable[_Candidate] = _candidates(rows, source, whole, name)
+    candidates: Iterable[_Candidate] = _candidates(rows, source, whole, name, counts)
     if source.shuffle_seed is not None:
         candidates = sampled(candidates, source.shuffle_seed, source.limit, lambda candidate: candidate.prompt)
     for candidate in candidates:
@@ -124,17 +137,22 @@ def prompts_from_rows(
             counts.first_unanswered.setdefault(name, candidate.where)
         if candidate.cut:
             counts.cut[name] += 1
+        if source.extract == "tests" and candidate.prompt.answer is not None:
+            counts.note_function(name, candidate.where, candidate.prompt)
         yield candidate.prompt
 
 
-def _candidates(rows: Iterator[Row], source: "FilePrompts | HubPrompts", whole: str, name: str) -> Iterator[_Candidate]:
+def _candidates(
+    rows: Iterator[Row], source: "FilePrompts | HubPrompts", whole: str, name: str, counts: PromptCounts
+) -> Iterator[_Candidate]:
     """Rows as prompts: the first `limit`, or all where they are shuffled. Errors: UserError, at the
     end for an answer column that no row has or from which nothing is extracted."""
     read = answered = 0
+    outside = counts.outside[name]
     answer_there = source.answer is None
     names: dict[str, None] = {}
     first = source.limit if source.shuffle_seed is None else None
-    for where, row in islice(_within(rows, source), first):
+    for where, row in islice(_within(rows, source, name, counts), first):
         read += 1
         names |= dict.fromkeys(row)
         for column in required_columns(source):
@@ -153,6 +171,8 @@ def _candidates(rows: Iterator[Row], source: "FilePrompts | HubPrompts", whole: 
         if source.choices:
             messages, answer = _with_choices_of(row, source, where, messages, answer)
         yield _Candidate(where, Prompt(messages, source.task, answer, name), cut)
+    if not read and counts.outside[name] > outside:
+        return  # one of several files may have nothing in the window; a note says so
     if not read:
         raise UserError(f"{whole}: no rows; give a source with at least one problem")
     if not answer_there and source.answer is not None:
@@ -169,8 +189,9 @@ def _candidates(rows: Iterator[Row], source: "FilePrompts | HubPrompts", whole: 
         )
 
 
-def _within(rows: Iterator[Row], source: "FilePrompts | HubPrompts") -> Iterator[Row]:
-    """The rows of the window. Errors: UserError for a row without a date, which might belong to it."""
+def _within(rows: Iterator[Row], source: "FilePrompts | HubPrompts", name: str, counts: PromptCounts) -> Iterator[Row]:
+    """The rows of the window; the others are counted. Errors: UserError for a row without a date, which might belong
+    to it."""
     if source.date is None or (source.since is None and source.until is None):
         yield from rows
         return
@@ -183,6 +204,8 @@ def _within(rows: Iterator[Row], source: "FilePrompts | HubPrompts") -> Iterator
             raise UserError(f"{where}: column {source.date} is {day!r}, not a date like 2024-08-01; correct the row")
         if first <= day <= last:
             yield where, row
+        else:
+            counts.outside[name] += 1
 
 
 def _messages(
@@ -229,7 +252,7 @@ def _with_options_of(
         raise UserError(f"{where}: {error}; correct or remove the row") from error
     labels = parsed(value_at(row, source.labels)) if source.labels else None
     try:
-        answer = right_letter(value_at(row, source.answer), options, labels)
+        answer = right_letter(value_at(row, source.answer), options, labels, source.answer_is)
     except ValueError as error:
         raise UserError(f"{where}: column {source.answer} {error}; correct or remove the row") from error
     return _templated(row, source, where, messages, options), answer
@@ -251,8 +274,10 @@ def _templated(
         if name in texts:
             return texts[name]
         value = value_at(row, name)
+        if isinstance(lines := parsed(value), list) and lines and all(isinstance(line, str) for line in lines):
+            return "\n".join(line.strip() for line in lines)
         if value is None or isinstance(value, list | dict):
-            what = "empty" if value is None else f"a {type(value).__name__}"
+            what = "empty" if value in (None, []) else f"a {type(value).__name__}"
             raise UserError(f"{where}: column {name} is {what}; the template needs its text")
         return str(value)
 
@@ -270,7 +295,7 @@ def _with_choices_of(
     if answer is None:
         raise UserError(f"{where}: column {source.answer} is empty; a question with choices needs the correct choice")
     wrong = [_text_of_choice(value_at(row, column), column, where) for column in source.choices]
-    if answer in wrong:
+    if answer.strip() in (choice.strip() for choice in wrong):
         raise UserError(f"{where}: the right answer is among the wrong choices too; correct or remove the row")
     *before, question = messages
     text, letter = with_choices(question["content"], answer, wrong)

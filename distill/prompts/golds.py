@@ -56,12 +56,14 @@ def gold_text(answer: object, task: str) -> str | None:
 def instructions_of(ids: object, row: Mapping[str, object]) -> str | None:
     """The instructions of a prompt, as JSON text: a list of objects with the `id` and the arguments of each.
 
-    None where there are none. row: for the column `kwargs`, whose arguments that are null are left out. Errors:
-    ValueError, the end of a sentence about the column.
+    None where there are none. ids: names, or such a list. row: for the column `kwargs`, whose arguments that are null
+    are left out. Errors: ValueError, the end of a sentence about the column.
     """
     ids, arguments = parsed(ids), parsed(row.get(ARGUMENTS))
-    if ids in (None, []):
+    if ids in (None, [], ""):
         return None
+    if isinstance(ids, list) and all(isinstance(each, dict) and isinstance(each.get("id"), str) for each in ids):
+        return json.dumps(ids, ensure_ascii=False)
     if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
         raise ValueError("is not a list of instruction ids")
     arguments = [parsed(each) for each in arguments] if isinstance(arguments, list) else arguments

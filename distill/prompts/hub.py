@@ -5,7 +5,7 @@ reached, the cache is used at once: `datasets` alone would retry for half a minu
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +51,19 @@ def load_dataset(name: str, subset: str | None, split: str, revision: str | None
     return loaded
 
 
+def files_of_dataset(name: str, files: Sequence[str], revision: str | None) -> list[Path]:
+    """Files of a dataset's repository on this machine: in a local directory, in the cache, or downloaded.
+
+    Errors: UserError.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if Path(name).is_dir():
+        return [Path(name, file) for file in files]
+    with _refused(name):
+        return [Path(hf_hub_download(name, file, repo_type="dataset", revision=revision)) for file in files]
+
+
 def load_saved(path: Path, split: str | None) -> "Dataset":
     """A dataset that `save_to_disk` wrote. split: None takes the only one. Errors: UserError."""
     import datasets
@@ -82,17 +95,17 @@ def _refused(name: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     reason = " ".join(str(error.__cause__ or error).split()) or type(error.__cause__ or error).__name__
     if isinstance(error.__cause__ or error, StopIteration):
         reason = "it has no rows"
     if isinstance(error, RuntimeError) and "script" in reason:
         return (
-            "it is made by a Python script, which is not run; use its revision refs/convert/parquet (`revision:`), or "
-            "download its files and use `kind: file`"
+            "it is made by a Python script, which is not run; name its files (`files:`), use its revision "
+            "refs/convert/parquet (`revision:`), or download its files and use `kind: file`"
         )
-    if isinstance(error, OfflineModeIsEnabled | ConnectionError):
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError):
         return (
             "not on this machine, and the Hugging Face Hub cannot be reached (no network, or HF_HUB_OFFLINE is set); "
             "download it elsewhere and use `kind: file`, or a local directory as `dataset`"

@@ -3,17 +3,20 @@
 Data sets publish the options of a question in three forms, all read here: a list in one column (MMLU, MMLU-Pro), a list
 with a list of labels beside it (ARC), a column for each option (C-Eval). The right option is published as its letter,
 its label, its index from 0, or its text. A number that is both an index and the text of an option, as a CSV file may
-hold, has two meanings: such a row is refused. The options keep the order in which they are published, so that scores
+hold, and a letter that is also an option's text have two meanings: such a row is refused, unless the source says what
+its answer column has (`answer_is`). The options keep the order in which they are published, so that scores
 can be compared with others' scores; only `choices`, whose right option comes first or last, is shuffled
 (`golds.with_choices`).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from distill.prompts.columns import parsed, value_at
 from distill.prompts.golds import LETTERS
 
+Form = Literal["letter", "index", "text"]
 PLAIN = "{{question}}\n\n{{options}}"
 
 
@@ -36,8 +39,9 @@ def options_of(row: Mapping[str, object], columns: str | Sequence[str]) -> list[
     return [str(value).strip() for value in values]
 
 
-def right_letter(answer: object, options: Sequence[str], labels: object) -> str:
-    """The letter of the right option. labels: published beside the options, None without any.
+def right_letter(answer: object, options: Sequence[str], labels: object, form: Form | None = None) -> str:
+    """The letter of the right option. labels: published beside the options, None without any. form: of the answer;
+    None: any that only one option fits.
 
     Errors: ValueError, the end of a sentence about the answer.
     """
@@ -50,26 +54,34 @@ def right_letter(answer: object, options: Sequence[str], labels: object) -> str:
         return LETTERS[names.index(str(answer).strip())]
     if isinstance(answer, bool) or not isinstance(answer, int | str):
         raise ValueError(f"is {_kind(answer)}, neither the letter, the index nor the text of an option")
-    if isinstance(answer, int):
-        if not 0 <= answer < len(options):
-            raise ValueError(f"is {answer}, and the {len(options)} options have the indices 0 to {len(options) - 1}")
-        return LETTERS[answer]
-    return _letter_of_text(answer.strip(), options)
-
-
-def _letter_of_text(answer: str, options: Sequence[str]) -> str:
-    letters = LETTERS[: len(options)]
-    meanings = {letters[number] for number, option in enumerate(options) if option == answer}
-    if re.fullmatch(rf"\(?[{letters}]\)?", answer):
-        meanings.add(answer.strip("()"))
-    if answer.isascii() and answer.isdecimal() and int(answer) < len(options):
-        meanings.add(letters[int(answer)])
-    if len(meanings) != 1:
-        what = "may mean several options" if meanings else "is no option"
+    if isinstance(answer, int) and form is None:
+        form = "index"
+    meanings = {LETTERS[number] for each, number in _meanings(str(answer).strip(), options) if form in (each, None)}
+    if len(meanings) == 1:
+        return meanings.pop()
+    if isinstance(answer, int) and form == "index":
+        raise ValueError(f"is {answer}, and the {len(options)} options have the indices 0 to {len(options) - 1}")
+    shown, last = repr(str(answer).strip()[:40]), LETTERS[len(options) - 1]
+    if meanings and form is None:
         raise ValueError(
-            f"is {answer[:40]!r}, which {what}: expected a letter from A to {letters[-1]}, an index or an option's text"
+            f"is {shown}, which may mean several options: say what the column has with `answer_is: letter`, "
+            f"`answer_is: index` or `answer_is: text`"
         )
-    return meanings.pop()
+    if meanings:
+        raise ValueError(f"is {shown}, the text of several options")
+    wanted = {"letter": f"a letter from A to {last}", "index": "an index from 0", "text": "an option's text"}
+    expected = wanted[form] if form else f"{wanted['letter']}, an index or an option's text"
+    raise ValueError(f"is {shown}, which is no option: expected {expected}")
+
+
+def _meanings(answer: str, options: Sequence[str]) -> Iterator[tuple[Form, int]]:
+    """The options that an answer may mean, by their numbers, and as what."""
+    letters = LETTERS[: len(options)]
+    yield from (("text", number) for number, option in enumerate(options) if option == answer)
+    if re.fullmatch(rf"\(?[{letters}]\)?", answer):
+        yield "letter", letters.index(answer.strip("()"))
+    if answer.isascii() and answer.isdecimal() and int(answer) < len(options):
+        yield "index", int(answer)
 
 
 def listed_options(options: Sequence[str]) -> str:

@@ -24,8 +24,8 @@ class Eval(Section):
     )
     sources: Annotated[dict[str, str | tuple[str, ...]], Free] = Field(
         default_factory=dict,
-        description="benchmark → a file with its problems (as `path` of a prompt source), instead of the hub; for a "
-        "benchmark of several sources a list of as many files, or one file with all problems",
+        description="benchmark → a file with its problems (as `path` of a prompt source), or a list of files, instead "
+        "of the hub; for a benchmark of several sources as many files, or one with all problems",
     )
     sandbox: Annotated[Level, Free] = Field(
         "full", description="isolation that programs need at least, in benchmarks of code"

@@ -126,10 +126,15 @@ class _Problems(_Weighted):
     labels: Annotated[str | None, Later] = Field(
         None, description="column with the labels of `options`, one of which the answer column has"
     )
+    answer_is: Annotated[Literal["letter", "index", "text"] | None, Later] = Field(
+        None,
+        description="what the answer column has of the right one of `options`: its letter, its index from 0, or its "
+        "text; null: recognised, and refused where it may be several",
+    )
     template: Annotated[str | None, Later] = Field(
         None,
         description="text that is asked: {{question}} is the question, {{options}} the lettered options, and any other "
-        "{{name}} the text of that column; null: the question, and the options below it",
+        "{{name}} the text of that column, a list of texts a line each; null: the question, and the options below it",
     )
     date: str | None = Field(None, description="column with the date of a problem, for `since` and `until`")
     since: Day | None = Field(None, description="first day of the window, such as 2024-08-01")
@@ -157,12 +162,25 @@ class _Problems(_Weighted):
         return self
 
     @model_validator(mode="after")
+    def window_has_a_date(self) -> "_Problems":
+        """Refuse a window without the column that it is about, and an empty one."""
+        if self.date is None and (self.since or self.until):
+            raise ValueError(
+                f"{'since' if self.since else 'until'} needs `date`, the column with the date of a problem"
+            )
+        if self.since and self.until and self.since > self.until:
+            raise ValueError(f"since is {self.since}, after until, {self.until}: no problem is in this window")
+        return self
+
+    @model_validator(mode="after")
     def options_can_be_asked(self) -> "_Problems":
         """Refuse options without an answer, and a template that leaves out the question or the options."""
         if self.options is not None and (self.choices or self.answer is None or self.task != "choice"):
             raise ValueError("options needs task: choice and a column `answer`, and excludes `choices`")
         if self.labels is not None and self.options is None:
             raise ValueError("labels needs `options`, whose labels they are")
+        if self.answer_is is not None and (self.options is None or self.labels is not None):
+            raise ValueError("answer_is needs `options`, and excludes `labels`, one of which the answer column has")
         if self.template is not None:
             names = placeholders(self.template)
             if QUESTION not in names:
@@ -180,6 +198,18 @@ class HubPrompts(_Problems, _OnHub):
     """Problems in a Hugging Face dataset."""
 
     question: str = Field("problem", description="column with the question: text, or a list of messages or turns")
+    files: Annotated[tuple[str, ...], Later] = Field(
+        (),
+        description="files of the dataset's repository that are read, in order, as those of kind `file`: for a dataset "
+        "that a Python script would load; they have no split",
+    )
+
+    @model_validator(mode="after")
+    def files_have_no_parts(self) -> "HubPrompts":
+        """Refuse what selects among the parts of a dataset where files are named."""
+        if self.files and (self.subset is not None or self.split != "train"):
+            raise ValueError("files excludes `subset` and `split`: the rows of all named files are read; remove them")
+        return self
 
 
 PromptSource = Annotated[ProceduralPrompts | GymPrompts | FilePrompts | HubPrompts, Field(discriminator="kind")]
@@ -192,13 +222,29 @@ class _Published(Section):
     question: str | None = Field(None, description="column with the question, for rows in no known layout")
     reasoning: str | None = Field(None, description="column with the reasoning, without tags")
     response: str | None = Field(None, description="column with the answer that follows the reasoning")
-    answer: str | None = Field(None, description="column with the gold answer; null: `answer` and the like, if present")
+    answer: str | None = Field(
+        None,
+        description="column with the gold answer; null: `answer` and the like, if present; for task code the tests, "
+        "for task instructions the ids of IFEval's instructions",
+    )
+    extract: Annotated[Literal["none", "hash", "boxed"], Later] = Field(
+        "none",
+        description="what is taken out of the answer column: hash: what follows the last ####; boxed: the last "
+        "\\boxed{}; none: the answer as it is",
+    )
     task: PublishedTask | None = Field(
         None,
         description="kind of problem, which selects the grader; null: math, and in rows that `distill export` wrote "
         "their own, but for code and gym, whose graders run what the file contains",
     )
     limit: Annotated[int | None, Free] = Field(None, ge=1, description="maximum number of rows to read")
+
+    @model_validator(mode="after")
+    def extract_has_a_column(self) -> "_Published":
+        """Refuse an `extract` without a column, or of a task whose gold is no answer in text."""
+        if self.extract != "none" and (self.answer is None or self.task in EXTRACT_TASK.values()):
+            raise ValueError(f"extract: {self.extract} needs `answer`, and task math, choice, judge or chat")
+        return self
 
     def settings(self) -> dict[str, JsonValue]:
         """As the base; without a task `math`, as runs recorded it that began when that was the default."""

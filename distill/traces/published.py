@@ -17,8 +17,10 @@ from distill.chat import split_reasoning
 from distill.console import say
 from distill.errors import UserError
 from distill.fingerprint import digest
+from distill.prompts.code_tests import BESIDE
 from distill.prompts.columns import listed
-from distill.prompts.files import MEDIA, gold_text
+from distill.prompts.files import MEDIA
+from distill.prompts.golds import ARGUMENTS, Extract, gold_of
 from distill.prompts.hub import load_dataset, rows_of_dataset
 from distill.prompts.prompt import Prompt
 from distill.prompts.rows import Row, columns_of, has_column, rows_of_file, value_at
@@ -32,6 +34,12 @@ if TYPE_CHECKING:
     from distill.recipe.sources import FileTraces, HubTraces, TraceSource
 
 GOLD = ("answer", "gtruth_answer", "ground_truth", "expected_answer", "gt", "reward_model.ground_truth")
+GOLD_OF_TASK = {  # columns that are looked for before these, and what is taken out of whichever there is
+    "code": ("verification_info", "input_output", "private_test_cases", "test", "test_list", "tests", "test_cases"),
+    "instructions": ("instruction_id_list",),
+}
+EXTRACT_OF_TASK: dict[str, Extract] = {"code": "tests", "instructions": "instructions"}
+BESIDE_GOLD = {"code": BESIDE, "instructions": (ARGUMENTS,)}
 CORRECT = (  # columns with a publisher's verdict, the most reliable first
     *("correctness_math_verify", "correctness_llama", "is_correct", "correct", "accuracy", "score", "reward"),
 )
@@ -86,7 +94,8 @@ def _rows(source: "HubTraces | FileTraces", every: bool = False) -> tuple[Iterat
     named = [name for name in (source.question, source.reasoning, source.response, source.answer) if name]
     if source.kind == "file":
         path = Path(source.path)
-        rows = rows_of_file(path, None if every else [*COLUMNS, MARK, *MEDIA, *GOLD, *named], source.split)
+        golds = (*_gold_columns(source), *BESIDE_GOLD.get(source.task or "math", ()))
+        rows = rows_of_file(path, None if every else [*COLUMNS, MARK, *MEDIA, *golds, *named], source.split)
         name, names = "/".join(path.absolute().parts[-2:]).lstrip("/"), columns_of(path, source.split)
         if names is None and source.answer and not _mentions(path, source.answer.partition(".")[0]):
             raise _no_gold_column(name, source.answer, next(rows, (name, {}))[1])
@@ -101,6 +110,11 @@ def _rows(source: "HubTraces | FileTraces", every: bool = False) -> tuple[Iterat
         if not has_column(dict.fromkeys(names or ()), column):
             raise (_no_gold_column if column == source.answer else _no_column)(name, column, names or ())
     return rows, name
+
+
+def _gold_columns(source: "HubTraces | FileTraces") -> tuple[str, ...]:
+    """The columns in which a gold answer is looked for, in order."""
+    return (source.answer,) if source.answer else (*GOLD_OF_TASK.get(source.task or "math", ()), *GOLD)
 
 
 def _mentions(path: Path, column: str) -> bool:
@@ -139,6 +153,7 @@ class Reader:
         self.source, self.name, self.note, self.whole = source, name, note, whole
         self.rows = self.taken = self.without_gold = 0
         self.gold_seen = source.answer is None
+        self.unreadable = ""  # the first gold answer that cannot be read, and why
         self.columns: dict[str, None] = {}
         self.stored: set[str] = set()  # columns with values in a verdict
         self.left_out: Counter[str] = Counter()
@@ -148,7 +163,14 @@ class Reader:
     def left_behind(self) -> list[str]:
         """The columns of the rows that were read so far of which nothing is stored."""
         named = (self.source.question, self.source.reasoning, self.source.response, self.source.answer)
-        used = {*COLUMNS, *GOLD, *(name.partition(".")[0] for name in named if name), MARK, *self.stored}
+        used = {
+            *COLUMNS,
+            *GOLD,
+            *_gold_columns(self.source),
+            *(name.partition(".")[0] for name in named if name),
+            MARK,
+            *self.stored,
+        }
         return [name for name in self.columns if name not in used and name != "reward_model"]
 
     def traces(self, rows: Iterator[Row]) -> Iterator[tuple[Trace, list[Verdict]]]:
@@ -178,7 +200,7 @@ class Reader:
                 self.left_out[str(answer)] += 1
                 self.first.setdefault(str(answer), where)
             else:
-                yield self._trace(row, answer, teacher), self._label(row, answer.number)
+                yield self._trace(row, answer, teacher, where), self._label(row, answer.number)
 
     def _label(self, row: dict[str, object], number: int) -> list[Verdict]:
         """What was published beside an answer: numbers, short texts, and the values of lists about the generations."""
@@ -187,7 +209,7 @@ class Reader:
         generations = row.get("generations")
         length = len(generations) if isinstance(generations, list) else 0
         evidence: dict[str, object] = {}
-        golds = {self.source.answer, *GOLD} & row.keys()  # the prompt has them
+        golds = {*_gold_columns(self.source), *GOLD} & row.keys()  # the prompt has them
         for name, value in row.items():
             if name in (set(COLUMNS) - set(ALIGNED) - set(REASONING)) or name in (*MEDIA, MARK, *golds):
                 continue
@@ -200,20 +222,25 @@ class Reader:
         reason = "not labelled" if said is None else "labelled correct" if said else "labelled incorrect"
         return [Verdict(LABEL, True, reason, evidence)] if evidence else []
 
-    def _trace(self, row: dict[str, object], answer: Answer, teacher: str) -> Trace:
-        prompt = Prompt(answer.messages, self.source.task or "math", self._gold(row), self.name)
+    def _trace(self, row: dict[str, object], answer: Answer, teacher: str, where: str) -> Trace:
+        prompt = Prompt(answer.messages, self.source.task or "math", self._gold(row, where), self.name)
         reasoning, response = answer.parts or split_reasoning(answer.text)
         return Trace(prompt, 0, 0, answer.text, reasoning, response, answer.finish_reason, teacher)
 
-    def _gold(self, row: dict[str, object]) -> str | None:
-        names = (self.source.answer,) if self.source.answer else GOLD
-        value = next((value for name in names if (value := value_at(row, name)) is not None), None)
-        try:
-            gold = gold_text(value, self.source.task or "math")
-        except ValueError:
-            gold = None
-        self.without_gold += gold is None
-        return gold
+    def _gold(self, row: dict[str, object], where: str) -> str | None:
+        """The gold answer: of the first column that has one. What cannot be read is no gold answer, and is counted."""
+        task = self.source.task or "math"
+        extract = EXTRACT_OF_TASK.get(task, self.source.extract)
+        for name in _gold_columns(self.source):
+            try:
+                gold = gold_of(value_at(row, name), task, extract, row)
+            except ValueError as error:
+                self.unreadable = self.unreadable or f"{where}: column {name} {error}"
+                continue
+            if gold is not None:
+                return gold
+        self.without_gold += 1
+        return None
 
     def _finish(self) -> None:
         reasons = ", ".join(
@@ -228,5 +255,6 @@ class Reader:
         if self.left_out:
             total = self.left_out.total()
             self.note(f"note: {self.name}: {total:,} of {total + self.taken:,} answers are left out: {reasons}")
-        if 0 < self.without_gold < self.taken or (self.without_gold and self.source.answer):
-            self.note(f"note: {self.name}: {self.without_gold:,} of {self.taken:,} answers have no gold answer")
+        if self.without_gold and (self.without_gold < self.taken or self.source.answer or self.unreadable):
+            first = f" (first: {self.unreadable})" if self.unreadable else ""
+            self.note(f"note: {self.name}: {self.without_gold:,} of {self.taken:,} answers have no gold answer{first}")

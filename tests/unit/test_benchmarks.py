@@ -1,6 +1,7 @@
 """Shipped benchmark cards on rows of the published form, and what a card of one's own may say."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from distill import catalog
 from distill.errors import UserError
 from distill.eval.benchmark import Benchmark, local_sources, source_names
 from distill.filters.resources import RunResources
-from distill.prompts import Prompt, load_prompts
+from distill.prompts import Prompt, PromptCounts, load_prompts
 from distill.recipe import BenchmarkCard, Eval
-from distill.recipe.sources import FilePrompts
+from distill.recipe.sources import FilePrompts, HubPrompts
 
 ROWS: dict[str, dict[str, Any]] = {  # card → a made-up row with the columns of the published data set
     "aime-2026": {"id": "1", "problem": "1+1?", "answer": "2"},
@@ -65,6 +66,33 @@ ROWS: dict[str, dict[str, Any]] = {  # card → a made-up row with the columns o
         "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
         "kwargs": [{"num_words": None}, {"num_words": 3, "relation": "less than"}],
     },
+    "mbpp": {
+        "task_id": 601,
+        "text": "Write a function to add one.",
+        "code": "def add_one(x): return x + 1",
+        "test_list": ["assert add_one(1) == 2", "assert add_one(2) == 3"],
+        "test_setup_code": "",
+        "challenge_test_list": [],
+    },
+    "mbpp-plus": {
+        "task_id": 2,
+        "prompt": "Write a function to add one.",
+        "code": "def add_one(x): return x + 1",
+        "test_imports": [],
+        "test_list": ["assert add_one(1) == 2", "assert add_one(2) == 3"],
+        "test": "for n in range(9):\n    assert add_one(n) == n + 1",
+    },
+    "livecodebench": {
+        "question_title": "A. One",
+        "question_content": "Read a number, print the next.",
+        "platform": "atcoder",
+        "contest_date": "2024-08-01T00:00:00",
+        "starter_code": "",
+        "difficulty": "easy",
+        "public_test_cases": '[{"input": "1", "output": "2", "testtype": "stdin"}]',
+        "private_test_cases": '[{"input": "8", "output": "9", "testtype": "stdin"}]',
+        "metadata": "{}",
+    },
 }
 GOLDS = {
     "mmlu": "B",
@@ -72,6 +100,12 @@ GOLDS = {
     "mmlu-pro": "J",
     "arc-challenge": "B",
     "c-eval": "B",
+    "mbpp": '{"language": "python", "test_cases": [{"type": "assert", "code": "assert add_one(1) == 2"}, '
+    '{"type": "assert", "code": "assert add_one(2) == 3"}]}',
+    "mbpp-plus": '{"language": "python", "test_cases": [{"type": "program", "code": "for n in range(9):\\n    '
+    'assert add_one(n) == n + 1"}]}',
+    "livecodebench": '{"language": "python", "test_cases": [{"type": "stdin_stdout", "input": "1", "output": "2"}, '
+    '{"type": "stdin_stdout", "input": "8", "output": "9"}]}',
     "ifeval": '[{"id": "punctuation:no_comma"}, {"id": "length_constraints:number_words", "num_words": 3, '
     '"relation": "less than"}]',
 }
@@ -88,7 +122,78 @@ def test_a_shipped_card_reads_the_published_form(name: str, tmp_path: Path) -> N
     assert prompt.task == card.task
     assert prompt.answer == GOLDS.get(name, "2")
     row = ROWS[name]
-    assert str(row.get("problem") or row.get("question") or row["prompt"]) in prompt.messages[-1]["content"]
+    columns = ("problem", "question", "prompt", "text", "question_content")
+    assert next(str(row[name]) for name in columns if name in row) in prompt.messages[-1]["content"]
+
+
+@pytest.mark.parametrize("name", ["mbpp", "mbpp-plus"])
+def test_the_prompt_of_mbpp_shows_its_tests(name: str, tmp_path: Path) -> None:
+    (prompt,) = prompts_of(catalog.load_benchmark(name), tmp_path / "rows.jsonl", ROWS[name])
+    assert prompt.messages[-1]["content"] == (
+        "Write a function to add one.\n\nYour code should pass these tests:\n\n"
+        "assert add_one(1) == 2\nassert add_one(2) == 3"
+    )
+
+
+def test_every_problem_of_mbpp_and_humaneval_names_its_function(real_data: Callable[[str], Path]) -> None:
+    for name, path in (("mbpp", "mbpp_dev/mbpp.jsonl"), ("humaneval", "humaneval/HumanEval.jsonl")):
+        counts = PromptCounts()
+        list(load_prompts(local_sources(catalog.load_benchmark(name), [real_data(path)]), counts))
+        assert counts.rows.total() > 160 and not counts.unnamed, name
+
+
+def problems_of_livecodebench(directory: Path, *days: str) -> list[Path]:
+    row = ROWS["livecodebench"]
+    return [
+        jsonl(directory / f"test{n}.jsonl", row | {"question_content": f"Problem {n}.", "contest_date": day})
+        for n, day in enumerate(days)
+    ]
+
+
+def test_a_card_of_one_source_takes_any_number_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    days = ("2024-07-31", "2024-08-01", "2025-02-01", "2025-02-02")
+    paths = problems_of_livecodebench(tmp_path, *days)
+    card = catalog.load_benchmark("livecodebench").model_copy(update={"problems": 2})
+    for number in (1, 3, 4):
+        sources = {card.name: tuple(map(str, paths[:number]))}
+        benchmark = Benchmark.of(card, Eval(benchmarks=(card.name,), sources=sources))
+        assert benchmark.settings()["prompts.since"] == "2024-08-01"
+        if number == 1:
+            with pytest.raises(UserError, match="livecodebench has no problems"):
+                benchmark.prompts  # noqa: B018  read at its first use
+        else:
+            questions = [prompt.messages[-1]["content"].strip() for prompt in benchmark.prompts]
+            assert questions == ["Problem 1.", "Problem 2."]
+    assert capsys.readouterr().err == ""  # the rows outside the window are no reason for a note
+    with pytest.raises(UserError, match="test0.jsonl twice"):
+        local_sources(card, [paths[0], paths[0]])
+    cut = Benchmark.of(card, Eval(benchmarks=(card.name,), sources={card.name: tuple(map(str, paths[:2]))}))
+    with pytest.raises(UserError, match="livecodebench has 1 problems but its card says 2"):
+        cut.prompts  # noqa: B018  read at its first use
+
+
+def test_files_of_a_dataset_with_a_script(tmp_path: Path) -> None:
+    paths = problems_of_livecodebench(tmp_path, "2024-08-01", "2024-08-02", "2025-02-02")
+    (tmp_path / "code_generation_lite.py").write_text("raise SystemExit('never run')")
+    card = catalog.load_benchmark("livecodebench")
+    assert isinstance(card.prompts, HubPrompts) and card.prompts.files[-1] == "test5.jsonl"
+    local = card.prompts.model_copy(update={"dataset": str(tmp_path), "files": tuple(path.name for path in paths)})
+    prompts = list(load_prompts([local]))
+    assert [prompt.messages[-1]["content"].strip() for prompt in prompts] == ["Problem 0.", "Problem 1."]
+    assert {prompt.source for prompt in prompts} == {tmp_path.name}
+    missing = local.model_copy(update={"files": ("other.jsonl",)})
+    with pytest.raises(UserError, match="other.jsonl: no such file"):
+        list(load_prompts([missing]))
+    with pytest.raises(ValidationError, match="files excludes `subset` and `split`"):
+        HubPrompts(kind="hub", dataset="a/b", files=("a.jsonl",), split="test")
+
+
+def test_a_window_without_problems(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"question": "1+1?", "answer": "2", "day": "2024-01-01"})
+    source = FilePrompts(kind="file", path=str(path), date="day", since="2024-02-01")
+    counts = PromptCounts()
+    assert list(load_prompts([source], counts)) == []
+    assert counts.notes() == [f"{tmp_path.name}/a.jsonl: all 1 problems are outside the window of `since` and `until`"]
 
 
 def test_the_options_of_mmlu_pro_are_listed_up_to_j(tmp_path: Path) -> None:
@@ -107,81 +212,10 @@ def test_every_shipped_benchmark_says_where_its_facts_come_from() -> None:
         assert "revision:" in text or "Not pinned" in text, name
 
 
-# ---- options
+# ---- what a card may say
 
 
 OPTIONS = {"options": "options", "task": "choice"}
-
-
-@pytest.mark.parametrize(
-    ("options", "answer", "letter"),
-    [
-        (["a", "b", "c"], "C", "C"),
-        (["a", "b", "c"], "(C)", "C"),
-        (["a", "b", "c"], 2, "C"),
-        (["a", "b", "c"], "2", "C"),
-        (["a", "b", "c"], "c", "C"),
-        (["a ", "b", " c"], "c ", "C"),
-        (["1", "2", "3"], 2, "C"),
-        (["1.5", "2.5", ""], "2.5", "B"),
-        ([1.5, 2.5], "2.5", "B"),
-        (["a", "a", "b"], "B", "B"),
-        (["B", "B"], "B", "B"),
-        ('["a", "b"]', "b", "B"),
-    ],
-)
-def test_the_right_option(options: object, answer: object, letter: str, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", {"question": "?", "options": options, "answer": answer})
-    if options == ["B", "B"]:
-        file_refused(path, "column answer is 'B', which may mean several options", **OPTIONS)
-        return
-    assert [prompt.answer for prompt in read(path, **OPTIONS)] == [letter]
-
-
-@pytest.mark.parametrize(
-    ("options", "answer", "message"),
-    [
-        (["0", "1", "2"], "1", None),
-        (["1", "2", "3"], "1", "column answer is '1', which may mean several options"),
-        (["a", "b"], "C", "column answer is 'C', which is no option: expected a letter from A to B"),
-        (["a", "b"], 2, "column answer is 2, and the 2 options have the indices 0 to 1"),
-        (["a", "b"], -1, "the 2 options have the indices 0 to 1"),
-        (["a", "b"], True, "column answer is a bool"),
-        (["a", "b"], None, "column answer is empty"),
-        (["a", "b"], 1.0, "column answer is a float"),
-        (["a", "a"], "a", "which may mean several options"),
-        (["a"], "A", "the number of options is 1; a question has 2 to 10"),
-        ([str(n) for n in range(11)], "A", "the number of options is 11; a question has 2 to 10"),
-        (["a", None], "A", "option B is empty, not text"),
-        (["a", ["b"]], "A", "option B is a list, not text"),
-        ("a, b", "A", "column options is a str, not a list of options"),
-        (None, "A", "column options is empty, not a list of options"),
-    ],
-)
-def test_doubtful_options_are_refused(options: object, answer: object, message: str | None, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", {"question": "?", "options": options, "answer": answer})
-    if message is None:
-        assert read(path, **OPTIONS)[0].answer == "B"
-    else:
-        file_refused(path, message, **OPTIONS)
-
-
-@pytest.mark.parametrize(
-    ("labels", "answer", "message"),
-    [
-        (["1", "2"], "3", "column answer is '3', which is none of the labels 1, 2"),
-        (["1"], "1", "has 2 options, and its labels are not as many different ones"),
-        (["1", "1"], "1", "its labels are not as many different ones"),
-        (None, "1", None),
-    ],
-)
-def test_labels(labels: object, answer: str, message: str | None, tmp_path: Path) -> None:
-    row = {"question": "?", "options": ["a", "b"], "labels": labels, "answer": answer}
-    path = jsonl(tmp_path / "a.jsonl", row)
-    if message is None:
-        assert read(path, labels="labels", **OPTIONS)[0].answer == "B"  # without labels, an index from 0
-    else:
-        file_refused(path, message, labels="labels", **OPTIONS)
 
 
 def test_a_template_is_filled_once_and_leaves_latex_alone(tmp_path: Path) -> None:
@@ -201,6 +235,7 @@ def test_a_template_is_filled_once_and_leaves_latex_alone(tmp_path: Path) -> Non
         ({"template": "{{question}}", **OPTIONS}, "template needs {{options}} where `options` is set"),
         ({"options": "options"}, "options needs task: choice"),
         ({"labels": "labels"}, "labels needs `options`"),
+        ({"answer_is": "letter"}, "answer_is needs `options`"),
         ({"task": "instructions"}, "task instructions needs extract: instructions"),
         ({"extract": "instructions"}, "extract: instructions is for task instructions"),
     ],
@@ -239,7 +274,7 @@ def test_sources_are_read_in_order(tmp_path: Path) -> None:
     card = several(tmp_path)
     benchmark = Benchmark.of(card, Eval(benchmarks=("sums",)))
     assert [prompt.answer for prompt in benchmark.prompts] == ["1", "2"]
-    assert benchmark.settings()["prompts.1.task"] == "math"
+    assert benchmark.settings()["prompts.task"] == "math"  # of files of one form, whose number may grow
     assert catalog.check("benchmark", str(tmp_path / "card.yaml")) == []
 
 

@@ -10,8 +10,9 @@ import pytest
 from distill.artefacts import GenerateSummary
 from distill.backends import Completed, Usage
 from distill.errors import UserError
-from distill.eval import EvalStage, evaluation
+from distill.eval import EvalStage
 from distill.evaluations import LABELS, EvaluationPaths, read_grades, read_results
+from distill.grading import identity
 from distill.recipe import Recipe
 from distill.run import Run
 
@@ -185,36 +186,20 @@ def test_finished_is_finished(tmp_path, recipe):
 
 
 def with_sympy(monkeypatch, number):
-    true = evaluation.version
-    monkeypatch.setattr(evaluation, "version", lambda name: number if name == "sympy" else true(name))
+    true = identity.version
+    monkeypatch.setattr(identity, "version", lambda name: number if name == "sympy" else true(name))
 
 
-def test_a_finished_evaluation_keeps_the_versions_that_it_was_made_with(tmp_path, recipe, monkeypatch):
-    with_sympy(monkeypatch, "1.0")
-    first = score(tmp_path, recipe, Scripted(knows))
-    path = tmp_path / "run/eval/sums/student/scores.json"
-    before = path.read_bytes()
+def test_an_upgrade_of_the_grader_s_packages_grades_a_finished_stage_again(tmp_path, recipe, monkeypatch, capsys):
+    """All models, so that none is compared with another one's grader; no sample is drawn."""
+    with monkeypatch.context() as earlier:
+        with_sympy(earlier, "1.0")
+        first = score(tmp_path, recipe, Scripted(knows))
+    assert {row.versions["sympy"] for row in first.values()} == {"1.0"}
     with_sympy(monkeypatch, "2.0")
-    (tmp_path / "run/eval/sums/base/record.json").unlink()  # the stage runs again
-    again = score(tmp_path, recipe, Scripted(knows))
-    assert again["sums", "student"] == first["sums", "student"] and again["sums", "base"].versions["sympy"] == "2.0"
-    assert path.read_bytes() == before and first["sums", "student"].versions["sympy"] == "1.0"
-
-
-def test_more_samples_after_an_upgrade_grade_all_by_one_version(tmp_path, recipe, monkeypatch, capsys):
-    with_sympy(monkeypatch, "1.0")
-    score(tmp_path, recipe, Scripted(knows))
-    with_sympy(monkeypatch, "2.0")
-    graded, give = [], evaluation.graded
-    monkeypatch.setattr(evaluation, "graded", lambda *given: (graded.append(1) or each for each in give(*given)))
-    scores = score(tmp_path, recipe, Scripted(knows), samples=3)
-    assert len(graded) == 3 * 3 * PROBLEMS and {row.versions["sympy"] for row in scores.values()} == {"2.0"}
-    assert "graded with another version of sympy" in capsys.readouterr().out
-
-
-def test_only_verdicts_of_mathematics_depend_on_sympy():
-    assert evaluation.PACKAGES == ("torch", "transformers")
-    assert {task for task, names in evaluation.GRADED_WITH.items() if "sympy" in names} == {"math", "gym"}
+    again = Scripted(knows)
+    assert {row.versions["sympy"] for row in score(tmp_path, recipe, again).values()} == {"2.0"} and again.loaded == []
+    assert "grades are of another grader (math.sympy: 1.0 → 2.0)" in capsys.readouterr().out
 
 
 def test_another_file_is_another_evaluation(tmp_path, recipe):

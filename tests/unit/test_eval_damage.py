@@ -128,7 +128,7 @@ def test_grades_of_another_version_of_the_grader_are_made_again(command, tmp_pat
     with monkeypatch.context() as earlier:
         earlier.setattr(MathGrader, "version", 0)
         earlier.setattr(MathGrader, "rule", lambda self, gold, answer: ("wrong", "scripted"))
-        earlier.setattr("distill.eval.evaluation.__version__", "0.0.1")
+        earlier.setattr("distill.eval.grading.__version__", "0.0.1")
         assert command(right, "--samples", 2) == 16
     first = scores(tmp_path / "out")
     assert (first.pass_at_1.value, first.grading["math.version"], first.versions["distill"]) == (0, 0, "0.0.1")
@@ -140,6 +140,19 @@ def test_grades_of_another_version_of_the_grader_are_made_again(command, tmp_pat
     other_grader(MathGrader.version + 1, "wrong")
     assert command(right, "--samples", 4) == 0
     assert scores(tmp_path / "out").pass_at_1.value == 0
+
+
+def test_versions_are_those_that_made_the_samples_and_the_grades(command, tmp_path, monkeypatch):
+    """Another version of distill with the same grader changes nothing, and does not sign for what it did not do."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr("distill.eval.grading.__version__", "0.0.1")
+        command(right, "--samples", 2)
+    monkeypatch.setattr("distill.eval.evaluation.version", lambda name: "9.9")
+    command(right, "--samples", 2)
+    versions = scores(tmp_path / "out").versions
+    assert versions["distill"] == "0.0.1" and versions["torch"] != "9.9"
+    command(right, "--samples", 3)
+    assert scores(tmp_path / "out").versions["torch"] == f"{versions['torch']}, 9.9"
 
 
 def test_grades_without_a_version_are_made_again(command, tmp_path, capsys):

@@ -6,7 +6,12 @@ import pytest
 from eval_support import Script, distill, right, scores, server, sums, url
 
 from distill import catalog
-from distill.grading.math import gold_answer
+from distill.eval.samples import vote_of
+from distill.evaluations import GradeRow
+from distill.grading import Grader
+from distill.grading.math import final_answer, gold_answer
+from distill.grading.votes import classes
+from distill.prompts import Prompt
 
 __all__ = ["sums"]
 
@@ -55,6 +60,33 @@ def test_votes_count_equal_answers_together(sums, tmp_path, monkeypatch):
     row = scores(tmp_path / "out")
     assert row.pass_at_1.value == 0.5 and row.consensus_at_k[4].value == 1 and row.consensus_at_k[4].ties == 0
     assert row.pass_at_k[2].value == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize("order", [("50\\%", "0.5", "50"), ("0.5", "50\\%", "50"), ("0.5", "50", "50\\%")])
+def test_unequal_answers_share_no_class(order):
+    """50 % equals 0.5 and 50, which are not equal: all three in one class would elect one of the two by the other."""
+    with Grader(workers=1) as grader:
+        ((_, numbers),) = classes(grader, {"p": [*order, "1/2", "7"]})
+    assert numbers["0.5"] == numbers["1/2"] != numbers["50"]
+    assert numbers["7"] not in (numbers["0.5"], numbers["50"])
+    assert numbers["50\\%"] in (numbers["0.5"], numbers["50"])
+
+
+@pytest.mark.parametrize(
+    ("response", "vote"),
+    [
+        ("So \\boxed{7}.", "7"),
+        ("I am not sure, but the answer is probably somewhere near 7 apples for them", None),
+        ("We count them.\nThere are 7 of them in all", None),
+    ],
+)
+def test_a_guess_does_not_vote(response, vote):
+    """As in `distill.eval.metrics.ConsensusAtK`, which asks the answer itself whether it is marked."""
+    with Grader(workers=1) as grader:
+        ((_, grade),) = grader.grade([(0, Prompt.from_question("?", "7"), response)])
+    row = GradeRow("p", 0, grade.verdict, grade.reason, grade.evidence, "stop", 1, 0)
+    assert row.answer and vote_of(row) == vote
+    assert final_answer(response).marked == (vote is not None)
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ def test_an_identity_names_versions_and_packages(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(MathGrader, "packages", ("no-such-package",))
     assert graders_identity(["math"])["math.no-such-package"] is None
     assert changes({"a": 1, "b": 2}, {"a": 3}) == "a: 1 → 3, b: 2 → not set"
-    assert judges_identity(make_recipe(language=True))["filter.language.py3langid"]
-    assert "math.version" not in judges_identity(make_recipe(correct=False)), "nothing is graded"
+    assert judges_identity(make_recipe(language=True), ["math"])["filter.language.py3langid"]
+    assert "math.version" not in judges_identity(make_recipe(correct=False), ["math"]), "nothing is graded"
     for grader in GRADERS.values():
         assert grader.version >= 1 and isinstance(grader.packages, tuple)
 

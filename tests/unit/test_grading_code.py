@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,12 +22,19 @@ from distill.grading.code import (
     names_in_tests,
     run_tests,
 )
+from distill.grading.grade import Answer
 from distill.grading.sandbox.levels import open_zygote
-from distill.grading.sandbox.runner import Sandbox
+from distill.grading.sandbox.runner import Sandbox, Zygote
 from distill.prompts import code_tests
 from distill.prompts.prompt import Prompt
 
 FENCE = "```"
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with open_zygote() as made:
+        yield made
 
 
 @pytest.mark.parametrize(
@@ -177,6 +184,54 @@ def test_programs_are_graded_in_workers() -> None:
     assert grades["call"].evidence["gold"] == "1 × function_call"
 
 
+@pytest.mark.parametrize(
+    ("tests", "beside", "verdicts"),  # of a right program, a wrong one, and one with another name
+    [
+        (["add1(1) == 2"], {}, ("correct", "wrong", "wrong")),
+        (["assert add1(1) == 2", "print(add1(1))"], {}, ("correct", "wrong", "wrong")),
+        (["assert list(map(add1, [1])) == [2]"], {}, ("correct", "wrong", "wrong")),
+        (["import math", "assert math.isclose(add1(1), 2)"], {}, ("correct", "wrong", "wrong")),
+        (["assert nowhere(x=1) == add1(1)", "assert add1(1) == 2"], {}, ("wrong", "wrong", "wrong")),
+        (["assert add1(x) == 2"], {}, ("unverifiable", "unverifiable", "wrong")),
+        (["import no_such_library\nassert add1(1) == 2"], {}, ("unverifiable",) * 3),
+        (["assert add1(1) == 2"], {"test_setup_code": "import no_such_library"}, ("unverifiable",) * 3),
+        (["assert add1(1) == 2"], {"test_setup_code": "x = no_such_name"}, ("unverifiable",) * 3),
+        (["from solution import add1\nassert add1(1) == 2"], {}, ("correct", "wrong", "wrong")),
+    ],
+)
+def test_an_error_of_the_tests_is_no_fault_of_the_answer(
+    zygote: Zygote, tests: list[str], beside: dict[str, object], verdicts: tuple[str, ...]
+) -> None:
+    read = json.loads(code_tests.tests_of(tests, beside) or "")
+    programs = [f"def {name}(x):\n    return x + {by}" for name, by in (("add1", 1), ("add1", 2), ("plus", 1))]
+    rulings = [run_tests(Sandbox(zygote), program, read, 5.0) for program in programs]
+    assert tuple(ruling[0] for ruling in rulings) == verdicts
+    assert all(ruling[1] == "tests fail by themselves" for ruling in rulings if ruling[0] == "unverifiable")
+
+
+@pytest.mark.parametrize(
+    ("gold", "shown", "reason"),
+    [
+        ('["assert add1(1) == 2"]', "1 × assert", None),
+        ('{"inputs": ["1"], "outputs": ["2"]}', "1 × stdin_stdout", None),
+        ('{"test_cases": [{"input": "1", "output": "2"}]}', "1 × stdin_stdout", None),
+        ('{"test_cases": [1]}', "", "tests in no known form"),
+        ('{"language": "python", "test_cases": [{"type": "assert", "code": 5}]}', "", "tests in no known form"),
+        (
+            '{"test_cases": [{"input": "1", "output": "2"}], "setup": 3}',
+            "",
+            "tests in no known form",
+        ),
+        ("The sum of both.", "", "tests in no known form"),
+    ],
+)
+def test_a_gold_of_another_hand_is_read_or_named(gold: str, shown: str, reason: str | None) -> None:
+    grader = CodeGrader()
+    assert grader.gold_shown(grader.gold(gold)) == shown
+    assert grader.reads_plainly(grader.gold(gold)) == (reason is None)
+    assert grader.rule(grader.gold(gold), Answer("x", "code block")) == (reason and ("unverifiable", reason))
+
+
 def test_compressed_tests_are_read_without_unpickling() -> None:
     cases = [{"input": "[1, 2]\n3", "output": "[1, 2, 3]", "testtype": "functional"}]
 
@@ -188,6 +243,12 @@ def test_compressed_tests_are_read_without_unpickling() -> None:
     assert read["test_cases"] == [
         {"type": "function_call", "fn_name": "add", "input": [[1, 2], 3], "output": [1, 2, 3]}
     ]
+    (program, bare) = (
+        f"class Solution:\n def add(self, a: {kind}, b): return a + [b]" for kind in ("List[int]", "Liste")
+    )
+    with open_zygote() as zygote:
+        assert run_tests(Sandbox(zygote), program, read, 5.0)[0] == "correct", "LeetCode imports `List` for its answers"
+        assert run_tests(Sandbox(zygote), bare, read, 5.0)[:2] == ("wrong", "error: NameError")
     for value in (print, [1], {"a": "b"}):
         with pytest.raises(ValueError, match="is compressed, and holds"):
             code_tests.tests_of(packed(value), row)

@@ -6,7 +6,9 @@ import pytest
 from eval_support import distill, scores, server, url
 
 from distill.errors import UserError
+from distill.eval.samples import sample_of
 from distill.eval.statistics import Followed, Sample, share_of_parts, summarise, wilson
+from distill.evaluations import GradeRow
 from distill.grading import GRADERS, Grader, readable, require_grader
 from distill.grading.instruction_checks import CHECKS, variants
 from distill.grading.instructions import problem_of
@@ -198,6 +200,21 @@ def test_the_four_accuracies_by_hand():
     assert [each.value for each in (four.prompt_strict, four.prompt_loose)] == pytest.approx([1 / 3, 2 / 3])
     assert [each.value for each in (four.instruction_strict, four.instruction_loose)] == pytest.approx([3 / 5, 4 / 5])
     assert summarise(samples + samples, votes=False).consensus_at_k == {}
+
+
+def test_a_problem_that_cannot_be_checked_follows_nothing():
+    """Two checked problems of two instructions, one of three unknown ones, one whose instructions cannot be read."""
+    gold = json.dumps([{"id": "ours:unknown"}] * 3)
+    evidence = [{"strict": [True, True], "loose": [True, True]}, {"strict": [True, False], "loose": [True, False]}]
+    rows = [
+        GradeRow(str(n), 0, "correct" if n == 0 else "unverifiable", "", given, "stop", 1, 0)
+        for n, given in enumerate([*evidence, {"gold": gold}, {"gold": "nonsense"}])
+    ]
+    four = summarise([sample_of(row, {}) for row in rows], votes=False).instructions
+    assert four is not None
+    assert four.prompt_strict.value == pytest.approx(1 / 4)
+    assert four.instruction_strict.value == pytest.approx(3 / (2 + 2 + 3 + 1))
+    assert summarise([sample_of(row, {}) for row in rows[3:]], votes=False).instructions is None
 
 
 # ---- from a file to the table

@@ -86,7 +86,7 @@ def test_rows_from_which_nothing_is_extracted_are_counted_with_the_first(tmp_pat
     assert [p.answer for p in load_prompts([source], counts)] == ["1", None, None, None]
     assert counts.notes() == [f"{tmp_path.name}/a.jsonl: 3 of 4 problems have no gold answer (first: {path}, line 2)"]
     file_refused(path, "no row has a \\boxed{…} in column answer", "set another `extract`", extract="boxed")
-    file_refused(path, "line 2: column answer is not tests: 'two words' is no Python", extract="tests", task="code")
+    file_refused(path, "line 1: column answer is not tests: '#### 1' asserts nothing", extract="tests", task="code")
     bare = jsonl(tmp_path / "b.jsonl", {"question": "q", "answer": []}, {"question": "r", "answer": None})
     file_refused(bare, "no row has tests in column answer", extract="tests", task="code")
 
@@ -109,6 +109,9 @@ def test_gsm8k_and_math500_answers(real_data: Callable[[str], Path]) -> None:
         ({"extract": "boxed", "task": "code"}, "is for task math, choice, judge or chat, and the task is code"),
         ({"extract": "regex"}, "'none', 'hash', 'boxed', 'tests' or 'instructions'"),
         ({"weight": 0}, "greater than 0"),
+        ({"since": "2024-12-01"}, "since needs `date`"),
+        ({"until": "2024-12-01"}, "until needs `date`"),
+        ({"date": "day", "since": "2024-12-02", "until": "2024-12-01"}, "since is 2024-12-02, after until, 2024-12-01"),
     ],
 )
 def test_fields_that_do_not_fit(fields: dict[str, Any], said: str) -> None:
@@ -154,6 +157,63 @@ def test_tests_in_every_form_become_one(value: object, beside: dict[str, object]
         assert stored is not None and json.loads(stored) == {"language": "python"} | expected
 
 
+@pytest.mark.parametrize(
+    ("text", "asserted"),
+    [
+        ("add(1, 2) == 3", "assert add(1, 2) == 3"),
+        ("add(1, 2) == 3  # sum", "assert add(1, 2) == 3  # sum"),
+        ("not empty([1])", "assert not empty([1])"),
+        ("f(1) and f(2) == 3", "assert f(1) and f(2) == 3"),
+        ("é = 'é'; (add(é) ==\n 3)\nadd(1) < 2", "é = 'é'; assert (add(é) ==\n 3)\nassert add(1) < 2"),
+        ("x = add(1)\nassert x == 2", "x = add(1)\nassert x == 2"),
+    ],
+)
+def test_a_comparison_that_stands_alone_is_asserted(text: str, asserted: str) -> None:
+    for value, kind in (([text], "assert"), (text, "program")):
+        stored = json.loads(code_tests.tests_of(value, {}) or "")
+        assert stored["test_cases"] == [{"type": kind, "code": asserted}]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("yes", "null", "0", "f(1)", "x = f(1) == 3", ["print(f(1))  # 3", "f(2)"]),
+        "def test_f():\n    return f(1) == 3",
+        {"test_cases": [{"type": "assert", "code": "f(1)"}]},
+    ],
+)
+def test_tests_that_assert_nothing_are_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="is not tests: .* asserts nothing"):
+        code_tests.tests_of(value, {"entry_point": "f"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("raise SystemExit(f(1) != 3)", "import sys\nsys.exit(f(1) != 3)", "if f(1) != 3: exit(1)"),
+        *("np.testing.assert_allclose(f(1), 3)", "class T(TestCase):\n def test(self): self.assertEqual(f(1), 3)"),
+        "with pytest.raises(ValueError):\n    f(-1)",
+    ],
+)
+def test_programs_that_fail_without_an_assert(text: str) -> None:
+    assert code_tests.tests_of(text, {}) is not None
+
+
+def test_stored_tests_are_read_as_they_are() -> None:
+    stub = "import math\n\ndef add(a, b):\n"
+    row = {"entry_point": "add", "prompt": stub, "test_setup_code": "import re"}
+    published = (
+        "def check(candidate):\n    assert candidate(1, 2) == 3",
+        ["assert add(1, 2) == 3"],
+        {"test_cases": [STDIN, CALL]},
+        {"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]},
+        {"language": "cpp", "test_cases": [STDIN]},
+    )
+    for value in published:
+        stored = code_tests.tests_of(value, row)
+        assert stored is not None and code_tests.tests_of(stored, {}) == stored
+
+
 @pytest.mark.parametrize("value", [None, "", " ", [], {}, {"test_cases": []}, {"inputs": [], "outputs": []}, [""]])
 def test_no_tests_are_no_gold(value: object) -> None:
     assert code_tests.tests_of(value, {}) is None
@@ -171,6 +231,10 @@ def test_no_tests_are_no_gold(value: object) -> None:
         (7, "is a int, not tests"),
         ([["1", "2"]], "has a test (0) with a list"),
         ("def check(candidate): pass", "no column entry_point"),
+        ({"test_cases": [1]}, "has a test (0) with a int"),
+        ({"test_cases": [{"type": "assert", "code": 5}]}, "has a test (0) with keys type, code"),
+        ({"test_cases": [STDIN], "setup": 3}, "has tests whose setup is a int, not text"),
+        ({"test_cases": [STDIN], "setup": "import"}, "is no Python program (SyntaxError)"),
         ("Add the numbers.", "'Add the numbers.' is no Python program (SyntaxError)"),
         (["assert f(1) == 2", "f(1"], "'f(1' is no Python program (SyntaxError)"),
         ("(" * 5000, "is no Python program ("),
@@ -203,6 +267,24 @@ def test_humaneval_and_mbpp_carry_what_a_sandbox_needs(real_data: Callable[[str]
     cases = [json.loads(p.answer or "")["test_cases"] for p in mbpp]
     assert len(mbpp) == 510 and all(case["type"] == "assert" for of_one in cases for case in of_one)
     assert any("setup" in json.loads(p.answer or "") for p in mbpp)
+
+
+def test_questions_that_do_not_name_the_function_of_their_tests_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Add one.", "answer": ["assert add1(1) == len([1, 2])"]},
+        {"question": "Write add1, which adds one.", "answer": ["assert add1(1) == 2"]},
+        {"question": "Add 1.", "answer": {"fn_name": "add1", "inputs": [[1]], "outputs": [2]}},
+        {"question": "Read a number, add one.", "answer": {"inputs": ["1"], "outputs": ["2"]}},
+        {"question": "Continue: def f(x):", "answer": "def check(g): assert g(1) == 2", "entry_point": "f"},
+    ]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    counts = PromptCounts()
+    list(load_prompts([FilePrompts(kind="file", path=str(path), extract="tests", task="code")], counts))
+    assert counts.notes() == [
+        f"{tmp_path.name}/a.jsonl: 2 of 5 questions do not name the function that their tests call (first: add1, "
+        f"{path}, line 1), and an answer can only guess it; show the tests, or a column that has the name, with "
+        f"`template`"
+    ]
 
 
 def test_a_nested_answer_that_no_row_has_is_refused(tmp_path: Path) -> None:

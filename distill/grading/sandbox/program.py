@@ -28,6 +28,8 @@ from typing import TypedDict
 from distill.grading.sandbox.peer import FOR_ANSWERS, OPERATIONS, AnswerError, Ended, Peer, Remote
 
 DESCRIPTORS = {"input": 0, "output": 1, "errors": 2, "channel": 3, "result": 4}
+OWN_FAULT = "tests fail by themselves"
+MODULES = {*sys.stdlib_module_names, "np", "numpy", "pd", "pandas"}  # names that tests take for modules
 
 
 class Test(TypedDict):
@@ -38,7 +40,8 @@ class Test(TypedDict):
 
 
 class Outcome(TypedDict):
-    """The result of tests. reason: short and countable. detail: the end of the traceback. number: of the test."""
+    """The result of tests. reason: short and countable; `OWN_FAULT` where they fail whatever the answer is. detail: the
+    end of the traceback. number: of the test."""
 
     passed: bool
     reason: str
@@ -181,6 +184,7 @@ def _outcome(peer: Peer, setup: str, tests: list[Test], entry: str | None) -> Ou
     reason, detail = "", ""
     setattr(unittest.TestProgram, "runTests", _run_tests)  # noqa: B010  in this process, for these tests
     try:
+        _execute(_imports(setup), {"__name__": "setup"})  # first here: an answer's process ends where they fail
         _bind(peer, names, setup, tests, entry)
         _execute(_without_classes(setup), names)
         for number, test in enumerate(tests):  # noqa: B007  read after the loop
@@ -197,7 +201,8 @@ def _outcome(peer: Peer, setup: str, tests: list[Test], entry: str | None) -> Ou
     except AnswerError as error:
         reason, detail = "error: exception of its own", _last_lines(error)
     except BaseException as error:
-        reason, detail = f"error: {type(error).__name__}", _last_lines(error)
+        own = _is_own(error, entry, [setup, *(test["code"] for test in tests)])
+        reason, detail = OWN_FAULT if own else f"error: {type(error).__name__}", _last_lines(error)
     if peer.ended:
         reason = "ended early"
     elif not reason and not peer.calls:
@@ -249,6 +254,45 @@ def _loaded(code: str) -> Iterator[str]:
             yield node.id
         elif isinstance(node, ast.ImportFrom) and node.module == "solution":
             yield from (alias.name for alias in node.names)
+
+
+def _is_own(error: BaseException, entry: str | None, codes: Iterable[str]) -> bool:
+    """Whether an error of the tests says nothing of the answer: a module that is missing, a name that nobody defined.
+
+    A name that the tests call, or whose attributes they read, is the answer's to define, unless it is a module's. An
+    exception that the answer raised arrives without `name`.
+    """
+    match error:
+        case SyntaxError(filename="main.py"):
+            return True
+        case ImportError(name=str(name)):
+            return name.partition(".")[0] != "solution"
+        case NameError(name=str(name)):
+            return name != entry and not any(name in _expected_of_answer(code) for code in codes)
+    return False
+
+
+def _expected_of_answer(code: str) -> Iterator[str]:
+    """The names that code uses as functions or as classes."""
+    for node in ast.walk(ast.parse(code)):
+        match node:
+            case ast.Call(func=ast.Name(id=name), args=arguments):
+                yield name
+                if hasattr(builtins, name):  # `map(square, numbers)`, `isinstance(x, Vector)`
+                    yield from (argument.id for argument in arguments if isinstance(argument, ast.Name))
+            case ast.Attribute(value=ast.Name(id=name)) if name not in MODULES:
+                yield name
+
+
+def _imports(setup: str) -> str:
+    """The imports of a setup, without those from the answer."""
+    tree = ast.parse(setup)
+    tree.body = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module != "solution")
+    ]
+    return ast.unparse(tree)
 
 
 def _modules(code: str) -> Iterator[str]:
