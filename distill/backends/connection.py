@@ -246,7 +246,7 @@ def _refusal(status: int, reason: str, whole: str, subject: str = "") -> str:
     elif TOO_LONG.search(whole):
         remedy = "lower max_new_tokens, or leave the prompt out"
     else:
-        remedy = "correct generate.sampling or server.extra_body, or leave the prompt out"
+        remedy = "correct the sampling settings or server.extra_body, or leave the prompt out"
     return f"{subject}the server refused the request: {reason}; {remedy}"
 
 

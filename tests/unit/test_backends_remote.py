@@ -220,7 +220,7 @@ def test_others_under_way_are_waited_for_briefly(monkeypatch: pytest.MonkeyPatch
     ("status", "message", "expected"),
     [
         (400, "max_tokens is too large: 64", "max_tokens is too large: 64; lower max_new_tokens"),
-        (400, "roles must alternate", "roles must alternate; correct generate.sampling or server.extra_body"),
+        (400, "roles must alternate", "roles must alternate; correct the sampling settings or server.extra_body"),
         (
             400,
             "the prompt exceeds the context of 4096",

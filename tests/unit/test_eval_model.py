@@ -128,7 +128,7 @@ def test_settings_may_change_until_something_is_drawn(sums, tmp_path, monkeypatc
     made: list[int] = [400]
     with server(lambda question, seed: made[0] if made[0] == 400 else right(question, seed)) as one:
         asked = ["eval", "--model", url(one), "--benchmark", sums, "--out", tmp_path / "out"]
-        assert distill(monkeypatch, *asked) == 2 and "lower max_new_tokens" in capsys.readouterr().err
+        assert distill(monkeypatch, *asked) == 2 and "correct the sampling settings" in capsys.readouterr().err
         made[0] = 200
         assert distill(monkeypatch, *asked, "--set", "max_new_tokens=64") == 0
         assert distill(monkeypatch, *asked) == 2
