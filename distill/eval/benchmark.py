@@ -127,7 +127,7 @@ class Benchmark:
 
     @property
     def notes(self) -> list[str]:
-        """Lines on what is legal and may not be meant: unreadable gold answers, repeated problems, unnamed functions."""
+        """Lines on what is legal and may not be meant: unreadable gold answers, repetitions, unnamed functions."""
         notes = [self.unreadable_golds] if self.unreadable_golds else []
         if repeated := self._counts.repeated:
             total = self._counts.seen.total()
