@@ -27,7 +27,7 @@ HEDGE = r"(?! ?(?:or|and|maybe|perhaps|possibly|或)\b)"  # after a letter: anot
 HEAD = re.compile(
     rf"(?i:{NAMED})(?:[\[(] ?([A-Ja-j]) ?[\])]{HEDGE} ?\S.*"  # (B) 4 mol
     rf"|([A-J])(?: ?[).:](?!\w)| ?[,\uff0c、。)\uff09\uff1a]{HEDGE}"  # B) 4 mol, B: 4 mol
-    rf"| [-–—] (?=\w\w)| \({HEDGE}| (?=(?:because|since|due to|which|only(?! (?:if|when)))\b)).+)"
+    rf"| [-–—] (?=\w\w|\d[\d.,]* \w\w)| \({HEDGE}| (?=(?:because|since|due to|which|only(?! (?:if|when)))\b)).+)"
 )
 SEVERAL = re.compile(r"\(?\b[A-J]\b\)?\s*(?:[,、/&+]|\bor\b|\band\b|[或和])\s*(?:and\s+|or\s+)?\(?\b[A-J]\b\)?")
 OPENING = re.compile(rf"(?i:{NAMED})[\[{{]?")

@@ -23,7 +23,7 @@ from distill.recipe import Recipe
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, read_traces
 
-KILLS = 3  # in each stage
+KILLS = 2  # in each stage
 MANY = 50
 STAGES = ("generate", "filter", "train", "eval", "report")
 

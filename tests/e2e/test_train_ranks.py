@@ -60,7 +60,8 @@ def test_two_ranks_train_as_one_does(one, student, tmp_path, parallel):
     assert not (directory / "checkpoints" / "step-000003").exists(), "two checkpoints are kept"
 
 
-@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_adapters_on_two_ranks_train_as_on_one(student, tmp_path, parallel):
     """Adapters of a sharded model are initialised shard by shard, and so begin elsewhere; what they begin with is the
     base all the same, and they learn."""

@@ -255,7 +255,9 @@ def test_requests_that_are_refused_say_why():
 
     with provider(refusal=refusal) as made, opened(made) as backend:
         done = []
-        with pytest.raises(UserError, match=r"1 samples were not .*status 400: no such tool, \*\*\*; correct generate"):
+        with pytest.raises(
+            UserError, match=r"1 samples were not .*status 400: no such tool, \*\*\*; correct the sampling"
+        ):
             for each in backend.complete(jobs(1), PARAMS, 0):
                 done.append(each)
     assert len(done) == 4 and len(made.batches) == 1
