@@ -68,11 +68,11 @@ CASES = {
     "many activations": (DEEP, {"per_device_train_batch_size": 2}, 768, 4),
     "LoRA with checkpointing": (DEEP, {"adapter": {"kind": "lora"}, "gradient_checkpointing": True}, 1024, 2),
 }
-SLOW = ("many activations", "LoRA with checkpointing")  # half a minute each
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("case", ["a wide head", *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_the_planned_peak_is_within_a_fifth_of_the_measured_one(case, tmp_path):
     shape, settings, length, rows = CASES[case]
     arguments = json.dumps([shape | HEADS, {"per_device_train_batch_size": 1} | settings, length, rows])

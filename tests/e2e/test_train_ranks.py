@@ -110,6 +110,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_sharded_means_that_a_rank_holds_half(student, tmp_path):
     """Of parameters and of the optimiser's state, as DTensors: on a CPU a library may quietly copy instead."""
     script = tmp_path / "sharded.py"

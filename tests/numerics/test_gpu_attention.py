@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_checks import CLOSE, CLOSE_BFLOAT16, DEVICE, UNUSED_SLOTS, error, gpu, random
+from gpu_checks import CLOSE, CLOSE_BFLOAT16, DEVICE, UNUSED_SLOTS, error, gpu, random, slow
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -39,7 +39,7 @@ def paged(b: int, longest: int, page: int, seed: int = 0) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads", [4, 16, 72])
+@pytest.mark.parametrize("heads", [4, 16, slow(72)])
 @pytest.mark.parametrize("page", [1, 16])
 def test_decode_mla(page: int, heads: int, dtype: torch.dtype) -> None:
     latent, rope = 96, 16
