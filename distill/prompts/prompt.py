@@ -25,7 +25,7 @@ def split_reasoning(text: str) -> tuple[str | None, str]:
 
     One rule holds wherever reasoning and answer are in one text: **the first `</think>` ends the reasoning**. vLLM's
     and SGLang's reasoning parsers, `distill serve` (which streams, and cannot wait for a later tag) and the thinking
-    budget of the local engine do the same, so a completion has the same parts whoever divides it. An answer that
+    budget of the local engine do the same, so all of them split a completion alike. An answer that
     mentions `</think>` stays whole; a reasoning that mentions it loses its end to the answer, which `filter.format`
     rejects as `several_blocks`. Without `<think>` at the beginning the reasoning is all that stands before the tag: the
     prompt had opened the block. An empty block gives "". Reasoning is None when no block was closed, and then the

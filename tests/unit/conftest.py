@@ -1,8 +1,13 @@
-"""A finished run of the tiny pair, every stage at counts that take seconds, for tests that only read one."""
+"""A finished run of the tiny pair, every stage at counts that take seconds, for tests that read one; a sandbox."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from distill.grading.sandbox.runner import Sandbox
 
 TINY_RUN = """
 name: tiny
@@ -32,3 +37,15 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "tiny.yaml").write_text(TINY_RUN)
     run_recipe(load_recipe(str(directory / "tiny.yaml")), directory / "runs" / "tiny")
     return directory / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> "Iterator[Sandbox]":
+    """Runs programs behind the strongest walls; skips the test where this machine has weaker ones."""
+    from distill.grading.sandbox.levels import level_of, open_zygote, this_machine
+    from distill.grading.sandbox.runner import Sandbox
+
+    with open_zygote() as zygote:
+        if level_of(zygote.powers) != "full":
+            pytest.skip(f"this machine does not isolate fully: {this_machine()}")
+        yield Sandbox(zygote)

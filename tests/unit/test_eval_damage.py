@@ -124,7 +124,7 @@ def other_grader(monkeypatch):
 
 
 def test_grades_of_another_version_of_the_grader_are_made_again(command, tmp_path, capsys, monkeypatch, other_grader):
-    """Of a finished evaluation, and of one that is extended: its score has the grades of one grader."""
+    """A finished evaluation and an extended one are both graded again, so one grader gives all grades of a score."""
     with monkeypatch.context() as earlier:
         earlier.setattr(MathGrader, "version", 0)
         earlier.setattr(MathGrader, "rule", lambda self, gold, answer: ("wrong", "scripted"))

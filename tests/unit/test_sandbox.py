@@ -1,25 +1,16 @@
 """Programs that may do anything: each is held, what happened is reported, and the next one is unaffected."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from distill.errors import UserError
 from distill.grading.sandbox import levels, wire
-from distill.grading.sandbox.levels import level_of, open_zygote, require_level
+from distill.grading.sandbox.levels import require_level
 from distill.grading.sandbox.runner import Sandbox
 
 ASSERT = [{"type": "assert", "code": "assert f(2) == 4, 'expected-4711'"}]
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with open_zygote() as zygote:
-        if level_of(zygote.powers) != "full":
-            pytest.skip(f"this machine does not isolate fully: {levels.this_machine()}")
-        yield Sandbox(zygote)
 
 
 HOSTILE = {

@@ -1,22 +1,10 @@
 """Verdicts of programs that do something unusual: what a plain process would give, and no more for a cheat."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from distill.grading.code import run_tests
-from distill.grading.sandbox import levels
-from distill.grading.sandbox.levels import level_of, open_zygote
 from distill.grading.sandbox.runner import Sandbox
 from distill.prompts.code_tests import Case
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with open_zygote() as zygote:
-        if level_of(zygote.powers) != "full":
-            pytest.skip(f"this machine does not isolate fully: {levels.this_machine()}")
-        yield Sandbox(zygote)
 
 
 def ruling(sandbox: Sandbox, code: str, case: Case, seconds: float = 1.0) -> tuple[str, str]:

@@ -114,13 +114,12 @@ def set_of(value: Value) -> sympy.Set:
     """The value as a set of real numbers. Errors: Unreadable."""
     if isinstance(value, Region):
         return value.points
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and value.brackets == "{}":
+        return sympy.FiniteSet(*map(expression_of, value.items))
+    if isinstance(value, Sequence) and value.brackets[:1] in ("(", "[") and len(value.items) == 2:
+        low, high = map(expression_of, value.items)  # outside `try`: Unreadable is a ValueError and has its own reason
         try:
-            if value.brackets == "{}":
-                return sympy.FiniteSet(*map(expression_of, value.items))
-            if value.brackets[:1] in ("(", "[") and len(value.items) == 2:
-                low, high = map(expression_of, value.items)
-                return sympy.Interval(low, high, value.brackets[0] == "(", value.brackets[1] == ")")
+            return sympy.Interval(low, high, value.brackets[0] == "(", value.brackets[1] == ")")
         except (ValueError, NotImplementedError) as error:  # sympy's, for ends that are not real numbers
             raise Unreadable("not an interval") from error
     raise Unreadable("not a set")
