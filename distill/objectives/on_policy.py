@@ -33,8 +33,8 @@ What is known of the teacher decides at each position:
     student's    more than the row's own token         the divergence (`exact`) or the sampled estimator (`sampled`)
     student's    the row's own token only              the sampled estimator
     student's    nothing; `sampled`: not the token     none, counted as `unscored`
-    teacher's    more than the row's own token         the divergence
-    teacher's    the row's own token only, or nothing  its cross-entropy, as in `logits`
+    teacher's    anything                              the divergence, as in `logits`
+    teacher's    nothing                               the token's cross-entropy, as in `logits`
 
 `student_share` is GKD's λ: the share of rows that the student writes; the others are the teacher's traces.
 """
@@ -132,17 +132,15 @@ class OnPolicy(BaseObjective):
             if sampled is not None:
                 own_r1 = sampled.own_s[start:stop, None] > 0
                 logmu_r1 = torch.where(own_r1, sampled.logprobs_s[start:stop, None], logq_r1)
-            known_rk = targets_r1 < 0
-            chosen_r1 = exact_r1 = known_rk
+            chosen_r1 = exact_r1 = nothing_r1.bool()
             logp_r1 = value_r1 = tail_r1 = nothing_r1
             if teacher is not None:
                 ids_rk, logp_rk = teacher.ids_sk[start:stop], teacher.logprobs_sk[start:stop]
                 known_rk = logp_rk > -torch.inf
                 match_rk = known_rk & (ids_rk == targets_r1)
                 chosen_r1 = match_rk.any(1, keepdim=True)
-                exact_r1 = (known_rk & ~match_rk).any(1, keepdim=True)
-                if self.estimator == "sampled":
-                    exact_r1 = exact_r1 & ~own_r1
+                several_r1 = (known_rk & ~match_rk).any(1, keepdim=True) & (self.estimator == "exact")
+                exact_r1 = torch.where(own_r1, several_r1, known_rk.any(1, keepdim=True))
                 logp_r1 = torch.where(match_rk, logp_rk, 0.0).sum(1, keepdim=True)
                 logq_rk = logits_rv.gather(1, ids_rk)
                 value_r1, gradient_rk, tail_r1 = divergence(self.divergence, logp_rk, logq_rk, beta=self.beta)
