@@ -195,13 +195,13 @@ def test_a_group_without_variance_has_no_advantages(group):
 @given(st.lists(st.none() | st.floats(-10, 10), max_size=16))
 def test_advantages_sum_to_zero_and_keep_the_order_of_the_rewards(group):
     for normalise in ("none", "group"):
-        found = advantages(group, normalise)
-        if found is None:
+        result = advantages(group, normalise)
+        if result is None:
             continue
-        known = [(reward, each) for reward, each in zip(group, found, strict=True) if reward is not None]
-        assert sum(found) == pytest.approx(0, abs=1e-6)
+        known = [(reward, each) for reward, each in zip(group, result, strict=True) if reward is not None]
+        assert sum(result) == pytest.approx(0, abs=1e-6)
         assert [each for _, each in sorted(known)] == sorted(each for _, each in known)
-        assert all(each == 0 for reward, each in zip(group, found, strict=True) if reward is None)
+        assert all(each == 0 for reward, each in zip(group, result, strict=True) if reward is None)
 
 
 # ---- before the first step
