@@ -43,6 +43,11 @@ class BaseObjective(Section):
         """How many of the teacher's most likely tokens the objective needs at each position; None if none."""
         return None
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether the rows of `train.data` are trained on; an objective that trains on rollouts alone reads none."""
+        return True
+
     @abstractmethod
     def criterion(self, targets_s: "Tensor", teacher: TopK | None) -> Criterion:
         """The loss of one batch. targets_s: int64, the rows' own tokens. teacher: None without `teacher_top_k`."""
