@@ -128,7 +128,7 @@ class Training(Section):
     @property
     def samples_prompts(self) -> bool:
         """Whether the model that is trained, or its base, answers the recipe's prompts."""
-        return self.own is not None or not self.objective.reads_data
+        return self.own is not None or self.objective.rollout_settings is not None
 
     def batches_per_step(self, processes: int) -> int:
         """Forward passes per optimiser step, over all devices."""
