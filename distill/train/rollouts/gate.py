@@ -232,9 +232,8 @@ def _prove_ends(rollouts: Sequence[Trace], student: Chat, teacher: Chat) -> list
     ended = [trace for trace in rollouts if not is_truncated(trace)]
     others = [trace for trace in ended if trace.completion_token_ids[-1] != end]
     if not others:
-        return [
-            f"  end of turn: {tokens_text(student, [end])} is the teacher's {tokens_text(teacher, teacher.stop_token_ids)}"
-        ]
+        theirs = tokens_text(teacher, teacher.stop_token_ids)
+        return [f"  end of turn: {tokens_text(student, [end])} is the teacher's {theirs}"]
     token = tokens_text(student, [others[0].completion_token_ids[-1]])
     what = (
         f"{len(others):,} of {len(ended):,} rollouts that ended did so with {token}, and the chat template of "
