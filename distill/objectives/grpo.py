@@ -32,9 +32,9 @@ second is GRPO as published. The KL term is not scaled by the row's factor: `kl_
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distill.objectives.base import BaseObjective, Criterion, Sampled, TopK
 from distill.objectives.rollout_settings import GroupRollouts
@@ -69,7 +69,7 @@ class Grpo(BaseObjective):
 
     kind: Literal["grpo"]
     rewards: Rewards = Field(Rewards(), description="weights of the terms of the reward")
-    clip: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]] = Field(
+    clip: tuple[float, ...] = Field(
         (0.2, 0.28), description="how far below and above 1 the ratio has a gradient (TRL: epsilon, epsilon_high)"
     )
     kl_weight: float = Field(0.0, ge=0, description="weight of the KL divergence from the base (TRL: beta)")
@@ -96,6 +96,13 @@ class Grpo(BaseObjective):
     def needs_reference(self) -> bool:
         """With a KL term."""
         return self.kl_weight > 0
+
+    @field_validator("clip")
+    @classmethod
+    def _clip_is_a_range(cls, clip: tuple[float, ...]) -> tuple[float, ...]:
+        if len(clip) != 2 or not 0 < clip[0] < 1 or clip[1] <= 0:
+            raise ValueError("write two positive numbers, the first below 1, such as [0.2, 0.28]")
+        return clip
 
     @model_validator(mode="after")
     def _limit_is_above_the_clip(self) -> "Grpo":
