@@ -94,6 +94,11 @@ class OnPolicy(BaseObjective):
         """`rollouts`."""
         return self.rollouts
 
+    @property
+    def reads_data(self) -> bool:
+        """With a share of rows that the student does not write."""
+        return self.student_share < 1
+
     @field_validator("student_share")
     @classmethod
     def _student_writes(cls, share: float) -> float:
