@@ -52,10 +52,11 @@ class Teacher:
     def score(self, rollouts: Sequence[Trace]) -> list[Taught]:
         """The rollouts, scored, in order. Errors: UserError and WorkError, as `Backend.score`."""
         asked = [self._read(trace) for trace in rollouts]
-        wanted = None
         if self.asks:
             wanted = [self._wanted(trace, theirs) for trace, theirs in zip(rollouts, asked, strict=True)]
-        scored = self.backend.score(asked, self.k, wanted)
+            scored = self.backend.score(asked, self.k, wanted)
+        else:
+            scored = self.backend.score(asked, self.k)
         return [Taught(s, self._distribution(trace, s)) for trace, s in zip(rollouts, scored, strict=True)]
 
     def _read(self, trace: Trace) -> Trace:
