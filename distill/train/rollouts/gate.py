@@ -178,24 +178,23 @@ def _contents(messages: Sequence[Message], text: str) -> tuple[list[bool], str]:
 
 def _added(trace: Trace, theirs: Trace, student: Chat, teacher: Chat) -> list[str]:
     """A warning where one template adds words to a prompt that the other does not."""
-    ours, others = _words(trace, trace, student), _words(trace, theirs, teacher)
-    lines = []
-    for chat, words, other in ((student, ours, others), (teacher, others, ours)):
-        if len(words) >= ADDED and words != other:
-            lines.append(
-                f"warning: the chat template of {chat.where} adds {_shown(' '.join(words))} to the prompt, which the "
-                f"other one does not"
-            )
-    return lines
+    frames = [(student, _frame(trace, trace, student)), (teacher, _frame(trace, theirs, teacher))]
+    words = [[word for word in re.findall(r"[^\W_]{2,}", frame) if word.lower() not in ROLES] for _, frame in frames]
+    return [
+        f"warning: the chat template of {chat.where} adds words to the prompt that the other one does not: "
+        f"{_shown(frame)}"
+        for (chat, frame), added in zip(frames, words, strict=True)
+        if len(added) >= ADDED and words[0] != words[1]
+    ]
 
 
-def _words(trace: Trace, asked: Trace, chat: Chat) -> list[str]:
-    """The words that a template adds to the messages of a prompt, without control tokens and roles."""
+def _frame(trace: Trace, asked: Trace, chat: Chat) -> str:
+    """What a template adds to the messages of a prompt, without control tokens."""
     _, frame = _contents(trace.prompt.messages, _text(chat, asked.prompt_token_ids))
     control = sorted((token.content for token in chat.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     for token in (*control, THINK, END_THINK):
         frame = frame.replace(squash(token), " ") if token.strip() else frame
-    return [word for word in re.findall(r"[^\W_]{2,}", frame) if word.lower() not in ROLES]
+    return frame
 
 
 def _prove_completions(rollouts: Sequence[Trace], scored: Sequence[Trace], teacher: Chat) -> list[str]:
@@ -232,9 +231,8 @@ def _prove_ends(rollouts: Sequence[Trace], student: Chat, teacher: Chat) -> list
     ended = [trace for trace in rollouts if not is_truncated(trace)]
     others = [trace for trace in ended if trace.completion_token_ids[-1] != end]
     if not others:
-        return [
-            f"  end of turn: {tokens_text(student, [end])} is the teacher's {tokens_text(teacher, teacher.stop_token_ids)}"
-        ]
+        theirs = tokens_text(teacher, teacher.stop_token_ids)
+        return [f"  end of turn: {tokens_text(student, [end])} stands for the teacher's {theirs}"]
     token = tokens_text(student, [others[0].completion_token_ids[-1]])
     what = (
         f"{len(others):,} of {len(ended):,} rollouts that ended did so with {token}, and the chat template of "
