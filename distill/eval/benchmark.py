@@ -101,7 +101,7 @@ class Benchmark:
             problems = list(islice(labelled, self.limit))
         except UserError as error:
             hint = f"; or read {self.name} from a file: --source {self.name}=FILE, in a recipe eval.sources"
-            raise UserError(f"{error}{hint if self.sources == self.card.sources else ''}") from error
+            raise UserError(f"{error}{hint if any(source.kind == 'hub' for source in self.sources) else ''}") from error
         self._check([prompt for _, prompt in problems], counts.seen.total())
         return problems
 

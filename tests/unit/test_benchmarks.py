@@ -370,3 +370,15 @@ def test_repeated_problems_are_noted(tmp_path: Path) -> None:
 def test_a_benchmark_without_a_file_is_refused() -> None:
     with pytest.raises(UserError, match="eval.sources: math-500 names no file"):
         Benchmark.of(catalog.load_benchmark("math-500"), Eval(benchmarks=("math-500",), sources={"math-500": ()}))
+
+
+def test_a_file_is_offered_only_in_place_of_a_dataset_of_the_hub(tmp_path: Path) -> None:
+    """A card that reads a file has one already, and so has a benchmark that was given a file."""
+    for source, offered in (
+        ({"kind": "hub", "dataset": str(tmp_path / "gone")}, True),
+        ({"kind": "file", "path": str(tmp_path / "gone.jsonl")}, False),
+    ):
+        card = BenchmarkCard.model_validate({"name": "sums", "prompts": source})
+        with pytest.raises(UserError, match="gone") as error:
+            Benchmark.of(card, Eval(benchmarks=("sums",))).prompts  # noqa: B018  read at its first use
+        assert ("--source sums=FILE" in str(error.value)) is offered
