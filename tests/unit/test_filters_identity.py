@@ -10,7 +10,8 @@ from filter_support import add, make_recipe, make_trace, run_filter
 from distill.errors import UserError
 from distill.filters.correct import Correct
 from distill.filters.finish import Finish
-from distill.filters.pipeline import STAGE, judges_identity
+from distill.filters.pipeline import STAGE
+from distill.filters.resources import judges_identity
 from distill.grading.code import CodeGrader
 from distill.grading.graders import GRADERS
 from distill.grading.identity import changes, graders_identity
