@@ -106,6 +106,11 @@ class RunPaths:
         return self.root / "scored"
 
     @property
+    def rollouts(self) -> Path:
+        """`rollouts/`: what the student wrote while it was trained, for objectives that need it."""
+        return self.root / "rollouts"
+
+    @property
     def checkpoints(self) -> Path:
         """`checkpoints/`: the state of the training, and its log."""
         return self.root / "checkpoints"
@@ -261,7 +266,8 @@ class FilterSummary(Artefact):
 
 
 class TrainSummary(Artefact):
-    """Counts of rows and tokens, losses in nats per token, and the rate. student: directory inside the run."""
+    """Counts of rows and tokens, losses in nats per token, and the rate. student: directory inside the run. rollouts,
+    rollout_tokens: what the student wrote, 0 for objectives that need none; rows: without them."""
 
     steps: int
     epochs: float
@@ -281,6 +287,8 @@ class TrainSummary(Artefact):
     tokens_per_second: int
     processes: int
     student: str
+    rollouts: int = 0
+    rollout_tokens: int = 0
 
 
 # ---- eval

@@ -46,8 +46,7 @@ def prepare(
     nothing was written.
     """
     settings, weights = recipe.train, models.base.directory
-    limits = model.inspect(weights, settings)
-    check_trackers(settings.report_to)
+    limits = check_student(recipe, models)
     fingerprint = digest({**row_settings, **teacher_settings})
     if what := stored.damage(paths.tokens, fingerprint):
         say(f"{what}; encoding the rows again")
@@ -80,6 +79,12 @@ def prepare(
     return keep(encoder.directory, paths.tokens, fingerprint)
 
 
+def check_student(recipe: Recipe, models: Models) -> gate.Limits:
+    """Refuse a base whose files are broken, and trackers that are not there. Errors: UserError."""
+    check_trackers(recipe.train.report_to)
+    return model.inspect(models.base.directory, recipe.train)
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Refuse trackers that Accelerate would silently skip: unknown ones, and those whose package is not installed."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -107,6 +112,7 @@ def traces_of(source: MixedSource, paths: RunPaths) -> Iterator[Trace]:
     """The traces of one of the mixed sets."""
     if source.kind == "kept":
         return (trace for trace, _ in read_traces(paths.kept))
+    assert source.kind != "own", "a phase reads its own answers as the kept traces of its directory"
     return read_published(source)
 
 
