@@ -56,6 +56,11 @@ class RunPaths:
         return self.root / "traces"
 
     @property
+    def failed_attempts(self) -> Path:
+        """`traces/failed.jsonl`: the tokens of requests that failed after their answer had begun, under a budget."""
+        return self.traces / "failed.jsonl"
+
+    @property
     def server_log(self) -> Path:
         """`logs/server.log`: the output of the servers that distill started."""
         return self.root / "logs" / "server.log"
