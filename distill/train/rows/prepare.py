@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
+import torch
 from pydantic import JsonValue
 
 from distill.artefacts import RunPaths
@@ -28,7 +29,7 @@ from distill.train.rows import gate, stored
 from distill.train.rows.encode import Encoder, Encoding, Source
 from distill.train.rows.stored import Counts, TrainingSet
 from distill.train.rows.teacher import teach
-from distill.train.student import model
+from distill.train.student import float8, model
 
 
 def prepare(
@@ -48,6 +49,8 @@ def prepare(
     settings, weights = recipe.train, models.base.directory
     limits = model.inspect(weights, settings)
     check_trackers(settings.report_to)
+    if settings.dtype == "float8":
+        float8.require(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     fingerprint = digest({**row_settings, **teacher_settings})
     if what := stored.damage(paths.tokens, fingerprint):
         say(f"{what}; encoding the rows again")
