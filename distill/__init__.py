@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["Run", "__version__", "grade", "load_recipe", "open_model"]
 
 
-# transformers imports torchao where it is installed, and torchao then warns of compiled extensions for other versions of
-# torch, which training in float8 does not use.
+# transformers imports torchao where it is installed, and torchao then warns of compiled extensions for other versions
+# of torch, which training in float8 does not use.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 

@@ -56,7 +56,7 @@ class Train(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are clipped")
     dtype: Literal["float32", "bfloat16", "float8"] = Field(
         "bfloat16",
-        description="dtype of the forward pass and the student; float8: as bfloat16, with FP8 products in the decoder's "
+        description="dtype of the forward pass and the student; float8: bfloat16 with FP8 products in the decoder's "
         "linear layers (extra `float8`; a GPU of compute capability 8.9 or later)",
     )
     gradient_checkpointing: Annotated[bool, Free] = Field(
@@ -134,8 +134,8 @@ class Train(Section):
     def _float8_trains_all_weights(self) -> "Train":
         if self.dtype == "float8" and self.adapter is not None:
             raise ValueError(
-                "dtype float8 cannot be combined with adapter: a layer in FP8 computes the gradient of its frozen weights "
-                "too, so it would be slower than dtype bfloat16"
+                "dtype float8 cannot be combined with adapter, because a layer in FP8 computes the gradients of frozen "
+                "weights too; set dtype to bfloat16"
             )
         return self
 

@@ -4,8 +4,8 @@ Weights, gradients and the optimiser's state are counted. Activations are not es
 model itself is run with tensors that have shapes and no memory (torch's FakeTensor), with one layer and with two, and
 the sizes of the tensors that autograd keeps for the backward pass are added up. The peak is the larger of two moments:
 
-- in the head's loss: the activations of all layers, a block of logits, and the head's gradient; or, with FP8, soon after
-  it: the casts of a product in place of the block
+- in the head's loss: the activations of all layers, a block of logits, and the head's gradient; or, with FP8, soon
+  after it: the casts of a product in place of the block
 - at the end of the backward pass: all gradients, and the embedding's once more before it is added to the head's
 
 Not counted are fragmentation, and the libraries' own memory beyond `BASE`.
@@ -241,9 +241,9 @@ def estimate(
     if layout == "fsdp":  # the layer that computes, the one that is prefetched, the one whose gradients are reduced
         root = model.embedding + model.head
         gathered = half * (2 * model.layer + root) + (4 * model.layer if full else 0)
-    elif dtypes.autocast is not None and full:  # casts to the forward dtype, which autograd keeps; those to FP8 it does not
-        kept_casts = model.layer - (converted(config).parameters if dtypes.float8 else 0)
-        gathered = float(half * model.layers * kept_casts)
+    elif dtypes.autocast is not None and full:  # casts to the forward dtype, which autograd keeps, unlike those to FP8
+        cast = model.layer - (converted(config).parameters if dtypes.float8 else 0)
+        gathered = float(half * model.layers * cast)
 
     whole = activations(config, settings.model_copy(update={"gradient_checkpointing": False}), dtypes)
     if settings.gradient_checkpointing:  # one layer at a time is recomputed, with all its activations

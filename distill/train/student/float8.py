@@ -9,8 +9,8 @@ the gradient of its input are float8 e4m3, with one power-of-two scale per token
 for the gradient); the gradient of the weight is a bfloat16 product.
 
 - It is the nearest that torchao has to DeepSeek-V3's 1×128 tiles: an outlier costs the precision of its own token.
-- A token's result does not depend on the other tokens of its batch: a step has the same loss and gradients however it is
-  split into batches and ranks, as with bfloat16.
+- A token's result does not depend on the other tokens of its batch: a step has the same loss and gradients however it
+  is split into batches and ranks, as with bfloat16.
 - The gradient of the weight sums over tokens, whose number is arbitrary here (rows are not padded), and float8 products
   need sums over multiples of 16.
 
@@ -103,7 +103,7 @@ def convert(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) ->
     decoder = model.get_decoder()
     layers = convertible(decoder)
     if not layers.converted:
-        raise UserError(f"train.dtype is float8, and no linear layer of the student has dimensions of 16s: {REMEDY}")
+        raise UserError(f"train.dtype is float8, and no linear layer of the student has dimensions of 16·n: {REMEDY}")
     convert_model_to_fp8_ao(decoder, config(emulate=device.type == "cpu"), fits)
 
     def cast(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
