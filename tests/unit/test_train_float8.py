@@ -125,31 +125,35 @@ def worked(count):
 
 
 def test_losses_follow_those_of_bfloat16(tiny, tmp_path):
-    """Thirty steps: each loss within 15 % of bfloat16's, and their mean within 5 % (measured: 9 % and 2.5 %)."""
-    run_dir = support.prepare(tmp_path / "run", worked(64))
-    settings = {"max_steps": 30, "logging_steps": 1, "learning_rate": 3e-4, "per_device_train_batch_size": 16}
+    """Thirty steps from 2.2 to 0.14 nats per token: each within 0.2 of bfloat16's loss, 0.07 in the mean."""
+    run_dir = support.prepare(tmp_path / "run", worked(8))
+    settings = {"max_steps": 30, "logging_steps": 1, "learning_rate": 3e-4, "per_device_train_batch_size": 8}
     for dtype in ("bfloat16", "float8"):
         loop = make_loop(tiny, run_dir, tmp_path / dtype, dtype, **settings)
         assert len(float8.converted_layers(loop.learner)) == (28 if dtype == "float8" else 0)
         loop.run()
         assert {p.dtype for p in loop.learner.parameters()} == {torch.float32}
     plain, ours = losses(tmp_path / "bfloat16"), losses(tmp_path / "float8")
-    assert plain[-1] < 0.3 * plain[0]
-    assert ours == pytest.approx(plain, rel=0.15) and ours != plain
-    assert statistics.mean(b / a for a, b in zip(plain, ours, strict=True)) == pytest.approx(1, abs=0.05)
+    differences = [abs(a - b) for a, b in zip(plain, ours, strict=True)]
+    print(max(differences), statistics.mean(differences))
+    assert plain[-1] < 0.1 * plain[0]
+    assert 0 < max(differences) < 0.2 and statistics.mean(differences) < 0.07
 
 
-def test_gradients_point_where_exact_ones_do(tiny, tmp_path):
-    """Cosine similarity with float32's: at least 0.85 for each parameter, a median of 0.94 (measured: 0.88, 0.957)."""
+def test_gradients_of_each_layer_point_where_exact_ones_do(tiny, tmp_path):
+    """Cosine similarity with the gradients of float32, which FP8 leaves at 0.87 to 0.97 in a model of this width.
+
+    In SmolLM2-135M it is 0.96 in the median over its matrices. A layer that is not converted has 0.999.
+    """
     run_dir = support.prepare(tmp_path / "run", worked(16))
-    exact, plain, ours = (
-        gradients(make_loop(tiny, run_dir, tmp_path / dtype, dtype, max_steps=1))
-        for dtype in ("float32", "bfloat16", "float8")
+    exact, ours = (
+        gradients(make_loop(tiny, run_dir, tmp_path / dtype, dtype, max_steps=1)) for dtype in ("float32", "float8")
     )
-    cosines = {name: cosine_similarity(ours[name], exact[name], dim=0).item() for name in exact}
-    assert min(cosines.values()) > 0.85, min(cosines.items(), key=lambda item: item[1])
-    assert statistics.median(cosines.values()) > 0.94
-    assert all(not torch.equal(ours[name], plain[name]) for name in exact)
+    layers = []
+    for number in range(4):
+        names = [name for name in exact if f".layers.{number}." in name]
+        layers.append(cosine_similarity(*(torch.cat([g[name] for name in names]) for g in (ours, exact)), dim=0).item())
+    assert all(0.8 < cosine < 0.99 for cosine in layers), layers
 
 
 def gradients(loop):
