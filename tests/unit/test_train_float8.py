@@ -125,7 +125,10 @@ def worked(count):
 
 
 def test_losses_follow_those_of_bfloat16(tiny, tmp_path):
-    """Thirty steps from 2.2 to 0.14 nats per token: each within 0.2 of bfloat16's loss, 0.07 in the mean."""
+    """Thirty steps from 2.2 to 0.14 nats per token: losses differ by at most 0.15, on average by 0.04.
+
+    Measured: 0.07 and 0.016.
+    """
     run_dir = support.prepare(tmp_path / "run", worked(8))
     settings = {"max_steps": 30, "logging_steps": 1, "learning_rate": 3e-4, "per_device_train_batch_size": 8}
     for dtype in ("bfloat16", "float8"):
@@ -135,9 +138,8 @@ def test_losses_follow_those_of_bfloat16(tiny, tmp_path):
         assert {p.dtype for p in loop.learner.parameters()} == {torch.float32}
     plain, ours = losses(tmp_path / "bfloat16"), losses(tmp_path / "float8")
     differences = [abs(a - b) for a, b in zip(plain, ours, strict=True)]
-    print(max(differences), statistics.mean(differences))
     assert plain[-1] < 0.1 * plain[0]
-    assert 0 < max(differences) < 0.2 and statistics.mean(differences) < 0.07
+    assert 0 < max(differences) < 0.15 and statistics.mean(differences) < 0.04
 
 
 def test_gradients_of_each_layer_point_where_exact_ones_do(tiny, tmp_path):
