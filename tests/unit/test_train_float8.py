@@ -20,6 +20,7 @@ from distill.plan import hardware
 from distill.prompts.arithmetic import draw_problem
 from distill.recipe import Train
 from distill.train.ranks import memory
+from distill.train.rows.batches import collate
 from distill.train.student import float8, methods
 from distill.train.student import model as students
 
@@ -149,7 +150,8 @@ def test_gradients_of_each_layer_point_where_exact_ones_do(tiny, tmp_path):
     """
     run_dir = support.prepare(tmp_path / "run", worked(16))
     exact, ours = (
-        gradients(make_loop(tiny, run_dir, tmp_path / dtype, dtype, max_steps=1)) for dtype in ("float32", "float8")
+        gradients(make_loop(tiny, run_dir, tmp_path / dtype, dtype, max_steps=1, per_device_train_batch_size=16))
+        for dtype in ("float32", "float8")
     )
     layers = []
     for number in range(4):
@@ -159,7 +161,8 @@ def test_gradients_of_each_layer_point_where_exact_ones_do(tiny, tmp_path):
 
 
 def gradients(loop):
-    loop.learner(loop.batch(list(range(16))))[0].backward()
+    (batch,) = loop.feed.step(0)
+    loop.learner(collate(batch).to(loop.world.device))[0].backward()
     return {name: p.grad.flatten().double() for name, p in loop.learner.named_parameters()}
 
 
