@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "keeper": set(),
     "command": {"cli", "interrupts"},
     "cli": {"pipeline", "doctor", "plan", "push"} | STAGES | BELOW_STAGES,
-    "doctor": BELOW_STAGES | {"engine.kernels", "engine.families"},
+    "doctor": BELOW_STAGES | {"engine.kernels", "engine.families", "train.student.float8"},
     "push": SHARED,
     "pipeline": STAGES | BELOW_STAGES | {"filters.pipeline", "filters.cluster"},
     **{stage: BELOW_STAGES for stage in STAGES},
