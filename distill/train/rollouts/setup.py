@@ -95,8 +95,11 @@ def rollout_feed(
     with ExitStack() as stack:
         dtype = methods.dtypes(settings, world.device).compute
         context = longest(prompts, models, rollouts)
-        student = StudentEngine(trained, models.base, rollouts, dtype, world.device, context, settings.seed, world.size)
-        stack.callback(student.close)
+        batch = min(MAX_BATCH, -(-rollouts.rows // world.size))
+        backend = stack.enter_context(
+            backends.open_trained(models.base, str(world.device), dtype == torch.float32, batch, context)
+        )
+        student = StudentEngine(trained, backend, rollouts, settings.seed)
         engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
         judges = Judges()
         if isinstance(objective, OnPolicy):
@@ -116,7 +119,7 @@ def rollout_feed(
         if objective.needs_reference:
             judges.base = stack.enter_context(backends.open(models.base, engine))
         store = RolloutStore(paths.rollouts, rollouts.samples)
-        yield RolloutFeed(objective, settings, prompts, student, store, judges, world, traces)
+        yield RolloutFeed(objective, settings, prompts, student, models.base.chat, store, judges, world, traces)
         if world.main:
             store.compact(1)
 
