@@ -15,6 +15,8 @@ from distill.traces.trace import FinishReason, ReasoningForm, Trace
 if TYPE_CHECKING:
     from torch import Tensor
 
+GivenIds = Sequence[Sequence[Sequence[int]]]  # by trace and completion token
+
 
 @dataclass(frozen=True)
 class Job:
@@ -99,10 +101,18 @@ class Backend(Protocol):
         that was delivered before is yielded first.
         """
 
-    def score(self, traces: Sequence[Trace], top_k: int) -> list[Trace]:
+    @property
+    def scores_given_ids(self) -> bool:
+        """Whether `score` knows the log-probability of every id that it is given."""
+
+    def score(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Trace]:
         """The traces with this model's log-probabilities of their tokens and of its `top_k` likeliest at each position.
 
-        Errors: UserError where the backend cannot score, or a trace is longer than the context.
+        ids[i][t]: token ids whose log-probability is wanted at completion token t of trace i; they are listed among its
+        `top_logprobs`, which stay sorted, likeliest first. Where not `scores_given_ids`, only those of them are listed
+        that are the trace's own token or among the `top_k` likeliest.
+        Errors: UserError where the backend cannot score, a trace is longer than the context, or ids are given for
+        another number of tokens than the completion has for this model.
         """
 
     def close(self) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+
 from distill import backends
 from distill.artefacts import RunPaths
 from distill.backends.collect import asked
@@ -25,7 +27,7 @@ from distill.train.rollouts import gate
 from distill.train.rollouts.feed import Judges, RolloutFeed
 from distill.train.rollouts.rewards import Rewarder, check_gradable
 from distill.train.rollouts.store import RolloutStore
-from distill.train.rollouts.student import StudentEngine
+from distill.train.rollouts.student import MAX_BATCH, StudentEngine
 from distill.train.rollouts.teachers import Teacher
 from distill.train.rows.feed import StoredFeed
 from distill.train.student import methods
