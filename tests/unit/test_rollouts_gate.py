@@ -96,7 +96,7 @@ def asked_of(teacher, rollouts):
     views = []
     for trace in rollouts:
         ids = [*teacher.text_ids(trace.text.removeprefix(teacher.prefill)), teacher.stop_token_ids[-1]]
-        prompt = tuple(teacher.prompt_ids(trace.prompt.messages))
+        prompt = tuple(teacher.prompt_ids_of(trace.prompt.messages, trace.text))
         views.append(replace(trace, prompt_token_ids=prompt, completion_token_ids=tuple(ids), logprobs=None))
     return views
 
@@ -175,8 +175,8 @@ def test_the_tiny_pair_passes_with_the_teachers_own_numbers(student, teacher):
     assert "at 3 of 3 tokens" in end and float(end.split()[4]) > 0.9
 
 
-def test_what_the_engine_samples_of_the_base_passes_without_a_teacher_and_not_with_one(student, teacher):
-    """The base answers at once, where the teacher's prompt has opened a reasoning."""
+def test_what_the_engine_samples_of_the_base_passes(student, teacher):
+    """The base answers at once, where the teacher's template opens a reasoning: the teacher is asked without it."""
     prompts = [Prompt.from_question(f"What is 20 + {b}?", str(20 + b)) for b in range(4)]
     with backends.open(Model("student", STUDENT), LocalEngine(dtype="float32")) as backend:
         done = sampled(backend, prompts)
@@ -185,7 +185,8 @@ def test_what_the_engine_samples_of_the_base_passes_without_a_teacher_and_not_wi
         for each in done
     ]
     assert "  end of turn: 4 with <|im_end|>" in gate.prove_rollouts(rollouts, student)
-    assert "has opened" in refused(prove_teacher, student, teacher, rollouts)
+    lines = "\n".join(prove_teacher(student, teacher, rollouts))
+    assert "4 of 4 do not begin with '<think>\\n', which the teacher's template opens" in lines
 
 
 # ---- before the first rollout
@@ -283,14 +284,20 @@ def test_words_that_one_template_adds_are_reported(tmp_path):
     assert not warnings(prove_teacher(adding, adding, rollouts_of(adding)))
 
 
-def test_a_student_that_does_not_open_what_the_teachers_prompt_has_opened_is_refused(student, teacher):
-    """tinker-cookbook#796: the teacher reads an answer as reasoning."""
+def test_a_teacher_that_reads_an_answer_as_reasoning_is_refused(student, teacher):
+    """tinker-cookbook#796: its prompt has opened a reasoning that the student's text does not begin with."""
     plain = [rollout(student, f"The answer is {42 + i}.", i) for i in range(3)]
-    message = refused(prove_teacher, student, teacher, plain)
-    assert "3 of 3 rollouts are another text for the teacher" in message
-    assert r"has opened '<think>\n'" in message and "cold start" in message
-    lines = prove_teacher(student, teacher, [*plain[:1], *rollouts_of(student, 3)])
+    opened = [
+        replace(theirs, prompt_token_ids=tuple(teacher.prompt_ids(theirs.prompt.messages)))
+        for theirs in asked_of(teacher, plain)
+    ]
+    assert "3 of 3 rollouts are another text for the teacher" in refused(
+        prove_teacher, student, teacher, plain, scored=opened
+    )
+    mixed = [*plain[:1], *rollouts_of(student, 3)]
+    lines = prove_teacher(student, teacher, mixed, scored=[opened[0], *asked_of(teacher, mixed[1:])])
     assert "1 of 4 rollouts are another text" in warnings(lines)[0]
+    assert "1 of 4 do not begin with" in "\n".join(prove_teacher(student, teacher, mixed))
 
 
 def test_an_end_token_that_the_teachers_is_not_aligned_to_is_refused(teacher, tmp_path):

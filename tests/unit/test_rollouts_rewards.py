@@ -1,36 +1,25 @@
-"""Rewards of rollouts: every part by hand, unverifiable rollouts, truncated ones, and advantages of a group."""
-
-from dataclasses import dataclass
+"""Rewards of rollouts: every part by hand, unverifiable and truncated rollouts."""
 
 import pytest
 from filter_support import GOOD, make_trace
-from hypothesis import given
-from hypothesis import strategies as st
 
 from distill.errors import UserError
+from distill.objectives.grpo import Rewards
 from distill.prompts.prompt import Prompt
 from distill.train.rollouts.rewards import (
     Reward,
     Rewarder,
-    advantages,
     check_gradable,
     language_consistency,
     overlong,
 )
 
 LIMIT = 100
+CORRECT = Rewards()
 HANS = "<think>\n所以 the sum is 42.\n</think>\n42"  # 2 of 13 characters of the reasoning are Han
 
 
-@dataclass(frozen=True)
-class Weights:
-    correct: float = 1.0
-    format: float = 0.0
-    language: float = 0.0
-    length: float = 0.0
-
-
-def rewards(*traces, weights=Weights(), **settings):
+def rewards(*traces, weights=CORRECT, **settings):
     with Rewarder(weights, LIMIT, **settings) as rewarder:
         return rewarder.rewards(traces)
 
@@ -61,7 +50,7 @@ def test_the_graders_verdict_is_the_reward_in_the_order_of_the_rollouts():
     ],
 )
 def test_an_unverifiable_rollout_has_no_value_whatever_else_it_would_earn(trace):
-    (reward,) = rewards(trace, weights=Weights(1.0, 1.0, 1.0, 1.0))
+    (reward,) = rewards(trace, weights=Rewards(correct=1.0, format=1.0, language=1.0, length=1.0))
     assert (reward.value, reward.correct) == (None, None)
     assert "correct" not in reward.parts
 
@@ -111,7 +100,7 @@ def test_a_truncated_program_counts_once_its_block_is_closed():
     ],
 )
 def test_format_is_one_closed_block_and_an_answer_in_its_place(trace, expected):
-    (reward,) = rewards(trace, weights=Weights(correct=0.0, format=0.5))
+    (reward,) = rewards(trace, weights=Rewards(correct=0.0, format=0.5))
     assert reward == Reward(expected / 2, None, {"format": expected})
 
 
@@ -147,7 +136,7 @@ def test_the_length_part_falls_in_the_last_fifth_of_the_limit(tokens, part):
 
 
 def test_parts_are_weighted_and_summed():
-    weights = Weights(correct=1.0, format=0.5, language=0.1, length=0.2)
+    weights = Rewards(correct=1.0, format=0.5, language=0.1, length=0.2)
     (reward,) = rewards(make_trace(GOOD, tokens=90), weights=weights)
     assert reward.parts == {"correct": 1.0, "format": 1.0, "language": 1.0, "length": pytest.approx(-0.5)}
     assert reward.value == pytest.approx(1.0 + 0.5 + 0.1 - 0.1)
@@ -155,7 +144,7 @@ def test_parts_are_weighted_and_summed():
 
 def test_one_rewarder_serves_many_steps_and_an_answer_that_hangs_the_parser():
     hanging = answered("\\boxed{9^{9^{9^9}}}")
-    with Rewarder(Weights(), LIMIT, workers=1, timeout=0.5) as rewarder:
+    with Rewarder(Rewards(), LIMIT, workers=1, timeout=0.5) as rewarder:
         for _ in range(2):
             first, second, third = rewarder.rewards([hanging, answered("\\boxed{42}"), hanging])
             assert second.value == 1.0
@@ -177,33 +166,6 @@ def test_a_judge_grades_its_task_and_no_other():
     assert rewards(cut("fine", prompt=prompt), judge=Judge())[0].correct is False  # it could have gone on
 
 
-# ---- advantages
-
-
-def test_advantages_of_a_group_by_hand():
-    assert advantages([1, 0, 0, 1]) == [0.5, -0.5, -0.5, 0.5]
-    assert advantages([1, 0, 0, 1], "group") == pytest.approx([0.75**0.5, -(0.75**0.5), -(0.75**0.5), 0.75**0.5])
-    assert advantages([1.0, None, 0.0, None]) == [0.5, 0.0, -0.5, 0.0]
-
-
-@pytest.mark.parametrize("group", [[], [1.0], [None, None], [1.0, None], [0.3, 0.3, 0.1 + 0.2], [0, 0, None, 0]])
-def test_a_group_without_variance_has_no_advantages(group):
-    assert advantages(group) is None
-    assert advantages(group, "group") is None
-
-
-@given(st.lists(st.none() | st.floats(-10, 10), max_size=16))
-def test_advantages_sum_to_zero_and_keep_the_order_of_the_rewards(group):
-    for normalise in ("none", "group"):
-        result = advantages(group, normalise)
-        if result is None:
-            continue
-        known = [(reward, each) for reward, each in zip(group, result, strict=True) if reward is not None]
-        assert sum(result) == pytest.approx(0, abs=1e-6)
-        assert [each for _, each in sorted(known)] == sorted(each for _, each in known)
-        assert all(each == 0 for reward, each in zip(group, result, strict=True) if reward is None)
-
-
 # ---- before the first step
 
 ASKED = Prompt.from_question("20 + 22?", "42")
@@ -222,13 +184,13 @@ UNANSWERED = Prompt.from_question("20 + 22?", None)
 )
 def test_prompts_that_could_never_be_rewarded_are_refused_in_one_line(prompts, message):
     with pytest.raises(UserError, match=message) as caught:
-        check_gradable(prompts, Weights())
+        check_gradable(prompts, Rewards())
     assert "\n" not in str(caught.value)
-    check_gradable(prompts, Weights(correct=0.0, format=1.0))  # then no answer is graded
+    check_gradable(prompts, Rewards(correct=0.0, format=1.0))  # then no answer is graded
 
 
 def test_some_prompts_without_a_gold_answer_are_counted(capsys):
-    check_gradable([ASKED, UNANSWERED, ASKED], Weights())
+    check_gradable([ASKED, UNANSWERED, ASKED], Rewards())
     assert "1 of 3 prompts have no gold answer" in capsys.readouterr().out
-    check_gradable([ASKED, Prompt.from_question("Write.", None, "judge")], Weights(), has_judge=True)
+    check_gradable([ASKED, Prompt.from_question("Write.", None, "judge")], Rewards(), has_judge=True)
     assert not capsys.readouterr().out

@@ -198,31 +198,31 @@ def _frame(trace: Trace, asked: Trace, chat: Chat) -> str:
 
 
 def _prove_completions(rollouts: Sequence[Trace], scored: Sequence[Trace], teacher: Chat) -> list[str]:
-    """The teacher reads each completion as it was written."""
-    read = [teacher.restore(teacher.decode(theirs.completion_token_ids)) for theirs in scored]
+    """The teacher reads each completion as it was written. A template that opens the reasoning is asked without its
+    opening where the student's text does not begin with it (`Chat.prompt_ids_of`)."""
+    opened = [_text(teacher, theirs.prompt_token_ids).endswith(teacher.prefill) for theirs in scored]
+    read = [
+        (teacher.prefill if open_ else "") + teacher.decode(theirs.completion_token_ids)
+        for open_, theirs in zip(opened, scored, strict=True)
+    ]
     changed = [i for i, trace in enumerate(rollouts) if squash(read[i]) != squash(trace.text)]
-    if not changed:
-        return [f"  teacher: asked exactly the student's prompts and texts ({teacher.where})"]
-    trace, text = rollouts[changed[0]], read[changed[0]]
-    opened = bool(teacher.prefill) and not trace.text.startswith(teacher.prefill)
-    why = (
-        f"its prompt has opened {teacher.prefill!r}, with which the student's text does not begin"
-        if opened
-        else f"the tokenizer of {teacher.where} changes it"
-    )
-    what = (
-        f"{len(changed):,} of {len(rollouts):,} rollouts are another text for the teacher: {why} (rollout "
-        f"{name(trace.key)}: {_shown(text)} instead of {_shown(trace.text)})"
-    )
-    remedy = (
-        "begin with a cold start by `sft` (train.phases), after which the student opens its reasoning, or set "
-        "train.chat_template to one that opens it"
-        if opened
-        else "use a teacher whose tokenizer keeps the text"
-    )
-    if len(changed) == len(rollouts):
-        raise UserError(f"{what}; {remedy}")
-    return [f"warning: {what}; {remedy}"]
+    if changed:
+        trace, text = rollouts[changed[0]], read[changed[0]]
+        what = (
+            f"{len(changed):,} of {len(rollouts):,} rollouts are another text for the teacher: its prompt or the "
+            f"tokenizer of {teacher.where} changes it (rollout {name(trace.key)}: {_shown(text)} instead of "
+            f"{_shown(trace.text)}); use a teacher whose tokenizer keeps the text"
+        )
+        if len(changed) == len(rollouts):
+            raise UserError(what)
+        return [f"warning: {what}"]
+    lines = [f"  teacher: asked exactly the student's prompts and texts ({teacher.where})"]
+    if closed := opened.count(False):
+        lines.append(
+            f"  {closed:,} of {len(rollouts):,} do not begin with {teacher.prefill!r}, which the teacher's template "
+            f"opens; it is asked without that there"
+        )
+    return lines
 
 
 def _prove_ends(rollouts: Sequence[Trace], student: Chat, teacher: Chat) -> list[str]:

@@ -27,8 +27,6 @@ Parts with weight 0 are not computed. The graders' processes live as long as the
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
-from typing import Literal, Protocol
 
 from distill.console import say
 from distill.errors import UserError
@@ -40,32 +38,12 @@ from distill.grading.grade import AnswerJudge
 from distill.grading.judged import JUDGE
 from distill.grading.mixed import graded, require_judge
 from distill.grading.sandbox.levels import Level, require_level
+from distill.objectives.grpo import Rewards
 from distill.prompts.prompt import END_THINK, THINK, Prompt
 from distill.traces.trace import Trace
 
 BUFFER = 0.2  # share of the token limit in which the length part falls: DAPO has 4,096 of 20,480 tokens
-SAME = 1e-6  # rewards of a group that differ by less have no variance but rounding
 WHERE = "train.objective.rewards.correct"
-
-
-class Weights(Protocol):
-    """The weights of the parts: the section `rewards` of the objective `grpo`."""
-
-    @property
-    def correct(self) -> float:
-        """Weight of a correct answer."""
-
-    @property
-    def format(self) -> float:
-        """Weight of the format."""
-
-    @property
-    def language(self) -> float:
-        """Weight of language consistency."""
-
-    @property
-    def length(self) -> float:
-        """Weight of the penalty for overlong rollouts."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +68,7 @@ class Rewarder:
 
     def __init__(
         self,
-        weights: Weights,
+        weights: Rewards,
         max_new_tokens: int,
         *,
         workers: int = 2,
@@ -173,24 +151,8 @@ def overlong(tokens: int, limit: int) -> float:
     return -min(1.0, max(0.0, (tokens - start) / (limit - start)))
 
 
-def advantages(rewards: Sequence[float | None], normalise: Literal["group", "none"] = "none") -> list[float] | None:
-    """The advantage of each rollout of a group: its reward less the group's mean.
-
-    normalise: `group` divides by the group's standard deviation (with n − 1, as TRL and verl), `none` does not
-    (Dr. GRPO, arXiv 2503.20783: dividing weighs questions that are too easy or too hard more). A rollout without a
-    reward does not take part, and its advantage is 0. Returns None if fewer than two take part or all of them have the
-    same reward: the group teaches nothing and is skipped.
-    """
-    values = [reward for reward in rewards if reward is not None]
-    if len(values) < 2 or max(values) - min(values) < SAME:
-        return None
-    mean = fmean(values)
-    scale = stdev(values) if normalise == "group" else 1.0
-    return [0.0 if reward is None else (reward - mean) / scale for reward in rewards]
-
-
 def check_gradable(
-    prompts: Iterable[Prompt], weights: Weights, *, level: Level = "full", has_judge: bool = False
+    prompts: Iterable[Prompt], weights: Rewards, *, level: Level = "full", has_judge: bool = False
 ) -> None:
     """Refuse prompts whose rollouts could never be rewarded; reads every prompt once.
 
