@@ -1,8 +1,8 @@
 """The protocol of a model that answers, and the types of its arguments and results."""
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import JsonValue
 
@@ -11,6 +11,9 @@ from distill.chat import split_reasoning
 from distill.engine.options import SamplingParams
 from distill.prompts.prompt import Prompt
 from distill.traces.trace import FinishReason, ReasoningForm, Trace
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GivenIds = Sequence[Sequence[Sequence[int]]]  # by trace and completion token
 
@@ -114,3 +117,14 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release the model: memory, processes, connections. The backend is not used afterwards."""
+
+
+class TrainedBackend(Backend, Protocol):
+    """A model whose weights are replaced while it is loaded: a student that is being trained."""
+
+    def update(self, tensor: "Callable[[str], Tensor]") -> None:
+        """Replace all weights in place. tensor: returns one by its published (Hugging Face) name; it is called once a
+        name, in the same order in every process.
+
+        Errors: UserError for a model whose weights cannot be replaced, or where a number is not finite.
+        """

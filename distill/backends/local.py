@@ -7,7 +7,7 @@ and not on what else is in the batch.
 
 import gc
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import tee
 from typing import TYPE_CHECKING
@@ -25,6 +25,8 @@ from distill.recipe import LocalEngine
 from distill.traces.trace import Trace
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from distill.chat import Chat
     from distill.engine import Completion, Engine, Engines, Request
 
@@ -93,6 +95,26 @@ class LocalBackend:
         except ValueError as error:
             raise UserError(str(error)) from error
         return cls(loaded, model)
+
+    @classmethod
+    def with_options(cls, model: Model, options: EngineOptions) -> "LocalBackend":
+        """Load a model directory on one device. Errors: as `load`."""
+        from distill.engine import Engine
+
+        try:
+            return cls(Engine.load(model.directory, options), model)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def update(self, tensor: "Callable[[str], Tensor]") -> None:
+        """See `TrainedBackend`."""
+        from distill.engine import Engine
+
+        assert isinstance(self.engine, Engine), "a student is sampled by one engine per process"
+        try:
+            self.engine.update(tensor)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     @property
     def identity(self) -> Mapping[str, JsonValue]:
@@ -186,7 +208,7 @@ class LocalBackend:
         from distill.engine import Engine
 
         assert isinstance(self.engine, Engine), "several engines sample, one scores"
-        prompts = [self.chat.prompt_ids(trace.prompt.messages) for trace in traces]
+        prompts = [self.chat.prompt_ids_of(trace.prompt.messages, trace.text) for trace in traces]
         completions = [completion_ids(trace, self.chat, self.engine.spec.vocab_size) for trace in traces]
         sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
         if ids is not None:

@@ -33,9 +33,8 @@ def completion_ids(trace: Trace, chat: Chat, vocab_size: int | None = None) -> l
     else the text tokenized, with the end token."""
     ids = list(trace.completion_token_ids)
     known = bool(ids) and (vocab_size is None or max(ids) < vocab_size)
-    if known and chat.restore(chat.decode(ids)) == trace.text:
-        return ids
-    return [*chat.text_ids(trace.text.removeprefix(chat.prefill)), chat.stop_token_ids[-1]]
+    text = trace.text.removeprefix(chat.prefill)
+    return ids if known and chat.decode(ids) == text else [*chat.text_ids(text), chat.stop_token_ids[-1]]
 
 
 def refuse_other_lengths(ids: GivenIds, completions: Sequence[Sequence[int]]) -> None:
@@ -61,7 +60,9 @@ def score(
 
     Errors: UserError where the server refuses, or gives none; WorkError when it fails.
     """
-    rows = [(trace, chat.prompt_ids(trace.prompt.messages), completion_ids(trace, chat)) for trace in traces]
+    rows = [
+        (trace, chat.prompt_ids_of(trace.prompt.messages, trace.text), completion_ids(trace, chat)) for trace in traces
+    ]
     if ids is not None:
         refuse_other_lengths(ids, [completion for _, _, completion in rows])
     wanted = ids or [[()] * len(completion) for _, _, completion in rows]

@@ -1,4 +1,4 @@
-"""The plan's memory against what a process really takes at its peak, on three configurations of a CPU."""
+"""The plan's memory against what a process really takes at its peak, on four configurations of a CPU."""
 
 import json
 import subprocess
@@ -30,6 +30,7 @@ SCRIPT = """
     from distill.artefacts import RunPaths
     from distill.models import Models
     from distill.train.ranks.world import World
+    from distill.train.rows.feed import StoredFeed
 
     place = Path("{place}")
     shape, settings, length, rows = json.loads('{arguments}')
@@ -51,7 +52,8 @@ SCRIPT = """
     )
     world = World()
     built = build(Task(recipe, Models(recipe, place), RunPaths(place)), world)
-    loop = Loop(built.learner, data, recipe.train, Checkpoints(place / "c", 1), world, laid_out=built.wrapped)
+    feed = StoredFeed(data, recipe.train)
+    loop = Loop(built.learner, feed, recipe.train, Checkpoints(place / "c", 1), world, laid_out=built.wrapped)
     loop.step()
     loop.step()
     measured = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -66,6 +68,7 @@ HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
 CASES = {
     "a wide head": (WIDE, {}, 1024, 2),
     "many activations": (DEEP, {"per_device_train_batch_size": 2}, 768, 4),
+    "FP8 products": (DEEP, {"per_device_train_batch_size": 2, "dtype": "float8"}, 768, 4),
     "LoRA with checkpointing": (DEEP, {"adapter": {"kind": "lora"}, "gradient_checkpointing": True}, 1024, 2),
 }
 

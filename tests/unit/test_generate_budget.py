@@ -15,8 +15,11 @@ from server_support import server as listening_server
 from distill.backends import Job
 from distill.backends.budget import Allowance, Spent, bound_of
 from distill.backends.collect import collect
+from distill.grading.judge import JudgeModel
+from distill.models import judge_of
 from distill.prompts import Prompt
-from distill.recipe import Budget, Price
+from distill.recipe import Budget, Judge, LocalEngine, Price
+from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace
 
@@ -194,6 +197,44 @@ def test_attempts_that_had_begun_to_answer_are_counted(failed, room, made, used,
         job = Job(Prompt.from_question("2 + 2?", "4"), (0,))
         assert collect(backend, store, [job], PARAMS, 0, "t", lambda n: None, allowance=allowance) == made
     assert len(at.asked) == 1 + made and allowance.used.tokens == used
+
+
+def test_failed_attempts_are_counted_by_the_next_command(recipe, monkeypatch, capsys):
+    """The first answer breaks off, and what it may have used leaves no room for another one, in any command."""
+
+    def reply(number, handler):
+        return (200, "text/event-stream", HALF + ERROR) if number == 0 else (200, JSON, body(chat()))
+
+    with listening_server(reply) as made:
+        name = recipe(made, {"tokens": BOUND + 10}, {"model": "m", "concurrency": 1})
+        for _ in range(2):
+            assert distill(monkeypatch, "generate", name) == 1 and stored() == 0 and len(made.asked) == 1
+            assert f"({BOUND} of {BOUND + 10} tokens): 16 of 16 samples are left" in capsys.readouterr().err
+        recipe(made, {"tokens": 10_000}, {"model": "m", "concurrency": 1})
+        assert distill(monkeypatch, "generate", name) == 0 and stored() == 16
+    assert f"budget: {BOUND + 160} of 10,000 tokens" in capsys.readouterr().out
+    assert distill(monkeypatch, "generate", name, "--fresh", "generate", "--set", "generate.budget.tokens=9") == 2
+    assert "one sample may use" in capsys.readouterr().err, "the failed attempts of moved traces are not counted"
+
+
+def test_a_failed_request_of_a_judge_is_counted_by_later_sessions(tmp_path):
+    """It broke off in the middle of its answer, so it may have used its bound; its row in the ledger has no id."""
+    message = {"role": "assistant", "content": "Judgement: Yes"}
+
+    def reply(number, handler):
+        return (200, "text/event-stream", HALF + ERROR) if number == 0 else (200, JSON, body(chat(message=message)))
+
+    item = (0, Prompt.from_question("Capital of France?", "Paris", "judge"), "It is Paris.")
+    with listening_server(reply) as made:
+        address = {"url": url(made), "model": "m", "concurrency": 1}
+        settings = Judge.model_validate({"server": address, "budget": {"tokens": 100_000}})
+        sessions = []
+        for _ in range(2):
+            with JudgeModel(settings, judge_of(settings), LocalEngine(), tmp_path) as judge:
+                assert [grade.verdict for _, grade in judge.grade([item])] == ["correct"]
+                sessions.append(judge.used)
+        assert sessions[0] == sessions[1] and sessions[0].completion == 4096 + 7 and len(made.asked) == 2
+    assert sorted(row["id"] is None for row in Ledger(tmp_path / "judge.jsonl").rows()) == [False, True]
 
 
 def test_a_budget_below_one_sample_says_so(recipe, monkeypatch, capsys):

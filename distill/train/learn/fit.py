@@ -3,6 +3,8 @@
 Every process of a world runs this, with the same arguments.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,9 +26,10 @@ from distill.train.learn.loop import Loop
 from distill.train.ranks.checkpoint import Checkpoints, writing
 from distill.train.ranks.world import World, whole
 from distill.train.rows import teacher
+from distill.train.rows.feed import Feed, StoredFeed
 from distill.train.rows.stored import TrainingSet
 from distill.train.student import card as cards
-from distill.train.student import methods, model
+from distill.train.student import float8, methods, model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,8 +47,10 @@ class Task:
     shares: tuple[float, ...] = (1.0,)
 
 
-def fit(task: Task, rows: TrainingSet, world: World) -> TrainSummary:
+def fit(task: Task, rows: TrainingSet | None, world: World) -> TrainSummary:
     """Train, from the newest checkpoint if there is one, and write the student. Returns the stage's summary.
+
+    rows: None for an objective that trains on rollouts alone.
 
     Errors: WorkError when a loss is not finite or the disk is full; UserError for weights that cannot be trained.
     """
@@ -57,18 +62,38 @@ def fit(task: Task, rows: TrainingSet, world: World) -> TrainSummary:
         world.accelerator.init_trackers(recipe.name, config=settings.settings())
     checkpoints = Checkpoints(paths.checkpoints, settings.save_total_limit, world, task.fingerprint)
     built = build(task, world)
-    loop = Loop(built.learner, rows, settings, checkpoints, world, task.shares, built.wrapped)
-    loop.run()
-    summary = loop.summary()
+    with feeding(task, rows, built, world) as feed:
+        loop = Loop(built.learner, feed, settings, checkpoints, world, built.wrapped)
+        loop.run()
+        summary = loop.summary()
     weights = trained_weights(task, built, world)
     chat = Chat.load(task.models.base.directory, task.models.training_template)
     filtered = cards.summary(paths, "filter", FilterSummary)
     text = cards.model_card(recipe, task.models.student_card, summary, filtered)
-    plain = model.empty(task.models.base.directory, settings, getattr(torch, settings.dtype))
+    plain = model.empty(task.models.base.directory, settings, methods.stored_dtype(settings))
     model.save(paths.student, plain, weights, chat, text, world)
     if settings.report_to:
         world.accelerator.end_training()
     return summary
+
+
+@contextmanager
+def feeding(task: Task, rows: TrainingSet | None, built: "Built", world: World) -> Iterator[Feed]:
+    """The feed of a training: encoded rows, rollouts, or both."""
+    settings = task.recipe.train
+    stored = None
+    if rows is not None:
+        teaching = teacher.load(task.paths.tokens) if settings.objective.teacher_top_k else None
+        stored = StoredFeed(rows, settings, world.size, task.shares, teaching)
+    if settings.objective.rollout_settings is None:
+        assert stored is not None
+        yield stored
+        return
+    from distill.train.rollouts.setup import rollout_feed
+
+    trained = built.adapted.get_base_model() if built.adapted else built.base
+    with rollout_feed(task.recipe, task.models, task.paths, trained, world, stored) as feed:
+        yield feed
 
 
 @dataclass(frozen=True)
@@ -88,7 +113,7 @@ def build(task: Task, world: World) -> Built:
         give_memory_back()
     sharded = world.layout == "fsdp"
     dtypes = methods.dtypes(settings, world.device, sharded)
-    if world.main and settings.dtype == "bfloat16" and dtypes.compute == torch.float32:
+    if world.main and settings.dtype != "float32" and dtypes.compute == torch.float32:
         say("this processor has no bfloat16 matrix products: the forward pass runs in float32")
     quantization = methods.quantization(settings)
     if sharded and quantization:
@@ -97,11 +122,12 @@ def build(task: Task, world: World) -> Built:
         base = model.empty(weights, settings, dtypes.weights)
     else:
         base = model.load(weights, settings, dtypes.weights, quantization)
+    if dtypes.float8:
+        say_converted(float8.convert(base, world.device, dtypes.compute), world)
     adapted = None if settings.adapter is None else methods.with_adapters(base, settings.adapter)
     if settings.gradient_checkpointing:
         base.activation_checkpointing_enable(offload=settings.activation_offloading)
-    teaching = teacher.load(task.paths.tokens) if settings.objective.teacher_top_k else None
-    learner = Learner(base, settings.objective, dtypes.autocast, teaching)
+    learner = Learner(base, settings.objective, dtypes.autocast)
     wrapped = world.lay_out(learner, list(base.get_decoder().layers), dtypes.compute)
     if sharded:
         materialise(learner, world.device)
@@ -109,6 +135,17 @@ def build(task: Task, world: World) -> Built:
         if adapted:
             methods.start_adapters(base)
     return Built(base, adapted, learner, wrapped)
+
+
+def say_converted(layers: float8.Layers, world: World) -> None:
+    """Print how many layers multiply in FP8, and whether they only emulate it."""
+    if not world.main:
+        return
+    skipped = layers.total - layers.converted
+    why = f"; {skipped} skipped, with dimensions that are not multiples of 16" if skipped else ""
+    say(f"FP8 products in {layers.converted} of the decoder's {layers.total} linear layers{why}")
+    if world.device.type == "cpu":
+        say("FP8 is emulated on the processor: same rounding, slower than train.dtype bfloat16")
 
 
 def materialise(learner: Learner, device: torch.device) -> None:
@@ -128,7 +165,7 @@ def trained_weights(task: Task, built: Built, world: World) -> dict[str, Tensor]
     well into 4-bit weights.
     """
     settings = task.recipe.train
-    dtype = getattr(torch, settings.dtype)
+    dtype = methods.stored_dtype(settings)
     gathered: dict[str, Tensor] = {}
     for name, parameter in built.base.named_parameters():
         if parameter.requires_grad:

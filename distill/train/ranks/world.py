@@ -15,10 +15,10 @@ Batches of a step are distributed round-robin: rank r takes r, r + size, …. Al
 not communicated.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distill.train.ranks import environment
 
+T = TypeVar("T")
 Layout = Literal["one", "ddp", "fsdp"]
 
 TIMEOUT = timedelta(hours=2)  # the other ranks wait while one encodes the traces or writes the student
@@ -59,7 +60,7 @@ class World:
         """Whether this is the first rank, which writes and prints."""
         return self.rank == 0
 
-    def share(self, batches: list[list[int]]) -> list[tuple[list[int], bool]]:
+    def share(self, batches: Sequence[T]) -> list[tuple[T, bool]]:
         """This rank's batches of a step, and whether they count. A rank with none left repeats one with weight zero,
         because gradients are exchanged by all ranks or by none."""
         rounds = -(-len(batches) // self.size)
@@ -96,6 +97,15 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def gathered(self, items: list[T]) -> list[T]:
+        """The items of all ranks, those of the first rank first. Small objects: they are pickled, between processes of
+        one training."""
+        if self.size == 1:
+            return items
+        parts: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
+import torch
 from pydantic import JsonValue
 
 from distill.artefacts import RunPaths
@@ -28,7 +29,7 @@ from distill.train.rows import gate, stored
 from distill.train.rows.encode import Encoder, Encoding, Source
 from distill.train.rows.stored import Counts, TrainingSet
 from distill.train.rows.teacher import teach
-from distill.train.student import model
+from distill.train.student import float8, model
 
 
 def prepare(
@@ -46,8 +47,7 @@ def prepare(
     nothing was written.
     """
     settings, weights = recipe.train, models.base.directory
-    limits = model.inspect(weights, settings)
-    check_trackers(settings.report_to)
+    limits = check_student(recipe, models)
     fingerprint = digest({**row_settings, **teacher_settings})
     if what := stored.damage(paths.tokens, fingerprint):
         say(f"{what}; encoding the rows again")
@@ -80,6 +80,18 @@ def prepare(
     return keep(encoder.directory, paths.tokens, fingerprint)
 
 
+def check_student(recipe: Recipe, models: Models) -> gate.Limits:
+    """Refuse a base whose files are broken, trackers that are not there, and FP8 where it cannot be computed.
+
+    Errors: UserError.
+    """
+    limits = model.inspect(models.base.directory, recipe.train)
+    check_trackers(recipe.train.report_to)
+    if recipe.train.dtype == "float8":
+        float8.require(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return limits
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Refuse trackers that Accelerate would silently skip: unknown ones, and those whose package is not installed."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -107,6 +119,7 @@ def traces_of(source: MixedSource, paths: RunPaths) -> Iterator[Trace]:
     """The traces of one of the mixed sets."""
     if source.kind == "kept":
         return (trace for trace, _ in read_traces(paths.kept))
+    assert source.kind != "own", "a phase reads its own answers as the kept traces of its directory"
     return read_published(source)
 
 
