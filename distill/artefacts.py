@@ -116,6 +116,11 @@ class RunPaths:
         return self.root / "student"
 
     @property
+    def phases(self) -> Path:
+        """`phases/`: a run directory for each phase of the training, `1-NAME` and so on."""
+        return self.root / "phases"
+
+    @property
     def eval(self) -> Path:
         """`eval/`: samples, grades and scores, by benchmark and model."""
         return self.root / "eval"
@@ -256,7 +261,9 @@ class FilterSummary(Artefact):
 
 
 class TrainSummary(Artefact):
-    """Counts of rows and tokens, losses in nats per token, and the rate. student: directory inside the run."""
+    """Counts of rows and tokens, losses in nats per token, and the rate. student: directory inside the run. phases: of
+    a training in phases, by name and in order; the other figures are then their sums, and the first and the last loss.
+    """
 
     steps: int
     epochs: float
@@ -276,6 +283,7 @@ class TrainSummary(Artefact):
     tokens_per_second: int
     processes: int
     student: str
+    phases: dict[str, "TrainSummary"] = {}
 
 
 # ---- eval

@@ -203,7 +203,10 @@ def _train(
     counted: str,
     prompt_tokens: float,
 ) -> StagePlan:
-    """The table of training, with the expected tokens; hours of the recipe's own method on the first machine."""
+    """The tables of the trainings, with the expected tokens; hours of the recipe's own method on the first machine.
+
+    Phases are added up. What a phase samples itself is not counted.
+    """
     select = recipe.filter.select
     share = min(1.0, select.per_prompt / traces.samples) if select and select.per_prompt else 1.0
     per_trace = traces.mean + prompt_tokens / max(traces.count, 1)

@@ -10,6 +10,8 @@ would be neither the old training nor the new one.
 Several processes: this one encodes, proves, starts them (`ranks.launch`) and waits. Under torchrun it is one of them
 already: the first rank does all of that, and the others wait for it (`follow`).
 
+A recipe with phases has several of these trainings (`distill.train.phases`); here there is one.
+
 Missing or damaged files of a finished student are written again from the last checkpoint; without one the training is
 repeated.
 """
@@ -37,7 +39,7 @@ class TrainStage(Stage[TrainSummary]):
     """The student, fine-tuned on the kept traces."""
 
     name = "train"
-    outputs = ("checkpoints", "student")
+    outputs: tuple[str, ...] = ("checkpoints", "student")
     products = (
         *(f"student/*.{ending}" for ending in ("json", "safetensors", "jinja", "txt", "model")),
         "checkpoints/log.jsonl",
@@ -55,7 +57,7 @@ class TrainStage(Stage[TrainSummary]):
         """Everything that decides the student. Errors: UserError when there are no kept traces."""
         from distill.train.ranks import launch
 
-        settings = run.recipe.train.settings() | row_settings(run) | teacher_settings(run)
+        settings = run.recipe.train.settings() | row_settings(run) | teacher_settings(run) | rollout_settings(run)
         processes = launch.processes(run.recipe.train)
         if processes > 1 and run.recipe.train.train_batch_size is None:
             settings["world_size"] = processes  # a step has this many times the batches
@@ -105,7 +107,7 @@ def row_settings(run: "Run") -> Settings:
         "chat_template_text": digest(read_template(template)) if template else None,
         "student": run.models.base.weights,
     }
-    for number, source in enumerate(run.recipe.train.data):
+    for number, source in enumerate(run.recipe.train.data if run.recipe.train.objective.reads_data else ()):
         if source.kind == "kept":
             settings["kept_traces"] = kept_hash(run.directory)
         elif source.kind == "run":
@@ -125,6 +127,20 @@ def teacher_settings(run: "Run") -> Settings:
 
     identity = {f"teacher.{key}": value for key, value in run.models.teacher.identity.items()}
     return identity | recipe.engine_settings() | {"engine.device": device_type(recipe.engine.device)}
+
+
+def rollout_settings(run: "Run") -> Settings:
+    """Everything that decides the student's own answers besides the objective: the prompts with their gold answers, the
+    seed, how the engine computes. Empty for an objective without rollouts."""
+    recipe = run.recipe
+    if recipe.train.objective.rollout_settings is None:
+        return {}
+    from distill.backends.device import device_type
+
+    prompts = digest([[prompt.id, prompt.answer] for prompt in run.prompts])
+    settings: Settings = {"seed": recipe.seed, "prompt_suffix": recipe.generate.prompt_suffix, "prompts": prompts}
+    settings = {f"rollouts.{key}": value for key, value in settings.items()}
+    return settings | recipe.engine_settings() | {"engine.device": device_type(recipe.engine.device)}
 
 
 def follow(recipe: "Recipe", directory: Path) -> bool:
