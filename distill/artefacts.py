@@ -115,10 +115,9 @@ class RunPaths:
         """`student/`: the trained model, as `transformers` loads it."""
         return self.root / "student"
 
-    @property
-    def phases(self) -> Path:
-        """`phases/`: a run directory for each phase of the training, `1-NAME` and so on."""
-        return self.root / "phases"
+    def phase(self, number: int, name: str) -> Path:
+        """`phases/1-NAME`: the run directory of a phase of the training. number: from 0."""
+        return self.root / "phases" / f"{number + 1}-{name}"
 
     @property
     def eval(self) -> Path:

@@ -147,7 +147,7 @@ class _Inside(Run):
 
 def phase_directory(run: Path, recipe: Recipe, number: int) -> Path:
     """The run directory of a phase, counted from 0: `phases/1-NAME` for the first."""
-    return RunPaths(run).phases / f"{number + 1}-{recipe.train.phases[number].name}"
+    return RunPaths(run).phase(number, recipe.train.phases[number].name)
 
 
 def phase_recipe(recipe: Recipe, run: Path, number: int) -> Recipe:
