@@ -33,7 +33,6 @@ def read_phases(directory: Path, recipe: Recipe) -> list[PhaseContents]:
         trained, generated, filtered = (summaries.get(name) for name in ("train", "generate", "filter"))
         assert isinstance(trained, TrainSummary | None) and isinstance(generated, GenerateSummary | None)
         assert isinstance(filtered, FilterSummary | None)
-        phases.append(
-            PhaseContents(number + 1, phase.name, phase, trained, read_log(place.paths.log), generated, filtered)
-        )
+        log = read_log(place.paths.log)
+        phases.append(PhaseContents(number + 1, phase.name, phase, trained, log, generated, filtered))
     return phases

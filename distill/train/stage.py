@@ -39,10 +39,11 @@ class TrainStage(Stage[TrainSummary]):
     """The student, fine-tuned on the kept traces."""
 
     name = "train"
-    outputs: tuple[str, ...] = ("checkpoints", "student")
+    outputs: tuple[str, ...] = ("checkpoints", "rollouts", "student")
     products = (
         *(f"student/*.{ending}" for ending in ("json", "safetensors", "jinja", "txt", "model")),
         "checkpoints/log.jsonl",
+        "rollouts/part-*.parquet",
         "checkpoints/adapter/*.safetensors",
         "checkpoints/adapter/*.json",
     )
@@ -77,10 +78,16 @@ class TrainStage(Stage[TrainSummary]):
         """Encode, prove, train, save. Errors: UserError for what the user can correct (no kept traces, a template that
         deletes the reasoning, …); WorkError when a loss is not finite or a checkpoint cannot be written."""
         from distill.train.ranks import launch
-        from distill.train.rows.prepare import prepare
+        from distill.train.rows.prepare import check_student, prepare
 
-        processes = launch.processes(run.recipe.train)
-        prepare(run.recipe, run.models, run.paths, row_settings(run), teacher_settings(run), processes)
+        processes, objective = launch.processes(run.recipe.train), run.recipe.train.objective
+        if objective.rollout_settings is not None:
+            from distill.train.rollouts import setup
+
+            check_student(run.recipe, run.models)
+            setup.check(run.recipe, run.models, setup.prompts_of(run.recipe))
+        if objective.reads_data:
+            prepare(run.recipe, run.models, run.paths, row_settings(run), teacher_settings(run), processes)
         begin()
         self._nothing_to_do = False
         if self._world is not None:
@@ -130,17 +137,12 @@ def teacher_settings(run: "Run") -> Settings:
 
 
 def rollout_settings(run: "Run") -> Settings:
-    """Everything that decides the student's own answers besides the objective: the prompts with their gold answers, the
-    seed, how the engine computes. Empty for an objective without rollouts."""
-    recipe = run.recipe
-    if recipe.train.objective.rollout_settings is None:
+    """Everything that decides what the student writes, besides itself and `train:`. Empty for an objective without
+    rollouts."""
+    if run.recipe.train.objective.rollout_settings is None:
         return {}
-    from distill.backends.device import device_type
-
     prompts = digest([[prompt.id, prompt.answer] for prompt in run.prompts])
-    settings: Settings = {"seed": recipe.seed, "prompt_suffix": recipe.generate.prompt_suffix, "prompts": prompts}
-    settings = {f"rollouts.{key}": value for key, value in settings.items()}
-    return settings | recipe.engine_settings() | {"engine.device": device_type(recipe.engine.device)}
+    return {"rollout_prompts": prompts, "generate.prompt_suffix": run.recipe.generate.prompt_suffix}
 
 
 def follow(recipe: "Recipe", directory: Path) -> bool:
