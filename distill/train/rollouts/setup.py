@@ -16,7 +16,7 @@ from distill.backends.collect import asked
 from distill.errors import UserError
 from distill.filters.correct import Correct
 from distill.grading.graders import GRADERS
-from distill.models import Models
+from distill.models import Model, Models
 from distill.objectives import Grpo, OnPolicy, RolloutSettings
 from distill.objectives.grpo import Rewards
 from distill.prompts import Prompt, load_prompts
@@ -67,7 +67,12 @@ def check(recipe: Recipe, models: Models, prompts: Sequence[Prompt]) -> None:
         "the context of the student": configuration(models.base.directory, settings).max_position_embeddings,
     }
     if isinstance(objective, OnPolicy):
-        gate.check_teacher(student, models.teacher.chat)
+        if unknown := sorted(objective.teachers.keys() - {prompt.task for prompt in prompts}):
+            raise UserError(
+                f"train.objective.teachers: no prompt has task {unknown[0]}; remove it, or add such prompts"
+            )
+        for model in (models.teacher, *models.teachers.values()):
+            gate.check_teacher(student, model.chat)
         limits["the context of the teacher"] = models.teacher_card.context
     gate.check_lengths(prompts, student, rollouts.sampling.max_new_tokens, limits)
 
@@ -105,7 +110,8 @@ def rollout_feed(
         engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
         judges = Judges()
         if isinstance(objective, OnPolicy):
-            judges.teachers = {"": _teacher(stack, recipe, models, objective)}
+            asked = {"": models.teacher, **models.teachers}
+            judges.teachers = {task: _teacher(stack, recipe, models, m, objective) for task, m in asked.items()}
         weights = objective.rewards if isinstance(objective, Grpo) else Rewards() if graded(prompts) else None
         if weights is not None:
             correct = recipe.filter.correct or Correct()
@@ -126,11 +132,11 @@ def rollout_feed(
             store.compact(1)
 
 
-def _teacher(stack: ExitStack, recipe: Recipe, models: Models, objective: OnPolicy) -> Teacher:
+def _teacher(stack: ExitStack, recipe: Recipe, models: Models, model: Model, objective: OnPolicy) -> Teacher:
     engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
-    backend = stack.enter_context(backends.open(models.teacher, engine))
-    asks = objective.estimator == "exact" and not models.teacher.is_remote
-    return Teacher(backend, models.teacher.chat, models.base.chat, objective.teacher_top_k, asks)
+    backend = stack.enter_context(backends.open(model, engine))
+    asks = objective.estimator == "exact" and backend.scores_given_ids
+    return Teacher(backend, model.chat, models.base.chat, objective.teacher_top_k, asks)
 
 
 def longest(prompts: Sequence[Prompt], models: Models, rollouts: RolloutSettings) -> int:
