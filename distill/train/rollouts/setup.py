@@ -13,6 +13,7 @@ import torch
 from distill import backends
 from distill.artefacts import RunPaths
 from distill.backends.collect import asked
+from distill.console import say
 from distill.errors import UserError
 from distill.filters.correct import Correct
 from distill.grading.graders import GRADERS
@@ -68,8 +69,10 @@ def check(recipe: Recipe, models: Models, prompts: Sequence[Prompt]) -> None:
     }
     if isinstance(objective, OnPolicy):
         gate.check_teacher(student, models.teacher.chat)
-        limits["the context of the teacher"] = models.teacher_card.context
     gate.check_lengths(prompts, student, rollouts.sampling.max_new_tokens, limits)
+    if isinstance(objective, OnPolicy):
+        theirs = {"the context of the teacher": models.teacher_card.context}
+        gate.check_lengths(prompts, models.teacher.chat, rollouts.sampling.max_new_tokens, theirs)
 
 
 def graded(prompts: Sequence[Prompt]) -> bool:
@@ -105,7 +108,7 @@ def rollout_feed(
         engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
         judges = Judges()
         if isinstance(objective, OnPolicy):
-            judges.teachers = {"": _teacher(stack, recipe, models, objective)}
+            judges.teachers = {"": _teacher(stack, recipe, models, objective, world.main)}
         weights = objective.rewards if isinstance(objective, Grpo) else Rewards() if graded(prompts) else None
         if weights is not None:
             correct = recipe.filter.correct or Correct()
@@ -123,13 +126,18 @@ def rollout_feed(
         store = RolloutStore(paths.rollouts, rollouts.samples)
         yield RolloutFeed(objective, settings, prompts, student, models.base.chat, store, judges, world, traces)
         if world.main:
-            store.compact(1)
+            store.compact(0)
 
 
-def _teacher(stack: ExitStack, recipe: Recipe, models: Models, objective: OnPolicy) -> Teacher:
+def _teacher(stack: ExitStack, recipe: Recipe, models: Models, objective: OnPolicy, say_so: bool) -> Teacher:
     engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
     backend = stack.enter_context(backends.open(models.teacher, engine))
-    asks = objective.estimator == "exact" and not models.teacher.is_remote
+    asks = objective.estimator == "exact" and backend.scores_given_ids
+    if objective.estimator == "exact" and not asks and say_so:
+        say(
+            f"{recipe.teacher} is behind a server, which names its own {objective.top_k} likeliest tokens: what only "
+            f"the student finds likely is compared as a part of all other tokens"
+        )
     return Teacher(backend, models.teacher.chat, models.base.chat, objective.teacher_top_k, asks)
 
 

@@ -22,7 +22,7 @@ from distill.backends.backend import Backend
 from distill.backends.scoring import completion_ids
 from distill.chat import Chat
 from distill.traces.trace import Trace
-from distill.train.rows.align import Projector, Vocabulary, opened, token_bytes
+from distill.train.rows.align import Masses, Projector, Vocabulary, opened, token_bytes
 
 Distribution = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
@@ -43,6 +43,7 @@ class Teacher:
         self.backend, self.chat, self.k, self.asks = backend, chat, k, asks
         theirs = Vocabulary(token_bytes(self.chat.tokenizer, self.chat.where), frozenset(self.chat.stop_token_ids))
         ours = Vocabulary(token_bytes(student.tokenizer, student.where), frozenset(student.stop_token_ids))
+        self.same_tokens = theirs == ours
         self.student, self.end = student, student.stop_token_ids[-1]
         self.projector = Projector(
             theirs, ours, self.end, lambda text: student.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -51,9 +52,13 @@ class Teacher:
 
     def score(self, rollouts: Sequence[Trace]) -> list[Taught]:
         """The rollouts, scored, in order. Errors: UserError and WorkError, as `Backend.score`."""
-        asked = [self._read(trace) for trace in rollouts]
-        wanted = [self._wanted(trace, theirs) for trace, theirs in zip(rollouts, asked, strict=True)]
-        scored = self.backend.score(asked, self.k, wanted if self.asks else None)
+        read = [self._read(trace) for trace in rollouts]
+        asked = [i for i, theirs in enumerate(read) if theirs.completion_token_ids]
+        wanted = [self._wanted(rollouts[i], read[i]) for i in asked] if self.asks else None
+        scores = self.backend.score([read[i] for i in asked], self.k, wanted) if asked else []
+        # A rollout that was cut off inside what the teacher's template opens has no token of the teacher's.
+        empty = {i: replace(theirs, logprobs=(), top_logprobs=()) for i, theirs in enumerate(read)}
+        scored = list((empty | dict(zip(asked, scores, strict=True))).values())
         return [Taught(s, self._distribution(trace, s)) for trace, s in zip(rollouts, scored, strict=True)]
 
     def _read(self, trace: Trace) -> Trace:
@@ -72,6 +77,8 @@ class Teacher:
     def _wanted(self, trace: Trace, theirs: Trace) -> list[list[int]]:
         """The teacher's ids of the student's most likely tokens, at each of the teacher's tokens."""
         assert trace.top_logprobs is not None, "rollouts come with the student's most likely tokens"
+        if self._same(trace, theirs):
+            return [[id_ for id_, _ in top] for top in trace.top_logprobs]
         given, skipped = self._opened(trace)
         tops: dict[int, list[int]] = {}
         offset = 0
@@ -95,6 +102,10 @@ class Teacher:
             candidate if candidate < len(pieces) and pieces[candidate] == piece and piece else self._ids_of.get(piece)
         )
 
+    def _same(self, trace: Trace, theirs: Trace) -> bool:
+        """Whether a rollout is the same tokens for both, and every token means the same."""
+        return self.same_tokens and trace.completion_token_ids == theirs.completion_token_ids
+
     def _opened(self, trace: Trace) -> tuple[bytes, bytes]:
         return opened(trace.text, self.chat.prefill, self.student.prefill)
 
@@ -109,9 +120,13 @@ class Teacher:
                 scored.top_logprobs, scored.completion_token_ids, scored.logprobs, strict=True
             )
         ]
-        projected = self.projector.project(
-            given, scored.completion_token_ids, scored.logprobs, tops, supervised, skipped
-        )
+        projected: Sequence[Masses | None]
+        if self._same(trace, scored):
+            projected = [dict(top) for top in tops]
+        else:
+            projected = self.projector.project(
+                given, scored.completion_token_ids, scored.logprobs, tops, supervised, skipped
+            )
         width = max(1, max((len(masses) for masses in projected if masses), default=1))
         ids = np.zeros((len(supervised), width), np.int32)
         logprobs = np.full((len(supervised), width), -np.inf, np.float32)
