@@ -192,8 +192,8 @@ class Training(Section):
         for name in ("train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
-                    f"{name} has no effect with objective {self.objective.kind}, whose steps train on all rows of their "
-                    f"rollouts; remove it, and set objective.rollouts.prompts_per_step"
+                    f"{name} has no effect with objective {self.objective.kind}, which trains on all rollouts of a "
+                    f"set; remove it, and set objective.rollouts.prompts_per_step"
                 )
         return self
 
