@@ -24,6 +24,7 @@ from typing import Any
 from distill.artefacts import Artefact, FilterSummary, RunPaths, Settings, TrainSummary
 from distill.console import say
 from distill.durable import write_whole
+from distill.errors import UserError
 from distill.fingerprint import digest
 from distill.models import Models
 from distill.prompts import Prompt
@@ -98,7 +99,12 @@ class PhasesStage(TrainStage):
                 title = f"phase {number + 1} of {len(phases)}, {phase.name}"
                 finished = inner.is_finished(self.name)
                 say(f"{title}: finished before" if finished else f"{title}: {directory}")
-                summaries[phase.name] = self._perform(inner, phase)
+                try:
+                    summaries[phase.name] = self._perform(inner, phase)
+                except UserError:
+                    if not inner.begun(self.name):  # refused: the phase may be corrected, those before it are kept
+                        run.forget(self)
+                    raise
         begin_once()
         summary = combined(summaries)
         _take_over(run, directory / "student", summary)

@@ -13,6 +13,7 @@ import torch
 from distill import backends
 from distill.artefacts import RunPaths
 from distill.backends.collect import asked
+from distill.console import say
 from distill.errors import UserError
 from distill.filters.correct import Correct
 from distill.grading.graders import GRADERS
@@ -67,14 +68,22 @@ def check(recipe: Recipe, models: Models, prompts: Sequence[Prompt]) -> None:
         "the context of the student": configuration(models.base.directory, settings).max_position_embeddings,
     }
     if isinstance(objective, OnPolicy):
-        if unknown := sorted(objective.teachers.keys() - {prompt.task for prompt in prompts}):
-            raise UserError(
-                f"train.objective.teachers: no prompt has task {unknown[0]}; remove it, or add such prompts"
-            )
-        for model in (models.teacher, *models.teachers.values()):
-            gate.check_teacher(student, model.chat)
-        limits["the context of the teacher"] = models.teacher_card.context
+def _teacher(
+    stack: ExitStack, recipe: Recipe, models: Models, model: Model, objective: OnPolicy, say_so: bool
+) -> Teacher:
+    engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
+    backend = stack.enter_context(backends.open(model, engine))
+    asks = objective.estimator == "exact" and backend.scores_given_ids
+    if objective.estimator == "exact" and not asks and say_so:
+        say(
+            f"{model.name} is behind a server, which names its own {objective.top_k} likeliest tokens: what only the "
+            f"student finds likely is compared as a part of all other tokens"
+        )
+    return Teacher(backend, model.chat, models.base.chat, objective.teacher_top_k, asks)
     gate.check_lengths(prompts, student, rollouts.sampling.max_new_tokens, limits)
+    if isinstance(objective, OnPolicy):
+        theirs = {"the context of the teacher": models.teacher_card.context}
+        gate.check_lengths(prompts, models.teacher.chat, rollouts.sampling.max_new_tokens, theirs)
 
 
 def graded(prompts: Sequence[Prompt]) -> bool:
@@ -110,8 +119,18 @@ def rollout_feed(
         engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
         judges = Judges()
         if isinstance(objective, OnPolicy):
-            asked = {"": models.teacher, **models.teachers}
-            judges.teachers = {task: _teacher(stack, recipe, models, m, objective) for task, m in asked.items()}
+def _teacher(
+    stack: ExitStack, recipe: Recipe, models: Models, model: Model, objective: OnPolicy, say_so: bool
+) -> Teacher:
+    engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
+    backend = stack.enter_context(backends.open(model, engine))
+    asks = objective.estimator == "exact" and backend.scores_given_ids
+    if objective.estimator == "exact" and not asks and say_so:
+        say(
+            f"{model.name} is behind a server, which names its own {objective.top_k} likeliest tokens: what only the "
+            f"student finds likely is compared as a part of all other tokens"
+        )
+    return Teacher(backend, model.chat, models.base.chat, objective.teacher_top_k, asks)
         weights = objective.rewards if isinstance(objective, Grpo) else Rewards() if graded(prompts) else None
         if weights is not None:
             correct = recipe.filter.correct or Correct()
@@ -129,13 +148,20 @@ def rollout_feed(
         store = RolloutStore(paths.rollouts, rollouts.samples)
         yield RolloutFeed(objective, settings, prompts, student, models.base.chat, store, judges, world, traces)
         if world.main:
-            store.compact(1)
+            store.compact(0)
 
 
-def _teacher(stack: ExitStack, recipe: Recipe, models: Models, model: Model, objective: OnPolicy) -> Teacher:
+def _teacher(
+    stack: ExitStack, recipe: Recipe, models: Models, model: Model, objective: OnPolicy, say_so: bool
+) -> Teacher:
     engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
     backend = stack.enter_context(backends.open(model, engine))
     asks = objective.estimator == "exact" and backend.scores_given_ids
+    if objective.estimator == "exact" and not asks and say_so:
+        say(
+            f"{model.name} is behind a server, which names its own {objective.top_k} likeliest tokens: what only the "
+            f"student finds likely is compared as a part of all other tokens"
+        )
     return Teacher(backend, model.chat, models.base.chat, objective.teacher_top_k, asks)
 
 
