@@ -134,6 +134,7 @@ def train_ours(work: Path, out: Path, steps: int, seed: int, dtype: str) -> dict
     from distill.train.learn.loop import Loop
     from distill.train.ranks.checkpoint import Checkpoints
     from distill.train.ranks.world import World
+    from distill.train.rows.feed import StoredFeed
     from distill.train.rows.prepare import prepare as prepare_rows
 
     def traces() -> Iterator[Trace]:
@@ -171,7 +172,14 @@ def train_ours(work: Path, out: Path, steps: int, seed: int, dtype: str) -> dict
     rows = prepare_rows(recipe, models, paths, recipe.train.row_settings(), {})
     world = World()
     built = build(Task(recipe, models, paths), world)
-    loop = Loop(built.learner, rows, recipe.train, Checkpoints(out / "checkpoints", 1), world, laid_out=built.wrapped)
+    loop = Loop(
+        built.learner,
+        StoredFeed(rows, recipe.train),
+        recipe.train,
+        Checkpoints(out / "checkpoints", 1),
+        world,
+        laid_out=built.wrapped,
+    )
     clock, step = Clock(), loop.step
 
     def timed() -> None:

@@ -155,13 +155,14 @@ def make_loop(student: Path, run_dir: Path, checkpoints: Path, settings: dict[st
     from distill.train.learn.loop import Loop
     from distill.train.ranks.checkpoint import Checkpoints
     from distill.train.ranks.world import World
+    from distill.train.rows.feed import StoredFeed
 
     recipe = make_recipe(student, settings)
     rows = rows_of(recipe, run_dir)
     world = World()
     built = build(Task(recipe, Models(recipe, run_dir), RunPaths(run_dir)), world)
     saved = Checkpoints(checkpoints, recipe.train.save_total_limit, world)
-    return Loop(built.learner, rows, recipe.train, saved, world, laid_out=built.wrapped)
+    return Loop(built.learner, StoredFeed(rows, recipe.train), recipe.train, saved, world, laid_out=built.wrapped)
 
 
 def train_here(directory: Path, student: Path, settings: dict[str, Any] | None = None) -> TrainSummary:

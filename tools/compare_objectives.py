@@ -87,6 +87,7 @@ def curve(
     from distill.train.learn.loop import Loop
     from distill.train.ranks.checkpoint import Checkpoints
     from distill.train.ranks.world import World
+    from distill.train.rows.feed import StoredFeed
     from distill.train.rows.prepare import prepare
     from distill.train.student import model
 
@@ -97,7 +98,14 @@ def curve(
     world = World()
     torch.manual_seed(seed)
     built = build(Task(recipe, models, paths), world)
-    loop = Loop(built.learner, rows, recipe.train, Checkpoints(out / "log", 1), world, laid_out=built.wrapped)
+    loop = Loop(
+        built.learner,
+        StoredFeed(rows, recipe.train),
+        recipe.train,
+        Checkpoints(out / "log", 1),
+        world,
+        laid_out=built.wrapped,
+    )
     chat = models.base.chat
     points = []
     while loop.position.step < loop.total:

@@ -26,7 +26,7 @@ RENAMED: dict[str, str] = {
     "train.lora_alpha": "train.adapter: {kind: lora, alpha: …}",
     "train.lora_dropout": "train.adapter: {kind: lora, dropout: …}",
     "train.lora_target_modules": "train.adapter: {kind: lora, target_modules: …}",
-    "train.objective": "train.objective: {kind: sft} or {kind: logits}",
+    "train.objective": "train.objective: {kind: …}, with kind sft, logits, on_policy or grpo",
     "train.divergence": "train.objective: {kind: logits, divergence: …}",
     "train.logits_weight": "train.objective: {kind: logits, weight: …}",
     "train.logits_temperature": "train.objective: {kind: logits, temperature: …}",

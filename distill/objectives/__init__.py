@@ -13,14 +13,31 @@ from typing import Annotated
 
 from pydantic import Field
 
-from distill.objectives.base import BaseObjective, Criterion, TopK
+from distill.objectives.base import BaseObjective, Criterion, Sampled, TopK
+from distill.objectives.grpo import Grpo
 from distill.objectives.logits import Logits
+from distill.objectives.on_policy import OnPolicy
+from distill.objectives.rollout_settings import RolloutSampling, RolloutSettings
 from distill.objectives.sft import Sft
 
-__all__ = ["BaseObjective", "Criterion", "Logits", "Objective", "Sft", "TopK"]
+__all__ = [
+    "BaseObjective",
+    "Criterion",
+    "Grpo",
+    "Logits",
+    "Objective",
+    "OnPolicy",
+    "RolloutSampling",
+    "RolloutSettings",
+    "Sampled",
+    "Sft",
+    "TopK",
+]
 
 Objective = Annotated[
     Sft
-    | Logits,
+    | Logits
+    | OnPolicy
+    | Grpo,
     Field(discriminator="kind"),
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from distill.objectives.rollout_settings import RolloutSettings
 from distill.section import Section
 
 if TYPE_CHECKING:
@@ -28,6 +29,21 @@ class TopK(NamedTuple):
     logprobs_sk: "Tensor"
 
 
+class Sampled(NamedTuple):
+    """The student's own tokens: one entry per supervised token of a batch, float32 [s].
+
+    logprobs_s: natural log-probability under the model that sampled the token (the engine), at temperature 1.
+    advantages_s: the row's advantage, times the row's weight in the loss; 0 for objectives without rewards.
+    reference_s: log-probability under the base of the training; 0 where the objective does not ask for it.
+    own_s: 1 where the student wrote the token, 0 in a row of the teacher's, where the other three are not read.
+    """
+
+    logprobs_s: "Tensor"
+    advantages_s: "Tensor"
+    reference_s: "Tensor"
+    own_s: "Tensor"
+
+
 class BaseObjective(Section):
     """Base class of the objectives. A subclass adds `kind`, its fields, `tag`, `parts` and `criterion`.
 
@@ -43,6 +59,19 @@ class BaseObjective(Section):
         """How many of the teacher's most likely tokens the objective needs at each position; None if none."""
         return None
 
+    @property
+    def rollout_settings(self) -> RolloutSettings | None:
+        """How the student samples the rows it is trained on; None if the rows are the teacher's traces."""
+        return None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `Sampled.reference_s` is read."""
+        return False
+
     @abstractmethod
-    def criterion(self, targets_s: "Tensor", teacher: TopK | None) -> Criterion:
-        """The loss of one batch. targets_s: int64, the rows' own tokens. teacher: None without `teacher_top_k`."""
+    def criterion(self, targets_s: "Tensor", teacher: TopK | None, sampled: Sampled | None = None) -> Criterion:
+        """The loss of one batch. targets_s: int64, the rows' own tokens. teacher: None without `teacher_top_k`.
+
+        sampled: None without `rollout_settings`, and for rows that the student did not write.
+        """

@@ -12,35 +12,39 @@ LN2 = math.log(2)
 SMALLEST_TAIL = 1e-6  # mass of the tail: k probabilities that sum to 1 leave rounding errors
 
 
-def divergence(name: str, logp_rk: Tensor, logq_rk: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def divergence(
+    name: str, logp_rk: Tensor, logq_rk: Tensor, temperature: float = 1.0, beta: float = 0.5
+) -> tuple[Tensor, Tensor, Tensor]:
     """The divergence [r, 1], and its gradient by the student's logits in two parts: q times a factor [r, 1] at every
     token of the vocabulary, and a term [r, k] that is added at the k tokens.
 
-    Tokens with ln p = −∞ are not among the k: their mass belongs to the tail.
+    Tokens with ln p = −∞ are not among the k: their mass belongs to the tail. beta: the teacher's weight in the mixture
+    of the generalised JSD.
     """
     present_rk = logp_rk > -torch.inf
     logp_rk, logq_rk = (x_rk.masked_fill(~present_rk, -torch.inf) for x_rk in (logp_rk, logq_rk))
     if temperature == 1.0:
-        value_r1, pull_re = compare(name, with_tail(logp_rk), with_tail(logq_rk))
+        value_r1, pull_re = compare(name, with_tail(logp_rk), with_tail(logq_rk), beta=beta)
         pull_rk, tail_r1 = pull_re[:, :-1], pull_re[:, -1:] / with_tail(logq_rk)[:, -1:].exp()
         # The gradient of a function of the events' masses is q (g − ḡ): g is the same for all tokens of the tail.
         return value_r1, pull_rk - tail_r1 * logq_rk.exp(), tail_r1 - pull_re.sum(1, keepdim=True)
 
     mass_r1 = [x_rk.logsumexp(1, keepdim=True) for x_rk in (logp_rk, logq_rk)]
-    value_r1, pull_r2 = compare(name, *(with_tail(x_r1) for x_r1 in mass_r1))
+    value_r1, pull_r2 = compare(name, *(with_tail(x_r1) for x_r1 in mass_r1), beta=beta)
     both_r2 = pull_r2 / with_tail(mass_r1[1]).exp()
     known_r1, tail_r1 = both_r2[:, :1], both_r2[:, 1:]
     soft_rk = [(x_rk / temperature).log_softmax(1) for x_rk in (logp_rk, logq_rk)]
-    soft_r1, pull_rk = compare(name, *soft_rk)
+    soft_r1, pull_rk = compare(name, *soft_rk, beta=beta)
     within_rk = temperature * (pull_rk - soft_rk[1].exp() * pull_rk.sum(1, keepdim=True))
     gradient_rk = (known_r1 - tail_r1) * logq_rk.exp() + within_rk
     return value_r1 + temperature**2 * soft_r1, gradient_rk, tail_r1 - pull_r2.sum(1, keepdim=True)
 
 
-def compare(name: str, lnp_re: Tensor, lnq_re: Tensor) -> tuple[Tensor, Tensor]:
+def compare(name: str, lnp_re: Tensor, lnq_re: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
     """The divergence of two distributions on e events [r, 1], and q times its derivative by q [r, e].
 
-    Events that are impossible under p contribute nothing.
+    Events that are impossible under p contribute nothing. The generalised JSD is β KL(p‖m) + (1 − β) KL(q‖m) with
+    m = β p + (1 − β) q; its derivative by q is (1 − β) ln(q/m), since (β p + (1 − β) q)/m = 1.
     """
     present_re = lnp_re > -torch.inf
     p_re, q_re = lnp_re.exp(), lnq_re.exp()
@@ -51,9 +55,9 @@ def compare(name: str, lnp_re: Tensor, lnq_re: Tensor) -> tuple[Tensor, Tensor]:
         case "reverse_kl":
             value_re, pull_re = q_re * (lnq_re - lnp_re), q_re * (lnq_re - lnp_re + 1)
         case "jsd":
-            lnm_re = torch.logaddexp(lnp_re, lnq_re) - LN2
-            value_re = (p_re * (lnp_re - lnm_re) + q_re * (lnq_re - lnm_re)) / 2
-            pull_re = q_re * (lnq_re - lnm_re) / 2
+            lnm_re = torch.logaddexp(lnp_re + math.log(2 * beta), lnq_re + math.log(2 - 2 * beta)) - LN2
+            value_re = beta * (p_re * (lnp_re - lnm_re)) + (1 - beta) * (q_re * (lnq_re - lnm_re))
+            pull_re = (1 - beta) * (q_re * (lnq_re - lnm_re))
         case _:
             raise AssertionError(name)
     return value_re.sum(1, keepdim=True), pull_re

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from distill.objectives.base import BaseObjective, Criterion, TopK
+from distill.objectives.base import BaseObjective, Criterion, Sampled, TopK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ class Logits(BaseObjective):
         """`top_k`."""
         return self.top_k
 
-    def criterion(self, targets_s: "Tensor", teacher: TopK | None) -> Criterion:
+    def criterion(self, targets_s: "Tensor", teacher: TopK | None, sampled: Sampled | None = None) -> Criterion:
         """weight · divergence + (1 − weight) · cross-entropy, and the two of them."""
         import torch
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from distill.objectives.base import BaseObjective, Criterion, TopK
+from distill.objectives.base import BaseObjective, Criterion, Sampled, TopK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ class Sft(BaseObjective):
     tag: ClassVar[str] = "sft"
     parts: ClassVar[Mapping[str, str]] = {"loss": "loss"}
 
-    def criterion(self, targets_s: "Tensor", teacher: TopK | None) -> Criterion:
+    def criterion(self, targets_s: "Tensor", teacher: TopK | None, sampled: Sampled | None = None) -> Criterion:
         """Σ −log p(target), in nats; its gradient by the logits is softmax − one-hot."""
         import torch
 

@@ -30,6 +30,7 @@ SCRIPT = """
     from distill.artefacts import RunPaths
     from distill.models import Models
     from distill.train.ranks.world import World
+    from distill.train.rows.feed import StoredFeed
 
     place = Path("{place}")
     shape, settings, length, rows = json.loads('{arguments}')
@@ -51,7 +52,8 @@ SCRIPT = """
     )
     world = World()
     built = build(Task(recipe, Models(recipe, place), RunPaths(place)), world)
-    loop = Loop(built.learner, data, recipe.train, Checkpoints(place / "c", 1), world, laid_out=built.wrapped)
+    feed = StoredFeed(data, recipe.train)
+    loop = Loop(built.learner, feed, recipe.train, Checkpoints(place / "c", 1), world, laid_out=built.wrapped)
     loop.step()
     loop.step()
     measured = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

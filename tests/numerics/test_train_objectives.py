@@ -69,10 +69,10 @@ def setting(divergence_name, weight, temperature=1.0, unknown=(2, 5)):
     for s in unknown:
         logp_sk[s] = -torch.inf
     draw = np.random.default_rng(0)
-    batch = collate([Row(("p", 0), draw.integers(0, V, S + 3).astype(np.int32), 3)])
     teaching = Teaching(ids_sk.numpy().astype(np.int32), logp_sk.numpy(), 0.0)
+    batch = collate([teaching.with_row(Row(("p", 0), draw.integers(0, V, S + 3).astype(np.int32), 3))])
     objective = Logits(kind="logits", divergence=divergence_name, weight=weight, temperature=temperature, top_k=K)
-    criterion = objective.criterion(batch.targets_s, teaching.at(batch.places_s, torch.device("cpu")))
+    criterion = objective.criterion(batch.targets_s, batch.teacher)
     return hidden_sd, weight_vd, batch, criterion, logp_sk, ids_sk
 
 

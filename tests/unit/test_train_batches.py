@@ -11,19 +11,31 @@ from hypothesis import strategies as st
 from distill.train.rows.batches import Batching, Order, Row, best_fit, collate
 
 
-def row(length, prompt_tokens, first_id=0, place=0):
-    return Row(("p", 0), np.arange(first_id, first_id + length, dtype=np.int32), prompt_tokens, place=place)
+def row(length, prompt_tokens, first_id=0, **more):
+    return Row(("p", 0), np.arange(first_id, first_id + length, dtype=np.int32), prompt_tokens, **more)
 
 
 def test_a_batch_worked_out_by_hand():
-    batch = collate([row(5, 2, 10, place=40), row(3, 1, 20, place=7)])
+    batch = collate([row(5, 2, 10), row(3, 1, 20)])
     assert batch.input_ids_t.tolist() == [10, 11, 12, 13, 14, 20, 21, 22]
     assert batch.position_ids_t.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     # Row 0 learns 12, 13, 14, said at its positions 1, 2, 3; row 1 learns 21, 22, at 0 and 1, which are 5 and 6.
     assert batch.positions_s.tolist() == [1, 2, 3, 5, 6]
     assert batch.targets_s.tolist() == [12, 13, 14, 21, 22]
-    assert batch.places_s.tolist() == [40, 41, 42, 7, 8]
+    assert batch.teacher is None and batch.sampled is None
     assert batch.lengths == (5, 3)
+
+
+def test_what_is_known_of_tokens_goes_with_them():
+    ids, logprobs = np.array([[7, 8], [9, 0]], np.int32), np.array([[-1, -2], [-3, -np.inf]], np.float32)
+    wide = np.array([[1, 2, 3]], np.int32), np.array([[-4, -5, -6]], np.float32)
+    sampled = np.arange(8, dtype=np.float32).reshape(4, 2)
+    batch = collate(
+        [row(5, 3, teacher=(ids, logprobs), sampled=sampled), row(3, 2, teacher=wide, sampled=10 + sampled[:, :1])]
+    )
+    assert batch.teacher.ids_sk.tolist() == [[7, 8, 0], [9, 0, 0], [1, 2, 3]]
+    assert batch.teacher.logprobs_sk.tolist() == [[-1, -2, -np.inf], [-3, -np.inf, -np.inf], [-4, -5, -6]]
+    assert batch.sampled.logprobs_s.tolist() == [0, 1, 10] and batch.sampled.own_s.tolist() == [6, 7, 16]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))

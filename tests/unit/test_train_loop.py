@@ -92,9 +92,9 @@ def test_training_learns_and_the_log_adds_up(student, run_dir, tmp_path):
     assert summary.steps == 15 and summary.epochs == 2.5
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert (summary.first_loss, summary.last_loss) == (rows[0]["loss"], rows[-1]["loss"])
-    batches = [i for k in range(15) for i in loop.batches(k)[0]]
-    assert rows[-1]["tokens"] == summary.tokens == sum(len(loop.rows[i].ids) for i in batches)
-    assert rows[-1]["supervised_tokens"] == sum(loop.rows[i].supervised for i in batches)
+    batches = [i for k in range(15) for i in loop.feed.indices(k)[0]]
+    assert rows[-1]["tokens"] == summary.tokens == sum(len(loop.feed.rows[i].ids) for i in batches)
+    assert rows[-1]["supervised_tokens"] == sum(loop.feed.rows[i].supervised for i in batches)
 
 
 def test_bfloat16_keeps_float32_weights_and_comes_near_float32(student, run_dir, tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_rows(student, run
     monkeypatch.setattr(loop, "step", poisoned)
     with pytest.raises(WorkError, match=r"^step 6: loss nan, gradient norm nan, on the traces") as caught:
         loop.run()
-    keys = [loop.rows[i].key for i in loop.batches(5)[0]]
+    keys = [loop.feed.rows[i].key for i in loop.feed.indices(5)[0]]
     assert all(f"{key[0]} sample {key[1]}" in str(caught.value) for key in keys)
     assert "the newest checkpoint is step-000004" in str(caught.value)
     assert loop.checkpoints.newest().name == "step-000004"  # the one of step 8 was not written
@@ -229,14 +229,14 @@ def test_a_tied_head_is_stored_once_and_comes_back_tied(student, run_dir, tmp_pa
 
 def test_held_out_rows_are_scored_and_not_trained(student, run_dir, tmp_path):
     loop = make_loop(student, run_dir, tmp_path, val_size=0.3, eval_steps=2, logging_steps=3, max_steps=6)
-    held_out = [i for i, held in enumerate(loop.rows.held_out) if held]
-    assert held_out and not set(held_out) & {i for k in range(12) for batch in loop.batches(k) for i in batch}
+    held_out = [i for i, held in enumerate(loop.feed.rows.held_out) if held]
+    assert held_out and not set(held_out) & {i for k in range(12) for batch in loop.feed.indices(k) for i in batch}
     loop.run()
     rows = logged(tmp_path)
     assert [row["step"] for row in rows] == [2, 3, 4, 6] and [("eval_loss" in row) for row in rows] == [1, 0, 1, 1]
     model, total, supervised = loop.learner.model, 0.0, 0
     for i in held_out:  # by transformers' own loss, one row after the other
-        row = loop.rows[i]
+        row = loop.feed.rows[i]
         ids_1t = torch.from_numpy(row.ids.astype("int64"))[None].to(model.device)
         labels = ids_1t.clone()
         labels[0, : row.prompt_tokens] = -100
@@ -268,7 +268,7 @@ def test_a_jump_of_the_loss_is_warned_of_with_its_rows(student, run_dir, tmp_pat
     loop.run()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(said) == 1 and said[0].startswith("warning: step 6: loss 1") and "5." in said[0]
-    assert all(gate.name(loop.rows.keys[i]) in said[0] for i in loop.batches(5)[0])
+    assert all(gate.name(loop.feed.rows.keys[i]) in said[0] for i in loop.feed.indices(5)[0])
 
 
 def test_figures_go_to_a_tracker(student, run_dir, tmp_path):

@@ -36,7 +36,7 @@ OBJECTIVE = '''
         tag: ClassVar[str] = "label-smoothing"
         parts: ClassVar[dict[str, str]] = {"loss": "loss", "chosen": "cross-entropy"}
 
-        def criterion(self, targets_s, teacher):
+        def criterion(self, targets_s, teacher, sampled=None):
             import torch
             from torch.nn import functional as F
 
@@ -52,7 +52,7 @@ OBJECTIVE = '''
 
             return smoothed
 '''
-LINE = ("    | Logits,\n", "    | Logits\n    | Smoothed,\n")
+LINE = ("    | Grpo,\n", "    | Grpo\n    | Smoothed,\n")
 TRAINING = """
     import json, sys
     from pathlib import Path

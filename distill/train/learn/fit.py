@@ -24,6 +24,7 @@ from distill.train.learn.loop import Loop
 from distill.train.ranks.checkpoint import Checkpoints, writing
 from distill.train.ranks.world import World, whole
 from distill.train.rows import teacher
+from distill.train.rows.feed import StoredFeed
 from distill.train.rows.stored import TrainingSet
 from distill.train.student import card as cards
 from distill.train.student import methods, model
@@ -57,7 +58,9 @@ def fit(task: Task, rows: TrainingSet, world: World) -> TrainSummary:
         world.accelerator.init_trackers(recipe.name, config=settings.settings())
     checkpoints = Checkpoints(paths.checkpoints, settings.save_total_limit, world, task.fingerprint)
     built = build(task, world)
-    loop = Loop(built.learner, rows, settings, checkpoints, world, task.shares, built.wrapped)
+    teaching = teacher.load(paths.tokens) if settings.objective.teacher_top_k else None
+    feed = StoredFeed(rows, settings, world.size, task.shares, teaching)
+    loop = Loop(built.learner, feed, settings, checkpoints, world, built.wrapped)
     loop.run()
     summary = loop.summary()
     weights = trained_weights(task, built, world)
@@ -100,8 +103,7 @@ def build(task: Task, world: World) -> Built:
     adapted = None if settings.adapter is None else methods.with_adapters(base, settings.adapter)
     if settings.gradient_checkpointing:
         base.activation_checkpointing_enable(offload=settings.activation_offloading)
-    teaching = teacher.load(task.paths.tokens) if settings.objective.teacher_top_k else None
-    learner = Learner(base, settings.objective, dtypes.autocast, teaching)
+    learner = Learner(base, settings.objective, dtypes.autocast)
     wrapped = world.lay_out(learner, list(base.get_decoder().layers), dtypes.compute)
     if sharded:
         materialise(learner, world.device)

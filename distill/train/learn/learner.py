@@ -17,28 +17,20 @@ from distill.objectives import BaseObjective
 from distill.train.learn.attention import Rows
 from distill.train.learn.loss import linear_loss
 from distill.train.rows.batches import Batch
-from distill.train.rows.teacher import Teaching
 
 
 class Learner(nn.Module):
     """A decoder whose head is one linear layer (Qwen2, Qwen3, Llama), with an objective.
 
-    teaching: the teacher's distributions, for objectives that need them. autocast: the dtype of the forward pass where
-    the weights are float32; None where the weights have that dtype themselves.
+    autocast: the dtype of the forward pass where the weights are float32; None where the weights have that dtype
+    themselves.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        objective: BaseObjective,
-        autocast: torch.dtype | None,
-        teaching: Teaching | None = None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, objective: BaseObjective, autocast: torch.dtype | None) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.autocast = autocast
-        self.teaching = teaching
 
     def forward(self, batch: Batch) -> Tensor:
         """The sums of the objective's loss parts, float32 [parts]."""
@@ -52,6 +44,5 @@ class Learner(nn.Module):
             ).last_hidden_state[0]
             hidden_sd = hidden_td.index_select(0, batch.positions_s)
             head = self.model.get_output_embeddings()
-            teacher = None if self.teaching is None else self.teaching.at(batch.places_s, batch.targets_s.device)
-            criterion = self.objective.criterion(batch.targets_s, teacher)
+            criterion = self.objective.criterion(batch.targets_s, batch.teacher, batch.sampled)
             return linear_loss(hidden_sd, head.weight, head.bias, criterion).clone()

@@ -4,7 +4,7 @@ Why not `transformers.Trainer`: its resume replays the data loader, its loss ave
 and half of it is options that this project does not have. The useful parts of it are Accelerate's: devices, DDP,
 trackers.
 
-Everything that can be a pure function of the step number is one: the rows (`batches.Order`) and the learning rate
+Everything that can be a pure function of the step number is one: the rows (`rows.feed`) and the learning rate
 (`schedule`). A checkpoint then holds weights, optimiser, random states and counters, and a resumed run equals an
 uninterrupted one bit for bit on a CPU.
 
@@ -19,10 +19,11 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from distill.artefacts import TrainSummary
@@ -34,8 +35,8 @@ from distill.train.ranks.checkpoint import Checkpoints, Step
 from distill.train.ranks.tensors import State
 from distill.train.ranks.world import World, whole
 from distill.train.rows import gate
-from distill.train.rows.batches import Batch, Batching, Order, collate
-from distill.train.rows.stored import TrainingSet
+from distill.train.rows.batches import collate
+from distill.train.rows.feed import Feed, Figures
 from distill.train.student import methods
 
 RECENT = 32  # steps in the median that a jump of the loss is compared with
@@ -60,20 +61,6 @@ def schedule(settings: Train, step: int, total: int) -> float:
     return settings.min_lr_rate + (1 - settings.min_lr_rate) * decay
 
 
-def order(
-    rows: TrainingSet, settings: Train, ranks: int, shares: tuple[float, ...] = (1.0,)
-) -> tuple[Order, list[int]]:
-    """The order of the trained rows, as indices among them, and the index of each among all rows."""
-    trained = [i for i, held_out in enumerate(rows.held_out.tolist()) if not held_out]
-    batching = Batching(
-        settings.per_device_train_batch_size,
-        settings.batches_per_step(ranks),
-        settings.seed,
-        settings.max_length if settings.packing else None,
-    )
-    return Order(rows.lengths[trained].tolist(), batching, rows.sources[trained].tolist(), shares), trained
-
-
 class Loop:
     """One training: the learner and its optimiser laid out over the world, the data, and the position in it.
 
@@ -83,24 +70,23 @@ class Loop:
     def __init__(
         self,
         learner: Learner,
-        rows: TrainingSet,
+        feed: Feed,
         settings: Train,
         checkpoints: Checkpoints,
         world: World,
-        shares: tuple[float, ...] = (1.0,),
         laid_out: nn.Module | None = None,
     ) -> None:
-        self.settings, self.checkpoints, self.rows, self.world = settings, checkpoints, rows, world
+        self.settings, self.checkpoints, self.feed, self.world = settings, checkpoints, feed, world
         self.learner = learner
         self.wrapped = laid_out or world.lay_out(learner, [], torch.float32)
         self.wrapped.train()
         self.parts = tuple(learner.objective.parts)
         self.optimizer = methods.optimizer(learner, settings)
         self.trained = [p for p in learner.parameters() if p.requires_grad]
-        self.order, self.numbers = order(rows, settings, world.size, shares)
-        self.total = settings.max_steps or self.order.steps(settings.num_train_epochs)
+        self.total = feed.total
         self.state = State(learner, self.optimizer, world.rank, world.size)
         self.position = checkpoints.restore(self.state)
+        feed.restore(self.position.feed)
         self.logged_at = (self.position.tokens, self.position.seconds)
         self.pending: list[tuple[Tensor, Tensor, int]] = []  # as `Position.window`, of this rank, on the device
 
@@ -132,7 +118,7 @@ class Loop:
             self.step()
             last = at.step == self.total
             stop, show = self.world.any_of(interrupted(), time.monotonic() - shown > SHOW_SECONDS)
-            scored = self.evaluate() if self.due(settings.eval_steps) and self.rows.held_out.any() else None
+            scored = self.evaluate() if self.due(settings.eval_steps) else None
             log, save = self.due(settings.logging_steps) or scored is not None, self.due(settings.save_steps) or stop
             if log or save or show:
                 self.settle()
@@ -142,7 +128,10 @@ class Loop:
             if log:
                 self.log(scored)
             if save:
+                at.feed = self.feed.saved()
                 self.checkpoints.save(self.state, at)
+                if self.world.main:
+                    self.feed.checkpointed()
             if stop and not last:
                 raise KeyboardInterrupt
 
@@ -151,48 +140,47 @@ class Loop:
         return self.position.step == self.total or self.position.step % every == 0
 
     def step(self) -> None:
-        """One optimiser step. The loss is the mean over its supervised tokens, independent of the split in batches."""
+        """One optimiser step. The loss is the mean over its supervised tokens, independent of the split in batches.
+
+        A step without rows changes no weight.
+        """
         at = self.position
-        batches = self.batches(at.step)
+        batches = self.feed.step(at.step)
         rows = [row for batch in batches for row in batch]
-        supervised = self.rows.supervised(rows)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * schedule(self.settings, at.step, self.total)
+        supervised = sum(row.supervised for row in rows)
         total = torch.zeros(len(self.parts), device=self.world.device)
-        mine = self.world.share(batches)
-        for number, (indices, counts) in enumerate(mine, 1):
-            with self.world.accumulating(self.wrapped, last=number == len(mine)):
-                parts = self.wrapped(self.batch(indices)) / supervised
-                # Gradients are averaged over ranks; the loss needs their sum.
-                (parts[0] * (self.world.size if counts else 0)).backward()
-                total += parts.detach() * counts
-        norm = whole(nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm = total[0]
+        if batches:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate * schedule(self.settings, at.step, self.total)
+            mine = self.world.share(batches)
+            for number, (batch, counts) in enumerate(mine, 1):
+                with self.world.accumulating(self.wrapped, last=number == len(mine)):
+                    parts = self.wrapped(collate(batch).to(self.world.device)) / supervised
+                    # Gradients are averaged over ranks; the loss needs their sum.
+                    (parts[0] * (self.world.size if counts else 0)).backward()
+                    total += parts.detach() * counts
+            norm = whole(nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         at.step += 1
-        at.tokens += self.rows.tokens(rows)
+        at.tokens += sum(len(row.ids) for row in rows)
         at.supervised_tokens += supervised
         self.pending.append((total, norm, supervised))
 
-    def batches(self, step: int) -> list[list[int]]:
-        """The batches of a step, of all ranks, as indices of rows."""
-        return [[self.numbers[i] for i in batch] for batch in self.order.step(step)]
-
-    def batch(self, indices: list[int]) -> Batch:
-        """These rows on the device."""
-        return collate([self.rows[i] for i in indices]).to(self.world.device)
-
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """The mean loss over the supervised tokens of the held-out rows."""
-        held_out = torch.as_tensor(self.rows.held_out).nonzero().flatten().tolist()
-        size = self.settings.per_device_train_batch_size
+    def evaluate(self) -> float | None:
+        """The mean loss over the supervised tokens of the held-out rows; None without such rows."""
+        batches = self.feed.held_out()
+        if not batches:
+            return None
         total = torch.zeros(len(self.parts), device=self.world.device)
         self.wrapped.eval()
-        for indices, counts in self.world.share([held_out[i : i + size] for i in range(0, len(held_out), size)]):
-            total += self.wrapped(self.batch(indices)) * counts
+        for batch, counts in self.world.share(batches):
+            total += self.wrapped(collate(batch).to(self.world.device)) * counts
         self.wrapped.train()
-        self.position.eval_loss = self.world.summed(total)[0].item() / self.rows.supervised(held_out)
+        supervised = sum(row.supervised for batch in batches for row in batch)
+        self.position.eval_loss = self.world.summed(total)[0].item() / supervised
         return self.position.eval_loss
 
     def settle(self) -> None:
@@ -205,9 +193,12 @@ class Loop:
         for number, (figures, norm) in enumerate(zip(parts, norms, strict=True), first):
             if not (math.isfinite(figures[0]) and math.isfinite(norm)):
                 self.stop_at(number, figures[0], norm)
-            self.warn_of_jump(number, figures[0])
+            if self.learner.objective.rollout_settings is None:  # a loss of rewards is near zero, and says little
+                self.warn_of_jump(number, figures[0])
         supervised = [count for *_, count in self.pending]
-        self.position.window += [Step(tuple(p), n, s) for p, n, s in zip(parts, norms, supervised, strict=True)]
+        for number, (figures, norm, count) in enumerate(zip(parts, norms, supervised, strict=True), first):
+            about = self.feed.after(number, dict(zip(self.parts, figures, strict=True)))
+            self.position.window.append(Step(tuple(figures), norm, count, dict(about)))
         self.pending.clear()
 
     def stop_at(self, number: int, loss: float, norm: float) -> None:
@@ -233,25 +224,26 @@ class Loop:
 
     def names(self, step: int) -> str:
         """The traces of a step, at most four of them by name."""
-        keys = [self.rows.keys[i] for batch in self.batches(step) for i in batch]
+        keys = self.feed.keys(step)
         return ", ".join(gate.name(key) for key in keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
     def log(self, eval_loss: float | None) -> None:
         """Write one line for the steps since the last one: the mean of each loss part over their supervised tokens."""
         at = self.position
         (tokens, seconds), self.logged_at = self.logged_at, (at.tokens, at.seconds)
-        supervised = sum(step.supervised for step in at.window)
+        supervised = max(1, sum(step.supervised for step in at.window))
         means = [
             sum(step.parts[i] * step.supervised for step in at.window) / supervised for i in range(len(self.parts))
         ]
         at.first_loss = means[0] if at.first_loss is None else at.first_loss
         at.last_loss = means[0]
-        row: dict[str, float] = {
+        row: dict[str, JsonValue] = {
             "step": at.step,
-            "epoch": self.epoch(at.step),
+            "epoch": self.feed.epoch(at.step),
             **dict(zip(self.parts, means, strict=True)),
+            **averaged([step.figures or {} for step in at.window]),
             **({} if eval_loss is None else {"eval_loss": eval_loss}),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.settings.learning_rate * schedule(self.settings, at.step - 1, self.total),
             "grad_norm": at.window[-1].norm,
             "tokens_per_second": round((at.tokens - tokens) / (at.seconds - seconds)),
             "tokens": at.tokens,
@@ -259,23 +251,16 @@ class Loop:
         }
         at.window.clear()
         self.checkpoints.log(row)
-        self.world.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=at.step)
-
-    def epoch(self, step: int) -> float:
-        """Epochs done after this many steps."""
-        if not step:
-            return 0.0
-        epoch = self.order.epoch_of(step - 1)
-        first, following = self.order.steps(epoch), self.order.steps(epoch + 1)
-        return round(epoch + (step - first) / (following - first), 4)
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+        self.world.accelerator.log(numbers, step=at.step)
 
     def summary(self) -> TrainSummary:
         """The summary of the stage at the current position."""
-        at, counts = self.position, self.rows.counts
+        at, counts = self.position, self.feed.counts
         assert at.first_loss is not None and at.last_loss is not None, "a training has at least one step"
         return TrainSummary(
             steps=at.step,
-            epochs=self.epoch(at.step),
+            epochs=self.feed.epoch(at.step),
             rows=counts.rows - counts.held_out_rows,
             held_out_rows=counts.held_out_rows,
             dropped_rows=counts.dropped_rows,
@@ -284,7 +269,7 @@ class Loop:
             truncated_tokens=counts.truncated_tokens,
             tokens=at.tokens,
             supervised_tokens=at.supervised_tokens,
-            supervised_tokens_per_epoch=self.rows.supervised(self.numbers),
+            supervised_tokens_per_epoch=self.feed.supervised_per_epoch,
             first_loss=at.first_loss,
             last_loss=at.last_loss,
             eval_loss=at.eval_loss,
@@ -307,6 +292,22 @@ class Loop:
             return
         with progress("train", self.total, "steps", self.position.step) as advance:
             yield advance
+
+
+def averaged(figures: Sequence[Figures]) -> dict[str, JsonValue]:
+    """The mean of each figure over the steps that have it, place by place for lists; None where no step has it."""
+    names = dict.fromkeys(name for step in figures for name in step)
+    return {name: mean_of([step[name] for step in figures if name in step]) for name in names}
+
+
+def mean_of(values: Sequence[JsonValue]) -> JsonValue:
+    """The mean of numbers, or of lists of numbers place by place; None values are left out."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    if isinstance(known[0], list):
+        return [mean_of(place) for place in zip(*known, strict=True)]
+    return statistics.fmean(known)  # type: ignore[arg-type]  # all are numbers
 
 
 @contextmanager

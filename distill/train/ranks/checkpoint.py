@@ -26,6 +26,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from pydantic import JsonValue
 from safetensors import SafetensorError
 
 from distill.artefacts import Artefact
@@ -40,11 +41,13 @@ LOG, STATE = "log.jsonl", "state.json"
 
 
 class Step(NamedTuple):
-    """Figures of one optimiser step. parts: the means of the loss parts over its supervised tokens."""
+    """Figures of one optimiser step. parts: the means of the loss parts over its supervised tokens. figures: those of
+    the feed (`rows.feed.Feed.after`)."""
 
     parts: tuple[float, ...]
     norm: float
     supervised: int
+    figures: dict[str, JsonValue] | None = None
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Position:
 
     step: optimiser steps done. tokens, supervised_tokens: seen so far. first_loss, last_loss: of the log lines.
     eval_loss: the last one on the held-out rows. window: steps since the last log line. recent: losses of the last
-    steps, to detect a jump.
+    steps, to detect a jump. feed: the state of the feed.
     """
 
     step: int = 0
@@ -65,6 +68,7 @@ class Position:
     eval_loss: float | None = None
     window: list[Step] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
+    feed: JsonValue = None
 
 
 class CheckpointRecord(Artefact):
@@ -151,7 +155,7 @@ class Checkpoints:
             write_whole(self.log_path, log)
         return position
 
-    def log(self, row: Mapping[str, float]) -> None:
+    def log(self, row: Mapping[str, JsonValue]) -> None:
         """Append one line. It is on the disk for certain when the next checkpoint is."""
         if self.ranks.main:
             with self.log_path.open("ab") as file:

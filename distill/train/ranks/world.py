@@ -15,10 +15,10 @@ Batches of a step are distributed round-robin: rank r takes r, r + size, …. Al
 not communicated.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distill.train.ranks import environment
 
+T = TypeVar("T")
 Layout = Literal["one", "ddp", "fsdp"]
 
 TIMEOUT = timedelta(hours=2)  # the other ranks wait while one encodes the traces or writes the student
@@ -59,7 +60,7 @@ class World:
         """Whether this is the first rank, which writes and prints."""
         return self.rank == 0
 
-    def share(self, batches: list[list[int]]) -> list[tuple[list[int], bool]]:
+    def share(self, batches: Sequence[T]) -> list[tuple[T, bool]]:
         """This rank's batches of a step, and whether they count. A rank with none left repeats one with weight zero,
         because gradients are exchanged by all ranks or by none."""
         rounds = -(-len(batches) // self.size)

@@ -13,13 +13,15 @@ Rows are token ids in a mapped file, and concatenating sixteen of them takes mic
 Shapes: t tokens of a batch, s supervised ones.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from distill.objectives import Sampled, TopK
 
 Numbers = npt.NDArray[np.int64]
 
@@ -32,6 +34,9 @@ class Row:
     """One conversation as token ids. `ids[prompt_tokens:]` is supervised: the completion and its end token.
 
     source: number of the mixed set it came from. place: index of its first supervised token among those of all rows.
+    teacher: the teacher's most likely tokens at each supervised one, int32 and float32 [supervised, k] (−∞ where not
+    known); sampled: what is known of the student's own tokens, float32 [fields of `Sampled`, supervised]. Both None for
+    objectives that do not need them.
     """
 
     key: tuple[str, int]
@@ -39,6 +44,8 @@ class Row:
     prompt_tokens: int
     source: int = 0
     place: int = 0
+    teacher: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]] | None = None
+    sampled: npt.NDArray[np.float32] | None = None
 
     @property
     def supervised(self) -> int:
@@ -50,8 +57,7 @@ class Row:
 class Batch:
     """Concatenated rows. `targets_s[i]` is the token to predict at position `positions_s[i]`.
 
-    lengths: tokens of each row, in order. places_s: indices of the supervised tokens among those of all rows, for data
-    stored beside the ids, such as a teacher's log-probabilities.
+    lengths: tokens of each row, in order. teacher, sampled: as of `Row`, at the supervised tokens.
     """
 
     input_ids_t: torch.Tensor  # int64
@@ -59,12 +65,21 @@ class Batch:
     positions_s: torch.Tensor  # int64, into [t]
     targets_s: torch.Tensor  # int64
     lengths: tuple[int, ...]
-    places_s: Numbers  # int64
+    teacher: TopK | None = None
+    sampled: Sampled | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on `device`."""
-        names = ("input_ids_t", "position_ids_t", "positions_s", "targets_s")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+        def moved(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+            return (tensor.to(device, non_blocking=True) for tensor in tensors)
+
+        ids_t, position_ids_t, positions_s, targets_s = moved(
+            (self.input_ids_t, self.position_ids_t, self.positions_s, self.targets_s)
+        )
+        teacher = None if self.teacher is None else TopK(*moved(self.teacher))
+        sampled = None if self.sampled is None else Sampled(*moved(self.sampled))
+        return Batch(ids_t, position_ids_t, positions_s, targets_s, self.lengths, teacher, sampled)
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -81,8 +96,36 @@ def collate(rows: Sequence[Row]) -> Batch:
         positions_s=torch.from_numpy(targets_at - 1),
         targets_s=torch.from_numpy(ids_t[targets_at]),
         lengths=lengths,
-        places_s=np.concatenate([np.arange(row.place, row.place + row.supervised) for row in rows]),
+        teacher=_teacher(rows),
+        sampled=_sampled(rows),
     )
+
+
+def _teacher(rows: Sequence[Row]) -> TopK | None:
+    """The teacher's distributions of rows that have them, as wide as the widest."""
+    given = [row.teacher for row in rows if row.teacher is not None]
+    if not given:
+        return None
+    assert len(given) == len(rows), "all rows of a batch come with the teacher's distributions, or none"
+    width = max(ids.shape[1] for ids, _ in given)
+    total = sum(len(ids) for ids, _ in given)
+    ids_sk = np.zeros((total, width), np.int64)
+    logprobs_sk = np.full((total, width), -np.inf, np.float32)
+    start = 0
+    for ids, logprobs in given:
+        stop = start + len(ids)
+        ids_sk[start:stop, : ids.shape[1]], logprobs_sk[start:stop, : ids.shape[1]] = ids, logprobs
+        start = stop
+    return TopK(torch.from_numpy(ids_sk), torch.from_numpy(logprobs_sk))
+
+
+def _sampled(rows: Sequence[Row]) -> Sampled | None:
+    """What is known of the student's own tokens."""
+    given = [row.sampled for row in rows if row.sampled is not None]
+    if not given:
+        return None
+    assert len(given) == len(rows), "all rows of a batch come with what was sampled, or none"
+    return Sampled(*torch.from_numpy(np.concatenate(given, axis=1)))
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

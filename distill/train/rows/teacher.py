@@ -11,12 +11,11 @@ teacher, of its other thinking mode or of another dtype are never taken for thes
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from pydantic import JsonValue
 
 from distill import backends
@@ -25,11 +24,11 @@ from distill.console import progress, say
 from distill.errors import UserError
 from distill.fingerprint import digest
 from distill.models import Model, Models
-from distill.objectives import TopK
 from distill.recipe import Recipe
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace
 from distill.train.rows.align import Projector, Vocabulary, token_bytes
+from distill.train.rows.batches import Row
 from distill.train.rows.stored import TrainingSet
 
 GROUP = 32  # traces scored per call: enough to fill the engine's steps
@@ -44,10 +43,10 @@ class Teaching:
     logprobs: npt.NDArray[np.float32]  # [supervised, k]
     known: float
 
-    def at(self, places_s: npt.NDArray[np.int64], device: torch.device) -> TopK:
-        """The distributions at these supervised tokens (`Batch.places_s`), on `device`."""
-        ids_sk = torch.from_numpy(self.ids[places_s].astype(np.int64)).to(device)
-        return TopK(ids_sk, torch.from_numpy(self.logprobs[places_s]).to(device))
+    def with_row(self, row: Row) -> Row:
+        """The row with the distributions at its supervised tokens."""
+        places = slice(row.place, row.place + row.supervised)
+        return replace(row, teacher=(self.ids[places], self.logprobs[places]))
 
 
 def load(directory: Path) -> Teaching:
