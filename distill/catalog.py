@@ -2,8 +2,9 @@
 
 The four catalogs are folders of YAML, no code. A card is `NAME.yaml`, or `NAME/card.yaml` if it has files of its own
 (the tiny pair's weights). An argument with a slash, or one that ends in .yaml, is a path relative to the current
-directory; any other is a name. In a wheel the folders are inside the package (`distill/_catalog`, so that no generic
-name leaks into site-packages); in a clone or an editable install they are the folders at the clone's root.
+directory; any other is a name. A teacher or student may also be a model directory or a run directory, whose card is
+read from the model (`distill.model_cards`). In a wheel the folders are inside the package (`distill/_catalog`, so that
+no generic name leaks into site-packages); in a clone or an editable install they are the folders at the clone's root.
 
 A registry in code was rejected: a folder listing cannot go stale.
 """
@@ -15,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from distill import model_files
+from distill import model_cards, model_files
 from distill.chat import read_template
 from distill.config import did_you_mean, parse, read_yaml
 from distill.engine.families import FAMILIES
@@ -59,7 +60,10 @@ def find(kind: Kind, name_or_path: str) -> Path:
     path = Path(name_or_path).expanduser()
     if "/" in name_or_path or path.suffix in (".yaml", ".yml"):
         if path.is_dir() and not (path / "card.yaml").exists():
-            raise UserError(f"{path}: a directory; a {kind} is a YAML file, or a directory with a card.yaml in it")
+            model = ", a model" if kind in ("teacher", "student") else ""
+            raise UserError(
+                f"{path}: a directory; a {kind} is a YAML file{model}, or a directory with a card.yaml in it"
+            )
         path = path / "card.yaml" if path.is_dir() else path
         if not path.exists():
             hint = did_you_mean(path.stem, list(known))
@@ -83,13 +87,40 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_teacher(name_or_path: str) -> TeacherCard:
-    """Parse a teacher card. Errors: UserError."""
+    """Parse a teacher card, or make that of a model directory. Errors: UserError."""
+    if (directory := model_directory("teacher", name_or_path)) is not None:
+        return model_cards.teacher_card(directory)
     return _load(TeacherCard, "teacher", name_or_path)
 
 
 def load_student(name_or_path: str) -> StudentCard:
-    """Parse a student card. Errors: UserError."""
+    """Parse a student card, or make that of a model directory. Errors: UserError."""
+    if (directory := model_directory("student", name_or_path)) is not None:
+        return model_cards.student_card(directory)
     return _load(StudentCard, "student", name_or_path)
+
+
+def model_directory(kind: Literal["teacher", "student"], name_or_path: str) -> Path | None:
+    """The model directory that is named in place of a card: itself, or the student of a run. None for a card.
+
+    A name of the catalog counts more than a directory of that name, and a card of this kind in a directory more than
+    the model beside it. Errors: UserError for a run without a student.
+    """
+    path = Path(name_or_path).expanduser()
+    if name_or_path in entries(kind) or not name_or_path or not path.is_dir():
+        return None
+    if (path / "card.yaml").exists():
+        card = read_yaml(path / "card.yaml")
+        is_teacher = isinstance(card, Mapping) and "active_parameters" in card
+        if is_teacher == (kind == "teacher") or not (path / "config.json").is_file():
+            return None
+    return model_cards.directory_of(path)
+
+
+def _card_file(kind: Literal["teacher", "student"], name_or_path: str) -> Path:
+    """The file that `weights` is relative to, and that messages name."""
+    directory = model_directory(kind, name_or_path)
+    return find(kind, name_or_path) if directory is None else directory / "config.json"
 
 
 def load_benchmark(name_or_path: str) -> BenchmarkCard:
@@ -119,9 +150,9 @@ def check(kind: Kind, name_or_path: str) -> list[str]:
     """
     if kind == "recipe":
         return check_recipe(load_recipe(name_or_path), prompts=True)
+    if kind in ("teacher", "student"):
+        return _check_weights(kind, name_or_path)
     card = load(kind, name_or_path)
-    if isinstance(card, TeacherCard | StudentCard):
-        return _check_weights("teacher" if isinstance(card, TeacherCard) else "student", name_or_path)
     if isinstance(card, BenchmarkCard) and all(source.kind == "file" for source in card.sources):
         return _check_prompts(card.sources, card.problems)
     return []
@@ -133,7 +164,7 @@ def _check_weights(kind: Literal["teacher", "student"], name_or_path: str) -> li
     Errors: UserError when they are incomplete, or the card says something else of them than their config.json.
     """
     card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
-    card_file = find(kind, name_or_path)
+    card_file = _card_file(kind, name_or_path)
     if (directory := _local_weights(card, card_file)) is None:
         return []
     resolve_weights(kind, name_or_path)
@@ -211,9 +242,11 @@ def _check_names(recipe: Recipe) -> list[str]:
             load_teacher(recipe.judge.teacher)
         except UserError as error:
             raise UserError(f"judge.teacher: {error}") from error
-    if recipe.train.chat_template is not None:
-        read_template(recipe.train.chat_template)
-    runs = [source.path for source in (*recipe.traces, *recipe.train.data) if source.kind == "run"]
+    for training in recipe.train.trainings:
+        if training.chat_template is not None:
+            read_template(training.chat_template)
+    mixed = (source for training in recipe.train.trainings for source in training.data)
+    runs = [source.path for source in (*recipe.traces, *mixed) if source.kind == "run"]
     return [f"there is no run {path} yet, whose traces are read" for path in runs if not Path(path).is_dir()]
 
 
@@ -227,8 +260,9 @@ def check_recipe(
     teacher, student = load_teacher(recipe.teacher), load_student(recipe.student)
     notes = []
     server = server_of(recipe)
-    if server is not None and recipe.train.objective.teacher_top_k is not None:
-        reads = f"train.objective.kind {recipe.train.objective.kind} reads the teacher's probabilities"
+    scored = [each.objective for each in recipe.train.trainings if each.objective.teacher_top_k is not None]
+    if server is not None and scored:
+        reads = f"train.objective.kind {scored[0].kind} reads the teacher's probabilities"
         if recipe.generate.logprobs is None and not recipe.traces:  # published ones a server may score, as vLLM does
             raise UserError(
                 f"{reads}, which a server gives beside its answers: set generate.logprobs, remove `server`, or set "
@@ -259,12 +293,15 @@ def check_recipe(
         notes += _check_prompts(
             [*gym, *(each for each in recipe.prompts if each.kind == "file" or (each.kind == "hub" and each.local))]
         )
-        _check_traces((*recipe.traces, *recipe.train.data))
+        _check_traces((*recipe.traces, *(each for training in recipe.train.trainings for each in training.data)))
         notes += _check_names(recipe)
     if recipe.prompts and recipe.generate.sampling.max_new_tokens >= teacher.context:
         notes.append(f"generate.sampling.max_new_tokens fills {teacher.name}'s whole context of {teacher.context}")
-    if recipe.train.max_length > (recipe.train.max_position_embeddings or student.context):
-        notes.append(f"train.max_length is past the context of {student.context} that {student.name} declares")
+    context = student.context
+    for key, training in recipe.train.keyed():
+        context = training.max_position_embeddings or context  # a phase keeps that of the phase before
+        if training.max_length > context:
+            notes.append(f"{key}.max_length is past the context of {context} that {student.name} declares")
     if teacher.thinking is False and recipe.filter.format:
         notes.append(
             f"filter.format drops every trace of {teacher.name}: without thinking it writes no <think> block; set "
@@ -289,7 +326,7 @@ def price_of(recipe: Recipe) -> Price | None:
 
 def training_template(recipe: Recipe) -> str | None:
     """The chat template a student is trained with: the recipe's, or its card's; None is the checkpoint's own."""
-    return recipe.train.chat_template or load_student(recipe.student).chat_template
+    return recipe.train.template or load_student(recipe.student).chat_template
 
 
 # ---- weights
@@ -301,7 +338,7 @@ def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> P
     Errors: UserError naming the file that is missing, or of a kind that is not read (`distill.model_files`).
     """
     card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
-    card_file = find(kind, name_or_path)
+    card_file = _card_file(kind, name_or_path)
     directory = _local_weights(card, card_file)
     if card.weights is None:
         raise UserError(f"{card_file} names a server and no weights; set `weights:` to use {card.name} on this machine")
@@ -317,7 +354,7 @@ def resolve_tokenizer(name_or_path: str, kind: Literal["teacher", "student"] = "
     student that tokens are counted for. Of a hub id only the files beside the weights are fetched. Errors: UserError.
     """
     card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
-    directory = _local_weights(card, find(kind, name_or_path))
+    directory = _local_weights(card, _card_file(kind, name_or_path))
     if card.weights is None:
         raise UserError(f"the card of {card.name} names no `weights:`, whose tokenizer is needed")
     return directory or _download(card.weights, card.revision, kind, name_or_path, model_files.TOKENIZER_FILES)
@@ -337,7 +374,7 @@ def _local_weights(card: TeacherCard | StudentCard, card_file: Path) -> Path | N
 def local_weights(kind: Literal["teacher", "student"], name_or_path: str) -> Path | None:
     """The directory of a card's weights, or None for a hub id. Errors: UserError when there is no such directory."""
     card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
-    return _local_weights(card, find(kind, name_or_path))
+    return _local_weights(card, _card_file(kind, name_or_path))
 
 
 def _download(

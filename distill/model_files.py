@@ -102,18 +102,24 @@ def read_object(file: Path) -> dict[str, object]:
     return content
 
 
-def parameters(directory: Path) -> int | None:
-    """Parameters of the .safetensors files, from their headers; None where a header cannot be read."""
-    total = 0
+def shapes(directory: Path) -> dict[str, int] | None:
+    """Tensor → number of its elements, from the headers of the .safetensors files; None where one cannot be read."""
+    sizes: dict[str, int] = {}
     for path in directory.glob("*.safetensors"):
         try:
             with path.open("rb") as file:
                 (size,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(size)) if size <= HEADER_BYTES else {}
-            total += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+            sizes |= {name: prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError, struct.error):
             return None  # damaged: the engine names it
-    return total
+    return sizes
+
+
+def parameters(directory: Path) -> int | None:
+    """Parameters of the .safetensors files, from their headers; None where a header cannot be read."""
+    sizes = shapes(directory)
+    return None if sizes is None else sum(sizes.values())
 
 
 def download(repo: str, revision: str | None, files: Sequence[str] = HUB_FILES) -> Path | str:

@@ -254,10 +254,15 @@ class Models:
 
     @cached_property
     def teacher(self) -> Model:
-        """The teacher, behind a server or in a directory; a hub id is downloaded first.
+        """The teacher, behind a server or in a directory; a hub id is downloaded first. A model that teaches itself
+        (`teacher` and `student` name the same directory) answers with the training template.
 
         Errors: UserError when its weights are not complete, or its server's key is missing.
         """
+        recipe = self._recipe
+        same = recipe.teacher == recipe.student and recipe.server is None
+        if same and catalog.model_directory("teacher", recipe.teacher) is not None:
+            return Model("teacher", self.base.place, template=self.base.template)
         log = RunPaths(self._root).server_log
         return teacher_of("teacher", self._recipe.teacher, self._recipe.server, log=log)
 
@@ -290,4 +295,4 @@ class Models:
     @property
     def training_template(self) -> str | None:
         """The template that the student is trained with: the recipe's, or its card's; None is the checkpoint's own."""
-        return self._recipe.train.chat_template or self.student_card.chat_template
+        return catalog.training_template(self._recipe)

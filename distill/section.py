@@ -46,3 +46,10 @@ def _flattened(key: str, value: JsonValue | Section | tuple[JsonValue | Section,
             return {k: v for i, item in enumerate(value) for k, v in _flattened(f"{key}.{i}", item).items()}
         return {key: [item for item in value if not isinstance(item, Section)]}
     return {key: value}
+
+
+def with_tuples(value: object) -> object:
+    """A value that came through a validator in Python, where pydantic takes no list for a tuple."""
+    if isinstance(value, list | tuple):
+        return tuple(map(with_tuples, value))
+    return {key: with_tuples(inner) for key, inner in value.items()} if isinstance(value, dict) else value

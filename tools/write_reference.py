@@ -9,7 +9,7 @@ committed pages with what this writes.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -84,6 +84,11 @@ class Row:
     description: str
     free: bool
 
+    @property
+    def name(self) -> str:
+        """The key, as of a variant."""
+        return self.key
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -91,6 +96,11 @@ class Variant:
 
     title: str
     section: type[Section]
+
+    @property
+    def name(self) -> str:
+        """The key that it is a value of."""
+        return self.title.split("`")[1]
 
 
 def unwrapped(annotation: Any) -> tuple[Any, list[Any]]:
@@ -222,9 +232,17 @@ def table(found: list[Row], free: bool) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def part(title: str, section: type[Section], free: bool, prefix: str = "", level: str = "##") -> list[str]:
-    """A heading, the section's note, its table, and the tables of its variants."""
-    found = list(rows(section, prefix))
+def shared(section: type[Section], other: type[Section]) -> set[str]:
+    """The fields that two sections have from a common base: those of a phase and of `train`."""
+    bases = [base for base in section.__mro__ if base in other.__mro__ and issubclass(base, Section)]
+    return set(bases[0].model_fields)
+
+
+def part(
+    title: str, section: type[Section], free: bool, prefix: str = "", level: str = "##", without: Collection[str] = ()
+) -> list[str]:
+    """A heading, the section's note, its table, and the tables of its variants. without: fields described above."""
+    found = [row for row in rows(section, prefix) if row.name.partition(".")[0] not in without]
     texts = [
         f"{level} {anchored(title)}",
         one_line(section.__doc__ or ""),
@@ -232,7 +250,8 @@ def part(title: str, section: type[Section], free: bool, prefix: str = "", level
     ]
     for variant in found:
         if isinstance(variant, Variant):
-            texts += part(variant.title, variant.section, free, level=level + "#")
+            known = shared(variant.section, section)
+            texts += part(variant.title, variant.section, free, level=level + "#", without=known)
     return [text for text in texts if text]
 
 

@@ -181,7 +181,7 @@ class LocalBackend:
         from distill.engine import Engine
 
         assert isinstance(self.engine, Engine), "several engines sample, one scores"
-        prompts = [self.chat.prompt_ids(trace.prompt.messages) for trace in traces]
+        prompts = [self.chat.prompt_ids_of(trace.prompt.messages, trace.text) for trace in traces]
         completions = [completion_ids(trace, self.chat, self.engine.spec.vocab_size) for trace in traces]
         try:
             scores = self.engine.score([p + c for p, c in zip(prompts, completions, strict=True)], top_k)

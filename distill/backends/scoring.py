@@ -32,9 +32,8 @@ def completion_ids(trace: Trace, chat: Chat, vocab_size: int | None = None) -> l
     else the text tokenized, with the end token."""
     ids = list(trace.completion_token_ids)
     known = bool(ids) and (vocab_size is None or max(ids) < vocab_size)
-    if known and chat.restore(chat.decode(ids)) == trace.text:
-        return ids
-    return [*chat.text_ids(trace.text.removeprefix(chat.prefill)), chat.stop_token_ids[-1]]
+    text = trace.text.removeprefix(chat.prefill)
+    return ids if known and chat.decode(ids) == text else [*chat.text_ids(text), chat.stop_token_ids[-1]]
 
 
 def score(connection: Connection, model: str, chat: Chat, traces: Sequence[Trace], top_k: int) -> list[Trace]:
@@ -42,7 +41,9 @@ def score(connection: Connection, model: str, chat: Chat, traces: Sequence[Trace
 
     Errors: UserError where the server refuses, or gives none; WorkError when it fails.
     """
-    rows = [(trace, chat.prompt_ids(trace.prompt.messages), completion_ids(trace, chat)) for trace in traces]
+    rows = [
+        (trace, chat.prompt_ids_of(trace.prompt.messages, trace.text), completion_ids(trace, chat)) for trace in traces
+    ]
     longest = max((len(prompt) + len(completion) for _, prompt, completion in rows), default=0)
 
     async def ask() -> list[Trace]:

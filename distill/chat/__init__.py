@@ -149,6 +149,15 @@ class Chat:
         """Token ids of the conversation, ready for the assistant's answer. Errors: UserError."""
         return self._ids([(messages, True)])[0]
 
+    def prompt_ids_of(self, messages: Sequence[Message], answer: str) -> list[int]:
+        """Token ids of the conversation before a given answer: without the prefilled opening tag where the answer, with
+        its reasoning, does not begin with it. Errors: UserError."""
+        ids = self.prompt_ids(messages)
+        if not self.prefill or answer.startswith(self.prefill):
+            return ids
+        opening = self.text_ids(self.prefill)
+        return ids[: -len(opening)] if ids[-len(opening) :] == opening else ids
+
     def prompts_ids(self, conversations: Iterable[Sequence[Message]]) -> Iterator[list[int]]:
         """`prompt_ids` of many conversations, TOGETHER at a time: rendering and tokenizing them so is much faster."""
         remaining = iter(conversations)

@@ -109,7 +109,8 @@ def unknown_key(root: Model, path: Location, section: str = "") -> str:
 
 
 def _renamed(path: Location) -> str | None:
-    return RENAMED.get(".".join(key for key in path.keys if not key.isdecimal()))
+    key = ".".join(key for key in path.keys if not key.isdecimal())
+    return RENAMED.get(key.replace("train.phases.", "train."))
 
 
 def _nearest(key: str, names: Sequence[str], cutoff: float = 0.6) -> str | None:

@@ -32,8 +32,8 @@ from distill.errors import UserError
 from distill.filters.base import OK, Candidate, Example, Resources, TraceFilter
 from distill.filters.languages import WRITTEN, named_in, script_of
 from distill.filters.words import ANY_UNSPACED, UNSPACED
-from distill.prompts.prompt import END_THINK, THINK
-from distill.traces.trace import Trace, Verdict
+from distill.prompts.prompt import END_THINK, THINK, Prompt
+from distill.traces.trace import Verdict
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
@@ -147,21 +147,31 @@ class Language(TraceFilter):
         """
         trace = candidate.trace
         text = (trace.reasoning or "") if trace.prompt.task == "chat" else trace.text
-        total = sum(map(len, text.split()))
-        passages = list(self._foreign(trace, text))
-        share = min(1.0, sum(passage.characters for passage in passages) / total) if total else 0.0
+        share, passages = foreign(trace.prompt, text, self.also)
         if not passages or share <= self.tolerance:
             return self.verdict(OK)
         longest = max(passages, key=lambda passage: passage.characters)
         return self.verdict(longest.reason, share=round(share, 4), passages=len(passages), text=longest.text[:120])
 
-    def _foreign(self, trace: Trace, text: str) -> Iterator[Foreign]:
-        asked = trace.prompt.messages[-1]["content"]
-        languages = _prompt_languages(asked)
-        accepted = {*languages, *self.also, *named_in(asked)}
-        yield from _foreign_words(text, accepted, "\n".join(message["content"] for message in trace.prompt.messages))
-        if languages or (accepted := accepted | _languages(text)):
-            yield from _foreign_sentences(text, accepted)
+
+def foreign(prompt: Prompt, text: str, also: Collection[str] = ()) -> tuple[float, list[Foreign]]:
+    """The share of a text's characters that leave the language of its prompt, and the passages that do.
+
+    White space does not count. also: languages accepted beside the prompt's, as ISO 639-1 codes.
+    """
+    passages = list(_foreign(prompt, text, also))
+    total = sum(map(len, text.split()))
+    share = min(1.0, sum(passage.characters for passage in passages) / total) if total else 0.0
+    return share, passages
+
+
+def _foreign(prompt: Prompt, text: str, also: Collection[str]) -> Iterator[Foreign]:
+    asked = prompt.messages[-1]["content"]
+    languages = _prompt_languages(asked)
+    accepted = {*languages, *also, *named_in(asked)}
+    yield from _foreign_words(text, accepted, "\n".join(message["content"] for message in prompt.messages))
+    if languages or (accepted := accepted | _languages(text)):
+        yield from _foreign_sentences(text, accepted)
 
 
 def _foreign_words(text: str, accepted: Collection[str], conversation: str) -> Iterator[Foreign]:

@@ -65,6 +65,11 @@ class BaseObjective(Section):
         return None
 
     @property
+    def reads_data(self) -> bool:
+        """Whether rows of `train.data` are trained on, beside or in place of the student's own."""
+        return self.rollout_settings is None
+
+    @property
     def needs_reference(self) -> bool:
         """Whether `Sampled.reference_s` is read."""
         return False

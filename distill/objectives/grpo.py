@@ -124,8 +124,8 @@ class Grpo(BaseObjective):
         def surrogate(logits_rv: "Tensor", start: int, stop: int, learning: bool) -> "Tensor":
             targets_r1 = targets_s[start:stop, None]
             logmu_r1, a_r1, reference_r1, _ = (x_s[start:stop, None] for x_s in sampled)
-            policy = measure(logits_rv, targets_r1)
-            change_r1 = policy.logq_r1 - logmu_r1
+            q_rv, logq_r1, entropy_r1 = measure(logits_rv, targets_r1)
+            change_r1 = logq_r1 - logmu_r1
             ratio_r1 = change_r1.exp()
             bounded_r1 = ratio_r1.clamp_max(limit)
             loss_r1 = -torch.minimum(bounded_r1 * a_r1, ratio_r1.clamp(1 - below, 1 + above) * a_r1)
@@ -134,13 +134,13 @@ class Grpo(BaseObjective):
             pull_r1 = torch.where(clipped_r1, 0.0, -ratio_r1 * a_r1)
             k3_r1 = torch.zeros_like(loss_r1)
             if weight:
-                d_r1 = reference_r1 - policy.logq_r1
+                d_r1 = reference_r1 - logq_r1
                 k3_r1 = d_r1.expm1() - d_r1
                 loss_r1 = loss_r1 + weight * bounded_r1 * k3_r1
                 pull_r1 = pull_r1 - weight * bounded_r1 * d_r1
             if learning:
-                write_gradient(logits_rv, policy, targets_r1, pull_r1, -pull_r1)
-            parts = (loss_r1, k3_r1, policy.entropy_r1, change_r1.abs(), clipped_r1.to(loss_r1.dtype))
+                write_gradient(logits_rv, q_rv, targets_r1, pull_r1, -pull_r1)
+            parts = (loss_r1, k3_r1, entropy_r1, change_r1.abs(), clipped_r1.to(loss_r1.dtype))
             return torch.stack([part_r1.sum() for part_r1 in parts])
 
         return surrogate

@@ -94,6 +94,11 @@ class OnPolicy(BaseObjective):
         """`rollouts`."""
         return self.rollouts
 
+    @property
+    def reads_data(self) -> bool:
+        """With a share of rows that the student does not write."""
+        return self.student_share < 1
+
     @field_validator("student_share")
     @classmethod
     def _student_writes(cls, share: float) -> float:
@@ -125,8 +130,9 @@ class OnPolicy(BaseObjective):
 
         def on_policy(logits_rv: "Tensor", start: int, stop: int, learning: bool) -> "Tensor":
             targets_r1 = targets_s[start:stop, None]
-            policy = measure(logits_rv, targets_r1)
-            logq_r1 = policy.logq_r1
+            ids_rk = targets_r1[:, :0] if teacher is None else teacher.ids_sk[start:stop]
+            q_rv, logq_rn, entropy_r1 = measure(logits_rv, torch.cat((targets_r1, ids_rk), 1))
+            logq_r1, logq_rk = logq_rn[:, :1], logq_rn[:, 1:]
             nothing_r1 = torch.zeros_like(logq_r1)
             own_r1, logmu_r1 = nothing_r1.bool(), logq_r1
             if sampled is not None:
@@ -135,14 +141,13 @@ class OnPolicy(BaseObjective):
             chosen_r1 = exact_r1 = nothing_r1.bool()
             logp_r1 = value_r1 = tail_r1 = nothing_r1
             if teacher is not None:
-                ids_rk, logp_rk = teacher.ids_sk[start:stop], teacher.logprobs_sk[start:stop]
+                logp_rk = teacher.logprobs_sk[start:stop]
                 known_rk = logp_rk > -torch.inf
                 match_rk = known_rk & (ids_rk == targets_r1)
                 chosen_r1 = match_rk.any(1, keepdim=True)
                 several_r1 = (known_rk & ~match_rk).any(1, keepdim=True) & (self.estimator == "exact")
                 exact_r1 = torch.where(own_r1, several_r1, known_rk.any(1, keepdim=True))
                 logp_r1 = torch.where(match_rk, logp_rk, 0.0).sum(1, keepdim=True)
-                logq_rk = logits_rv.gather(1, ids_rk)
                 value_r1, gradient_rk, tail_r1 = divergence(self.divergence, logp_rk, logq_rk, beta=self.beta)
 
             estimated_r1 = own_r1 & ~exact_r1 & chosen_r1
@@ -154,14 +159,14 @@ class OnPolicy(BaseObjective):
             loss_r1 = torch.where(exact_r1, value_r1, torch.where(copied_r1, -logq_r1, pull_r1))
             if learning:
                 pull_r1 = torch.where(copied_r1, -1.0, pull_r1)
-                write_gradient(logits_rv, policy, targets_r1, pull_r1, torch.where(exact_r1, tail_r1, -pull_r1))
+                write_gradient(logits_rv, q_rv, targets_r1, pull_r1, torch.where(exact_r1, tail_r1, -pull_r1))
                 if teacher is not None:
                     logits_rv.scatter_add_(1, ids_rk, torch.where(exact_r1, gradient_rk, 0.0))
             return torch.stack(
                 [
                     loss_r1.sum(),
                     kl_r1.sum(),
-                    policy.entropy_r1.sum(),
+                    entropy_r1.sum(),
                     (logq_r1 - logmu_r1).abs().sum(),
                     (estimated_r1 & (ratio_r1 > limit)).sum().float(),
                     (own_r1 & ~exact_r1 & ~chosen_r1).sum().float(),

@@ -23,7 +23,7 @@ from distill.recipe.price import Price
 from distill.recipe.sampling import SamplingSettings
 from distill.recipe.server import AnyServer, LaunchedServer, TeacherServer
 from distill.recipe.sources import PromptSource, RunTraces, TraceSource
-from distill.recipe.train import Train
+from distill.recipe.train import Phase, Train, Training
 from distill.section import Free, Section
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "LaunchedServer",
     "LocalEngine",
     "Lora",
+    "Phase",
     "Price",
     "Qlora",
     "Recipe",
@@ -46,6 +47,7 @@ __all__ = [
     "TeacherCard",
     "TeacherServer",
     "Train",
+    "Training",
     "recipe_schema",
 ]
 
@@ -55,8 +57,8 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="names the run directory")
     description: Annotated[str, Free] = Field("", description="one line for `distill recipes list`")
-    teacher: str = Field(description="name of a teacher card, or a path")
-    student: str = Field(description="name of a student card, or a path")
+    teacher: str = Field(description="name of a teacher card, or the path of a card, a model or a run (its student)")
+    student: str = Field(description="name of a student card, or the path of a card, a model or a run (its student)")
     seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed of the teacher's sampling")
     price_per_hour: Annotated[float | None, Free] = Field(
         None, ge=0, description="price of an hour of the machine; the report then has the cost of each stage"
@@ -89,6 +91,22 @@ class Recipe(Section):
         if self.filter.judge is not None and self.judge is None:
             raise ValueError("filter.judge needs `judge:`, the model that is asked")
         return self
+
+    @model_validator(mode="after")
+    def own_answers_have_prompts(self) -> "Recipe":
+        """Errors: ValueError for a training that samples answers of the student where the recipe has no prompts."""
+        if self.traces and (samplers := [each for each in self.train.trainings if each.samples_prompts]):
+            what = "data of kind own" if samplers[0].own else f"objective {samplers[0].objective.kind}"
+            raise ValueError(
+                f"train: {what} samples answers to `prompts`, which a recipe with `traces` does not have; name the "
+                f"prompts, and put the published traces into the `data` of a phase"
+            )
+        return self
+
+    @property
+    def reads_traces(self) -> bool:
+        """Whether anything is trained on the traces that the run kept; if not, nothing needs to generate or filter."""
+        return any(training.reads_kept for training in self.train.trainings)
 
     def generate_settings(self) -> dict[str, Any]:
         """What decides the traces, beside the teacher and how it computes."""

@@ -31,7 +31,7 @@ from distill.filters.near_prompts import NearPrompts
 from distill.filters.pass_rate import PassRate
 from distill.filters.repetition import Repetition
 from distill.filters.select import Select
-from distill.section import Free, Later, Section
+from distill.section import Free, Later, Section, with_tuples
 
 F = TypeVar("F", bound=AnyFilter)
 
@@ -54,16 +54,9 @@ class _OnOff:
 
 
 def _switched(value: object) -> object:
-    """The value for pydantic, which takes no list for a tuple once a value has come through Python."""
     if isinstance(value, bool):
         return {} if value else None
-    return _with_tuples(value)
-
-
-def _with_tuples(value: object) -> object:
-    if isinstance(value, list):
-        return tuple(map(_with_tuples, value))
-    return {key: _with_tuples(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+    return with_tuples(value)
 
 
 Switch = Annotated[F | None, _OnOff()]

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
+from distill.recipe.sampling import SamplingSettings
 from distill.recipe.template import placeholders
 from distill.section import Free, Later, Section
 
@@ -298,4 +299,15 @@ class MixedKept(_Mixed):
     kind: Literal["kept"]
 
 
-MixedSource = Annotated[MixedKept | MixedHub | MixedFile | MixedRun, Field(discriminator="kind")]
+class MixedOwn(_Mixed):
+    """Rejection sampling: the base of the phase answers the recipe's prompts, and the recipe's filters keep the answers
+    that are trained on."""
+
+    kind: Literal["own"]
+    samples: int = Field(4, ge=1, description="answers per prompt")
+    sampling: SamplingSettings | None = Field(
+        None, description="how they are sampled; null: as `generate.sampling` says"
+    )
+
+
+MixedSource = Annotated[MixedKept | MixedOwn | MixedHub | MixedFile | MixedRun, Field(discriminator="kind")]

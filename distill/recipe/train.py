@@ -1,26 +1,41 @@
 """`train:` in a recipe. The names are those of transformers, PEFT and TRL.
 
+A training turns one base into one student. `train:` is a training, or lists several in `phases`, each from the student
+of the one before. A key beside `phases` is the default of each phase and is merged into it before anything is
+validated; a `Train` with phases keeps the phases alone, so that the resolved recipe writes each of them out and no key
+is left that decides nothing. Rejected: anchors and merges of YAML, which `--set` cannot reach.
+
 Variants are discriminated unions that own their fields: the objective (`distill.objectives`) and the adapter
 (`distill.recipe.adapters`). A field that decides which rows there are, or what is in them, is marked `DecidesRows`: the
 rows on the disk are encoded again when one of these changes, and kept when only others do.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import (
+    Field,
+    JsonValue,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from distill.objectives import Objective, Sft
 from distill.recipe.adapters import Adapter
-from distill.recipe.sources import MixedKept, MixedSource
-from distill.section import Free, Section
+from distill.recipe.sources import MixedKept, MixedOwn, MixedSource
+from distill.section import Free, Later, Section, with_tuples
+
+KEPT = (MixedKept(kind="kept"),)
 
 
 class DecidesRows:
     """Marks a field that decides the encoded rows in `tokens/`."""
 
 
-class Train(Section):
-    """Stage 3: the student is fine-tuned. The names are those of transformers, PEFT and TRL."""
+class Training(Section):
+    """One training of a model. The names are those of transformers, PEFT and TRL."""
 
     objective: Objective = Field(Sft(kind="sft"), description="what the student learns of each trace")
     adapter: Adapter | None = Field(None, description="adapters that are trained and merged; null trains all weights")
@@ -72,7 +87,7 @@ class Train(Section):
         None, description="chat template that replaces the student card's: a built-in name or a .jinja file"
     )
     data: Annotated[tuple[MixedSource, ...], DecidesRows] = Field(
-        (MixedKept(kind="kept"),), min_length=1, description="trace sets that are mixed"
+        KEPT, min_length=1, description="trace sets that are mixed; `own`, the base's own answers, in a phase only"
     )
     content: Annotated[Literal["reasoning", "answer"], DecidesRows] = Field(
         "reasoning", description="what the student learns to write; `answer` strips the reasoning (a control)"
@@ -100,6 +115,21 @@ class Train(Section):
         top_k = self.objective.teacher_top_k
         return self.marked(DecidesRows) | ({} if top_k is None else {"teacher.top_k": top_k})
 
+    @property
+    def reads_kept(self) -> bool:
+        """Whether it trains on the traces that the run kept."""
+        return self.objective.reads_data and any(source.kind == "kept" for source in self.data)
+
+    @property
+    def own(self) -> MixedOwn | None:
+        """The base's own answers among the data, if they are there."""
+        return next((source for source in self.data if isinstance(source, MixedOwn)), None)
+
+    @property
+    def samples_prompts(self) -> bool:
+        """Whether the model that is trained, or its base, answers the recipe's prompts."""
+        return self.own is not None or self.objective.rollout_settings is not None
+
     def batches_per_step(self, processes: int) -> int:
         """Forward passes per optimiser step, over all devices."""
         if self.train_batch_size is not None:
@@ -107,7 +137,7 @@ class Train(Section):
         return self.gradient_accumulation_steps * processes
 
     @model_validator(mode="after")
-    def _batches_add_up(self) -> "Train":
+    def _batches_add_up(self) -> Self:
         if self.train_batch_size is not None:
             if self.gradient_accumulation_steps != 1:
                 raise ValueError(
@@ -121,13 +151,104 @@ class Train(Section):
         return self
 
     @model_validator(mode="after")
-    def _offloading_needs_checkpointing(self) -> "Train":
+    def _offloading_needs_checkpointing(self) -> Self:
         if self.activation_offloading and not self.gradient_checkpointing:
             raise ValueError("activation_offloading requires gradient_checkpointing: true")
         return self
 
     @model_validator(mode="after")
-    def _rope_theta_needs_a_context(self) -> "Train":
+    def _rope_theta_needs_a_context(self) -> Self:
         if self.rope_theta and not self.max_position_embeddings:
             raise ValueError("rope_theta requires max_position_embeddings, the context the student is extended to")
         return self
+
+    @model_validator(mode="after")
+    def _data_is_read(self) -> Self:
+        if not self.objective.reads_data and self.data != KEPT:
+            raise ValueError(f"objective {self.objective.kind} trains on rollouts alone; remove `data`")
+        return self
+
+
+class Phase(Training):
+    """One of several trainings, each from the student of the one before. It takes every key of `train` but `phases`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="names the directory in `phases/` of the run")
+
+    @model_validator(mode="after")
+    def _one_set_of_own_answers(self) -> Self:
+        if sum(source.kind == "own" for source in self.data) > 1:
+            raise ValueError("data has several sources of kind own; keep one, and raise its `samples` or `weight`")
+        return self
+
+    def training(self, data: tuple[MixedSource, ...]) -> "Train":
+        """The phase as the only training of a recipe. data: in place of its own."""
+        fields = {name: getattr(self, name) for name in Training.model_fields}
+        return Train.model_construct(**fields | {"data": data})
+
+
+class Train(Training):
+    """Stage 3: the student is fine-tuned, once or in phases."""
+
+    phases: Annotated[tuple[Phase, ...], Later] = Field(
+        (), description="trainings one after the other; the other keys of `train` are the defaults of each"
+    )
+
+    @property
+    def trainings(self) -> "tuple[Training, ...]":
+        """The trainings in order: the phases, or this one."""
+        return self.phases or (self,)
+
+    def keyed(self) -> "list[tuple[str, Training]]":
+        """The trainings with their keys in the recipe, `train` or `train.phases.1`."""
+        keys = [f"train.phases.{number}" for number in range(len(self.phases))] or ["train"]
+        return list(zip(keys, self.trainings, strict=True))
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that the recipe gives the student; a phase without one keeps that of the phase before."""
+        return next((each.chat_template for each in reversed(self.trainings) if each.chat_template), None)
+
+    def settings(self) -> dict[str, JsonValue]:
+        """As the base; with phases their names and the settings of each, `phases.1.learning_rate`."""
+        if not self.phases:
+            return super().settings()
+        settings: dict[str, JsonValue] = {"phases": [phase.name for phase in self.phases]}
+        for number, phase in enumerate(self.phases):
+            settings |= {f"phases.{number}.{key}": value for key, value in phase.settings().items() if key != "name"}
+        return settings
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _defaults_of_phases(cls, values: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Merge the keys beside `phases` into each phase. They are validated first, so that a mistake in one is
+        reported once, with its own key."""
+        if not isinstance(values, Mapping):
+            return handler(values)
+        values = {key: with_tuples(value) for key, value in values.items()}
+        phases = values.pop("phases", ())
+        if not isinstance(phases, tuple) or not phases:
+            return handler(values | {"phases": phases})
+        handler(values)
+        if idle := [key for key in values if all(isinstance(phase, Mapping) and key in phase for phase in phases)]:
+            raise ValueError(f"every phase sets {' and '.join(idle)} itself; remove it here, or set it in a phase")
+        return handler({"phases": tuple({**values, **p} if isinstance(p, Mapping) else p for p in phases)})
+
+    @model_validator(mode="after")
+    def _phases_have_names_of_their_own(self) -> Self:
+        names = [phase.name for phase in self.phases]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two phases are named {twice[0]}; give each its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _own_answers_need_a_phase(self) -> Self:
+        if self.own is not None:
+            raise ValueError("data of kind own needs a phase: write `phases: [{name: …, data: …}]`")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _phases_alone(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if self.phases:
+            return {"phases": [{"name": phase["name"]} | phase for phase in values["phases"]]}
+        return values

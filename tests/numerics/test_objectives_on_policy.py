@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.objectives import Logits, OnPolicy, Sampled, TopK
+from distill.objectives import Grpo, Logits, OnPolicy, Sampled, TopK
 from distill.objectives.divergences import divergence
 from distill.train.learn import loss
 
@@ -331,3 +331,25 @@ def test_splitting_a_batch_into_blocks_changes_nothing(cuts, estimator, name):
     scored, untouched_sv = run(criterion, logits_sv, cuts, learning=False)
     assert torch.equal(scored, parts), "scoring without a gradient gives the same sums"
     assert not torch.equal(untouched_sv, gradient_sv)
+
+
+@pytest.mark.parametrize("kind", ["on_policy", "grpo"])
+def test_one_copy_of_the_logits_is_all_the_memory(kind):
+    """Peak memory of a block of 64 × 8,192 logits (2 MB in float32) beside the block."""
+    rows, vocabulary = 64, 8192
+    logits_sv, teacher_sv, targets_s = distributions(0, rows, vocabulary)
+    logp_sk, ids_sk = teacher_sv.topk(8)
+    sampled = own(torch.full((rows,), -1.0))
+    criterion = (
+        objective().criterion(targets_s, TopK(ids_sk, logp_sk), sampled)
+        if kind == "on_policy"
+        else Grpo(kind="grpo", kl_weight=0.1).criterion(targets_s, None, sampled)
+    )
+    with torch.profiler.profile(profile_memory=True) as profile:
+        criterion(logits_sv, 0, rows, True)
+    held = peak = 0
+    events_of_memory = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events_of_memory, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert rows * vocabulary * 4 <= peak < 1.1 * rows * vocabulary * 4

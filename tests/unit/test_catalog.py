@@ -140,7 +140,7 @@ def test_a_card_may_be_a_folder(tmp_path):
     folder.mkdir(parents=True)
     shutil.copy(catalog.find("teacher", "deepseek-r1"), folder / "card.yaml")
     assert catalog.load_teacher(str(folder)) == catalog.load_teacher("deepseek-r1")
-    with pytest.raises(UserError, match="a directory; a teacher is a YAML file"):
+    with pytest.raises(UserError, match="a directory; a teacher is a YAML file, a model, or a directory with a"):
         catalog.load_teacher(str(folder.parent))
 
 

@@ -23,6 +23,7 @@ SHARED |= {
     "children",
     "interrupts",
     "lock",
+    "model_cards",
     "model_files",
     "models",
     "objectives",
@@ -50,12 +51,15 @@ ALLOWED: dict[str, set[str]] = {
     "push": SHARED,
     "pipeline": STAGES | BELOW_STAGES | {"filters.pipeline", "filters.cluster"},
     **{stage: BELOW_STAGES for stage in STAGES},
+    # Rewards and the monitor of learning from rollouts judge a trace as these filters do.
+    "train": BELOW_STAGES | {f"filters.{name}" for name in ("base", "format", "language", "repetition")},
     "plan": BELOW_STAGES | {"generate", "train", "engine.spec", "engine.families"},
     "grading": {"backends", "grading.sandbox"} | SHARED,
     "grading.sandbox": {"errors"},  # most of it runs behind walls, where nothing else of the package is
     "grading.judge": {"grading", "backends", "recipe.rubric", "recipe.template"} | SHARED,  # a grader that is a model
     "backends": {"engine", "keeper"} | SHARED,
     **{room: SHARED for room in SHARED},
+    "model_cards": SHARED | {"engine.families"},
     "catalog": SHARED | {"engine.families"},  # what a card says of its model is compared with the model
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.
     "recipe": SHARED | {"filters", "grading.sandbox", "engine.families"},

@@ -98,6 +98,15 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def gathered(self, items: list[T]) -> list[T]:
+        """The items of all ranks, those of the first rank first. Small objects: they are pickled, between processes of
+        one training."""
+        if self.size == 1:
+            return items
+        parts: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return self.any_of(flag)[0]

@@ -37,8 +37,8 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase", where: str) -> list[bytes]
     parts = [decoder, *decoder.get("decoders", [])]
     if not any(part.get("type") == "ByteLevel" for part in parts):
         raise UserError(
-            f"the tokenizer of {where} is not byte-level (its decoder is {decoder.get('type')}): the `logits` "
-            f"objective compares teacher and student by the bytes of their tokens; set train.objective.kind to `sft`"
+            f"the tokenizer of {where} is not byte-level (its decoder is {decoder.get('type')}): the objectives with a "
+            f"teacher compare its tokens with the student's by their bytes; set train.objective.kind to `sft` or `grpo`"
         )
     alphabet = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
@@ -70,6 +70,10 @@ class Vocabulary:
     pieces: list[bytes]
     stops: frozenset[int]
 
+    def piece(self, id_: int) -> bytes:
+        """The bytes of an id; none for the ids of a padded embedding, which a model can sample too."""
+        return self.pieces[id_] if id_ < len(self.pieces) else b""
+
 
 class Projector:
     """Maps one teacher's tokens to one student's.
@@ -94,7 +98,7 @@ class Projector:
     def _first_of(self, candidate: int) -> int | None:
         if candidate in self.teacher.stops:
             return self.end
-        piece = self.teacher.pieces[candidate] if candidate < len(self.teacher.pieces) else b""
+        piece = self.teacher.piece(candidate)
         if candidate < len(self.student.pieces) and self.student.pieces[candidate] == piece and piece:
             return candidate  # the same id, if several tokens have these bytes
         if piece in self._whole:
@@ -112,19 +116,21 @@ class Projector:
         logprobs: Sequence[float],
         tops: Sequence[TopLogprobs],
         supervised: Sequence[int],
+        skipped: bytes = b"",
     ) -> list[Masses | None]:
         """The teacher's distribution at each supervised token of the student; None where it is unknown.
 
         prefill: the beginning of the student's text that was part of the teacher's prompt. completion, logprobs, tops:
         the teacher's tokens, their log-probabilities, and its most likely tokens at each. supervised: the student's
-        tokens, with the one that ends the turn.
+        tokens, with the one that ends the turn. skipped: the beginning of the teacher's text that was part of the
+        student's prompt (`opened` returns both).
         """
-        theirs = [b"" if id_ in self.teacher.stops else self.teacher.pieces[id_] for id_ in completion]
-        ours = [b"" if id_ == self.end else self.student.pieces[id_] for id_ in supervised]
-        their_text, our_text = prefill + b"".join(theirs), b"".join(ours)
+        theirs = [b"" if id_ in self.teacher.stops else self.teacher.piece(id_) for id_ in completion]
+        ours = [b"" if id_ == self.end else self.student.piece(id_) for id_ in supervised]
+        their_text, our_text = (prefill + b"".join(theirs))[len(skipped) :], b"".join(ours)
         same = len(their_text) if their_text == our_text else common(their_text, our_text)
         starts: dict[int, int] = {}  # offset in the text → the teacher's token that begins there
-        offset = len(prefill)
+        offset = len(prefill) - len(skipped)
         for i, piece in enumerate(theirs):
             starts[offset] = i
             offset += len(piece)
@@ -163,6 +169,15 @@ class Projector:
                 return None  # the chain extends beyond the student's token
             masses[id_] = logaddexp(masses.get(id_, -math.inf), chain)
         return masses or None
+
+
+def opened(text: str, teacher: str, student: str) -> tuple[bytes, bytes]:
+    """What only the teacher's prompt contains of an answer's beginning, and what only the student's does, in bytes.
+
+    text: the whole answer. teacher, student: the prefills of their templates, which count where the answer has them.
+    """
+    theirs, ours = (prefill if text.startswith(prefill) else "" for prefill in (teacher, student))
+    return theirs[len(ours) :].encode(), ours[len(theirs) :].encode()
 
 
 def logaddexp(a: float, b: float) -> float:

@@ -122,8 +122,9 @@ class StoredFeed(Feed):
         return self._batches([held_out[i : i + size] for i in range(0, len(held_out), size)])
 
     def _batches(self, batches: Sequence[Sequence[int]]) -> list[list[Row]]:
-        return [[self._row(i) for i in batch] for batch in batches]
+        return [[self.row(i) for i in batch] for batch in batches]
 
-    def _row(self, i: int) -> Row:
+    def row(self, i: int) -> Row:
+        """Row number i among all, with the teacher's distributions."""
         row = self.rows[i]
         return row if self.teaching is None else self.teaching.with_row(row)

@@ -107,6 +107,7 @@ def traces_of(source: MixedSource, paths: RunPaths) -> Iterator[Trace]:
     """The traces of one of the mixed sets."""
     if source.kind == "kept":
         return (trace for trace, _ in read_traces(paths.kept))
+    assert source.kind != "own", "a phase reads its own answers as the kept traces of its directory"
     return read_published(source)
 
 

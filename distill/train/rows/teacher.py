@@ -27,7 +27,7 @@ from distill.models import Model, Models
 from distill.recipe import Recipe
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace
-from distill.train.rows.align import Projector, Vocabulary, token_bytes
+from distill.train.rows.align import Projector, Vocabulary, opened, token_bytes
 from distill.train.rows.batches import Row
 from distill.train.rows.stored import TrainingSet
 
@@ -56,9 +56,17 @@ def load(directory: Path) -> Teaching:
 
 
 def write(
-    rows: TrainingSet, traces: Iterable[Trace], projector: Projector, prefill: str, k: int, directory: Path
+    rows: TrainingSet,
+    traces: Iterable[Trace],
+    projector: Projector,
+    prefills: tuple[str, str],
+    k: int,
+    directory: Path,
 ) -> Teaching:
-    """Map the traces' most likely tokens to the supervised tokens of the rows. Traces without a row are skipped."""
+    """Map the traces' most likely tokens to the supervised tokens of the rows. Traces without a row are skipped.
+
+    prefills: of the teacher's template and of the student's.
+    """
     shape = (rows.counts.supervised, k)
     ids = np.lib.format.open_memmap(directory / IDS, "w+", np.int32, shape)
     logprobs = np.lib.format.open_memmap(directory / LOGPROBS, "w+", np.float32, shape)
@@ -69,8 +77,10 @@ def write(
             continue
         row = rows[number]
         supervised = row.ids[row.prompt_tokens :].tolist()
-        given = prefill.encode() if trace.text.startswith(prefill) else b""
-        projected = projector.project(given, trace.completion_token_ids, trace.logprobs, trace.top_logprobs, supervised)
+        given, skipped = opened(trace.text, *prefills)
+        projected = projector.project(
+            given, trace.completion_token_ids, trace.logprobs, trace.top_logprobs, supervised, skipped
+        )
         for place, masses in enumerate(projected, row.place):
             if masses:
                 likeliest = sorted(masses.items(), key=lambda item: -item[1])[:k]
@@ -108,7 +118,7 @@ def teach(
     )
     store = TraceStore(scored / digest({**settings, "top_k": k}))
     with_logprobs = _with_logprobs(traces, recipe, model, rows, k, store)
-    teaching = write(rows, with_logprobs, projector, teacher.prefill, k, tokens)
+    teaching = write(rows, with_logprobs, projector, (teacher.prefill, chat.prefill), k, tokens)
     if not teaching.known:
         raise UserError(
             f"none of the {rows.counts.supervised:,} supervised tokens begins where a token of {recipe.teacher} does: "

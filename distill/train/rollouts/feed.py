@@ -1,0 +1,358 @@
+"""The rows of a step, written by the student itself.
+
+    prompts ─▶ the student samples ─▶ rollouts/ ─▶ the teacher scores, the graders reward ─▶ rows
+
+One *set* of rollouts serves `updates` optimiser steps, each on a part of it. Which prompts a set has is a function of
+its number and the seed; what is sampled, one of the weights, too. So a resumed training needs no state beyond its
+checkpoint; sets that are on the disk (`store`) are read instead of being sampled again.
+
+Ranks share the prompts of a set, sample, score and reward their own, and exchange the results, so that every rank has
+the same rows and takes its batches of them as of any other rows.
+
+With `student_share` below 1 some rows of a step are traces of the teacher's, in the ratio of the share (GKD's λ).
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import NamedTuple, cast
+
+import numpy as np
+from pydantic import JsonValue
+
+from distill.backends.backend import Backend, Job
+from distill.console import say
+from distill.objectives import Grpo, OnPolicy
+from distill.objectives.grpo import advantages
+from distill.prompts import Prompt
+from distill.recipe import Train
+from distill.traces.rows import rounded
+from distill.traces.trace import Trace
+from distill.train.ranks.world import World
+from distill.train.rollouts import gate
+from distill.train.rollouts.monitor import Monitor, MonitorState, means_by_position, step_figures, sums_by_position
+from distill.train.rollouts.rewards import Reward, Rewarder
+from distill.train.rollouts.store import RolloutStore
+from distill.train.rollouts.student import StudentEngine
+from distill.train.rollouts.teachers import Taught, Teacher
+from distill.train.rows.batches import Row, best_fit
+from distill.train.rows.feed import Feed, Figures, StoredFeed
+from distill.train.rows.stored import Counts
+
+
+class PromptOrder:
+    """The prompts of every set, from the seed alone: every epoch is another permutation, cut into whole sets. Prompts
+    that are left over at the end of an epoch wait for the next."""
+
+    def __init__(self, count: int, per_set: int, seed: int) -> None:
+        self.count, self.per_set, self.seed = count, min(per_set, count), seed
+        self.sets_per_epoch = count // self.per_set
+
+    def set(self, number: int) -> list[int]:
+        """The prompts of a set, as indices, each once."""
+        epoch, place = divmod(number, self.sets_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        chosen: list[int] = order[place * self.per_set : (place + 1) * self.per_set].tolist()
+        return chosen
+
+
+class Judged(NamedTuple):
+    """A rollout with what is known of it. taught: None without a teacher. reward: None where nothing rewards.
+    reference: log-probabilities of its tokens under the base, where the objective reads them."""
+
+    rollout: Trace
+    taught: Taught | None
+    reward: Reward | None
+    reference: tuple[float, ...] | None
+
+
+@dataclass
+class RolloutSet:
+    """One set: the rows of each of its updates, and its figures for the log."""
+
+    number: int
+    parts: list[list[Row]]
+    rollouts: list[Trace]
+    figures: dict[str, JsonValue]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Judges:
+    """What a set is judged with. base: the student before training, where the objective reads its probabilities."""
+
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)  # by task; "" for every other
+    rewarder: Rewarder | None = None
+    base: Backend | None = None
+
+    def teacher(self, prompt: Prompt) -> Teacher | None:
+        """The teacher that a prompt is routed to, by its task."""
+        return self.teachers.get(prompt.task, self.teachers.get(""))
+
+
+class RolloutFeed(Feed):
+    """The rows of an objective with rollouts. prompts: what the student is asked, at least one. traces: rows of the
+    teacher's, mixed with the student's where `student_share` is below 1."""
+
+    def __init__(
+        self,
+        objective: OnPolicy | Grpo,
+        settings: Train,
+        prompts: Sequence[Prompt],
+        student: StudentEngine,
+        store: RolloutStore,
+        judges: Judges,
+        world: World,
+        traces: StoredFeed | None = None,
+    ) -> None:
+        self.objective, self.settings, self.rollouts = objective, settings, objective.rollout_settings
+        self.prompts, self.student = prompts, student
+        self.store, self.judges, self.world, self.traces = store, judges, world, traces
+        self.counts = traces.counts if traces else Counts()
+        self.order = PromptOrder(len(prompts), self.rollouts.prompts_per_step, settings.seed)
+        sets = int(np.ceil(round(settings.num_train_epochs * self.order.sets_per_epoch, 6)))
+        self.total = settings.max_steps or sets * self.rollouts.updates
+        self.monitor = Monitor(objective.kind)
+        self.made = self.tokens = 0  # rollouts of this process's sets, and their tokens
+        self._set: RolloutSet | None = None
+        self._figures: dict[int, RolloutSet] = {}  # by step, until the step is logged
+        self._stored: dict[int, list[Trace]] | None = None  # sets on the disk that are not trained on yet
+
+    # ---- as a feed
+
+    def step(self, number: int) -> list[list[Row]]:
+        """See `Feed`."""
+        wanted, part = divmod(number, self.rollouts.updates)
+        if self._set is None or self._set.number != wanted:
+            self._set = self._make(wanted)
+        self._figures[number] = self._set
+        rows = self._set.parts[part] + self._teachers_rows(number, len(self._set.parts[part]))
+        return self._batches(rows) if rows else []
+
+    def epoch(self, steps: int) -> float:
+        """See `Feed`."""
+        return round(steps / self.rollouts.updates / self.order.sets_per_epoch, 4)
+
+    def keys(self, number: int) -> list[tuple[str, int]]:
+        """See `Feed`; the rollouts of the step's whole set."""
+        jobs = self._jobs(number // self.rollouts.updates)
+        return [(job.prompt.id, sample) for job in jobs for sample in job.samples]
+
+    def after(self, number: int, parts: Mapping[str, float]) -> Figures:
+        """See `Feed`. Errors: WorkError at a collapse (`monitor`)."""
+        made = self._figures.pop(number)
+        if (number + 1) % self.rollouts.updates:
+            return {}
+        teacher_kl = parts["kl"] if isinstance(self.objective, OnPolicy) else None
+        correct = cast(float | None, made.figures.get("correct"))
+        known = bool(made.parts[-1])  # without rows the means of the loss parts are of nothing
+        figures = step_figures(
+            number + 1,
+            made.rollouts,
+            entropy=parts["entropy"] if known else None,
+            correct=correct,
+            teacher_kl=teacher_kl if known else None,
+        )
+        self.monitor.step(figures)
+        shape: dict[str, JsonValue] = {
+            "length": figures.length,
+            "truncated": figures.truncated,
+            "repetition": figures.repetition,
+        }
+        return {**made.figures, **shape, **made.seconds}
+
+    def saved(self) -> JsonValue:
+        """See `Feed`: the monitor."""
+        return cast(JsonValue, self.monitor.state())
+
+    def restore(self, state: JsonValue) -> None:
+        """See `Feed`."""
+        if state is not None:
+            self.monitor.restore(cast(MonitorState, state))
+
+    def checkpointed(self) -> None:
+        """See `Feed`."""
+        self.store.compact()
+
+    # ---- one set
+
+    def _jobs(self, number: int) -> list[Job]:
+        samples = tuple(range(number * self.rollouts.samples, (number + 1) * self.rollouts.samples))
+        return [Job(self.prompts[i], samples) for i in self.order.set(number)]
+
+    def _make(self, number: int) -> RolloutSet:
+        seconds: dict[str, float] = {}
+        jobs = self._jobs(number)
+        mine = jobs[self.world.rank :: self.world.size]
+        rollouts = self._sampled(number, jobs, mine, seconds)
+        ours = {job.prompt.id for job in mine}
+        with timed(seconds, "seconds_scoring"):
+            judged = self.world.gathered(self._judge([trace for trace in rollouts if trace.prompt.id in ours]))
+        by_key = {each.rollout.key: each for each in judged}
+        judged = [by_key[trace.key] for trace in rollouts]
+        if number == 0:
+            self._prove(judged)
+        return self._rows(number, judged, seconds)
+
+    def _sampled(self, number: int, jobs: Sequence[Job], mine: Sequence[Job], seconds: dict[str, float]) -> list[Trace]:
+        """The rollouts of a set in the order of its jobs: from the disk, or sampled now and stored."""
+        if self._stored is None:
+            self._stored = self.store.from_set(number)
+            self.world.wait()  # every rank has read them before the first appends
+        keys = [(job.prompt.id, sample) for job in jobs for sample in job.samples]
+        stored = {trace.key: trace for trace in self._stored.pop(number, ())}
+        if all(key in stored for key in keys):
+            return [stored[key] for key in keys]
+        with timed(seconds, "seconds_sync"):
+            self.student.update()
+        asks = any(teacher.asks for teacher in self.judges.teachers.values())
+        top_k = self.objective.teacher_top_k if asks else None
+        with timed(seconds, "seconds_rollouts"):
+            sampled = self.student.sample(mine, f"student, set {number}", top_k)
+            by_key = {trace.key: trace for trace in self.world.gathered(sampled)}
+        rollouts = [rounded(by_key[key]) for key in keys]  # as a resumed training would read them
+        if self.world.main:
+            self.store.append(rollouts)
+        return rollouts
+
+    def _judge(self, rollouts: Sequence[Trace]) -> list[Judged]:
+        """This rank's rollouts with everything that is known of them."""
+        taught: dict[tuple[str, int], Taught] = {}
+        for teacher in dict.fromkeys(self.judges.teachers.values()):
+            routed = [trace for trace in rollouts if self.judges.teacher(trace.prompt) is teacher]
+            if routed:
+                taught |= {trace.key: each for trace, each in zip(routed, teacher.score(routed), strict=True)}
+        rewards: Sequence[Reward | None] = [None] * len(rollouts)
+        if self.judges.rewarder is not None:
+            rewards = self.judges.rewarder.rewards(rollouts)
+        reference: Sequence[tuple[float, ...] | None] = [None] * len(rollouts)
+        if self.judges.base is not None and rollouts:
+            reference = [trace.logprobs for trace in self.judges.base.score(rollouts, 1)]
+        return [
+            Judged(trace, taught.get(trace.key), reward, logprobs)
+            for trace, reward, logprobs in zip(rollouts, rewards, reference, strict=True)
+        ]
+
+    def _prove(self, judged: Sequence[Judged]) -> None:
+        """The gate, on the first set. Errors: UserError (`gate`)."""
+        lines = list(gate.prove_rollouts([each.rollout for each in judged], self.student.chat))
+        for teacher in dict.fromkeys(self.judges.teachers.values()):
+            given = [each for each in judged if self.judges.teacher(each.rollout.prompt) is teacher]
+            known = [(each.rollout, each.taught) for each in given if each.taught is not None]
+            if known:
+                lines += gate.prove_teacher(
+                    [rollout for rollout, _ in known],
+                    [taught.scored for _, taught in known],
+                    [taught.distribution for _, taught in known],
+                    self.student.chat,
+                    teacher.chat,
+                )
+        if self.world.main:
+            for line in lines:
+                say(line)
+
+    def _rows(self, number: int, judged: Sequence[Judged], seconds: dict[str, float]) -> RolloutSet:
+        figures: dict[str, JsonValue] = {}
+        rewards = [each.reward for each in judged if each.reward is not None]
+        if rewards:
+            decided = [reward.correct for reward in rewards if reward.correct is not None]
+            figures["correct"] = fmean(decided) if decided else None
+            figures["unverifiable"] = fmean(reward.value is None for reward in rewards)
+        if isinstance(self.objective, Grpo):
+            groups, values = self._groups(judged)
+            figures["reward"] = fmean(values) if values else None
+            figures["skipped_groups"] = fmean(not group for group in groups)
+            rows = [row for group in groups for row in group]
+        else:
+            rows = [self._row(each, 0.0) for each in judged]
+            figures["kl_by_position"] = cast(JsonValue, self._kl_by_position(judged))
+        parts = [rows[i :: self.rollouts.updates] for i in range(self.rollouts.updates)]
+        if isinstance(self.objective, Grpo):
+            parts = [self._weighted(self.objective, part) for part in parts]
+        self.made += len(judged)
+        self.tokens += sum(each.rollout.tokens for each in judged)
+        return RolloutSet(number, parts, [each.rollout for each in judged], figures, seconds)
+
+    def _groups(self, judged: Sequence[Judged]) -> tuple[list[list[Row]], list[float]]:
+        """The rows of each prompt's group with their advantages, none of a group without variance; and all rewards."""
+        assert isinstance(self.objective, Grpo)
+        groups, values = [], []
+        for start in range(0, len(judged), self.rollouts.samples):
+            group = judged[start : start + self.rollouts.samples]
+            given = [None if each.reward is None else each.reward.value for each in group]
+            values += [value for value in given if value is not None]
+            compared = advantages(given, self.objective.normalise)
+            rows = [] if compared is None else [self._row(e, a) for e, a in zip(group, compared, strict=True)]
+            groups.append(rows)
+        return groups, values
+
+    @staticmethod
+    def _weighted(objective: Grpo, rows: Sequence[Row]) -> list[Row]:
+        """The rows of one optimiser step, their advantages scaled by the normalisation of the objective."""
+        supervised = sum(row.supervised for row in rows)
+        weighted = []
+        for row in rows:
+            assert row.sampled is not None
+            scale = np.array([[1.0], [objective.row_weight(row.supervised, supervised, len(rows))], [1.0], [1.0]])
+            weighted.append(replace(row, sampled=(row.sampled * scale).astype(np.float32)))
+        return weighted
+
+    def _row(self, judged: Judged, advantage: float) -> Row:
+        trace = judged.rollout
+        ids = np.array((*trace.prompt_token_ids, *trace.completion_token_ids), np.int32)
+        count = len(trace.completion_token_ids)
+        sampled = np.zeros((4, count), np.float32)
+        assert trace.logprobs is not None, "the engine gives the log-probability of each token"
+        sampled[0], sampled[1], sampled[3] = trace.logprobs, advantage, 1.0
+        if judged.reference is not None:
+            sampled[2] = judged.reference
+        teacher = None if judged.taught is None else judged.taught.distribution
+        return Row(trace.key, ids, len(trace.prompt_token_ids), teacher=teacher, sampled=sampled)
+
+    def _kl_by_position(self, judged: Sequence[Judged]) -> list[float | None]:
+        """ln q(y) − ln p(y) of the sampled tokens, the mean by eighths of the token limit: an estimate of the reverse
+        KL at each. Tokens that the teacher's distribution does not name are left out."""
+        limit = self.rollouts.sampling.max_new_tokens
+        sums = np.zeros((2, 8))
+        for each in judged:
+            if each.taught is None or each.rollout.logprobs is None:
+                continue
+            ids, logprobs = each.taught.distribution
+            chosen = np.array(each.rollout.completion_token_ids)[:, None] == ids
+            theirs = np.where(chosen & (logprobs > -np.inf), logprobs, -np.inf).max(1)
+            known = np.flatnonzero(theirs > -np.inf)
+            excess = (np.array(each.rollout.logprobs, np.float32) - theirs)[known].astype(np.float32)
+            sums += sums_by_position(known, excess, limit)
+        return means_by_position(sums)
+
+    # ---- rows of a step
+
+    def _teachers_rows(self, number: int, own: int) -> list[Row]:
+        """The traces of the teacher's that are mixed into a step with `own` rows of the student's."""
+        if self.traces is None or not isinstance(self.objective, OnPolicy):
+            return []
+        share = self.objective.student_share
+        per_step = max(1, round(own * (1 - share) / share))
+        order = PromptOrder(len(self.traces.numbers), per_step, self.settings.seed)
+        rows = [self.traces.row(i) for i in order.set(number)]
+        return [replace(row, sampled=np.zeros((4, row.supervised), np.float32)) for row in rows]
+
+    def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """The rows of a step in batches of similar lengths, the one with the most tokens first."""
+        size, lengths = self.settings.per_device_train_batch_size, [len(row.ids) for row in rows]
+        if self.settings.packing:
+            bins = best_fit(lengths, self.settings.max_length * size)
+        else:
+            order = sorted(range(len(rows)), key=lambda i: -lengths[i])
+            bins = [order[i : i + size] for i in range(0, len(rows), size)]
+        return [[rows[i] for i in items] for items in sorted(bins, key=lambda items: -sum(lengths[i] for i in items))]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long the block took."""
+    start = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - start, 3)

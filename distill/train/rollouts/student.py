@@ -1,0 +1,119 @@
+"""The student that is being trained, sampling: the trainer's weights in the local engine.
+
+The engine is loaded once, from the base's directory, and takes the trainer's weights in place before each set of
+rollouts (`Engine.update`): no files, no second checkpoint, and memory rises by one copy of the weights in the dtype of
+the forward pass. Every rank has an engine of its own and samples its share of the prompts; what a sample is depends on
+(seed, prompt, sample number) and the weights alone, so that ranks and resumes change nothing.
+
+Rejected: `generate` of transformers on the trained module, which needs no copy, but pads, keeps its cache in one tensor
+per layer and is an order of magnitude slower; and a server that reads checkpoints, whose rollouts are late by the time
+of writing and reading them.
+
+Adapters (LoRA) are added to the base's weights one matrix at a time, while they are packed. Sharded parameters are
+gathered one at a time, by all ranks in the same order.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distill.backends.backend import Job
+from distill.backends.collect import sampled
+from distill.backends.local import LocalBackend
+from distill.engine import Engine
+from distill.engine.options import EngineOptions, SamplingParams
+from distill.errors import UserError
+from distill.models import Model
+from distill.objectives import RolloutSettings
+from distill.traces.trace import Trace
+from distill.train.ranks.world import whole
+
+if TYPE_CHECKING:
+    from distill.chat import Chat
+
+MAX_BATCH = 256  # sequences decoded at once
+
+
+class StudentEngine:
+    """The student as a backend that samples. dtype: of the forward pass. context: tokens of prompt and completion.
+
+    Errors: UserError for a model that the engine does not know.
+    """
+
+    def __init__(
+        self,
+        trained: PreTrainedModel,
+        model: Model,
+        settings: RolloutSettings,
+        dtype: torch.dtype,
+        device: torch.device,
+        context: int,
+        seed: int,
+        ranks: int = 1,
+    ) -> None:
+        self.trained, self.settings, self.seed = trained, settings, seed
+        options = EngineOptions(
+            device=str(device),
+            dtype="float32" if dtype == torch.float32 else "bfloat16",
+            max_batch=min(MAX_BATCH, -(-settings.rows // ranks)),
+            max_context=context,
+        )
+        try:
+            engine = Engine.load(model.directory, options)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.backend = LocalBackend(engine, model)
+        self._engine = engine
+
+    @property
+    def chat(self) -> "Chat":
+        """Its tokenizer and template."""
+        return self.backend.chat
+
+    def update(self) -> None:
+        """Take over the trainer's current weights. All ranks together."""
+        self._engine.update(tensors_of(self.trained))
+
+    def sample(self, jobs: Sequence[Job], name: str, top_k: int | None) -> list[Trace]:
+        """The samples of these jobs, in no particular order, with their log-probabilities.
+
+        name: written into every trace as its teacher. top_k: most likely tokens to record at each position. Errors:
+        UserError where the student computes numbers that are not finite.
+        """
+        sampling = SamplingParams(**self.settings.sampling.model_dump(), logprobs=top_k)
+        return list(sampled(self.backend, jobs, sampling, self.seed, name))
+
+    def close(self) -> None:
+        """Release the engine."""
+        self.backend.close()
+
+
+def tensors_of(model: nn.Module) -> Callable[[str], Tensor]:
+    """A function from published names to the current weights of a model, with the adapters that are beside them."""
+    parameters = dict(model.named_parameters())
+    scaled = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A")
+    }
+
+    @torch.no_grad()
+    def tensor(name: str) -> Tensor:
+        if (parameter := parameters.get(name)) is not None:
+            return whole(parameter.detach())
+        module_name, _, kind = name.rpartition(".")
+        base = whole(parameters[f"{module_name}.base_layer.{kind}"].detach())
+        if kind != "weight":
+            return base
+        return base + sum(updates_of(scaled[module_name]))
+
+    return tensor
+
+
+def updates_of(module: nn.Module) -> list[Tensor]:
+    """What the adapters of a linear layer add to its weight: scaling · B A, one tensor per adapter."""
+    ups, downs, scaling = (getattr(module, name) for name in ("lora_B", "lora_A", "scaling"))
+    return [scaling[name] * whole(ups[name].weight.detach()) @ whole(downs[name].weight.detach()) for name in downs]
