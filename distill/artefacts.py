@@ -56,6 +56,11 @@ class RunPaths:
         return self.root / "traces"
 
     @property
+    def failed_attempts(self) -> Path:
+        """`traces/failed.jsonl`: the tokens of requests that failed after their answer had begun, under a budget."""
+        return self.traces / "failed.jsonl"
+
+    @property
     def server_log(self) -> Path:
         """`logs/server.log`: the output of the servers that distill started."""
         return self.root / "logs" / "server.log"
@@ -99,6 +104,11 @@ class RunPaths:
     def scored(self) -> Path:
         """`scored/`: traces with the teacher's log-probabilities, for the `logits` objective."""
         return self.root / "scored"
+
+    @property
+    def rollouts(self) -> Path:
+        """`rollouts/`: what the student wrote while it was trained, for objectives that need it."""
+        return self.root / "rollouts"
 
     @property
     def checkpoints(self) -> Path:
@@ -256,7 +266,8 @@ class FilterSummary(Artefact):
 
 
 class TrainSummary(Artefact):
-    """Counts of rows and tokens, losses in nats per token, and the rate. student: directory inside the run."""
+    """Counts of rows and tokens, losses in nats per token, and the rate. student: directory inside the run. rollouts,
+    rollout_tokens: what the student wrote, 0 for objectives that need none; rows: without them."""
 
     steps: int
     epochs: float
@@ -276,6 +287,8 @@ class TrainSummary(Artefact):
     tokens_per_second: int
     processes: int
     student: str
+    rollouts: int = 0
+    rollout_tokens: int = 0
 
 
 # ---- eval

@@ -226,13 +226,14 @@ def is_problem_file(name: str) -> bool:
 
 
 def _check_names(recipe: Recipe) -> list[str]:
-    """Look at the cards and files that settings of the stages name. Returns which runs are not there yet. Errors:
-    UserError."""
+    """Look at the cards and files that settings of the stages name. Returns which runs are not there yet, and which
+    benchmarks of `decontaminate` may change unnoticed. Errors: UserError."""
+    notes = []
     if (decontaminate := recipe.filter.decontaminate) is not None:
-        for name in decontaminate.benchmarks:
+        for name in decontaminate.benchmarks or recipe.eval.benchmarks:
             try:
                 if not is_problem_file(name):
-                    load_benchmark(name)
+                    notes += _not_pinned(load_benchmark(name), recipe)
                 elif not Path(name).exists():
                     raise UserError(f"no file {name}; correct the path")
             except UserError as error:
@@ -247,7 +248,18 @@ def _check_names(recipe: Recipe) -> list[str]:
             read_template(training.chat_template)
     mixed = (source for training in recipe.train.trainings for source in training.data)
     runs = [source.path for source in (*recipe.traces, *mixed) if source.kind == "run"]
-    return [f"there is no run {path} yet, whose traces are read" for path in runs if not Path(path).is_dir()]
+    return notes + [f"there is no run {path} yet, whose traces are read" for path in runs if not Path(path).is_dir()]
+
+
+def _not_pinned(card: BenchmarkCard, recipe: Recipe) -> list[str]:
+    """A note for a benchmark of `decontaminate` that is a dataset of the hub without a revision."""
+    sources = () if recipe.eval.sources.get(card.name) else card.sources
+    names = [source.dataset for source in sources if source.kind == "hub" and not (source.revision or source.local)]
+    return [
+        f"filter.decontaminate: the card of {card.name} names no `revision` of {name}, so a change of its problems is "
+        f"noticed only while there are traces to judge; copy the card and set one, or name a file in eval.sources"
+        for name in dict.fromkeys(names)
+    ]
 
 
 def check_recipe(

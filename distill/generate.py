@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from distill import backends, catalog
 from distill.artefacts import Drafts, GenerateSummary, Settings
 from distill.backends import SamplingParams
-from distill.backends.budget import Allowance, spent_on
+from distill.backends.budget import Allowance, Spent, spent_on
 from distill.backends.collect import asked, check_all, collect, missing
 from distill.backends.device import device_type
 from distill.console import counted, progress, say
@@ -31,6 +31,7 @@ from distill.planned import Measured
 from distill.prompts import Prompt
 from distill.recipe import TeacherServer
 from distill.stage import Stage
+from distill.traces.ledger import Ledger
 from distill.traces.published import read_published
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace, content_hash
@@ -159,8 +160,15 @@ def _allowance(run: "Run", store: TraceStore) -> Allowance | None:
     suffix, limit = recipe.generate.prompt_suffix, recipe.generate.sampling.max_new_tokens
     prompts = {prompt.id: asked(prompt, suffix) for prompt in run.prompts}
     used, remote = spent_on(store, prompts, limit), isinstance(catalog.server_of(recipe), TeacherServer)
-    hourly = None if remote else recipe.price_per_hour
-    return Allowance(recipe.generate.budget, limit, used, run.seconds(STAGE), catalog.price_of(recipe), hourly)
+    hourly, failed = None if remote else recipe.price_per_hour, Ledger(run.paths.failed_attempts)
+    used = sum((Spent(row["prompt_tokens"], row["completion_tokens"]) for row in failed.rows()), used)
+
+    def store_loss(spent: Spent) -> None:
+        with failed:
+            failed.append([{"prompt_tokens": spent.prompt, "completion_tokens": spent.completion}])
+
+    price, seconds = catalog.price_of(recipe), run.seconds(STAGE)
+    return Allowance(recipe.generate.budget, limit, used, seconds, price, hourly, store_loss)
 
 
 def _used_up(allowance: Allowance, left: int, total: int) -> WorkError:

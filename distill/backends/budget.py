@@ -5,9 +5,10 @@ itself stay within the budget. It may use the bound of its prompt and its whole 
 did not use is free again. So a budget holds whatever finishes when, and near its end fewer requests are under way. A
 token of every tokenizer in use has at least one byte, which bounds a prompt without a tokenizer.
 
-What was used is what the stored traces say, so that it survives a kill without a file of its own: the samples that were
-under way are forgotten, as nobody knows what became of them. A count that a server does not give is taken as its bound.
-An attempt that fails after its answer had begun is used up too, for this session; it is repeated only where that fits.
+What was used is what the stored traces say, so that it survives a kill: the samples that were under way are forgotten,
+as nobody knows what became of them. A count that a server does not give is taken as its bound. An attempt that fails
+after its answer had begun is used up too, and repeated only where that fits. It leaves no trace, so its tokens are
+handed to `on_loss`, which stores them for later sessions.
 
 Time has no such bound. No sample is admitted that would end too late if it took as long as the longest so far. At the
 deadline the backend stops waiting, whatever a server does: samples under way are lost, finished ones are stored.
@@ -71,7 +72,8 @@ def spent_on(store: "TraceStore", prompts: Mapping[str, Prompt], max_new_tokens:
 
 class Allowance:
     """What may still be spent. used: tokens before this session. seconds: worked before it. price: of tokens; hourly:
-    price of an hour of this machine, for a teacher that is here. clock: seconds, for tests."""
+    price of an hour of this machine, for a teacher that is here. on_loss: called with the tokens of each attempt that
+    failed after its answer had begun. clock: seconds, for tests."""
 
     def __init__(
         self,
@@ -81,9 +83,11 @@ class Allowance:
         seconds: float,
         price: Price | None = None,
         hourly: float | None = None,
+        on_loss: Callable[[Spent], None] = lambda spent: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.budget, self.used, self._price, self._hourly = budget, used, price, hourly
+        self._on_loss = on_loss
         self._limit, self._clock, self._began = max_new_tokens, clock, clock() - seconds
         self._under_way: dict[Key, tuple[Spent, float]] = {}
         self._reserved = Spent()
@@ -149,7 +153,9 @@ class Allowance:
         Returns whether the sample, which is still under way, may be asked for again.
         """
         bound = bound_of(prompt, self._limit)
-        self.used += Spent(prompt_tokens or bound.prompt, completion_tokens or bound.completion)
+        spent = Spent(prompt_tokens or bound.prompt, completion_tokens or bound.completion)
+        self.used += spent
+        self._on_loss(spent)
         return self._affords(self.used + self._reserved)
 
     def release(self) -> None:

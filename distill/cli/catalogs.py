@@ -61,6 +61,8 @@ def catalog(kind: "Kind", what: str) -> typer.Typer:
                 notes = check(kind, name)
                 if kind == "recipe":
                     check_stages(load_recipe(name))
+                if kind == "benchmark":
+                    _require_task_with_grader(name)
                 notes += _unreadable_golds(kind, name)
             except UserError as error:
                 wrong = True
@@ -70,6 +72,16 @@ def catalog(kind: "Kind", what: str) -> typer.Typer:
         raise typer.Exit(2 if wrong else 0)
 
     return group
+
+
+def _require_task_with_grader(name: str) -> None:
+    """Raise UserError for a benchmark card whose responses cannot be graded. The grader's packages may be missing here:
+    a card is also checked where it is not evaluated."""
+    from distill.catalog import load_benchmark
+    from distill.grading import GRADERS
+
+    if (task := load_benchmark(name).task) not in GRADERS:
+        raise UserError(f"benchmark {name}: task {task!r} has no grader; set `task` to one of {', '.join(GRADERS)}")
 
 
 def _unreadable_golds(kind: "Kind", name: str) -> list[str]:

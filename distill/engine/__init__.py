@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distill.engine.engine import Completion, Engine, EngineUsage
+    from distill.engine.engine import Engine
     from distill.engine.numerics import Numerics
     from distill.engine.options import EngineOptions, SamplingParams
+    from distill.engine.results import Completion, EngineUsage
     from distill.engine.sampler import NonFiniteLogits
     from distill.engine.scheduler import Request
     from distill.engine.score import Scores
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from distill.engine.workers import EngineDied, Engines
 
 _HOME = {
-    "Completion": "engine",
+    "Completion": "results",
     "Engine": "engine",
     "EngineDied": "workers",
     "EngineOptions": "options",
-    "EngineUsage": "engine",
+    "EngineUsage": "results",
     "Engines": "workers",
     "ModelSpec": "spec",
     "NonFiniteLogits": "sampler",

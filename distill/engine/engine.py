@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,49 +28,11 @@ from distill.engine.model import Model
 from distill.engine.mtp import Drafter, accepted
 from distill.engine.numerics import Numerics
 from distill.engine.options import EngineOptions
-from distill.engine.sampler import Draw, Drawn, TopLogprobs, sample, stream_key
+from distill.engine.results import Completion, EngineUsage, FinishReason, Progress
+from distill.engine.sampler import Draw, Drawn, sample, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
 from distill.engine.score import Scores, score
-
-FinishReason = Literal["stop", "length", "abort"]  # abort: by `Engine.abort`
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One finished sample. token_ids include the stop token if that ended it. logprobs: raw natural-log probability of
-    each token (temperature 1, before top k and top p); top_logprobs: per token the likeliest (id, logprob), or None."""
-
-    request_id: str
-    sample: int
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    logprobs: tuple[float, ...]
-    top_logprobs: tuple[TopLogprobs, ...] | None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """New tokens of a sample of a streamed request; fields as of `Completion`."""
-
-    request_id: str
-    sample: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    top_logprobs: tuple[TopLogprobs, ...] | None
-
-
-@dataclass(frozen=True)
-class EngineUsage:
-    """Running totals of tokens. A prompt counts once, even where it is computed again. drafts: proposed by the draft
-    layer, and accepted."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    drafts_proposed: int = 0
-    drafts_accepted: int = 0
-
-    def __add__(self, other: EngineUsage) -> EngineUsage:
-        return EngineUsage(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+from distill.engine.update import refuse_update, update_weights
 
 
 class Engine:
@@ -102,6 +63,7 @@ class Engine:
         self._drafter = Drafter(model, self._cache, self._batch) if sizes.drafts else None
         self._unfinished: dict[str, int] = {}  # request id → samples still to come
         self._progress: list[Progress] = []
+        self._whole = True  # whether all weights are of the same update
 
     @classmethod
     def load(cls, model_dir: Path | str, options: EngineOptions = EngineOptions()) -> Engine:  # noqa: B008  it is frozen
@@ -114,6 +76,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request. Errors: ValueError, with lengths and remedy, for a request that can never be served."""
+        self._check_whole()
         prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
         what = f"request {request.id!r}"
         if request.id in self._unfinished:
@@ -275,6 +238,7 @@ class Engine:
 
         ValueError for an empty or too long sequence, or while generation leaves too few pages free for one of them.
         """
+        self._check_whole()
         for number, tokens in enumerate(sequences):
             self._check_tokens(tokens, f"sequence {number}")
             if len(tokens) > self.max_context:
@@ -285,6 +249,32 @@ class Engine:
         budget = self._scheduler.max_step_tokens
         with self._model.ops.session():
             return score(sequences, top_k, budget, self._pages, lambda chunks: self._forward([], chunks), self._model)
+
+    def update(self, tensor: Callable[[str], Tensor]) -> None:
+        """Replace all weights in place, where they are in memory (update.py). `numerics` follows their dtype.
+
+        tensor: returns a tensor by its published (Hugging Face) name, on any device, in float32, bfloat16 or float16.
+        It is called once a name, one at a time, in an order that depends on the model alone, and what it returns is
+        not kept. No key or value of a prompt computed before is used after.
+        Errors, before anything is replaced: ValueError while requests are queued, and for a model that has experts,
+        latent attention or FP8 weights. ValueError for a tensor of another shape or dtype, or with a number that is
+        not finite: then, and when `tensor` raises, some weights are new and others old, and until an update succeeds
+        `add` and `score` raise ValueError.
+        """
+        if self.has_work:
+            raise ValueError(
+                f"the weights cannot be updated while {len(self._unfinished)} requests are queued; finish or abort them"
+            )
+        refuse_update(self._model)
+        self._whole = False
+        self.numerics = replace(self.numerics, weights=update_weights(self._model, tensor))
+        self._whole = True
+
+    def _check_whole(self) -> None:
+        if not self._whole:
+            raise ValueError(
+                "the last update of the weights failed half-way; repeat it with good weights, or load the model again"
+            )
 
     def _check_tokens(self, tokens: Sequence[int], what: str) -> None:
         if not tokens:

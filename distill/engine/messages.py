@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from distill.engine.engine import Completion, Progress
 from distill.engine.numerics import Numerics
 from distill.engine.options import SamplingParams, ThinkTokens
+from distill.engine.results import Completion, Progress
 from distill.engine.scheduler import Request
 
 T = TypeVar("T")

@@ -35,6 +35,7 @@ from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 from distill.engine.weights import (
     DraftWeights,
     GqaWeights,
+    Held,
     IndexerWeights,
     LayerWeights,
     Linear,
@@ -67,6 +68,7 @@ def load_weights(
     layers_read = range(spec.num_layers + drafts)
     with reader.checkpoint.read_ahead([names.embed, *map(names.layer.format, layers_read), names.norm, head_name]):
         embed_vc = reader.checked(names.embed, spec.vocab_size, spec.hidden_size).dense(dtype).to(ops.device())
+        reader.hold(names.embed, embed_vc.shape).tensors.append(embed_vc)
         layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
         norm_c = reader.tensor(names.norm, (spec.hidden_size,))
         head = reader.pack(reader.matrix(head_name, spec.vocab_size, spec.hidden_size), head_name)
@@ -74,7 +76,7 @@ def load_weights(
         draft = _draft(reader, spec) if drafts else None
         reader.refuse_unread(spec)
         reader.refuse_second_head(spec)
-        weights = ModelWeights(embed_vc, layers, norm_c, head, draft, reader.stored)
+        weights = ModelWeights(embed_vc, layers, norm_c, head, draft, reader.stored, reader.held)
         resident = place(weights, [bank for _, bank in streamed]) if place else None
         for at, bank in reader.banks:
             reader.settle(at, bank, resident if (at, bank) in streamed else None)
@@ -216,6 +218,11 @@ class _Reader:
         self.dtype, self.ue8m0, self.settles_at_once = dtype, ue8m0, settles_at_once
         self.stored = ""
         self.banks: list[tuple[str, ExpertBank[object]]] = []  # by layer, with how its tensors' names begin
+        self.held: dict[str, Held] = {}
+
+    def hold(self, name: str, shape: tuple[int, ...]) -> Held:
+        """The entry in `held` of a published tensor."""
+        return self.held.setdefault(name, Held(tuple(shape)))
 
     def expert_names(self, at: str, index: int) -> tuple[str, str, str]:
         """The names of an expert's gate, up and down matrices."""
@@ -235,9 +242,12 @@ class _Reader:
     def pack(self, matrix: Stored, name: str) -> Packed:
         """The matrix as the kernels read it. Errors: ValueError where its numbers are damaged."""
         try:
-            return self.ops.pack(matrix, self.dtype, self.checkpoint.place(name))
+            packed = self.ops.pack(matrix, self.dtype, self.checkpoint.place(name))
         except Damaged as damage:
             raise self._damaged(name, damage) from None
+        if matrix.scale is None:  # codes are arranged again by `beside`, and must not be kept twice
+            self.hold(name, matrix.shape).matrices.append(packed)
+        return packed
 
     def matrix(self, name: str, n: int, c: int) -> Stored:
         """[n, c] as stored, FP8 with its scale. Its numbers are checked when it is packed."""
@@ -286,7 +296,9 @@ class _Reader:
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """A copy of a tensor that is never quantised, in `dtype` (default: that of activations)."""
         stored = self.unquantised(name, shape)
-        return stored.to(self.ops.device(), dtype or self.ops.activation_dtype(self.dtype), copy=True)
+        tensor = stored.to(self.ops.device(), dtype or self.ops.activation_dtype(self.dtype), copy=True)
+        self.hold(name, shape).tensors.append(tensor)
+        return tensor
 
     def unquantised(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor as stored. Errors: ValueError for FP8."""

@@ -8,7 +8,8 @@ Legend: v vocabulary, n outputs, c inputs or hidden, d head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -125,8 +126,19 @@ class DraftWeights:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Where the numbers of a published tensor are: in tensors, and in packed matrices (in both, where the head is the
+    embedding)."""
+
+    shape: tuple[int, ...]
+    tensors: list[Tensor] = field(default_factory=list)
+    matrices: list[Packed] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class ModelWeights:
-    """stored: the form of the published matrices ("fp8-e4m3 block 128", "bfloat16", …). draft: where asked for."""
+    """stored: the form of the published matrices ("fp8-e4m3 block 128", "bfloat16", …). draft: where asked for. held:
+    by published name, in the order of loading; complete for dense models that are not FP8."""
 
     embed_vc: Tensor
     layers: tuple[LayerWeights, ...]
@@ -134,3 +146,4 @@ class ModelWeights:
     head: Packed
     draft: DraftWeights | None
     stored: str
+    held: Mapping[str, Held] = field(default_factory=dict)

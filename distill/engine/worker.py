@@ -17,8 +17,9 @@ from typing import BinaryIO
 import torch
 
 from distill.engine import messages
-from distill.engine.engine import Completion, Engine
+from distill.engine.engine import Engine
 from distill.engine.options import EngineOptions
+from distill.engine.results import Completion
 from distill.engine.sampler import NonFiniteLogits
 
 Message = Mapping[str, object]

@@ -19,19 +19,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
+from torch import Tensor
 
 from distill.engine import messages
-from distill.engine.engine import Completion, EngineUsage
 from distill.engine.families import read_spec
 from distill.engine.messages import Loaded
 from distill.engine.options import EngineOptions
+from distill.engine.results import Completion, EngineUsage
 from distill.engine.sampler import NonFiniteLogits
 from distill.engine.scheduler import Request
 from distill.engine.spec import ModelSpec
@@ -180,6 +181,13 @@ class Engines:
                     worker.outstanding -= left[number]
                     with suppress(EngineDied):
                         worker.send({"abort": str(number)})
+
+    def update(self, tensor: Callable[[str], Tensor]) -> NoReturn:
+        """Refused: ValueError. Tensors would have to be sent to every process."""
+        raise ValueError(
+            "weights are updated in the process that holds them, and several engines are processes of their own; load "
+            "one engine (data_parallel_size: 1)"
+        )
 
     def close(self) -> None:
         """End the processes."""

@@ -78,10 +78,7 @@ class EvalStage(Stage[EvalSummary]):
         benchmarks = benchmarks_of(run.recipe.eval)
         evaluations = _evaluations(run, benchmarks)
         return {
-            "sizes": {
-                item.name: [item.samples, item.limit, *(source.limit for source in item.card.sources)]
-                for item in benchmarks
-            },
+            "sizes": {item.name: item.sizes for item in benchmarks},
             "parts": {item.name: digest(item.settings) for of_model in evaluations for item in of_model},
             "graded": {item.name: digest(item.grading.settings) for of_model in evaluations for item in of_model},
             "sources": {item.name: item.source_identity() for item in benchmarks},

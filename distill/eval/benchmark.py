@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from distill.grading import require_grader, unreadable_golds
 from distill.grading.sandbox.levels import require_level
 from distill.prompts import Prompt, PromptCounts, load_prompts
 from distill.prompts.rows import rows_of_file
+from distill.prompts.selection import in_turns
 from distill.recipe.sources import FilePrompts, GymPrompts, ProceduralPrompts
 
 if TYPE_CHECKING:
@@ -34,7 +35,12 @@ QUESTIONS = ("problem", "question", "prompt")  # columns in which copies of a be
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A card with a recipe's choices: at most `limit` problems of the sources, `samples` answers to each."""
+    """A card with a recipe's choices: at most `limit` problems, `samples` answers to each.
+
+    Several sources give the problems of a limit in turns, the first of each, then the second of each: the first source
+    alone would be another benchmark, such as one subject of 57. A higher limit extends a lower one, because the turns
+    go on; the order is that of the sources whatever the limit.
+    """
 
     card: "BenchmarkCard"
     samples: int
@@ -76,7 +82,7 @@ class Benchmark:
 
     @property
     def parts(self) -> dict[str, list[str]]:
-        """Source → the ids of its problems, for a benchmark of several sources; a problem belongs to the first."""
+        """Source → the ids of its problems, for a benchmark of several sources."""
         parts: dict[str, list[str]] = {}
         if len(self.sources) > 1:
             for label, prompt in self._labelled:
@@ -90,18 +96,19 @@ class Benchmark:
 
     @cached_property
     def _labelled(self) -> list[tuple[str, Prompt]]:
-        """The problems, each with the name of its source."""
+        """The problems, each with the name of its source. One that several sources have belongs to the one that is read
+        first."""
         counts = self._counts
-        labelled = (
-            (label, prompt)
-            for label, source in zip(source_names(self.sources), self.sources, strict=True)
-            for prompt in load_prompts([source], counts)
-        )
+        names = source_names(self.sources)
+        labelled = [
+            zip(repeat(name), load_prompts([source], counts)) for name, source in zip(names, self.sources, strict=True)
+        ]
         try:
-            problems = list(islice(labelled, self.limit))
+            first = islice(chain(*labelled) if self.limit is None else in_turns(labelled), self.limit)
+            problems = sorted(first, key=lambda problem: names.index(problem[0]))
         except UserError as error:
             hint = f"; or read {self.name} from a file: --source {self.name}=FILE, in a recipe eval.sources"
-            raise UserError(f"{error}{hint if self.sources == self.card.sources else ''}") from error
+            raise UserError(f"{error}{hint if any(source.kind == 'hub' for source in self.sources) else ''}") from error
         self._check([prompt for _, prompt in problems], counts.seen.total())
         return problems
 
@@ -122,7 +129,7 @@ class Benchmark:
             raise UserError(
                 f"benchmark {self.name} has {total:,} problems but its card says {expected:,}: this is another "
                 f"version of the data set; name the right revision or file, or set a limit (--limit, in a recipe "
-                f"eval.limit) to take the first problems"
+                f"eval.limit) to take some of its problems"
             )
 
     @property
@@ -147,6 +154,12 @@ class Benchmark:
             f"{self.name}: {len(golds):,} of {tried:,} gold answers cannot be read by a grader, such as "
             f"{golds[0][:60]!r}: {consequence}"
         )
+
+    @property
+    def sizes(self) -> list[JsonValue]:
+        """How much is asked: more of it extends an evaluation."""
+        turns: list[JsonValue] = ["in turns"] if self.limit is not None and len(self.sources) > 1 else []
+        return [self.samples, self.limit, *(source.limit for source in self.card.sources), *turns]
 
     def source_identity(self) -> Settings:
         """Where the problems come from: a file that has grown or changed is another source. Errors: UserError when a

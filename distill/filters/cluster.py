@@ -6,24 +6,34 @@ back, go to the ledger and are arranged as those of one process are. Judging is 
 the seed, so it does not matter where a batch was judged, or how often: a worker that is killed is restarted by Ray, and
 its batches are judged again.
 
+The ledger records one identity for all verdicts. So before it judges, each actor compares the versions of distill, the
+filters, the graders and their packages, and the level of isolation, with those of this process, and a node with others
+is refused. The recipe travels pickled and is opened after the version of distill was compared: another version may not
+be able to read it.
+
 Rejected: Ray Data (its operators choose block sizes and order by themselves; what is wanted here is a bounded number of
 batches on their way) and tasks instead of actors (each would start its own grading process).
 """
 
 import os
+import pickle
+import platform
 import re
 import socket
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from distill import __version__
+from distill.artefacts import Settings
 from distill.errors import UserError, WorkError
 from distill.filters.judge import Judge
 from distill.filters.judged import Judged
-from distill.filters.resources import RunResources
+from distill.filters.resources import RunResources, judges_identity
 from distill.recipe import Recipe
 from distill.traces.trace import Trace
 
@@ -41,27 +51,41 @@ MAX_PORT, CONNECT_SECONDS = 65535, 5.0
 START_SECONDS = 300.0  # until a cluster has a free processor
 
 
+@dataclass(frozen=True)
+class Job:
+    """What an actor needs to judge. directory: where the command runs, for relative paths. tasks: those of the traces.
+    identity: the versions that decide verdicts (`judges_identity`)."""
+
+    recipe: Recipe
+    directory: str
+    tasks: Collection[str]
+    identity: Settings
+
+
 class Actor:
     """Judges batches in a process of the cluster.
 
-    directory: where the command runs, for relative paths. tasks: those of the traces.
+    version: that of distill on the machine of the command. job: a pickled `Job`.
     """
 
-    def __init__(self, recipe: Recipe, directory: str, tasks: Collection[str]) -> None:
-        self.recipe, self.directory, self.tasks = recipe, directory, tasks
+    def __init__(self, version: str, job: bytes) -> None:
+        self.version, self.job = version, job
         self._judge: Judge | None = None
 
     def ready(self) -> None:
-        """Load what judging needs. Errors: UserError, WorkError."""
+        """Load what judging needs. Errors: UserError, such as for other versions than the command has; WorkError."""
         if self._judge is None:
-            if os.path.isdir(self.directory):
-                os.chdir(self.directory)
-            settings = self.recipe.filter
+            require_same_versions({"distill": self.version}, {"distill": __version__})
+            job: Job = pickle.loads(self.job)
+            require_same_versions(job.identity, judges_identity(job.recipe, job.tasks))
+            if os.path.isdir(job.directory):
+                os.chdir(job.directory)
+            settings = job.recipe.filter
             filters = [  # each processor has its actor
                 each.model_copy(update={"workers": 1}) if "workers" in type(each).model_fields else each
                 for each in settings.judging_filters()
             ]
-            resources = RunResources(self.recipe, tasks=self.tasks)
+            resources = RunResources(job.recipe, tasks=job.tasks)
             self._judge = Judge(filters, settings.choosing_filters(), resources).__enter__()
 
     def judge(self, batch: Batch) -> Results:
@@ -69,6 +93,17 @@ class Actor:
         self.ready()
         assert self._judge is not None
         return list(self._judge.judge(batch))
+
+
+def require_same_versions(wanted: Settings, here: Settings) -> None:
+    """Raise UserError that names this node and each version that differs. wanted: those of the command."""
+    names = [name for name in {**wanted, **here} if wanted.get(name) != here.get(name)]
+    if names:
+        differences = ", ".join(f"{name} is {here.get(name)} and not {wanted.get(name)}" for name in names)
+        raise UserError(
+            f"--on ray: node {platform.node()} has other versions than the machine of the command: {differences}; "
+            f"install the same ones on every node"
+        )
 
 
 def require_ray() -> None:
@@ -116,9 +151,10 @@ class ClusterJudge:
                     f"--on ray: no Ray cluster answers at {os.environ.get('RAY_ADDRESS')}; start one there with "
                     f"`ray start --head`, or correct or unset RAY_ADDRESS"
                 ) from error
+        job = Job(self.recipe, os.getcwd(), self.tasks, judges_identity(self.recipe, self.tasks))
         number = max(1, int(ray.cluster_resources().get("CPU", 1)))
         remote = ray.remote(Actor).options(num_cpus=1, max_restarts=-1, max_task_retries=ATTEMPTS - 1)
-        self._actors: list[ActorHandle] = [remote.remote(self.recipe, os.getcwd(), self.tasks) for _ in range(number)]
+        self._actors: list[ActorHandle] = [remote.remote(__version__, pickle.dumps(job)) for _ in range(number)]
         return self
 
     def __exit__(

@@ -20,7 +20,7 @@ class Judged:
 
     digest: `Trace.digest`. tokens: None where their number is not known. characters, reasoning_characters: of the whole
     text and of its reasoning. verdicts: in the funnel's order. notes: filter → what it noted of the trace. judged_by:
-    digest of the versions of the filters and graders (`distill.filters.pipeline.judges_identity`).
+    digest of the versions of the filters and graders (`distill.filters.resources.judges_identity`).
     """
 
     key: Key

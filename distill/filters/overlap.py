@@ -8,6 +8,12 @@ copy whatever its score: a problem inside a longer prompt, or one of fewer than 
 problem: `Which of the following is true?` is the end of a thousand others, and `Simplify √242` a step in them. So a
 problem with fewer than `CONTENT` terms of its own is a copy only if the rest of the prompt asks nothing: it has no
 number, and no more words than an instruction (`INSTRUCTION`).
+
+A problem with at most `FEW_NUMBERS` numbers is identified by its names: `What is the capital of Spain?` shares all but
+one term with `What is the capital of France?`. Such a problem is neither copied nor rephrased by a prompt where each of
+the two has a name that the other lacks. Problems with more numbers keep their numbers when somebody else picks the
+apples, so they are exempt. Names in lower case, names in scripts without capital letters, and other words that tell two
+short questions apart (`gold` and `silver`, `\\sin` and `\\cos`) remain a matter of the score.
 """
 
 import math
@@ -32,6 +38,7 @@ SHORTEST = 3  # words of a problem that is searched in longer prompts
 CONTENT = 5  # terms of a problem that is searched in any prompt
 INSTRUCTION = 12  # terms such as those of "Please reason step by step, and put your final answer within \\boxed{}."
 GREETING = 2  # terms beside a problem that has next to none of its own
+FEW_NUMBERS = 1  # of a problem that its names identify
 EXAM = frozenset(  # terms of the stems of multiple choice, as `terms_of` writes them
     stem_of(word)
     for word in re.findall(
@@ -111,10 +118,28 @@ class Index:
         if not terms.numbers:  # nor has the problem: its other terms decide
             score[self._sums["numbers"] == 0] /= 1 - WEIGHTS["numbers"]
         copied = self._copied(terms)
-        number = copied if copied is not None else int(score.argmax()) if len(score) else None
-        if number is None or (copied is None and score[number] == 0):
+        number = copied if copied is not None else self._likest(score, terms)
+        if number is None:
             return None
         return Match(self.items[number], float(score[number]), copied is not None, self._shared(terms, number))
+
+    def _likest(self, score: npt.NDArray[np.float64], terms: Terms) -> int | None:
+        """The problem with the highest score that does not ask about another name; None where all scores are 0."""
+        score = score.copy()
+        while score.any():
+            number = int(score.argmax())
+            if not self._has_other_names(number, terms):
+                return number
+            score[number] = 0
+        return None
+
+    def _has_other_names(self, number: int, terms: Terms) -> bool:
+        """Whether a prompt asks about something else than a problem that its names identify, see the module."""
+        item = self._terms[number]
+        if len(item.numbers) > FEW_NUMBERS:
+            return False
+        mine, its = terms.certain_names - self._lower, item.certain_names - self._lower
+        return not mine <= item.words and not its <= terms.words
 
     def _kind(self, terms: Terms, kind: Kind) -> frozenset[str]:
         if kind == "numbers":
@@ -138,7 +163,11 @@ class Index:
             for gram in {tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)}:
                 counts.update(self._grams.get(gram, ()))
         shares = {number: count / self._gram_counts[number] for number, count in counts.items()}
-        copies = [number for number, share in shares.items() if share >= VERBATIM and self._is_whole(number, terms)]
+        copies = [
+            number
+            for number, share in shares.items()
+            if share >= VERBATIM and self._is_whole(number, terms) and not self._has_other_names(number, terms)
+        ]
         return max(copies, key=lambda number: (shares[number], -number), default=None)
 
     def _is_whole(self, number: int, terms: Terms) -> bool:

@@ -29,14 +29,12 @@ from distill.filters.base import ChoosingFilter, CorpusFilter, GroupFilter, Prom
 from distill.filters.cluster import ClusterJudge, require_ray
 from distill.filters.judge import Judge
 from distill.filters.judged import Judged
-from distill.filters.resources import RunResources
+from distill.filters.resources import RunResources, judges_identity
 from distill.filters.summary import Tally, print_summary
 from distill.filters.table import JudgedTable, Survivors
 from distill.fingerprint import digest
 from distill.grading import require_grader
-from distill.grading.identity import graders_identity, versioned
 from distill.grading.judge import check_budget
-from distill.grading.judged import JUDGE
 from distill.grading.mixed import require_judge
 from distill.grading.sandbox.levels import require_level
 from distill.recipe import Recipe
@@ -186,19 +184,6 @@ def _tasks(run: Run) -> set[str]:
     if (generated := run.stored_summary("generate", GenerateSummary)) is not None and generated.tasks is not None:
         return set(generated.tasks)
     return TraceStore(run.paths.traces).tasks()
-
-
-def judges_identity(recipe: Recipe, tasks: Collection[str]) -> Settings:
-    """The versions of what decides stored verdicts and notes: the filters, the graders of the tasks, their packages.
-
-    tasks: those of the traces.
-    """
-    filters = recipe.filter
-    identity: Settings = {}
-    for each in (*filters.judging_filters(), *filters.choosing_filters()):
-        identity |= versioned(f"filter.{each.name}", each.version, each.packages)
-    graded = set(tasks) if filters.correct is not None or filters.majority is not None else set()
-    return identity | graders_identity(graded | ({JUDGE} if filters.judge is not None else set()))
 
 
 def _judge(

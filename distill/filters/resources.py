@@ -1,6 +1,6 @@
 """What a run adds to the resources of its filters. The recipe imports the filters, so only this room knows it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,9 @@ from distill.filters.base import Resources
 from distill.filters.overlap import Item
 from distill.fingerprint import digest, file_hash
 from distill.grading.grade import AnswerJudge
+from distill.grading.identity import graders_identity, versioned
 from distill.grading.judge import InRounds, JudgeModel
+from distill.grading.judged import JUDGE
 from distill.models import Models, judge_of
 from distill.prompts import load_prompts
 from distill.prompts.columns import listed
@@ -151,3 +153,16 @@ def _file_of(path: Path) -> FilePrompts:
     if question is None:
         raise UserError(f"{where}: no column with questions ({', '.join(QUESTIONS)}); the columns are {listed(row)}")
     return FilePrompts(kind="file", path=str(path), question=question, answer=None, task="chat")
+
+
+def judges_identity(recipe: Recipe, tasks: Collection[str]) -> Settings:
+    """The versions of what decides stored verdicts and notes: the filters, the graders of the tasks, their packages.
+
+    tasks: those of the traces.
+    """
+    filters = recipe.filter
+    identity: Settings = {}
+    for each in (*filters.judging_filters(), *filters.choosing_filters()):
+        identity |= versioned(f"filter.{each.name}", each.version, each.packages)
+    graded = set(tasks) if filters.correct is not None or filters.majority is not None else set()
+    return identity | graders_identity(graded | ({JUDGE} if filters.judge is not None else set()))

@@ -29,6 +29,7 @@ PLACES = {"十": 10, "百": 100, "千": 1000, "万": 10_000, "亿": 100_000_000}
 HAN_NUMBER = re.compile(rf"(?=.*[{''.join(DIGITS)}十])[{''.join([*DIGITS, *PLACES])}]+")
 LETTER = rf"(?:(?!{UNSPACED})[^\W\d_])"
 TOKEN = re.compile(rf"\d+(?:\.\d+)?|\\?{LETTER}+(?:'{LETTER}+)?|[{''.join([*DIGITS, *PLACES])}]+|{UNSPACED}")
+SENTENCE_END = re.compile(r"[.!?:\n]")
 SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
@@ -62,10 +63,11 @@ ENDINGS = ("ing", "ies", "es", "ed", "ly", "s", "e")
 
 class Terms(NamedTuple):
     """The terms of a text by kind, each kind a set; its tokens in order, for copies; and term → how the text
-    spells it."""
+    spells it. certain_names: the names that do not only begin a sentence, where any word has a capital letter."""
 
     numbers: frozenset[str]
     names: frozenset[str]
+    certain_names: frozenset[str]
     words: frozenset[str]
     tokens: tuple[str, ...]
     spelled: dict[str, str]
@@ -80,12 +82,16 @@ def terms_of(text: str) -> Terms:
     text = SEPARATOR.sub("", unicodedata.normalize("NFKC", text).replace("\u2019", "'"))
     numbers: Counter[str] = Counter()
     names: set[str] = set()
+    certain: set[str] = set()
     words: set[str] = set()
     tokens: list[str] = []
     spelled: dict[str, str] = {}
     before = -1  # end of a character without spaces that the next one may follow
+    end = 0  # of the token before
     for match in TOKEN.finditer(text):
         token = match.group()
+        begins = not tokens or SENTENCE_END.search(text, end, match.start()) is not None
+        end = match.end()
         if (number := _number(token)) is None and ANY_UNSPACED.match(token):
             tokens += token
             start = match.start() - (before == match.start())
@@ -103,8 +109,9 @@ def terms_of(text: str) -> Terms:
             spelled.setdefault(stem, token)
             if token[0].isupper():
                 names.add(stem)
+                certain.update(() if begins else (stem,))
     repeated = (f"{number}#{n}" if n > 1 else number for number, count in numbers.items() for n in range(1, count + 1))
-    return Terms(frozenset(repeated), frozenset(names), frozenset(words), tuple(tokens), spelled)
+    return Terms(frozenset(repeated), frozenset(names), frozenset(certain), frozenset(words), tuple(tokens), spelled)
 
 
 def _continues(text: str, place: int) -> bool:

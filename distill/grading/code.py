@@ -22,14 +22,14 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 
 from distill.errors import WorkError
 from distill.grading.blocks import joined_program, used_names
 from distill.grading.grade import Answer, Detailed, Outcome, Ruling, TaskGrader
-from distill.grading.sandbox.levels import open_zygote
+from distill.grading.sandbox import levels
 from distill.grading.sandbox.peer import Remote
 from distill.grading.sandbox.program import OWN_FAULT, Test
 from distill.grading.sandbox.runner import Sandbox
@@ -80,9 +80,15 @@ class CodeGrader(TaskGrader):
     def __init__(self) -> None:
         self.sandbox: Sandbox | None = None
 
+    def conditions(self) -> Mapping[str, str]:
+        """The level at which this machine isolates programs, where it is not `full`. Errors: WorkError where no program
+        runs at all."""
+        level, _, _ = levels.this_machine()
+        return {} if level == "full" else {"level": level}
+
     def prepare(self) -> None:
         """Start a zygote behind the strongest walls of this machine. Errors: WorkError when they are below `level`."""
-        self.sandbox = Sandbox(open_zygote(self.level))
+        self.sandbox = Sandbox(levels.open_zygote(self.level))
 
     def limits(self, gold: str) -> int:
         """Every test has the time limit to itself, and a moment to start."""

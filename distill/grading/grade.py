@@ -9,7 +9,7 @@ given by the version beside them, and those of another one are given again (`dis
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
@@ -78,6 +78,10 @@ class TaskGrader(ABC):
     votes: ClassVar[bool] = True
     seconds: float = 5.0
     level: "Level" = "full"
+
+    def conditions(self) -> Mapping[str, str]:
+        """What else decides verdicts on this machine, besides the version and the packages; a part of the identity."""
+        return {}
 
     def require(self, where: str) -> None:  # noqa: B027  most graders need nothing that may be missing
         """Raise UserError if a package that this grader needs is not installed. where: the start of the message."""

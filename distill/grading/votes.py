@@ -1,9 +1,9 @@
-"""Which answers to a problem are equal: consensus counts `1/2`, `\\frac12` and `0.5` together.
+"""Classes of equal answers to a problem: consensus counts `1/2`, `\\frac12` and `0.5` as one answer.
 
-Answers that are spelled alike are equal without further comparison. Every two of the others are compared as an answer
-is with the gold answer, by the same workers. An answer joins the first class of which it equals every member: equality
-is not transitive (50 % is 0.5, and in an answer also 50), and 0.5 and 50 must not elect each other through a third. A
-sample votes with the answer that it marked as final; a guess from prose is no vote.
+Answers with the same spelling are equal without further comparison. All other pairs are compared by the grading
+workers, as an answer is compared with the gold answer. An answer joins the first class whose members all equal it.
+Equality is not transitive (50 % equals 0.5, and 50 % in an answer may also mean 50), so a weaker rule would put 0.5 and
+50 into one class. A sample votes with the answer that it marks as final; a guess from prose has no vote.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -15,11 +15,11 @@ from distill.grading.math import normalise
 
 P = TypeVar("P", bound=Hashable)
 
-LONGEST = 200  # characters: a longer answer is prose, which is compared by its spelling
+LONGEST = 200  # characters; a longer answer is prose and is compared by spelling only
 
 
 def classes(grader: Grader, answers: Mapping[P, Iterable[str]]) -> Iterator[tuple[P, dict[str, int]]]:
-    """For each problem, yield the number of the class of each of its answers; 0 is the first answer's class."""
+    """Yield (problem, answer → number of its class) for each problem. The first answer is in class 0."""
     for problem, texts in answers.items():
         spelled: dict[str, list[str]] = {}
         for text in texts:

@@ -1,13 +1,12 @@
-"""What runs in a grading process: read a question as a JSON line, answer with a JSON line, until the input ends.
+"""The main program of a grading process: answer questions, each a line of JSON, until the input ends.
 
-Started by `distill.grading.pool` as `python -m distill.grading.worker MEMORY_BYTES SECONDS LEVEL`: a fresh interpreter
-that imports the graders and little else. Protocol: one `{"ready": true}` line, then for every question a line with its
-answer, in order:
+`distill.grading.pool` starts it as `python -m distill.grading.worker MEMORY_BYTES SECONDS LEVEL`, a fresh interpreter
+that imports the graders and little else. It writes the line `{"ready": true}`, then one line per question, in order:
 
     {"task", "gold", "answer", "marked"}   → [outcome, reason] or [outcome, reason, details], see `TaskGrader.compare`
     {"task", "gold"}                       → whether the grader can read this gold answer, see `TaskGrader.reads`
 
-or `{"error": message}` where this machine cannot grade the task, see `TaskGrader.prepare`. No program runs after that.
+or `{"error": message}` when this machine cannot grade the task, see `TaskGrader.prepare`. The pool then stops.
 """
 
 import json
@@ -24,18 +23,18 @@ from distill.errors import WorkError
 if TYPE_CHECKING:
     from distill.grading.sandbox.levels import Level
 
-PREPARE_SECONDS = 60.0  # of processor time for a lazy grader's imports
+PREPARE_SECONDS = 60.0  # processor time for the imports of a lazy grader
 
 
 def main(memory: int, seconds: float, level: "Level") -> None:
-    """Answer until the input ends.
+    """Answer questions until the input ends.
 
-    memory: bytes of address space. seconds: processor time for one question. level: isolation that programs need.
+    memory: bytes of address space. seconds: processor time for one question. level: minimum isolation for programs.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes our stdin
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a parser prints must not mix with the answers
-    logging.disable(logging.CRITICAL)  # what a library warns of would be kept and never read
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of a parser must not mix with the answers
+    logging.disable(logging.CRITICAL)  # nobody reads the warnings of libraries
     from distill.grading.graders import GRADERS
 
     waiting = {task for task, grader in GRADERS.items() if grader.lazy}
@@ -64,14 +63,14 @@ def main(memory: int, seconds: float, level: "Level") -> None:
             else:
                 answer = grader.reads(gold)
         except MemoryError:
-            os._exit(1)  # what is left of the heap is not to be trusted
-        except Exception as error:  # sympy raises anything on odd input: the verdict says what it was
+            os._exit(1)  # the state of the process is unknown
+        except Exception as error:  # sympy raises exceptions of any type on odd input; the verdict names the type
             answer = ("unverifiable", f"parser failed: {type(error).__name__}") if "answer" in question else False
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Have the kernel end this process (SIGXCPU) after so much more processor time, even if the parent is gone."""
+    """Make the kernel end this process (SIGXCPU) after this much more processor time, even if the parent has ended."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     spent = usage.ru_utime + usage.ru_stime
     limit, hard = math.ceil(spent + seconds), resource.getrlimit(resource.RLIMIT_CPU)[1]

@@ -31,10 +31,10 @@ second is GRPO as published. The KL term is not scaled by the row's factor: `kl_
 """
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distill.objectives.base import BaseObjective, Criterion, Sampled, TopK
 from distill.objectives.rollout_settings import GroupRollouts
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAME = 1e-6  # rewards that differ by less are equal: they are sums of rounded terms
-BUFFER = 0.2  # share of the token limit over which the length reward falls; DAPO has 4,096 of 20,480
 
 
 class Rewards(Section):
@@ -69,7 +68,7 @@ class Grpo(BaseObjective):
 
     kind: Literal["grpo"]
     rewards: Rewards = Field(Rewards(), description="weights of the terms of the reward")
-    clip: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]] = Field(
+    clip: tuple[float, ...] = Field(
         (0.2, 0.28), description="how far below and above 1 the ratio has a gradient (TRL: epsilon, epsilon_high)"
     )
     kl_weight: float = Field(0.0, ge=0, description="weight of the KL divergence from the base (TRL: beta)")
@@ -96,6 +95,13 @@ class Grpo(BaseObjective):
     def needs_reference(self) -> bool:
         """With a KL term."""
         return self.kl_weight > 0
+
+    @field_validator("clip")
+    @classmethod
+    def _clip_is_a_range(cls, clip: tuple[float, ...]) -> tuple[float, ...]:
+        if len(clip) != 2 or not 0 < clip[0] < 1 or clip[1] <= 0:
+            raise ValueError("write two positive numbers, the first below 1, such as [0.2, 0.28]")
+        return clip
 
     @model_validator(mode="after")
     def _limit_is_above_the_clip(self) -> "Grpo":
@@ -150,17 +156,10 @@ def advantages(rewards: Sequence[float | None], normalise: bool) -> list[float] 
     """Each member's reward less the group's mean; None if all are equal, so that the group teaches nothing.
 
     rewards: None for a member that cannot be verified; it is left out of mean and deviation, and its advantage is 0.
-    normalise: divide by the standard deviation of the group (of the population: over the number of members).
+    normalise: divide by the standard deviation of the group (with n − 1, as TRL and verl).
     """
     known = [reward for reward in rewards if reward is not None]
     if not known or max(known) - min(known) < SAME:
         return None
-    mean, scale = fmean(known), pstdev(known) if normalise else 1.0
+    mean, scale = fmean(known), stdev(known) if normalise else 1.0
     return [0.0 if reward is None else (reward - mean) / scale for reward in rewards]
-
-
-def length_reward(tokens: int, max_new_tokens: int) -> float:
-    """DAPO's soft overlong punishment (Yu et al. 2025, equation 13): 0 up to four fifths of the limit, then falling
-    linearly to −1 at the limit."""
-    buffer = BUFFER * max_new_tokens
-    return min(0.0, max(-1.0, (max_new_tokens - buffer - tokens) / buffer))

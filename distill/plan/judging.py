@@ -80,7 +80,8 @@ def _judged_share(recipe: "Recipe", prompts: Sequence[Prompt] | None) -> float:
 
 def _stored(paths: RunPaths) -> tuple[int, float, float]:
     """Number of stored judgements, and their mean prompt and completion tokens."""
-    rows = [row for path in sorted(paths.judgements.glob("*.jsonl")) for row in Ledger(path).rows()]
+    ledgers = map(Ledger, sorted(paths.judgements.glob("*.jsonl")))
+    rows = [row for ledger in ledgers for row in ledger.rows() if row["id"] is not None]  # None: a failed request
     if not rows:
         return 0, 0.0, 0.0
     prompt = math.fsum(row["prompt_tokens"] for row in rows) / len(rows)

@@ -29,6 +29,18 @@ def sampled(items: Iterable[T], seed: int, limit: int | None, prompt_of: Callabl
     return sorted(items, key=rank) if limit is None else heapq.nsmallest(limit, items, key=rank)
 
 
+def in_turns(sources: Iterable[Iterable[T]]) -> Iterator[T]:
+    """The first item of each source, then the second of each, and so on; a source without a further item is passed
+    over. Lazy: a prefix reads no more of a source than it has items of it."""
+    left = [iter(source) for source in sources]
+    while left:
+        for source in list(left):
+            try:
+                yield next(source)
+            except StopIteration:
+                left.remove(source)
+
+
 def interleaved(
     sources: Sequence[Iterator[Prompt]], weights: Sequence[float], is_new: Callable[[Prompt], bool]
 ) -> Generator[Prompt, None, int]:

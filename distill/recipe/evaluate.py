@@ -16,7 +16,9 @@ class Eval(Section):
         ("base", "student", "teacher"), description="models that are scored"
     )
     samples: Annotated[int | None, Free] = Field(None, ge=1, description="answers per problem; null: the card's")
-    limit: Annotated[int | None, Free] = Field(None, ge=1, description="maximum number of problems; null: all")
+    limit: Annotated[int | None, Free] = Field(
+        None, ge=1, description="maximum number of problems, of several sources in turns; null: all"
+    )
     max_new_tokens: int | None = Field(
         None,
         ge=1,

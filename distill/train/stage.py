@@ -37,10 +37,11 @@ class TrainStage(Stage[TrainSummary]):
     """The student, fine-tuned on the kept traces."""
 
     name = "train"
-    outputs = ("checkpoints", "student")
+    outputs = ("checkpoints", "rollouts", "student")
     products = (
         *(f"student/*.{ending}" for ending in ("json", "safetensors", "jinja", "txt", "model")),
         "checkpoints/log.jsonl",
+        "rollouts/part-*.parquet",
         "checkpoints/adapter/*.safetensors",
         "checkpoints/adapter/*.json",
     )
@@ -55,7 +56,7 @@ class TrainStage(Stage[TrainSummary]):
         """Everything that decides the student. Errors: UserError when there are no kept traces."""
         from distill.train.ranks import launch
 
-        settings = run.recipe.train.settings() | row_settings(run) | teacher_settings(run)
+        settings = run.recipe.train.settings() | row_settings(run) | teacher_settings(run) | rollout_settings(run)
         processes = launch.processes(run.recipe.train)
         if processes > 1 and run.recipe.train.train_batch_size is None:
             settings["world_size"] = processes  # a step has this many times the batches
@@ -75,10 +76,16 @@ class TrainStage(Stage[TrainSummary]):
         """Encode, prove, train, save. Errors: UserError for what the user can correct (no kept traces, a template that
         deletes the reasoning, …); WorkError when a loss is not finite or a checkpoint cannot be written."""
         from distill.train.ranks import launch
-        from distill.train.rows.prepare import prepare
+        from distill.train.rows.prepare import check_student, prepare
 
-        processes = launch.processes(run.recipe.train)
-        prepare(run.recipe, run.models, run.paths, row_settings(run), teacher_settings(run), processes)
+        processes, objective = launch.processes(run.recipe.train), run.recipe.train.objective
+        if objective.rollout_settings is not None:
+            from distill.train.rollouts import setup
+
+            check_student(run.recipe, run.models)
+            setup.check(run.recipe, run.models, setup.prompts_of(run.recipe))
+        if objective.reads_data:
+            prepare(run.recipe, run.models, run.paths, row_settings(run), teacher_settings(run), processes)
         begin()
         self._nothing_to_do = False
         if self._world is not None:
@@ -105,7 +112,7 @@ def row_settings(run: "Run") -> Settings:
         "chat_template_text": digest(read_template(template)) if template else None,
         "student": run.models.base.weights,
     }
-    for number, source in enumerate(run.recipe.train.data):
+    for number, source in enumerate(run.recipe.train.data if run.recipe.train.objective.reads_data else ()):
         if source.kind == "kept":
             settings["kept_traces"] = kept_hash(run.directory)
         elif source.kind == "run":
@@ -125,6 +132,15 @@ def teacher_settings(run: "Run") -> Settings:
 
     identity = {f"teacher.{key}": value for key, value in run.models.teacher.identity.items()}
     return identity | recipe.engine_settings() | {"engine.device": device_type(recipe.engine.device)}
+
+
+def rollout_settings(run: "Run") -> Settings:
+    """Everything that decides what the student writes, besides itself and `train:`. Empty for an objective without
+    rollouts."""
+    if run.recipe.train.objective.rollout_settings is None:
+        return {}
+    prompts = digest([prompt.id for prompt in run.prompts])
+    return {"rollout_prompts": prompts, "generate.prompt_suffix": run.recipe.generate.prompt_suffix}
 
 
 def follow(recipe: "Recipe", directory: Path) -> bool:

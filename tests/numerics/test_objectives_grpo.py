@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from distill.objectives import Grpo, Sampled
-from distill.objectives.grpo import advantages, length_reward
+from distill.objectives.grpo import advantages
 
 LOSS, KL, ENTROPY, MISMATCH, CLIPPED = range(5)
 LN2 = math.log(2)
@@ -22,19 +22,18 @@ def run(criterion, logits_sv, cuts=()):
     return total, work_sv
 
 
-# ---- advantages and rewards
+# ---- advantages
 
 
 def test_advantages_worked_out_by_hand():
     assert advantages([1.0, 0.0, 0.0, 1.0], normalise=False) == [0.5, -0.5, -0.5, 0.5]
-    # mean 1/4, variance (9/16 + 3 · 1/16)/4 = 3/16, deviation √3/4: (3/4)/(√3/4) = √3, (−1/4)/(√3/4) = −1/√3
-    root = math.sqrt(3)
-    assert advantages([1.0, 0.0, 0.0, 0.0], normalise=True) == pytest.approx([root, *[-1 / root] * 3])
+    # mean 1/4, variance (9/16 + 3 · 1/16)/3 = 1/4, deviation 1/2: (3/4)/(1/2) = 3/2, (−1/4)/(1/2) = −1/2
+    assert advantages([1.0, 0.0, 0.0, 0.0], normalise=True) == pytest.approx([1.5, -0.5, -0.5, -0.5])
 
 
 def test_a_member_that_cannot_be_verified_counts_neither_way():
     assert advantages([1.0, None, 0.0, 0.0], normalise=False) == pytest.approx([2 / 3, 0, -1 / 3, -1 / 3])
-    assert advantages([1.0, None, 0.0], normalise=True) == [*advantages([1.0, 0.0], normalise=True)[:1], 0.0, -1.0]
+    assert advantages([1.0, None, 0.0], normalise=True) == pytest.approx([1 / math.sqrt(2), 0.0, -1 / math.sqrt(2)])
 
 
 @pytest.mark.parametrize("rewards", [[], [1.0], [None, None], [1.0, None], [0.0, 0.0, 0.0], [0.1 + 0.2, 0.3, 0.3]])
@@ -52,14 +51,7 @@ def test_advantages_sum_to_zero_and_keep_the_order(rewards, normalise):
     assert [value for _, value in sorted(known)] == sorted(value for _, value in known)
     assert all(value == 0 for reward, value in zip(rewards, values, strict=True) if reward is None)
     if normalise:
-        assert np.std([value for _, value in known]) == pytest.approx(1)
-
-
-def test_the_length_reward_falls_over_the_last_fifth():
-    """Limit 100: 0 up to 80 tokens, −1 at 100, and −1/2 half-way."""
-    assert [length_reward(tokens, 100) for tokens in (1, 80, 90, 95, 100, 120)] == pytest.approx(
-        [0, 0, -0.5, -0.75, -1, -1]
-    )
+        assert np.std([value for _, value in known], ddof=1) == pytest.approx(1)
 
 
 def test_row_weights_turn_a_mean_over_tokens_into_the_published_normalisations():

@@ -278,6 +278,34 @@ def test_sources_are_read_in_order(tmp_path: Path) -> None:
     assert catalog.check("benchmark", str(tmp_path / "card.yaml")) == []
 
 
+def test_a_limit_takes_problems_of_each_source_in_turns(tmp_path: Path) -> None:
+    """Sources of 1, 4 and 2 problems: 0a, 1a 1b 1c 1d, 2a 2b. A higher limit keeps the problems of a lower one."""
+    names = {0: "a", 1: "abcd", 2: "ab"}
+    paths = [
+        jsonl(tmp_path / f"{n}.jsonl", *({"question": f"{n}{letter}", "answer": "1"} for letter in letters))
+        for n, letters in names.items()
+    ]
+    sources = [{"kind": "file", "path": str(path)} for path in paths]
+    card = BenchmarkCard.model_validate({"name": "sums", "prompts": sources, "problems": 7})
+
+    def asked(limit: int | None) -> list[str]:
+        benchmark = Benchmark.of(card, Eval(benchmarks=("sums",), limit=limit))
+        problems = {prompt.id: prompt.messages[-1]["content"] for prompt in benchmark.prompts}
+        parts = {name: [problems[each] for each in ids] for name, ids in benchmark.parts.items()}
+        assert all(each.startswith(name) for name, part in parts.items() for each in part)
+        return list(problems.values())
+
+    assert asked(2) == ["0a", "1a"]
+    assert asked(3) == ["0a", "1a", "2a"]
+    assert asked(5) == ["0a", "1a", "1b", "2a", "2b"]
+    assert asked(6) == ["0a", "1a", "1b", "1c", "2a", "2b"]
+    assert asked(7) == asked(99) == asked(None) == ["0a", "1a", "1b", "1c", "1d", "2a", "2b"]
+    sizes = [Benchmark.of(card, Eval(benchmarks=("sums",), limit=limit)).sizes for limit in (None, 3)]
+    assert sizes == [[1, None, None, None, None], [1, 3, None, None, None, "in turns"]]
+    (tmp_path / "2.jsonl").write_text((tmp_path / "1.jsonl").read_text(encoding="utf-8").splitlines()[0] + "\n")
+    assert asked(4) == ["0a", "1a", "1b", "1c"], "a problem of two sources is asked once"
+
+
 def test_subsets_are_sources() -> None:
     card = catalog.load_benchmark("olymmath")
     assert [source.subset for source in card.sources] == ["en-easy", "en-hard", "zh-easy", "zh-hard"]  # type: ignore[union-attr]  # of kind hub
@@ -370,3 +398,15 @@ def test_repeated_problems_are_noted(tmp_path: Path) -> None:
 def test_a_benchmark_without_a_file_is_refused() -> None:
     with pytest.raises(UserError, match="eval.sources: math-500 names no file"):
         Benchmark.of(catalog.load_benchmark("math-500"), Eval(benchmarks=("math-500",), sources={"math-500": ()}))
+
+
+def test_a_file_is_offered_only_in_place_of_a_dataset_of_the_hub(tmp_path: Path) -> None:
+    """A card that reads a file has one already, and so has a benchmark that was given a file."""
+    for source, offered in (
+        ({"kind": "hub", "dataset": str(tmp_path / "gone")}, True),
+        ({"kind": "file", "path": str(tmp_path / "gone.jsonl")}, False),
+    ):
+        card = BenchmarkCard.model_validate({"name": "sums", "prompts": source})
+        with pytest.raises(UserError, match="gone") as error:
+            Benchmark.of(card, Eval(benchmarks=("sums",))).prompts  # noqa: B018  read at its first use
+        assert ("--source sums=FILE" in str(error.value)) is offered

@@ -424,3 +424,20 @@ def test_a_run_directory_in_place_of_a_model_names_its_student(tmp_path):
     (tmp_path / "student" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"is a run directory; its trained model is .*/student$"):
         model_files.model_directory(str(tmp_path))
+
+
+def test_decontamination_with_a_dataset_that_may_change_is_noted(tmp_path):
+    """The card of minerva names no revision, that of gsm8k one; a file is known by its content."""
+    source = {"kind": "procedural", "name": "arithmetic"}
+
+    def notes(**changed):
+        settings = {"filter.decontaminate": {"benchmarks": ["minerva", "gsm8k"]}, "prompts": [source]}
+        sets = [f"{key}={json.dumps(value)}" for key, value in (settings | changed).items()]
+        return catalog.check_recipe(catalog.load_recipe("tiny", sets), prompts=True)
+
+    [note] = notes()
+    assert "the card of minerva names no `revision` of " in note
+    path = tmp_path / "minerva.jsonl"
+    path.write_text('{"question": "q", "answer": "1"}\n')
+    assert notes(**{"eval.benchmarks": ["minerva"], "eval.sources": {"minerva": str(path)}}) == []
+    assert len(notes(**{"eval.benchmarks": ["minerva"], "filter.decontaminate": True})) == 1

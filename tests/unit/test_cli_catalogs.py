@@ -91,3 +91,19 @@ def test_a_run_that_is_not_there_yet_is_a_note(tmp_path, monkeypatch, capsys):
         cli.main()
     assert end.value.code == 0
     assert "note: there is no run runs/later yet, whose traces are read" in capsys.readouterr().out
+
+
+def test_a_benchmark_that_no_grader_can_score_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    for task in ("chat", "math"):
+        card = {"name": "talk", "prompts": {"kind": "file", "path": str(tmp_path / "a.jsonl"), "task": task}}
+        (tmp_path / f"{task}.yaml").write_text(json.dumps(card))
+    monkeypatch.setattr(
+        sys, "argv", ["distill", "benchmarks", "check", *(str(tmp_path / f"{t}.yaml") for t in ("chat", "math"))]
+    )
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    streams = capsys.readouterr()
+    assert end.value.code == 2 and streams.err.count("\n") == 1
+    assert "chat.yaml: task 'chat' has no grader; set `task` to one of math, choice, code" in streams.err
+    assert "math.yaml: ok" in streams.out

@@ -114,6 +114,46 @@ def test_a_short_problem_is_a_copy_where_the_rest_of_the_prompt_asks_nothing(
     assert match is not None and match.verbatim is copied
 
 
+BAHIA = "What is the largest city of Brazil in the state of Bahia, and who founded it?"
+
+
+@pytest.mark.parametrize(
+    ("item", "prompt", "hit"),
+    [
+        ("What is the capital of France?", "What is the capital of Spain?", False),
+        ("What is the capital of France?", "Name the capital city of France.", True),
+        ("Who wrote Hamlet?", "Who wrote Macbeth?", False),
+        ("Who wrote Hamlet?", "Which author wrote Hamlet?", True),
+        ("What year was Marie Curie born?", "What year was Pierre Curie born?", False),
+        ("What year was Marie Curie born?", "In what year was Curie born?", True),
+        ("How many moons does Jupiter have?", "Jupiter has how many moons?", True),
+        ("In which year did the Titanic sink?", "In what year did the Lusitania sink?", False),
+        (BAHIA, BAHIA.replace("Bahia", "Parana"), False),
+        (BAHIA, f"Answer in English. {BAHIA}", True),
+        (
+            "Ann has 17 pears and buys 5. How many has Ann?",
+            "Today Bob has 17 pears and buys 5. How many has Bob?",
+            True,
+        ),
+    ],
+)
+def test_a_short_question_about_another_name_is_another_question(item: str, prompt: str, hit: bool) -> None:
+    match = index(item).best(prompt)
+    assert (match is not None and (match.verbatim or match.score >= THRESHOLD)) is hit
+
+
+def test_a_question_about_another_name_does_not_hide_the_problem_behind_it() -> None:
+    problems = index("What is the capital of France?", "What is the capital of Spain?")
+    match = problems.best("Name the capital city of Spain.")
+    assert match is not None and match.item.name == "b/1" and match.score >= THRESHOLD
+    assert problems.best("What is the capital of Peru?") is None
+
+
+def test_names_that_begin_a_sentence_are_not_certain() -> None:
+    terms = terms_of("Hamlet: Tell me, who wrote it? Was it Shakespeare?")
+    assert terms.names == {"hamlet", "tell", "shakespear"} and terms.certain_names == {"shakespear"}
+
+
 def test_problems_without_spaces_are_compared_by_pairs_of_characters() -> None:
     assert terms_of("细胞膜的。叙述").words == {"细胞", "胞膜", "膜的", "叙述"}
     assert terms_of("膜").words == {"膜"} and terms_of("膜 abc 膜").tokens == ("膜", "abc", "膜")

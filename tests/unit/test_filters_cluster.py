@@ -1,17 +1,22 @@
 """`--on ray` without Ray, and with addresses where no cluster is: one line, at once, and nothing written."""
 
+import pickle
+import re
 import socket
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from filter_support import add, make_recipe, make_trace
 
+from distill import __version__
 from distill.errors import UserError
 from distill.filters import cluster
 from distill.filters.cluster import require_ray
 from distill.filters.pipeline import STAGE
+from distill.filters.resources import judges_identity
 from distill.run import Run
 
 
@@ -65,3 +70,37 @@ def test_an_address_where_something_listens(monkeypatch: pytest.MonkeyPatch) -> 
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         require_ray()
+
+
+# ---- versions
+
+
+def actor() -> cluster.Actor:
+    recipe = make_recipe()
+    job = cluster.Job(recipe, "/no/such/directory", ["math"], judges_identity(recipe, ["math"]))
+    return cluster.Actor(__version__, pickle.dumps(job))
+
+
+def test_a_node_with_the_same_versions_judges() -> None:
+    made = actor()
+    [(position, judged)] = made.judge([(7, make_trace())])
+    assert position == 7 and judged.kept
+    assert made._judge is not None
+    made._judge.__exit__(None, None, None)
+
+
+def test_a_node_with_another_distill_is_refused_before_the_recipe_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = actor()
+    made.job = b"as another version wrote it"
+    monkeypatch.setattr(cluster, "__version__", "0.0.1")
+    with pytest.raises(UserError, match=f"node .* distill is 0.0.1 and not {re.escape(__version__)}; install the same"):
+        made.ready()
+
+
+def test_a_node_with_another_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = actor()
+    monkeypatch.setattr("distill.grading.identity.installed", lambda package: "9.9" if package == "sympy" else None)
+    with pytest.raises(
+        UserError, match=rf"other versions .*: math\.sympy is 9\.9 and not {re.escape(version('sympy'))}"
+    ):
+        made.judge([(0, make_trace())])

@@ -10,10 +10,14 @@ from filter_support import add, make_recipe, make_trace, run_filter
 from distill.errors import UserError
 from distill.filters.correct import Correct
 from distill.filters.finish import Finish
-from distill.filters.pipeline import STAGE, judges_identity
+from distill.filters.pipeline import STAGE
+from distill.filters.resources import judges_identity
+from distill.grading.code import CodeGrader
 from distill.grading.graders import GRADERS
 from distill.grading.identity import changes, graders_identity
 from distill.grading.math import MathGrader
+from distill.grading.sandbox import levels
+from distill.prompts import Prompt
 from distill.run import Run
 from distill.traces.ledger import Ledger
 
@@ -28,11 +32,16 @@ def wrong(patch: pytest.MonkeyPatch, version: int) -> None:
     patch.setattr(MathGrader, "rule", lambda self, gold, answer: ("wrong", "scripted"))
 
 
+def at_level(patch: pytest.MonkeyPatch, level: str) -> None:
+    patch.setattr(levels, "this_machine", lambda: (level, {}, ()))
+
+
 def judged_by(run: Path) -> set[str]:
     return {row["judged_by"] for row in Ledger(run / "filtered" / "verdicts.jsonl").rows()}
 
 
 def test_an_identity_names_versions_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_level(monkeypatch, "full")
     identity = graders_identity(["math", "code", "chat"])
     assert identity.keys() == {"math.version", "math.sympy", "code.version", "code.python"}
     assert all(identity.values()) and identity["code.python"].count(".") == 2
@@ -94,6 +103,35 @@ def test_verdicts_without_a_version_are_given_again(tmp_path: Path, capsys: pyte
     assert run_filter(run, numbered(3, 5)).kept == 5
     assert "3 traces had verdicts of other versions" in capsys.readouterr().out
     assert len(judged_by(run)) == 1
+
+
+# ---- isolation
+
+
+def test_the_level_of_isolation_is_part_of_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`full` is left out, as it was before the level was recorded: such verdicts stay valid."""
+    identities = {}
+    for level in levels.LEVELS:
+        at_level(monkeypatch, level)
+        identities[level] = graders_identity(["code", "math"])
+    assert identities["process"] == identities["full"] | {"code.level": "process"}
+    assert identities["landlock"] == identities["full"] | {"code.level": "landlock"}
+    assert "code.level" not in identities["full"]
+
+
+def test_verdicts_of_another_level_are_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CodeGrader, "rule", lambda self, gold, answer: ("correct", "scripted"))
+    prompt = Prompt.from_question("Print one.", '{"test_cases": [{"type": "stdin_stdout", "output": "1"}]}', "code")
+    text = "<think>a</think>```python\nprint(1)\n```"
+    traces = [make_trace(text, prompt=prompt)]
+    source = {"kind": "file", "path": "tasks.jsonl", "task": "code", "extract": "tests"}
+    settings: dict[str, Any] = {"correct": {"sandbox": "process"}, "prompts": [source]}
+    at_level(monkeypatch, "process")
+    run_filter(tmp_path / "run", traces, **settings)
+    first = judged_by(tmp_path / "run")
+    at_level(monkeypatch, "full")
+    run_filter(tmp_path / "run", **settings)
+    assert len(first) == len(judged_by(tmp_path / "run")) == 1 and first != judged_by(tmp_path / "run")
 
 
 # ---- decontamination

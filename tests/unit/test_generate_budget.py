@@ -196,6 +196,24 @@ def test_attempts_that_had_begun_to_answer_are_counted(failed, room, made, used,
     assert len(at.asked) == 1 + made and allowance.used.tokens == used
 
 
+def test_failed_attempts_are_counted_by_the_next_command(recipe, monkeypatch, capsys):
+    """The first answer breaks off, and what it may have used leaves no room for another one, in any command."""
+
+    def reply(number, handler):
+        return (200, "text/event-stream", HALF + ERROR) if number == 0 else (200, JSON, body(chat()))
+
+    with listening_server(reply) as made:
+        name = recipe(made, {"tokens": BOUND + 10}, {"model": "m", "concurrency": 1})
+        for _ in range(2):
+            assert distill(monkeypatch, "generate", name) == 1 and stored() == 0 and len(made.asked) == 1
+            assert f"({BOUND} of {BOUND + 10} tokens): 16 of 16 samples are left" in capsys.readouterr().err
+        recipe(made, {"tokens": 10_000}, {"model": "m", "concurrency": 1})
+        assert distill(monkeypatch, "generate", name) == 0 and stored() == 16
+    assert f"budget: {BOUND + 160} of 10,000 tokens" in capsys.readouterr().out
+    assert distill(monkeypatch, "generate", name, "--fresh", "generate", "--set", "generate.budget.tokens=9") == 2
+    assert "one sample may use" in capsys.readouterr().err, "the failed attempts of moved traces are not counted"
+
+
 def test_a_budget_below_one_sample_says_so(recipe, monkeypatch, capsys):
     price = {"input": 1, "output": 1_000_000, "date": "2026-01-01", "source": "a test"}
     with server(right) as script:

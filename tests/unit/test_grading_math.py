@@ -204,3 +204,17 @@ def test_choices_are_letters(response: str, verdict: str) -> None:
     with Grader() as grader:
         ((_, grade),) = grader.grade([(0, Prompt.from_question("A) 3 mol B) 4 mol", "B", "choice"), response)])
     assert grade.verdict == verdict, grade
+
+
+@pytest.mark.parametrize(
+    ("gold", "reason"),
+    [
+        (r"x \in [1\text{ cm}, 2]", "not parseable"),
+        (r"\{1\text{ cm}, 2\} \cup \{3\}", "not parseable"),
+        (r"x \in (i, 2)", "not an interval"),
+        (r"x \in 5", "not a set"),
+    ],
+)
+def test_a_set_that_is_not_read_has_the_reason_of_its_end(gold: str, reason: str) -> None:
+    """An end with a unit is not an expression; sympy refuses an end that is not a real number."""
+    assert judge(gold, "5", True) == ("unverifiable", f"gold not read: {reason}")

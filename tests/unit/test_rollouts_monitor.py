@@ -81,6 +81,11 @@ def test_on_policy_is_offered_none_of_grpos_options():
         ramp(300, length=(500, 60), truncated=(0.9, 0.0), repetition=(0.8, 0.0), entropy=(3.0, 0.1)),
         ramp(300, length=(490, 512), truncated=(0.9, 1.0)),  # the base rambled already
         ramp(300, repetition=(0.7, 0.95)),
+        series((20, {}), (50, {"length": 480.0, "truncated": 0.7})),  # longer, and one in three still ends
+        series((20, {"truncated": 0.5}), (50, {"length": 480.0, "truncated": 0.78})),  # cut off from the beginning
+        series((20, {}), (50, {"length": 140.0, "truncated": 0.9})),  # cut off more, but not longer
+        series((20, {}), (50, {"repetition": 0.49})),
+        series((20, {}), (50, {"entropy": 0.011})),
         series((20, {}), (100, {"entropy": 0.0001, "correct": 0.97})),  # sure of what is right
         series(
             (20, {"correct": None, "teacher_kl": 0.8}), (100, {"entropy": 0.001, "teacher_kl": 0.1, "correct": None})

@@ -1,18 +1,15 @@
-"""Rewards of rollouts: every part by hand, unverifiable rollouts, truncated ones, and advantages of a group."""
+"""Rewards of rollouts: every part by hand, unverifiable rollouts, and truncated ones."""
 
 from dataclasses import dataclass
 
 import pytest
 from filter_support import GOOD, make_trace
-from hypothesis import given
-from hypothesis import strategies as st
 
 from distill.errors import UserError
 from distill.prompts.prompt import Prompt
 from distill.train.rollouts.rewards import (
     Reward,
     Rewarder,
-    advantages,
     check_gradable,
     language_consistency,
     overlong,
@@ -175,33 +172,6 @@ def test_a_judge_grades_its_task_and_no_other():
     traces = [answered("fine", prompt=prompt), answered("\\boxed{42}"), answered("bad", prompt=prompt)]
     assert [reward.correct for reward in rewards(*traces, judge=Judge())] == [True, True, False]
     assert rewards(cut("fine", prompt=prompt), judge=Judge())[0].correct is False  # it could have gone on
-
-
-# ---- advantages
-
-
-def test_advantages_of_a_group_by_hand():
-    assert advantages([1, 0, 0, 1]) == [0.5, -0.5, -0.5, 0.5]
-    assert advantages([1, 0, 0, 1], "group") == pytest.approx([0.75**0.5, -(0.75**0.5), -(0.75**0.5), 0.75**0.5])
-    assert advantages([1.0, None, 0.0, None]) == [0.5, 0.0, -0.5, 0.0]
-
-
-@pytest.mark.parametrize("group", [[], [1.0], [None, None], [1.0, None], [0.3, 0.3, 0.1 + 0.2], [0, 0, None, 0]])
-def test_a_group_without_variance_has_no_advantages(group):
-    assert advantages(group) is None
-    assert advantages(group, "group") is None
-
-
-@given(st.lists(st.none() | st.floats(-10, 10), max_size=16))
-def test_advantages_sum_to_zero_and_keep_the_order_of_the_rewards(group):
-    for normalise in ("none", "group"):
-        result = advantages(group, normalise)
-        if result is None:
-            continue
-        known = [(reward, each) for reward, each in zip(group, result, strict=True) if reward is not None]
-        assert sum(result) == pytest.approx(0, abs=1e-6)
-        assert [each for _, each in sorted(known)] == sorted(each for _, each in known)
-        assert all(each == 0 for reward, each in zip(group, result, strict=True) if reward is None)
 
 
 # ---- before the first step

@@ -44,6 +44,7 @@ TABLE: dict[str, dict[str, str]] = {
     | dict.fromkeys(
         (
             "pack",
+            "repack",
             "linear",
             "linears",
             "swiglu_linear",

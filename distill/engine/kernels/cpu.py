@@ -47,7 +47,7 @@ from distill.engine.kernels.cpu_structs import (
 from distill.engine.kernels.ops import GroupBy, Scoring
 from distill.engine.kernels.reference import device as device
 from distill.engine.kernels.reference import side_by_side as side_by_side
-from distill.engine.kernels.stored import Place, Stored
+from distill.engine.kernels.stored import Place, Plain, Stored
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,6 +69,12 @@ def has_nan_codes(codes: Tensor) -> bool:
 def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Packed:
     """As reference.pack: panels of 64 outputs, in the stored form. Raises Damaged."""
     return Packed([weight], dtype, place)
+
+
+def repack(packed: Packed, numbers_nc: Tensor) -> None:
+    """As reference.repack. The memory is another one only where the new numbers are kept in another dtype than the old
+    ones: float32 in place of bfloat16, or the reverse, with compute dtype float32."""
+    packed.fill([Plain(numbers_nc)])
 
 
 def pack_heads(weights: Sequence[Stored], dtype: torch.dtype) -> Packed:

@@ -43,12 +43,23 @@ class Packed:
     """A matrix [n, c], or `groups` of them, in panels. `parts`: bfloat16 parts that activations are split into."""
 
     def __init__(self, weights: list[Stored], dtype: torch.dtype, place: Place | None = None) -> None:
-        self.parts = _parts(dtype)
-        matrices = [with_rows(weight.kept(dtype)) for weight in weights]
-        self.n, self.k = matrices[0].shape
+        self._dtype, self.parts = dtype, _parts(dtype)
+        self.n, self.k = weights[0].shape
+        self._memory, self.nbytes = Memory(0), 0
+        self.struct = PackedMatrix(kind=0, n=self.n, k=self.k, groups=len(weights), data=None, scale=None)
+        self.address = addressof(self.struct)
+        self.fill(weights, place)
+
+    def fill(self, weights: list[Stored], place: Place | None = None) -> None:
+        """Pack these matrices, of the same shapes, in place of those that are packed. Raises Damaged.
+
+        Memory is allocated only where another amount is needed.
+        """
+        matrices = [with_rows(weight.kept(self._dtype).cpu()) for weight in weights]
         self.kind = kind = _KINDS[matrices[0].dtype]
         size = packed_bytes(kind, self.n, self.k)
-        self._memory, self.nbytes = Memory(len(weights) * size), len(weights) * size
+        if self.nbytes != len(weights) * size:
+            self._memory, self.nbytes = Memory(len(weights) * size), len(weights) * size
         jobs = np.zeros(len(weights), _JOB)
         for index, (weight, matrix) in enumerate(zip(weights, matrices, strict=True)):
             jobs[index] = _job(weight, matrix, place)
@@ -58,11 +69,8 @@ class Packed:
         self._scale = _panel_scales(weights, self.n)
         for weight in weights:
             weight.check_scale()
-        scale = None if self._scale is None else self._scale.data_ptr()
-        self.struct = PackedMatrix(
-            kind=kind, n=self.n, k=self.k, groups=len(weights), data=self._memory.begin, scale=scale
-        )
-        self.address = addressof(self.struct)
+        self.struct.kind, self.struct.data = kind, self._memory.begin
+        self.struct.scale = None if self._scale is None else self._scale.data_ptr()
 
     def reads_like(self, other: Packed) -> bool:
         """Whether both read activations in the same form: float32 as it is, or parts of it."""

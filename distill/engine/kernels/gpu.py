@@ -36,6 +36,7 @@ from distill.engine.kernels.reference import decode_plan as decode_plan
 from distill.engine.kernels.reference import session as session
 from distill.engine.kernels.stored import FP8_BLOCK, Place, Stored
 from distill.engine.kernels.w8a8 import Activations, Fp8Matrix, Packed, Quantised, dense_rows
+from distill.engine.kernels.w8a8 import repack as repack
 
 if triton.knobs.runtime.interpret:
     from distill.engine.kernels.gpu_interpreter import correct

@@ -158,6 +158,9 @@ class Column(Protocol[P, H, B, A_co, X]):
     def pack(self, weight: Stored, dtype: torch.dtype, place: Place | None = None, /) -> P:
         """The form in which products take a weight. Raises Damaged."""
 
+    def repack(self, packed: P, numbers_nc: Tensor, /) -> None:
+        """Other numbers for a packed matrix that is not FP8, in place, from any device. Raises Damaged."""
+
     def pack_heads(self, weights: Sequence[Stored], dtype: torch.dtype, /) -> H:
         """One matrix a head, in the form in which `per_head` and `prefill_mla` take them."""
 

@@ -93,6 +93,12 @@ def pack(weight: Stored, dtype: torch.dtype, place: Place | None = None) -> Pack
     return fp8_matrix(quantised)
 
 
+def repack(packed: Packed, numbers_nc: Tensor) -> None:
+    """As reference.repack."""
+    assert isinstance(packed, Tensor)
+    reference.repack(packed, numbers_nc)
+
+
 def fp8_matrix(weight: Fp8) -> Fp8Matrix:
     """Codes padded with zeros to whole groups of 128 columns."""
     padding = -weight.codes.shape[1] % FP8_BLOCK

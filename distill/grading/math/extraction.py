@@ -1,19 +1,21 @@
-"""Find the final answer of a response, and of what a data set gives as its gold answer. Linear time, no parser.
+"""Extract the final answer of a response, and the gold answer of a data set's answer field, in linear time.
 
-Only text that the answerer *marked* as its answer can be wrong. Marks, inside `<answer>…</answer>` where there is one:
+Only text that the response *marks* as its answer can be graded wrong. Where the response has `<answer>…</answer>`, only
+the text inside is searched. The marks, and the guesses where there is none:
 
   boxed       the last `\\boxed{…}`, braces balanced; boxes joined by commas, "and" or labels are one answer
-  stated      "the answer is …", "Answer: …"; it replaces a box that precedes it, where it is a formula
-  tag         the whole of `<answer>…`, closed or cut off
+  stated      "the answer is …", "Answer: …"; a stated formula replaces a box that precedes it
+  tag         the whole content of `<answer>…`, closed or cut off
   hashes      GSM8K's `#### 42`
-  bare        a response that is one line and nothing but an expression
-  sentence    "the answer is …" with prose around the answer: its last formula or number is a guess
-  last line   no mark: the last formula or number of the last line is a guess
+  bare        a response that consists of one line with an expression
+  sentence    "the answer is …" with prose around the answer; its last formula or number is a guess
+  last line   no mark; the last formula or number of the last line is a guess
 
-A guess is correct if it equals the gold answer and otherwise unverifiable, because "42 dollars for 3 people" would make
-3 a wrong answer. Rejected: searching the whole response for any number, which turns "no answer" into "wrong".
+A guess is correct if it equals the gold answer, and otherwise unverifiable: in "42 dollars for 3 people" the guess 3
+must not count as a wrong answer. Rejected: searching the whole response for any number, which turns "no answer" into
+"wrong".
 
-Reasoning is never searched: a box inside `<think>` is not an answer.
+Reasoning is not searched: a box inside `<think>` is not an answer.
 """
 
 import re
@@ -23,7 +25,7 @@ from distill.grading.math.spelling import ENVIRONMENT, has_words, repaired
 from distill.prompts.boxes import boxed, boxed_end, hashes, last_box_end
 from distill.prompts.prompt import outside_blocks
 
-CUT_OFF_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")  # in a text without a whole one
+CUT_OFF_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")  # in a text without a complete box
 TURN = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end_of_sentence)\|>")
 STATED = re.compile(
     r"\banswers?[*_]*(?:\s+(?:is|are)\b[*_]*[\s:]*|\s*[:=]\**\s*)|^[ \t]*A:[ \t]*(?=\S)"
@@ -39,18 +41,19 @@ NUMERAL = re.compile(
     r"(?:\s*(?:%|\\%|percent\b|pct\b|\N{DEGREE SIGN}|\N{EURO SIGN}))?"
 )
 NEGATED = re.compile(r"(?:\bnot|n't|\bnever)\s*$")
-MISSING = {"nan", "none", "null", "n/a", "<na>"}  # how tables spell that there is nothing
+MISSING = {"nan", "none", "null", "n/a", "<na>"}  # spellings of a missing value in tables
 
 
 def scope_of(response: str) -> tuple[str, bool]:
-    """The part of a response that may hold the answer, and whether `<answer>` marks it. Reasoning is left out."""
+    """Return the part of a response that may contain the answer, and whether `<answer>` marks it. Reasoning is
+    excluded."""
     text = TURN.split(outside_blocks(response), maxsplit=1)[0].strip()
     tagged = text.rpartition("<answer>")[2].partition("</answer>")[0].strip() if "<answer>" in text else ""
     return tagged or text, bool(tagged)
 
 
 def final_answer(response: str) -> Answer | None:
-    """Find the answer of a completion. Reasoning is not searched, whether its block is closed or not."""
+    """Extract the answer of a completion. Reasoning is not searched, whether or not its block is closed."""
     scope, tagged = scope_of(_unescaped(response))
     box = boxed(scope)
     stated, begin = _stated(scope)
@@ -74,9 +77,9 @@ def final_answer(response: str) -> Answer | None:
 
 
 def gold_answer(gold: str) -> str:
-    """Extract the answer: data sets give it alone, in a box at the end of a solution, after `####` or after `A:`.
+    """Extract the gold answer of an answer field: the answer, or a solution that ends with a box, `####` or `A:`.
 
-    Empty for the words by which tables say that a value is missing.
+    Returns an empty string for the spellings of a missing value (`MISSING`).
     """
     text = _unescaped(gold).strip()
     if text.casefold() in MISSING:
@@ -97,19 +100,20 @@ def _unescaped(text: str) -> str:
 
 
 def formulas(line: str) -> list[str]:
-    """The formulas of the last sentence with any, and the numbers after them, from last to first; no negated ones."""
+    """Return the formulas of the last sentence that has formulas or numbers, and the numbers after its last formula,
+    from last to first. Negated candidates ("not 5") are excluded."""
     for sentence in reversed(SENTENCE_END.split(line)):
-        found = list(FORMULA.finditer(sentence))
-        behind = found[-1].end() if found else 0
-        found += list(NUMERAL.finditer(sentence, behind))
-        if found:
-            kept = [match for match in found if not NEGATED.search(sentence, 0, match.start())]
-            return [next(part for part in (*match.groups(), match[0]) if part).strip() for match in reversed(kept)]
+        matches = list(FORMULA.finditer(sentence))
+        end = matches[-1].end() if matches else 0
+        matches += list(NUMERAL.finditer(sentence, end))
+        if matches:
+            accepted = [match for match in matches if not NEGATED.search(sentence, 0, match.start())]
+            return [next(part for part in (*match.groups(), match[0]) if part).strip() for match in reversed(accepted)]
     return []
 
 
 def _stated(text: str) -> tuple[str | None, int]:
-    """The text after the last "answer is" or "answer:", up to the end of its sentence, and where it begins."""
+    """Return the text after the last "answer is" or "answer:", up to the end of its sentence, and its start offset."""
     matches = list(STATED.finditer(text))
     if not matches:
         return None, 0
@@ -124,7 +128,7 @@ def _stated(text: str) -> tuple[str | None, int]:
 
 
 def _is_formula(text: str) -> bool:
-    """Whether a statement can replace a box: an expression, maybe with a unit, and no prose."""
+    """Return whether a stated text can replace a box: an expression, perhaps with a unit, without prose."""
     trimmed = _trim(text)
     words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", "", ENVIRONMENT.sub("", trimmed)))
     return bool(trimmed) and len(trimmed) <= 200 and len(words) <= 1

@@ -3,6 +3,8 @@
 Every process of a world runs this, with the same arguments.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ from distill.train.learn.loop import Loop
 from distill.train.ranks.checkpoint import Checkpoints, writing
 from distill.train.ranks.world import World, whole
 from distill.train.rows import teacher
-from distill.train.rows.feed import StoredFeed
+from distill.train.rows.feed import Feed, StoredFeed
 from distill.train.rows.stored import TrainingSet
 from distill.train.student import card as cards
 from distill.train.student import methods, model
@@ -45,8 +47,10 @@ class Task:
     shares: tuple[float, ...] = (1.0,)
 
 
-def fit(task: Task, rows: TrainingSet, world: World) -> TrainSummary:
+def fit(task: Task, rows: TrainingSet | None, world: World) -> TrainSummary:
     """Train, from the newest checkpoint if there is one, and write the student. Returns the stage's summary.
+
+    rows: None for an objective that trains on rollouts alone.
 
     Errors: WorkError when a loss is not finite or the disk is full; UserError for weights that cannot be trained.
     """
@@ -58,11 +62,10 @@ def fit(task: Task, rows: TrainingSet, world: World) -> TrainSummary:
         world.accelerator.init_trackers(recipe.name, config=settings.settings())
     checkpoints = Checkpoints(paths.checkpoints, settings.save_total_limit, world, task.fingerprint)
     built = build(task, world)
-    teaching = teacher.load(paths.tokens) if settings.objective.teacher_top_k else None
-    feed = StoredFeed(rows, settings, world.size, task.shares, teaching)
-    loop = Loop(built.learner, feed, settings, checkpoints, world, built.wrapped)
-    loop.run()
-    summary = loop.summary()
+    with feeding(task, rows, built, world) as feed:
+        loop = Loop(built.learner, feed, settings, checkpoints, world, built.wrapped)
+        loop.run()
+        summary = loop.summary()
     weights = trained_weights(task, built, world)
     chat = Chat.load(task.models.base.directory, task.models.training_template)
     filtered = cards.summary(paths, "filter", FilterSummary)
@@ -72,6 +75,25 @@ def fit(task: Task, rows: TrainingSet, world: World) -> TrainSummary:
     if settings.report_to:
         world.accelerator.end_training()
     return summary
+
+
+@contextmanager
+def feeding(task: Task, rows: TrainingSet | None, built: "Built", world: World) -> Iterator[Feed]:
+    """The feed of a training: encoded rows, rollouts, or both."""
+    settings = task.recipe.train
+    stored = None
+    if rows is not None:
+        teaching = teacher.load(task.paths.tokens) if settings.objective.teacher_top_k else None
+        stored = StoredFeed(rows, settings, world.size, task.shares, teaching)
+    if settings.objective.rollout_settings is None:
+        assert stored is not None
+        yield stored
+        return
+    from distill.train.rollouts.setup import rollout_feed
+
+    trained = built.adapted.get_base_model() if built.adapted else built.base
+    with rollout_feed(task.recipe, task.models, task.paths, trained, world, stored) as feed:
+        yield feed
 
 
 @dataclass(frozen=True)

@@ -231,16 +231,18 @@ class Loop:
         """Write one line for the steps since the last one: the mean of each loss part over their supervised tokens."""
         at = self.position
         (tokens, seconds), self.logged_at = self.logged_at, (at.tokens, at.seconds)
-        supervised = max(1, sum(step.supervised for step in at.window))
+        supervised = sum(step.supervised for step in at.window)
         means = [
-            sum(step.parts[i] * step.supervised for step in at.window) / supervised for i in range(len(self.parts))
+            sum(step.parts[i] * step.supervised for step in at.window) / max(1, supervised)
+            for i in range(len(self.parts))
         ]
         at.first_loss = means[0] if at.first_loss is None else at.first_loss
         at.last_loss = means[0]
         row: dict[str, JsonValue] = {
             "step": at.step,
             "epoch": self.feed.epoch(at.step),
-            **dict(zip(self.parts, means, strict=True)),
+            "loss": means[0],
+            **{part: mean if supervised else None for part, mean in list(zip(self.parts, means, strict=True))[1:]},
             **averaged([step.figures or {} for step in at.window]),
             **({} if eval_loss is None else {"eval_loss": eval_loss}),
             "learning_rate": self.settings.learning_rate * schedule(self.settings, at.step - 1, self.total),

@@ -15,6 +15,7 @@ from distill.train.learn.fit import Task, fit
 from distill.train.ranks import memory
 from distill.train.ranks.world import World
 from distill.train.rows import stored
+from distill.train.rows.stored import TrainingSet
 from distill.train.student.model import configuration
 
 
@@ -29,11 +30,19 @@ def train_rank(recipe: Recipe, directory: Path, world: World | None = None) -> T
     Errors: UserError when the training does not fit into memory; WorkError as `fit`.
     """
     paths = RunPaths(directory)
-    rows = stored.load(paths.tokens)
-    assert rows is not None, "rows are prepared before ranks train on them"
     models = Models(recipe, directory)
+    rows: TrainingSet | None = None
+    if recipe.train.objective.reads_data:
+        rows = stored.load(paths.tokens)
+        assert rows is not None, "rows are prepared before ranks train on them"
     world = world or join(recipe, directory)
-    layout = memory.check(recipe, rows, configuration(models.base.directory, recipe.train), world.size)
+    largest: TrainingSet | tuple[int, int] | None = rows
+    if recipe.train.objective.rollout_settings is not None:
+        from distill.train.rollouts import setup
+
+        largest = setup.largest_batch(recipe, models)
+    assert largest is not None, "an objective reads traces or rollouts"
+    layout = memory.check(recipe, largest, configuration(models.base.directory, recipe.train), world.size)
     world.layout = "fsdp" if world.any(layout == "fsdp") else layout  # free memory may look different to each rank
     record = StageRecord.read(paths.record("train"), "run `distill train` again")
     shares = tuple(source.weight for source in recipe.train.data)

@@ -264,8 +264,10 @@ def estimate(
     )
 
 
-def check(recipe: Recipe, rows: TrainingSet, config: PretrainedConfig, processes: int) -> Layout:
+def check(recipe: Recipe, rows: TrainingSet | tuple[int, int], config: PretrainedConfig, processes: int) -> Layout:
     """The layout that the recipe asks for, or the first that fits. Errors: UserError when the training cannot fit.
+
+    rows: the encoded rows, or the (tokens, supervised tokens) of the largest batch.
 
     On a CPU processes share the memory; on GPUs each has its own.
     """
@@ -274,7 +276,7 @@ def check(recipe: Recipe, rows: TrainingSet, config: PretrainedConfig, processes
     layouts: tuple[Layout, ...] = ("one",) if processes == 1 else ("ddp", "fsdp")
     if processes > 1 and settings.parallel != "auto":
         layouts = (settings.parallel,)
-    tokens, supervised = largest_batch(rows, settings)
+    tokens, supervised = rows if isinstance(rows, tuple) else largest_batch(rows, settings)
     tried: dict[Layout, Memory] = {}
     for layout in layouts:
         dtypes = methods.dtypes(settings, torch.device(device), sharded=layout == "fsdp")

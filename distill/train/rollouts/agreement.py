@@ -103,8 +103,8 @@ def _disagreement(label: str, kind: Kind, student: Chat, teacher: Chat) -> list[
         ends = f" (the teacher's end tokens: {tokens_text(teacher, teacher.stop_token_ids)})" if label == END else ""
         return [
             f"warning: where the student writes {token}, the teacher's median probability of it is {theirs:.2g}, "
-            f"the student's {ours:.2g}, at {len(kind.teacher):,} places: templates or end tokens do not fit{ends}; check "
-            f"train.chat_template, and `chat_template` in the teacher's card"
+            f"the student's {ours:.2g}, at {len(kind.teacher):,} places: templates or end tokens do not fit{ends}; "
+            f"check train.chat_template, and `chat_template` in the teacher's card"
         ]
     if fmean(kind.teacher) < DISAGREES * fmean(kind.student):
         return [

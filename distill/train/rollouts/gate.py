@@ -178,52 +178,51 @@ def _contents(messages: Sequence[Message], text: str) -> tuple[list[bool], str]:
 
 def _added(trace: Trace, theirs: Trace, student: Chat, teacher: Chat) -> list[str]:
     """A warning where one template adds words to a prompt that the other does not."""
-    ours, others = _words(trace, trace, student), _words(trace, theirs, teacher)
-    lines = []
-    for chat, words, other in ((student, ours, others), (teacher, others, ours)):
-        if len(words) >= ADDED and words != other:
-            lines.append(
-                f"warning: the chat template of {chat.where} adds {_shown(' '.join(words))} to the prompt, which the "
-                f"other one does not"
-            )
-    return lines
+    frames = [(student, _frame(trace, trace, student)), (teacher, _frame(trace, theirs, teacher))]
+    words = [[word for word in re.findall(r"[^\W_]{2,}", frame) if word.lower() not in ROLES] for _, frame in frames]
+    return [
+        f"warning: the chat template of {chat.where} adds words to the prompt that the other one does not: "
+        f"{_shown(frame)}"
+        for (chat, frame), added in zip(frames, words, strict=True)
+        if len(added) >= ADDED and words[0] != words[1]
+    ]
 
 
-def _words(trace: Trace, asked: Trace, chat: Chat) -> list[str]:
-    """The words that a template adds to the messages of a prompt, without control tokens and roles."""
+def _frame(trace: Trace, asked: Trace, chat: Chat) -> str:
+    """What a template adds to the messages of a prompt, without control tokens."""
     _, frame = _contents(trace.prompt.messages, _text(chat, asked.prompt_token_ids))
     control = sorted((token.content for token in chat.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     for token in (*control, THINK, END_THINK):
         frame = frame.replace(squash(token), " ") if token.strip() else frame
-    return [word for word in re.findall(r"[^\W_]{2,}", frame) if word.lower() not in ROLES]
+    return frame
 
 
 def _prove_completions(rollouts: Sequence[Trace], scored: Sequence[Trace], teacher: Chat) -> list[str]:
-    """The teacher reads each completion as it was written."""
-    read = [teacher.restore(teacher.decode(theirs.completion_token_ids)) for theirs in scored]
+    """The teacher reads each completion as it was written. A template that opens the reasoning is asked without its
+    opening where the student's text does not begin with it (`Chat.prompt_ids_of`)."""
+    opened = [_text(teacher, theirs.prompt_token_ids).endswith(teacher.prefill) for theirs in scored]
+    read = [
+        (teacher.prefill if open_ else "") + teacher.decode(theirs.completion_token_ids)
+        for open_, theirs in zip(opened, scored, strict=True)
+    ]
     changed = [i for i, trace in enumerate(rollouts) if squash(read[i]) != squash(trace.text)]
-    if not changed:
-        return [f"  teacher: asked exactly the student's prompts and texts ({teacher.where})"]
-    trace, text = rollouts[changed[0]], read[changed[0]]
-    opened = bool(teacher.prefill) and not trace.text.startswith(teacher.prefill)
-    why = (
-        f"its prompt has opened {teacher.prefill!r}, with which the student's text does not begin"
-        if opened
-        else f"the tokenizer of {teacher.where} changes it"
-    )
-    what = (
-        f"{len(changed):,} of {len(rollouts):,} rollouts are another text for the teacher: {why} (rollout "
-        f"{name(trace.key)}: {_shown(text)} instead of {_shown(trace.text)})"
-    )
-    remedy = (
-        "begin with a cold start by `sft` (train.phases), after which the student opens its reasoning, or set "
-        "train.chat_template to one that opens it"
-        if opened
-        else "use a teacher whose tokenizer keeps the text"
-    )
-    if len(changed) == len(rollouts):
-        raise UserError(f"{what}; {remedy}")
-    return [f"warning: {what}; {remedy}"]
+    if changed:
+        trace, text = rollouts[changed[0]], read[changed[0]]
+        what = (
+            f"{len(changed):,} of {len(rollouts):,} rollouts are another text for the teacher: its prompt or the "
+            f"tokenizer of {teacher.where} changes it (rollout {name(trace.key)}: {_shown(text)} instead of "
+            f"{_shown(trace.text)}); use a teacher whose tokenizer keeps the text"
+        )
+        if len(changed) == len(rollouts):
+            raise UserError(what)
+        return [f"warning: {what}"]
+    lines = [f"  teacher: asked exactly the student's prompts and texts ({teacher.where})"]
+    if closed := opened.count(False):
+        lines.append(
+            f"  {closed:,} of {len(rollouts):,} do not begin with {teacher.prefill!r}, which the teacher's template "
+            f"opens; it is asked without that there"
+        )
+    return lines
 
 
 def _prove_ends(rollouts: Sequence[Trace], student: Chat, teacher: Chat) -> list[str]:
@@ -232,9 +231,8 @@ def _prove_ends(rollouts: Sequence[Trace], student: Chat, teacher: Chat) -> list
     ended = [trace for trace in rollouts if not is_truncated(trace)]
     others = [trace for trace in ended if trace.completion_token_ids[-1] != end]
     if not others:
-        return [
-            f"  end of turn: {tokens_text(student, [end])} is the teacher's {tokens_text(teacher, teacher.stop_token_ids)}"
-        ]
+        theirs = tokens_text(teacher, teacher.stop_token_ids)
+        return [f"  end of turn: {tokens_text(student, [end])} stands for the teacher's {theirs}"]
     token = tokens_text(student, [others[0].completion_token_ids[-1]])
     what = (
         f"{len(others):,} of {len(ended):,} rollouts that ended did so with {token}, and the chat template of "

@@ -27,8 +27,7 @@ Parts with weight 0 are not computed. The graders' processes live as long as the
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
-from typing import Literal, Protocol
+from typing import Protocol
 
 from distill.console import say
 from distill.errors import UserError
@@ -44,7 +43,6 @@ from distill.prompts.prompt import END_THINK, THINK, Prompt
 from distill.traces.trace import Trace
 
 BUFFER = 0.2  # share of the token limit in which the length part falls: DAPO has 4,096 of 20,480 tokens
-SAME = 1e-6  # rewards of a group that differ by less have no variance but rounding
 WHERE = "train.objective.rewards.correct"
 
 
@@ -171,22 +169,6 @@ def overlong(tokens: int, limit: int) -> float:
     """The length part of a rollout of `tokens` completion tokens, from −1 at the limit to 0."""
     start = (1 - BUFFER) * limit
     return -min(1.0, max(0.0, (tokens - start) / (limit - start)))
-
-
-def advantages(rewards: Sequence[float | None], normalise: Literal["group", "none"] = "none") -> list[float] | None:
-    """The advantage of each rollout of a group: its reward less the group's mean.
-
-    normalise: `group` divides by the group's standard deviation (with n − 1, as TRL and verl), `none` does not
-    (Dr. GRPO, arXiv 2503.20783: dividing weighs questions that are too easy or too hard more). A rollout without a
-    reward does not take part, and its advantage is 0. Returns None if fewer than two take part or all of them have the
-    same reward: the group teaches nothing and is skipped.
-    """
-    values = [reward for reward in rewards if reward is not None]
-    if len(values) < 2 or max(values) - min(values) < SAME:
-        return None
-    mean = fmean(values)
-    scale = stdev(values) if normalise == "group" else 1.0
-    return [0.0 if reward is None else (reward - mean) / scale for reward in rewards]
 
 
 def check_gradable(

@@ -52,10 +52,11 @@ class Teacher:
     def score(self, rollouts: Sequence[Trace]) -> list[Taught]:
         """The rollouts, scored, in order. Errors: UserError and WorkError, as `Backend.score`."""
         asked = [self._read(trace) for trace in rollouts]
-        wanted = None
         if self.asks:
             wanted = [self._wanted(trace, theirs) for trace, theirs in zip(rollouts, asked, strict=True)]
-        scored = self.backend.score(asked, self.k, wanted)
+            scored = self.backend.score(asked, self.k, wanted)
+        else:
+            scored = self.backend.score(asked, self.k)
         return [Taught(s, self._distribution(trace, s)) for trace, s in zip(rollouts, scored, strict=True)]
 
     def _read(self, trace: Trace) -> Trace:
@@ -105,8 +106,14 @@ class Teacher:
         assert scored.logprobs is not None and scored.top_logprobs is not None
         supervised = trace.completion_token_ids
         given, skipped = self._opened(trace)
+        tops = [  # the rollout's own token is among those known, likely or not
+            top if any(id_ == chosen for id_, _ in top) else (*top, (chosen, logprob))
+            for top, chosen, logprob in zip(
+                scored.top_logprobs, scored.completion_token_ids, scored.logprobs, strict=True
+            )
+        ]
         projected = self.projector.project(
-            given, scored.completion_token_ids, scored.logprobs, scored.top_logprobs, supervised, skipped
+            given, scored.completion_token_ids, scored.logprobs, tops, supervised, skipped
         )
         width = max(1, max((len(masses) for masses in projected if masses), default=1))
         ids = np.zeros((len(supervised), width), np.int32)

@@ -46,8 +46,7 @@ def prepare(
     nothing was written.
     """
     settings, weights = recipe.train, models.base.directory
-    limits = model.inspect(weights, settings)
-    check_trackers(settings.report_to)
+    limits = check_student(recipe, models)
     fingerprint = digest({**row_settings, **teacher_settings})
     if what := stored.damage(paths.tokens, fingerprint):
         say(f"{what}; encoding the rows again")
@@ -78,6 +77,12 @@ def prepare(
         raise
     stored.store(rows, encoder.directory, fingerprint)
     return keep(encoder.directory, paths.tokens, fingerprint)
+
+
+def check_student(recipe: Recipe, models: Models) -> gate.Limits:
+    """Refuse a base whose files are broken, and trackers that are not there. Errors: UserError."""
+    check_trackers(recipe.train.report_to)
+    return model.inspect(models.base.directory, recipe.train)
 
 
 def check_trackers(names: Sequence[str]) -> None:

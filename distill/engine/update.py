@@ -1,0 +1,79 @@
+"""Other weights for a loaded model, in place: a student that is being trained samples from what it has learned so far.
+
+Loading notes where the numbers of every published tensor are (`ModelWeights.held`), so names, shapes and order have one
+source, the reader. Each tensor is then packed straight into the memory that the old one takes: memory grows by one
+tensor in the dtype of the kernels at most, and CUDA graphs and pointers in kernels' arguments stay valid. The result is
+bit for bit what loading a directory with these weights gives.
+
+One exception to "in place": CPU kernels with compute dtype float32 keep bfloat16 matrices in bfloat16. When their new
+numbers are float32, a matrix gets new memory, once; rounding the weights instead would be silently wrong.
+
+Rejected: loading a new engine from files (writes and reads every weight, captures every graph again); packing a second
+model and copying it (twice the memory and four times the traffic); checking all tensors before the first is replaced
+(each would have to be gathered twice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distill.engine.families import FAMILIES
+from distill.engine.kernels.stored import Damaged
+from distill.engine.model import Model
+from distill.engine.weights import Held
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse_update(model: Model) -> None:
+    """Errors: ValueError for a model whose weights cannot be replaced."""
+    if not FAMILIES[model.spec.family].trains:
+        trained = ", ".join(name for name, family in FAMILIES.items() if family.trains)
+        raise ValueError(f"weights of the family {model.spec.family} cannot be updated; only dense ones can: {trained}")
+    if model.weights.stored.startswith("fp8"):
+        raise ValueError(
+            "the model was loaded from FP8 weights, which cannot be updated; load it from bfloat16 or float32 ones"
+        )
+
+
+def update_weights(model: Model, tensor: Callable[[str], Tensor]) -> str:
+    """Replace every weight; see `Engine.update`. Returns what `ModelWeights.stored` would be. Errors: ValueError."""
+    stored = ""
+    for name, held in model.weights.held.items():
+        given = tensor(name).detach()
+        _check_form(name, given, held)
+        stored = stored or str(given.dtype).removeprefix("torch.")  # of the first, the embedding, as in the reader
+        try:
+            with torch.inference_mode():
+                _replace(model, held, given)
+        except Damaged:
+            raise ValueError(
+                f"tensor {name} holds numbers that are not finite (NaN or infinity); the training diverged: lower its "
+                "learning rate or continue from an earlier checkpoint"
+            ) from None
+    return stored
+
+
+def _check_form(name: str, given: Tensor, held: Held) -> None:
+    if tuple(given.shape) != held.shape:
+        raise ValueError(
+            f"tensor {name} has shape {list(given.shape)}, the loaded model's is {list(held.shape)}; give weights of "
+            "the model that was loaded"
+        )
+    if given.dtype not in _DTYPES:
+        raise ValueError(
+            f"tensor {name} is {str(given.dtype).removeprefix('torch.')}; supported are float32, bfloat16 and float16"
+        )
+
+
+def _replace(model: Model, held: Held, given: Tensor) -> None:
+    """Raises Damaged."""
+    for matrix in held.matrices:
+        model.ops.repack(matrix, given)
+    for tensor in held.tensors:
+        tensor.copy_(given)
+        if not tensor.isfinite().all():
+            raise Damaged("values")

@@ -1,0 +1,146 @@
+"""What learning from rollouts needs before its first step: the checks that need no rollout, the settings that decide
+them, and everything a `RolloutFeed` is made of.
+
+The checks come before the stage begins, so that what they refuse leaves nothing behind.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from distill import backends
+from distill.artefacts import RunPaths
+from distill.backends.collect import asked
+from distill.errors import UserError
+from distill.filters.correct import Correct
+from distill.grading.graders import GRADERS
+from distill.models import Models
+from distill.objectives import Grpo, OnPolicy, RolloutSettings
+from distill.objectives.grpo import Rewards
+from distill.prompts import Prompt, load_prompts
+from distill.recipe import Recipe
+from distill.recipe.adapters import Qlora
+from distill.train.ranks.world import World
+from distill.train.rollouts import gate
+from distill.train.rollouts.feed import Judges, RolloutFeed
+from distill.train.rollouts.rewards import Rewarder, check_gradable
+from distill.train.rollouts.store import RolloutStore
+from distill.train.rollouts.student import StudentEngine
+from distill.train.rollouts.teachers import Teacher
+from distill.train.rows.feed import StoredFeed
+from distill.train.student import methods
+from distill.train.student.model import configuration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def prompts_of(recipe: Recipe) -> list[Prompt]:
+    """The recipe's prompts as a student is asked them, with `generate.prompt_suffix`. Errors: as `load_prompts`."""
+    prompts = load_prompts(recipe.prompts, limit=recipe.generate.max_prompts)
+    return [asked(prompt, recipe.generate.prompt_suffix) for prompt in prompts]
+
+
+def check(recipe: Recipe, models: Models, prompts: Sequence[Prompt]) -> None:
+    """Refuse what no rollout is needed to refuse. Errors: UserError, one line with the key of the recipe."""
+    settings, objective = recipe.train, recipe.train.objective
+    rollouts = objective.rollout_settings
+    assert rollouts is not None
+    if not prompts:
+        raise UserError("prompts: there is no prompt for the student to answer; add a source, or raise its `limit`")
+    if isinstance(settings.adapter, Qlora):
+        raise UserError("train.adapter.kind qlora has no weights that rollouts could be sampled from; set it to lora")
+    if settings.max_position_embeddings:
+        raise UserError(
+            f"train.max_position_embeddings: rollouts of objective {objective.kind} are sampled in the base's own "
+            f"context; extend it in a phase of `sft` before"
+        )
+    student = models.base.chat
+    gate.check_student(student)
+    if isinstance(objective, Grpo):
+        level = (recipe.filter.correct or Correct()).sandbox
+        check_gradable(prompts, objective.rewards, level=level, has_judge=False)
+    limits = {
+        "train.max_length": settings.max_length,
+        "the context of the student": configuration(models.base.directory, settings).max_position_embeddings,
+    }
+    if isinstance(objective, OnPolicy):
+        gate.check_teacher(student, models.teacher.chat)
+        limits["the context of the teacher"] = models.teacher_card.context
+    gate.check_lengths(prompts, student, rollouts.sampling.max_new_tokens, limits)
+
+
+def graded(prompts: Sequence[Prompt]) -> bool:
+    """Whether on-policy rollouts are graded for the curve of pass@1: the prompts have gold answers that are compared
+    without running programs or asking a judge."""
+    return all(prompt.answer and prompt.task in GRADERS and prompt.task != "code" for prompt in prompts)
+
+
+@contextmanager
+def rollout_feed(
+    recipe: Recipe,
+    models: Models,
+    paths: RunPaths,
+    trained: "PreTrainedModel",
+    world: World,
+    traces: StoredFeed | None = None,
+) -> Iterator[RolloutFeed]:
+    """The feed of a training with rollouts; teachers, graders and engines live as long as the context.
+
+    trained: the model whose weights the optimiser changes. traces: as of `RolloutFeed`. Errors: UserError.
+    """
+    settings, objective = recipe.train, recipe.train.objective
+    assert isinstance(objective, OnPolicy | Grpo)
+    rollouts, prompts = objective.rollout_settings, prompts_of(recipe)
+    with ExitStack() as stack:
+        dtype = methods.dtypes(settings, world.device).compute
+        context = longest(prompts, models, rollouts)
+        student = StudentEngine(trained, models.base, rollouts, dtype, world.device, context, settings.seed, world.size)
+        stack.callback(student.close)
+        engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
+        judges = Judges()
+        if isinstance(objective, OnPolicy):
+            judges.teachers = {"": _teacher(stack, recipe, models, objective)}
+        weights = objective.rewards if isinstance(objective, Grpo) else Rewards() if graded(prompts) else None
+        if weights is not None:
+            correct = recipe.filter.correct or Correct()
+            judges.rewarder = stack.enter_context(
+                Rewarder(
+                    weights,
+                    rollouts.sampling.max_new_tokens,
+                    workers=correct.workers,
+                    timeout=correct.timeout,
+                    level=correct.sandbox,
+                )
+            )
+        if objective.needs_reference:
+            judges.base = stack.enter_context(backends.open(models.base, engine))
+        store = RolloutStore(paths.rollouts, rollouts.samples)
+        yield RolloutFeed(objective, settings, prompts, student, store, judges, world, traces)
+        if world.main:
+            store.compact(1)
+
+
+def _teacher(stack: ExitStack, recipe: Recipe, models: Models, objective: OnPolicy) -> Teacher:
+    engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
+    backend = stack.enter_context(backends.open(models.teacher, engine))
+    asks = objective.estimator == "exact" and not models.teacher.is_remote
+    return Teacher(backend, models.teacher.chat, models.base.chat, objective.teacher_top_k, asks)
+
+
+def longest(prompts: Sequence[Prompt], models: Models, rollouts: RolloutSettings) -> int:
+    """Tokens of the longest prompt and a whole completion."""
+    lengths = map(len, models.base.chat.prompts_ids(prompt.messages for prompt in prompts))
+    return max(lengths) + rollouts.sampling.max_new_tokens
+
+
+def largest_batch(recipe: Recipe, models: Models) -> tuple[int, int]:
+    """(tokens, supervised tokens) of the largest batch of a forward pass."""
+    settings, rollouts = recipe.train, recipe.train.objective.rollout_settings
+    assert rollouts is not None
+    context = longest(prompts_of(recipe), models, rollouts)
+    new, rows = rollouts.sampling.max_new_tokens, settings.per_device_train_batch_size
+    if settings.packing:
+        tokens = settings.max_length * rows
+        return tokens, round(tokens * new / context)
+    return context * rows, new * rows
