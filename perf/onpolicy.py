@@ -16,9 +16,9 @@ the answers as well, and the time counts.
 Every training runs in a process of its own, in turns for several rounds; figures are medians. The first steps are not
 timed. Memory is that of the process and its children (`memory.py`), on a GPU what torch allocated there.
 
-TRL trains float32 weights, under bfloat16 autocast where `BFLOAT16` says so: what was faster where the processor
-multiplies bfloat16. Its teacher is in bfloat16 where the processor multiplies that. Gradient checkpointing is off,
-`--checkpointing` turns it on. Liger's kernels need a GPU, and vLLM is not among the packages.
+Weights are float32 and the forward pass bfloat16 or float32; each system is tried with both first, where the device
+multiplies bfloat16, and measured with the faster. TRL's teacher has the dtype of the forward pass. Gradient
+checkpointing is off; `--checkpointing` turns TRL's on. Liger's kernels need a GPU, and vLLM is not among the packages.
 
     pip install -c constraints.txt -r perf/requirements.txt
 """
@@ -47,6 +47,7 @@ WARM_UP = 2  # steps that are not timed
 GROUP = 8  # rollouts of a prompt in `grpo`
 SYSTEMS = ("ours", "trl")
 METHODS = ("on_policy", "grpo")
+DTYPES = ("bfloat16", "float32")
 Figures = dict[str, float]
 
 
@@ -68,7 +69,6 @@ PAIRS = {
     "tiny": Pair("qwen2", 0.00086, 32, 61, 32, 1e-4, 12, 5),
     "smollm2": Pair("llama", 0.135, 8, 96, 8, 1e-5, 5, 3),
 }
-BFLOAT16 = {"tiny": False, "smollm2": True}  # a model this small loses more in casts than it gains in products
 
 
 def prompts(pair: Pair, method: str, steps: int) -> int:
@@ -147,7 +147,7 @@ def train_trl(args: argparse.Namespace, pair: Pair, out: Path) -> Figures:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     settings: dict[str, Any] = {
         "output_dir": str(out),
-        "bf16": (BFLOAT16[args.pair] and low_precision()) or torch.cuda.is_available(),
+        "bf16": args.dtype == "bfloat16",
         "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": args.checkpointing,
         "per_device_train_batch_size": pair.batch,
@@ -168,8 +168,7 @@ def train_trl(args: argparse.Namespace, pair: Pair, out: Path) -> Figures:
     }
     shared = {"model": model, "train_dataset": dataset, "processing_class": tokenizer, "callbacks": [Timed()]}
     if args.method == "on_policy":
-        dtype = torch.bfloat16 if low_precision() else torch.float32
-        teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
         trainer = DistillationTrainer(teacher_model=teacher, args=DistillationConfig(beta=1.0, **settings), **shared)
     else:
         config = GRPOConfig(num_generations=GROUP, beta=0.0, loss_type="dr_grpo", scale_rewards="none", **settings)
@@ -198,13 +197,12 @@ def train_ours(args: argparse.Namespace, pair: Pair, out: Path) -> Figures:
     count = prompts(pair, args.method, args.steps)
     rollouts = {"prompts_per_step": count // args.steps, "sampling": {"max_new_tokens": pair.tokens}}
     rollouts["samples"] = pair.rollouts * args.steps // count
-    dtype = "bfloat16" if BFLOAT16[args.pair] and low_precision() else "float32"
     settings = {
         "teacher": str(card),
         "student": str(card),
         "prompts": [{"kind": "procedural", "name": "arithmetic", "split": "train", "limit": count}],
-        "engine.dtype": dtype,
-        "train.dtype": dtype,
+        "engine.dtype": args.dtype,
+        "train.dtype": args.dtype,
         "train.objective": {"kind": args.method, "rollouts": rollouts},
         "train.learning_rate": pair.learning_rate,
         "train.lr_scheduler_type": "constant",
@@ -271,10 +269,13 @@ def smollm2(place: Path) -> Path:
     return place
 
 
-def in_its_own_process(system: str, args: argparse.Namespace, pair: str, method: str, steps: int) -> Figures:
+def in_its_own_process(
+    system: str, args: argparse.Namespace, pair: str, method: str, dtype: str, steps: int
+) -> Figures:
     """Train with one system: samples per second and peak memory."""
     command = [sys.executable, __file__, "--measure", system, "--pair", pair, "--method", method]
     command += ["--work", str(args.work), "--steps", str(steps), "--model", str(args.models[pair])]
+    command += ["--dtype", dtype]
     command += ["--checkpointing"] if args.checkpointing else []
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -285,6 +286,15 @@ def in_its_own_process(system: str, args: argparse.Namespace, pair: str, method:
         sys.exit(f"error: {system} failed; TRL is installed by pip install -c constraints.txt -r perf/requirements.txt")
     measured: Figures = json.loads(output.splitlines()[-1])
     return {"peak memory, GB": peak * 2**20 / 1e9} | measured
+
+
+def fastest_dtype(system: str, args: argparse.Namespace, pair: str, method: str) -> str:
+    """The dtype of the forward pass in which a system is faster on a few steps."""
+    if not low_precision():
+        return "float32"
+    rates = {dtype: in_its_own_process(system, args, pair, method, dtype, WARM_UP + 2)["samples/s"] for dtype in DTYPES}
+    print(f"{pair}, {method}: {system}: {rates} samples/s", file=sys.stderr, flush=True)
+    return max(rates, key=lambda dtype: rates[dtype])
 
 
 def medians(runs: Sequence[Figures]) -> Figures:
@@ -304,12 +314,15 @@ def compare(args: argparse.Namespace, name: str, method: str) -> dict[str, list[
     """The figures of every round by system, which take turns, as a machine is now and then slower for some minutes."""
     pair = PAIRS[name]
     runs: dict[str, list[Figures]] = {system: [] for system in args.only}
+    best = {system: fastest_dtype(system, args, name, method) for system in args.only}
     for number in range(args.rounds or pair.rounds):
         for system in args.only:
-            measured = in_its_own_process(system, args, name, method, args.steps or pair.steps)
+            measured = in_its_own_process(system, args, name, method, best[system], args.steps or pair.steps)
             runs[system].append(measured)
             shown = ", ".join(f"{value:.3g} {figure}" for figure, value in measured.items())
-            print(f"{name}, {method}, round {number + 1}: {system}: {shown}", file=sys.stderr, flush=True)
+            print(
+                f"{name}, {method}, round {number + 1}: {system}, {best[system]}: {shown}", file=sys.stderr, flush=True
+            )
     return runs
 
 
@@ -325,7 +338,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=f"optimiser steps of a training, the first {WARM_UP} not timed")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--checkpointing", action="store_true", help="have TRL recompute activations")
-    for name in ("--measure", "--pair", "--method", "--model"):
+    for name in ("--measure", "--pair", "--method", "--model", "--dtype"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps is not None and args.steps <= WARM_UP:

@@ -21,12 +21,13 @@ and of tiny-arithmetic-hard, whose time is not counted. A point has
   included; `scored`: tokens at which it gave its distribution; `trained`: tokens with a loss. All are tokens of the
   student.
 
-Writes `claims.json` and `claims.png` into --out. A method and seed that is there is not repeated; one that was
-interrupted begins again. Two hours on two cores with three seeds.
+Writes `claims.json` and `claims.png` into --out. A method and seed that is done is not repeated (`curves.json`), unless
+its settings have changed; one that was interrupted begins again. Two hours on two cores with three seeds.
 """
 
 import argparse
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -35,11 +36,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from compare_objectives import card_of_the_student, distil
+from learning_curve import AXES, BAR, BENCHMARKS, Point, base_point, difference, train, with_interval
 
-from compare_objectives import difference, distil, taught_by_the_student  # noqa: E402  # needs the path
-from learning_curve import AXES, BAR, BENCHMARKS, Point, answered, reached, train, with_interval  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 COLD_START = {"name": "cold-start", "max_steps": 60, "warmup_ratio": 0.1}
 ON_POLICY = {
@@ -90,11 +90,10 @@ def settings_of(method: Method, seed: int, teacher: str) -> list[str]:
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
 
 
-def one_curve(method: Method, seed: int, run: Path, out: Path, teacher: str) -> dict[str, Any]:
+def one_curve(method: Method, seed: int, run: Path, out: Path, settings: list[str]) -> dict[str, Any]:
     """Train with one method and seed in a copy of `run`, whose traces are kept, in a process of its own."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(run, out, ignore=shutil.ignore_patterns(".lock"))
-    settings = settings_of(method, seed, teacher)
     command = [sys.executable, __file__, "--out", str(out), "--train", json.dumps([settings, method.points])]
     if subprocess.run(command, check=False).returncode:
         sys.exit(f"error: the training in {out} failed")
@@ -116,16 +115,53 @@ def final(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     return {**scores, "to_85": to_bar}
 
 
-def compared(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, str]:
-    """The difference of two methods' last scores by benchmark, problem by problem."""
-    return {
-        name: difference({"logits": [[s] for s in _ended(first, name)], "sft": [[s] for s in _ended(second, name)]})
-        for name in BENCHMARKS
-    }
+def compared(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The last scores of one method less those of another, by benchmark."""
+    made = {}
+    for name in BENCHMARKS:
+        less = difference(*([seed["right"][name] for seed in seeds] for seeds in (first, second)))
+        made[name] = {"value": less.value, "low": less.low, "high": less.high}
+    return made
 
 
-def _ended(seeds: list[dict[str, Any]], benchmark: str) -> list[dict[str, Any]]:
-    return [{"right": seed["right"][benchmark]} for seed in seeds]
+def report(claims: dict[str, Any], out: Path) -> None:
+    """Summarise the curves in `claims`, write them and the plot, print the last scores."""
+    methods = {name: curves for name, curves in claims["curves"].items() if curves["seeds"]}
+    for name, method in methods.items():
+        method["final"] = final(method["seeds"])
+        scores = ", ".join(
+            f"{benchmark} {method['final'][benchmark]['value']:.1%} ({method['final'][benchmark]['low']:.1%} to "
+            f"{method['final'][benchmark]['high']:.1%})"
+            for benchmark in BENCHMARKS
+        )
+        print(f"{name}: {scores}; to {BAR:.0%}: {method['final']['to_85']}")
+    claims["methods"] = {name: methods[name] for name in CLAIMED if name in methods}
+    if {"on_policy", "sft"} <= methods.keys():
+        claims["on_policy_less_sft"] = compared(methods["on_policy"]["seeds"], methods["sft"]["seeds"])
+    if {"on_policy", "one_tokenizer"} <= methods.keys():
+        across, one = methods["on_policy"], methods["one_tokenizer"]
+        claims["tokenizers"] = {
+            "across_tokenizers": across["final"],
+            "one_tokenizer": one,
+            "across_less_one": compared(across["seeds"], one["seeds"]),
+        }
+    written = {key: value for key, value in claims.items() if key != "curves"}
+    (out / "claims.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    draw(claims["methods"], claims["base"], out / "claims.png")
+
+
+def traces_of(run: Path, teacher: str) -> Path:
+    """A run directory of `tiny` with traces of this teacher, filtered, and with the processor seconds that took."""
+    if not (run / "cost.json").exists():
+        shutil.rmtree(run, ignore_errors=True)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        for stage in ("generate", "filter"):
+            command = [sys.executable, str(ROOT / "cli.py"), stage, "tiny", "--run-dir", str(run)]
+            subprocess.run([*command, "--set", f"teacher={teacher}"], check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        (run / "cost.json").write_text(json.dumps({"seconds": round(seconds, 1)}))
+    return run
 
 
 def draw(methods: dict[str, Any], base: Point, path: Path) -> None:
@@ -174,28 +210,27 @@ def main() -> None:
         (args.out / "curve.json").write_text(json.dumps(train(settings, args.out, points)))
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    tiny = distil(args.out, None)
-    traces = {"tiny-r1": args.out / "traces"}
     teachers = {"tiny-r1": "tiny-r1"}
-    if not (traces["tiny-r1"] / "stages" / "filter.json").exists():
-        traces_of(traces["tiny-r1"])
     if "one_tokenizer" in args.methods:
-        teachers["distilled"] = str(taught_by_the_student(args.out, tiny).absolute())
-        traces["distilled"] = args.out / "one"
-    file = args.out / "claims.json"
-    claims: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"base": base_of(), "curves": {}}
+        teachers["distilled"] = str(card_of_the_student(args.out, distil(args.out, None)).absolute())
+    runs = {name: traces_of(args.out / f"traces-{name}", teacher) for name, teacher in teachers.items()}
+    file = args.out / "curves.json"
+    if file.exists():
+        claims: dict[str, Any] = json.loads(file.read_text())
+    else:
+        claims = {"base": base_point(ROOT / "students" / "tiny-qwen"), "curves": {}}
     for seed in range(args.seeds):
         for name in args.methods:
-            method, done = METHODS[name], claims["curves"].setdefault(name, [])
+            method, done = METHODS[name], claims["curves"].setdefault(name, {"seeds": []})
             settings = settings_of(method, seed, teachers[method.teacher])
-            if any(curve["seed"] == seed and curve["set"] == settings for curve in done):
+            if any(curve["set"] == settings for curve in done["seeds"]):
                 continue
             print(f"seed {seed}, {name}", flush=True)
-            kept = [curve for curve in done if curve["seed"] != seed]
-            curve = one_curve(method, seed, traces[method.teacher], args.out / "work", teachers[method.teacher])
-            claims["curves"][name] = sorted([*kept, curve], key=lambda curve: curve["seed"])
+            curve = one_curve(method, seed, runs[method.teacher], args.out / "work", settings)
+            others = [other for other in done["seeds"] if other["seed"] != seed]
+            done["seeds"] = sorted([*others, curve], key=lambda curve: curve["seed"])
             file.write_text(json.dumps(claims) + "\n")
-    report(claims, file)
+    report(claims, args.out)
 
 
 if __name__ == "__main__":

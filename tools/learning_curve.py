@@ -1,9 +1,11 @@
-"""A training of the tiny pair with its learning curve: scores, and what they cost so far.
+"""Learning curves of the tiny pair: scores, what they cost so far, and how they compare.
 
 The library trains, by the recipe; only `Loop.step` is wrapped, to count after each step and to evaluate after some.
 """
 
+import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,7 +13,9 @@ from unittest.mock import patch
 import psutil
 import torch
 
-from distill.eval.statistics import pass_at_1
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from distill.eval.statistics import Difference, compare, pass_at_1  # needs the path
 
 BAR = 0.85
 BENCHMARKS = ("tiny-arithmetic", "tiny-arithmetic-hard")
@@ -80,8 +84,14 @@ def reached(points: list[Point], axis: str, bar: float = BAR) -> float | None:
     return None
 
 
+def difference(first: list[list[bool]], second: list[list[bool]]) -> Difference:
+    """The score of the first less that of the second, problem by problem; the seeds are samples of a problem."""
+    samples = ({str(i): list(right) for i, right in enumerate(zip(*seeds, strict=True))} for seeds in (first, second))
+    return compare(*samples)
+
+
 class Recorder:
-    """The points of one training, whose phases each have a `Loop` of their own. every: evaluations of a phase.
+    """The points of one training, whose phases each have a `Loop` of their own. evaluations: of a phase.
 
     traces: what a token of a kept trace cost: processor seconds, and tokens generated.
     """
@@ -151,8 +161,6 @@ def save(loop: Any, base: Path, place: Path) -> None:
 def cost_of_traces(run: Path) -> tuple[float, float]:
     """Of a run whose traces are generated and filtered: processor seconds and generated tokens, both by token of a
     kept trace."""
-    import json
-
     from distill.artefacts import RunPaths
     from distill.traces.store import read_traces
 
