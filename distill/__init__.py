@@ -4,6 +4,7 @@ The names of `__all__` are the Python API; they live in `distill.api` and are im
 `import distill` loads neither torch nor pydantic.
 """
 
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from distill.api import Run, grade, load_recipe, open_model
 
 __all__ = ["Run", "__version__", "grade", "load_recipe", "open_model"]
+
+
+# transformers imports torchao where it is installed, and torchao then warns of compiled extensions for other versions
+# of torch, which training in float8 does not use.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> object:

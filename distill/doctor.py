@@ -117,6 +117,7 @@ def _show_machine(machine: Machine) -> None:
 
 def _show_software() -> None:
     from distill.engine.kernels import column_for, cpu, describe
+    from distill.train.student import float8
 
     rows = [("distill", f"{__version__}, Python {platform.python_version()}")]
     rows += [(package, version(package)) for package in PACKAGES]
@@ -125,6 +126,7 @@ def _show_software() -> None:
         rows.append(("kernels", f"{why}. Without them the engine is several times slower and needs more memory"))
     else:
         rows.append(("kernels", f"in use: {cpu.instruction_set()}; here: {', '.join(cpu.instruction_sets())}"))
+    rows.append(("float8", float8.describe()))
     table("", ("software", ""), [*rows, *sandbox_levels.describe()], text_columns=2)
 
 

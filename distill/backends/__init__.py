@@ -9,13 +9,14 @@ finish, so that a caller can store each one as it comes and ask again for the re
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
-from distill.backends.backend import Backend, Completed, Job, Usage
-from distill.engine.options import SamplingParams
+from distill.backends.backend import Backend, Completed, Job, TrainedBackend, Usage
+from distill.engine.options import EngineOptions, SamplingParams
 from distill.models import Launch, Model, Server
 from distill.recipe import LocalEngine
 
-__all__ = ["Backend", "Completed", "Job", "SamplingParams", "Usage", "open"]
+__all__ = ["Backend", "Completed", "Job", "SamplingParams", "TrainedBackend", "Usage", "open", "open_trained"]
 
 
 @contextmanager
@@ -41,6 +42,26 @@ def open(model: Model, engine: LocalEngine, max_batch: int = 128) -> Iterator[Ba
         from distill.backends.local import LocalBackend
 
         backend = LocalBackend.load(model, engine, max_batch)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@contextmanager
+def open_trained(
+    model: Model, device: str, float32: bool, max_batch: int, max_context: int
+) -> Iterator[TrainedBackend]:
+    """Load a model directory into the local engine, for weights that are replaced while it lives.
+
+    device: one, such as `cuda:1`. float32: the dtype, else bfloat16. max_batch: sequences decoded at once. max_context:
+    tokens of prompt and completion. Errors: UserError, as `open`.
+    """
+    from distill.backends.local import LocalBackend
+
+    dtype: Literal["float32", "bfloat16"] = "float32" if float32 else "bfloat16"
+    options = EngineOptions(device=device, dtype=dtype, max_batch=max_batch, max_context=max_context)
+    backend = LocalBackend.with_options(model, options)
     try:
         yield backend
     finally:

@@ -1,8 +1,8 @@
 """The protocol of a model that answers, and the types of its arguments and results."""
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import JsonValue
 
@@ -11,6 +11,11 @@ from distill.chat import split_reasoning
 from distill.engine.options import SamplingParams
 from distill.prompts.prompt import Prompt
 from distill.traces.trace import FinishReason, ReasoningForm, Trace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GivenIds = Sequence[Sequence[Sequence[int]]]  # by trace and completion token
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,30 @@ class Backend(Protocol):
         that was delivered before is yielded first.
         """
 
-    def score(self, traces: Sequence[Trace], top_k: int) -> list[Trace]:
+    @property
+    def scores_given_ids(self) -> bool:
+        """Whether `score` knows the log-probability of every id that it is given."""
+
+    def score(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Trace]:
         """The traces with this model's log-probabilities of their tokens and of its `top_k` likeliest at each position.
 
-        Errors: UserError where the backend cannot score, or a trace is longer than the context.
+        ids[i][t]: token ids whose log-probability is wanted at completion token t of trace i; they are listed among its
+        `top_logprobs`, which stay sorted, likeliest first. Where not `scores_given_ids`, only those of them are listed
+        that are the trace's own token or among the `top_k` likeliest.
+        Errors: UserError where the backend cannot score, a trace is longer than the context, or ids are given for
+        another number of tokens than the completion has for this model.
         """
 
     def close(self) -> None:
         """Release the model: memory, processes, connections. The backend is not used afterwards."""
+
+
+class TrainedBackend(Backend, Protocol):
+    """A model whose weights are replaced while it is loaded: a student that is being trained."""
+
+    def update(self, tensor: "Callable[[str], Tensor]") -> None:
+        """Replace all weights in place. tensor: returns one by its published (Hugging Face) name; it is called once a
+        name, in the same order in every process.
+
+        Errors: UserError for a model whose weights cannot be replaced, or where a number is not finite.
+        """

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from distill.backends.backend import Completed, Job, Usage
+from distill.backends.backend import Completed, GivenIds, Job, Usage
 from distill.backends.budget import Allowance
 from distill.backends.connection import KEPT
 from distill.backends.remote import RemoteBackend
@@ -112,7 +112,12 @@ class LaunchedBackend:
         self._needed = max(self._needed, needed)
         self._budget = self._budget or sampling.thinking_budget is not None
 
-    def score(self, traces: Sequence[Trace], top_k: int) -> list[Trace]:
+    @property
+    def scores_given_ids(self) -> bool:
+        """See `Backend`."""
+        return False
+
+    def score(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Trace]:
         """Errors: UserError, always: chat servers do not score texts."""
         raise UserError("server.launch: the server cannot score texts; remove `server` to use the local engine")
 

@@ -7,16 +7,16 @@ and not on what else is in the batch.
 
 import gc
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import tee
 from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from distill.backends.backend import Completed, Job, Usage
+from distill.backends.backend import Completed, GivenIds, Job, Usage
 from distill.backends.budget import Allowance
-from distill.backends.scoring import completion_ids
+from distill.backends.scoring import completion_ids, refuse_other_lengths
 from distill.engine.options import EngineOptions, SamplingParams, ThinkTokens
 from distill.errors import UserError, WorkError
 from distill.models import Model
@@ -25,6 +25,8 @@ from distill.recipe import LocalEngine
 from distill.traces.trace import Trace
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from distill.chat import Chat
     from distill.engine import Completion, Engine, Engines, Request
 
@@ -93,6 +95,26 @@ class LocalBackend:
         except ValueError as error:
             raise UserError(str(error)) from error
         return cls(loaded, model)
+
+    @classmethod
+    def with_options(cls, model: Model, options: EngineOptions) -> "LocalBackend":
+        """Load a model directory on one device. Errors: as `load`."""
+        from distill.engine import Engine
+
+        try:
+            return cls(Engine.load(model.directory, options), model)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def update(self, tensor: "Callable[[str], Tensor]") -> None:
+        """See `TrainedBackend`."""
+        from distill.engine import Engine
+
+        assert isinstance(self.engine, Engine), "a student is sampled by one engine per process"
+        try:
+            self.engine.update(tensor)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     @property
     def identity(self) -> Mapping[str, JsonValue]:
@@ -172,31 +194,40 @@ class LocalBackend:
                 top_logprobs=done.top_logprobs,
             )
 
-    def score(self, traces: Sequence[Trace], top_k: int) -> list[Trace]:
-        """The traces with this model's log-probabilities of their tokens and of its `top_k` likeliest at each position.
+    @property
+    def scores_given_ids(self) -> bool:
+        """See `Backend`."""
+        return True
+
+    def score(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Trace]:
+        """As `Backend.score`.
 
         Tokens that this model sampled are taken as they are; another model's text is tokenised and ends with this
-        model's end token. Errors: UserError where a trace is longer than the context.
+        model's end token.
         """
         from distill.engine import Engine
 
         assert isinstance(self.engine, Engine), "several engines sample, one scores"
         prompts = [self.chat.prompt_ids_of(trace.prompt.messages, trace.text) for trace in traces]
         completions = [completion_ids(trace, self.chat, self.engine.spec.vocab_size) for trace in traces]
+        sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
+        if ids is not None:
+            refuse_other_lengths(ids, completions)
+            ids = [[()] * (len(prompt) - 1) + [*rows] for prompt, rows in zip(prompts, ids, strict=True)]
         try:
-            scores = self.engine.score([p + c for p, c in zip(prompts, completions, strict=True)], top_k)
+            scores = self.engine.score(sequences, top_k, ids)
         except ValueError as error:
             raise UserError(str(error)) from error
         scored = []
         for trace, prompt, completion, score in zip(traces, prompts, completions, scores, strict=True):
-            assert score.top_logprobs is not None
+            own = score.after(len(prompt))
             scored.append(
                 replace(
                     trace,
                     prompt_token_ids=tuple(prompt),
                     completion_token_ids=tuple(completion),
-                    logprobs=score.logprobs[len(prompt) - 1 :],
-                    top_logprobs=score.top_logprobs[len(prompt) - 1 :],
+                    logprobs=own.logprobs,
+                    top_logprobs=own.top_logprobs or ((),) * len(completion),
                 )
             )
         return scored

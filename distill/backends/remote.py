@@ -26,7 +26,7 @@ import httpx2
 from distill.backends import scoring
 from distill.backends.answers import check_answer, completed
 from distill.backends.asking import VLLM, Asking, omitted
-from distill.backends.backend import Completed, Job, Usage
+from distill.backends.backend import Completed, GivenIds, Job, Usage
 from distill.backends.batch import Batches
 from distill.backends.bounds import TooLarge
 from distill.backends.budget import Allowance
@@ -104,7 +104,12 @@ class RemoteBackend:
         does not take."""
         self._asking.check(sampling)
 
-    def score(self, traces: Sequence[Trace], top_k: int) -> list[Trace]:
+    @property
+    def scores_given_ids(self) -> bool:
+        """False: servers list the likeliest tokens and the trace's own."""
+        return False
+
+    def score(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Trace]:
         """As `Backend.score`, where the server is vLLM and the teacher's tokenizer is known.
 
         Errors: UserError, also for every other server; WorkError.
@@ -114,7 +119,7 @@ class RemoteBackend:
                 f"{self.model} is behind a server that does not score texts (vLLM does); use a local teacher, or "
                 f"traces that were sampled with generate.logprobs"
             )
-        return scoring.score(self._connections[0], self.model, self.chat(), traces, top_k)
+        return scoring.score(self._connections[0], self.model, self.chat(), traces, top_k, ids)
 
     def close(self) -> None:
         """Nothing: `complete` closes its connections."""

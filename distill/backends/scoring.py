@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import httpx2
 
+from distill.backends.backend import GivenIds
 from distill.backends.bounds import TooLarge
 from distill.backends.connection import Connection
 from distill.backends.reply import Unreadable, as_object, read_json
@@ -36,25 +37,46 @@ def completion_ids(trace: Trace, chat: Chat, vocab_size: int | None = None) -> l
     return ids if known and chat.decode(ids) == text else [*chat.text_ids(text), chat.stop_token_ids[-1]]
 
 
-def score(connection: Connection, model: str, chat: Chat, traces: Sequence[Trace], top_k: int) -> list[Trace]:
-    """The traces with the log-probabilities of their tokens and of the `top_k` most likely at each position.
+def refuse_other_lengths(ids: GivenIds, completions: Sequence[Sequence[int]]) -> None:
+    """Errors: UserError where ids are not given for each token of each completion."""
+    for number, (rows, completion) in enumerate(zip(ids, completions, strict=True)):
+        if len(rows) != len(completion):
+            raise UserError(
+                f"ids are given for {len(rows)} tokens of trace {number}, whose completion has {len(completion)} for "
+                "the model that scores it; both models must have the same tokenizer"
+            )
+
+
+def score(
+    connection: Connection,
+    model: str,
+    chat: Chat,
+    traces: Sequence[Trace],
+    top_k: int,
+    ids: GivenIds | None = None,
+) -> list[Trace]:
+    """The traces with the log-probabilities of their tokens and of the `top_k` most likely at each position. ids: as of
+    `Backend.score`; those that the server does not list stay unknown.
 
     Errors: UserError where the server refuses, or gives none; WorkError when it fails.
     """
     rows = [
         (trace, chat.prompt_ids_of(trace.prompt.messages, trace.text), completion_ids(trace, chat)) for trace in traces
     ]
+    if ids is not None:
+        refuse_other_lengths(ids, [completion for _, _, completion in rows])
+    wanted = ids or [[()] * len(completion) for _, _, completion in rows]
     longest = max((len(prompt) + len(completion) for _, prompt, completion in rows), default=0)
 
     async def ask() -> list[Trace]:
         limit = asyncio.Semaphore(connection.pace.most)
         async with connection.new_client(TIMEOUT, longest * (top_k + 1) * POSITION_BYTES) as client:
 
-            async def one(trace: Trace, prompt: list[int], completion: list[int]) -> Trace:
+            async def scored(row: tuple[Trace, list[int], list[int]], wanted_ids: Sequence[Sequence[int]]) -> Trace:
                 async with limit:
-                    return await _scored(client, connection, model, trace, prompt, completion, top_k)
+                    return await _scored(client, connection, model, *row, top_k, wanted_ids)
 
-            return list(await asyncio.gather(*(one(*row) for row in rows)))
+            return list(await asyncio.gather(*map(scored, rows, wanted)))
 
     with asyncio.Runner() as runner:
         return runner.run(ask())
@@ -68,6 +90,7 @@ async def _scored(
     prompt: list[int],
     completion: list[int],
     top_k: int,
+    wanted: Sequence[Sequence[int]],
 ) -> Trace:
     import openai
 
@@ -77,10 +100,12 @@ async def _scored(
         )
         positions = _positions(raw.http_response.content)
         logprobs, tops = [], []
-        for token, position in zip(completion, positions[len(prompt) : len(prompt) + len(completion)], strict=True):
+        own = positions[len(prompt) : len(prompt) + len(completion)]
+        for token, position, also in zip(completion, own, wanted, strict=True):
             alternatives = _alternatives(position)
             logprobs.append(alternatives[token])
-            tops.append(tuple(sorted(alternatives.items(), key=lambda item: -item[1])[:top_k]))
+            ranked = sorted(alternatives.items(), key=lambda item: -item[1])
+            tops.append((*ranked[:top_k], *(item for item in ranked[top_k:] if item[0] in also)))
     except (Unreadable, ValueError, KeyError) as error:
         raise UserError(
             f"{connection.where}: the server does not score texts (its answer lacks prompt_logprobs of every token); "

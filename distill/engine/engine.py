@@ -31,7 +31,7 @@ from distill.engine.options import EngineOptions
 from distill.engine.results import Completion, EngineUsage, FinishReason, Progress
 from distill.engine.sampler import Draw, Drawn, sample, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
-from distill.engine.score import Scores, score
+from distill.engine.score import GivenIds, Scores, score
 from distill.engine.update import refuse_update, update_weights
 
 
@@ -233,10 +233,13 @@ class Engine:
                 self.abort(request_id)
 
     @torch.inference_mode()
-    def score(self, sequences: Sequence[Sequence[int]], top_k: int = 0) -> list[Scores]:
+    def score(self, sequences: Sequence[Sequence[int]], top_k: int = 0, ids: GivenIds | None = None) -> list[Scores]:
         """Raw log-probabilities of given tokens, one `Scores` per sequence. top_k: likeliest alternatives to list too.
 
-        ValueError for an empty or too long sequence, or while generation leaves too few pages free for one of them.
+        ids[i][t]: further tokens to list among the alternatives at position t of `Scores`, those that may follow the
+        first t+1 tokens of sequence i. Each alternative is listed once, likeliest first.
+        ValueError for an empty or too long sequence, for ids outside the vocabulary or of another number of positions,
+        or while generation leaves too few pages free for a sequence.
         """
         self._check_whole()
         for number, tokens in enumerate(sequences):
@@ -248,7 +251,8 @@ class Engine:
                 )
         budget = self._scheduler.max_step_tokens
         with self._model.ops.session():
-            return score(sequences, top_k, budget, self._pages, lambda chunks: self._forward([], chunks), self._model)
+            forward = lambda chunks: self._forward([], chunks)  # noqa: E731
+            return score(sequences, top_k, ids, budget, self._pages, forward, self._model)
 
     def update(self, tensor: Callable[[str], Tensor]) -> None:
         """Replace all weights in place, where they are in memory (update.py). `numerics` follows their dtype.

@@ -30,7 +30,7 @@ from distill.engine.families import FAMILIES
 from distill.engine.families.names import WeightNames
 from distill.engine.kernels import Ops
 from distill.engine.kernels.ops import ExpertBank, Packed
-from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Fp8, Plain, Stored
+from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Fp8, Plain, Stored, all_finite
 from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 from distill.engine.weights import (
     DraftWeights,
@@ -307,7 +307,7 @@ class _Reader:
             raise ValueError(
                 f"{self.checkpoint.where(name)} is FP8; norms, biases and routers are expected unquantised"
             )
-        if not stored.isfinite().all():
+        if not all_finite(stored):
             raise self._damaged(name, Damaged("values"))
         return stored
 

@@ -149,14 +149,21 @@ def drawn_of(draws: Sequence[Draw], token_b: Tensor, logprob_b: Tensor, logits_r
     ]
 
 
+def normalisers(logits_bv: Tensor) -> Tensor:
+    """What is subtracted from logits to make them log-probabilities, [b, 1]. NonFiniteLogits where they are not
+    finite."""
+    normaliser_b1 = logits_bv.logsumexp(-1, keepdim=True)
+    if not normaliser_b1.isfinite().all():
+        raise NonFiniteLogits
+    return normaliser_b1
+
+
 def logprobs_of(logits_bv: Tensor, token_b: Tensor, top_k: int) -> tuple[list[float], list[TopLogprobs]]:
     """Raw log-probabilities of given tokens and of the `top_k` likeliest, largest first (empty tuples for 0).
 
     NonFiniteLogits for logits that are not finite.
     """
-    normaliser_b1 = logits_bv.logsumexp(-1, keepdim=True)
-    if not normaliser_b1.isfinite().all():
-        raise NonFiniteLogits
+    normaliser_b1 = normalisers(logits_bv)
     logprob_b = (logits_bv.gather(-1, token_b[:, None]) - normaliser_b1)[:, 0].tolist()
     if top_k == 0:
         return logprob_b, [()] * len(logprob_b)

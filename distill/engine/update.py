@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distill.engine.families import FAMILIES
-from distill.engine.kernels.stored import Damaged
+from distill.engine.kernels.stored import Damaged, all_finite
 from distill.engine.model import Model
 from distill.engine.weights import Held
 
@@ -75,5 +75,5 @@ def _replace(model: Model, held: Held, given: Tensor) -> None:
         model.ops.repack(matrix, given)
     for tensor in held.tensors:
         tensor.copy_(given)
-        if not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise Damaged("values")

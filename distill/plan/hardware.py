@@ -18,6 +18,7 @@ GPUS: dict[str, tuple[float, float]] = {
     "H200": (141, 989e12),
     "B200": (180, 2250e12),
 }
+WITHOUT_FP8 = frozenset({"A10", "RTX3090", "A100-40", "A100"})  # Ampere: compute capability 8.0 and 8.6
 ASSUMED = {
     24: "RTX4090",
     40: "A100-40",
@@ -37,6 +38,11 @@ class Hardware:
     gpu: str
     memory: float
     rate: float
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether the GPU has FP8 products."""
+        return self.gpu not in WITHOUT_FP8
 
 
 def parse(name: str) -> Hardware:

@@ -242,12 +242,21 @@ def show(ways: Sequence[Way], settings: "Train") -> None:
                 f"{'→ ' if each.method == method(settings) else '  '}{each.method}",
                 each.layout + (f" +{saving}" if saving else ""),
                 *(_figure(size / 1e9) for size in (*own, sum(parts.values()), each.memory.total)),
-                _figure(each.hours) if each.fits else "too big",
+                _hours(each, settings),
             )
         )
     columns = ("machine", "method", "layout", "model", "grads", "optim.", "activ.", "other", "total", "hours")
     table("Training: peak memory per device, GB", columns, rows, text_columns=3)
     say("→ the recipe's own; +c gradient checkpointing; +o activation offloading; other: casts, logits, libraries")
+    if settings.dtype == "float8":
+        say("float8 needs compute capability 8.9 or later (Ada, Hopper); LoRA and QLoRA are planned in bfloat16")
+
+
+def _hours(way: Way, settings: "Train") -> str:
+    """The hours of a way, or why it is none."""
+    if settings.dtype == "float8" and way.method == "full" and not way.hardware.has_fp8:
+        return "no FP8"
+    return _figure(way.hours) if way.fits else "too big"
 
 
 def _figure(value: float) -> str:

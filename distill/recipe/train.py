@@ -69,7 +69,11 @@ class Training(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, applied to matrices only")
     adam_beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's decay rate of the second moment")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are clipped")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the forward pass and the student")
+    dtype: Literal["float32", "bfloat16", "float8"] = Field(
+        "bfloat16",
+        description="dtype of the forward pass and the student; float8: bfloat16 with FP8 products in the decoder's "
+        "linear layers (extra `float8`; a GPU of compute capability 8.9 or later)",
+    )
     gradient_checkpointing: Annotated[bool, Free] = Field(
         False, description="recompute activations in the backward pass: less memory, a third more time"
     )
@@ -154,6 +158,15 @@ class Training(Section):
     def _offloading_needs_checkpointing(self) -> Self:
         if self.activation_offloading and not self.gradient_checkpointing:
             raise ValueError("activation_offloading requires gradient_checkpointing: true")
+        return self
+
+    @model_validator(mode="after")
+    def _float8_trains_all_weights(self) -> Self:
+        if self.dtype == "float8" and self.adapter is not None:
+            raise ValueError(
+                "dtype float8 cannot be combined with adapter, because a layer in FP8 computes the gradients of frozen "
+                "weights too; set dtype to bfloat16"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The plan's memory against what a process really takes at its peak, on three configurations of a CPU."""
+"""The plan's memory against what a process really takes at its peak, on four configurations of a CPU."""
 
 import json
 import subprocess
@@ -68,6 +68,7 @@ HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
 CASES = {
     "a wide head": (WIDE, {}, 1024, 2),
     "many activations": (DEEP, {"per_device_train_batch_size": 2}, 768, 4),
+    "FP8 products": (DEEP, {"per_device_train_batch_size": 2, "dtype": "float8"}, 768, 4),
     "LoRA with checkpointing": (DEEP, {"adapter": {"kind": "lora"}, "gradient_checkpointing": True}, 1024, 2),
 }
 

@@ -62,6 +62,20 @@ def test_two_ranks_train_as_one_does(one, student, tmp_path, parallel):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_train_in_float8_as_one_does(student, tmp_path, parallel):
+    """Scales are per token, so batches may be split. FSDP gathers in bfloat16, so weights are rounded twice."""
+    settings = SETTINGS | {"dtype": "float8", "gradient_checkpointing": parallel == "fsdp"}
+    one, two = (begin(tmp_path / name, student) for name in ("one", "two"))
+    support.train_here(one, student, settings | {"gradient_accumulation_steps": 2})
+    support.train_here(two, student, settings | {"num_processes": 2, "parallel": parallel})
+    tolerance = 1e-5 if parallel == "ddp" else 1e-2
+    assert figures(two) == pytest.approx(figures(one), rel=tolerance)
+    ours, theirs = (load_file(directory / "student" / "model.safetensors") for directory in (two, one))
+    assert {name: (t.dtype, t.shape) for name, t in ours.items()} == {n: (t.dtype, t.shape) for n, t in theirs.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_adapters_on_two_ranks_train_as_on_one(student, tmp_path, parallel):
     """Adapters of a sharded model are initialised shard by shard, and so begin elsewhere; what they begin with is the
     base all the same, and they learn."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from engine_checks import engine_options, some_tokens
@@ -111,6 +113,51 @@ def test_score_agrees_with_transformers(ckpt: Checkpoint) -> None:
         expected = ckpt.logits(tokens)[:-1].log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
         assert score.logprobs == pytest.approx(expected.tolist(), abs=1e-3)
         assert score.top_logprobs is None
+
+
+def test_score_lists_the_ids_that_are_given(ckpt: Checkpoint) -> None:
+    """Among the likeliest, in order, each once: of every combination what the whole distribution says."""
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=512, max_step_tokens=50))
+    vocab, sequences = engine.spec.vocab_size, [some_tokens(n, seed=n) for n in (12, 1, 130, 2)]
+    draw = random.Random(0)
+    ids = [
+        [
+            [*draw.choices(range(vocab), k=draw.randrange(6)), *[tokens[t + 1]] * draw.randrange(3)]
+            for t in range(len(tokens) - 1)
+        ]
+        for tokens in sequences
+    ]
+    whole = engine.score(sequences, vocab)
+    for top_k in (0, 3, vocab):
+        for number, score in enumerate(engine.score(sequences, top_k, ids)):
+            assert score.logprobs == whole[number].logprobs
+            assert score.top_logprobs is not None and len(score.top_logprobs) == len(sequences[number]) - 1
+            every = whole[number].top_logprobs
+            assert every is not None
+            for listed, likeliest, given in zip(score.top_logprobs, every, ids[number], strict=True):
+                assert dict(listed) == {i: p for rank, (i, p) in enumerate(likeliest) if rank < top_k or i in given}
+                assert [p for _, p in listed] == sorted((p for _, p in listed), reverse=True)
+    (plain, given) = engine.score(sequences[:1], 3)[0], engine.score(sequences[:1], 3, [[()] * 11])[0]
+    assert given.top_logprobs == plain.top_logprobs
+    (same,) = engine.score(sequences[:1], 0, [np.array(sequences[0][1:])[:, None]])  # type: ignore[list-item]  # rows of ids
+    assert [top[0][1] for top in same.top_logprobs or ()] == list(same.logprobs)
+    assert same.after(5).logprobs == same.logprobs[4:] and same.after(5).top_logprobs == (same.top_logprobs or ())[4:]
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([[[1]] * 3], "ids are given for 1 sequences and there are 2"),
+        ([[[1]] * 3, [[1]] * 3], "sequence 1 has 3 tokens and ids for 3 positions; give ids for 2"),
+        ([[[1]] * 3, [[1], [-1]]], "sequence 1 is to be scored for token ids from -1 to 1"),
+        ([[[1], [], [1 << 40]], [[], []]], "the vocabulary has 300"),
+    ],
+)
+def test_score_refuses_ids_that_do_not_fit(ids: list[list[list[int]]], words: str, checkpoint: GetCheckpoint) -> None:
+    engine = Engine.load(checkpoint("qwen2").path, engine_options(cache_tokens=512))
+    with pytest.raises(ValueError, match=words):
+        engine.score([[1, 2, 3, 4], [1, 2, 3]], 2, ids)
+    assert engine._pages.free_pages == engine._pages.num_pages
 
 
 def test_stop_tokens_and_lengths(ckpt: Checkpoint) -> None:

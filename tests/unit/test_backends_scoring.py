@@ -46,6 +46,41 @@ def test_a_served_teacher_scores_as_the_local_one():
     assert all(asked["prompt_logprobs"] == 3 and asked["max_tokens"] == 1 for asked in made.asked)
 
 
+def test_given_ids_are_among_the_alternatives():
+    """Of a local teacher all of them; of a server the trace's own token, and what else it lists."""
+    with backends.open(teacher_of("teacher", "tiny-r1"), LocalEngine(dtype="float32")) as local:
+        assert local.scores_given_ids
+        plain = local.score(TRACES, 2)
+        own = [t.completion_token_ids for t in plain]
+        scored = local.score(TRACES, 2, [[(token, 9) for token in tokens] for tokens in own])
+        bare = local.score(TRACES, 0)
+        with pytest.raises(UserError, match="ids are given for 1 tokens of trace 1, whose completion has"):
+            local.score(TRACES, 2, [[()] * len(own[0]), [()], []])
+    for with_ids, without, nothing in zip(scored, plain, bare, strict=True):
+        assert with_ids.logprobs == without.logprobs == nothing.logprobs
+        assert nothing.top_logprobs == ((),) * len(without.logprobs)
+        for listed, few, token, logprob in zip(
+            with_ids.top_logprobs, without.top_logprobs, without.completion_token_ids, without.logprobs, strict=True
+        ):
+            assert set(listed) >= {*few, (token, logprob)} and dict(listed).keys() == {*dict(few), token, 9}
+            assert [p for _, p in listed] == sorted((p for _, p in listed), reverse=True)
+
+    lengths = {(*t.prompt_token_ids, *t.completion_token_ids): len(t.prompt_token_ids) for t in plain}
+
+    def reply(number, handler):
+        ids = handler.server.asked[number]["prompt"]
+        assert tuple(ids) in lengths
+        listed = [{"5": {"logprob": -1.0}, "6": {"logprob": -2.0}, str(i): {"logprob": -3.0}} for i in ids]
+        return 200, JSON, body({"choices": [{"text": "x", "prompt_logprobs": [None, *listed[1:]]}]})
+
+    with server(reply, OWNED) as made, backends.open(at(made), LocalEngine(), 2) as backend:
+        assert not backend.scores_given_ids
+        with_ids = backend.score(TRACES[:1], 1, [[(token, 9) for token in own[0]]])[0]
+        assert [dict(top) for top in with_ids.top_logprobs] == [{5: -1.0} | {i: -3.0} for i in own[0]]
+        with pytest.raises(UserError, match="both models must have the same tokenizer"):
+            backend.score(TRACES[:1], 1, [[()]])
+
+
 @pytest.mark.parametrize(
     "choice",
     [

@@ -320,7 +320,7 @@ def test_missing_keys_are_named():
 
 def test_the_file_and_the_override_are_blamed_apart():
     message = error_of("seed=x", train={"dtype": "magic"})
-    assert "my.yaml: train.dtype: should be 'float32' or 'bfloat16', not \"magic\"" in message
+    assert "my.yaml: train.dtype: should be 'float32', 'bfloat16' or 'float8', not \"magic\"" in message
     assert '--set seed: should be a valid integer, not "x"' in message
 
 

@@ -15,8 +15,11 @@ from server_support import server as listening_server
 from distill.backends import Job
 from distill.backends.budget import Allowance, Spent, bound_of
 from distill.backends.collect import collect
+from distill.grading.judge import JudgeModel
+from distill.models import judge_of
 from distill.prompts import Prompt
-from distill.recipe import Budget, Price
+from distill.recipe import Budget, Judge, LocalEngine, Price
+from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace
 
@@ -212,6 +215,26 @@ def test_failed_attempts_are_counted_by_the_next_command(recipe, monkeypatch, ca
     assert f"budget: {BOUND + 160} of 10,000 tokens" in capsys.readouterr().out
     assert distill(monkeypatch, "generate", name, "--fresh", "generate", "--set", "generate.budget.tokens=9") == 2
     assert "one sample may use" in capsys.readouterr().err, "the failed attempts of moved traces are not counted"
+
+
+def test_a_failed_request_of_a_judge_is_counted_by_later_sessions(tmp_path):
+    """It broke off in the middle of its answer, so it may have used its bound; its row in the ledger has no id."""
+    message = {"role": "assistant", "content": "Judgement: Yes"}
+
+    def reply(number, handler):
+        return (200, "text/event-stream", HALF + ERROR) if number == 0 else (200, JSON, body(chat(message=message)))
+
+    item = (0, Prompt.from_question("Capital of France?", "Paris", "judge"), "It is Paris.")
+    with listening_server(reply) as made:
+        address = {"url": url(made), "model": "m", "concurrency": 1}
+        settings = Judge.model_validate({"server": address, "budget": {"tokens": 100_000}})
+        sessions = []
+        for _ in range(2):
+            with JudgeModel(settings, judge_of(settings), LocalEngine(), tmp_path) as judge:
+                assert [grade.verdict for _, grade in judge.grade([item])] == ["correct"]
+                sessions.append(judge.used)
+        assert sessions[0] == sessions[1] and sessions[0].completion == 4096 + 7 and len(made.asked) == 2
+    assert sorted(row["id"] is None for row in Ledger(tmp_path / "judge.jsonl").rows()) == [False, True]
 
 
 def test_a_budget_below_one_sample_says_so(recipe, monkeypatch, capsys):

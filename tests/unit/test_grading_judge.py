@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from eval_support import distill, scores, server, url
 from filter_support import add, make_recipe, make_trace
-from server_support import JSON, Answer, Handler, body, chat
-from server_support import server as listening_server
 
 from distill import catalog
 from distill.backends.budget import TEMPLATE_TOKENS
@@ -169,28 +167,6 @@ def test_a_budget_ends_the_work_and_a_larger_one_goes_on(tmp_path: Path) -> None
                 else:
                     assert {grade.verdict for _, grade in judge.grade(items)} == {"correct"}
             assert len(made.asked) == asked
-
-
-def test_a_failed_request_of_a_judge_is_counted_by_later_sessions(tmp_path: Path) -> None:
-    """It broke off in the middle of its answer, so it may have used its bound; its row in the ledger has no id."""
-    broken = b'data: {"choices": [{"index": 0, "delta": {"content": "I"}}]}\n\ndata: {"error": {"message": "down"}}\n\n'
-    reply = {"index": 0, "message": {"role": "assistant", "content": "Judgement: Yes"}, "finish_reason": "stop"}
-
-    def answer(number: int, handler: Handler) -> Answer:
-        return (200, "text/event-stream", broken) if number == 0 else (200, JSON, body(chat(**reply)))
-
-    with listening_server(answer) as made:
-        more = {"server": {"url": url(made), "model": "m", "concurrency": 1}, "budget": {"tokens": 100_000}}
-        with opened(url(made), tmp_path, **more) as judge:
-            assert [grade.verdict for _, grade in judge.grade([(0, prompt(), "It is Paris.")])] == ["correct"]
-            used = judge.used
-            assert used.completion == 4096 + 7
-        with opened(url(made), tmp_path, **more) as judge:
-            assert judge.used == used
-            assert [grade.verdict for _, grade in judge.grade([(0, prompt(), "It is Paris.")])] == ["correct"]
-        assert len(made.asked) == 2
-    [_, _] = rows = list(Ledger(tmp_path / "judge.jsonl").rows())
-    assert sorted(row["id"] is None for row in rows) == [False, True]
 
 
 def test_many_answers_that_need_no_request_do_not_pile_up(tmp_path: Path) -> None:

@@ -47,12 +47,12 @@ ALLOWED: dict[str, set[str]] = {
     "keeper": set(),
     "command": {"cli", "interrupts"},
     "cli": {"pipeline", "doctor", "plan", "push"} | STAGES | BELOW_STAGES,
-    "doctor": BELOW_STAGES | {"engine.kernels", "engine.families"},
+    "doctor": BELOW_STAGES | {"engine.kernels", "engine.families", "train.student.float8"},
     "push": SHARED,
     "pipeline": STAGES | BELOW_STAGES | {"filters.pipeline", "filters.cluster"},
     **{stage: BELOW_STAGES for stage in STAGES},
     # Rewards and the monitor of learning from rollouts judge a trace as these filters do.
-    "train": BELOW_STAGES | {f"filters.{name}" for name in ("base", "format", "language", "repetition")},
+    "train": BELOW_STAGES | {f"filters.{name}" for name in ("base", "correct", "format", "language", "repetition")},
     "plan": BELOW_STAGES | {"generate", "train", "engine.spec", "engine.families"},
     "grading": {"backends", "grading.sandbox"} | SHARED,
     "grading.sandbox": {"errors"},  # most of it runs behind walls, where nothing else of the package is

@@ -35,7 +35,7 @@ from distill.engine.kernels.reference_attention import index_scores as index_sco
 from distill.engine.kernels.reference_attention import paged_write as paged_write
 from distill.engine.kernels.reference_attention import prefill_gqa as prefill_gqa
 from distill.engine.kernels.reference_attention import prefill_mla as prefill_mla
-from distill.engine.kernels.stored import Damaged, Place, Stored
+from distill.engine.kernels.stored import Damaged, Place, Stored, all_finite
 
 P = TypeVar("P")
 E = TypeVar("E")
@@ -88,7 +88,7 @@ def repack(packed_nc: Tensor, numbers_nc: Tensor) -> None:
     """Replace the numbers of a packed matrix in place: what `pack` makes of a `Plain` matrix of that shape, on any
     device. Raises Damaged, and the matrix then holds the damaged numbers."""
     packed_nc.copy_(numbers_nc)
-    if not packed_nc.isfinite().all():
+    if not all_finite(packed_nc):
         raise Damaged("values")
 
 

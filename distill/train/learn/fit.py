@@ -29,7 +29,7 @@ from distill.train.rows import teacher
 from distill.train.rows.feed import Feed, StoredFeed
 from distill.train.rows.stored import TrainingSet
 from distill.train.student import card as cards
-from distill.train.student import methods, model
+from distill.train.student import float8, methods, model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -70,7 +70,7 @@ def fit(task: Task, rows: TrainingSet | None, world: World) -> TrainSummary:
     chat = Chat.load(task.models.base.directory, task.models.training_template)
     filtered = cards.summary(paths, "filter", FilterSummary)
     text = cards.model_card(recipe, task.models.student_card, summary, filtered)
-    plain = model.empty(task.models.base.directory, settings, getattr(torch, settings.dtype))
+    plain = model.empty(task.models.base.directory, settings, methods.stored_dtype(settings))
     model.save(paths.student, plain, weights, chat, text, world)
     if settings.report_to:
         world.accelerator.end_training()
@@ -113,7 +113,7 @@ def build(task: Task, world: World) -> Built:
         give_memory_back()
     sharded = world.layout == "fsdp"
     dtypes = methods.dtypes(settings, world.device, sharded)
-    if world.main and settings.dtype == "bfloat16" and dtypes.compute == torch.float32:
+    if world.main and settings.dtype != "float32" and dtypes.compute == torch.float32:
         say("this processor has no bfloat16 matrix products: the forward pass runs in float32")
     quantization = methods.quantization(settings)
     if sharded and quantization:
@@ -122,6 +122,8 @@ def build(task: Task, world: World) -> Built:
         base = model.empty(weights, settings, dtypes.weights)
     else:
         base = model.load(weights, settings, dtypes.weights, quantization)
+    if dtypes.float8:
+        say_converted(float8.convert(base, world.device, dtypes.compute), world)
     adapted = None if settings.adapter is None else methods.with_adapters(base, settings.adapter)
     if settings.gradient_checkpointing:
         base.activation_checkpointing_enable(offload=settings.activation_offloading)
@@ -133,6 +135,17 @@ def build(task: Task, world: World) -> Built:
         if adapted:
             methods.start_adapters(base)
     return Built(base, adapted, learner, wrapped)
+
+
+def say_converted(layers: float8.Layers, world: World) -> None:
+    """Print how many layers multiply in FP8, and whether they only emulate it."""
+    if not world.main:
+        return
+    skipped = layers.total - layers.converted
+    why = f"; {skipped} skipped, with dimensions that are not multiples of 16" if skipped else ""
+    say(f"FP8 products in {layers.converted} of the decoder's {layers.total} linear layers{why}")
+    if world.device.type == "cpu":
+        say("FP8 is emulated on the processor: same rounding, slower than train.dtype bfloat16")
 
 
 def materialise(learner: Learner, device: torch.device) -> None:
@@ -152,7 +165,7 @@ def trained_weights(task: Task, built: Built, world: World) -> dict[str, Tensor]
     well into 4-bit weights.
     """
     settings = task.recipe.train
-    dtype = getattr(torch, settings.dtype)
+    dtype = methods.stored_dtype(settings)
     gathered: dict[str, Tensor] = {}
     for name, parameter in built.base.named_parameters():
         if parameter.requires_grad:

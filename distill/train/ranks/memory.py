@@ -4,7 +4,8 @@ Weights, gradients and the optimiser's state are counted. Activations are not es
 model itself is run with tensors that have shapes and no memory (torch's FakeTensor), with one layer and with two, and
 the sizes of the tensors that autograd keeps for the backward pass are added up. The peak is the larger of two moments:
 
-- in the head's loss: the activations of all layers, a block of logits, and the head's gradient
+- in the head's loss: the activations of all layers, a block of logits, and the head's gradient; or, with FP8, soon
+  after it: the casts of a product in place of the block
 - at the end of the backward pass: all gradients, and the embedding's once more before it is added to the head's
 
 Not counted are fragmentation, and the libraries' own memory beyond `BASE`.
@@ -29,12 +30,13 @@ from distill.recipe.adapters import Lora, Qlora
 from distill.train.learn import attention, loss
 from distill.train.ranks.world import Layout
 from distill.train.rows.stored import TrainingSet
-from distill.train.student import methods
+from distill.train.student import float8, methods
 from distill.train.student.methods import Dtypes, with_adapters
 
 BASE = {"cpu": 0.5e9, "cuda": 1.2e9}  # the process with its libraries; context, workspaces and NCCL's buffers
 NF4 = 0.516  # bytes per parameter: 4 bits, and scales that are quantised in blocks of 256 (QLoRA, section 3)
 PROBE = 256  # tokens of the run without memory
+FLOAT8_CAST = 9  # bytes per element while a tensor is cast to FP8: scaled in float32, clamped, and the codes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -111,6 +113,12 @@ def parameters(model: PreTrainedModel) -> int:
 
 
 @once
+def converted(config: PretrainedConfig) -> float8.Layers:
+    """The linear layers of one layer of the decoder that multiply in FP8."""
+    return float8.convertible(on_meta(config, 1).get_decoder())
+
+
+@once
 def adapters(config: PretrainedConfig, adapter: Lora | Qlora) -> int:
     """Trainable parameters of the adapters of all layers."""
     one, two = (
@@ -164,7 +172,10 @@ def activations(config: PretrainedConfig, settings: Train, dtypes: Dtypes) -> Ac
 
 
 def saved_bytes(config: PretrainedConfig, settings: Train, dtypes: Dtypes, layers: int, tokens: int) -> int:
-    """Bytes that autograd keeps of a forward pass of one row with this number of tokens, without the weights."""
+    """Bytes that autograd keeps of a forward pass of one row with this number of tokens, without the weights.
+
+    Layers that multiply in FP8 keep the same inputs, uncast: the model is not converted, and torchao need not be there.
+    """
     storages: dict[int, int] = {}
     model = on_meta(config, layers, dtypes.weights if dtypes.autocast else dtypes.compute)
     if settings.adapter is not None:
@@ -230,8 +241,9 @@ def estimate(
     if layout == "fsdp":  # the layer that computes, the one that is prefetched, the one whose gradients are reduced
         root = model.embedding + model.head
         gathered = half * (2 * model.layer + root) + (4 * model.layer if full else 0)
-    elif dtypes.autocast is not None and full:
-        gathered = float(half * model.layers * model.layer)  # casts to the forward dtype, which autograd keeps
+    elif dtypes.autocast is not None and full:  # casts to the forward dtype, which autograd keeps, unlike those to FP8
+        cast = model.layer - (converted(config).parameters if dtypes.float8 else 0)
+        gathered = float(half * model.layers * cast)
 
     whole = activations(config, settings.model_copy(update={"gradient_checkpointing": False}), dtypes)
     if settings.gradient_checkpointing:  # one layer at a time is recomputed, with all its activations
@@ -242,7 +254,11 @@ def estimate(
         kept = tokens * (model.layers * whole.layer + whole.rest)
     block = min(supervised * model.vocabulary, loss.BLOCK) * half
     floats = min(supervised * model.vocabulary, loss.PASS[device]) * 4 * 2
-    in_loss = block + floats + supervised * model.width * 8
+    temporary = block + floats
+    if dtypes.float8:
+        layer = converted(config)
+        temporary = max(temporary, FLOAT8_CAST * (layer.largest + tokens * layer.widest))
+    in_loss = temporary + supervised * model.width * 8
     separate = half == 2 and device == "cpu"  # a product is computed separately, which a GPU accumulates directly
     in_loss += head_size * (6 if separate else 4) if full else 0  # its gradient
     in_loss += head_size * half if dtypes.autocast is not None else 0  # its cast

@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from distill.backends.backend import Backend, Job
+from distill.chat import Chat
 from distill.console import say
 from distill.objectives import Grpo, OnPolicy
 from distill.objectives.grpo import advantages
@@ -102,13 +103,14 @@ class RolloutFeed(Feed):
         settings: Train,
         prompts: Sequence[Prompt],
         student: StudentEngine,
+        chat: Chat,
         store: RolloutStore,
         judges: Judges,
         world: World,
         traces: StoredFeed | None = None,
     ) -> None:
         self.objective, self.settings, self.rollouts = objective, settings, objective.rollout_settings
-        self.prompts, self.student = prompts, student
+        self.prompts, self.student, self.chat = prompts, student, chat
         self.store, self.judges, self.world, self.traces = store, judges, world, traces
         self.counts = traces.counts if traces else Counts()
         self.order = PromptOrder(len(prompts), self.rollouts.prompts_per_step, settings.seed)
@@ -237,7 +239,7 @@ class RolloutFeed(Feed):
 
     def _prove(self, judged: Sequence[Judged]) -> None:
         """The gate, on the first set. Errors: UserError (`gate`)."""
-        lines = list(gate.prove_rollouts([each.rollout for each in judged], self.student.chat))
+        lines = list(gate.prove_rollouts([each.rollout for each in judged], self.chat))
         for teacher in dict.fromkeys(self.judges.teachers.values()):
             given = [each for each in judged if self.judges.teacher(each.rollout.prompt) is teacher]
             known = [(each.rollout, each.taught) for each in given if each.taught is not None]
@@ -246,7 +248,7 @@ class RolloutFeed(Feed):
                     [rollout for rollout, _ in known],
                     [taught.scored for _, taught in known],
                     [taught.distribution for _, taught in known],
-                    self.student.chat,
+                    self.chat,
                     teacher.chat,
                 )
         if self.world.main:

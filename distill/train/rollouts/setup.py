@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+
 from distill import backends
 from distill.artefacts import RunPaths
 from distill.backends.collect import asked
@@ -25,7 +27,7 @@ from distill.train.rollouts import gate
 from distill.train.rollouts.feed import Judges, RolloutFeed
 from distill.train.rollouts.rewards import Rewarder, check_gradable
 from distill.train.rollouts.store import RolloutStore
-from distill.train.rollouts.student import StudentEngine
+from distill.train.rollouts.student import MAX_BATCH, StudentEngine
 from distill.train.rollouts.teachers import Teacher
 from distill.train.rows.feed import StoredFeed
 from distill.train.student import methods
@@ -95,8 +97,11 @@ def rollout_feed(
     with ExitStack() as stack:
         dtype = methods.dtypes(settings, world.device).compute
         context = longest(prompts, models, rollouts)
-        student = StudentEngine(trained, models.base, rollouts, dtype, world.device, context, settings.seed, world.size)
-        stack.callback(student.close)
+        batch = min(MAX_BATCH, -(-rollouts.rows // world.size))
+        backend = stack.enter_context(
+            backends.open_trained(models.base, str(world.device), dtype == torch.float32, batch, context)
+        )
+        student = StudentEngine(trained, backend, rollouts, settings.seed)
         engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
         judges = Judges()
         if isinstance(objective, OnPolicy):
@@ -116,7 +121,7 @@ def rollout_feed(
         if objective.needs_reference:
             judges.base = stack.enter_context(backends.open(models.base, engine))
         store = RolloutStore(paths.rollouts, rollouts.samples)
-        yield RolloutFeed(objective, settings, prompts, student, store, judges, world, traces)
+        yield RolloutFeed(objective, settings, prompts, student, models.base.chat, store, judges, world, traces)
         if world.main:
             store.compact(1)
 

@@ -14,68 +14,29 @@ gathered one at a time, by all ranks in the same order.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.backends.backend import Job
+from distill.backends import Job, SamplingParams, TrainedBackend
 from distill.backends.collect import sampled
-from distill.backends.local import LocalBackend
-from distill.engine import Engine
-from distill.engine.options import EngineOptions, SamplingParams
-from distill.errors import UserError
-from distill.models import Model
 from distill.objectives import RolloutSettings
 from distill.traces.trace import Trace
 from distill.train.ranks.world import whole
-
-if TYPE_CHECKING:
-    from distill.chat import Chat
 
 MAX_BATCH = 256  # sequences decoded at once
 
 
 class StudentEngine:
-    """The student as a backend that samples. dtype: of the forward pass. context: tokens of prompt and completion.
+    """The student as a backend that samples. backend: with weights of `trained`'s shapes. settings: of the rollouts."""
 
-    Errors: UserError for a model that the engine does not know.
-    """
-
-    def __init__(
-        self,
-        trained: PreTrainedModel,
-        model: Model,
-        settings: RolloutSettings,
-        dtype: torch.dtype,
-        device: torch.device,
-        context: int,
-        seed: int,
-        ranks: int = 1,
-    ) -> None:
-        self.trained, self.settings, self.seed = trained, settings, seed
-        options = EngineOptions(
-            device=str(device),
-            dtype="float32" if dtype == torch.float32 else "bfloat16",
-            max_batch=min(MAX_BATCH, -(-settings.rows // ranks)),
-            max_context=context,
-        )
-        try:
-            engine = Engine.load(model.directory, options)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        self.backend = LocalBackend(engine, model)
-        self._engine = engine
-
-    @property
-    def chat(self) -> "Chat":
-        """Its tokenizer and template."""
-        return self.backend.chat
+    def __init__(self, trained: PreTrainedModel, backend: TrainedBackend, settings: RolloutSettings, seed: int) -> None:
+        self.trained, self.backend, self.settings, self.seed = trained, backend, settings, seed
 
     def update(self) -> None:
-        """Take over the trainer's current weights. All ranks together."""
-        self._engine.update(tensors_of(self.trained))
+        """Take over the trainer's current weights. All ranks together. Errors: UserError."""
+        self.backend.update(tensors_of(self.trained))
 
     def sample(self, jobs: Sequence[Job], name: str, top_k: int | None) -> list[Trace]:
         """The samples of these jobs, in no particular order, with their log-probabilities.
@@ -85,10 +46,6 @@ class StudentEngine:
         """
         sampling = SamplingParams(**self.settings.sampling.model_dump(), logprobs=top_k)
         return list(sampled(self.backend, jobs, sampling, self.seed, name))
-
-    def close(self) -> None:
-        """Release the engine."""
-        self.backend.close()
 
 
 def tensors_of(model: nn.Module) -> Callable[[str], Tensor]:

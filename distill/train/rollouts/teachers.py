@@ -52,11 +52,8 @@ class Teacher:
     def score(self, rollouts: Sequence[Trace]) -> list[Taught]:
         """The rollouts, scored, in order. Errors: UserError and WorkError, as `Backend.score`."""
         asked = [self._read(trace) for trace in rollouts]
-        if self.asks:
-            wanted = [self._wanted(trace, theirs) for trace, theirs in zip(rollouts, asked, strict=True)]
-            scored = self.backend.score(asked, self.k, wanted)
-        else:
-            scored = self.backend.score(asked, self.k)
+        wanted = [self._wanted(trace, theirs) for trace, theirs in zip(rollouts, asked, strict=True)]
+        scored = self.backend.score(asked, self.k, wanted if self.asks else None)
         return [Taught(s, self._distribution(trace, s)) for trace, s in zip(rollouts, scored, strict=True)]
 
     def _read(self, trace: Trace) -> Trace:

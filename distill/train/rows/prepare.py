@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
+import torch
 from pydantic import JsonValue
 
 from distill.artefacts import RunPaths
@@ -28,7 +29,7 @@ from distill.train.rows import gate, stored
 from distill.train.rows.encode import Encoder, Encoding, Source
 from distill.train.rows.stored import Counts, TrainingSet
 from distill.train.rows.teacher import teach
-from distill.train.student import model
+from distill.train.student import float8, model
 
 
 def prepare(
@@ -80,9 +81,15 @@ def prepare(
 
 
 def check_student(recipe: Recipe, models: Models) -> gate.Limits:
-    """Refuse a base whose files are broken, and trackers that are not there. Errors: UserError."""
+    """Refuse a base whose files are broken, trackers that are not there, and FP8 where it cannot be computed.
+
+    Errors: UserError.
+    """
+    limits = model.inspect(models.base.directory, recipe.train)
     check_trackers(recipe.train.report_to)
-    return model.inspect(models.base.directory, recipe.train)
+    if recipe.train.dtype == "float8":
+        float8.require(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return limits
 
 
 def check_trackers(names: Sequence[str]) -> None:

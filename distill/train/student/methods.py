@@ -1,7 +1,8 @@
 """Which parameters are trained, and by which optimiser: all of them, or LoRA or QLoRA adapters.
 
 All: float32 weights, and a forward pass under autocast if the recipe says bfloat16: at learning rates near 1e-5 an
-update is smaller than the last bit of a bfloat16 weight and would be lost.
+update is smaller than the last bit of a bfloat16 weight and would be lost. With float8 the linear layers of the decoder
+multiply in FP8 (`student.float8`), and everything else is as with bfloat16.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT: the base is frozen in the dtype of the forward pass; adapters of
 rank r beside its linear layers are float32 and trained. QLoRA (Dettmers et al. 2023, arXiv 2305.14314): the base in
@@ -32,11 +33,17 @@ ADAM_BETA1, ADAM_EPSILON = 0.9, 1e-8  # constants: nobody tunes these
 @dataclass(frozen=True)
 class Dtypes:
     """weights: dtype of the stored base. compute: of the forward pass. autocast: `compute`, if it differs from
-    `weights`, else None."""
+    `weights`, else None. float8: whether the linear layers of the decoder multiply in FP8."""
 
     weights: torch.dtype
     autocast: torch.dtype | None
     compute: torch.dtype
+    float8: bool = False
+
+
+def stored_dtype(settings: Train) -> torch.dtype:
+    """The dtype of the student's files, and of the forward pass outside of FP8 products."""
+    return torch.float32 if settings.dtype == "float32" else torch.bfloat16
 
 
 def dtypes(settings: Train, device: torch.device, sharded: bool = False) -> Dtypes:
@@ -44,10 +51,10 @@ def dtypes(settings: Train, device: torch.device, sharded: bool = False) -> Dtyp
 
     sharded: float32 shards are gathered in the dtype of the forward pass, so autocast is not needed.
     """
-    requested: torch.dtype = getattr(torch, settings.dtype)
-    compute = torch.float32 if device.type == "cpu" and not multiplies_bfloat16() else requested
+    compute = torch.float32 if device.type == "cpu" and not multiplies_bfloat16() else stored_dtype(settings)
     weights = torch.float32 if settings.adapter is None else compute
-    return Dtypes(weights, None if sharded or compute == torch.float32 else compute, compute)
+    autocast = None if sharded or compute == torch.float32 else compute
+    return Dtypes(weights, autocast, compute, settings.dtype == "float8" and settings.adapter is None)
 
 
 def quantization(settings: Train) -> object | None:
@@ -61,7 +68,7 @@ def quantization(settings: Train) -> object | None:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+        bnb_4bit_compute_dtype=stored_dtype(settings),
     )
     return config
 
