@@ -72,7 +72,9 @@ class Method:
 METHODS = {
     "sft": Method(points=10),
     "on_policy": Method({"train.phases": [COLD_START, ON_POLICY]}, points=6),
-    "grpo_from_base": Method({"train.phases": [REWARDS | {"max_steps": 220}]}),
+    "grpo_from_base": Method(
+        {f"train.{key}": REWARDS[key] for key in ("objective", "learning_rate")} | {"train.max_steps": 220}
+    ),
     "grpo_from_cold_start": Method({"train.phases": [COLD_START, REWARDS]}, points=6),
     "pipeline": Method(
         {"train.phases": [COLD_START, REWARDS | {"max_steps": 80}, OWN_ANSWERS, REWARDS | {"name": "rewards-again"}]},
