@@ -9,7 +9,7 @@ rollouts of 61 tokens (as long as a trace of tiny-r1), and SmolLM2-135M-Instruct
 systems start from the same weights and have the same prompts, optimiser, learning rate and reverse KL, or groups of
 eight with Dr. GRPO's loss. A step samples a set of rollouts, scores it and makes one update.
 
-Every rollout has the same length: transformers gets `min_new_tokens`, our engine does not look at the end token. In
+Every rollout has the same length: transformers gets `min_new_tokens`, our engine ends a rollout by its length only. In
 place of a grader's verdict, a reward is a hash of the text, so that no group is without variance and skipped; we grade
 the answers as well, and the time counts.
 
@@ -34,14 +34,18 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from memory import watch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from distill.engine.scheduler import SequenceState
 
 WARM_UP = 2  # steps that are not timed
 GROUP = 8  # rollouts of a prompt in `grpo`
@@ -55,8 +59,6 @@ Figures = dict[str, float]
 class Pair:
     """What is measured on one model. rollouts: of a step. tokens: of a rollout. batch: rollouts of a forward pass."""
 
-    family: str
-    parameters: float
     rollouts: int
     tokens: int
     batch: int
@@ -66,8 +68,8 @@ class Pair:
 
 
 PAIRS = {
-    "tiny": Pair("qwen2", 0.00086, 32, 61, 32, 1e-4, 12, 5),
-    "smollm2": Pair("llama", 0.135, 8, 96, 8, 1e-5, 5, 3),
+    "tiny": Pair(32, 61, 32, 1e-4, 12, 5),
+    "smollm2": Pair(8, 96, 8, 1e-5, 5, 3),
 }
 
 
@@ -183,23 +185,18 @@ def train_trl(args: argparse.Namespace, pair: Pair, out: Path) -> Figures:
 
 def train_ours(args: argparse.Namespace, pair: Pair, out: Path) -> Figures:
     """Our train stage with the objective `args.method`."""
-    import yaml
-
     from distill.catalog import load_recipe
     from distill.engine import engine
     from distill.pipeline import run_recipe
     from distill.train.learn.loop import Loop
     from distill.train.rollouts.rewards import Reward, Rewarder
 
-    card = args.work / f"{args.pair}.yaml"
-    fields = {"name": args.pair, "family": pair.family, "weights": str(Path(args.model).absolute()), "license": "mit"}
-    card.write_text(yaml.safe_dump(fields | {"parameters": pair.parameters, "context": 4096}))
     count = prompts(pair, args.method, args.steps)
     rollouts = {"prompts_per_step": count // args.steps, "sampling": {"max_new_tokens": pair.tokens}}
     rollouts["samples"] = pair.rollouts * args.steps // count
     settings = {
-        "teacher": str(card),
-        "student": str(card),
+        "teacher": str(Path(args.model).absolute()),
+        "student": str(Path(args.model).absolute()),
         "prompts": [{"kind": "procedural", "name": "arithmetic", "split": "train", "limit": count}],
         "engine.dtype": args.dtype,
         "train.dtype": args.dtype,
@@ -228,16 +225,19 @@ def train_ours(args: argparse.Namespace, pair: Pair, out: Path) -> Figures:
     with (
         patch.object(Loop, "step", timed),
         patch.object(Rewarder, "rewards", spread),
-        # In place of an end token: the samples of all prompts end at once.
-        patch.object(engine, "_finished", lambda state, length: _at_the_limit(state, length, pair.tokens)),
+        patch.object(engine, "_finished", partial(ends_at, tokens=pair.tokens)),
     ):
         run_recipe(recipe, out, ["train"])
     lines = [json.loads(line) for line in (out / "checkpoints" / "log.jsonl").read_text().splitlines()]
     return figures(pair, clock, [line["length"] for line in lines])
 
 
-def _at_the_limit(state: Any, length: int, tokens: int) -> str | None:
-    return "stop" if length - len(state.request.prompt_ids) >= tokens else None
+def ends_at(state: "SequenceState", length: int, tokens: int) -> str | None:
+    """In place of the engine's test: the last of `tokens` tokens is made the end token, and no other ends a rollout."""
+    if length - len(state.request.prompt_ids) < tokens:
+        return None
+    state.tokens[length - 1] = state.request.sampling.stop_token_ids[-1]
+    return "stop"
 
 
 SYSTEM: dict[str, Callable[[argparse.Namespace, Pair, Path], Figures]] = {"ours": train_ours, "trl": train_trl}
