@@ -125,6 +125,10 @@ class RunPaths:
         """`student/`: the trained model, as `transformers` loads it."""
         return self.root / "student"
 
+    def phase(self, number: int, name: str) -> Path:
+        """`phases/1-NAME`: the run directory of a phase of the training. number: from 0."""
+        return self.root / "phases" / f"{number + 1}-{name}"
+
     @property
     def eval(self) -> Path:
         """`eval/`: samples, grades and scores, by benchmark and model."""
@@ -267,7 +271,8 @@ class FilterSummary(Artefact):
 
 class TrainSummary(Artefact):
     """Counts of rows and tokens, losses in nats per token, and the rate. student: directory inside the run. rollouts,
-    rollout_tokens: what the student wrote, 0 for objectives that need none; rows: without them."""
+    rollout_tokens: what the student wrote, 0 for objectives that need none; rows: without them. phases: of a training
+    in phases, by name and in order; the other figures are then their sums, and the first and the last loss."""
 
     steps: int
     epochs: float
@@ -289,6 +294,7 @@ class TrainSummary(Artefact):
     student: str
     rollouts: int = 0
     rollout_tokens: int = 0
+    phases: dict[str, "TrainSummary"] = {}
 
 
 # ---- eval

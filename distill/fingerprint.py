@@ -5,6 +5,7 @@ Standard library only: a finished stage must be recognised at once, before torch
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,15 @@ def weights_hash(model_dir: Path) -> str:
     A weight file above 64 MiB is sampled: two trainings of one model differ nearly everywhere, and reading 140 GB to
     learn that nothing changed would take minutes at every start.
     """
+    paths = sorted(p for p in model_dir.iterdir() if p.suffix in READ)
+    return _hash(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+
+
+@cache
+def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Once in a process: several phases of a training, and several stages, have the same models."""
     total = hashlib.sha256()
-    for path in sorted(p for p in model_dir.iterdir() if p.suffix in READ):
-        size = path.stat().st_size
+    for path, size, _ in files:
         total.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
             if size <= WHOLE:

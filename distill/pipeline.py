@@ -25,8 +25,9 @@ from distill.train.student import card
 if TYPE_CHECKING:
     from distill.recipe import Recipe
 
+TRAIN = train.PhasesStage((generate.STAGE, filters.STAGE))  # by which a phase samples and judges its base's own answers
 STAGES: Mapping[str, Stage[Any]] = {  # each has a summary of its own type
-    stage.name: stage for stage in (generate.STAGE, filters.STAGE, train.STAGE, evaluation.STAGE, Report())
+    stage.name: stage for stage in (generate.STAGE, filters.STAGE, TRAIN, evaluation.STAGE, Report())
 }
 WEIGHTS: dict[str, Literal["teacher", "student"]] = {"generate": "teacher", "train": "student"}  # what a stage loads
 
@@ -50,7 +51,7 @@ def run_recipe(
     wrote, instead of comparing sizes and times. on: where filters judge, `local` or `ray`. What can be refused is
     refused before the first stage begins, and then nothing was touched. Raises UserError and WorkError.
     """
-    names = list(stages or STAGES)
+    names = list(stages or _needed(recipe))
     for name in fresh:
         if name not in names:
             raise UserError(
@@ -60,11 +61,15 @@ def run_recipe(
     if train.several():
         if names != ["train"]:
             raise UserError("several processes can only train: run the other stages by themselves, without torchrun")
+        if recipe.train.phases:
+            raise UserError(
+                "train.phases: a phase starts its processes itself: set train.num_processes in place of torchrun, or "
+                "run each phase as a recipe of its own"
+            )
         if train.follow(recipe, directory):
             return
-    loaded = [WEIGHTS[name] for name in names if name in WEIGHTS]
-    catalog.check_recipe(recipe, [kind for kind in loaded if kind == "student" or not recipe.traces])
-    if "filter" in names:
+    catalog.check_recipe(recipe, _loaded(recipe, names))
+    if "filter" in names or ("train" in names and any(training.own for training in recipe.train.trainings)):
         filters.check_gradable(recipe)
         if on == "ray":
             require_ray()
@@ -82,6 +87,22 @@ def run_recipe(
             first = min(fresh, key=list(STAGES).index)
             run.fresh([STAGES[name] for name in list(STAGES)[list(STAGES).index(first) :]])
         _perform(run, names)
+
+
+def _needed(recipe: "Recipe") -> list[str]:
+    """All stages but those that have nothing to do."""
+    if recipe.reads_traces:
+        return list(STAGES)
+    say("generate and filter: skipped, because nothing is trained on the teacher's traces")
+    return [name for name in STAGES if name not in ("generate", "filter")]
+
+
+def _loaded(recipe: "Recipe", names: Sequence[str]) -> list[Literal["teacher", "student"]]:
+    """The models whose weights these stages load."""
+    loaded = {WEIGHTS[name] for name in names if name in WEIGHTS}
+    if recipe.traces:
+        loaded.discard("teacher")
+    return sorted(loaded)
 
 
 def _perform(run: Run, names: Sequence[str]) -> None:

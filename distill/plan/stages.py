@@ -8,6 +8,7 @@ sheet's rate. Prompt tokens are counted where the teacher's tokenizer is on this
 Hub data sets are read for a pilot and where traces are stored, and not for a guess: a plan needs no network.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,10 @@ from distill.plan.traces import Traces, estimate_traces, pilot_of
 from distill.plan.training import MACHINES, Data, plan_training, trained_tokens
 from distill.planned import Expected, Measured, Plan, StagePlan
 from distill.prompts import Prompt, load_prompts
+from distill.recipe import Phase
 from distill.run import Run
 from distill.traces.store import TraceStore
+from distill.train.phases import phase_directory
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -66,9 +69,9 @@ def plan_recipe(
     estimate = estimate_traces(recipe, directory, prompts, traces, mean, drawn)
     prompt_tokens, counted = _prompt_tokens(recipe, prompts, estimate, measured)
     price = catalog.price_of(recipe)
+    teaching = (_generate(recipe, estimate, prompt_tokens, price, measured, hardware), _filter(recipe, estimate))
     stages = (
-        _generate(recipe, estimate, prompt_tokens, price, measured, hardware),
-        _filter(recipe, estimate),
+        *(teaching if recipe.reads_traces else ()),
         _train(recipe, estimate, directory, machines, traces, mean, counted, prompt_tokens),
         _eval(recipe, estimate, price, measured, hardware),
     )
@@ -203,17 +206,37 @@ def _train(
     counted: str,
     prompt_tokens: float,
 ) -> StagePlan:
-    """The table of training, with the expected tokens; hours of the recipe's own method on the first machine."""
+    """The table of each training, with the expected tokens; hours of the recipe's own method on the first machine.
+
+    Phases are added up. What they sample themselves is not counted.
+    """
+    tokens, hours = 0.0, 0.0
+    for number, training in enumerate(recipe.train.trainings):
+        place, alone = directory, recipe
+        if isinstance(training, Phase):
+            say(f"phase {number + 1}, {training.name}:")
+            place = phase_directory(directory, recipe, number)
+            alone = recipe.model_copy(update={"train": training.training(training.data)})
+        expected = _rows(alone, traces, prompt_tokens)
+        ways, data = plan_training(alone, place, machines or MACHINES, given, mean, expected)
+        tokens += trained_tokens(alone.train, data)
+        own = [way for way in ways if way.hardware.name == ways[0].hardware.name and way.own and way.fits]
+        hours += own[0].hours if own else float("nan")
+        if training.samples_prompts:
+            say("answers that the student samples itself are not in these hours")
+    known = bool(machines) and not math.isnan(hours)
+    return StagePlan(stage="train", tokens=Expected(value=tokens), hours=Expected(value=hours) if known else None)
+
+
+def _rows(recipe: "Recipe", traces: Traces, prompt_tokens: float) -> Data:
+    """The rows of a training before they are encoded: as many as the teacher's traces, or as its base answers."""
     select = recipe.filter.select
     share = min(1.0, select.per_prompt / traces.samples) if select and select.per_prompt else 1.0
     per_trace = traces.mean + prompt_tokens / max(traces.count, 1)
-    rows = max(1, round(traces.count * share))
+    samples = recipe.train.own.samples / traces.samples if recipe.train.own else 1.0
+    rows = max(1, round(traces.count * share * samples))
     source = f"if all traces are kept; {traces.basis}" if share == 1 else f"of the selected traces; {traces.basis}"
-    expected = Data(rows, round(rows * min(per_trace, recipe.train.max_length)), recipe.train.max_length, source)
-    ways, data = plan_training(recipe, directory, machines or MACHINES, given, mean, expected)
-    own = [way for way in ways if way.hardware.name == ways[0].hardware.name and way.own and way.fits]
-    hours = Expected(value=own[0].hours) if own and machines else None
-    return StagePlan(stage="train", tokens=Expected(value=trained_tokens(recipe.train, data)), hours=hours)
+    return Data(rows, round(rows * min(per_trace, recipe.train.max_length)), recipe.train.max_length, source)
 
 
 def _eval(
@@ -282,6 +305,8 @@ def _show(
         say(f"{traces.truncated:.1%} of the stored traces end at max_new_tokens")
     if recipe.traces:
         say("published traces: nothing is asked of a teacher")
+    elif not recipe.reads_traces:
+        say("nothing is trained on the teacher's traces: generate and filter are skipped")
     else:
         say(f"{short(plan.prompt_tokens)} prompt tokens ({counted})")
     if price is not None and not recipe.traces:
@@ -301,7 +326,7 @@ def _say_hours(recipe: "Recipe", plan: Plan, hardware: Sequence[Hardware]) -> No
     if hardware:
         rate = f"{DECODING:.0%} of the data sheet's bfloat16 rate"
         say(f"hours of generate and eval: on {hardware[0].name} at {rate}, a rough guess")
-        if plan.stages[0].hours is None:
+        if plan.stages[0].stage == "generate" and plan.stages[0].hours is None:
             say(f"hours of generate: the teacher's weights do not fit on {hardware[0].name}, or nothing is sampled")
     elif plan.measured:
         say(

@@ -13,6 +13,7 @@ any case, with another price or after an update of the toolkit.
 
 import base64
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,10 +105,9 @@ def _write(directory: Path, contents: Contents) -> ReportSummary:
     paths, drawn = RunPaths(directory), _pictures(contents)
     page = _render(contents, drawn).encode("utf-8", "replace")  # a trace may hold half a character
     paths.pictures.mkdir(exist_ok=True)
-    for name in pictures.NAMES:
-        for suffix in ("svg", "png"):
-            if name not in drawn:
-                (paths.pictures / f"{name}.{suffix}").unlink(missing_ok=True)
+    for path in paths.pictures.iterdir():
+        if path.stem not in drawn and re.fullmatch(pictures.NAMES, path.stem) and path.suffix in (".svg", ".png"):
+            path.unlink()
     for picture in drawn.values():
         write_whole(paths.pictures / f"{picture.name}.svg", picture.svg["wide"])
         write_whole(paths.pictures / f"{picture.name}.png", picture.png())
@@ -132,6 +132,9 @@ def _pictures(contents: Contents) -> "dict[str, Picture]":
         drawn.append(pictures.lengths(contents.lengths.kept, contents.lengths.dropped, contents.lengths.unit))
     if contents.log:
         drawn.append(pictures.training(contents.log, contents.recipe.train.objective.parts))
+    for phase in contents.phases:
+        if phase.log:
+            drawn.append(pictures.training(phase.log, phase.training.objective.parts, f"loss-{phase.number}"))
     return {picture.name: picture for picture in drawn}
 
 

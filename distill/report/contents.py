@@ -7,7 +7,6 @@ first kept ones, the first of each reason for dropping, as long as there is room
 stored trace is read once.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -27,7 +26,6 @@ from distill.artefacts import (
 )
 from distill.config import parse, read_yaml
 from distill.console import progress
-from distill.errors import UserError
 from distill.evaluations import (
     GradeRow,
     Results,
@@ -42,8 +40,9 @@ from distill.planned import Plan
 from distill.recipe import Recipe
 from distill.record import StageRecord, read_recipe
 from distill.report.expected import ExpectedRow, compare_with_plan
+from distill.report.phases import PhaseContents, read_phases
+from distill.report.records import STAGES, LogRow, Place, read_log, read_record, read_summary, refuse_damage
 from distill.traces.browse import KEPT, verdict_of
-from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore, count_traces, read_traces
 from distill.traces.trace import WORDS, Trace, Verdict
 
@@ -54,10 +53,8 @@ ROOM = 500_000  # characters of kept traces, and as many of dropped ones: the pa
 MANY = 20_000  # traces that take some seconds to read
 TEXT_SHOWN = 20_000  # characters of one text; an R1 trace may have ten times as many
 MODELS = ("base", "student", "teacher")
-READ = ("filtered/kept/", "filtered/dropped/", "eval/", "checkpoints/log.jsonl")  # recorded files that the page shows
 
 Counts = tuple[int, int]  # (right, all) samples of one problem
-LogRow = Mapping[str, float]  # one line of checkpoints/log.jsonl
 
 
 @dataclass(frozen=True)
@@ -122,6 +119,7 @@ class Contents:
     filtered: FilterSummary | None
     trained: TrainSummary | None
     log: list[LogRow]
+    phases: list[PhaseContents]
     lengths: Lengths
     solved: list[Counts]
     traces: list[Shown]
@@ -144,14 +142,6 @@ class Contents:
         return sum(stage.cost or 0 for stage in self.stages)
 
 
-STAGES: dict[str, type[Artefact]] = {  # in the order of the table of times
-    "generate": GenerateSummary,
-    "filter": FilterSummary,
-    "train": TrainSummary,
-    "eval": EvalSummary,
-}
-
-
 def read_contents(directory: Path, price_per_hour: float | None = None, verified: bool = False) -> Contents:
     """Read a run directory. price_per_hour: of the machine; default: the recipe's. verified: the recorded files were
     hashed already.
@@ -159,11 +149,12 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
     Errors: UserError when this is no run directory, or a file in it is damaged.
     """
     text, paths = read_recipe(directory), RunPaths(directory)
+    place = Place(paths)
     recipe = parse(Recipe, read_yaml(paths.recipe), str(paths.recipe))
-    records = {name: record for name in STAGES if (record := _record(paths, name))}
+    records = {name: record for name in STAGES if (record := read_record(place, name))}
     if not verified:
-        _refuse_damage(paths, records)
-    summaries = {name: _summary(paths, name, record) for name, record in records.items() if record.finished}
+        refuse_damage(place, records)
+    summaries = {name: read_summary(place, name, record) for name, record in records.items() if record.finished}
     generated, filtered = summaries.get("generate"), summaries.get("filter")
     trained, evaluated = summaries.get("train"), summaries.get("eval")
     assert isinstance(generated, GenerateSummary | None) and isinstance(filtered, FilterSummary | None)
@@ -183,7 +174,8 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
         generated=generated,
         filtered=filtered,
         trained=trained,
-        log=_log(paths.log),
+        log=read_log(paths.log),
+        phases=read_phases(directory, recipe),
         lengths=_lengths(kept, dropped),
         solved=_rates(list((kept + dropped).values())),
         traces=kept.shown + dropped.shown,
@@ -198,29 +190,6 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
 
 
 # ---- stages
-
-
-def _record(paths: RunPaths, name: str) -> StageRecord | None:
-    return StageRecord.read_if_there(paths.record(name), _remedy(paths, name, f"--fresh {name}"))
-
-
-def _summary(paths: RunPaths, name: str, record: StageRecord) -> Artefact:
-    try:
-        return STAGES[name].model_validate_json(json.dumps(record.summary))
-    except ValueError:
-        raise UserError(f"{paths.record(name)} is damaged; {_remedy(paths, name, f'--fresh {name}')}") from None
-
-
-def _remedy(paths: RunPaths, stage: str, option: str) -> str:
-    return f"`distill {stage} {paths.recipe} --run-dir {paths.root} {option}` recreates it"
-
-
-def _refuse_damage(paths: RunPaths, records: Mapping[str, StageRecord]) -> None:
-    """UserError naming the first file of a finished stage that the page shows and that is not as it was written."""
-    for stage, record in records.items():
-        for name, file in record.files.items():
-            if name.startswith(READ) and (damage := file.damage(paths.root / name)) is not None:
-                raise UserError(f"{paths.root / name} {damage}; {_remedy(paths, stage, '--verify')}")
 
 
 def _stage_time(name: str, record: StageRecord, summary: Artefact | None, price: float | None) -> StageTime:
@@ -254,17 +223,6 @@ def _tokens(summary: Artefact | None) -> int | None:
         case EvalSummary() if all(row.mean_completion_tokens is not None for row in summary.scores):
             return round(sum(row.samples * (row.mean_completion_tokens or 0) for row in summary.scores))
     return None
-
-
-def _log(path: Path) -> list[LogRow]:
-    """The rows with a loss. Errors: UserError for a row that training did not write."""
-    rows: list[LogRow] = []
-    for number, row in enumerate(Ledger(path).rows(), 1):
-        if "loss" in row:
-            if not all(isinstance(row.get(key), int | float) for key in ("step", "loss", "learning_rate")):
-                raise UserError(f"{path}, row {number}: damaged; restore the file, or remove the row")
-            rows.append(row)
-    return rows
 
 
 # ---- traces

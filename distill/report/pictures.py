@@ -38,7 +38,7 @@ LIGHT = {
 }
 WIDTHS = {"wide": 7.0, "narrow": 3.6}  # inches; at the page's 100 px an inch: a desk, a phone
 BINS = 40
-NAMES = ("scores", "solved", "prompts", "funnel", "lengths", "loss")  # of all figures
+NAMES = r"scores|solved|prompts|funnel|lengths|loss(-\d+)?"  # of all figures
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def funnel(steps: Sequence[tuple[str, int, int]]) -> Picture:
     return Picture("funnel", f"Traces left after each filter. {counts}", draw, 0.2 + 0.38 * len(steps))
 
 
-def training(rows: Sequence[Mapping[str, float]], parts: Mapping[str, str]) -> Picture:
+def training(rows: Sequence[Mapping[str, float]], parts: Mapping[str, str], name: str = "loss") -> Picture:
     """Loss, and below it the learning rate, over optimiser steps. rows: of checkpoints/log.jsonl.
 
     With the loss go the other losses of the log: of held-out rows, and the objective's parts (name → label).
@@ -237,7 +237,7 @@ def training(rows: Sequence[Mapping[str, float]], parts: Mapping[str, str]) -> P
     caption = f"Training loss from {losses[0]:.3g} at step {steps[0]:,} to {losses[-1]:.3g} at step {steps[-1]:,}"
     if scored := others["held out"]:
         caption += f"; on held-out rows {scored[0][1]:.3g} to {scored[-1][1]:.3g}"
-    return Picture("loss", caption, draw, 3.6)
+    return Picture(name, caption, draw, 3.6)
 
 
 def _plain_ticks(axes: "Axes") -> None:

@@ -1,6 +1,7 @@
-"""Stage 3: the student is fine-tuned on the kept traces, after a proof that the rows are the intended ones."""
+"""Stage 3: the student is fine-tuned, once or in phases, after a proof that the rows are the intended ones."""
 
+from distill.train.phases import PhasesStage
 from distill.train.ranks.environment import several
 from distill.train.stage import STAGE, follow, kept_hash
 
-__all__ = ["STAGE", "follow", "kept_hash", "several"]
+__all__ = ["STAGE", "PhasesStage", "follow", "kept_hash", "several"]

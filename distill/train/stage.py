@@ -10,6 +10,8 @@ would be neither the old training nor the new one.
 Several processes: this one encodes, proves, starts them (`ranks.launch`) and waits. Under torchrun it is one of them
 already: the first rank does all of that, and the others wait for it (`follow`).
 
+A recipe with phases has several of these trainings (`distill.train.phases`); here there is one.
+
 Missing or damaged files of a finished student are written again from the last checkpoint; without one the training is
 repeated.
 """
@@ -37,7 +39,7 @@ class TrainStage(Stage[TrainSummary]):
     """The student, fine-tuned on the kept traces."""
 
     name = "train"
-    outputs = ("checkpoints", "rollouts", "student")
+    outputs: tuple[str, ...] = ("checkpoints", "rollouts", "student")
     products = (
         *(f"student/*.{ending}" for ending in ("json", "safetensors", "jinja", "txt", "model")),
         "checkpoints/log.jsonl",
@@ -139,7 +141,7 @@ def rollout_settings(run: "Run") -> Settings:
     rollouts."""
     if run.recipe.train.objective.rollout_settings is None:
         return {}
-    prompts = digest([prompt.id for prompt in run.prompts])
+    prompts = digest([[prompt.id, prompt.answer] for prompt in run.prompts])
     return {"rollout_prompts": prompts, "generate.prompt_suffix": run.recipe.generate.prompt_suffix}
 
 

@@ -3,6 +3,7 @@ that no result depends on what else is in the batch, on chunks, or on the number
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -12,7 +13,8 @@ from random_models import quantise
 from torch import Tensor
 
 from distill.engine.kernels import cpu, reference
-from distill.engine.kernels.stored import Fp8, Plain, Stored
+from distill.engine.kernels.cpu_packing import Packed
+from distill.engine.kernels.stored import Damaged, Fp8, Plain, Stored
 
 # The numerics of a float32 product of this length, relative to the largest result.
 CLOSE = 3e-6
@@ -289,3 +291,42 @@ def test_the_number_of_threads_changes_nothing(isa: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+# ---- packing
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 32), (64, 65), (200, 33), (1, 1), (130, 576)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_panels_hold_the_numbers_where_the_layout_says(n: int, k: int, dtype: torch.dtype, isa: str) -> None:
+    """common.h: panels of 64 outputs; words of 4 bytes along k, those of the 64 outputs side by side."""
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k)).to(dtype)
+    per_word = 4 // dtype.itemsize
+    padded = torch.zeros(-(-n // 64) * 64, -(-k // per_word) * per_word, dtype=dtype)
+    padded[:n, :k] = weight
+    expected = padded.view(-1, 64, padded.shape[1] // per_word, per_word).transpose(1, 2).contiguous()
+    assert packed_bytes(cpu.pack(Plain(weight), dtype)) == expected.view(torch.uint8).numpy().tobytes()
+    strided = torch.zeros(n, k + 3, dtype=dtype)
+    strided[:, :k] = weight
+    assert packed_bytes(cpu.pack(Plain(strided[:, :k]), dtype)) == expected.view(torch.uint8).numpy().tobytes()
+
+
+def test_float32_is_rounded_as_torch_rounds(isa: str) -> None:
+    """Ties to even, subnormal numbers, zeros of both signs, the largest that stays finite."""
+    bits = torch.randint(0, 1 << 32, (300, 77), generator=torch.Generator().manual_seed(1))
+    bits[::7] = bits[::7] & ~0xFFFF | 0x8000  # ties
+    bits[::11] &= 0x807FFFFF  # subnormal
+    weight = bits.to(torch.int32).view(torch.float32)
+    weight[~weight.isfinite() | ~weight.bfloat16().isfinite()] = -0.0
+    weight[0, 0] = 3.3895313892515355e38
+    assert packed_bytes(cpu.pack(Plain(weight), torch.bfloat16)) == packed_bytes(
+        cpu.pack(Plain(weight.bfloat16()), torch.bfloat16)
+    )
+    for bad in (torch.finfo(torch.float32).max, math.inf, -math.inf, math.nan):
+        weight[299, 76] = bad
+        with pytest.raises(Damaged):
+            cpu.pack(Plain(weight), torch.bfloat16)
+
+
+def packed_bytes(packed: Packed) -> bytes:
+    return ctypes.string_at(packed.struct.data, packed.nbytes)

@@ -202,6 +202,15 @@ def test_after_a_difference_between_the_texts_nothing_is_said():
     assert probabilities(found[0]) == {1: 1.0} and found[1:] == [None, None]
 
 
+def test_an_id_of_a_padded_embedding_has_no_text():
+    """A student that samples may write one; the teacher says what it expects in its place."""
+    tops = [[(3, 0.0)], [(0, 0.0)]]
+    found = projector(TEACHER, STUDENT, 6).project(b"", [3, 0], [0.0, 0.0], tops, [1, 11, 6])
+    assert [probabilities(masses) for masses in found] == [{1: 1.0}, {6: 1.0}, {6: 1.0}]
+    found = projector(TEACHER, STUDENT, 6).project(b"", [3, 6, 0], [0.0] * 3, [*tops, [(0, 0.0)]], [1, 6])
+    assert probabilities(found[0]) == {1: 1.0}  # the teacher's own
+
+
 @given(st.lists(st.sampled_from([3, 5, 1, 2]), min_size=1, max_size=8), st.data())
 def test_one_tokenizer_is_the_identity(completion, data):
     k = data.draw(st.integers(1, 4))

@@ -1,11 +1,10 @@
-"""Rewards of rollouts: every part by hand, unverifiable rollouts, and truncated ones."""
-
-from dataclasses import dataclass
+"""Rewards of rollouts: every part by hand, unverifiable and truncated rollouts."""
 
 import pytest
 from filter_support import GOOD, make_trace
 
 from distill.errors import UserError
+from distill.objectives.grpo import Rewards
 from distill.prompts.prompt import Prompt
 from distill.train.rollouts.rewards import (
     Reward,
@@ -16,18 +15,11 @@ from distill.train.rollouts.rewards import (
 )
 
 LIMIT = 100
+CORRECT = Rewards()
 HANS = "<think>\n所以 the sum is 42.\n</think>\n42"  # 2 of 13 characters of the reasoning are Han
 
 
-@dataclass(frozen=True)
-class Weights:
-    correct: float = 1.0
-    format: float = 0.0
-    language: float = 0.0
-    length: float = 0.0
-
-
-def rewards(*traces, weights=Weights(), **settings):
+def rewards(*traces, weights=CORRECT, **settings):
     with Rewarder(weights, LIMIT, **settings) as rewarder:
         return rewarder.rewards(traces)
 
@@ -58,7 +50,7 @@ def test_the_graders_verdict_is_the_reward_in_the_order_of_the_rollouts():
     ],
 )
 def test_an_unverifiable_rollout_has_no_value_whatever_else_it_would_earn(trace):
-    (reward,) = rewards(trace, weights=Weights(1.0, 1.0, 1.0, 1.0))
+    (reward,) = rewards(trace, weights=Rewards(correct=1.0, format=1.0, language=1.0, length=1.0))
     assert (reward.value, reward.correct) == (None, None)
     assert "correct" not in reward.parts
 
@@ -108,7 +100,7 @@ def test_a_truncated_program_counts_once_its_block_is_closed():
     ],
 )
 def test_format_is_one_closed_block_and_an_answer_in_its_place(trace, expected):
-    (reward,) = rewards(trace, weights=Weights(correct=0.0, format=0.5))
+    (reward,) = rewards(trace, weights=Rewards(correct=0.0, format=0.5))
     assert reward == Reward(expected / 2, None, {"format": expected})
 
 
@@ -144,7 +136,7 @@ def test_the_length_part_falls_in_the_last_fifth_of_the_limit(tokens, part):
 
 
 def test_parts_are_weighted_and_summed():
-    weights = Weights(correct=1.0, format=0.5, language=0.1, length=0.2)
+    weights = Rewards(correct=1.0, format=0.5, language=0.1, length=0.2)
     (reward,) = rewards(make_trace(GOOD, tokens=90), weights=weights)
     assert reward.parts == {"correct": 1.0, "format": 1.0, "language": 1.0, "length": pytest.approx(-0.5)}
     assert reward.value == pytest.approx(1.0 + 0.5 + 0.1 - 0.1)
@@ -152,7 +144,7 @@ def test_parts_are_weighted_and_summed():
 
 def test_one_rewarder_serves_many_steps_and_an_answer_that_hangs_the_parser():
     hanging = answered("\\boxed{9^{9^{9^9}}}")
-    with Rewarder(Weights(), LIMIT, workers=1, timeout=0.5) as rewarder:
+    with Rewarder(Rewards(), LIMIT, workers=1, timeout=0.5) as rewarder:
         for _ in range(2):
             first, second, third = rewarder.rewards([hanging, answered("\\boxed{42}"), hanging])
             assert second.value == 1.0
@@ -192,13 +184,13 @@ UNANSWERED = Prompt.from_question("20 + 22?", None)
 )
 def test_prompts_that_could_never_be_rewarded_are_refused_in_one_line(prompts, message):
     with pytest.raises(UserError, match=message) as caught:
-        check_gradable(prompts, Weights())
+        check_gradable(prompts, Rewards())
     assert "\n" not in str(caught.value)
-    check_gradable(prompts, Weights(correct=0.0, format=1.0))  # then no answer is graded
+    check_gradable(prompts, Rewards(correct=0.0, format=1.0))  # then no answer is graded
 
 
 def test_some_prompts_without_a_gold_answer_are_counted(capsys):
-    check_gradable([ASKED, UNANSWERED, ASKED], Weights())
+    check_gradable([ASKED, UNANSWERED, ASKED], Rewards())
     assert "1 of 3 prompts have no gold answer" in capsys.readouterr().out
-    check_gradable([ASKED, Prompt.from_question("Write.", None, "judge")], Weights(), has_judge=True)
+    check_gradable([ASKED, Prompt.from_question("Write.", None, "judge")], Rewards(), has_judge=True)
     assert not capsys.readouterr().out

@@ -55,14 +55,14 @@ class Packed:
 
         Memory is allocated only where another amount is needed.
         """
-        matrices = [with_rows(weight.kept(self._dtype).cpu()) for weight in weights]
-        self.kind = kind = _KINDS[matrices[0].dtype]
+        self.kind = kind = _KINDS[weights[0].kept_dtype(self._dtype)]
+        matrices = [with_rows(_packable(weight, self._dtype)) for weight in weights]
         size = packed_bytes(kind, self.n, self.k)
         if self.nbytes != len(weights) * size:
             self._memory, self.nbytes = Memory(len(weights) * size), len(weights) * size
         jobs = np.zeros(len(weights), _JOB)
         for index, (weight, matrix) in enumerate(zip(weights, matrices, strict=True)):
-            jobs[index] = _job(weight, matrix, place)
+            jobs[index] = _job(weight, matrix, kind, place)
             jobs[index]["out"] = self._memory.begin + index * size
         if (number := _run_jobs(jobs, threads())) >= 0:
             raise Damaged(weights[number].damage)
@@ -77,12 +77,18 @@ class Packed:
         return (self.kind == _FLOAT32) == (other.kind == _FLOAT32)
 
 
-def _job(weight: Stored, matrix: Tensor, place: Place | None) -> tuple[int, ...]:
-    """A PackJob without a destination, for `matrix`, the form in which `weight` is kept."""
-    n, k = matrix.shape
+def _packable(weight: Stored, dtype: torch.dtype) -> Tensor:
+    """A matrix as stored or as it is kept, on the CPU, in a form that packing reads: float32 is rounded on the way."""
+    direct = weight.values.dtype in (weight.kept_dtype(dtype), torch.float32)
+    return (weight.values if direct else weight.kept(dtype)).cpu()
+
+
+def _job(weight: Stored, matrix: Tensor, kind: int, place: Place | None) -> tuple[int, ...]:
+    """A PackJob without a destination, for `matrix`, which is `weight` as stored or as it is kept."""
+    (n, k), stored = matrix.shape, _KINDS[matrix.dtype]
     if place is not None and matrix is weight.values:
-        return (0, k, place.offset, 0, place.descriptor, _KINDS[matrix.dtype], n, k)
-    return (matrix.data_ptr(), matrix.stride(0), 0, 0, -1, _KINDS[matrix.dtype], n, k)
+        return (0, k, place.offset, 0, place.descriptor, stored, kind, n, k)
+    return (matrix.data_ptr(), matrix.stride(0), 0, 0, -1, stored, kind, n, k)
 
 
 def _run_jobs(jobs: np.ndarray, workers: int) -> int:
@@ -145,7 +151,8 @@ class ExpertBank:
         for index, (expert, places) in enumerate(self._lent):
             for part, weight in enumerate(expert):
                 matrix = with_rows(weight.kept(self._dtype))
-                jobs[index, part] = _job(weight, matrix, places[part] if places else None)
+                place = places[part] if places else None
+                jobs[index, part] = _job(weight, matrix, _KINDS[matrix.dtype], place)
                 if matrix is not weight.values:
                     converted.append(matrix)
                     if index >= self.resident:

@@ -52,7 +52,7 @@ def address(tensor: Tensor | None) -> int | None:
 
 
 PackedMatrix = _struct("PackedMatrix", "int: kind n k groups; pointer: data scale")
-PackJob = _struct("PackJob", "pointer: source; long: row_stride offset; pointer: out; int: fd kind n k")
+PackJob = _struct("PackJob", "pointer: source; long: row_stride offset; pointer: out; int: fd stored kind n k")
 LinearArgs = _struct(
     "LinearArgs",
     "pointer: x; long: x_stride x_group; pointer: w bias out; long: out_stride out_group; int: rows parts add threads",

@@ -93,8 +93,12 @@ class Stored(ABC):
         """The numbers, [n, c] in `dtype`."""
 
     @abstractmethod
+    def kept_dtype(self, compute: torch.dtype) -> torch.dtype:
+        """The dtype of `kept`."""
+
     def kept(self, compute: torch.dtype) -> Tensor:
         """`values`, converted where that saves memory and the compute dtype could not show the difference."""
+        return self.values.to(self.kept_dtype(compute))
 
     @abstractmethod
     def for_fp8_products(self, compute: torch.dtype) -> Fp8 | None:
@@ -143,10 +147,9 @@ class Plain(Stored):
         """See Stored."""
         return self.numbers.to(dtype)
 
-    def kept(self, compute: torch.dtype) -> Tensor:
+    def kept_dtype(self, compute: torch.dtype) -> torch.dtype:
         """bfloat16 where it is stored or computed in, else float32."""
-        narrow = torch.bfloat16 in (compute, self.numbers.dtype)
-        return self.numbers.to(torch.bfloat16 if narrow else torch.float32)
+        return torch.bfloat16 if torch.bfloat16 in (compute, self.numbers.dtype) else torch.float32
 
     def for_fp8_products(self, compute: torch.dtype) -> None:
         """See Stored."""
@@ -199,9 +202,9 @@ class Fp8(Stored):
         """See Stored."""
         return dequantize_fp8_block(self.codes, self.scales, dtype)
 
-    def kept(self, compute: torch.dtype) -> Tensor:
-        """The codes."""
-        return self.codes
+    def kept_dtype(self, compute: torch.dtype) -> torch.dtype:
+        """That of the codes."""
+        return self.codes.dtype
 
     def for_fp8_products(self, compute: torch.dtype) -> Fp8 | None:
         """See Stored."""

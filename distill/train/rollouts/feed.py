@@ -278,7 +278,8 @@ class RolloutFeed(Feed):
         return RolloutSet(number, parts, [each.rollout for each in judged], figures, seconds)
 
     def _groups(self, judged: Sequence[Judged]) -> tuple[list[list[Row]], list[float]]:
-        """The rows of each prompt's group with their advantages, none of a group without variance; and all rewards."""
+        """The rows of each prompt's group with their advantages, none of a group without variance or of a rollout that
+        cannot be verified; and all rewards."""
         assert isinstance(self.objective, Grpo)
         groups, values = [], []
         for start in range(0, len(judged), self.rollouts.samples):
@@ -286,8 +287,8 @@ class RolloutFeed(Feed):
             given = [None if each.reward is None else each.reward.value for each in group]
             values += [value for value in given if value is not None]
             compared = advantages(given, self.objective.normalise)
-            rows = [] if compared is None else [self._row(e, a) for e, a in zip(group, compared, strict=True)]
-            groups.append(rows)
+            members = [] if compared is None else list(zip(group, given, compared, strict=True))
+            groups.append([self._row(each, advantage) for each, value, advantage in members if value is not None])
         return groups, values
 
     @staticmethod

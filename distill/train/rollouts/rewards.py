@@ -27,7 +27,6 @@ Parts with weight 0 are not computed. The graders' processes live as long as the
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from distill.console import say
 from distill.errors import UserError
@@ -39,31 +38,12 @@ from distill.grading.grade import AnswerJudge
 from distill.grading.judged import JUDGE
 from distill.grading.mixed import graded, require_judge
 from distill.grading.sandbox.levels import Level, require_level
+from distill.objectives.grpo import Rewards
 from distill.prompts.prompt import END_THINK, THINK, Prompt
 from distill.traces.trace import Trace
 
 BUFFER = 0.2  # share of the token limit in which the length part falls: DAPO has 4,096 of 20,480 tokens
 WHERE = "train.objective.rewards.correct"
-
-
-class Weights(Protocol):
-    """The weights of the parts: the section `rewards` of the objective `grpo`."""
-
-    @property
-    def correct(self) -> float:
-        """Weight of a correct answer."""
-
-    @property
-    def format(self) -> float:
-        """Weight of the format."""
-
-    @property
-    def language(self) -> float:
-        """Weight of language consistency."""
-
-    @property
-    def length(self) -> float:
-        """Weight of the penalty for overlong rollouts."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +68,7 @@ class Rewarder:
 
     def __init__(
         self,
-        weights: Weights,
+        weights: Rewards,
         max_new_tokens: int,
         *,
         workers: int = 2,
@@ -172,7 +152,7 @@ def overlong(tokens: int, limit: int) -> float:
 
 
 def check_gradable(
-    prompts: Iterable[Prompt], weights: Weights, *, level: Level = "full", has_judge: bool = False
+    prompts: Iterable[Prompt], weights: Rewards, *, level: Level = "full", has_judge: bool = False
 ) -> None:
     """Refuse prompts whose rollouts could never be rewarded; reads every prompt once.
 

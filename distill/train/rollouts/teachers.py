@@ -66,8 +66,8 @@ class Teacher:
 
     def _pieces(self, trace: Trace) -> list[bytes]:
         """The bytes of the student's tokens; those that end a turn have none."""
-        stops, pieces = self.student.stop_token_ids, self.projector.student.pieces
-        return [b"" if id_ in stops else pieces[id_] for id_ in trace.completion_token_ids]
+        stops, student = self.student.stop_token_ids, self.projector.student
+        return [b"" if id_ in stops else student.piece(id_) for id_ in trace.completion_token_ids]
 
     def _wanted(self, trace: Trace, theirs: Trace) -> list[list[int]]:
         """The teacher's ids of the student's most likely tokens, at each of the teacher's tokens."""
@@ -82,14 +82,14 @@ class Teacher:
         for id_ in theirs.completion_token_ids:
             ids = (self._theirs(candidate) for candidate in tops.get(offset, ()))
             wanted.append([candidate for candidate in ids if candidate is not None])
-            offset += 0 if id_ in self.chat.stop_token_ids else len(self.projector.teacher.pieces[id_])
+            offset += 0 if id_ in self.chat.stop_token_ids else len(self.projector.teacher.piece(id_))
         return wanted
 
     def _theirs(self, candidate: int) -> int | None:
         """The teacher's token with the bytes of a student's."""
         if candidate in self.student.stop_token_ids:
             return self.chat.stop_token_ids[-1]
-        piece = self.projector.student.pieces[candidate] if candidate < len(self.projector.student.pieces) else b""
+        piece = self.projector.student.piece(candidate)
         pieces = self.projector.teacher.pieces
         return (
             candidate if candidate < len(pieces) and pieces[candidate] == piece and piece else self._ids_of.get(piece)

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from distill.artefacts import Artefact, EvalSummary, FilterSummary, RunPaths, Scores, TrainSummary
 from distill.durable import write_whole
-from distill.recipe import Recipe, StudentCard
+from distill.recipe import Recipe, StudentCard, Train, Training
 from distill.recipe.sources import HubPrompts, HubTraces
 from distill.record import StageRecord
 
@@ -58,30 +58,23 @@ def model_card(
     scores: Sequence[Scores] = (),
 ) -> str:
     """The text. card: of the base. filtered: None for a run without a filter stage. scores: of the student."""
-    settings = recipe.train
-    tags = ["distillation", "reasoning", settings.objective.tag]
+    trainings = recipe.train.trainings
+    tags = ["distillation", "reasoning", *(training.objective.tag for training in trainings)]
+    tags += [training.adapter.tag for training in trainings if training.adapter is not None]
     front = {
         "base_model": card.weights if HUB_ID.fullmatch(card.weights) else card.name,
         "datasets": published(recipe),
         "library_name": "transformers",
         "license": card.license,
         "model_name": recipe.name,
-        "tags": tags if settings.adapter is None else [*tags, settings.adapter.tag],
+        "tags": list(dict.fromkeys(tags)),
         "model-index": [{"name": recipe.name, "results": [_result(row) for row in scores]}] if scores else None,
     }
     header = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
-    content = "reasoning and answer" if settings.content == "reasoning" else "the answer alone"
     rows = [
         ("traces", f"{trained.rows:,} ({trained.dropped_rows:,} dropped for length)"),
         *_filters(filtered),
-        (
-            "supervised tokens",
-            f"{trained.supervised_tokens:,} in {trained.steps:,} steps, {trained.epochs:.2f} epochs",
-        ),
-        ("loss, first → last", f"{trained.first_loss:.3f} → {trained.last_loss:.3f} nats per token"),
-        ("trained", "all weights" if settings.adapter is None else settings.adapter.describe()),
-        ("learning rate", f"{settings.learning_rate:g}, {settings.lr_scheduler_type}"),
-        *_context(recipe),
+        *(_phases(recipe.train, trained) if recipe.train.phases else _training(recipe.train, trained)),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""---
@@ -89,7 +82,7 @@ def model_card(
 
 # {recipe.name}
 
-`{card.name}`, fine-tuned on traces of `{recipe.teacher}` ({content}).
+{_sentence(recipe, card)}
 
 | | |
 |---|---|
@@ -100,9 +93,46 @@ directory: it is the one that was used in training. The licence is that of the b
 """
 
 
+def _sentence(recipe: Recipe, card: StudentCard) -> str:
+    """What was done to the base."""
+    if recipe.train.phases:
+        names = ", ".join(f"`{phase.name}`" for phase in recipe.train.phases)
+        return f"`{card.name}`, trained in {len(recipe.train.phases)} phases, each from the student before: {names}."
+    if not recipe.reads_traces:
+        return f"`{card.name}`, trained with the objective `{recipe.train.objective.kind}`."
+    content = "reasoning and answer" if recipe.train.content == "reasoning" else "the answer alone"
+    return f"`{card.name}`, fine-tuned on traces of `{recipe.teacher}` ({content})."
+
+
+def _training(settings: Training, trained: TrainSummary) -> list[tuple[str, str]]:
+    """The rows of the only training."""
+    return [
+        (
+            "supervised tokens",
+            f"{trained.supervised_tokens:,} in {trained.steps:,} steps, {trained.epochs:.2f} epochs",
+        ),
+        ("loss, first → last", f"{trained.first_loss:.3f} → {trained.last_loss:.3f} nats per token"),
+        ("trained", "all weights" if settings.adapter is None else settings.adapter.describe()),
+        ("learning rate", f"{settings.learning_rate:g}, {settings.lr_scheduler_type}"),
+        *_context(settings),
+    ]
+
+
+def _phases(settings: Train, trained: TrainSummary) -> list[tuple[str, str]]:
+    """A row for each phase."""
+    rows = []
+    for number, phase in enumerate(settings.phases, 1):
+        what = [phase.objective.kind, *(["its own answers"] if phase.own else [])]
+        if (summary := trained.phases.get(phase.name)) is not None:
+            what += [f"{key} {value}" for key, value in _training(phase, summary)]
+        rows.append((f"phase {number}, {phase.name}", "; ".join(what)))
+    return rows
+
+
 def published(recipe: Recipe) -> list[str]:
     """The hub's data sets that problems or traces came from."""
-    sources = (*recipe.prompts, *recipe.traces, *recipe.train.data)
+    mixed = (source for training in recipe.train.trainings for source in training.data)
+    sources = (*recipe.prompts, *recipe.traces, *mixed)
     names = [source.dataset for source in sources if isinstance(source, HubPrompts | HubTraces)]
     return sorted({name for name in names if HUB_ID.fullmatch(name)})
 
@@ -115,9 +145,8 @@ def _filters(filtered: FilterSummary | None) -> list[tuple[str, str]]:
     return [("filtered", kept + (f" (dropped: {dropped})" if dropped else ""))]
 
 
-def _context(recipe: Recipe) -> list[tuple[str, str]]:
+def _context(settings: Training) -> list[tuple[str, str]]:
     """An extended context is mentioned: students with different RoPE settings cannot be compared otherwise."""
-    settings = recipe.train
     if not settings.max_position_embeddings:
         return []
     base = f", RoPE base {settings.rope_theta:g}" if settings.rope_theta else ""

@@ -11,11 +11,12 @@ struct Packed {
 };
 
 // A row-major matrix to pack: in memory, or (fd ≥ 0) at a file's offset, rows without gaps. out: null to look at it only.
+// stored: its kind in the source, which is `kind`, or F32 for a matrix that is rounded to BF16.
 struct PackJob {
     const uint8_t* source;
     int64_t row_stride, offset;
     uint8_t* out;
-    int32_t fd, kind, n, k;
+    int32_t fd, stored, kind, n, k;
 };
 
 struct LinearArgs {

@@ -13,7 +13,7 @@ namespace ISA {
 
 #define STRINGIFY(x) #x
 #define NAME(x) STRINGIFY(x)
-const Kernels table = {NAME(ISA),    pack_codes, linear, swiglu_linear, experts,  decode, prefill,
+const Kernels table = {NAME(ISA),    pack_words, linear, swiglu_linear, experts,  decode, prefill,
                        index_scores, route,      rope,   paged_write,   rms_norm, draw,   decode_layer};
 #undef NAME
 #undef STRINGIFY

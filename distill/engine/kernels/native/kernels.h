@@ -6,7 +6,7 @@
 namespace {
 struct Kernels {
     const char* name;
-    void (*pack_codes)(const uint8_t* rows, int64_t row_stride, int k, uint8_t* panel);
+    void (*pack_words)(bool codes, const uint8_t* rows, int64_t row_bytes, int words, uint8_t* panel);
     void (*linear)(const LinearArgs&);
     void (*swiglu_linear)(const LinearArgs&, const Packed& up);
     void (*experts)(const ExpertsArgs&);

@@ -42,7 +42,7 @@ std::string describe(const char* name, size_t size, std::initializer_list<Field>
 std::string all_layouts() {
     const std::string lines[] = {
         LAYOUT("PackedMatrix", Packed, kind, n, k, groups, data, scale),
-        LAYOUT("PackJob", PackJob, source, row_stride, offset, out, fd, kind, n, k),
+        LAYOUT("PackJob", PackJob, source, row_stride, offset, out, fd, stored, kind, n, k),
         LAYOUT("LinearArgs", LinearArgs, x, x_stride, x_group, w, bias, out, out_stride, out_group, rows, parts, add,
                threads),
         LAYOUT("ExpertsArgs", ExpertsArgs, x, expert, weight, gate, up, down, shared_gate, shared_up, shared_down, out,

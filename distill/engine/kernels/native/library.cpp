@@ -119,7 +119,7 @@ int distill_pack(const PackJob* jobs, int count, int threads) {
         const int index = int(std::upper_bound(first.begin(), first.end(), task) - first.begin()) - 1;
         const PackJob& job = jobs[index];
         const int panel = task - first[index], rows = std::min(PANEL, job.n - panel * PANEL);
-        const int64_t size = job.kind == FP8 ? 1 : job.kind == BF16 ? 2 : 4, stride = job.row_stride * size;
+        const int64_t size = 4 / unit_k(job.stored), stride = job.row_stride * size;
         const uint8_t* from = job.source + panel * PANEL * stride;
         if (job.fd >= 0) {
             uint8_t* buffer = own_scratch[0].take<uint8_t>(size_t(rows * stride));
@@ -136,9 +136,18 @@ int distill_pack(const PackJob* jobs, int count, int threads) {
             from = buffer;
         }
         for (int row = 0; row < rows; row++)
-            if (has_damage(job.kind, from + row * stride, job.k) && bad == -1) bad = index;
+            if (has_damage(job.stored, from + row * stride, job.k) && bad == -1) bad = index;
+        int64_t row_stride = job.row_stride;
+        if (job.stored != job.kind) {
+            bf16* rounded = own_scratch[1].take<bf16>(size_t(rows) * job.k);
+            for (int row = 0; row < rows; row++)
+                round_row(reinterpret_cast<const float*>(from + row * stride), job.k, rounded + row * job.k);
+            from = reinterpret_cast<const uint8_t*>(rounded);
+            row_stride = job.k;
+            if (has_damage(BF16, from, int64_t(rows) * job.k) && bad == -1) bad = index; // the largest become infinite
+        }
         if (job.out)
-            pack_panel(job.kind, rows, job.k, from, job.row_stride, job.out + panel * panel_bytes(job.kind, job.k));
+            pack_panel(job.kind, rows, job.k, from, row_stride, job.out + panel * panel_bytes(job.kind, job.k));
     });
     return bad;
 }

@@ -10,13 +10,14 @@ namespace {
 // At most 64 rows of a row-major matrix (codes, bfloat16 or float32) as a panel. What is past them and past k is zero.
 void pack_panel(int kind, int rows, int k, const void* source, int64_t row_stride, uint8_t* to) {
     if (rows < PANEL || k % unit_k(kind)) std::memset(to, 0, panel_bytes(kind, k));
+    const int per_word = unit_k(kind), bytes = 4 / per_word; // of one number
+    int k0 = 0;
+    if (rows == PANEL) {
+        chosen->pack_words(kind == FP8, static_cast<const uint8_t*>(source), row_stride * bytes, k / per_word, to);
+        k0 = k / per_word / 16 * 16 * per_word;
+    }
     if (kind == FP8) {
         const uint8_t* from = static_cast<const uint8_t*>(source);
-        int k0 = 0;
-        if (rows == PANEL) {
-            chosen->pack_codes(from, row_stride, k, to);
-            k0 = k / 64 * 64;
-        }
         for (; k0 < k; k0 += 64)
             for (int i = 0; i < rows; i++) {
                 const uint8_t* row = from + i * row_stride;
@@ -32,16 +33,25 @@ void pack_panel(int kind, int rows, int k, const void* source, int64_t row_strid
     } else if (kind == BF16) {
         const bf16* from = static_cast<const bf16*>(source);
         bf16* lanes = reinterpret_cast<bf16*>(to);
-        for (int k0 = 0; k0 < k; k0 += 32)
+        for (; k0 < k; k0 += 32)
             for (int i = 0; i < rows; i++)
                 for (int j = k0; j < std::min(k, k0 + 32); j++)
                     lanes[j / 2 * 128 + i * 2 + j % 2] = from[i * row_stride + j];
     } else {
         const float* from = static_cast<const float*>(source);
         float* lanes = reinterpret_cast<float*>(to);
-        for (int k0 = 0; k0 < k; k0 += 16)
+        for (; k0 < k; k0 += 16)
             for (int i = 0; i < rows; i++)
                 for (int j = k0; j < std::min(k, k0 + 16); j++) lanes[j * 64 + i] = from[i * row_stride + j];
+    }
+}
+
+// Finite float32 numbers as bfloat16, to nearest, ties to even.
+void round_row(const float* from, int64_t count, bf16* to) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, 4);
+        to[i] = bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
 }
 

@@ -239,18 +239,18 @@ template <class T, class N> INLINE T shuffled(T a, T b, N number) {
 #endif
 }
 
-// 64 rows of codes into a panel: blocks of 16 rows × 64 codes are turned as 16×16 words of 4 codes, whose halves then
-// part. k up to the last multiple of 64; the caller does the rest.
-void pack_codes(const uint8_t* rows, int64_t row_stride, int k, uint8_t* panel) {
+// 64 rows into a panel, as words of 4 codes, 2 bfloat16 or one float32: blocks of 16 rows × 16 words are turned, and the
+// halves of words of codes then part. Words up to the last multiple of 16; the caller does the rest.
+void pack_words(bool codes, const uint8_t* rows, int64_t row_bytes, int words, uint8_t* panel) {
     typedef int16_t S __attribute__((vector_size(64)));
     I lane;
     for (int i = 0; i < 16; i++) lane[i] = i;
     S halves;
     for (int i = 0; i < 32; i++) halves[i] = int16_t(i / 8 * 8 + i % 4 * 2 + i % 8 / 4);
-    for (int k0 = 0; k0 + 64 <= k; k0 += 64)
+    for (int word0 = 0; word0 + 16 <= words; word0 += 16)
         for (int set = 0; set < 4; set++) {
             I word[16];
-            for (int r = 0; r < 16; r++) word[r] = load_pairs(rows + (set * 16 + r) * row_stride + k0);
+            for (int r = 0; r < 16; r++) word[r] = load_pairs(rows + (set * 16 + r) * row_bytes + word0 * 4);
 #pragma GCC unroll 4
             for (int s = 8; s; s /= 2) {
                 const I low = (lane & s) != 0 ? lane - s + 16 : lane, high = (lane & s) != 0 ? lane + 16 : lane + s;
@@ -263,8 +263,8 @@ void pack_codes(const uint8_t* rows, int64_t row_stride, int k, uint8_t* panel) 
                     }
             }
             for (int unit = 0; unit < 16; unit++) {
-                const S parted = shuffled((S)word[unit], (S)word[unit], halves);
-                std::memcpy(panel + size_t(k0 / 4 + unit) * 256 + set * 64, &parted, 64);
+                const S made = codes ? shuffled((S)word[unit], (S)word[unit], halves) : (S)word[unit];
+                std::memcpy(panel + size_t(word0 + unit) * 256 + set * 64, &made, 64);
             }
         }
 }
