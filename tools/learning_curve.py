@@ -6,6 +6,7 @@ The library trains, by the recipe; only `Loop.step` is wrapped, to count after e
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -93,11 +94,14 @@ def difference(first: list[list[bool]], second: list[list[bool]]) -> Difference:
 class Recorder:
     """The points of one training, whose phases each have a `Loop` of their own. evaluations: of a phase.
 
-    traces: what a token of a kept trace cost: processor seconds, and tokens generated.
+    traces: what a token of a kept trace cost: processor seconds, and tokens generated. sources: kinds of the data of
+    each phase, as the recipe has them: inside a phase, `own` is the kept traces of its directory.
     """
 
-    def __init__(self, run: Path, base: Path, evaluations: int, traces: tuple[float, float]) -> None:
-        self.run, self.base, self.evaluations, self.traces = run, base, evaluations, traces
+    def __init__(
+        self, run: Path, base: Path, evaluations: int, traces: tuple[float, float], sources: Sequence[Sequence[str]]
+    ) -> None:
+        self.run, self.base, self.evaluations, self.traces, self.sources = run, base, evaluations, traces, sources
         self.points: list[Point] = []
         self.right: dict[str, list[bool]] = {}
         self.seen: set[tuple[str, int]] = set()  # traces of the teacher that were trained on
@@ -115,7 +119,7 @@ class Recorder:
             self.trained += row.supervised
             if row.sampled is not None:
                 self.scored += row.supervised if row.teacher is not None else 0
-            elif loop.settings.data[row.source].kind == "kept" and row.key not in self.seen:
+            elif self.sources[self.phase][row.source] == "kept" and row.key not in self.seen:
                 self.seen.add(row.key)
                 self.kept += row.supervised
 
@@ -180,7 +184,9 @@ def train(settings: list[str], run: Path, evaluations: int) -> dict[str, Any]:
     from distill.train.learn.loop import Loop
 
     recipe = load_recipe("tiny", settings)
-    recorder = Recorder(run, Models(recipe, run).base.directory, evaluations, cost_of_traces(run))
+    sources = [[source.kind for source in each.data] for each in recipe.train.phases or (recipe.train,)]
+    base = Models(recipe, run).base.directory
+    recorder = Recorder(run, base, evaluations, cost_of_traces(run), sources)
     step = Loop.step
 
     def counted(loop: Loop) -> None:

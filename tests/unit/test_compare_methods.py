@@ -23,16 +23,15 @@ def row(prompt: str, tokens: int, source: int = 0, sampled: bool = False, taught
     return Row((prompt, 0), np.zeros(5 + tokens, np.int32), 5, source, teacher=teacher, sampled=own)
 
 
-def loop(*kinds: str, step: int = 1, total: int = 10) -> SimpleNamespace:
-    data = [SimpleNamespace(kind=kind) for kind in kinds]
-    return SimpleNamespace(settings=SimpleNamespace(data=data), position=SimpleNamespace(step=step), total=total)
+def loop(step: int = 1, total: int = 10) -> SimpleNamespace:
+    return SimpleNamespace(position=SimpleNamespace(step=step), total=total)
 
 
 def test_a_teachers_trace_is_produced_once_and_trained_each_time() -> None:
     from learning_curve import Recorder
 
-    recorder = Recorder(Path(), Path(), 2, (0.0, 1.0))
-    first = loop("kept")
+    recorder = Recorder(Path(), Path(), 2, (0.0, 1.0), [["kept"]])
+    first = loop()
     recorder.count(first, [row("a", 10), row("b", 20)])
     recorder.count(first, [row("a", 10)])
     assert (recorder.kept, recorder.trained, recorder.scored, recorder.phase) == (30, 40, 0, 0)
@@ -41,18 +40,18 @@ def test_a_teachers_trace_is_produced_once_and_trained_each_time() -> None:
 def test_what_the_student_wrote_costs_the_teacher_only_where_it_scored() -> None:
     from learning_curve import Recorder
 
-    recorder = Recorder(Path(), Path(), 2, (0.0, 1.0))
-    recorder.count(loop("kept"), [row("a", 10, sampled=True, taught=True)])  # on-policy
-    recorder.count(loop("kept"), [row("a", 7, sampled=True)])  # rewards
-    recorder.count(loop("kept", "own"), [row("b", 5, source=1), row("c", 3, source=0)])  # own right answers, and traces
+    recorder = Recorder(Path(), Path(), 2, (0.0, 1.0), [["kept"], ["kept"], ["kept", "own"]])
+    recorder.count(loop(), [row("a", 10, sampled=True, taught=True)])  # on-policy
+    recorder.count(loop(), [row("a", 7, sampled=True)])  # rewards
+    recorder.count(loop(), [row("b", 5, source=1), row("c", 3, source=0)])  # own right answers, and traces
     assert (recorder.kept, recorder.scored, recorder.trained, recorder.phase) == (3, 10, 25, 2)
 
 
 def test_evaluations_are_spread_over_a_phase_and_its_last_step_is_among_them() -> None:
     from learning_curve import Recorder
 
-    recorder = Recorder(Path(), Path(), 3, (0.0, 1.0))
-    assert [step for step in range(1, 11) if recorder.due(loop("kept", step=step))] == [4, 7, 10]
+    recorder = Recorder(Path(), Path(), 3, (0.0, 1.0), [["kept"]])
+    assert [step for step in range(1, 11) if recorder.due(loop(step))] == [4, 7, 10]
 
 
 def test_the_bar_is_reached_between_two_points() -> None:
