@@ -1,0 +1,72 @@
+"""kill -9 while a student learns from its own text: rollouts, losses and weights are those of an undisturbed run."""
+
+import multiprocessing
+import random
+import time
+
+import pytest
+import rollout_support as support
+
+FEED = "distill.train.rollouts.feed"
+SAMPLED = ("distill.train.rollouts.student:StudentEngine", "sample")
+APPENDED = ("distill.train.rollouts.store:RolloutStore", "append")
+LEDGER = ("distill.traces.ledger", "_write_all")
+TAUGHT = ("distill.train.rollouts.teachers:Teacher", "score")
+REWARDED = ("distill.train.rollouts.rewards:Rewarder", "rewards")
+STEPPED = ("distill.train.learn.loop:Loop", "step")
+SAVING = ("distill.train.ranks.tensors:State", "save")
+COMPACTED = ("distill.train.rollouts.store:RolloutStore", "compact")
+
+# Where each process dies, one after the other: (method, which call of that process, after it or before it).
+MOMENTS = {
+    "grpo": [(SAMPLED, 1, True), (APPENDED, 2, True), (REWARDED, 1, True), (STEPPED, 2, True), (COMPACTED, 1, False)],
+    "on_policy": [(TAUGHT, 1, True), (APPENDED, 1, True), (STEPPED, 1, True), (COMPACTED, 2, False)],
+    "updates": [(APPENDED, 1, True), (STEPPED, 3, True), (STEPPED, 2, True)],
+}
+RECIPES = {
+    "grpo": support.make_recipe(support.GRPO | {"kl_weight": 0.05}),
+    "on_policy": support.make_recipe(support.ON_POLICY),
+    "updates": support.make_recipe(support.GRPO, {"updates": 2}, max_steps=6, save_steps=3),
+}
+
+
+@pytest.fixture(scope="module")
+def spawn():
+    """Start a training in a process of its own; torch is imported once, in the server that forks them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distill.train.learn.fit", "distill.train.rollouts.setup", "rollout_support"])
+
+    def start(directory, recipe, place=None, calls=1, after=True):
+        arguments = directory, recipe.model_dump_json(), place, calls, after
+        process = context.Process(target=support.victim, args=arguments)
+        process.start()
+        return process
+
+    return start
+
+
+def whole(spawn, directory, recipe):
+    process = spawn(directory, recipe)
+    process.join()
+    assert process.exitcode == 0
+
+
+def same(killed, undisturbed):
+    assert support.rollouts(killed) == support.rollouts(undisturbed)
+    assert support.log(killed) == support.log(undisturbed)
+    assert support.weights(killed) == support.weights(undisturbed)
+    names = [sorted(path.name for path in (root / "rollouts").iterdir()) for root in (killed, undisturbed)]
+    assert names == [["part-00000.parquet"]] * 2
+
+
+@pytest.mark.parametrize("name", ["grpo", "on_policy", "updates"])
+def test_kills_at_every_kind_of_moment_change_nothing(tmp_path, spawn, name):
+    recipe = RECIPES[name]
+    whole(spawn, tmp_path / "undisturbed", recipe)
+    for moment in MOMENTS[name]:
+        process = spawn(tmp_path / "killed", recipe, *moment)
+        process.join()
+        assert process.exitcode == -9, f"{moment} never came"
+    whole(spawn, tmp_path / "killed", recipe)
+    same(tmp_path / "killed", tmp_path / "undisturbed")
+    assert any(row["grad_norm"] for row in support.log(tmp_path / "killed")), "nothing was learned"
