@@ -209,6 +209,15 @@ class Phase(Training):
             raise ValueError("data has several sources of kind own; keep one, and raise its `samples` or `weight`")
         return self
 
+    @model_validator(mode="after")
+    def _own_answers_have_no_teacher(self) -> Self:
+        if self.own is not None and self.objective.teacher_top_k is not None:
+            raise ValueError(
+                f"objective {self.objective.kind} reads the teacher's probabilities, and data of kind own is rejection "
+                f"sampling without a teacher: set the objective to sft, or remove that source"
+            )
+        return self
+
     def training(self, data: tuple[MixedSource, ...]) -> "Train":
         """The phase as the only training of a recipe. data: in place of its own."""
         fields = {name: getattr(self, name) for name in Training.model_fields}

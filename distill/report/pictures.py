@@ -223,7 +223,7 @@ def training(rows: Sequence[Mapping[str, float]], parts: Mapping[str, str], name
         if any(others.values()):
             loss.legend(frameon=False, fontsize=9, labelcolor=LIGHT["ink"])
         loss.set_yscale("log" if logarithmic else "linear")
-        if not logarithmic:
+        if not logarithmic and min(losses) >= 0:  # rewards make a loss negative
             loss.set_ylim(bottom=0)
         rate.plot(steps, [row["learning_rate"] for row in rows], color=LIGHT["muted"], linewidth=1.2, marker=mark)
         rate.set_ylim(bottom=0)

@@ -161,6 +161,8 @@ def teacher_settings(run: "Run") -> Settings:
     from distill.backends.device import device_type
 
     identity = {f"teacher.{key}": value for key, value in run.models.teacher.identity.items()}
+    for task, model in run.models.teachers.items():
+        identity |= {f"teachers.{task}.{key}": value for key, value in model.identity.items()}
     return identity | recipe.engine_settings() | {"engine.device": device_type(recipe.engine.device)}
 
 

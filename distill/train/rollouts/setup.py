@@ -17,7 +17,7 @@ from distill.console import say
 from distill.errors import UserError
 from distill.filters.correct import Correct
 from distill.grading.graders import GRADERS
-from distill.models import Models
+from distill.models import Model, Models
 from distill.objectives import Grpo, OnPolicy, RolloutSettings
 from distill.objectives.grpo import Rewards
 from distill.prompts import Prompt, load_prompts
@@ -68,7 +68,18 @@ def check(recipe: Recipe, models: Models, prompts: Sequence[Prompt]) -> None:
         "the context of the student": configuration(models.base.directory, settings).max_position_embeddings,
     }
     if isinstance(objective, OnPolicy):
-        gate.check_teacher(student, models.teacher.chat)
+def _teacher(
+    stack: ExitStack, recipe: Recipe, models: Models, model: Model, objective: OnPolicy, say_so: bool
+) -> Teacher:
+    engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
+    backend = stack.enter_context(backends.open(model, engine))
+    asks = objective.estimator == "exact" and backend.scores_given_ids
+    if objective.estimator == "exact" and not asks and say_so:
+        say(
+            f"{model.name} is behind a server, which names its own {objective.top_k} likeliest tokens: what only the "
+            f"student finds likely is compared as a part of all other tokens"
+        )
+    return Teacher(backend, model.chat, models.base.chat, objective.teacher_top_k, asks)
     gate.check_lengths(prompts, student, rollouts.sampling.max_new_tokens, limits)
     if isinstance(objective, OnPolicy):
         theirs = {"the context of the teacher": models.teacher_card.context}
@@ -108,7 +119,18 @@ def rollout_feed(
         engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
         judges = Judges()
         if isinstance(objective, OnPolicy):
-            judges.teachers = {"": _teacher(stack, recipe, models, objective, world.main)}
+def _teacher(
+    stack: ExitStack, recipe: Recipe, models: Models, model: Model, objective: OnPolicy, say_so: bool
+) -> Teacher:
+    engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
+    backend = stack.enter_context(backends.open(model, engine))
+    asks = objective.estimator == "exact" and backend.scores_given_ids
+    if objective.estimator == "exact" and not asks and say_so:
+        say(
+            f"{model.name} is behind a server, which names its own {objective.top_k} likeliest tokens: what only the "
+            f"student finds likely is compared as a part of all other tokens"
+        )
+    return Teacher(backend, model.chat, models.base.chat, objective.teacher_top_k, asks)
         weights = objective.rewards if isinstance(objective, Grpo) else Rewards() if graded(prompts) else None
         if weights is not None:
             correct = recipe.filter.correct or Correct()
@@ -129,16 +151,18 @@ def rollout_feed(
             store.compact(0)
 
 
-def _teacher(stack: ExitStack, recipe: Recipe, models: Models, objective: OnPolicy, say_so: bool) -> Teacher:
+def _teacher(
+    stack: ExitStack, recipe: Recipe, models: Models, model: Model, objective: OnPolicy, say_so: bool
+) -> Teacher:
     engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
-    backend = stack.enter_context(backends.open(models.teacher, engine))
+    backend = stack.enter_context(backends.open(model, engine))
     asks = objective.estimator == "exact" and backend.scores_given_ids
     if objective.estimator == "exact" and not asks and say_so:
         say(
-            f"{recipe.teacher} is behind a server, which names its own {objective.top_k} likeliest tokens: what only "
-            f"the student finds likely is compared as a part of all other tokens"
+            f"{model.name} is behind a server, which names its own {objective.top_k} likeliest tokens: what only the "
+            f"student finds likely is compared as a part of all other tokens"
         )
-    return Teacher(backend, models.teacher.chat, models.base.chat, objective.teacher_top_k, asks)
+    return Teacher(backend, model.chat, models.base.chat, objective.teacher_top_k, asks)
 
 
 def longest(prompts: Sequence[Prompt], models: Models, rollouts: RolloutSettings) -> int:
