@@ -7,22 +7,21 @@ import time
 import pytest
 import rollout_support as support
 
-FEED = "distill.train.rollouts.feed"
 SAMPLED = ("distill.train.rollouts.student:StudentEngine", "sample")
 APPENDED = ("distill.train.rollouts.store:RolloutStore", "append")
-LEDGER = ("distill.traces.ledger", "_write_all")
+COMPACTED = ("distill.train.rollouts.store:RolloutStore", "compact")
 TAUGHT = ("distill.train.rollouts.teachers:Teacher", "score")
 REWARDED = ("distill.train.rollouts.rewards:Rewarder", "rewards")
 STEPPED = ("distill.train.learn.loop:Loop", "step")
 SAVING = ("distill.train.ranks.tensors:State", "save")
-COMPACTED = ("distill.train.rollouts.store:RolloutStore", "compact")
 
 # Where each process dies, one after the other: (method, which call of that process, after it or before it).
 MOMENTS = {
-    "grpo": [(SAMPLED, 1, True), (APPENDED, 2, True), (REWARDED, 1, True), (STEPPED, 2, True), (COMPACTED, 1, False)],
-    "on_policy": [(TAUGHT, 1, True), (APPENDED, 1, True), (STEPPED, 1, True), (COMPACTED, 2, False)],
+    "grpo": [(SAMPLED, 1, True), (SAVING, 1, True), (APPENDED, 2, True), (REWARDED, 1, True), (COMPACTED, 1, False)],
+    "on_policy": [(TAUGHT, 1, True), (APPENDED, 1, True), (STEPPED, 1, True), (SAVING, 2, True)],
     "updates": [(APPENDED, 1, True), (STEPPED, 3, True), (STEPPED, 2, True)],
 }
+ONE = {"grpo": (APPENDED, 2, True), "on_policy": (SAVING, 2, True), "updates": (STEPPED, 5, True)}
 RECIPES = {
     "grpo": support.make_recipe(support.GRPO | {"kl_weight": 0.05}),
     "on_policy": support.make_recipe(support.ON_POLICY),
@@ -59,14 +58,43 @@ def same(killed, undisturbed):
     assert names == [["part-00000.parquet"]] * 2
 
 
-@pytest.mark.parametrize("name", ["grpo", "on_policy", "updates"])
-def test_kills_at_every_kind_of_moment_change_nothing(tmp_path, spawn, name):
+def killed_at(tmp_path, spawn, name, moments):
     recipe = RECIPES[name]
     whole(spawn, tmp_path / "undisturbed", recipe)
-    for moment in MOMENTS[name]:
+    for moment in moments:
         process = spawn(tmp_path / "killed", recipe, *moment)
         process.join()
         assert process.exitcode == -9, f"{moment} never came"
     whole(spawn, tmp_path / "killed", recipe)
     same(tmp_path / "killed", tmp_path / "undisturbed")
     assert any(row["grad_norm"] for row in support.log(tmp_path / "killed")), "nothing was learned"
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_a_kill_changes_nothing(tmp_path, spawn, name):
+    killed_at(tmp_path, spawn, name, [ONE[name]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MOMENTS)
+def test_kills_at_every_kind_of_moment_change_nothing(tmp_path, spawn, name):
+    killed_at(tmp_path, spawn, name, MOMENTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_kills_at_random_moments_change_nothing(tmp_path, spawn, name):
+    recipe = RECIPES[name].model_copy(update={"train": RECIPES[name].train.model_copy(update={"max_steps": 24})})
+    started = time.monotonic()
+    whole(spawn, tmp_path / "undisturbed", recipe)
+    seconds, draw = time.monotonic() - started, random.Random(0)
+    killed = 0
+    for _ in range(12):
+        process = spawn(tmp_path / "killed", recipe)
+        process.join(draw.uniform(0.2, 1) * seconds)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -9
+    assert killed >= 3, "most trainings had ended before they were killed"
+    whole(spawn, tmp_path / "killed", recipe)
+    same(tmp_path / "killed", tmp_path / "undisturbed")
