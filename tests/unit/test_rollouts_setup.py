@@ -37,7 +37,7 @@ def test_prompts_are_routed_to_the_teacher_of_their_task(tmp_path):
 
 
 def test_a_teacher_for_a_task_that_no_prompt_has_is_refused(tmp_path):
-    asked = recipe(tmp_path, {"kind": "on_policy", "teachers": {"code": "tiny-r1"}})
+    asked = recipe(tmp_path, {"kind": "on_policy", "teachers": {"code": "tiny-r1"}}, "train.max_length=1024")
     with pytest.raises(UserError, match=r"^train\.objective\.teachers: no prompt has task code; .*$"):
         setup.check(asked, Models(asked, tmp_path), setup.prompts_of(asked))
 
