@@ -114,8 +114,7 @@ class RolloutFeed(Feed):
         self.store, self.judges, self.world, self.traces = store, judges, world, traces
         self.counts = traces.counts if traces else Counts()
         self.order = PromptOrder(len(prompts), self.rollouts.prompts_per_step, settings.seed)
-        sets = int(np.ceil(round(settings.num_train_epochs * self.order.sets_per_epoch, 6)))
-        self.total = settings.max_steps or sets * self.rollouts.updates
+        self.total = self.rollouts.total_steps(len(prompts), settings.num_train_epochs, settings.max_steps)
         self.mixed = self._order_of_traces()
         self.monitor = Monitor(objective.kind)
         self.made = self.tokens = 0  # rollouts of this process's sets, and their tokens
