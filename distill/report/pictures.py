@@ -222,7 +222,7 @@ def training(rows: Sequence[LogRow], parts: Mapping[str, str], name: str = "loss
         if any(others.values()):
             loss.legend(frameon=False, fontsize=9, labelcolor=LIGHT["ink"])
         loss.set_yscale("log" if logarithmic else "linear")
-        if not logarithmic and min(losses) >= 0:  # one of rewards has any sign
+        if not logarithmic and min(losses) >= 0:  # rewards make a loss negative
             loss.set_ylim(bottom=0)
         rate.plot(*zip(*points(rows, "learning_rate"), strict=True), color=LIGHT["muted"], linewidth=1.2, marker=mark)
         rate.set_ylim(bottom=0)

@@ -33,9 +33,8 @@ class Place:
     def remedy(self, stage: str, option: str) -> str:
         """What recreates a file of a stage, as the end of an error's sentence."""
         if self.outer is not None:
-            return (
-                f"restore it, or `distill train {self.outer.recipe} --run-dir {self.outer.root} --fresh train` retrains"
-            )
+            command = f"distill train {self.outer.recipe} --run-dir {self.outer.root} --fresh train"
+            return f"restore it; `{command}` repeats all phases"
         return f"`distill {stage} {self.paths.recipe} --run-dir {self.paths.root} {option}` recreates it"
 
 

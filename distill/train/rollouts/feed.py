@@ -38,7 +38,7 @@ from distill.train.rollouts.rewards import Reward, Rewarder
 from distill.train.rollouts.store import RolloutStore
 from distill.train.rollouts.student import StudentEngine
 from distill.train.rollouts.teachers import Taught, Teacher
-from distill.train.rows.batches import Row, best_fit
+from distill.train.rows.batches import Batching, Order, Row, best_fit
 from distill.train.rows.feed import Feed, Figures, StoredFeed
 from distill.train.rows.stored import Counts
 
@@ -115,6 +115,7 @@ class RolloutFeed(Feed):
         self.counts = traces.counts if traces else Counts()
         self.order = PromptOrder(len(prompts), self.rollouts.prompts_per_step, settings.seed)
         self.total = self.rollouts.total_steps(len(prompts), settings.num_train_epochs, settings.max_steps)
+        self.mixed = self._order_of_traces()
         self.monitor = Monitor(objective.kind)
         self.made = self.tokens = 0  # rollouts of this process's sets, and their tokens
         self._set: RolloutSet | None = None
@@ -129,8 +130,13 @@ class RolloutFeed(Feed):
         if self._set is None or self._set.number != wanted:
             self._set = self._make(wanted)
         self._figures[number] = self._set
-        rows = self._set.parts[part] + self._teachers_rows(number, len(self._set.parts[part]))
-        return self._batches(rows) if rows else []
+        return self._batches(self._set.parts[part] + self._teachers_rows(number))
+
+    def held_out(self) -> list[list[Row]]:
+        """See `Feed`; traces of the teacher's."""
+        if self.traces is None:
+            return []
+        return [[_of_the_teacher(row) for row in batch] for batch in self.traces.held_out()]
 
     def epoch(self, steps: int) -> float:
         """See `Feed`."""
@@ -215,7 +221,7 @@ class RolloutFeed(Feed):
             by_key = {trace.key: trace for trace in self.world.gathered(sampled)}
         rollouts = [rounded(by_key[key]) for key in keys]  # as a resumed training would read them
         if self.world.main:
-            self.store.append(rollouts)
+            self.store.append([trace for trace in rollouts if trace.key not in stored])  # a kill may leave a part
         return rollouts
 
     def _judge(self, rollouts: Sequence[Trace]) -> list[Judged]:
@@ -277,7 +283,8 @@ class RolloutFeed(Feed):
         return RolloutSet(number, parts, [each.rollout for each in judged], figures, seconds)
 
     def _groups(self, judged: Sequence[Judged]) -> tuple[list[list[Row]], list[float]]:
-        """The rows of each prompt's group with their advantages, none of a group without variance; and all rewards."""
+        """The rows of each prompt's group with their advantages, none of a group without variance or of a rollout that
+        cannot be verified; and all rewards."""
         assert isinstance(self.objective, Grpo)
         groups, values = [], []
         for start in range(0, len(judged), self.rollouts.samples):
@@ -285,8 +292,8 @@ class RolloutFeed(Feed):
             given = [None if each.reward is None else each.reward.value for each in group]
             values += [value for value in given if value is not None]
             compared = advantages(given, self.objective.normalise)
-            rows = [] if compared is None else [self._row(e, a) for e, a in zip(group, compared, strict=True)]
-            groups.append(rows)
+            members = [] if compared is None else list(zip(group, given, compared, strict=True))
+            groups.append([self._row(each, advantage) for each, value, advantage in members if value is not None])
         return groups, values
 
     @staticmethod
@@ -330,18 +337,26 @@ class RolloutFeed(Feed):
 
     # ---- rows of a step
 
-    def _teachers_rows(self, number: int, own: int) -> list[Row]:
-        """The traces of the teacher's that are mixed into a step with `own` rows of the student's."""
+    def _order_of_traces(self) -> Order | None:
+        """Which traces of the teacher's are in which step, as many in each as the share of the student leaves."""
         if self.traces is None or not isinstance(self.objective, OnPolicy):
-            return []
-        share = self.objective.student_share
+            return None
+        share, order = self.objective.student_share, self.traces.order
+        own = self.order.per_set * self.rollouts.samples / self.rollouts.updates
         per_step = max(1, round(own * (1 - share) / share))
-        order = PromptOrder(len(self.traces.numbers), per_step, self.settings.seed)
-        rows = [self.traces.row(i) for i in order.set(number)]
-        return [replace(row, sampled=np.zeros((4, row.supervised), np.float32)) for row in rows]
+        return Order(
+            order.lengths.tolist(), Batching(1, per_step, self.settings.seed), order.sources.tolist(), order.shares
+        )
+
+    def _teachers_rows(self, number: int) -> list[Row]:
+        """The traces of the teacher's that are mixed into a step."""
+        if self.traces is None or self.mixed is None:
+            return []
+        chosen = [i for batch in self.mixed.step(number) for i in batch]
+        return [_of_the_teacher(self.traces.row(self.traces.numbers[i])) for i in chosen]
 
     def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """The rows of a step in batches of similar lengths, the one with the most tokens first."""
+        """The rows of a step in batches of similar lengths, the one with the most tokens first; none without rows."""
         size, lengths = self.settings.per_device_train_batch_size, [len(row.ids) for row in rows]
         if self.settings.packing:
             bins = best_fit(lengths, self.settings.max_length * size)
@@ -349,6 +364,11 @@ class RolloutFeed(Feed):
             order = sorted(range(len(rows)), key=lambda i: -lengths[i])
             bins = [order[i : i + size] for i in range(0, len(rows), size)]
         return [[rows[i] for i in items] for items in sorted(bins, key=lambda items: -sum(lengths[i] for i in items))]
+
+
+def _of_the_teacher(row: Row) -> Row:
+    """A row that the student did not write."""
+    return replace(row, sampled=np.zeros((4, row.supervised), np.float32))
 
 
 @contextmanager
