@@ -7,8 +7,8 @@ first kept ones, the first of each reason for dropping, as long as there is room
 stored trace is read once.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -161,7 +161,9 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
     results = _results(paths.eval)
     scores = [result.scores for result in results]
     times = [_stage_time(name, record, summaries.get(name), price) for name, record in records.items()]
-    log = read_log(paths.log)
+    log, phases = read_log(paths.log), read_phases(directory, recipe)
+    rollouts = read_rollouts(paths, recipe.train, log, trained)
+    every = [each for each in (rollouts, *(phase.rollouts for phase in phases)) if each is not None]
     plan = Plan.read_if_there(paths.plan, "remove it, or run `distill plan` again")
     return Contents(
         name=recipe.name,
@@ -173,8 +175,8 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
         filtered=filtered,
         trained=trained,
         log=log,
-        rollouts=read_rollouts(paths, recipe.train, log, trained),
-        phases=read_phases(directory, recipe),
+        rollouts=rollouts,
+        phases=phases,
         lengths=_lengths(kept, dropped),
         solved=_rates(list((kept + dropped).values())),
         traces=kept.shown + dropped.shown,
@@ -183,7 +185,7 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
         published=list(evaluated.published) if evaluated else [],
         lines=[*_judged_by(scores), *(_lines(evaluated, scores) if evaluated else [])],
         answers=_answers(paths.eval, results),
-        expected=_compared(plan, paths, times, generated, trained) if plan else [],
+        expected=_compared(plan, paths, times, generated, trained, every) if plan else [],
         plan=plan,
     )
 
@@ -204,12 +206,21 @@ def _compared(
     times: Iterable[StageTime],
     generated: GenerateSummary | None,
     trained: TrainSummary | None,
+    rollouts: Sequence[Rollouts],
 ) -> list[ExpectedRow]:
+    """rollouts: of all trainings. Their time is part of that of the stage `train`."""
     finished = [time for time in times if time.finished]
     tokens = {time.name: time.tokens for time in finished}
     if trained is not None:
         tokens["train"] = trained.tokens
     seconds = {time.name: time.seconds for time in finished}
+    if rollouts and (whole := seconds.get("train")) is not None:
+        spent = Counter[str]()
+        for each in rollouts:
+            spent.update({row.what: row.seconds for row in each.spent})
+        tokens["rollouts"] = sum(each.tokens for each in rollouts)
+        seconds |= {name: spent[name] for name in ("rollouts", "scoring")}
+        seconds["train"] = whole - sum(seconds_ for what, seconds_ in spent.items() if what != "training")
     return compare_with_plan(plan, paths, tokens, seconds, generated.prompt_tokens if generated else None)
 
 

@@ -24,9 +24,11 @@ from distill.objectives.grpo import Rewards
 from distill.prompts import Prompt, load_prompts
 from distill.recipe import Recipe
 from distill.recipe.adapters import Qlora
+from distill.train.ranks import memory
 from distill.train.ranks.world import World
 from distill.train.rollouts import gate
 from distill.train.rollouts.feed import Judges, RolloutFeed
+from distill.train.rollouts.memory import Engines, engines
 from distill.train.rollouts.rewards import Rewarder, check_gradable
 from distill.train.rollouts.store import RolloutStore
 from distill.train.rollouts.student import MAX_BATCH, StudentEngine
@@ -167,3 +169,18 @@ def largest_batch(recipe: Recipe, models: Models) -> tuple[int, int]:
         tokens = settings.max_length * rows
         return tokens, round(tokens * new / context)
     return context * rows, new * rows
+
+
+def engines_beside(recipe: Recipe, models: Models, world: World) -> Engines:
+    """The engines that share the device with the trainer."""
+    settings, rollouts = recipe.train, recipe.train.objective.rollout_settings
+    assert rollouts is not None
+    config = configuration(models.base.directory, settings)
+    compute = methods.dtypes(settings, world.device).compute
+    weights: float | None = None
+    if isinstance(settings.objective, OnPolicy) and not models.teacher.is_remote:
+        weights = float(sum(file.stat().st_size for file in models.teacher.directory.glob("*.safetensors")))
+    context = longest(prompts_of(recipe), models, rollouts)
+    parameters = memory.shape(config).total
+    budget = recipe.engine.memory_budget
+    return engines(config, settings, parameters, compute.itemsize, context, world.size, weights, budget)
