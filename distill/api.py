@@ -136,6 +136,11 @@ class Run:
         import pandas as pd
 
         path = self._paths.log
+        if phases := self.recipe.train.phases:
+            first = self._paths.phase(0, phases[0].name)
+            raise UserError(
+                f"{self.path}: trained in phases, each with a log of its own, such as Run({str(first)!r}).log()"
+            )
         if not path.is_file():
             raise UserError(f"{path} is missing; `distill train` with this run's recipe writes it")
         lines = path.read_bytes().split(b"\n")[:-1]  # a line without its end is being written

@@ -307,14 +307,14 @@ def check_recipe(
         )
         _check_traces((*recipe.traces, *(each for training in recipe.train.trainings for each in training.data)))
         notes += _check_names(recipe)
-    if recipe.prompts and recipe.generate.sampling.max_new_tokens >= teacher.context:
+    if recipe.prompts and recipe.reads_traces and recipe.generate.sampling.max_new_tokens >= teacher.context:
         notes.append(f"generate.sampling.max_new_tokens fills {teacher.name}'s whole context of {teacher.context}")
     context = student.context
     for key, training in recipe.train.keyed():
         context = training.max_position_embeddings or context  # a phase keeps that of the phase before
         if training.max_length > context:
             notes.append(f"{key}.max_length is past the context of {context} that {student.name} declares")
-    if teacher.thinking is False and recipe.filter.format:
+    if teacher.thinking is False and recipe.filter.format and recipe.reads_traces:
         notes.append(
             f"filter.format drops every trace of {teacher.name}: without thinking it writes no <think> block; set "
             f"filter.format to null"

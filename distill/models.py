@@ -267,6 +267,15 @@ class Models:
         return teacher_of("teacher", self._recipe.teacher, self._recipe.server, log=log)
 
     @cached_property
+    def teachers(self) -> dict[str, Model]:
+        """Further teachers by the task of the prompts that are routed to them (`train.objective.teachers`).
+
+        Errors: as `teacher`.
+        """
+        log, objective = RunPaths(self._root).server_log, self._recipe.train.objective
+        return {task: teacher_of(f"teacher of {task}", name, log=log) for task, name in objective.task_teachers.items()}
+
+    @cached_property
     def judge(self) -> Model:
         """The judge, where the recipe has one. Errors: as `judge_of`."""
         assert self._recipe.judge is not None, "check that the recipe has a judge first"

@@ -100,6 +100,8 @@ def _needed(recipe: "Recipe") -> list[str]:
 def _loaded(recipe: "Recipe", names: Sequence[str]) -> list[Literal["teacher", "student"]]:
     """The models whose weights these stages load."""
     loaded = {WEIGHTS[name] for name in names if name in WEIGHTS}
+    if "train" in names and any(training.objective.teacher_top_k is not None for training in recipe.train.trainings):
+        loaded.add("teacher")
     if recipe.traces:
         loaded.discard("teacher")
     return sorted(loaded)

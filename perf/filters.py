@@ -35,6 +35,7 @@ from pathlib import Path
 
 import minhash
 import numpy as np
+from memory import watch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,7 +45,6 @@ MEDIAN, SIGMA, LONGEST = 2600, 0.9, 32768  # tokens
 CHARACTERS = 3.6  # of a token
 PROBLEMS = 1319  # of the benchmark that prompts are compared with, as many as GSM8K's
 TIMED = 300  # traces on which each filter is timed alone
-SAMPLED = 0.2  # seconds between two looks at the memory
 FUNCTION_WORDS = ("the", "of", "is", "that", "and", "to", "we", "so", "in", "it", "this", "then")
 WORDS = re.findall(
     r"\w+",
@@ -138,33 +138,6 @@ def store(work: Path, number: int, seed: int) -> Path:
 # ---- measuring
 
 
-def descendants(pid: int) -> list[int]:
-    """A process and all that it started."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    tree = [pid]
-    for member in tree:
-        tree += children.get(member, [])
-    return tree
-
-
-def proportional(pid: int) -> float:
-    """The proportional set size of a process and its descendants, in MB."""
-    total = 0
-    for member in descendants(pid):
-        try:
-            lines = Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()
-        except OSError:  # it has ended
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total / 1024
-
-
 def settings_of(work: Path, seed: int) -> list[str]:
     """The filters that run, as of `--set`."""
     path = work / "problems.jsonl"
@@ -208,15 +181,10 @@ def run_filter(run: Path, settings: list[str]) -> dict[str, float]:
     for setting in settings:
         command += ["--set", setting]
     begun = time.perf_counter()
-    peak, when = 0.0, 0.0
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
     ) as process:
-        while process.poll() is None:
-            now = proportional(process.pid)
-            if now > peak:
-                peak, when = now, time.perf_counter() - begun
-            time.sleep(SAMPLED)
+        peak, when = watch(process)
         seconds = time.perf_counter() - begun
         assert process.stdout is not None
         output = process.stdout.read()

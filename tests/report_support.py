@@ -33,6 +33,15 @@ PRODUCTS = {"filter": ("filtered/*/*.parquet",), "train": ("checkpoints/log.json
 RIGHT = {"base": 0.06, "student": 0.95, "teacher": 0.99}
 
 
+def begin_run(directory, recipe):
+    """A run directory of this recipe before its first stage."""
+    paths, text = RunPaths(directory), recipe.to_yaml()
+    (directory / "stages").mkdir(parents=True)
+    paths.recipe.write_text(text, encoding="utf-8")
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    Identity(format=FORMAT, recipe="tiny", created="2026-03-01", recipe_sha256=checksum).write(paths.identity)
+
+
 def make_run(directory, upto="eval", traces=60, problems=40, seed=0):
     """A run directory as the stages leave it, finished up to and with the stage `upto`."""
     rng = random.Random(seed)
@@ -46,11 +55,7 @@ def make_run(directory, upto="eval", traces=60, problems=40, seed=0):
             "eval": {"benchmarks": ["tiny-arithmetic"]},
         }
     )
-    paths, text = RunPaths(directory), recipe.to_yaml()
-    (directory / "stages").mkdir(parents=True)
-    paths.recipe.write_text(text, encoding="utf-8")
-    checksum = hashlib.sha256(text.encode()).hexdigest()
-    Identity(format=FORMAT, recipe="tiny", created="2026-03-01", recipe_sha256=checksum).write(paths.identity)
+    begin_run(directory, recipe)
     last = STAGES.index(upto)
     summary = GenerateSummary(
         traces=traces,

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from learning_curve import BAR, answered, difference, save
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-BAR = 0.85
 # With one tokenizer softened, as the teacher is nearly certain: what it says beyond its traces is in the small numbers.
 # Across tokenizers those are the ones that are aligned worst, and softening makes them large.
 PAIRS: dict[str, dict[str, Any]] = {
@@ -53,10 +53,8 @@ def recipe_of(teacher: str, objective: str, temperature: float, seed: int, steps
     return load_recipe("tiny", [f"teacher={teacher}", "train.save_steps=100000", *train])
 
 
-def taught_by_the_student(out: Path, tiny: Path) -> Path:
-    """A run directory with traces of the distilled student, and its card as a teacher."""
-    from distill.pipeline import run_recipe
-
+def card_of_the_student(out: Path, tiny: Path) -> Path:
+    """The distilled student's card as a teacher."""
     card = out / "distilled.yaml"
     fields = {
         "name": "tiny-distilled",
@@ -68,8 +66,15 @@ def taught_by_the_student(out: Path, tiny: Path) -> Path:
         "license": "mit",
     }
     card.write_text(yaml.safe_dump(fields))
-    from distill.catalog import load_recipe
+    return card
 
+
+def taught_by_the_student(out: Path, tiny: Path) -> Path:
+    """Make a run directory with traces of the distilled student. Returns its card as a teacher."""
+    from distill.catalog import load_recipe
+    from distill.pipeline import run_recipe
+
+    card = card_of_the_student(out, tiny)
     recipe = load_recipe("tiny", [f"teacher={card}"])
     run_recipe(recipe, out / "one", ["generate", "filter"])  # a second call finds them finished
     return card
@@ -89,7 +94,6 @@ def curve(
     from distill.train.ranks.world import World
     from distill.train.rows.feed import StoredFeed
     from distill.train.rows.prepare import prepare
-    from distill.train.student import model
 
     recipe = recipe_of(teacher, objective, temperature, seed, steps)
     models, paths = Models(recipe, run), RunPaths(run)
@@ -106,42 +110,19 @@ def curve(
         world,
         laid_out=built.wrapped,
     )
-    chat = models.base.chat
     points = []
     while loop.position.step < loop.total:
         loop.step()
         if loop.position.step % every == 0 or loop.position.step == loop.total:
             loop.settle()
-            tensors = {name: p.detach().clone() for name, p in built.base.named_parameters()}
             place = out / "student"
-            model.save(place, model.empty(weights, recipe.train, torch.float32), tensors, chat, "")
-            right = answered(place)
+            save(loop, weights, place)
+            right = answered(place, "tiny-arithmetic")
             score = sum(right) / len(right)
             points.append({"step": loop.position.step, "tokens": loop.position.supervised_tokens, "pass@1": score})
             print(f"  step {loop.position.step}: {points[-1]['tokens']:,} tokens, pass@1 {score:.1%}", flush=True)
     points[-1]["right"] = right
     return points
-
-
-def answered(model: Path) -> list[bool]:
-    """Whether each held-out problem was answered correctly, in the problems' order."""
-    from distill import backends
-    from distill.backends import Job, SamplingParams
-    from distill.catalog import load_benchmark
-    from distill.chat import split_reasoning
-    from distill.grading import Grader
-    from distill.models import Model
-    from distill.prompts import load_prompts
-    from distill.recipe import LocalEngine
-
-    card = load_benchmark("tiny-arithmetic")
-    prompts = list(load_prompts(card.sources))
-    sampling = SamplingParams(**card.sampling.model_dump())
-    with backends.open(Model("student", model), LocalEngine(dtype="float32")) as backend, Grader() as grader:
-        answers = backend.complete((Job(prompt, (0,)) for prompt in prompts), sampling, seed=1)
-        items = ((done.prompt.id, done.prompt, split_reasoning(done.text)[1]) for done in answers)
-        verdicts = {prompt: grade.verdict == "correct" for prompt, grade in grader.grade(items)}
-    return [verdicts[prompt.id] for prompt in prompts]
 
 
 def tokens_to(points: list[dict[str, float]], bar: float) -> float | None:
@@ -218,17 +199,10 @@ def main() -> None:
             shown = ", ".join("never" if tokens is None else f"{tokens:,.0f}" for tokens in reached)
             print(f"{pair}, {objective}: {BAR:.0%} after {shown} tokens; at the end {statistics.mean(last):.1%} {last}")
         if all("right" in points[-1] for runs in by_objective.values() for points in runs):
-            print(f"{pair}, logits less sft at the end: {difference(by_objective)}")
-
-
-def difference(by_objective: dict[str, list[list[dict[str, Any]]]]) -> str:
-    """Problem by problem, the seeds being samples of a problem."""
-    from distill.eval.statistics import compare
-
-    rights = [[points[-1]["right"] for points in by_objective[objective]] for objective in ("logits", "sft")]
-    first, second = ({str(i): list(of_one) for i, of_one in enumerate(zip(*seeds, strict=True))} for seeds in rights)
-    made = compare(first, second)
-    return f"{100 * made.value:+.2f} points, 95 %: {100 * made.low:+.2f} to {100 * made.high:+.2f}"
+            rights = ([points[-1]["right"] for points in by_objective[objective]] for objective in ("logits", "sft"))
+            made = difference(*rights)
+            shown = f"{100 * made.value:+.2f} points, 95 %: {100 * made.low:+.2f} to {100 * made.high:+.2f}"
+            print(f"{pair}, logits less sft at the end: {shown}")
 
 
 if __name__ == "__main__":

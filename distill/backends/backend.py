@@ -13,6 +13,8 @@ from distill.prompts.prompt import Prompt
 from distill.traces.trace import FinishReason, ReasoningForm, Trace
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
 GivenIds = Sequence[Sequence[Sequence[int]]]  # by trace and completion token
@@ -69,6 +71,36 @@ class Usage:
     starting: float = 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A trace as a model scored it: the token ids that it read, and arrays in place of a tuple for each alternative.
+
+    logprob_t: of the completion's tokens, float32 [t]. top_id_tk, top_logprob_tk: the alternatives at each, likeliest
+    first, int32 and float32 [t, k], log-probability −∞ past the last one.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    logprob_t: "npt.NDArray[np.float32]"
+    top_id_tk: "npt.NDArray[np.int32]"
+    top_logprob_tk: "npt.NDArray[np.float32]"
+
+    @classmethod
+    def of(cls, trace: Trace) -> "Scored":
+        """What a scored trace carries."""
+        import numpy as np
+
+        assert trace.logprobs is not None and trace.top_logprobs is not None, "a scored trace has both"
+        tops = trace.top_logprobs
+        width = max(map(len, tops), default=0)
+        ids, logprobs = np.zeros((len(tops), width), np.int32), np.full((len(tops), width), -np.inf, np.float32)
+        for place, top in enumerate(tops):
+            if top:
+                ids[place, : len(top)], logprobs[place, : len(top)] = zip(*top, strict=True)
+        logprob_t = np.array(trace.logprobs, np.float32)
+        return cls(trace.prompt_token_ids, trace.completion_token_ids, logprob_t, ids, logprobs)
+
+
 class Backend(Protocol):
     """A model that answers: the local engine, or a server. Everything that samples goes through this protocol."""
 
@@ -114,6 +146,9 @@ class Backend(Protocol):
         Errors: UserError where the backend cannot score, a trace is longer than the context, or ids are given for
         another number of tokens than the completion has for this model.
         """
+
+    def scored(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Scored]:
+        """As `score`, as arrays: for many alternatives of many tokens. Errors: as `score`."""
 
     def close(self) -> None:
         """Release the model: memory, processes, connections. The backend is not used afterwards."""

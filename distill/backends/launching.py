@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from distill.backends.backend import Completed, GivenIds, Job, Usage
+from distill.backends.backend import Completed, GivenIds, Job, Scored, Usage
 from distill.backends.budget import Allowance
 from distill.backends.connection import KEPT
 from distill.backends.remote import RemoteBackend
@@ -120,6 +120,10 @@ class LaunchedBackend:
     def score(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Trace]:
         """Errors: UserError, always: chat servers do not score texts."""
         raise UserError("server.launch: the server cannot score texts; remove `server` to use the local engine")
+
+    def scored(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Scored]:
+        """See `score`."""
+        return [Scored.of(trace) for trace in self.score(traces, top_k, ids)]
 
     def complete(
         self, jobs: Iterable[Job], sampling: SamplingParams, seed: int, allowance: Allowance | None = None

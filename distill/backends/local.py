@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from distill.backends.backend import Completed, GivenIds, Job, Usage
+from distill.backends.backend import Completed, GivenIds, Job, Scored, Usage
 from distill.backends.budget import Allowance
 from distill.backends.scoring import completion_ids, refuse_other_lengths
 from distill.engine.options import EngineOptions, SamplingParams, ThinkTokens
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from distill.chat import Chat
     from distill.engine import Completion, Engine, Engines, Request
+    from distill.engine.score import Scores
 
 GIB = 1 << 30
 CLOSING = f"\n{END_THINK}\n\n"  # what closes a think block whose budget is used up
@@ -205,6 +206,33 @@ class LocalBackend:
         Tokens that this model sampled are taken as they are; another model's text is tokenised and ends with this
         model's end token.
         """
+        scored = []
+        for trace, (prompt, completion, score) in zip(traces, self._scores(traces, top_k, ids), strict=True):
+            scored.append(
+                replace(
+                    trace,
+                    prompt_token_ids=tuple(prompt),
+                    completion_token_ids=tuple(completion),
+                    logprobs=score.logprobs,
+                    top_logprobs=score.top_logprobs or ((),) * len(completion),
+                )
+            )
+        return scored
+
+    def scored(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Scored]:
+        """As `score`, as arrays."""
+        scored = []
+        for prompt, completion, score in self._scores(traces, top_k, ids):
+            assert score.top_id_tk is not None and score.top_logprob_tk is not None, "alternatives are asked for"
+            scored.append(
+                Scored(tuple(prompt), tuple(completion), score.logprob_t, score.top_id_tk, score.top_logprob_tk)
+            )
+        return scored
+
+    def _scores(
+        self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None
+    ) -> "Iterator[tuple[list[int], list[int], Scores]]":
+        """The ids of prompt and completion of each trace, and the scores of the completion."""
         from distill.engine import Engine
 
         assert isinstance(self.engine, Engine), "several engines sample, one scores"
@@ -218,19 +246,8 @@ class LocalBackend:
             scores = self.engine.score(sequences, top_k, ids)
         except ValueError as error:
             raise UserError(str(error)) from error
-        scored = []
-        for trace, prompt, completion, score in zip(traces, prompts, completions, scores, strict=True):
-            own = score.after(len(prompt))
-            scored.append(
-                replace(
-                    trace,
-                    prompt_token_ids=tuple(prompt),
-                    completion_token_ids=tuple(completion),
-                    logprobs=own.logprobs,
-                    top_logprobs=own.top_logprobs or ((),) * len(completion),
-                )
-            )
-        return scored
+        for prompt, completion, score in zip(prompts, completions, scores, strict=True):
+            yield prompt, completion, score.after(len(prompt))
 
     def _finished(self, requests: "Iterable[Request]", deadline: float) -> "Iterator[Completion]":
         from distill.engine import EngineDied, NonFiniteLogits

@@ -26,7 +26,7 @@ import httpx2
 from distill.backends import scoring
 from distill.backends.answers import check_answer, completed
 from distill.backends.asking import VLLM, Asking, omitted
-from distill.backends.backend import Completed, GivenIds, Job, Usage
+from distill.backends.backend import Completed, GivenIds, Job, Scored, Usage
 from distill.backends.batch import Batches
 from distill.backends.bounds import TooLarge
 from distill.backends.budget import Allowance
@@ -120,6 +120,10 @@ class RemoteBackend:
                 f"traces that were sampled with generate.logprobs"
             )
         return scoring.score(self._connections[0], self.model, self.chat(), traces, top_k, ids)
+
+    def scored(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Scored]:
+        """See `Backend`."""
+        return [Scored.of(trace) for trace in self.score(traces, top_k, ids)]
 
     def close(self) -> None:
         """Nothing: `complete` closes its connections."""

@@ -138,7 +138,7 @@ def traces(
             "--verdict",
             metavar="TEXT",
             help="kept, dropped, or the beginning of a verdict, such as `correct: wrong`; of an evaluation: correct, "
-            "wrong or unverifiable",
+            "wrong or unverifiable; of rollouts: ended or truncated",
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="ID", help="beginning of a prompt's id")] = None,
@@ -152,23 +152,40 @@ def traces(
             "--diff", help="compare a kept and a dropped trace of --prompt line by line, or a correct and a wrong one"
         ),
     ] = False,
-    counts: Annotated[bool, typer.Option("--counts", help="count the traces of each verdict, and show none")] = False,
+    counts: Annotated[
+        bool, typer.Option("--counts", help="count the traces of each verdict, or the rollouts of each step; show none")
+    ] = False,
+    rollouts: Annotated[
+        bool, typer.Option("--rollouts", help="read what the student wrote during its training, by optimiser step")
+    ] = False,
+    step: Annotated[
+        int | None,
+        typer.Option("--step", metavar="N", min=1, help="with --rollouts: those of optimiser step N, as in the log"),
+    ] = None,
 ) -> None:
     """Page through the traces of a run, with the verdict of every filter, or the graded answers of an evaluation.
 
-    Examples: `distill traces runs/tiny --verdict dropped` · `distill traces runs/tiny --prompt 3f2a --diff`
+    Examples: `distill traces runs/tiny --verdict dropped` · `distill traces runs/tiny --prompt 3f2a --diff` ·
+    `distill traces runs/mine --rollouts --step 40`
     """
     from distill.console import paged, table
     from distill.traces import browse
 
     if diff and prompt is None:
         raise UserError("--diff compares the traces of one prompt: name it with --prompt ID")
-    entries = browse.entries(run)
+    if step is not None and not rollouts:
+        raise UserError("--step names rollouts: add --rollouts")
+    if diff and rollouts:
+        raise UserError("--diff compares traces by their verdicts, which rollouts do not have: leave out --rollouts")
+    entries = browse.rollouts(run, step) if rollouts else browse.entries(run)
     if diff:
         paged(browse.differences(entries, prompt or ""))
         return
     selected = browse.select(entries, verdict, prompt, search)
-    if counts:
+    if counts and rollouts:
+        columns = ("step", "rollouts", "mean tokens", "truncated")
+        table("", columns, browse.rollout_counts(selected))
+    elif counts:
         table("", ("verdict", "traces"), browse.counts(selected))
     else:
         paged(browse.texts(selected, whole))

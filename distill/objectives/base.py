@@ -70,6 +70,11 @@ class BaseObjective(Section):
         return self.rollout_settings is None
 
     @property
+    def task_teachers(self) -> Mapping[str, str]:
+        """Names of further teachers, by the task of the prompts that they score."""
+        return {}
+
+    @property
     def needs_reference(self) -> bool:
         """Whether `Sampled.reference_s` is read."""
         return False

@@ -72,6 +72,9 @@ class OnPolicy(BaseObjective):
     student_share: float = Field(
         1.0, le=1, description="share of rows that the student writes, the others are traces (GKD's λ, TRL's lmbda)"
     )
+    teachers: dict[str, str] = Field(
+        {}, description="further teachers by the task of the prompts: {code: CARD}; other tasks ask the recipe's"
+    )
     rollouts: RolloutSettings = Field(RolloutSettings(), description="what the student writes per step")
 
     tag: ClassVar[str] = "on-policy-distillation"
@@ -88,6 +91,11 @@ class OnPolicy(BaseObjective):
     def teacher_top_k(self) -> int:
         """`top_k`; 1 for the sampled estimator, which reads the row's own token only."""
         return self.top_k if self.estimator == "exact" else 1
+
+    @property
+    def task_teachers(self) -> Mapping[str, str]:
+        """`teachers`."""
+        return self.teachers
 
     @property
     def rollout_settings(self) -> RolloutSettings:
@@ -112,6 +120,8 @@ class OnPolicy(BaseObjective):
             raise ValueError(f"estimator: sampled estimates reverse_kl; divergence is {self.divergence}")
         if self.divergence != "jsd" and self.beta != 0.5:
             raise ValueError(f"beta is a setting of divergence: jsd; divergence is {self.divergence}")
+        if self.teachers and self.student_share < 1:
+            raise ValueError("teachers: the traces of student_share below 1 are all scored by the recipe's teacher")
         return self
 
     def criterion(self, targets_s: "Tensor", teacher: TopK | None, sampled: Sampled | None = None) -> Criterion:

@@ -6,6 +6,8 @@ recommends, a policy at temperature 1 and without truncation, because only then 
 distribution whose gradient is estimated.
 """
 
+from math import ceil
+
 from pydantic import Field, field_validator, model_validator
 
 from distill.section import Section
@@ -41,6 +43,23 @@ class RolloutSettings(Section):
     def rows(self) -> int:
         """Completions per set of rollouts."""
         return self.prompts_per_step * self.samples
+
+    def set_of(self, sample: int) -> int:
+        """The set, from 0, that a stored rollout belongs to, by its sample number: set · samples + number."""
+        return sample // self.samples
+
+    def set_at(self, step: int) -> int:
+        """The set that an optimiser step, from 1 as in the log, is trained on."""
+        return (step - 1) // self.updates
+
+    def steps_of(self, number: int) -> tuple[int, int]:
+        """The first and the last optimiser step, from 1, that a set is trained on."""
+        return number * self.updates + 1, (number + 1) * self.updates
+
+    def total_steps(self, prompts: int, epochs: float, max_steps: int | None) -> int:
+        """Optimiser steps of a training: `max_steps`, else of the whole sets in the epochs, which are rounded up."""
+        per_epoch = prompts // min(self.prompts_per_step, prompts)
+        return max_steps or ceil(round(epochs * per_epoch, 6)) * self.updates
 
     @model_validator(mode="after")
     def _every_update_has_rows(self) -> "RolloutSettings":

@@ -24,8 +24,9 @@ from distill.fingerprint import digest
 from distill.models import Models
 from distill.plan.hardware import Hardware, parse
 from distill.plan.judging import described, plan_judgements
+from distill.plan.rollouts import DECODING, TOKEN_BYTES, RolloutPlan, decoding_rate, estimate_rollouts, stages_of
 from distill.plan.traces import Traces, estimate_traces, pilot_of
-from distill.plan.training import MACHINES, Data, plan_training, trained_tokens
+from distill.plan.training import MACHINES, UTILISATION, Data, plan_training, trained_tokens
 from distill.planned import Expected, Measured, Plan, StagePlan
 from distill.prompts import Prompt, load_prompts
 from distill.recipe import Phase
@@ -37,9 +38,7 @@ if TYPE_CHECKING:
     from distill.recipe import Recipe
     from distill.recipe.price import Price
 
-DECODING = 0.05  # share of the data sheet's rate at which large batches are decoded; large mixtures reach 3 to 10 %
 ASSUMED_PROMPT = 150  # tokens of a prompt that cannot be counted: a problem and its instruction
-TOKEN_BYTES = 12  # of a stored token, with its text, where no trace is stored to measure it on
 FILTER_SECONDS = 0.01  # to judge a trace; grading takes most of it
 
 
@@ -70,9 +69,11 @@ def plan_recipe(
     prompt_tokens, counted = _prompt_tokens(recipe, prompts, estimate, measured)
     price = catalog.price_of(recipe)
     teaching = (_generate(recipe, estimate, prompt_tokens, price, measured, hardware), _filter(recipe, estimate))
+    train, rollouts = _train(recipe, estimate, directory, machines, traces, mean, prompt_tokens)
     stages = (
         *(teaching if recipe.reads_traces else ()),
-        _train(recipe, estimate, directory, machines, traces, mean, counted, prompt_tokens),
+        *stages_of(recipe, rollouts, price, hardware),
+        train,
         _eval(recipe, estimate, price, measured, hardware),
     )
     plan = Plan(
@@ -100,6 +101,8 @@ def _pilot(recipe: "Recipe", directory: Path, count: int) -> Measured | None:
     """Sample the pilot's prompts into the run directory."""
     if recipe.traces:
         raise UserError("--pilot asks the teacher, and this recipe copies published traces; leave --pilot out")
+    if not recipe.reads_traces:
+        raise UserError("--pilot asks the teacher, and nothing is trained on its traces; set --mean-tokens instead")
     catalog.check_recipe(recipe, ["teacher"])
     with Run(directory, recipe) as run:
         return generate.sample_pilot(run, count)
@@ -179,16 +182,6 @@ def _teacher_rate(recipe: "Recipe", measured: Measured | None, hardware: Sequenc
     return measured.rate if measured else None
 
 
-def decoding_rate(active: float, size: float, machine: Hardware) -> float | None:
-    """Completion tokens per second of a model on a machine; None where the weights do not fit.
-
-    active: parameters that take part in a token, in billions. size: of the weights, in GB.
-    """
-    if size * 1e9 > 0.9 * machine.memory * machine.devices:
-        return None
-    return machine.devices * machine.rate * DECODING / (2 * active * 1e9)
-
-
 def _filter(recipe: "Recipe", traces: Traces) -> StagePlan:
     workers = recipe.filter.correct.workers if recipe.filter.correct else 1
     hours = Expected(value=traces.count * FILTER_SECONDS / max(workers, 1) / 3600)
@@ -203,14 +196,15 @@ def _train(
     machines: Sequence[str],
     given: int | None,
     mean: int | None,
-    counted: str,
     prompt_tokens: float,
-) -> StagePlan:
-    """The table of each training, with the expected tokens; hours of the recipe's own method on the first machine.
+) -> "tuple[StagePlan, list[tuple[Recipe, RolloutPlan]]]":
+    """The table of each training, with the expected tokens; hours of the recipe's own method on the first machine. And
+    the rollouts of each training that has some, with its recipe.
 
-    Phases are added up. What they sample themselves is not counted.
+    Phases are added up. The answers of a phase's base are not counted.
     """
     tokens, hours = 0.0, 0.0
+    rollouts: list[tuple[Recipe, RolloutPlan]] = []
     for number, training in enumerate(recipe.train.trainings):
         place, alone = directory, recipe
         if isinstance(training, Phase):
@@ -218,14 +212,20 @@ def _train(
             place = phase_directory(directory, recipe, number)
             alone = recipe.model_copy(update={"train": training.training(training.data)})
         expected = _rows(alone, traces, prompt_tokens)
+        own = estimate_rollouts(alone, place, traces, mean, prompt_tokens / max(traces.count, 1))
+        if own is not None:
+            say(own.described())
+            rollouts.append((alone, own))
+            expected = own.data(alone.train.max_length)
         ways, data = plan_training(alone, place, machines or MACHINES, given, mean, expected)
         tokens += trained_tokens(alone.train, data)
-        own = [way for way in ways if way.hardware.name == ways[0].hardware.name and way.own and way.fits]
-        hours += own[0].hours if own else float("nan")
-        if training.samples_prompts:
+        fitting = [way for way in ways if way.hardware.name == ways[0].hardware.name and way.own and way.fits]
+        hours += fitting[0].hours if fitting else float("nan")
+        if training.own:
             say("answers that the student samples itself are not in these hours")
     known = bool(machines) and not math.isnan(hours)
-    return StagePlan(stage="train", tokens=Expected(value=tokens), hours=Expected(value=hours) if known else None)
+    stage = StagePlan(stage="train", tokens=Expected(value=tokens), hours=Expected(value=hours) if known else None)
+    return stage, rollouts
 
 
 def _rows(recipe: "Recipe", traces: Traces, prompt_tokens: float) -> Data:
@@ -300,7 +300,8 @@ def _show(
     ]
     money = plan.currency or "money"
     table("All stages", ("stage", "tokens", "95 % interval", "hours", money, "disk"), rows)
-    say(f"{plan.traces:,} traces, mean {plan.mean_tokens:,.0f} tokens: {plan.basis}")
+    if recipe.reads_traces:
+        say(f"{plan.traces:,} traces, mean {plan.mean_tokens:,.0f} tokens: {plan.basis}")
     if traces.truncated is not None:
         say(f"{traces.truncated:.1%} of the stored traces end at max_new_tokens")
     if recipe.traces:
@@ -319,13 +320,19 @@ def _show(
     _say_hours(recipe, plan, hardware)
     if recipe.price_per_hour is not None and (hours := [s.hours.value for s in plan.stages if s.hours]):
         say(f"machine: {sum(hours) * recipe.price_per_hour:,.2f} at {recipe.price_per_hour:g} an hour")
-    say("eval: answers as long as the teacher's traces")
+    if recipe.reads_traces:
+        say("eval: answers as long as the teacher's traces")
+    else:
+        say(f"eval: answers of {plan.mean_tokens:,.0f} tokens: {plan.basis.partition(';')[0]}")
 
 
 def _say_hours(recipe: "Recipe", plan: Plan, hardware: Sequence[Hardware]) -> None:
     if hardware:
         rate = f"{DECODING:.0%} of the data sheet's bfloat16 rate"
-        say(f"hours of generate and eval: on {hardware[0].name} at {rate}, a rough guess")
+        stages = [stage.stage for stage in plan.stages if stage.stage in ("generate", "rollouts")]
+        say(f"hours of {' and '.join([*stages, 'eval'])}: on {hardware[0].name} at {rate}, a rough guess")
+        if "rollouts" in stages:
+            say(f"hours of scoring: one pass over the rollouts at {UTILISATION:.0%}, and the graders")
         if plan.stages[0].stage == "generate" and plan.stages[0].hours is None:
             say(f"hours of generate: the teacher's weights do not fit on {hardware[0].name}, or nothing is sampled")
     elif plan.measured:
@@ -334,7 +341,7 @@ def _say_hours(recipe: "Recipe", plan: Plan, hardware: Sequence[Hardware]) -> No
             f"samples at once; more at once are usually faster"
         )
     else:
-        pilot = "" if recipe.traces else ", or measure the teacher with --pilot 8"
+        pilot = "" if recipe.traces or not recipe.reads_traces else ", or measure the teacher with --pilot 8"
         say(f"hours: name a machine with --hardware{pilot}")
 
 

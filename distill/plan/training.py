@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from distill.recipe.adapters import Lora, Qlora
     from distill.train.ranks.memory import Memory
     from distill.train.ranks.world import Layout
+    from distill.train.rollouts.memory import Engines
 
 UTILISATION = 0.4  # share of the data sheet's rate at which dense models are commonly trained, with FSDP too
 USABLE = 0.92  # share of a device's memory that a plan may fill: the rest is fragmentation
@@ -37,12 +38,14 @@ ASSUMED_SHARE = 0.2  # mean length of a trace as a share of max_length: R1's tra
 
 @dataclass(frozen=True)
 class Data:
-    """The training data. tokens: per epoch. longest: tokens of one row. source: "counted", "given" or an assumption."""
+    """The training data. tokens: per epoch. longest: tokens of one row. source: "counted", "given" or an assumption.
+    steps: of a training on rollouts, its optimiser steps; rows and tokens are then those of all steps."""
 
     rows: int
     tokens: int
     longest: int
     source: str
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,22 +90,37 @@ def plan_training(
     settings = recipe.train
     data = count(recipe, directory, traces, mean, expected)
     shape = memory.shape(config)
-    steps = -(-data.rows // (settings.batches_per_step(1) * settings.per_device_train_batch_size))
-    epochs = settings.num_train_epochs
+    per_step = settings.batches_per_step(1) * settings.per_device_train_batch_size
+    steps = data.steps or settings.max_steps or round(-(-data.rows // per_step) * settings.num_train_epochs)
+    over = f"in {data.steps:,} steps" if data.steps else "per epoch"
+    epochs = "" if data.steps else f"{settings.num_train_epochs:g} epochs, "
     say(f"{card.name}: {short(shape.total)} parameters, {shape.layers} layers, vocabulary {shape.vocabulary:,}")
     say(
-        f"{data.rows:,} rows, {data.tokens:,} tokens per epoch ({data.source}); {epochs:g} epochs, at most "
+        f"{data.rows:,} rows, {data.tokens:,} tokens {over} ({data.source}); {epochs}at most "
         f"{settings.max_length:,} tokens per row"
     )
     ways = [way for machine in hardware for way in ways_on(machine, recipe, config, data)]
     show(ways, settings)
+    _say_engines(ways)
     checkpoint = shape.total * 12
     say(
-        f"about {settings.max_steps or round(steps * epochs):,} steps on one device; disk: up to "
+        f"about {steps:,} steps on one device; disk: up to "
         f"{bytes_text((settings.save_total_limit + 1) * checkpoint)} of checkpoints (full), "
         f"{bytes_text(shape.total * 2)} for the student; hours at {UTILISATION:.0%} of the data sheet's bfloat16 rate"
     )
     return ways, data
+
+
+def _say_engines(ways: Sequence[Way]) -> None:
+    """The memory of the engines on the first machine, which the table has in its column `other`."""
+    own = next(way for way in ways if way.own)
+    engine, scoring = own.memory.rollouts, own.memory.scoring
+    if engine:
+        scorers = f", {_figure(scoring / 1e9)} GB for the local model that scores" if scoring else ""
+        name = own.hardware.name
+        say(f"other: on {name} also {_figure(engine / 1e9)} GB for the student's engine{scorers}; with their caches")
+    if scoring > USABLE * own.hardware.memory:
+        say("the model that scores is on every device: set engine.memory_budget, or name a `server` with the teacher")
 
 
 def ways_on(machine: Hardware, recipe: "Recipe", config: "PretrainedConfig", data: Data) -> list[Way]:
@@ -115,7 +133,9 @@ def ways_on(machine: Hardware, recipe: "Recipe", config: "PretrainedConfig", dat
     for adapter in _adapters(recipe.train):
         settings = recipe.train.model_copy(update={"adapter": adapter})
         candidates = [
-            way(machine, settings.model_copy(update=saving), config, data, layout)
+            way(
+                machine, settings.model_copy(update=saving), config, data, layout, beside(recipe, config, data, machine)
+            )
             for layout in layouts
             if not (method(settings) == "qlora" and layout == "fsdp")
             for saving in _savings(settings)
@@ -146,8 +166,31 @@ def _savings(settings: "Train") -> list[dict[str, bool]]:
     return [{"gradient_checkpointing": first, "activation_offloading": second} for first, second in choices]
 
 
-def way(machine: Hardware, settings: "Train", config: "PretrainedConfig", data: Data, layout: "Layout") -> Way:
-    """Estimate one way to train."""
+def beside(recipe: "Recipe", config: "PretrainedConfig", data: Data, machine: Hardware) -> "Engines | None":
+    """The engines on each device of a training with rollouts; None of another."""
+    from distill.plan.rollouts import teacher_bytes
+    from distill.train.ranks import memory
+    from distill.train.rollouts.memory import engines
+
+    training = recipe.train
+    if training.objective.rollout_settings is None:
+        return None
+    local = training.objective.teacher_top_k is not None and catalog.server_of(recipe) is None
+    teacher = teacher_bytes(recipe) if local else None
+    size, parameters = 4 if training.dtype == "float32" else 2, memory.shape(config).total
+    budget = recipe.engine.memory_budget
+    return engines(config, training, parameters, size, data.longest, machine.devices, teacher, budget)
+
+
+def way(
+    machine: Hardware,
+    settings: "Train",
+    config: "PretrainedConfig",
+    data: Data,
+    layout: "Layout",
+    engines: "Engines | None" = None,
+) -> Way:
+    """Estimate one way to train. engines: on the same devices."""
     import torch
 
     from distill.train.ranks import memory
@@ -157,6 +200,7 @@ def way(machine: Hardware, settings: "Train", config: "PretrainedConfig", data: 
     row = settings.max_length if settings.packing else min(settings.max_length, data.longest)
     batch = settings.per_device_train_batch_size * row
     needed = memory.estimate(config, settings, dtypes, batch, batch, layout, machine.devices, "cuda")
+    needed = needed.beside(engines, machine.memory, "cuda")
     hours = operations(config, settings, data) / (machine.devices * machine.rate * UTILISATION) / 3600
     saving = (settings.gradient_checkpointing, settings.activation_offloading)
     return Way(machine, method(settings), layout, *saving, needed, hours)
@@ -176,7 +220,9 @@ def operations(config: "PretrainedConfig", settings: "Train", data: Data) -> flo
 
 
 def trained_tokens(settings: "Train", data: Data) -> float:
-    """Tokens that all epochs read, or those of `max_steps` full batches on one device."""
+    """Tokens that all epochs read, or those of `max_steps` full batches on one device; of rollouts, once each."""
+    if data.steps:
+        return float(data.tokens)
     if settings.max_steps:
         rows = settings.max_steps * settings.batches_per_step(1) * settings.per_device_train_batch_size
         return data.tokens / max(data.rows, 1) * rows
@@ -204,11 +250,14 @@ def configuration(recipe: "Recipe", card: "StudentCard") -> "PretrainedConfig":
 def count(
     recipe: "Recipe", directory: Path, traces: int | None, mean: int | None, expected: Data | None = None
 ) -> Data:
-    """Row counts: of the rows that training has encoded, else as expected, as given, or assumed."""
+    """Row counts: of the rows that training has encoded, else as expected, as given, or assumed. Rollouts are not
+    encoded beforehand, so they are as expected."""
     from distill.artefacts import RunPaths
     from distill.train.rows import stored
 
     settings = recipe.train
+    if expected is not None and expected.steps:
+        return expected
     rows = stored.load(RunPaths(directory).tokens)
     if rows is not None and traces is None and mean is None:
         return Data(len(rows), rows.counts.tokens, int(rows.lengths.max()), "counted")

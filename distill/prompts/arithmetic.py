@@ -10,7 +10,8 @@ spent on learning to count.
 A hash of the *multiset* of signed operands separates held-out from training problems, so that reordering a held-out
 problem does not make it a training problem. Because a worked chain also shows every chain inside it, a training problem
 has no held-out window either, neither in its expression (consecutive operands) nor in its working (consecutive steps).
-`tools/prove_heldout.py` checks the texts themselves.
+`tools/prove_heldout.py` checks the texts themselves. The split `longer` has chains of 6 to 8 steps, more than any
+training text, so that none can contain such a chain; they are asked as expressions, because stories have five days.
 
 Standard library only: the maintainers' tools import this on machines where only torch is installed.
 """
@@ -23,6 +24,7 @@ from functools import lru_cache
 
 MAX_VALUE = 99
 MIN_STEPS, MAX_STEPS = 2, 5
+STEPS = {"train": (MIN_STEPS, MAX_STEPS), "heldout": (MIN_STEPS, MAX_STEPS), "longer": (MAX_STEPS + 1, MAX_STEPS + 3)}
 HELDOUT_SHARE = 40  # one chain in forty
 STORY_SHARE = 0.5
 
@@ -95,7 +97,10 @@ def windows(chain: Chain) -> Iterator[Chain]:
 
 
 def belongs(chain: Chain, split: str) -> bool:
-    """Whether a chain belongs to a split. Train: no window is held out; heldout: the chain itself is."""
+    """Whether a chain belongs to a split. Train: no window is held out; heldout: the chain itself is; longer: all that
+    have more steps than those two."""
+    if split == "longer":
+        return len(chain) - 1 > MAX_STEPS
     if split == "heldout":
         return is_heldout(chain)
     return not any(is_heldout(window) for window in windows(chain))
@@ -106,7 +111,7 @@ def draw_chain(rng: random.Random, split: str) -> Chain:
     while True:
         value = rng.randint(1, MAX_VALUE)
         chain = [value]
-        for _ in range(rng.randint(MIN_STEPS, MAX_STEPS)):
+        for _ in range(rng.randint(*STEPS[split])):
             result = rng.randint(0, MAX_VALUE - 1)
             result += result >= value  # uniform over everything but `value`: no step is zero
             chain.append(result - value)
@@ -135,16 +140,16 @@ def story(chain: Chain, rng: random.Random) -> str:
 
 
 def draw_problem(rng: random.Random, split: str, story_share: float = STORY_SHARE) -> Problem:
-    """One problem: a story with probability `story_share`, else an expression."""
+    """One problem: a story with probability `story_share`, else an expression; of `longer` always an expression."""
     chain = draw_chain(rng, split)
-    if rng.random() < story_share:
+    if split != "longer" and rng.random() < story_share:
         return Problem(chain, story(chain, rng))
     return Problem(chain, rng.choice(ASKS).format(e=expression(chain)))
 
 
 def problems(split: str, seed: int, limit: int) -> Iterator[Problem]:
     """The first `limit` problems of a split, no two with the same operands. Longer limits extend shorter ones."""
-    assert split in ("train", "heldout"), split
+    assert split in STEPS, split
     rng = random.Random(f"arithmetic/{split}/{seed}")
     seen: set[Chain] = set()
     while len(seen) < limit:

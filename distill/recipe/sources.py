@@ -46,7 +46,9 @@ class ProceduralPrompts(_Weighted):
 
     kind: Literal["procedural"]
     name: Literal["arithmetic"] = Field(description="name of the generator")
-    split: Literal["train", "heldout"] = Field("train", description="split; no problem is in both")
+    split: Literal["train", "heldout", "longer"] = Field(
+        "train", description="split; no problem is in two; longer: 6 to 8 steps instead of 2 to 5"
+    )
     seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed that selects the problems of the split")
     limit: Annotated[int, Free] = Field(1000, ge=1, description="number of problems")
 

@@ -179,6 +179,22 @@ class Training(Section):
     def _data_is_read(self) -> Self:
         if not self.objective.reads_data and self.data != KEPT:
             raise ValueError(f"objective {self.objective.kind} trains on rollouts alone; remove `data`")
+        if not self.objective.reads_data and self.val_size:
+            raise ValueError(
+                f"objective {self.objective.kind} trains on rollouts alone, none is held out; remove val_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_set_the_rows_of_a_step(self) -> Self:
+        if self.objective.rollout_settings is None:
+            return self
+        for name in ("train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} has no effect with objective {self.objective.kind}, which trains on all rollouts of a "
+                    f"set; remove it, and set objective.rollouts.prompts_per_step"
+                )
         return self
 
 
@@ -191,6 +207,15 @@ class Phase(Training):
     def _one_set_of_own_answers(self) -> Self:
         if sum(source.kind == "own" for source in self.data) > 1:
             raise ValueError("data has several sources of kind own; keep one, and raise its `samples` or `weight`")
+        return self
+
+    @model_validator(mode="after")
+    def _own_answers_have_no_teacher(self) -> Self:
+        if self.own is not None and self.objective.teacher_top_k is not None:
+            raise ValueError(
+                f"objective {self.objective.kind} reads the teacher's probabilities, and data of kind own is rejection "
+                f"sampling without a teacher: set the objective to sft, or remove that source"
+            )
         return self
 
     def training(self, data: tuple[MixedSource, ...]) -> "Train":

@@ -2,8 +2,8 @@
 
 Self-contained: styles, figures and one small script are inside the file, and its content security policy forbids every
 request and every other script. It reads the run directory only, so a report can be written anew, also of a run copied
-from another machine, without torch or the weights. contents.py says what is read, pictures.py what is drawn,
-mathematics.py how formulas are typeset, page.html.jinja how it looks, reader.js how traces are found in it.
+from another machine, without torch or the weights. contents.py says what is read, pictures.py and curves.py what is
+drawn, mathematics.py how formulas are typeset, page.html.jinja how it looks, reader.js how traces are found in it.
 
 The figures also go to `<run>/report/`, as SVG and PNG, for slides and READMEs. The same run gives the same bytes.
 
@@ -28,6 +28,7 @@ from distill.recipe import Recipe
 from distill.record import read_recipe
 from distill.report import pictures
 from distill.report.contents import Contents, StageTime, read_contents
+from distill.report.curves import curves
 from distill.report.mathematics import marked_up
 from distill.run import Run
 from distill.stage import Stage
@@ -130,11 +131,9 @@ def _pictures(contents: Contents) -> "dict[str, Picture]":
         drawn.append(pictures.funnel(steps))
     if contents.lengths.total:
         drawn.append(pictures.lengths(contents.lengths.kept, contents.lengths.dropped, contents.lengths.unit))
-    if contents.log:
-        drawn.append(pictures.training(contents.log, contents.recipe.train.objective.parts))
+    drawn += curves(contents.log, contents.recipe.train)
     for phase in contents.phases:
-        if phase.log:
-            drawn.append(pictures.training(phase.log, phase.training.objective.parts, f"loss-{phase.number}"))
+        drawn += curves(phase.log, phase.training, f"-{phase.number}")
     return {picture.name: picture for picture in drawn}
 
 

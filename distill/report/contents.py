@@ -7,8 +7,8 @@ first kept ones, the first of each reason for dropping, as long as there is room
 stored trace is read once.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -42,6 +42,8 @@ from distill.record import StageRecord, read_recipe
 from distill.report.expected import ExpectedRow, compare_with_plan
 from distill.report.phases import PhaseContents, read_phases
 from distill.report.records import STAGES, LogRow, Place, read_log, read_record, read_summary, refuse_damage
+from distill.report.rollouts import Rollouts, read_rollouts
+from distill.report.shown import Shown, shown
 from distill.traces.browse import KEPT, verdict_of
 from distill.traces.store import TraceStore, count_traces, read_traces
 from distill.traces.trace import WORDS, Trace, Verdict
@@ -51,7 +53,6 @@ DROPPED_SHOWN = 15  # dropped traces of each reason
 REASONS_SHOWN = 12
 ROOM = 500_000  # characters of kept traces, and as many of dropped ones: the page stays below 3 MB
 MANY = 20_000  # traces that take some seconds to read
-TEXT_SHOWN = 20_000  # characters of one text; an R1 trace may have ten times as many
 MODELS = ("base", "student", "teacher")
 
 Counts = tuple[int, int]  # (right, all) samples of one problem
@@ -68,22 +69,6 @@ class StageTime:
     seconds: float | None
     tokens: int | None
     cost: float | None
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One trace in the page. verdict: a short word for it: "kept", a reason for dropping, a grade. length: of the
-    completion, with its unit. evidence: (filter, reason, evidence) of its verdicts."""
-
-    model: str
-    verdict: str
-    good: bool
-    question: str
-    gold: str | None
-    reasoning: str | None
-    response: str
-    length: str
-    evidence: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -106,8 +91,8 @@ class Contents:
 
     price: of an hour. solved: (right, all) samples of each prompt by the teacher, empty where every prompt has one
     sample or none is graded. solved_by: benchmark → model → the same of each problem. lines: below the scores,
-    differences between models and published scores. expected: as `distill plan` estimated.
-    answers: to one problem of the first benchmark, by each model.
+    differences between models and published scores. rollouts: of the training; None without any. expected: as
+    `distill plan` estimated. answers: to one problem of the first benchmark, by each model.
     """
 
     name: str
@@ -119,6 +104,7 @@ class Contents:
     filtered: FilterSummary | None
     trained: TrainSummary | None
     log: list[LogRow]
+    rollouts: Rollouts | None
     phases: list[PhaseContents]
     lengths: Lengths
     solved: list[Counts]
@@ -135,6 +121,17 @@ class Contents:
     def worked(self) -> float:
         """Seconds of all stages that are finished."""
         return sum(stage.seconds or 0 for stage in self.stages)
+
+    @property
+    def rollouts_shown(self) -> list[Shown]:
+        """Rollouts of the training, or of all its phases in order."""
+        each = [self.rollouts, *(phase.rollouts for phase in self.phases)]
+        return [trace for rollouts in each if rollouts for trace in rollouts.shown]
+
+    @property
+    def readable(self) -> list[Shown]:
+        """What the page's reader pages through."""
+        return self.traces + self.rollouts_shown
 
     @property
     def cost(self) -> float:
@@ -164,6 +161,9 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
     results = _results(paths.eval)
     scores = [result.scores for result in results]
     times = [_stage_time(name, record, summaries.get(name), price) for name, record in records.items()]
+    log, phases = read_log(paths.log), read_phases(directory, recipe)
+    rollouts = read_rollouts(paths, recipe.train, log, trained)
+    every = [each for each in (rollouts, *(phase.rollouts for phase in phases)) if each is not None]
     plan = Plan.read_if_there(paths.plan, "remove it, or run `distill plan` again")
     return Contents(
         name=recipe.name,
@@ -174,8 +174,9 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
         generated=generated,
         filtered=filtered,
         trained=trained,
-        log=read_log(paths.log),
-        phases=read_phases(directory, recipe),
+        log=log,
+        rollouts=rollouts,
+        phases=phases,
         lengths=_lengths(kept, dropped),
         solved=_rates(list((kept + dropped).values())),
         traces=kept.shown + dropped.shown,
@@ -184,7 +185,7 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
         published=list(evaluated.published) if evaluated else [],
         lines=[*_judged_by(scores), *(_lines(evaluated, scores) if evaluated else [])],
         answers=_answers(paths.eval, results),
-        expected=_compared(plan, paths, times, generated, trained) if plan else [],
+        expected=_compared(plan, paths, times, generated, trained, every) if plan else [],
         plan=plan,
     )
 
@@ -205,12 +206,21 @@ def _compared(
     times: Iterable[StageTime],
     generated: GenerateSummary | None,
     trained: TrainSummary | None,
+    rollouts: Sequence[Rollouts],
 ) -> list[ExpectedRow]:
+    """rollouts: of all trainings. Their time is part of that of the stage `train`."""
     finished = [time for time in times if time.finished]
     tokens = {time.name: time.tokens for time in finished}
     if trained is not None:
         tokens["train"] = trained.tokens
     seconds = {time.name: time.seconds for time in finished}
+    if rollouts and (whole := seconds.get("train")) is not None:
+        spent = Counter[str]()
+        for each in rollouts:
+            spent.update({row.what: row.seconds for row in each.spent})
+        tokens["rollouts"] = sum(each.tokens for each in rollouts)
+        seconds |= {name: spent[name] for name in ("rollouts", "scoring")}
+        seconds["train"] = whole - sum(seconds_ for what, seconds_ in spent.items() if what != "training")
     return compare_with_plan(plan, paths, tokens, seconds, generated.prompt_tokens if generated else None)
 
 
@@ -249,12 +259,12 @@ class _Traces:
                 right, count = traces.graded.get(trace.prompt.id, (0, 0))
                 traces.graded[trace.prompt.id] = (right + correct, count + 1)
             verdict = verdict_of(verdicts)
-            shown = by_verdict[verdict]
-            wanted = len(shown) < (KEPT_SHOWN if verdict == KEPT else DROPPED_SHOWN)
-            if wanted and (room > 0 or not shown):  # one of each reason, however long
-                shown.append(_shown("teacher", verdict, verdict == KEPT, trace, verdicts))
+            chosen = by_verdict[verdict]
+            wanted = len(chosen) < (KEPT_SHOWN if verdict == KEPT else DROPPED_SHOWN)
+            if wanted and (room > 0 or not chosen):  # one of each reason, however long
+                chosen.append(shown("teacher", verdict, verdict == KEPT, trace, verdicts))
                 room -= len(trace.text) + len(trace.prompt.messages[-1]["content"])
-        traces.shown = [trace for shown in list(by_verdict.values())[:REASONS_SHOWN] for trace in shown]
+        traces.shown = [trace for chosen in list(by_verdict.values())[:REASONS_SHOWN] for trace in chosen]
         return traces
 
     def __add__(self, other: "_Traces") -> dict[str, Counts]:
@@ -280,32 +290,6 @@ def _lengths(kept: _Traces, dropped: _Traces) -> Lengths:
     if all(kept.tokens) and all(dropped.tokens):
         return Lengths(kept.tokens, dropped.tokens, "tokens")
     return Lengths(kept.words, dropped.words, WORDS)
-
-
-def _shown(model: str, verdict: str, good: bool, trace: Trace, verdicts: Iterable[Verdict] = ()) -> Shown:
-    return Shown(
-        model=model,
-        verdict=verdict,
-        good=good,
-        question=_cut(trace.prompt.messages[-1]["content"]),
-        gold=trace.prompt.answer,
-        reasoning=None if trace.reasoning is None else _cut(trace.reasoning),
-        response=_cut(trace.text if trace.reasoning is None else trace.response),
-        length=f"{trace.tokens:,} tokens" if trace.tokens else f"{trace.length.value:,} {WORDS}, tokens not counted",
-        evidence=[(verdict.filter, verdict.reason, _evidence(verdict.evidence)) for verdict in verdicts],
-    )
-
-
-def _evidence(evidence: Mapping[str, object]) -> str:
-    return ", ".join(f"{key} {_cut(str(value))}" for key, value in evidence.items() if value is not None)
-
-
-def _cut(text: str) -> str:
-    """Long texts keep their beginning and, where the answer is, their end."""
-    if len(text) <= TEXT_SHOWN:
-        return text
-    half = TEXT_SHOWN // 2
-    return f"{text[:half]}\n\n[… {len(text) - TEXT_SHOWN:,} characters left out …]\n\n{text[-half:]}"
 
 
 # ---- scores
@@ -372,4 +356,4 @@ def _answers_to(
     for model, rows in graded.items():
         trace = next((trace for trace in TraceStore(directory / model / "traces") if trace.key == key), None)
         if trace is not None:
-            yield _shown(model, rows[key].verdict, rows[key].correct, trace)
+            yield shown(model, rows[key].verdict, rows[key].correct, trace)

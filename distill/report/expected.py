@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from distill.artefacts import RunPaths
 from distill.planned import Expected, Plan
 
-DIRECTORIES = {"generate": ("traces",), "filter": ("filtered",), "train": (), "eval": ("eval",)}
+DIRECTORIES = {  # patterns of the directories of each stage
+    "generate": ("traces",),
+    "filter": ("filtered",),
+    "rollouts": ("rollouts", "phases/*/rollouts"),
+    "eval": ("eval",),
+}
 
 
 @dataclass(frozen=True)
@@ -69,5 +74,6 @@ def _shown(expected: Expected, form: str) -> str:
 def _size(paths: RunPaths, stage: str) -> int | None:
     """Bytes that the stage's directories take; None for a stage without any."""
     names = DIRECTORIES.get(stage, ())
-    files = [file for name in names for file in (paths.root / name).rglob("*") if file.is_file()]
+    places = [place for name in names for place in paths.root.glob(name)]
+    files = [file for place in places for file in place.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files) if names else None

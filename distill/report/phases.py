@@ -6,11 +6,13 @@ from pathlib import Path
 from distill.artefacts import FilterSummary, GenerateSummary, RunPaths, TrainSummary
 from distill.recipe import Recipe, Training
 from distill.report.records import STAGES, LogRow, Place, read_log, read_record, read_summary, refuse_damage
+from distill.report.rollouts import Rollouts, read_rollouts
 
 
 @dataclass(frozen=True)
 class PhaseContents:
-    """One phase of the training. generated, filtered: of its base's own answers, where it trains on them."""
+    """One phase of the training. generated, filtered: of its base's own answers, where it trains on them.
+    rollouts: what the student wrote during the training, where it did."""
 
     number: int
     name: str
@@ -19,6 +21,7 @@ class PhaseContents:
     log: list[LogRow]
     generated: GenerateSummary | None
     filtered: FilterSummary | None
+    rollouts: Rollouts | None
 
 
 def read_phases(directory: Path, recipe: Recipe) -> list[PhaseContents]:
@@ -34,5 +37,6 @@ def read_phases(directory: Path, recipe: Recipe) -> list[PhaseContents]:
         assert isinstance(trained, TrainSummary | None) and isinstance(generated, GenerateSummary | None)
         assert isinstance(filtered, FilterSummary | None)
         log = read_log(place.paths.log)
-        phases.append(PhaseContents(number + 1, phase.name, phase, trained, log, generated, filtered))
+        rollouts = read_rollouts(place.paths, phase, log, trained, f"phase {number + 1}, ")
+        phases.append(PhaseContents(number + 1, phase.name, phase, trained, log, generated, filtered, rollouts))
     return phases

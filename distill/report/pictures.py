@@ -19,6 +19,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
 from distill.artefacts import PublishedScores, Scores
+from distill.report.records import LogRow, points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,18 +39,19 @@ LIGHT = {
 }
 WIDTHS = {"wide": 7.0, "narrow": 3.6}  # inches; at the page's 100 px an inch: a desk, a phone
 BINS = 40
-NAMES = r"scores|solved|prompts|funnel|lengths|loss(-\d+)?"  # of all figures
+NAMES = r"scores|solved|prompts|funnel|lengths|(loss|rollouts|kl)(-\d+)?"  # of all figures
 
 
 @dataclass(frozen=True)
 class Picture:
     """A figure for any width. caption: what it shows, in words; also its alternative text. draw: takes a figure and
-    whether it is the narrow one. height: inches."""
+    whether it is the narrow one. height: inches; narrow_height: of the narrow one, where it is another."""
 
     name: str
     caption: str
     draw: Callable[["Figure", bool], None]
     height: float
+    narrow_height: float | None = None
 
     @cached_property
     def svg(self) -> dict[str, str]:
@@ -78,8 +80,9 @@ class Picture:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
+        height = self.narrow_height if self.narrow_height and width == "narrow" else self.height
         with rc_context(_style()):
-            figure = Figure(figsize=(WIDTHS[width], self.height), layout="constrained", facecolor=LIGHT["paper"])
+            figure = Figure(figsize=(WIDTHS[width], height), layout="constrained", facecolor=LIGHT["paper"])
             self.draw(figure, width == "narrow")
             return figure
 
@@ -200,39 +203,35 @@ def funnel(steps: Sequence[tuple[str, int, int]]) -> Picture:
     return Picture("funnel", f"Traces left after each filter. {counts}", draw, 0.2 + 0.38 * len(steps))
 
 
-def training(rows: Sequence[Mapping[str, float]], parts: Mapping[str, str], name: str = "loss") -> Picture:
+def training(rows: Sequence[LogRow], parts: Mapping[str, str], name: str = "loss") -> Picture:
     """Loss, and below it the learning rate, over optimiser steps. rows: of checkpoints/log.jsonl.
 
     With the loss go the other losses of the log: of held-out rows, and the objective's parts (name → label).
     """
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    others = {
-        label: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        for key, label in {"eval_loss": "held out", **parts}.items()
-        if key != "loss"
-    }
+    steps, losses = zip(*points(rows, "loss"), strict=True)
+    others = {label: points(rows, key) for key, label in {"eval_loss": "held out", **parts}.items() if key != "loss"}
     logarithmic = min(losses) > 0 and max(losses) > 20 * min(losses)
 
     def draw(figure: "Figure", narrow: bool) -> None:
         loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         mark = "o" if len(steps) == 1 else None  # a line through one point is invisible
         loss.plot(steps, losses, color=LIGHT["student"], linewidth=1.6, marker=mark, label="training")
-        for (label, points), name in zip(others.items(), cycle(("teacher", "base", "muted")), strict=False):
-            if points:
-                loss.plot(*zip(*points, strict=True), color=LIGHT[name], linewidth=1.2, label=label)
+        for (label, line), name in zip(others.items(), cycle(("teacher", "base", "muted")), strict=False):
+            if line:
+                loss.plot(*zip(*line, strict=True), color=LIGHT[name], linewidth=1.2, label=label)
         if any(others.values()):
             loss.legend(frameon=False, fontsize=9, labelcolor=LIGHT["ink"])
         loss.set_yscale("log" if logarithmic else "linear")
-        if not logarithmic:
+        if not logarithmic and min(losses) >= 0:  # rewards make a loss negative
             loss.set_ylim(bottom=0)
-        rate.plot(steps, [row["learning_rate"] for row in rows], color=LIGHT["muted"], linewidth=1.2, marker=mark)
+        rate.plot(*zip(*points(rows, "learning_rate"), strict=True), color=LIGHT["muted"], linewidth=1.2, marker=mark)
         rate.set_ylim(bottom=0)
         rate.set_xlabel("optimiser step")
         for axes, title in ((loss, "loss, nats per supervised token"), (rate, "learning rate")):
             axes.set_title(title, loc="left", fontsize=9.5, color=LIGHT["muted"])
             axes.grid(axis="y")
             axes.margins(x=0.01)
-            _plain_ticks(axes)
+            plain_ticks(axes)
 
     caption = f"Training loss from {losses[0]:.3g} at step {steps[0]:,} to {losses[-1]:.3g} at step {steps[-1]:,}"
     if scored := others["held out"]:
@@ -240,7 +239,7 @@ def training(rows: Sequence[Mapping[str, float]], parts: Mapping[str, str], name
     return Picture(name, caption, draw, 3.6)
 
 
-def _plain_ticks(axes: "Axes") -> None:
+def plain_ticks(axes: "Axes") -> None:
     """Label ticks as 0.05 rather than 5 x 10^-2, and major ones only: labels of minor ticks would overlap."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

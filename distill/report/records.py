@@ -1,17 +1,19 @@
 """The records and the log of a run or of one of its phases, checked before anything of them is shown."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from distill.artefacts import Artefact, EvalSummary, FilterSummary, GenerateSummary, RunPaths, TrainSummary
 from distill.errors import UserError
 from distill.record import StageRecord
 from distill.traces.ledger import Ledger
 
-READ = ("filtered/kept/", "filtered/dropped/", "eval/", "checkpoints/log.jsonl")  # recorded files that the page shows
-LogRow = Mapping[str, float]  # one line of checkpoints/log.jsonl
+READ = ("filtered/kept/", "filtered/dropped/", "eval/", "rollouts/", "checkpoints/log.jsonl")  # that the page shows
+LogRow = Mapping[str, object]  # one line of checkpoints/log.jsonl: numbers, lists of numbers, or null
+Points = list[tuple[float, float]]  # (optimiser step, value)
 
 STAGES: dict[str, type[Artefact]] = {  # in the order of the table of times
     "generate": GenerateSummary,
@@ -31,9 +33,8 @@ class Place:
     def remedy(self, stage: str, option: str) -> str:
         """What recreates a file of a stage, as the end of an error's sentence."""
         if self.outer is not None:
-            return (
-                f"restore it, or `distill train {self.outer.recipe} --run-dir {self.outer.root} --fresh train` retrains"
-            )
+            command = f"distill train {self.outer.recipe} --run-dir {self.outer.root} --fresh train"
+            return f"restore it; `{command}` repeats all phases"
         return f"`distill {stage} {self.paths.recipe} --run-dir {self.paths.root} {option}` recreates it"
 
 
@@ -69,3 +70,13 @@ def read_log(path: Path) -> list[LogRow]:
                 raise UserError(f"{path}, row {number}: damaged; restore the file, or remove the row")
             rows.append(row)
     return rows
+
+
+def points(log: Iterable[LogRow], key: str, scale: float = 1.0) -> Points:
+    """(step, scale · value) of the rows that have a number there."""
+    pairs = ((row["step"], row.get(key)) for row in log)
+    return [(step, scale * value) for step, value in pairs if _is_number(step) and _is_number(value)]
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""`distill traces`: read the traces of a run, or the answers of an evaluation, in the terminal.
+"""`distill traces`: read the traces of a run, its rollouts, or the answers of an evaluation, in the terminal.
 
 Everything goes through the user's pager (`$PAGER`, `less`) when the output is a terminal, and is plain text otherwise,
 so that `distill traces RUN | grep …` works. `distill.console` escapes the control characters that a model's text may
@@ -11,14 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill.artefacts import RunPaths
+from distill.config import parse, read_yaml
 from distill.errors import UserError
 from distill.evaluations import EvaluationPaths, read_grades
+from distill.objectives import RolloutSettings
+from distill.recipe import Recipe
+from distill.record import read_recipe
 from distill.traces.published import IMPORTED
 from distill.traces.store import TraceStore, read_traces
 from distill.traces.trace import Trace, Verdict
 
 WIDTH = 80
 KEPT, DROPPED, NOT_FILTERED, NOT_GRADED = "kept", "dropped", "not filtered", "not graded"
+TRUNCATED, ENDED = "truncated", "ended"  # of a rollout: at the token limit, by itself
 NO_TRACES = "`distill generate RECIPE` makes those of a run"
 FOLDED_LINES = 4  # shown of a long reasoning, at its beginning and at its end
 
@@ -28,7 +34,9 @@ class Entry:
     """A trace, and what was decided about it.
 
     accepted: kept, or correct; None where nothing was decided yet. verdict: "kept", the first reason for dropping, or
-    the grade of an evaluation's answer. decisions: a line for each filter, or for the grade. model: who wrote it.
+    the grade of an evaluation's answer; of a rollout, how it ended. decisions: a line for each filter, or for the
+    grade. model: who wrote it. steps: of a rollout, the optimiser steps that were trained on it. sample: its number
+    among the answers to the prompt in its set, where that is not the trace's.
     """
 
     trace: Trace
@@ -36,6 +44,15 @@ class Entry:
     verdict: str
     decisions: tuple[str, ...] = ()
     model: str = "teacher"
+    steps: str | None = None
+    sample: int | None = None
+
+    @property
+    def head(self) -> str:
+        """The line above the texts: prompt and sample, steps of a rollout, verdict, length."""
+        sample = self.trace.sample if self.sample is None else self.sample
+        parts = (f"{self.trace.prompt.id}, sample {sample}", self.steps, self.verdict, self.length)
+        return " · ".join(part for part in parts if part)
 
     @property
     def length(self) -> str:
@@ -88,6 +105,49 @@ def _answers(paths: EvaluationPaths) -> Iterator[Entry]:
             yield Entry(trace, row.correct, row.verdict, (decision,), paths.root.name)
 
 
+def rollouts(directory: Path, step: int | None = None) -> Iterator[Entry]:
+    """What the student of a run, or of a phase, wrote during its training, set by set. step: an optimiser step, from 1
+    as in checkpoints/log.jsonl; only the rollouts that it was trained on.
+
+    Errors: UserError when there are none.
+    """
+    settings = _rollout_settings(directory)
+    store = TraceStore(RunPaths(directory).rollouts)
+    wanted = None if step is None else settings.set_at(step)
+    last = -1
+    for trace in store.iterate(tokens=False):
+        last = max(last, number := settings.set_of(trace.sample))
+        if wanted in (None, number):
+            ending = TRUNCATED if trace.finish_reason == "length" else ENDED
+            sample = trace.sample % settings.samples
+            yield Entry(trace, None, ending, model="student", steps=steps_text(settings, number), sample=sample)
+    if last < 0:
+        raise UserError(f"{directory}: the student has not written anything yet; `distill train` goes on")
+    if wanted is not None and wanted > last:
+        raise UserError(f"--step {step}: the last rollouts are those of {steps_text(settings, last)}")
+
+
+def _rollout_settings(directory: Path) -> RolloutSettings:
+    """Those of a run directory with rollouts. Errors: UserError naming those of its phases where it has none."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; `distill run RECIPE` makes a run directory")
+    read_recipe(directory)
+    paths = RunPaths(directory)
+    settings = parse(Recipe, read_yaml(paths.recipe), str(paths.recipe)).train.objective.rollout_settings
+    inside = next(iter(sorted(directory.glob("phases/*/rollouts"))), None)
+    if inside is not None:
+        raise UserError(f"{directory}: each phase has its own rollouts; give one, such as {inside.parent}")
+    if settings is None:
+        raise UserError(f"{directory}: no rollouts; a student writes some with train.objective on_policy or grpo")
+    return settings
+
+
+def steps_text(settings: RolloutSettings, number: int) -> str:
+    """The optimiser steps that a set of rollouts is trained on, such as `step 9` or `steps 9 – 12`."""
+    first, last = settings.steps_of(number)
+    return f"step {first:,}" if first == last else f"steps {first:,} – {last:,}"
+
+
 def verdict_of(verdicts: Iterable[Verdict] | None) -> str:
     """ "kept", or the first reason for dropping."""
     if verdicts is None:
@@ -100,6 +160,16 @@ def counts(entries: Iterable[Entry]) -> list[tuple[str, str]]:
     """Rows of a table: verdict, number of traces."""
     numbers = Counter(entry.verdict for entry in entries)
     return [(verdict, f"{count:,}") for verdict, count in numbers.most_common()]
+
+
+def rollout_counts(entries: Iterable[Entry]) -> list[tuple[str, str, str, str]]:
+    """Rows of a table, in the order of the steps: steps, rollouts, mean tokens, truncated."""
+    numbers: dict[str, list[int]] = {}
+    for entry in entries:
+        row = numbers.setdefault(entry.steps or "", [0, 0, 0])
+        for place, value in enumerate((1, entry.trace.tokens, entry.verdict == TRUNCATED)):
+            row[place] += value
+    return [(steps, f"{n:,}", f"{tokens / n:,.0f}", f"{cut:,}") for steps, (n, tokens, cut) in numbers.items()]
 
 
 def select(entries: Iterable[Entry], verdict: str | None, prompt: str | None, search: str | None) -> Iterator[Entry]:
@@ -124,8 +194,7 @@ def texts(entries: Iterable[Entry], whole: bool) -> Iterator[str]:
     entry = None
     for entry in entries:
         trace = entry.trace
-        head = f"{trace.prompt.id}, sample {trace.sample} · {entry.verdict} · {entry.length}"
-        yield f"{'─' * WIDTH}\n{head}\n\n"
+        yield f"{'─' * WIDTH}\n{entry.head}\n\n"
         yield f"{trace.prompt.messages[-1]['content']}\n\n"
         if trace.prompt.answer is not None:
             yield f"gold answer: {trace.prompt.answer}\n\n"

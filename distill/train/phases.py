@@ -24,6 +24,7 @@ from typing import Any
 from distill.artefacts import Artefact, FilterSummary, RunPaths, Settings, TrainSummary
 from distill.console import say
 from distill.durable import write_whole
+from distill.errors import UserError
 from distill.fingerprint import digest
 from distill.models import Models
 from distill.prompts import Prompt
@@ -34,6 +35,10 @@ from distill.run import Run
 from distill.stage import Stage
 from distill.train.stage import TrainStage
 
+SUMMED = (  # of a summary, over the phases
+    *("steps", "rows", "held_out_rows", "dropped_rows", "dropped_tokens", "truncated_rows", "truncated_tokens"),
+    *("supervised_tokens", "supervised_tokens_per_epoch", "rollouts", "rollout_tokens"),
+)
 README = "README.md"  # the one file of the student that is not that of the last phase
 
 
@@ -94,7 +99,12 @@ class PhasesStage(TrainStage):
                 title = f"phase {number + 1} of {len(phases)}, {phase.name}"
                 finished = inner.is_finished(self.name)
                 say(f"{title}: finished before" if finished else f"{title}: {directory}")
-                summaries[phase.name] = self._perform(inner, phase)
+                try:
+                    summaries[phase.name] = self._perform(inner, phase)
+                except UserError:
+                    if not inner.begun(self.name):  # refused: the phase may be corrected, those before it are kept
+                        run.forget(self)
+                    raise
         begin_once()
         summary = combined(summaries)
         _take_over(run, directory / "student", summary)
@@ -197,17 +207,11 @@ def combined(phases: dict[str, TrainSummary]) -> TrainSummary:
     """The summary of all phases: sums, the first loss of the first phase, the last one of the last."""
     each = list(phases.values())
     seconds, tokens = sum(one.seconds for one in each), sum(one.tokens for one in each)
-    sums = {
-        name: sum(getattr(one, name) for one in each)
-        for name in ("steps", "rows", "held_out_rows", "dropped_rows", "dropped_tokens", "truncated_rows")
-    }
+    sums = {name: sum(getattr(one, name) for one in each) for name in SUMMED}
     return TrainSummary(
         **sums,
-        truncated_tokens=sum(one.truncated_tokens for one in each),
         epochs=round(sum(one.epochs for one in each), 4),
         tokens=tokens,
-        supervised_tokens=sum(one.supervised_tokens for one in each),
-        supervised_tokens_per_epoch=sum(one.supervised_tokens_per_epoch for one in each),
         first_loss=each[0].first_loss,
         last_loss=each[-1].last_loss,
         eval_loss=each[-1].eval_loss,

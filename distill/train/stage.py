@@ -17,7 +17,9 @@ repeated.
 """
 
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +62,8 @@ class TrainStage(Stage[TrainSummary]):
 
         settings = run.recipe.train.settings() | row_settings(run) | teacher_settings(run) | rollout_settings(run)
         processes = launch.processes(run.recipe.train)
-        if processes > 1 and run.recipe.train.train_batch_size is None:
+        train = run.recipe.train
+        if processes > 1 and train.train_batch_size is None and train.objective.rollout_settings is None:
             settings["world_size"] = processes  # a step has this many times the batches
         return settings
 
@@ -88,15 +91,17 @@ class TrainStage(Stage[TrainSummary]):
             setup.check(run.recipe, run.models, setup.prompts_of(run.recipe))
         if objective.reads_data:
             prepare(run.recipe, run.models, run.paths, row_settings(run), teacher_settings(run), processes)
+        had_begun = run.begun(self.name)
         begin()
         self._nothing_to_do = False
         if self._world is not None:
             self._world.any(False)
-        if self._world is None and processes > 1:
-            return launch.start(run.directory, processes)
-        from distill.train.ranks.join import train_rank
+        with _forgotten_if_refused(run, self, had_begun):
+            if self._world is None and processes > 1:
+                return launch.start(run.directory, processes)
+            from distill.train.ranks.join import train_rank
 
-        return train_rank(run.recipe, run.directory, self._world)
+            return train_rank(run.recipe, run.directory, self._world)
 
     def headline(self, summary: TrainSummary) -> str:
         """Steps, tokens and loss."""
@@ -104,6 +109,29 @@ class TrainStage(Stage[TrainSummary]):
 
 
 STAGE = TrainStage()
+
+
+@contextmanager
+def _forgotten_if_refused(run: "Run", stage: TrainStage, had_begun: bool) -> Iterator[None]:
+    """Take the beginning of the stage back when it is refused before its first step, as the gate of rollouts does: the
+    recipe may then be corrected. had_begun: in an earlier session, which is kept."""
+    try:
+        yield
+    except UserError:
+        if not had_begun and not _has_steps(run):
+            for directory in (run.paths.checkpoints, run.paths.rollouts):
+                shutil.rmtree(directory, ignore_errors=True)
+            run.forget(stage)
+        raise
+
+
+def _has_steps(run: "Run") -> bool:
+    """Whether a training has a checkpoint, or rollouts of more than its first set."""
+    from distill.traces.store import TraceStore
+
+    rollouts = run.recipe.train.objective.rollout_settings
+    later = rollouts is not None and len(TraceStore(run.paths.rollouts)) > rollouts.rows
+    return later or any(run.paths.checkpoints.glob("step-*"))
 
 
 def row_settings(run: "Run") -> Settings:
@@ -133,6 +161,8 @@ def teacher_settings(run: "Run") -> Settings:
     from distill.backends.device import device_type
 
     identity = {f"teacher.{key}": value for key, value in run.models.teacher.identity.items()}
+    for task, model in run.models.teachers.items():
+        identity |= {f"teachers.{task}.{key}": value for key, value in model.identity.items()}
     return identity | recipe.engine_settings() | {"engine.device": device_type(recipe.engine.device)}
 
 

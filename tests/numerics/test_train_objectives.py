@@ -202,6 +202,45 @@ def test_after_a_difference_between_the_texts_nothing_is_said():
     assert probabilities(found[0]) == {1: 1.0} and found[1:] == [None, None]
 
 
+def assert_same(arrays, projected):
+    """What `arrays` returns is what `project` does."""
+    ids, logprobs = arrays
+    for row, values, masses in zip(ids.tolist(), logprobs.tolist(), projected, strict=True):
+        known = {id_: value for id_, value in zip(row, values, strict=True) if value > -math.inf}
+        assert known == pytest.approx(masses or {}, abs=1e-5)
+        assert values == sorted(values, reverse=True)
+
+
+@given(st.data())
+def test_arrays_of_parts_that_only_one_prompt_has_opened(data):
+    """The teacher's own token is always a candidate; what one prompt has opened, the other's text begins with."""
+    text = data.draw(st.text(alphabet="ab", min_size=3, max_size=12))
+    teacher, student = (
+        vocabulary("<end>", "a", "b", "ab", "ba", stops=[0]),
+        vocabulary("<end>", "a", "b", "bb", stops=[0]),
+    )
+    split = data.draw(st.integers(0, 2))
+    opens = data.draw(st.booleans())
+    whole = projector(teacher, teacher, 0)._encode, projector(student, student, 0)._encode
+    theirs, ours = whole[0](text[split:] if opens else text), whole[1](text if opens else text[split:])
+    given, skipped = (text[:split].encode(), b"") if opens else (b"", text[:split].encode())
+    draw = np.random.default_rng(data.draw(st.integers(0, 99)))
+    ids = np.stack([draw.permutation(5)[:2] for _ in [*theirs, 0]]).astype(np.int32)
+    values = np.log(np.sort(draw.uniform(0.05, 0.4, ids.shape), 1)[:, ::-1]).astype(np.float32)
+    own = np.log(draw.uniform(0.01, 0.04, len(ids))).astype(np.float32)
+    for place, token in enumerate([*theirs, 0]):
+        if token in ids[place]:
+            own[place] = values[place][ids[place] == token][0]
+    tops = [
+        [*zip(row, logprobs, strict=True), *([] if token in row else [(token, logprob)])]
+        for row, logprobs, token, logprob in zip(ids.tolist(), values.tolist(), [*theirs, 0], own.tolist(), strict=True)
+    ]
+    both = projector(teacher, student, 0)
+    projected = both.project(given, [*theirs, 0], own.tolist(), tops, [*ours, 0], skipped)
+    assert_same(both.arrays(given, [*theirs, 0], own, ids, values, [*ours, 0], skipped), projected)
+    assert projected[-1] is not None
+
+
 def test_an_id_of_a_padded_embedding_has_no_text():
     """A student that samples may write one; the teacher says what it expects in its place."""
     tops = [[(3, 0.0)], [(0, 0.0)]]
@@ -240,6 +279,10 @@ def test_masses_are_never_more_than_the_teacher_has(text, data):
         tops.append(top)
         logprobs.append(top[0][1])
     found = projector(teacher, student, 0).project(b"", [*theirs, 0], logprobs, tops, [*ours, 0])
+    ids = np.array([[id_ for id_, _ in top] for top in tops], np.int32)
+    values = np.array([[logprob for _, logprob in top] for top in tops], np.float32)
+    given = b"", [*theirs, 0], np.array(logprobs, np.float32), ids, values, [*ours, 0]
+    assert_same(projector(teacher, student, 0).arrays(*given), found)
     for id_, masses in zip([*ours, 0], found, strict=True):
         if masses is not None:
             assert sum(math.exp(logprob) for logprob in masses.values()) < 1 + 1e-6

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.prompts.arithmetic import (
+    MAX_STEPS,
     MAX_VALUE,
     Problem,
     belongs,
@@ -67,3 +68,10 @@ def test_a_longer_limit_extends_a_shorter_one() -> None:
 def test_expression_writes_signs_with_spaces() -> None:
     assert expression((5, -3, 9)) == "5 - 3 + 9"
     assert running_values((5, -3, 9)) == (5, 2, 11)
+
+
+def test_longer_problems_have_more_steps_than_any_training_text_and_are_expressions() -> None:
+    for problem in problems("longer", 0, 300):
+        assert MAX_STEPS < len(problem.steps) <= MAX_STEPS + 3
+        assert problem.expression in problem.question and int(problem.answer) == sum(problem.chain)
+        assert all(0 <= value <= MAX_VALUE for value in problem.values)

@@ -5,6 +5,7 @@ import base64
 import json
 import pickle
 import random
+import resource
 import subprocess
 import sys
 import zlib
@@ -323,17 +324,28 @@ def mutants(code: str, count: int, draw: random.Random) -> list[str]:
     return [ast.unparse(ast.fix_missing_locations(Mutator(place).visit(ast.parse(code)))) for place in places]
 
 
+PLAIN_SECONDS = 15
+
+
 def plainly(code: str, row: dict[str, str]) -> bool:
     """The verdict of a process without a sandbox."""
     if "test" in row:
         program = f"{code}\n{row['test']}\ncheck({row['entry_point']})\n"
     else:
         program = "\n".join([code, row["test_setup_code"], *row["test_list"]])
+
+    def limit() -> None:  # processor time: a busy machine must not decide a verdict
+        resource.setrlimit(resource.RLIMIT_CPU, (PLAIN_SECONDS, PLAIN_SECONDS))
+
     try:
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, timeout=30, stdin=subprocess.DEVNULL
+            [sys.executable, "-c", program],
+            capture_output=True,
+            timeout=20 * PLAIN_SECONDS,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=limit,
         )
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired:  # it waits for something
         return False
     return done.returncode == 0
 

@@ -57,6 +57,13 @@ def test_what_trains_on_kept_traces():
     assert not recipe({"phases": [{"name": "a", "data": OWN}]}).reads_traces
 
 
+def test_rollouts_alone_read_no_traces():
+    assert not recipe({"objective": {"kind": "grpo"}}).reads_traces
+    assert not recipe({"objective": {"kind": "on_policy"}}).reads_traces
+    assert recipe({"objective": {"kind": "on_policy", "student_share": 0.5}}).reads_traces
+    assert recipe({"phases": [{"name": "a"}, {"name": "b", "objective": {"kind": "grpo"}}]}).reads_traces
+
+
 def test_the_template_is_that_of_the_last_phase_that_names_one():
     phases = [{"name": "a", "chat_template": "chatml"}, {"name": "b"}]
     assert recipe({"phases": phases}).train.template == "chatml"
@@ -78,6 +85,11 @@ def test_the_template_is_that_of_the_last_phase_that_names_one():
         ({"seed": 1, "phases": [{"name": "a", "seed": 2}]}, "every phase sets seed itself"),
         ({"phases": [{"name": "a", "data": OWN + OWN}]}, "several sources of kind own"),
         ({"data": OWN}, "data of kind own needs a phase"),
+        (
+            {"phases": [{"name": "a", "data": OWN, "objective": {"kind": "logits"}}]},
+            "train.phases.0: objective logits reads the teacher's probabilities",
+        ),
+        ({"objective": {"kind": "grpo"}, "data": [{"kind": "run", "path": "x"}]}, "trains on rollouts alone"),
     ],
 )
 def test_mistakes_are_one_line_with_the_key(train, message):

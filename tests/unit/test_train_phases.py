@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import torch
 import train_support as support
 from transformers import AutoModelForCausalLM
 
-from distill import generate
+from distill import api, catalog, generate, pipeline
 from distill.artefacts import RunPaths, TrainSummary
 from distill.errors import UserError
 from distill.filters import pipeline as filters
 from distill.pipeline import run_recipe
 from distill.plan import plan_recipe
 from distill.recipe import Recipe
+from distill.report import write_report
 from distill.run import Run
 from distill.train import PhasesStage
 from distill.train.learn.loop import Loop
@@ -198,6 +200,7 @@ def _until(last: int, function: Any) -> Any:
     return counted
 
 
+@pytest.mark.slow
 def test_several_processes_train_each_phase(student, tmp_path):
     directory = start(tmp_path / "run", student)
     summary = train(directory, student, [PHASES[0], PHASES[2]], num_processes=2)
@@ -212,12 +215,58 @@ def test_torchrun_is_refused(student, tmp_path, monkeypatch):
         run_recipe(recipe(student), tmp_path / "run", ["train"])
 
 
+def test_what_reads_no_traces_skips_generate_and_filter(student, tmp_path, monkeypatch, capsys):
+    performed = []
+    monkeypatch.setattr(pipeline, "_perform", lambda run, names: performed.extend(names))
+    alone = recipe(student, [{"name": "rl", "objective": {"kind": "grpo"}}])
+    with pytest.raises(UserError, match=r"--fresh filter moves the output of filter aside, and this command"):
+        run_recipe(alone, tmp_path / "run", fresh=["filter"])
+    run_recipe(alone, tmp_path / "run")
+    assert performed == ["train", "eval", "report"]
+    assert "generate and filter: skipped" in capsys.readouterr().out
+    run_recipe(alone, tmp_path / "run", ["generate"])
+    assert performed[3:] == ["generate"]
+
+
+def test_rollouts_in_a_phase(tmp_path):
+    student = catalog.resolve_weights("student", "tiny-qwen")  # ends its answers
+    rollouts = {"prompts_per_step": 2, "samples": 2, "sampling": {"max_new_tokens": 32}}
+    rl = {"name": "rl", "max_steps": 1, "objective": {"kind": "grpo", "rewards": {"format": 1.0}, "rollouts": rollouts}}
+    summary = train(start(tmp_path / "run", student), student, [rl, PHASES[2]])
+    assert (summary.steps, summary.rollouts) == (3, summary.phases["rl"].rollouts)
+    assert list((tmp_path / "run" / "phases" / "1-rl" / "rollouts").glob("*"))
+
+
+def test_the_report_has_a_section_for_each_phase(trained):
+    page = write_report(trained[0]).read_text()
+    for number, name in enumerate(("cold-start", "own", "last"), 1):
+        assert f'<h3 id="phase-{number}">Phase {number}: {name}</h3>' in page
+        assert (trained[0] / "report" / f"loss-{number}.svg").is_file()
+    assert "Its base wrote 12 answers to 6 prompts; the filters kept 12." in page
+
+
+def test_the_report_refuses_a_damaged_phase(trained, tmp_path):
+    copy = shutil.copytree(trained[0], tmp_path / "run")
+    log = copy / "phases" / "1-cold-start" / "checkpoints" / "log.jsonl"
+    log.write_text(log.read_text().replace("1", "2"))
+    with pytest.raises(UserError, match=r"1-cold-start/checkpoints/log\.jsonl .*--fresh train` repeats all phases"):
+        write_report(copy)
+
+
+def test_the_log_of_a_phase_is_named(trained):
+    with pytest.raises(UserError, match=r"trained in phases, .*Run\('.*/phases/1-cold-start'\)\.log\(\)") as caught:
+        api.Run(trained[0]).log()
+    assert "\n" not in str(caught.value)
+    assert len(api.Run(trained[0] / "phases" / "1-cold-start").log()) == 3
+
+
 def test_phases_are_summed_in_a_plan(student, tmp_path, capsys):
     plan = plan_recipe(recipe(student), tmp_path / "run", ["1x24GB"])
-    (train_plan,) = (stage for stage in plan.stages if stage.stage == "train")
-    rows = [4 * steps for steps in (3, 2, 2)]
-    assert train_plan.tokens.value == pytest.approx(sum(rows) * train_plan.tokens.value / sum(rows))
     printed = capsys.readouterr().out
+    once = plan_recipe(recipe(student, [PHASES[0] | {"max_steps": 3 + 2 + 2}]), tmp_path / "run", ["1x24GB"])
+    trained, whole = (next(stage for stage in p.stages if stage.stage == "train") for p in (plan, once))
+    assert trained.tokens.value == pytest.approx(whole.tokens.value)
+    assert trained.hours.value == pytest.approx(whole.hours.value)
     assert [f"phase {n}, {name}:" in printed for n, name in ((1, "cold-start"), (2, "own"), (3, "last"))] == [True] * 3
 
 
@@ -225,7 +274,8 @@ def test_a_later_recipe_takes_the_run_as_teacher_and_base(trained, tmp_path):
     later = support.make_recipe(trained[0]).model_copy(update={"teacher": str(trained[0]), "student": str(trained[0])})
     with Run(tmp_path / "later", later) as run:
         assert run.models.teacher.place == run.models.base.place == trained[0] / "student"
-        assert run.models.teacher.chat.token_ids([{"role": "user", "content": "1+1?"}])
+        assert run.models.teacher.weights == run.models.base.weights
+        assert list(run.models.teacher.chat.prompts_ids([[{"role": "user", "content": "1+1?"}]]))
 
 
 def test_the_summary_adds_the_phases_up():

@@ -37,12 +37,14 @@ def train_rank(recipe: Recipe, directory: Path, world: World | None = None) -> T
         assert rows is not None, "rows are prepared before ranks train on them"
     world = world or join(recipe, directory)
     largest: TrainingSet | tuple[int, int] | None = rows
+    engines = None
     if recipe.train.objective.rollout_settings is not None:
         from distill.train.rollouts import setup
 
         largest = setup.largest_batch(recipe, models)
+        engines = setup.engines_beside(recipe, models, world)
     assert largest is not None, "an objective reads traces or rollouts"
-    layout = memory.check(recipe, largest, configuration(models.base.directory, recipe.train), world.size)
+    layout = memory.check(recipe, largest, configuration(models.base.directory, recipe.train), world.size, engines)
     world.layout = "fsdp" if world.any(layout == "fsdp") else layout  # free memory may look different to each rank
     record = StageRecord.read(paths.record("train"), "run `distill train` again")
     shares = tuple(source.weight for source in recipe.train.data)

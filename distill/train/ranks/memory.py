@@ -13,9 +13,9 @@ Not counted are fragmentation, and the libraries' own memory beyond `BASE`.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import update_wrapper
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -33,6 +33,9 @@ from distill.train.rows.stored import TrainingSet
 from distill.train.student import float8, methods
 from distill.train.student.methods import Dtypes, with_adapters
 
+if TYPE_CHECKING:
+    from distill.train.rollouts.memory import Engines
+
 BASE = {"cpu": 0.5e9, "cuda": 1.2e9}  # the process with its libraries; context, workspaces and NCCL's buffers
 NF4 = 0.516  # bytes per parameter: 4 bits, and scales that are quantised in blocks of 256 (QLoRA, section 3)
 PROBE = 256  # tokens of the run without memory
@@ -44,7 +47,8 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the peak. gathered: weights in the dtype of the forward pass, besides the stored ones."""
+    """Bytes on one device at the peak. gathered: weights in the dtype of the forward pass, besides the stored ones.
+    rollouts: the student's engine; scoring: the teacher, or the base, on the same device; both with their caches."""
 
     weights: float
     gradients: float
@@ -53,6 +57,8 @@ class Memory:
     activations: float
     head: float
     base: float
+    rollouts: float = 0.0
+    scoring: float = 0.0
 
     def parts(self) -> list[tuple[str, float]]:
         """(name, bytes) of each part."""
@@ -62,6 +68,13 @@ class Memory:
     def total(self) -> float:
         """Sum of all parts, bytes."""
         return sum(size for _, size in self.parts())
+
+    def beside(self, engines: "Engines | None", room: float, device: str) -> "Memory":
+        """With engines on the same device, which has `room` bytes."""
+        if engines is None:
+            return self
+        rollouts, scoring = engines.within(room - self.weights, device)
+        return replace(self, rollouts=rollouts, scoring=scoring)
 
 
 @dataclass(frozen=True)
@@ -280,10 +293,17 @@ def estimate(
     )
 
 
-def check(recipe: Recipe, rows: TrainingSet | tuple[int, int], config: PretrainedConfig, processes: int) -> Layout:
+def check(
+    recipe: Recipe,
+    rows: TrainingSet | tuple[int, int],
+    config: PretrainedConfig,
+    processes: int,
+    engines: "Engines | None" = None,
+) -> Layout:
     """The layout that the recipe asks for, or the first that fits. Errors: UserError when the training cannot fit.
 
-    rows: the encoded rows, or the (tokens, supervised tokens) of the largest batch.
+    rows: the encoded rows, or the (tokens, supervised tokens) of the largest batch. engines: of a training with
+    rollouts, on each device.
 
     On a CPU processes share the memory; on GPUs each has its own.
     """
@@ -296,15 +316,21 @@ def check(recipe: Recipe, rows: TrainingSet | tuple[int, int], config: Pretraine
     tried: dict[Layout, Memory] = {}
     for layout in layouts:
         dtypes = methods.dtypes(settings, torch.device(device), sharded=layout == "fsdp")
-        tried[layout] = estimate(config, settings, dtypes, tokens, supervised, layout, processes, device)
+        needed = estimate(config, settings, dtypes, tokens, supervised, layout, processes, device)
+        tried[layout] = needed.beside(engines, room, device)
         if tried[layout].total <= room:
             return layout
     layout, needed = min(tried.items(), key=lambda item: item[1].total)
     name, part = max(needed.parts(), key=lambda item: item[1])
+    remedies = "train.adapter, gradient_checkpointing, a shorter max_length, more devices"
+    if engines is not None:
+        remedies += (
+            ", engine.memory_budget or a server for the teacher" if needed.scoring else ", fewer rollouts per step"
+        )
     raise UserError(
         f"training needs about {needed.total / 1e9:,.1f} GB {'per GPU' if device == 'cuda' else 'of memory'} at its "
         f"peak ({part / 1e9:,.1f} GB of it for {name}), and {room / 1e9:,.1f} GB are available: `distill plan` shows "
-        f"what fits (train.adapter, gradient_checkpointing, a shorter max_length, more devices)"
+        f"what fits ({remedies})"
     )
 
 

@@ -38,7 +38,7 @@ from distill.train.rollouts.rewards import Reward, Rewarder
 from distill.train.rollouts.store import RolloutStore
 from distill.train.rollouts.student import StudentEngine
 from distill.train.rollouts.teachers import Taught, Teacher
-from distill.train.rows.batches import Row, best_fit
+from distill.train.rows.batches import Batching, Order, Row, best_fit
 from distill.train.rows.feed import Feed, Figures, StoredFeed
 from distill.train.rows.stored import Counts
 
@@ -114,8 +114,8 @@ class RolloutFeed(Feed):
         self.store, self.judges, self.world, self.traces = store, judges, world, traces
         self.counts = traces.counts if traces else Counts()
         self.order = PromptOrder(len(prompts), self.rollouts.prompts_per_step, settings.seed)
-        sets = int(np.ceil(round(settings.num_train_epochs * self.order.sets_per_epoch, 6)))
-        self.total = settings.max_steps or sets * self.rollouts.updates
+        self.total = self.rollouts.total_steps(len(prompts), settings.num_train_epochs, settings.max_steps)
+        self.mixed = self._order_of_traces()
         self.monitor = Monitor(objective.kind)
         self.made = self.tokens = 0  # rollouts of this process's sets, and their tokens
         self._set: RolloutSet | None = None
@@ -130,8 +130,13 @@ class RolloutFeed(Feed):
         if self._set is None or self._set.number != wanted:
             self._set = self._make(wanted)
         self._figures[number] = self._set
-        rows = self._set.parts[part] + self._teachers_rows(number, len(self._set.parts[part]))
-        return self._batches(rows) if rows else []
+        return self._batches(self._set.parts[part] + self._teachers_rows(number))
+
+    def held_out(self) -> list[list[Row]]:
+        """See `Feed`; traces of the teacher's."""
+        if self.traces is None:
+            return []
+        return [[_of_the_teacher(row) for row in batch] for batch in self.traces.held_out()]
 
     def epoch(self, steps: int) -> float:
         """See `Feed`."""
@@ -216,7 +221,7 @@ class RolloutFeed(Feed):
             by_key = {trace.key: trace for trace in self.world.gathered(sampled)}
         rollouts = [rounded(by_key[key]) for key in keys]  # as a resumed training would read them
         if self.world.main:
-            self.store.append(rollouts)
+            self.store.append([trace for trace in rollouts if trace.key not in stored])  # a kill may leave a part
         return rollouts
 
     def _judge(self, rollouts: Sequence[Trace]) -> list[Judged]:
@@ -332,18 +337,26 @@ class RolloutFeed(Feed):
 
     # ---- rows of a step
 
-    def _teachers_rows(self, number: int, own: int) -> list[Row]:
-        """The traces of the teacher's that are mixed into a step with `own` rows of the student's."""
+    def _order_of_traces(self) -> Order | None:
+        """Which traces of the teacher's are in which step, as many in each as the share of the student leaves."""
         if self.traces is None or not isinstance(self.objective, OnPolicy):
-            return []
-        share = self.objective.student_share
+            return None
+        share, order = self.objective.student_share, self.traces.order
+        own = self.order.per_set * self.rollouts.samples / self.rollouts.updates
         per_step = max(1, round(own * (1 - share) / share))
-        order = PromptOrder(len(self.traces.numbers), per_step, self.settings.seed)
-        rows = [self.traces.row(i) for i in order.set(number)]
-        return [replace(row, sampled=np.zeros((4, row.supervised), np.float32)) for row in rows]
+        return Order(
+            order.lengths.tolist(), Batching(1, per_step, self.settings.seed), order.sources.tolist(), order.shares
+        )
+
+    def _teachers_rows(self, number: int) -> list[Row]:
+        """The traces of the teacher's that are mixed into a step."""
+        if self.traces is None or self.mixed is None:
+            return []
+        chosen = [i for batch in self.mixed.step(number) for i in batch]
+        return [_of_the_teacher(self.traces.row(self.traces.numbers[i])) for i in chosen]
 
     def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """The rows of a step in batches of similar lengths, the one with the most tokens first."""
+        """The rows of a step in batches of similar lengths, the one with the most tokens first; none without rows."""
         size, lengths = self.settings.per_device_train_batch_size, [len(row.ids) for row in rows]
         if self.settings.packing:
             bins = best_fit(lengths, self.settings.max_length * size)
@@ -351,6 +364,11 @@ class RolloutFeed(Feed):
             order = sorted(range(len(rows)), key=lambda i: -lengths[i])
             bins = [order[i : i + size] for i in range(0, len(rows), size)]
         return [[rows[i] for i in items] for items in sorted(bins, key=lambda items: -sum(lengths[i] for i in items))]
+
+
+def _of_the_teacher(row: Row) -> Row:
+    """A row that the student did not write."""
+    return replace(row, sampled=np.zeros((4, row.supervised), np.float32))
 
 
 @contextmanager

@@ -13,18 +13,22 @@ import torch
 from distill import backends
 from distill.artefacts import RunPaths
 from distill.backends.collect import asked
+from distill.catalog import load_teacher
+from distill.console import say
 from distill.errors import UserError
 from distill.filters.correct import Correct
 from distill.grading.graders import GRADERS
-from distill.models import Models
+from distill.models import Model, Models
 from distill.objectives import Grpo, OnPolicy, RolloutSettings
 from distill.objectives.grpo import Rewards
 from distill.prompts import Prompt, load_prompts
 from distill.recipe import Recipe
 from distill.recipe.adapters import Qlora
+from distill.train.ranks import memory
 from distill.train.ranks.world import World
 from distill.train.rollouts import gate
 from distill.train.rollouts.feed import Judges, RolloutFeed
+from distill.train.rollouts.memory import Engines, engines
 from distill.train.rollouts.rewards import Rewarder, check_gradable
 from distill.train.rollouts.store import RolloutStore
 from distill.train.rollouts.student import MAX_BATCH, StudentEngine
@@ -66,10 +70,16 @@ def check(recipe: Recipe, models: Models, prompts: Sequence[Prompt]) -> None:
         "train.max_length": settings.max_length,
         "the context of the student": configuration(models.base.directory, settings).max_position_embeddings,
     }
-    if isinstance(objective, OnPolicy):
-        gate.check_teacher(student, models.teacher.chat)
-        limits["the context of the teacher"] = models.teacher_card.context
     gate.check_lengths(prompts, student, rollouts.sampling.max_new_tokens, limits)
+    if isinstance(objective, OnPolicy):
+        if unknown := sorted(objective.teachers.keys() - {prompt.task for prompt in prompts}):
+            raise UserError(f"train.objective.teachers: no prompt has task {unknown[0]}; remove it, or add prompts")
+        for name, model in (("", models.teacher), *models.teachers.items()):
+            gate.check_teacher(student, model.chat)
+            card = load_teacher(objective.teachers[name]) if name else models.teacher_card
+            routed = [p for p in prompts if (p.task if p.task in objective.teachers else "") == name]
+            theirs = {f"the context of the {model.name}": card.context}
+            gate.check_lengths(routed, model.chat, rollouts.sampling.max_new_tokens, theirs)
 
 
 def graded(prompts: Sequence[Prompt]) -> bool:
@@ -105,7 +115,10 @@ def rollout_feed(
         engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
         judges = Judges()
         if isinstance(objective, OnPolicy):
-            judges.teachers = {"": _teacher(stack, recipe, models, objective)}
+            asked = {"": models.teacher, **models.teachers}
+            judges.teachers = {
+                task: _teacher(stack, recipe, models, model, objective, world.main) for task, model in asked.items()
+            }
         weights = objective.rewards if isinstance(objective, Grpo) else Rewards() if graded(prompts) else None
         if weights is not None:
             correct = recipe.filter.correct or Correct()
@@ -123,14 +136,21 @@ def rollout_feed(
         store = RolloutStore(paths.rollouts, rollouts.samples)
         yield RolloutFeed(objective, settings, prompts, student, models.base.chat, store, judges, world, traces)
         if world.main:
-            store.compact(1)
+            store.compact(0)
 
 
-def _teacher(stack: ExitStack, recipe: Recipe, models: Models, objective: OnPolicy) -> Teacher:
+def _teacher(
+    stack: ExitStack, recipe: Recipe, models: Models, model: Model, objective: OnPolicy, say_so: bool
+) -> Teacher:
     engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
-    backend = stack.enter_context(backends.open(models.teacher, engine))
-    asks = objective.estimator == "exact" and not models.teacher.is_remote
-    return Teacher(backend, models.teacher.chat, models.base.chat, objective.teacher_top_k, asks)
+    backend = stack.enter_context(backends.open(model, engine))
+    asks = objective.estimator == "exact" and backend.scores_given_ids
+    if objective.estimator == "exact" and not asks and say_so:
+        say(
+            f"{model.name} is behind a server, which names its own {objective.top_k} likeliest tokens: what only the "
+            f"student finds likely is compared as a part of all other tokens"
+        )
+    return Teacher(backend, model.chat, models.base.chat, objective.teacher_top_k, asks)
 
 
 def longest(prompts: Sequence[Prompt], models: Models, rollouts: RolloutSettings) -> int:
@@ -149,3 +169,18 @@ def largest_batch(recipe: Recipe, models: Models) -> tuple[int, int]:
         tokens = settings.max_length * rows
         return tokens, round(tokens * new / context)
     return context * rows, new * rows
+
+
+def engines_beside(recipe: Recipe, models: Models, world: World) -> Engines:
+    """The engines that share the device with the trainer."""
+    settings, rollouts = recipe.train, recipe.train.objective.rollout_settings
+    assert rollouts is not None
+    config = configuration(models.base.directory, settings)
+    compute = methods.dtypes(settings, world.device).compute
+    weights: float | None = None
+    if isinstance(settings.objective, OnPolicy) and not models.teacher.is_remote:
+        weights = float(sum(file.stat().st_size for file in models.teacher.directory.glob("*.safetensors")))
+    context = longest(prompts_of(recipe), models, rollouts)
+    parameters = memory.shape(config).total
+    budget = recipe.engine.memory_budget
+    return engines(config, settings, parameters, compute.itemsize, context, world.size, weights, budget)

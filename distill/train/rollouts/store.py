@@ -45,7 +45,8 @@ class RolloutStore:
         self._appended += len(rollouts)
 
     def compact(self, least: int = COMPACTED) -> None:
-        """Move the ledger into Parquet, if it has grown by `least` rollouts."""
+        """Move the ledger into Parquet, if this process has appended `least` rollouts. 0: in any case, since an earlier
+        process may have left it."""
         if self._appended >= least:
             self._store.compact()
             self._appended = 0

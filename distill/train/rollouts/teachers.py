@@ -13,16 +13,17 @@ back to the sampled token.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from distill.backends.backend import Backend
+from distill.backends.backend import Backend, Scored
 from distill.backends.scoring import completion_ids
 from distill.chat import Chat
 from distill.traces.trace import Trace
-from distill.train.rows.align import Projector, Vocabulary, opened, token_bytes
+from distill.train.rows.align import Projector, Vocabulary, merged, opened, token_bytes
 
 Distribution = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
@@ -43,18 +44,23 @@ class Teacher:
         self.backend, self.chat, self.k, self.asks = backend, chat, k, asks
         theirs = Vocabulary(token_bytes(self.chat.tokenizer, self.chat.where), frozenset(self.chat.stop_token_ids))
         ours = Vocabulary(token_bytes(student.tokenizer, student.where), frozenset(student.stop_token_ids))
+        self.same_tokens = theirs == ours
         self.student, self.end = student, student.stop_token_ids[-1]
         self.projector = Projector(
             theirs, ours, self.end, lambda text: student.tokenizer(text, add_special_tokens=False)["input_ids"]
         )
+        self._same: dict[int, int | None] = {}  # the student's token → the teacher's
         self._ids_of = {piece: id_ for id_, piece in reversed(list(enumerate(theirs.pieces))) if piece}
 
     def score(self, rollouts: Sequence[Trace]) -> list[Taught]:
         """The rollouts, scored, in order. Errors: UserError and WorkError, as `Backend.score`."""
-        asked = [self._read(trace) for trace in rollouts]
-        wanted = [self._wanted(trace, theirs) for trace, theirs in zip(rollouts, asked, strict=True)]
-        scored = self.backend.score(asked, self.k, wanted if self.asks else None)
-        return [Taught(s, self._distribution(trace, s)) for trace, s in zip(rollouts, scored, strict=True)]
+        read = [self._read(trace) for trace in rollouts]
+        # A rollout that was cut off inside what the teacher's template opens has no token of the teacher's.
+        asked = [i for i, theirs in enumerate(read) if theirs.completion_token_ids]
+        wanted = [self._wanted(rollouts[i], read[i]) for i in asked] if self.asks else None
+        scored = self.backend.scored([read[i] for i in asked], self.k, wanted) if asked else []
+        taught = {i: self._taught(rollouts[i], read[i], each) for i, each in zip(asked, scored, strict=True)}
+        return [taught.get(i) or self._unknown(trace, read[i]) for i, trace in enumerate(rollouts)]
 
     def _read(self, trace: Trace) -> Trace:
         """The rollout with the teacher's token ids. A rollout that was cut off does not end."""
@@ -64,60 +70,70 @@ class Teacher:
                 ids = ids[:-1]
         return replace(trace, completion_token_ids=tuple(ids))
 
-    def _pieces(self, trace: Trace) -> list[bytes]:
-        """The bytes of the student's tokens; those that end a turn have none."""
-        stops, student = self.student.stop_token_ids, self.projector.student
-        return [b"" if id_ in stops else student.piece(id_) for id_ in trace.completion_token_ids]
-
     def _wanted(self, trace: Trace, theirs: Trace) -> list[list[int]]:
         """The teacher's ids of the student's most likely tokens, at each of the teacher's tokens."""
         assert trace.top_logprobs is not None, "rollouts come with the student's most likely tokens"
+        if self._alike(trace, theirs.completion_token_ids):
+            return [[id_ for id_, _ in top] for top in trace.top_logprobs]
         given, skipped = self._opened(trace)
-        tops: dict[int, list[int]] = {}
-        offset = 0
-        for piece, top in zip(self._pieces(trace), trace.top_logprobs, strict=True):
-            tops[offset] = [id_ for id_, _ in top]
-            offset += len(piece)
+        stops, student = self.student.stop_token_ids, self.projector.student
+        lengths = [0 if id_ in stops else len(student.piece(id_)) for id_ in trace.completion_token_ids]
+        starts = dict(zip(accumulate([0, *lengths[:-1]]), trace.top_logprobs, strict=True))
         wanted, offset = [], len(given) - len(skipped)
         for id_ in theirs.completion_token_ids:
-            ids = (self._theirs(candidate) for candidate in tops.get(offset, ()))
+            ids = [self._theirs(candidate) for candidate, _ in starts.get(offset, ())]
             wanted.append([candidate for candidate in ids if candidate is not None])
             offset += 0 if id_ in self.chat.stop_token_ids else len(self.projector.teacher.piece(id_))
         return wanted
 
     def _theirs(self, candidate: int) -> int | None:
         """The teacher's token with the bytes of a student's."""
+        if candidate not in self._same:
+            self._same[candidate] = self._same_as(candidate)
+        return self._same[candidate]
+
+    def _same_as(self, candidate: int) -> int | None:
         if candidate in self.student.stop_token_ids:
             return self.chat.stop_token_ids[-1]
-        piece = self.projector.student.piece(candidate)
-        pieces = self.projector.teacher.pieces
-        return (
-            candidate if candidate < len(pieces) and pieces[candidate] == piece and piece else self._ids_of.get(piece)
-        )
+        piece, pieces = self.projector.student.piece(candidate), self.projector.teacher.pieces
+        same = candidate < len(pieces) and pieces[candidate] == piece and piece != b""
+        return candidate if same else self._ids_of.get(piece)
+
+    def _alike(self, trace: Trace, theirs: Sequence[int]) -> bool:
+        """Whether teacher and student read the same tokens, which mean the same to both."""
+        return self.same_tokens and trace.completion_token_ids == tuple(theirs)
 
     def _opened(self, trace: Trace) -> tuple[bytes, bytes]:
         return opened(trace.text, self.chat.prefill, self.student.prefill)
 
-    def _distribution(self, trace: Trace, scored: Trace) -> Distribution:
+    def _taught(self, trace: Trace, asked: Trace, scored: Scored) -> Taught:
         """The teacher's distribution at each token of the rollout."""
-        assert scored.logprobs is not None and scored.top_logprobs is not None
-        supervised = trace.completion_token_ids
         given, skipped = self._opened(trace)
-        tops = [  # the rollout's own token is among those known, likely or not
-            top if any(id_ == chosen for id_, _ in top) else (*top, (chosen, logprob))
-            for top, chosen, logprob in zip(
-                scored.top_logprobs, scored.completion_token_ids, scored.logprobs, strict=True
+        if self._alike(trace, scored.completion_ids):
+            distribution = with_own(scored)
+        else:
+            distribution = self.projector.arrays(
+                given,
+                scored.completion_ids,
+                scored.logprob_t,
+                scored.top_id_tk,
+                scored.top_logprob_tk,
+                trace.completion_token_ids,
+                skipped,
             )
-        ]
-        projected = self.projector.project(
-            given, scored.completion_token_ids, scored.logprobs, tops, supervised, skipped
-        )
-        width = max(1, max((len(masses) for masses in projected if masses), default=1))
-        ids = np.zeros((len(supervised), width), np.int32)
-        logprobs = np.full((len(supervised), width), -np.inf, np.float32)
-        for place, masses in enumerate(projected):
-            if masses:
-                likeliest = sorted(masses.items(), key=lambda item: -item[1])
-                ids[place, : len(likeliest)] = [id_ for id_, _ in likeliest]
-                logprobs[place, : len(likeliest)] = [logprob for _, logprob in likeliest]
-        return ids, logprobs
+        read = replace(asked, prompt_token_ids=scored.prompt_ids, completion_token_ids=scored.completion_ids)
+        return Taught(read, distribution)
+
+    def _unknown(self, trace: Trace, read: Trace) -> Taught:
+        """A rollout of which the teacher reads no token."""
+        shape = len(trace.completion_token_ids), 1
+        read = replace(read, prompt_token_ids=tuple(self.chat.prompt_ids_of(trace.prompt.messages, trace.text)))
+        return Taught(read, (np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)))
+
+
+def with_own(scored: Scored) -> Distribution:
+    """The alternatives of a scored trace with its own tokens among them, likely or not."""
+    own_t = np.array(scored.completion_ids, np.int32)[:, None]
+    listed_t = ((scored.top_id_tk == own_t) & (scored.top_logprob_tk > -np.inf)).any(1, keepdims=True)
+    own_logprob_t = np.where(listed_t, -np.inf, scored.logprob_t[:, None]).astype(np.float32)
+    return merged(np.hstack((scored.top_id_tk, own_t)), np.hstack((scored.top_logprob_tk, own_logprob_t)))

@@ -18,9 +18,12 @@ after a difference between the texts (a tokenizer that normalises). There only t
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from distill.errors import UserError
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TopLogprobs = Sequence[tuple[int, float]]
+Ids = npt.NDArray[np.int32]
+Logprobs = npt.NDArray[np.float32]
 Masses = dict[int, float]  # student's token → log-probability
 
 
@@ -144,6 +149,55 @@ class Projector:
             offset += len(piece)
         return distributions
 
+    def arrays(
+        self,
+        prefill: bytes,
+        completion: Sequence[int],
+        logprob_t: Logprobs,
+        top_id_tk: Ids,
+        top_logprob_tk: Logprobs,
+        supervised: Sequence[int],
+        skipped: bytes = b"",
+    ) -> tuple[Ids, Logprobs]:
+        """What `project` returns, from arrays and as arrays: ids and log-probabilities [s, k], likeliest first, −∞ past
+        the last one known. The teacher's own token at each position is among its candidates, likely or not."""
+        own_t = np.array(completion, np.int32)
+        listed_t = ((top_id_tk == own_t[:, None]) & (top_logprob_tk > -np.inf)).any(1)
+        top_id_tk = np.concatenate((top_id_tk, own_t[:, None]), 1)
+        own_logprob_t = np.where(listed_t, -np.inf, logprob_t).astype(np.float32)
+        top_logprob_tk = np.concatenate((top_logprob_tk, own_logprob_t[:, None]), 1)
+        theirs = [b"" if id_ in self.teacher.stops else self.teacher.piece(id_) for id_ in completion]
+        ours = [b"" if id_ == self.end else self.student.piece(id_) for id_ in supervised]
+        their_text, our_text = (prefill + b"".join(theirs))[len(skipped) :], b"".join(ours)
+        same = len(their_text) if their_text == our_text else common(their_text, our_text)
+        their_length_t, our_length_s = (np.array([*map(len, pieces)], np.int64) for pieces in (theirs, ours))
+        their_start_t = len(prefill) - len(skipped) + np.cumsum(their_length_t) - their_length_t
+        our_end_s = np.cumsum(our_length_s)
+        our_start_s = our_end_s - our_length_s
+        at_s = (
+            np.searchsorted(their_start_t, our_start_s, side="right") - 1
+        )  # the last token that begins there or before
+        begins_s = (at_s >= 0) & (their_start_t[at_s] == our_start_s) if len(own_t) else np.zeros(len(ours), bool)
+        whole_s = (our_end_s <= same) & ((our_length_s > 0) | (their_text == our_text))
+        shared_s = begins_s & whole_s
+        id_sk = np.zeros((len(ours), top_id_tk.shape[1]), np.int32)
+        logprob_sk = np.full(id_sk.shape, -np.inf, np.float32)
+        direct = np.flatnonzero(shared_s & (their_length_t[at_s] >= our_length_s)) if len(own_t) else np.arange(0)
+        id_sk[direct] = self._firsts(top_id_tk[at_s[direct]])
+        logprob_sk[direct] = np.where(id_sk[direct] < 0, -np.inf, top_logprob_tk[at_s[direct]])
+        smaller = np.flatnonzero(shared_s & (their_length_t[at_s] < our_length_s)) if len(own_t) else np.arange(0)
+        for s, i in zip(smaller.tolist(), at_s[smaller].tolist(), strict=True):
+            tops = {i: pairs(top_id_tk[i], top_logprob_tk[i])}
+            masses = self._at(i, supervised[s], ours[s], theirs, completion, logprob_t.tolist(), tops) or {}
+            id_sk[s, : len(masses)], logprob_sk[s, : len(masses)] = list(masses), list(masses.values())
+        return merged(id_sk, logprob_sk)
+
+    def _firsts(self, candidates: Ids) -> Ids:
+        """`first` of an array; −1 for none."""
+        unique, places = np.unique(candidates, return_inverse=True)
+        firsts = [-1 if (first := self.first(candidate)) is None else first for candidate in unique.tolist()]
+        return np.array(firsts, np.int32)[places].reshape(candidates.shape)
+
     def _at(
         self,
         i: int,
@@ -152,7 +206,7 @@ class Projector:
         theirs: Sequence[bytes],
         completion: Sequence[int],
         logprobs: Sequence[float],
-        tops: Sequence[TopLogprobs],
+        tops: Sequence[TopLogprobs] | Mapping[int, TopLogprobs],
     ) -> Masses | None:
         smaller = len(theirs[i]) < len(piece)
         masses: Masses = {}
@@ -178,6 +232,32 @@ def opened(text: str, teacher: str, student: str) -> tuple[bytes, bytes]:
     """
     theirs, ours = (prefill if text.startswith(prefill) else "" for prefill in (teacher, student))
     return theirs[len(ours) :].encode(), ours[len(theirs) :].encode()
+
+
+def merged(id_sk: Ids, logprob_sk: Logprobs) -> tuple[Ids, Logprobs]:
+    """Add up the masses of equal ids in each row, and sort each by mass. Entries of −∞ do not exist; the width is that
+    of the longest row, at least 1."""
+    if not len(id_sk):
+        return id_sk, logprob_sk
+    id_sk = np.where(logprob_sk > -np.inf, id_sk, -1)
+    order_sk = np.argsort(id_sk, axis=1, kind="stable")
+    id_sk, logprob_sk = np.take_along_axis(id_sk, order_sk, 1), np.take_along_axis(logprob_sk, order_sk, 1)
+    begins_sk = np.ones_like(id_sk, bool)
+    begins_sk[:, 1:] = id_sk[:, 1:] != id_sk[:, :-1]
+    starts = np.flatnonzero(begins_sk)
+    mass = np.logaddexp.reduceat(logprob_sk.ravel().astype(np.float64), starts).astype(np.float32)
+    total_sk = np.full(id_sk.shape, -np.inf, np.float32)
+    total_sk[begins_sk] = mass
+    total_sk[id_sk < 0] = -np.inf
+    order_sk = np.argsort(-total_sk, axis=1, kind="stable")
+    id_sk, total_sk = np.take_along_axis(id_sk, order_sk, 1), np.take_along_axis(total_sk, order_sk, 1)
+    most = max(1, int((total_sk > -np.inf).sum(1).max()))
+    return np.where(total_sk > -np.inf, id_sk, 0)[:, :most].astype(np.int32), total_sk[:, :most]
+
+
+def pairs(id_k: Ids, logprob_k: Logprobs) -> TopLogprobs:
+    """The entries above −∞ as (id, log-probability)."""
+    return [pair for pair in zip(id_k.tolist(), logprob_k.tolist(), strict=True) if pair[1] > -math.inf]
 
 
 def logaddexp(a: float, b: float) -> float:

@@ -1,0 +1,72 @@
+"""The memory that learning from rollouts takes beside the trainer: the student's engine, and the models that judge.
+
+Engines share the device with the trainer. Their weights are there whole; a cache takes what the engine gives it: all
+sequences at once, but at most `CACHE` of what is free when the engine is loaded, which is after the trainer's weights
+and before its activations. A teacher of experts would stream those that do not fit, but its engine does not know what
+the training will need, so it counts as a whole, unless `engine.memory_budget` bounds it.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from distill.recipe import Training
+from distill.train.rollouts.student import MAX_BATCH
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GIB = 1 << 30
+CACHE = 0.9 * 0.2  # share of a GPU's free memory that an engine's cache takes at most
+CPU_CACHE = 0.5 * GIB  # on a CPU, where there is no budget
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Bytes on one device. weights: of the student's engine. context: of the cache of one sequence; sequences: of all
+    that are decoded at once. judges: weights of each local model that scores. budget: `engine.memory_budget`."""
+
+    weights: float
+    context: float
+    sequences: float
+    judges: tuple[float, ...] = ()
+    budget: float | None = None
+
+    def within(self, free: float, device: str) -> tuple[float, float]:
+        """Bytes of the student's engine, and of the models that score. free: bytes beside the trainer's weights."""
+
+        def cache(left: float) -> float:
+            return CACHE * max(0.0, left) if device == "cuda" else CPU_CACHE
+
+        student = self.weights + min(self.sequences, max(cache(free), self.context))
+        scoring = 0.0
+        for weights in self.judges:
+            whole = weights + cache(free - student - scoring - weights)
+            scoring += whole if self.budget is None else min(whole, self.budget)
+        return student, scoring
+
+
+def engines(
+    config: "PretrainedConfig",
+    training: Training,
+    parameters: int,
+    size: int,
+    context: int,
+    ranks: int,
+    teacher: float | None,
+    budget: float | None,
+) -> Engines:
+    """The engines of a training with rollouts.
+
+    config, parameters: of the student. size: bytes of a number in its forward pass. context: tokens of the longest
+    rollout with its prompt. teacher: bytes of the weights of a teacher in the local engine, None of one elsewhere.
+    budget: `engine.memory_budget`, GiB.
+    """
+    rollouts = training.objective.rollout_settings
+    assert rollouts is not None
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = float(2 * config.num_hidden_layers * heads * width * size * context)
+    judges = [teacher] if teacher is not None and training.objective.teacher_top_k is not None else []
+    judges += [2.0 * parameters] if training.objective.needs_reference else []
+    batch = min(MAX_BATCH, -(-rollouts.rows // ranks))
+    return Engines(size * parameters, each, each * batch, tuple(judges), None if budget is None else budget * GIB)

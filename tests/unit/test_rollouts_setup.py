@@ -1,0 +1,47 @@
+"""Several teachers, and the checks of a recipe that learns from rollouts before any is sampled."""
+
+from pathlib import Path
+
+import pytest
+
+from distill.catalog import load_recipe
+from distill.errors import UserError
+from distill.models import Models
+from distill.train.rollouts import setup
+
+TEACHERS = Path(__file__).resolve().parents[2] / "teachers"
+
+
+def recipe(tmp_path, objective, *more):
+    import json
+
+    return load_recipe("tiny", [f"train.objective={json.dumps(objective)}", "prompts.0.limit=4", *more])
+
+
+def test_prompts_are_routed_to_the_teacher_of_their_task(tmp_path):
+    from dataclasses import replace
+
+    from distill.train.rollouts.feed import Judges
+
+    asked = recipe(
+        tmp_path, {"kind": "on_policy", "teachers": {"math": str(TEACHERS / "tiny-r1")}}, "train.max_length=1024"
+    )
+    models = Models(asked, tmp_path)
+    assert models.teachers["math"].identity == models.teacher.identity
+    prompts = setup.prompts_of(asked)
+    setup.check(asked, models, prompts)
+    general, special = object(), object()
+    judges = Judges({"": general, "math": special})  # type: ignore[dict-item]  # only told apart here
+    assert {judges.teacher(prompt) for prompt in prompts} == {special}
+    assert judges.teacher(replace(prompts[0], task="chat")) is general
+
+
+def test_a_teacher_for_a_task_that_no_prompt_has_is_refused(tmp_path):
+    asked = recipe(tmp_path, {"kind": "on_policy", "teachers": {"code": "tiny-r1"}}, "train.max_length=1024")
+    with pytest.raises(UserError, match=r"^train\.objective\.teachers: no prompt has task code; .*$"):
+        setup.check(asked, Models(asked, tmp_path), setup.prompts_of(asked))
+
+
+def test_traces_of_several_teachers_are_refused(tmp_path):
+    with pytest.raises(UserError, match="all scored by the recipe's teacher"):
+        recipe(tmp_path, {"kind": "on_policy", "teachers": {"math": "tiny-r1"}, "student_share": 0.5})

@@ -1,0 +1,265 @@
+"""What a person sees of rollouts: the report's curves and time, the trace reader by step, the plan's figures."""
+
+from dataclasses import replace
+
+import pytest
+from report_support import begin_run
+from test_traces_browse import OTHER, QUESTION, shown, trace
+
+from distill import catalog
+from distill.artefacts import RunPaths
+from distill.errors import UserError
+from distill.objectives import Grpo, OnPolicy
+from distill.plan.hardware import parse
+from distill.plan.rollouts import RolloutPlan, estimate_rollouts, stages_of
+from distill.plan.traces import Traces
+from distill.planned import Expected
+from distill.recipe import Train
+from distill.report import write_report
+from distill.report.curves import Spent, curves, time_spent
+from distill.traces.ledger import Ledger
+from distill.traces.store import TraceStore
+from distill.train.rollouts.memory import CPU_CACHE, engines
+
+GRPO = "train.objective={kind: grpo, rollouts: {prompts_per_step: 2, samples: 2, updates: 2}}"
+
+
+def line(step, **figures):
+    return {"step": step, "loss": -0.1, "learning_rate": 1e-4, "entropy": 0.5, "kl": 0.0, **figures}
+
+
+LOG = [
+    line(2, correct=0.25, reward=0.25, length=40.0, truncated=0.5, repetition=0.0, skipped_groups=0.5)
+    | {"seconds_sync": 0.5, "seconds_rollouts": 2.0, "seconds_scoring": 1.0},
+    line(6, correct=0.0, reward=0.3, length=50.0, truncated=0.0, repetition=0.0, skipped_groups=0.5)
+    | {"seconds_sync": 0.5, "seconds_rollouts": 3.0, "seconds_scoring": 1.0},
+]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two sets of two prompts with two samples each, trained on in steps 1 to 4."""
+    begin_run(tmp_path, catalog.load_recipe("tiny", [GRPO]))
+    with TraceStore(RunPaths(tmp_path).rollouts) as store:
+        for prompt in (QUESTION, OTHER):
+            store.append([replace(trace(prompt, sample, f"{sample}!"), teacher="student") for sample in range(4)])
+        store.append([replace(trace(OTHER, 4, "long"), finish_reason="length")])
+    RunPaths(tmp_path).log.parent.mkdir(parents=True)
+    with Ledger(RunPaths(tmp_path).log) as ledger:
+        ledger.append(LOG)
+    return tmp_path
+
+
+def training(objective):
+    return Train.model_validate({"objective": objective})
+
+
+# ---- curves
+
+
+def test_rewards_entropy_and_length_have_figures_of_their_own():
+    rollouts, loss = curves(LOG, training({"kind": "grpo"}), "-2")
+    assert (rollouts.name, loss.name) == ("rollouts-2", "loss-2")
+    assert "pass@1 0.25 to 0, reward 0.25 to 0.3" in rollouts.caption
+    assert "cut off at the token limit 50 to 0" in rollouts.caption
+    assert "KL from the base" not in rollouts.caption, "it has no weight, and is 0"
+    assert "entropy" in rollouts.svg["wide"] and "entropy" not in loss.svg["wide"]
+    same = [row | {"reward": row["correct"]} for row in LOG]
+    assert "pass@1, also the reward" in curves(same, training({"kind": "grpo"}))[0].svg["wide"]
+    assert curves([], training({"kind": "grpo"})) == []
+
+
+def test_divergence_by_position_is_named_by_its_tokens():
+    """Eighths of 100 tokens: 12.5 each. The last is reached by one step of three, and is not drawn."""
+    means = [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, None], [0.5, 1, 1, 1, 1, 1, 2.0, 9.0], [0.5, 1, 1, 1, 1, 1, 2.0, None]]
+    log = [line(i + 1, kl_by_position=row, kl=0.3) for i, row in enumerate(means)]
+    objective = {"kind": "on_policy", "rollouts": {"sampling": {"max_new_tokens": 100}}}
+    rollouts, by_position, _ = curves(log, training(objective))
+    assert "divergence from the teacher, nats per token: 0.3 to 0.3" in rollouts.caption
+    assert by_position.name == "kl"
+    for text in ("1 – 13 1 to 0.5", "39 – 50 4 to 1", "76 – 88 7 to 2"):
+        assert text in by_position.caption
+    assert "89 – 100" not in by_position.caption
+
+
+def test_the_time_of_a_training_by_hand():
+    """Sets end at steps 2, 4 and 6: one before the first line, two before the second."""
+    rollouts = Grpo.model_validate({"kind": "grpo", "rollouts": {"updates": 2}}).rollouts
+    expected = {"weights to the engine": 1.5, "rollouts": 8.0, "scoring": 3.0, "training": 7.5}
+    assert {each.what: each.seconds for each in time_spent(LOG, rollouts, 20.0)} == expected
+    assert time_spent(LOG, rollouts, 20.0)[1] == Spent("rollouts", 8.0, 0.4)
+    assert [each.share for each in time_spent(LOG, rollouts, None)] == [None] * 3
+
+
+def test_the_page_shows_rollouts_by_step(run):
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "The student wrote 9 answers, 27 tokens in all, 3 on average." in page
+    for step in ("steps 1 – 2", "steps 3 – 4", "steps 5 – 6"):
+        assert f"<option>{step}" in page
+    assert sorted(path.name for path in (run / "report").iterdir()) == [
+        f"{name}.{kind}" for name in ("loss", "rollouts") for kind in ("png", "svg")
+    ]
+    assert "Where the time went" in page
+
+
+# ---- reading
+
+
+def test_rollouts_are_read_by_step(run, monkeypatch, capsys):
+    for step in (3, 4):
+        heads = [
+            text for text in shown(monkeypatch, capsys, run, "--rollouts", "--step", step).splitlines() if " · " in text
+        ]
+        assert heads == [
+            f"{prompt.id}, sample {n} · steps 3 – 4 · ended · 3 student tokens"
+            for prompt in (QUESTION, OTHER)
+            for n in (0, 1)
+        ]
+    assert "The answer is 2!." in shown(monkeypatch, capsys, run, "--rollouts", "--step", 3)
+    assert "The answer is 2!." not in shown(monkeypatch, capsys, run, "--rollouts", "--step", 2)
+    cut = shown(monkeypatch, capsys, run, "--rollouts", "--verdict", "truncated")
+    assert cut.count("gold answer") == 1 and "steps 5 – 6 · truncated" in cut
+    table = shown(monkeypatch, capsys, run, "--rollouts", "--counts").splitlines()
+    assert [row.split() for row in table if row.startswith("steps")] == [
+        ["steps", "1", "–", "2", "4", "3", "0"],
+        ["steps", "3", "–", "4", "4", "3", "0"],
+        ["steps", "5", "–", "6", "1", "3", "1"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "3"], "--step names rollouts: add --rollouts"),
+        (["--rollouts", "--diff", "--prompt", "a"], "leave out --rollouts"),
+        (["--rollouts", "--step", "7"], "--step 7: the last rollouts are those of steps 5 – 6"),
+    ],
+)
+def test_wrong_options_are_one_line(arguments, message, run, monkeypatch, capsys):
+    error = shown(monkeypatch, capsys, run, *arguments, code=2)
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_run_without_rollouts_says_so(tmp_path, monkeypatch, capsys):
+    begin_run(tmp_path, catalog.load_recipe("tiny"))
+    assert "no rollouts" in shown(monkeypatch, capsys, tmp_path, "--rollouts", code=2)
+    (tmp_path / "phases" / "2-rl" / "rollouts").mkdir(parents=True)
+    assert "phases/2-rl" in shown(monkeypatch, capsys, tmp_path, "--rollouts", code=2)
+
+
+def test_a_training_that_has_not_sampled_yet_says_so(tmp_path, monkeypatch, capsys):
+    begin_run(tmp_path, catalog.load_recipe("tiny", [GRPO]))
+    assert "has not written anything yet" in shown(monkeypatch, capsys, tmp_path, "--rollouts", code=2)
+
+
+# ---- planning
+
+
+def test_the_rollouts_of_a_recipe_by_hand(tmp_path):
+    """30 prompts in sets of 8 are 3 whole sets an epoch; 1.5 epochs are 5 sets of 8 · 4 rollouts, in 10 steps."""
+    objective = "train.objective={kind: grpo, rollouts: {prompts_per_step: 8, samples: 4, updates: 2}}"
+    recipe = catalog.load_recipe("tiny", [objective, "train.num_train_epochs=1.5"])
+    traces = Traces(30, 1, Expected(value=600), "given")
+    plan = estimate_rollouts(recipe, tmp_path, traces, None, 20.0)
+    assert (plan.sets, plan.steps, plan.count, plan.mean) == (
+        5,
+        10,
+        160,
+        256,
+    ) and "half of max_new_tokens" in plan.basis
+    assert estimate_rollouts(recipe, tmp_path, traces, 9999, 20.0).mean == 512, "the token limit"
+    data = estimate_rollouts(recipe, tmp_path, traces, 100, 20.0).data(1024)
+    assert (data.rows, data.tokens, data.longest, data.steps) == (160, 160 * 120, 532, 10)
+    recipe = catalog.load_recipe("tiny", [objective, "train.max_steps=3"])
+    assert estimate_rollouts(recipe, tmp_path, traces, 100, 20.0).sets == 2, "the second is trained on once"
+    assert estimate_rollouts(catalog.load_recipe("tiny"), tmp_path, traces, 100, 20.0) is None
+
+
+def test_stored_rollouts_are_measured(run):
+    recipe = catalog.load_recipe("tiny", [GRPO])
+    plan = estimate_rollouts(recipe, run, Traces(30, 1, Expected(value=600), "given"), None, 20.0)
+    assert plan.mean == 3 and plan.basis == "as the 9 stored"
+
+
+def test_traces_are_mixed_in_by_share(tmp_path):
+    objective = "train.objective={kind: on_policy, student_share: 0.8, rollouts: {prompts_per_step: 10}}"
+    recipe = catalog.load_recipe("tiny", [objective, "train.max_steps=4"])
+    plan = estimate_rollouts(recipe, tmp_path, Traces(30, 1, Expected(value=600), "given"), 100, 20.0)
+    assert plan.count == 40 and plan.traces == (10, 20.0)
+    assert plan.data(1024).tokens == 40 * 120 + 10 * 40
+
+
+def test_hours_of_rollouts_and_scoring_by_hand():
+    """On H100 a student of 7.62 B decodes at 989e12 · 5 % / (2 · 7.62e9) tokens/s; the base scores at 40 %; 200,000
+    answers take the graders 0.01 s each."""
+    recipe = catalog.load_recipe("r1-distill-qwen-7b", ["train.objective={kind: grpo, kl_weight: 0.1}"])
+    plan = RolloutPlan(100, 100, 200_000, 1000.0, 2000, 200.0, "given")
+    rollouts, scoring = stages_of(recipe, [(recipe, plan)], None, [parse("1xH100")])
+    size = catalog.load_student(recipe.student).parameters * 1e9
+    assert rollouts.hours.value == pytest.approx(2e8 / (989e12 * 0.05 / (2 * size)) / 3600)
+    workers = recipe.filter.correct.workers
+    graders = 200_000 * 0.01 / workers / 3600
+    assert scoring.hours.value == pytest.approx(2 * size * 2.4e8 / (989e12 * 0.4) / 3600 + graders)
+    assert scoring.tokens is None and rollouts.disk.value == 2e8 * 12
+    unknown = stages_of(recipe, [(recipe, plan)], None, [])
+    assert [stage.hours for stage in unknown] == [None, None] and stages_of(recipe, [], None, []) == []
+
+
+def test_engines_beside_the_trainer_by_hand():
+    """bfloat16, 4 layers of 2 heads of 16: 4 · 2 · 2 · 16 · 2 = 512 bytes a token. 16 sequences of 1,000 tokens."""
+
+    class Config:
+        num_hidden_layers, num_key_value_heads, num_attention_heads, head_dim, hidden_size = 4, 2, 4, 16, 64
+
+    for objective, judges in (
+        ({"kind": "on_policy"}, (5e9,)),
+        ({"kind": "grpo", "kl_weight": 0.1, "rollouts": {"prompts_per_step": 2}}, (2e6,)),
+        ({"kind": "grpo", "rollouts": {"prompts_per_step": 2}}, ()),
+    ):
+        beside = engines(Config(), training(objective), 1_000_000, 2, 1000, 1, 5e9, None)
+        assert (beside.weights, beside.context, beside.sequences, beside.judges) == (2e6, 512e3, 16 * 512e3, judges)
+        rollouts, scoring = beside.within(10e9, "cpu")
+        assert rollouts == 2e6 + 16 * 512e3 and scoring == sum(judges) + CPU_CACHE * len(judges)
+    bounded = engines(Config(), training({"kind": "on_policy"}), 1_000_000, 2, 1000, 1, 5e9, 1.0)
+    assert bounded.within(10e9, "cuda")[1] == 1 << 30
+    assert bounded.within(1e6, "cuda")[0] == 2e6 + 512e3, "the cache has room for one sequence at least"
+
+
+def test_a_training_that_does_not_fit_beside_its_teacher_is_refused(monkeypatch):
+    from distill.plan.training import configuration
+    from distill.train.ranks import memory
+
+    recipe = catalog.load_recipe("tiny", ["train.objective={kind: on_policy}"])
+    config = configuration(recipe, catalog.load_student("tiny-qwen"))
+    monkeypatch.setattr(memory, "memory", lambda: (0, 8e9))
+    assert memory.check(recipe, (64, 64), config, 1) == "one"
+    beside = engines(config, recipe.train, 1_000_000, 4, 128, 1, 9e9, None)
+    with pytest.raises(UserError, match="GB of it for scoring.*engine.memory_budget or a server for the teacher"):
+        memory.check(recipe, (64, 64), config, 1, beside)
+
+
+def test_a_recipe_of_rollouts_is_planned_without_its_teachers_traces(tmp_path, monkeypatch, capsys):
+    from eval_support import distill
+
+    monkeypatch.chdir(tmp_path)
+    changes = ("--set", "train.objective={kind: on_policy}", "--set", "train.max_steps=5")
+    assert distill(monkeypatch, "plan", "tiny", "--hardware", "1xH100", "--mean-tokens", 60, *changes) == 0
+    out = capsys.readouterr().out
+    assert "5 sets of rollouts, 80 rollouts of mean 60 tokens (as given)" in out
+    assert [row.split()[0] for row in out.partition("All stages")[2].splitlines()[3:7]] == [
+        "rollouts",
+        "scoring",
+        "train",
+        "eval",
+    ]
+    assert "for the student's engine" in out and "--pilot" not in out
+    assert distill(monkeypatch, "plan", "tiny", "--pilot", 2, *changes) == 2
+    assert "set --mean-tokens instead" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_schedule_is_one_formula():
+    rollouts = OnPolicy.model_validate({"kind": "on_policy", "rollouts": {"updates": 3, "samples": 2}}).rollouts
+    assert [rollouts.set_at(step) for step in (1, 3, 4)] == [0, 0, 1] and rollouts.steps_of(1) == (4, 6)
+    assert rollouts.set_of(5) == 2
+    assert rollouts.total_steps(40, 1.0, None) == 6 and rollouts.total_steps(40, 1.0, 4) == 4

@@ -1,0 +1,91 @@
+"""The weights that the student samples with are those that are trained, with their adapters merged."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from distill.engine import Engine
+from distill.engine.options import EngineOptions
+from distill.recipe.adapters import Lora
+from distill.train.rollouts.student import tensors_of
+from distill.train.student import methods
+
+SMALL = {
+    "vocab_size": 80,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+FAMILIES = {
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SMALL, tie_word_embeddings=True)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=False)),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=False)),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True)),
+}
+TOKENS = [1, 5, 9, 70, 33, 2, 18, 64, 7]
+
+
+def trained(family, adapter=None):
+    """A model after a few steps of an optimiser, and PEFT's view of it."""
+    kind, config = FAMILIES[family]
+    torch.manual_seed(0)
+    model = kind(config)
+    adapted = None if adapter is None else methods.with_adapters(model, adapter)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.tensor([TOKENS])
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, adapted
+
+
+def expected(model):
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
+    return [logits[i, token].item() for i, token in enumerate(TOKENS[1:])]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapter", [None, Lora(kind="lora", r=4, alpha=16)], ids=["all", "lora"])
+def test_the_engine_computes_what_the_trainer_does(tmp_path, family, adapter):
+    kind, config = FAMILIES[family]
+    torch.manual_seed(1)
+    kind(config).save_pretrained(tmp_path)  # other weights than those that are trained
+    model, adapted = trained(family, adapter)
+    engine = Engine.load(tmp_path, EngineOptions(device="cpu", dtype="float32", max_batch=2, max_context=64))
+    before = engine.score([TOKENS], 1)[0].logprobs
+    engine.update(tensors_of(model))
+    after = engine.score([TOKENS], 1)[0].logprobs
+    engine.close()
+    assert after == pytest.approx(expected(model), abs=1e-5)
+    assert before != pytest.approx(after, abs=1e-2)
+    if adapted is None:
+        return
+    tensor = tensors_of(model)
+    got = {
+        name: tensor(name).clone()
+        for name in kind(config).state_dict()
+        if name in dict(kind(config).named_parameters())
+    }
+    merged = adapted.merge_and_unload().state_dict()
+    changed = 0
+    for name, ours in got.items():
+        assert torch.allclose(ours, merged[name], atol=1e-6), name
+        changed += "_proj" in name
+    assert changed >= 14
+
+
+def test_adapters_of_some_layers_leave_the_others():
+    model, _ = trained("qwen2", Lora(kind="lora", r=4, alpha=16, target_modules=("q_proj",)))
+    tensor = tensors_of(model)
+    base = dict(model.named_parameters())
+    name = "model.layers.0.self_attn.{}_proj.{}"
+    assert tensor(name.format("k", "weight")).equal(base[name.format("k", "weight")])
+    assert tensor(name.format("q", "bias")).equal(base["model.layers.0.self_attn.q_proj.base_layer.bias"])
+    assert not tensor(name.format("q", "weight")).equal(base["model.layers.0.self_attn.q_proj.base_layer.weight"])
+    with pytest.raises(KeyError):
+        tensor("model.layers.9.self_attn.q_proj.weight")
