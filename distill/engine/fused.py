@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distill.engine.kernels import Ops
-from distill.engine.kernels.ops import DecodeLayer, DecodePlan, ExpertBank, Packed, RoutedExperts
+from distill.engine.kernels.ops import DecodeLayer, DecodePlan, DenseLayer, ExpertBank, Packed, RoutedExperts
 from distill.engine.spec import LATENT_NORM_EPS, Mla, ModelSpec, Moe
-from distill.engine.weights import LayerWeights, MlaWeights, MlpWeights, MoeWeights
+from distill.engine.weights import GqaWeights, LayerWeights, MlaWeights, MlpWeights, MoeWeights
 
 
 def decode_plan(spec: ModelSpec, layers: Sequence[LayerWeights], ops: Ops) -> DecodePlan | None:
     """What runs these layers, one after the other, over rows that decode; None: op by op."""
-    if spec.mla is None or spec.indexer is not None or not layers:
+    if spec.indexer is not None or not layers:
         return None
-    return ops.decode_plan([_layer(spec, spec.mla, layer) for layer in layers])
+    if spec.mla is not None:
+        return ops.decode_plan([_layer(spec, spec.mla, layer) for layer in layers])
+    dense = [_dense_layer(spec, layer) for layer in layers]
+    return None if None in dense else ops.decode_plan([layer for layer in dense if layer])
 
 
 def _layer(spec: ModelSpec, dims: Mla, w: LayerWeights) -> DecodeLayer[Packed, Packed, ExpertBank[object]]:
@@ -55,6 +58,38 @@ def _layer(spec: ModelSpec, dims: Mla, w: LayerWeights) -> DecodeLayer[Packed, P
         interleaved=spec.rope.interleaved,
         eps=spec.norm_eps,
         latent_eps=LATENT_NORM_EPS,
+        scale=spec.softmax_scale,
+    )
+
+
+def _dense_layer(spec: ModelSpec, w: LayerWeights) -> DenseLayer[Packed] | None:
+    """None for a layer that has experts, or an MLP with biases."""
+    a, mlp = w.attention, w.mlp
+    assert isinstance(a, GqaWeights)
+    if isinstance(mlp, MoeWeights) or any(linear.bias is not None for linear in (mlp.gate, mlp.up, mlp.down)):
+        return None
+    return DenseLayer(
+        attention_norm=w.attention_norm_c,
+        q=a.q.weight,
+        q_bias=a.q.bias,
+        q_norm=a.q_norm,
+        k=a.k.weight,
+        k_bias=a.k.bias,
+        k_norm=a.k_norm,
+        v=a.v.weight,
+        v_bias=a.v.bias,
+        o=a.o.weight,
+        o_bias=a.o.bias,
+        mlp_norm=w.mlp_norm_c,
+        gate=mlp.gate.weight,
+        up=mlp.up.weight,
+        down=mlp.down.weight,
+        c=spec.hidden_size,
+        heads=spec.num_heads,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        interleaved=spec.rope.interleaved,
+        eps=spec.norm_eps,
         scale=spec.softmax_scale,
     )
 

@@ -81,7 +81,7 @@ class Model:
             for index, layer in enumerate(layers, start=first):
                 x_tc = self._layer(index, layer, x_tc, batch, cache, wanted if layer is layers[-1] else None)
             return x_tc
-        pools = [pool for (pool,) in cache.pools[first : first + len(layers)]]
+        pools = cache.pools[first : first + len(layers)]
         where = batch.cos_tr, batch.sin_tr, batch.page_t, batch.offset_t, rows.table_bp, rows.length_b
         return plan(x_tc, pools, *where)
 

@@ -127,6 +127,15 @@ def test_swiglu_linear(isa: str, kind: str) -> None:
     assert error(ours, expected) < CLOSE
 
 
+def test_matrices_of_two_forms_read_the_same_rows(isa: str) -> None:
+    """A float32 matrix reads rows as they are, another one reads their bfloat16 parts."""
+    wide, narrow, x = stored(70, 96, "float32"), stored(70, 96, "bfloat16"), random(9, 96, seed=2)
+    for gate, up in ((wide, narrow), (narrow, wide)):
+        ours = cpu.swiglu_linear(x, cpu.pack(gate, torch.float32), cpu.pack(up, torch.float32))
+        expected = reference.swiglu_linear(x, reference_dense(gate), reference_dense(up))
+        assert error(ours, expected) < CLOSE
+
+
 def bank_of(
     column: Any, matrices: list[tuple[Stored, ...]], resident: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Any:
@@ -221,6 +230,50 @@ def test_gqa(isa: str, dtype: torch.dtype, heads: int, kv_heads: int, d: int, le
     row = table[None], torch.tensor([length]), 0.2
     one = cpu.decode_gqa(q[-1:], k, v, *row)
     assert error(one, reference.decode_gqa(q[-1:], k.float(), v.float(), *row)) < close
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 2, 3, 7, 8, 9])  # of query heads to a key: above 8 they are the lanes
+@pytest.mark.parametrize("d, e", [(64, 64), (96, 96), (128, 128), (24, 40), (5, 3)])
+def test_decode_gqa(isa: str, dtype: torch.dtype, group: int, d: int, e: int) -> None:
+    """Lengths on both sides of a page, of a block of keys and of a part. The bits do not depend on the number of heads
+    that share a key, on the rows beside, on the pages or on the threads."""
+    length = torch.tensor([1, 15, 17, 64, 65, 129, 300])
+    rows, width, kv_heads = len(length), 20, 2
+    k, v = pool_of(2 * rows * width, kv_heads, d, dtype), pool_of(2 * rows * width, kv_heads, e, dtype, seed=1)
+    order = torch.randperm(2 * rows * width, generator=torch.Generator().manual_seed(0))
+    table, elsewhere = order.view(2, rows, width)
+    q = random(rows, kv_heads, 16, d).to(dtype).float()
+    own = q[:, :, :group].flatten(1, 2)
+    ours = cpu.decode_gqa(own, k, v, table, length, 0.2)
+    expected = reference.decode_gqa(own, k.float(), v.float(), table, length, 0.2)
+    assert error(ours, expected) < (CLOSE if dtype == torch.float32 else HALF)
+    whole = cpu.decode_gqa(q.flatten(1, 2), k, v, table, length, 0.2)
+    assert torch.equal(ours, whole.view(rows, kv_heads, 16, e)[:, :, :group].flatten(1, 2)), "depends on other heads"
+    alone = [cpu.decode_gqa(own[i : i + 1], k, v, table[i : i + 1], length[i : i + 1], 0.2) for i in range(rows)]
+    assert torch.equal(ours, torch.cat(alone)), "a row's result depends on the rows beside it"
+    for pool in (k, v):
+        pool[elsewhere] = pool[table]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(ours, cpu.decode_gqa(own, k, v, elsewhere, length, 0.2)), "depends on pages or threads"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_stay_with_their_head(isa: str, dtype: torch.dtype, special: float) -> None:
+    """A query that is not finite: its own result is as with many heads, and the others keep their bits."""
+    k, v = pool_of(10, 1, 32, dtype), pool_of(10, 1, 32, dtype, seed=1)
+    row = torch.arange(10)[None], torch.tensor([100]), 0.2
+    q = random(1, 16, 32)
+    healthy = cpu.decode_gqa(q[:, :3], k, v, *row)
+    q[0, 1, 7] = special
+    ours, whole = cpu.decode_gqa(q[:, :3], k, v, *row), cpu.decode_gqa(q, k, v, *row)
+    assert torch.equal(ours[:, ::2], healthy[:, ::2])
+    assert torch.equal(ours.isnan(), whole[:, :3].isnan()) and ours[0, 1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -50,14 +50,15 @@ def test_logits_match_transformers(name: str, kernels: str, checkpoint: GetCheck
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config["model_type"].startswith("deep")])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_layers_in_one_call_give_the_bits_of_single_ops(
     name: str, dtype: torch.dtype, checkpoint: GetCheckpoint
 ) -> None:
     if why := cpu.why_missing():
         pytest.skip(f"no compiled kernels: {why}")
     engine = Engine.load(checkpoint(name).path, engine_options(dtype=dtype, cache_tokens=1024, kernels="cpu"))
-    assert (engine._model.decode_plan is None) == name.startswith("v32"), "sparse attention is computed op by op"
+    op_by_op = name.startswith("v32") or CONFIGS[name].get("mlp_bias", False)
+    assert (engine._model.decode_plan is None) == op_by_op, "sparse attention and MLPs with biases run op by op"
     at_once = engine_logits(engine, TOKENS, decode_from=60)
     engine._model = replace(engine._model, decode_plan=None)
     assert torch.equal(engine_logits(engine, TOKENS, decode_from=60), at_once)

@@ -1,4 +1,4 @@
-"""Layers with latent attention, for rows that decode, in one call each.
+"""Layers for rows that decode, in one call each: with latent attention, or dense with grouped-query attention.
 
 Few rows make small products: with a call for each of a layer's twenty ops, a third of a step would be spent on calls.
 The kernels called, and so the bits, are those of the single ops.
@@ -13,23 +13,30 @@ from torch import Tensor
 
 from distill.engine.kernels.cpu_library import call, threads
 from distill.engine.kernels.cpu_packing import ExpertBank, Packed
-from distill.engine.kernels.cpu_structs import Arguments, LayerArgs, StepArgs, address
+from distill.engine.kernels.cpu_structs import Arguments, DenseLayerArgs, LayerArgs, StepArgs, address
 from distill.engine.kernels.ops import DecodeLayer as _DecodeLayer
+from distill.engine.kernels.ops import DenseLayer as _DenseLayer
 
 DecodeLayer = _DecodeLayer[Packed, Packed, ExpertBank]
+DenseLayer = _DenseLayer[Packed]
 
 
 class DecodePlan:
     """All layers, with their arguments laid out as native/isa/layer.h reads them."""
 
-    def __init__(self, layers: Sequence[DecodeLayer]) -> None:
+    def __init__(self, layers: Sequence[DecodeLayer | DenseLayer]) -> None:
         self._held = layers  # the memory that the arguments point to
-        self._layers = [_arguments(layer) for layer in layers]
+        self._layers = [
+            ("decode_dense_layer", _dense_arguments(layer))
+            if isinstance(layer, _DenseLayer)
+            else ("decode_layer", _arguments(layer))
+            for layer in layers
+        ]
 
     def __call__(
         self,
         x_bc: Tensor,
-        pools: Sequence[Tensor],
+        pools: Sequence[tuple[Tensor, ...]],
         cos_br: Tensor,
         sin_br: Tensor,
         page_b: Tensor,
@@ -38,7 +45,7 @@ class DecodePlan:
         length_b: Tensor,
     ) -> Tensor:
         """Hidden states [b, c] after the layers; writes their pools."""
-        x_bc = x_bc.clone()
+        x_bc, pool = x_bc.clone(), pools[0][0]
         step = StepArgs(
             x=address(x_bc),
             cos=address(cos_br),
@@ -49,20 +56,22 @@ class DecodePlan:
             length=address(length_b),
             table_stride=table_bp.stride(0),
             table_width=table_bp.shape[1],
-            pages=len(pools[0]),
+            pages=len(pool),
             rows=len(x_bc),
-            page_size=pools[0].shape[2],
-            wide=pools[0].dtype == torch.float32,
+            page_size=pool.shape[2],
+            wide=pool.dtype == torch.float32,
             threads=threads(),
         )
-        for layer, pool in zip(self._layers, pools, strict=True):
-            call("decode_layer", layer, step, pool=pool.data_ptr())
+        for (op, layer), own in zip(self._layers, pools, strict=True):
+            call(op, layer, step, pools=[pool.data_ptr() for pool in own])
         return x_bc
 
 
-def decode_plan(layers: Sequence[DecodeLayer]) -> DecodePlan | None:
+def decode_plan(layers: Sequence[DecodeLayer | DenseLayer]) -> DecodePlan | None:
     """As reference.decode_plan; None where two products that share their activations read them in different forms."""
     for layer in layers:
+        if isinstance(layer, _DenseLayer):
+            continue  # its products take their activations in both forms
         if not layer.kv_a.reads_like(layer.q_a or layer.q):
             return None
         if layer.moe and layer.mlp and not layer.moe.experts.goes_with(layer.mlp[0]):
@@ -92,3 +101,14 @@ def _arguments(layer: DecodeLayer) -> Arguments:
         for name in ("groups", "groups_kept", "per_token", "normalise", "factor"):
             fields[name] = getattr(moe, name)
     return LayerArgs(**fields)
+
+
+def _dense_arguments(layer: DenseLayer) -> Arguments:
+    fields: dict[str, float | None] = {}
+    for name in ("attention_norm", "q_norm", "k_norm", "mlp_norm", "q_bias", "k_bias", "v_bias", "o_bias"):
+        fields[name] = address(getattr(layer, name))
+    for name in ("q", "k", "v", "o", "gate", "up", "down"):
+        fields[name] = getattr(layer, name).address
+    for name in ("c", "heads", "kv_heads", "head_dim", "interleaved", "eps", "scale"):
+        fields[name] = getattr(layer, name)
+    return DenseLayerArgs(**fields, parts=layer.o.parts)

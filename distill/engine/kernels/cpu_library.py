@@ -8,7 +8,7 @@ structures at other offsets (cpu_structs.py).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import byref, c_char_p, c_int, c_int64, c_void_p
 from functools import lru_cache
@@ -31,6 +31,7 @@ _OPS = (
     "rms_norm",
     "draw",
     "decode_layer",
+    "decode_dense_layer",
 )
 _REINSTALL = "reinstall distill (in a clone: python -m pip install -e .)"
 
@@ -71,13 +72,13 @@ def library() -> ctypes.CDLL:
     return library
 
 
-def call(op: str, *structures: Arguments, pool: int | None = None) -> None:
-    """Run an op on its argument structures; pool: address of a cache, for ops that take one behind them.
+def call(op: str, *structures: Arguments, pools: Sequence[int] = ()) -> None:
+    """Run an op on its argument structures; pools: addresses of caches, for ops that take them after the structures.
 
     IndexError if a number that the op uses as a place (a page, a row, an expert) is out of range; nothing is computed.
     """
     arguments = [byref(structure) for structure in structures]
-    wrong = getattr(library(), f"distill_{op}")(*arguments, *([] if pool is None else [c_void_p(pool)]))
+    wrong = getattr(library(), f"distill_{op}")(*arguments, *map(c_void_p, pools))
     if wrong is not None:
         raise IndexError(f"{op}: {wrong.decode()}")
 

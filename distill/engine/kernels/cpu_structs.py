@@ -104,6 +104,11 @@ LayerArgs = _struct(
     "int: c heads nope rope interleaved experts groups groups_kept per_token softmax group_by_best normalise parts; "
     "float: eps latent_eps scale factor; int: unused",
 )
+DenseLayerArgs = _struct(
+    "DenseLayerArgs",
+    "pointer: attention_norm q_norm k_norm mlp_norm q k v o gate up down q_bias k_bias v_bias o_bias; "
+    "int: c heads kv_heads head_dim interleaved parts; float: eps scale",
+)
 StepArgs = _struct(
     "StepArgs",
     "pointer: x cos sin page offset table length; long: table_stride; "
@@ -124,6 +129,7 @@ STRUCTURES = (
     NormArgs,
     DrawArgs,
     LayerArgs,
+    DenseLayerArgs,
     StepArgs,
 )
 

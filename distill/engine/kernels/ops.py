@@ -122,13 +122,45 @@ class DecodeLayer(Generic[P, H, B]):
     scale: float
 
 
+@dataclass(frozen=True)
+class DenseLayer(Generic[P]):
+    """A dense layer with grouped-query attention, for `Column.decode_plan`.
+
+    q_norm, k_norm: over each head, in families that have them. gate, up, down: of the MLP, which has no biases. c: the
+    width of the hidden state. scale: of the attention scores.
+    """
+
+    attention_norm: Tensor
+    q: P
+    q_bias: Tensor | None
+    q_norm: Tensor | None
+    k: P
+    k_bias: Tensor | None
+    k_norm: Tensor | None
+    v: P
+    v_bias: Tensor | None
+    o: P
+    o_bias: Tensor | None
+    mlp_norm: Tensor
+    gate: P
+    up: P
+    down: P
+    c: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    interleaved: bool
+    eps: float
+    scale: float
+
+
 class DecodePlan(Protocol):
-    """All layers with latent attention, for rows that decode, in one call."""
+    """All layers, for rows that decode, at once."""
 
     def __call__(
         self,
         x_bc: Tensor,
-        pools: Sequence[Tensor],
+        pools: Sequence[tuple[Tensor, ...]],
         cos_br: Tensor,
         sin_br: Tensor,
         page_b: Tensor,
@@ -280,7 +312,7 @@ class Column(Protocol[P, H, B, A_co, X]):
     ) -> tuple[Tensor, Tensor]:
         """A token for each draw, int64, and its raw log-probability, NaN where the logits have no distribution."""
 
-    def decode_plan(self, layers: Sequence[DecodeLayer[P, H, B]], /) -> DecodePlan | None:
+    def decode_plan(self, layers: Sequence[DecodeLayer[P, H, B] | DenseLayer[P]], /) -> DecodePlan | None:
         """A function that computes these layers in one call; None: they are computed op by op."""
 
 

@@ -363,6 +363,6 @@ def _threshold(probs_bv: Tensor, top_k_b: Tensor, top_p_b: Tensor) -> Tensor:
 
 
 def decode_plan(layers: Sequence[object]) -> None:
-    """A function that computes all layers with latent attention for rows that decode, in one call (`ops.DecodePlan`,
-    from an `ops.DecodeLayer` each). None, as here: they are computed op by op."""
+    """A function that computes all layers for rows that decode at once (`ops.DecodePlan`, from an `ops.DecodeLayer` or
+    `ops.DenseLayer` each). None, as here: they are computed op by op."""
     return None

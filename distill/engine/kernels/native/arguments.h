@@ -130,6 +130,15 @@ struct LayerArgs {
     int32_t unused;
 };
 
+// A dense layer with grouped-query attention.
+struct DenseLayerArgs {
+    const float *attention_norm, *q_norm, *k_norm, *mlp_norm; // q_norm, k_norm: over each head, or null
+    const Packed *q, *k, *v, *o, *gate, *up, *down;
+    const float *q_bias, *k_bias, *v_bias, *o_bias; // or null
+    int32_t c, heads, kv_heads, head_dim, interleaved, parts;
+    float eps, scale;
+};
+
 struct StepArgs {
     float* x;         // [rows, c], in and out
     const float* cos; // [rows, rope/2]

@@ -13,8 +13,9 @@ namespace ISA {
 
 #define STRINGIFY(x) #x
 #define NAME(x) STRINGIFY(x)
-const Kernels table = {NAME(ISA),    pack_words, linear, swiglu_linear, experts,  decode, prefill,
-                       index_scores, route,      rope,   paged_write,   rms_norm, draw,   decode_layer};
+const Kernels table = {NAME(ISA),   pack_words, linear,       swiglu_linear, experts,
+                       decode,      prefill,    index_scores, route,         rope,
+                       paged_write, rms_norm,   draw,         decode_layer,  decode_dense_layer};
 #undef NAME
 #undef STRINGIFY
 #undef INLINE

@@ -19,5 +19,6 @@ struct Kernels {
     void (*rms_norm)(const NormArgs&);
     void (*draw)(const DrawArgs&);
     void (*decode_layer)(const LayerArgs&, const StepArgs&, uint8_t* pool);
+    void (*decode_dense_layer)(const DenseLayerArgs&, const StepArgs&, uint8_t* k_pool, uint8_t* v_pool);
 };
 } // namespace

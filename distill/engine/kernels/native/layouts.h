@@ -66,6 +66,8 @@ std::string all_layouts() {
                expand_v, o, q_a_bias, kv_a_bias, o_bias, router, gate, up, down, shared_gate, shared_up, shared_down, c,
                heads, nope, rope, interleaved, experts, groups, groups_kept, per_token, softmax, group_by_best,
                normalise, parts, eps, latent_eps, scale, factor, unused),
+        LAYOUT("DenseLayerArgs", DenseLayerArgs, attention_norm, q_norm, k_norm, mlp_norm, q, k, v, o, gate, up, down,
+               q_bias, k_bias, v_bias, o_bias, c, heads, kv_heads, head_dim, interleaved, parts, eps, scale),
         LAYOUT("StepArgs", StepArgs, x, cos, sin, page, offset, table, length, table_stride, table_width, pages, rows,
                page_size, wide, threads),
     };

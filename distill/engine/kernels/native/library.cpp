@@ -196,4 +196,11 @@ const char* distill_decode_layer(const LayerArgs* layer, const StepArgs* step, u
     return nullptr;
 }
 
+const char* distill_decode_dense_layer(const DenseLayerArgs* layer, const StepArgs* step, uint8_t* k, uint8_t* v) {
+    if (const char* wrong = check(*step)) return wrong;
+    std::lock_guard<std::mutex> lock(one_caller);
+    chosen->decode_dense_layer(*layer, *step, k, v);
+    return nullptr;
+}
+
 } // extern "C"

@@ -26,6 +26,18 @@ struct Lanes {
 // Values of KEYS keys and 64 columns: float32 rows, or rows of the pairs (key 2i, key 2i+1) of bfloat16.
 constexpr size_t value_panel_bytes(bool wide) { return size_t(wide ? KEYS : KEYS / 2) * 256; }
 
+// The first `count` ≤ 16 numbers of a row from `column` on, as the low bits of words; zeros behind them.
+template <bool WIDE> INLINE U columns(const uint8_t* row, int column, int count) {
+    U value{};
+    H halves{};
+    if (count == 0) return value;
+    if (WIDE && count == LANES) std::memcpy(&value, row + size_t(column) * 4, 64);
+    else if (WIDE) std::memcpy(&value, row + size_t(column) * 4, size_t(count) * 4);
+    else if (count == LANES) std::memcpy(&halves, row + size_t(column) * 2, 32);
+    else std::memcpy(&halves, row + size_t(column) * 2, size_t(count) * 2);
+    return WIDE ? value : __builtin_convertvector(halves, U);
+}
+
 // out = out · kept + p · values of a block. product: of p and a panel of 64 columns, whose rows are keys, or pairs of keys.
 template <bool WIDE, class Product>
 INLINE void add_values(Lanes& s, const Rows& values, int first, int count, V kept, Product product) {
@@ -43,20 +55,17 @@ INLINE void add_values(Lanes& s, const Rows& values, int first, int count, V kep
     for (int column = 0; column < s.e; column += PANEL) {
         const int width = std::min(PANEL, s.e - column);
         const uint8_t* panel = made;
-        if (made && width < PANEL) std::memset(made, 0, size_t(WIDE ? used : used / 2) * 256);
         if (!made) {
             panel = s.panels + size_t(first / KEYS * panels_of(s.e) + column / PANEL) * SIZE;
-        } else if (WIDE) {
-            for (int i = 0; i < used; i++) std::memcpy(made + i * 256, rows[i] + size_t(column) * 4, size_t(width) * 4);
         } else {
-            for (int i = 0; i < used; i += 2) {
-                const bf16* even = reinterpret_cast<const bf16*>(rows[i]) + column;
-                const bf16* odd = rows[i + 1] ? reinterpret_cast<const bf16*>(rows[i + 1]) + column : nullptr;
-                uint32_t* to = reinterpret_cast<uint32_t*>(made + i / 2 * 256);
-                if (odd)
-                    for (int j = 0; j < width; j++) to[j] = uint32_t(even[j]) | uint32_t(odd[j]) << 16;
-                else
-                    for (int j = 0; j < width; j++) to[j] = even[j];
+            for (int i = 0; i < used; i += WIDE ? 1 : 2) {
+                uint8_t* const to = made + size_t(WIDE ? i : i / 2) * 256;
+                for (int v = 0; v < PANEL; v += LANES) {
+                    const int own = std::clamp(width - v, 0, LANES); // the rest of the panel is zeros
+                    U value = columns<WIDE>(rows[i], column + v, own);
+                    if (!WIDE && rows[i + 1]) value |= columns<WIDE>(rows[i + 1], column + v, own) << 16;
+                    std::memcpy(to + v * 4, &value, 64);
+                }
             }
         }
         alignas(64) float sums[LANES * PANEL];
@@ -120,9 +129,10 @@ template <bool WIDE> INLINE void attend_block_few(Lanes& s, const Rows& keys, co
     alignas(64) float score[FEW * KEYS];
     const uint8_t* rows[KEYS];
     keys.find(first, count, rows);
-    for (int i = count; i < ceil_div(count, LANES) * LANES; i++) rows[i] = rows[count - 1];
+    const int sets = ceil_div(count, LANES);
+    for (int i = count; i < sets * LANES; i++) rows[i] = rows[count - 1];
     uint8_t* panel = own_scratch[0].take<uint8_t>(panel_bytes(KIND, s.d));
-    turn_rows(rows, ceil_div(count, LANES), s.d * (WIDE ? 4 : 2), panel);
+    turn_rows(rows, sets, s.d * (WIDE ? 4 : 2), panel);
     const auto product = [&](const uint8_t* x, size_t x_row, const uint8_t* w, int k, float* out) {
         const uint8_t* a[MAX_ROWS];
         for (int begin = 0; begin < s.few; begin += MAX_ROWS) {
@@ -138,7 +148,7 @@ template <bool WIDE> INLINE void attend_block_few(Lanes& s, const Rows& keys, co
     alignas(64) float tops[LANES] = {};
     for (int row = 0; row < s.few; row++) {
         V top = all(-INFINITY);
-        for (int i = 0; i < KEYS; i += LANES) {
+        for (int i = 0; i < sets * LANES; i += LANES) {
             float* at = score + row * KEYS + i;
             V x = load(at) * s.scale;
             x = lane_number + i < I{} + count ? x : all(-INFINITY);
@@ -154,7 +164,7 @@ template <bool WIDE> INLINE void attend_block_few(Lanes& s, const Rows& keys, co
     store(row_top, top);
     for (int row = 0; row < s.few; row++) {
         float* const p = score + row * KEYS;
-        for (int i = 0; i < KEYS; i += LANES) {
+        for (int i = 0; i < sets * LANES; i += LANES) {
             const V x = load(p + i);
             store(p + i, x == all(-INFINITY) ? V{} : exp(x - all(row_top[row])));
         }
@@ -162,7 +172,8 @@ template <bool WIDE> INLINE void attend_block_few(Lanes& s, const Rows& keys, co
         for (int i = 0; i < count; i++) total += p[i];
         totals[row] = total;
         if (!WIDE)
-            for (int i = 0; i < KEYS; i += LANES) store_upper(reinterpret_cast<bf16*>(p) + i, rounded(load(p + i)));
+            for (int i = 0; i < sets * LANES; i += LANES)
+                store_upper(reinterpret_cast<bf16*>(p) + i, rounded(load(p + i)));
     }
     s.top = top;
     s.total = load(totals);

@@ -13,21 +13,26 @@ INLINE void swiglu(const float* gate, const float* up, float* out) {
 void swiglu_linear(const LinearArgs& args, const Packed& up) {
     const Packed& gate = *args.w;
     const int panels = panels_of(gate.n), chunks = ceil_div(args.rows, ROW_CHUNK);
-    const Activations x =
-        prepare(args.x, args.x_stride, 0, args.rows, gate.k, 1, gate.kind, args.parts, args.threads, shared_scratch[0]);
+    const BothForms both(args, gate.kind != F32 || up.kind != F32);
+    const Activations &x = both.of(gate), &x_up = both.of(up);
+    const int step = chunks > 1 ? 1 : args.threads; // threads take panels in turn
     pool().run(args.threads, panels * chunks, [&](int task) {
         const int chunk = task % chunks, panel = task / chunks;
         const int first = chunk * ROW_CHUNK, count = std::min(ROW_CHUNK, args.rows - first);
         const int width = std::min(PANEL, gate.n - panel * PANEL);
         alignas(64) float gates[ROW_CHUNK * PANEL];
-        const auto row = [&](int i) { return x.at(first + i, 0); };
-        through_panel(gate, 0, panel, count, args.parts, x.part_bytes, row,
-                      [&](int i, const float* sums) { std::memcpy(gates + i * PANEL, sums, PANEL * 4); });
-        through_panel(up, 0, panel, count, args.parts, x.part_bytes, row, [&](int i, const float* sums) {
-            alignas(64) float y[PANEL];
-            swiglu(gates + i * PANEL, sums, y);
-            std::memcpy(args.out + (first + i) * args.out_stride + panel * PANEL, y, size_t(width) * 4);
-        });
+        through_panel(
+            gate, 0, panel, count, args.parts, x.part_bytes, [&](int i) { return x.at(first + i, 0); },
+            [&](int i, const float* sums) { std::memcpy(gates + i * PANEL, sums, PANEL * 4); },
+            up.data + panel * panel_bytes(up.kind, up.k));
+        through_panel(
+            up, 0, panel, count, args.parts, x_up.part_bytes, [&](int i) { return x_up.at(first + i, 0); },
+            [&](int i, const float* sums) {
+                alignas(64) float y[PANEL];
+                swiglu(gates + i * PANEL, sums, y);
+                std::memcpy(args.out + (first + i) * args.out_stride + panel * PANEL, y, size_t(width) * 4);
+            },
+            gate.data + (panel + step) * panel_bytes(gate.kind, gate.k));
     });
 }
 

@@ -193,19 +193,32 @@ Activations prepare(const float* x, int64_t stride, int64_t group, int rows, int
     return {reinterpret_cast<const uint8_t*>(out), width * 2, size_t(padded_k(k)) * 2, part * 2};
 }
 
+// The rows that products read, as they are and, if a matrix that is not float32 reads them, in parts.
+struct BothForms {
+    Activations wide, parted;
+    BothForms(const LinearArgs& a, bool parts) {
+        const auto form = [&](int kind) {
+            return prepare(a.x, a.x_stride, a.x_group, a.rows, a.w->k, a.w->groups, kind, a.parts, a.threads,
+                           shared_scratch[0]);
+        };
+        wide = form(F32);
+        parted = parts ? form(BF16) : wide;
+    }
+    const Activations& of(const Packed& w) const { return w.kind == F32 ? wide : parted; }
+};
+
 // Products with several matrices that read the same rows, as one job.
 void linears(const LinearArgs* args, int count) {
     const LinearArgs& first_of = args[0];
-    const Packed& w0 = *first_of.w;
     const int chunks = ceil_div(first_of.rows, ROW_CHUNK);
-    const Activations x = prepare(first_of.x, first_of.x_stride, first_of.x_group, first_of.rows, w0.k, w0.groups,
-                                  w0.kind, first_of.parts, first_of.threads, shared_scratch[0]);
+    const BothForms both(first_of, std::any_of(args, args + count, [](auto& a) { return a.w->kind != F32; }));
     int tasks = 0;
     for (int i = 0; i < count; i++) tasks += args[i].w->groups * panels_of(args[i].w->n) * chunks;
     pool().run(first_of.threads, tasks, [&](int task) {
         const LinearArgs* of = args;
         for (int own; task >= (own = of->w->groups * panels_of(of->w->n) * chunks); of++) task -= own;
         const Packed& w = *of->w;
+        const Activations& x = both.of(w);
         const int panels = panels_of(w.n), chunk = task % chunks, panel = task / chunks % panels,
                   group = task / chunks / panels;
         const int first = chunk * ROW_CHUNK, rows = std::min(ROW_CHUNK, of->rows - first);
