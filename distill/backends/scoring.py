@@ -34,7 +34,9 @@ def completion_ids(trace: Trace, chat: Chat, vocab_size: int | None = None) -> l
     ids = list(trace.completion_token_ids)
     known = bool(ids) and (vocab_size is None or max(ids) < vocab_size)
     text = trace.text.removeprefix(chat.prefill)
-    return ids if known and chat.decode(ids) == text else [*chat.text_ids(text), chat.stop_token_ids[-1]]
+    # Another model's end token may be a control token here, which has no text.
+    ends = trace.finish_reason != "stop" or (known and ids[-1] in chat.stop_token_ids)
+    return ids if known and ends and chat.decode(ids) == text else [*chat.text_ids(text), chat.stop_token_ids[-1]]
 
 
 def refuse_other_lengths(ids: GivenIds, completions: Sequence[Sequence[int]]) -> None:

@@ -8,28 +8,26 @@ its batches are judged again.
 
 The ledger records one identity for all verdicts. So before it judges, each actor compares the versions of distill, the
 filters, the graders and their packages, and the level of isolation, with those of this process, and a node with others
-is refused. The recipe travels pickled and is opened after the version of distill was compared: another version may not
-be able to read it.
+is refused. The recipe travels as JSON and is read after the version of distill was compared: another version may not be
+able to read it.
 
 Rejected: Ray Data (its operators choose block sizes and order by themselves; what is wanted here is a bounded number of
 batches on their way) and tasks instead of actors (each would start its own grading process).
 """
 
 import os
-import pickle
 import platform
 import re
 import socket
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from distill import __version__
-from distill.artefacts import Settings
+from distill.artefacts import Artefact, Settings
 from distill.errors import UserError, WorkError
 from distill.filters.judge import Judge
 from distill.filters.judged import Judged
@@ -51,24 +49,23 @@ MAX_PORT, CONNECT_SECONDS = 65535, 5.0
 START_SECONDS = 300.0  # until a cluster has a free processor
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Artefact):
     """What an actor needs to judge. directory: where the command runs, for relative paths. tasks: those of the traces.
     identity: the versions that decide verdicts (`judges_identity`)."""
 
     recipe: Recipe
     directory: str
-    tasks: Collection[str]
+    tasks: tuple[str, ...]
     identity: Settings
 
 
 class Actor:
     """Judges batches in a process of the cluster.
 
-    version: that of distill on the machine of the command. job: a pickled `Job`.
+    version: that of distill on the machine of the command. job: a `Job` as JSON.
     """
 
-    def __init__(self, version: str, job: bytes) -> None:
+    def __init__(self, version: str, job: str) -> None:
         self.version, self.job = version, job
         self._judge: Judge | None = None
 
@@ -76,7 +73,7 @@ class Actor:
         """Load what judging needs. Errors: UserError, such as for other versions than the command has; WorkError."""
         if self._judge is None:
             require_same_versions({"distill": self.version}, {"distill": __version__})
-            job: Job = pickle.loads(self.job)
+            job = Job.model_validate_json(self.job)
             require_same_versions(job.identity, judges_identity(job.recipe, job.tasks))
             if os.path.isdir(job.directory):
                 os.chdir(job.directory)
@@ -151,10 +148,11 @@ class ClusterJudge:
                     f"--on ray: no Ray cluster answers at {os.environ.get('RAY_ADDRESS')}; start one there with "
                     f"`ray start --head`, or correct or unset RAY_ADDRESS"
                 ) from error
-        job = Job(self.recipe, os.getcwd(), self.tasks, judges_identity(self.recipe, self.tasks))
+        identity = judges_identity(self.recipe, self.tasks)
+        job = Job(recipe=self.recipe, directory=os.getcwd(), tasks=tuple(self.tasks), identity=identity)
         number = max(1, int(ray.cluster_resources().get("CPU", 1)))
         remote = ray.remote(Actor).options(num_cpus=1, max_restarts=-1, max_task_retries=ATTEMPTS - 1)
-        self._actors: list[ActorHandle] = [remote.remote(__version__, pickle.dumps(job)) for _ in range(number)]
+        self._actors: list[ActorHandle] = [remote.remote(__version__, job.model_dump_json()) for _ in range(number)]
         return self
 
     def __exit__(

@@ -22,21 +22,23 @@ def pair(tmp_path, name, **settings):
 
 
 def assert_alike(one, two):
-    """Log-probabilities differ by rounding from the second set on, and tokens do not."""
+    """Log-probabilities differ by rounding, because a rank decodes fewer sequences at once; tokens do not."""
     ours, theirs = support.rollouts(two), support.rollouts(one)
     assert [(t.key, t.completion_token_ids) for t in ours] == [(t.key, t.completion_token_ids) for t in theirs]
-    first = min(trace.sample for trace in ours) + 4
-    assert [t for t in ours if t.sample < first] == [t for t in theirs if t.sample < first]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3), a.key
     for a, b in zip(support.log(two), support.log(one), strict=True):
         assert a.keys() == b.keys() and {k: a[k] for k in ("step", "tokens")} == {k: b[k] for k in ("step", "tokens")}
         for key in ("loss", "grad_norm", "entropy", "kl", "correct", "length"):
-            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), (a["step"], key)
+            same = a.get(key) == b.get(key) or a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5)
+            assert same, (a["step"], key)
         assert a["mismatch"] is None or a["mismatch"] < 1e-5
     weights = [load_file(root / "student" / "model.safetensors") for root in (two, one)]
     for name, tensor in weights[0].items():
         assert (tensor - weights[1][name]).abs().max() < 1e-4, name
 
 
+@pytest.mark.slow
 def test_two_ranks_share_rollouts(tmp_path):
     assert_alike(*pair(tmp_path, "on_policy", parallel="ddp"))
 

@@ -1,6 +1,5 @@
 """`--on ray` without Ray, and with addresses where no cluster is: one line, at once, and nothing written."""
 
-import pickle
 import re
 import socket
 import sys
@@ -77,8 +76,10 @@ def test_an_address_where_something_listens(monkeypatch: pytest.MonkeyPatch) -> 
 
 def actor() -> cluster.Actor:
     recipe = make_recipe()
-    job = cluster.Job(recipe, "/no/such/directory", ["math"], judges_identity(recipe, ["math"]))
-    return cluster.Actor(__version__, pickle.dumps(job))
+    job = cluster.Job(
+        recipe=recipe, directory="/no/such/directory", tasks=("math",), identity=judges_identity(recipe, ["math"])
+    )
+    return cluster.Actor(__version__, job.model_dump_json())
 
 
 def test_a_node_with_the_same_versions_judges() -> None:

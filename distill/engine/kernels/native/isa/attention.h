@@ -1,23 +1,73 @@
 // Attention over paged caches, and the scores of sparse attention.
 //
 // Attention is the same product twice. 16 queries are the lanes (the heads that share a key in decoding, consecutive
-// tokens in prefill), keys are the rows; softmax is online over blocks of 64 keys at fixed positions.
+// tokens in prefill), keys are the rows; softmax is online over blocks of 64 keys at fixed positions. Where few heads
+// share a key, most lanes would be empty: then keys are the lanes of the scores and columns those of the output. Both
+// forms add in the same order and give the same bits.
 // Part of isa.h, within the namespace of one instruction set.
 
-// 16 queries against the keys and values of one head. Lane i sees tokens 0 … limit[i]-1 of those that come by.
+constexpr int FEW = 8; // queries, up to which rows are faster than lanes
+
+// At most 16 queries against the keys and values of one head. Query i sees tokens 0 … limit[i]-1 of those that come by.
 struct Lanes {
     int d, e;  // width of keys and of values
     bool wide; // float32 keys and values, else bfloat16
     float scale;
-    const uint8_t* q; // packed: units of k, one vector of 16 lanes each
+    const uint8_t* q; // packed: units of k, one vector of 16 lanes each; or `few` rows
     I limit;
     V top, total;                    // running maximum and sum of the softmax
     float* out;                      // [16, e rounded up to 64], not yet divided by `total`
     int width;                       // of a row of `out`
     const uint8_t* panels = nullptr; // all values in the form of `value_panel`; null: they are rows
+    int few = 0;                     // queries that are rows, `q_row` bytes apart; each sees all that comes by
+    size_t q_row = 0;
+    int used() const { return few ? few : LANES; }
 };
 // Values of KEYS keys and 64 columns: float32 rows, or rows of the pairs (key 2i, key 2i+1) of bfloat16.
 constexpr size_t value_panel_bytes(bool wide) { return size_t(wide ? KEYS : KEYS / 2) * 256; }
+
+// out = out · kept + p · values of a block. product: of p and a panel of 64 columns, whose rows are keys, or pairs of keys.
+template <bool WIDE, class Product>
+INLINE void add_values(Lanes& s, const Rows& values, int first, int count, V kept, Product product) {
+    alignas(64) float factor[LANES];
+    store(factor, kept);
+    constexpr size_t SIZE = value_panel_bytes(WIDE);
+    const uint8_t* rows[KEYS + 1];
+    uint8_t* made = nullptr;
+    if (!s.panels) {
+        made = own_scratch[0].take<uint8_t>(SIZE);
+        values.find(first, count, rows);
+        rows[count] = nullptr;
+    }
+    const int used = WIDE ? count : (count + 1) / 2 * 2;
+    for (int column = 0; column < s.e; column += PANEL) {
+        const int width = std::min(PANEL, s.e - column);
+        const uint8_t* panel = made;
+        if (made && width < PANEL) std::memset(made, 0, size_t(WIDE ? used : used / 2) * 256);
+        if (!made) {
+            panel = s.panels + size_t(first / KEYS * panels_of(s.e) + column / PANEL) * SIZE;
+        } else if (WIDE) {
+            for (int i = 0; i < used; i++) std::memcpy(made + i * 256, rows[i] + size_t(column) * 4, size_t(width) * 4);
+        } else {
+            for (int i = 0; i < used; i += 2) {
+                const bf16* even = reinterpret_cast<const bf16*>(rows[i]) + column;
+                const bf16* odd = rows[i + 1] ? reinterpret_cast<const bf16*>(rows[i + 1]) + column : nullptr;
+                uint32_t* to = reinterpret_cast<uint32_t*>(made + i / 2 * 256);
+                if (odd)
+                    for (int j = 0; j < width; j++) to[j] = uint32_t(even[j]) | uint32_t(odd[j]) << 16;
+                else
+                    for (int j = 0; j < width; j++) to[j] = even[j];
+            }
+        }
+        alignas(64) float sums[LANES * PANEL];
+        product(panel, used, sums);
+        for (int lane = 0; lane < s.used(); lane++)
+            for (int v = 0; v < PANEL; v += 16) {
+                float* to = s.out + size_t(lane) * s.width + column + v;
+                store(to, fma(load(to), all(factor[lane]), load(sums + lane * PANEL + v)));
+            }
+    }
+}
 
 template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const Rows& values, int first, int count) {
     constexpr int ROWS = LEVEL >= 2 ? 8 : 4, KIND = WIDE ? F32 : BF16;
@@ -54,54 +104,79 @@ template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const 
     s.top = top;
     s.total = total;
 
-    // Values of the block as panels of 64 columns, then out = out · kept + p · values.
-    constexpr size_t SIZE = value_panel_bytes(WIDE);
-    const uint8_t* rows[KEYS + 1];
-    uint8_t* made = nullptr;
-    if (!s.panels) {
-        made = own_scratch[0].take<uint8_t>(SIZE);
-        values.find(first, count, rows);
-        rows[count] = nullptr;
-    }
+    // out = out · kept + p · values.
     const uint8_t* p_row[LANES];
     for (int lane = 0; lane < LANES; lane++) p_row[lane] = reinterpret_cast<const uint8_t*>(score + lane);
-    const int used = WIDE ? count : (count + 1) / 2 * 2;
-    for (int column = 0; column < s.e; column += PANEL) {
-        const int width = std::min(PANEL, s.e - column);
-        const uint8_t* panel = made;
-        if (made && width < PANEL) std::memset(made, 0, SIZE);
-        if (!made) {
-            panel = s.panels + size_t(first / KEYS * panels_of(s.e) + column / PANEL) * SIZE;
-        } else if (WIDE) {
-            for (int i = 0; i < used; i++) std::memcpy(made + i * 256, rows[i] + size_t(column) * 4, size_t(width) * 4);
-        } else {
-            for (int i = 0; i < used; i += 2) {
-                const bf16* even = reinterpret_cast<const bf16*>(rows[i]) + column;
-                const bf16* odd = rows[i + 1] ? reinterpret_cast<const bf16*>(rows[i + 1]) + column : nullptr;
-                uint32_t* to = reinterpret_cast<uint32_t*>(made + i / 2 * 256);
-                if (odd)
-                    for (int j = 0; j < width; j++) to[j] = uint32_t(even[j]) | uint32_t(odd[j]) << 16;
-                else
-                    for (int j = 0; j < width; j++) to[j] = even[j];
-            }
-        }
-        alignas(64) float sums[LANES * PANEL];
+    add_values<WIDE>(s, values, first, count, kept, [&](const uint8_t* panel, int used, float* sums) {
         for (int lane = 0; lane < LANES; lane += 4)
             tile<KIND, 4, 4, 1, 64>(p_row + lane, 0, panel, used, nullptr, sums + lane * PANEL, panel);
-        alignas(64) float factor[LANES];
-        store(factor, kept);
-        for (int lane = 0; lane < LANES; lane++)
-            for (int v = 0; v < PANEL; v += 16) {
-                float* to = s.out + size_t(lane) * s.width + column + v;
-                store(to, fma(load(to), all(factor[lane]), load(sums + lane * PANEL + v)));
-            }
+    });
+}
+
+// The same for few queries.
+template <bool WIDE> INLINE void attend_block_few(Lanes& s, const Rows& keys, const Rows& values, int first,
+                                                  int count) {
+    constexpr int KIND = WIDE ? F32 : BF16;
+    alignas(64) float score[FEW * KEYS];
+    const uint8_t* rows[KEYS];
+    keys.find(first, count, rows);
+    for (int i = count; i < ceil_div(count, LANES) * LANES; i++) rows[i] = rows[count - 1];
+    uint8_t* panel = own_scratch[0].take<uint8_t>(panel_bytes(KIND, s.d));
+    turn_rows(rows, ceil_div(count, LANES), s.d * (WIDE ? 4 : 2), panel);
+    const auto product = [&](const uint8_t* x, size_t x_row, const uint8_t* w, int k, float* out) {
+        const uint8_t* a[MAX_ROWS];
+        for (int begin = 0; begin < s.few; begin += MAX_ROWS) {
+            const int own = std::min(MAX_ROWS, s.few - begin);
+            for (int i = 0; i < own; i++) a[i] = x + size_t(begin + i) * x_row;
+            tile_for(KIND, 1, own, MEMORY)(a, 0, w, k, nullptr, out + begin * PANEL, w, nullptr);
+        }
+    };
+    product(s.q, s.q_row, panel, s.d, score);
+
+    I lane_number;
+    for (int lane = 0; lane < LANES; lane++) lane_number[lane] = lane;
+    alignas(64) float tops[LANES] = {};
+    for (int row = 0; row < s.few; row++) {
+        V top = all(-INFINITY);
+        for (int i = 0; i < KEYS; i += LANES) {
+            float* at = score + row * KEYS + i;
+            V x = load(at) * s.scale;
+            x = lane_number + i < I{} + count ? x : all(-INFINITY);
+            store(at, x);
+            top = max(top, x);
+        }
+        tops[row] = top[0];
+        for (int lane = 1; lane < LANES; lane++) tops[row] = tops[row] > top[lane] ? tops[row] : top[lane];
     }
+    const V top = max(s.top, load(tops)), kept = exp(s.top - top);
+    alignas(64) float totals[LANES], row_top[LANES];
+    store(totals, s.total * kept);
+    store(row_top, top);
+    for (int row = 0; row < s.few; row++) {
+        float* const p = score + row * KEYS;
+        for (int i = 0; i < KEYS; i += LANES) {
+            const V x = load(p + i);
+            store(p + i, x == all(-INFINITY) ? V{} : exp(x - all(row_top[row])));
+        }
+        float total = totals[row];
+        for (int i = 0; i < count; i++) total += p[i];
+        totals[row] = total;
+        if (!WIDE)
+            for (int i = 0; i < KEYS; i += LANES) store_upper(reinterpret_cast<bf16*>(p) + i, rounded(load(p + i)));
+    }
+    s.top = top;
+    s.total = load(totals);
+    add_values<WIDE>(s, values, first, count, kept, [&](const uint8_t* of_values, int used, float* sums) {
+        product(reinterpret_cast<const uint8_t*>(score), KEYS * 4, of_values, used, sums);
+    });
 }
 
 void attend(Lanes& s, const Rows& keys, const Rows& values, int begin, int end) {
     for (int first = begin; first < end; first += KEYS) {
         const int count = std::min(KEYS, end - first);
-        if (s.wide) attend_block<true>(s, keys, values, first, count);
+        if (s.few && s.wide) attend_block_few<true>(s, keys, values, first, count);
+        else if (s.few) attend_block_few<false>(s, keys, values, first, count);
+        else if (s.wide) attend_block<true>(s, keys, values, first, count);
         else attend_block<false>(s, keys, values, first, count);
     }
 }
@@ -132,20 +207,36 @@ template <class Q> Lanes lanes_for(int d, int e, bool wide, float scale, I limit
     return {d, e, wide, scale, packed, limit, V{}, V{}, nullptr, width};
 }
 
+// The same for `count` ≤ FEW queries that follow each other.
+Lanes few_for(int d, int e, bool wide, float scale, int count, const float* q) {
+    const size_t row = wide ? size_t(d) : size_t(padded_k(d));
+    const int width = ceil_div(e, PANEL) * PANEL;
+    Lanes s{d, e, wide, scale, reinterpret_cast<const uint8_t*>(q), I{}, V{}, V{}, nullptr, width};
+    if (!wide) {
+        bf16* halves = own_scratch[1].take<bf16>(row * count);
+        for (int i = 0; i < count; i++) split(q + size_t(i) * d, d, 1, 0, halves + i * row);
+        s.q = reinterpret_cast<const uint8_t*>(halves);
+    }
+    s.few = count;
+    s.q_row = row * (wide ? 4 : 2);
+    return s;
+}
+
 // Begin with nothing seen, and sum into `out` [16, width].
 void restart(Lanes& s, float* out) {
     s.top = all(-1e30f);
     s.total = V{};
     s.out = out;
-    std::fill(out, out + LANES * s.width, 0.f);
+    std::fill(out, out + s.used() * s.width, 0.f);
 }
 
 // A context is attended to in parts of this many tokens, which are then joined in order, on whatever thread each ran.
 constexpr int PART = 2 * KEYS;
 
-// The softmax over some tokens of 16 queries: maximum, sum, and the values weighed, not yet divided by the sum.
+// The softmax over some tokens of at most 16 queries: maximum, sum, and the values weighed, not yet divided by the sum.
 struct Part {
     float* data; // [2][16], then [16][width]
+    int lanes;   // that are in use
     static size_t size(int width) { return size_t(LANES) * (2 + width); }
     float* values() const { return data + 2 * LANES; }
     void put(const Lanes& s) {
@@ -159,14 +250,14 @@ struct Part {
         store(other, exp(load(next.data) - top));
         store(data, top);
         store(data + LANES, fma(load(data + LANES), load(own), load(next.data + LANES) * load(other)));
-        for (int lane = 0; lane < LANES; lane++) {
+        for (int lane = 0; lane < lanes; lane++) {
             float* to = values() + size_t(lane) * width;
             const float* from = next.values() + size_t(lane) * width;
             for (int j = 0; j < width; j += LANES)
                 store(to + j, fma(load(to + j), all(own[lane]), load(from + j) * other[lane]));
         }
     }
-    void finish(int lanes, int e, int width, float* out) const {
+    void finish(int e, int width, float* out) const {
         for (int lane = 0; lane < lanes; lane++) {
             const float* from = values() + size_t(lane) * width;
             for (int j = 0; j < e; j++) out[size_t(lane) * e + j] = from[j] / data[LANES + lane];
@@ -177,9 +268,13 @@ struct Part {
 void decode(const DecodeArgs& args) {
     const int size = args.wide ? 4 : 2, shared_by = args.heads / args.kv_heads, sets = ceil_div(shared_by, LANES);
     const int units = args.rows * args.kv_heads * sets, width = ceil_div(args.e, PANEL) * PANEL;
+    const auto lanes_of = [&](int unit) { return std::min(LANES, shared_by - unit % sets * LANES); };
     const auto queries_of = [&](int unit) {
         const int row = unit / (args.kv_heads * sets), head = unit / sets % args.kv_heads, set = unit % sets;
-        const int lanes = std::min(LANES, shared_by - set * LANES), first = head * shared_by + set * LANES;
+        const int lanes = lanes_of(unit), first = head * shared_by + set * LANES;
+        if (lanes <= FEW)
+            return few_for(args.d, args.e, args.wide, args.scale, lanes,
+                           args.q + (size_t(row) * args.heads + first) * args.d);
         return lanes_for(args.d, args.e, args.wide, args.scale, I{} + int(args.length[row]), [&](int lane) {
             return lane < lanes ? args.q + (size_t(row) * args.heads + first + lane) * args.d : nullptr;
         });
@@ -202,15 +297,15 @@ void decode(const DecodeArgs& args) {
     };
     const auto finish = [&](int unit, Part result) {
         const int row = unit / (args.kv_heads * sets), head = unit / sets % args.kv_heads, set = unit % sets;
-        const int lanes = std::min(LANES, shared_by - set * LANES), first = head * shared_by + set * LANES;
-        result.finish(lanes, args.e, width, args.out + (size_t(row) * args.heads + first) * args.e);
+        const int first = head * shared_by + set * LANES;
+        result.finish(args.e, width, args.out + (size_t(row) * args.heads + first) * args.e);
     };
     const auto parts_of = [&](int unit) { return ceil_div(int(args.length[unit / (args.kv_heads * sets)]), PART); };
 
     if (units >= 2 * args.threads) {
         pool().run(args.threads, units, [&](int unit) {
             float* memory = own_scratch[3].take<float>(2 * Part::size(width));
-            Part whole{memory}, next{memory + Part::size(width)};
+            Part whole{memory, lanes_of(unit)}, next{memory + Part::size(width), lanes_of(unit)};
             Lanes s = queries_of(unit);
             part_of(unit, 0, s, whole);
             for (int part = 1; part < parts_of(unit); part++) {
@@ -224,15 +319,15 @@ void decode(const DecodeArgs& args) {
     std::vector<int> first(size_t(units) + 1, 0);
     for (int unit = 0; unit < units; unit++) first[unit + 1] = first[unit] + parts_of(unit);
     float* memory = shared_scratch[4].take<float>(Part::size(width) * first[units]);
-    const auto at = [&](int index) { return Part{memory + Part::size(width) * index}; };
+    const auto at = [&](int unit, int index) { return Part{memory + Part::size(width) * index, lanes_of(unit)}; };
     pool().run(args.threads, first[units], [&](int index) {
         const int unit = int(std::upper_bound(first.begin(), first.end(), index) - first.begin()) - 1;
         Lanes s = queries_of(unit);
-        part_of(unit, index - first[unit], s, at(index));
+        part_of(unit, index - first[unit], s, at(unit, index));
     });
     for (int unit = 0; unit < units; unit++) {
-        Part whole = at(first[unit]);
-        for (int index = first[unit] + 1; index < first[unit + 1]; index++) whole.join(at(index), width);
+        Part whole = at(unit, first[unit]);
+        for (int index = first[unit] + 1; index < first[unit + 1]; index++) whole.join(at(unit, index), width);
         finish(unit, whole);
     }
 }

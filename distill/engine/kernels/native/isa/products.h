@@ -239,32 +239,53 @@ template <class T, class N> INLINE T shuffled(T a, T b, N number) {
 #endif
 }
 
+// 16 vectors of 16 words, turned: word j of vector i becomes word i of vector j.
+INLINE void turn(I* word) {
+    I lane;
+    for (int i = 0; i < 16; i++) lane[i] = i;
+#pragma GCC unroll 4
+    for (int s = 8; s; s /= 2) {
+        const I low = (lane & s) != 0 ? lane - s + 16 : lane, high = (lane & s) != 0 ? lane + 16 : lane + s;
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; r++)
+            if (!(r & s)) {
+                const I a = word[r], b = word[r + s];
+                word[r] = shuffled(a, b, low);
+                word[r + s] = shuffled(a, b, high);
+            }
+    }
+}
+
 // 64 rows into a panel, as words of 4 codes, 2 bfloat16 or one float32: blocks of 16 rows × 16 words are turned, and the
 // halves of words of codes then part. Words up to the last multiple of 16; the caller does the rest.
 void pack_words(bool codes, const uint8_t* rows, int64_t row_bytes, int words, uint8_t* panel) {
     typedef int16_t S __attribute__((vector_size(64)));
-    I lane;
-    for (int i = 0; i < 16; i++) lane[i] = i;
     S halves;
     for (int i = 0; i < 32; i++) halves[i] = int16_t(i / 8 * 8 + i % 4 * 2 + i % 8 / 4);
     for (int word0 = 0; word0 + 16 <= words; word0 += 16)
         for (int set = 0; set < 4; set++) {
             I word[16];
             for (int r = 0; r < 16; r++) word[r] = load_pairs(rows + (set * 16 + r) * row_bytes + word0 * 4);
-#pragma GCC unroll 4
-            for (int s = 8; s; s /= 2) {
-                const I low = (lane & s) != 0 ? lane - s + 16 : lane, high = (lane & s) != 0 ? lane + 16 : lane + s;
-#pragma GCC unroll 16
-                for (int r = 0; r < 16; r++)
-                    if (!(r & s)) {
-                        const I a = word[r], b = word[r + s];
-                        word[r] = shuffled(a, b, low);
-                        word[r + s] = shuffled(a, b, high);
-                    }
-            }
+            turn(word);
             for (int unit = 0; unit < 16; unit++) {
                 const S made = codes ? shuffled((S)word[unit], (S)word[unit], halves) : (S)word[unit];
                 std::memcpy(panel + size_t(word0 + unit) * 256 + set * 64, &made, 64);
             }
+        }
+}
+
+// `sets` times 16 rows of bfloat16 or float32, `bytes` each, into the first lanes of a panel; zeros behind the rows.
+void turn_rows(const uint8_t* const* rows, int sets, int bytes, uint8_t* panel) {
+    for (int at = 0; at < bytes; at += 64)
+        for (int set = 0; set < sets; set++) {
+            I word[16] = {};
+            for (int r = 0; r < 16; r++) {
+                const uint8_t* row = rows[set * 16 + r] + at;
+                if (at + 64 <= bytes) word[r] = load_pairs(row);
+                else std::memcpy(&word[r], row, size_t(bytes - at));
+            }
+            turn(word);
+            for (int unit = 0; unit < ceil_div(std::min(64, bytes - at), 4); unit++)
+                std::memcpy(panel + size_t(at / 4 + unit) * 256 + set * 64, &word[unit], 64);
         }
 }
