@@ -279,6 +279,8 @@ class Loop:
             tokens_per_second=round(at.tokens / max(at.seconds, 1e-9)),
             processes=self.world.size,
             student="student",
+            rollouts=self.feed.rollouts,
+            rollout_tokens=self.feed.rollout_tokens,
         )
 
     def say(self, message: str) -> None:

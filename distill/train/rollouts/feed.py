@@ -109,15 +109,14 @@ class RolloutFeed(Feed):
         world: World,
         traces: StoredFeed | None = None,
     ) -> None:
-        self.objective, self.settings, self.rollouts = objective, settings, objective.rollout_settings
+        self.objective, self.settings, self.how = objective, settings, objective.rollout_settings
         self.prompts, self.student, self.chat = prompts, student, chat
         self.store, self.judges, self.world, self.traces = store, judges, world, traces
         self.counts = traces.counts if traces else Counts()
-        self.order = PromptOrder(len(prompts), self.rollouts.prompts_per_step, settings.seed)
-        self.total = self.rollouts.total_steps(len(prompts), settings.num_train_epochs, settings.max_steps)
+        self.order = PromptOrder(len(prompts), self.how.prompts_per_step, settings.seed)
+        self.total = self.how.total_steps(len(prompts), settings.num_train_epochs, settings.max_steps)
         self.mixed = self._order_of_traces()
         self.monitor = Monitor(objective.kind)
-        self.made = self.tokens = 0  # rollouts of this process's sets, and their tokens
         self._set: RolloutSet | None = None
         self._figures: dict[int, RolloutSet] = {}  # by step, until the step is logged
         self._stored: dict[int, list[Trace]] | None = None  # sets on the disk that are not trained on yet
@@ -126,7 +125,7 @@ class RolloutFeed(Feed):
 
     def step(self, number: int) -> list[list[Row]]:
         """See `Feed`."""
-        wanted, part = divmod(number, self.rollouts.updates)
+        wanted, part = divmod(number, self.how.updates)
         if self._set is None or self._set.number != wanted:
             self._set = self._make(wanted)
         self._figures[number] = self._set
@@ -140,17 +139,17 @@ class RolloutFeed(Feed):
 
     def epoch(self, steps: int) -> float:
         """See `Feed`."""
-        return round(steps / self.rollouts.updates / self.order.sets_per_epoch, 4)
+        return round(steps / self.how.updates / self.order.sets_per_epoch, 4)
 
     def keys(self, number: int) -> list[tuple[str, int]]:
         """See `Feed`; the rollouts of the step's whole set."""
-        jobs = self._jobs(number // self.rollouts.updates)
+        jobs = self._jobs(number // self.how.updates)
         return [(job.prompt.id, sample) for job in jobs for sample in job.samples]
 
     def after(self, number: int, parts: Mapping[str, float]) -> Figures:
         """See `Feed`. Errors: WorkError at a collapse (`monitor`)."""
         made = self._figures.pop(number)
-        if (number + 1) % self.rollouts.updates:
+        if (number + 1) % self.how.updates:
             return {}
         teacher_kl = parts["kl"] if isinstance(self.objective, OnPolicy) else None
         correct = cast(float | None, made.figures.get("correct"))
@@ -163,6 +162,8 @@ class RolloutFeed(Feed):
             teacher_kl=teacher_kl if known else None,
         )
         self.monitor.step(figures)
+        self.rollouts += len(made.rollouts)
+        self.rollout_tokens += sum(trace.tokens for trace in made.rollouts)
         shape: dict[str, JsonValue] = {
             "length": figures.length,
             "truncated": figures.truncated,
@@ -171,13 +172,15 @@ class RolloutFeed(Feed):
         return {**made.figures, **shape, **made.seconds}
 
     def saved(self) -> JsonValue:
-        """See `Feed`: the monitor."""
-        return cast(JsonValue, self.monitor.state())
+        """See `Feed`: the monitor, and the counts."""
+        state = {"monitor": self.monitor.state(), "rollouts": self.rollouts, "tokens": self.rollout_tokens}
+        return cast(JsonValue, state)
 
     def restore(self, state: JsonValue) -> None:
         """See `Feed`."""
-        if state is not None:
-            self.monitor.restore(cast(MonitorState, state))
+        if isinstance(state, dict):
+            self.monitor.restore(cast(MonitorState, state["monitor"]))
+            self.rollouts, self.rollout_tokens = cast(int, state["rollouts"]), cast(int, state["tokens"])
 
     def checkpointed(self) -> None:
         """See `Feed`."""
@@ -186,7 +189,7 @@ class RolloutFeed(Feed):
     # ---- one set
 
     def _jobs(self, number: int) -> list[Job]:
-        samples = tuple(range(number * self.rollouts.samples, (number + 1) * self.rollouts.samples))
+        samples = tuple(range(number * self.how.samples, (number + 1) * self.how.samples))
         return [Job(self.prompts[i], samples) for i in self.order.set(number)]
 
     def _make(self, number: int) -> RolloutSet:
@@ -275,11 +278,9 @@ class RolloutFeed(Feed):
         else:
             rows = [self._row(each, 0.0) for each in judged]
             figures["kl_by_position"] = cast(JsonValue, self._kl_by_position(judged))
-        parts = [rows[i :: self.rollouts.updates] for i in range(self.rollouts.updates)]
+        parts = [rows[i :: self.how.updates] for i in range(self.how.updates)]
         if isinstance(self.objective, Grpo):
             parts = [self._weighted(self.objective, part) for part in parts]
-        self.made += len(judged)
-        self.tokens += sum(each.rollout.tokens for each in judged)
         return RolloutSet(number, parts, [each.rollout for each in judged], figures, seconds)
 
     def _groups(self, judged: Sequence[Judged]) -> tuple[list[list[Row]], list[float]]:
@@ -287,8 +288,8 @@ class RolloutFeed(Feed):
         cannot be verified; and all rewards."""
         assert isinstance(self.objective, Grpo)
         groups, values = [], []
-        for start in range(0, len(judged), self.rollouts.samples):
-            group = judged[start : start + self.rollouts.samples]
+        for start in range(0, len(judged), self.how.samples):
+            group = judged[start : start + self.how.samples]
             given = [None if each.reward is None else each.reward.value for each in group]
             values += [value for value in given if value is not None]
             compared = advantages(given, self.objective.normalise)
@@ -322,7 +323,7 @@ class RolloutFeed(Feed):
     def _kl_by_position(self, judged: Sequence[Judged]) -> list[float | None]:
         """ln q(y) − ln p(y) of the sampled tokens, the mean by eighths of the token limit: an estimate of the reverse
         KL at each. Tokens that the teacher's distribution does not name are left out."""
-        limit = self.rollouts.sampling.max_new_tokens
+        limit = self.how.sampling.max_new_tokens
         sums = np.zeros((2, 8))
         for each in judged:
             if each.taught is None or each.rollout.logprobs is None:
@@ -342,7 +343,7 @@ class RolloutFeed(Feed):
         if self.traces is None or not isinstance(self.objective, OnPolicy):
             return None
         share, order = self.objective.student_share, self.traces.order
-        own = self.order.per_set * self.rollouts.samples / self.rollouts.updates
+        own = self.order.per_set * self.how.samples / self.how.updates
         per_step = max(1, round(own * (1 - share) / share))
         return Order(
             order.lengths.tolist(), Batching(1, per_step, self.settings.seed), order.sources.tolist(), order.shares

@@ -21,10 +21,13 @@ Figures = Mapping[str, JsonValue]
 
 
 class Feed(ABC):
-    """The rows of a training. total: optimiser steps. counts: of the encoded rows."""
+    """The rows of a training. total: optimiser steps. counts: of the encoded rows. rollouts, rollout_tokens: what the
+    student wrote for the steps so far."""
 
     total: int
     counts: Counts
+    rollouts = 0
+    rollout_tokens = 0
 
     @abstractmethod
     def step(self, number: int) -> list[list[Row]]:
