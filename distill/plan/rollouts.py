@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING
 from distill import catalog
 from distill.artefacts import RunPaths
 from distill.console import counted, short
-from distill.engine.families import FAMILIES
 from distill.objectives import OnPolicy
 from distill.objectives.rollout_settings import RolloutSettings
 from distill.plan.hardware import Hardware
-from distill.plan.training import UTILISATION, Data
+from distill.plan.training import UTILISATION, Data, teacher_bytes
 from distill.planned import Expected, StagePlan
 from distill.traces.store import TraceStore
 
@@ -154,12 +153,6 @@ def _scoring_hours(recipe: "Recipe", plan: RolloutPlan, student: float, machine:
             return None
         hours += 2 * active * 1e9 * plan.read / (machine.devices * machine.rate * UTILISATION) / 3600
     return hours if machine is not None else None
-
-
-def teacher_bytes(recipe: "Recipe") -> float:
-    """The weights of the teacher as published, bytes."""
-    card = catalog.load_teacher(recipe.teacher)
-    return card.parameters * 1e9 * FAMILIES[card.family].published_bytes
 
 
 def decoding_rate(active: float, size: float, machine: Hardware) -> float | None:

@@ -92,8 +92,9 @@ def estimate_traces(
     elif mean is None:
         assumed.append("the length (--mean-tokens)")
     tokens = number * samples * (round(ASSUMED_SHARE * limit) if mean is None else mean)
+    asked = not recipe.traces and recipe.reads_traces  # a teacher that a pilot could measure
     basis = f"{' and '.join(assumed)} assumed; --pilot 8 measures it" if assumed else "as given"
-    return Traces(number, samples, Expected(value=tokens), basis if not recipe.traces else basis.partition(";")[0])
+    return Traces(number, samples, Expected(value=tokens), basis if asked else basis.partition(";")[0])
 
 
 def pilot_of(recipe: "Recipe", prompts: list[Prompt], count: int) -> Pilot:

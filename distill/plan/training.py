@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from distill import catalog
 from distill.console import bytes_text, say, short, table
+from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.plan.hardware import Hardware, parse
 
@@ -168,7 +169,6 @@ def _savings(settings: "Train") -> list[dict[str, bool]]:
 
 def beside(recipe: "Recipe", config: "PretrainedConfig", data: Data, machine: Hardware) -> "Engines | None":
     """The engines on each device of a training with rollouts; None of another."""
-    from distill.plan.rollouts import teacher_bytes
     from distill.train.ranks import memory
     from distill.train.rollouts.memory import engines
 
@@ -180,6 +180,12 @@ def beside(recipe: "Recipe", config: "PretrainedConfig", data: Data, machine: Ha
     size, parameters = 4 if training.dtype == "float32" else 2, memory.shape(config).total
     budget = recipe.engine.memory_budget
     return engines(config, training, parameters, size, data.longest, machine.devices, teacher, budget)
+
+
+def teacher_bytes(recipe: "Recipe") -> float:
+    """The weights of the teacher as published, bytes."""
+    card = catalog.load_teacher(recipe.teacher)
+    return card.parameters * 1e9 * FAMILIES[card.family].published_bytes
 
 
 def way(

@@ -118,9 +118,12 @@ QUICK = ("tiny", "deepseek-api-qwen-7b", "r1-distill-llama-8b")  # a plan takes 
 )
 def test_every_recipe_is_planned_without_network(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    plan = stages.plan_recipe(catalog.load_recipe(name), tmp_path / "nowhere", ["8xH200"])
-    assert [stage.stage for stage in plan.stages] == ["generate", "filter", "train", "eval"]
-    wide = capsys.readouterr().out.partition("All stages")[2].splitlines()[:7]
+    recipe = catalog.load_recipe(name)
+    plan = stages.plan_recipe(recipe, tmp_path / "nowhere", ["8xH200"])
+    sampling = any(training.objective.rollout_settings for training in recipe.train.trainings)
+    teaching, learning = ["generate", "filter"] * recipe.reads_traces, ["rollouts", "scoring"] * sampling
+    assert [stage.stage for stage in plan.stages] == [*teaching, *learning, "train", "eval"]
+    wide = capsys.readouterr().out.partition("All stages")[2].splitlines()[: 3 + len(plan.stages)]
     assert max(map(len, wide)) <= 80
 
 

@@ -192,7 +192,8 @@ def test_traces_are_mixed_in_by_share(tmp_path):
 def test_hours_of_rollouts_and_scoring_by_hand():
     """On H100 a student of 7.62 B decodes at 989e12 · 5 % / (2 · 7.62e9) tokens/s; the base scores at 40 %; 200,000
     answers take the graders 0.01 s each."""
-    recipe = catalog.load_recipe("r1-distill-qwen-7b", ["train.objective={kind: grpo, kl_weight: 0.1}"])
+    changes = ["train.objective={kind: grpo, kl_weight: 0.1}", "train.train_batch_size=null"]
+    recipe = catalog.load_recipe("r1-distill-qwen-7b", changes)
     plan = RolloutPlan(100, 100, 200_000, 1000.0, 2000, 200.0, "given")
     rollouts, scoring = stages_of(recipe, [(recipe, plan)], None, [parse("1xH100")])
     size = catalog.load_student(recipe.student).parameters * 1e9
