@@ -44,6 +44,7 @@ def assert_allowed(failures: list[dict[str, object]]) -> None:
     assert not failures, "\n\n".join(json.dumps(failure, indent=1) for failure in failures)
 
 
+@pytest.mark.slow
 def test_mutations_of_a_finished_run(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     assert_allowed(mutated(recipe_file(**TINIEST), tmp_path, 0, 3))
 

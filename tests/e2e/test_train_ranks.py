@@ -183,6 +183,7 @@ def kill_a_rank(directory, step):
     os.kill(worker_pids(directory)[-1], signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_on_all_ranks_and_a_rerun_goes_on(one, student, tmp_path):
     directory = begin(tmp_path / "run", student)
     recipe = tmp_path / "recipe.yaml"

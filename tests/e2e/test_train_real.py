@@ -35,6 +35,7 @@ def student(tmp_path):
     return support.make_student(tmp_path / "student", hidden=128, layers=4, context=4096)
 
 
+@pytest.mark.slow
 def test_fifty_steps_on_real_traces(real_data, student, tmp_path, capsys):
     traces = list(real_traces(real_data(f"think_traces_rg3b_dev/{name}.jsonl") for name in ("gsm8k", "mixed")))
     assert len(traces) > 700

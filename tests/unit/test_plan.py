@@ -73,6 +73,7 @@ def tables(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_small_students_fit_where_large_ones_do_not(tables):
     def fitting(name):
         return {(way.hardware.name, way.method) for way in tables[name] if way.fits}
