@@ -125,7 +125,7 @@ def _say_engines(ways: Sequence[Way]) -> None:
 
 
 def ways_on(machine: Hardware, recipe: "Recipe", config: "PretrainedConfig", data: Data) -> list[Way]:
-    """For all weights, LoRA and QLoRA each the first way that fits, else the one that needs the least memory.
+    """For all weights and each of `_adapters` the first way that fits, else the one that needs the least memory.
 
     The order is DDP before FSDP; each as the recipe says, with gradient checkpointing, with activation offloading too.
     """
@@ -153,10 +153,15 @@ def method(settings: "Train") -> str:
 
 
 def _adapters(settings: "Train") -> list["Lora | Qlora | None"]:
-    """No adapter, LoRA and QLoRA; the recipe's own in place of the default of its kind."""
+    """No adapter, LoRA and QLoRA; the recipe's own in place of the default of its kind. Not what training refuses:
+    adapters beside FP8, QLoRA for a student that samples rollouts."""
     from distill.recipe.adapters import Lora, Qlora
 
-    defaults: dict[str, Lora | Qlora | None] = {"full": None, "lora": Lora(kind="lora"), "qlora": Qlora(kind="qlora")}
+    defaults: dict[str, Lora | Qlora | None] = {"full": None}
+    if settings.dtype != "float8":
+        defaults["lora"] = Lora(kind="lora")
+        if settings.objective.rollout_settings is None:
+            defaults["qlora"] = Qlora(kind="qlora")
     return list((defaults | {method(settings): settings.adapter}).values())
 
 

@@ -127,3 +127,14 @@ def test_tokens_of_a_training(changed, tokens):
     """55 rows of 100 tokens in 3 epochs; 5 steps of 16 rows."""
     settings = catalog.load_recipe("tiny").train.model_copy(update=changed)
     assert training.trained_tokens(settings, training.Data(55, 5_500, 512, "given")) == tokens
+
+
+def test_methods_that_training_refuses_are_not_planned() -> None:
+    train = catalog.load_recipe("tiny").train
+    rollouts = catalog.load_recipe("tiny", ['train.objective={"kind": "grpo"}']).train
+    kinds = [
+        [training.method(train.model_copy(update={"adapter": each})) for each in training._adapters(t)]
+        for t in (train, rollouts)
+    ]
+    assert kinds == [["full", "lora", "qlora"], ["full", "lora"]]
+    assert training._adapters(train.model_copy(update={"dtype": "float8"})) == [None]
