@@ -163,8 +163,7 @@ def save(loop: Any, base: Path, place: Path) -> None:
 
 
 def cost_of_traces(run: Path) -> tuple[float, float]:
-    """Of a run whose traces are generated and filtered: processor seconds and generated tokens, both by token of a
-    kept trace."""
+    """Processor seconds and generated tokens per token of a kept trace. run: with finished generate and filter."""
     from distill.artefacts import RunPaths
     from distill.traces.store import read_traces
 

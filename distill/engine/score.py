@@ -40,7 +40,7 @@ class Scores:
 
     @property
     def logprobs(self) -> tuple[float, ...]:
-        """Of the tokens."""
+        """Log-probabilities of the tokens."""
         return tuple(self.logprob_t.tolist())
 
     @property

@@ -132,8 +132,8 @@ def test_the_gpu_column_holds_what_loading_gives(name: str, dtype: torch.dtype, 
 def test_tensors_of_any_dtype_and_layout(
     dtype: torch.dtype, stored: torch.dtype, given: torch.dtype, kernels: str, tmp_path: Path
 ) -> None:
-    """Of a trainer in float32 whose student is published in bfloat16, above all: no number loses bits that loading
-    would keep. Parameters that require gradients, and transposed ones, are taken."""
+    """An update keeps every bit that loading keeps, in particular from a float32 trainer of a bfloat16 student.
+    Parameters that require gradients, and transposed ones, are accepted."""
     engine = load(checkpoint(tmp_path / "old", "qwen2-tied", stored, 0).path, kernels, dtype)
     other = checkpoint(tmp_path / "new", "qwen2-tied", given, 1)
     parameters = {

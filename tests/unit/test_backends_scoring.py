@@ -47,7 +47,7 @@ def test_a_served_teacher_scores_as_the_local_one():
 
 
 def test_given_ids_are_among_the_alternatives():
-    """Of a local teacher all of them; of a server the trace's own token, and what else it lists."""
+    """A local teacher lists all of them, a server the trace's own token and its own likeliest ones."""
     with backends.open(teacher_of("teacher", "tiny-r1"), LocalEngine(dtype="float32")) as local:
         assert local.scores_given_ids
         plain = local.score(TRACES, 2)

@@ -38,7 +38,7 @@ PHASES = [
 
 
 def recipe(student: Path, phases: list[dict[str, Any]] = PHASES, **train: Any) -> Recipe:
-    """Of a random student, whose answers no filter would keep: these are off."""
+    """Filters are off: they would keep no answer of a random student."""
     written = support.make_recipe(student, {}).model_dump(mode="json")
     off = dict.fromkeys(("format", "finish", "correct", "dedup"), False)
     sampling = {"temperature": 1.0, "max_new_tokens": 16}
