@@ -52,7 +52,10 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": STAGES | BELOW_STAGES | {"filters.pipeline", "filters.cluster"},
     **{stage: BELOW_STAGES for stage in STAGES},
     # Rewards and the monitor of learning from rollouts judge a trace as these filters do.
-    "train": BELOW_STAGES | {f"filters.{name}" for name in ("base", "correct", "format", "language", "repetition")},
+    # A training step on a processor runs on the compiled kernels, too.
+    "train": BELOW_STAGES
+    | {"engine.kernels"}
+    | {f"filters.{name}" for name in ("base", "correct", "format", "language", "repetition")},
     "plan": BELOW_STAGES | {"generate", "train", "engine.spec", "engine.families"},
     "grading": {"backends", "grading.sandbox"} | SHARED,
     "grading.sandbox": {"errors"},  # most of it runs behind walls, where nothing else of the package is

@@ -32,6 +32,10 @@ _OPS = (
     "draw",
     "decode_layer",
     "decode_dense_layer",
+    "train_norm",
+    "train_gate",
+    "train_rope",
+    "train_softmax",
 )
 _REINSTALL = "reinstall distill (in a clone: python -m pip install -e .)"
 

@@ -114,6 +114,20 @@ StepArgs = _struct(
     "pointer: x cos sin page offset table length; long: table_stride; "
     "int: table_width pages rows page_size wide threads",
 )
+TrainNormArgs = _struct(
+    "TrainNormArgs",
+    "pointer: x weight factor out residual x_gradient weight_gradient; int: rows c x_half out_half backward threads; "
+    "float: eps; int: unused",
+)
+TrainGateArgs = _struct("TrainGateArgs", "pointer: both out gradient; int: rows n half backward threads unused")
+TrainRopeArgs = _struct(
+    "TrainRopeArgs",
+    "pointer: x; long: x_row x_head; pointer: cos sin out; long: out_row out_head; "
+    "int: rows heads r half backward threads",
+)
+TrainSoftmaxArgs = _struct(
+    "TrainSoftmaxArgs", "pointer: scores gradient; int: rows width half backward threads; float: scale"
+)
 
 STRUCTURES = (
     PackedMatrix,
@@ -131,6 +145,10 @@ STRUCTURES = (
     LayerArgs,
     DenseLayerArgs,
     StepArgs,
+    TrainNormArgs,
+    TrainGateArgs,
+    TrainRopeArgs,
+    TrainSoftmaxArgs,
 )
 
 

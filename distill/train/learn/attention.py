@@ -4,6 +4,11 @@ On a GPU in half precision this is FlashAttention for sequences of different len
 rows of similar length are padded to a small batch, and torch's causal attention runs on each such batch: it computes no
 scores between rows, whereas a block-diagonal mask computes all of them and discards most.
 
+A row may begin with tokens of an earlier row (`Batch.prefixes`): only its own tokens are its output, but it is computed
+with the prefix in front, which is gathered once more. Padding and prefixes are both a gather before and a scatter
+after, so neither needs a mask. Rejected: attention to the prefix and to the own tokens apart, joined by their
+normalisers, which saves the few scores of prompt tokens and needs twice the calls.
+
 The rows reach the layers as the keyword `rows` of the model's forward pass. There is no mask: transformers makes none
 for an implementation that it does not know.
 
@@ -17,10 +22,13 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
+
+from distill.train.learn import short
 
 NAME = "distill_rows"
 SIMILAR = 0.8  # a group's shortest row has at least this share of its longest: below, padding costs more than a call
@@ -34,49 +42,71 @@ class Group:
     stop: int
     rows: int
     width: int
-    gather: Tensor | None  # int64 [b·w]: token of each position, from `start`; None where all rows have one length
+    gather: Tensor | None  # int64 [b·w]: token of each position; None where all rows are whole and of one length
     scatter: Tensor | None  # int64 [stop - start]: position of each token
 
 
 class Rows:
-    """The boundaries of the rows of a batch. lengths: tokens of each, in order."""
+    """The boundaries of the rows of a batch. lengths, prefixes: as of `Batch`; no prefixes: all rows are whole."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.lengths, self.device = tuple(lengths), device
+    def __init__(
+        self, lengths: Sequence[int], device: torch.device, prefixes: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        self.own, self.device = tuple(lengths), device
+        self.prefixes = tuple(prefixes or [(0, 0)] * len(self.own))
+        self.lengths = tuple(own + prefix for own, (_, prefix) in zip(self.own, self.prefixes, strict=True))
 
     @cached_property
     def offsets(self) -> Tensor:
-        """Start of each row and the end of the last, int32 [rows + 1], on the device."""
+        """Start of each row with its prefix and the end of the last, int32 [rows + 1], on the device."""
         return torch.tensor(np.cumsum((0, *self.lengths)), dtype=torch.int32, device=self.device)
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Tokens of the longest row, with its prefix."""
         return max(self.lengths)
+
+    @cached_property
+    def unshared(self) -> Group | None:
+        """All rows one after the other, each with its prefix, without padding; None where all are whole."""
+        if not any(prefix for _, prefix in self.prefixes):
+            return None
+        gather = np.concatenate([self._tokens(row) for row in range(len(self.own))])
+        ends = np.cumsum(self.lengths)
+        kept = [np.arange(end - own, end) for end, own in zip(ends, self.own, strict=True)]
+        return Group(0, sum(self.own), 1, len(gather), self._index(gather), self._index(np.concatenate(kept)))
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """Neighbouring rows of similar length."""
-        made: list[Group] = []
-        start, together = 0, [self.lengths[0]]
-        for length in self.lengths[1:]:
-            if min(length, *together) < SIMILAR * max(length, *together):
-                made.append(self._group(start, together))
-                start, together = made[-1].stop, []
-            together.append(length)
-        return (*made, self._group(start, together))
+        first, made = 0, []
+        for row, length in enumerate(self.lengths):
+            together = (*self.lengths[first:row], length)
+            if min(together) < SIMILAR * max(together):
+                made.append(self._group(range(first, row)))
+                first = row
+        return (*made, self._group(range(first, len(self.lengths))))
 
-    def _group(self, start: int, lengths: list[int]) -> Group:
-        rows, width, total = len(lengths), max(lengths), sum(lengths)
-        if rows * width == total:
-            return Group(start, start + total, rows, width, None, None)
-        begins = np.cumsum([0, *lengths[:-1]])
+    def _group(self, rows: range) -> Group:
+        lengths = [self.lengths[row] for row in rows]
+        start, stop, width = sum(self.own[: rows.start]), sum(self.own[: rows.stop]), max(lengths)
+        if len(rows) * width == stop - start:
+            return Group(start, stop, len(rows), width, None, None)
         # Padding repeats the row's last token; it comes after all tokens of the row, so none of them attends to it.
-        gather = np.concatenate([b + np.minimum(np.arange(width), n - 1) for b, n in zip(begins, lengths, strict=True)])
-        scatter = np.concatenate([i * width + np.arange(n) for i, n in enumerate(lengths)])
-        return Group(
-            start, start + total, rows, width, *(torch.from_numpy(a).to(self.device) for a in (gather, scatter))
-        )
+        gather = np.concatenate([np.pad(self._tokens(row), (0, width - self.lengths[row]), "edge") for row in rows])
+        scatter = [
+            place * width + np.arange(self.lengths[row] - self.own[row], self.lengths[row])
+            for place, row in enumerate(rows)
+        ]
+        return Group(start, stop, len(rows), width, self._index(gather), self._index(np.concatenate(scatter)))
+
+    def _tokens(self, row: int) -> npt.NDArray[np.int64]:
+        """The tokens of a row with its prefix, as numbers of the batch's."""
+        start, (prefix, shared) = sum(self.own[:row]), self.prefixes[row]
+        return np.concatenate([np.arange(prefix, prefix + shared), np.arange(start, start + self.own[row])])
+
+    def _index(self, numbers: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(numbers).to(self.device)
 
 
 def attend(
@@ -103,12 +133,22 @@ def attend(
     if query.is_cuda and dtype in (torch.bfloat16, torch.float16) and not dropout:
         q_thc, k_tgc, v_tgc = (x.to(dtype) for x in (q_thc, k_tgc, v_tgc))
         return flash(q_thc, k_tgc, v_tgc, rows, scaling)[None], None
+    return inside_rows(q_thc, k_tgc, v_tgc, rows, scaling, dropout)[None], None
+
+
+def inside_rows(
+    q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, rows: Rows, scaling: float | None, dropout: float
+) -> Tensor:
+    """Causal attention inside each row, by groups of rows of similar length. Returns [t, h, c]."""
     parts = [grouped(q_thc, k_tgc, v_tgc, group, scaling, dropout) for group in rows.groups]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def flash(q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, rows: Rows, scaling: float | None) -> Tensor:
     """By torch's FlashAttention for sequences of different lengths. Returns [t, h, c]."""
+    if (all_rows := rows.unshared) is not None:
+        assert all_rows.gather is not None
+        q_thc, k_tgc, v_tgc = (x.index_select(0, all_rows.gather) for x in (q_thc, k_tgc, v_tgc))
     from torch.nn.attention.varlen import varlen_attn
 
     at, longest = rows.offsets, rows.longest
@@ -118,22 +158,28 @@ def flash(q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, rows: Rows, scaling: floa
     causal = (-1, 0)  # all tokens to the left, none to the right
     out_thc = attention(q_thc, k_tgc, v_tgc, at, at, longest, longest, scale=scaling, window_size=causal)
     assert isinstance(out_thc, Tensor)
-    return out_thc
+    if all_rows is None:
+        return out_thc
+    assert all_rows.scatter is not None
+    return out_thc.index_select(0, all_rows.scatter)
 
 
 def grouped(q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, group: Group, scaling: float | None, dropout: float) -> Tensor:
     """By torch's scaled dot-product attention on the group as a padded batch. Returns the group's tokens [·, h, c]."""
 
     def batch(x_thc: Tensor) -> Tensor:
-        x_thc = x_thc[group.start : group.stop]
-        if group.gather is not None:
-            x_thc = x_thc.index_select(0, group.gather)
-        return x_thc.reshape(group.rows, group.width, *x_thc.shape[1:]).transpose(1, 2)
+        x_thc = x_thc[group.start : group.stop] if group.gather is None else x_thc.index_select(0, group.gather)
+        return x_thc.reshape(group.rows, group.width, *x_thc.shape[1:])
 
-    out_bhwc = F.scaled_dot_product_attention(
-        batch(q_thc), batch(k_tgc), batch(v_tgc), dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
-    )
-    out_thc = out_bhwc.transpose(1, 2).flatten(0, 1)
+    q_bwhc, k_bwgc, v_bwgc = batch(q_thc), batch(k_tgc), batch(v_tgc)
+    if short.takes(q_bwhc, dropout):
+        out_thc = short.attend(q_bwhc, k_bwgc, v_bwgc, scaling or q_bwhc.shape[-1] ** -0.5).flatten(0, 1)
+    else:
+        q_bhwc, k_bgwc, v_bgwc = (x.transpose(1, 2) for x in (q_bwhc, k_bwgc, v_bwgc))
+        out_bhwc = F.scaled_dot_product_attention(
+            q_bhwc, k_bgwc, v_bgwc, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        out_thc = out_bhwc.transpose(1, 2).flatten(0, 1)
     return out_thc if group.scatter is None else out_thc.index_select(0, group.scatter)
 
 

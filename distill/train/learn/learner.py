@@ -39,7 +39,7 @@ class Learner(nn.Module):
             hidden_td = self.model.get_decoder()(
                 input_ids=batch.input_ids_t[None],
                 position_ids=batch.position_ids_t[None],
-                rows=Rows(batch.lengths, device),
+                rows=Rows(batch.lengths, device, batch.prefixes),
                 use_cache=False,
             ).last_hidden_state[0]
             hidden_sd = hidden_td.index_select(0, batch.positions_s)

@@ -27,7 +27,7 @@ from distill.errors import UserError
 from distill.hardware import memory
 from distill.recipe import Recipe, Train
 from distill.recipe.adapters import Lora, Qlora
-from distill.train.learn import attention, loss
+from distill.train.learn import attention, fused, loss
 from distill.train.ranks.world import Layout
 from distill.train.rows.stored import TrainingSet
 from distill.train.student import float8, methods
@@ -173,10 +173,10 @@ class Activations:
 
 
 @once
-def activations(config: PretrainedConfig, settings: Train, dtypes: Dtypes) -> Activations:
+def activations(config: PretrainedConfig, settings: Train, dtypes: Dtypes, device: str = "cpu") -> Activations:
     """Measure the activations of a training with these settings."""
     kept = {
-        (layers, tokens): saved_bytes(config, settings, dtypes, layers, tokens)
+        (layers, tokens): saved_bytes(config, settings, dtypes, layers, tokens, device)
         for layers in (1, 2)
         for tokens in (PROBE, 2 * PROBE)
     }
@@ -184,13 +184,17 @@ def activations(config: PretrainedConfig, settings: Train, dtypes: Dtypes) -> Ac
     return Activations(two - one, one - (two - one))
 
 
-def saved_bytes(config: PretrainedConfig, settings: Train, dtypes: Dtypes, layers: int, tokens: int) -> int:
+def saved_bytes(
+    config: PretrainedConfig, settings: Train, dtypes: Dtypes, layers: int, tokens: int, device: str = "cpu"
+) -> int:
     """Bytes that autograd keeps of a forward pass of one row with this number of tokens, without the weights.
 
     Layers that multiply in FP8 keep the same inputs, uncast: the model is not converted, and torchao need not be there.
     """
     storages: dict[int, int] = {}
     model = on_meta(config, layers, dtypes.weights if dtypes.autocast else dtypes.compute)
+    if device == "cpu" and not dtypes.float8:
+        fused.install(model)
     if settings.adapter is not None:
         with_adapters(model, settings.adapter)
     with FakeTensorMode(allow_non_fake_inputs=True):  # buffers are real
@@ -254,13 +258,15 @@ def estimate(
     if layout == "fsdp":  # the layer that computes, the one that is prefetched, the one whose gradients are reduced
         root = model.embedding + model.head
         gathered = half * (2 * model.layer + root) + (4 * model.layer if full else 0)
+    elif device == "cpu" and full and not dtypes.float8 and fused.runs(config, dtypes.compute):
+        gathered = float(half * model.layer)  # the casts of one layer
     elif dtypes.autocast is not None and full:  # casts to the forward dtype, which autograd keeps, unlike those to FP8
         cast = model.layer - (converted(config).parameters if dtypes.float8 else 0)
         gathered = float(half * model.layers * cast)
 
-    whole = activations(config, settings.model_copy(update={"gradient_checkpointing": False}), dtypes)
+    whole = activations(config, settings.model_copy(update={"gradient_checkpointing": False}), dtypes, device)
     if settings.gradient_checkpointing:  # one layer at a time is recomputed, with all its activations
-        lean = activations(config, settings.model_copy(update={"activation_offloading": False}), dtypes)
+        lean = activations(config, settings.model_copy(update={"activation_offloading": False}), dtypes, device)
         layers = 0 if settings.activation_offloading else model.layers
         kept = tokens * (layers * lean.layer + lean.rest + whole.layer)
     else:

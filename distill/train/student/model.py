@@ -29,7 +29,7 @@ from distill.durable import write_whole
 from distill.errors import UserError
 from distill.recipe import Train
 from distill.recipe.adapters import Lora, Qlora
-from distill.train.learn import attention
+from distill.train.learn import attention, fused
 from distill.train.ranks.checkpoint import Ranks, writing
 from distill.train.rows.gate import Limits
 from distill.train.student import methods
@@ -182,8 +182,12 @@ def fill(model: PreTrainedModel, model_dir: Path) -> None:
 
 
 def trainable(model: PreTrainedModel) -> PreTrainedModel:
-    """Give every row of the embedding a gradient. torch skips the padding row, whose id may be a real token's."""
+    """Give every row of the embedding a gradient, and the layers their fused form.
+
+    torch skips the padding row, whose id may be a real token's.
+    """
     model.get_input_embeddings().padding_idx = None
+    fused.install(model)
     return model
 
 

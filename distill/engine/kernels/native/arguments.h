@@ -160,3 +160,38 @@ struct DrawArgs {
     float* logprob;
     int32_t rows, draws, vocabulary, threads;
 };
+
+// Ops of training (isa/training.h). `half`: rows are bfloat16, else float32. They take TRAIN_CHUNK rows at a time.
+constexpr int TRAIN_CHUNK = 16;
+struct TrainNormArgs {
+    const void* x; // [rows, c]
+    const float* weight;
+    float* factor;          // [rows]: out forward, in backward
+    void* out;              // [rows, c]; backward: the gradient
+    const void* residual;   // backward: added to x_gradient, or null
+    void* x_gradient;       // backward, [rows, c]
+    float* weight_gradient; // backward, [⌈rows / TRAIN_CHUNK⌉, c]
+    int32_t rows, c, x_half, out_half, backward, threads;
+    float eps;
+    int32_t unused;
+};
+struct TrainGateArgs {
+    const void* both; // [rows, 2, n]: gate and up
+    void* out;        // [rows, n]; backward: in the gradient, out the product
+    void* gradient;   // backward, [rows, 2, n]
+    int32_t rows, n, half, backward, threads, unused;
+};
+struct TrainRopeArgs {
+    const void* x;
+    int64_t x_row, x_head;
+    const float *cos, *sin; // [rows, r]
+    void* out;
+    int64_t out_row, out_head;
+    int32_t rows, heads, r, half, backward, threads;
+};
+struct TrainSoftmaxArgs {
+    void* scores;   // [rows, width]; backward: the probabilities
+    void* gradient; // backward
+    int32_t rows, width, half, backward, threads;
+    float scale;
+};

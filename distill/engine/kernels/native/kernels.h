@@ -20,5 +20,9 @@ struct Kernels {
     void (*draw)(const DrawArgs&);
     void (*decode_layer)(const LayerArgs&, const StepArgs&, uint8_t* pool);
     void (*decode_dense_layer)(const DenseLayerArgs&, const StepArgs&, uint8_t* k_pool, uint8_t* v_pool);
+    void (*train_norm)(const TrainNormArgs&);
+    void (*train_gate)(const TrainGateArgs&);
+    void (*train_rope)(const TrainRopeArgs&);
+    void (*train_softmax)(const TrainSoftmaxArgs&);
 };
 } // namespace

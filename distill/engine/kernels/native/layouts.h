@@ -70,6 +70,12 @@ std::string all_layouts() {
                q_bias, k_bias, v_bias, o_bias, c, heads, kv_heads, head_dim, interleaved, parts, eps, scale),
         LAYOUT("StepArgs", StepArgs, x, cos, sin, page, offset, table, length, table_stride, table_width, pages, rows,
                page_size, wide, threads),
+        LAYOUT("TrainNormArgs", TrainNormArgs, x, weight, factor, out, residual, x_gradient, weight_gradient, rows, c,
+               x_half, out_half, backward, threads, eps, unused),
+        LAYOUT("TrainGateArgs", TrainGateArgs, both, out, gradient, rows, n, half, backward, threads, unused),
+        LAYOUT("TrainRopeArgs", TrainRopeArgs, x, x_row, x_head, cos, sin, out, out_row, out_head, rows, heads, r, half,
+               backward, threads),
+        LAYOUT("TrainSoftmaxArgs", TrainSoftmaxArgs, scores, gradient, rows, width, half, backward, threads, scale),
     };
     std::string text;
     for (const std::string& line : lines) {

@@ -181,6 +181,10 @@ OP(rope, RopeArgs)
 OP(paged_write, WriteArgs)
 OP(rms_norm, NormArgs)
 OP(draw, DrawArgs)
+OP(train_norm, TrainNormArgs)
+OP(train_gate, TrainGateArgs)
+OP(train_rope, TrainRopeArgs)
+OP(train_softmax, TrainSoftmaxArgs)
 #undef OP
 
 const char* distill_swiglu_linear(const LinearArgs* args, const Packed* up) {
