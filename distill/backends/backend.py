@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-GivenIds = Sequence[Sequence[Sequence[int]]]  # by trace and completion token
+GivenIds = Sequence["npt.NDArray[np.int32]"]  # by trace, [completion tokens, m], −1 for none
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ class Backend(Protocol):
     def score(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Trace]:
         """The traces with this model's log-probabilities of their tokens and of its `top_k` likeliest at each position.
 
-        ids[i][t]: token ids whose log-probability is wanted at completion token t of trace i; they are listed among its
-        `top_logprobs`, which stay sorted, likeliest first. Where not `scores_given_ids`, only those of them are listed
-        that are the trace's own token or among the `top_k` likeliest.
+        ids[i][t]: token ids whose log-probability is wanted at completion token t of trace i, −1 for none; they are
+        listed among its `top_logprobs`, which stay sorted, likeliest first. Where not `scores_given_ids`, only those of
+        them are listed that are the trace's own token or among the `top_k` likeliest.
         Errors: UserError where the backend cannot score, a trace is longer than the context, or ids are given for
         another number of tokens than the completion has for this model.
         """

@@ -233,11 +233,18 @@ class Engine:
                 self.abort(request_id)
 
     @torch.inference_mode()
-    def score(self, sequences: Sequence[Sequence[int]], top_k: int = 0, ids: GivenIds | None = None) -> list[Scores]:
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        top_k: int = 0,
+        ids: GivenIds | None = None,
+        after: Sequence[int] | None = None,
+    ) -> list[Scores]:
         """Raw log-probabilities of given tokens, one `Scores` per sequence. top_k: likeliest alternatives to list too.
 
+        after[i]: how many tokens at the beginning of sequence i are not scored, at least 1, which is the default.
         ids[i][t]: further tokens to list among the alternatives at position t of `Scores`, those that may follow the
-        first t+1 tokens of sequence i. Each alternative is listed once, likeliest first.
+        first after[i] + t tokens of sequence i. Each alternative is listed once, likeliest first.
         ValueError for an empty or too long sequence, for ids outside the vocabulary or of another number of positions,
         or while generation leaves too few pages free for a sequence.
         """
@@ -252,7 +259,9 @@ class Engine:
         budget = self._scheduler.max_step_tokens
         with self._model.ops.session():
             forward = lambda chunks: self._forward([], chunks)  # noqa: E731
-            return score(sequences, top_k, ids, budget, self._pages, forward, self._model)
+            return score(
+                sequences, top_k, ids, after or [1] * len(sequences), budget, self._pages, forward, self._model
+            )
 
     def update(self, tensor: Callable[[str], Tensor]) -> None:
         """Replace all weights in place, where they are in memory (update.py). `numerics` follows their dtype.

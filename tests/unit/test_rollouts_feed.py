@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from distill.catalog import resolve_weights
 from distill.chat import Chat, split_reasoning
 from distill.prompts.prompt import Prompt
+from distill.traces.rewarded import Reward
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace
 from distill.train.rollouts.feed import Judges, PromptOrder, RolloutFeed
-from distill.train.rollouts.rewards import Reward
 from distill.train.rollouts.store import RolloutStore
+from distill.train.rollouts.student import Rollout
 from distill.train.rollouts.teachers import Taught
 from distill.train.rows.batches import Batching, Order, Row, collate
 from distill.train.rows.stored import Counts
@@ -40,7 +41,7 @@ class Student:
 
     def sample(self, jobs, name, top_k):
         self.asked.append([job.prompt.id for job in jobs])
-        return [rollout(job.prompt, sample) for job in jobs for sample in reversed(job.samples)]
+        return [Rollout(rollout(job.prompt, sample)) for job in jobs for sample in reversed(job.samples)]
 
 
 def rollout(prompt, sample):
@@ -57,7 +58,6 @@ def rollout(prompt, sample):
         prompt_token_ids=tuple(CHAT.prompt_ids(prompt.messages)),
         completion_token_ids=ids,
         logprobs=tuple(-0.5 - i / 8 for i in range(len(ids))),
-        top_logprobs=((),) * len(ids),
     )
 
 
@@ -223,8 +223,8 @@ def known(count, k=3):
 class Teacher:
     asks = False
 
-    def score(self, traces):
-        return [Taught(trace, known(len(trace.completion_token_ids), 5)) for trace in traces]
+    def score(self, rollouts):
+        return [Taught(each.trace, known(len(each.trace.completion_token_ids), 5)) for each in rollouts]
 
 
 def mixed_feed(directory, traces, share, **rollouts):

@@ -17,6 +17,7 @@ from distill.models import Model, teacher_of
 from distill.prompts.prompt import Prompt
 from distill.recipe import LocalEngine
 from distill.traces.trace import Trace
+from distill.train.rollouts.student import Rollout
 from distill.train.rollouts.teachers import Teacher
 
 DIRECTORY = resolve_weights("student", "tiny-qwen")
@@ -42,7 +43,7 @@ def opening(tmp_path_factory):
 def rollout(chat, text, ended=True, top=()):
     """A rollout of `text`, prefill included. top: the student's likeliest tokens, at every position."""
     ids = [*chat.text_ids(text.removeprefix(chat.prefill)), *(chat.stop_token_ids[-1:] if ended else ())]
-    return Trace(
+    trace = Trace(
         PROMPT,
         0,
         0,
@@ -53,8 +54,8 @@ def rollout(chat, text, ended=True, top=()):
         prompt_token_ids=tuple(chat.prompt_ids(PROMPT.messages)),
         completion_token_ids=tuple(ids),
         logprobs=(-0.1,) * len(ids),
-        top_logprobs=(tuple((id_, -1.0) for id_ in top),) * len(ids),
     )
+    return Rollout(trace, np.array([top] * len(ids), np.int32))
 
 
 class Hand:
@@ -69,7 +70,9 @@ class Hand:
             completion = completion_ids(trace, self.chat)
             self.asked.append(completion)
             assert ids is None or len(ids[number]) == len(completion)
-            also = [list(rows) for rows in ids[number]] if ids else [[] for _ in completion]
+            also = (
+                [[id_ for id_ in row if id_ >= 0] for row in ids[number].tolist()] if ids else [[] for _ in completion]
+            )
             width = max(map(len, also), default=0)
             top_ids = np.zeros((len(completion), width), np.int32)
             top_logprobs = np.full(top_ids.shape, -np.inf, np.float32)
@@ -99,11 +102,12 @@ def known(taught):
 def test_a_copy_of_the_student_says_what_the_student_does():
     """With one tokenizer the distribution is the copy's own at every position, stop tokens apart."""
     model = Model("student", DIRECTORY)
-    trace = rollout(STUDENT, "The answer is 42.", top=(5, 9, *STUDENT.stop_token_ids))
+    written = rollout(STUDENT, "The answer is 42.", top=(5, 9, *STUDENT.stop_token_ids))
+    trace = written.trace
     with backends.open(model, LocalEngine(dtype="float32")) as backend:
-        taught = Teacher(backend, STUDENT, STUDENT, 6, asks=True).score([trace])[0]
-        wanted = [[5, 9, *STUDENT.stop_token_ids]] * len(trace.completion_token_ids)
-        scored = backend.score([trace], 6, [wanted])[0]
+        taught = Teacher(backend, STUDENT, STUDENT, 6, asks=True).score([written])[0]
+        assert written.likeliest is not None
+        scored = backend.score([trace], 6, [written.likeliest])[0]
     assert taught.scored.completion_token_ids == trace.completion_token_ids and all(known(taught))
     for place, top in enumerate(scored.top_logprobs):
         said = masses(taught.distribution, place)
@@ -119,13 +123,13 @@ def test_positions_by_hand():
     """Tokens of the same bytes stand for each other; the student's candidates are asked for by the teacher's ids."""
     text = "The answer is 42."
     candidate = STUDENT.text_ids("4")[0]
-    trace = rollout(STUDENT, text, top=(candidate, STUDENT.stop_token_ids[-1]))
+    written = rollout(STUDENT, text, top=(candidate, STUDENT.stop_token_ids[-1]))
     backend = Hand(TEACHER)
     teacher = Teacher(backend, TEACHER, STUDENT, 2, asks=True)
-    taught = teacher.score([trace])[0]
+    taught = teacher.score([written])[0]
     theirs = taught.scored.completion_token_ids
     assert TEACHER.decode(theirs) == text and theirs[-1] == TEACHER.stop_token_ids[-1]
-    ours = trace.completion_token_ids
+    ours = written.trace.completion_token_ids
     starts = positions(teacher, TEACHER, theirs, 0)
     offset = 0
     for place, id_ in enumerate(ours):
@@ -178,16 +182,16 @@ def test_known_positions_are_those_where_both_begin(opening, begins, text, ended
     is known where a token of each begins, and the teacher was not given it in its prompt."""
     chat = opening if opens else STUDENT
     full = (THINK if begins or opens else "") + text
-    trace = rollout(chat, full, ended)
+    written = rollout(chat, full, ended)
     backend = Hand(TEACHER)
     teacher = Teacher(backend, TEACHER, chat, 2, asks=True)
-    taught = teacher.score([trace])[0]
+    taught = teacher.score([written])[0]
     given = len(THINK) if full.startswith(THINK) and not opens else 0  # of the student's text, in the teacher's prompt
     starts = positions(teacher, TEACHER, taught.scored.completion_token_ids, given)
     offset, expected = 0, []
     lengths = [len(teacher.projector.teacher.piece(id_)) for id_ in taught.scored.completion_token_ids]
     ends = {start + lengths[i] for start, i in starts.items()} | {given}
-    for id_ in trace.completion_token_ids:
+    for id_ in written.trace.completion_token_ids:
         size = 0 if id_ in chat.stop_token_ids else len(teacher.projector.student.piece(id_))
         i = starts.get(offset)
         longer = i is not None and size and lengths[i] >= size

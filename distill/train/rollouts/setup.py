@@ -134,9 +134,11 @@ def rollout_feed(
         if objective.needs_reference:
             judges.base = stack.enter_context(backends.open(models.base, engine))
         store = RolloutStore(paths.rollouts, rollouts.samples)
+        stack.callback(store.close)
         yield RolloutFeed(objective, settings, prompts, student, models.base.chat, store, judges, world, traces)
         if world.main:
             store.compact(0)
+            store.forget()
 
 
 def _teacher(
