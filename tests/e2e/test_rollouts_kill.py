@@ -55,7 +55,8 @@ def same(killed, undisturbed):
     assert support.log(killed) == support.log(undisturbed)
     assert support.weights(killed) == support.weights(undisturbed)
     names = [sorted(path.name for path in (root / "rollouts").iterdir()) for root in (killed, undisturbed)]
-    assert names == [["part-00000.parquet"]] * 2
+    assert names == [["part-00000.parquet", "rewards.jsonl"]] * 2
+    assert support.rewards(killed) == support.rewards(undisturbed)
 
 
 def killed_at(tmp_path, spawn, name, moments):
