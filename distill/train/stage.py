@@ -94,7 +94,7 @@ class TrainStage(Stage[TrainSummary]):
             setup.check(run.recipe, run.models, questions)
         if objective.reads_data:
             prepare(run.recipe, run.models, run.paths, row_settings(run), teacher_settings(run), processes)
-        if self._world is None and processes == 1:  # another process, where there are several
+        if questions is not None and self._world is None and processes == 1:  # several check it themselves
             from distill.train.ranks.join import layout
 
             layout(run.recipe, run.models, run.paths, questions)
