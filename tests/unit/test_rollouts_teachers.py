@@ -165,8 +165,8 @@ def test_nothing_of_the_teacher_is_known_of_its_own_opening():
     assert first.scored.completion_token_ids == () and first.scored.prompt_token_ids
 
 
-ALPHABET = "01+=. \n"
-TEXTS = st.text(st.sampled_from(ALPHABET), min_size=1, max_size=14)
+ALPHABET = "01 "  # small, so that drawn merges are used
+TEXTS = st.text(st.sampled_from(ALPHABET), min_size=3, max_size=14)
 
 
 @st.composite
@@ -175,7 +175,7 @@ def chats(draw):
     symbols = byte_symbols()
     known = [symbols[byte] for byte in ALPHABET.encode()]
     merges = []
-    for _ in range(draw(st.integers(0, 12))):
+    for _ in range(draw(st.sampled_from((0, 4, 12)))):
         pair = draw(st.sampled_from(known)), draw(st.sampled_from(known))
         if len("".join(pair)) <= 5 and "".join(pair) not in known:
             merges.append(pair)
@@ -191,7 +191,7 @@ def chats(draw):
     return Chat(fast, "drawn", None, OPENED if draw(st.booleans()) else OPENED.replace("<think>\\n", ""))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(begins=st.booleans(), text=TEXTS, ended=st.booleans(), ours=chats(), theirs=chats())
 def test_known_positions_are_those_where_both_begin(begins, text, ended, ours, theirs):
     """Of any two tokenizers and templates: a position is known if and only if a token of each begins there, the
