@@ -35,6 +35,11 @@ class Reward:
         parts = ", ".join(f"{name} {part:.4g}" for name, part in self.parts.items())
         return f"{value}{': ' if self.value is not None and parts else '; ' if parts else ''}{parts}"
 
+    @property
+    def grade(self) -> str:
+        """The grader's verdict, where the reward is not trained on: `correct`, `wrong` or `unverifiable`."""
+        return "unverifiable" if self.correct is None else "correct" if self.correct else "wrong"
+
     def to_row(self, key: Key) -> Row:
         """The row of the rollout with this key."""
         prompt, sample = key

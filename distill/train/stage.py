@@ -46,6 +46,7 @@ class TrainStage(Stage[TrainSummary]):
         *(f"student/*.{ending}" for ending in ("json", "safetensors", "jinja", "txt", "model")),
         "checkpoints/log.jsonl",
         "rollouts/part-*.parquet",
+        "rollouts/rewards.jsonl",
         "checkpoints/adapter/*.safetensors",
         "checkpoints/adapter/*.json",
     )

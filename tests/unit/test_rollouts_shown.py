@@ -1,5 +1,6 @@
 """What a person sees of rollouts: the report's curves and time, the trace reader by step, the plan's figures."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from distill.recipe import Train
 from distill.report import write_report
 from distill.report.curves import Spent, curves, time_spent
 from distill.traces.ledger import Ledger
+from distill.traces.rewarded import REWARDS, Reward, read_rewards
 from distill.traces.store import TraceStore
 from distill.train.rollouts.memory import CPU_CACHE, engines
 
@@ -36,6 +38,13 @@ LOG = [
 ]
 
 
+REWARDED = {
+    (QUESTION.id, 0): Reward(1.25, True, {"correct": 1.0, "language": 0.5}),
+    (QUESTION.id, 1): Reward(-0.5, False, {"correct": 0.0, "length": -0.5}),
+    (OTHER.id, 0): Reward(None, None, {"language": 1.0}),
+}
+
+
 @pytest.fixture
 def run(tmp_path):
     """Two sets of two prompts with two samples each, trained on in steps 1 to 4."""
@@ -44,6 +53,8 @@ def run(tmp_path):
         for prompt in (QUESTION, OTHER):
             store.append([replace(trace(prompt, sample, f"{sample}!"), teacher="student") for sample in range(4)])
         store.append([replace(trace(OTHER, 4, "long"), finish_reason="length")])
+    with Ledger(RunPaths(tmp_path).rollouts / REWARDS) as ledger:
+        ledger.append(reward.to_row(key) for key, reward in REWARDED.items())
     RunPaths(tmp_path).log.parent.mkdir(parents=True)
     with Ledger(RunPaths(tmp_path).log) as ledger:
         ledger.append(LOG)
@@ -121,10 +132,39 @@ def test_rollouts_are_read_by_step(run, monkeypatch, capsys):
     assert cut.count("gold answer") == 1 and "steps 5 – 6 · truncated" in cut
     table = shown(monkeypatch, capsys, run, "--rollouts", "--counts").splitlines()
     assert [row.split() for row in table if row.startswith("steps")] == [
-        ["steps", "1", "–", "2", "4", "3", "0"],
-        ["steps", "3", "–", "4", "4", "3", "0"],
-        ["steps", "5", "–", "6", "1", "3", "1"],
+        ["steps", "1", "–", "2", "4", "3", "0", "0.375"],
+        ["steps", "3", "–", "4", "4", "3", "0", "–"],
+        ["steps", "5", "–", "6", "1", "3", "1", "–"],
     ]
+
+
+def test_rewards_are_read_with_their_parts(run, monkeypatch, capsys):
+    text = shown(monkeypatch, capsys, run, "--rollouts", "--step", 1)
+    lines = [line.strip() for line in text.splitlines() if "reward" in line]
+    assert lines == [
+        "reward 1.25: correct 1, language 0.5",
+        "reward -0.5: correct 0, length -0.5",
+        "no reward: unverifiable; language 1",
+    ]
+    shutil.rmtree(run / "stages")
+    begin_run(run, catalog.load_recipe("tiny", [GRPO.replace("grpo", "on_policy")]))
+    text = shown(monkeypatch, capsys, run, "--rollouts", "--step", 1)
+    lines = [line for line in text.splitlines() if line.startswith("  ")]
+    assert lines == ["  correct", "  wrong", "  unverifiable"], "what is not trained on is no reward"
+
+
+def test_a_reward_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / REWARDS
+    assert list(read_rewards(path)) == []
+    rewards = {("a", 3): Reward(0.1 + 0.2, True, {"correct": 1.0}), ("b", 0): Reward(None, None)}
+    with Ledger(path) as ledger:
+        ledger.append(reward.to_row(key) for key, reward in rewards.items())
+        ledger.append([Reward(9.0, None).to_row(("a", 3))])  # of a session that was killed and repeated
+    assert dict(read_rewards(path)) == rewards
+    with Ledger(path) as ledger:
+        ledger.append([{"prompt": "a", "sample": 4, "value": "high", "correct": None, "parts": {}}])
+    with pytest.raises(UserError, match=r"rewards\.jsonl, row 4: not a reward"):
+        list(read_rewards(path))
 
 
 @pytest.mark.parametrize(
