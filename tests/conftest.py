@@ -5,7 +5,7 @@ processes that tests start inherit.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,13 +28,15 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
-@pytest.fixture(autouse=True)
-def hidden_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def hidden_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """Only the tests in test_gpu_*.py use a GPU: the others test what holds on a CPU, such as equal bits in every batch.
     Processes that they start have no GPU either."""
-    if GPU and not request.path.name.startswith("test_gpu_"):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        if GPU and not request.path.name.startswith("test_gpu_"):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr("torch.cuda.is_available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")
