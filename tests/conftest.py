@@ -30,7 +30,7 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True, scope="module")
 def hidden_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Only the tests in test_gpu_*.py use a GPU: the others test what holds on a CPU, such as equal bits in every batch.
+    """Only tests in test_gpu_*.py use a GPU: the others test what holds on a CPU, such as the same bits in any batch.
     Processes that they start have no GPU either."""
     with pytest.MonkeyPatch.context() as patch:
         if GPU and not request.path.name.startswith("test_gpu_"):
