@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
+    from distill.engine.alternatives import Alternatives
+
 GivenIds = Sequence["npt.NDArray[np.int32]"]  # by trace, [completion tokens, m], −1 for none
 
 
@@ -45,7 +47,7 @@ class Completed:
     prompt_token_ids: tuple[int, ...] = ()
     completion_token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] | None = None
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    top: "Alternatives | None" = None
     completion_tokens: int | None = None
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
@@ -53,6 +55,11 @@ class Completed:
     form: ReasoningForm | None = None
     parts: tuple[str | None, str] | None = None
     omitted: tuple[str, ...] = ()
+
+    @property
+    def top_logprobs(self) -> tuple[tuple[tuple[int, float], ...], ...] | None:
+        """`top` as of `Trace`."""
+        return None if self.top is None else self.top.pairs
 
     @property
     def split(self) -> tuple[str | None, str]:
@@ -90,15 +97,11 @@ class Scored:
         """What a scored trace carries."""
         import numpy as np
 
+        from distill.engine.alternatives import Alternatives
+
         assert trace.logprobs is not None and trace.top_logprobs is not None, "a scored trace has both"
-        tops = trace.top_logprobs
-        width = max(map(len, tops), default=0)
-        ids, logprobs = np.zeros((len(tops), width), np.int32), np.full((len(tops), width), -np.inf, np.float32)
-        for place, top in enumerate(tops):
-            if top:
-                ids[place, : len(top)], logprobs[place, : len(top)] = zip(*top, strict=True)
-        logprob_t = np.array(trace.logprobs, np.float32)
-        return cls(trace.prompt_token_ids, trace.completion_token_ids, logprob_t, ids, logprobs)
+        top, logprob_t = Alternatives.of(trace.top_logprobs), np.array(trace.logprobs, np.float32)
+        return cls(trace.prompt_token_ids, trace.completion_token_ids, logprob_t, top.id_tk, top.logprob_tk)
 
 
 class Backend(Protocol):

@@ -192,7 +192,7 @@ class LocalBackend:
                 prompt_token_ids=ids,
                 completion_token_ids=done.token_ids,
                 logprobs=done.logprobs,
-                top_logprobs=done.top_logprobs,
+                top=done.top,
             )
 
     @property

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.engine.alternatives import Alternatives, TopLogprobs
 from distill.engine.attention import Chunk
 from distill.engine.cache import PageAllocator
 from distill.engine.model import Model
-from distill.engine.sampler import TopLogprobs, normalisers
+from distill.engine.sampler import normalisers
 
 # Hidden states become logits for so many rows × vocabulary entries at a time.
 _SCORE_ELEMENTS = 1 << 24
@@ -48,9 +49,7 @@ class Scores:
         """(id, log-probability) of the alternatives at each position, likeliest first."""
         if self.top_id_tk is None or self.top_logprob_tk is None:
             return None
-        count_t = (self.top_logprob_tk > -np.inf).sum(1).tolist()
-        rows = zip(self.top_id_tk.tolist(), self.top_logprob_tk.tolist(), count_t, strict=True)
-        return tuple(tuple(zip(ids[:count], logprobs[:count], strict=True)) for ids, logprobs, count in rows)
+        return Alternatives(self.top_id_tk, self.top_logprob_tk).pairs
 
 
 Forward = Callable[[list[Chunk]], Tensor]

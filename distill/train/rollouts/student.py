@@ -60,19 +60,13 @@ class StudentEngine:
         sampling = SamplingParams(**self.settings.sampling.model_dump(), logprobs=top_k)
         rollouts = []
         for done in self.backend.complete(jobs, sampling, self.seed):
-            likeliest = None if done.top_logprobs is None else ids_of(done.top_logprobs)
-            trace = trace_of(replace(done, top_logprobs=None), done.prompt, self.seed, name)
-            rollouts.append(Rollout(rounded(trace), likeliest))
+            trace = trace_of(replace(done, top=None), done.prompt, self.seed, name)
+            rollouts.append(Rollout(rounded(trace), None if done.top is None else done.top.id_tk))
         return rollouts
 
     def likeliest(self, traces: Sequence[Trace], top_k: int) -> list[npt.NDArray[np.int32]]:
         """The most likely tokens of the current weights at each token of rollouts that are there already: [t, k]."""
         return [scored.top_id_tk for scored in self.backend.scored(traces, top_k)]
-
-
-def ids_of(tops: Sequence[Sequence[tuple[int, float]]]) -> npt.NDArray[np.int32]:
-    """The ids of as many alternatives at every position: [t, k]."""
-    return np.array([[id_ for id_, _ in top] for top in tops], np.int32)
 
 
 def tensors_of(model: nn.Module) -> Callable[[str], Tensor]:
