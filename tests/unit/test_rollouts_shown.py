@@ -12,7 +12,14 @@ from distill.artefacts import RunPaths
 from distill.errors import UserError
 from distill.objectives import Grpo, OnPolicy
 from distill.plan.hardware import parse
-from distill.plan.rollouts import RolloutPlan, estimate_rollouts, stages_of
+from distill.plan.rollouts import (
+    RolloutPlan,
+    answers_of,
+    decoding_rate,
+    estimate_rollouts,
+    stages_of,
+    stored_bytes,
+)
 from distill.plan.traces import Traces
 from distill.planned import Expected
 from distill.recipe import Train
@@ -219,6 +226,37 @@ def test_stored_rollouts_are_measured(run):
     recipe = catalog.load_recipe("tiny", [GRPO])
     plan = estimate_rollouts(recipe, run, Traces(30, 1, Expected(value=600), "given"), None, 20.0)
     assert plan.mean == 3 and plan.basis == "as the 9 stored"
+
+
+def test_skipped_groups_are_those_of_the_log(run, tmp_path):
+    """Half of the groups were skipped, so that half of the rollouts are trained on, and all are sampled."""
+    recipe = catalog.load_recipe("tiny", [GRPO, "train.max_steps=4"])
+    traces = Traces(30, 1, Expected(value=600), "given")
+    plan = estimate_rollouts(recipe, run, traces, 10, 20.0)
+    assert (plan.count, plan.skipped, plan.read) == (8, 0.5, 8 * 30)
+    assert (plan.data(1024).rows, plan.data(1024).tokens) == (4, 4 * 30)
+    assert "50% in groups without variance, as logged" in plan.described()
+    unknown = estimate_rollouts(recipe, tmp_path / "new", traces, 10, 20.0)
+    assert (unknown.skipped, unknown.data(1024).rows) == (None, 8) and "none is assumed" in unknown.described()
+
+
+def test_the_answers_of_a_base_are_planned():
+    """20 prompts, 3 answers each in one of two phases, as long as the teacher's traces: 60 · 50 tokens."""
+    own = "{name: b, objective: {kind: sft}, data: [{kind: own, samples: 3}]}"
+    recipe = catalog.load_recipe("tiny", [f"train.phases=[{{name: a, objective: {{kind: sft}}}}, {own}]"])
+    machine = parse("1xH100")
+    stage = answers_of(recipe, Traces(20, 1, Expected(value=1000), "given"), [machine])
+    rate = decoding_rate(catalog.load_student("tiny-qwen").parameters, 0.0, machine)
+    assert stage.tokens.value == 3000 and stage.hours.value == pytest.approx(3000 / rate / 3600)
+    assert answers_of(catalog.load_recipe("tiny"), Traces(20, 1, Expected(value=1000), "given"), [machine]) is None
+
+
+def test_likeliest_tokens_take_disk_until_two_checkpoints_later():
+    """100 sets of 20 tokens in 200 steps; a checkpoint every 25 steps keeps 25 of the sets: 500 · 8 numbers of 4."""
+    objective = "train.objective={kind: on_policy, top_k: 8, rollouts: {updates: 2}}"
+    recipe = catalog.load_recipe("tiny", [objective, "train.save_steps=25"])
+    plan = RolloutPlan(200, 100, 200, 10.0, 20, 5.0, "given")
+    assert stored_bytes(recipe, plan) == 200 * 10 * 12 + 25 * 20 * 8 * 4
 
 
 def test_traces_are_mixed_in_by_share(tmp_path):
