@@ -1,12 +1,14 @@
 """Our training loop against TRL's SFTTrainer: one model, one set of traces, one machine, one run.
 
-    python perf/train.py [--json FILE] [--work DIR] [--steps N] [--seeds N] [--dtype bfloat16|float32] [--only ours trl]
+    python perf/train.py [--json FILE] [--work DIR] [--model DIR] [--steps N] [--seeds N] [--dtype bfloat16|float32]
+                         [--only ours trl]
 
-A Qwen2 of 46 M parameters whose head is as wide as Qwen2.5's (151,936), as most of a small student's work is in its
-head; the real reasoning traces of the tests' data under a BPE of 4,096 that is trained on them; rows packed to 2,048
-tokens; the loss on completions only. Both train the same number of tokens with the same AdamW, from the same weights,
-and then the same held-out traces are scored with transformers in float32. Every training runs in a process of its own.
-The first steps are not counted in the rates.
+By default a Qwen2 of 46 M parameters whose head is as wide as Qwen2.5's (151,936), as most of a small student's work is
+in its head; the real reasoning traces of the tests' data under a BPE of 4,096 that is trained on them. With --model a
+pretrained model and its own tokenizer (SmolLM2-135M). Rows are packed to 2,048 tokens; the loss is on completions only.
+Both train the same number of tokens with the same AdamW, from the same weights, and then the same held-out traces are
+scored with transformers in float32. Every training runs in a process of its own. The first steps are not counted in the
+rates.
 
     pip install -c constraints.txt -r perf/requirements.txt
 """
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 LENGTH = 2048
 VOCABULARY, HEAD = 4096, 151_936
-LEARNING_RATE = 1e-3
+LEARNING_RATE, PRETRAINED = 1e-3, 2e-5  # of the model that is made here, of a pretrained one
 WARM_UP = 2  # steps that are not timed
 HELD_OUT = 24  # traces that are scored and not trained
 DATA = Path(os.environ.get("DISTILL_TEST_DATA", "../shared/data")) / "think_traces_rg3b_dev"
@@ -52,6 +55,23 @@ def conversations() -> list[list[dict[str, str]]]:
                     [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["response"]}]
                 )
     return found
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is trained. directory: of the model and its tokenizer. student: as a recipe names it."""
+
+    directory: Path
+    student: Path
+    learning_rate: float
+
+
+def base_of(args: argparse.Namespace) -> Base:
+    """The model that was asked for, else the one of `prepare`."""
+    if args.model:
+        return Base(args.model.resolve(), args.model.resolve(), PRETRAINED)
+    prepare(args.work)
+    return Base(args.work / "base", args.work / "base" / "card.yaml", LEARNING_RATE)
 
 
 def prepare(work: Path) -> None:
@@ -122,7 +142,7 @@ def peak_memory() -> float:
 # ---- the two systems: each trains, and leaves its student in `out`
 
 
-def train_ours(work: Path, out: Path, steps: int, seed: int, dtype: str) -> dict[str, float]:
+def train_ours(base: Base, out: Path, steps: int, seed: int, dtype: str) -> dict[str, float]:
     from distill.artefacts import RunPaths
     from distill.chat import split_reasoning
     from distill.models import Models
@@ -150,11 +170,11 @@ def train_ours(work: Path, out: Path, steps: int, seed: int, dtype: str) -> dict
         {
             "name": "perf",
             "teacher": "tiny-r1",
-            "student": str(work / "base" / "card.yaml"),
+            "student": str(base.student),
             "prompts": [{"kind": "procedural", "name": "arithmetic"}],
             "eval": {"benchmarks": ["tiny-arithmetic"]},
             "train": {
-                "learning_rate": LEARNING_RATE,
+                "learning_rate": base.learning_rate,
                 "lr_scheduler_type": "constant",
                 "warmup_ratio": 0.0,
                 "adam_beta2": 0.999,
@@ -195,15 +215,15 @@ def train_ours(work: Path, out: Path, steps: int, seed: int, dtype: str) -> dict
     return figures
 
 
-def train_trl(work: Path, out: Path, steps: int, seed: int, dtype: str) -> dict[str, float]:
+def train_trl(base: Base, out: Path, steps: int, seed: int, dtype: str) -> dict[str, float]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     rows = [{"prompt": row[:1], "completion": row[1:]} for row in conversations()[HELD_OUT:]]
-    tokenizer = AutoTokenizer.from_pretrained(work / "base")
-    model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base.directory)
+    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32)
     clock = Clock()
     tokens = 0
 
@@ -230,7 +250,7 @@ def train_trl(work: Path, out: Path, steps: int, seed: int, dtype: str) -> dict[
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
         max_steps=steps,
-        learning_rate=LEARNING_RATE,
+        learning_rate=base.learning_rate,
         lr_scheduler_type="constant",
         optim="adamw_torch_fused",
         seed=seed,
@@ -269,14 +289,14 @@ def limits(*_: Any) -> dict[str, float]:
 # ---- what is reported
 
 
-def held_out_loss(work: Path, student: Path) -> float:
+def held_out_loss(base: Base, student: Path) -> float:
     """Nats a token of the completions of the held-out traces, by transformers in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from distill.chat import Chat
 
-    chat = Chat.load(work / "base")
+    chat = Chat.load(base.directory)
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
     total, count = 0.0, 0
     with torch.no_grad():
@@ -290,11 +310,15 @@ def held_out_loss(work: Path, student: Path) -> float:
     return total / count
 
 
-def operations(ratio_supervised: float) -> float:
+def operations(base: Base, ratio_supervised: float) -> float:
     """Operations a token, forward and back: three products for each weight, of the head for what is learnt."""
-    hidden, inner, layers, kv = 256, 1024, 6, 128
-    layer = hidden * hidden * 2 + hidden * kv * 2 + 3 * hidden * inner
-    return 6 * (layers * layer + ratio_supervised * hidden * HEAD)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base.directory)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    kv = hidden // heads * config.num_key_value_heads
+    layer = hidden * hidden * 2 + hidden * kv * 2 + 3 * hidden * config.intermediate_size
+    return 6.0 * (config.num_hidden_layers * layer + ratio_supervised * hidden * config.vocab_size)
 
 
 MEASURES: dict[str, Callable[..., dict[str, float]]] = {"ours": train_ours, "trl": train_trl, "limits": limits}
@@ -304,6 +328,7 @@ def in_its_own_process(what: str, args: argparse.Namespace, seed: int = 0) -> di
     out = args.work / f"{what}-{seed}"
     shutil.rmtree(out, ignore_errors=True)
     settings = ["--work", str(args.work), "--steps", str(args.steps), "--dtype", args.dtype, "--seed", str(seed)]
+    settings += ["--model", str(args.model)] if args.model else []
     done = subprocess.run([sys.executable, __file__, "--measure", what, *settings], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"error: {what} failed; TRL is installed by pip install -c constraints.txt -r perf/requirements.txt")
@@ -315,6 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("--work", type=Path, default=Path("build/perf-train"), help="where the model is kept")
+    parser.add_argument("--model", type=Path, help="directory of a pretrained model to train in place of the small one")
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps of 2,048 tokens")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the forward pass")
@@ -324,10 +350,10 @@ def main() -> None:
     args = parser.parse_args()
     if not DATA.is_dir():
         sys.exit(f"error: {DATA} is not there: set DISTILL_TEST_DATA to the directory of the tests' data")
-    prepare(args.work)
+    base = base_of(args)
     if args.measure:
         out = args.work / f"{args.measure}-{args.seed}"
-        print(json.dumps(MEASURES[args.measure](args.work, out, args.steps, args.seed, args.dtype)))
+        print(json.dumps(MEASURES[args.measure](base, out, args.steps, args.seed, args.dtype)))
         return
     results: dict[str, Any] = {"limits": in_its_own_process("limits", args), "dtype": args.dtype, "steps": args.steps}
     runs: dict[str, list[dict[str, float]]] = {system: [] for system in args.only}
@@ -335,15 +361,15 @@ def main() -> None:
         for system in args.only:
             print(f"seed {seed + 1} of {args.seeds}: {system}", file=sys.stderr)
             figures = in_its_own_process(system, args, seed)
-            figures["held-out loss"] = held_out_loss(args.work, args.work / f"{system}-{seed}" / "student")
+            figures["held-out loss"] = held_out_loss(base, args.work / f"{system}-{seed}" / "student")
             runs[system].append(figures)
     results["runs"] = runs
-    show(results)
+    show(results, base)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def show(results: dict[str, Any]) -> None:
+def show(results: dict[str, Any], base: Base) -> None:
     runs = results["runs"]
     middle = {
         system: {name: statistics.median(run[name] for run in some) for name in some[0]}
@@ -364,7 +390,7 @@ def show(results: dict[str, Any]) -> None:
             f"{ours['peak memory, GB'] / trl['peak memory, GB']:.2f}"
         )
     if "ours" in middle:
-        done = middle["ours"]["tokens/s"] * operations(0.8) / 1e9
+        done = middle["ours"]["tokens/s"] * operations(base, 0.8) / 1e9
         print(f"ours: about {done:.0f} GFLOP/s, {done / results['limits']['products, GFLOP/s']:.0%} of the limit")
 
 
