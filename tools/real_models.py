@@ -9,7 +9,8 @@ and the chat template.
     python tools/real_models.py --to DIR smollm2-135m-instruct
 
 Writes DIR/NAME.gguf and DIR/NAME/; NAME is that of the model's card. An interrupted call goes on where it stopped: with
-the next part, or with the conversion. A directory that exists is whole and is left alone; its .gguf file may be deleted.
+the next part, or with the conversion. A directory that exists is complete and is left alone; its .gguf file may be
+deleted.
 
 Rejected: to install the packages (they would stay, 1.7 GB in site-packages), and to keep the parts until all are there
 (twice the space).
@@ -111,7 +112,7 @@ def fetch(model: RealModel, path: Path) -> None:
     record.unlink(missing_ok=True)
     if not correct:
         sys.exit(
-            f"{model.name}: the joined parts are not the expected file (size or sha256); they are deleted: try again"
+            f"{model.name}: the joined parts have another size or sha256 than expected; they are deleted: try again"
         )
 
 
