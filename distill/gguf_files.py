@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from distill import gguf_metadata
 from distill.console import bytes_text, progress
 from distill.durable import replacing_directories
+from distill.engine.config import refuse_lfs_pointer
 from distill.engine.families import FAMILIES, spec_of
 from distill.engine.spec import ModelSpec
 from distill.errors import UserError
@@ -132,6 +133,10 @@ def _reader(path: Path) -> GGUFReader:
     except ModuleNotFoundError as error:
         raise UserError(f"{path}: reading GGUF needs the gguf package: pip install 'distill[gguf]'") from error
     try:
+        refuse_lfs_pointer(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    try:
         return GGUFReader(path)
     except (ValueError, LookupError, TypeError, ArithmeticError, MemoryError) as error:
         # What a broken file leads to inside the library: slices past the end, unknown numbers of types.
@@ -212,8 +217,8 @@ def _check_tensors(model: _Model, places: Mapping[str, tuple[str, tuple[int, ...
     known = {*places, ROPE_FREQUENCIES, "output.weight"}
     if extra := [name for name in model.stored if name not in known]:
         raise UserError(
-            f"{model.where}: tensor {extra[0]} has no place in a model of family {model.spec.family}; use the hub id of "
-            f"the model"
+            f"{model.where}: tensor {extra[0]} has no place in a model of family {model.spec.family}; use the hub id "
+            f"of the model"
         )
 
 

@@ -156,8 +156,8 @@ def _refuse_unread(metadata: Metadata, family: str) -> None:
     for key, value in metadata.values.items():
         if key.startswith(f"{family}.") and key.removeprefix(f"{family}.") not in READ:
             raise UserError(
-                f"{metadata.where}: {key} is {str(value)[:40]}, which is not read and may change the model; use the hub "
-                f"id of the model"
+                f"{metadata.where}: {key} is {str(value)[:40]}, which is not read and may change the model; use the "
+                f"hub id of the model"
             )
     if metadata.int(f"{family}.expert_count", 0):
         raise UserError(
