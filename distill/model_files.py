@@ -49,7 +49,7 @@ def find_directory(weights: str, base: Path) -> Path | None:
     if HUB_ID.fullmatch(weights) and not weights.endswith(gguf_files.SUFFIX):
         return None
     kind = "file" if weights.endswith(gguf_files.SUFFIX) else "directory"
-    raise UserError(f"no {kind} {directory}; give a directory, a .gguf file or a hub id (owner/name)")
+    raise UserError(f"no {kind} {directory}; give a directory or a hub id (owner/name)")
 
 
 def first_problem(directory: Path) -> str | None:
