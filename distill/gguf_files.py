@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
     from torch import Tensor
 
-SUFFIX = ".gguf"
+SUFFIX, MAGIC = ".gguf", b"GGUF"
 SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0")
 ROPE_FREQUENCIES = "rope_freqs.weight"
@@ -136,6 +136,9 @@ def _reader(path: Path) -> GGUFReader:
         refuse_lfs_pointer(path)
     except ValueError as error:
         raise UserError(str(error)) from error
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise UserError(f"{path}: not a GGUF file (it does not begin with {MAGIC.decode()}); download it again")
     try:
         return GGUFReader(path)
     except (ValueError, LookupError, TypeError, ArithmeticError, MemoryError) as error:

@@ -175,6 +175,8 @@ def model_directory(name: str) -> Path:
     try:
         directory = find_directory(name, Path())
     except UserError as error:
+        if name.endswith(gguf_files.SUFFIX):
+            raise
         raise UserError(f"{name} is not a model directory, a hub id or an http(s):// address: {error}") from error
     if directory is None:
         place = download(name, None)

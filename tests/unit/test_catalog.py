@@ -287,7 +287,7 @@ def test_files_that_are_not_read_are_named_with_the_way_out(tmp_path, files, sai
         ),
         ("localhost:8000", "localhost:8000 is the address of a server"),
         ("HTTPS://api.example.com", "is the address of a server"),
-        ("model.gguf", r"model\.gguf: not a complete GGUF file \(.+\); download it again"),
+        ("model.gguf", r"model\.gguf: not a GGUF file \(it does not begin with GGUF\); download it again"),
         ("other.gguf", r"no file \S+/other\.gguf; give a directory or a hub id"),
         ("a/other.gguf", r"no file \S+/other\.gguf; give a directory or a hub id"),
         ("model-00001-of-00002.gguf", r"model-00002-of-00002\.gguf is missing; download it \(1 of 2 parts"),
