@@ -40,6 +40,8 @@ from distill.train.student.model import configuration
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SCORED = 2  # sequences of whole length that a scoring engine has a cache for: it keeps none of them after its step
+
 
 def check(recipe: Recipe, models: Models, questions: Questions) -> None:
     """Refuse what no rollout is needed to refuse. Errors: UserError, one line with the key of the recipe."""
@@ -129,7 +131,7 @@ def rollout_feed(
                 )
             )
         if objective.needs_reference:
-            judges.base = stack.enter_context(backends.open(models.base, engine))
+            judges.base = stack.enter_context(backends.open(models.base, engine, SCORED))
         store = RolloutStore(paths.rollouts, rollouts.samples)
         stack.callback(store.close)
         yield RolloutFeed(objective, settings, prompts, student, models.base.chat, store, judges, world, traces)
@@ -142,7 +144,9 @@ def _teacher(
     stack: ExitStack, recipe: Recipe, models: Models, model: Model, objective: OnPolicy, say_so: bool
 ) -> Teacher:
     engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
-    backend = stack.enter_context(backends.open(model, engine))
+    backend = stack.enter_context(
+        backends.open(model, engine) if model.is_remote else backends.open(model, engine, SCORED)
+    )
     asks = objective.estimator == "exact" and backend.scores_given_ids
     if objective.estimator == "exact" and not asks and say_so:
         say(
