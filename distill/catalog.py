@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from distill import model_cards, model_files
+from distill import gguf_files, model_cards, model_files
 from distill.chat import read_template
 from distill.config import did_you_mean, parse, read_yaml
 from distill.engine.families import FAMILIES
@@ -101,13 +101,18 @@ def load_student(name_or_path: str) -> StudentCard:
 
 
 def model_directory(kind: Literal["teacher", "student"], name_or_path: str) -> Path | None:
-    """The model directory that is named in place of a card: itself, or the student of a run. None for a card.
+    """The model directory that is named in place of a card: itself, that of a GGUF file, or the student of a run. None
+    for a card.
 
     A name of the catalog counts more than a directory of that name, and a card of this kind in a directory more than
     the model beside it. Errors: UserError for a run without a student.
     """
     path = Path(name_or_path).expanduser()
-    if name_or_path in entries(kind) or not name_or_path or not path.is_dir():
+    if name_or_path in entries(kind) or not name_or_path:
+        return None
+    if path.suffix == gguf_files.SUFFIX and not path.is_dir():
+        return model_files.find_directory(name_or_path, Path())
+    if not path.is_dir():
         return None
     if (path / "card.yaml").exists():
         card = read_yaml(path / "card.yaml")

@@ -5,6 +5,7 @@ Standard library only: a finished stage must be recognised at once, before torch
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,11 @@ def weights_hash(model_dir: Path) -> str:
     A weight file above 64 MiB is sampled: two trainings of one model differ nearly everywhere, and reading 140 GB to
     learn that nothing changed would take minutes at every start.
     """
-    paths = sorted(p for p in model_dir.iterdir() if p.suffix in READ)
+    return files_hash(sorted(p for p in model_dir.iterdir() if p.suffix in READ))
+
+
+def files_hash(paths: Sequence[Path]) -> str:
+    """16 hex digits over names and contents of files, sampled as in `weights_hash`. Errors: OSError."""
     return _hash(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
 
 

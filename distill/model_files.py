@@ -1,8 +1,9 @@
 """Model directories: where `weights` points, what is missing there, and the download of a hub id.
 
 Nothing is read but JSON and the headers of files: what the weights are is for the engine to judge. What is refused here
-would otherwise be misunderstood later: a Git LFS pointer in place of a file, GGUF or pickled weights, which are not
-read, and the files of an adapter, which transformers would load into the model and the engine would not.
+would otherwise be misunderstood later: a Git LFS pointer in place of a file, pickled weights, which are not read, and
+the files of an adapter, which transformers would load into the model and the engine would not. A GGUF file stands for
+the directory that it is converted to (`distill.gguf_files`).
 """
 
 import json
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
+from distill import gguf_files
 from distill.errors import UserError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -22,11 +24,11 @@ INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs"
 POINTER_BYTES = 1024  # a pointer is smaller
 HEADER_BYTES = 100 << 20  # of a safetensors file; the format's own limit
-NO_GGUF = "GGUF is not read: give the model's config.json, tokenizer and .safetensors files, or their hub id"
 
 
 def find_directory(weights: str, base: Path) -> Path | None:
-    """The directory that `weights` names, relative to `base`; None for a hub id that is not also a directory.
+    """The directory that `weights` names, relative to `base`; None for a hub id that is not also a directory. That of a
+    .gguf file is converted first.
 
     Errors: UserError, the end of a sentence about the setting, for anything else.
     """
@@ -38,13 +40,16 @@ def find_directory(weights: str, base: Path) -> Path | None:
     directory = (base / Path(weights).expanduser()).resolve()
     if directory.is_dir():
         return directory
-    if directory.suffix == ".gguf":
-        raise UserError(f"{directory} is a GGUF file; {NO_GGUF}")
+    if directory.suffix == gguf_files.SUFFIX and directory.is_file():
+        return gguf_files.directory_of(directory)
     if directory.is_file():
-        raise UserError(f"{directory} is a file; give the directory of the model, or a hub id (owner/name)")
-    if HUB_ID.fullmatch(weights):
+        raise UserError(
+            f"{directory} is a file; give the directory of the model, a .gguf file, or a hub id (owner/name)"
+        )
+    if HUB_ID.fullmatch(weights) and not weights.endswith(gguf_files.SUFFIX):
         return None
-    raise UserError(f"no directory {directory}; give a directory or a hub id (owner/name)")
+    kind = "file" if weights.endswith(gguf_files.SUFFIX) else "directory"
+    raise UserError(f"no {kind} {directory}; give a directory or a hub id (owner/name)")
 
 
 def first_problem(directory: Path) -> str | None:
@@ -55,8 +60,8 @@ def first_problem(directory: Path) -> str | None:
     if pointer := next((path for path in sorted(directory.iterdir()) if is_pointer(path)), None):
         return f"{pointer} is a Git LFS pointer, not the file: run `git lfs pull` in {directory}"
     shards = sorted(directory.glob("*.safetensors"))
-    if not shards and any(directory.glob("*.gguf")):
-        return f"{directory} holds GGUF files; {NO_GGUF}"
+    if not shards and (file := next(iter(sorted(directory.glob("*.gguf"))), None)):
+        return f"{directory} holds GGUF files; name one of them in its place, such as {file}"
     if adapter := next(directory.glob("adapter_*"), None):
         return (
             f"{adapter} belongs to an adapter (LoRA), which is not read: merge it into its base (peft: "
@@ -170,6 +175,8 @@ def model_directory(name: str) -> Path:
     try:
         directory = find_directory(name, Path())
     except UserError as error:
+        if name.endswith(gguf_files.SUFFIX):
+            raise
         raise UserError(f"{name} is not a model directory, a hub id or an http(s):// address: {error}") from error
     if directory is None:
         place = download(name, None)

@@ -290,8 +290,8 @@ def in_its_own_process(
 
 def fastest_dtype(system: str, args: argparse.Namespace, pair: str, method: str) -> str:
     """The dtype of the forward pass in which a system is faster on a few steps."""
-    if not low_precision():
-        return "float32"
+    if args.dtype or not low_precision():
+        return args.dtype or "float32"
     rates = {dtype: in_its_own_process(system, args, pair, method, dtype, WARM_UP + 2)["samples/s"] for dtype in DTYPES}
     print(f"{pair}, {method}: {system}: {rates} samples/s", file=sys.stderr, flush=True)
     return max(rates, key=lambda dtype: rates[dtype])
@@ -338,7 +338,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=f"optimiser steps of a training, the first {WARM_UP} not timed")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--checkpointing", action="store_true", help="have TRL recompute activations")
-    for name in ("--measure", "--pair", "--method", "--model", "--dtype"):
+    parser.add_argument("--dtype", choices=DTYPES, help="of the forward pass (default: the faster one of each system)")
+    for name in ("--measure", "--pair", "--method", "--model"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps is not None and args.steps <= WARM_UP:

@@ -5,7 +5,7 @@ processes that tests start inherit.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,24 @@ for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"
     os.environ[name] = "1"
 for name, value in (("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false"), ("MPLBACKEND", "Agg")):
     os.environ.setdefault(name, value)
-if not Path("/dev/nvidia0").exists():  # GPU kernels then run in Triton's interpreter
+GPU = Path("/dev/nvidia0").exists()
+if not GPU:  # GPU kernels then run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A failure must be the change's fault, not the draw's or a busy machine's.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hidden_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Only tests in test_gpu_*.py use a GPU: the others test what holds on a CPU, such as the same bits in any batch.
+    Processes that they start have no GPU either."""
+    with pytest.MonkeyPatch.context() as patch:
+        if GPU and not request.path.name.startswith("test_gpu_"):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr("torch.cuda.is_available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -99,6 +99,15 @@ def rollouts(directory: Path) -> list[Any]:
     return sorted(TraceStore(directory / "rollouts"), key=lambda trace: (trace.sample, trace.prompt.id))
 
 
+def rewards(directory: Path) -> dict[Any, Any]:
+    """The stored reward of every rollout, by its key."""
+    from distill.traces.rewarded import REWARDS, read_rewards
+
+    rewarded = dict(read_rewards(directory / "rollouts" / REWARDS))
+    assert rewarded.keys() == {trace.key for trace in rollouts(directory)}
+    return rewarded
+
+
 def weights(directory: Path) -> bytes:
     """The student's weights."""
     return (directory / "student" / "model.safetensors").read_bytes()

@@ -41,22 +41,24 @@ from learning_curve import AXES, BAR, BENCHMARKS, Point, base_point, difference,
 
 ROOT = Path(__file__).resolve().parent.parent
 
-COLD_START = {"name": "cold-start", "max_steps": 60, "warmup_ratio": 0.1}
+COLD_START = {"name": "cold-start", "max_steps": 60}
 ON_POLICY = {
     "name": "on-policy",
     "objective": {"kind": "on_policy", "rollouts": {"prompts_per_step": 32, "sampling": {"max_new_tokens": 128}}},
-    "max_steps": 240,
+    "max_steps": 140,
+    "learning_rate": 1e-3,
 }
 REWARDS = {
     "name": "rewards",
     "objective": {
         "kind": "grpo",
-        "rollouts": {"prompts_per_step": 8, "samples": 8, "sampling": {"max_new_tokens": 128}},
+        "rollouts": {"prompts_per_step": 16, "samples": 8, "sampling": {"max_new_tokens": 128}},
     },
-    "max_steps": 160,
-    "learning_rate": 5e-4,
+    "max_steps": 120,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
 }
-OWN_ANSWERS = {"name": "own-answers", "data": [{"kind": "own", "samples": 2}], "max_steps": 120}
+OWN_ANSWERS = {"name": "own-answers", "data": [{"kind": "own", "samples": 2}], "max_steps": 120, "learning_rate": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,27 @@ class Method:
     `tiny-r1` or `distilled`, the student of `distill run tiny`."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    points: int = 8
+    points: int = 3
     teacher: str = "tiny-r1"
 
 
 METHODS = {
-    "sft": Method(points=10),
-    "on_policy": Method({"train.phases": [COLD_START, ON_POLICY]}, points=6),
-    "grpo_from_base": Method(
-        {f"train.{key}": REWARDS[key] for key in ("objective", "learning_rate")} | {"train.max_steps": 220}
-    ),
-    "grpo_from_cold_start": Method({"train.phases": [COLD_START, REWARDS]}, points=6),
+    "sft": Method(points=7),
+    "on_policy": Method({"train.phases": [COLD_START, ON_POLICY]}),
+    "grpo_from_base": Method({f"train.{key}": value for key, value in REWARDS.items() if key != "name"}),
+    "grpo_from_cold_start": Method({"train.phases": [COLD_START, REWARDS]}),
     "pipeline": Method(
-        {"train.phases": [COLD_START, REWARDS | {"max_steps": 80}, OWN_ANSWERS, REWARDS | {"name": "rewards-again"}]},
-        points=3,
+        {
+            "train.phases": [
+                COLD_START,
+                REWARDS | {"max_steps": 40},
+                OWN_ANSWERS,
+                REWARDS | {"name": "rewards-again", "max_steps": 40},
+            ]
+        },
+        points=2,
     ),
-    "one_tokenizer": Method({"train.phases": [COLD_START, ON_POLICY]}, points=6, teacher="distilled"),
+    "one_tokenizer": Method({"train.phases": [COLD_START, ON_POLICY]}, teacher="distilled"),
 }
 CLAIMED = tuple(name for name in METHODS if name != "one_tokenizer")
 COLOURS = ("#8a8f98", "#1f6feb", "#d29922", "#cf5f2a", "#2da44e")

@@ -28,6 +28,8 @@ def check_answer(where: str, reply: Reply, sampling: SamplingParams) -> None:
 
 def completed(prompt: Prompt, sample: int, reply: Reply, omitted: tuple[str, ...]) -> Completed:
     """The sample that an answer is. omitted: as of `Trace`."""
+    from distill.engine.alternatives import Alternatives  # imports numpy
+
     return Completed(
         prompt,
         sample,
@@ -36,7 +38,7 @@ def completed(prompt: Prompt, sample: int, reply: Reply, omitted: tuple[str, ...
         prompt_token_ids=reply.prompt_token_ids,
         completion_token_ids=reply.completion_token_ids,
         logprobs=reply.logprobs,
-        top_logprobs=reply.top_logprobs,
+        top=None if reply.top_logprobs is None else Alternatives.of(reply.top_logprobs),
         completion_tokens=reply.completion_tokens,
         prompt_tokens=reply.prompt_tokens,
         cached_tokens=reply.cached_tokens,

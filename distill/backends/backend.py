@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-GivenIds = Sequence[Sequence[Sequence[int]]]  # by trace and completion token
+    from distill.engine.alternatives import Alternatives
+
+GivenIds = Sequence["npt.NDArray[np.int32]"]  # by trace, [completion tokens, m], −1 for none
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Completed:
     prompt_token_ids: tuple[int, ...] = ()
     completion_token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] | None = None
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    top: "Alternatives | None" = None
     completion_tokens: int | None = None
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
@@ -53,6 +55,11 @@ class Completed:
     form: ReasoningForm | None = None
     parts: tuple[str | None, str] | None = None
     omitted: tuple[str, ...] = ()
+
+    @property
+    def top_logprobs(self) -> tuple[tuple[tuple[int, float], ...], ...] | None:
+        """`top` as of `Trace`."""
+        return None if self.top is None else self.top.pairs
 
     @property
     def split(self) -> tuple[str | None, str]:
@@ -90,15 +97,11 @@ class Scored:
         """What a scored trace carries."""
         import numpy as np
 
+        from distill.engine.alternatives import Alternatives
+
         assert trace.logprobs is not None and trace.top_logprobs is not None, "a scored trace has both"
-        tops = trace.top_logprobs
-        width = max(map(len, tops), default=0)
-        ids, logprobs = np.zeros((len(tops), width), np.int32), np.full((len(tops), width), -np.inf, np.float32)
-        for place, top in enumerate(tops):
-            if top:
-                ids[place, : len(top)], logprobs[place, : len(top)] = zip(*top, strict=True)
-        logprob_t = np.array(trace.logprobs, np.float32)
-        return cls(trace.prompt_token_ids, trace.completion_token_ids, logprob_t, ids, logprobs)
+        top, logprob_t = Alternatives.of(trace.top_logprobs), np.array(trace.logprobs, np.float32)
+        return cls(trace.prompt_token_ids, trace.completion_token_ids, logprob_t, top.id_tk, top.logprob_tk)
 
 
 class Backend(Protocol):
@@ -140,9 +143,9 @@ class Backend(Protocol):
     def score(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Trace]:
         """The traces with this model's log-probabilities of their tokens and of its `top_k` likeliest at each position.
 
-        ids[i][t]: token ids whose log-probability is wanted at completion token t of trace i; they are listed among its
-        `top_logprobs`, which stay sorted, likeliest first. Where not `scores_given_ids`, only those of them are listed
-        that are the trace's own token or among the `top_k` likeliest.
+        ids[i][t]: token ids whose log-probability is wanted at completion token t of trace i, −1 for none; they are
+        listed among its `top_logprobs`, which stay sorted, likeliest first. Where not `scores_given_ids`, only those of
+        them are listed that are the trace's own token or among the `top_k` likeliest.
         Errors: UserError where the backend cannot score, a trace is longer than the context, or ids are given for
         another number of tokens than the completion has for this model.
         """

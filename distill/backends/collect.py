@@ -90,7 +90,7 @@ def sampled(
         made = 0
         with closing(backend.complete(admitted(), sampling, seed, allowance)) as completions:
             for done in completions:
-                trace = _trace(done, prompts[done.prompt.id], seed, teacher)
+                trace = trace_of(done, prompts[done.prompt.id], seed, teacher)
                 if (omitted := trace.omitted if omitted is None else omitted) != trace.omitted:
                     raise _mixed(trace.omitted, omitted)
                 yield trace
@@ -130,7 +130,9 @@ def _mixed(now: tuple[str, ...], before: tuple[str, ...]) -> UserError:
     )
 
 
-def _trace(done: Completed, prompt: Prompt, seed: int, teacher: str) -> Trace:
+def trace_of(done: Completed, prompt: Prompt, seed: int, teacher: str) -> Trace:
+    """A finished sample as a trace of `prompt`, which may be without the suffix that the model was asked with. teacher:
+    the fingerprint that the trace carries."""
     reasoning, response = done.split
     return Trace(
         prompt=prompt,

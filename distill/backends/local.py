@@ -192,7 +192,7 @@ class LocalBackend:
                 prompt_token_ids=ids,
                 completion_token_ids=done.token_ids,
                 logprobs=done.logprobs,
-                top_logprobs=done.top_logprobs,
+                top=done.top,
             )
 
     @property
@@ -241,13 +241,11 @@ class LocalBackend:
         sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
         if ids is not None:
             refuse_other_lengths(ids, completions)
-            ids = [[()] * (len(prompt) - 1) + [*rows] for prompt, rows in zip(prompts, ids, strict=True)]
         try:
-            scores = self.engine.score(sequences, top_k, ids)
+            scores = self.engine.score(sequences, top_k, ids, [len(prompt) for prompt in prompts])
         except ValueError as error:
             raise UserError(str(error)) from error
-        for prompt, completion, score in zip(prompts, completions, scores, strict=True):
-            yield prompt, completion, score.after(len(prompt))
+        yield from zip(prompts, completions, scores, strict=True)
 
     def _finished(self, requests: "Iterable[Request]", deadline: float) -> "Iterator[Completion]":
         from distill.engine import EngineDied, NonFiniteLogits

@@ -67,14 +67,16 @@ def score(
     ]
     if ids is not None:
         refuse_other_lengths(ids, [completion for _, _, completion in rows])
-    wanted = ids or [[()] * len(completion) for _, _, completion in rows]
+    wanted: Sequence[Sequence[frozenset[int]]] = [[frozenset()] * len(completion) for _, _, completion in rows]
+    if ids is not None:
+        wanted = [list(map(frozenset, ids_tm.tolist())) for ids_tm in ids]
     longest = max((len(prompt) + len(completion) for _, prompt, completion in rows), default=0)
 
     async def ask() -> list[Trace]:
         limit = asyncio.Semaphore(connection.pace.most)
         async with connection.new_client(TIMEOUT, longest * (top_k + 1) * POSITION_BYTES) as client:
 
-            async def scored(row: tuple[Trace, list[int], list[int]], wanted_ids: Sequence[Sequence[int]]) -> Trace:
+            async def scored(row: tuple[Trace, list[int], list[int]], wanted_ids: Sequence[frozenset[int]]) -> Trace:
                 async with limit:
                     return await _scored(client, connection, model, *row, top_k, wanted_ids)
 
@@ -92,7 +94,7 @@ async def _scored(
     prompt: list[int],
     completion: list[int],
     top_k: int,
-    wanted: Sequence[Sequence[int]],
+    wanted: Sequence[frozenset[int]],
 ) -> Trace:
     import openai
 

@@ -46,7 +46,7 @@ def score(
     verify: VerifyOption = False,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="PATH|URL", help="a model directory, a hub id, or an OpenAI-compatible server"),
+        typer.Option("--model", metavar="PATH|URL", help="a model directory, a .gguf file, a hub id, or a server"),
     ] = None,
     benchmark: Annotated[
         list[str] | None,

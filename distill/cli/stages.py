@@ -183,7 +183,7 @@ def traces(
         return
     selected = browse.select(entries, verdict, prompt, search)
     if counts and rollouts:
-        columns = ("step", "rollouts", "mean tokens", "truncated")
+        columns = ("step", "rollouts", "mean tokens", "truncated", "mean reward")
         table("", columns, browse.rollout_counts(selected))
     elif counts:
         table("", ("verdict", "traces"), browse.counts(selected))

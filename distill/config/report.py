@@ -52,12 +52,15 @@ def walk(root: Model, location: Sequence[str | int]) -> Location:
     location: keys and list indices, as pydantic or the user names them.
     """
     models: list[Model] = [root]
+    values: list[object] = []  # annotations of the values of a mapping, whose keys are the user's
     keys: list[str] = []
     for step in map(str, location):
-        annotations = [m.model_fields[step].annotation for m in models if step in m.model_fields]
+        annotations: list[object] = [m.model_fields[step].annotation for m in models if step in m.model_fields]
         branches = [m for m in models if step in _tags(m)]
-        if annotations:
+        if annotations or values:
+            annotations = annotations or values
             models = [model for annotation in annotations for model in _models(annotation)]
+            values = [value for annotation in annotations for value in _values(annotation)]
         elif step in SHAPES:
             continue
         elif branches and len(models) > 1:
@@ -78,6 +81,14 @@ def _models(annotation: object) -> list[Model]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for inner in get_args(annotation) for model in _models(inner)]
+
+
+def _values(annotation: object) -> list[object]:
+    """The annotations of the values of every mapping inside an annotation."""
+    inner = get_args(annotation)
+    if get_origin(annotation) in (dict, Mapping):
+        return [inner[1]]
+    return [value for each in inner for value in _values(each)]
 
 
 def _tags(model: Model) -> set[str]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.engine.ahead import UNKNOWN, Ahead
+from distill.engine.alternatives import Alternatives
 from distill.engine.attention import Batch, Chunk, Wanted, build_batch
 from distill.engine.cache import PageAllocator, PagedCache
 from distill.engine.graphs import DecodeGraphs
@@ -124,8 +125,8 @@ class Engine:
         dropped: list[Completion] = []
         for sequence in list(self._scheduler.of_request(request_id)):
             if sequence.sample is None and sample is None:  # its prompt is not computed yet
-                empty = None if sequence.request.sampling.logprobs is None else ()
-                dropped += [Completion(request_id, n, (), "abort", (), empty) for n in sequence.request.samples]
+                top = _top(sequence.request, ())
+                dropped += [Completion(request_id, n, (), "abort", (), top) for n in sequence.request.samples]
                 self._scheduler.remove(sequence)
                 del self._unfinished[request_id]
             elif sequence.sample is not None and sample in (None, sequence.sample):
@@ -233,11 +234,18 @@ class Engine:
                 self.abort(request_id)
 
     @torch.inference_mode()
-    def score(self, sequences: Sequence[Sequence[int]], top_k: int = 0, ids: GivenIds | None = None) -> list[Scores]:
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        top_k: int = 0,
+        ids: GivenIds | None = None,
+        after: Sequence[int] | None = None,
+    ) -> list[Scores]:
         """Raw log-probabilities of given tokens, one `Scores` per sequence. top_k: likeliest alternatives to list too.
 
+        after[i]: how many tokens at the beginning of sequence i are not scored, at least 1, which is the default.
         ids[i][t]: further tokens to list among the alternatives at position t of `Scores`, those that may follow the
-        first t+1 tokens of sequence i. Each alternative is listed once, likeliest first.
+        first after[i] + t tokens of sequence i. Each alternative is listed once, likeliest first.
         ValueError for an empty or too long sequence, for ids outside the vocabulary or of another number of positions,
         or while generation leaves too few pages free for a sequence.
         """
@@ -252,7 +260,9 @@ class Engine:
         budget = self._scheduler.max_step_tokens
         with self._model.ops.session():
             forward = lambda chunks: self._forward([], chunks)  # noqa: E731
-            return score(sequences, top_k, ids, budget, self._pages, forward, self._model)
+            return score(
+                sequences, top_k, ids, after or [1] * len(sequences), budget, self._pages, forward, self._model
+            )
 
     def update(self, tensor: Callable[[str], Tensor]) -> None:
         """Replace all weights in place, where they are in memory (update.py). `numerics` follows their dtype.
@@ -385,9 +395,9 @@ class Engine:
             return
         assert state.sample is not None
         end = length - len(state.request.prompt_ids)
-        tops = None if state.request.sampling.logprobs is None else tuple(state.top_logprobs[end - count : end])
+        top = _top(state.request, state.tops[end - count : end])
         ids, logprobs = tuple(state.tokens[length - count : length]), tuple(state.logprobs[end - count : end])
-        self._progress.append(Progress(state.request.id, state.sample, ids, logprobs, tops))
+        self._progress.append(Progress(state.request.id, state.sample, ids, logprobs, top))
 
     def _complete(self, state: SequenceState, reason: FinishReason) -> Completion:
         request = state.request
@@ -402,7 +412,7 @@ class Engine:
             token_ids=tuple(state.tokens[len(request.prompt_ids) :]),
             finish_reason=reason,
             logprobs=tuple(state.logprobs),
-            top_logprobs=None if request.sampling.logprobs is None else tuple(state.top_logprobs),
+            top=_top(request, state.tops),
         )
 
 
@@ -419,6 +429,11 @@ class _Work:
     def rows(self, decoded_tc: Tensor, prefilled_rc: Tensor) -> Tensor:
         """Its hidden states, in order."""
         return torch.cat((prefilled_rc[self.prefilled], decoded_tc[self.decoded]))
+
+
+def _top(request: Request, tops: Sequence[Alternatives]) -> Alternatives | None:
+    """The alternatives of some tokens; None where the request wants none."""
+    return None if request.sampling.logprobs is None else Alternatives.joined(tops)
 
 
 def _forced(state: SequenceState, drafts: list[int]) -> int | None:

@@ -5,22 +5,24 @@
                        {"progress": [{…}, …]} of streamed requests, {"rejected": id, "error": why} of a request that
                        can never be served, or {"not_finite": position}
 
-The dataclasses of the engine travel whole, as `asdict` gives them; `from_json` is the way back. JSON and not pickle,
-because a line can be read by eye and runs nothing.
+The dataclasses of the engine travel whole, as `asdict` and `to_json` give them; `from_json` is the way back. JSON and
+not pickle, because a line can be read by eye and runs nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from distill.engine.alternatives import Alternatives
 from distill.engine.numerics import Numerics
 from distill.engine.options import SamplingParams, ThinkTokens
 from distill.engine.results import Completion, Progress
 from distill.engine.scheduler import Request
 
 T = TypeVar("T")
+R = TypeVar("R", Completion, Progress)
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,14 @@ def request(row: object) -> Request:
     return from_json(Request, {**row, "sampling": from_json(SamplingParams, sampling)})
 
 
+def to_json(made: Completion | Progress) -> dict[str, object]:
+    """What an engine made as JSON values, the alternatives as pairs."""
+    return {**vars(made), "top": made.top_logprobs}
+
+
 def progress(row: object) -> Progress:
     """A `Progress` from JSON."""
-    return from_json(Progress, row)
+    return _with_top(from_json(Progress, row))
 
 
 def sample(value: object) -> int | None:
@@ -71,7 +78,12 @@ def rows(value: object) -> list[object]:
 
 def completion(row: object) -> Completion:
     """A `Completion` from JSON."""
-    return from_json(Completion, row)
+    return _with_top(from_json(Completion, row))
+
+
+def _with_top(made: R) -> R:
+    """What an engine made, its alternatives as arrays again."""
+    return made if made.top is None else replace(made, top=Alternatives.of(made.top))  # type: ignore[arg-type]  # pairs
 
 
 def _tuples(value: object) -> object:

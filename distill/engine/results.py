@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from typing import Literal
 
-from distill.engine.sampler import TopLogprobs
+from distill.engine.alternatives import Alternatives, TopLogprobs
 
 FinishReason = Literal["stop", "length", "abort"]  # abort: by `Engine.abort`
 
@@ -13,14 +13,19 @@ FinishReason = Literal["stop", "length", "abort"]  # abort: by `Engine.abort`
 @dataclass(frozen=True)
 class Completion:
     """One finished sample. token_ids include the stop token if that ended it. logprobs: raw natural-log probability of
-    each token (temperature 1, before top k and top p); top_logprobs: per token the likeliest (id, logprob), or None."""
+    each token (temperature 1, before top k and top p); top: the likeliest at each, or None."""
 
     request_id: str
     sample: int
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[float, ...]
-    top_logprobs: tuple[TopLogprobs, ...] | None
+    top: Alternatives | None
+
+    @property
+    def top_logprobs(self) -> tuple[TopLogprobs, ...] | None:
+        """`top` as pairs of (id, log-probability)."""
+        return None if self.top is None else self.top.pairs
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,12 @@ class Progress:
     sample: int
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    top_logprobs: tuple[TopLogprobs, ...] | None
+    top: Alternatives | None
+
+    @property
+    def top_logprobs(self) -> tuple[TopLogprobs, ...] | None:
+        """`top` as pairs of (id, log-probability)."""
+        return None if self.top is None else self.top.pairs
 
 
 @dataclass(frozen=True)

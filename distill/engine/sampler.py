@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.engine.alternatives import Alternatives
 from distill.engine.kernels import Ops
 from distill.engine.options import SamplingParams
 
@@ -51,9 +52,6 @@ class NonFiniteLogits(ValueError):
         )
 
 
-TopLogprobs = tuple[tuple[int, float], ...]
-
-
 @dataclass(frozen=True)
 class Draw:
     """One token to draw: from row `row` of the logits, with the uniform of (key, position). forced: the token that is
@@ -68,11 +66,11 @@ class Draw:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A drawn token, its raw log-probability (natural log), and the largest ones where requested."""
+    """A drawn token, its raw log-probability (natural log), and the largest ones [1, k] where requested."""
 
     token: int
     logprob: float
-    top_logprobs: TopLogprobs
+    top: Alternatives | None = None
 
 
 def stream_key(seed: int, prompt_key: int, sample: int) -> int:
@@ -139,14 +137,14 @@ def drawn_of(draws: Sequence[Draw], token_b: Tensor, logprob_b: Tensor, logits_r
         forced_b = torch.tensor([draws[i].forced for i in forced], device=logits_rv.device)
         for i, logprob in zip(forced, logprobs_of(logits_rv.index_select(0, row_b), forced_b, 0)[0], strict=True):
             tokens[i], logprobs[i] = draws[i].forced, logprob
-    tops: list[TopLogprobs] = [()] * len(draws)
+    tops: list[Alternatives | None] = [None] * len(draws)
     if width := max(draw.params.logprobs or 0 for draw in draws):
         row_b = torch.tensor([draw.row for draw in draws], device=logits_rv.device)
-        _, tops = logprobs_of(logits_rv.index_select(0, row_b), token_b.to(row_b.device), width)
-    return [
-        Drawn(token, logprob, top[: draw.params.logprobs or 0])
-        for draw, token, logprob, top in zip(draws, tokens, logprobs, tops, strict=True)
-    ]
+        _, top = logprobs_of(logits_rv.index_select(0, row_b), token_b.to(row_b.device), width)
+        for i, draw in enumerate(draws):
+            if k := draw.params.logprobs:
+                tops[i] = Alternatives(top.id_tk[i : i + 1, :k], top.logprob_tk[i : i + 1, :k])
+    return [Drawn(*drawn) for drawn in zip(tokens, logprobs, tops, strict=True)]
 
 
 def normalisers(logits_bv: Tensor) -> Tensor:
@@ -158,15 +156,12 @@ def normalisers(logits_bv: Tensor) -> Tensor:
     return normaliser_b1
 
 
-def logprobs_of(logits_bv: Tensor, token_b: Tensor, top_k: int) -> tuple[list[float], list[TopLogprobs]]:
-    """Raw log-probabilities of given tokens and of the `top_k` likeliest, largest first (empty tuples for 0).
+def logprobs_of(logits_bv: Tensor, token_b: Tensor, top_k: int) -> tuple[list[float], Alternatives]:
+    """Raw log-probabilities of given tokens and of the `top_k` likeliest of each row.
 
     NonFiniteLogits for logits that are not finite.
     """
     normaliser_b1 = normalisers(logits_bv)
     logprob_b = (logits_bv.gather(-1, token_b[:, None]) - normaliser_b1)[:, 0].tolist()
-    if top_k == 0:
-        return logprob_b, [()] * len(logprob_b)
     top = logits_bv.topk(min(top_k, logits_bv.shape[1]), dim=-1)
-    values, ids = (top.values - normaliser_b1).tolist(), top.indices.tolist()
-    return logprob_b, [tuple(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
+    return logprob_b, Alternatives(top.indices.int().cpu().numpy(), (top.values - normaliser_b1).cpu().numpy())

@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from distill.engine.alternatives import Alternatives
 from distill.engine.cache import PageAllocator
 from distill.engine.options import SamplingParams
-from distill.engine.sampler import Drawn, TopLogprobs, stream_key
+from distill.engine.sampler import Drawn, stream_key
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class SequenceState:
     pages: list[int] = field(default_factory=list)
     hidden: Tensor | None = None  # states of the last computed positions, which the draft layer has not seen yet
     logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    tops: list[Alternatives] = field(default_factory=list)
 
     @property
     def missing(self) -> int:
@@ -89,8 +90,8 @@ class SequenceState:
 
     def _note(self, drawn: Drawn) -> None:
         self.logprobs.append(drawn.logprob)
-        if self.request.sampling.logprobs is not None:
-            self.top_logprobs.append(drawn.top_logprobs)
+        if drawn.top is not None:
+            self.tops.append(drawn.top)
 
 
 @dataclass

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.engine.alternatives import Alternatives, TopLogprobs
 from distill.engine.attention import Chunk
 from distill.engine.cache import PageAllocator
 from distill.engine.model import Model
-from distill.engine.sampler import TopLogprobs, normalisers
+from distill.engine.sampler import normalisers
 
 # Hidden states become logits for so many rows × vocabulary entries at a time.
 _SCORE_ELEMENTS = 1 << 24
@@ -24,13 +25,13 @@ _SCORE_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Raw log-probabilities of tokens 1 … n-1 of a sequence, each given those before it.
+    """Raw log-probabilities of the n tokens at the end of a sequence, each given those before it.
 
     Arrays, because a tuple for each alternative takes longer than a small model's pass on a GPU; the properties are
     those tuples, made when they are read.
 
-    logprob_t: of the tokens, float32 [n-1].
-    top_id_tk, top_logprob_tk: the alternatives at each position, likeliest first, int32 and float32 [n-1, k]; None
+    logprob_t: of the tokens, float32 [n].
+    top_id_tk, top_logprob_tk: the alternatives at each position, likeliest first, int32 and float32 [n, k]; None
     where none were asked for. Entries past the last alternative of a position have log-probability −∞ (and id 0).
     """
 
@@ -48,26 +49,18 @@ class Scores:
         """(id, log-probability) of the alternatives at each position, likeliest first."""
         if self.top_id_tk is None or self.top_logprob_tk is None:
             return None
-        count_t = (self.top_logprob_tk > -np.inf).sum(1).tolist()
-        rows = zip(self.top_id_tk.tolist(), self.top_logprob_tk.tolist(), count_t, strict=True)
-        return tuple(tuple(zip(ids[:count], logprobs[:count], strict=True)) for ids, logprobs, count in rows)
-
-    def after(self, tokens: int) -> Scores:
-        """The scores of the tokens that follow the first `tokens` ones, at least one."""
-        top_id, top_logprob = (
-            None if top is None else top[tokens - 1 :] for top in (self.top_id_tk, self.top_logprob_tk)
-        )
-        return Scores(self.logprob_t[tokens - 1 :], top_id, top_logprob)
+        return Alternatives(self.top_id_tk, self.top_logprob_tk).pairs
 
 
 Forward = Callable[[list[Chunk]], Tensor]
-GivenIds = Sequence[Sequence[Sequence[int]]]  # by sequence and position
+GivenIds = Sequence[np.ndarray | Sequence[Sequence[int]]]  # by sequence: [n, m] with −1 for none, or rows of ids
 
 
 def score(
     sequences: Sequence[Sequence[int]],
     top_k: int,
     ids: GivenIds | None,
+    after: Sequence[int],
     budget: int,
     pages: PageAllocator,
     forward: Forward,
@@ -78,7 +71,8 @@ def score(
 
     Errors: ValueError for given ids that do not fit, and while too few pages are free for a sequence; NonFiniteLogits.
     """
-    given = _padded(ids, sequences, model.spec.vocab_size)
+    counts = [len(tokens) - first for tokens, first in zip(sequences, after, strict=True)]
+    given = _padded(ids, counts, model.spec.vocab_size)
     scores: list[Scores] = []
     while len(scores) < len(sequences):
         taken = _that_fit(sequences, len(scores), budget, pages)
@@ -92,7 +86,8 @@ def score(
                 chunks = [Chunk(tokens, 0, own) for tokens, own in zip(taken, held, strict=True)]
                 hidden = list(forward(chunks).split([len(tokens) for tokens in taken]))
             for hidden_tc, tokens in zip(hidden, taken, strict=True):
-                scores.append(_scores(hidden_tc, tokens, top_k, given[len(scores)], model))
+                last = after[len(scores)] - 1  # of the tokens before those that are scored
+                scores.append(_scores(hidden_tc[last:], tokens[last:], top_k, given[len(scores)], model))
         finally:
             for own in held:
                 pages.release(own)
@@ -117,30 +112,35 @@ def _that_fit(sequences: Sequence[Sequence[int]], first: int, budget: int, pages
     return taken
 
 
-def _padded(ids: GivenIds | None, sequences: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarray | None]:
-    """The given ids of each sequence, [n-1, m], with -1 in places past the last of a position."""
+def _padded(ids: GivenIds | None, counts: Sequence[int], vocab_size: int) -> list[np.ndarray | None]:
+    """The given ids of each sequence, [n, m], with -1 for none. counts: tokens scored of each sequence."""
     if ids is None:
-        return [None] * len(sequences)
-    if len(ids) != len(sequences):
-        raise ValueError(f"ids are given for {len(ids)} sequences and there are {len(sequences)}; give each its own")
+        return [None] * len(counts)
+    if len(ids) != len(counts):
+        raise ValueError(f"ids are given for {len(ids)} sequences and there are {len(counts)}; give each its own")
     padded: list[np.ndarray | None] = []
-    for number, (rows, tokens) in enumerate(zip(ids, sequences, strict=True)):
-        if len(rows) != len(tokens) - 1:
+    for number, (rows, count) in enumerate(zip(ids, counts, strict=True)):
+        if len(rows) != count:
             raise ValueError(
-                f"sequence {number} has {len(tokens)} tokens and ids for {len(rows)} positions; give ids for "
-                f"{len(tokens) - 1}: the first token is predicted by none"
+                f"sequence {number} has {count} tokens to score and ids for {len(rows)} positions; give ids for each "
+                "(the first token of a sequence is predicted by none)"
             )
-        count_t = np.fromiter(map(len, rows), np.int64, len(rows))
-        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int64, int(count_t.sum()))
-        if flat.size and not 0 <= flat.min() <= flat.max() < vocab_size:
+        id_tm = rows if isinstance(rows, np.ndarray) else _rectangle(rows)
+        if id_tm.size and not -1 <= id_tm.min() <= id_tm.max() < vocab_size:
             raise ValueError(
-                f"sequence {number} is to be scored for token ids from {flat.min()} to {flat.max()}, the vocabulary "
+                f"sequence {number} is to be scored for token ids from {id_tm.min()} to {id_tm.max()}, the vocabulary "
                 f"has {vocab_size}; use the tokenizer that belongs to the model"
             )
-        id_tm = np.full((len(rows), int(count_t.max(initial=0))), -1, np.int64)
-        id_tm[np.arange(id_tm.shape[1]) < count_t[:, None]] = flat
-        padded.append(id_tm)
+        padded.append(id_tm.astype(np.int64))
     return padded
+
+
+def _rectangle(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Rows of ids as an array, [n, m], with -1 in places past the last of a row."""
+    count_t = np.fromiter(map(len, rows), np.int64, len(rows))
+    id_tm = np.full((len(rows), int(count_t.max(initial=0))), -1, np.int64)
+    id_tm[np.arange(id_tm.shape[1]) < count_t[:, None]] = [*itertools.chain.from_iterable(rows)]
+    return id_tm
 
 
 def _scores(hidden_tc: Tensor, tokens: Sequence[int], top_k: int, given_tm: np.ndarray | None, model: Model) -> Scores:

@@ -66,9 +66,9 @@ def _serve(engine: Engine, incoming: queue.SimpleQueue[Message], out: BinaryIO) 
 def _report(engine: Engine, completions: Sequence[Completion], out: BinaryIO) -> None:
     """Send new tokens of streamed requests, then completions."""
     if progress := engine.progress():
-        _send(out, {"progress": [asdict(each) for each in progress]})
+        _send(out, {"progress": [messages.to_json(each) for each in progress]})
     if completions:
-        _send(out, {"completions": [asdict(each) for each in completions], "usage": asdict(engine.usage)})
+        _send(out, {"completions": [messages.to_json(each) for each in completions], "usage": asdict(engine.usage)})
 
 
 def _read(incoming: queue.SimpleQueue[Message]) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 INSTRUCTION_COLUMNS = ("model", "accuracy of", "strict (95 %)", "loose (95 %)")
 PARTS_SHOWN = 4  # sources whose scores fit beside one another in the terminal; scores.json and the report have all
+DOUBTFUL = 0.2  # share of unverifiable samples that a note is about
 COLUMNS = ("model", "pass@1 (95 %)", "truncated", "no\nanswer", "unverifiable", "mean\ntokens")
 
 
@@ -241,6 +242,12 @@ def show(summary: EvalSummary) -> None:
             table("", INSTRUCTION_COLUMNS, (cells for row in followed for cells in _cells_of_instructions(row)))
         if 1 < len(rows[0].parts) <= PARTS_SHOWN:
             table("pass@1 by source", ("model", *rows[0].parts), map(_cells_of_parts, rows))
+        for row in rows:
+            if row.unverifiable_rate > DOUBTFUL:
+                say(
+                    f"note: {row.unverifiable_rate:.1%} of the samples of {row.model} are unverifiable and count as "
+                    f"not correct; `distill traces RUN --verdict unverifiable` shows them with the reasons"
+                )
         if (judged := judge_line(rows[0])) is not None:
             say(f"note: {judged}")
         for comparison in summary.comparisons:

@@ -93,8 +93,11 @@ def print_summary(summary: FilterSummary, where: str) -> None:
     console.table("Filter", ("filter", "in", "dropped", "kept", "why"), rows)
     if any(reason.startswith("unverifiable") for step in summary.funnel for reason in step.reasons):
         console.say(UNVERIFIABLE)
+    reasoning = f"median reasoning {summary.reasoning_median:,.0f} {summary.unit}"
+    if summary.reasoning_median == 0:
+        reasoning = f"{summary.tokens_kept / summary.kept:,.0f} a trace, most without a think block"
     console.say(
         f"kept {summary.kept:,} of {summary.total:,} traces, for {summary.prompts_kept:,} of "
         f"{summary.prompts:,} prompts: {summary.tokens_kept:,} {summary.unit}, "
-        f"median reasoning {summary.reasoning_median:,.0f} {summary.unit}; in {where}"
+        f"{reasoning}; in {where}"
     )

@@ -3,10 +3,13 @@
     rollouts   sets × prompts × samples completions, at the rate at which the student decodes
     scoring    one pass of the teacher over prompts and completions (a prefill), of the base where the objective has a
                KL term, and the graders
-    train      the same tokens once; groups without variance, which are skipped, are not known beforehand
+    train      the same tokens once, but those of groups without variance, which `grpo` skips
+    answers    of the base itself, for phases that train on its own (rejection sampling), at the same rate
 
-The length of the completions decides all three. It is that of the stored rollouts of the run, else as given, else that
-of the teacher's stored traces, else assumed (`ASSUMED_SHARE` of max_new_tokens), and never above max_new_tokens.
+The length of the completions decides all of them. It is that of the stored rollouts of the run, else as given, else
+that of the teacher's stored traces, else assumed (`ASSUMED_SHARE` of max_new_tokens), and never above max_new_tokens;
+of the base's own answers it is that of the teacher's traces. The share of the groups that are skipped is that of the
+run's log, else none: the time of a training is then a bound.
 """
 
 import math
@@ -18,11 +21,12 @@ from typing import TYPE_CHECKING
 from distill import catalog
 from distill.artefacts import RunPaths
 from distill.console import counted, short
-from distill.objectives import OnPolicy
+from distill.objectives import Grpo, OnPolicy
 from distill.objectives.rollout_settings import RolloutSettings
 from distill.plan.hardware import Hardware
 from distill.plan.training import UTILISATION, Data, teacher_bytes
 from distill.planned import Expected, StagePlan
+from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore
 
 if TYPE_CHECKING:
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 ASSUMED_SHARE = 0.5  # mean length of a rollout as a share of max_new_tokens
 DECODING = 0.05  # share of the data sheet's rate at which large batches are decoded; large mixtures reach 3 to 10 %
 TOKEN_BYTES = 12  # of a stored token, with its text, where no trace is stored to measure it on
-TOP_BYTES = 6.5  # of one of the likeliest tokens that are stored with a token
+LIKELIEST_BYTES = 4  # of one of the student's likeliest tokens, which are stored until two checkpoints later
 GRADING_SECONDS = 0.01  # of an answer
 
 
@@ -41,7 +45,7 @@ GRADING_SECONDS = 0.01  # of an answer
 class RolloutPlan:
     """The rollouts of one training. steps: optimiser steps. mean: completion tokens, of which at most `limit`. prompt:
     mean tokens of a prompt. basis: what the mean comes from. traces: rows of the teacher's that are mixed in, and their
-    mean completion tokens."""
+    mean completion tokens. skipped: share of the groups that are not trained on, None where it is not known."""
 
     steps: int
     sets: int
@@ -51,6 +55,7 @@ class RolloutPlan:
     prompt: float
     basis: str
     traces: tuple[int, float] = (0, 0.0)
+    skipped: float | None = 0.0
 
     @property
     def read(self) -> float:
@@ -60,16 +65,22 @@ class RolloutPlan:
     def data(self, max_length: int) -> Data:
         """The rows of the training, of all its steps."""
         mixed, mean = self.traces
-        tokens = round(self.read + mixed * (self.prompt + mean))
+        trained = 1 - (self.skipped or 0.0)
+        tokens = round(trained * self.read + mixed * (self.prompt + mean))
         longest = min(max_length, math.ceil(self.prompt) + self.limit)
-        return Data(self.count + mixed, tokens, longest, "rollouts, each read once", self.steps)
+        return Data(round(trained * self.count) + mixed, tokens, longest, "rollouts, each read once", self.steps)
 
     def described(self) -> str:
         """A line of the plan."""
         return (
             f"{self.sets:,} sets of rollouts, {counted(self.count, 'rollout')} of mean {self.mean:,.0f} tokens "
-            f"({self.basis}), at most {short(self.count * self.limit)} tokens"
+            f"({self.basis}), at most {short(self.count * self.limit)} tokens{self._skipped()}"
         )
+
+    def _skipped(self) -> str:
+        if self.skipped is None:
+            return "; groups without variance are not trained on, and none is assumed"
+        return f"; {self.skipped:.0%} in groups without variance, as logged" if self.skipped else ""
 
 
 def estimate_rollouts(
@@ -89,7 +100,16 @@ def estimate_rollouts(
     mixed = 0
     if isinstance(objective, OnPolicy) and objective.student_share < 1:
         mixed = round(count * (1 - objective.student_share) / objective.student_share)
-    return RolloutPlan(steps, sets, count, min(length, limit), limit, prompt, basis, (mixed, traces.mean))
+    skipped = _skipped(directory) if isinstance(objective, Grpo) else 0.0
+    return RolloutPlan(steps, sets, count, min(length, limit), limit, prompt, basis, (mixed, traces.mean), skipped)
+
+
+def _skipped(directory: Path) -> float | None:
+    """The mean share of skipped groups in the log of a training; None without one. Errors: UserError for a damaged
+    log."""
+    rows = Ledger(RunPaths(directory).log).rows()
+    shares = [share for row in rows if isinstance(share := row.get("skipped_groups"), float | int)]
+    return sum(shares) / len(shares) if shares else None
 
 
 def _length(directory: Path, rollouts: RolloutSettings, traces: "Traces", mean: int | None) -> tuple[float, str]:
@@ -118,7 +138,7 @@ def stages_of(
     known = [each for each in hours if each is not None]
     asked = [plan for alone, plan in plans if alone.train.objective.teacher_top_k is not None]
     money = sum(price.cost(plan.read, plan.count) for plan in asked) if price else 0.0
-    disk = sum(plan.count * plan.mean * token_bytes(alone) for alone, plan in plans)
+    disk = sum(stored_bytes(alone, plan) for alone, plan in plans)
     return [
         StagePlan(
             stage="rollouts",
@@ -165,9 +185,32 @@ def decoding_rate(active: float, size: float, machine: Hardware) -> float | None
     return machine.devices * machine.rate * DECODING / (2 * active * 1e9)
 
 
-def token_bytes(recipe: "Recipe") -> float:
-    """Bytes of a stored token of a rollout: with the likeliest tokens of the student, where the teacher scores them."""
-    objective = recipe.train.objective
-    exact = isinstance(objective, OnPolicy) and objective.estimator == "exact"
-    asks = exact and catalog.server_of(recipe) is None
-    return TOKEN_BYTES + (TOP_BYTES * (objective.teacher_top_k or 0) if asks else 0)
+def stored_bytes(recipe: "Recipe", plan: RolloutPlan) -> float:
+    """Bytes of the stored rollouts: with the student's likeliest tokens of the sets since the checkpoint before the
+    last, where the teacher scores them."""
+    objective, settings = recipe.train.objective, recipe.train
+    stored = plan.count * plan.mean * TOKEN_BYTES
+    if isinstance(objective, OnPolicy) and objective.estimator == "exact" and catalog.server_of(recipe) is None:
+        sets = min(plan.sets, -(-2 * settings.save_steps // objective.rollouts.updates))
+        stored += sets / max(plan.sets, 1) * plan.count * plan.mean * LIKELIEST_BYTES * objective.top_k
+    return stored
+
+
+def answers_of(recipe: "Recipe", traces: "Traces", hardware: Sequence[Hardware]) -> StagePlan | None:
+    """The stage `answers`: what the bases of all trainings answer themselves, before any filter; None without such.
+
+    As long as the teacher's traces: nothing is known of a base that an earlier phase trains. Hours are on the first
+    machine.
+    """
+    samples = sum(training.own.samples for training in recipe.train.trainings if training.own)
+    if not samples:
+        return None
+    tokens = traces.prompts * samples * traces.mean
+    size = catalog.load_student(recipe.student).parameters
+    rate = decoding_rate(size, 2 * size, hardware[0]) if hardware else None
+    return StagePlan(
+        stage="answers",
+        tokens=Expected(value=tokens),
+        hours=Expected(value=tokens / rate / 3600) if rate else None,
+        disk=Expected(value=tokens * TOKEN_BYTES),
+    )

@@ -24,7 +24,15 @@ from distill.fingerprint import digest
 from distill.models import Models
 from distill.plan.hardware import Hardware, parse
 from distill.plan.judging import described, plan_judgements
-from distill.plan.rollouts import DECODING, TOKEN_BYTES, RolloutPlan, decoding_rate, estimate_rollouts, stages_of
+from distill.plan.rollouts import (
+    DECODING,
+    TOKEN_BYTES,
+    RolloutPlan,
+    answers_of,
+    decoding_rate,
+    estimate_rollouts,
+    stages_of,
+)
 from distill.plan.traces import Traces, estimate_traces, pilot_of
 from distill.plan.training import MACHINES, UTILISATION, Data, plan_training, trained_tokens
 from distill.planned import Expected, Measured, Plan, StagePlan
@@ -73,6 +81,7 @@ def plan_recipe(
     stages = (
         *(teaching if recipe.reads_traces else ()),
         *stages_of(recipe, rollouts, price, hardware),
+        *([answers] if (answers := answers_of(recipe, estimate, hardware)) else []),
         train,
         _eval(recipe, estimate, price, measured, hardware),
     )
@@ -201,7 +210,7 @@ def _train(
     """The table of each training, with the expected tokens; hours of the recipe's own method on the first machine. And
     the rollouts of each training that has some, with its recipe.
 
-    Phases are added up. The answers of a phase's base are not counted.
+    Phases are added up.
     """
     tokens, hours = 0.0, 0.0
     rollouts: list[tuple[Recipe, RolloutPlan]] = []
@@ -222,7 +231,10 @@ def _train(
         fitting = [way for way in ways if way.hardware.name == ways[0].hardware.name and way.own and way.fits]
         hours += fitting[0].hours if fitting else float("nan")
         if training.own:
-            say("answers that the student samples itself are not in these hours")
+            say(
+                f"{traces.prompts * training.own.samples:,} answers of its base, of mean {traces.mean:,.0f} "
+                f"tokens ({traces.basis}): row `answers` below"
+            )
     known = bool(machines) and not math.isnan(hours)
     stage = StagePlan(stage="train", tokens=Expected(value=tokens), hours=Expected(value=hours) if known else None)
     return stage, rollouts

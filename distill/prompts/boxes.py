@@ -52,6 +52,18 @@ def last_box_end(text: str) -> int:
     return end
 
 
+def last_box_start(text: str) -> int | None:
+    """Index of the last complete box that is in no other box; None where there is none."""
+    start, end = None, 0
+    for match in BOX.finditer(text):
+        if match.start() >= end:
+            close = match.end() if match[1] else _closing_brace(text, match.end())
+            if close is None:
+                break
+            start, end = match.start(), close
+    return start
+
+
 def boxed_end(text: str, start: int) -> int | None:
     """Index just past the `\\boxed{…}` that begins at `start`; None where it is cut off."""
     match = BOX.match(text, start)

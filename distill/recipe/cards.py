@@ -40,7 +40,9 @@ class TeacherCard(Section):
     description: str = ""
     family: TeacherFamily = Field(description="model architecture: `model_type` in its config.json")
     weights: str | None = Field(
-        None, description="id on the Hugging Face Hub, or a directory relative to the card; null: it has a server only"
+        None,
+        description="id on the Hugging Face Hub, or a directory or .gguf file relative to the card; null: it has a "
+        "server only",
     )
     revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the newest commit")
     server: AnyServer | None = Field(None, description="server that has the teacher; null: the local engine")
@@ -82,7 +84,7 @@ class StudentCard(Section):
     name: str
     description: str = ""
     family: StudentFamily = Field(description="model architecture: `model_type` in its config.json")
-    weights: str = Field(description="id on the Hugging Face Hub, or a directory relative to the card")
+    weights: str = Field(description="id on the Hugging Face Hub, or a directory or .gguf file relative to the card")
     revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the newest commit")
     parameters: float = Field(description="total parameters, in billions")
     context: int = Field(description="maximum sequence length, in tokens")

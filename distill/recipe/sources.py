@@ -279,6 +279,18 @@ class _Mixed(Section):
         1.0, gt=0, description="how often an epoch repeats each row; 0.5: half of the rows, alternating between epochs"
     )
     plain: bool = Field(False, description="whether rows without a think block are intended")
+    wrap: Annotated[bool, Later] = Field(
+        False,
+        description="whether rows without a think block get one: the text before the paragraph of the last \\boxed{} "
+        "(in the first paragraph: before its line) is their reasoning; rows without such a text are dropped",
+    )
+
+    @model_validator(mode="after")
+    def plain_or_wrapped(self) -> "_Mixed":
+        """Refuse both ways of training on traces without a think block."""
+        if self.plain and self.wrap:
+            raise ValueError("plain and wrap exclude each other: keep plain to train without a think block")
+        return self
 
 
 class MixedHub(HubTraces, _Mixed):

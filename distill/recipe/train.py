@@ -186,6 +186,15 @@ class Training(Section):
         return self
 
     @model_validator(mode="after")
+    def _wrapped_traces_are_not_scored(self) -> Self:
+        if self.objective.teacher_top_k is not None and any(source.wrap for source in self.data):
+            raise ValueError(
+                f"objective {self.objective.kind} compares with the teacher's probabilities of its own text, and wrap "
+                f"changes the text; set plain in place of wrap in `data`, or objective.kind to sft"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rollouts_set_the_rows_of_a_step(self) -> Self:
         if self.objective.rollout_settings is None:
             return self

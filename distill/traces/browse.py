@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from distill.artefacts import RunPaths
 from distill.config import parse, read_yaml
@@ -19,6 +20,7 @@ from distill.objectives import RolloutSettings
 from distill.recipe import Recipe
 from distill.record import read_recipe
 from distill.traces.published import IMPORTED
+from distill.traces.rewarded import REWARDS, read_rewards
 from distill.traces.store import TraceStore, read_traces
 from distill.traces.trace import Trace, Verdict
 
@@ -35,8 +37,9 @@ class Entry:
 
     accepted: kept, or correct; None where nothing was decided yet. verdict: "kept", the first reason for dropping, or
     the grade of an evaluation's answer; of a rollout, how it ended. decisions: a line for each filter, or for the
-    grade. model: who wrote it. steps: of a rollout, the optimiser steps that were trained on it. sample: its number
-    among the answers to the prompt in its set, where that is not the trace's.
+    grade; of a rollout, its reward. model: who wrote it. steps: of a rollout, the optimiser steps that were trained on
+    it. sample: its number among the answers to the prompt in its set, where that is not the trace's. reward: of a
+    rollout; None where it has none.
     """
 
     trace: Trace
@@ -46,6 +49,7 @@ class Entry:
     model: str = "teacher"
     steps: str | None = None
     sample: int | None = None
+    reward: float | None = None
 
     @property
     def head(self) -> str:
@@ -111,35 +115,48 @@ def rollouts(directory: Path, step: int | None = None) -> Iterator[Entry]:
 
     Errors: UserError when there are none.
     """
-    settings = _rollout_settings(directory)
-    store = TraceStore(RunPaths(directory).rollouts)
+    objective, settings = _rollout_settings(directory)
+    place = RunPaths(directory).rollouts
+    store, rewards = TraceStore(place), dict(read_rewards(place / REWARDS))
     wanted = None if step is None else settings.set_at(step)
     last = -1
     for trace in store.iterate(tokens=False):
         last = max(last, number := settings.set_of(trace.sample))
         if wanted in (None, number):
             ending = TRUNCATED if trace.finish_reason == "length" else ENDED
-            sample = trace.sample % settings.samples
-            yield Entry(trace, None, ending, model="student", steps=steps_text(settings, number), sample=sample)
+            reward = rewards.get(trace.key)
+            decisions = () if reward is None else (reward.text if objective == "grpo" else reward.grade,)
+            yield Entry(
+                trace,
+                None,
+                ending,
+                decisions,
+                "student",
+                steps_text(settings, number),
+                trace.sample % settings.samples,
+                None if reward is None else reward.value,
+            )
     if last < 0:
         raise UserError(f"{directory}: the student has not written anything yet; `distill train` goes on")
     if wanted is not None and wanted > last:
         raise UserError(f"--step {step}: the last rollouts are those of {steps_text(settings, last)}")
 
 
-def _rollout_settings(directory: Path) -> RolloutSettings:
-    """Those of a run directory with rollouts. Errors: UserError naming those of its phases where it has none."""
+def _rollout_settings(directory: Path) -> tuple[str, RolloutSettings]:
+    """The objective of a run directory with rollouts, and their settings. Errors: UserError naming those of its phases
+    where it has none."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; `distill run RECIPE` makes a run directory")
     read_recipe(directory)
     paths = RunPaths(directory)
-    settings = parse(Recipe, read_yaml(paths.recipe), str(paths.recipe)).train.objective.rollout_settings
+    objective = parse(Recipe, read_yaml(paths.recipe), str(paths.recipe)).train.objective
+    settings = objective.rollout_settings
     inside = next(iter(sorted(directory.glob("phases/*/rollouts"))), None)
     if inside is not None:
         raise UserError(f"{directory}: each phase has its own rollouts; give one, such as {inside.parent}")
     if settings is None:
         raise UserError(f"{directory}: no rollouts; a student writes some with train.objective on_policy or grpo")
-    return settings
+    return objective.kind, settings
 
 
 def steps_text(settings: RolloutSettings, number: int) -> str:
@@ -162,14 +179,20 @@ def counts(entries: Iterable[Entry]) -> list[tuple[str, str]]:
     return [(verdict, f"{count:,}") for verdict, count in numbers.most_common()]
 
 
-def rollout_counts(entries: Iterable[Entry]) -> list[tuple[str, str, str, str]]:
-    """Rows of a table, in the order of the steps: steps, rollouts, mean tokens, truncated."""
-    numbers: dict[str, list[int]] = {}
+def rollout_counts(entries: Iterable[Entry]) -> list[tuple[str, str, str, str, str]]:
+    """Rows of a table, in the order of the steps: steps, rollouts, mean tokens, truncated, mean reward of those that
+    have one."""
+    by_steps: dict[str, list[tuple[int, bool, float | None]]] = {}
     for entry in entries:
-        row = numbers.setdefault(entry.steps or "", [0, 0, 0])
-        for place, value in enumerate((1, entry.trace.tokens, entry.verdict == TRUNCATED)):
-            row[place] += value
-    return [(steps, f"{n:,}", f"{tokens / n:,.0f}", f"{cut:,}") for steps, (n, tokens, cut) in numbers.items()]
+        row = entry.trace.tokens, entry.verdict == TRUNCATED, entry.reward
+        by_steps.setdefault(entry.steps or "", []).append(row)
+    rows = []
+    for steps, figures in by_steps.items():
+        tokens, truncated, rewards = zip(*figures, strict=True)
+        known = [reward for reward in rewards if reward is not None]
+        mean = f"{fmean(known):.4g}" if known else "–"
+        rows.append((steps, f"{len(figures):,}", f"{fmean(tokens):,.0f}", f"{sum(truncated):,}", mean))
+    return rows
 
 
 def select(entries: Iterable[Entry], verdict: str | None, prompt: str | None, search: str | None) -> Iterator[Entry]:

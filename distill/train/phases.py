@@ -193,10 +193,10 @@ def _answering(recipe: Recipe, own: MixedOwn, base: str) -> Recipe:
 
 def _of_phase(source: MixedSource, recipe: Recipe, run: Path) -> MixedSource:
     if isinstance(source, MixedOwn):
-        return MixedKept(kind="kept", weight=source.weight, plain=source.plain)
+        return MixedKept(kind="kept", weight=source.weight, plain=source.plain, wrap=source.wrap)
     if isinstance(source, MixedKept):
-        plain = source.plain or not recipe.filter.format
-        return MixedRun(kind="run", path=str(run), weight=source.weight, plain=plain)
+        plain = not source.wrap and (source.plain or not recipe.filter.format)
+        return MixedRun(kind="run", path=str(run), weight=source.weight, plain=plain, wrap=source.wrap)
     return source
 
 

@@ -46,6 +46,7 @@ class TrainStage(Stage[TrainSummary]):
         *(f"student/*.{ending}" for ending in ("json", "safetensors", "jinja", "txt", "model")),
         "checkpoints/log.jsonl",
         "rollouts/part-*.parquet",
+        "rollouts/rewards.jsonl",
         "checkpoints/adapter/*.safetensors",
         "checkpoints/adapter/*.json",
     )
@@ -84,13 +85,20 @@ class TrainStage(Stage[TrainSummary]):
         from distill.train.rows.prepare import check_student, prepare
 
         processes, objective = launch.processes(run.recipe.train), run.recipe.train.objective
+        questions = None
         if objective.rollout_settings is not None:
             from distill.train.rollouts import setup
+            from distill.train.rollouts.questions import questions_of
 
             check_student(run.recipe, run.models)
-            setup.check(run.recipe, run.models, setup.prompts_of(run.recipe))
+            questions = questions_of(run.recipe, run.models.base.chat, run.prompts)
+            setup.check(run.recipe, run.models, questions)
         if objective.reads_data:
             prepare(run.recipe, run.models, run.paths, row_settings(run), teacher_settings(run), processes)
+        if questions is not None and self._world is None and processes == 1:  # several check it themselves
+            from distill.train.ranks.join import layout
+
+            layout(run.recipe, run.models, run.paths, questions)
         had_begun = run.begun(self.name)
         begin()
         self._nothing_to_do = False
@@ -101,7 +109,7 @@ class TrainStage(Stage[TrainSummary]):
                 return launch.start(run.directory, processes)
             from distill.train.ranks.join import train_rank
 
-            return train_rank(run.recipe, run.directory, self._world)
+            return train_rank(run.recipe, run.directory, self._world, questions)
 
     def headline(self, summary: TrainSummary) -> str:
         """Steps, tokens and loss."""

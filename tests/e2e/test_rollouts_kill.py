@@ -12,6 +12,7 @@ APPENDED = ("distill.train.rollouts.store:RolloutStore", "append")
 COMPACTED = ("distill.train.rollouts.store:RolloutStore", "compact")
 TAUGHT = ("distill.train.rollouts.teachers:Teacher", "score")
 REWARDED = ("distill.train.rollouts.rewards:Rewarder", "rewards")
+FORGOTTEN = ("distill.train.rollouts.store:RolloutStore", "forget")
 STEPPED = ("distill.train.learn.loop:Loop", "step")
 SAVING = ("distill.train.ranks.tensors:State", "save")
 
@@ -20,12 +21,20 @@ MOMENTS = {
     "grpo": [(SAMPLED, 1, True), (SAVING, 1, True), (APPENDED, 2, True), (REWARDED, 1, True), (COMPACTED, 1, False)],
     "on_policy": [(TAUGHT, 1, True), (APPENDED, 1, True), (STEPPED, 1, True), (SAVING, 2, True)],
     "updates": [(APPENDED, 1, True), (STEPPED, 3, True), (STEPPED, 2, True)],
+    "likeliest": [(FORGOTTEN, 1, True), (STEPPED, 2, True), (FORGOTTEN, 1, True)],
 }
-ONE = {"grpo": (APPENDED, 2, True), "on_policy": (SAVING, 2, True), "updates": (STEPPED, 5, True)}
+ONE = {
+    "grpo": (APPENDED, 2, True),
+    "on_policy": (SAVING, 2, True),
+    "updates": (STEPPED, 5, True),
+    "likeliest": (STEPPED, 5, True),
+}
 RECIPES = {
     "grpo": support.make_recipe(support.GRPO | {"kl_weight": 0.05}),
     "on_policy": support.make_recipe(support.ON_POLICY),
     "updates": support.make_recipe(support.GRPO, {"updates": 2}, max_steps=6, save_steps=3),
+    # The checkpoint of step 3 is in the middle of a set, whose likeliest tokens the current weights do not give.
+    "likeliest": support.make_recipe(support.ON_POLICY, {"updates": 2}, max_steps=6, save_steps=3),
 }
 
 
@@ -55,7 +64,8 @@ def same(killed, undisturbed):
     assert support.log(killed) == support.log(undisturbed)
     assert support.weights(killed) == support.weights(undisturbed)
     names = [sorted(path.name for path in (root / "rollouts").iterdir()) for root in (killed, undisturbed)]
-    assert names == [["part-00000.parquet"]] * 2
+    assert names == [["part-00000.parquet", "rewards.jsonl"]] * 2
+    assert support.rewards(killed) == support.rewards(undisturbed)
 
 
 def killed_at(tmp_path, spawn, name, moments):

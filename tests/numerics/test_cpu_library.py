@@ -80,4 +80,4 @@ def test_the_library_needs_no_stream_of_the_standard_library() -> None:
     [library] = FOLDER.glob("_cpu.*.so")
     content = library.read_bytes()
     assert b"_Znwm" in content, "the names of imported functions are in the file"
-    assert not [name for name in (b"_ZNSo", b"_ZNSt8ios_base", b"_ZNSt6locale", b"basic_ostream") if name in content]
+    assert not [name for name in (b"_ZNSo", b"_ZNSt8ios_base", b"_ZNSt6locale") if name in content]

@@ -69,8 +69,8 @@ def add_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
         table = MappingProxyType({**FAMILIES, name: module.FAMILY})
-        for user in ("distill.engine.families", "distill.engine.reader"):
-            monkeypatch.setattr(f"{user}.FAMILIES", table)
+        for user in ("families", "reader", "loading"):
+            monkeypatch.setattr(f"distill.engine.{user}.FAMILIES", table)
         return module.FAMILY
 
     return add

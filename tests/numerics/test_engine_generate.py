@@ -139,17 +139,19 @@ def test_score_lists_the_ids_that_are_given(ckpt: Checkpoint) -> None:
                 assert [p for _, p in listed] == sorted((p for _, p in listed), reverse=True)
     (plain, given) = engine.score(sequences[:1], 3)[0], engine.score(sequences[:1], 3, [[()] * 11])[0]
     assert given.top_logprobs == plain.top_logprobs
-    (same,) = engine.score(sequences[:1], 0, [np.array(sequences[0][1:])[:, None]])  # type: ignore[list-item]  # rows of ids
+    (same,) = engine.score(sequences[:1], 0, [np.array(sequences[0][1:])[:, None]])
     assert [top[0][1] for top in same.top_logprobs or ()] == list(same.logprobs)
-    assert same.after(5).logprobs == same.logprobs[4:] and same.after(5).top_logprobs == (same.top_logprobs or ())[4:]
+    (end,) = engine.score(sequences[:1], 0, [np.array(sequences[0][5:])[:, None]], after=[5])
+    assert end.logprobs == pytest.approx(same.logprobs[4:], abs=1e-5)
+    assert [top[0] for top in end.top_logprobs or ()] == list(zip(sequences[0][5:], end.logprobs, strict=True))
 
 
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
         ([[[1]] * 3], "ids are given for 1 sequences and there are 2"),
-        ([[[1]] * 3, [[1]] * 3], "sequence 1 has 3 tokens and ids for 3 positions; give ids for 2"),
-        ([[[1]] * 3, [[1], [-1]]], "sequence 1 is to be scored for token ids from -1 to 1"),
+        ([[[1]] * 3, [[1]] * 3], "sequence 1 has 2 tokens to score and ids for 3 positions; give ids for each"),
+        ([[[1]] * 3, [[1], [-2]]], "sequence 1 is to be scored for token ids from -2 to 1"),
         ([[[1], [], [1 << 40]], [[], []]], "the vocabulary has 300"),
     ],
 )

@@ -79,11 +79,11 @@ class FakeEngine:
 
     def _advance(self, sequence: SequenceState) -> None:
         if sequence.sample is None:
-            firsts = [Drawn(self._token(sequence, n, 0), 0.0, ()) for n in sequence.request.samples]
+            firsts = [Drawn(self._token(sequence, n, 0), 0.0) for n in sequence.request.samples]
             states = self.scheduler.fork(sequence, firsts)
         else:
             generated = len(sequence.tokens) - len(sequence.request.prompt_ids)
-            sequence.append(Drawn(self._token(sequence, sequence.sample, generated), 0.0, ()))
+            sequence.append(Drawn(self._token(sequence, sequence.sample, generated), 0.0))
             states = [sequence]
         for state in states:
             assert state.sample is not None

@@ -1,5 +1,6 @@
 """Scores of given texts through a server: what is sent, what is read, and that they are those of the local engine."""
 
+import numpy as np
 import pytest
 from server_support import JSON, body, server
 
@@ -52,10 +53,10 @@ def test_given_ids_are_among_the_alternatives():
         assert local.scores_given_ids
         plain = local.score(TRACES, 2)
         own = [t.completion_token_ids for t in plain]
-        scored = local.score(TRACES, 2, [[(token, 9) for token in tokens] for tokens in own])
+        scored = local.score(TRACES, 2, [np.array([(token, -1, 9) for token in tokens]) for tokens in own])
         bare = local.score(TRACES, 0)
         with pytest.raises(UserError, match="ids are given for 1 tokens of trace 1, whose completion has"):
-            local.score(TRACES, 2, [[()] * len(own[0]), [()], []])
+            local.score(TRACES, 2, [np.zeros((count, 2), int) for count in (len(own[0]), 1, 0)])
     for with_ids, without, nothing in zip(scored, plain, bare, strict=True):
         assert with_ids.logprobs == without.logprobs == nothing.logprobs
         assert nothing.top_logprobs == ((),) * len(without.logprobs)
@@ -75,10 +76,10 @@ def test_given_ids_are_among_the_alternatives():
 
     with server(reply, OWNED) as made, backends.open(at(made), LocalEngine(), 2) as backend:
         assert not backend.scores_given_ids
-        with_ids = backend.score(TRACES[:1], 1, [[(token, 9) for token in own[0]]])[0]
+        with_ids = backend.score(TRACES[:1], 1, [np.array([(token, 9) for token in own[0]])])[0]
         assert [dict(top) for top in with_ids.top_logprobs] == [{5: -1.0} | {i: -3.0} for i in own[0]]
         with pytest.raises(UserError, match="both models must have the same tokenizer"):
-            backend.score(TRACES[:1], 1, [[()]])
+            backend.score(TRACES[:1], 1, [np.zeros((1, 0), int)])
 
 
 @pytest.mark.parametrize(

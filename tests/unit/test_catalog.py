@@ -241,7 +241,7 @@ def test_a_broken_index_is_named(card, tmp_path, content):
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"model.gguf": b"GGUF"}, r"weights holds GGUF files; GGUF is not read: give the model's config.json"),
+        ({"model.gguf": b"GGUF"}, r"weights holds GGUF files; name one of them in its place, such as \S+/model\.gguf"),
         ({"model-00001-of-00002.gguf": b"GGUF", "config.json": b"{}"}, "holds GGUF files"),
         ({"config.json": b"{}", "pytorch_model.bin": b"PK"}, r"pytorch_model.bin: pickled weights are not read"),
         (
@@ -287,16 +287,27 @@ def test_files_that_are_not_read_are_named_with_the_way_out(tmp_path, files, sai
         ),
         ("localhost:8000", "localhost:8000 is the address of a server"),
         ("HTTPS://api.example.com", "is the address of a server"),
-        ("model.gguf", "model.gguf is a GGUF file; GGUF is not read"),
+        ("model.gguf", r"model\.gguf: not a GGUF file \(it does not begin with GGUF\); download it again"),
+        ("other.gguf", r"no file \S+/other\.gguf; give a directory or a hub id"),
+        ("a/other.gguf", r"no file \S+/other\.gguf; give a directory or a hub id"),
+        ("model-00001-of-00002.gguf", r"model-00002-of-00002\.gguf is missing; download it \(1 of 2 parts"),
         ("some.txt", "some.txt is a file; give the directory of the model"),
     ],
 )
-def test_weights_that_are_no_directory(card, tmp_path, weights, said):
-    for name in ("model.gguf", "some.txt"):
+def test_weights_that_are_no_directory(card, tmp_path, monkeypatch, weights, said):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("model.gguf", "model-00001-of-00002.gguf", "some.txt"):
         (tmp_path / name).write_text("x")
     for ask in (catalog.resolve_weights, catalog.local_weights):
         with pytest.raises(UserError, match=rf"mine\.yaml: weights: .*{said}"):
             ask("teacher", str(card(weights=weights)))
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_a_gguf_file_that_is_not_there_is_named(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no file \S+/mine\.gguf; give a directory or a hub id"):
+        getattr(catalog, f"load_{kind}")("mine.gguf")
 
 
 def test_the_hub_without_a_network_is_one_reason(monkeypatch):

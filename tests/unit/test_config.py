@@ -187,6 +187,7 @@ def test_strings_that_look_like_something_else_are_quoted(tmp_path, text):
         ("filter={dedup: false}", lambda r: (r.filter.dedup, r.filter.format), (None, Format())),
         ("eval.benchmarks=[a, b]", lambda r: r.eval.benchmarks, ("a", "b")),
         ("eval.benchmarks.0=c", lambda r: r.eval.benchmarks, ("c",)),
+        ("eval.sources.gsm8k=a.jsonl", lambda r: r.eval.sources, {"gsm8k": "a.jsonl"}),
         ('name="007"', lambda r: r.name, "007"),
     ],
 )
@@ -212,6 +213,7 @@ def test_overrides_apply_in_order_and_leave_the_data_alone():
         ("train.wd=1", "did you mean train.weight_decay?"),
         ("train.qqqq=1", "unknown key; valid here: objective, adapter, learning_rate"),
         ("seed.x=1", "unknown key: there are no keys below seed"),
+        ("eval.sources.gsm8k.x=a", "unknown key: there are no keys below eval.sources.gsm8k"),
         ("prompts.1.limit=1", "'1' should be an index from 0 to 0 of that list"),
         ("prompts.limit=1", "'limit' should be an index"),
         ("prompts.0.limt=1", "did you mean prompts.0.limit?"),

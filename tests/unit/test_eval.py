@@ -176,6 +176,9 @@ def test_the_table_is_printed(tmp_path, recipe, capsys):
     assert "100.0%" in printed
     assert "no answer: no final answer was found in the response" in printed
     assert "unverifiable: no verdict" in printed and max(map(len, LABELS)) <= 80
+    noted = " ".join(printed.split())
+    assert "note: 50.0% of the samples of base are unverifiable and count as not correct; `distill traces" in noted
+    assert noted.count("are unverifiable and") == 1, "the student's answers have verdicts"
 
 
 def test_finished_is_finished(tmp_path, recipe):

@@ -300,6 +300,11 @@ def test_imported_traces_are_measured_in_words(tmp_path: Path, capsys: pytest.Ca
     assert "23 words, median reasoning 2 words" in shown and "token" not in shown
 
 
+def test_traces_without_reasoning_are_measured_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_filter(tmp_path / "run", [make_trace("The sum is \\boxed{42}.", tokens=30)], format=False)
+    assert "30 teacher tokens, 30 a trace, most without a think block" in " ".join(capsys.readouterr().out.split())
+
+
 def test_traces_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To be judged; they are written by copying columns. A finished stage decodes none."""
     passes: list[str] = []

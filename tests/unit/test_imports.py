@@ -37,6 +37,7 @@ SHARED |= {
     "durable",
     "fingerprint",
     "evaluations",
+    "gguf_files",
 }
 BELOW_STAGES = {"grading", "grading.judge", "grading.sandbox", "backends"} | SHARED
 
@@ -60,6 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "backends": {"engine", "keeper"} | SHARED,
     **{room: SHARED for room in SHARED},
     "model_cards": SHARED | {"engine.families"},
+    "gguf_files": SHARED | {"gguf_metadata", "engine.config", "engine.families", "engine.spec"},
+    "gguf_metadata": {"errors"},
     "catalog": SHARED | {"engine.families"},  # what a card says of its model is compared with the model
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.
     "recipe": SHARED | {"filters", "grading.sandbox", "engine.families"},

@@ -89,6 +89,11 @@ def test_the_template_is_that_of_the_last_phase_that_names_one():
             {"phases": [{"name": "a", "data": OWN, "objective": {"kind": "logits"}}]},
             "train.phases.0: objective logits reads the teacher's probabilities",
         ),
+        ({"data": [{"kind": "kept", "plain": True, "wrap": True}]}, "plain and wrap exclude each other: keep plain"),
+        (
+            {"objective": {"kind": "logits"}, "data": [{"kind": "kept", "wrap": True}]},
+            "objective logits compares with the teacher's probabilities of its own text, and wrap changes the text",
+        ),
         ({"objective": {"kind": "grpo"}, "data": [{"kind": "run", "path": "x"}]}, "trains on rollouts alone"),
     ],
 )

@@ -11,14 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distill.backends import Job
 from distill.catalog import resolve_weights
 from distill.chat import Chat, split_reasoning
+from distill.errors import UserError
 from distill.prompts.prompt import Prompt
+from distill.traces.rewarded import Reward
 from distill.traces.store import TraceStore
 from distill.traces.trace import Trace
 from distill.train.rollouts.feed import Judges, PromptOrder, RolloutFeed
-from distill.train.rollouts.rewards import Reward
 from distill.train.rollouts.store import RolloutStore
+from distill.train.rollouts.student import Rollout
 from distill.train.rollouts.teachers import Taught
 from distill.train.rows.batches import Batching, Order, Row, collate
 from distill.train.rows.stored import Counts
@@ -40,7 +43,7 @@ class Student:
 
     def sample(self, jobs, name, top_k):
         self.asked.append([job.prompt.id for job in jobs])
-        return [rollout(job.prompt, sample) for job in jobs for sample in reversed(job.samples)]
+        return [Rollout(rollout(job.prompt, sample)) for job in jobs for sample in reversed(job.samples)]
 
 
 def rollout(prompt, sample):
@@ -57,7 +60,6 @@ def rollout(prompt, sample):
         prompt_token_ids=tuple(CHAT.prompt_ids(prompt.messages)),
         completion_token_ids=ids,
         logprobs=tuple(-0.5 - i / 8 for i in range(len(ids))),
-        top_logprobs=((),) * len(ids),
     )
 
 
@@ -193,6 +195,106 @@ def same_rows(ours, theirs):
             assert (one.ids == other.ids).all() and (one.sampled == other.sampled).all()
 
 
+def test_rewards_on_the_disk_are_not_computed_again(tmp_path):
+    """A grader that runs out of time at the resume does not change what was trained on."""
+    feed = make_feed(tmp_path, rollout_support.GRPO, by_sample)
+    expected = [rows_of(feed, step) for step in (0, 1)]
+    lines = (tmp_path / "rollouts" / "rewards.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 32
+    asked = []
+
+    def unlike(prompt, sample):
+        asked.append((prompt, sample))
+        return 1.0 - by_sample(prompt, sample) if len(asked) < 5 else by_sample(prompt, sample)
+
+    again = make_feed(tmp_path, rollout_support.GRPO, unlike)
+    same_rows([rows_of(again, step) for step in (0, 1)], expected)
+    assert asked == []
+    (tmp_path / "rollouts" / "rewards.jsonl").write_text("".join(lines[:20]))  # a kill while the second set was graded
+    cut = make_feed(tmp_path, rollout_support.GRPO, by_sample)
+    same_rows([rows_of(cut, step) for step in (0, 1)], expected)
+    assert (tmp_path / "rollouts" / "rewards.jsonl").read_text().splitlines(keepends=True) == lines
+
+
+class Asking:
+    """A teacher that is asked for the student's likeliest tokens, and says nothing."""
+
+    asks = True
+
+    def __init__(self):
+        self.asked = []
+
+    def score(self, rollouts):
+        self.asked.append({each.trace.key: each.likeliest.tolist() for each in rollouts})
+        return [Taught(each.trace, known(len(each.trace.completion_token_ids), 5)) for each in rollouts]
+
+
+class Sure(Student):
+    """Finds at each place the tokens likeliest that follow its number."""
+
+    def sample(self, jobs, name, top_k):
+        return [Rollout(each.trace, ids) for each, ids in self._with_ids(super().sample(jobs, name, top_k), top_k)]
+
+    def likeliest(self, traces, top_k):
+        self.asked.append("likeliest")
+        return [ids for _, ids in self._with_ids(map(Rollout, traces), top_k)]
+
+    @staticmethod
+    def _with_ids(rollouts, top_k):
+        for each in rollouts:
+            count = len(each.trace.completion_token_ids)
+            yield each, (np.arange(count)[:, None] + np.arange(top_k) + each.trace.sample).astype(np.int32)
+
+
+def test_likeliest_tokens_are_read_until_no_checkpoint_needs_them(tmp_path):
+    def feed_of(student):
+        feed = make_feed(tmp_path, rollout_support.ON_POLICY, rollouts={"updates": 2}, student=student)
+        feed._prove = lambda judged: None
+        feed.judges.teachers = {"": Asking()}
+        return feed
+
+    def files():
+        return sorted(path.name for path in (tmp_path / "rollouts").glob("likeliest-*"))
+
+    first = feed_of(Sure())
+    for step in range(6):  # sets 0, 1 and 2
+        first.step(step)
+    expected = first.judges.teachers[""].asked
+    again = feed_of(Sure())
+    for step in range(6):
+        again.step(step)
+    assert again.judges.teachers[""].asked == expected and again.student.asked == []
+
+    names = [f"likeliest-{number:06d}.npy" for number in range(3)]
+    assert files() == names
+    again.checkpointed()  # needs set 3; the one before, which there was none of, needs set 0
+    assert files() == names
+    again.checkpointed()
+    assert files() == []
+
+    without = feed_of(Sure())
+    without.step(2)
+    assert without.judges.teachers[""].asked == expected[1:2] and without.student.asked == ["likeliest"]
+    assert without.student.updates == 1, "the engine has the trainer's weights before it scores"
+
+
+def test_a_damaged_file_of_likeliest_tokens_is_refused(tmp_path):
+    store = RolloutStore(tmp_path / "rollouts", 4)
+    rollouts = Sure().sample([Job(PROMPTS[0], (0, 1))], "student", 3)
+    store.append(0, rollouts)
+    store.close()
+    traces = [each.trace for each in rollouts]
+    read = store.likeliest(0, traces)
+    assert all((ours == each.likeliest).all() for ours, each in zip(read, rollouts, strict=True))
+    assert store.likeliest(1, traces) is None and store.likeliest(0, traces[:1]) is None
+    path = tmp_path / "rollouts" / "likeliest-000000.npy"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"likeliest-000000\.npy: damaged .*; delete it, and training recomputes it"):
+        store.likeliest(0, traces)
+
+
 # ---- traces of the teacher's beside the student's rows
 
 
@@ -223,8 +325,8 @@ def known(count, k=3):
 class Teacher:
     asks = False
 
-    def score(self, traces):
-        return [Taught(trace, known(len(trace.completion_token_ids), 5)) for trace in traces]
+    def score(self, rollouts):
+        return [Taught(each.trace, known(len(each.trace.completion_token_ids), 5)) for each in rollouts]
 
 
 def mixed_feed(directory, traces, share, **rollouts):

@@ -20,6 +20,7 @@ from distill.recipe import LocalEngine
 from distill.traces.trace import Trace
 from distill.train.rollouts import gate
 from distill.train.rollouts.agreement import ANSWER, CLOSING, END, REASONING, spans
+from distill.train.rollouts.questions import Questions
 from distill.train.rows.align import Projector, Vocabulary, token_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,12 +197,14 @@ def test_rollouts_longer_than_a_limit_are_refused(student):
     prompts = [Prompt.from_question(question, "1") for question in ("1?", "1 + 1 + 1 + 1 + 1?", "2?")]
     longest = len(student.prompt_ids(prompts[1].messages))
     limits = {"the student's context": longest + 64, "train.max_length": 4096}
-    gate.check_lengths(prompts, student, 64, limits)
-    gate.check_lengths([], student, 64, limits)
-    message = refused(gate.check_lengths, prompts, student, 65, limits)
+    gate.check_lengths(Questions(prompts, student), 64, limits)
+    gate.check_lengths(Questions([], student), 64, limits)
+    message = refused(gate.check_lengths, Questions(prompts, student), 65, limits)
     assert f"prompt {prompts[1].id} has {longest} tokens" in message
     assert f"exceeds the student's context of {longest + 64} tokens" in message and "to at most 64" in message
-    assert "leave such prompts out" in refused(gate.check_lengths, prompts, student, 1, {"its context": longest})
+    assert "leave such prompts out" in refused(
+        gate.check_lengths, Questions(prompts, student), 1, {"its context": longest}
+    )
 
 
 def test_a_template_that_never_ends_a_turn_is_refused(tmp_path):

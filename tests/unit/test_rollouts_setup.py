@@ -8,6 +8,7 @@ from distill.catalog import load_recipe
 from distill.errors import UserError
 from distill.models import Models
 from distill.train.rollouts import setup
+from distill.train.rollouts.questions import questions_of
 
 TEACHERS = Path(__file__).resolve().parents[2] / "teachers"
 
@@ -28,8 +29,9 @@ def test_prompts_are_routed_to_the_teacher_of_their_task(tmp_path):
     )
     models = Models(asked, tmp_path)
     assert models.teachers["math"].identity == models.teacher.identity
-    prompts = setup.prompts_of(asked)
-    setup.check(asked, models, prompts)
+    questions = questions_of(asked, models.base.chat)
+    setup.check(asked, models, questions)
+    prompts = questions.prompts
     general, special = object(), object()
     judges = Judges({"": general, "math": special})  # type: ignore[dict-item]  # only told apart here
     assert {judges.teacher(prompt) for prompt in prompts} == {special}
@@ -39,7 +41,8 @@ def test_prompts_are_routed_to_the_teacher_of_their_task(tmp_path):
 def test_a_teacher_for_a_task_that_no_prompt_has_is_refused(tmp_path):
     asked = recipe(tmp_path, {"kind": "on_policy", "teachers": {"code": "tiny-r1"}}, "train.max_length=1024")
     with pytest.raises(UserError, match=r"^train\.objective\.teachers: no prompt has task code; .*$"):
-        setup.check(asked, Models(asked, tmp_path), setup.prompts_of(asked))
+        models = Models(asked, tmp_path)
+        setup.check(asked, models, questions_of(asked, models.base.chat))
 
 
 def test_traces_of_several_teachers_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """What a person sees of rollouts: the report's curves and time, the trace reader by step, the plan's figures."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,13 +12,21 @@ from distill.artefacts import RunPaths
 from distill.errors import UserError
 from distill.objectives import Grpo, OnPolicy
 from distill.plan.hardware import parse
-from distill.plan.rollouts import RolloutPlan, estimate_rollouts, stages_of
+from distill.plan.rollouts import (
+    RolloutPlan,
+    answers_of,
+    decoding_rate,
+    estimate_rollouts,
+    stages_of,
+    stored_bytes,
+)
 from distill.plan.traces import Traces
 from distill.planned import Expected
 from distill.recipe import Train
 from distill.report import write_report
 from distill.report.curves import Spent, curves, time_spent
 from distill.traces.ledger import Ledger
+from distill.traces.rewarded import REWARDS, Reward, read_rewards
 from distill.traces.store import TraceStore
 from distill.train.rollouts.memory import CPU_CACHE, engines
 
@@ -36,6 +45,13 @@ LOG = [
 ]
 
 
+REWARDED = {
+    (QUESTION.id, 0): Reward(1.25, True, {"correct": 1.0, "language": 0.5}),
+    (QUESTION.id, 1): Reward(-0.5, False, {"correct": 0.0, "length": -0.5}),
+    (OTHER.id, 0): Reward(None, None, {"language": 1.0}),
+}
+
+
 @pytest.fixture
 def run(tmp_path):
     """Two sets of two prompts with two samples each, trained on in steps 1 to 4."""
@@ -44,6 +60,8 @@ def run(tmp_path):
         for prompt in (QUESTION, OTHER):
             store.append([replace(trace(prompt, sample, f"{sample}!"), teacher="student") for sample in range(4)])
         store.append([replace(trace(OTHER, 4, "long"), finish_reason="length")])
+    with Ledger(RunPaths(tmp_path).rollouts / REWARDS) as ledger:
+        ledger.append(reward.to_row(key) for key, reward in REWARDED.items())
     RunPaths(tmp_path).log.parent.mkdir(parents=True)
     with Ledger(RunPaths(tmp_path).log) as ledger:
         ledger.append(LOG)
@@ -121,10 +139,39 @@ def test_rollouts_are_read_by_step(run, monkeypatch, capsys):
     assert cut.count("gold answer") == 1 and "steps 5 – 6 · truncated" in cut
     table = shown(monkeypatch, capsys, run, "--rollouts", "--counts").splitlines()
     assert [row.split() for row in table if row.startswith("steps")] == [
-        ["steps", "1", "–", "2", "4", "3", "0"],
-        ["steps", "3", "–", "4", "4", "3", "0"],
-        ["steps", "5", "–", "6", "1", "3", "1"],
+        ["steps", "1", "–", "2", "4", "3", "0", "0.375"],
+        ["steps", "3", "–", "4", "4", "3", "0", "–"],
+        ["steps", "5", "–", "6", "1", "3", "1", "–"],
     ]
+
+
+def test_rewards_are_read_with_their_parts(run, monkeypatch, capsys):
+    text = shown(monkeypatch, capsys, run, "--rollouts", "--step", 1)
+    lines = [line.strip() for line in text.splitlines() if "reward" in line]
+    assert lines == [
+        "reward 1.25: correct 1, language 0.5",
+        "reward -0.5: correct 0, length -0.5",
+        "no reward: unverifiable; language 1",
+    ]
+    shutil.rmtree(run / "stages")
+    begin_run(run, catalog.load_recipe("tiny", [GRPO.replace("grpo", "on_policy")]))
+    text = shown(monkeypatch, capsys, run, "--rollouts", "--step", 1)
+    lines = [line for line in text.splitlines() if line.startswith("  ")]
+    assert lines == ["  correct", "  wrong", "  unverifiable"], "what is not trained on is no reward"
+
+
+def test_a_reward_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / REWARDS
+    assert list(read_rewards(path)) == []
+    rewards = {("a", 3): Reward(0.1 + 0.2, True, {"correct": 1.0}), ("b", 0): Reward(None, None)}
+    with Ledger(path) as ledger:
+        ledger.append(reward.to_row(key) for key, reward in rewards.items())
+        ledger.append([Reward(9.0, None).to_row(("a", 3))])  # of a session that was killed and repeated
+    assert dict(read_rewards(path)) == rewards
+    with Ledger(path) as ledger:
+        ledger.append([{"prompt": "a", "sample": 4, "value": "high", "correct": None, "parts": {}}])
+    with pytest.raises(UserError, match=r"rewards\.jsonl, row 4: not a reward"):
+        list(read_rewards(path))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +226,37 @@ def test_stored_rollouts_are_measured(run):
     recipe = catalog.load_recipe("tiny", [GRPO])
     plan = estimate_rollouts(recipe, run, Traces(30, 1, Expected(value=600), "given"), None, 20.0)
     assert plan.mean == 3 and plan.basis == "as the 9 stored"
+
+
+def test_skipped_groups_are_those_of_the_log(run, tmp_path):
+    """Half of the groups were skipped, so that half of the rollouts are trained on, and all are sampled."""
+    recipe = catalog.load_recipe("tiny", [GRPO, "train.max_steps=4"])
+    traces = Traces(30, 1, Expected(value=600), "given")
+    plan = estimate_rollouts(recipe, run, traces, 10, 20.0)
+    assert (plan.count, plan.skipped, plan.read) == (8, 0.5, 8 * 30)
+    assert (plan.data(1024).rows, plan.data(1024).tokens) == (4, 4 * 30)
+    assert "50% in groups without variance, as logged" in plan.described()
+    unknown = estimate_rollouts(recipe, tmp_path / "new", traces, 10, 20.0)
+    assert (unknown.skipped, unknown.data(1024).rows) == (None, 8) and "none is assumed" in unknown.described()
+
+
+def test_the_answers_of_a_base_are_planned():
+    """20 prompts, 3 answers each in one of two phases, as long as the teacher's traces: 60 · 50 tokens."""
+    own = "{name: b, objective: {kind: sft}, data: [{kind: own, samples: 3}]}"
+    recipe = catalog.load_recipe("tiny", [f"train.phases=[{{name: a, objective: {{kind: sft}}}}, {own}]"])
+    machine = parse("1xH100")
+    stage = answers_of(recipe, Traces(20, 1, Expected(value=1000), "given"), [machine])
+    rate = decoding_rate(catalog.load_student("tiny-qwen").parameters, 0.0, machine)
+    assert stage.tokens.value == 3000 and stage.hours.value == pytest.approx(3000 / rate / 3600)
+    assert answers_of(catalog.load_recipe("tiny"), Traces(20, 1, Expected(value=1000), "given"), [machine]) is None
+
+
+def test_likeliest_tokens_take_disk_until_two_checkpoints_later():
+    """100 sets of 20 tokens in 200 steps; a checkpoint every 25 steps keeps 25 of the sets: 500 · 8 numbers of 4."""
+    objective = "train.objective={kind: on_policy, top_k: 8, rollouts: {updates: 2}}"
+    recipe = catalog.load_recipe("tiny", [objective, "train.save_steps=25"])
+    plan = RolloutPlan(200, 100, 200, 10.0, 20, 5.0, "given")
+    assert stored_bytes(recipe, plan) == 200 * 10 * 12 + 25 * 20 * 8 * 4
 
 
 def test_traces_are_mixed_in_by_share(tmp_path):

@@ -21,9 +21,9 @@ def chat(tmp_path_factory):
 def encode(chat, tmp_path):
     """Traces → (rows, witnesses)."""
 
-    def encode(traces, plain=False, **encoding):
+    def encode(traces, plain=False, wrap=False, **encoding):
         encoder = Encoder(tmp_path / "tokens", chat, Encoding(**({"max_length": 256} | encoding)))
-        for _ in encoder.add(Source("test", traces, plain=plain), 0):
+        for _ in encoder.add(Source("test", traces, plain=plain, wrap=wrap), 0):
             pass
         return encoder.finish(), encoder.witnesses
 
@@ -104,6 +104,21 @@ def test_a_trace_without_reasoning_is_refused_unless_it_is_meant(encode):
     assert len(rows) == 4 and rows.counts.plain_rows == 1
     rows, _ = encode([plain], content="answer")
     assert rows.counts.plain_rows == 0
+
+
+def test_reasoning_without_tags_is_wrapped_and_counted(encode, chat):
+    steps = "First 2 + 2.\n\nThat is 4.\n\nThe answer is \\boxed{4}."
+    traces = [*support.sums(2), support.trace("q", steps), support.trace("r", "four"), support.trace("s", "\\boxed{4}")]
+    rows, _ = encode(traces, wrap=True)
+    assert (rows.counts.rows, rows.counts.wrapped_rows, rows.counts.undivided_rows) == (3, 1, 2)
+    assert rows.counts.plain_rows == 0
+    texts = {row.key[0]: chat.decode(row.ids[row.prompt_tokens :].tolist()) for row in rows}
+    wrapped = "<think>\nFirst 2 + 2.\n\nThat is 4.\n</think>\n\nThe answer is \\boxed{4}."
+    assert texts[traces[2].prompt.id].startswith(wrapped)
+    rows, _ = encode(traces, wrap=True, content="answer")
+    assert chat.decode(rows[rows.keys.index(traces[2].key)].ids.tolist()).count("First") == 0
+    with pytest.raises(UserError, match=r"wrap finds reasoning before a \\boxed\{\} in none of 1 traces; set `plain"):
+        encode([support.trace("r", "four")], wrap=True)
 
 
 def test_the_witnesses_are_the_first_the_longest_and_one_at_random(encode, chat):

@@ -34,17 +34,21 @@ from distill.train.student import float8, methods, model
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from distill.train.rollouts.questions import Questions
+
 
 @dataclass(frozen=True)
 class Task:
     """One training. paths: of the run. fingerprint: of the settings that decide the student, which its checkpoints
-    carry. shares: how often an epoch sees the rows of each source."""
+    carry. shares: how often an epoch sees the rows of each source. questions: of a training with rollouts, where they
+    have been read."""
 
     recipe: Recipe
     models: Models
     paths: RunPaths
     fingerprint: str = ""
     shares: tuple[float, ...] = (1.0,)
+    questions: "Questions | None" = None
 
 
 def fit(task: Task, rows: TrainingSet | None, world: World) -> TrainSummary:
@@ -92,7 +96,7 @@ def feeding(task: Task, rows: TrainingSet | None, built: "Built", world: World) 
     from distill.train.rollouts.setup import rollout_feed
 
     trained = built.adapted.get_base_model() if built.adapted else built.base
-    with rollout_feed(task.recipe, task.models, task.paths, trained, world, stored) as feed:
+    with rollout_feed(task.recipe, task.models, task.paths, trained, world, task.questions, stored) as feed:
         yield feed
 
 

@@ -5,6 +5,9 @@ the others wait here until it is done.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from distill.artefacts import RunPaths, TrainSummary
 from distill.fingerprint import digest
@@ -13,10 +16,13 @@ from distill.recipe import Recipe
 from distill.record import StageRecord
 from distill.train.learn.fit import Task, fit
 from distill.train.ranks import memory
-from distill.train.ranks.world import World
+from distill.train.ranks.world import Layout, World
 from distill.train.rows import stored
 from distill.train.rows.stored import TrainingSet
 from distill.train.student.model import configuration
+
+if TYPE_CHECKING:
+    from distill.train.rollouts.questions import Questions
 
 
 def join(recipe: Recipe, directory: Path) -> World:
@@ -24,31 +30,52 @@ def join(recipe: Recipe, directory: Path) -> World:
     return World(recipe.train.report_to, str(RunPaths(directory).checkpoints))
 
 
-def train_rank(recipe: Recipe, directory: Path, world: World | None = None) -> TrainSummary:
-    """Train on the rows that were prepared in the run's directory; returns the stage's summary.
+def train_rank(
+    recipe: Recipe, directory: Path, world: World | None = None, questions: "Questions | None" = None
+) -> TrainSummary:
+    """Train on the rows that were prepared in the run's directory; returns the stage's summary. questions: of a
+    training with rollouts, where this process has read them already.
 
     Errors: UserError when the training does not fit into memory; WorkError as `fit`.
     """
     paths = RunPaths(directory)
     models = Models(recipe, directory)
-    rows: TrainingSet | None = None
-    if recipe.train.objective.reads_data:
-        rows = stored.load(paths.tokens)
-        assert rows is not None, "rows are prepared before ranks train on them"
-    world = world or join(recipe, directory)
-    largest: TrainingSet | tuple[int, int] | None = rows
-    engines = None
-    if recipe.train.objective.rollout_settings is not None:
-        from distill.train.rollouts import setup
+    if questions is None and recipe.train.objective.rollout_settings is not None:
+        from distill.train.rollouts.questions import questions_of
 
-        largest = setup.largest_batch(recipe, models)
-        engines = setup.engines_beside(recipe, models, world)
-    assert largest is not None, "an objective reads traces or rollouts"
-    layout = memory.check(recipe, largest, configuration(models.base.directory, recipe.train), world.size, engines)
-    world.layout = "fsdp" if world.any(layout == "fsdp") else layout  # free memory may look different to each rank
+        questions = questions_of(recipe, models.base.chat)
+    world = world or join(recipe, directory)
+    fitting = layout(recipe, models, paths, questions, world.size)
+    world.layout = "fsdp" if world.any(fitting == "fsdp") else fitting  # free memory may look different to each rank
     record = StageRecord.read(paths.record("train"), "run `distill train` again")
     shares = tuple(source.weight for source in recipe.train.data)
-    return fit(Task(recipe, models, paths, digest(record.settings), shares), rows, world)
+    task = Task(recipe, models, paths, digest(record.settings), shares, questions)
+    return fit(task, prepared(recipe, paths), world)
+
+
+def prepared(recipe: Recipe, paths: RunPaths) -> TrainingSet | None:
+    """The encoded rows of a run; None for an objective that reads no traces."""
+    if not recipe.train.objective.reads_data:
+        return None
+    rows = stored.load(paths.tokens)
+    assert rows is not None, "rows are prepared before ranks train on them"
+    return rows
+
+
+def layout(
+    recipe: Recipe, models: Models, paths: RunPaths, questions: "Questions | None", processes: int = 1
+) -> Layout:
+    """The layout in which a training fits into memory. Errors: UserError when it does in none."""
+    largest: TrainingSet | tuple[int, int] | None = prepared(recipe, paths)
+    engines = None
+    if questions is not None:
+        from distill.train.rollouts import setup
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        largest = questions.largest_batch(recipe.train)
+        engines = setup.engines_beside(recipe, models, questions, device, processes)
+    assert largest is not None, "an objective reads traces or rollouts"
+    return memory.check(recipe, largest, configuration(models.base.directory, recipe.train), processes, engines)
 
 
 def follow(recipe: Recipe, directory: Path) -> None:

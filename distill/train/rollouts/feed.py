@@ -4,7 +4,7 @@
 
 One *set* of rollouts serves `updates` optimiser steps, each on a part of it. Which prompts a set has is a function of
 its number and the seed; what is sampled, one of the weights, too. So a resumed training needs no state beyond its
-checkpoint; sets that are on the disk (`store`) are read instead of being sampled again.
+checkpoint; sets that are on the disk (`store`) are read instead of being sampled and rewarded again.
 
 Ranks share the prompts of a set, sample, score and reward their own, and exchange the results, so that every rank has
 the same rows and takes its batches of them as of any other rows.
@@ -29,14 +29,15 @@ from distill.objectives import Grpo, OnPolicy
 from distill.objectives.grpo import advantages
 from distill.prompts import Prompt
 from distill.recipe import Train
-from distill.traces.rows import rounded
+from distill.traces.keys import Key
+from distill.traces.rewarded import Reward
 from distill.traces.trace import Trace
 from distill.train.ranks.world import World
 from distill.train.rollouts import gate
 from distill.train.rollouts.monitor import Monitor, MonitorState, means_by_position, step_figures, sums_by_position
-from distill.train.rollouts.rewards import Reward, Rewarder
+from distill.train.rollouts.rewards import Rewarder
 from distill.train.rollouts.store import RolloutStore
-from distill.train.rollouts.student import StudentEngine
+from distill.train.rollouts.student import Rollout, StudentEngine
 from distill.train.rollouts.teachers import Taught, Teacher
 from distill.train.rows.batches import Batching, Order, Row, best_fit
 from distill.train.rows.feed import Feed, Figures, StoredFeed
@@ -92,6 +93,11 @@ class Judges:
         """The teacher that a prompt is routed to, by its task."""
         return self.teachers.get(prompt.task, self.teachers.get(""))
 
+    @property
+    def ask(self) -> bool:
+        """Whether a teacher is asked for what the student finds likely."""
+        return any(teacher.asks for teacher in self.teachers.values())
+
 
 class RolloutFeed(Feed):
     """The rows of an objective with rollouts. prompts: what the student is asked, at least one. traces: rows of the
@@ -120,6 +126,8 @@ class RolloutFeed(Feed):
         self._set: RolloutSet | None = None
         self._figures: dict[int, RolloutSet] = {}  # by step, until the step is logged
         self._stored: dict[int, list[Trace]] | None = None  # sets on the disk that are not trained on yet
+        self._rewards: dict[Key, Reward] = {}  # those on the disk of these sets
+        self._trained, self._needed = 0, 0  # steps; the first set that a resume at the last checkpoint needs
 
     # ---- as a feed
 
@@ -128,7 +136,7 @@ class RolloutFeed(Feed):
         wanted, part = divmod(number, self.how.updates)
         if self._set is None or self._set.number != wanted:
             self._set = self._make(wanted)
-        self._figures[number] = self._set
+        self._figures[number], self._trained = self._set, number + 1
         return self._batches(self._set.parts[part] + self._teachers_rows(number))
 
     def held_out(self) -> list[list[Row]]:
@@ -183,8 +191,11 @@ class RolloutFeed(Feed):
             self.rollouts, self.rollout_tokens = cast(int, state["rollouts"]), cast(int, state["tokens"])
 
     def checkpointed(self) -> None:
-        """See `Feed`."""
+        """See `Feed`. The likeliest tokens that the checkpoint before this one needs are kept: this one may be found
+        damaged."""
         self.store.compact()
+        self.store.forget(self._needed)
+        self._needed = self._trained // self.how.updates
 
     # ---- one set
 
@@ -199,51 +210,83 @@ class RolloutFeed(Feed):
         rollouts = self._sampled(number, jobs, mine, seconds)
         ours = {job.prompt.id for job in mine}
         with timed(seconds, "seconds_scoring"):
-            judged = self.world.gathered(self._judge([trace for trace in rollouts if trace.prompt.id in ours]))
+            judged = self.world.gathered(self._judge([each for each in rollouts if each.trace.prompt.id in ours]))
         by_key = {each.rollout.key: each for each in judged}
-        judged = [by_key[trace.key] for trace in rollouts]
+        judged = [by_key[each.trace.key] for each in rollouts]
+        self._store_rewards(judged)
         if number == 0:
             self._prove(judged)
         return self._rows(number, judged, seconds)
 
-    def _sampled(self, number: int, jobs: Sequence[Job], mine: Sequence[Job], seconds: dict[str, float]) -> list[Trace]:
+    def _sampled(
+        self, number: int, jobs: Sequence[Job], mine: Sequence[Job], seconds: dict[str, float]
+    ) -> list[Rollout]:
         """The rollouts of a set in the order of its jobs: from the disk, or sampled now and stored."""
         if self._stored is None:
-            self._stored = self.store.from_set(number)
+            self._stored, self._rewards = self.store.from_set(number), self.store.rewards_from(number)
             self.world.wait()  # every rank has read them before the first appends
         keys = [(job.prompt.id, sample) for job in jobs for sample in job.samples]
         stored = {trace.key: trace for trace in self._stored.pop(number, ())}
         if all(key in stored for key in keys):
-            return [stored[key] for key in keys]
+            return self._resumed(number, [stored[key] for key in keys])
         with timed(seconds, "seconds_sync"):
             self.student.update()
-        asks = any(teacher.asks for teacher in self.judges.teachers.values())
-        top_k = self.objective.teacher_top_k if asks else None
         with timed(seconds, "seconds_rollouts"):
-            sampled = self.student.sample(mine, f"student, set {number}", top_k)
-            by_key = {trace.key: trace for trace in self.world.gathered(sampled)}
-        rollouts = [rounded(by_key[key]) for key in keys]  # as a resumed training would read them
+            sampled = self.student.sample(mine, f"student, set {number}", self._top_k)
+            by_key = {each.trace.key: each for each in self.world.gathered(sampled)}
+        rollouts = [by_key[key] for key in keys]
         if self.world.main:
-            self.store.append([trace for trace in rollouts if trace.key not in stored])  # a kill may leave a part
+            self.store.append(number, rollouts, stored)  # a kill may leave a part
         return rollouts
 
-    def _judge(self, rollouts: Sequence[Trace]) -> list[Judged]:
+    @property
+    def _top_k(self) -> int | None:
+        """How many of the student's likeliest tokens the teachers are asked for."""
+        return self.objective.teacher_top_k if self.judges.ask else None
+
+    def _resumed(self, number: int, traces: Sequence[Trace]) -> list[Rollout]:
+        """The rollouts of a set on the disk. Without the file of their likeliest tokens these are those of the current
+        weights, which have sampled the set unless some of its steps are done."""
+        if self._top_k is None:
+            return [Rollout(trace) for trace in traces]
+        likeliest = self.store.likeliest(number, traces)
+        if likeliest is None:
+            self.student.update()
+            likeliest = self.student.likeliest(traces, self._top_k)
+        return [Rollout(*each) for each in zip(traces, likeliest, strict=True)]
+
+    def _judge(self, rollouts: Sequence[Rollout]) -> list[Judged]:
         """This rank's rollouts with everything that is known of them."""
-        taught: dict[tuple[str, int], Taught] = {}
+        taught: dict[Key, Taught] = {}
         for teacher in dict.fromkeys(self.judges.teachers.values()):
-            routed = [trace for trace in rollouts if self.judges.teacher(trace.prompt) is teacher]
+            routed = [each for each in rollouts if self.judges.teacher(each.trace.prompt) is teacher]
             if routed:
-                taught |= {trace.key: each for trace, each in zip(routed, teacher.score(routed), strict=True)}
-        rewards: Sequence[Reward | None] = [None] * len(rollouts)
-        if self.judges.rewarder is not None:
-            rewards = self.judges.rewarder.rewards(rollouts)
-        reference: Sequence[tuple[float, ...] | None] = [None] * len(rollouts)
-        if self.judges.base is not None and rollouts:
-            reference = [trace.logprobs for trace in self.judges.base.score(rollouts, 1)]
+                taught |= {each.trace.key: of for each, of in zip(routed, teacher.score(routed), strict=True)}
+        traces = [each.trace for each in rollouts]
+        rewards = self._rewarded(traces)
+        reference: Sequence[tuple[float, ...] | None] = [None] * len(traces)
+        if self.judges.base is not None and traces:
+            reference = [trace.logprobs for trace in self.judges.base.score(traces, 1)]
         return [
-            Judged(trace, taught.get(trace.key), reward, logprobs)
-            for trace, reward, logprobs in zip(rollouts, rewards, reference, strict=True)
+            Judged(trace, taught.get(trace.key), rewards.get(trace.key), logprobs)
+            for trace, logprobs in zip(traces, reference, strict=True)
         ]
+
+    def _rewarded(self, traces: Sequence[Trace]) -> dict[Key, Reward]:
+        """The rewards of rollouts: from the disk, or computed now; none where nothing rewards."""
+        if self.judges.rewarder is None:
+            return {}
+        new = [trace for trace in traces if trace.key not in self._rewards]
+        computed = zip((trace.key for trace in new), self.judges.rewarder.rewards(new), strict=True)
+        return {trace.key: self._rewards[trace.key] for trace in traces if trace.key in self._rewards} | dict(computed)
+
+    def _store_rewards(self, judged: Sequence[Judged]) -> None:
+        """Store the rewards that are not on the disk."""
+        rewards = [(each.rollout.key, each.reward) for each in judged if each.reward is not None]
+        if self.world.main:
+            self.store.append_rewards(item for item in rewards if item[0] not in self._rewards)
+        for key, _ in rewards:
+            self._rewards.pop(key, None)
 
     def _prove(self, judged: Sequence[Judged]) -> None:
         """The gate, on the first set. Errors: UserError (`gate`)."""

@@ -17,16 +17,17 @@ What is known without rollouts is refused before any is sampled: `check_lengths`
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
 
 from distill.chat import END_THINK, THINK, Chat
 from distill.errors import UserError
-from distill.prompts.prompt import Message, Prompt
+from distill.prompts.prompt import Message
 from distill.traces.trace import Trace
 from distill.train.rollouts.agreement import Distribution, compare, tokens_text
+from distill.train.rollouts.questions import Questions
 from distill.train.rollouts.rewards import is_truncated
 from distill.train.rows.align import token_bytes
 from distill.train.rows.gate import REMEDY, name, squash
@@ -40,22 +41,18 @@ ROLES = {"system", "user", "assistant", "human", "developer", "model"}
 # ---- before the first rollout
 
 
-def check_lengths(prompts: Iterable[Prompt], chat: Chat, max_new_tokens: int, limits: Mapping[str, int]) -> None:
-    """Refuse prompts whose rollouts may exceed a limit. limits: name of each in messages → tokens.
-
-    The tokens of the prompts are those of `chat`; a teacher with another tokenizer is asked with its own. Errors:
-    UserError.
-    """
+def check_lengths(questions: Questions, max_new_tokens: int, limits: Mapping[str, int]) -> None:
+    """Refuse prompts whose rollouts may exceed a limit. limits: name of each in messages → tokens. A teacher with
+    another tokenizer has questions of its own. Errors: UserError."""
     whose, limit = min(limits.items(), key=lambda item: item[1])
-    known = list(prompts)
-    lengths = [len(ids) for ids in chat.prompts_ids(prompt.messages for prompt in known)]
+    lengths = questions.lengths
     if not lengths:
         return
     longest = int(np.argmax(lengths))
     if (room := limit - lengths[longest]) < max_new_tokens:
         remedy = f"set {MAX_NEW} to at most {room:,}" if room > 0 else "leave such prompts out"
         raise UserError(
-            f"{MAX_NEW}: prompt {known[longest].id} has {lengths[longest]:,} tokens, and a rollout of "
+            f"{MAX_NEW}: prompt {questions.prompts[longest].id} has {lengths[longest]:,} tokens, and a rollout of "
             f"{max_new_tokens:,} more exceeds {whose} of {limit:,} tokens; {remedy}"
         )
 

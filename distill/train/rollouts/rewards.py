@@ -26,7 +26,6 @@ Parts with weight 0 are not computed. The graders' processes live as long as the
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 from distill.console import say
 from distill.errors import UserError
@@ -40,23 +39,11 @@ from distill.grading.mixed import graded, require_judge
 from distill.grading.sandbox.levels import Level, require_level
 from distill.objectives.grpo import Rewards
 from distill.prompts.prompt import END_THINK, THINK, Prompt
+from distill.traces.rewarded import Reward
 from distill.traces.trace import Trace
 
 BUFFER = 0.2  # share of the token limit in which the length part falls: DAPO has 4,096 of 20,480 tokens
 WHERE = "train.objective.rewards.correct"
-
-
-@dataclass(frozen=True)
-class Reward:
-    """The reward of one rollout.
-
-    value: the weighted sum of the parts; None if the rollout is unverifiable. correct: the grader's verdict; None if it
-    has none, or was not asked because its weight is 0. parts: unweighted, by name, of the parts with a weight.
-    """
-
-    value: float | None
-    correct: bool | None
-    parts: dict[str, float] = field(default_factory=dict)
 
 
 class Rewarder:

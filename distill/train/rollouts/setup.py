@@ -12,16 +12,15 @@ import torch
 
 from distill import backends
 from distill.artefacts import RunPaths
-from distill.backends.collect import asked
 from distill.catalog import load_teacher
 from distill.console import say
 from distill.errors import UserError
 from distill.filters.correct import Correct
 from distill.grading.graders import GRADERS
 from distill.models import Model, Models
-from distill.objectives import Grpo, OnPolicy, RolloutSettings
+from distill.objectives import Grpo, OnPolicy
 from distill.objectives.grpo import Rewards
-from distill.prompts import Prompt, load_prompts
+from distill.prompts import Prompt
 from distill.recipe import Recipe
 from distill.recipe.adapters import Qlora
 from distill.train.ranks import memory
@@ -29,6 +28,7 @@ from distill.train.ranks.world import World
 from distill.train.rollouts import gate
 from distill.train.rollouts.feed import Judges, RolloutFeed
 from distill.train.rollouts.memory import Engines, engines
+from distill.train.rollouts.questions import Questions, questions_of
 from distill.train.rollouts.rewards import Rewarder, check_gradable
 from distill.train.rollouts.store import RolloutStore
 from distill.train.rollouts.student import MAX_BATCH, StudentEngine
@@ -40,16 +40,12 @@ from distill.train.student.model import configuration
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-def prompts_of(recipe: Recipe) -> list[Prompt]:
-    """The recipe's prompts as a student is asked them, with `generate.prompt_suffix`. Errors: as `load_prompts`."""
-    prompts = load_prompts(recipe.prompts, limit=recipe.generate.max_prompts)
-    return [asked(prompt, recipe.generate.prompt_suffix) for prompt in prompts]
+SCORED = 2  # sequences of whole length that a scoring engine has a cache for: it keeps none of them after its step
 
 
-def check(recipe: Recipe, models: Models, prompts: Sequence[Prompt]) -> None:
+def check(recipe: Recipe, models: Models, questions: Questions) -> None:
     """Refuse what no rollout is needed to refuse. Errors: UserError, one line with the key of the recipe."""
-    settings, objective = recipe.train, recipe.train.objective
+    settings, objective, prompts = recipe.train, recipe.train.objective, questions.prompts
     rollouts = objective.rollout_settings
     assert rollouts is not None
     if not prompts:
@@ -70,7 +66,7 @@ def check(recipe: Recipe, models: Models, prompts: Sequence[Prompt]) -> None:
         "train.max_length": settings.max_length,
         "the context of the student": configuration(models.base.directory, settings).max_position_embeddings,
     }
-    gate.check_lengths(prompts, student, rollouts.sampling.max_new_tokens, limits)
+    gate.check_lengths(questions, rollouts.sampling.max_new_tokens, limits)
     if isinstance(objective, OnPolicy):
         if unknown := sorted(objective.teachers.keys() - {prompt.task for prompt in prompts}):
             raise UserError(f"train.objective.teachers: no prompt has task {unknown[0]}; remove it, or add prompts")
@@ -79,7 +75,7 @@ def check(recipe: Recipe, models: Models, prompts: Sequence[Prompt]) -> None:
             card = load_teacher(objective.teachers[name]) if name else models.teacher_card
             routed = [p for p in prompts if (p.task if p.task in objective.teachers else "") == name]
             theirs = {f"the context of the {model.name}": card.context}
-            gate.check_lengths(routed, model.chat, rollouts.sampling.max_new_tokens, theirs)
+            gate.check_lengths(Questions(routed, model.chat), rollouts.sampling.max_new_tokens, theirs)
 
 
 def graded(prompts: Sequence[Prompt]) -> bool:
@@ -95,18 +91,21 @@ def rollout_feed(
     paths: RunPaths,
     trained: "PreTrainedModel",
     world: World,
+    questions: Questions | None = None,
     traces: StoredFeed | None = None,
 ) -> Iterator[RolloutFeed]:
     """The feed of a training with rollouts; teachers, graders and engines live as long as the context.
 
-    trained: the model whose weights the optimiser changes. traces: as of `RolloutFeed`. Errors: UserError.
+    trained: the model whose weights the optimiser changes. questions: where the prompts have been read already. traces:
+    as of `RolloutFeed`. Errors: UserError.
     """
     settings, objective = recipe.train, recipe.train.objective
     assert isinstance(objective, OnPolicy | Grpo)
-    rollouts, prompts = objective.rollout_settings, prompts_of(recipe)
+    rollouts, questions = objective.rollout_settings, questions or questions_of(recipe, models.base.chat)
+    prompts = questions.prompts
     with ExitStack() as stack:
         dtype = methods.dtypes(settings, world.device).compute
-        context = longest(prompts, models, rollouts)
+        context = questions.context(rollouts)
         batch = min(MAX_BATCH, -(-rollouts.rows // world.size))
         backend = stack.enter_context(
             backends.open_trained(models.base, str(world.device), dtype == torch.float32, batch, context)
@@ -132,18 +131,22 @@ def rollout_feed(
                 )
             )
         if objective.needs_reference:
-            judges.base = stack.enter_context(backends.open(models.base, engine))
+            judges.base = stack.enter_context(backends.open(models.base, engine, SCORED))
         store = RolloutStore(paths.rollouts, rollouts.samples)
+        stack.callback(store.close)
         yield RolloutFeed(objective, settings, prompts, student, models.base.chat, store, judges, world, traces)
         if world.main:
             store.compact(0)
+            store.forget()
 
 
 def _teacher(
     stack: ExitStack, recipe: Recipe, models: Models, model: Model, objective: OnPolicy, say_so: bool
 ) -> Teacher:
     engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
-    backend = stack.enter_context(backends.open(model, engine))
+    backend = stack.enter_context(
+        backends.open(model, engine) if model.is_remote else backends.open(model, engine, SCORED)
+    )
     asks = objective.estimator == "exact" and backend.scores_given_ids
     if objective.estimator == "exact" and not asks and say_so:
         say(
@@ -153,34 +156,16 @@ def _teacher(
     return Teacher(backend, model.chat, models.base.chat, objective.teacher_top_k, asks)
 
 
-def longest(prompts: Sequence[Prompt], models: Models, rollouts: RolloutSettings) -> int:
-    """Tokens of the longest prompt and a whole completion."""
-    lengths = map(len, models.base.chat.prompts_ids(prompt.messages for prompt in prompts))
-    return max(lengths) + rollouts.sampling.max_new_tokens
-
-
-def largest_batch(recipe: Recipe, models: Models) -> tuple[int, int]:
-    """(tokens, supervised tokens) of the largest batch of a forward pass."""
-    settings, rollouts = recipe.train, recipe.train.objective.rollout_settings
-    assert rollouts is not None
-    context = longest(prompts_of(recipe), models, rollouts)
-    new, rows = rollouts.sampling.max_new_tokens, settings.per_device_train_batch_size
-    if settings.packing:
-        tokens = settings.max_length * rows
-        return tokens, round(tokens * new / context)
-    return context * rows, new * rows
-
-
-def engines_beside(recipe: Recipe, models: Models, world: World) -> Engines:
+def engines_beside(recipe: Recipe, models: Models, questions: Questions, device: torch.device, ranks: int) -> Engines:
     """The engines that share the device with the trainer."""
     settings, rollouts = recipe.train, recipe.train.objective.rollout_settings
     assert rollouts is not None
     config = configuration(models.base.directory, settings)
-    compute = methods.dtypes(settings, world.device).compute
+    compute = methods.dtypes(settings, device).compute
     weights: float | None = None
     if isinstance(settings.objective, OnPolicy) and not models.teacher.is_remote:
         weights = float(sum(file.stat().st_size for file in models.teacher.directory.glob("*.safetensors")))
-    context = longest(prompts_of(recipe), models, rollouts)
+    context = questions.context(rollouts)
     parameters = memory.shape(config).total
     budget = recipe.engine.memory_budget
-    return engines(config, settings, parameters, compute.itemsize, context, world.size, weights, budget)
+    return engines(config, settings, parameters, compute.itemsize, context, ranks, weights, budget)

@@ -14,18 +14,31 @@ gathered one at a time, by all ranks in the same order.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.backends import Job, SamplingParams, TrainedBackend
-from distill.backends.collect import sampled
+from distill.backends.collect import trace_of
 from distill.objectives import RolloutSettings
+from distill.traces.rows import rounded
 from distill.traces.trace import Trace
 from distill.train.ranks.world import whole
 
 MAX_BATCH = 256  # sequences decoded at once
+
+
+class Rollout(NamedTuple):
+    """An answer of the student. likeliest: its most likely tokens at each token of the answer, int32 [t, k], likeliest
+    first; None where no teacher is asked for them."""
+
+    trace: Trace
+    likeliest: npt.NDArray[np.int32] | None = None
 
 
 class StudentEngine:
@@ -38,14 +51,22 @@ class StudentEngine:
         """Take over the trainer's current weights. All ranks together. Errors: UserError."""
         self.backend.update(tensors_of(self.trained))
 
-    def sample(self, jobs: Sequence[Job], name: str, top_k: int | None) -> list[Trace]:
-        """The samples of these jobs, in no particular order, with their log-probabilities.
+    def sample(self, jobs: Sequence[Job], name: str, top_k: int | None) -> list[Rollout]:
+        """The samples of these jobs, in no particular order, with the log-probabilities of their tokens.
 
         name: written into every trace as its teacher. top_k: most likely tokens to record at each position. Errors:
         UserError where the student computes numbers that are not finite.
         """
         sampling = SamplingParams(**self.settings.sampling.model_dump(), logprobs=top_k)
-        return list(sampled(self.backend, jobs, sampling, self.seed, name))
+        rollouts = []
+        for done in self.backend.complete(jobs, sampling, self.seed):
+            trace = trace_of(replace(done, top=None), done.prompt, self.seed, name)
+            rollouts.append(Rollout(rounded(trace), None if done.top is None else done.top.id_tk))
+        return rollouts
+
+    def likeliest(self, traces: Sequence[Trace], top_k: int) -> list[npt.NDArray[np.int32]]:
+        """The most likely tokens of the current weights at each token of rollouts that are there already: [t, k]."""
+        return [scored.top_id_tk for scored in self.backend.scored(traces, top_k)]
 
 
 def tensors_of(model: nn.Module) -> Callable[[str], Tensor]:

@@ -13,7 +13,7 @@ back to the sampled token.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,8 @@ from distill.backends.backend import Backend, Scored
 from distill.backends.scoring import completion_ids
 from distill.chat import Chat
 from distill.traces.trace import Trace
-from distill.train.rows.align import Projector, Vocabulary, merged, opened, token_bytes
+from distill.train.rollouts.student import Rollout
+from distill.train.rows.align import Projector, Vocabulary, opened, token_bytes
 
 Distribution = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
@@ -49,18 +50,17 @@ class Teacher:
         self.projector = Projector(
             theirs, ours, self.end, lambda text: student.tokenizer(text, add_special_tokens=False)["input_ids"]
         )
-        self._same: dict[int, int | None] = {}  # the student's token → the teacher's
-        self._ids_of = {piece: id_ for id_, piece in reversed(list(enumerate(theirs.pieces))) if piece}
 
-    def score(self, rollouts: Sequence[Trace]) -> list[Taught]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[Taught]:
         """The rollouts, scored, in order. Errors: UserError and WorkError, as `Backend.score`."""
-        read = [self._read(trace) for trace in rollouts]
+        traces = [each.trace for each in rollouts]
+        read = [self._read(trace) for trace in traces]
         # A rollout that was cut off inside what the teacher's template opens has no token of the teacher's.
         asked = [i for i, theirs in enumerate(read) if theirs.completion_token_ids]
         wanted = [self._wanted(rollouts[i], read[i]) for i in asked] if self.asks else None
         scored = self.backend.scored([read[i] for i in asked], self.k, wanted) if asked else []
-        taught = {i: self._taught(rollouts[i], read[i], each) for i, each in zip(asked, scored, strict=True)}
-        return [taught.get(i) or self._unknown(trace, read[i]) for i, trace in enumerate(rollouts)]
+        taught = {i: self._taught(traces[i], read[i], each) for i, each in zip(asked, scored, strict=True)}
+        return [taught.get(i) or self._unknown(trace, read[i]) for i, trace in enumerate(traces)]
 
     def _read(self, trace: Trace) -> Trace:
         """The rollout with the teacher's token ids. A rollout that was cut off does not end."""
@@ -70,34 +70,34 @@ class Teacher:
                 ids = ids[:-1]
         return replace(trace, completion_token_ids=tuple(ids))
 
-    def _wanted(self, trace: Trace, theirs: Trace) -> list[list[int]]:
-        """The teacher's ids of the student's most likely tokens, at each of the teacher's tokens."""
-        assert trace.top_logprobs is not None, "rollouts come with the student's most likely tokens"
+    def _wanted(self, rollout: Rollout, theirs: Trace) -> npt.NDArray[np.int32]:
+        """The teacher's ids of the student's most likely tokens at each of the teacher's: [t, k], −1 for none."""
+        trace, likeliest_sk = rollout
+        assert likeliest_sk is not None, "rollouts come with the student's most likely tokens"
         if self._alike(trace, theirs.completion_token_ids):
-            return [[id_ for id_, _ in top] for top in trace.top_logprobs]
+            return likeliest_sk
         given, skipped = self._opened(trace)
-        stops, student = self.student.stop_token_ids, self.projector.student
-        lengths = [0 if id_ in stops else len(student.piece(id_)) for id_ in trace.completion_token_ids]
-        starts = dict(zip(accumulate([0, *lengths[:-1]]), trace.top_logprobs, strict=True))
-        wanted, offset = [], len(given) - len(skipped)
-        for id_ in theirs.completion_token_ids:
-            ids = [self._theirs(candidate) for candidate, _ in starts.get(offset, ())]
-            wanted.append([candidate for candidate in ids if candidate is not None])
-            offset += 0 if id_ in self.chat.stop_token_ids else len(self.projector.teacher.piece(id_))
-        return wanted
+        student, teacher = self.projector.student, self.projector.teacher
+        start_s = starts(trace.completion_token_ids, student, 0)
+        start_t = starts(theirs.completion_token_ids, teacher, len(given) - len(skipped))
+        at_t = np.searchsorted(start_s, start_t, side="right") - 1  # the last of the student's that begins by then
+        begins_t = (at_t >= 0) & (start_s[at_t] == start_t)
+        known_sk = np.minimum(likeliest_sk, len(student.pieces))  # beyond: ids of a padded embedding
+        return np.where(begins_t[:, None], self._same[known_sk[at_t]], -1).astype(np.int32)
 
-    def _theirs(self, candidate: int) -> int | None:
-        """The teacher's token with the bytes of a student's."""
-        if candidate not in self._same:
-            self._same[candidate] = self._same_as(candidate)
-        return self._same[candidate]
-
-    def _same_as(self, candidate: int) -> int | None:
-        if candidate in self.student.stop_token_ids:
-            return self.chat.stop_token_ids[-1]
-        piece, pieces = self.projector.student.piece(candidate), self.projector.teacher.pieces
-        same = candidate < len(pieces) and pieces[candidate] == piece and piece != b""
-        return candidate if same else self._ids_of.get(piece)
+    @cached_property
+    def _same(self) -> npt.NDArray[np.int32]:
+        """The teacher's token with the bytes of each of the student's, the same id if several have these; −1 for none,
+        and in one place more at the end."""
+        ours, theirs = self.projector.student, self.projector.teacher.pieces
+        by_piece = {piece: id_ for id_, piece in reversed(list(enumerate(theirs))) if piece}
+        same = [
+            id_ if id_ < len(theirs) and theirs[id_] == piece and piece else by_piece.get(piece, -1)
+            for id_, piece in enumerate(ours.pieces)
+        ]
+        same_v = np.array([*same, -1], np.int32)
+        same_v[[id_ for id_ in ours.stops if id_ < len(same)]] = self.chat.stop_token_ids[-1]
+        return same_v
 
     def _alike(self, trace: Trace, theirs: Sequence[int]) -> bool:
         """Whether teacher and student read the same tokens, which mean the same to both."""
@@ -131,9 +131,20 @@ class Teacher:
         return Taught(read, (np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)))
 
 
+def starts(ids: Sequence[int], vocabulary: Vocabulary, offset: int) -> npt.NDArray[np.int64]:
+    """The offset in bytes at which each token begins, the first at `offset`. The ends of turns have no text."""
+    length_t = np.array([0 if id_ in vocabulary.stops else len(vocabulary.piece(id_)) for id_ in ids], np.int64)
+    return offset + np.cumsum(length_t) - length_t
+
+
 def with_own(scored: Scored) -> Distribution:
-    """The alternatives of a scored trace with its own tokens among them, likely or not."""
-    own_t = np.array(scored.completion_ids, np.int32)[:, None]
-    listed_t = ((scored.top_id_tk == own_t) & (scored.top_logprob_tk > -np.inf)).any(1, keepdims=True)
-    own_logprob_t = np.where(listed_t, -np.inf, scored.logprob_t[:, None]).astype(np.float32)
-    return merged(np.hstack((scored.top_id_tk, own_t)), np.hstack((scored.top_logprob_tk, own_logprob_t)))
+    """The alternatives of a scored trace with its own tokens among them, likely or not, those in a last column."""
+    ids_tk, logprobs_tk = scored.top_id_tk, scored.top_logprob_tk
+    own_t = np.array(scored.completion_ids, np.int32)
+    listed_t = ((ids_tk == own_t[:, None]) & (logprobs_tk > -np.inf)).any(1)
+    width = max(1, int((logprobs_tk > -np.inf).sum(1).max(initial=0)))
+    ids_tk, logprobs_tk = ids_tk[:, :width], logprobs_tk[:, :width]
+    if listed_t.all():
+        return ids_tk, logprobs_tk
+    own_logprob_t = np.where(listed_t, -np.inf, scored.logprob_t).astype(np.float32)
+    return np.column_stack((ids_tk, np.where(listed_t, 0, own_t))), np.column_stack((logprobs_tk, own_logprob_t))

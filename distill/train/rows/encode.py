@@ -18,6 +18,7 @@ from distill.chat import Chat
 from distill.errors import UserError
 from distill.prompts.prompt import Message
 from distill.traces.trace import Trace
+from distill.traces.wrapping import wrapped
 from distill.train.rows.stored import COLUMNS, IDS, INDEX, Counts, TrainingSet, from_index
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -29,11 +30,13 @@ Overlong = Literal["drop", "truncate", "raise"]
 
 @dataclass(frozen=True)
 class Source:
-    """One of the trace sets that are mixed. plain: rows without a think block are expected."""
+    """One of the trace sets that are mixed. plain: rows without a think block are expected. wrap: they get one, by the
+    rule of `distill.traces.wrapping`."""
 
     name: str
     traces: Iterable[Trace]
     plain: bool = False
+    wrap: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,14 @@ class Encoder:
         its source should.
         """
         traces = iter(source.traces)
-        while group := list(islice(traces, CONVERSATIONS)):
+        while chunk := list(islice(traces, CONVERSATIONS)):
+            group = self._wrapped(chunk) if source.wrap else chunk
             for trace in group:
                 self._check(trace, source)
             rows = self.chat.training_rows([conversation(trace, self.encoding.content) for trace in group])
             for trace, (ids, prompt_tokens) in zip(group, rows, strict=True):
                 self._row(trace, ids, prompt_tokens, number)
-            yield len(group)
+            yield len(chunk)
 
     def finish(self) -> TrainingSet:
         """The rows, ordered by source and key, so that the order in which a teacher finished has no effect.
@@ -98,6 +102,11 @@ class Encoder:
         self._file.close()
         limit = self.encoding.max_length
         if not self._rows and not self.counts.dropped_rows:
+            if self.counts.undivided_rows:
+                raise UserError(
+                    f"no trace is left to train on: wrap finds reasoning before a \\boxed{{}} in none of "
+                    f"{self.counts.undivided_rows:,} traces; set `plain: true` in train.data in its place"
+                )
             raise UserError("there are no traces to train on: the trace sets of train.data are empty")
         if not self._rows:
             raise UserError(
@@ -120,6 +129,15 @@ class Encoder:
         self._file.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    def _wrapped(self, traces: list[Trace]) -> list[Trace]:
+        """The traces with their reasoning between think tags, without those that are not divided; both are counted."""
+        results = [wrapped(trace) for trace in traces]
+        self.counts.undivided_rows += results.count(None)
+        self.counts.wrapped_rows += sum(
+            new is not None and new is not old for old, new in zip(traces, results, strict=True)
+        )
+        return [trace for trace in results if trace is not None]
+
     def _check(self, trace: Trace, source: Source) -> None:
         if any(SURROGATE.search(message["content"]) for message in conversation(trace, self.encoding.content)):
             raise UserError(
@@ -130,8 +148,8 @@ class Encoder:
             if not source.plain:
                 raise UserError(
                     f"trace {trace.prompt.id} sample {trace.sample} of {source.name} has no closed think block: set "
-                    f"filter.format to drop such traces, or `plain: true` for this source in train.data if they are "
-                    f"meant to teach answers without reasoning"
+                    f"filter.format to drop such traces, or for this source in train.data `plain: true` if they are "
+                    f"meant to teach answers without reasoning, `wrap: true` if the reasoning has no tags"
                 )
             self.counts.plain_rows += 1
 

@@ -73,6 +73,7 @@ def prove(
         "  training prefix: equal to the inference prompt, token by token",
         f"  limits: vocabulary {limits.vocabulary:,}; longest row {int(rows.lengths.max()):,} of {limits.context:,} "
         f"tokens of context",
+        *([f"  reasoning between added tags: {counts.wrapped_rows:,} rows"] if counts.wrapped_rows else []),
         *([f"  without reasoning: {counts.plain_rows:,} rows, as train.data allows"] if counts.plain_rows else []),
     )
 

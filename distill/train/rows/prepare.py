@@ -111,7 +111,7 @@ def sources(recipe: Recipe, paths: RunPaths) -> list[Source]:
         name, plain = f"train.data[{number}]", source.plain
         if source.kind == "kept":
             name, plain = str(paths.kept), plain or not recipe.filter.format
-        mixed.append(Source(name, traces_of(source, paths), plain))
+        mixed.append(Source(name, traces_of(source, paths), plain, source.wrap))
     return mixed
 
 
@@ -129,6 +129,11 @@ def say_counts(counts: Counts, max_length: int) -> None:
         say(
             f"dropped {counts.dropped_rows:,} of {counts.dropped_rows + counts.rows:,} traces "
             f"({counts.dropped_tokens:,} tokens): longer than train.max_length {max_length:,}"
+        )
+    if counts.wrapped_rows or counts.undivided_rows:
+        say(
+            f"wrapped {counts.wrapped_rows:,} traces: the text before the paragraph of the last \\boxed{{}} is their "
+            f"reasoning; dropped {counts.undivided_rows:,} without such a text"
         )
     if counts.truncated_rows:
         say(

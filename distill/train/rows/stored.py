@@ -33,7 +33,8 @@ COLUMNS = ("id", "sample", "source", "start", "length", "prompt_tokens", "held_o
 
 @dataclass
 class Counts:
-    """Rows and tokens, before and after encoding. truncated_tokens: cut off. plain_rows: without a think block."""
+    """Rows and tokens, before and after encoding. truncated_tokens: cut off. plain_rows: without a think block.
+    wrapped_rows: whose reasoning was put between think tags; undivided_rows: dropped because it was not found."""
 
     rows: int = 0
     tokens: int = 0
@@ -44,6 +45,8 @@ class Counts:
     truncated_tokens: int = 0
     held_out_rows: int = 0
     plain_rows: int = 0
+    wrapped_rows: int = 0
+    undivided_rows: int = 0
 
 
 class RowsRecord(Artefact):
