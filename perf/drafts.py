@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 from checkpoint import CONFIG, write_fp8, write_fp8_with_drafts
-from engine import prompt
+from measures import prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -80,7 +80,7 @@ def measure_large(directory: Path, batch: int, drafts: int, texts: dict[str, tup
         engine._drafter.draft = replaced
     sampling = SamplingParams(temperature=0, max_new_tokens=128)
     for number in range(batch):
-        engine.add(Request(str(number), tuple(prompt(number, 128)), sampling, 0, number, (0,)))
+        engine.add(Request(str(number), tuple(prompt(number, 128, CONFIG["vocab_size"])), sampling, 0, number, (0,)))
     while engine.usage.completion_tokens < batch:
         engine.step()
     tokens, begun, done = engine.usage.completion_tokens, time.perf_counter(), []

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-from checkpoint import write_fp8
-from engine import drop, peak_memory, prompt, reset_peak, seconds_to_read
+from checkpoint import CONFIG, write_fp8
+from measures import drop, peak_memory, prompt, reset_peak, seconds_to_read
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,7 +40,7 @@ def decode(directory: Path, files: list[Path], budget: int | None, cold: bool) -
     )
     sampling = SamplingParams(temperature=0, max_new_tokens=NEW)
     for number in range(SEQUENCES):
-        engine.add(Request(str(number), tuple(prompt(number, PROMPT)), sampling, 0, number, (0,)))
+        engine.add(Request(str(number), tuple(prompt(number, PROMPT, CONFIG["vocab_size"])), sampling, 0, number, (0,)))
     while engine.usage.completion_tokens < SEQUENCES:
         engine.step()
     tokens, seconds = engine.usage.completion_tokens, 0.0

@@ -183,8 +183,8 @@ class Engine:
             if self._ahead and self._ahead.serve(plan.decode):
                 return completions + self._taken_in(self._ahead.decode(plan.decode, decode, draws))
             tokens = sample(self._model.ops, self._model.logits(self._forward(decode, [])), draws)
-            for item, token in zip(work, tokens, strict=True):
-                completions += self._continue(item, [token])
+            for sequence, token in zip(plan.decode, tokens, strict=True):
+                completions += self._append(sequence, token)
             return completions
         hidden_rc = self._forward(decode, prefill, None if self._drafter else ends)
         decoded_tc, prefilled_rc = hidden_rc.split((len(decode), prefilled))
@@ -336,6 +336,15 @@ class Engine:
             draws += [Draw(row, key, len(sequence.tokens), request.sampling, forced) for key in keys]
             row += 1
         return draws
+
+    def _append(self, sequence: SequenceState, drawn: Drawn) -> list[Completion]:
+        """Append the drawn token of a sequence that decodes without drafts."""
+        sequence.append(drawn)
+        sequence.computed += 1
+        self._completion_tokens += 1
+        self._report(sequence, len(sequence.tokens), 1)
+        reason = _finished(sequence, len(sequence.tokens))
+        return [self._complete(sequence, reason)] if reason else []
 
     def _continue(self, item: _Work, drawn: list[Drawn], hidden_tc: Tensor | None = None) -> list[Completion]:
         """Append the drawn tokens of a sequence that decodes, as far as its drafts are accepted.

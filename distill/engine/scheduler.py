@@ -151,7 +151,7 @@ class Scheduler:
 
     def drafts_for(self, sequence: SequenceState) -> int:
         """How many tokens to propose for a sequence that decodes; the token after them is drawn as well."""
-        return min(self._drafts, sequence.left - 1) if sequence.decodes else 0
+        return min(self._drafts, sequence.left - 1) if self._drafts and sequence.decodes else 0
 
     def fork(self, trunk: SequenceState, drawn: list[Drawn]) -> list[SequenceState]:
         """Replace a computed trunk by its samples, each with its first token; they share pages and wait for slots."""

@@ -3,7 +3,7 @@
 // Attention is the same product twice. 16 queries are the lanes (the heads that share a key in decoding, consecutive
 // tokens in prefill), keys are the rows; softmax is online over blocks of 64 keys at fixed positions. Where few heads
 // share a key, most lanes would be empty: then keys are the lanes of the scores and columns those of the output. Both
-// forms add in the same order and give the same bits.
+// forms add in the same order and give the same bits. The second reads values where they are cached.
 // Part of isa.h, within the namespace of one instruction set.
 
 constexpr int FEW = 8; // queries, up to which rows are faster than lanes
@@ -122,26 +122,93 @@ template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const 
     });
 }
 
+// Ask for some rows of the cache that are read soon. Between two pages no hardware sees what comes next.
+INLINE void fetch_rows(const uint8_t* const* rows, int count, int bytes) {
+    for (int i = 0; i < count; i++)
+        for (int at = 0; at < bytes; at += 64) fetch(rows[i] + at);
+}
+
+// NV · 16 columns of a key's values, of which `width` exist, or of two keys as pairs; zeros behind them.
+template <bool WIDE, int NV>
+INLINE void value_columns(const uint8_t* row, const uint8_t* other, int column, int width, U* out) {
+#if LEVEL >= 2
+    if (!WIDE && other && width == NV * LANES) {
+        typedef int16_t S __attribute__((vector_size(64)));
+        S low, high;
+        for (int i = 0; i < 32; i++) low[i] = int16_t(i / 2 + i % 2 * 32), high[i] = int16_t(low[i] + 16);
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v += 2) {
+            const S first = (S)load_pairs(row + size_t(column) * 2 + v * 32),
+                    second = (S)load_pairs(other + size_t(column) * 2 + v * 32);
+            out[v] = (U)shuffled(first, second, low);
+            out[v + 1] = (U)shuffled(first, second, high);
+        }
+        return;
+    }
+#endif
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) {
+        const int own = std::clamp(width - v * LANES, 0, LANES);
+        out[v] = columns<WIDE>(row, column + v * LANES, own);
+        if (!WIDE && other) out[v] |= columns<WIDE>(other, column + v * LANES, own) << 16;
+    }
+}
+
+// `add_values` for ROWS queries and NV · 16 columns: the same sums, of values as they are cached. p: probabilities by
+// key, KEYS floats or bfloat16 in the place of as many floats a query. factor: by query.
+template <bool WIDE, int ROWS, int NV>
+void add_columns(const uint8_t* const* rows, int count, int column, int width, const float* p, const float* factor,
+                 float* out, int out_width) {
+    V sum[ROWS][NV] = {};
+    for (int i = 0; i < count; i += WIDE ? 1 : 2) {
+        U value[NV];
+        value_columns<WIDE, NV>(rows[i], WIDE ? nullptr : rows[i + 1], column, width, value);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) {
+                if (WIDE) sum[r][v] = fma((V)value[v], all(p[r * KEYS + i]), sum[r][v]);
+                else
+                    sum[r][v] = dot2(sum[r][v], (I)value[v], pair_at(reinterpret_cast<const bf16*>(p + r * KEYS) + i));
+            }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < NV; v++) {
+            float* to = out + size_t(r) * out_width + v * LANES;
+            store(to, fma(load(to), all(factor[r]), sum[r][v] + V{}));
+        }
+}
+constexpr int FEW_ROWS = LEVEL >= 2 ? 4 : 2; // of a call of `add_columns`
+template <bool WIDE, int NV> auto columns_for(int rows) {
+    constexpr decltype(&add_columns<WIDE, 1, NV>) by_rows[] = {
+        add_columns<WIDE, 1, NV>, add_columns<WIDE, 2, NV>,
+#if LEVEL >= 2
+        add_columns<WIDE, 3, NV>, add_columns<WIDE, 4, NV>,
+#endif
+    };
+    return by_rows[rows - 1];
+}
+
 // The same for few queries.
 template <bool WIDE> INLINE void attend_block_few(Lanes& s, const Rows& keys, const Rows& values, int first,
                                                   int count) {
-    constexpr int KIND = WIDE ? F32 : BF16;
+    constexpr int KIND = WIDE ? F32 : BF16, SIZE = WIDE ? 4 : 2;
     alignas(64) float score[FEW * KEYS];
-    const uint8_t* rows[KEYS];
+    const uint8_t *rows[KEYS], *value_rows[KEYS + 1];
     keys.find(first, count, rows);
+    values.find(first, count, value_rows);
+    value_rows[count] = nullptr;
+    fetch_rows(value_rows, count, s.e * SIZE);
     const int sets = ceil_div(count, LANES);
     for (int i = count; i < sets * LANES; i++) rows[i] = rows[count - 1];
     uint8_t* panel = own_scratch[0].take<uint8_t>(panel_bytes(KIND, s.d));
-    turn_rows(rows, sets, s.d * (WIDE ? 4 : 2), panel);
-    const auto product = [&](const uint8_t* x, size_t x_row, const uint8_t* w, int k, float* out) {
-        const uint8_t* a[MAX_ROWS];
-        for (int begin = 0; begin < s.few; begin += MAX_ROWS) {
-            const int own = std::min(MAX_ROWS, s.few - begin);
-            for (int i = 0; i < own; i++) a[i] = x + size_t(begin + i) * x_row;
-            tile_for(KIND, 1, own, MEMORY)(a, 0, w, k, nullptr, out + begin * PANEL, w, nullptr);
-        }
-    };
-    product(s.q, s.q_row, panel, s.d, score);
+    turn_rows(rows, sets, s.d * SIZE, panel);
+    const uint8_t* a[MAX_ROWS];
+    for (int begin = 0; begin < s.few; begin += MAX_ROWS) {
+        const int own = std::min(MAX_ROWS, s.few - begin);
+        for (int i = 0; i < own; i++) a[i] = s.q + size_t(begin + i) * s.q_row;
+        tile_for(KIND, 1, own, CACHE)(a, 0, panel, s.d, nullptr, score + begin * KEYS, panel, nullptr, panel, 0);
+    }
 
     I lane_number;
     for (int lane = 0; lane < LANES; lane++) lane_number[lane] = lane;
@@ -159,32 +226,50 @@ template <bool WIDE> INLINE void attend_block_few(Lanes& s, const Rows& keys, co
         for (int lane = 1; lane < LANES; lane++) tops[row] = tops[row] > top[lane] ? tops[row] : top[lane];
     }
     const V top = max(s.top, load(tops)), kept = exp(s.top - top);
-    alignas(64) float totals[LANES], row_top[LANES];
+    alignas(64) float totals[LANES], row_top[LANES], factor[LANES];
     store(totals, s.total * kept);
     store(row_top, top);
-    for (int row = 0; row < s.few; row++) {
-        float* const p = score + row * KEYS;
+    store(factor, kept);
+    for (int row = 0; row < s.few; row++)
         for (int i = 0; i < sets * LANES; i += LANES) {
-            const V x = load(p + i);
-            store(p + i, x == all(-INFINITY) ? V{} : exp(x - all(row_top[row])));
+            const V x = load(score + row * KEYS + i);
+            store(score + row * KEYS + i, x == all(-INFINITY) ? V{} : exp(x - all(row_top[row])));
         }
-        float total = totals[row];
-        for (int i = 0; i < count; i++) total += p[i];
-        totals[row] = total;
-        if (!WIDE)
-            for (int i = 0; i < sets * LANES; i += LANES)
-                store_upper(reinterpret_cast<bf16*>(p) + i, rounded(load(p + i)));
+    // Each query's sum is over the keys in order; four at a time, because one addition waits for the one before.
+    for (int row = 0; row < s.few; row += 4) {
+        const float* const p = score + row * KEYS;
+        float total[4] = {totals[row], totals[row + 1], totals[row + 2], totals[row + 3]};
+        for (int i = 0; i < count; i++)
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) total[r] += p[r * KEYS + i];
+        for (int r = 0; r < std::min(4, s.few - row); r++) totals[row + r] = total[r];
     }
+    if (!WIDE)
+        for (int row = 0; row < s.few; row++)
+            for (int i = 0; i < sets * LANES; i += LANES) {
+                float* const p = score + row * KEYS;
+                store_upper(reinterpret_cast<bf16*>(p) + i, rounded(load(p + i)));
+            }
     s.top = top;
     s.total = load(totals);
-    add_values<WIDE>(s, values, first, count, kept, [&](const uint8_t* of_values, int used, float* sums) {
-        product(reinterpret_cast<const uint8_t*>(score), KEYS * 4, of_values, used, sums);
-    });
+    for (int column = 0; column < s.e; column += PANEL)
+        for (int row = 0; row < s.few; row += FEW_ROWS) {
+            const int own = std::min(FEW_ROWS, s.few - row), width = std::min(PANEL, s.e - column);
+            (width > 2 * LANES ? columns_for<WIDE, 4>(own) : columns_for<WIDE, 2>(own))(
+                value_rows, count, column, width, score + row * KEYS, factor + row,
+                s.out + size_t(row) * s.width + column, s.width);
+        }
 }
 
 void attend(Lanes& s, const Rows& keys, const Rows& values, int begin, int end) {
     for (int first = begin; first < end; first += KEYS) {
         const int count = std::min(KEYS, end - first);
+        if (s.few && first + count < end) {
+            const uint8_t* next[KEYS];
+            const int coming = std::min(KEYS, end - first - count);
+            keys.find(first + count, coming, next);
+            fetch_rows(next, coming, s.d * (s.wide ? 4 : 2));
+        }
         if (s.few && s.wide) attend_block_few<true>(s, keys, values, first, count);
         else if (s.few) attend_block_few<false>(s, keys, values, first, count);
         else if (s.wide) attend_block<true>(s, keys, values, first, count);
@@ -290,21 +375,27 @@ void decode(const DecodeArgs& args) {
             return lane < lanes ? args.q + (size_t(row) * args.heads + first + lane) * args.d : nullptr;
         });
     };
-    const auto part_of = [&](int unit, int part, Lanes& s, Part result) {
+    const auto rows_of = [&](int unit, const void* pool_, int width_) {
         const int row = unit / (args.kv_heads * sets), head = unit / sets % args.kv_heads;
-        const auto rows = [&](const void* pool_, int width_) {
-            const int64_t row_bytes = int64_t(width_) * size, head_bytes = row_bytes * args.page_size;
-            return Rows{static_cast<const uint8_t*>(pool_),
-                        args.table + row * args.table_stride,
-                        head_bytes * args.kv_heads,
-                        head_bytes * head,
-                        row_bytes,
-                        args.page_size};
-        };
-        const int begin = part * PART, end = std::min(int(args.length[row]), begin + PART);
+        const int64_t row_bytes = int64_t(width_) * size, head_bytes = row_bytes * args.page_size;
+        return Rows{static_cast<const uint8_t*>(pool_),
+                    args.table + row * args.table_stride,
+                    head_bytes * args.kv_heads,
+                    head_bytes * head,
+                    row_bytes,
+                    args.page_size};
+    };
+    const auto part_of = [&](int unit, int part, Lanes& s, Part result) {
+        const int begin = part * PART, end = std::min(int(args.length[unit / (args.kv_heads * sets)]), begin + PART);
         restart(s, result.values());
-        attend(s, rows(args.k, args.k_width), rows(args.v, args.v_width), begin, end);
+        attend(s, rows_of(unit, args.k, args.k_width), rows_of(unit, args.v, args.v_width), begin, end);
         result.put(s);
+    };
+    const auto fetch_first_keys = [&](int unit) {
+        const uint8_t* rows[KEYS];
+        const int count = std::min(KEYS, int(args.length[unit / (args.kv_heads * sets)]));
+        rows_of(unit, args.k, args.k_width).find(0, count, rows);
+        fetch_rows(rows, count, args.d * size);
     };
     const auto finish = [&](int unit, Part result) {
         const int row = unit / (args.kv_heads * sets), head = unit / sets % args.kv_heads, set = unit % sets;
@@ -318,6 +409,7 @@ void decode(const DecodeArgs& args) {
             float* memory = own_scratch[3].take<float>(2 * Part::size(width));
             Part whole{memory, lanes_of(unit)}, next{memory + Part::size(width), lanes_of(unit)};
             Lanes s = queries_of(unit);
+            if (s.few && unit + args.threads < units) fetch_first_keys(unit + args.threads);
             part_of(unit, 0, s, whole);
             for (int part = 1; part < parts_of(unit); part++) {
                 part_of(unit, part, s, next);

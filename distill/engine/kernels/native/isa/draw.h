@@ -4,20 +4,25 @@
 // Maximum and Σ e^(x - maximum) of one row.
 struct Row {
     float top;
-    int where;
     double total;
 };
-Row softmax_of(const float* x, int n) {
-    V best = all(-INFINITY);
+// exponentials: null, or where e^(x - maximum) is kept for all whole vectors of x.
+Row softmax_of(const float* x, int n, float* exponentials) {
+    V best[4] = {all(-INFINITY), all(-INFINITY), all(-INFINITY), all(-INFINITY)}; // a maximum waits for the one before
     int j = 0;
-    for (; j + LANES <= n; j += LANES) best = max(best, load(x + j));
+    for (; j + 4 * LANES <= n; j += 4 * LANES)
+        for (int i = 0; i < 4; i++) best[i] = max(best[i], load(x + j + i * LANES));
+    for (; j + LANES <= n; j += LANES) best[0] = max(best[0], load(x + j));
     float top = -INFINITY;
-    for (int lane = 0; lane < LANES; lane++) top = std::max(top, best[lane]);
+    for (int i = 0; i < 4; i++)
+        for (int lane = 0; lane < LANES; lane++) top = std::max(top, best[i][lane]);
     for (; j < n; j++) top = std::max(top, x[j]);
     double total = 0;
     V part{};
     for (j = 0; j + LANES <= n; j += LANES) {
-        part += exp(load(x + j) - top);
+        const V value = exp(load(x + j) - top);
+        if (exponentials) store(exponentials + j, value);
+        part += value;
         if (j % 4096 == 4096 - LANES) {
             for (int lane = 0; lane < LANES; lane++) total += part[lane];
             part = V{};
@@ -25,7 +30,19 @@ Row softmax_of(const float* x, int n) {
     }
     for (int lane = 0; lane < LANES; lane++) total += part[lane];
     for (; j < n; j++) total += std::exp(x[j] - top);
-    return {top, int(std::find(x, x + n, top) - x), total};
+    return {top, total};
+}
+
+// Where the first number is that equals `top`; n if there is none.
+int first_of(const float* x, int n, float top) {
+    int j = 0;
+    for (; j + LANES <= n; j += LANES) {
+        const I same = load(x + j) == all(top);
+        int any = 0;
+        for (int lane = 0; lane < LANES; lane++) any |= same[lane];
+        if (any) break;
+    }
+    return int(std::find(x + j, x + n, top) - x);
 }
 
 // The largest of some probabilities (at most 1): how many, their mass, and the smallest of them.
@@ -119,62 +136,84 @@ float threshold(const float* p, int n, double total, int64_t top_k, double top_p
     }
 }
 
+// Tokens in blocks of this many, whose probabilities are summed to find the block of a draw.
+constexpr int DRAW_BLOCK = 256;
+
+// The probabilities of a row, p = e^((x - top) / temperature), zeros behind the last. known: p holds e^(x - top) for
+// whole vectors.
+void probabilities(const float* x, int n, float top, float temperature, bool known, float* p) {
+    for (int j = 0; j < n; j += LANES) {
+        V logit = all(-INFINITY);
+        if (j + LANES <= n) logit = load(x + j);
+        else std::memcpy(&logit, x + j, size_t(n - j) * 4);
+        const V value = known && j + LANES <= n ? load(p + j) : exp((logit - top) / temperature);
+        store(p + j, logit > all(-INFINITY) ? value : V{});
+    }
+}
+
+// Set probabilities below `least` to zero; the sum of each block, and their sum.
+double block_sums(float* p, int n, float least, double* sums) {
+    typedef float F __attribute__((vector_size(32)));
+    typedef double D __attribute__((vector_size(64)));
+    double kept = 0;
+    for (int begin = 0; begin < n; begin += DRAW_BLOCK) {
+        D sum[2] = {};
+        for (int j = begin; j < std::min(n, begin + DRAW_BLOCK); j += LANES) {
+            const V value = load(p + j), some = value >= all(least) ? value : V{};
+            store(p + j, some);
+            F half[2];
+            std::memcpy(half, &some, 64);
+            for (int i = 0; i < 2; i++) sum[i] += __builtin_convertvector(half[i], D);
+        }
+        double total = 0;
+        for (int lane = 0; lane < 8; lane++) total += sum[0][lane] + sum[1][lane];
+        sums[begin / DRAW_BLOCK] = total;
+        kept += total;
+    }
+    return kept;
+}
+
 void draw(const DrawArgs& args) {
     const int n = args.vocabulary, padded = ceil_div(n, LANES) * LANES;
     pool().run(args.threads, args.draws, [&](int index) {
         const float* x = args.logits + size_t(args.row[index]) * n;
-        const Row raw = softmax_of(x, n);
+        const float temperature = args.temperature[index];
+        float* p = own_scratch[0].take<float>(size_t(padded));
+        const Row raw = softmax_of(x, n, temperature == 1 ? p : nullptr);
         if (!std::isfinite(raw.total)) { // a NaN, an infinity, or nothing but -inf: no distribution
             args.token[index] = 0;
             args.logprob[index] = NAN;
             return;
         }
-        int token = raw.where;
-        if (const float temperature = args.temperature[index]; temperature > 0) {
-            float* p = own_scratch[0].take<float>(size_t(padded));
-            double total = 0;
-            for (int j = 0; j < n; j += LANES) {
-                alignas(64) float some[LANES];
-                std::fill(some, some + LANES, -INFINITY);
-                std::memcpy(some, x + j, size_t(std::min(LANES, n - j)) * 4);
-                V value = exp((load(some) - raw.top) / temperature);
-                value = load(some) > all(-INFINITY) ? value : V{};
-                store(p + j, value);
-                float sum = 0;
-                for (int lane = 0; lane < LANES; lane++) sum += value[lane];
-                total += sum;
-            }
+        int token = -1;
+        if (temperature > 0) {
+            probabilities(x, n, raw.top, temperature, temperature == 1, p);
             float least = 0;
             if (args.top_k[index] > 0 || args.top_p[index] < 1) {
                 static thread_local std::vector<float> best;
+                double total = 0;
+                for (int j = 0; j < n; j += LANES) {
+                    float sum = 0;
+                    for (int lane = 0; lane < LANES; lane++) sum += p[j + lane];
+                    total += sum;
+                }
                 least = threshold(p, n, total, args.top_k[index], args.top_p[index], best);
             }
             // The cumulative distribution in vocabulary order, by blocks.
-            constexpr int BLOCK_OF = 256;
-            double* sums = own_scratch[1].take<double>(size_t(ceil_div(n, BLOCK_OF)));
-            double kept = 0;
-            for (int block = 0; block * BLOCK_OF < n; block++) {
-                double sum = 0;
-                for (int j = block * BLOCK_OF; j < std::min(padded, (block + 1) * BLOCK_OF); j += LANES) {
-                    const V value = load(p + j), some = value >= all(least) ? value : V{};
-                    store(p + j, some);
-                    for (int lane = 0; lane < LANES; lane++) sum += some[lane];
-                }
-                sums[block] = sum;
-                kept += sum;
-            }
-            const double aim = args.uniform[index] * kept;
+            double* sums = own_scratch[1].take<double>(size_t(ceil_div(n, DRAW_BLOCK)));
+            const double aim = args.uniform[index] * block_sums(p, n, least, sums);
             double before = 0;
             int block = 0;
-            while ((block + 1) * BLOCK_OF < n && before + sums[block] <= aim) before += sums[block++];
-            token = -1;
-            for (int j = block * BLOCK_OF; j < n; j++) {
+            while ((block + 1) * DRAW_BLOCK < n && before + sums[block] <= aim) before += sums[block++];
+            for (int j = block * DRAW_BLOCK; j < n; j++) {
                 if (p[j] > 0) token = j; // if rounding leaves nothing past the aim, the last one that is possible
                 before += p[j];
                 if (before > aim && p[j] > 0) break;
             }
-            for (int j = block * BLOCK_OF; token < 0; j--)
+            for (int j = block * DRAW_BLOCK; token < 0; j--)
                 if (p[j] > 0) token = j;
+        } else {
+            token = first_of(x, n, raw.top);
         }
         args.token[index] = token;
         args.logprob[index] = float(double(x[token]) - raw.top - std::log(raw.total));

@@ -2,7 +2,7 @@
 // Part of isa.h, within the namespace of one instruction set.
 
 // Where a tile finds its panel: in memory, fetched a block ahead and `after` next; there, and its codes are written to
-// `kept` as bfloat16 for the tiles that follow; or in the cache, while a line from `after` on is fetched for every unit.
+// `kept` as bfloat16 for the tiles that follow; or in the cache.
 enum Where { MEMORY, KEEPING, CACHE };
 
 // Whether sums may change from the unit of one block's scale to that of the next without leaving float32's range.
@@ -16,20 +16,26 @@ INLINE bool steady(const float* scale, int blocks) {
 // the block's scale, are turned into units of the next one's; where scales are too far apart for that (zero, say), they
 // are scaled and added up in `out`.
 // a[r]: row r's first part; `part` bytes further the next one. Float32 rows have one part. STEP: bytes from one pair of
-// bfloat16, or one float32, of a row to the next. after: the panel that will be read after this one.
+// bfloat16, or one float32, of a row to the next. after: the panel that will be read after this one. lines: of the memory
+// from `next` on, how many to fetch for every unit, so that reading the next panel takes no time of its own.
 template <int KIND, int ROWS, int NV, int PARTS, int STEP = 4, Where WHERE = MEMORY>
 INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out,
-                 const uint8_t* after, uint8_t* kept = nullptr) {
+                 const uint8_t* after, uint8_t* kept = nullptr, const uint8_t* next = nullptr, int lines = 0) {
     constexpr int UNIT = KIND == FP8 ? 4 : KIND == BF16 ? 2 : 1;
     const bool together = !scale || steady(scale, ceil_div(k, BLOCK));
+    const ptrdiff_t step = 64 * lines, second_line = lines > 1 ? 64 : 0;
     V sum[ROWS][NV] = {};
     for (int begin = 0; begin < k; begin += BLOCK) {
         const int end = std::min(k, begin + BLOCK), block = begin / BLOCK;
         const int64_t ahead = end < k ? BLOCK / UNIT * NV * 64 : after - w;
         for (int at = begin; at < end; at += UNIT, w += NV * 64) {
-            if (WHERE == CACHE) fetch(after + size_t(at / UNIT) * 64);
-            else if (KIND != F32 && NV > 1) // one vector: queries, which stay in the cache
+            if (WHERE != CACHE && NV > 1) // one vector: queries, which stay in the cache
                 for (int v = 0; v < NV; v++) fetch(w + ahead + 64 * v);
+            if (NV > 1) { // without a branch: a line that is in the cache costs nothing
+                fetch(next);
+                fetch(next + second_line);
+                next += step;
+            }
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) {
                 if constexpr (KIND == F32) {
@@ -74,12 +80,12 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
 }
 
 constexpr int MAX_ROWS = LEVEL >= 2 ? 6 : 2; // sums of a tile: 24 of AVX512's 32 registers
-using Tile = void (*)(const uint8_t* const*, size_t, const uint8_t*, int, const float*, float*, const uint8_t*,
-                      uint8_t*);
+using Tile = void (*)(const uint8_t* const*, size_t, const uint8_t*, int, const float*, float*, const uint8_t*, uint8_t*,
+                      const uint8_t*, int);
 template <int KIND, int ROWS, int PARTS, Where WHERE>
 void tile_call(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out,
-               const uint8_t* after, uint8_t* kept) {
-    tile<KIND, ROWS, 4, PARTS, 4, WHERE>(a, part, w, k, scale, out, after, kept);
+               const uint8_t* after, uint8_t* kept, const uint8_t* next, int lines) {
+    tile<KIND, ROWS, 4, PARTS, 4, WHERE>(a, part, w, k, scale, out, after, kept, next, lines);
 }
 template <int KIND, int PARTS, Where WHERE> Tile tile_for(int rows) {
 #if LEVEL >= 2
@@ -92,7 +98,7 @@ template <int KIND, int PARTS, Where WHERE> Tile tile_for(int rows) {
     return by_rows[rows - 1];
 }
 Tile tile_for(int kind, int parts, int rows, Where where) {
-    if (kind == F32) return tile_for<F32, 1, MEMORY>(rows);
+    if (kind == F32) return where == CACHE ? tile_for<F32, 1, CACHE>(rows) : tile_for<F32, 1, MEMORY>(rows);
     if (kind == BF16 && where == CACHE)
         return parts == 1 ? tile_for<BF16, 1, CACHE>(rows) : tile_for<BF16, 3, CACHE>(rows);
     if (kind == BF16) return parts == 1 ? tile_for<BF16, 1, MEMORY>(rows) : tile_for<BF16, 3, MEMORY>(rows);
@@ -101,32 +107,40 @@ Tile tile_for(int kind, int parts, int rows, Where where) {
 }
 
 constexpr int KEEP_ROWS = 2 * MAX_ROWS + 1; // from here on it pays to turn a panel's codes into bfloat16 once
+constexpr size_t NEAR_BYTES = 384 << 10;    // of a panel that the second level of the cache holds beside the next one
 
 // All rows through one panel, in tiles of at most MAX_ROWS. row(i): pointer; done(i, sums[64]): takes the result; after:
-// the panel that comes next (null: the next one of the matrix).
+// the panel that comes next (null: the next one of the matrix). Several tiles fetch it together: a panel that only the
+// last one fetched would not arrive in time, and the time of reading would add to that of multiplying.
 template <class Row, class Done>
 INLINE void through_panel(const Packed& w, int group, int panel, int rows, int parts, size_t part, Row row, Done done,
                           const uint8_t* after = nullptr) {
     const int all_panels = panels_of(w.n), index = group * all_panels + panel;
-    const uint8_t* data = w.data + index * panel_bytes(w.kind, w.k);
-    if (!after) after = data + panel_bytes(w.kind, w.k);
+    const size_t bytes = panel_bytes(w.kind, w.k);
+    const uint8_t* data = w.data + index * bytes;
+    if (!after) after = data + bytes;
     const float* scale = w.scale ? w.scale + size_t(index) * ceil_div(w.k, BLOCK) : nullptr;
     alignas(64) float sums[MAX_ROWS * PANEL];
     const uint8_t* a[MAX_ROWS];
     uint8_t* const kept =
         w.kind == FP8 && rows >= KEEP_ROWS ? own_scratch[5].take<uint8_t>(size_t(padded_k(w.k)) * 128) : nullptr;
-    const uint8_t* const after_end = after + panel_bytes(w.kind, w.k);
-    for (int begin = 0, tiles = ceil_div(rows, MAX_ROWS); tiles; tiles--) {
-        const int count = ceil_div(rows - begin, tiles);
+    const int tiles = ceil_div(rows, MAX_ROWS);
+    int lines = kept ? 1 : tiles > 1 && bytes <= NEAR_BYTES ? std::max(1, ceil_div(4, tiles)) : 0;
+    const uint8_t *next = after, *const end = after + bytes;
+    for (int begin = 0, left = tiles; left; left--) {
+        const int count = ceil_div(rows - begin, left);
         for (int r = 0; r < count; r++) a[r] = row(begin + r);
-        if (!kept) {
-            tile_for(w.kind, parts, count, MEMORY)(a, part, data, w.k, scale, sums, tiles > 1 ? data : after, nullptr);
-        } else if (begin == 0) {
-            tile_for(FP8, parts, count, KEEPING)(a, part, data, w.k, scale, sums, after, kept);
+        if (next >= end) lines = 0;
+        if (kept && begin == 0) {
+            tile_for(FP8, parts, count, KEEPING)(a, part, data, w.k, scale, sums, after, kept, next, 0);
+        } else if (kept) {
+            tile_for(BF16, parts, count, CACHE)(a, part, kept, padded_k(w.k), scale, sums, after, nullptr, next, lines);
+            next += size_t(padded_k(w.k)) * 32 * lines;
         } else {
-            tile_for(BF16, parts, count, CACHE)(a, part, kept, padded_k(w.k), scale, sums,
-                                                after < after_end ? after : kept, nullptr);
-            after += padded_k(w.k) * 32;
+            const Where where = begin && bytes <= NEAR_BYTES ? CACHE : MEMORY;
+            tile_for(w.kind, parts, count, where)(a, part, data, w.k, scale, sums, left > 1 ? data : after, nullptr,
+                                                  next, lines);
+            next += bytes / 4 * lines;
         }
         for (int r = 0; r < count; r++) done(begin + r, sums + r * PANEL);
         begin += count;
@@ -230,7 +244,12 @@ void linears(const LinearArgs* args, int count) {
             w, group, panel, rows, of->parts, x.part_bytes, [&](int i) { return x.at(first + i, group); },
             [&](int i, const float* sums) {
                 float* to = of->out + (first + i) * of->out_stride + group * of->out_group + column;
-                if (of->add)
+                if (width == PANEL) {
+                    for (int j = 0; j < PANEL; j += LANES) {
+                        const V sum = bias ? load(sums + j) + load(bias + j) : load(sums + j);
+                        store(to + j, of->add ? load(to + j) + sum : sum);
+                    }
+                } else if (of->add)
                     for (int j = 0; j < width; j++) to[j] += bias ? sums[j] + bias[j] : sums[j];
                 else
                     for (int j = 0; j < width; j++) to[j] = bias ? sums[j] + bias[j] : sums[j];
