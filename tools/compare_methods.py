@@ -185,7 +185,9 @@ def draw(methods: dict[str, Any], base: Point, path: Path) -> None:
         "teacher": ("tokens the teacher wrote or scored, thousands", 1000),
         "trained": ("tokens trained on, thousands", 1000),
     }
-    figure, panels = pyplot.subplots(len(BENCHMARKS), len(axes), figsize=(11, 6.4), sharey="row")
+    figure, panels = pyplot.subplots(
+        len(BENCHMARKS), len(axes), figsize=(11, 5.6), sharey="row", sharex="col", height_ratios=(3, 1)
+    )
     for row, benchmark in zip(panels, BENCHMARKS, strict=True):
         for panel, (axis, (label, unit)) in zip(row, axes.items(), strict=True):
             for (name, method), colour in zip(methods.items(), COLOURS, strict=False):
@@ -197,11 +199,13 @@ def draw(methods: dict[str, Any], base: Point, path: Path) -> None:
                     panel.plot(x, [100 * s["value"] for s in scores], color=colour, linewidth=1.3, label=shown)
                     low, high = ([100 * score[end] for score in scores] for end in ("low", "high"))
                     panel.fill_between(x, low, high, color=colour, alpha=0.08, linewidth=0)
-            panel.axhline(100 * BAR, color="#d0d4da", linewidth=0.8, zorder=0)
             panel.spines[["top", "right"]].set_visible(False)
-            panel.set_xlabel(label)
+            if benchmark == BENCHMARKS[-1]:
+                panel.set_xlabel(label)
         row[0].set_ylabel(f"{benchmark}\npass@1, %")
-    panels[0][0].legend(frameon=False, fontsize=8)
+    for panel in panels[0]:
+        panel.axhline(100 * BAR, color="#d0d4da", linewidth=0.8, zorder=0)
+    panels[0][-1].legend(frameon=False, fontsize=8, loc="center right")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
