@@ -176,8 +176,12 @@ def cost_of_traces(run: Path) -> tuple[float, float]:
 
 
 def train(settings: list[str], run: Path, evaluations: int) -> dict[str, Any]:
-    """Train as the recipe `tiny` with these settings says, in a run directory that has traces: the learning curve."""
+    """Train as the recipe `tiny` with these settings says, in a run directory that has traces: the learning curve.
+
+    A training that stops itself, because its rollouts have collapsed, ends with the student that it has then.
+    """
     from distill.catalog import load_recipe
+    from distill.errors import WorkError
     from distill.models import Models
     from distill.pipeline import run_recipe
     from distill.train.learn.loop import Loop
@@ -202,10 +206,17 @@ def train(settings: list[str], run: Path, evaluations: int) -> dict[str, Any]:
         if recorder.due(loop):
             recorder.evaluate(loop)
 
+    stopped = None
     with patch.object(Loop, "step", counted):
-        run_recipe(recipe, run, ["train"])
+        try:
+            run_recipe(recipe, run, ["train"])
+        except WorkError as error:
+            stopped = str(error)
+            print(f"  stopped: {stopped}", flush=True)
+            recorder.evaluate(recorder.loop)
     return {
         "points": recorder.points,
+        "stopped": stopped,
         "to_85": {axis: reached(recorder.points, axis) for axis in AXES},
         "right": recorder.right,
     }

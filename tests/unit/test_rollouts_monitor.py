@@ -56,6 +56,7 @@ def ramp(count, **ends):
         (EXPLODED, ("exploded", "90% are truncated", "480 tokens", "5% and 100 over the first 8", "max_new_tokens")),
         ({"repetition": 0.6}, ("60% contain a loop", "2% over the first 8", "train.learning_rate", "kl_weight")),
         ({"entropy": 0.004}, ("0.004 nats per token", "0.5 over the first 8", "rollouts.sampling.temperature")),
+        ({"correct": 0.0, "length": 9.0}, ("0% over the last 8", "20% over the first 8", "9 and 100", "kl_weight")),
     ],
 )
 def test_a_collapse_stops_the_training_with_numbers_and_what_to_do(changes, words):
@@ -167,3 +168,11 @@ def test_means_by_position_by_hand():
     assert means_by_position(sums + sums) == means_by_position(sums)
     assert means_by_position(sums_by_position(positions[:0], values[:0], 16)) == [None] * BUCKETS
     assert means_by_position(sums_by_position(np.array([0]), np.ones(1, np.float32), 3))[0] == 1.0
+
+
+@pytest.mark.parametrize("objective", ["grpo", "on_policy"])
+@pytest.mark.parametrize(("first", "last", "stops"), [(0.6, 0.31, False), (0.6, 0.29, True), (0.3, 0.11, False)])
+def test_pass_at_1_is_gone_below_half_and_twenty_points_lower(objective, first, last, stops):
+    start = replace(HEALTHY, correct=first)
+    message = watch(series((WINDOW, {}), (WINDOW, {"correct": last}), start=start), Monitor(objective))
+    assert (message is not None) == (stops and objective == "grpo")

@@ -1,9 +1,9 @@
 """Watches the rollouts of a training, and stops it when they collapse.
 
-Learning from one's own text can feed on itself: rollouts that never end, that loop, or that are all the same, and every
-further step makes it worse. A loss does not show it. Each of these three has a rule here, which compares the mean over
-the last `WINDOW` steps with the mean over the first `WINDOW` steps of the training. The earliest stop is at the
-2 × `WINDOW`-th step, and one bad step stops nothing.
+Learning from one's own text can feed on itself: rollouts that never end, that loop, that are all the same or no longer
+right, and every further step makes it worse. A loss does not show it. Each of these four has a rule here, which
+compares the mean over the last `WINDOW` steps with the mean over the first `WINDOW` steps of the training. The earliest
+stop is at the 2 × `WINDOW`-th step, and one bad step stops nothing.
 
 - *Length explosion.* Most rollouts are cut off at the token limit, many more than at first, and they have become much
   longer. Length alone is no sign: a student that learns to reason goes from 9 tokens to 60, and R1-Zero went from
@@ -13,6 +13,9 @@ the last `WINDOW` steps with the mean over the first `WINDOW` steps of the train
   looks alike, so the rule does not apply where at least half of the answers are correct, or, without rewards, where the
   divergence from the teacher has at least halved or is small.
 - *Repetition.* Most rollouts contain a loop, as `filter.repetition` defines it, and many more than at first.
+- *Answers no longer right* (`grpo`). Less than half of the first pass@1 is left, and many points are lost: a student
+  that stops reasoning writes short rollouts, of which no other rule complains. Under `on_policy` pass@1 is not what is
+  learnt, and falls for some steps where the teacher's way of answering differs.
 
 The thresholds are constants, far beyond what a training that learns shows, because a dial would be turned to silence
 the message. Entropy falls in every training that sharpens a distribution (arXiv 2505.22617), so the limit is a fiftieth
@@ -40,6 +43,7 @@ WINDOW = 8  # steps in a mean: at 16 prompts a step, 128 rollouts, in which a sh
 RISE = 0.3  # a share that counts as "many more than at first" has risen by this much, seven such errors
 TRUNCATED = 0.75  # share of truncated rollouts from which on the answers of too few can be rewarded
 LONGER = 1.5  # times the first length; with RISE and TRUNCATED, rollouts that filled the limit from the start are out
+LOST = 0.2  # pass@1 that has fallen by this much, five errors of a share, to less than half is gone
 REPETITION = 0.5  # share of rollouts with a loop
 ENTROPY = 0.02  # share of the first entropy
 SUCCESS = 0.5  # share of correct answers that excuses a low entropy
@@ -87,7 +91,7 @@ class Monitor:
             return
         self.recent = [*self.recent, figures][-WINDOW:]
         if len(self.recent) == WINDOW:
-            for rule in (self._length, self._repetition, self._entropy):
+            for rule in (self._length, self._repetition, self._entropy, self._correct):
                 if seen := rule():
                     raise WorkError(f"step {figures.step}: {seen}; the curves are in checkpoints/log.jsonl")
 
@@ -134,6 +138,19 @@ class Monitor:
             f"the first {WINDOW}), so its samples of a prompt are all alike; raise "
             f"train.objective.rollouts.sampling.temperature, or lower train.learning_rate"
             + self._choose(", or set train.objective.kl_weight", "")
+        )
+
+    def _correct(self) -> str | None:
+        if self.objective != "grpo" or not self._has("correct"):
+            return None
+        before, now = self._means("correct")
+        if now > before / 2 or before - now < LOST:
+            return None
+        short, long = self._means("length")
+        return (
+            f"the answers are no longer right: {now:.0%} over the last {WINDOW} steps ({before:.0%} over the first "
+            f"{WINDOW}; mean length {long:,.0f} and {short:,.0f} tokens); lower train.learning_rate, or set "
+            f"train.objective.kl_weight to keep the student near its base"
         )
 
     def _succeeds(self) -> bool:
