@@ -122,6 +122,12 @@ def test_every_rollout_is_a_row_once(tmp_path, packing, size, updates):
     assert student.updates == len(student.asked) == 2, "a set is sampled once"
 
 
+def test_rollouts_of_a_prompt_are_in_one_batch(tmp_path):
+    feed = make_feed(tmp_path, rollout_support.GRPO, by_sample, per_device_train_batch_size=4)
+    batches = feed.step(0)
+    assert len(batches) == 4 and all(len({row.key[0] for row in batch}) == 1 for batch in batches)
+
+
 def test_advantages_are_worth_the_same_however_rows_are_split(tmp_path):
     """The loss of a step is a sum divided by its supervised tokens: each token weighs A / (rows · max_new_tokens)."""
     seen = []

@@ -400,12 +400,17 @@ class RolloutFeed(Feed):
         return [_of_the_teacher(self.traces.row(self.traces.numbers[i])) for i in chosen]
 
     def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """The rows of a step in batches of similar lengths, the one with the most tokens first; none without rows."""
+        """The rows of a step in batches, those of a prompt together and similar lengths, the one with the most tokens
+        first; none without rows."""
         size, lengths = self.settings.per_device_train_batch_size, [len(row.ids) for row in rows]
         if self.settings.packing:
             bins = best_fit(lengths, self.settings.max_length * size)
         else:
-            order = sorted(range(len(rows)), key=lambda i: -lengths[i])
+            longest: dict[str, int] = {}
+            for row, length in zip(rows, lengths, strict=True):
+                longest[row.key[0]] = max(length, longest.get(row.key[0], 0))
+            # Rollouts of a prompt stay together, as a batch computes their prompt once.
+            order = sorted(range(len(rows)), key=lambda i: (-longest[rows[i].key[0]], rows[i].key[0], -lengths[i]))
             bins = [order[i : i + size] for i in range(0, len(rows), size)]
         return [[rows[i] for i in items] for items in sorted(bins, key=lambda items: -sum(lengths[i] for i in items))]
 
