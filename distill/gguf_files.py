@@ -283,7 +283,9 @@ def _tensor(model: _Model, name: str) -> Tensor:
     tensor = torch.cat(pieces).view(tuple(reversed(stored.shape.tolist())))
     if not torch.isfinite(tensor).all():
         raise UserError(f"{model.where}: tensor {name} holds numbers that are not finite; download the file again")
-    if model.spec.family != "llama" or not (at := re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)):
+    stores = FAMILIES[model.spec.family].gguf
+    assert stores is not None, "other families are refused before"
+    if not stores.interleaved or not (at := re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)):
         return tensor
     heads = model.spec.num_heads if at[1] == "q" else model.spec.num_kv_heads
     return _rotated_by_halves(tensor, heads)

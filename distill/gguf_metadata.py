@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from distill.engine.families import FAMILIES
 from distill.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 Value: TypeAlias = "bool | int | float | str | list[Value]"
 
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 READ = {  # below the architecture's name; of the others any may change the numbers
     "context_length",
     "embedding_length",
@@ -101,9 +101,11 @@ def config_of(
     Errors: UserError for another family, or a key that is missing, of another type, or not read.
     """
     family = metadata.text("general.architecture")
-    if family not in CLASSES:
+    stored = FAMILIES[family].gguf if family in FAMILIES else None
+    if stored is None:
+        supported = ", ".join(name for name, known in FAMILIES.items() if known.gguf)
         raise UserError(
-            f"{metadata.where}: GGUF files of family {family[:40]!r} are not read; supported are {', '.join(CLASSES)}: "
+            f"{metadata.where}: GGUF files of family {family[:40]!r} are not read; supported are {supported}: "
             f"use the hub id of the model"
         )
     _refuse_unread(metadata, family)
@@ -115,7 +117,7 @@ def config_of(
             raise UserError(f"{metadata.where}: {family}.{key} is {width}, and a head has {head_dim}; it is not read")
     context = metadata.int(f"{family}.context_length")
     config: dict[str, object] = {
-        "architectures": [CLASSES[family]],
+        "architectures": [stored.architecture],
         "model_type": family,
         "dtype": "bfloat16",
         "vocab_size": shapes["token_embd.weight"][0],
@@ -131,9 +133,9 @@ def config_of(
         "rope_parameters": _rope(metadata, family, head_dim, frequencies),
         "tie_word_embeddings": tied,
     }
-    if family != "qwen2":  # whose q, k and v have biases always, and nothing else has
+    if stored.attention_bias:
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
-    if family == "llama":
+    if stored.mlp_bias:
         config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
     return config | generation_config(metadata)
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from distill.engine.ahead import UNKNOWN, Ahead
-from distill.engine.alternatives import Alternatives
 from distill.engine.attention import Batch, Chunk, Wanted, build_batch
 from distill.engine.cache import PageAllocator, PagedCache
 from distill.engine.graphs import DecodeGraphs
@@ -125,7 +124,7 @@ class Engine:
         dropped: list[Completion] = []
         for sequence in list(self._scheduler.of_request(request_id)):
             if sequence.sample is None and sample is None:  # its prompt is not computed yet
-                top = _top(sequence.request, ())
+                top = sequence.alternatives(slice(0))
                 dropped += [Completion(request_id, n, (), "abort", (), top) for n in sequence.request.samples]
                 self._scheduler.remove(sequence)
                 del self._unfinished[request_id]
@@ -395,7 +394,7 @@ class Engine:
             return
         assert state.sample is not None
         end = length - len(state.request.prompt_ids)
-        top = _top(state.request, state.tops[end - count : end])
+        top = state.alternatives(slice(end - count, end))
         ids, logprobs = tuple(state.tokens[length - count : length]), tuple(state.logprobs[end - count : end])
         self._progress.append(Progress(state.request.id, state.sample, ids, logprobs, top))
 
@@ -412,7 +411,7 @@ class Engine:
             token_ids=tuple(state.tokens[len(request.prompt_ids) :]),
             finish_reason=reason,
             logprobs=tuple(state.logprobs),
-            top=_top(request, state.tops),
+            top=state.alternatives(),
         )
 
 
@@ -429,11 +428,6 @@ class _Work:
     def rows(self, decoded_tc: Tensor, prefilled_rc: Tensor) -> Tensor:
         """Its hidden states, in order."""
         return torch.cat((prefilled_rc[self.prefilled], decoded_tc[self.decoded]))
-
-
-def _top(request: Request, tops: Sequence[Alternatives]) -> Alternatives | None:
-    """The alternatives of some tokens; None where the request wants none."""
-    return None if request.sampling.logprobs is None else Alternatives.joined(tops)
 
 
 def _forced(state: SequenceState, drafts: list[int]) -> int | None:

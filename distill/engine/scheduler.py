@@ -78,6 +78,10 @@ class SequenceState:
         """Tokens that may still be generated."""
         return self.request.sampling.max_new_tokens - (len(self.tokens) - len(self.request.prompt_ids))
 
+    def alternatives(self, places: slice = slice(None)) -> Alternatives | None:
+        """Those of the generated tokens at these places; None where the request wants none."""
+        return None if self.request.sampling.logprobs is None else Alternatives.joined(self.tops[places])
+
     def append(self, drawn: Drawn) -> None:
         """Add a drawn token."""
         self.tokens.append(drawn.token)

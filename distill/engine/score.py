@@ -20,7 +20,7 @@ from distill.engine.model import Model
 from distill.engine.sampler import normalisers
 
 # Hidden states become logits for so many rows × vocabulary entries at a time.
-_SCORE_ELEMENTS = 1 << 24
+_SCORE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)

@@ -253,3 +253,10 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, cache: Path) ->
     with pytest.raises(UserError, match=r"holds numbers that are not finite; download the file again"):
         gguf_files.directory_of(written.path)
     assert [each for each in cache.rglob("*") if each.is_file()] == []
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_a_gguf_file_that_is_not_there_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no file \S+/mine\.gguf; give a directory or a hub id"):
+        getattr(catalog, f"load_{kind}")("mine.gguf")

@@ -303,13 +303,6 @@ def test_weights_that_are_no_directory(card, tmp_path, monkeypatch, weights, sai
             ask("teacher", str(card(weights=weights)))
 
 
-@pytest.mark.parametrize("kind", ["teacher", "student"])
-def test_a_gguf_file_that_is_not_there_is_named(kind, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no file \S+/mine\.gguf; give a directory or a hub id"):
-        getattr(catalog, f"load_{kind}")("mine.gguf")
-
-
 def test_the_hub_without_a_network_is_one_reason(monkeypatch):
     def refuse(*_, **__):
         raise LocalEntryNotFoundError("no network") from ConnectError("no route")

@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     # Rewards and the monitor of learning from rollouts judge a trace as these filters do.
     # A training step on a processor runs on the compiled kernels, too.
     "train": BELOW_STAGES
-    | {"engine.kernels"}
+    | {"engine.families", "engine.kernels"}
     | {f"filters.{name}" for name in ("base", "correct", "format", "language", "repetition")},
     "plan": BELOW_STAGES | {"generate", "train", "engine.spec", "engine.families"},
     "grading": {"backends", "grading.sandbox"} | SHARED,
@@ -65,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     **{room: SHARED for room in SHARED},
     "model_cards": SHARED | {"engine.families"},
     "gguf_files": SHARED | {"gguf_metadata", "engine.config", "engine.families", "engine.spec"},
-    "gguf_metadata": {"errors"},
+    "gguf_metadata": {"engine.families", "errors"},
     "catalog": SHARED | {"engine.families"},  # what a card says of its model is compared with the model
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.
     "recipe": SHARED | {"filters", "grading.sandbox", "engine.families"},

@@ -11,6 +11,20 @@ from distill.engine.spec import ModelSpec
 
 
 @dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp stores a family, whose name it has in a file's metadata.
+
+    architecture: the class of transformers. interleaved: rows of q and k are in the order of interleaved rotation.
+    attention_bias, mlp_bias: whether a config.json of the family has these keys.
+    """
+
+    architecture: str
+    interleaved: bool = False
+    attention_bias: bool = True
+    mlp_bias: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One family.
 
@@ -21,6 +35,8 @@ class Family:
     has_experts: whether most weights are experts, which are streamed when they do not fit into memory.
     trains: whether a student may be of this family: it is dense, and in transformers rows packed end to end learn what
     each would learn alone (tests/numerics/test_train_loss.py).
+    fused: whether its decoder layers in transformers are what `train.learn.fused` computes.
+    gguf: how GGUF files store it, None where they are not read.
     """
 
     name: str
@@ -29,3 +45,5 @@ class Family:
     published_bytes: int = 2
     has_experts: bool = False
     trains: bool = False
+    fused: bool = False
+    gguf: Gguf | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distill.engine.config import Config
 from distill.engine.families.dense import read_dense
-from distill.engine.families.family import Family
+from distill.engine.families.family import Family, Gguf
 from distill.engine.spec import ModelSpec
 
 
@@ -14,4 +14,4 @@ def read(config: Config) -> ModelSpec:
     return read_dense(config, "llama", qkv_bias=bias, o_bias=bias)
 
 
-FAMILY = Family("llama", read, trains=True)
+FAMILY = Family("llama", read, trains=True, fused=True, gguf=Gguf("LlamaForCausalLM", interleaved=True, mlp_bias=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distill.engine.config import Config
 from distill.engine.families.dense import read_dense
-from distill.engine.families.family import Family
+from distill.engine.families.family import Family, Gguf
 from distill.engine.spec import ModelSpec
 
 
@@ -13,4 +13,4 @@ def read(config: Config) -> ModelSpec:
     return read_dense(config, "qwen2", qkv_bias=True)
 
 
-FAMILY = Family("qwen2", read, trains=True)
+FAMILY = Family("qwen2", read, trains=True, fused=True, gguf=Gguf("Qwen2ForCausalLM", attention_bias=False))

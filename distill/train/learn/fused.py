@@ -31,13 +31,13 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from transformers import PretrainedConfig, PreTrainedModel
 
+from distill.engine.families import FAMILIES
 from distill.engine.kernels import cpu_training as kernels
 from distill.train.learn import attention
 from distill.train.learn.memory import scratch
 
 LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
-MODELS = ("llama", "qwen2", "qwen3")
 SILU = ("SiLU", "SiLUActivation")
 # Of products. In float32 a step is 5 % faster in this form, and a student would differ from those of earlier versions.
 DTYPES = (torch.bfloat16,)
@@ -58,7 +58,12 @@ def install(model: PreTrainedModel) -> None:
 
 def runs(config: PretrainedConfig, dtype: torch.dtype) -> bool:
     """Whether the layers of a model run fused on this processor, with products in `dtype`."""
-    known = config.model_type in MODELS and config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)
+    known = (
+        config.model_type in FAMILIES
+        and FAMILIES[config.model_type].fused
+        and config.hidden_act == "silu"
+        and not getattr(config, "mlp_bias", False)
+    )
     return known and dtype in DTYPES and not kernels.why_missing()
 
 
