@@ -168,8 +168,7 @@ void add_columns(const uint8_t* const* rows, int count, int column, int width, c
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) {
                 if (WIDE) sum[r][v] = fma((V)value[v], all(p[r * KEYS + i]), sum[r][v]);
-                else
-                    sum[r][v] = dot2(sum[r][v], (I)value[v], pair_at(reinterpret_cast<const bf16*>(p + r * KEYS) + i));
+                else sum[r][v] = dot2(sum[r][v], (I)value[v], pair_at(reinterpret_cast<const bf16*>(p + r * KEYS) + i));
             }
     }
     for (int r = 0; r < ROWS; r++)
@@ -181,9 +180,11 @@ void add_columns(const uint8_t* const* rows, int count, int column, int width, c
 constexpr int FEW_ROWS = LEVEL >= 2 ? 4 : 2; // of a call of `add_columns`
 template <bool WIDE, int NV> auto columns_for(int rows) {
     constexpr decltype(&add_columns<WIDE, 1, NV>) by_rows[] = {
-        add_columns<WIDE, 1, NV>, add_columns<WIDE, 2, NV>,
+        add_columns<WIDE, 1, NV>,
+        add_columns<WIDE, 2, NV>,
 #if LEVEL >= 2
-        add_columns<WIDE, 3, NV>, add_columns<WIDE, 4, NV>,
+        add_columns<WIDE, 3, NV>,
+        add_columns<WIDE, 4, NV>,
 #endif
     };
     return by_rows[rows - 1];

@@ -80,8 +80,8 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
 }
 
 constexpr int MAX_ROWS = LEVEL >= 2 ? 6 : 2; // sums of a tile: 24 of AVX512's 32 registers
-using Tile = void (*)(const uint8_t* const*, size_t, const uint8_t*, int, const float*, float*, const uint8_t*, uint8_t*,
-                      const uint8_t*, int);
+using Tile = void (*)(const uint8_t* const*, size_t, const uint8_t*, int, const float*, float*, const uint8_t*,
+                      uint8_t*, const uint8_t*, int);
 template <int KIND, int ROWS, int PARTS, Where WHERE>
 void tile_call(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out,
                const uint8_t* after, uint8_t* kept, const uint8_t* next, int lines) {
