@@ -131,13 +131,13 @@ def product_rate(rows: int = 2048, size: int = 4096, device: str = "cpu") -> flo
     return 2 * rows * size * size / fastest(lambda: torch.mm(a, b)[0, 0].item())  # which waits for a GPU
 
 
-def give_memory_back(mapped: int = 32 << 20, kept: int = 512 << 20) -> None:
+def give_memory_back(mapped: int, kept: int = 512 << 20) -> None:
     """Have the C library map each block of at least `mapped` bytes separately, so that freeing it returns the memory,
     and keep up to `kept` bytes of smaller freed blocks.
 
     glibc before 2.38 does not reuse a freed aligned block for a request of the same size, and torch requests only
     aligned ones: large blocks of a heap that grows between them are never filled again. Small blocks are joined with
-    their neighbours and are; mapping them anew each time costs a training step of a small model a third of its time.
+    their neighbours and are. Mapping blocks anew each time costs a third of a training step where it is not needed.
     """
     try:
         library = ctypes.CDLL(None)

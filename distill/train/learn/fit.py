@@ -21,6 +21,7 @@ from distill.errors import UserError
 from distill.hardware import give_memory_back
 from distill.models import Models
 from distill.recipe import Recipe
+from distill.train.learn import fused
 from distill.train.learn.learner import Learner
 from distill.train.learn.loop import Loop
 from distill.train.ranks.checkpoint import Checkpoints, writing
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from distill.train.rollouts.questions import Questions
+
+# Bytes from which on a block of memory is mapped by itself (`give_memory_back`): fused layers and small models free few
+# large ones, layers as transformers has them would leave a gigabyte of a heap unused.
+MAPPED, MAPPED_OF_PLAIN = 32 << 20, 1 << 20
+SMALL = 64 << 20  # bytes of the base's weights
 
 
 @dataclass(frozen=True)
@@ -113,10 +119,12 @@ class Built:
 def build(task: Task, world: World) -> Built:
     """The student with its objective, laid out over the world. Errors: UserError for weights that cannot be trained."""
     settings, weights = task.recipe.train, task.models.base.directory
-    if world.device.type == "cpu":
-        give_memory_back()
     sharded = world.layout == "fsdp"
     dtypes = methods.dtypes(settings, world.device, sharded)
+    if world.device.type == "cpu":
+        size = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
+        runs_fused = settings.adapter is None and fused.runs(model.configuration(weights, settings), dtypes.compute)
+        give_memory_back(MAPPED if size < SMALL or (runs_fused and not dtypes.float8) else MAPPED_OF_PLAIN)
     if world.main and settings.dtype != "float32" and dtypes.compute == torch.float32:
         say("this processor has no bfloat16 matrix products: the forward pass runs in float32")
     quantization = methods.quantization(settings)
