@@ -126,14 +126,21 @@ figures = st.builds(
 
 @given(st.lists(figures, max_size=60))
 def test_length_alone_never_stops_a_training(steps):
-    calm = [replace(each, truncated=min(each.truncated, 0.74), repetition=0.0, entropy=None) for each in steps]
+    limits = {"repetition": 0.0, "entropy": None, "correct": None}
+    calm = [replace(each, truncated=min(each.truncated, 0.74), **limits) for each in steps]
     assert watch(calm) is None
 
 
 @given(st.lists(figures, max_size=60), st.floats(0.1, 5))
 def test_entropy_that_stays_above_its_share_never_stops_a_training(steps, start):
     calm = [
-        replace(each, truncated=0.0, repetition=0.0, entropy=start * (0.03 + (each.entropy or 0) / 13))
+        replace(
+            each,
+            truncated=0.0,
+            repetition=0.0,
+            entropy=start * (0.03 + (each.entropy or 0) / 13),
+            correct=max(each.correct or 0.0, HEALTHY.correct),
+        )
         for each in steps
     ]
     assert watch([replace(HEALTHY, entropy=start)] * WINDOW + calm) is None
