@@ -99,8 +99,12 @@ def settings_of(method: Method, seed: int, teacher: str) -> list[str]:
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
 
 
-def one_curve(method: Method, seed: int, run: Path, out: Path, settings: list[str]) -> dict[str, Any]:
-    """Train with one method and seed in a copy of `run`, whose traces are kept, in a process of its own."""
+def one_curve(method: Method, seed: int, run: Path, out: Path, teacher: str) -> dict[str, Any]:
+    """Train with one method and seed in a copy of `run`, whose traces are kept, in a process of its own.
+
+    teacher: as a recipe names it; the curve has the method's name of it, which is the same on every machine.
+    """
+    settings = settings_of(method, seed, teacher)
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(run, out, ignore=shutil.ignore_patterns(".lock"))
     command = [sys.executable, __file__, "--out", str(out), "--train", json.dumps([settings, method.points])]
@@ -108,7 +112,7 @@ def one_curve(method: Method, seed: int, run: Path, out: Path, settings: list[st
         sys.exit(f"error: the training in {out} failed")
     curve: dict[str, Any] = json.loads((out / "curve.json").read_text())
     shutil.rmtree(out)
-    return {"seed": seed, "set": settings, **curve}
+    return {"seed": seed, "set": settings_of(method, seed, method.teacher), **curve}
 
 
 def final(seeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -154,6 +158,9 @@ def report(claims: dict[str, Any], out: Path) -> None:
             "one_tokenizer": one,
             "across_less_one": compared(across["seeds"], one["seeds"]),
         }
+    for method in methods.values():
+        for seed in method["seeds"]:  # a problem is a character, not a line
+            seed["right"] = {name: "".join("01"[right] for right in rights) for name, rights in seed["right"].items()}
     written = {key: value for key, value in claims.items() if key != "curves"}
     (out / "claims.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     draw(claims["methods"], claims["base"], out / "claims.png")
@@ -235,11 +242,10 @@ def main() -> None:
     for seed in range(args.seeds):
         for name in args.methods:
             method, done = METHODS[name], claims["curves"].setdefault(name, {"seeds": []})
-            settings = settings_of(method, seed, teachers[method.teacher])
-            if any(curve["set"] == settings for curve in done["seeds"]):
+            if any(curve["set"] == settings_of(method, seed, method.teacher) for curve in done["seeds"]):
                 continue
             print(f"seed {seed}, {name}", flush=True)
-            curve = one_curve(method, seed, runs[method.teacher], args.out / "work", settings)
+            curve = one_curve(method, seed, runs[method.teacher], args.out / "work", teachers[method.teacher])
             others = [other for other in done["seeds"] if other["seed"] != seed]
             done["seeds"] = sorted([*others, curve], key=lambda curve: curve["seed"])
             file.write_text(json.dumps(claims) + "\n")

@@ -1,5 +1,7 @@
 """What the learning curves of tools/compare_methods.py count, by hand."""
 
+import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +91,19 @@ def test_every_method_is_a_recipe_that_loads() -> None:
     for name, method in METHODS.items():
         recipe = load_recipe("tiny", settings_of(method, 0, "tiny-r1"))
         assert recipe.train.seed == 0, name
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("docs/*.json"), *ROOT.glob("perf/*.json")]), ids=lambda path: path.name
+)
+def test_published_figures_name_no_place_of_a_machine(path: Path) -> None:
+    def texts(value: object) -> list[str]:
+        if isinstance(value, dict):
+            return [text for pair in value.items() for each in pair for text in texts(each)]
+        return [text for each in value for text in texts(each)] if isinstance(value, list) else [str(value)]
+
+    places = [text for text in texts(json.loads(path.read_text())) if re.search(r"(^|[=\s\"'])[/~]\w", text)]
+    assert not places
 
 
 def test_ratios_are_ours_by_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
