@@ -203,7 +203,8 @@ def gqa(
     v_tkd = _linear(ops, x_tc, w.v).unflatten(-1, (spec.num_kv_heads, spec.head_dim))
     if w.k_norm is not None:
         k_tkd = ops.rms_norm(k_tkd.flatten(0, 1), w.k_norm, spec.norm_eps).view_as(k_tkd)
-    ops.rope(k_tkd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
+    if w.rotated:
+        ops.rope(k_tkd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
     cache.write(layer, batch.page_t, batch.offset_t, k_tkd, v_tkd)
     if not len(onto_rc):
         return onto_rc
@@ -212,7 +213,8 @@ def gqa(
     q_thd = _linear(ops, x_rc, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
     if w.q_norm is not None:
         q_thd = ops.rms_norm(q_thd.flatten(0, 1), w.q_norm, spec.norm_eps).view_as(q_thd)
-    ops.rope(q_thd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
+    if w.rotated:
+        ops.rope(q_thd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
     parts = []
     for rows in batch.segments:
         q = q_thd[rows.start : rows.end]

@@ -79,7 +79,8 @@ class ModelSpec:
     """One model, all families.
 
     family: its name in `FAMILIES`. Sizes are in elements. softmax_scale: factor on q·k. head_dim: width of q and k.
-    ue8m0: quantised activations have scales that are powers of two.
+    nope_layers: numbers of the layers without rotary embedding (NoPE). ue8m0: quantised activations have scales that
+    are powers of two.
     """
 
     family: str
@@ -99,6 +100,7 @@ class ModelSpec:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool = False
+    nope_layers: frozenset[int] = frozenset()
     mla: Mla | None = None
     indexer: Indexer | None = None
     moe: Moe | None = None

@@ -26,7 +26,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class GqaWeights:
-    """q_norm, k_norm: over each head, [head_dim], in families that have them."""
+    """q_norm, k_norm: over each head, [head_dim], in families that have them. rotated: whether queries and keys are."""
 
     q: Linear
     k: Linear
@@ -34,6 +34,7 @@ class GqaWeights:
     o: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
+    rotated: bool
 
     @property
     def reader(self) -> object:

@@ -28,6 +28,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 FAMILIES = {
@@ -37,6 +39,7 @@ FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
 
 V3: dict[str, Any] = {
@@ -101,6 +104,7 @@ LLAMA: dict[str, Any] = {
 QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False}
 
 QWEN3 = {**QWEN2, "model_type": "qwen3", "head_dim": 24}
+SMOLLM3 = {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 4, "rope_theta": 5e6, "pad_token_id": 0}
 
 V3_YARN = {**V3, "rope_scaling": YARN}
 V2 = {
@@ -153,6 +157,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {**QWEN2, "tie_word_embeddings": True},
     "qwen3": QWEN3,
     "qwen3-mha-tied": {**QWEN3, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "smollm3": SMOLLM3,
+    "smollm3-every-second": {**SMOLLM3, "no_rope_layer_interval": 2, "num_key_value_heads": 4},
+    "smollm3-listed-biases-tied": {
+        **SMOLLM3,
+        "no_rope_layers": [0, 1, 1, 0, 0, 1],
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "smollm3-all-rotated-yarn": {
+        **SMOLLM3,
+        "no_rope_layers": [1, 1, 1, 1],
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    },
     "qwen2-yarn": {
         **QWEN2,
         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from distill.engine.config import WIDEST, Config, Json, read_json, shown
-from distill.engine.families import deepseek_v2, deepseek_v3, deepseek_v32, llama, qwen2, qwen3
+from distill.engine.families import deepseek_v2, deepseek_v3, deepseek_v32, llama, qwen2, qwen3, smollm3
 from distill.engine.families.family import Family
 from distill.engine.spec import ModelSpec
 
@@ -30,6 +30,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             llama.FAMILY,
             qwen2.FAMILY,
             qwen3.FAMILY,
+            smollm3.FAMILY,
         )
     }
 )
