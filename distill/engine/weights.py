@@ -57,7 +57,7 @@ class IndexerWeights:
 class MlaWeights:
     """`q` takes the normalised q latent where there is a `q_a`, the hidden state otherwise. Per head, packed: the key
     rows of kv_b_proj transposed (absorb_q: query → latent) and as they are (expand_k: latent → key), and its value rows
-    (expand_v: latent → value)."""
+    (expand_v: latent → value). indexer: in layers that choose the tokens they attend to."""
 
     q_a: Linear | None
     q_norm: Tensor | None

@@ -21,6 +21,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -36,6 +38,7 @@ FAMILIES = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
+    "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -116,6 +119,12 @@ V2 = {
     "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
 }
 V32 = {**V3_YARN, "model_type": "deepseek_v32", "index_n_heads": 16, "index_head_dim": 32, "index_topk": 24}
+GLM = {
+    **{key: value for key, value in V3.items() if key not in ("rope_theta", "num_nextn_predict_layers")},
+    **{"model_type": "glm_moe_dsa", "n_group": 1, "topk_group": 1, "num_hidden_layers": 4, "rms_norm_eps": 1e-5},
+    **{"index_n_heads": 16, "index_head_dim": 32, "index_topk": 24},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "v3": V3,
     "v3-yarn": V3_YARN,
@@ -137,6 +146,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "v32": V32,
     "v32-many-heads-drafts": {**V32, "index_n_heads": 72, "index_head_dim": 16, "draft_layer": True},
     "v32-dense": {**V32, "index_topk": 90},
+    "glm": GLM,
+    "glm-shared": {**GLM, "index_topk_freq": 2, "index_skip_topk_offset": 1},
+    "glm-pattern-drafts": {**GLM, "index_topk_pattern": "FSSF", "draft_layer": True, "num_nextn_predict_layers": 1},
+    "glm-listed-groups": {
+        **GLM,
+        **{"n_group": 4, "topk_group": 2, "norm_topk_prob": False, "n_shared_experts": 2, "attention_bias": True},
+        "indexer_types": ["full", "shared", "full", "shared"],
+    },
+    "glm-yarn-tied": {
+        **GLM,
+        "rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 1e4},
+        "tie_word_embeddings": True,
+    },
     "llama-gqa": LLAMA,
     "llama-mha-tied": {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True},
     "llama-mqa-biases": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
