@@ -182,8 +182,11 @@ def rollout_settings(run: "Run") -> Settings:
     rollouts."""
     if run.recipe.train.objective.rollout_settings is None:
         return {}
+    from distill.train.rollouts.judge import judge_settings
+
     prompts = digest([[prompt.id, prompt.answer] for prompt in run.prompts])
-    return {"rollout_prompts": prompts, "generate.prompt_suffix": run.recipe.generate.prompt_suffix}
+    suffix = run.recipe.generate.prompt_suffix
+    return {"rollout_prompts": prompts, "generate.prompt_suffix": suffix} | judge_settings(run)
 
 
 def kept_hash(run: Path) -> str:

@@ -7,7 +7,7 @@ its number and the seed; what is sampled, one of the weights, too. So a resumed 
 checkpoint; sets that are on the disk (`store`) are read instead of being sampled and rewarded again.
 
 Ranks share the prompts of a set, sample, score and reward their own, and exchange the results, so that every rank has
-the same rows and takes its batches of them as of any other rows.
+the same rows and takes its batches of them as of any other rows. A judge is asked by the first rank alone (`judge`).
 
 With `student_share` below 1 some rows of a step are traces of the teacher's, in the ratio of the share (GKD's λ).
 """
@@ -25,6 +25,7 @@ from pydantic import JsonValue
 from distill.backends.backend import Backend, Job
 from distill.chat import Chat
 from distill.console import say
+from distill.grading.judged import JUDGE
 from distill.objectives import Grpo, OnPolicy
 from distill.objectives.grpo import advantages
 from distill.prompts import Prompt
@@ -211,6 +212,7 @@ class RolloutFeed(Feed):
         ours = {job.prompt.id for job in mine}
         with timed(seconds, "seconds_scoring"):
             judged = self.world.gathered(self._judge([each for each in rollouts if each.trace.prompt.id in ours]))
+            judged = self._with_judge(judged)
         by_key = {each.rollout.key: each for each in judged}
         judged = [by_key[each.trace.key] for each in rollouts]
         self._store_rewards(judged)
@@ -263,7 +265,7 @@ class RolloutFeed(Feed):
             if routed:
                 taught |= {each.trace.key: of for each, of in zip(routed, teacher.score(routed), strict=True)}
         traces = [each.trace for each in rollouts]
-        rewards = self._rewarded(traces)
+        rewards = self._rewarded([trace for trace in traces if trace.prompt.task != JUDGE])
         reference: Sequence[tuple[float, ...] | None] = [None] * len(traces)
         if self.judges.base is not None and traces:
             reference = [trace.logprobs for trace in self.judges.base.score(traces, 1)]
@@ -271,6 +273,14 @@ class RolloutFeed(Feed):
             Judged(trace, taught.get(trace.key), rewards.get(trace.key), logprobs)
             for trace, logprobs in zip(traces, reference, strict=True)
         ]
+
+    def _with_judge(self, judged: list[Judged]) -> list[Judged]:
+        """The rollouts of all ranks with the rewards for which the first rank asks the judge."""
+        asked = [each.rollout for each in judged if each.rollout.prompt.task == JUDGE]
+        if not asked:
+            return judged
+        rewards = dict(self.world.gathered(list(self._rewarded(asked).items()) if self.world.main else []))
+        return [each._replace(reward=rewards.get(each.rollout.key, each.reward)) for each in judged]
 
     def _rewarded(self, traces: Sequence[Trace]) -> dict[Key, Reward]:
         """The rewards of rollouts: from the disk, or computed now; none where nothing rewards."""

@@ -5,7 +5,8 @@ The checks come before the stage begins, so that what they refuse leaves nothing
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from distill.console import say
 from distill.errors import UserError
 from distill.filters.correct import Correct
 from distill.grading.graders import GRADERS
+from distill.grading.judged import JUDGE
 from distill.models import Model, Models
 from distill.objectives import Grpo, OnPolicy
 from distill.objectives.grpo import Rewards
@@ -27,6 +29,7 @@ from distill.train.ranks import memory
 from distill.train.ranks.world import World
 from distill.train.rollouts import gate
 from distill.train.rollouts.feed import Judges, RolloutFeed
+from distill.train.rollouts.judge import check_judge, judge_bytes, opened_judge
 from distill.train.rollouts.memory import Engines, engines
 from distill.train.rollouts.questions import Questions, questions_of
 from distill.train.rollouts.rewards import Rewarder, check_gradable
@@ -61,7 +64,8 @@ def check(recipe: Recipe, models: Models, questions: Questions) -> None:
     gate.check_student(student)
     if isinstance(objective, Grpo):
         level = (recipe.filter.correct or Correct()).sandbox
-        check_gradable(prompts, objective.rewards, level=level, has_judge=False)
+        check_gradable(prompts, objective.rewards, level=level, has_judge=recipe.judge is not None)
+        check_judge(recipe, models, prompts)
     limits = {
         "train.max_length": settings.max_length,
         "the context of the student": configuration(models.base.directory, settings).max_position_embeddings,
@@ -81,7 +85,7 @@ def check(recipe: Recipe, models: Models, questions: Questions) -> None:
 def graded(prompts: Sequence[Prompt]) -> bool:
     """Whether on-policy rollouts are graded for the curve of pass@1: the prompts have gold answers that are compared
     without running programs or asking a judge."""
-    return all(prompt.answer and prompt.task in GRADERS and prompt.task != "code" for prompt in prompts)
+    return all(prompt.answer and prompt.task in GRADERS and prompt.task not in ("code", JUDGE) for prompt in prompts)
 
 
 @contextmanager
@@ -121,6 +125,7 @@ def rollout_feed(
         weights = objective.rewards if isinstance(objective, Grpo) else Rewards() if graded(prompts) else None
         if weights is not None:
             correct = recipe.filter.correct or Correct()
+            judge = opened_judge(recipe, models, paths, prompts, engine) if world.main else nullcontext()
             judges.rewarder = stack.enter_context(
                 Rewarder(
                     weights,
@@ -128,6 +133,7 @@ def rollout_feed(
                     workers=correct.workers,
                     timeout=correct.timeout,
                     level=correct.sandbox,
+                    judge=stack.enter_context(judge),
                 )
             )
         if objective.needs_reference:
@@ -168,4 +174,6 @@ def engines_beside(recipe: Recipe, models: Models, questions: Questions, device:
     context = questions.context(rollouts)
     parameters = memory.shape(config).total
     budget = recipe.engine.memory_budget
-    return engines(config, settings, parameters, compute.itemsize, context, ranks, weights, budget)
+    beside = engines(config, settings, parameters, compute.itemsize, context, ranks, weights, budget)
+    judge = judge_bytes(recipe, models, questions.prompts)
+    return replace(beside, judges=(*beside.judges, judge)) if judge else beside
