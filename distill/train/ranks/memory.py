@@ -318,6 +318,8 @@ def check(
     layouts: tuple[Layout, ...] = ("one",) if processes == 1 else ("ddp", "fsdp")
     if processes > 1 and settings.parallel != "auto":
         layouts = (settings.parallel,)
+    elif processes > 1 and settings.unsharded:
+        layouts = ("ddp",)
     tokens, supervised = rows if isinstance(rows, tuple) else largest_batch(rows, settings)
     tried: dict[Layout, Memory] = {}
     for layout in layouts:
