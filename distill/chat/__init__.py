@@ -26,12 +26,14 @@ from typing import TYPE_CHECKING
 
 from distill.chat.loading import (
     TEMPLATES,
+    TODAY,
     configured_ends,
     in_vocabulary,
     load_tokenizer,
     missing_tokens,
     own_template,
     read_template,
+    reads_date,
     template_advice,
 )
 from distill.chat.rendering import RENDERER, Chats, TemplateError, Value
@@ -43,7 +45,7 @@ from distill.prompts.prompt import END_THINK, THINK, Message, split_reasoning
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["END_THINK", "TEMPLATES", "THINK", "Chat", "read_template", "split_reasoning"]
+__all__ = ["END_THINK", "TEMPLATES", "THINK", "TODAY", "Chat", "read_template", "reads_date", "split_reasoning"]
 
 TOGETHER = 256  # conversations that are rendered and tokenized together
 PROBE: list[Message] = [{"role": "user", "content": "q"}]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.artefacts import Artefact, FilterSummary, RunPaths, Settings, TrainSummary
-from distill.chat import read_template
+from distill.chat import TODAY, read_template, reads_date
 from distill.errors import UserError
 from distill.fingerprint import digest, file_hash
 from distill.record import StageRecord
@@ -153,6 +153,8 @@ def row_settings(run: "Run") -> Settings:
         "chat_template_text": digest(read_template(template)) if template else None,
         "student": run.models.base.weights,
     }
+    if reads_date(run.models.base.directory, template):
+        settings["chat_template_date"] = TODAY
     for number, source in enumerate(run.recipe.train.data if run.recipe.train.objective.reads_data else ()):
         if source.kind == "kept":
             settings["kept_traces"] = kept_hash(run.directory)
