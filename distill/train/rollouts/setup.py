@@ -24,7 +24,6 @@ from distill.objectives import Grpo, OnPolicy
 from distill.objectives.grpo import Rewards
 from distill.prompts import Prompt
 from distill.recipe import Recipe
-from distill.recipe.adapters import Qlora
 from distill.train.ranks import memory
 from distill.train.ranks.world import World
 from distill.train.rollouts import gate
@@ -38,7 +37,7 @@ from distill.train.rollouts.student import MAX_BATCH, StudentEngine
 from distill.train.rollouts.teachers import Teacher
 from distill.train.rows.feed import StoredFeed
 from distill.train.student import methods
-from distill.train.student.model import configuration
+from distill.train.student.model import as_trained, configuration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,13 +52,6 @@ def check(recipe: Recipe, models: Models, questions: Questions) -> None:
     assert rollouts is not None
     if not prompts:
         raise UserError("prompts: there is no prompt for the student to answer; add a source, or raise its `limit`")
-    if isinstance(settings.adapter, Qlora):
-        raise UserError("train.adapter.kind qlora has no weights that rollouts could be sampled from; set it to lora")
-    if settings.max_position_embeddings:
-        raise UserError(
-            f"train.max_position_embeddings: rollouts of objective {objective.kind} are sampled in the base's own "
-            f"context; extend it in a phase of `sft` before"
-        )
     student = models.base.chat
     gate.check_student(student)
     if isinstance(objective, Grpo):
@@ -111,8 +103,9 @@ def rollout_feed(
         dtype = methods.dtypes(settings, world.device).compute
         context = questions.context(rollouts)
         batch = min(MAX_BATCH, -(-rollouts.rows // world.size))
+        base = stack.enter_context(as_trained(models.base, settings))
         backend = stack.enter_context(
-            backends.open_trained(models.base, str(world.device), dtype == torch.float32, batch, context)
+            backends.open_trained(base, str(world.device), dtype == torch.float32, batch, context)
         )
         student = StudentEngine(trained, backend, rollouts, settings.seed)
         engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
@@ -137,7 +130,7 @@ def rollout_feed(
                 )
             )
         if objective.needs_reference:
-            judges.base = stack.enter_context(backends.open(models.base, engine, SCORED))
+            judges.base = stack.enter_context(backends.open(base, engine, SCORED))
         store = RolloutStore(paths.rollouts, rollouts.samples)
         stack.callback(store.close)
         yield RolloutFeed(objective, settings, prompts, student, models.base.chat, store, judges, world, traces)

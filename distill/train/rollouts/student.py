@@ -9,8 +9,9 @@ Rejected: `generate` of transformers on the trained module, which needs no copy,
 per layer and is an order of magnitude slower; and a server that reads checkpoints, whose rollouts are late by the time
 of writing and reading them.
 
-Adapters (LoRA) are added to the base's weights one matrix at a time, while they are packed. Sharded parameters are
-gathered one at a time, by all ranks in the same order.
+Adapters (LoRA) are added to the base's weights one matrix at a time, while they are packed; a 4-bit base (QLoRA) is
+dequantised first, as its forward pass does, so that the engine samples from the model that is trained. Sharded
+parameters are gathered one at a time, by all ranks in the same order.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,12 +84,23 @@ def tensors_of(model: nn.Module) -> Callable[[str], Tensor]:
         if (parameter := parameters.get(name)) is not None:
             return whole(parameter.detach())
         module_name, _, kind = name.rpartition(".")
-        base = whole(parameters[f"{module_name}.base_layer.{kind}"].detach())
+        base = unquantized(parameters[f"{module_name}.base_layer.{kind}"])
         if kind != "weight":
             return base
         return base + sum(updates_of(scaled[module_name]))
 
     return tensor
+
+
+def unquantized(parameter: Tensor) -> Tensor:
+    """A base's weight beside adapters, gathered if it is sharded, dequantised if it is in 4 bits."""
+    if (state := getattr(parameter, "quant_state", None)) is None:
+        return whole(parameter.detach())
+    from bitsandbytes.functional import dequantize_4bit
+
+    assert not getattr(state, "packing_format_for_cpu", False), "`keep_4_bit_layout` keeps the layout that is read here"
+    dequantized: Tensor = dequantize_4bit(parameter.data, state)
+    return dequantized
 
 
 def updates_of(module: nn.Module) -> list[Tensor]:
