@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from distill.engine.kernels import Ops
+from distill.engine.kernels.pages import discard
 from distill.engine.kernels.stored import FP8_BLOCK
 from distill.engine.kernels.w8a8 import fp8_row_bytes
 from distill.engine.spec import ModelSpec
@@ -127,6 +128,13 @@ class PagedCache:
         for pools in self.pools:
             for pool in pools:
                 pool.index_copy_(0, to, pool.index_select(0, source))
+
+    def discard(self) -> None:
+        """Give the memory back to the system; all pages read as zeros. On a GPU nothing happens."""
+        for pools in self.pools:
+            for pool in pools:
+                if pool.device.type == "cpu":
+                    discard(pool.data_ptr(), pool.nbytes)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

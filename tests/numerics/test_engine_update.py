@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from torch import Tensor
 from distill.engine import Completion, Engine, Engines, Request, SamplingParams
 from distill.engine.kernels import cpu
 from distill.engine.kernels.ops import Packed
+from distill.engine.kernels.pages import discard
 
 MODELS = ("qwen2", "qwen2-tied", "qwen3", "qwen3-mha-tied", "llama-mqa-biases", "llama-mha-tied")
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -164,6 +166,46 @@ def test_refused_while_requests_are_queued(engine_and_tensors: tuple[Engine, dic
     engine.abort("queued")
     engine.update(tensors.__getitem__)
     assert everything(engine, 12) == expected
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "llama-mqa-biases"])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_released_memory_is_used_again_after_an_update(
+    name: str, dtype: torch.dtype, kernels: str, tmp_path: Path
+) -> None:
+    if kernels == "cuda":
+        pytest.skip("memory of a GPU stays")
+    made, other = (checkpoint(tmp_path / str(seed), name, dtype, seed) for seed in range(2))
+    engine, fresh = load(made.path, kernels, dtype), load(other.path, kernels, dtype)
+    everything(engine, 12)
+    before = places(engine)
+    engine.release()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="weights were released; update them"):
+            engine.score(SCORED)
+        with pytest.raises(ValueError, match="weights were released; update them"):
+            engine.add(requests(12)[0])
+        engine.release()
+    engine.update(other.tensors.__getitem__)
+    assert everything(engine, 12) == everything(fresh, 12) and places(engine) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+def test_released_memory_is_given_back() -> None:
+    numbers = torch.ones(1 << 16)
+    begin = numbers.data_ptr() + 4
+    discard(begin, numbers.nbytes - 8)
+    zeros = int((numbers == 0).sum())
+    assert (1 << 16) - 2048 <= zeros < 1 << 16, "whole pages only"
+    assert numbers[0] == 1 and numbers[-1] == 1
+
+
+def test_released_while_requests_are_queued(engine_and_tensors: tuple[Engine, dict[str, Tensor]]) -> None:
+    engine, _ = engine_and_tensors
+    engine.add(requests(12)[0])
+    with pytest.raises(ValueError, match="cannot be released while 1 requests are queued"):
+        engine.release()
+    engine.step()
 
 
 @pytest.mark.parametrize(

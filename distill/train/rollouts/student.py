@@ -2,7 +2,7 @@
 
 The engine is loaded once, from the base's directory, and takes the trainer's weights in place before each set of
 rollouts (`Engine.update`): no files, no second checkpoint, and memory rises by one copy of the weights in the dtype of
-the forward pass. Every rank has an engine of its own and samples its share of the prompts; what a sample is depends on
+the forward pass. On a CPU that copy is not there while the trainer computes, which is when memory is at its peak. Every rank has an engine of its own and samples its share of the prompts; what a sample is depends on
 (seed, prompt, sample number) and the weights alone, so that ranks and resumes change nothing.
 
 Rejected: `generate` of transformers on the trained module, which needs no copy, but pads, keeps its cache in one tensor
@@ -50,6 +50,10 @@ class StudentEngine:
     def update(self) -> None:
         """Take over the trainer's current weights. All ranks together. Errors: UserError."""
         self.backend.update(tensors_of(self.trained))
+
+    def release(self) -> None:
+        """Give the memory of weights and cache back, where that is possible, until the next `update`."""
+        self.backend.release()
 
     def sample(self, jobs: Sequence[Job], name: str, top_k: int | None) -> list[Rollout]:
         """The samples of these jobs, in no particular order, with the log-probabilities of their tokens.
