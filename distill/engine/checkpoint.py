@@ -75,7 +75,6 @@ class _File:
         count = (entry.end - entry.begin) // dtype.itemsize
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.begin).view(entry.shape)
 
-
     def forget(self, name: str) -> None:
         """See `Checkpoint.forget`."""
         entry, page = self.entries[name], mmap.PAGESIZE

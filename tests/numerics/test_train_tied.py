@@ -29,7 +29,10 @@ def batches(count=2):
     """Rows with many repeated tokens."""
     generator = torch.Generator().manual_seed(1)
     rows = [
-        [Row(("p", i), torch.randint(0, 40, (length,), generator=generator).int().numpy(), 3) for i, length in enumerate(lengths)]
+        [
+            Row(("p", i), torch.randint(0, 40, (length,), generator=generator).int().numpy(), 3)
+            for i, length in enumerate(lengths)
+        ]
         for lengths in ((30, 17), (41,))
     ]
     return [collate(row) for row in rows[:count]]

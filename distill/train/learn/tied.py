@@ -63,9 +63,7 @@ class _Context(FunctionCtx):
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: _Context, weight_vd: Tensor, ids_t: Tensor, padding: int | None, head: HeadGradient
-    ) -> Tensor:
+    def forward(ctx: _Context, weight_vd: Tensor, ids_t: Tensor, padding: int | None, head: HeadGradient) -> Tensor:
         ctx.ids_t, ctx.padding, ctx.head, ctx.dtype = ids_t, padding, head, weight_vd.dtype
         return weight_vd.index_select(0, ids_t)
 

@@ -2,8 +2,9 @@
 
 The engine is loaded once, from the base's directory, and takes the trainer's weights in place before each set of
 rollouts (`Engine.update`): no files, no second checkpoint, and memory rises by one copy of the weights in the dtype of
-the forward pass. On a CPU that copy is not there while the trainer computes, which is when memory is at its peak. Every rank has an engine of its own and samples its share of the prompts; what a sample is depends on
-(seed, prompt, sample number) and the weights alone, so that ranks and resumes change nothing.
+the forward pass. On a CPU that copy is not there while the trainer computes, which is when memory is at its peak. Every
+rank has an engine of its own and samples its share of the prompts; what a sample is depends on (seed, prompt, sample
+number) and the weights alone, so that ranks and resumes change nothing.
 
 Rejected: `generate` of transformers on the trained module, which needs no copy, but pads, keeps its cache in one tensor
 per layer and is an order of magnitude slower; and a server that reads checkpoints, whose rollouts are late by the time
