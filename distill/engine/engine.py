@@ -32,7 +32,7 @@ from distill.engine.results import Completion, EngineUsage, FinishReason, Progre
 from distill.engine.sampler import Draw, Drawn, sample, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
 from distill.engine.score import GivenIds, Scores, score
-from distill.engine.update import refuse_update, release_weights, update_weights
+from distill.engine.update import HALF_WAY, RELEASED, refuse_update, release_weights, update_weights
 
 
 class Engine:
@@ -274,27 +274,18 @@ class Engine:
         not finite: then, and when `tensor` raises, some weights are new and others old, and until an update succeeds
         `add` and `score` raise ValueError.
         """
-        self._check_replaceable("updated")
-        self._unusable = (
-            "the last update of the weights failed half-way; repeat it with good weights, or load the model again"
-        )
+        refuse_update(self._model, len(self._unfinished))
+        self._unusable = HALF_WAY
         self.numerics = replace(self.numerics, weights=update_weights(self._model, tensor))
         self._unusable = ""
 
     def release(self) -> None:
         """Give the memory of weights and cache back until the next `update`; before it `add` and `score` raise
         ValueError. On a GPU the memory stays. Errors: as `update`, before anything is replaced."""
-        self._check_replaceable("released")
-        self._unusable = "the weights were released; update them before anything is computed"
+        refuse_update(self._model, len(self._unfinished))
+        self._unusable = RELEASED
         release_weights(self._model)
         self._cache.discard()
-
-    def _check_replaceable(self, what: str) -> None:
-        if self.has_work:
-            raise ValueError(
-                f"the weights cannot be {what} while {len(self._unfinished)} requests are queued; finish or abort them"
-            )
-        refuse_update(self._model)
 
     def _check_usable(self) -> None:
         if self._unusable:

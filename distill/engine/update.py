@@ -33,8 +33,16 @@ from distill.engine.weights import Held
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refuse_update(model: Model) -> None:
-    """Errors: ValueError for a model whose weights cannot be replaced."""
+HALF_WAY = "the last update of the weights failed half-way; repeat it with good weights, or load the model again"
+RELEASED = "the weights were released; update them before anything is computed"
+
+
+def refuse_update(model: Model, queued: int) -> None:
+    """Errors: ValueError for a model whose weights cannot be replaced, and while requests are queued."""
+    if queued:
+        raise ValueError(
+            f"the weights cannot be updated or released while {queued} requests are queued; finish or abort them"
+        )
     if not FAMILIES[model.spec.family].trains:
         trained = ", ".join(name for name, family in FAMILIES.items() if family.trains)
         raise ValueError(f"weights of the family {model.spec.family} cannot be updated; only dense ones can: {trained}")

@@ -203,7 +203,7 @@ def test_released_memory_is_given_back() -> None:
 def test_released_while_requests_are_queued(engine_and_tensors: tuple[Engine, dict[str, Tensor]]) -> None:
     engine, _ = engine_and_tensors
     engine.add(requests(12)[0])
-    with pytest.raises(ValueError, match="cannot be released while 1 requests are queued"):
+    with pytest.raises(ValueError, match="updated or released while 1 requests are queued"):
         engine.release()
     engine.step()
 
