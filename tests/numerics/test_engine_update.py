@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,9 +17,8 @@ from random_models import CONFIGS, Checkpoint, build, write
 from torch import Tensor
 
 from distill.engine import Completion, Engine, Engines, Request, SamplingParams
-from distill.engine.kernels import cpu
+from distill.engine.kernels import cpu, pages
 from distill.engine.kernels.ops import Packed
-from distill.engine.kernels.pages import discard
 
 MODELS = ("qwen2", "qwen2-tied", "qwen3", "qwen3-mha-tied", "llama-mqa-biases", "llama-mha-tied")
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -191,10 +191,24 @@ def test_released_memory_is_used_again_after_an_update(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
-def test_released_memory_is_given_back() -> None:
+def test_pages_are_taken_when_written_and_given_back() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    size, before = 64 << 20, resident()
+    numbers = pages.zeros(size).view(torch.int32).view(4, -1)
+    assert not numbers[1, :1000].any() and resident() - before < size // 8
+    numbers.fill_(7)
+    assert resident() - before > size * 7 // 8
+    pages.discard(numbers.data_ptr(), size)
+    assert resident() - before < size // 8 and not numbers.any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+def test_what_shares_a_page_stays() -> None:
     numbers = torch.ones(1 << 16)
     begin = numbers.data_ptr() + 4
-    discard(begin, numbers.nbytes - 8)
+    pages.discard(begin, numbers.nbytes - 8)
     zeros = int((numbers == 0).sum())
     assert (1 << 16) - 2048 <= zeros < 1 << 16, "whole pages only"
     assert numbers[0] == 1 and numbers[-1] == 1

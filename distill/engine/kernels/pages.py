@@ -1,4 +1,4 @@
-"""Memory that is given back to the system although it stays allocated: pointers to it stay valid."""
+"""Memory in pages of the system: taken only where it is written to, and given back although it stays allocated."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ import ctypes
 import mmap
 import os
 import sys
+
+import torch
+from torch import Tensor
+
+
+def zeros(size: int) -> Tensor:
+    """`size` bytes of zeros, uint8, that take memory only where they are written to.
+
+    The C library's zeros do not: where it has kept freed memory, it fills that with zeros.
+    """
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
 
 
 def discard(address: int, size: int) -> None:
