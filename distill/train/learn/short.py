@@ -8,7 +8,7 @@ one pass of the compiled kernels. The backward pass computes the probabilities a
 A block of queries is multiplied by the keys up to its last query: the scores that nobody sees are those within its own
 block. Gradients of keys and values are sums over blocks, in float32.
 
-Rows longer than `LONGEST` tokens, where both take the same time, are left to torch's kernel.
+Rows longer than `LONGEST` tokens, where both take about the same time, are left to torch's kernel.
 
 Shapes: b rows of w tokens, g key heads, q query heads to each, c channels; m = b · g matrices, n = w · q queries, those
 of a token below each other.
@@ -23,7 +23,7 @@ from torch.autograd.function import FunctionCtx
 from distill.engine.kernels import cpu_training as kernels
 from distill.train.learn.memory import scratch
 
-LONGEST = 1024
+LONGEST = 2048
 QUERIES = 160  # tokens of a block, about: of fewer, products are slower than what is saved
 SCORES = 1 << 22  # at a time, about: 8 MB in bfloat16, which stay in a cache
 
