@@ -26,12 +26,14 @@ from transformers import PreTrainedModel
 
 from distill.backends import Job, SamplingParams, TrainedBackend
 from distill.backends.collect import trace_of
+from distill.hardware import trim_heap
 from distill.objectives import RolloutSettings
 from distill.traces.rows import rounded
 from distill.traces.trace import Trace
 from distill.train.ranks.world import whole
 
 MAX_BATCH = 256  # sequences decoded at once
+TRIMMED = 256 << 20  # bytes of trained weights from which on new pages for each step are a hundredth of its time
 
 
 class Rollout(NamedTuple):
@@ -47,9 +49,12 @@ class StudentEngine:
 
     def __init__(self, trained: PreTrainedModel, backend: TrainedBackend, settings: RolloutSettings, seed: int) -> None:
         self.trained, self.backend, self.settings, self.seed = trained, backend, settings, seed
+        self.trims = sum(parameter.nbytes for parameter in trained.parameters()) >= TRIMMED
 
     def update(self) -> None:
         """Take over the trainer's current weights. All ranks together. Errors: UserError."""
+        if self.trims:  # gradients and activations of the last step
+            trim_heap()
         self.backend.update(tensors_of(self.trained))
 
     def release(self) -> None:
