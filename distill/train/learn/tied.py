@@ -74,5 +74,6 @@ class _Embed(torch.autograd.Function):
             own_t = ids_t != ctx.padding
             ids_t, grad_td = ids_t[own_t], grad_td[own_t]
         ids_u, place_t = ids_t.unique(return_inverse=True)
-        rows_ud = grad_td.new_zeros(len(ids_u), grad_td.shape[1]).index_add_(0, place_t, grad_td)
+        # The op of nn.Embedding, for the tokens that are there: the order of its sums, on any device.
+        rows_ud = torch.ops.aten.embedding_dense_backward(grad_td, place_t, len(ids_u), -1, False)
         return ctx.head.take(ctx.dtype).index_add_(0, ids_u, rows_ud), None, None, None
