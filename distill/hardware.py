@@ -165,6 +165,14 @@ def give_memory_back(mapped: int, kept: int = 512 << 20) -> None:
         return
 
 
+def trim_heap() -> None:
+    """Have the C library give the freed blocks that it has kept back to the system."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+
+
 def multiplies_bfloat16() -> bool:
     """Whether torch has fast bfloat16 products on this processor. Without them such a product takes a hundred times as
     long as one of float32."""

@@ -117,6 +117,13 @@ class LocalBackend:
         except ValueError as error:
             raise UserError(str(error)) from error
 
+    def release(self) -> None:
+        """See `TrainedBackend`."""
+        from distill.engine import Engine
+
+        assert isinstance(self.engine, Engine), "a student is sampled by one engine per process"
+        self.engine.release()
+
     @property
     def identity(self) -> Mapping[str, JsonValue]:
         """Weights, template and mode."""

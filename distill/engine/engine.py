@@ -32,7 +32,7 @@ from distill.engine.results import Completion, EngineUsage, FinishReason, Progre
 from distill.engine.sampler import Draw, Drawn, sample, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
 from distill.engine.score import GivenIds, Scores, score
-from distill.engine.update import refuse_update, update_weights
+from distill.engine.update import HALF_WAY, RELEASED, refuse_update, release_weights, update_weights
 
 
 class Engine:
@@ -63,7 +63,7 @@ class Engine:
         self._drafter = Drafter(model, self._cache, self._batch) if sizes.drafts else None
         self._unfinished: dict[str, int] = {}  # request id → samples still to come
         self._progress: list[Progress] = []
-        self._whole = True  # whether all weights are of the same update
+        self._unusable = ""  # why the weights cannot be used, where they cannot
 
     @classmethod
     def load(cls, model_dir: Path | str, options: EngineOptions = EngineOptions()) -> Engine:  # noqa: B008  it is frozen
@@ -76,7 +76,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request. Errors: ValueError, with lengths and remedy, for a request that can never be served."""
-        self._check_whole()
+        self._check_usable()
         prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
         what = f"request {request.id!r}"
         if request.id in self._unfinished:
@@ -248,7 +248,7 @@ class Engine:
         ValueError for an empty or too long sequence, for ids outside the vocabulary or of another number of positions,
         or while generation leaves too few pages free for a sequence.
         """
-        self._check_whole()
+        self._check_usable()
         for number, tokens in enumerate(sequences):
             self._check_tokens(tokens, f"sequence {number}")
             if len(tokens) > self.max_context:
@@ -274,20 +274,22 @@ class Engine:
         not finite: then, and when `tensor` raises, some weights are new and others old, and until an update succeeds
         `add` and `score` raise ValueError.
         """
-        if self.has_work:
-            raise ValueError(
-                f"the weights cannot be updated while {len(self._unfinished)} requests are queued; finish or abort them"
-            )
-        refuse_update(self._model)
-        self._whole = False
+        refuse_update(self._model, len(self._unfinished))
+        self._unusable = HALF_WAY
         self.numerics = replace(self.numerics, weights=update_weights(self._model, tensor))
-        self._whole = True
+        self._unusable = ""
 
-    def _check_whole(self) -> None:
-        if not self._whole:
-            raise ValueError(
-                "the last update of the weights failed half-way; repeat it with good weights, or load the model again"
-            )
+    def release(self) -> None:
+        """Give the memory of weights and cache back until the next `update`; before it `add` and `score` raise
+        ValueError. On a GPU the memory stays. Errors: as `update`, before anything is replaced."""
+        refuse_update(self._model, len(self._unfinished))
+        self._unusable = RELEASED
+        release_weights(self._model)
+        self._cache.discard()
+
+    def _check_usable(self) -> None:
+        if self._unusable:
+            raise ValueError(self._unusable)
 
     def _check_tokens(self, tokens: Sequence[int], what: str) -> None:
         if not tokens:

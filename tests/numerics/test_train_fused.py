@@ -138,8 +138,10 @@ def test_frozen_and_other_linear_layers_run_as_transformers_has_them():
         torch.testing.assert_close(parts, learned(model, batches)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("queries", [8, 160])  # tokens of a block: several blocks, or one
 @pytest.mark.parametrize("shape", [(3, 7, 4, 2, 8), (1, 20, 4, 4, 16), (2, 33, 9, 3, 64), (5, 1, 2, 1, 8)])
-def test_attention_of_short_rows(shape, monkeypatch):
+def test_attention_of_short_rows(shape, queries, monkeypatch):
+    monkeypatch.setattr(short, "QUERIES", queries)
     monkeypatch.setattr(short, "SCORES", 2000)  # several calls
     b, w, h, g, c = shape
     draw = torch.Generator().manual_seed(0)

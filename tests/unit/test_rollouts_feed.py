@@ -36,12 +36,17 @@ class Student:
     """Answers differently in length, the same at every call."""
 
     def __init__(self):
-        self.updates, self.asked = 0, []
+        self.updates, self.asked, self.released = 0, [], False
 
     def update(self):
         self.updates += 1
+        self.released = False
+
+    def release(self):
+        self.released = True
 
     def sample(self, jobs, name, top_k):
+        assert not self.released, "the engine has weights between an update and the rows of the set only"
         self.asked.append([job.prompt.id for job in jobs])
         return [Rollout(rollout(job.prompt, sample)) for job in jobs for sample in reversed(job.samples)]
 

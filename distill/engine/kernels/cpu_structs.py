@@ -126,7 +126,8 @@ TrainRopeArgs = _struct(
     "int: rows heads r half backward threads",
 )
 TrainSoftmaxArgs = _struct(
-    "TrainSoftmaxArgs", "pointer: scores gradient; int: rows width half backward threads; float: scale"
+    "TrainSoftmaxArgs",
+    "pointer: scores gradient; int: rows width heads queries first half backward threads; float: scale",
 )
 
 STRUCTURES = (

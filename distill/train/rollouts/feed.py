@@ -137,6 +137,7 @@ class RolloutFeed(Feed):
         wanted, part = divmod(number, self.how.updates)
         if self._set is None or self._set.number != wanted:
             self._set = self._make(wanted)
+            self.student.release()
         self._figures[number], self._trained = self._set, number + 1
         return self._batches(self._set.parts[part] + self._teachers_rows(number))
 

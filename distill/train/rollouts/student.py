@@ -2,8 +2,9 @@
 
 The engine is loaded once, from the base's directory, and takes the trainer's weights in place before each set of
 rollouts (`Engine.update`): no files, no second checkpoint, and memory rises by one copy of the weights in the dtype of
-the forward pass. Every rank has an engine of its own and samples its share of the prompts; what a sample is depends on
-(seed, prompt, sample number) and the weights alone, so that ranks and resumes change nothing.
+the forward pass. On a CPU that copy is not there while the trainer computes, which is when memory is at its peak. Every
+rank has an engine of its own and samples its share of the prompts; what a sample is depends on (seed, prompt, sample
+number) and the weights alone, so that ranks and resumes change nothing.
 
 Rejected: `generate` of transformers on the trained module, which needs no copy, but pads, keeps its cache in one tensor
 per layer and is an order of magnitude slower; and a server that reads checkpoints, whose rollouts are late by the time
@@ -26,12 +27,14 @@ from transformers import PreTrainedModel
 
 from distill.backends import Job, SamplingParams, TrainedBackend
 from distill.backends.collect import trace_of
+from distill.hardware import trim_heap
 from distill.objectives import RolloutSettings
 from distill.traces.rows import rounded
 from distill.traces.trace import Trace
 from distill.train.ranks.world import whole
 
 MAX_BATCH = 256  # sequences decoded at once
+TRIMMED = 256 << 20  # bytes of trained weights from which on new pages for each step are a hundredth of its time
 
 
 class Rollout(NamedTuple):
@@ -47,10 +50,17 @@ class StudentEngine:
 
     def __init__(self, trained: PreTrainedModel, backend: TrainedBackend, settings: RolloutSettings, seed: int) -> None:
         self.trained, self.backend, self.settings, self.seed = trained, backend, settings, seed
+        self.trims = sum(parameter.nbytes for parameter in trained.parameters()) >= TRIMMED
 
     def update(self) -> None:
         """Take over the trainer's current weights. All ranks together. Errors: UserError."""
+        if self.trims:  # gradients and activations of the last step
+            trim_heap()
         self.backend.update(tensors_of(self.trained))
+
+    def release(self) -> None:
+        """Give the memory of weights and cache back, where that is possible, until the next `update`."""
+        self.backend.release()
 
     def sample(self, jobs: Sequence[Job], name: str, top_k: int | None) -> list[Rollout]:
         """The samples of these jobs, in no particular order, with the log-probabilities of their tokens.

@@ -190,8 +190,9 @@ struct TrainRopeArgs {
     int32_t rows, heads, r, half, backward, threads;
 };
 struct TrainSoftmaxArgs {
-    void* scores;   // [rows, width]; backward: the probabilities
-    void* gradient; // backward
-    int32_t rows, width, half, backward, threads;
+    void* scores;                               // [rows, width]; backward: the probabilities
+    void* gradient;                             // backward
+    int32_t rows, width, heads, queries, first; // a matrix has a row for each of `heads` of `queries`, from `first` on
+    int32_t half, backward, threads;
     float scale;
 };

@@ -75,7 +75,8 @@ std::string all_layouts() {
         LAYOUT("TrainGateArgs", TrainGateArgs, both, out, gradient, rows, n, half, backward, threads, unused),
         LAYOUT("TrainRopeArgs", TrainRopeArgs, x, x_row, x_head, cos, sin, out, out_row, out_head, rows, heads, r, half,
                backward, threads),
-        LAYOUT("TrainSoftmaxArgs", TrainSoftmaxArgs, scores, gradient, rows, width, half, backward, threads, scale),
+        LAYOUT("TrainSoftmaxArgs", TrainSoftmaxArgs, scores, gradient, rows, width, heads, queries, first, half,
+               backward, threads, scale),
     };
     std::string text;
     for (const std::string& line : lines) {

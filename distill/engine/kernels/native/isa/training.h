@@ -131,13 +131,14 @@ template <class T> void turn_rows(const TrainRopeArgs& args) {
 }
 void train_rope(const TrainRopeArgs& args) { args.half ? turn_rows<bf16>(args) : turn_rows<float>(args); }
 
-// Causal softmax of scale · scores in place: query i of each matrix [width, width] sees keys 0 … i, the others become 0.
+// Causal softmax of scale · scores in place: query i of a row sees keys 0 … i of `width`, the others become 0. A matrix
+// [queries · heads, width] has the heads of a query below each other, and begins with query `first`.
 // backward: `gradient` of the probabilities becomes that of the scores.
 template <class T> void softmax_rows(const TrainSoftmaxArgs& args) {
     pool().run(args.threads, ceil_div(args.rows, TRAIN_CHUNK), [&](int task) {
         for (int row = task * TRAIN_CHUNK; row < std::min(args.rows, (task + 1) * TRAIN_CHUNK); row++) {
             T* p = static_cast<T*>(args.scores) + int64_t(row) * args.width;
-            const int keys = row % args.width + 1;
+            const int keys = args.first + row / args.heads % args.queries + 1;
             if (args.backward) {
                 T* d = static_cast<T*>(args.gradient) + int64_t(row) * args.width;
                 V dots{};
