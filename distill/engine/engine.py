@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.engine.ahead import UNKNOWN, Ahead
-from distill.engine.attention import Batch, Chunk, Wanted, build_batch
+from distill.engine.attention import Batch, Chunk, Wanted, build_batch, decode_batch
 from distill.engine.cache import PageAllocator, PagedCache
 from distill.engine.graphs import DecodeGraphs
 from distill.engine.loading import Sizes, prepare
@@ -29,7 +29,7 @@ from distill.engine.mtp import Drafter, accepted
 from distill.engine.numerics import Numerics
 from distill.engine.options import EngineOptions
 from distill.engine.results import Completion, EngineUsage, FinishReason, Progress
-from distill.engine.sampler import Draw, Drawn, sample, stream_key
+from distill.engine.sampler import Draw, Drawn, sample, sample_rows, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
 from distill.engine.score import GivenIds, Scores, score
 from distill.engine.update import refuse_update, update_weights
@@ -153,6 +153,10 @@ class Engine:
         if not (plan.decode or plan.prefill):
             return completions
         self._cache.copy_pages(plan.copies)
+        if not (plan.prefill or self._drafter or self._ahead or self.spec.indexer) and all(
+            sequence.request.sampling.thinking_budget is None for sequence in plan.decode
+        ):
+            return self._decode(plan.decode)
         drafts: list[list[int]] = [[] for _ in plan.decode]
         if self._drafter:
             drafts = self._drafter.draft(plan.decode, [self._scheduler.drafts_for(s) for s in plan.decode])
@@ -335,6 +339,36 @@ class Engine:
             draws += [Draw(row, key, len(sequence.tokens), request.sampling, forced) for key in keys]
             row += 1
         return draws
+
+    def _decode(self, sequences: Sequence[SequenceState]) -> list[Completion]:
+        """A step that is one token of each of these sequences, none of them forced: most of the steps on a processor,
+        where an object for every row would take as long as a small model."""
+        lengths = [len(s.tokens) for s in sequences]
+        batch = decode_batch(
+            [s.tokens[-1] for s in sequences],
+            [length - 1 for length in lengths],
+            [s.pages for s in sequences],
+            self._page_size,
+            self.spec.rope,
+            self._device,
+        )
+        logits_bv = self._model.logits(self._model.forward(batch, self._cache))
+        drawn = sample_rows(
+            self._model.ops, logits_bv, [s.key for s in sequences], lengths, [s.request.sampling for s in sequences]
+        )
+        completions: list[Completion] = []
+        self._completion_tokens += len(sequences)
+        for sequence, length, token, logprob, top in zip(sequences, lengths, *drawn, strict=True):
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+            if top is not None:
+                sequence.tops.append(top)
+            sequence.computed += 1
+            if sequence.request.streamed:
+                self._report(sequence, length + 1, 1)
+            if reason := _finished(sequence, length + 1):
+                completions.append(self._complete(sequence, reason))
+        return completions
 
     def _append(self, sequence: SequenceState, drawn: Drawn) -> list[Completion]:
         """Append the drawn token of a sequence that decodes without drafts."""
