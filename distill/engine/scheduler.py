@@ -83,6 +83,13 @@ class SequenceState:
         """Those of the generated tokens at these places; None where the request wants none."""
         return None if self.request.sampling.logprobs is None else Alternatives.joined(self.tops[places])
 
+    def forced(self, drafts: list[int]) -> int | None:
+        """The token that must follow the sequence and these drafts; None where any may."""
+        sampling, prompt = self.request.sampling, len(self.request.prompt_ids)
+        if sampling.thinking_budget is None or len(self.tokens) + len(drafts) - prompt < sampling.thinking_budget:
+            return None
+        return sampling.forced([*self.tokens[prompt:], *drafts])
+
     def append(self, drawn: Drawn) -> None:
         """Add a drawn token."""
         self.tokens.append(drawn.token)
