@@ -154,11 +154,14 @@ class Chat:
     def prompt_ids_of(self, messages: Sequence[Message], answer: str) -> list[int]:
         """Token ids of the conversation before a given answer: without the prefilled opening tag where the answer, with
         its reasoning, does not begin with it. Errors: UserError."""
-        ids = self.prompt_ids(messages)
-        if not self.prefill or answer.startswith(self.prefill):
-            return ids
-        opening = self.text_ids(self.prefill)
-        return ids[: -len(opening)] if ids[-len(opening) :] == opening else ids
+        return next(self.prompts_ids_of([messages], [answer]))
+
+    def prompts_ids_of(self, conversations: Iterable[Sequence[Message]], answers: Iterable[str]) -> Iterator[list[int]]:
+        """`prompt_ids_of` of many conversations, one answer each, as `prompts_ids`."""
+        opening = self.text_ids(self.prefill) if self.prefill else []
+        for ids, answer in zip(self.prompts_ids(conversations), answers, strict=True):
+            opened = bool(opening) and ids[-len(opening) :] == opening and not answer.startswith(self.prefill)
+            yield ids[: -len(opening)] if opened else ids
 
     def prompts_ids(self, conversations: Iterable[Sequence[Message]]) -> Iterator[list[int]]:
         """`prompt_ids` of many conversations, TOGETHER at a time: rendering and tokenizing them so is much faster."""

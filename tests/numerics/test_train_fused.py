@@ -176,6 +176,25 @@ def test_every_instruction_set_agrees():
         assert_equal_gradients(gradients, results[used], 1e-4)
 
 
+def test_threads_change_no_bit():
+    """Kernels that take several chunks of rows, on the threads of torch's own ops."""
+    x_tc, weight_c = torch.randn(130, 72), torch.randn(72)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            out_tc, factor_t, scores_mww = torch.empty_like(x_tc), torch.empty(130), torch.empty(6, 40, 40)
+            kernels.norm(x_tc, weight_c, 1e-6, out_tc, factor_t)
+            kernels.softmax(scores_mww.copy_(x_tc[:40, :40]), 0.5)
+            by_x = torch.empty_like(x_tc)
+            by_weight = kernels.norm_backward(x_tc, weight_c, factor_t, out_tc, None, by_x)
+            results.append((out_tc, scores_mww, by_x, by_weight))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(ours.equal(theirs) for ours, theirs in zip(result, results[0], strict=True))
+
+
 # ---- prompts
 
 

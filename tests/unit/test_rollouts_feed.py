@@ -306,6 +306,21 @@ def test_a_damaged_file_of_likeliest_tokens_is_refused(tmp_path):
         store.likeliest(0, traces)
 
 
+def test_a_set_is_stored_at_the_end_of_the_block_that_it_is_stored_beside(tmp_path, monkeypatch):
+    store = RolloutStore(tmp_path / "rollouts", 4)
+    rollouts = Sure().sample([Job(PROMPTS[0], (0, 1))], "student", 3)
+    with store.appending(0, rollouts, {rollouts[0].trace.key}):
+        pass
+    assert [trace.key for trace in store.from_set(0)[0]] == [rollouts[1].trace.key]
+    with pytest.raises(ZeroDivisionError), store.appending(1, rollouts, ()):
+        raise ZeroDivisionError
+    assert len(store.likeliest(1, [each.trace for each in rollouts])) == 2, "the block's error does not cut it short"
+    monkeypatch.setattr(store, "append", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"), store.appending(2, rollouts, ()):
+        pass
+    store.close()
+
+
 # ---- traces of the teacher's beside the student's rows
 
 

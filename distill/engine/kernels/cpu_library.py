@@ -30,6 +30,7 @@ _OPS = (
     "paged_write",
     "rms_norm",
     "draw",
+    "likeliest",
     "decode_layer",
     "decode_dense_layer",
     "train_norm",

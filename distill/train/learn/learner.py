@@ -37,14 +37,15 @@ class Learner(nn.Module):
         """The sums of the objective's loss parts, float32 [parts]."""
         device = batch.input_ids_t.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            rows = Rows(batch.lengths, device, batch.prefixes, batch.positions_s)
             tied, given = self._inputs(batch.input_ids_t)
             hidden_td = self.model.get_decoder()(
                 **given,
                 position_ids=batch.position_ids_t[None],
-                rows=Rows(batch.lengths, device, batch.prefixes),
+                rows=rows,
                 use_cache=False,
             ).last_hidden_state[0]
-            hidden_sd = hidden_td.index_select(0, batch.positions_s)
+            hidden_sd = hidden_td if rows.narrowed else hidden_td.index_select(0, batch.positions_s)
             head = self.model.get_output_embeddings()
             criterion = self.objective.criterion(batch.targets_s, batch.teacher, batch.sampled)
             return linear_loss(hidden_sd, head.weight, head.bias, criterion, tied).clone()

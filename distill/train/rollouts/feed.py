@@ -13,8 +13,8 @@ With `student_share` below 1 some rows of a step are traces of the teacher's, in
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import NamedTuple, cast
@@ -209,9 +209,13 @@ class RolloutFeed(Feed):
         seconds: dict[str, float] = {}
         jobs = self._jobs(number)
         mine = jobs[self.world.rank :: self.world.size]
-        rollouts = self._sampled(number, jobs, mine, seconds)
+        rollouts, stored = self._sampled(number, jobs, mine, seconds)
         ours = {job.prompt.id for job in mine}
-        with timed(seconds, "seconds_scoring"):
+        storing = self.world.main and stored is not None
+        with (
+            self.store.appending(number, rollouts, stored or ()) if storing else nullcontext(),
+            timed(seconds, "seconds_scoring"),
+        ):
             judged = self.world.gathered(self._judge([each for each in rollouts if each.trace.prompt.id in ours]))
             judged = self._with_judge(judged)
         by_key = {each.rollout.key: each for each in judged}
@@ -223,24 +227,22 @@ class RolloutFeed(Feed):
 
     def _sampled(
         self, number: int, jobs: Sequence[Job], mine: Sequence[Job], seconds: dict[str, float]
-    ) -> list[Rollout]:
-        """The rollouts of a set in the order of its jobs: from the disk, or sampled now and stored."""
+    ) -> tuple[list[Rollout], Set[Key] | None]:
+        """The rollouts of a set in the order of its jobs: from the disk, or sampled now. And the keys of those that are
+        on the disk, of which a kill may leave a part; None where all are."""
         if self._stored is None:
             self._stored, self._rewards = self.store.from_set(number), self.store.rewards_from(number)
             self.world.wait()  # every rank has read them before the first appends
         keys = [(job.prompt.id, sample) for job in jobs for sample in job.samples]
         stored = {trace.key: trace for trace in self._stored.pop(number, ())}
         if all(key in stored for key in keys):
-            return self._resumed(number, [stored[key] for key in keys])
+            return self._resumed(number, [stored[key] for key in keys]), None
         with timed(seconds, "seconds_sync"):
             self.student.update()
         with timed(seconds, "seconds_rollouts"):
             sampled = self.student.sample(mine, f"student, set {number}", self._top_k)
             by_key = {each.trace.key: each for each in self.world.gathered(sampled)}
-        rollouts = [by_key[key] for key in keys]
-        if self.world.main:
-            self.store.append(number, rollouts, stored)  # a kill may leave a part
-        return rollouts
+        return [by_key[key] for key in keys], stored.keys()
 
     @property
     def _top_k(self) -> int | None:

@@ -18,6 +18,7 @@ struct Kernels {
     void (*paged_write)(const WriteArgs&);
     void (*rms_norm)(const NormArgs&);
     void (*draw)(const DrawArgs&);
+    void (*likeliest)(const LikeliestArgs&);
     void (*decode_layer)(const LayerArgs&, const StepArgs&, uint8_t* pool);
     void (*decode_dense_layer)(const DenseLayerArgs&, const StepArgs&, uint8_t* k_pool, uint8_t* v_pool);
     void (*train_norm)(const TrainNormArgs&);
