@@ -82,6 +82,12 @@ def reset_peak() -> int:
     return peak_memory()
 
 
+def has_amx() -> bool:
+    """Whether the processor has AMX for bfloat16."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and re.search(r"^flags\s*:.*\bamx_bf16\b", cpuinfo.read_text(), re.MULTILINE) is not None
+
+
 def measure_ours(directory: Path, threads: int, new: int = NEW) -> Figures:
     """Our engine on a model directory."""
     from distill.engine import Engine, EngineOptions, Request, SamplingParams
@@ -133,8 +139,8 @@ def _all_decode(engine: "Engine", count: int) -> bool:
     return len(running) == count and all(sequence.sample is not None for sequence in running)
 
 
-def measure_llama(file: Path, vocabulary: int, threads: int, new: int = NEW) -> Figures:
-    """llama.cpp on a GGUF file."""
+def measure_llama(file: Path, vocabulary: int, threads: int, new: int = NEW, amx_buffers: bool = True) -> Figures:
+    """llama.cpp on a GGUF file. amx_buffers: with its own buffers for AMX, where the processor has that."""
     import llama_cpp as ll
 
     figures = {"reading the files, s": seconds_to_read([file])}
@@ -143,7 +149,9 @@ def measure_llama(file: Path, vocabulary: int, threads: int, new: int = NEW) -> 
     ll.llama_log_set(silent, None)
     ll.llama_backend_init()
     begun = time.perf_counter()
-    model = ll.llama_model_load_from_file(str(file).encode(), ll.llama_model_default_params())
+    options = ll.llama_model_default_params()
+    options.use_extra_bufts = amx_buffers
+    model = ll.llama_model_load_from_file(str(file).encode(), options)
     assert model, f"llama.cpp cannot load {file}"
     params = ll.llama_context_default_params()
     params.n_ctx = max(BATCHES) * 272
