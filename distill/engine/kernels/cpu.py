@@ -28,6 +28,7 @@ from distill.engine.kernels.cpu_attention import paged_write as paged_write
 from distill.engine.kernels.cpu_attention import prefill_gqa as prefill_gqa
 from distill.engine.kernels.cpu_attention import prefill_mla as prefill_mla
 from distill.engine.kernels.cpu_layer import decode_plan as decode_plan
+from distill.engine.kernels.cpu_library import amx_missing as amx_missing
 from distill.engine.kernels.cpu_library import call, library, threads
 from distill.engine.kernels.cpu_library import instruction_set as instruction_set
 from distill.engine.kernels.cpu_library import instruction_sets as instruction_sets

@@ -25,5 +25,10 @@ struct Kernels {
     void (*train_gate)(const TrainGateArgs&);
     void (*train_rope)(const TrainRopeArgs&);
     void (*train_softmax)(const TrainSoftmaxArgs&);
+    // Of variants with tiles, else null: what a thread does when its part of a job is done; one instruction alone; whether
+    // few rows are multiplied by vectors.
+    void (*leave)() = nullptr;
+    void (*probe)(float* sums, const uint16_t* rows, const uint16_t* columns) = nullptr;
+    bool* use_vectors = nullptr;
 };
 } // namespace

@@ -21,6 +21,7 @@ class Pool {
         threads = std::min(threads, tasks);
         if (threads <= 1) {
             for (int task = 0; task < tasks; task++) body(task);
+            if (leave) leave();
             return;
         }
         while (int(workers_.size()) < threads - 1) {
@@ -40,6 +41,9 @@ class Pool {
         while (inside_.load()) pause();
     }
 
+    // What each thread does when it has no task left of a job; null: nothing.
+    void (*leave)() = nullptr;
+
     // A forked child has none of its parent's threads.
     void forget() {
         new (&workers_) std::vector<std::thread>();
@@ -55,6 +59,7 @@ class Pool {
     }
     void take() {
         for (int task; (task = next_.fetch_add(1)) < tasks_;) body_(context_, task);
+        if (leave) leave();
     }
     void work(int index) {
         unsigned seen = 0;
