@@ -34,11 +34,19 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+
+class KimiK2Config(DeepseekV3Config):
+    """transformers has no class for it: the published directory has code of its own, which is DeepSeek-V3's."""
+
+    model_type = "kimi_k2"
+
+
 FAMILIES = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
     "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
+    "kimi_k2": (KimiK2Config, DeepseekV3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -125,6 +133,12 @@ GLM = {
     **{"index_n_heads": 16, "index_head_dim": 32, "index_topk": 24},
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
 }
+KIMI_K2 = {
+    **V3,
+    **{"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0, "rope_theta": 50000.0},
+    "routed_scaling_factor": 2.827,
+    "rope_scaling": {**YARN, "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "v3": V3,
     "v3-yarn": V3_YARN,
@@ -159,6 +173,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 1e4},
         "tie_word_embeddings": True,
     },
+    "kimi-k2": KIMI_K2,
     "llama-gqa": LLAMA,
     "llama-mha-tied": {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True},
     "llama-mqa-biases": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},

@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 from engine_checks import engine_logits, relative_error
-from random_models import GLM, SMOLLM3, build, write
+from random_models import GLM, SMOLLM3, build
 from safetensors.torch import load_file
+from test_engine_published import write_shards
 from transformers import AutoModelForCausalLM
 
 from distill import catalog
@@ -124,7 +125,7 @@ def publish(path: Path, kind: str) -> Path:
     tensors = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()
     kept = "e_score_correction_bias"
-    write(path, {name: t if name.endswith(kept) else t.bfloat16() for name, t in tensors.items()}, shards=3)
+    write_shards(path, {name: t if name.endswith(kept) else t.bfloat16() for name, t in tensors.items()})
     (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copy(ROOT / "teachers" / "tiny-r1" / name, path)
@@ -144,7 +145,7 @@ def test_a_published_directory_loads_as_it_is(kind: Any, tmp_path: Path) -> None
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     card = str(card_of(path, kind, PUBLISHED[kind][1]["model_type"], tmp_path / "card.yaml"))
     assert catalog.resolve_weights(kind, card) == path
-    backend = LocalBackend.load(Model("m", path), LocalEngine(dtype="float32", max_context=256))
+    backend = LocalBackend.load(Model("m", path), LocalEngine(dtype="float32"))
     greedy = SamplingParams(temperature=0, top_p=1, max_new_tokens=12)
     (done,) = backend.complete([Job(Prompt.from_question("What is 12 + 30?", "42"), (0,))], greedy, seed=0)
 

@@ -35,6 +35,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "deepseek_v3",
             "deepseek_v32",
             "glm_moe_dsa",
+            "kimi_k2",
             "llama",
             "qwen2",
             "qwen3",
