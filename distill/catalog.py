@@ -178,15 +178,11 @@ def _check_weights(kind: Literal["teacher", "student"], name_or_path: str) -> li
 
 
 def _refuse_another_model(card: TeacherCard | StudentCard, card_file: Path, directory: Path) -> None:
-    """Errors: UserError for a card that says something else of a model than its config.json.
-
-    Training, planning and the catalog go by the card's family, the engine by `model_type`. A teacher of a type that the
-    engine does not know may be launched as a server; the engine refuses it by name.
-    """
+    """Errors: UserError for a card that says something else of a model than its config.json."""
     config = model_files.read_object(directory / "config.json")
     claims: dict[str, tuple[object, object]] = {}
-    model_type = config.get("model_type")
-    if isinstance(card, StudentCard) or model_type in FAMILIES:
+    # A teacher of a type that the engine does not know may be launched as a server; the engine refuses it by name.
+    if (model_type := config.get("model_type")) in FAMILIES or isinstance(card, StudentCard):
         claims["family"] = (card.family, model_type)
     if isinstance(card, StudentCard) and card.architecture is not None:
         for key, value in card.architecture.model_dump(exclude_none=True, exclude_unset=True).items():
@@ -362,8 +358,7 @@ def training_template(recipe: Recipe) -> str | None:
 def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> Path:
     """The local directory with a card's config.json and safetensors; a hub id is downloaded first.
 
-    Errors: UserError naming the file that is missing, or of a kind that is not read (`distill.model_files`), and for a
-    card of another model.
+    Errors: UserError naming the file that is missing or not read, and for a card of another model.
     """
     card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
     card_file = _card_file(kind, name_or_path)
