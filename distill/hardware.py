@@ -7,9 +7,11 @@ fewer than those of the machine. The two measurements are the limits that perf/ 
 import ctypes
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,16 @@ def this_machine() -> Machine:
     """Describe the machine that this process runs on."""
     total, available = memory()
     return Machine(processor(), cores(), total, available, shutil.disk_usage(Path.cwd()).free, gpus())
+
+
+def description() -> str:
+    """Processor, cores that this process may use, and NVIDIA GPUs that it sees, in one line. Does not import torch."""
+    listed = _listed_gpus() or []
+    seen = Counter(listed[: _allowed(listed)])
+    usable, threads = cores(), os.environ.get("OMP_NUM_THREADS", "")
+    used = f"{threads} of {usable}" if threads.isdigit() and int(threads) < usable else f"{usable}"
+    gpus = [f"{number} × {name}" for name, number in seen.items()]
+    return ", ".join([processor(), f"{used} {'core' if usable == 1 else 'cores'}", *gpus])
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -93,22 +105,28 @@ def gpu_count() -> int:
     if seen := torch.cuda.device_count():
         return seen
     listed = _listed_gpus()
+    allowed = _allowed(listed)
+    return len(listed or ()) if allowed is None else allowed
+
+
+def _allowed(listed: list[str] | None) -> int | None:
+    """Number of GPUs that CUDA_VISIBLE_DEVICES allows; None where it is not set."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return listed or 0
+        return None
     devices = [device.strip() for device in visible.split(",")]
     hidden = (number for number, device in enumerate(devices) if device in ("", "-1"))
     allowed = next(hidden, len(devices))  # CUDA ignores what follows an invalid device
-    return allowed if listed is None else min(allowed, listed)
+    return allowed if listed is None else min(allowed, len(listed))
 
 
-def _listed_gpus() -> int | None:
-    """Number of GPUs that `nvidia-smi` lists; None where it cannot be run."""
+def _listed_gpus() -> list[str] | None:
+    """Names of the GPUs that `nvidia-smi` lists; None where it cannot be run."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+    return re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", done.stdout, re.MULTILINE)
 
 
 def memory_bandwidth(size: int = 1 << 30, device: str = "cpu", clock: Clock = time.perf_counter) -> float:
@@ -146,6 +164,14 @@ def give_memory_back(mapped: int, kept: int = 512 << 20) -> None:
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, mapped)
         library.mallopt(M_TRIM_THRESHOLD, kept)
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+
+
+def trim_heap() -> None:
+    """Have the C library give the freed blocks that it has kept back to the system."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # another C library
         return
 

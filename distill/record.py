@@ -51,7 +51,7 @@ class Identity(Artefact):
 class StageRecord(Artefact):
     """`stages/NAME.json`. seconds: worked, pauses left out. resumed: when the last session began, None once finished.
     files: the products, by path relative to the run directory. repairing: damaged products are being
-    recreated."""
+    recreated. machines: where its sessions worked, in order, each once (`hardware.description`)."""
 
     settings: Settings
     extent: Settings
@@ -62,6 +62,7 @@ class StageRecord(Artefact):
     summary: dict[str, JsonValue] | None
     files: dict[str, FileRecord]
     repairing: bool = False
+    machines: tuple[str, ...] = ()
 
 
 def read_identity(directory: Path) -> Identity | None:

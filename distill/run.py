@@ -33,6 +33,7 @@ from distill.artefacts import Artefact, RunPaths, Settings
 from distill.console import say
 from distill.durable import aside, sync_directory, write_whole
 from distill.errors import UserError
+from distill.hardware import description
 from distill.integrity import record_files
 from distill.models import Models
 from distill.prompts import Prompt, PromptCounts, load_prompts
@@ -205,6 +206,7 @@ class Run:
             summary=None,
             files={},
             repairing=record is not None and record.repairing,
+            machines=tuple(dict.fromkeys((*(record.machines if record else ()), description()))),
         )
         with self._usable():
             self._write_identity()

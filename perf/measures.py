@@ -76,6 +76,12 @@ def reset_peak() -> int:
     return peak_memory()
 
 
+def has_amx() -> bool:
+    """Whether the processor has AMX for bfloat16."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and re.search(r"^flags\s*:.*\bamx_bf16\b", cpuinfo.read_text(), re.MULTILINE) is not None
+
+
 def measure_ours(directory: Path, threads: int, new: int = NEW, clock: Clock = time.perf_counter) -> Figures:
     """Our engine on a model directory."""
     from distill.engine import Engine, EngineOptions, Request, SamplingParams
@@ -130,9 +136,14 @@ def _all_decode(engine: "Engine", count: int) -> bool:
 
 
 def measure_llama(
-    file: Path, vocabulary: int, threads: int, new: int = NEW, clock: Clock = time.perf_counter
+    file: Path,
+    vocabulary: int,
+    threads: int,
+    new: int = NEW,
+    clock: Clock = time.perf_counter,
+    amx_buffers: bool = True,
 ) -> Figures:
-    """llama.cpp on a GGUF file."""
+    """llama.cpp on a GGUF file. amx_buffers: with its own buffers for AMX, where the processor has that."""
     import llama_cpp as ll
 
     figures = {"reading the files, s": seconds_to_read([file])}
@@ -141,7 +152,9 @@ def measure_llama(
     ll.llama_log_set(silent, None)
     ll.llama_backend_init()
     begun = clock()
-    model = ll.llama_model_load_from_file(str(file).encode(), ll.llama_model_default_params())
+    options = ll.llama_model_default_params()
+    options.use_extra_bufts = amx_buffers
+    model = ll.llama_model_load_from_file(str(file).encode(), options)
     assert model, f"llama.cpp cannot load {file}"
     params = ll.llama_context_default_params()
     params.n_ctx = max(BATCHES) * 272

@@ -117,6 +117,13 @@ class LocalBackend:
         except ValueError as error:
             raise UserError(str(error)) from error
 
+    def release(self) -> None:
+        """See `TrainedBackend`."""
+        from distill.engine import Engine
+
+        assert isinstance(self.engine, Engine), "a student is sampled by one engine per process"
+        self.engine.release()
+
     @property
     def identity(self) -> Mapping[str, JsonValue]:
         """Weights, template and mode."""
@@ -236,7 +243,9 @@ class LocalBackend:
         from distill.engine import Engine
 
         assert isinstance(self.engine, Engine), "several engines sample, one scores"
-        prompts = [self.chat.prompt_ids_of(trace.prompt.messages, trace.text) for trace in traces]
+        prompts = [
+            *self.chat.prompts_ids_of((trace.prompt.messages for trace in traces), [trace.text for trace in traces])
+        ]
         completions = [completion_ids(trace, self.chat, self.engine.spec.vocab_size) for trace in traces]
         sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
         if ids is not None:

@@ -61,7 +61,8 @@ Counts = tuple[int, int]  # (right, all) samples of one problem
 @dataclass(frozen=True)
 class StageTime:
     """One stage that was begun. seconds: worked, where they are known. tokens: generated or learnt; None where the
-    stage has none, or they were not counted. cost: in the currency of the price; None without a price."""
+    stage has none, or they were not counted. cost: in the currency of the price; None without a price. machines: where
+    it worked; empty where they were not recorded."""
 
     name: str
     begun: str
@@ -69,6 +70,7 @@ class StageTime:
     seconds: float | None
     tokens: int | None
     cost: float | None
+    machines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,11 @@ class Contents:
     def worked(self) -> float:
         """Seconds of all stages that are finished."""
         return sum(stage.seconds or 0 for stage in self.stages)
+
+    @property
+    def machines(self) -> list[str]:
+        """Where the stages worked, in order, each once."""
+        return list(dict.fromkeys(machine for stage in self.stages for machine in stage.machines))
 
     @property
     def rollouts_shown(self) -> list[Shown]:
@@ -197,7 +204,8 @@ def _stage_time(name: str, record: StageRecord, summary: Artefact | None, price:
     begun = datetime.fromisoformat(record.begun).astimezone(UTC)
     seconds = record.seconds if record.finished else None
     cost = None if seconds is None or price is None else seconds / 3600 * price
-    return StageTime(name, f"{begun:%Y-%m-%d %H:%M} UTC", record.finished is not None, seconds, _tokens(summary), cost)
+    done = record.finished is not None
+    return StageTime(name, f"{begun:%Y-%m-%d %H:%M} UTC", done, seconds, _tokens(summary), cost, record.machines)
 
 
 def _compared(

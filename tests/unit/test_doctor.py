@@ -51,6 +51,24 @@ def test_cores_under_a_quota(cgroup, monkeypatch):
     assert hardware.cores(cgroup(cpu_max="") / "nothing here") == 12
 
 
+def test_a_machine_in_one_line(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf 'GPU 0: NVIDIA H100 (UUID: x)\\n  MIG 1g\\nGPU 1: NVIDIA H100 (UUID: y)\\n'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.setattr(hardware, "processor", lambda: "Some CPU")
+    monkeypatch.setattr(hardware, "cores", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert hardware.description() == "Some CPU, 8 cores, 2 × NVIDIA H100"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert hardware.description() == "Some CPU, 2 of 8 cores, 1 × NVIDIA H100"
+    smi.unlink()
+    monkeypatch.setattr(hardware, "cores", lambda: 1)
+    assert hardware.description() == "Some CPU, 1 core"
+
+
 def test_memory_under_a_limit(cgroup, tmp_path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:  67108864 kB\nMemFree:  1 kB\nMemAvailable:  33554432 kB\n")

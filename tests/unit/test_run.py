@@ -151,6 +151,14 @@ def test_seconds_count_sessions_and_not_the_pauses_between_them(tmp_path: Path) 
 # Fresh
 
 
+def test_each_machine_that_worked_on_a_stage_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine in ("first", "first", "second"):
+        monkeypatch.setattr("distill.run.description", lambda machine=machine: machine)
+        with Run(tmp_path, recipe()) as run:
+            begin(run, GENERATE)
+    assert json.loads((tmp_path / "stages" / "generate.json").read_text())["machines"] == ["first", "second"]
+
+
 def test_fresh_moves_the_stages_aside(done: Path) -> None:
     before = content(done)
     with Run(done, recipe(train={"learning_rate": 1e-3})) as run:

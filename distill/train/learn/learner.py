@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from distill.objectives import BaseObjective
 from distill.train.learn.attention import Rows
 from distill.train.learn.loss import linear_loss
+from distill.train.learn.tied import HeadGradient, embed, tied_embedding
 from distill.train.rows.batches import Batch
 
 
@@ -36,13 +37,23 @@ class Learner(nn.Module):
         """The sums of the objective's loss parts, float32 [parts]."""
         device = batch.input_ids_t.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            rows = Rows(batch.lengths, device, batch.prefixes, batch.positions_s)
+            tied, given = self._inputs(batch.input_ids_t)
             hidden_td = self.model.get_decoder()(
-                input_ids=batch.input_ids_t[None],
+                **given,
                 position_ids=batch.position_ids_t[None],
-                rows=Rows(batch.lengths, device, batch.prefixes),
+                rows=rows,
                 use_cache=False,
             ).last_hidden_state[0]
-            hidden_sd = hidden_td.index_select(0, batch.positions_s)
+            hidden_sd = hidden_td if rows.narrowed else hidden_td.index_select(0, batch.positions_s)
             head = self.model.get_output_embeddings()
             criterion = self.objective.criterion(batch.targets_s, batch.teacher, batch.sampled)
-            return linear_loss(hidden_sd, head.weight, head.bias, criterion).clone()
+            return linear_loss(hidden_sd, head.weight, head.bias, criterion, tied).clone()
+
+    def _inputs(self, ids_t: Tensor) -> tuple[HeadGradient | None, dict[str, Tensor]]:
+        """What the decoder is called with, and where the gradient of a head that is the embedding as well waits."""
+        embedding = tied_embedding(self.model)
+        if embedding is None or not torch.is_grad_enabled():
+            return None, {"input_ids": ids_t[None]}
+        tied = HeadGradient()
+        return tied, {"inputs_embeds": embed(embedding, ids_t, tied)[None]}

@@ -1,6 +1,7 @@
 // Products: rows of activations times a packed matrix, a panel of 64 outputs at a time.
-// Part of isa.h, within the namespace of one instruction set.
+// Part of isa.h, within the namespace of one instruction set; variants that multiply otherwise (TILES) take `linears`.
 
+#ifndef TILES
 // Where a tile finds its panel: in memory, fetched a block ahead and `after` next; there, and its codes are written to
 // `kept` as bfloat16 for the tiles that follow; or in the cache.
 enum Where { MEMORY, KEEPING, CACHE };
@@ -221,6 +222,8 @@ struct BothForms {
     const Activations& of(const Packed& w) const { return w.kind == F32 ? wide : parted; }
 };
 
+#endif // TILES
+
 // Products with several matrices that read the same rows, as one job.
 void linears(const LinearArgs* args, int count) {
     const LinearArgs& first_of = args[0];
@@ -259,6 +262,7 @@ void linears(const LinearArgs* args, int count) {
 }
 void linear(const LinearArgs& args) { linears(&args, 1); }
 
+#ifndef TILES
 // Elements of a and b by number: those of b come after a's.
 template <class T, class N> INLINE T shuffled(T a, T b, N number) {
 #if defined(__clang__)
@@ -331,3 +335,4 @@ INLINE void turn_rows(const uint8_t* const* rows, int sets, int bytes, uint8_t* 
             for (int unit = 0; unit < ceil_div(bytes - at, 4); unit++) std::memcpy(to + unit * 256, &word[unit], 64);
         }
 }
+#endif // TILES
