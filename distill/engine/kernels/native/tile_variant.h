@@ -14,29 +14,11 @@ using namespace BASE;
 
 #define STRINGIFY(x) #x
 #define NAME(x) STRINGIFY(x)
-const Kernels table = {NAME(ISA),
-                       BASE::pack_words,
-                       linear,
-                       swiglu_linear,
-                       experts,
-                       BASE::decode,
-                       BASE::prefill,
-                       BASE::index_scores,
-                       BASE::route,
-                       BASE::rope,
-                       BASE::paged_write,
-                       BASE::rms_norm,
-                       BASE::draw,
-                       BASE::likeliest,
-                       decode_layer,
-                       decode_dense_layer,
-                       BASE::train_norm,
-                       BASE::train_gate,
-                       BASE::train_rope,
-                       BASE::train_softmax,
-                       tile_release,
-                       tile_probe,
-                       &use_vectors};
+const Kernels table = {
+    NAME(ISA),        BASE::pack_words,    linear,       swiglu_linear,      experts,           BASE::decode,
+    BASE::prefill,    BASE::index_scores,  BASE::route,  BASE::rope,         BASE::paged_write, BASE::rms_norm,
+    BASE::draw,       BASE::likeliest,     decode_layer, decode_dense_layer, BASE::train_norm,  BASE::train_gate,
+    BASE::train_rope, BASE::train_softmax, tile_release, tile_probe,         &use_vectors};
 #undef INLINE
 #undef NAME
 #undef STRINGIFY
