@@ -174,9 +174,20 @@ def _check_weights(kind: Literal["teacher", "student"], name_or_path: str) -> li
         return []
     resolve_weights(kind, name_or_path)
     config = model_files.read_object(directory / "config.json")
+    return [f"{card.name}: {note}" for note in _doubts(card, directory, config)]
+
+
+def _refuse_another_model(card: TeacherCard | StudentCard, card_file: Path, directory: Path) -> None:
+    """Errors: UserError for a card that says something else of a model than its config.json.
+
+    Training, planning and the catalog go by the card's family, the engine by `model_type`. A teacher of a type that the
+    engine does not know may be launched as a server; the engine refuses it by name.
+    """
+    config = model_files.read_object(directory / "config.json")
     claims: dict[str, tuple[object, object]] = {}
-    if (kind_of_model := config.get("model_type")) in FAMILIES:  # the engine names one that it does not know
-        claims["family"] = (card.family, kind_of_model)
+    model_type = config.get("model_type")
+    if isinstance(card, StudentCard) or model_type in FAMILIES:
+        claims["family"] = (card.family, model_type)
     if isinstance(card, StudentCard) and card.architecture is not None:
         for key, value in card.architecture.model_dump(exclude_none=True, exclude_unset=True).items():
             claims[f"architecture.{key}"] = (value, config.get(key, value))
@@ -186,7 +197,6 @@ def _check_weights(kind: Literal["teacher", "student"], name_or_path: str) -> li
             f"{card_file} contradicts {directory / 'config.json'}: {'; '.join(wrong)}; correct the card, or point "
             f"`weights` at the model that it describes"
         )
-    return [f"{card.name}: {note}" for note in _doubts(card, directory, config)]
 
 
 def _doubts(card: TeacherCard | StudentCard, directory: Path, config: Mapping[str, object]) -> list[str]:
@@ -352,7 +362,8 @@ def training_template(recipe: Recipe) -> str | None:
 def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> Path:
     """The local directory with a card's config.json and safetensors; a hub id is downloaded first.
 
-    Errors: UserError naming the file that is missing, or of a kind that is not read (`distill.model_files`).
+    Errors: UserError naming the file that is missing, or of a kind that is not read (`distill.model_files`), and for a
+    card of another model.
     """
     card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
     card_file = _card_file(kind, name_or_path)
@@ -363,6 +374,7 @@ def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> P
         directory = _download(card.weights, card.revision, kind, name_or_path)
     if problem := model_files.first_problem(directory):
         raise UserError(f"{problem}: the weights of {kind} {card.name} ({card_file}) are not complete")
+    _refuse_another_model(card, card_file, directory)
     return directory
 
 

@@ -23,7 +23,10 @@ from distill.limits import TEMPLATE_BYTES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
+# Ids and their bytes, and nothing else. transformers would read it with the split of another model (with tiktoken
+# installed), and encode some texts to other ids than the model was trained on, silently.
+TIKTOKEN = "tiktoken.model"
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", TIKTOKEN)
 TEMPLATES = {  # built-in training template → the tokens that it needs
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -41,6 +44,11 @@ def load_tokenizer(model_dir: Path) -> "PreTrainedTokenizerBase":
     vocabulary = next((model_dir / name for name in VOCABULARIES if (model_dir / name).is_file()), None)
     if vocabulary is None:  # transformers would make an empty tokenizer
         raise UserError(f"no usable tokenizer in {model_dir}: {VOCABULARIES[0]} is missing; download it again")
+    if vocabulary.name == TIKTOKEN:
+        raise UserError(
+            f"no usable tokenizer in {model_dir}: {TIKTOKEN} does not say how text is split before it is encoded, and "
+            f"the code beside it, which does, is not run; put the tokenizer.json of a converted copy beside it"
+        )
     with vocabulary.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(f"{vocabulary} is a Git LFS pointer, not the file: run `git lfs pull` in {model_dir}")

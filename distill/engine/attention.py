@@ -32,7 +32,7 @@ from distill.engine import indexer
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
 from distill.engine.spec import LATENT_NORM_EPS, Indexer, ModelSpec, Rope
-from distill.engine.weights import GqaWeights, Linear, MlaWeights
+from distill.engine.weights import GqaWeights, IndexerWeights, Linear, MlaWeights
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,19 @@ class Wanted:
 
     row_r: Tensor
     batch: Batch
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The tokens that sparse attention keeps for the rows of a batch: their places in a pool, [t, k], and whether
+    a row's places are undefined, [t]. Rows that attend to their whole context need no places: theirs are zeros."""
+
+    place_tk: Tensor
+    undefined_t: Tensor
+
+    def of(self, row_r: Tensor) -> Chosen:
+        """Those of some rows."""
+        return Chosen(self.place_tk.index_select(0, row_r), self.undefined_t.index_select(0, row_r))
 
 
 def build_batch(
@@ -225,7 +238,8 @@ def gqa(
     v_tkd = _linear(ops, x_tc, w.v).unflatten(-1, (spec.num_kv_heads, spec.head_dim))
     if w.k_norm is not None:
         k_tkd = ops.rms_norm(k_tkd.flatten(0, 1), w.k_norm, spec.norm_eps).view_as(k_tkd)
-    ops.rope(k_tkd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
+    if w.rotated:
+        ops.rope(k_tkd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
     cache.write(layer, batch.page_t, batch.offset_t, k_tkd, v_tkd)
     if not len(onto_rc):
         return onto_rc
@@ -234,7 +248,8 @@ def gqa(
     q_thd = _linear(ops, x_rc, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
     if w.q_norm is not None:
         q_thd = ops.rms_norm(q_thd.flatten(0, 1), w.q_norm, spec.norm_eps).view_as(q_thd)
-    ops.rope(q_thd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
+    if w.rotated:
+        ops.rope(q_thd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
     parts = []
     for rows in batch.segments:
         q = q_thd[rows.start : rows.end]
@@ -256,10 +271,12 @@ def mla(
     cache: PagedCache,
     onto_rc: Tensor,
     wanted: Wanted | None = None,
-) -> Tensor:
+    chosen: Chosen | None = None,
+) -> tuple[Tensor, Chosen | None]:
     """Multi-head latent attention of one layer, added to `onto`, in place; writes the cache.
 
-    wanted: the rows of `onto`, if they are not all.
+    wanted: the rows of `onto`, if they are not all. chosen: by the last layer with an indexer. Returns the sum, and the
+    choice for the next layers; None where all rows attend to their whole context.
     """
     dims = spec.mla
     assert dims is not None
@@ -275,7 +292,7 @@ def mla(
     if w.indexer is not None:
         ops.paged_write(key_pool[0], *where, indexer.keys(spec, ops, w.indexer, x_tc, *angles))
     if not len(onto_rc):
-        return onto_rc
+        return onto_rc, None
 
     batch, x_rc = _narrowed(batch, x_tc, wanted)
     if wanted is not None:
@@ -285,6 +302,11 @@ def mla(
     q_thd = q_tn.unflatten(-1, (spec.num_heads, spec.head_dim))
     qn_thn, qr_thr = q_thd.split((dims.nope_dim, dims.rope_dim), dim=-1)
     ops.rope(qr_thr, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
+
+    if w.indexer is not None:
+        chosen = _choose(spec, ops, w.indexer, to_q, x_rc, batch, key_pool[0])
+    elif chosen is not None and wanted is not None:
+        chosen = chosen.of(wanted.row_r)
 
     def absorbed(rows: DecodeRows | SparseRows) -> Tensor:
         return ops.per_head(qn_thn[rows.start : rows.end], w.absorb_q, qr_thr[rows.start : rows.end])
@@ -300,39 +322,44 @@ def mla(
             )
             part = ops.per_head(part, w.expand_v)
         else:
-            part = _sparse(spec, ops, w, rows, absorbed(rows), to_q, x_rc, batch, cache.pools[layer])
+            assert chosen is not None
+            part = _sparse(spec, ops, rows, absorbed(rows), chosen, pool)
             part = ops.per_head(part, w.expand_v)
         parts.append(part)
-    return ops.linear(_joined(parts).flatten(1), w.o.weight, w.o.bias, onto_rc)
+    return ops.linear(_joined(parts).flatten(1), w.o.weight, w.o.bias, onto_rc), chosen
 
 
-def _sparse(
-    spec: ModelSpec,
-    ops: Ops,
-    w: MlaWeights,
-    rows: SparseRows,
-    q_bhd: Tensor,
-    latent_tq: Tensor,
-    x_tc: Tensor,
-    batch: Batch,
-    pools: tuple[Tensor, ...],
-) -> Tensor:
-    """Absorbed attention to the tokens that the indexer keeps → [b, h, latent]."""
-    assert spec.mla is not None and spec.indexer is not None and w.indexer is not None
-    these, (pool, key_pool), top_k = slice(rows.start, rows.end), pools, spec.indexer.top_k
-    index_q_bhd, weight_bh = indexer.queries(
-        spec, ops, w.indexer, latent_tq[these], x_tc[these], batch.cos_tr[these], batch.sin_tr[these]
-    )
-    parts, undefined = [], []
-    for chunk in rows.chunks:
-        own = slice(chunk.start - rows.start, chunk.end - rows.start)
-        places, undefined_t = indexer.select(
-            ops, index_q_bhd[own], weight_bh[own], key_pool, chunk.table_p, chunk.length, top_k
+def _choose(
+    spec: ModelSpec, ops: Ops, w: IndexerWeights, latent_tq: Tensor, x_tc: Tensor, batch: Batch, key_pool: Tensor
+) -> Chosen | None:
+    """The tokens that the indexer keeps for the rows that see more of them; None where no row does."""
+    sparse = [rows for rows in batch.segments if isinstance(rows, SparseRows)]
+    if not sparse:
+        return None
+    assert spec.indexer is not None
+    top_k = spec.indexer.top_k
+    place_tk = torch.zeros(len(x_tc), top_k, dtype=torch.int64, device=x_tc.device)
+    undefined_t = torch.zeros(len(x_tc), dtype=torch.bool, device=x_tc.device)
+    for rows in sparse:
+        these = slice(rows.start, rows.end)
+        q_bhd, weight_bh = indexer.queries(
+            spec, ops, w, latent_tq[these], x_tc[these], batch.cos_tr[these], batch.sin_tr[these]
         )
-        parts.append(places)
-        undefined.append(undefined_t)
-    # Which tokens such a row attends to is not known, so its result must not be a number.
-    q_bhd = q_bhd.masked_fill(torch.cat(undefined)[:, None, None], float("nan"))
-    lengths_b = torch.full((len(q_bhd),), top_k, device=pool.device)
+        for chunk in rows.chunks:
+            own, at = slice(chunk.start - rows.start, chunk.end - rows.start), slice(chunk.start, chunk.end)
+            place_tk[at], undefined_t[at] = indexer.select(
+                ops, q_bhd[own], weight_bh[own], key_pool, chunk.table_p, chunk.length, top_k
+            )
+    return Chosen(place_tk, undefined_t)
+
+
+def _sparse(spec: ModelSpec, ops: Ops, rows: SparseRows, q_bhd: Tensor, chosen: Chosen, pool: Tensor) -> Tensor:
+    """Absorbed attention to the tokens that an indexer keeps → [b, h, latent]."""
+    assert spec.mla is not None
+    these = slice(rows.start, rows.end)
+    # Which tokens an undefined row attends to is not known, so its result must not be a number.
+    q_bhd = q_bhd.masked_fill(chosen.undefined_t[these, None, None], float("nan"))
+    places_bk = chosen.place_tk[these]
+    lengths_b = torch.full((len(q_bhd),), places_bk.shape[1], device=pool.device)
     single = pool.view(-1, 1, 1, pool.shape[-1])  # the same pool, in pages of one token
-    return ops.decode_mla(q_bhd, single, torch.cat(parts), lengths_b, spec.softmax_scale, spec.mla.kv_lora_rank)
+    return ops.decode_mla(q_bhd, single, places_bk, lengths_b, spec.softmax_scale, spec.mla.kv_lora_rank)

@@ -75,20 +75,22 @@ class PageAllocator:
                 self._free.append(page)
 
 
-def pool_forms(spec: ModelSpec, dtype: torch.dtype) -> list[tuple[int, torch.dtype]]:
-    """(width, dtype) of each tensor that a layer caches. dtype uint8: latents as FP8 rows of bytes (kernels/w8a8.py),
-    the index keys beside them in bfloat16. Errors: ValueError for a model whose cache cannot take that form."""
+def pool_forms(spec: ModelSpec, layer: int, dtype: torch.dtype) -> list[tuple[int, torch.dtype]]:
+    """(width, dtype) of each tensor that layer number `layer` caches. dtype uint8: latents as FP8 rows of bytes
+    (kernels/w8a8.py), the index keys beside them in bfloat16. Errors: ValueError for a model whose cache cannot take
+    that form."""
     if dtype != torch.uint8:
-        return [(width, dtype) for width in spec.cache_dims]
+        return [(width, dtype) for width in spec.cache_dims(layer)]
     if spec.mla is None or spec.mla.kv_lora_rank % FP8_BLOCK:
         raise ValueError("kv_cache_dtype is 'fp8'; this model caches no latents of whole blocks of 128: set 'auto'")
     row = fp8_row_bytes(spec.mla.kv_lora_rank, spec.mla.rope_dim)
-    return [(row, torch.uint8), *((width, torch.bfloat16) for width in spec.cache_dims[1:])]
+    return [(row, torch.uint8), *((width, torch.bfloat16) for width in spec.cache_dims(layer)[1:])]
 
 
 def token_bytes(spec: ModelSpec, layers: int, dtype: torch.dtype) -> int:
     """Bytes of one token in a cache of `layers` layers."""
-    return layers * spec.cache_heads * sum(width * form.itemsize for width, form in pool_forms(spec, dtype))
+    forms = (form for layer in range(layers) for form in pool_forms(spec, layer, dtype))
+    return spec.cache_heads * sum(width * form.itemsize for width, form in forms)
 
 
 class PagedCache:
@@ -108,9 +110,9 @@ class PagedCache:
         self.pools: list[tuple[Tensor, ...]] = [
             tuple(
                 _zeros((num_pages, spec.cache_heads, page_size, width), form, device)
-                for width, form in pool_forms(spec, dtype)
+                for width, form in pool_forms(spec, layer, dtype)
             )
-            for _ in range(layers)
+            for layer in range(layers)
         ]
 
     def write(self, layer: int, page_t: Tensor, offset_t: Tensor, *values_tkd: Tensor) -> None:

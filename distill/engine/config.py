@@ -140,6 +140,15 @@ class Config:
             raise self._wrong(key, "must be a list of strings")
         return cast(list[str], value)
 
+    def ints(self, key: str, most: builtins.int) -> list[builtins.int]:
+        """A list of integers from 0 to `most`; an absent one is empty."""
+        value = self.raw.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= most for item in value):
+            raise self._wrong(key, f"must be a list of integers from 0 to {most}")
+        return cast(list[builtins.int], value)
+
     def section(self, key: str) -> Config | None:
         """The object under a key, None where it is absent or empty."""
         value = self.raw.get(key)

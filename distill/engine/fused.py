@@ -88,6 +88,7 @@ def _dense_layer(spec: ModelSpec, w: LayerWeights) -> DenseLayer[Packed] | None:
         heads=spec.num_heads,
         kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
+        rotated=a.rotated,
         interleaved=spec.rope.interleaved,
         eps=spec.norm_eps,
         scale=spec.softmax_scale,

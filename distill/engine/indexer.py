@@ -4,9 +4,13 @@ Separate small heads score every earlier token, I = Σ over heads of w · relu(q
 to. A context of top_k tokens or fewer is attended to whole, and attention is then dense, exactly. Here the chosen rows
 are handed to the absorbed attention as a table of pages of one token each, in the order of their positions.
 
-Unlike in the main path, the rotated dimensions come first and are rotated as halves. (The published code first rotated
-pairs, which shows only past top_k tokens.) It also multiplies q and k by a Hadamard matrix, which is orthogonal and
-leaves q·k as it is, and rounds both to FP8; neither is done here, as in transformers.
+Unlike in the main path, the rotated dimensions come first. V3.2 rotates them as halves (its published code first
+rotated pairs; the difference shows only past top_k tokens), GLM-5 as pairs. V3.2's published code also
+multiplies q and k by a Hadamard matrix, which is orthogonal and leaves q·k as it is, and rounds both to FP8; neither is
+done here, as in transformers.
+
+GLM-5.2 has layers without an indexer, which attend to the tokens that the last layer with one chose. A place in a pool
+is the same in every layer, so such a layer takes the chosen places as they are, and caches no index keys.
 
 Legend: t tokens, h index heads, d their width, r rotated part, l context, k chosen tokens.
 """
@@ -31,7 +35,8 @@ def keys(spec: ModelSpec, ops: Ops, w: IndexerWeights, x_tc: Tensor, cos_tr: Ten
     """The index key of each token, shared by all heads: [t, 1, d], to be cached."""
     key_td = ops.linear(x_tc, w.k.weight)
     key_td = F.layer_norm(key_td, key_td.shape[-1:], w.k_norm, w.k_norm_bias, _KEY_NORM_EPS)
-    ops.rope(key_td[:, None, : spec.rope.dim], cos_tr, sin_tr, interleaved=False)
+    assert spec.indexer is not None
+    ops.rope(key_td[:, None, : spec.rope.dim], cos_tr, sin_tr, spec.indexer.interleaved)
     return key_td[:, None]
 
 
@@ -43,7 +48,7 @@ def queries(
     heads, width = spec.indexer.heads, spec.indexer.head_dim
     q_thd = ops.linear(latent_tq, w.q.weight).unflatten(-1, (heads, width))
     weight_th = ops.linear(x_tc, w.head_weights.weight).float() * (heads * width) ** -0.5
-    ops.rope(q_thd[..., : spec.rope.dim], cos_tr, sin_tr, interleaved=False)
+    ops.rope(q_thd[..., : spec.rope.dim], cos_tr, sin_tr, spec.indexer.interleaved)
     return q_thd, weight_th
 
 

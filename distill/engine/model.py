@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distill.engine import attention, moe
-from distill.engine.attention import Batch, DecodeRows, Wanted
+from distill.engine.attention import Batch, Chosen, DecodeRows, Wanted
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
 from distill.engine.kernels.ops import DecodePlan
@@ -78,8 +78,10 @@ class Model:
         """Layers number `first` and on: at once, if there is a plan and every row decodes, or op by op."""
         rows = batch.segments[0]
         if plan is None or len(batch.segments) > 1 or not isinstance(rows, DecodeRows):
+            chosen: Chosen | None = None
             for index, layer in enumerate(layers, start=first):
-                x_tc = self._layer(index, layer, x_tc, batch, cache, wanted if layer is layers[-1] else None)
+                rows_of = wanted if layer is layers[-1] else None
+                x_tc, chosen = self._layer(index, layer, x_tc, batch, cache, rows_of, chosen)
             return x_tc
         pools = cache.pools[first : first + len(layers)]
         where = batch.cos_tr, batch.sin_tr, batch.page_t, batch.offset_t, rows.table_bp, rows.length_b
@@ -90,21 +92,29 @@ class Model:
         return embed_vc.index_select(0, batch.ids_t).to(self.ops.activation_dtype(embed_vc.dtype))
 
     def _layer(
-        self, index: int, w: LayerWeights, x_tc: Tensor, batch: Batch, cache: PagedCache, wanted: Wanted | None
-    ) -> Tensor:
-        """x plus what the layer adds to it, of all rows or the wanted ones, [r, c]; x itself is overwritten."""
+        self,
+        index: int,
+        w: LayerWeights,
+        x_tc: Tensor,
+        batch: Batch,
+        cache: PagedCache,
+        wanted: Wanted | None,
+        chosen: Chosen | None,
+    ) -> tuple[Tensor, Chosen | None]:
+        """x plus what the layer adds to it, of all rows or the wanted ones, [r, c]; x itself is overwritten. chosen and
+        the second result: as in `attention.mla`."""
         spec, ops = self.spec, self.ops
         normed_tc = ops.rms_norm(x_tc, w.attention_norm_c, spec.norm_eps, w.attention.reader)
         x_rc = x_tc if wanted is None else x_tc.index_select(0, wanted.row_r)
         if isinstance(w.attention, GqaWeights):
             x_rc = attention.gqa(spec, ops, w.attention, index, normed_tc, batch, cache, x_rc, wanted)
         else:
-            x_rc = attention.mla(spec, ops, w.attention, index, normed_tc, batch, cache, x_rc, wanted)
+            x_rc, chosen = attention.mla(spec, ops, w.attention, index, normed_tc, batch, cache, x_rc, wanted, chosen)
         if not len(x_rc):
-            return x_rc
+            return x_rc, chosen
         normed_rc = ops.rms_norm(x_rc, w.mlp_norm_c, spec.norm_eps, w.mlp.reader)
         if isinstance(w.mlp, MoeWeights):
             assert spec.moe is not None
             stream = self.stream if index < spec.num_layers else None  # the draft layer's experts are in memory
-            return moe.moe(spec.moe, ops, w.mlp, normed_rc, stream, x_rc)
-        return moe.mlp(ops, w.mlp, normed_rc, x_rc)
+            return moe.moe(spec.moe, ops, w.mlp, normed_rc, stream, x_rc), chosen
+        return moe.mlp(ops, w.mlp, normed_rc, x_rc), chosen

@@ -85,10 +85,10 @@ def load_weights(
 
 
 def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
-    names, at = reader.names, reader.names.layer.format(index)
+    names, at, rotated = reader.names, reader.names.layer.format(index), index not in spec.nope_layers
     return LayerWeights(
         attention_norm_c=reader.tensor(at + names.attention_norm, (spec.hidden_size,)),
-        attention=_mla(reader, spec, spec.mla, at) if spec.mla else _gqa(reader, spec, at),
+        attention=_mla(reader, spec, spec.mla, at, index) if spec.mla else _gqa(reader, spec, at, rotated),
         mlp_norm_c=reader.tensor(at + names.mlp_norm, (spec.hidden_size,)),
         mlp=(
             _moe(reader, spec, spec.moe, at)
@@ -110,7 +110,7 @@ def _draft(reader: _Reader, spec: ModelSpec) -> DraftWeights:
     )
 
 
-def _gqa(reader: _Reader, spec: ModelSpec, at: str) -> GqaWeights:
+def _gqa(reader: _Reader, spec: ModelSpec, at: str, rotated: bool) -> GqaWeights:
     names = reader.names.gqa
     c, q_width, kv_width = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     return GqaWeights(
@@ -120,10 +120,11 @@ def _gqa(reader: _Reader, spec: ModelSpec, at: str) -> GqaWeights:
         o=reader.linear(at + names.o, c, q_width, spec.o_bias),
         q_norm=reader.tensor(at + names.q_norm, (spec.head_dim,)) if spec.qk_norm else None,
         k_norm=reader.tensor(at + names.k_norm, (spec.head_dim,)) if spec.qk_norm else None,
+        rotated=rotated,
     )
 
 
-def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str) -> MlaWeights:
+def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str, index: int) -> MlaWeights:
     names = reader.names.mla
     c, heads, q_width = spec.hidden_size, spec.num_heads, spec.num_heads * spec.head_dim
     per_head = dims.nope_dim + dims.v_dim
@@ -156,7 +157,7 @@ def _mla(reader: _Reader, spec: ModelSpec, dims: Mla, at: str) -> MlaWeights:
         expand_k=reader.ops.pack_heads(to_keys, reader.dtype),
         expand_v=reader.ops.pack_heads(to_values, reader.dtype),
         o=reader.linear(at + names.o, c, heads * dims.v_dim, spec.o_bias),
-        indexer=_indexer(reader, spec, spec.indexer, dims, at) if spec.indexer else None,
+        indexer=_indexer(reader, spec, spec.indexer, dims, at) if spec.indexer and spec.has_indexer(index) else None,
     )
 
 

@@ -13,12 +13,16 @@ from distill.engine.config import Config
 from distill.engine.spec import Rope
 
 KINDS = ("default", "linear", "llama3", "yarn")
+THETA = 10000.0  # the base of most families where the config does not say
 
 
 class RopeConfig:
-    """The RoPE settings of a config, under one spelling. Errors: ValueError for an unsupported rule or value."""
+    """The RoPE settings of a config, under one spelling. theta: the base where it does not say.
 
-    def __init__(self, config: Config) -> None:
+    Errors: ValueError for an unsupported rule or value.
+    """
+
+    def __init__(self, config: Config, theta: float = THETA) -> None:
         section = config.section("rope_scaling") or config.section("rope_parameters")
         self._values = section or Config({}, config.where)
         self.kind = self._values.text("rope_type", self._values.text("type", "default"))
@@ -27,7 +31,7 @@ class RopeConfig:
         for where in (self._values, config):
             where.only("partial_rotary_factor", (1.0, 1))
         # A base of 1 or less would turn every dimension by the same angle.
-        self.theta = self._values.float("rope_theta", config.float("rope_theta", 10000.0, above=1.0), above=1.0)
+        self.theta = self._values.float("rope_theta", config.float("rope_theta", theta, above=1.0), above=1.0)
         self._original = self._values.int("original_max_position_embeddings", config.int("max_position_embeddings"))
 
     def rope(self, dim: int, interleaved: bool) -> Rope:

@@ -49,11 +49,14 @@ class Mla:
 @dataclass(frozen=True)
 class Indexer:
     """DeepSeek sparse attention (V3.2-Exp's report, section 2.1): a token attends to the `top_k` tokens that `heads`
-    separate small heads, `head_dim` wide, rank highest. Their first dimensions are rotated, as halves."""
+    separate small heads, `head_dim` wide, rank highest. Their first dimensions are rotated, interleaved or as halves.
+    shared_layers: layers without an indexer, which attend to the tokens that the last one before them chose."""
 
     heads: int
     head_dim: int
     top_k: int
+    interleaved: bool = False
+    shared_layers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class ModelSpec:
     """One model, all families.
 
     family: its name in `FAMILIES`. Sizes are in elements. softmax_scale: factor on q·k. head_dim: width of q and k.
-    ue8m0: quantised activations have scales that are powers of two.
+    nope_layers: numbers of the layers without rotary embedding (NoPE). ue8m0: quantised activations have scales that
+    are powers of two.
     """
 
     family: str
@@ -99,6 +103,7 @@ class ModelSpec:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool = False
+    nope_layers: frozenset[int] = frozenset()
     mla: Mla | None = None
     indexer: Indexer | None = None
     moe: Moe | None = None
@@ -114,15 +119,18 @@ class ModelSpec:
         """Heads cached per token and layer: 1 for MLA, whose latent all heads share."""
         return 1 if self.mla else self.num_kv_heads
 
-    @property
-    def cache_dims(self) -> tuple[int, ...]:
-        """Width of each cached tensor of a layer: (latent + rope,) for MLA, (latent + rope, index key) for sparse
-        attention, (keys, values) otherwise."""
+    def has_indexer(self, layer: int) -> bool:
+        """Whether layer number `layer` chooses the tokens that it attends to."""
+        return self.indexer is not None and layer not in self.indexer.shared_layers
+
+    def cache_dims(self, layer: int) -> tuple[int, ...]:
+        """Width of each cached tensor of a layer: (latent + rope,) for MLA, (latent + rope, index key) with an indexer,
+        (keys, values) otherwise."""
         if self.mla:
             latent = self.mla.kv_lora_rank + self.mla.rope_dim
-            return (latent, self.indexer.head_dim) if self.indexer else (latent,)
+            return (latent, self.indexer.head_dim) if self.indexer and self.has_indexer(layer) else (latent,)
         return (self.head_dim, self.head_dim)
 
     def cache_elements_per_token(self, drafts: bool = False) -> int:
         """Numbers cached for one token over all layers; `drafts`: and over the draft layer."""
-        return (self.num_layers + drafts) * self.cache_heads * sum(self.cache_dims)
+        return self.cache_heads * sum(sum(self.cache_dims(layer)) for layer in range(self.num_layers + drafts))

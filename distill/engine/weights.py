@@ -26,7 +26,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class GqaWeights:
-    """q_norm, k_norm: over each head, [head_dim], in families that have them."""
+    """q_norm, k_norm: over each head, [head_dim], in families that have them. rotated: whether queries and keys are."""
 
     q: Linear
     k: Linear
@@ -34,6 +34,7 @@ class GqaWeights:
     o: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
+    rotated: bool
 
     @property
     def reader(self) -> object:
@@ -56,7 +57,7 @@ class IndexerWeights:
 class MlaWeights:
     """`q` takes the normalised q latent where there is a `q_a`, the hidden state otherwise. Per head, packed: the key
     rows of kv_b_proj transposed (absorb_q: query → latent) and as they are (expand_k: latent → key), and its value rows
-    (expand_v: latent → value)."""
+    (expand_v: latent → value). indexer: in layers that choose the tokens they attend to."""
 
     q_a: Linear | None
     q_norm: Tensor | None

@@ -21,6 +21,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -28,15 +30,27 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
+
+
+class KimiK2Config(DeepseekV3Config):
+    """transformers has no class for it: the published directory has code of its own, which is DeepSeek-V3's."""
+
+    model_type = "kimi_k2"
+
 
 FAMILIES = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
+    "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
+    "kimi_k2": (KimiK2Config, DeepseekV3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
 
 V3: dict[str, Any] = {
@@ -101,6 +115,7 @@ LLAMA: dict[str, Any] = {
 QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False}
 
 QWEN3 = {**QWEN2, "model_type": "qwen3", "head_dim": 24}
+SMOLLM3 = {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 4, "rope_theta": 5e6, "pad_token_id": 0}
 
 V3_YARN = {**V3, "rope_scaling": YARN}
 V2 = {
@@ -112,6 +127,18 @@ V2 = {
     "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
 }
 V32 = {**V3_YARN, "model_type": "deepseek_v32", "index_n_heads": 16, "index_head_dim": 32, "index_topk": 24}
+GLM = {
+    **{key: value for key, value in V3.items() if key not in ("rope_theta", "num_nextn_predict_layers")},
+    **{"model_type": "glm_moe_dsa", "n_group": 1, "topk_group": 1, "num_hidden_layers": 4, "rms_norm_eps": 1e-5},
+    **{"index_n_heads": 16, "index_head_dim": 32, "index_topk": 24},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
+}
+KIMI_K2 = {
+    **V3,
+    **{"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0, "rope_theta": 50000.0},
+    "routed_scaling_factor": 2.827,
+    "rope_scaling": {**YARN, "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "v3": V3,
     "v3-yarn": V3_YARN,
@@ -133,6 +160,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "v32": V32,
     "v32-many-heads-drafts": {**V32, "index_n_heads": 72, "index_head_dim": 16, "draft_layer": True},
     "v32-dense": {**V32, "index_topk": 90},
+    "glm": GLM,
+    "glm-shared": {**GLM, "index_topk_freq": 2, "index_skip_topk_offset": 1},
+    "glm-pattern-drafts": {**GLM, "index_topk_pattern": "FSSF", "draft_layer": True, "num_nextn_predict_layers": 1},
+    "glm-listed-groups": {
+        **GLM,
+        **{"n_group": 4, "topk_group": 2, "norm_topk_prob": False, "n_shared_experts": 2, "attention_bias": True},
+        "indexer_types": ["full", "shared", "full", "shared"],
+    },
+    "glm-yarn-tied": {
+        **GLM,
+        "rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 1e4},
+        "tie_word_embeddings": True,
+    },
+    "kimi-k2": KIMI_K2,
     "llama-gqa": LLAMA,
     "llama-mha-tied": {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True},
     "llama-mqa-biases": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
@@ -153,6 +194,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {**QWEN2, "tie_word_embeddings": True},
     "qwen3": QWEN3,
     "qwen3-mha-tied": {**QWEN3, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "smollm3": SMOLLM3,
+    "smollm3-every-second": {**SMOLLM3, "no_rope_layer_interval": 2, "num_key_value_heads": 4},
+    "smollm3-listed-biases-tied": {
+        **SMOLLM3,
+        "no_rope_layers": [0, 1, 1, 0, 0, 1],
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "smollm3-all-rotated-yarn": {
+        **SMOLLM3,
+        "no_rope_layers": [1, 1, 1, 1],
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    },
     "qwen2-yarn": {
         **QWEN2,
         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},

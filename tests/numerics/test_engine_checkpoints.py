@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engine_checks import engine_logits, engine_options, relative_error, some_tokens
-from random_models import CONFIGS, LLAMA, V3, V3_YARN, YARN, Checkpoint, build, write
+from random_models import CONFIGS, LLAMA, SMOLLM3, V3, V3_YARN, YARN, Checkpoint, build, write
 from safetensors.torch import load_file
 
 from distill.engine import Engine
@@ -38,13 +38,41 @@ def test_the_published_r1_config() -> None:
     spec = spec_of(R1)
     assert spec.moe is not None and spec.mla is not None
     assert (spec.num_layers, spec.num_nextn_predict_layers, spec.max_context) == (61, 1, 163840)
-    assert (spec.cache_heads, spec.cache_dims) == (1, (576,))
+    assert (spec.cache_heads, spec.cache_dims(0)) == (1, (576,))
     assert 2 * spec.cache_elements_per_token() == 70_272, "70 KB a token in bf16"
     assert spec.softmax_scale == pytest.approx(192**-0.5 * (0.1 * 3.6888795 + 1) ** 2)
     assert spec.rope.magnitude == 1.0 and spec.rope.interleaved
     assert spec.rope.inv_freq[0] == 1.0
     assert spec.rope.inv_freq[-1] == pytest.approx(10000 ** (-62 / 64) / 40)
     assert [spec.is_moe_layer(i) for i in (0, 2, 3, 60)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "layers"),
+    [
+        ({}, {3, 7}),
+        ({"no_rope_layer_interval": 3}, {2, 5}),
+        ({"no_rope_layer_interval": 3, "no_rope_layers": [1, 0, 1, 1, 1, 1, 1, 1]}, {1}),
+        ({"no_rope_layers": [1] * 9 + [0]}, set()),
+        ({"no_rope_layers": [1] * 7}, "'no_rope_layers' has 7 entries, and there are 8 layers"),
+        ({"no_rope_layers": [2] * 8}, "'no_rope_layers' is .* integers from 0 to 1"),
+        ({"no_rope_layers": "none"}, "'no_rope_layers' is 'none'"),
+        ({"no_rope_layer_interval": 0}, "'no_rope_layer_interval' is 0"),
+        ({"use_sliding_window": True}, "'use_sliding_window' is True"),
+    ],
+)
+def test_layers_without_rotary_embedding(change: dict[str, Any], layers: set[int] | str) -> None:
+    config = {**SMOLLM3, "num_hidden_layers": 8, **change}
+    if isinstance(layers, str):
+        with pytest.raises(ValueError, match=layers):
+            spec_of(config)
+    else:
+        assert spec_of(config).nope_layers == layers
+
+
+def test_what_smollm3_takes_where_its_config_is_silent() -> None:
+    spec = spec_of({key: value for key, value in SMOLLM3.items() if key not in ("rope_theta", "tie_word_embeddings")})
+    assert spec.tied_embeddings and spec.rope.inv_freq[1] == pytest.approx(2e6 ** (-2 / 16))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -67,7 +95,7 @@ def test_reading_a_spec_imports_no_torch() -> None:
     [
         (
             {"model_type": "mamba"},
-            "model_type is 'mamba'; supported are deepseek_v2, .*, deepseek_v32, llama, qwen2",
+            "model_type is 'mamba'; supported are deepseek_v2, .*, llama, qwen2",
         ),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_size": None}, "'hidden_size' is missing"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill.engine import Engine, ModelSpec
 from distill.engine.kernels import cpu, reference
+from distill.engine.weights import LayerWeights
 
 TOLERANCE = 1e-4  # of the largest logit
 TOKENS = some_tokens(90)
@@ -57,7 +58,7 @@ def test_layers_in_one_call_give_the_bits_of_single_ops(
     if why := cpu.why_missing():
         pytest.skip(f"no compiled kernels: {why}")
     engine = Engine.load(checkpoint(name).path, engine_options(dtype=dtype, cache_tokens=1024, kernels="cpu"))
-    op_by_op = name.startswith("v32") or CONFIGS[name].get("mlp_bias", False)
+    op_by_op = "index_topk" in CONFIGS[name] or CONFIGS[name].get("mlp_bias", False)
     assert (engine._model.decode_plan is None) == op_by_op, "sparse attention and MLPs with biases run op by op"
     at_once = engine_logits(engine, TOKENS, decode_from=60)
     engine._model = replace(engine._model, decode_plan=None)
@@ -169,6 +170,21 @@ def test_a_wrong_op_fails_parity(name: str, checkpoint: GetCheckpoint) -> None:
     engine._model = replace(engine._model, ops=ops)
     error, report = relative_error(engine_logits(engine, TOKENS, decode_from=60), ckpt.logits(TOKENS))
     assert error > TOLERANCE, f"{name} goes unnoticed: {report}"
+
+
+def _rotated(layer: LayerWeights) -> LayerWeights:
+    return replace(layer, attention=replace(layer.attention, rotated=True))
+
+
+def test_rotation_in_layers_without_it_fails_parity(checkpoint: GetCheckpoint) -> None:
+    ckpt = checkpoint("smollm3")
+    engine = small(ckpt.path)
+    layers = engine._model.weights.layers
+    assert [layer.attention.rotated for layer in layers] == [True, True, True, False]
+    weights = replace(engine._model.weights, layers=tuple(map(_rotated, layers)))
+    engine._model = replace(engine._model, weights=weights)
+    error, report = relative_error(engine_logits(engine, TOKENS), ckpt.logits(TOKENS))
+    assert error > TOLERANCE, report
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2-yarn"])

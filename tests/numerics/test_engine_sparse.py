@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from engine_checks import engine_logits, engine_options, relative_error, some_tokens
-from random_models import V32, Checkpoint
+from random_models import GLM, V32, Checkpoint
 from torch import Tensor
+from transformers import GlmMoeDsaConfig
 
-from distill.engine import Engine, indexer
+from distill.engine import Engine, ModelSpec, attention, indexer
 from distill.engine.families import spec_of
 from distill.engine.kernels import ops_for, reference
 
@@ -99,6 +101,86 @@ def test_a_wrong_indexer_shows_past_top_k_and_only_there(name: str, checkpoint: 
         assert error <= 1e-4, report
 
 
+GLM_MUTATIONS: dict[str, Callable[[ModelSpec], ModelSpec]] = {
+    "index heads rotated as halves": lambda s: replace(s, indexer=replace(s.indexer, interleaved=False)),
+    "main path rotated as halves": lambda s: replace(s, rope=replace(s.rope, interleaved=False)),
+}
+
+
+@pytest.mark.parametrize("name", GLM_MUTATIONS)
+def test_a_wrong_spec_of_glm_fails_parity(name: str, checkpoint: GetCheckpoint) -> None:
+    ckpt = checkpoint("glm-shared")
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=1024, kernels="reference"))
+    engine._model = replace(engine._model, spec=GLM_MUTATIONS[name](engine._model.spec))
+    error, report = relative_error(engine_logits(engine, TOKENS), ckpt.logits(TOKENS))
+    assert error > 1e-2, f"{name} goes unnoticed: {report}"
+
+
+def test_layers_that_share_an_indexer_attend_to_what_it_chose(
+    checkpoint: GetCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a layer caches no index keys, and with another choice of tokens the logits past top_k are wrong."""
+    ckpt = checkpoint("glm-shared")
+    engine = Engine.load(ckpt.path, engine_options(cache_tokens=1024, kernels="reference"))
+    assert [len(pools) for pools in engine._cache.pools] == [2, 1, 2, 1]
+    mla, shared = attention.mla, 0
+
+    def other_choice(*args: Any) -> tuple[Tensor, attention.Chosen | None]:
+        nonlocal shared
+        *rest, chosen = args
+        if args[2].indexer is None and chosen is not None:
+            places_tk = torch.arange(TOP_K).expand_as(chosen.place_tk)  # other tokens of the only sequence
+            chosen, shared = replace(chosen, place_tk=places_tk), shared + 1
+        return mla(*rest, chosen)
+
+    monkeypatch.setattr(attention, "mla", other_choice)
+    ours, theirs = engine_logits(engine, TOKENS), ckpt.logits(TOKENS)
+    assert shared == 2
+    error, report = relative_error(ours[TOP_K:], theirs[TOP_K:])
+    assert error > 1e-2, report
+    error, report = relative_error(ours[:TOP_K], theirs[:TOP_K])
+    assert error <= 1e-4, report
+
+
+@pytest.mark.parametrize(
+    ("change", "shared"),
+    [
+        ({}, set()),
+        ({"index_topk_freq": 4}, {2, 3, 4, 6, 7}),
+        ({"index_topk_freq": 4, "index_skip_topk_offset": 1}, {1, 2, 3, 5, 6, 7}),
+        ({"index_topk_pattern": "FFSSFSSS"}, {2, 3, 5, 6, 7}),
+        ({"index_topk_pattern": "FS", "indexer_types": ["full"] * 7 + ["shared"]}, {7}),
+    ],
+)
+def test_which_layers_share_an_indexer(change: dict[str, Any], shared: set[int]) -> None:
+    config = {**GLM, "num_hidden_layers": 8, **change}
+    spec = spec_of(config)
+    assert spec.indexer is not None and spec.indexer.shared_layers == shared
+    theirs = GlmMoeDsaConfig(**{key: value for key, value in config.items() if key != "model_type"}).indexer_types
+    assert {layer for layer, kind in enumerate(theirs) if kind == "shared"} == shared
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"index_topk_pattern": "FXFF"}, "'index_topk_pattern' does not say"),
+        ({"indexer_types": ["full"] * 3}, "'indexer_types' does not say"),
+        ({"index_topk_freq": 4, "index_skip_topk_offset": 0}, "'index_topk_freq' does not say"),
+        ({"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]}, "'mlp_layer_types' is not 1 times 'dense'"),
+        ({"layer_types": ["full_attention"] * 4}, "'layer_types' has others than"),
+        ({"indexer_rope_interleave": False}, "'indexer_rope_interleave' is False"),
+        ({"mlp_bias": True}, "'mlp_bias' is True"),
+        ({"rms_norm_eps": None}, "'rms_norm_eps' is missing"),
+        ({"routed_scaling_factor": None}, "'routed_scaling_factor' is missing"),
+        ({"index_topk_freq": "2"}, "'index_topk_freq' is '2'"),
+    ],
+)
+def test_glm_configs_that_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        spec_of({**GLM, **change})
+    assert "\n" not in str(caught.value)
+
+
 def test_attention_to_everything_is_another_model(checkpoint: GetCheckpoint) -> None:
     ckpt = checkpoint("v32")
     engine = Engine.load(ckpt.path, engine_options(cache_tokens=1024, kernels="reference"))
@@ -111,7 +193,7 @@ def test_the_published_keys_are_read_and_needed() -> None:
     spec = spec_of(V32)
     assert spec.indexer is not None
     assert (spec.indexer.heads, spec.indexer.head_dim, spec.indexer.top_k) == (16, 32, TOP_K)
-    assert spec.cache_dims == (48, 32)
+    assert spec.cache_dims(0) == (48, 32)
     for key in ("index_n_heads", "index_head_dim", "index_topk", "q_lora_rank"):
         with pytest.raises(ValueError, match=f"'{key}' is missing"):
             spec_of({k: v for k, v in V32.items() if k != key})

@@ -15,11 +15,14 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_support as support
 
+from distill.engine import families
 from distill.objectives import Sft
 from distill.train.learn import attention, loss
 from distill.train.learn.attention import Rows
@@ -165,7 +168,12 @@ FAMILIES = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False)),
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SHAPE, pad_token_id=None, no_rope_layers=[1, 0])),
 }
+
+
+def test_every_family_that_trains_is_proved_here():
+    assert {name for name, family in families.FAMILIES.items() if family.trains} == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -120,6 +120,12 @@ def test_a_directory_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
         Chat.load(tmp_path)
+    (tmp_path / "tiktoken.model").write_text("YQ== 0\n")
+    with pytest.raises(
+        UserError, match=r"tiktoken\.model does not say how text is split.*put the tokenizer\.json"
+    ) as error:
+        Chat.load(tmp_path)
+    assert "\n" not in str(error.value)
     config = save_tokenizer(tmp_path, R1_INFERENCE) / "tokenizer_config.json"
     config.write_text("[]")
     with pytest.raises(UserError, match=r"tokenizer_config\.json holds no settings"):

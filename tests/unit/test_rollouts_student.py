@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from distill.engine import Engine
 from distill.engine.options import EngineOptions
@@ -28,6 +37,7 @@ FAMILIES = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SMALL, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=False)),
     "llama": (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=False)),
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config(**SMALL, pad_token_id=None, no_rope_layers=[1, 0])),
     "llama-tied": (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True)),
 }
 TOKENS = [1, 5, 9, 70, 33, 2, 18, 64, 7]

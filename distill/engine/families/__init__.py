@@ -1,9 +1,9 @@
 """The table of model families, and the way from a model directory to its `ModelSpec`.
 
-A family is one file with a `FAMILY` and one line in `FAMILIES`, which is the only list of them: cards validate their
-`family` against it, `distill doctor` and planning take their facts from it. Options of a config that would change the
-numbers and that the engine does not implement (sliding windows, other activations, other routers) are refused by name
-rather than ignored: an ignored option is a silently different model.
+A family is one file with a `FAMILY`, named as its `model_type`, and one line in `FAMILIES`, which is the only list of
+them: cards validate their `family` against it, training, `distill doctor` and planning take their facts from it.
+Options of a config that would change the numbers and that the engine does not implement (sliding windows, other
+activations, other routers) are refused by name rather than ignored: an ignored option is a silently different model.
 
 Neither torch nor transformers is imported here.
 """
@@ -12,24 +12,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 
 from distill.engine.config import WIDEST, Config, Json, read_json, shown
-from distill.engine.families import deepseek_v2, deepseek_v3, deepseek_v32, llama, qwen2, qwen3
 from distill.engine.families.family import Family
 from distill.engine.spec import ModelSpec
 
+
+def _family(name: str) -> Family:
+    family: Family = import_module(f"{__name__}.{name}").FAMILY
+    assert family.name == name, f"{name}.py holds the family {family.name}"
+    return family
+
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        family.name: family
-        for family in (
-            deepseek_v2.FAMILY,
-            deepseek_v3.FAMILY,
-            deepseek_v32.FAMILY,
-            llama.FAMILY,
-            qwen2.FAMILY,
-            qwen3.FAMILY,
+        name: _family(name)
+        for name in (
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm_moe_dsa",
+            "kimi_k2",
+            "llama",
+            "qwen2",
+            "qwen3",
+            "smollm3",
         )
     }
 )

@@ -12,14 +12,26 @@ from distill.engine.spec import Indexer, ModelSpec
 
 
 def read(config: Config) -> ModelSpec:
-    """The spec of a V3.2 config. The indexer's queries are made from the query latent, which is required here."""
+    """The spec of a V3.2 config."""
+    return read_sparse(config, "deepseek_v32")
+
+
+def read_sparse(
+    config: Config, family: str, *, interleaved: bool = False, shared_layers: frozenset[int] = frozenset()
+) -> ModelSpec:
+    """The spec of a model with V3's layers and sparse attention. interleaved, shared_layers: of `Indexer`.
+
+    The indexer's queries are made from the query latent, which is required here.
+    """
     config.int("q_lora_rank", most=WIDEST)
     indexer = Indexer(
         heads=config.int("index_n_heads", most=WIDEST),
         head_dim=config.int("index_head_dim", most=WIDEST_HEAD),
         top_k=config.int("index_topk"),
+        interleaved=interleaved,
+        shared_layers=shared_layers,
     )
-    spec = read_deepseek(config, "deepseek_v32", ROUTER)
+    spec = read_deepseek(config, family, ROUTER)
     if indexer.head_dim < spec.rope.dim:
         raise ValueError(
             f"{config.where}: 'index_head_dim' is {indexer.head_dim}; its first {spec.rope.dim} are to be rotated"

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from distill.engine.config import MOST_LAYERS, WIDEST, WIDEST_HEAD, Config
-from distill.engine.rope import RopeConfig
+from distill.engine.rope import THETA, RopeConfig
 from distill.engine.spec import ModelSpec
 
 
 def read_dense(
-    config: Config, family: str, *, qkv_bias: bool = False, o_bias: bool = False, qk_norm: bool = False
+    config: Config,
+    family: str,
+    *,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    qk_norm: bool = False,
+    tied: bool = False,
+    theta: float = THETA,
 ) -> ModelSpec:
     """The spec of a dense decoder. qkv_bias, o_bias: whether the attention's projections have biases; qk_norm: whether
-    queries and keys are normalised head by head. Errors: ValueError naming file and key."""
+    queries and keys are normalised head by head; tied, theta: what `tie_word_embeddings` and `rope_theta` are where the
+    config does not say. Errors: ValueError naming file and key."""
     config.only("use_sliding_window", (False,))
     if any(kind != "full_attention" for kind in config.texts("layer_types")):
         raise ValueError(f"{config.where}: 'layer_types' has sliding windows; only 'full_attention' is supported")
@@ -36,9 +44,9 @@ def read_dense(
         intermediate_size=config.int("intermediate_size", most=WIDEST),
         norm_eps=config.float("rms_norm_eps", 1e-6, above=0, most=1),
         softmax_scale=head_dim**-0.5,
-        rope=RopeConfig(config).rope(head_dim, interleaved=False),
+        rope=RopeConfig(config, theta).rope(head_dim, interleaved=False),
         max_context=config.int("max_position_embeddings"),
-        tied_embeddings=config.bool("tie_word_embeddings", False),
+        tied_embeddings=config.bool("tie_word_embeddings", tied),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=config.bool("mlp_bias", False),

@@ -32,6 +32,7 @@ class DecodePlan:
             else ("decode_layer", _arguments(layer))
             for layer in layers
         ]
+        self._nope = {i for i, layer in enumerate(layers) if isinstance(layer, _DenseLayer) and not layer.rotated}
 
     def __call__(
         self,
@@ -46,24 +47,30 @@ class DecodePlan:
     ) -> Tensor:
         """Hidden states [b, c] after the layers; writes their pools."""
         x_bc, pool = x_bc.clone(), pools[0][0]
-        step = StepArgs(
-            x=address(x_bc),
-            cos=address(cos_br),
-            sin=address(sin_br),
-            page=address(page_b),
-            offset=address(offset_b),
-            table=address(table_bp),
-            length=address(length_b),
-            table_stride=table_bp.stride(0),
-            table_width=table_bp.shape[1],
-            pages=len(pool),
-            rows=len(x_bc),
-            page_size=pool.shape[2],
-            wide=pool.dtype == torch.float32,
-            threads=threads(),
-        )
-        for (op, layer), own in zip(self._layers, pools, strict=True):
-            call(op, layer, step, pools=[pool.data_ptr() for pool in own])
+        turns = [(cos_br, sin_br)]
+        if self._nope:  # by no angle: x·1 - y·0 is x, exactly
+            turns.append((torch.ones_like(cos_br), torch.zeros_like(sin_br)))
+        steps = [
+            StepArgs(
+                x=address(x_bc),
+                cos=address(cos),
+                sin=address(sin),
+                page=address(page_b),
+                offset=address(offset_b),
+                table=address(table_bp),
+                length=address(length_b),
+                table_stride=table_bp.stride(0),
+                table_width=table_bp.shape[1],
+                pages=len(pool),
+                rows=len(x_bc),
+                page_size=pool.shape[2],
+                wide=pool.dtype == torch.float32,
+                threads=threads(),
+            )
+            for cos, sin in turns
+        ]
+        for number, ((op, layer), own) in enumerate(zip(self._layers, pools, strict=True)):
+            call(op, layer, steps[number in self._nope], pools=[pool.data_ptr() for pool in own])
         return x_bc
 
 

@@ -127,7 +127,7 @@ class DenseLayer(Generic[P]):
     """A dense layer with grouped-query attention, for `Column.decode_plan`.
 
     q_norm, k_norm: over each head, in families that have them. gate, up, down: of the MLP, which has no biases. c: the
-    width of the hidden state. scale: of the attention scores.
+    width of the hidden state. rotated: whether queries and keys are. scale: of the attention scores.
     """
 
     attention_norm: Tensor
@@ -149,6 +149,7 @@ class DenseLayer(Generic[P]):
     heads: int
     kv_heads: int
     head_dim: int
+    rotated: bool
     interleaved: bool
     eps: float
     scale: float

@@ -36,8 +36,6 @@ from distill.engine.kernels import cpu_training as kernels
 from distill.train.learn import attention
 from distill.train.learn.memory import scratch
 
-LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 SILU = ("SiLU", "SiLUActivation")
 # Of products. In float32 a step is 5 % faster in this form, and a student would differ from those of earlier versions.
 DTYPES = (torch.bfloat16,)
@@ -45,26 +43,28 @@ Layer = Any  # transformers has no types for the parts of its layers
 
 
 def install(model: PreTrainedModel) -> None:
-    """Give the decoder layers and norms of a model their fused form."""
-    if kernels.why_missing():
+    """Give the decoder layers and norms of a model their fused form, if its family's layers have one."""
+    if not _known(model.config) or kernels.why_missing():
+        return
+    first: Layer = model.get_decoder().layers[0]
+    layer, norm = type(first), type(first.input_layernorm)
+    if layer in _subclasses.values():
         return
     for module in model.modules():
-        name = type(module).__name__
-        if name in LAYERS:
-            module.__class__ = _subclass(type(module), fused_layer)
-        elif name in NORMS:
-            module.__class__ = _subclass(type(module), fused_norm)
+        if type(module) is layer:
+            module.__class__ = _subclass(layer, fused_layer)
+        elif type(module) is norm:
+            module.__class__ = _subclass(norm, fused_norm)
+
+
+def _known(config: PretrainedConfig) -> bool:
+    return config.model_type in FAMILIES and FAMILIES[config.model_type].fused
 
 
 def runs(config: PretrainedConfig, dtype: torch.dtype) -> bool:
     """Whether the layers of a model run fused on this processor, with products in `dtype`."""
-    known = (
-        config.model_type in FAMILIES
-        and FAMILIES[config.model_type].fused
-        and config.hidden_act == "silu"
-        and not getattr(config, "mlp_bias", False)
-    )
-    return known and dtype in DTYPES and not kernels.why_missing()
+    plain = config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)
+    return _known(config) and plain and dtype in DTYPES and not kernels.why_missing()
 
 
 _subclasses: dict[Layer, type] = {}
@@ -119,7 +119,7 @@ def fused_layer(layer: Layer, hidden_states: Tensor, *args: Layer, **kwargs: Lay
     dtype = forward_dtype(x_td)
     cos_tr, sin_tr = (x[0, :, : heads.head_dim // 2].float().contiguous() for x in kwargs["position_embeddings"])
     projections = (heads.q_proj, heads.k_proj, heads.v_proj)
-    normed = hasattr(heads, "q_norm")
+    normed, rotated = hasattr(heads, "q_norm"), bool(getattr(heads, "use_rope", True))  # SmolLM3: not in all layers
     qkv: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Projections.apply
     q_thc, k_tgc, v_tgc = qkv(
         x_td,
@@ -127,13 +127,15 @@ def fused_layer(layer: Layer, hidden_states: Tensor, *args: Layer, **kwargs: Lay
         layer.input_layernorm.variance_epsilon,
         dtype,
         heads.head_dim,
-        None if normed else (cos_tr, sin_tr),
+        (cos_tr, sin_tr) if rotated and not normed else None,
         *(module.weight for module in projections),
         *(module.bias for module in projections),
     )
     if normed:
+        q_thc, k_tgc = heads.q_norm(q_thc), heads.k_norm(k_tgc)
+    if normed and rotated:
         turn: Callable[..., Tensor] = _Turn.apply
-        q_thc, k_tgc = (turn(norm(x), cos_tr, sin_tr) for norm, x in ((heads.q_norm, q_thc), (heads.k_norm, k_tgc)))
+        q_thc, k_tgc = turn(q_thc, cos_tr, sin_tr), turn(k_tgc, cos_tr, sin_tr)
     dropout = heads.attention_dropout if layer.training else 0.0
     out_thc = attention.inside_rows(q_thc, k_tgc, v_tgc, rows, heads.scaling, dropout)
     out_tn = out_thc.flatten(1)
