@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from distill import gguf_files, model_cards, model_files
+from distill import gguf_files, model_cards, model_families, model_files
 from distill.chat import read_template
 from distill.config import did_you_mean, parse, read_yaml
 from distill.engine.families import FAMILIES
@@ -175,7 +175,8 @@ def _check_weights(kind: Literal["teacher", "student"], name_or_path: str) -> li
     resolve_weights(kind, name_or_path)
     config = model_files.read_object(directory / "config.json")
     claims: dict[str, tuple[object, object]] = {}
-    if (kind_of_model := config.get("model_type")) in FAMILIES:  # the engine names one that it does not know
+    kind_of_model = config.get("model_type")
+    if kind_of_model in FAMILIES or model_families.in_transformers(kind_of_model):  # others are named when they load
         claims["family"] = (card.family, kind_of_model)
     if isinstance(card, StudentCard) and card.architecture is not None:
         for key, value in card.architecture.model_dump(exclude_none=True, exclude_unset=True).items():

@@ -72,7 +72,7 @@ def score(
     Errors: ValueError for given ids that do not fit, and while too few pages are free for a sequence; NonFiniteLogits.
     """
     counts = [len(tokens) - first for tokens, first in zip(sequences, after, strict=True)]
-    given = _padded(ids, counts, model.spec.vocab_size)
+    given = padded(ids, counts, model.spec.vocab_size)
     scores: list[Scores] = []
     while len(scores) < len(sequences):
         taken = _that_fit(sequences, len(scores), budget, pages)
@@ -87,7 +87,11 @@ def score(
                 hidden = list(forward(chunks).split([len(tokens) for tokens in taken]))
             for hidden_tc, tokens in zip(hidden, taken, strict=True):
                 last = after[len(scores)] - 1  # of the tokens before those that are scored
-                scores.append(_scores(hidden_tc[last:], tokens[last:], top_k, given[len(scores)], model))
+                scores.append(
+                    scores_of(
+                        model.logits, model.spec.vocab_size, hidden_tc[last:], tokens[last:], top_k, given[len(scores)]
+                    )
+                )
         finally:
             for own in held:
                 pages.release(own)
@@ -112,7 +116,7 @@ def _that_fit(sequences: Sequence[Sequence[int]], first: int, budget: int, pages
     return taken
 
 
-def _padded(ids: GivenIds | None, counts: Sequence[int], vocab_size: int) -> list[np.ndarray | None]:
+def padded(ids: GivenIds | None, counts: Sequence[int], vocab_size: int) -> list[np.ndarray | None]:
     """The given ids of each sequence, [n, m], with -1 for none. counts: tokens scored of each sequence."""
     if ids is None:
         return [None] * len(counts)
@@ -143,17 +147,29 @@ def _rectangle(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return id_tm
 
 
-def _scores(hidden_tc: Tensor, tokens: Sequence[int], top_k: int, given_tm: np.ndarray | None, model: Model) -> Scores:
+def scores_of(
+    logits: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    hidden_tc: Tensor,
+    tokens: Sequence[int],
+    top_k: int,
+    given_tm: np.ndarray | None,
+) -> Scores:
+    """The scores of `tokens` but the first. logits: of hidden states, float32 [r, v]; they are made in blocks of rows.
+    hidden_tc: what precedes each token. given_tm: further ids to score at each position, −1 for none.
+
+    NonFiniteLogits for logits that are not finite.
+    """
     device = hidden_tc.device
     target_t = torch.tensor(tokens[1:], dtype=torch.int64, device=device)
     given = None if given_tm is None else torch.from_numpy(given_tm).to(device)
-    top_k = min(top_k, model.spec.vocab_size)
-    block = max(1, _SCORE_ELEMENTS // model.spec.vocab_size)
+    top_k = min(top_k, vocab_size)
+    block = max(1, _SCORE_ELEMENTS // vocab_size)
     logprobs = [torch.empty(0)]
     tops = [(torch.empty(0, top_k, dtype=torch.int32), torch.empty(0, top_k))]
     for start in range(0, len(tokens) - 1, block):
         target_r = target_t[start : start + block]
-        logits_rv = model.logits(hidden_tc[start : start + len(target_r)])
+        logits_rv = logits(hidden_tc[start : start + len(target_r)])
         normaliser_r1 = normalisers(logits_rv)
         logprobs.append((logits_rv.gather(-1, target_r[:, None]) - normaliser_r1)[:, 0].cpu())
         given_rm = None if given is None else given[start : start + block]

@@ -24,6 +24,7 @@ SHARED |= {
     "interrupts",
     "lock",
     "model_cards",
+    "model_families",
     "model_files",
     "models",
     "objectives",
@@ -64,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends": {"engine", "keeper"} | SHARED,
     **{room: SHARED for room in SHARED},
     "model_cards": SHARED | {"engine.families"},
+    "model_families": {"engine.families", "model_files"},
     "gguf_files": SHARED | {"gguf_metadata", "engine.config", "engine.families", "engine.spec"},
     "gguf_metadata": {"engine.families", "errors"},
     "catalog": SHARED | {"engine.families"},  # what a card says of its model is compared with the model

@@ -14,34 +14,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.objectives import BaseObjective
-from distill.train.learn.attention import Rows
+from distill.train.learn import forward
 from distill.train.learn.loss import linear_loss
 from distill.train.rows.batches import Batch
 
 
 class Learner(nn.Module):
-    """A decoder whose head is one linear layer (Qwen2, Qwen3, Llama), with an objective.
+    """A decoder whose head is one linear layer, with an objective.
 
     autocast: the dtype of the forward pass where the weights are float32; None where the weights have that dtype
-    themselves.
+    themselves. padded: whether rows are padded, because the model would mix concatenated ones (`student.isolation`).
     """
 
-    def __init__(self, model: PreTrainedModel, objective: BaseObjective, autocast: torch.dtype | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, objective: BaseObjective, autocast: torch.dtype | None, padded: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.autocast = autocast
+        self.padded = padded
 
     def forward(self, batch: Batch) -> Tensor:
         """The sums of the objective's loss parts, float32 [parts]."""
         device = batch.input_ids_t.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            hidden_td = self.model.get_decoder()(
-                input_ids=batch.input_ids_t[None],
-                position_ids=batch.position_ids_t[None],
-                rows=Rows(batch.lengths, device, batch.prefixes),
-                use_cache=False,
-            ).last_hidden_state[0]
+            hidden_td = forward.hidden(self.model, batch, self.padded)
             hidden_sd = hidden_td.index_select(0, batch.positions_s)
             head = self.model.get_output_embeddings()
             criterion = self.objective.criterion(batch.targets_s, batch.teacher, batch.sampled)
