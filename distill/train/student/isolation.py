@@ -150,6 +150,7 @@ def _why_not_concatenated(
     return None
 
 
+@torch.no_grad()
 def small(config: PretrainedConfig) -> PreTrainedModel:
     """A model of a config with few layers and tokens, all of its parameters random, in float32 on the CPU."""
     config = copy.deepcopy(config)
