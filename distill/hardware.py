@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+Clock = Callable[[], float]  # seconds, from any point on
+
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 
 
@@ -127,26 +129,27 @@ def _listed_gpus() -> list[str] | None:
     return re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", done.stdout, re.MULTILINE)
 
 
-def memory_bandwidth(size: int = 1 << 30, device: str = "cpu") -> float:
+def memory_bandwidth(size: int = 1 << 30, device: str = "cpu", clock: Clock = time.perf_counter) -> float:
     """Bytes per second of reading `size` bytes of memory with torch's threads; on a GPU, of copying them, where each
     byte counts twice. The fastest of three."""
     import torch
 
     data = torch.ones(size // 4, dtype=torch.int32, device=device)
     if device == "cpu":
-        return data.nbytes / fastest(lambda: data.max().item())
+        return data.nbytes / fastest(lambda: data.max().item(), clock=clock)
     copy = torch.empty_like(data)
-    return 2 * data.nbytes / fastest(lambda: copy.copy_(data)[:1].item())
+    return 2 * data.nbytes / fastest(lambda: copy.copy_(data)[:1].item(), clock=clock)
 
 
-def product_rate(rows: int = 2048, size: int = 4096, device: str = "cpu") -> float:
+def product_rate(rows: int = 2048, size: int = 4096, device: str = "cpu", clock: Clock = time.perf_counter) -> float:
     """Operations per second of torch's bfloat16 product [rows, size] × [size, size]; the fastest of three. A CPU
     without bfloat16 products is measured in float32, in which it would compute."""
     import torch
 
     dtype = torch.float32 if device == "cpu" and not multiplies_bfloat16() else torch.bfloat16
     a, b = (torch.ones(n, size, dtype=dtype, device=device) for n in (rows, size))
-    return 2 * rows * size * size / fastest(lambda: torch.mm(a, b)[0, 0].item())  # which waits for a GPU
+    # Reading a number waits for a GPU.
+    return 2 * rows * size * size / fastest(lambda: torch.mm(a, b)[0, 0].item(), clock=clock)
 
 
 def give_memory_back(mapped: int, kept: int = 512 << 20) -> None:
@@ -161,6 +164,14 @@ def give_memory_back(mapped: int, kept: int = 512 << 20) -> None:
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, mapped)
         library.mallopt(M_TRIM_THRESHOLD, kept)
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+
+
+def trim_heap() -> None:
+    """Have the C library give the freed blocks that it has kept back to the system."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # another C library
         return
 
@@ -191,13 +202,13 @@ def disk_rate(file: Path, size: int = 1 << 30) -> float:
     return done / max(time.perf_counter() - begun, 1e-9)
 
 
-def fastest(action: Callable[[], object], times: int = 3) -> float:
+def fastest(action: Callable[[], object], times: int = 3, clock: Clock = time.perf_counter) -> float:
     """Seconds that an action takes, the shortest of several times."""
     seconds = []
     for _ in range(times):
-        begun = time.perf_counter()
+        begun = clock()
         action()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(clock() - begun)
     return min(seconds)
 
 

@@ -173,15 +173,17 @@ class Model:
     @cached_property
     def identity(self) -> dict[str, JsonValue]:
         """What the fingerprint of a stage says of the model: weights, the template where it is not the directory's own,
-        and the mode where one was chosen. The address of a server is no part of it."""
+        its date where it asks for one, and the mode where one was chosen. The address of a server is no part of it."""
         if isinstance(self.place, Server):
             return self.place.identity
-        from distill.chat import read_template
+        from distill.chat import TODAY, read_template, reads_date
 
         template = digest(read_template(self.template)) if self.template else "own"
         mode: dict[str, JsonValue] = {} if self.thinking is None else {"thinking": self.thinking}
         engine = self.place.identity if isinstance(self.place, Launch) else {}
-        return {"weights": self.weights, "chat_template": template} | mode | engine
+        local = isinstance(self.place, Path)  # a server renders by itself
+        date: dict[str, JsonValue] = {"date": TODAY} if local and reads_date(self.directory, self.template) else {}
+        return {"weights": self.weights, "chat_template": template} | date | mode | engine
 
     @cached_property
     def chat(self) -> "Chat":

@@ -61,11 +61,6 @@ def run_recipe(
     if train.several():
         if names != ["train"]:
             raise UserError("several processes can only train: run the other stages by themselves, without torchrun")
-        if recipe.train.phases:
-            raise UserError(
-                "train.phases: a phase starts its processes itself: set train.num_processes in place of torchrun, or "
-                "run each phase as a recipe of its own"
-            )
         if train.follow(recipe, directory):
             return
     catalog.check_recipe(recipe, _loaded(recipe, names))

@@ -57,10 +57,12 @@ class StagePlan(Artefact):
 
 
 class Judgements(Artefact):
-    """What a judge is asked. filter, eval: judgements. prompt_tokens, completion_tokens: of each, as the `stored`
-    judgements have on average, or assumed where none is stored. money: of all, in `currency`; None without a price."""
+    """What a judge is asked. filter, train, eval: judgements. prompt_tokens, completion_tokens: of each, as the
+    `stored` judgements have on average, or assumed where none is stored. money: of all, in `currency`; None without a
+    price."""
 
     filter: int
+    train: int = 0
     eval: int
     prompt_tokens: float
     completion_tokens: float
@@ -71,7 +73,7 @@ class Judgements(Artefact):
     @property
     def count(self) -> int:
         """All judgements."""
-        return self.filter + self.eval
+        return self.filter + self.train + self.eval
 
 
 class Plan(Artefact):

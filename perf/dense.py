@@ -1,17 +1,19 @@
 """A dense bfloat16 student: our engine against transformers and llama.cpp, on SmolLM2-135M and Qwen2.5-Coder-0.5B.
 
     python perf/dense.py [--json FILE] [--smollm2 DIR] [--qwen DIR] [--work DIR] [--threads N] [--rounds N] [--new N]
-        [--only ours llama.cpp-F16 llama.cpp-Q8_0 transformers]
+        [--only ours llama.cpp-F16 llama.cpp-Q8_0 transformers] [--processor-time]
 
 The figures are those of perf/engine.py: prompts of 512 tokens, and decoding 1, 8 and 64 sequences after 128 tokens of
 prompt, greedily, each system in a process of its own, in turns for several rounds, of which the medians are taken.
 llama.cpp reads the same weights as F16, which are as many bytes as ours, and as Q8_0, half as many. SmolLM2 is
-downloaded where no directory is given; Qwen is measured where one is.
+downloaded where no directory is given; Qwen is measured where one is. On a machine that other processes keep busy,
+`--processor-time` measures processor seconds of one thread.
 
-In the JSON, `ratios` has by model `prompt`, `decode_8` and `decode_64`, ours ÷ the better of transformers and llama.cpp
-with F16, `decode_1`, ours ÷ llama.cpp with F16, and `decode_1_q8_0`, ours ÷ llama.cpp with Q8_0. `shares` has by model
-and system the part of what the machine's limits, measured in the same run, allow: reading the weights once a step for
-decode × 1, bfloat16 products for the rest.
+In the JSON, `clock` is the time that was measured, `wall` or `processor`, of so many `threads`. `ratios` has by model
+`prompt`, `decode_8` and `decode_64`, ours ÷ the better of transformers and llama.cpp with F16, `decode_1`, ours ÷
+llama.cpp with F16, and `decode_1_q8_0`, ours ÷ llama.cpp with Q8_0. `shares` has by model and system the part of what
+the machine's limits, measured in the same run, allow: reading the weights once a step for decode × 1, bfloat16 products
+(as fast as torch multiplies them) for the rest.
 
     pip install -c constraints.txt -r perf/requirements.txt
 """
@@ -20,6 +22,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,27 +39,28 @@ from measures import (
 )
 from onpolicy import smollm2
 
+from distill.hardware import Clock
+
 SYSTEMS = ("ours", "llama.cpp-F16", "llama.cpp-Q8_0", "transformers")
 FEWEST = 16  # tokens decoded: the prompts of 64 sequences take several steps
 SAME_BYTES = ("llama.cpp-F16", "transformers")  # peers whose weights are as large as ours
 ROWS = {"prompt": "prompt 1 × 512", "decode_1": "decode × 1", "decode_8": "decode × 8", "decode_64": "decode × 64"}
 
 
-def measure(system: str, model: Path, work: Path, threads: int, new: int) -> Figures:
+def measure(system: str, model: Path, work: Path, threads: int, new: int, clock: Clock) -> Figures:
     """The figures of one system on one model directory, or the machine's limits."""
     if system == "limits":
-        return measure_limits(threads)
+        return measure_limits(threads, clock)
     if system == "ours":
-        return measure_ours(model, threads, new)
+        return measure_ours(model, threads, new, clock)
     if system == "transformers":
-        return measure_transformers(model, threads, new)
+        return measure_transformers(model, threads, new, clock)
     from gguf_dense import write_dense
 
     kind = system.removeprefix("llama.cpp-")
     vocabulary = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    return measure_llama(
-        write_dense(model, work / f"{model.resolve().name}-{kind}.gguf", kind), vocabulary, threads, new
-    )
+    file = write_dense(model, work / f"{model.resolve().name}-{kind}.gguf", kind)
+    return measure_llama(file, vocabulary, threads, new, clock)
 
 
 def parameters(model: Path) -> tuple[int, int]:
@@ -104,20 +108,24 @@ def ratios(results: Mapping[str, Figures]) -> Figures:
 
 
 def show(name: str, results: Mapping[str, Figures], of: Mapping[str, Figures], compared: Figures) -> None:
-    """Print a table of a model's figures, with shares of the limits in parentheses, and of the ratios."""
+    """Print a table of a model's figures, with shares of the limits, and of the ratios."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(f"{name}: tokens/s unless it says otherwise", *results, "ours ÷ better")
+    table = Table(name, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for system in results:
+        table.add_column(system.replace("-", " "), justify="right")
+    table.add_column("ours ÷ better", justify="right")
     keys = {figure: row for row, figure in ROWS.items()}
     for figure in next(iter(results.values())):
         row = keys.get(figure)
         cells = [
-            f"{figures[figure]:,.1f}" + (f" ({of[system][row]:.0%})" if row else "")
+            f"{figures[figure]:,.{0 if figures[figure] >= 100 else 1}f}" + (f" {of[system][row]:.0%}" if row else "")
             for system, figures in results.items()
         ]
         table.add_row(figure, *cells, f"{compared[row]:.2f}" if row in compared else "")
-    Console(width=140).print(table)
+    Console(width=80).print(table)
 
 
 def main() -> None:
@@ -131,21 +139,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=NEW, help="tokens decoded after a prompt")
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--processor-time", action="store_true", help="of one thread, instead of wall time")
     parser.add_argument("--measure", choices=("limits", *SYSTEMS), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.new < FEWEST:
         parser.error(f"--new is {args.new}; it must be at least {FEWEST}, so that no sequence ends before all decode")
+    if args.processor_time:
+        args.threads = 1
     if args.measure:
-        print(json.dumps(measure(args.measure, args.model, args.work, args.threads, args.new)))
+        clock = time.process_time if args.processor_time else time.perf_counter
+        print(json.dumps(measure(args.measure, args.model, args.work, args.threads, args.new, clock)))
         return
     models = {"smollm2-135m": args.smollm2 or smollm2(args.work / "smollm2")}
     if args.qwen:
         models["qwen2.5-coder-0.5b"] = args.qwen
-    report: dict[str, dict[str, object]] = {"ratios": {}, "shares": {}, "medians": {}, "rounds": {}}
+    ratios_of: dict[str, Figures] = {}
+    shares_of: dict[str, dict[str, Figures]] = {}
+    medians_of: dict[str, dict[str, Figures]] = {}
+    rounds_of: dict[str, list[dict[str, Figures]]] = {}
+    clock_name = "processor" if args.processor_time else "wall"
     for name, model in models.items():
         options = ["--model", str(model), "--work", str(args.work), "--threads", str(args.threads)]
-        options += ["--new", str(args.new)]
+        options += ["--new", str(args.new), *(["--processor-time"] if args.processor_time else [])]
         rounds: list[dict[str, Figures]] = []
         for number in range(args.rounds):
             print(f"{name}: round {number + 1} of {args.rounds}", file=sys.stderr)
@@ -154,10 +170,14 @@ def main() -> None:
         limits = results.pop("limits")
         of, compared = shares(model, results, limits), ratios(results)
         show(name, results, of, compared)
-        print(f"limits: {limits['memory, GB/s']:.1f} GB/s, {limits['bfloat16, GFLOP/s']:.0f} GFLOP/s")
-        report["ratios"][name], report["shares"][name] = compared, of
-        report["medians"][name], report["rounds"][name] = results | {"limits": limits}, rounds
+        print("tokens/s, and the share of what the limits allow; seconds and GB where a row says so")
+        print(f"limits: {limits['memory, GB/s']:.1f} GB/s, {limits['bfloat16, GFLOP/s']:.0f} GFLOP/s; ", end="")
+        print(f"{clock_name} time, threads: {args.threads}")
+        ratios_of[name], shares_of[name] = compared, of
+        medians_of[name], rounds_of[name] = results | {"limits": limits}, rounds
         if args.json:
+            report = {"clock": clock_name, "threads": args.threads, "ratios": ratios_of, "shares": shares_of}
+            report |= {"medians": medians_of, "rounds": rounds_of}
             args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -5,7 +5,7 @@
 First the embedded teacher, whose draft layer is trained, on its own problems: how many of its drafts stand. It has
 three layers, so that one more to draft costs a third of a step. Then the checkpoint of perf/engine.py with a draft
 layer after its sixteen. Its weights are random, so the layer is run and its drafts are then replaced: by the right
-tokens with R1's published rate of first drafts that stand, 81 %, else by wrong ones. The text is the same with and
+tokens with R1's published rate of accepted first drafts, 81 %, else by wrong ones. The text is the same with and
 without drafts, and that is checked.
 """
 
@@ -36,7 +36,7 @@ def measure_tiny(
     from distill.chat import Chat
     from distill.engine import Engine, EngineOptions, Request, SamplingParams
     from distill.prompts import load_prompts
-    from distill.recipe import ProceduralPrompts
+    from distill.recipe.sources import ProceduralPrompts
 
     directory = ROOT / "teachers" / "tiny-r1"
     chat = Chat.load(directory)
@@ -113,7 +113,7 @@ def main() -> None:
         results[f"{model}, {batch} × {drafts} drafts"] = figures
         print(
             f"{model}: {batch:3} sequences, {drafts} drafts: {figures['tokens/s']:8,.1f} tokens/s, "
-            f"{figures['times as fast']:.2f} times as fast, {figures['drafts that stand']:.1%} stand",
+            f"{figures['times as fast']:.2f} times as fast, {figures['accepted drafts']:.1%} of the drafts accepted",
             flush=True,
         )
 

@@ -4,6 +4,9 @@ A prompt of 512 tokens, 8 prompts of 512, and decoding 1, 8 and 64 sequences wit
 that follow the prompts (their prefill is not counted). Before an engine loads, its files are read from end to end, past
 the page cache, and dropped from it, so that loading finds them where reading did: on the disk. Each measurement belongs
 in a process of its own (`in_its_own_process`).
+
+clock: what counts seconds, `time.perf_counter` or, with one thread on a machine that other processes keep busy,
+`time.process_time`. Reading files is always measured by the former.
 """
 
 import json
@@ -14,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.hardware import memory_bandwidth, product_rate
+from distill.hardware import Clock, fastest, memory_bandwidth, product_rate
 
 if TYPE_CHECKING:
     from distill.engine import Engine
@@ -37,16 +41,6 @@ Figures = dict[str, float]
 def prompt(number: int, length: int, vocabulary: int) -> list[int]:
     """Token ids of prompt `number`, random."""
     return random.Random(number).choices(range(10, vocabulary), k=length)
-
-
-def best(action: Callable[[], None], repeats: int = REPEATS) -> float:
-    """Seconds of the fastest of some repetitions."""
-    seconds = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
 
 
 def drop(files: list[Path]) -> None:
@@ -82,14 +76,20 @@ def reset_peak() -> int:
     return peak_memory()
 
 
-def measure_ours(directory: Path, threads: int, new: int = NEW) -> Figures:
+def has_amx() -> bool:
+    """Whether the processor has AMX for bfloat16."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and re.search(r"^flags\s*:.*\bamx_bf16\b", cpuinfo.read_text(), re.MULTILINE) is not None
+
+
+def measure_ours(directory: Path, threads: int, new: int = NEW, clock: Clock = time.perf_counter) -> Figures:
     """Our engine on a model directory."""
     from distill.engine import Engine, EngineOptions, Request, SamplingParams
 
     torch.set_num_threads(threads)
     figures = {"reading the files, s": seconds_to_read(list(directory.glob("*.safetensors")))}
     before = reset_peak()
-    begun = time.perf_counter()
+    begun = clock()
     engine = Engine.load(
         directory, EngineOptions(dtype="bfloat16", max_batch=max(BATCHES), cache_tokens=max(BATCHES) * 272)
     )
@@ -111,18 +111,20 @@ def measure_ours(directory: Path, threads: int, new: int = NEW) -> Figures:
 
     add(1, 1)
     finish()
-    figures["ready and first token, s"] = time.perf_counter() - begun
+    figures["ready and first token, s"] = clock() - begun
     for count in (1, 8):
-        seconds = best(lambda count=count: prefill(count, 512))  # type: ignore[misc]
+        seconds = fastest(partial(prefill, count, 512), REPEATS, clock)
         figures[f"prompt {count} × 512"] = count * 512 / seconds
     for count in BATCHES:
         for _ in range(count):
             add(PROMPT, new)
         while not _all_decode(engine, count):
             engine.step()
-        tokens, begun = engine.usage.completion_tokens, time.perf_counter()
+        tokens, begun = engine.usage.completion_tokens, clock()
+        while len(engine._scheduler.running) == count:
+            engine.step()
+        figures[f"decode × {count}"] = (engine.usage.completion_tokens - tokens) / (clock() - begun)
         finish()
-        figures[f"decode × {count}"] = (engine.usage.completion_tokens - tokens) / (time.perf_counter() - begun)
     figures["peak memory, GB"] = (peak_memory() - before) / 1e9
     return figures
 
@@ -133,8 +135,15 @@ def _all_decode(engine: "Engine", count: int) -> bool:
     return len(running) == count and all(sequence.sample is not None for sequence in running)
 
 
-def measure_llama(file: Path, vocabulary: int, threads: int, new: int = NEW) -> Figures:
-    """llama.cpp on a GGUF file."""
+def measure_llama(
+    file: Path,
+    vocabulary: int,
+    threads: int,
+    new: int = NEW,
+    clock: Clock = time.perf_counter,
+    amx_buffers: bool = True,
+) -> Figures:
+    """llama.cpp on a GGUF file. amx_buffers: with its own buffers for AMX, where the processor has that."""
     import llama_cpp as ll
 
     figures = {"reading the files, s": seconds_to_read([file])}
@@ -142,8 +151,10 @@ def measure_llama(file: Path, vocabulary: int, threads: int, new: int = NEW) -> 
     silent = ll.llama_log_callback(lambda level, text, data: None)
     ll.llama_log_set(silent, None)
     ll.llama_backend_init()
-    begun = time.perf_counter()
-    model = ll.llama_model_load_from_file(str(file).encode(), ll.llama_model_default_params())
+    begun = clock()
+    options = ll.llama_model_default_params()
+    options.use_extra_bufts = amx_buffers
+    model = ll.llama_model_load_from_file(str(file).encode(), options)
     assert model, f"llama.cpp cannot load {file}"
     params = ll.llama_context_default_params()
     params.n_ctx = max(BATCHES) * 272
@@ -179,44 +190,44 @@ def measure_llama(file: Path, vocabulary: int, threads: int, new: int = NEW) -> 
         return int(np.ctypeslib.as_array(logits, shape=(vocabulary,)).argmax())
 
     prefill(1, 1)
-    figures["ready and first token, s"] = time.perf_counter() - begun
+    figures["ready and first token, s"] = clock() - begun
     for count in (1, 8):
-        seconds = best(lambda count=count: prefill(count, 512))  # type: ignore[misc]
+        seconds = fastest(partial(prefill, count, 512), REPEATS, clock)
         figures[f"prompt {count} × 512"] = count * 512 / seconds
     for count in BATCHES:
         prefill(count, PROMPT)
         tokens = [prompt(sequence, PROMPT, vocabulary)[0] for sequence in range(count)]
-        begun = time.perf_counter()
+        begun = clock()
         for step in range(new - 1):
             decode([(token, PROMPT + step, sequence, True) for sequence, token in enumerate(tokens)])
             tokens = [greedy(row) for row in range(count)]
-        figures[f"decode × {count}"] = count * (new - 1) / (time.perf_counter() - begun)
+        figures[f"decode × {count}"] = count * (new - 1) / (clock() - begun)
     figures["peak memory, GB"] = (peak_memory() - before) / 1e9
     return figures
 
 
-def measure_transformers(directory: Path, threads: int, new: int = NEW) -> Figures:
+def measure_transformers(directory: Path, threads: int, new: int = NEW, clock: Clock = time.perf_counter) -> Figures:
     """transformers in bfloat16 on a model directory, with `generate`."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
     figures = {"reading the files, s": seconds_to_read(list(directory.glob("*.safetensors")))}
     before = reset_peak()
-    begun = time.perf_counter()
+    begun = clock()
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="bfloat16").eval()
 
     def generate(count: int, length: int, tokens: int) -> float:
         ids = torch.tensor([prompt(number, length, model.config.vocab_size) for number in range(count)])
-        begun = time.perf_counter()
+        begun = clock()
         with torch.inference_mode():
             model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
                 pad_token_id=1,
             )  # fmt: skip
-        return time.perf_counter() - begun
+        return clock() - begun
 
     generate(1, 1, 1)
-    figures["ready and first token, s"] = time.perf_counter() - begun
+    figures["ready and first token, s"] = clock() - begun
     for count in (1, 8):
         figures[f"prompt {count} × 512"] = count * 512 / min(generate(count, 512, 1) for _ in range(REPEATS))
     for count in BATCHES:
@@ -227,10 +238,10 @@ def measure_transformers(directory: Path, threads: int, new: int = NEW) -> Figur
     return figures
 
 
-def measure_limits(threads: int) -> Figures:
+def measure_limits(threads: int, clock: Clock = time.perf_counter) -> Figures:
     """GB/s of reading memory, GFLOP/s of bfloat16 products."""
     torch.set_num_threads(threads)
-    return {"memory, GB/s": memory_bandwidth() / 1e9, "bfloat16, GFLOP/s": product_rate() / 1e9}
+    return {"memory, GB/s": memory_bandwidth(clock=clock) / 1e9, "bfloat16, GFLOP/s": product_rate(clock=clock) / 1e9}
 
 
 def in_its_own_process(script: str, what: str, *options: str) -> Figures:

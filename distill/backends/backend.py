@@ -166,3 +166,6 @@ class TrainedBackend(Backend, Protocol):
 
         Errors: UserError for a model whose weights cannot be replaced, or where a number is not finite.
         """
+
+    def release(self) -> None:
+        """Give memory back that the next `update` fills anyway; until then nothing is computed."""

@@ -184,7 +184,9 @@ class DirectoryBackend:
         self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None
     ) -> "Iterator[tuple[list[int], list[int], Scores]]":
         """The ids of prompt and completion of each trace, and the scores of the completion."""
-        prompts = [self.chat.prompt_ids_of(trace.prompt.messages, trace.text) for trace in traces]
+        prompts = [
+            *self.chat.prompts_ids_of((trace.prompt.messages for trace in traces), [trace.text for trace in traces])
+        ]
         completions = [completion_ids(trace, self.chat, self.vocab_size) for trace in traces]
         sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
         if ids is not None:

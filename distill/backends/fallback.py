@@ -48,7 +48,7 @@ from distill.engine.device import devices_for
 from distill.engine.kernels import Ops, column_for, ops_for
 from distill.engine.options import SamplingParams
 from distill.engine.sampler import Draw, NonFiniteLogits, sample, stream_key
-from distill.engine.score import Scores, padded, scores_of
+from distill.engine.score import Head, Scores, padded, scores_of
 from distill.errors import UserError
 from distill.models import Model
 from distill.prompts.prompt import Prompt
@@ -160,6 +160,9 @@ class TransformersBackend(DirectoryBackend):
         """See `TrainedBackend`. The weights are the trainer's own."""
         assert not self.owned, "a model of its own is not trained"
 
+    def release(self) -> None:
+        """See `TrainedBackend`. The weights stay the trainer's."""
+
     @property
     def numerics(self) -> Mapping[str, str]:
         """transformers, its version, its attention and the dtypes."""
@@ -260,12 +263,11 @@ class TransformersBackend(DirectoryBackend):
                 )
         counts = [len(tokens) - first for tokens, first in zip(sequences, after, strict=True)]
         given = padded(ids, counts, self.vocab_size)
-        scores = []
+        head, scores = Head(Tensor.float, self.vocab_size, self._ops), list[Scores]()
         with self._sampling():
             for tokens, count, given_tm in zip(sequences, counts, given, strict=True):
                 logits_tv = self._logits(tokens, count + 1)
-                own = tokens[len(tokens) - count - 1 :]
-                scores.append(scores_of(Tensor.float, self.vocab_size, logits_tv, own, top_k, given_tm))
+                scores += scores_of([logits_tv[:-1]], [tokens[len(tokens) - count :]], top_k, [given_tm], head)
         return scores
 
     def _logits(self, tokens: Sequence[int], last: int) -> Tensor:

@@ -92,6 +92,13 @@ class LocalBackend(DirectoryBackend):
         except ValueError as error:
             raise UserError(str(error)) from error
 
+    def release(self) -> None:
+        """See `TrainedBackend`."""
+        from distill.engine import Engine
+
+        assert isinstance(self.engine, Engine), "a student is sampled by one engine per process"
+        self.engine.release()
+
     @property
     def numerics(self) -> Mapping[str, str]:
         """Kernels, precision and cache (`distill.engine.numerics`)."""

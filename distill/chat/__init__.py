@@ -26,12 +26,14 @@ from typing import TYPE_CHECKING
 
 from distill.chat.loading import (
     TEMPLATES,
+    TODAY,
     configured_ends,
     in_vocabulary,
     load_tokenizer,
     missing_tokens,
     own_template,
     read_template,
+    reads_date,
     template_advice,
 )
 from distill.chat.rendering import RENDERER, Chats, TemplateError, Value
@@ -43,7 +45,7 @@ from distill.prompts.prompt import END_THINK, THINK, Message, split_reasoning
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["END_THINK", "TEMPLATES", "THINK", "Chat", "read_template", "split_reasoning"]
+__all__ = ["END_THINK", "TEMPLATES", "THINK", "TODAY", "Chat", "read_template", "reads_date", "split_reasoning"]
 
 TOGETHER = 256  # conversations that are rendered and tokenized together
 PROBE: list[Message] = [{"role": "user", "content": "q"}]
@@ -152,11 +154,14 @@ class Chat:
     def prompt_ids_of(self, messages: Sequence[Message], answer: str) -> list[int]:
         """Token ids of the conversation before a given answer: without the prefilled opening tag where the answer, with
         its reasoning, does not begin with it. Errors: UserError."""
-        ids = self.prompt_ids(messages)
-        if not self.prefill or answer.startswith(self.prefill):
-            return ids
-        opening = self.text_ids(self.prefill)
-        return ids[: -len(opening)] if ids[-len(opening) :] == opening else ids
+        return next(self.prompts_ids_of([messages], [answer]))
+
+    def prompts_ids_of(self, conversations: Iterable[Sequence[Message]], answers: Iterable[str]) -> Iterator[list[int]]:
+        """`prompt_ids_of` of many conversations, one answer each, as `prompts_ids`."""
+        opening = self.text_ids(self.prefill) if self.prefill else []
+        for ids, answer in zip(self.prompts_ids(conversations), answers, strict=True):
+            opened = bool(opening) and ids[-len(opening) :] == opening and not answer.startswith(self.prefill)
+            yield ids[: -len(opening)] if opened else ids
 
     def prompts_ids(self, conversations: Iterable[Sequence[Message]]) -> Iterator[list[int]]:
         """`prompt_ids` of many conversations, TOGETHER at a time: rendering and tokenizing them so is much faster."""

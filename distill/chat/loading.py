@@ -6,6 +6,10 @@ about: tokenizer.json is read instead. Whatever its files hold, a wrong one is r
 End tokens are collected from tokenizer_config.json, config.json and generation_config.json: several published models
 name the token that ends a turn in the last one only (Llama 3 Instruct: `<|eot_id|>`), and an engine that reads one file
 never stops.
+
+Some templates write today's date into every prompt (Llama 3.1 to 3.3: `strftime_now`). With the clock's, the prompts of
+a run would depend on the day: a resumed generation would mix two, and training, evaluation and a repetition would each
+have another. So the day is fixed, at the one that these templates name where they are given none.
 """
 
 import json
@@ -25,6 +29,8 @@ TEMPLATES = {  # built-in training template → the tokens that it needs
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
 END_CONFIGS = ("generation_config.json", "config.json")
+TODAY = "2024-07-26"  # in every template that asks for the date
+ASKS_DATE = "strftime_now"
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -95,6 +101,14 @@ def read_template(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); is this a chat template?") from None
+
+
+def reads_date(model_dir: Path, template: str | None) -> bool:
+    """Whether a template asks for the date, which is then TODAY. template: as of `Chat.load`. Errors: UserError."""
+    if template is not None:
+        return ASKS_DATE in read_template(template)
+    files = (model_dir / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    return any(ASKS_DATE in file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
 
 
 def own_template(tokenizer: "PreTrainedTokenizerBase", where: str) -> str | None:

@@ -2,8 +2,9 @@
 
 Reads requests (`distill.chat.frames`) from stdin and answers each, until stdin ends. A template is compiled in the
 environment of `transformers.apply_chat_template`, rebuilt here because importing transformers takes seconds; a test
-compares the two. The limits are the kernel's: address space by RLIMIT_AS, processor time by an interval
-timer whose signal ends the process. A template that exceeds one cannot catch it.
+compares the two. One difference: `strftime_now` is a fixed day (`loading.TODAY`). The limits are the kernel's: address
+space by RLIMIT_AS, processor time by an interval timer whose signal ends the process. A template that exceeds one
+cannot catch it.
 """
 
 import json
@@ -22,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from distill.chat.frames import receive, send
+from distill.chat.loading import TODAY
 
 
 class GenerationBlock(Extension):
@@ -85,7 +87,7 @@ def _tojson(
 
 
 def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+    return datetime.fromisoformat(TODAY).strftime(form)
 
 
 @lru_cache(maxsize=32)

@@ -118,6 +118,28 @@ def build_batch(
     return Batch(ids_t, page_t, position_t % page_size, cos_tr, sin_tr, segments)
 
 
+def decode_batch(
+    ids: Sequence[int],
+    positions: Sequence[int],
+    pages: Sequence[Sequence[int]],
+    page_size: int,
+    rope: Rope,
+    device: torch.device,
+) -> Batch:
+    """One token of each of several sequences, as `build_batch` lays them out, for a model without sparse attention."""
+    id_b, position_b = np.array((ids, positions), np.int64)
+    count_b = position_b // page_size + 1
+    widest = int(count_b.max())
+    table = np.array([[*own[:widest], *[0] * (widest - len(own))] for own in pages], np.int64)
+    page_b = table[np.arange(len(table)), count_b - 1]
+    ids_t, page_t, position_t, offset_t, length_t, table_bp = (
+        torch.from_numpy(numbers).to(device)
+        for numbers in (id_b, page_b, position_b, position_b % page_size, position_b + 1, table)
+    )
+    cos_tr, sin_tr = rotations(rope, position_t)
+    return Batch(ids_t, page_t, offset_t, cos_tr, sin_tr, (DecodeRows(0, len(table), table_bp, length_t),))
+
+
 def rotations(rope: Rope, position_t: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of positions, [t, rotated width / 2], float32."""
     angle_tr = position_t[:, None].float() * _inv_freq(rope, position_t.device)

@@ -17,11 +17,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from distill.engine.kernels import Ops
+from distill.engine.kernels.pages import discard, zeros
 from distill.engine.kernels.stored import FP8_BLOCK
 from distill.engine.kernels.w8a8 import fp8_row_bytes
 from distill.engine.spec import ModelSpec
@@ -128,10 +128,17 @@ class PagedCache:
             for pool in pools:
                 pool.index_copy_(0, to, pool.index_select(0, source))
 
+    def discard(self) -> None:
+        """Give the memory back to the system; all pages read as zeros. On a GPU nothing happens."""
+        for pools in self.pools:
+            for pool in pools:
+                if pool.device.type == "cpu":
+                    discard(pool.data_ptr(), pool.nbytes)
+
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, not empty: attention multiplies the junk behind a sequence's end by zero, which NaN would survive. On a
-    CPU numpy makes them, whose zeros take memory only where they are written to."""
+    CPU they take memory only where they are written to."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    return zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

@@ -75,6 +75,13 @@ class _File:
         count = (entry.end - entry.begin) // dtype.itemsize
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.begin).view(entry.shape)
 
+    def forget(self, name: str) -> None:
+        """See `Checkpoint.forget`."""
+        entry, page = self.entries[name], mmap.PAGESIZE
+        begin, end = -(-entry.begin // page) * page, entry.end // page * page
+        if begin < end and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
 
 class Checkpoint:
     """The tensors of a model directory. Errors: ValueError, one line with file, tensor and remedy, where one is
@@ -142,6 +149,10 @@ class Checkpoint:
         file = self._file_of[name]
         entry = file.entries[name]
         return Place(file.descriptor, entry.begin, entry.end - entry.begin, file)
+
+    def forget(self, name: str) -> None:
+        """Give back the memory of a tensor that was looked at as a whole. What is looked at again is mapped again."""
+        self._file_of[name].forget(name)
 
     def unread(self) -> Iterator[str]:
         """Names of tensors that were not read, sorted."""

@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from distill.engine.ahead import UNKNOWN, Ahead
-from distill.engine.attention import Batch, Chunk, Wanted, build_batch
+from distill.engine.attention import Batch, Chunk, Wanted, build_batch, decode_batch
 from distill.engine.cache import PageAllocator, PagedCache
 from distill.engine.graphs import DecodeGraphs
 from distill.engine.loading import Sizes, prepare
@@ -29,10 +29,11 @@ from distill.engine.mtp import Drafter, accepted
 from distill.engine.numerics import Numerics
 from distill.engine.options import EngineOptions
 from distill.engine.results import Completion, EngineUsage, FinishReason, Progress
-from distill.engine.sampler import Draw, Drawn, sample, stream_key
+from distill.engine.sampler import Draw, Drawn, sample, sample_rows, stream_key
 from distill.engine.scheduler import Request, Scheduler, SequenceState
 from distill.engine.score import GivenIds, Scores, score
-from distill.engine.update import refuse_update, update_weights
+from distill.engine.update import HALF_WAY, RELEASED, refuse_update, release_weights, update_weights
+from distill.engine.work import Work
 
 
 class Engine:
@@ -63,7 +64,7 @@ class Engine:
         self._drafter = Drafter(model, self._cache, self._batch) if sizes.drafts else None
         self._unfinished: dict[str, int] = {}  # request id → samples still to come
         self._progress: list[Progress] = []
-        self._whole = True  # whether all weights are of the same update
+        self._unusable = ""  # why the weights cannot be used, where they cannot
 
     @classmethod
     def load(cls, model_dir: Path | str, options: EngineOptions = EngineOptions()) -> Engine:  # noqa: B008  it is frozen
@@ -76,7 +77,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request. Errors: ValueError, with lengths and remedy, for a request that can never be served."""
-        self._check_whole()
+        self._check_usable()
         prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
         what = f"request {request.id!r}"
         if request.id in self._unfinished:
@@ -153,6 +154,10 @@ class Engine:
         if not (plan.decode or plan.prefill):
             return completions
         self._cache.copy_pages(plan.copies)
+        if not (plan.prefill or self._drafter or self._ahead or self.spec.indexer) and all(
+            sequence.request.sampling.thinking_budget is None for sequence in plan.decode
+        ):
+            return self._decode(plan.decode)
         drafts: list[list[int]] = [[] for _ in plan.decode]
         if self._drafter:
             drafts = self._drafter.draft(plan.decode, [self._scheduler.drafts_for(s) for s in plan.decode])
@@ -161,7 +166,7 @@ class Engine:
         decode: list[Chunk] = []
         prefill: list[Chunk] = []
         ends: list[bool] = []  # whether the last token of a chunk is one that another is drawn after
-        work: list[_Work] = []
+        work: list[Work] = []
         prefilled = 0
         for sequence, ids in [
             *((s, [s.tokens[-1], *d]) for s, d in zip(plan.decode, drafts, strict=True)),
@@ -174,17 +179,11 @@ class Engine:
                 prefill.append(Chunk(ids[:split], begin, sequence.pages))
                 ends.append(split == len(ids) == sequence.missing)
             kept = split if self._drafter else int(split > 0 and ends[-1])
-            work.append(_Work(sequence, ids, decoded, slice(prefilled, prefilled + kept)))
+            work.append(Work(sequence, ids, decoded, slice(prefilled, prefilled + kept)))
             prefilled += kept
             decode += [Chunk(ids[i : i + 1], begin + i, sequence.pages) for i in range(split, len(ids))]
-        if not prefill and not self._drafter and len(decode) == len(plan.decode):
-            draws = self._draws(work, [])
-            if self._ahead and self._ahead.serve(plan.decode):
-                return completions + self._taken_in(self._ahead.decode(plan.decode, decode, draws))
-            tokens = sample(self._model.ops, self._model.logits(self._forward(decode, [])), draws)
-            for sequence, token in zip(plan.decode, tokens, strict=True):
-                completions += self._append(sequence, token)
-            return completions
+        if self._ahead and not prefill and len(decode) == len(plan.decode) and self._ahead.serve(plan.decode):
+            return completions + self._taken_in(self._ahead.decode(plan.decode, decode, self._draws(work, [])))
         hidden_rc = self._forward(decode, prefill, None if self._drafter else ends)
         decoded_tc, prefilled_rc = hidden_rc.split((len(decode), prefilled))
         decoding, rest = work[: len(plan.decode)], work[len(plan.decode) :]
@@ -248,7 +247,7 @@ class Engine:
         ValueError for an empty or too long sequence, for ids outside the vocabulary or of another number of positions,
         or while generation leaves too few pages free for a sequence.
         """
-        self._check_whole()
+        self._check_usable()
         for number, tokens in enumerate(sequences):
             self._check_tokens(tokens, f"sequence {number}")
             if len(tokens) > self.max_context:
@@ -274,20 +273,22 @@ class Engine:
         not finite: then, and when `tensor` raises, some weights are new and others old, and until an update succeeds
         `add` and `score` raise ValueError.
         """
-        if self.has_work:
-            raise ValueError(
-                f"the weights cannot be updated while {len(self._unfinished)} requests are queued; finish or abort them"
-            )
-        refuse_update(self._model)
-        self._whole = False
+        refuse_update(self._model, len(self._unfinished))
+        self._unusable = HALF_WAY
         self.numerics = replace(self.numerics, weights=update_weights(self._model, tensor))
-        self._whole = True
+        self._unusable = ""
 
-    def _check_whole(self) -> None:
-        if not self._whole:
-            raise ValueError(
-                "the last update of the weights failed half-way; repeat it with good weights, or load the model again"
-            )
+    def release(self) -> None:
+        """Give the memory of weights and cache back until the next `update`; before it `add` and `score` raise
+        ValueError. On a GPU the memory stays. Errors: as `update`, before anything is replaced."""
+        refuse_update(self._model, len(self._unfinished))
+        self._unusable = RELEASED
+        release_weights(self._model)
+        self._cache.discard()
+
+    def _check_usable(self) -> None:
+        if self._unusable:
+            raise ValueError(self._unusable)
 
     def _check_tokens(self, tokens: Sequence[int], what: str) -> None:
         if not tokens:
@@ -313,7 +314,7 @@ class Engine:
     def _batch(self, decode: list[Chunk], prefill: list[Chunk]) -> Batch:
         return build_batch(decode, prefill, self._page_size, self.spec, self._device)
 
-    def _draws(self, decoding: list[_Work], ready: list[_Work]) -> list[Draw]:
+    def _draws(self, decoding: list[Work], ready: list[Work]) -> list[Draw]:
         """For the next token of every row of `decoding` and of every sequence in `ready` (of a trunk: each sample's
         first), in this order."""
         draws: list[Draw] = []
@@ -321,7 +322,7 @@ class Engine:
         for item in decoding:
             sequence = item.sequence
             for i in range(len(item.ids)):
-                forced = _forced(sequence, item.ids[1 : i + 1])
+                forced = sequence.forced(item.ids[1 : i + 1])
                 draws.append(Draw(row, sequence.key, len(sequence.tokens) + i, sequence.request.sampling, forced))
                 row += 1
         for item in ready:
@@ -331,21 +332,42 @@ class Engine:
                 if sequence.sample is None
                 else [sequence.key]
             )
-            forced = _forced(sequence, [])
+            forced = sequence.forced([])
             draws += [Draw(row, key, len(sequence.tokens), request.sampling, forced) for key in keys]
             row += 1
         return draws
 
-    def _append(self, sequence: SequenceState, drawn: Drawn) -> list[Completion]:
-        """Append the drawn token of a sequence that decodes without drafts."""
-        sequence.append(drawn)
-        sequence.computed += 1
-        self._completion_tokens += 1
-        self._report(sequence, len(sequence.tokens), 1)
-        reason = _finished(sequence, len(sequence.tokens))
-        return [self._complete(sequence, reason)] if reason else []
+    def _decode(self, sequences: Sequence[SequenceState]) -> list[Completion]:
+        """A step that is one token of each of these sequences, none of them forced: most of the steps on a processor,
+        where an object for every row would take as long as a small model."""
+        lengths = [len(s.tokens) for s in sequences]
+        batch = decode_batch(
+            [s.tokens[-1] for s in sequences],
+            [length - 1 for length in lengths],
+            [s.pages for s in sequences],
+            self._page_size,
+            self.spec.rope,
+            self._device,
+        )
+        logits_bv = self._model.logits(self._model.forward(batch, self._cache))
+        drawn = sample_rows(
+            self._model.ops, logits_bv, [s.key for s in sequences], lengths, [s.request.sampling for s in sequences]
+        )
+        completions: list[Completion] = []
+        self._completion_tokens += len(sequences)
+        for sequence, length, token, logprob, top in zip(sequences, lengths, *drawn, strict=True):
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+            if top is not None:
+                sequence.tops.append(top)
+            sequence.computed += 1
+            if sequence.request.streamed:
+                self._report(sequence, length + 1, 1)
+            if reason := _finished(sequence, length + 1):
+                completions.append(self._complete(sequence, reason))
+        return completions
 
-    def _continue(self, item: _Work, drawn: list[Drawn], hidden_tc: Tensor | None = None) -> list[Completion]:
+    def _continue(self, item: Work, drawn: list[Drawn], hidden_tc: Tensor | None = None) -> list[Completion]:
         """Append the drawn tokens of a sequence that decodes, as far as its drafts are accepted.
 
         hidden_tc: its states, for the draft layer."""
@@ -413,29 +435,6 @@ class Engine:
             logprobs=tuple(state.logprobs),
             top=state.alternatives(),
         )
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One sequence's part of a step: the tokens to compute, from its position `computed` on, and where their hidden
-    states will be: first the requested rows of its prompt, among the prefilled, then the decoding rows."""
-
-    sequence: SequenceState
-    ids: list[int]
-    decoded: slice
-    prefilled: slice
-
-    def rows(self, decoded_tc: Tensor, prefilled_rc: Tensor) -> Tensor:
-        """Its hidden states, in order."""
-        return torch.cat((prefilled_rc[self.prefilled], decoded_tc[self.decoded]))
-
-
-def _forced(state: SequenceState, drafts: list[int]) -> int | None:
-    """The token that must follow a sequence and these drafts."""
-    sampling, prompt = state.request.sampling, len(state.request.prompt_ids)
-    if sampling.thinking_budget is None or len(state.tokens) + len(drafts) - prompt < sampling.thinking_budget:
-        return None
-    return sampling.forced([*state.tokens[prompt:], *drafts])
 
 
 def _finished(state: SequenceState, length: int) -> FinishReason | None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from distill.engine.attention import Batch, Chunk, DecodeRows, rotations
 from distill.engine.cache import PagedCache
+from distill.engine.kernels import Ops
 from distill.engine.model import Model
 from distill.engine.sampler import Draw, Drawn, draw_numbers, drawn_of
 
@@ -36,6 +37,7 @@ _REAL = ("uniform", "temperature", "top_p")
 class Launched:
     """A step that the device computes."""
 
+    ops: Ops
     draws: Sequence[Draw]
     _token_b: Tensor
     _logprob_b: Tensor
@@ -47,7 +49,7 @@ class Launched:
         overwrites the logits."""
         if self._done is not None:
             self._done.synchronize()
-        return drawn_of(self.draws, self._token_b, self._logprob_b, self._logits_bv)
+        return drawn_of(self.ops, self.draws, self._token_b, self._logprob_b, self._logits_bv)
 
 
 class _Host:
@@ -108,7 +110,7 @@ class DecodeGraphs:
         if self._device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
-        return Launched(draws, host.down[0][:count], host.down[1][:count], logits_bv, done)
+        return Launched(self._model.ops, draws, host.down[0][:count], host.down[1][:count], logits_bv, done)
 
     def _upload(
         self, host: _Host, chunks: Sequence[Chunk], draws: Sequence[Draw], sources: Sequence[int], size: int

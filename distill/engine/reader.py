@@ -70,6 +70,7 @@ def load_weights(
         embed_vc = reader.checked(names.embed, spec.vocab_size, spec.hidden_size).dense(dtype).to(ops.device())
         reader.hold(names.embed, embed_vc.shape).tensors.append(embed_vc)
         layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
+        reader.checkpoint.forget(names.embed)  # a step reads a few rows of it
         norm_c = reader.tensor(names.norm, (spec.hidden_size,))
         head = reader.pack(reader.matrix(head_name, spec.vocab_size, spec.hidden_size), head_name)
         streamed = list(reader.banks)

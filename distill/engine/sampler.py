@@ -111,40 +111,79 @@ def _sample_block(ops: Ops, logits_rv: Tensor, draws: Sequence[Draw]) -> list[Dr
     rows = np.array([draw.row for draw in draws], np.int64)
     numbers = [torch.from_numpy(given).to(logits_rv.device) for given in (rows, *draw_numbers(draws))]
     token_b, logprob_b = ops.draw(logits_rv, *numbers)
-    return drawn_of(draws, token_b, logprob_b, logits_rv)
+    return drawn_of(ops, draws, token_b, logprob_b, logits_rv)
+
+
+def sample_rows(
+    ops: Ops, logits_rv: Tensor, keys: Sequence[int], positions: Sequence[int], params: Sequence[SamplingParams]
+) -> tuple[list[int], list[float], list[Alternatives | None]]:
+    """Draw one token from each row, none of them forced: as `sample`, without an object per token."""
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    tops: list[Alternatives | None] = []
+    block = max(1, _BLOCK_ELEMENTS // logits_rv.shape[1])
+    for start in range(0, len(keys), block):
+        rows = slice(start, start + block)
+        numbers = numbers_of(keys[rows], positions[rows], params[rows])
+        row_b = np.arange(len(numbers[0]))
+        drawn = ops.draw(logits_rv[rows], *(torch.from_numpy(each).to(logits_rv.device) for each in (row_b, *numbers)))
+        tokens += drawn[0].tolist()
+        logprobs += drawn[1].tolist()
+        _refuse_undefined(logprobs[rows], positions[rows])
+        tops += _tops(ops, logits_rv[rows], params[rows])
+    return tokens, logprobs, tops
 
 
 def draw_numbers(draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What the op `draw` takes: uniforms, temperatures (float32), top k (int64) and top p, else float64."""
-    params = [draw.params for draw in draws]
+    return numbers_of([draw.key for draw in draws], [draw.position for draw in draws], [draw.params for draw in draws])
+
+
+def numbers_of(
+    keys: Sequence[int], positions: Sequence[int], params: Sequence[SamplingParams]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`draw_numbers` of tokens that are given by their keys, positions and parameters."""
     return (
-        uniforms([draw.key for draw in draws], [draw.position for draw in draws]),
+        uniforms(keys, positions),
         np.array([p.temperature for p in params], np.float32),
         np.array([p.top_k for p in params], np.int64),
         np.array([p.top_p for p in params], np.float64),
     )
 
 
-def drawn_of(draws: Sequence[Draw], token_b: Tensor, logprob_b: Tensor, logits_rv: Tensor) -> list[Drawn]:
+def drawn_of(ops: Ops, draws: Sequence[Draw], token_b: Tensor, logprob_b: Tensor, logits_rv: Tensor) -> list[Drawn]:
     """Tokens and raw log-probabilities, with the largest ones where requested. Errors: NonFiniteLogits where a row has
     no distribution."""
     tokens, logprobs = token_b.tolist(), logprob_b.tolist()
-    for draw, logprob in zip(draws, logprobs, strict=True):
-        if math.isnan(logprob):
-            raise NonFiniteLogits(draw.position)
+    _refuse_undefined(logprobs, [draw.position for draw in draws])
     if forced := [i for i, draw in enumerate(draws) if draw.forced is not None]:
         row_b = torch.tensor([draws[i].row for i in forced], device=logits_rv.device)
         forced_b = torch.tensor([draws[i].forced for i in forced], device=logits_rv.device)
-        for i, logprob in zip(forced, logprobs_of(logits_rv.index_select(0, row_b), forced_b, 0)[0], strict=True):
+        for i, logprob in zip(forced, logprobs_of(logits_rv.index_select(0, row_b), forced_b), strict=True):
             tokens[i], logprobs[i] = draws[i].forced, logprob
-    tops: list[Alternatives | None] = [None] * len(draws)
-    if width := max(draw.params.logprobs or 0 for draw in draws):
+    tops: Sequence[Alternatives | None] = [None] * len(draws)
+    if any(draw.params.logprobs for draw in draws):
         row_b = torch.tensor([draw.row for draw in draws], device=logits_rv.device)
-        _, top = logprobs_of(logits_rv.index_select(0, row_b), token_b.to(row_b.device), width)
-        for i, draw in enumerate(draws):
-            if k := draw.params.logprobs:
-                tops[i] = Alternatives(top.id_tk[i : i + 1, :k], top.logprob_tk[i : i + 1, :k])
+        tops = _tops(ops, logits_rv.index_select(0, row_b), [draw.params for draw in draws])
     return [Drawn(*drawn) for drawn in zip(tokens, logprobs, tops, strict=True)]
+
+
+def _refuse_undefined(logprobs: Sequence[float], positions: Sequence[int]) -> None:
+    """Errors: NonFiniteLogits where a row had no distribution to draw from."""
+    for logprob, position in zip(logprobs, positions, strict=True):
+        if math.isnan(logprob):
+            raise NonFiniteLogits(position)
+
+
+def _tops(ops: Ops, logits_bv: Tensor, params: Sequence[SamplingParams]) -> list[Alternatives | None]:
+    """The likeliest tokens of each row, as many as its parameters request."""
+    counts = [p.logprobs or 0 for p in params]
+    width = min(max(counts), logits_bv.shape[1])
+    if not width:
+        return [None] * len(counts)
+    likeliest = ops.likeliest(logits_bv, normalisers(logits_bv), width, None)
+    id_bk, logprob_bk = (numbers.cpu().numpy() for numbers in likeliest)
+    return [Alternatives(id_bk[i : i + 1, :k], logprob_bk[i : i + 1, :k]) if k else None for i, k in enumerate(counts)]
 
 
 def normalisers(logits_bv: Tensor) -> Tensor:
@@ -156,12 +195,7 @@ def normalisers(logits_bv: Tensor) -> Tensor:
     return normaliser_b1
 
 
-def logprobs_of(logits_bv: Tensor, token_b: Tensor, top_k: int) -> tuple[list[float], Alternatives]:
-    """Raw log-probabilities of given tokens and of the `top_k` likeliest of each row.
-
-    NonFiniteLogits for logits that are not finite.
-    """
-    normaliser_b1 = normalisers(logits_bv)
-    logprob_b = (logits_bv.gather(-1, token_b[:, None]) - normaliser_b1)[:, 0].tolist()
-    top = logits_bv.topk(min(top_k, logits_bv.shape[1]), dim=-1)
-    return logprob_b, Alternatives(top.indices.int().cpu().numpy(), (top.values - normaliser_b1).cpu().numpy())
+def logprobs_of(logits_bv: Tensor, token_b: Tensor) -> list[float]:
+    """Raw log-probabilities of given tokens. NonFiniteLogits for logits that are not finite."""
+    logprobs: list[float] = (logits_bv.gather(-1, token_b[:, None]) - normalisers(logits_bv))[:, 0].tolist()
+    return logprobs

@@ -58,6 +58,7 @@ class SequenceState:
     sample: int | None = None
     key: int = 0
     computed: int = 0
+    room: int = 0  # tokens up to which its pages are known to suffice, none of those to be written being shared
     pages: list[int] = field(default_factory=list)
     hidden: Tensor | None = None  # states of the last computed positions, which the draft layer has not seen yet
     logprobs: list[float] = field(default_factory=list)
@@ -81,6 +82,13 @@ class SequenceState:
     def alternatives(self, places: slice = slice(None)) -> Alternatives | None:
         """Those of the generated tokens at these places; None where the request wants none."""
         return None if self.request.sampling.logprobs is None else Alternatives.joined(self.tops[places])
+
+    def forced(self, drafts: list[int]) -> int | None:
+        """The token that must follow the sequence and these drafts; None where any may."""
+        sampling, prompt = self.request.sampling, len(self.request.prompt_ids)
+        if sampling.thinking_budget is None or len(self.tokens) + len(drafts) - prompt < sampling.thinking_budget:
+            return None
+        return sampling.forced([*self.tokens[prompt:], *drafts])
 
     def append(self, drawn: Drawn) -> None:
         """Add a drawn token."""
@@ -139,17 +147,19 @@ class Scheduler:
         """Admit, find a page for every next token (preempting the youngest if need be), and share out the budget."""
         self._copies = {}
         for sequence in list(self.running):
-            if sequence.pages and sequence.missing == 1 and self._pages_needed(sequence):
+            if len(sequence.tokens) > sequence.room and self._lacks_pages(sequence):
                 self._make_room(sequence)
         self._admit()
-        decode = [s for s in self.running if s.decodes]
-        decode.sort(key=lambda s: -len(s.tokens))
-        prefill, budget = [], self.max_step_tokens
+        decode, prefill, budget = [], [], self.max_step_tokens
         for sequence in self.running:
-            if budget and (sequence.missing > 1 or sequence.sample is None):
-                count = min(sequence.missing, budget)
+            missing = len(sequence.tokens) - sequence.computed
+            if missing == 1 and sequence.sample is not None:
+                decode.append(sequence)
+            elif budget and (missing > 1 or sequence.sample is None):
+                count = min(missing, budget)
                 prefill.append((sequence, count))
                 budget -= count
+        decode.sort(key=lambda s: -len(s.tokens))
         assert decode or prefill or not self.has_work, "work is waiting and none can run"
         return Step(decode, prefill, self._copies)
 
@@ -221,6 +231,17 @@ class Scheduler:
         page = self._next_page(sequence)
         return page < len(sequence.pages) and self.pages.is_shared(sequence.pages[page])
 
+    def _lacks_pages(self, sequence: SequenceState) -> bool:
+        """Whether a sequence with one token missing needs a page for it. If not, `room` spares it the question until
+        its pages are full: a page that it alone holds is never shared again."""
+        if not sequence.pages or sequence.missing != 1:
+            return False
+        if self._pages_needed(sequence):
+            return True
+        if not self._drafts:
+            sequence.room = len(sequence.pages) * self.pages.page_size
+        return False
+
     def _pages_needed(self, sequence: SequenceState) -> int:
         return self._pages_more(sequence) + self._writes_shared_page(sequence)
 
@@ -257,7 +278,7 @@ class Scheduler:
         for page in sequence.pages:
             self._copies.pop(page, None)  # a copy into a released page; its next holder fills it
         self.pages.release(sequence.pages)
-        sequence.pages, sequence.hidden = [], None
+        sequence.pages, sequence.hidden, sequence.room = [], None, 0
 
 
 def _age(sequence: SequenceState) -> tuple[int, int]:

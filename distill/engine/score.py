@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.engine.alternatives import Alternatives, TopLogprobs
 from distill.engine.attention import Chunk
 from distill.engine.cache import PageAllocator
+from distill.engine.kernels import Ops
 from distill.engine.model import Model
 from distill.engine.sampler import normalisers
 
@@ -85,13 +86,11 @@ def score(
             else:
                 chunks = [Chunk(tokens, 0, own) for tokens, own in zip(taken, held, strict=True)]
                 hidden = list(forward(chunks).split([len(tokens) for tokens in taken]))
-            for hidden_tc, tokens in zip(hidden, taken, strict=True):
-                last = after[len(scores)] - 1  # of the tokens before those that are scored
-                scores.append(
-                    scores_of(
-                        model.logits, model.spec.vocab_size, hidden_tc[last:], tokens[last:], top_k, given[len(scores)]
-                    )
-                )
+            these = slice(len(scores), len(scores) + len(taken))
+            predicting = [hidden_tc[n - 1 : -1] for hidden_tc, n in zip(hidden, after[these], strict=True)]
+            targets = [tokens[n:] for tokens, n in zip(taken, after[these], strict=True)]
+            head = Head(model.logits, model.spec.vocab_size, model.ops)
+            scores += scores_of(predicting, targets, top_k, given[these], head)
         finally:
             for own in held:
                 pages.release(own)
@@ -147,56 +146,61 @@ def _rectangle(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return id_tm
 
 
+@dataclass(frozen=True)
+class Head:
+    """What makes logits. logits: of hidden states [r, c], float32 [r, v]. ops: of the device that they are on."""
+
+    logits: Callable[[Tensor], Tensor]
+    vocab_size: int
+    ops: Ops
+
+
 def scores_of(
-    logits: Callable[[Tensor], Tensor],
-    vocab_size: int,
-    hidden_tc: Tensor,
-    tokens: Sequence[int],
+    hidden: Sequence[Tensor],
+    targets: Sequence[Sequence[int]],
     top_k: int,
-    given_tm: np.ndarray | None,
-) -> Scores:
-    """The scores of `tokens` but the first. logits: of hidden states, float32 [r, v]; they are made in blocks of rows.
-    hidden_tc: what precedes each token. given_tm: further ids to score at each position, −1 for none.
-
-    NonFiniteLogits for logits that are not finite.
-    """
-    device = hidden_tc.device
-    target_t = torch.tensor(tokens[1:], dtype=torch.int64, device=device)
-    given = None if given_tm is None else torch.from_numpy(given_tm).to(device)
-    top_k = min(top_k, vocab_size)
-    block = max(1, _SCORE_ELEMENTS // vocab_size)
-    logprobs = [torch.empty(0)]
-    tops = [(torch.empty(0, top_k, dtype=torch.int32), torch.empty(0, top_k))]
-    for start in range(0, len(tokens) - 1, block):
-        target_r = target_t[start : start + block]
-        logits_rv = logits(hidden_tc[start : start + len(target_r)])
+    given: Sequence[np.ndarray | None],
+    head: Head,
+) -> list[Scores]:
+    """The scores of several sequences together. hidden: the states [n, c] that predict the n targets of each. given:
+    further ids to score at each position, [n, m], −1 for none. NonFiniteLogits for logits that are not finite."""
+    top_k = min(top_k, head.vocab_size)
+    counts = [len(own) for own in targets]
+    hidden_rc = torch.cat(list(hidden))
+    target_r = torch.tensor([*itertools.chain.from_iterable(targets)], dtype=torch.int64, device=hidden_rc.device)
+    widths = [0 if own is None else own.shape[1] for own in given]
+    given_rm = _beside(given, counts, max(widths), hidden_rc.device)
+    block = max(1, _SCORE_ELEMENTS // head.vocab_size)
+    width = top_k + max(widths)
+    logprob_r = np.empty(len(target_r), np.float32)
+    id_rk, logprob_rk = np.empty((len(target_r), width), np.int32), np.empty((len(target_r), width), np.float32)
+    for start in range(0, len(target_r), block):
+        rows = slice(start, start + block)
+        logits_rv = head.logits(hidden_rc[rows])
         normaliser_r1 = normalisers(logits_rv)
-        logprobs.append((logits_rv.gather(-1, target_r[:, None]) - normaliser_r1)[:, 0].cpu())
-        given_rm = None if given is None else given[start : start + block]
-        id_rk, logprob_rk = _alternatives(logits_rv, normaliser_r1, top_k, given_rm)
-        tops.append((id_rk.int().cpu(), logprob_rk.cpu()))
-    joined = _joined(tops[1:] or tops) if top_k or given is not None else (None, None)
-    return Scores(torch.cat(logprobs).numpy(), *joined)
+        logprob_r[rows] = (logits_rv.gather(-1, target_r[rows, None]) - normaliser_r1)[:, 0].cpu().numpy()
+        if width:
+            given_bm = None if given_rm is None else given_rm[rows]
+            likeliest = head.ops.likeliest(logits_rv, normaliser_r1, top_k, given_bm)
+            id_rk[rows], logprob_rk[rows] = (numbers.cpu().numpy() for numbers in likeliest)
+    listed = top_k > 0 or given_rm is not None
+    scores: list[Scores] = []
+    ends = itertools.accumulate(counts)
+    for end, count, own in zip(ends, counts, widths, strict=True):
+        places = slice(end - count, end), slice(top_k + own)  # past them are none
+        top = (id_rk[places], logprob_rk[places]) if listed else (None, None)
+        scores.append(Scores(logprob_r[places[0]], *top))
+    return scores
 
 
-def _alternatives(
-    logits_rv: Tensor, normaliser_r1: Tensor, top_k: int, given_rm: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Ids and log-probabilities of the `top_k` likeliest tokens and the given ones, [r, k + m], each once."""
-    top = logits_rv.topk(top_k, dim=-1)
-    id_rk, logprob_rk = top.indices, top.values - normaliser_r1
-    if given_rm is None:
-        return id_rk, logprob_rk
-    known_rm = (given_rm[:, :, None] == id_rk[:, None, :]).any(-1)
-    known_rm |= (given_rm[:, :, None] == given_rm[:, None, :]).tril(-1).any(-1)  # by one before it
-    at_rm = given_rm.clamp(min=0)
-    given_logprob_rm = logits_rv.gather(-1, at_rm) - normaliser_r1
-    given_logprob_rm.masked_fill_(known_rm | (given_rm < 0), -torch.inf)
-    logprob_rk, order_rk = torch.cat((logprob_rk, given_logprob_rm), dim=-1).sort(dim=-1, descending=True, stable=True)
-    id_rk = torch.cat((id_rk, at_rm), dim=-1).gather(-1, order_rk)
-    return id_rk.masked_fill(logprob_rk == -torch.inf, 0), logprob_rk
-
-
-def _joined(tops: Sequence[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-    ids, logprobs = zip(*tops, strict=True)
-    return torch.cat(ids).numpy(), torch.cat(logprobs).numpy()
+def _beside(
+    given: Sequence[np.ndarray | None], counts: Sequence[int], width: int, device: torch.device
+) -> Tensor | None:
+    """The given ids of several sequences below each other, as wide as the widest; None where none are given."""
+    if all(own is None for own in given):
+        return None
+    id_rm = np.full((sum(counts), width), -1, np.int64)
+    for end, count, own in zip(itertools.accumulate(counts), counts, given, strict=True):
+        if own is not None:
+            id_rm[end - count : end, : own.shape[1]] = own
+    return torch.from_numpy(id_rm).to(device)

@@ -5,6 +5,9 @@ source, the reader. Each tensor is then packed straight into the memory that the
 tensor in the dtype of the kernels at most, and CUDA graphs and pointers in kernels' arguments stay valid. The result is
 bit for bit what loading a directory with these weights gives.
 
+Between two sets of rollouts nobody reads the weights, and the training is at its peak of memory. `release_weights`
+gives the pages of a CPU back until then; writing to them anew takes a tenth of the time of packing.
+
 One exception to "in place": CPU kernels with compute dtype float32 keep bfloat16 matrices in bfloat16. When their new
 numbers are float32, a matrix gets new memory, once; rounding the weights instead would be silently wrong.
 
@@ -21,6 +24,8 @@ import torch
 from torch import Tensor
 
 from distill.engine.families import FAMILIES
+from distill.engine.kernels import cpu_packing
+from distill.engine.kernels.pages import discard
 from distill.engine.kernels.stored import Damaged, all_finite
 from distill.engine.model import Model
 from distill.engine.weights import Held
@@ -28,8 +33,16 @@ from distill.engine.weights import Held
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refuse_update(model: Model) -> None:
-    """Errors: ValueError for a model whose weights cannot be replaced."""
+HALF_WAY = "the last update of the weights failed half-way; repeat it with good weights, or load the model again"
+RELEASED = "the weights were released; update them before anything is computed"
+
+
+def refuse_update(model: Model, queued: int) -> None:
+    """Errors: ValueError for a model whose weights cannot be replaced, and while requests are queued."""
+    if queued:
+        raise ValueError(
+            f"the weights cannot be updated or released while {queued} requests are queued; finish or abort them"
+        )
     if not FAMILIES[model.spec.family].trains:
         trained = ", ".join(name for name, family in FAMILIES.items() if family.trains)
         raise ValueError(f"weights of the family {model.spec.family} cannot be updated; only dense ones can: {trained}")
@@ -55,6 +68,16 @@ def update_weights(model: Model, tensor: Callable[[str], Tensor]) -> str:
                 "learning rate or continue from an earlier checkpoint"
             ) from None
     return stored
+
+
+def release_weights(model: Model) -> None:
+    """Give the memory of the weights back to the system, until they are replaced. On a GPU nothing happens."""
+    for held in model.weights.held.values():
+        for matrix in (*held.matrices, *held.tensors):
+            if isinstance(matrix, cpu_packing.Packed):
+                matrix.discard()
+            elif isinstance(matrix, Tensor) and matrix.device.type == "cpu":
+                discard(matrix.data_ptr(), matrix.nbytes)
 
 
 def _check_form(name: str, given: Tensor, held: Held) -> None:

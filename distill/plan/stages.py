@@ -96,7 +96,7 @@ def plan_recipe(
         output_price=price.output if price else None,
         measured=measured,
         pilot=drawn,
-        judgements=plan_judgements(recipe, paths, prompts, estimate),
+        judgements=plan_judgements(recipe, paths, prompts, estimate, rollouts),
         stages=stages,
     )
     _show(recipe, plan, estimate, counted, price, hardware)

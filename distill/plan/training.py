@@ -138,7 +138,7 @@ def ways_on(machine: Hardware, recipe: "Recipe", config: "PretrainedConfig", dat
                 machine, settings.model_copy(update=saving), config, data, layout, beside(recipe, config, data, machine)
             )
             for layout in layouts
-            if not (method(settings) == "qlora" and layout == "fsdp")
+            if not (settings.unsharded and layout == "fsdp")
             for saving in _savings(settings)
         ]
         fitting = (candidate for candidate in candidates if candidate.fits)
@@ -154,14 +154,12 @@ def method(settings: "Train") -> str:
 
 def _adapters(settings: "Train") -> list["Lora | Qlora | None"]:
     """No adapter, LoRA and QLoRA; the recipe's own in place of the default of its kind. Not what training refuses:
-    adapters beside FP8, QLoRA for a student that samples rollouts."""
+    adapters beside FP8."""
     from distill.recipe.adapters import Lora, Qlora
 
     defaults: dict[str, Lora | Qlora | None] = {"full": None}
     if settings.dtype != "float8":
-        defaults["lora"] = Lora(kind="lora")
-        if settings.objective.rollout_settings is None:
-            defaults["qlora"] = Qlora(kind="qlora")
+        defaults |= {"lora": Lora(kind="lora"), "qlora": Qlora(kind="qlora")}
     return list((defaults | {method(settings): settings.adapter}).values())
 
 

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from distill.objectives import Objective, Sft
-from distill.recipe.adapters import Adapter
+from distill.recipe.adapters import Adapter, Qlora
 from distill.recipe.sources import MixedKept, MixedOwn, MixedSource
 from distill.section import Free, Later, Section, with_tuples
 
@@ -64,7 +64,8 @@ class Training(Section):
     min_lr_rate: float = Field(0.1, ge=0, le=1, description="final learning rate as a share of the peak")
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps in which the rate rises to the peak")
     optim: Literal["adamw_torch_fused", "adamw_8bit"] = Field(
-        "adamw_torch_fused", description="adamw_8bit: a quarter of the optimiser's memory, by bitsandbytes, on a GPU"
+        "adamw_torch_fused",
+        description="adamw_8bit: a quarter of the optimiser's memory, by bitsandbytes, not with parallel fsdp",
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, applied to matrices only")
     adam_beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's decay rate of the second moment")
@@ -158,6 +159,20 @@ class Training(Section):
     def _offloading_needs_checkpointing(self) -> Self:
         if self.activation_offloading and not self.gradient_checkpointing:
             raise ValueError("activation_offloading requires gradient_checkpointing: true")
+        return self
+
+    @property
+    def unsharded(self) -> str | None:
+        """The setting whose tensors FSDP cannot shard; None without one. The 4-bit base of QLoRA is no DTensor, and the
+        kernels of bitsandbytes' 8-bit optimiser refuse one."""
+        if isinstance(self.adapter, Qlora):
+            return "adapter.kind qlora"
+        return "optim adamw_8bit" if self.optim == "adamw_8bit" else None
+
+    @model_validator(mode="after")
+    def _fsdp_shards_everything(self) -> Self:
+        if self.parallel == "fsdp" and self.unsharded:
+            raise ValueError(f"{self.unsharded} cannot be combined with parallel fsdp; set parallel to ddp")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,8 @@ TEXT_SHOWN = 20_000  # characters of one text; an R1 trace may have ten times as
 @dataclass(frozen=True)
 class Shown:
     """One trace in the page. verdict: a short word for it: "kept", a reason for dropping, a grade. length: of the
-    completion, with its unit. evidence: (filter, reason, evidence) of its verdicts."""
+    completion, with its unit. evidence: (filter, reason, evidence) of its verdicts. reward: of a rollout, with its
+    parts; None where it has none."""
 
     model: str
     verdict: str
@@ -22,6 +23,7 @@ class Shown:
     response: str
     length: str
     evidence: list[tuple[str, str, str]] = field(default_factory=list)
+    reward: str | None = None
 
 
 def shown(model: str, verdict: str, good: bool, trace: Trace, verdicts: Iterable[Verdict] = ()) -> Shown:

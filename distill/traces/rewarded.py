@@ -31,8 +31,8 @@ class Reward:
     @property
     def text(self) -> str:
         """Such as `reward 1.2: correct 1, format 0.2`."""
-        value = "no reward: unverifiable" if self.value is None else f"reward {self.value:.4g}"
-        parts = ", ".join(f"{name} {part:.4g}" for name, part in self.parts.items())
+        value = "no reward: unverifiable" if self.value is None else f"reward {self.value + 0.0:.4g}"  # no -0
+        parts = ", ".join(f"{name} {part + 0.0:.4g}" for name, part in self.parts.items())
         return f"{value}{': ' if self.value is not None and parts else '; ' if parts else ''}{parts}"
 
     @property

@@ -1,7 +1,7 @@
 """Stage 3: the student is fine-tuned, once or in phases, after a proof that the rows are the intended ones."""
 
-from distill.train.phases import PhasesStage
+from distill.train.phases import PhasesStage, follow
 from distill.train.ranks.environment import several
-from distill.train.stage import STAGE, follow, kept_hash
+from distill.train.stage import STAGE, kept_hash
 
 __all__ = ["STAGE", "PhasesStage", "follow", "kept_hash", "several"]

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill.artefacts import Artefact, FilterSummary, RunPaths, Settings, TrainSummary
 from distill.console import say
@@ -33,7 +33,11 @@ from distill.recipe.sources import MixedKept, MixedOwn, MixedRun, MixedSource
 from distill.record import StageFiles
 from distill.run import Run
 from distill.stage import Stage
+from distill.train.ranks import environment
 from distill.train.stage import TrainStage
+
+if TYPE_CHECKING:
+    from distill.train.ranks.join import Announcements
 
 SUMMED = (  # of a summary, over the phases
     *("steps", "rows", "held_out_rows", "dropped_rows", "dropped_tokens", "truncated_rows", "truncated_tokens"),
@@ -100,7 +104,7 @@ class PhasesStage(TrainStage):
                 finished = inner.is_finished(self.name)
                 say(f"{title}: finished before" if finished else f"{title}: {directory}")
                 try:
-                    summaries[phase.name] = self._perform(inner, phase)
+                    summaries[phase.name] = self._perform(inner, number, phase)
                 except UserError:
                     if not inner.begun(self.name):  # refused: the phase may be corrected, those before it are kept
                         run.forget(self)
@@ -110,18 +114,26 @@ class PhasesStage(TrainStage):
         _take_over(run, directory / "student", summary)
         return summary
 
-    def _perform(self, run: Run, phase: Phase) -> TrainSummary:
+    def _perform(self, run: Run, number: int, phase: Phase) -> TrainSummary:
         """Run the stages of one phase."""
         before = self._sampling if phase.own is not None else ()
         done: list[Stage[Artefact]] = []
         for stage in before:
             stage.perform(run, [earlier for earlier in done if earlier.name in stage.reads])
             done.append(stage)
-        return _OnePhase().perform(run, [earlier for earlier in done if earlier.name in self.reads])
+        training = _OnePhase(number, self.announcements)
+        return training.perform(run, [earlier for earlier in done if earlier.name in self.reads])
 
 
 class _OnePhase(TrainStage):
-    """The training of one phase."""
+    """The training of one phase. number: counted from 0. announcements: of the stage that performs it."""
+
+    def __init__(self, number: int, announcements: "Announcements | None") -> None:
+        self.number, self.announcements = number, announcements
+
+    def perform(self, run: Run, inputs: Sequence[Stage[Artefact]] = ()) -> TrainSummary:
+        """As every stage: the other ranks wait for all phases together."""
+        return Stage.perform(self, run, inputs)
 
     def settings(self, run: Run) -> Settings:
         """As the base, without where the run is whose kept traces are read: it may be moved."""
@@ -150,6 +162,21 @@ class _Inside(Run):
         """As the base, once the outer stage has begun."""
         self._begin_outer()
         super().begin(stage, settings, extent)
+
+
+def follow(recipe: Recipe, directory: Path) -> bool:
+    """Under torchrun, on any rank but the first: train with it. Returns whether this is such a rank."""
+    if environment.rank() == 0:
+        return False
+    from distill.train.ranks import join
+
+    def training(number: int) -> tuple[Recipe, Path]:
+        if not recipe.train.phases:
+            return recipe, directory
+        return phase_recipe(recipe, directory, number), phase_directory(directory, recipe, number)
+
+    join.follow(training)
+    return True
 
 
 # ---- recipes and places

@@ -8,7 +8,7 @@ and not to the extent, because schedule and data order are made for one set of r
 would be neither the old training nor the new one.
 
 Several processes: this one encodes, proves, starts them (`ranks.launch`) and waits. Under torchrun it is one of them
-already: the first rank does all of that, and the others wait for it (`follow`).
+already: the first rank does all of that, and the others wait for it (`ranks.join`).
 
 A recipe with phases has several of these trainings (`distill.train.phases`); here there is one.
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.artefacts import Artefact, FilterSummary, RunPaths, Settings, TrainSummary
-from distill.chat import read_template
+from distill.chat import TODAY, read_template, reads_date
 from distill.errors import UserError
 from distill.fingerprint import digest, file_hash
 from distill.record import StageRecord
@@ -34,7 +34,7 @@ from distill.train.ranks import environment
 if TYPE_CHECKING:
     from distill.recipe import Recipe
     from distill.run import Run
-    from distill.train.ranks.world import World
+    from distill.train.ranks.join import Announcements
 
 
 class TrainStage(Stage[TrainSummary]):
@@ -52,6 +52,8 @@ class TrainStage(Stage[TrainSummary]):
     )
     reads = ("filter",)
     summary = TrainSummary
+    number = 0  # among the trainings of the command
+    announcements: "Announcements | None" = None  # to the other ranks that torchrun started
 
     def recipe_settings(self, recipe: "Recipe") -> Settings:
         """`train:` without its `Free` fields."""
@@ -69,14 +71,13 @@ class TrainStage(Stage[TrainSummary]):
         return settings
 
     def perform(self, run: "Run", inputs: "Sequence[Stage[Artefact]]" = ()) -> TrainSummary:
-        """As every stage; under torchrun, tell the other ranks when there is nothing to do."""
-        world = _join(run) if environment.several() else None
-        self._world, self._nothing_to_do = world, True
-        try:
+        """As every stage; under torchrun the other ranks wait until nothing is left to train."""
+        if not environment.several():
             return super().perform(run, inputs)
-        finally:
-            if world is not None and self._nothing_to_do:
-                world.any(True)
+        from distill.train.ranks.join import leading
+
+        with leading() as self.announcements:
+            return super().perform(run, inputs)
 
     def work(self, run: "Run", begin: Callable[[], None]) -> TrainSummary:
         """Encode, prove, train, save. Errors: UserError for what the user can correct (no kept traces, a template that
@@ -95,21 +96,23 @@ class TrainStage(Stage[TrainSummary]):
             setup.check(run.recipe, run.models, questions)
         if objective.reads_data:
             prepare(run.recipe, run.models, run.paths, row_settings(run), teacher_settings(run), processes)
-        if questions is not None and self._world is None and processes == 1:  # several check it themselves
+        if questions is not None and self.announcements is None and processes == 1:  # several check it themselves
             from distill.train.ranks.join import layout
 
             layout(run.recipe, run.models, run.paths, questions)
         had_begun = run.begun(self.name)
         begin()
-        self._nothing_to_do = False
-        if self._world is not None:
-            self._world.any(False)
         with _forgotten_if_refused(run, self, had_begun):
-            if self._world is None and processes > 1:
+            if self.announcements is None and processes > 1:
                 return launch.start(run.directory, processes)
             from distill.train.ranks.join import train_rank
 
-            return train_rank(run.recipe, run.directory, self._world, questions)
+            if self.announcements is None:
+                return train_rank(run.recipe, run.directory, questions)
+            self.announcements.begin(self.number)
+            summary = train_rank(run.recipe, run.directory, questions)
+            self.announcements.finish()
+            return summary
 
     def headline(self, summary: TrainSummary) -> str:
         """Steps, tokens and loss."""
@@ -150,6 +153,8 @@ def row_settings(run: "Run") -> Settings:
         "chat_template_text": digest(read_template(template)) if template else None,
         "student": run.models.base.weights,
     }
+    if reads_date(run.models.base.directory, template):
+        settings["chat_template_date"] = TODAY
     for number, source in enumerate(run.recipe.train.data if run.recipe.train.objective.reads_data else ()):
         if source.kind == "kept":
             settings["kept_traces"] = kept_hash(run.directory)
@@ -179,24 +184,11 @@ def rollout_settings(run: "Run") -> Settings:
     rollouts."""
     if run.recipe.train.objective.rollout_settings is None:
         return {}
+    from distill.train.rollouts.judge import judge_settings
+
     prompts = digest([[prompt.id, prompt.answer] for prompt in run.prompts])
-    return {"rollout_prompts": prompts, "generate.prompt_suffix": run.recipe.generate.prompt_suffix}
-
-
-def follow(recipe: "Recipe", directory: Path) -> bool:
-    """Under torchrun, on any rank but the first: train with it. Returns whether this is such a rank."""
-    if environment.rank() == 0:
-        return False
-    from distill.train.ranks import join
-
-    join.follow(recipe, directory)
-    return True
-
-
-def _join(run: "Run") -> "World":
-    from distill.train.ranks import join
-
-    return join.join(run.recipe, run.directory)
+    suffix = run.recipe.generate.prompt_suffix
+    return {"rollout_prompts": prompts, "generate.prompt_suffix": suffix} | judge_settings(run)
 
 
 def kept_hash(run: Path) -> str:

@@ -1,6 +1,9 @@
 """Trainings on rollouts from end to end, in one process: a copy as the teacher, traces beside rollouts, what is refused
 and read before the first step."""
 
+import json
+import shutil
+
 import pytest
 import rollout_support as support
 
@@ -31,6 +34,33 @@ def test_a_copy_of_the_student_teaches_nothing(tmp_path, divergence):
     support.train(tmp_path / "other", recipe)
     (other,) = support.log(tmp_path / "other")
     assert other["kl"] > 0.01 and other["grad_norm"] > 0.01
+
+
+def test_a_student_with_an_extended_context_samples_in_it(tmp_path):
+    """Prompts and answers are longer than the base's context. Trainer, engine and the reference compute the same."""
+    base = shutil.copytree(STUDENT, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    objective = support.GRPO | {"kl_weight": 0.1}
+    longer = {"max_position_embeddings": 128, "rope_theta": 2e4}
+    sampling = {"temperature": 3.0, "max_new_tokens": 12}  # of many lengths, so that groups have variance
+    recipe = support.make_recipe(objective, {"sampling": sampling}, str(base), max_steps=2, **longer)
+    support.train(tmp_path / "run", recipe)
+    first, second = support.log(tmp_path / "run")
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and max(first["mismatch"], second["mismatch"]) < 1e-5
+    assert all(len(trace.prompt_token_ids) > 8 for trace in support.rollouts(tmp_path / "run"))
+    trained = json.loads((tmp_path / "run" / "student" / "config.json").read_text())
+    assert (trained["max_position_embeddings"], trained["rope_theta"]) == (128, 2e4)
+
+
+@pytest.mark.slow
+def test_a_4_bit_student_samples_from_what_is_trained(tmp_path):
+    """Its dequantised base with its adapters: the engine's log-probabilities are the trainer's, also after a step."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'distill[qlora]'")
+    recipe = support.make_recipe(support.GRPO, max_steps=2, learning_rate=1e-2, adapter={"kind": "qlora"})
+    support.train(tmp_path / "run", recipe)
+    first, second = support.log(tmp_path / "run")
+    assert first["grad_norm"] > 0 and max(first["mismatch"], second["mismatch"]) < 1e-5
 
 
 def test_traces_are_learnt_beside_rollouts(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from random_models import CONFIGS, Checkpoint, build
 
-from distill.engine.kernels import cpu
+from distill.engine.kernels import cpu, cpu_library
 
 
 @pytest.fixture(scope="session")
@@ -23,15 +23,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chec
     return get
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.fixture(params=[*cpu_library.SETS, "amx_emulated", "amx_emulated_portable"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this machine has, in use while the test runs."""
+    """Each instruction set that this machine has, and the emulations of AMX, in use while the test runs."""
     if why := cpu.why_missing():
         pytest.skip(f"no compiled kernels: {why}")
     before = cpu.instruction_set()
     try:
         cpu.instruction_set(request.param)
     except ValueError as error:
-        pytest.skip(str(error))
+        pytest.skip(f"{error}: {cpu.amx_missing()}" if request.param == "amx" else str(error))
     yield request.param
     cpu.instruction_set(before)

@@ -170,3 +170,32 @@ def test_the_compiled_draw_is_the_reference(vocabulary: int, spread: float) -> N
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+def test_likeliest_tokens_of_the_kernels_are_those_of_the_reference(isa: str) -> None:
+    """Rows shorter and longer than a vector; given ids that are listed already, twice among themselves, and none."""
+    draw = torch.Generator().manual_seed(3)
+    shapes = ((1, 5, 5, 3), (7, 37, 4, 6), (9, 1000, 32, 32), (3, 64, 0, 5), (4, 40, 8, 0))
+    for rows, vocabulary, top_k, given in shapes:
+        logits_rv = torch.randn(rows, vocabulary, generator=draw)
+        ids_rm = torch.randint(-1, vocabulary, (rows, given), generator=draw) if given else None
+        if ids_rm is not None:
+            ids_rm[:, -1] = ids_rm[:, 0]
+        logits_rv[0, 2] = -torch.inf
+        normaliser_r1 = logits_rv.logsumexp(-1, keepdim=True)
+        expected = reference.likeliest(logits_rv, normaliser_r1, top_k, ids_rm)
+        for ours, theirs in zip(cpu.likeliest(logits_rv, normaliser_r1, top_k, ids_rm), expected, strict=True):
+            assert ours.dtype == theirs.dtype and ours.equal(theirs)
+
+
+def test_of_equal_logits_the_lower_id_comes_first(isa: str) -> None:
+    logits_rv = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0] + [2.0] * 40])
+    ids, logprobs = cpu.likeliest(logits_rv, torch.ones(1, 1), 4, torch.tensor([[44, 3, 4]]))
+    assert ids.tolist() == [[1, 3, 2, 4, 44, 0, 0]]
+    assert logprobs.tolist() == [[2.0, 2.0, 1.0, 1.0, 1.0, -torch.inf, -torch.inf]]
+
+
+def test_given_ids_outside_the_vocabulary_are_refused() -> None:
+    for id_ in (-2, 5):
+        with pytest.raises(IndexError, match="a token is outside the vocabulary"):
+            cpu.likeliest(torch.zeros(1, 5), torch.zeros(1, 1), 1, torch.tensor([[id_]]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,7 +17,7 @@ from random_models import CONFIGS, Checkpoint, build, write
 from torch import Tensor
 
 from distill.engine import Completion, Engine, Engines, Request, SamplingParams
-from distill.engine.kernels import cpu
+from distill.engine.kernels import cpu, pages
 from distill.engine.kernels.ops import Packed
 
 MODELS = ("qwen2", "qwen2-tied", "qwen3", "qwen3-mha-tied", "llama-mqa-biases", "llama-mha-tied")
@@ -164,6 +166,60 @@ def test_refused_while_requests_are_queued(engine_and_tensors: tuple[Engine, dic
     engine.abort("queued")
     engine.update(tensors.__getitem__)
     assert everything(engine, 12) == expected
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "llama-mqa-biases"])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_released_memory_is_used_again_after_an_update(
+    name: str, dtype: torch.dtype, kernels: str, tmp_path: Path
+) -> None:
+    if kernels == "cuda":
+        pytest.skip("memory of a GPU stays")
+    made, other = (checkpoint(tmp_path / str(seed), name, dtype, seed) for seed in range(2))
+    engine, fresh = load(made.path, kernels, dtype), load(other.path, kernels, dtype)
+    everything(engine, 12)
+    before = places(engine)
+    engine.release()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="weights were released; update them"):
+            engine.score(SCORED)
+        with pytest.raises(ValueError, match="weights were released; update them"):
+            engine.add(requests(12)[0])
+        engine.release()
+    engine.update(other.tensors.__getitem__)
+    assert everything(engine, 12) == everything(fresh, 12) and places(engine) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+def test_pages_are_taken_when_written_and_given_back() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    size, before = 64 << 20, resident()
+    numbers = pages.zeros(size).view(torch.int32).view(4, -1)
+    assert not numbers[1, :1000].any() and resident() - before < size // 8
+    numbers.fill_(7)
+    assert resident() - before > size * 7 // 8
+    pages.discard(numbers.data_ptr(), size)
+    assert resident() - before < size // 8 and not numbers.any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+def test_what_shares_a_page_stays() -> None:
+    numbers = torch.ones(1 << 16)
+    begin = numbers.data_ptr() + 4
+    pages.discard(begin, numbers.nbytes - 8)
+    zeros = int((numbers == 0).sum())
+    assert (1 << 16) - 2048 <= zeros < 1 << 16, "whole pages only"
+    assert numbers[0] == 1 and numbers[-1] == 1
+
+
+def test_released_while_requests_are_queued(engine_and_tensors: tuple[Engine, dict[str, Tensor]]) -> None:
+    engine, _ = engine_and_tensors
+    engine.add(requests(12)[0])
+    with pytest.raises(ValueError, match="updated or released while 1 requests are queued"):
+        engine.release()
+    engine.step()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_support as support
 
 from distill.errors import UserError
-from distill.objectives import Sft
+from distill.objectives import Sampled, Sft
 from distill.recipe import Train
 from distill.train.learn import attention, forward
 from distill.train.learn.learner import Learner
@@ -150,7 +150,7 @@ def test_gradients_of_a_batch_are_those_of_its_rows_alone(family, config, padded
 
 
 def test_a_prompt_that_rollouts_share_is_before_each_of_them_in_a_padded_batch():
-    prompt, sampled = np.arange(1, 7, dtype=np.int32), np.zeros((3, 5), np.float32)
+    prompt, sampled = np.arange(1, 7, dtype=np.int32), np.zeros((len(Sampled._fields), 5), np.float32)
     rows = [
         Row(("p", n), np.concatenate([prompt, np.arange(10 * n + 8, 10 * n + 13, dtype=np.int32)]), 6, sampled=sampled)
         for n in range(3)
@@ -159,7 +159,7 @@ def test_a_prompt_that_rollouts_share_is_before_each_of_them_in_a_padded_batch()
     batch = collate(rows)
     assert any(length for _, length in batch.prefixes), "the prompt is there once"
     with torch.no_grad():
-        states = forward.hidden(model, batch, padded=True).index_select(0, batch.positions_s)
+        states = forward.padded(model, batch).index_select(0, batch.positions_s)
         each = [model.model(input_ids=torch.from_numpy(row.ids.astype(np.int64))[None]) for row in rows]
     alone = torch.cat([out.last_hidden_state[0, 5:-1] for out in each])
     assert torch.allclose(states, alone, rtol=0, atol=1e-4 * alone.abs().max().item())

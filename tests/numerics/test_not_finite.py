@@ -131,7 +131,7 @@ def test_the_sampler_names_the_position() -> None:
         with pytest.raises(NonFiniteLogits, match="token at position 17 are not finite"):
             sample(ops_for(column), logits, draws)
     with pytest.raises(NonFiniteLogits, match="the logits are not finite"):
-        logprobs_of(torch.tensor([[INF, 1.0]]), torch.tensor([1]), 0)
+        logprobs_of(torch.tensor([[INF, 1.0]]), torch.tensor([1]))
 
 
 # ---- router and experts

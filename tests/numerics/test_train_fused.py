@@ -138,8 +138,10 @@ def test_frozen_and_other_linear_layers_run_as_transformers_has_them():
         torch.testing.assert_close(parts, learned(model, batches)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("queries", [8, 160])  # tokens of a block: several blocks, or one
 @pytest.mark.parametrize("shape", [(3, 7, 4, 2, 8), (1, 20, 4, 4, 16), (2, 33, 9, 3, 64), (5, 1, 2, 1, 8)])
-def test_attention_of_short_rows(shape, monkeypatch):
+def test_attention_of_short_rows(shape, queries, monkeypatch):
+    monkeypatch.setattr(short, "QUERIES", queries)
     monkeypatch.setattr(short, "SCORES", 2000)  # several calls
     b, w, h, g, c = shape
     draw = torch.Generator().manual_seed(0)
@@ -172,6 +174,25 @@ def test_every_instruction_set_agrees():
         instruction_set(used)
     for gradients in results.values():
         assert_equal_gradients(gradients, results[used], 1e-4)
+
+
+def test_threads_change_no_bit():
+    """Kernels that take several chunks of rows, on the threads of torch's own ops."""
+    x_tc, weight_c = torch.randn(130, 72), torch.randn(72)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            out_tc, factor_t, scores_mww = torch.empty_like(x_tc), torch.empty(130), torch.empty(6, 40, 40)
+            kernels.norm(x_tc, weight_c, 1e-6, out_tc, factor_t)
+            kernels.softmax(scores_mww.copy_(x_tc[:40, :40]), 0.5)
+            by_x = torch.empty_like(x_tc)
+            by_weight = kernels.norm_backward(x_tc, weight_c, factor_t, out_tc, None, by_x)
+            results.append((out_tc, scores_mww, by_x, by_weight))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(ours.equal(theirs) for ours, theirs in zip(result, results[0], strict=True))
 
 
 # ---- prompts

@@ -12,6 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from distill.chat import TEMPLATES, Chat, read_template
 from distill.chat.rendering import RENDERER, Renderer, TemplateError
 from distill.errors import UserError
+from distill.models import Model
 
 # The constructs of Llama 3's, Qwen's, Mistral's and Gemma's published templates, in templates of our own.
 LLAMA3 = """{{- bos_token }}
@@ -213,3 +214,18 @@ def test_a_child_that_was_killed_is_replaced() -> None:
     assert renderer.render("{{ 2 }}", {}, [(CONVERSATIONS[0], True)]) == ["2"]
     renderer.close()
     renderer.close()
+
+
+DATED = LLAMA3.replace("+ system_message", '+ "Today: " + strftime_now("%d %b %Y") + system_message')
+
+
+def test_the_date_of_a_template_is_fixed_and_part_of_what_identifies_a_model(tmp_path: Path) -> None:
+    """The day that Llama 3.1 to 3.3 name without a clock. Any other day is another prompt, so a run records it."""
+    directory = save_tokenizer(tmp_path / "dated", DATED)
+    text = Chat.load(directory).prompt_text([{"role": "user", "content": "hi"}])
+    assert "Today: 26 Jul 2024" in text
+    assert Model("dated", directory).identity["date"] == "2024-07-26"
+    other = tmp_path / "other.jinja"
+    other.write_text(BARE)
+    assert "date" not in Model("bare", directory, template=str(other)).identity
+    assert "date" not in Model("plain", save_tokenizer(tmp_path / "plain", BARE)).identity

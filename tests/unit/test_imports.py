@@ -97,7 +97,7 @@ ALLOWED: dict[str, set[str]] = {
     "prompts.columns": {"errors", "limits"},
     "prompts.gym": {"errors", "prompts.prompt"},
     "engine": {"engine.kernels"},
-    "engine.kernels": {"engine.kernels"},
+    "engine.kernels": {"engine.kernels", "errors"},
 }
 
 

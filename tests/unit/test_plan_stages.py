@@ -14,6 +14,7 @@ from distill.errors import UserError
 from distill.fingerprint import digest
 from distill.plan import stages
 from distill.plan.judging import described, plan_judgements
+from distill.plan.rollouts import RolloutPlan
 from distill.plan.traces import Traces
 from distill.planned import Expected, Measured, Pilot, Plan
 from distill.prompts import Prompt, load_prompts
@@ -269,4 +270,10 @@ def test_the_judgements_of_a_recipe_by_hand(tmp_path):
     assert plan.money == pytest.approx(60 * 300 / 1e6) and "as the 2 stored have" in described(plan)
     mixed = [Prompt.from_question(str(n), "a", "judge" if n < 3 else "math") for n in range(30)]
     assert plan_judgements(loaded, paths, mixed, estimate).filter == 60 + 6
+    plans = [
+        (catalog.load_recipe("tiny", [f"train.objective={{kind: {kind}}}"]), RolloutPlan(1, 1, 200, 9.0, 12, 5.0, ""))
+        for kind in ("grpo", "on_policy")
+    ]
+    plan = plan_judgements(loaded, paths, mixed, estimate, plans)
+    assert plan.train == 20 and "(66 of filter, 20 of train, 0 of eval)" in described(plan), "a tenth of one training's"
     assert plan_judgements(catalog.load_recipe("tiny"), paths, None, estimate) is None

@@ -36,12 +36,17 @@ class Student:
     """Answers differently in length, the same at every call."""
 
     def __init__(self):
-        self.updates, self.asked = 0, []
+        self.updates, self.asked, self.released = 0, [], False
 
     def update(self):
         self.updates += 1
+        self.released = False
+
+    def release(self):
+        self.released = True
 
     def sample(self, jobs, name, top_k):
+        assert not self.released, "the engine has weights between an update and the rows of the set only"
         self.asked.append([job.prompt.id for job in jobs])
         return [Rollout(rollout(job.prompt, sample)) for job in jobs for sample in reversed(job.samples)]
 
@@ -299,6 +304,21 @@ def test_a_damaged_file_of_likeliest_tokens_is_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"likeliest-000000\.npy: damaged .*; delete it, and training recomputes it"):
         store.likeliest(0, traces)
+
+
+def test_a_set_is_stored_at_the_end_of_the_block_that_it_is_stored_beside(tmp_path, monkeypatch):
+    store = RolloutStore(tmp_path / "rollouts", 4)
+    rollouts = Sure().sample([Job(PROMPTS[0], (0, 1))], "student", 3)
+    with store.appending(0, rollouts, {rollouts[0].trace.key}):
+        pass
+    assert [trace.key for trace in store.from_set(0)[0]] == [rollouts[1].trace.key]
+    with pytest.raises(ZeroDivisionError), store.appending(1, rollouts, ()):
+        raise ZeroDivisionError
+    assert len(store.likeliest(1, [each.trace for each in rollouts])) == 2, "the block's error does not cut it short"
+    monkeypatch.setattr(store, "append", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"), store.appending(2, rollouts, ()):
+        pass
+    store.close()
 
 
 # ---- traces of the teacher's beside the student's rows

@@ -54,8 +54,6 @@ def refused(directory, recipe):
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ({"adapter": {"kind": "qlora"}}, "set it to lora"),
-        ({"max_position_embeddings": 8192}, "train.max_position_embeddings"),
         ({"max_length": 60}, "exceeds train.max_length of 60 tokens; set train.objective.rollouts"),
     ],
 )

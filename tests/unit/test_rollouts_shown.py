@@ -1,5 +1,6 @@
 """What a person sees of rollouts: the report's curves and time, the trace reader by step, the plan's figures."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -118,6 +119,32 @@ def test_the_page_shows_rollouts_by_step(run):
         f"{name}.{kind}" for name in ("loss", "rollouts") for kind in ("png", "svg")
     ]
     assert "Where the time went" in page
+
+
+def test_the_page_shows_the_best_and_the_worst_by_their_rewards(run):
+    """Of the first set: two rewards and one unverifiable; of the middle and the last none is stored."""
+    page = " ".join(write_report(run).read_text(encoding="utf-8").split())
+    _, _, section = page.partition("Best and worst answers by their rewards</h4>")
+    section = section[: section.index('<h2 id="reading">')]
+    assert "Steps 1 – 2: mean reward 0.375 of 2 answers, 1 unverifiable" in section
+    assert "Steps 3 – 4: no rewards yet" in section and "Steps 5 – 6: no rewards yet" in section
+    badges = re.findall(r'<span class="badge (good|bad)">([^<]*)</span>', section)
+    assert badges == [("good", "reward 1.25"), ("bad", "reward -0.5")], "no trace is both"
+    assert section.index("Reward 1.25: correct 1, language 0.5") < section.index("Reward -0.5: correct 0, length -0.5")
+    reading = page[page.index("What the student wrote while it was trained") :]
+    assert reading.count("No reward: unverifiable; language 1") == 1
+    assert reading.count('<p class="gold">Reward ') == 2
+
+
+def test_a_reward_of_nothing_has_no_sign():
+    assert Reward(-0.0, False, {"correct": 0.0, "length": -0.0}).text == "reward 0: correct 0, length 0"
+
+
+def test_equal_rewards_have_no_best(run):
+    with Ledger(RunPaths(run).rollouts / REWARDS) as ledger:
+        ledger.append(Reward(0.5, None, {"length": 0.5}).to_row((prompt.id, 4)) for prompt in (OTHER,))
+    page = " ".join(write_report(run).read_text(encoding="utf-8").split())
+    assert "Steps 5 – 6: mean reward 0.5 of 1 answers, all alike" in page
 
 
 # ---- reading

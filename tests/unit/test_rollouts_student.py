@@ -1,14 +1,19 @@
 """The weights that the student samples with are those that are trained, with their adapters merged."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from distill.engine import Engine
 from distill.engine.options import EngineOptions
+from distill.models import Model
+from distill.recipe import Train
 from distill.recipe.adapters import Lora
 from distill.train.rollouts.student import tensors_of
 from distill.train.student import methods
+from distill.train.student import model as student
 
 SMALL = {
     "vocab_size": 80,
@@ -43,10 +48,10 @@ def trained(family, adapter=None):
     return model, adapted
 
 
-def expected(model):
+def expected(model, tokens=TOKENS):
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
-    return [logits[i, token].item() for i, token in enumerate(TOKENS[1:])]
+        logits = model(input_ids=torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+    return [logits[i, token].item() for i, token in enumerate(tokens[1:])]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,3 +94,54 @@ def test_adapters_of_some_layers_leave_the_others():
     assert not tensor(name.format("q", "weight")).equal(base["model.layers.0.self_attn.q_proj.base_layer.weight"])
     with pytest.raises(KeyError):
         tensor("model.layers.9.self_attn.q_proj.weight")
+
+
+def test_a_4_bit_base_is_dequantised(tmp_path):
+    """Not the base of the directory, which differs, but what the trainer's forward pass computes with."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'distill[qlora]'")
+    kind, config = FAMILIES["llama"]
+    torch.manual_seed(1)
+    kind(config).save_pretrained(tmp_path)
+    settings = Train.model_validate({"adapter": {"kind": "qlora", "r": 4, "alpha": 16}, "dtype": "float32"})
+    model = student.load(tmp_path, settings, torch.float32, methods.quantization(settings))
+    model.set_attn_implementation("eager")
+    methods.with_adapters(model, settings.adapter)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    engine = Engine.load(tmp_path, EngineOptions(device="cpu", dtype="float32", max_batch=2, max_context=64))
+    before = engine.score([TOKENS], 1)[0].logprobs
+    engine.update(tensors_of(model))
+    after = engine.score([TOKENS], 1)[0].logprobs
+    engine.close()
+    assert before != pytest.approx(after, abs=1e-3)
+    for mode in (True, False):  # bitsandbytes would repack the weights in the second
+        assert after == pytest.approx(expected(model.train(mode)), abs=1e-5)
+
+
+LONG = [3 + i * 7 % 70 for i in range(200)]  # past the base's 128 positions
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("rope_theta", [None, 1e6])
+@pytest.mark.parametrize("rope", [{}, LLAMA3 | {"original_max_position_embeddings": 64}], ids=["plain", "llama3"])
+def test_an_extended_context_is_the_engine_s_too(tmp_path, rope, rope_theta):
+    """Positions past those of the base, and the RoPE base: the engine's log-probabilities are the trainer's."""
+    torch.manual_seed(1)
+    config = LlamaConfig(**SMALL, tie_word_embeddings=True, **({"rope_parameters": rope} if rope else {}))
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    options = EngineOptions(device="cpu", dtype="float32", max_batch=2, max_context=256)
+    settings = Train(max_position_embeddings=256, rope_theta=rope_theta)
+    trainer = student.load(tmp_path, settings, torch.float32)
+    trainer.set_attn_implementation("eager")
+    with student.as_trained(Model("base", tmp_path), settings) as base:
+        engine = Engine.load(base.directory, options)
+        ours = engine.score([LONG], 1)[0].logprobs
+        engine.close()
+    assert ours == pytest.approx(expected(trainer, LONG), abs=1e-5)
+    with student.as_trained(Model("base", tmp_path), Train()) as base:
+        assert base.directory == tmp_path
+        engine = Engine.load(base.directory, replace(options, max_context=128))
+        plain = engine.score([LONG[:100]], 1)[0].logprobs
+        engine.close()
+    assert (plain == pytest.approx(ours[:99], abs=1e-5)) == (rope_theta is None), "the RoPE base did nothing"

@@ -5,9 +5,11 @@ import torch
 import train_support as support
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distill import catalog
 from distill.errors import UserError
 from distill.recipe import Lora, Train
 from distill.train.learn.fit import adapter_tensors
+from distill.train.ranks import memory
 from distill.train.student import methods
 from distill.train.student import model as student
 
@@ -100,3 +102,25 @@ def test_padding_is_never_the_end_token(base, tmp_path):
     chat.tokenizer.pad_token = chat.tokenizer.eos_token
     chat.tokenizer.add_special_tokens({"additional_special_tokens": ["<|fim_pad|>"]})
     assert student.padding(chat) == chat.tokenizer.convert_tokens_to_ids("<|fim_pad|>")
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [({"optim": "adamw_8bit"}, "optim adamw_8bit"), ({"adapter": {"kind": "qlora"}}, "adapter.kind qlora")],
+)
+def test_what_cannot_be_sharded_is_trained_with_ddp(monkeypatch, setting, named):
+    """bitsandbytes' 8-bit optimiser refuses DTensors, and its 4-bit weights are none. `auto` never chooses FSDP."""
+    with pytest.raises(ValueError, match=f"{named} cannot be combined with parallel fsdp; set parallel to ddp"):
+        Train.model_validate(setting | {"parallel": "fsdp"})
+    tried = []
+
+    def estimate(config, settings, dtypes, tokens, supervised, layout, *more):
+        tried.append(layout)
+        return memory.Memory(1e18, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # fits nowhere
+
+    monkeypatch.setattr(memory, "estimate", estimate)
+    for changes in (setting, {}):
+        recipe = catalog.load_recipe("tiny").model_copy(update={"train": Train.model_validate(changes)})
+        with pytest.raises(UserError, match="training needs about"):
+            memory.check(recipe, (10, 10), None, 2)
+    assert tried == ["ddp", "ddp", "fsdp"]

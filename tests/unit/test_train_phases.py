@@ -207,14 +207,6 @@ def test_several_processes_train_each_phase(student, tmp_path):
     assert [phase.processes for phase in summary.phases.values()] == [2, 2]
 
 
-def test_torchrun_is_refused(student, tmp_path, monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(UserError, match=r"train\.phases: .*set train\.num_processes in place of torchrun"):
-        run_recipe(recipe(student), tmp_path / "run", ["train"])
-
-
 def test_what_reads_no_traces_skips_generate_and_filter(student, tmp_path, monkeypatch, capsys):
     performed = []
     monkeypatch.setattr(pipeline, "_perform", lambda run, names: performed.extend(names))

@@ -28,6 +28,7 @@ from distill.engine.kernels.cpu_attention import paged_write as paged_write
 from distill.engine.kernels.cpu_attention import prefill_gqa as prefill_gqa
 from distill.engine.kernels.cpu_attention import prefill_mla as prefill_mla
 from distill.engine.kernels.cpu_layer import decode_plan as decode_plan
+from distill.engine.kernels.cpu_library import amx_missing as amx_missing
 from distill.engine.kernels.cpu_library import call, library, threads
 from distill.engine.kernels.cpu_library import instruction_set as instruction_set
 from distill.engine.kernels.cpu_library import instruction_sets as instruction_sets
@@ -38,6 +39,7 @@ from distill.engine.kernels.cpu_structs import (
     Arguments,
     DrawArgs,
     ExpertsArgs,
+    LikeliestArgs,
     LinearArgs,
     NormArgs,
     RopeArgs,
@@ -308,3 +310,30 @@ def draw(
         ),
     )
     return token_b, logprob_b
+
+
+def likeliest(logits_rv: Tensor, normaliser_r1: Tensor, top_k: int, given_rm: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As reference.likeliest; of equal logits the lower id comes first."""
+    logits_rv, normaliser_r1 = logits_rv.contiguous(), normaliser_r1.contiguous()
+    rows, vocabulary = logits_rv.shape
+    given_rm = None if given_rm is None else given_rm.contiguous()
+    given = 0 if given_rm is None else given_rm.shape[1]
+    id_rk = torch.empty(rows, top_k + given, dtype=torch.int32)
+    logprob_rk = torch.empty(rows, top_k + given)
+    call(
+        "likeliest",
+        LikeliestArgs(
+            logits=address(logits_rv),
+            normaliser=address(normaliser_r1),
+            given=address(given_rm),
+            id=address(id_rk),
+            logprob=address(logprob_rk),
+            rows=rows,
+            vocabulary=vocabulary,
+            k=top_k,
+            given_count=given,
+            threads=threads(),
+            unused=0,
+        ),
+    )
+    return id_rk, logprob_rk

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill.engine.kernels.cpu_library import library, packed_bytes, threads
 from distill.engine.kernels.cpu_structs import PackedMatrix, PackJob
+from distill.engine.kernels.pages import discard
 from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Place, Stored
 
 PANEL = 64  # outputs side by side in a packed matrix
@@ -35,7 +36,7 @@ class Memory:
     """`size` bytes for packed matrices, from the aligned address `begin` on."""
 
     def __init__(self, size: int) -> None:
-        self._data = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+        self._data, self.size = torch.empty(size + _ALIGNMENT, dtype=torch.uint8), size
         self.begin = self._data.data_ptr() + -self._data.data_ptr() % _ALIGNMENT
 
 
@@ -71,6 +72,10 @@ class Packed:
             weight.check_scale()
         self.struct.kind, self.struct.data = kind, self._memory.begin
         self.struct.scale = None if self._scale is None else self._scale.data_ptr()
+
+    def discard(self) -> None:
+        """Give the memory back to the system. The matrix has no numbers until `fill`."""
+        discard(self._memory.begin, self._memory.size)
 
     def reads_like(self, other: Packed) -> bool:
         """Whether both read activations in the same form: float32 as it is, or parts of it."""

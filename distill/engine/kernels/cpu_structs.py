@@ -97,6 +97,10 @@ DrawArgs = _struct(
     "DrawArgs",
     "pointer: logits row uniform temperature top_k top_p token logprob; int: rows draws vocabulary threads",
 )
+LikeliestArgs = _struct(
+    "LikeliestArgs",
+    "pointer: logits normaliser given id logprob; int: rows vocabulary k given_count threads unused",
+)
 LayerArgs = _struct(
     "LayerArgs",
     "pointer: attention_norm q_norm kv_norm mlp_norm correction q_a q kv_a absorb expand_v o q_a_bias kv_a_bias o_bias "
@@ -126,7 +130,8 @@ TrainRopeArgs = _struct(
     "int: rows heads r half backward threads",
 )
 TrainSoftmaxArgs = _struct(
-    "TrainSoftmaxArgs", "pointer: scores gradient; int: rows width half backward threads; float: scale"
+    "TrainSoftmaxArgs",
+    "pointer: scores gradient; int: rows width heads queries first half backward threads; float: scale",
 )
 
 STRUCTURES = (
@@ -142,6 +147,7 @@ STRUCTURES = (
     WriteArgs,
     NormArgs,
     DrawArgs,
+    LikeliestArgs,
     LayerArgs,
     DenseLayerArgs,
     StepArgs,

@@ -4,7 +4,7 @@ They have no gradient of their own: `distill.train.learn.fused` is made of them.
 docstring says otherwise, and float32 or bfloat16; arithmetic is in float32. A tensor without memory (FakeTensor), by
 which training estimates its memory, is left as it is.
 
-Shapes: t rows, c columns, n inner columns, h heads, r pairs of a head, m matrices of w × w.
+Shapes: t rows, c columns, n inner columns, h heads, r pairs of a head, m matrices of n × w.
 """
 
 import torch
@@ -156,30 +156,39 @@ def turn(x_thc: Tensor, cos_tr: Tensor, sin_tr: Tensor, out_thc: Tensor, backwar
     )
 
 
-def softmax(scores_mww: Tensor, scale: float) -> None:
-    """Causal softmax of scale · scores in place: query i of a matrix sees keys 0 … i; other probabilities become 0."""
-    _softmax(scores_mww, None, scale)
+def softmax(scores_mnw: Tensor, scale: float, heads: int, first: int) -> None:
+    """Causal softmax of scale · scores in place: query i sees keys 0 … i; other probabilities become 0.
+
+    A matrix has the `heads` rows of a query below each other, and begins with query `first`.
+    """
+    _softmax(scores_mnw, None, scale, heads, first)
 
 
-def softmax_backward(p_mww: Tensor, grad_mww: Tensor, scale: float) -> None:
+def softmax_backward(p_mnw: Tensor, grad_mnw: Tensor, scale: float, heads: int, first: int) -> None:
     """Replace the gradient of the probabilities by that of the scores."""
-    _softmax(p_mww, grad_mww, scale)
+    _softmax(p_mnw, grad_mnw, scale, heads, first)
 
 
-def _softmax(scores_mww: Tensor, grad_mww: Tensor | None, scale: float) -> None:
-    if not has_memory(scores_mww):
+def _softmax(scores_mnw: Tensor, grad_mnw: Tensor | None, scale: float, heads: int, first: int) -> None:
+    if not has_memory(scores_mnw):
         return
-    width = scores_mww.shape[-1]
-    assert scores_mww.shape[-2] % width == 0
+    _, rows, width = scores_mnw.shape
+    queries = rows // heads
+    assert queries * heads == rows and 0 <= first <= width - queries
+    assert grad_mnw is None or (grad_mnw.shape, grad_mnw.dtype) == (scores_mnw.shape, scores_mnw.dtype)
+    assert grad_mnw is None or grad_mnw.is_contiguous()
     call(
         "train_softmax",
         TrainSoftmaxArgs(
-            scores=address(scores_mww),
-            gradient=address(grad_mww),
-            rows=scores_mww.numel() // width,
+            scores=address(scores_mnw),
+            gradient=address(grad_mnw),
+            rows=scores_mnw.numel() // width,
             width=width,
-            half=_half(scores_mww),
-            backward=grad_mww is not None,
+            heads=heads,
+            queries=queries,
+            first=first,
+            half=_half(scores_mnw),
+            backward=grad_mnw is not None,
             threads=threads(),
             scale=scale,
         ),

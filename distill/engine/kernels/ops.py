@@ -312,6 +312,11 @@ class Column(Protocol[P, H, B, A_co, X]):
     ) -> tuple[Tensor, Tensor]:
         """A token for each draw, int64, and its raw log-probability, NaN where the logits have no distribution."""
 
+    def likeliest(
+        self, logits_rv: Tensor, normaliser_r1: Tensor, top_k: int, given_rm: Tensor | None, /
+    ) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens of each row and the given ones → ids, int32, and log-probabilities."""
+
     def decode_plan(self, layers: Sequence[DecodeLayer[P, H, B] | DenseLayer[P]], /) -> DecodePlan | None:
         """A function that computes these layers in one call; None: they are computed op by op."""
 

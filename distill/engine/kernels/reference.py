@@ -338,6 +338,26 @@ def draw(
     return token_b, logprob_b.masked_fill(undefined_b, float("nan"))
 
 
+def likeliest(logits_rv: Tensor, normaliser_r1: Tensor, top_k: int, given_rm: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities of the `top_k` likeliest tokens and the given ones, [r, k + m], each once.
+
+    They are in the order of their log-probabilities, logits − normaliser. given_rm: int64, −1 for none. In places past
+    the last token of a row the log-probability is −∞ and the id 0. float32 logits.
+    """
+    top = logits_rv.topk(top_k, dim=-1)
+    id_rk, logprob_rk = top.indices, top.values - normaliser_r1
+    if given_rm is not None:
+        known_rm = (given_rm[:, :, None] == id_rk[:, None, :]).any(-1)
+        known_rm |= (given_rm[:, :, None] == given_rm[:, None, :]).tril(-1).any(-1)  # by one before it
+        at_rm = given_rm.clamp(min=0)
+        given_logprob_rm = logits_rv.gather(-1, at_rm) - normaliser_r1
+        given_logprob_rm.masked_fill_(known_rm | (given_rm < 0), -torch.inf)
+        both_rk = torch.cat((logprob_rk, given_logprob_rm), dim=-1)
+        logprob_rk, order_rk = both_rk.sort(dim=-1, descending=True, stable=True)
+        id_rk = torch.cat((id_rk, at_rm), dim=-1).gather(-1, order_rk)
+    return id_rk.masked_fill(logprob_rk == -torch.inf, 0).int(), logprob_rk
+
+
 def _threshold(probs_bv: Tensor, top_k_b: Tensor, top_p_b: Tensor) -> Tensor:
     """The smallest unnormalised probability that top k, then top p, let through: [b]. A threshold needs the largest few
     only, and more of them only if they do not reach top p; a sort would need the whole vocabulary."""

@@ -48,11 +48,20 @@ class Group:
 
 
 class Rows:
-    """The boundaries of the rows of a batch. lengths, prefixes: as of `Batch`; no prefixes: all rows are whole."""
+    """The boundaries of the rows of a batch. lengths, prefixes: as of `Batch`; no prefixes: all rows are whole.
+
+    wanted: the tokens whose final hidden states are read, int64; None: all. narrowed: whether the last layer returned
+    these alone, which a layer that cannot leaves False.
+    """
 
     def __init__(
-        self, lengths: Sequence[int], device: torch.device, prefixes: Sequence[tuple[int, int]] | None = None
+        self,
+        lengths: Sequence[int],
+        device: torch.device,
+        prefixes: Sequence[tuple[int, int]] | None = None,
+        wanted: Tensor | None = None,
     ) -> None:
+        self.wanted, self.narrowed = wanted, False
         self.own, self.device = tuple(lengths), device
         self.prefixes = tuple(prefixes or [(0, 0)] * len(self.own))
         self.lengths = tuple(own + prefix for own, (_, prefix) in zip(self.own, self.prefixes, strict=True))

@@ -17,7 +17,6 @@ from transformers.utils import logging as transformers_logging
 from distill.artefacts import FilterSummary, RunPaths, TrainSummary
 from distill.chat import Chat
 from distill.console import say
-from distill.errors import UserError
 from distill.hardware import give_memory_back
 from distill.models import Models
 from distill.recipe import Recipe
@@ -129,8 +128,7 @@ def build(task: Task, world: World) -> Built:
     if world.main and settings.dtype != "float32" and dtypes.compute == torch.float32:
         say("this processor has no bfloat16 matrix products: the forward pass runs in float32")
     quantization = methods.quantization(settings)
-    if sharded and quantization:
-        raise UserError("train.adapter.kind qlora keeps the whole base on every device: set train.parallel to `ddp`")
+    assert not (sharded and settings.unsharded), "the recipe and the memory check choose DDP"
     if sharded:
         base = model.empty(weights, settings, dtypes.weights)
     else:

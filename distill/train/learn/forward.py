@@ -22,15 +22,19 @@ from distill.train.learn.attention import Group, Rows
 from distill.train.rows.batches import Batch
 
 
-def hidden(model: PreTrainedModel, batch: Batch, padded: bool) -> Tensor:
-    """The hidden states of the tokens of a batch, [t, d]."""
-    rows = Rows(batch.lengths, batch.input_ids_t.device, batch.prefixes)
-    if padded:
-        return torch.cat([_padded(model, batch, group) for group in rows.groups])
+def concatenated(model: PreTrainedModel, batch: Batch, rows: Rows, inputs: dict[str, Tensor]) -> Tensor:
+    """The hidden states of a batch by one pass, [t, d]. rows: the batch's. inputs: its tokens, as the decoder takes
+    them."""
     hidden_td: Tensor = model.get_decoder()(
-        input_ids=batch.input_ids_t[None], position_ids=batch.position_ids_t[None], rows=rows, use_cache=False
+        **inputs, position_ids=batch.position_ids_t[None], rows=rows, use_cache=False
     ).last_hidden_state[0]
     return hidden_td
+
+
+def padded(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The hidden states of a batch by padded groups of its rows, [t, d]."""
+    rows = Rows(batch.lengths, batch.input_ids_t.device, batch.prefixes)
+    return torch.cat([_padded(model, batch, group) for group in rows.groups])
 
 
 def _padded(model: PreTrainedModel, batch: Batch, group: Group) -> Tensor:

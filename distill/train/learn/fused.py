@@ -106,7 +106,8 @@ def linears(layer: Layer) -> list[nn.Module]:
 
 
 def fused_layer(layer: Layer, hidden_states: Tensor, *args: Layer, **kwargs: Layer) -> Tensor:
-    """The forward pass of a decoder layer. hidden_states: [1, t, d]."""
+    """The forward pass of a decoder layer. hidden_states: [1, t, d]. The last layer returns the wanted rows only, where
+    `Rows.wanted` names some: what follows the attention is not computed for the others."""
     heads, mlp, rows = layer.self_attn, layer.mlp, kwargs.get("rows")
     plain_linear = all(type(module) is nn.Linear for module in linears(layer))
     silu = type(mlp.act_fn).__name__ in SILU
@@ -135,8 +136,12 @@ def fused_layer(layer: Layer, hidden_states: Tensor, *args: Layer, **kwargs: Lay
         q_thc, k_tgc = (turn(norm(x), cos_tr, sin_tr) for norm, x in ((heads.q_norm, q_thc), (heads.k_norm, k_tgc)))
     dropout = heads.attention_dropout if layer.training else 0.0
     out_thc = attention.inside_rows(q_thc, k_tgc, v_tgc, rows, heads.scaling, dropout)
+    out_tn = out_thc.flatten(1)
+    if rows.wanted is not None and heads.layer_idx == heads.config.num_hidden_layers - 1:
+        x_td, out_tn = (x.index_select(0, rows.wanted) for x in (x_td, out_tn))
+        rows.narrowed = True
     add: Callable[..., Tensor] = _AddProduct.apply
-    x_td = add(x_td, out_thc.flatten(1), heads.o_proj.weight, heads.o_proj.bias, dtype)
+    x_td = add(x_td, out_tn, heads.o_proj.weight, heads.o_proj.bias, dtype)
     add_mlp: Callable[..., Tensor] = _AddMlp.apply
     norm = layer.post_attention_layernorm
     weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)

@@ -22,13 +22,23 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from distill.objectives import Criterion
+from distill.train.learn.tied import HeadGradient
 
 BLOCK = 1 << 26  # logits per block: 128 MB in bfloat16
+KEPT = 1 << 24  # bytes of a block up to which its memory is kept between batches
 PASS = {"cpu": 1 << 20, "cuda": 1 << 24}  # logits in float32 at a time; on a CPU they stay in its cache
 
 
-def linear_loss(hidden_sd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, criterion: Criterion) -> Tensor:
+def linear_loss(
+    hidden_sd: Tensor,
+    weight_vd: Tensor,
+    bias_v: Tensor | None,
+    criterion: Criterion,
+    tied: HeadGradient | None = None,
+) -> Tensor:
     """The sums of a criterion's loss parts over the rows of `hidden_sd` through a head, float32 [parts].
+
+    tied: where the gradient by `weight_vd` is left for the embedding; None: it is returned to autograd.
 
     Only the first part has a gradient. Matrix products run in the dtype of autocast, or of the hidden states without
     it; sums over the vocabulary run in float32.
@@ -36,12 +46,13 @@ def linear_loss(hidden_sd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, cri
     device = hidden_sd.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_sd.dtype
     apply: Callable[..., Tensor] = _LinearLoss.apply
-    return apply(hidden_sd, weight_vd, bias_v, criterion, dtype, torch.is_grad_enabled())
+    return apply(hidden_sd, weight_vd, bias_v, criterion, dtype, torch.is_grad_enabled(), tied)
 
 
 class _Context(FunctionCtx):
     needs_input_grad: tuple[bool, ...]
     gradients: list[Tensor | None] | None
+    tied: HeadGradient | None
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -54,6 +65,7 @@ class _LinearLoss(torch.autograd.Function):
         criterion: Criterion,
         dtype: torch.dtype,
         learning: bool,
+        tied: HeadGradient | None,
     ) -> Tensor:
         wanted = [learning and needed for needed in ctx.needs_input_grad[:3]]
         vocabulary, device = len(weight_vd), hidden_sd.device.type
@@ -80,13 +92,12 @@ class _LinearLoss(torch.autograd.Function):
                 if grad_b_v is not None:
                     grad_b_v += logits_rv.sum(0, dtype=torch.float32)
         assert total is not None, "a batch without a supervised token"
+        by_weight = None if grad_w_vd is None else grad_w_vd.total
+        ctx.tied = tied
         ctx.gradients = [
-            None if grad is None or like is None else grad.to(like.dtype)
-            for grad, like in (
-                (grad_h_sd, hidden_sd),
-                (grad_w_vd.total if grad_w_vd else None, weight_vd),
-                (grad_b_v, bias_v),
-            )
+            None if grad_h_sd is None else grad_h_sd.to(hidden_sd.dtype),
+            by_weight if by_weight is None or tied is not None else by_weight.to(weight_vd.dtype),
+            None if grad_b_v is None or bias_v is None else grad_b_v.to(bias_v.dtype),
         ]
         return total
 
@@ -95,7 +106,11 @@ class _LinearLoss(torch.autograd.Function):
         scale = grad_outputs[0][0]
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the graph is not kept for a second backward pass"
-        return (*(None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in gradients), None, None, None)
+        if ctx.tied is not None and gradients[1] is not None:
+            ctx.tied.put(gradients[1], scale)
+            gradients[1] = None
+        scaled = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in gradients]
+        return *scaled, None, None, None, None
 
 
 class Sum:
@@ -129,9 +144,10 @@ _scratch: dict[torch.dtype, Tensor] = {}
 
 
 def scratch(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Memory for the logits of a block. On a CPU it is kept: getting new pages costs as much as filling them with
-    exponentials. A GPU's allocator caches memory itself."""
-    if like.device.type != "cpu":
+    """Memory for the logits of a block. On a CPU that of small models is kept: getting new pages costs as much as
+    filling them with exponentials. A large block is a percent of its step either way, and would be there at the end of
+    the backward pass, when memory is at its peak. A GPU's allocator caches memory itself."""
+    if like.device.type != "cpu" or rows * columns * like.itemsize > KEPT:
         return like.new_empty(rows, columns)
     kept = _scratch.get(like.dtype)
     if kept is None or kept.numel() < rows * columns:

@@ -6,7 +6,7 @@ the sizes of the tensors that autograd keeps for the backward pass are added up.
 
 - in the head's loss: the activations of all layers, a block of logits, and the head's gradient; or, with FP8, soon
   after it: the casts of a product in place of the block
-- at the end of the backward pass: all gradients, and the embedding's once more before it is added to the head's
+- at the end of the backward pass: all gradients, and that of a tied head as it has waited, in the dtype of its product
 
 Not counted are fragmentation, and the libraries' own memory beyond `BASE`.
 """
@@ -49,7 +49,8 @@ R = TypeVar("R")
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device at the peak. gathered: weights in the dtype of the forward pass, besides the stored ones.
-    rollouts: the student's engine; scoring: the teacher, or the base, on the same device; both with their caches."""
+    rollouts: what the student's engine adds; scoring: the teacher, or the base, on the same device; both with their
+    caches."""
 
     weights: float
     gradients: float
@@ -71,10 +72,15 @@ class Memory:
         return sum(size for _, size in self.parts())
 
     def beside(self, engines: "Engines | None", room: float, device: str) -> "Memory":
-        """With engines on the same device, which has `room` bytes."""
+        """With engines on the same device, which has `room` bytes.
+
+        On a CPU the student's engine has memory only between the steps, when the trainer has no gradients.
+        """
         if engines is None:
             return self
         rollouts, scoring = engines.within(room - self.weights, device)
+        if device == "cpu":
+            rollouts = max(0.0, rollouts - self.gradients - self.gathered - self.activations - self.head)
         return replace(self, rollouts=rollouts, scoring=scoring)
 
 
@@ -300,10 +306,14 @@ def estimate(
         layer = converted(config)
         temporary = max(temporary, FLOAT8_CAST * (layer.largest + tokens * layer.widest))
     in_loss = temporary + supervised * model.width * 8
-    separate = half == 2 and device == "cpu"  # a product is computed separately, which a GPU accumulates directly
-    in_loss += head_size * (6 if separate else 4) if full else 0  # its gradient
+    one_block = supervised * model.vocabulary <= loss.BLOCK
+    if full and half == 2 and one_block and not model.head:
+        in_loss += head_size * 2  # its gradient, which is cast at the end of the backward pass
+    elif full:  # on a CPU a product is computed separately, which a GPU accumulates directly
+        in_loss += head_size * (6 if half == 2 and device == "cpu" else 4)
     in_loss += head_size * half if dtypes.autocast is not None else 0  # its cast
-    at_end = (block if device == "cpu" else 0) + (head_size * 8 if full and not model.head else 0)
+    at_end = block if device == "cpu" and block <= loss.KEPT else 0
+    at_end += head_size * 2 if full and half == 2 and one_block and not model.head else 0
     loss_moment = kept + in_loss + (gradients if several_batches else 0)
     end_moment = at_end + gradients
     if loss_moment >= end_moment:
@@ -340,6 +350,8 @@ def check(
     layouts: tuple[Layout, ...] = ("one",) if processes == 1 else ("ddp", "fsdp")
     if processes > 1 and settings.parallel != "auto":
         layouts = (settings.parallel,)
+    elif processes > 1 and settings.unsharded:
+        layouts = ("ddp",)
     tokens, supervised = rows if isinstance(rows, tuple) else largest_batch(rows, settings)
     tried: dict[Layout, Memory] = {}
     for layout in layouts:

@@ -7,14 +7,14 @@ its number and the seed; what is sampled, one of the weights, too. So a resumed 
 checkpoint; sets that are on the disk (`store`) are read instead of being sampled and rewarded again.
 
 Ranks share the prompts of a set, sample, score and reward their own, and exchange the results, so that every rank has
-the same rows and takes its batches of them as of any other rows.
+the same rows and takes its batches of them as of any other rows. A judge is asked by the first rank alone (`judge`).
 
 With `student_share` below 1 some rows of a step are traces of the teacher's, in the ratio of the share (GKD's λ).
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import NamedTuple, cast
@@ -25,6 +25,7 @@ from pydantic import JsonValue
 from distill.backends.backend import Backend, Job
 from distill.chat import Chat
 from distill.console import say
+from distill.grading.judged import JUDGE
 from distill.objectives import Grpo, OnPolicy
 from distill.objectives.grpo import advantages
 from distill.prompts import Prompt
@@ -136,6 +137,7 @@ class RolloutFeed(Feed):
         wanted, part = divmod(number, self.how.updates)
         if self._set is None or self._set.number != wanted:
             self._set = self._make(wanted)
+            self.student.release()
         self._figures[number], self._trained = self._set, number + 1
         return self._batches(self._set.parts[part] + self._teachers_rows(number))
 
@@ -207,10 +209,15 @@ class RolloutFeed(Feed):
         seconds: dict[str, float] = {}
         jobs = self._jobs(number)
         mine = jobs[self.world.rank :: self.world.size]
-        rollouts = self._sampled(number, jobs, mine, seconds)
+        rollouts, stored = self._sampled(number, jobs, mine, seconds)
         ours = {job.prompt.id for job in mine}
-        with timed(seconds, "seconds_scoring"):
+        storing = self.world.main and stored is not None
+        with (
+            self.store.appending(number, rollouts, stored or ()) if storing else nullcontext(),
+            timed(seconds, "seconds_scoring"),
+        ):
             judged = self.world.gathered(self._judge([each for each in rollouts if each.trace.prompt.id in ours]))
+            judged = self._with_judge(judged)
         by_key = {each.rollout.key: each for each in judged}
         judged = [by_key[each.trace.key] for each in rollouts]
         self._store_rewards(judged)
@@ -220,24 +227,22 @@ class RolloutFeed(Feed):
 
     def _sampled(
         self, number: int, jobs: Sequence[Job], mine: Sequence[Job], seconds: dict[str, float]
-    ) -> list[Rollout]:
-        """The rollouts of a set in the order of its jobs: from the disk, or sampled now and stored."""
+    ) -> tuple[list[Rollout], Set[Key] | None]:
+        """The rollouts of a set in the order of its jobs: from the disk, or sampled now. And the keys of those that are
+        on the disk, of which a kill may leave a part; None where all are."""
         if self._stored is None:
             self._stored, self._rewards = self.store.from_set(number), self.store.rewards_from(number)
             self.world.wait()  # every rank has read them before the first appends
         keys = [(job.prompt.id, sample) for job in jobs for sample in job.samples]
         stored = {trace.key: trace for trace in self._stored.pop(number, ())}
         if all(key in stored for key in keys):
-            return self._resumed(number, [stored[key] for key in keys])
+            return self._resumed(number, [stored[key] for key in keys]), None
         with timed(seconds, "seconds_sync"):
             self.student.update()
         with timed(seconds, "seconds_rollouts"):
             sampled = self.student.sample(mine, f"student, set {number}", self._top_k)
             by_key = {each.trace.key: each for each in self.world.gathered(sampled)}
-        rollouts = [by_key[key] for key in keys]
-        if self.world.main:
-            self.store.append(number, rollouts, stored)  # a kill may leave a part
-        return rollouts
+        return [by_key[key] for key in keys], stored.keys()
 
     @property
     def _top_k(self) -> int | None:
@@ -263,7 +268,7 @@ class RolloutFeed(Feed):
             if routed:
                 taught |= {each.trace.key: of for each, of in zip(routed, teacher.score(routed), strict=True)}
         traces = [each.trace for each in rollouts]
-        rewards = self._rewarded(traces)
+        rewards = self._rewarded([trace for trace in traces if trace.prompt.task != JUDGE])
         reference: Sequence[tuple[float, ...] | None] = [None] * len(traces)
         if self.judges.base is not None and traces:
             reference = [trace.logprobs for trace in self.judges.base.score(traces, 1)]
@@ -271,6 +276,14 @@ class RolloutFeed(Feed):
             Judged(trace, taught.get(trace.key), rewards.get(trace.key), logprobs)
             for trace, logprobs in zip(traces, reference, strict=True)
         ]
+
+    def _with_judge(self, judged: list[Judged]) -> list[Judged]:
+        """The rollouts of all ranks with the rewards for which the first rank asks the judge."""
+        asked = [each.rollout for each in judged if each.rollout.prompt.task == JUDGE]
+        if not asked:
+            return judged
+        rewards = dict(self.world.gathered(list(self._rewarded(asked).items()) if self.world.main else []))
+        return [each._replace(reward=rewards.get(each.rollout.key, each.reward)) for each in judged]
 
     def _rewarded(self, traces: Sequence[Trace]) -> dict[Key, Reward]:
         """The rewards of rollouts: from the disk, or computed now; none where nothing rewards."""

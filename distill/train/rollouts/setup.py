@@ -5,7 +5,8 @@ The checks come before the stage begins, so that what they refuse leaves nothing
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,16 +18,17 @@ from distill.console import say
 from distill.errors import UserError
 from distill.filters.correct import Correct
 from distill.grading.graders import GRADERS
+from distill.grading.judged import JUDGE
 from distill.models import Model, Models
 from distill.objectives import Grpo, OnPolicy
 from distill.objectives.grpo import Rewards
 from distill.prompts import Prompt
 from distill.recipe import Recipe
-from distill.recipe.adapters import Qlora
 from distill.train.ranks import memory
 from distill.train.ranks.world import World
 from distill.train.rollouts import gate
 from distill.train.rollouts.feed import Judges, RolloutFeed
+from distill.train.rollouts.judge import check_judge, judge_bytes, opened_judge
 from distill.train.rollouts.memory import Engines, engines
 from distill.train.rollouts.questions import Questions, questions_of
 from distill.train.rollouts.rewards import Rewarder, check_gradable
@@ -35,7 +37,7 @@ from distill.train.rollouts.student import MAX_BATCH, StudentEngine
 from distill.train.rollouts.teachers import Teacher
 from distill.train.rows.feed import StoredFeed
 from distill.train.student import methods
-from distill.train.student.model import configuration
+from distill.train.student.model import as_trained, configuration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,18 +52,12 @@ def check(recipe: Recipe, models: Models, questions: Questions) -> None:
     assert rollouts is not None
     if not prompts:
         raise UserError("prompts: there is no prompt for the student to answer; add a source, or raise its `limit`")
-    if isinstance(settings.adapter, Qlora):
-        raise UserError("train.adapter.kind qlora has no weights that rollouts could be sampled from; set it to lora")
-    if settings.max_position_embeddings:
-        raise UserError(
-            f"train.max_position_embeddings: rollouts of objective {objective.kind} are sampled in the base's own "
-            f"context; extend it in a phase of `sft` before"
-        )
     student = models.base.chat
     gate.check_student(student)
     if isinstance(objective, Grpo):
         level = (recipe.filter.correct or Correct()).sandbox
-        check_gradable(prompts, objective.rewards, level=level, has_judge=False)
+        check_gradable(prompts, objective.rewards, level=level, has_judge=recipe.judge is not None)
+        check_judge(recipe, models, prompts)
     limits = {
         "train.max_length": settings.max_length,
         "the context of the student": configuration(models.base.directory, settings).max_position_embeddings,
@@ -81,7 +77,7 @@ def check(recipe: Recipe, models: Models, questions: Questions) -> None:
 def graded(prompts: Sequence[Prompt]) -> bool:
     """Whether on-policy rollouts are graded for the curve of pass@1: the prompts have gold answers that are compared
     without running programs or asking a judge."""
-    return all(prompt.answer and prompt.task in GRADERS and prompt.task != "code" for prompt in prompts)
+    return all(prompt.answer and prompt.task in GRADERS and prompt.task not in ("code", JUDGE) for prompt in prompts)
 
 
 @contextmanager
@@ -112,8 +108,9 @@ def rollout_feed(
         dtype = methods.dtypes(settings, world.device).compute
         context = questions.context(rollouts)
         batch = min(MAX_BATCH, -(-rollouts.rows // world.size))
+        base = stack.enter_context(as_trained(models.base, settings))
         backend = stack.enter_context(
-            backends.open_trained(models.base, trained, str(world.device), dtype, batch, context, world.main)
+            backends.open_trained(base, trained, str(world.device), dtype, batch, context, world.main)
         )
         student = StudentEngine(trained, backend, rollouts, settings.seed)
         engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
@@ -126,6 +123,7 @@ def rollout_feed(
         weights = objective.rewards if isinstance(objective, Grpo) else Rewards() if graded(prompts) else None
         if weights is not None:
             correct = recipe.filter.correct or Correct()
+            judge = opened_judge(recipe, models, paths, prompts, engine) if world.main else nullcontext()
             judges.rewarder = stack.enter_context(
                 Rewarder(
                     weights,
@@ -133,10 +131,11 @@ def rollout_feed(
                     workers=correct.workers,
                     timeout=correct.timeout,
                     level=correct.sandbox,
+                    judge=stack.enter_context(judge),
                 )
             )
         if objective.needs_reference:
-            judges.base = stack.enter_context(backends.open(models.base, engine, SCORED))
+            judges.base = stack.enter_context(backends.open(base, engine, SCORED))
         store = RolloutStore(paths.rollouts, rollouts.samples)
         stack.callback(store.close)
         yield RolloutFeed(objective, settings, prompts, student, models.base.chat, store, judges, world, traces)
@@ -173,4 +172,6 @@ def engines_beside(recipe: Recipe, models: Models, questions: Questions, device:
     context = questions.context(rollouts)
     parameters = memory.shape(config).total
     budget = recipe.engine.memory_budget
-    return engines(config, settings, parameters, compute.itemsize, context, ranks, weights, budget)
+    beside = engines(config, settings, parameters, compute.itemsize, context, ranks, weights, budget)
+    judge = judge_bytes(recipe, models, questions.prompts)
+    return replace(beside, judges=(*beside.judges, judge)) if judge else beside

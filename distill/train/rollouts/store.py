@@ -17,8 +17,9 @@ after the checkpoint. Rewards are stored because a grader that runs out of time 
 
 import io
 import zlib
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,6 +98,15 @@ class RolloutStore:
             write_whole(self._likeliest(number), data + zlib.crc32(data).to_bytes(4, "little"))
         self._traces.append(new)
         self._appended += len(new)
+
+    @contextmanager
+    def appending(self, number: int, rollouts: Sequence[Rollout], stored: Iterable[Key]) -> Iterator[None]:
+        """Store a set as `append` does, while the block runs: most of it is waiting for the disk. At the end of the
+        block it is stored. The block leaves the store alone."""
+        with ThreadPoolExecutor(1) as writer:
+            written = writer.submit(self.append, number, rollouts, stored)
+            yield
+            written.result()
 
     def append_rewards(self, rewards: Iterable[tuple[Key, Reward]]) -> None:
         """Store rewards durably. Errors: OSError when the disk is full."""

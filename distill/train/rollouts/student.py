@@ -2,15 +2,17 @@
 
 The engine is loaded once, from the base's directory, and takes the trainer's weights in place before each set of
 rollouts (`Engine.update`): no files, no second checkpoint, and memory rises by one copy of the weights in the dtype of
-the forward pass. Every rank has an engine of its own and samples its share of the prompts; what a sample is depends on
-(seed, prompt, sample number) and the weights alone, so that ranks and resumes change nothing.
+the forward pass. On a CPU that copy is not there while the trainer computes, which is when memory is at its peak. Every
+rank has an engine of its own and samples its share of the prompts; what a sample is depends on (seed, prompt, sample
+number) and the weights alone, so that ranks and resumes change nothing.
 
 Rejected: `generate` of transformers on the trained module, which needs no copy, but pads, keeps its cache in one tensor
 per layer and is an order of magnitude slower; and a server that reads checkpoints, whose rollouts are late by the time
 of writing and reading them.
 
-Adapters (LoRA) are added to the base's weights one matrix at a time, while they are packed. Sharded parameters are
-gathered one at a time, by all ranks in the same order.
+Adapters (LoRA) are added to the base's weights one matrix at a time, while they are packed; a 4-bit base (QLoRA) is
+dequantised first, as its forward pass does, so that the engine samples from the model that is trained. Sharded
+parameters are gathered one at a time, by all ranks in the same order.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +27,14 @@ from transformers import PreTrainedModel
 
 from distill.backends import Job, SamplingParams, TrainedBackend
 from distill.backends.collect import trace_of
+from distill.hardware import trim_heap
 from distill.objectives import RolloutSettings
 from distill.traces.rows import rounded
 from distill.traces.trace import Trace
 from distill.train.ranks.world import whole
 
 MAX_BATCH = 256  # sequences decoded at once
+TRIMMED = 256 << 20  # bytes of trained weights from which on new pages for each step are a hundredth of its time
 
 
 class Rollout(NamedTuple):
@@ -46,10 +50,17 @@ class StudentEngine:
 
     def __init__(self, trained: PreTrainedModel, backend: TrainedBackend, settings: RolloutSettings, seed: int) -> None:
         self.trained, self.backend, self.settings, self.seed = trained, backend, settings, seed
+        self.trims = sum(parameter.nbytes for parameter in trained.parameters()) >= TRIMMED
 
     def update(self) -> None:
         """Take over the trainer's current weights. All ranks together. Errors: UserError."""
+        if self.trims:  # gradients and activations of the last step
+            trim_heap()
         self.backend.update(tensors_of(self.trained))
+
+    def release(self) -> None:
+        """Give the memory of weights and cache back, where that is possible, until the next `update`."""
+        self.backend.release()
 
     def sample(self, jobs: Sequence[Job], name: str, top_k: int | None) -> list[Rollout]:
         """The samples of these jobs, in no particular order, with the log-probabilities of their tokens.
@@ -83,12 +94,23 @@ def tensors_of(model: nn.Module) -> Callable[[str], Tensor]:
         if (parameter := parameters.get(name)) is not None:
             return whole(parameter.detach())
         module_name, _, kind = name.rpartition(".")
-        base = whole(parameters[f"{module_name}.base_layer.{kind}"].detach())
+        base = unquantized(parameters[f"{module_name}.base_layer.{kind}"])
         if kind != "weight":
             return base
         return base + sum(updates_of(scaled[module_name]))
 
     return tensor
+
+
+def unquantized(parameter: Tensor) -> Tensor:
+    """A base's weight beside adapters, gathered if it is sharded, dequantised if it is in 4 bits."""
+    if (state := getattr(parameter, "quant_state", None)) is None:
+        return whole(parameter.detach())
+    from bitsandbytes.functional import dequantize_4bit
+
+    assert not getattr(state, "packing_format_for_cpu", False), "`keep_4_bit_layout` keeps the layout that is read here"
+    dequantized: Tensor = dequantize_4bit(parameter.data, state)
+    return dequantized
 
 
 def updates_of(module: nn.Module) -> list[Tensor]:

@@ -188,7 +188,12 @@ def _alone(model: PreTrainedModel, ids_t: Tensor) -> Tensor:
 def _together(model: PreTrainedModel, first: Tensor, second: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
     """The hidden states of two rows in one batch of the training."""
     rows = [Row((str(n), 0), ids_t.numpy().astype(np.int32), 1) for n, ids_t in enumerate((first, second))]
-    hidden_td = forward.hidden(model, collate(rows), padded)
+    batch = collate(rows)
+    if padded:
+        hidden_td = forward.padded(model, batch)
+    else:
+        boundaries = attention.Rows(batch.lengths, batch.input_ids_t.device, batch.prefixes)
+        hidden_td = forward.concatenated(model, batch, boundaries, {"input_ids": batch.input_ids_t[None]})
     return hidden_td[: len(first)], hidden_td[len(first) :]
 
 

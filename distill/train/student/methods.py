@@ -73,6 +73,16 @@ def quantization(settings: Train) -> object | None:
     return config
 
 
+def keep_4_bit_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking a base on a CPU at its first evaluation: its scales would be rounded, so that
+    the training before and after had other weights, and `dequantize_4bit` does not read the new layout."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def require_bitsandbytes(why: str) -> None:
     """Errors: UserError when bitsandbytes is not installed. why: the setting that needs it."""
     from transformers.utils import is_bitsandbytes_available

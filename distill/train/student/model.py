@@ -11,7 +11,10 @@ another name and renamed.
 """
 
 import json
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +31,7 @@ from distill.backends.fallback import loaded
 from distill.chat import Chat
 from distill.durable import write_whole
 from distill.errors import UserError
+from distill.models import Model
 from distill.recipe import Train
 from distill.recipe.adapters import Lora, Qlora
 from distill.train.learn import fused
@@ -134,6 +138,21 @@ def configuration(model_dir: Path, settings: Train) -> PretrainedConfig:
     return config
 
 
+@contextmanager
+def as_trained(base: Model, settings: Train) -> Iterator[Model]:
+    """The base as the training begins with it, for the engine: with the recipe's extension of its context, which is a
+    directory of links beside another config.json while the block lasts. Errors: UserError."""
+    if not settings.max_position_embeddings:
+        yield base
+        return
+    with tempfile.TemporaryDirectory(prefix="distill-base-") as scratch:
+        for file in base.directory.iterdir():
+            if file.name != "config.json":
+                (Path(scratch) / file.name).symlink_to(file.resolve())
+        configuration(base.directory, settings).save_pretrained(scratch)
+        yield replace(base, place=Path(scratch))
+
+
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -155,6 +174,8 @@ def load(model_dir: Path, settings: Train, dtype: torch.dtype, quantization: obj
     )
     assert not report["missing_keys"] and not report["mismatched_keys"], "`inspect` checks the files first"
     refuse_not_finite(model_dir, model.named_parameters())
+    if quantization is not None:
+        methods.keep_4_bit_layout(model)
     return trainable(model)
 
 

@@ -161,6 +161,16 @@ struct DrawArgs {
     int32_t rows, draws, vocabulary, threads;
 };
 
+// The likeliest tokens of each row: see `likeliest` in reference.py. Threads take rows.
+struct LikeliestArgs {
+    const float* logits;     // [rows, vocabulary]
+    const float* normaliser; // [rows]
+    const int64_t* given;    // [rows, given_count], -1 for none
+    int32_t* id;             // [rows, k + given_count]
+    float* logprob;
+    int32_t rows, vocabulary, k, given_count, threads, unused;
+};
+
 // Ops of training (isa/training.h). `half`: rows are bfloat16, else float32. They take TRAIN_CHUNK rows at a time.
 constexpr int TRAIN_CHUNK = 16;
 struct TrainNormArgs {
@@ -190,8 +200,9 @@ struct TrainRopeArgs {
     int32_t rows, heads, r, half, backward, threads;
 };
 struct TrainSoftmaxArgs {
-    void* scores;   // [rows, width]; backward: the probabilities
-    void* gradient; // backward
-    int32_t rows, width, half, backward, threads;
+    void* scores;                               // [rows, width]; backward: the probabilities
+    void* gradient;                             // backward
+    int32_t rows, width, heads, queries, first; // a matrix has a row for each of `heads` of `queries`, from `first` on
+    int32_t half, backward, threads;
     float scale;
 };

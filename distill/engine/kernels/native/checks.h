@@ -54,6 +54,12 @@ const char* check(const DrawArgs& a) {
         if (a.row[i] < 0 || a.row[i] >= a.rows) return "the number of a row is outside the logits";
     return nullptr;
 }
+const char* check(const LikeliestArgs& a) {
+    if (a.k < 0 || a.k > a.vocabulary) return "there are not as many tokens in the vocabulary";
+    for (int64_t i = 0, count = int64_t(a.rows) * a.given_count; i < count; i++)
+        if (a.given[i] < -1 || a.given[i] >= a.vocabulary) return "a token is outside the vocabulary";
+    return nullptr;
+}
 const char* check(const RouteArgs& a) {
     return a.per_token < 1 || a.per_token > a.experts || a.groups < 1 || a.groups_kept < 1 ||
                    a.groups_kept > a.groups || a.experts % a.groups

@@ -52,7 +52,7 @@ class Scratch {
     size_t size_ = 0;
 };
 Scratch shared_scratch[8];
-thread_local Scratch own_scratch[6];
+thread_local Scratch own_scratch[8];
 
 float e4m3_value(int code) {
     const int exponent = code >> 3 & 15, mantissa = code & 7;

@@ -14,9 +14,10 @@ namespace ISA {
 
 #define STRINGIFY(x) #x
 #define NAME(x) STRINGIFY(x)
-const Kernels table = {NAME(ISA),          pack_words, linear,     swiglu_linear, experts,      decode, prefill,
-                       index_scores,       route,      rope,       paged_write,   rms_norm,     draw,   decode_layer,
-                       decode_dense_layer, train_norm, train_gate, train_rope,    train_softmax};
+const Kernels table = {
+    NAME(ISA),  pack_words, linear,      swiglu_linear, experts, decode,    prefill,      index_scores,
+    route,      rope,       paged_write, rms_norm,      draw,    likeliest, decode_layer, decode_dense_layer,
+    train_norm, train_gate, train_rope,  train_softmax};
 #undef NAME
 #undef STRINGIFY
 #undef INLINE

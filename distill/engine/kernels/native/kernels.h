@@ -18,11 +18,17 @@ struct Kernels {
     void (*paged_write)(const WriteArgs&);
     void (*rms_norm)(const NormArgs&);
     void (*draw)(const DrawArgs&);
+    void (*likeliest)(const LikeliestArgs&);
     void (*decode_layer)(const LayerArgs&, const StepArgs&, uint8_t* pool);
     void (*decode_dense_layer)(const DenseLayerArgs&, const StepArgs&, uint8_t* k_pool, uint8_t* v_pool);
     void (*train_norm)(const TrainNormArgs&);
     void (*train_gate)(const TrainGateArgs&);
     void (*train_rope)(const TrainRopeArgs&);
     void (*train_softmax)(const TrainSoftmaxArgs&);
+    // Of variants with tiles, else null: what a thread does when its part of a job is done; one instruction alone; whether
+    // few rows are multiplied by vectors.
+    void (*leave)() = nullptr;
+    void (*probe)(float* sums, const uint16_t* rows, const uint16_t* columns) = nullptr;
+    bool* use_vectors = nullptr;
 };
 } // namespace

@@ -62,6 +62,8 @@ std::string all_layouts() {
         LAYOUT("NormArgs", NormArgs, x, x_stride, weight, out, out_stride, rows, c, eps, threads),
         LAYOUT("DrawArgs", DrawArgs, logits, row, uniform, temperature, top_k, top_p, token, logprob, rows, draws,
                vocabulary, threads),
+        LAYOUT("LikeliestArgs", LikeliestArgs, logits, normaliser, given, id, logprob, rows, vocabulary, k, given_count,
+               threads, unused),
         LAYOUT("LayerArgs", LayerArgs, attention_norm, q_norm, kv_norm, mlp_norm, correction, q_a, q, kv_a, absorb,
                expand_v, o, q_a_bias, kv_a_bias, o_bias, router, gate, up, down, shared_gate, shared_up, shared_down, c,
                heads, nope, rope, interleaved, experts, groups, groups_kept, per_token, softmax, group_by_best,
@@ -75,7 +77,8 @@ std::string all_layouts() {
         LAYOUT("TrainGateArgs", TrainGateArgs, both, out, gradient, rows, n, half, backward, threads, unused),
         LAYOUT("TrainRopeArgs", TrainRopeArgs, x, x_row, x_head, cos, sin, out, out_row, out_head, rows, heads, r, half,
                backward, threads),
-        LAYOUT("TrainSoftmaxArgs", TrainSoftmaxArgs, scores, gradient, rows, width, half, backward, threads, scale),
+        LAYOUT("TrainSoftmaxArgs", TrainSoftmaxArgs, scores, gradient, rows, width, heads, queries, first, half,
+               backward, threads, scale),
     };
     std::string text;
     for (const std::string& line : lines) {

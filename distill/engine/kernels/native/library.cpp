@@ -21,6 +21,11 @@
 #include <immintrin.h>
 #endif
 
+// Tiles need an assembler that knows them, which compilers of that age are installed with.
+#if defined(X86_LEVELS) && __GNUC__ >= 11
+#define TILE_VARIANTS
+#endif
+
 #include "arguments.h"
 #include "checks.h"
 #include "common.h"
@@ -32,6 +37,15 @@
 #define LEVEL 0
 #include "isa.h"
 #undef ISA
+#ifdef TILE_VARIANTS
+#define ISA amx_emulated_portable
+#define BASE portable
+#define TILES 1
+#include "tile_variant.h"
+#undef ISA
+#undef BASE
+#undef TILES
+#endif
 #undef LEVEL
 
 #ifdef X86_LEVELS
@@ -56,14 +70,34 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16")
 #include "isa.h"
-#pragma GCC pop_options
 #undef ISA
+#ifdef TILE_VARIANTS
+#define BASE avx512_bf16
+#define ISA amx_emulated
+#define TILES 1
+#include "tile_variant.h"
+#undef ISA
+#undef TILES
+#define ISA amx
+#define TILES 2
+#include "tile_variant.h"
+#undef ISA
+#undef TILES
+#undef BASE
+#endif
+#pragma GCC pop_options
 #undef LEVEL
 #endif
 
+#include "amx.h"
+
 namespace {
-std::vector<const Kernels*> supported() {
+// The instruction sets of this machine, the fastest first.
+std::vector<const Kernels*> supported(bool with_amx = true) {
     std::vector<const Kernels*> list;
+#ifdef TILE_VARIANTS
+    if (with_amx && !amx_missing()) list.push_back(&amx::table);
+#endif
 #ifdef X86_LEVELS
     __builtin_cpu_init();
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -76,7 +110,21 @@ std::vector<const Kernels*> supported() {
     list.push_back(&portable::table);
     return list;
 }
-const Kernels* chosen = supported().front();
+const Kernels* use(const Kernels* kernels) {
+    pool().leave = kernels->leave;
+    return kernels;
+}
+const Kernels* chosen = use(supported(false).front()); // AMX only by its name (see cpu_library.py)
+// Emulations of others, for tests: found by name only.
+std::vector<const Kernels*> emulations() {
+    std::vector<const Kernels*> list;
+#ifdef TILE_VARIANTS
+    const auto sets = supported(false);
+    if (std::find(sets.begin(), sets.end(), &avx512_bf16::table) != sets.end()) list.push_back(&amx_emulated::table);
+    list.push_back(&amx_emulated_portable::table);
+#endif
+    return list;
+}
 } // namespace
 
 extern "C" {
@@ -84,12 +132,28 @@ extern "C" {
 // The instruction set in use; with a name, switches to it first. Null if this machine does not have it.
 const char* distill_isa(const char* name) {
     if (name) {
-        const auto list = supported();
+        auto list = supported();
+        for (const Kernels* emulation : emulations()) list.push_back(emulation);
         const auto match = std::find_if(list.begin(), list.end(), [&](auto* k) { return !std::strcmp(k->name, name); });
         if (match == list.end()) return nullptr;
-        chosen = *match;
+        std::lock_guard<std::mutex> lock(one_caller);
+        chosen = use(*match);
     }
     return chosen->name;
+}
+
+// Why AMX cannot be used; null if it can.
+const char* distill_amx_missing() { return amx_missing(); }
+
+// With an instruction set in use that has tiles: one tile instruction, sums [16, 16] += rows [16, 32] · columns [16 pairs
+// of k, 16] (see `tile_probe`); and whether few rows are multiplied by vectors in place of tiles. False: it has none.
+bool distill_tile_probe(float* sums, const uint16_t* rows, const uint16_t* columns) {
+    if (chosen->probe) chosen->probe(sums, rows, columns);
+    return chosen->probe;
+}
+bool distill_tile_vectors(bool used) {
+    if (chosen->use_vectors) *chosen->use_vectors = used;
+    return chosen->use_vectors;
 }
 
 // The layout of every struct of the interface (see `all_layouts`).
@@ -181,6 +245,7 @@ OP(rope, RopeArgs)
 OP(paged_write, WriteArgs)
 OP(rms_norm, NormArgs)
 OP(draw, DrawArgs)
+OP(likeliest, LikeliestArgs)
 OP(train_norm, TrainNormArgs)
 OP(train_gate, TrainGateArgs)
 OP(train_rope, TrainRopeArgs)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <dlfcn.h>
 #include <mutex>
 #include <new>
 #include <pthread.h>
@@ -20,6 +21,7 @@ class Pool {
         threads = std::min(threads, tasks);
         if (threads <= 1) {
             for (int task = 0; task < tasks; task++) body(task);
+            if (leave) leave();
             return;
         }
         while (int(workers_.size()) < threads - 1) {
@@ -39,6 +41,9 @@ class Pool {
         while (inside_.load()) pause();
     }
 
+    // What each thread does when it has no task left of a job; null: nothing.
+    void (*leave)() = nullptr;
+
     // A forked child has none of its parent's threads.
     void forget() {
         new (&workers_) std::vector<std::thread>();
@@ -54,6 +59,7 @@ class Pool {
     }
     void take() {
         for (int task; (task = next_.fetch_add(1)) < tasks_;) body_(context_, task);
+        if (leave) leave();
     }
     void work(int index) {
         unsigned seen = 0;
@@ -88,6 +94,34 @@ Pool& pool() {
         return made;
     }();
     return *one;
+}
+// Tasks on the threads of torch's own ops, for kernels that alternate with these: the idle threads of either side spin on
+// the cores that the other one needs. The symbol is that of the OpenMP runtime that torch has loaded (GCC's, or LLVM's,
+// which exports it too); the pool takes its place where there is none.
+class Team {
+  public:
+    template <class F> void run(int threads, int tasks, F&& body) {
+        if (threads <= 1 || tasks <= 1 || !parallel_) return pool().run(threads, tasks, body);
+        struct Job {
+            std::remove_reference_t<F>* body;
+            int tasks;
+            std::atomic<int> next{0};
+        } job{&body, tasks};
+        const auto take = [](void* given) {
+            Job& job = *static_cast<Job*>(given);
+            for (int task; (task = job.next.fetch_add(1)) < job.tasks;) (*job.body)(task);
+        };
+        parallel_(take, &job, unsigned(threads), 0); // as many as torch's ops: another number ends and starts threads
+    }
+
+  private:
+    using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    const Parallel parallel_ = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+};
+
+Team& team() {
+    static Team one;
+    return one;
 }
 std::mutex one_caller; // the pool and the scratch serve one call at a time
 

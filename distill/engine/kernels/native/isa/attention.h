@@ -122,11 +122,41 @@ template <bool WIDE> INLINE void attend_block(Lanes& s, const Rows& keys, const 
     });
 }
 
-// Ask for some rows of the cache that are read soon. Between two pages no hardware sees what comes next.
-INLINE void fetch_rows(const uint8_t* const* rows, int count, int bytes) {
-    for (int i = 0; i < count; i++)
-        for (int at = 0; at < bytes; at += 64) fetch(rows[i] + at);
-}
+// Cached rows that are read soon, fetched a few lines at a time between other work: hundreds of requests at once wait for
+// the few buffers for misses, and all that follows waits with them. Between two pages no hardware sees what comes next.
+class Coming {
+  public:
+    void add(const Rows& rows, int first, int count) {
+        for (int i = 0; i < count;) {
+            const int end = rows.table ? std::min(count, i + rows.page_size - (first + i) % rows.page_size) : count;
+            const uint8_t* const row = rows.at(first + i);
+            const int lines = ceil_div(int((end - i) * rows.row_bytes), 64);
+            run_[runs_++] = {row, lines};
+            left_ += lines;
+            i = end;
+        }
+    }
+    int left() const { return left_; }
+    INLINE void fetch_lines(int count) {
+        for (left_ -= std::min(count, left_); count && at_ < runs_;) {
+            Run& run = run_[at_];
+            const int now = std::min(count, run.lines);
+            for (int i = 0; i < now; i++) fetch(run.from + size_t(i) * 64);
+            run.from += size_t(now) * 64;
+            run.lines -= now;
+            count -= now;
+            at_ += !run.lines;
+        }
+    }
+
+  private:
+    struct Run {
+        const uint8_t* from;
+        int lines;
+    };
+    Run run_[2 * KEYS]; // of the keys and the values of a block, if each is in a page of its own
+    int runs_ = 0, at_ = 0, left_ = 0;
+};
 
 // NV · 16 columns of a key's values, of which `width` exist, or of two keys as pairs; zeros behind them.
 template <bool WIDE, int NV>
@@ -155,13 +185,15 @@ INLINE void value_columns(const uint8_t* row, const uint8_t* other, int column, 
 }
 
 // `add_values` for ROWS queries and NV · 16 columns: the same sums, of values as they are cached. p: probabilities by
-// key, KEYS floats or bfloat16 in the place of as many floats a query. factor: by query.
+// key, KEYS floats or bfloat16 in the place of as many floats a query. factor: by query. coming: fetched by the way.
 template <bool WIDE, int ROWS, int NV>
 void add_columns(const uint8_t* const* rows, int count, int column, int width, const float* p, const float* factor,
-                 float* out, int out_width) {
+                 float* out, int out_width, Coming& coming) {
     V sum[ROWS][NV] = {};
+    const int lines = ceil_div(coming.left(), ceil_div(count, WIDE ? 1 : 2));
     for (int i = 0; i < count; i += WIDE ? 1 : 2) {
         U value[NV];
+        coming.fetch_lines(lines);
         value_columns<WIDE, NV>(rows[i], WIDE ? nullptr : rows[i + 1], column, width, value);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++)
@@ -191,19 +223,19 @@ template <bool WIDE, int NV> auto columns_for(int rows) {
 }
 
 // The same for few queries.
-template <bool WIDE> INLINE void attend_block_few(Lanes& s, const Rows& keys, const Rows& values, int first,
-                                                  int count) {
+template <bool WIDE>
+INLINE void attend_block_few(Lanes& s, const Rows& keys, const Rows& values, int first, int count, Coming coming) {
     constexpr int KIND = WIDE ? F32 : BF16, SIZE = WIDE ? 4 : 2;
     alignas(64) float score[FEW * KEYS];
     const uint8_t *rows[KEYS], *value_rows[KEYS + 1];
     keys.find(first, count, rows);
     values.find(first, count, value_rows);
     value_rows[count] = nullptr;
-    fetch_rows(value_rows, count, s.e * SIZE);
     const int sets = ceil_div(count, LANES);
     for (int i = count; i < sets * LANES; i++) rows[i] = rows[count - 1];
     uint8_t* panel = own_scratch[0].take<uint8_t>(panel_bytes(KIND, s.d));
-    turn_rows(rows, sets, s.d * SIZE, panel);
+    const int lines = ceil_div(coming.left(), 2 * sets * ceil_div(s.d * SIZE, 64)); // half of them, the rest below
+    turn_rows(rows, sets, s.d * SIZE, panel, [&] { coming.fetch_lines(lines); });
     const uint8_t* a[MAX_ROWS];
     for (int begin = 0; begin < s.few; begin += MAX_ROWS) {
         const int own = std::min(MAX_ROWS, s.few - begin);
@@ -223,8 +255,13 @@ template <bool WIDE> INLINE void attend_block_few(Lanes& s, const Rows& keys, co
             store(at, x);
             top = max(top, x);
         }
+#pragma GCC unroll 4
+        for (int by = LANES / 2; by; by /= 2) {
+            I other;
+            for (int lane = 0; lane < LANES; lane++) other[lane] = (lane + by) % LANES;
+            top = max(top, shuffled(top, top, other));
+        }
         tops[row] = top[0];
-        for (int lane = 1; lane < LANES; lane++) tops[row] = tops[row] > top[lane] ? tops[row] : top[lane];
     }
     const V top = max(s.top, load(tops)), kept = exp(s.top - top);
     alignas(64) float totals[LANES], row_top[LANES], factor[LANES];
@@ -258,21 +295,18 @@ template <bool WIDE> INLINE void attend_block_few(Lanes& s, const Rows& keys, co
             const int own = std::min(FEW_ROWS, s.few - row), width = std::min(PANEL, s.e - column);
             (width > 2 * LANES ? columns_for<WIDE, 4>(own) : columns_for<WIDE, 2>(own))(
                 value_rows, count, column, width, score + row * KEYS, factor + row,
-                s.out + size_t(row) * s.width + column, s.width);
+                s.out + size_t(row) * s.width + column, s.width, coming);
         }
 }
 
-void attend(Lanes& s, const Rows& keys, const Rows& values, int begin, int end) {
+// Tokens begin … end-1. after: of few queries, what is read after them.
+void attend(Lanes& s, const Rows& keys, const Rows& values, int begin, int end, const Coming& after = {}) {
     for (int first = begin; first < end; first += KEYS) {
-        const int count = std::min(KEYS, end - first);
-        if (s.few && first + count < end) {
-            const uint8_t* next[KEYS];
-            const int coming = std::min(KEYS, end - first - count);
-            keys.find(first + count, coming, next);
-            fetch_rows(next, coming, s.d * (s.wide ? 4 : 2));
-        }
-        if (s.few && s.wide) attend_block_few<true>(s, keys, values, first, count);
-        else if (s.few) attend_block_few<false>(s, keys, values, first, count);
+        const int count = std::min(KEYS, end - first), left = std::min(KEYS, end - first - count);
+        Coming coming;
+        if (s.few && left) coming.add(keys, first + count, left), coming.add(values, first + count, left);
+        if (s.few && s.wide) attend_block_few<true>(s, keys, values, first, count, left ? coming : after);
+        else if (s.few) attend_block_few<false>(s, keys, values, first, count, left ? coming : after);
         else if (s.wide) attend_block<true>(s, keys, values, first, count);
         else attend_block<false>(s, keys, values, first, count);
     }
@@ -386,35 +420,39 @@ void decode(const DecodeArgs& args) {
                     row_bytes,
                     args.page_size};
     };
-    const auto part_of = [&](int unit, int part, Lanes& s, Part result) {
-        const int begin = part * PART, end = std::min(int(args.length[unit / (args.kv_heads * sets)]), begin + PART);
-        restart(s, result.values());
-        attend(s, rows_of(unit, args.k, args.k_width), rows_of(unit, args.v, args.v_width), begin, end);
-        result.put(s);
+    const auto length_of = [&](int unit) { return int(args.length[unit / (args.kv_heads * sets)]); };
+    const auto first_block = [&](int unit, int part) { // of a part; nothing past the last unit
+        Coming coming;
+        if (unit >= units) return coming;
+        const int begin = part * PART, count = std::min(KEYS, length_of(unit) - begin);
+        coming.add(rows_of(unit, args.k, args.k_width), begin, count);
+        coming.add(rows_of(unit, args.v, args.v_width), begin, count);
+        return coming;
     };
-    const auto fetch_first_keys = [&](int unit) {
-        const uint8_t* rows[KEYS];
-        const int count = std::min(KEYS, int(args.length[unit / (args.kv_heads * sets)]));
-        rows_of(unit, args.k, args.k_width).find(0, count, rows);
-        fetch_rows(rows, count, args.d * size);
+    const auto part_of = [&](int unit, int part, Lanes& s, Part result, const Coming& after = {}) {
+        const int begin = part * PART, end = std::min(length_of(unit), begin + PART);
+        restart(s, result.values());
+        attend(s, rows_of(unit, args.k, args.k_width), rows_of(unit, args.v, args.v_width), begin, end, after);
+        result.put(s);
     };
     const auto finish = [&](int unit, Part result) {
         const int row = unit / (args.kv_heads * sets), head = unit / sets % args.kv_heads, set = unit % sets;
         const int first = head * shared_by + set * LANES;
         result.finish(args.e, width, args.out + (size_t(row) * args.heads + first) * args.e);
     };
-    const auto parts_of = [&](int unit) { return ceil_div(int(args.length[unit / (args.kv_heads * sets)]), PART); };
+    const auto parts_of = [&](int unit) { return ceil_div(length_of(unit), PART); };
 
     if (units >= 2 * args.threads) {
         pool().run(args.threads, units, [&](int unit) {
             float* memory = own_scratch[3].take<float>(2 * Part::size(width));
             Part whole{memory, lanes_of(unit)}, next{memory + Part::size(width), lanes_of(unit)};
             Lanes s = queries_of(unit);
-            if (s.few && unit + args.threads < units) fetch_first_keys(unit + args.threads);
-            part_of(unit, 0, s, whole);
-            for (int part = 1; part < parts_of(unit); part++) {
-                part_of(unit, part, s, next);
-                whole.join(next, width);
+            const int parts = parts_of(unit);
+            for (int part = 0; part < parts; part++) {
+                const bool last = part + 1 == parts;
+                const int coming = last ? unit + args.threads : unit; // threads take units in turn
+                part_of(unit, part, s, part ? next : whole, s.few ? first_block(coming, last ? 0 : part + 1) : Coming());
+                if (part) whole.join(next, width);
             }
             finish(unit, whole);
         });

@@ -219,3 +219,85 @@ void draw(const DrawArgs& args) {
         args.logprob[index] = float(double(x[token]) - raw.top - std::log(raw.total));
     });
 }
+
+// A token and its logit, or its log-probability. The likelier one comes first, of equals the one of the lower id.
+struct Candidate {
+    float value;
+    int32_t id;
+    bool operator<(const Candidate& other) const { return value != other.value ? value > other.value : id < other.id; }
+};
+
+// Bits of the lanes whose numbers are at least some other.
+INLINE uint32_t at_least(V v, V least) {
+#if LEVEL >= 2
+    return _mm512_cmp_ps_mask((__m512)v, (__m512)least, _CMP_GE_OQ);
+#else
+    const I passes = v >= least;
+    uint32_t bits = 0;
+    for (int lane = 0; lane < LANES; lane++) bits |= uint32_t(passes[lane] & 1) << lane;
+    return bits;
+#endif
+}
+
+// The k largest numbers of a row, in order. The row is dealt out to some 2k groups: the k-th largest of their maxima is
+// at most the k-th largest number, and few others reach it.
+void largest(const float* x, int n, int k, std::vector<Candidate>& kept) {
+    static thread_local std::vector<float> maxima;
+    kept.clear();
+    if (!k) return;
+    const int sets = ceil_div(2 * k, LANES), whole = n / LANES * LANES;
+    float least = -INFINITY;
+    if (whole >= 2 * sets * LANES) {
+        maxima.assign(size_t(sets) * LANES, -INFINITY);
+        for (int j = 0, set = 0; j < whole; j += LANES, set = set + 1 < sets ? set + 1 : 0) {
+            float* own = maxima.data() + set * LANES;
+            store(own, max(load(x + j), load(own)));
+        }
+        std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), std::greater<float>());
+        least = maxima[size_t(k - 1)];
+    }
+    for (int j = 0; j < whole; j += LANES)
+        for (uint32_t bits = at_least(load(x + j), all(least)); bits; bits &= bits - 1) {
+            const int id = j + __builtin_ctz(bits);
+            kept.push_back({x[id], id});
+        }
+    for (int id = whole; id < n; id++)
+        if (x[id] >= least) kept.push_back({x[id], id});
+    const size_t count = std::min(size_t(k), kept.size()); // fewer only where some are no numbers
+    std::nth_element(kept.begin(), kept.begin() + int64_t(count), kept.end());
+    kept.resize(count);
+    std::sort(kept.begin(), kept.end());
+    kept.resize(size_t(k), {-INFINITY, 0});
+}
+
+void likeliest(const LikeliestArgs& args) {
+    constexpr int CHUNK = 4;
+    pool().run(args.threads, ceil_div(args.rows, CHUNK), [&](int task) {
+        static thread_local std::vector<Candidate> best, further;
+        const int n = args.vocabulary, width = args.k + args.given_count;
+        for (int row = task * CHUNK; row < std::min(args.rows, (task + 1) * CHUNK); row++) {
+            const float *x = args.logits + size_t(row) * n, normaliser = args.normaliser[row];
+            largest(x, n, args.k, best);
+            further.clear();
+            for (int i = 0; i < args.given_count; i++) {
+                const int32_t id = int32_t(args.given[size_t(row) * args.given_count + i]);
+                if (id < 0) continue;
+                const auto same = [&](const Candidate& other) { return other.id == id; };
+                // All that come before the last of the likeliest are among these.
+                const bool listed = !best.empty() && !(best.back() < Candidate{x[id], id});
+                if (!listed && std::none_of(further.begin(), further.end(), same)) further.push_back({x[id], id});
+            }
+            for (Candidate& each : further) each.value -= normaliser;
+            std::stable_sort(further.begin(), further.end(), [](auto& a, auto& b) { return a.value > b.value; });
+            int32_t* id = args.id + size_t(row) * width;
+            float* logprob = args.logprob + size_t(row) * width;
+            const auto put = [&](int32_t token, float value) {
+                *logprob++ = value;
+                *id++ = value > -INFINITY ? token : 0;
+            };
+            for (const Candidate& each : best) put(each.id, each.value - normaliser);
+            for (const Candidate& each : further) put(each.id, each.value);
+            for (int i = args.k + int(further.size()); i < width; i++) put(0, -INFINITY);
+        }
+    });
+}

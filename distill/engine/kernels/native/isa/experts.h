@@ -1,6 +1,7 @@
 // Gated MLPs, the experts of a layer, and the router that chooses them.
-// Part of isa.h, within the namespace of one instruction set.
+// Part of isa.h, within the namespace of one instruction set; variants that multiply otherwise (TILES) take all products.
 
+#ifndef TILES
 // silu(gate) · up of 64 sums each.
 INLINE void swiglu(const float* gate, const float* up, float* out) {
     for (int v = 0; v < PANEL; v += 16) {
@@ -8,6 +9,7 @@ INLINE void swiglu(const float* gate, const float* up, float* out) {
         store(out + v, g / (all(1.f) + exp(-g)) * load(up + v));
     }
 }
+#endif // TILES
 
 // out = silu(x·gateᵀ) · (x·upᵀ): args.w is the gate.
 void swiglu_linear(const LinearArgs& args, const Packed& up) {
@@ -93,16 +95,22 @@ void experts(const ExpertsArgs& args) {
     const size_t h_rows = size_t(pairs) + (shared ? args.tokens : 0), h_width = kind == F32 ? widest : padded_k(widest),
                  h_part = h_rows * h_width;
     uint8_t* h = shared_scratch[2].take<uint8_t>(kind == F32 ? h_part * 4 : h_part * 2 * args.parts);
+    const auto token_of = [&](int row) { return row < pairs ? order[row] / args.per_token : row - pairs; }; // of h
+#ifdef TILES
+    const Activations read = in_order(x, kind, c, args.parts, int(h_rows), args.threads, token_of);
+    const auto row_of = [&](int row) { return read.at(row, 0); };
+#else
+    const Activations& read = x;
+    const auto row_of = [&](int row) { return x.at(token_of(row), 0); };
+#endif
     int tasks = 0;
     for (const Busy& b : busy) tasks += panels_of(b.gate->n);
     pool().run(args.threads, tasks, [&](int task) {
         const auto [b, panel] = task_of(task);
         for (int done = 0; done < b.rows; done += ROW_CHUNK) {
             const int first = b.first + done;
-            const auto row = [&](int i) {
-                return x.at(b.expert < 0 ? first + i - pairs : order[first + i] / args.per_token, 0);
-            };
-            gated_panel(*b.gate, *b.up, panel, std::min(ROW_CHUNK, b.rows - done), args.parts, x.part_bytes, row, h,
+            const auto row = [&](int i) { return row_of(first + i); };
+            gated_panel(*b.gate, *b.up, panel, std::min(ROW_CHUNK, b.rows - done), args.parts, read.part_bytes, row, h,
                         h_part, h_width, size_t(first));
         }
     });
@@ -136,6 +144,7 @@ void experts(const ExpertsArgs& args) {
     });
 }
 
+#ifndef TILES
 void route(const RouteArgs& args) {
     const int x = args.experts, per_group = x / args.groups;
     const int chunk = std::max(1, 2048 / x);
@@ -199,3 +208,4 @@ void route(const RouteArgs& args) {
         }
     });
 }
+#endif // TILES

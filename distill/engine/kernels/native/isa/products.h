@@ -1,6 +1,7 @@
 // Products: rows of activations times a packed matrix, a panel of 64 outputs at a time.
-// Part of isa.h, within the namespace of one instruction set.
+// Part of isa.h, within the namespace of one instruction set; variants that multiply otherwise (TILES) take `linears`.
 
+#ifndef TILES
 // Where a tile finds its panel: in memory, fetched a block ahead and `after` next; there, and its codes are written to
 // `kept` as bfloat16 for the tiles that follow; or in the cache.
 enum Where { MEMORY, KEEPING, CACHE };
@@ -221,6 +222,8 @@ struct BothForms {
     const Activations& of(const Packed& w) const { return w.kind == F32 ? wide : parted; }
 };
 
+#endif // TILES
+
 // Products with several matrices that read the same rows, as one job.
 void linears(const LinearArgs* args, int count) {
     const LinearArgs& first_of = args[0];
@@ -259,6 +262,7 @@ void linears(const LinearArgs* args, int count) {
 }
 void linear(const LinearArgs& args) { linears(&args, 1); }
 
+#ifndef TILES
 // Elements of a and b by number: those of b come after a's.
 template <class T, class N> INLINE T shuffled(T a, T b, N number) {
 #if defined(__clang__)
@@ -307,17 +311,28 @@ void pack_words(bool codes, const uint8_t* rows, int64_t row_bytes, int words, u
 }
 
 // `sets` times 16 rows of bfloat16 or float32, `bytes` each, into the first lanes of a panel; zeros behind the rows.
-void turn_rows(const uint8_t* const* rows, int sets, int bytes, uint8_t* panel) {
+// between(): called once a block of 16 rows × 64 bytes.
+template <class Between>
+INLINE void turn_rows(const uint8_t* const* rows, int sets, int bytes, uint8_t* panel, Between between) {
     for (int at = 0; at < bytes; at += 64)
         for (int set = 0; set < sets; set++) {
-            I word[16] = {};
+            uint8_t* const to = panel + size_t(at / 4) * 256 + set * 64;
+            I word[16];
+            between();
+            if (at + 64 <= bytes) { // all numbers known, so that the words stay in registers
+#pragma GCC unroll 16
+                for (int r = 0; r < 16; r++) word[r] = load_pairs(rows[set * 16 + r] + at);
+                turn(word);
+#pragma GCC unroll 16
+                for (int unit = 0; unit < 16; unit++) std::memcpy(to + unit * 256, &word[unit], 64);
+                continue;
+            }
             for (int r = 0; r < 16; r++) {
-                const uint8_t* row = rows[set * 16 + r] + at;
-                if (at + 64 <= bytes) word[r] = load_pairs(row);
-                else std::memcpy(&word[r], row, size_t(bytes - at));
+                word[r] = I{};
+                std::memcpy(&word[r], rows[set * 16 + r] + at, size_t(bytes - at));
             }
             turn(word);
-            for (int unit = 0; unit < ceil_div(std::min(64, bytes - at), 4); unit++)
-                std::memcpy(panel + size_t(at / 4 + unit) * 256 + set * 64, &word[unit], 64);
+            for (int unit = 0; unit < ceil_div(bytes - at, 4); unit++) std::memcpy(to + unit * 256, &word[unit], 64);
         }
 }
+#endif // TILES

@@ -3,34 +3,65 @@
 //
 // All arithmetic is in float32; results are rounded once. Sums run in an order that does not depend on the threads.
 
-// n ≤ 16 numbers; the lanes after them are zero.
+// The first n numbers of a vector: with masks where the machine has them, as a copy of a few bytes is a call.
+template <class T, class X> INLINE void load_first(const T* p, int n, X& v) {
+    if (n >= LANES) std::memcpy(&v, p, LANES * sizeof(T));
+#if LEVEL >= 2
+    else if constexpr (sizeof(T) == 4) v = (X)_mm512_maskz_loadu_epi32(__mmask16((1u << n) - 1), p);
+    else v = (X)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+#else
+    else std::memcpy(&v, p, size_t(n) * sizeof(T));
+#endif
+}
+template <class T, class X> INLINE void store_first(T* p, const X& v, int n) {
+    if (n >= LANES) std::memcpy(p, &v, LANES * sizeof(T));
+#if LEVEL >= 2
+    else if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(p, __mmask16((1u << n) - 1), (__m512i)v);
+    else _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)v);
+#else
+    else std::memcpy(p, &v, size_t(n) * sizeof(T));
+#endif
+}
+// n numbers; the lanes after them are zero.
 INLINE V load_some(const float* p, int n) {
-    if (n >= LANES) return load(p);
     V v{};
-    std::memcpy(&v, p, size_t(n) * 4);
+    load_first(p, n, v);
     return v;
 }
 INLINE V load_some(const bf16* p, int n) {
     H bits{};
-    if (n >= LANES) std::memcpy(&bits, p, 32);
-    else std::memcpy(&bits, p, size_t(n) * 2);
+    load_first(p, n, bits);
     return (V)(__builtin_convertvector(bits, U) << 16);
 }
-INLINE void store_some(float* p, V v, int n) {
-    if (n >= LANES) store(p, v);
-    else std::memcpy(p, &v, size_t(n) * 4);
-}
+INLINE void store_some(float* p, V v, int n) { store_first(p, v, n); }
 INLINE void store_some(bf16* p, V v, int n) {
     const U bits = (U)v;
     const U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     const H out = __builtin_convertvector(v == v ? rounded : U{} + 0x7fc0, H);
-    if (n >= LANES) std::memcpy(p, &out, 32);
-    else std::memcpy(p, &out, size_t(n) * 2);
+    store_first(p, out, n);
 }
+// Of the lanes: halves onto each other, the same order on every machine.
 INLINE float sum_of(V v) {
-    float sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += v[lane];
-    return sum;
+    float lane[LANES];
+    store(lane, v);
+    for (int half = LANES / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
+}
+INLINE float largest_of(V v) {
+    float lane[LANES];
+    store(lane, v);
+    for (int half = LANES / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+    return lane[0];
+}
+// v, and `other` from lane n on.
+INLINE V with_rest(V v, int n, float other) {
+    I lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return lane < I{} + n ? v : all(other);
 }
 INLINE V sigmoid(V x) { return all(1.f) / (all(1.f) + exp(-x)); }
 
@@ -74,7 +105,7 @@ template <class X, class Y> void norm_row_backward(const TrainNormArgs& args, in
     }
 }
 template <class X, class Y> void norm_rows(const TrainNormArgs& args) {
-    pool().run(args.threads, ceil_div(args.rows, TRAIN_CHUNK), [&](int task) {
+    team().run(args.threads, ceil_div(args.rows, TRAIN_CHUNK), [&](int task) {
         float* slice = args.weight_gradient + int64_t(task) * args.c;
         if (args.backward) std::fill(slice, slice + args.c, 0.f);
         for (int row = task * TRAIN_CHUNK; row < std::min(args.rows, (task + 1) * TRAIN_CHUNK); row++)
@@ -90,7 +121,7 @@ void train_norm(const TrainNormArgs& args) {
 // silu(gate) · up; backward: `out` holds the gradient and is replaced by the product, the gradients of gate and up
 // go to `gradient`.
 template <class T> void gate_rows(const TrainGateArgs& args) {
-    pool().run(args.threads, ceil_div(args.rows, TRAIN_CHUNK), [&](int task) {
+    team().run(args.threads, ceil_div(args.rows, TRAIN_CHUNK), [&](int task) {
         for (int row = task * TRAIN_CHUNK; row < std::min(args.rows, (task + 1) * TRAIN_CHUNK); row++) {
             const T* gate = static_cast<const T*>(args.both) + int64_t(row) * 2 * args.n;
             T* out = static_cast<T*>(args.out) + int64_t(row) * args.n;
@@ -112,7 +143,7 @@ void train_gate(const TrainGateArgs& args) { args.half ? gate_rows<bf16>(args) :
 
 // Rotate heads of x into out: pair i is (x[i], x[i + r]); backward turns the other way.
 template <class T> void turn_rows(const TrainRopeArgs& args) {
-    pool().run(args.threads, ceil_div(args.rows, TRAIN_CHUNK), [&](int task) {
+    team().run(args.threads, ceil_div(args.rows, TRAIN_CHUNK), [&](int task) {
         for (int row = task * TRAIN_CHUNK; row < std::min(args.rows, (task + 1) * TRAIN_CHUNK); row++)
             for (int head = 0; head < args.heads; head++) {
                 const T* x = static_cast<const T*>(args.x) + row * args.x_row + head * args.x_head;
@@ -131,13 +162,14 @@ template <class T> void turn_rows(const TrainRopeArgs& args) {
 }
 void train_rope(const TrainRopeArgs& args) { args.half ? turn_rows<bf16>(args) : turn_rows<float>(args); }
 
-// Causal softmax of scale · scores in place: query i of each matrix [width, width] sees keys 0 … i, the others become 0.
+// Causal softmax of scale · scores in place: query i of a row sees keys 0 … i of `width`, the others become 0. A matrix
+// [queries · heads, width] has the heads of a query below each other, and begins with query `first`.
 // backward: `gradient` of the probabilities becomes that of the scores.
 template <class T> void softmax_rows(const TrainSoftmaxArgs& args) {
-    pool().run(args.threads, ceil_div(args.rows, TRAIN_CHUNK), [&](int task) {
+    team().run(args.threads, ceil_div(args.rows, TRAIN_CHUNK), [&](int task) {
         for (int row = task * TRAIN_CHUNK; row < std::min(args.rows, (task + 1) * TRAIN_CHUNK); row++) {
             T* p = static_cast<T*>(args.scores) + int64_t(row) * args.width;
-            const int keys = row % args.width + 1;
+            const int keys = args.first + row / args.heads % args.queries + 1;
             if (args.backward) {
                 T* d = static_cast<T*>(args.gradient) + int64_t(row) * args.width;
                 V dots{};
@@ -151,30 +183,18 @@ template <class T> void softmax_rows(const TrainSoftmaxArgs& args) {
                 std::fill(d + keys, d + args.width, T(0));
                 continue;
             }
-            float largest = -INFINITY;
-            V most = all(largest);
-            int j = 0;
-            for (; j + LANES <= keys; j += LANES) most = max(load_some(p + j, LANES), most);
-            for (int lane = 0; lane < LANES; lane++) largest = std::max(largest, most[lane]);
-            if (j < keys) {
-                const V rest = load_some(p + j, keys - j);
-                for (int lane = 0; lane < keys - j; lane++) largest = std::max(largest, rest[lane]);
-            }
-            const V shift = all(largest * args.scale);
-            float sum = 0;
+            V most = all(-INFINITY);
+            for (int j = 0; j < keys; j += LANES)
+                most = max(with_rest(load_some(p + j, keys - j), keys - j, -INFINITY), most);
+            const V shift = all(largest_of(most) * args.scale);
             V sums{};
-            float row_of[LANES];
-            for (j = 0; j < keys; j += LANES) {
+            for (int j = 0; j < keys; j += LANES) {
                 const V e = exp(fma(load_some(p + j, keys - j), all(args.scale), -shift));
                 store_some(p + j, e, keys - j);
-                if (keys - j >= LANES) sums = sums + e;
-                else {
-                    store(row_of, e);
-                    for (int lane = 0; lane < keys - j; lane++) sum += row_of[lane];
-                }
+                sums = sums + with_rest(e, keys - j, 0);
             }
-            const V share = all(1 / (sum + sum_of(sums)));
-            for (j = 0; j < keys; j += LANES) store_some(p + j, load_some(p + j, keys - j) * share, keys - j);
+            const V share = all(1 / sum_of(sums));
+            for (int j = 0; j < keys; j += LANES) store_some(p + j, load_some(p + j, keys - j) * share, keys - j);
             std::fill(p + keys, p + args.width, T(0));
         }
     });
