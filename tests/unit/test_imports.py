@@ -62,7 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     "grading": {"backends", "grading.sandbox"} | SHARED,
     "grading.sandbox": {"errors"},  # most of it runs behind walls, where nothing else of the package is
     "grading.judge": {"grading", "backends", "recipe.rubric", "recipe.template"} | SHARED,  # a grader that is a model
-    "backends": {"engine", "keeper"} | SHARED,
+    # Tokens of models that the engine does not compute are drawn by its op, too.
+    "backends": {"engine", "engine.kernels", "keeper"} | SHARED,
     **{room: SHARED for room in SHARED},
     "model_cards": SHARED | {"engine.families"},
     "model_families": {"engine.families", "model_files"},

@@ -221,7 +221,8 @@ def fill(model: PreTrainedModel, model_dir: Path) -> None:
 def layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers of a model's decoder, whatever its family names them."""
     lists = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
-    return list(max(lists, key=len, default=nn.ModuleList()))
+    longest: nn.ModuleList = max(lists, key=len, default=nn.ModuleList())
+    return list(longest)
 
 
 def trainable(model: PreTrainedModel) -> PreTrainedModel:
