@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from distill import gguf_files, model_cards, model_files
+from distill import gguf_files, model_cards, model_families, model_files
 from distill.chat import read_template
 from distill.config import did_you_mean, parse, read_yaml
 from distill.engine.families import FAMILIES
@@ -185,9 +185,9 @@ def _refuse_another_model(card: TeacherCard | StudentCard, card_file: Path, dire
     """
     config = model_files.read_object(directory / "config.json")
     claims: dict[str, tuple[object, object]] = {}
-    model_type = config.get("model_type")
-    if isinstance(card, StudentCard) or model_type in FAMILIES:
-        claims["family"] = (card.family, model_type)
+    kind_of_model = config.get("model_type")
+    if kind_of_model in FAMILIES or model_families.in_transformers(kind_of_model):  # others are named when they load
+        claims["family"] = (card.family, kind_of_model)
     if isinstance(card, StudentCard) and card.architecture is not None:
         for key, value in card.architecture.model_dump(exclude_none=True, exclude_unset=True).items():
             claims[f"architecture.{key}"] = (value, config.get(key, value))

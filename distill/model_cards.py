@@ -11,13 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from distill import model_files
+from distill import model_families, model_files
 from distill.artefacts import RunPaths
 from distill.config import parse
 from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.recipe import Architecture, StudentCard, TeacherCard
-from distill.recipe.cards import STUDENT_FAMILIES
 
 Kind = Literal["teacher", "student"]
 C = TypeVar("C", TeacherCard, StudentCard)
@@ -67,11 +66,17 @@ def _made(model: type[C], directory: Path, stamp: tuple[int, ...]) -> C:
     model_files.model_directory(str(directory))
     config_file = directory / "config.json"
     config = model_files.read_object(config_file)
-    family, families = config.get("model_type"), STUDENT_FAMILIES if model is StudentCard else list(FAMILIES)
-    if family not in families:
+    family, families = config.get("model_type"), model_families.STUDENTS if model is StudentCard else list(FAMILIES)
+    if family not in families and not model_families.in_transformers(family):
         what = "trained" if model is StudentCard else "read"
         raise UserError(
-            f"{config_file}: models of type {family!r} are not {what}; expected one of {', '.join(families)}"
+            f"{config_file}: models of type {family!r} are not {what}; expected one of {', '.join(families)}, or "
+            f"another causal language model of transformers"
+        )
+    if family not in families and (part := model_families.composite(config)):
+        raise UserError(
+            f"{config_file}: {part} is a model inside a model of type {family!r}; save its language model alone "
+            f"(transformers: AutoModelForCausalLM, save_pretrained) and name that directory"
         )
     shapes = model_files.shapes(directory)
     if shapes is None:
@@ -81,14 +86,16 @@ def _made(model: type[C], directory: Path, stamp: tuple[int, ...]) -> C:
         "family": family,
         "weights": ".",
         "parameters": sum(shapes.values()) / 1e9,
-        "context": config.get("max_position_embeddings"),
+        "context": config.get("max_position_embeddings", config.get("n_positions")),
         "license": _license(directory),
         "source": "read from its files",
     }
     if model is TeacherCard:
         values["active_parameters"] = _active(shapes, config) / 1e9
     else:
-        values["architecture"] = {key: config[key] for key in Architecture.model_fields if config.get(key) is not None}
+        shape = {key: config[key] for key in Architecture.model_fields if config.get(key) is not None}
+        required = {key for key, field in Architecture.model_fields.items() if field.is_required()}
+        values["architecture"] = shape if family in families or shape.keys() >= required else None
     if not isinstance(values["context"], int):
         raise UserError(f"{config_file}: max_position_embeddings, the context of the model, is missing; add it")
     return parse(model, values, str(config_file))
