@@ -16,10 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from distill import gguf_files, model_cards, model_families, model_files
+from distill import gguf_files, model_cards, model_files
 from distill.chat import read_template
 from distill.config import did_you_mean, parse, read_yaml
-from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.prompts import PromptCounts, load_prompts
 from distill.recipe import BenchmarkCard, LaunchedServer, Price, Recipe, StudentCard, TeacherCard, TeacherServer
@@ -36,7 +35,6 @@ MODELS: dict[Kind, type[Section]] = {
     "benchmark": BenchmarkCard,
 }
 PROBLEM_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-OTHER_SIZE = 1.1  # a card may round its parameters; a factor above this is another model
 
 
 def folder(kind: Kind) -> Path:
@@ -174,41 +172,7 @@ def _check_weights(kind: Literal["teacher", "student"], name_or_path: str) -> li
         return []
     resolve_weights(kind, name_or_path)
     config = model_files.read_object(directory / "config.json")
-    return [f"{card.name}: {note}" for note in _doubts(card, directory, config)]
-
-
-def _refuse_another_model(card: TeacherCard | StudentCard, card_file: Path, directory: Path) -> None:
-    """Errors: UserError for a card that says something else of a model than its config.json.
-
-    Training, planning and the catalog go by the card's family, the engine by `model_type`. A teacher of a type that the
-    engine does not know may be launched as a server; the engine refuses it by name.
-    """
-    config = model_files.read_object(directory / "config.json")
-    claims: dict[str, tuple[object, object]] = {}
-    kind_of_model = config.get("model_type")
-    if kind_of_model in FAMILIES or model_families.in_transformers(kind_of_model):  # others are named when they load
-        claims["family"] = (card.family, kind_of_model)
-    if isinstance(card, StudentCard) and card.architecture is not None:
-        for key, value in card.architecture.model_dump(exclude_none=True, exclude_unset=True).items():
-            claims[f"architecture.{key}"] = (value, config.get(key, value))
-    wrong = [f"{key} is {said}, and {there} there" for key, (said, there) in claims.items() if said != there]
-    if wrong:
-        raise UserError(
-            f"{card_file} contradicts {directory / 'config.json'}: {'; '.join(wrong)}; correct the card, or point "
-            f"`weights` at the model that it describes"
-        )
-
-
-def _doubts(card: TeacherCard | StudentCard, directory: Path, config: Mapping[str, object]) -> list[str]:
-    notes = []
-    longest = config.get("max_position_embeddings")
-    if isinstance(longest, int) and card.context > longest:
-        notes.append(f"context is {card.context:,}, and max_position_embeddings {longest:,} in its config.json")
-    if isinstance(card, StudentCard):
-        count = model_files.parameters(directory)
-        if count and not 1 / OTHER_SIZE < card.parameters * 1e9 / count < OTHER_SIZE:
-            notes.append(f"parameters is {card.parameters:g} billion, and its files hold {count / 1e9:.3g} billion")
-    return notes
+    return [f"{card.name}: {note}" for note in model_cards.doubts(card, directory, config)]
 
 
 def _check_prompts(sources: Sequence[PromptSource], expected: int | None = None) -> list[str]:
@@ -374,7 +338,7 @@ def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> P
         directory = _download(card.weights, card.revision, kind, name_or_path)
     if problem := model_files.first_problem(directory):
         raise UserError(f"{problem}: the weights of {kind} {card.name} ({card_file}) are not complete")
-    _refuse_another_model(card, card_file, directory)
+    model_cards.refuse_another_model(card, card_file, directory)
     return directory
 
 
