@@ -272,7 +272,8 @@ class FilterSummary(Artefact):
 class TrainSummary(Artefact):
     """Counts of rows and tokens, losses in nats per token, and the rate. student: directory inside the run. rollouts,
     rollout_tokens: what the student wrote, 0 for objectives that need none; rows: without them. phases: of a training
-    in phases, by name and in order; the other figures are then their sums, and the first and the last loss."""
+    in phases, by name and in order; the other figures are then their sums, and the first and the last loss.
+    padded_rows: why the rows of a batch were padded; None where they were concatenated."""
 
     steps: int
     epochs: float
@@ -294,6 +295,7 @@ class TrainSummary(Artefact):
     student: str
     rollouts: int = 0
     rollout_tokens: int = 0
+    padded_rows: str | None = None
     phases: dict[str, "TrainSummary"] = {}
 
 

@@ -19,7 +19,6 @@ from typing import Literal, TypeVar
 from distill import gguf_files, model_cards, model_files
 from distill.chat import read_template
 from distill.config import did_you_mean, parse, read_yaml
-from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.prompts import PromptCounts, load_prompts
 from distill.recipe import BenchmarkCard, LaunchedServer, Price, Recipe, StudentCard, TeacherCard, TeacherServer
@@ -36,7 +35,6 @@ MODELS: dict[Kind, type[Section]] = {
     "benchmark": BenchmarkCard,
 }
 PROBLEM_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-OTHER_SIZE = 1.1  # a card may round its parameters; a factor above this is another model
 
 
 def folder(kind: Kind) -> Path:
@@ -174,37 +172,7 @@ def _check_weights(kind: Literal["teacher", "student"], name_or_path: str) -> li
         return []
     resolve_weights(kind, name_or_path)
     config = model_files.read_object(directory / "config.json")
-    return [f"{card.name}: {note}" for note in _doubts(card, directory, config)]
-
-
-def _refuse_another_model(card: TeacherCard | StudentCard, card_file: Path, directory: Path) -> None:
-    """Errors: UserError for a card that says something else of a model than its config.json."""
-    config = model_files.read_object(directory / "config.json")
-    claims: dict[str, tuple[object, object]] = {}
-    # A teacher of a type that the engine does not know may be launched as a server; the engine refuses it by name.
-    if (model_type := config.get("model_type")) in FAMILIES or isinstance(card, StudentCard):
-        claims["family"] = (card.family, model_type)
-    if isinstance(card, StudentCard) and card.architecture is not None:
-        for key, value in card.architecture.model_dump(exclude_none=True, exclude_unset=True).items():
-            claims[f"architecture.{key}"] = (value, config.get(key, value))
-    wrong = [f"{key} is {said}, and {there} there" for key, (said, there) in claims.items() if said != there]
-    if wrong:
-        raise UserError(
-            f"{card_file} contradicts {directory / 'config.json'}: {'; '.join(wrong)}; correct the card, or point "
-            f"`weights` at the model that it describes"
-        )
-
-
-def _doubts(card: TeacherCard | StudentCard, directory: Path, config: Mapping[str, object]) -> list[str]:
-    notes = []
-    longest = config.get("max_position_embeddings")
-    if isinstance(longest, int) and card.context > longest:
-        notes.append(f"context is {card.context:,}, and max_position_embeddings {longest:,} in its config.json")
-    if isinstance(card, StudentCard):
-        count = model_files.parameters(directory)
-        if count and not 1 / OTHER_SIZE < card.parameters * 1e9 / count < OTHER_SIZE:
-            notes.append(f"parameters is {card.parameters:g} billion, and its files hold {count / 1e9:.3g} billion")
-    return notes
+    return [f"{card.name}: {note}" for note in model_cards.doubts(card, directory, config)]
 
 
 def _check_prompts(sources: Sequence[PromptSource], expected: int | None = None) -> list[str]:
@@ -358,7 +326,8 @@ def training_template(recipe: Recipe) -> str | None:
 def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> Path:
     """The local directory with a card's config.json and safetensors; a hub id is downloaded first.
 
-    Errors: UserError naming the file that is missing or not read, and for a card of another model.
+    Errors: UserError naming the file that is missing, or of a kind that is not read (`distill.model_files`), and for a
+    card of another model.
     """
     card = load_teacher(name_or_path) if kind == "teacher" else load_student(name_or_path)
     card_file = _card_file(kind, name_or_path)
@@ -369,7 +338,7 @@ def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> P
         directory = _download(card.weights, card.revision, kind, name_or_path)
     if problem := model_files.first_problem(directory):
         raise UserError(f"{problem}: the weights of {kind} {card.name} ({card_file}) are not complete")
-    _refuse_another_model(card, card_file, directory)
+    model_cards.refuse_another_model(card, card_file, directory)
     return directory
 
 

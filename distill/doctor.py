@@ -21,9 +21,9 @@ from pathlib import Path
 from distill import __version__, catalog
 from distill.backends.device import device_type
 from distill.console import bytes_text, say, table
-from distill.engine.families import FAMILIES
 from distill.grading.sandbox import levels as sandbox_levels
 from distill.hardware import Machine, disk_rate, fastest, gpu_memory, memory_bandwidth, product_rate, this_machine
+from distill.model_families import has_experts, published_bytes
 from distill.recipe import TeacherCard
 
 HOST_LINK = 25e9  # bytes per second from host memory to a GPU, assumed (PCIe 4.0 × 16)
@@ -139,9 +139,9 @@ def _weights_file(teacher: str) -> Path | None:
 
 def _row(card: TeacherCard, file: Path | None, limits: Limits, machine: Machine) -> tuple[str, ...]:
     total, active = card.parameters * 1e9, card.active_parameters * 1e9
-    size = total * FAMILIES[card.family].published_bytes
+    size = total * published_bytes(card.family)
     where = "in memory" if size <= limits.memory else f"{1 - limits.memory / size:.0%} {limits.elsewhere}"
-    if size > limits.memory and not FAMILIES[card.family].has_experts:
+    if size > limits.memory and not has_experts(card.family):
         where = "too large for memory"
     elif size > limits.memory and file is None and size > machine.disk:
         where = "too large for the disk"

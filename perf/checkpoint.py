@@ -162,9 +162,10 @@ def write_fp8_with_drafts(directory: Path, fp8: Path) -> Path:
         draft[at + "shared_head.norm.weight"] = torch.ones(d, dtype=torch.bfloat16)
         draft[at + "eh_proj.weight"] = (torch.randn(d, 2 * d) * (2 * d) ** -0.5).bfloat16()
         save_file(draft, directory / "draft.safetensors", metadata={"format": "pt"})
-        weight_map = dict.fromkeys(names, f"../{fp8.name}/model.safetensors") | dict.fromkeys(
-            draft, "draft.safetensors"
-        )
+        base = directory / "base.safetensors"  # an index names files of its own directory only
+        base.unlink(missing_ok=True)
+        base.hardlink_to(fp8 / "model.safetensors")
+        weight_map = dict.fromkeys(names, base.name) | dict.fromkeys(draft, "draft.safetensors")
         (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         config = {**CONFIG, "quantization_config": FP8, "num_nextn_predict_layers": 1}
         (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -20,21 +20,34 @@ if TYPE_CHECKING:
     from distill.train.rows.stored import TrainingSet
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+OTHER: dict[str, object] = {  # sizes of a small model of any family
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+HYBRID: dict[str, object] = {  # Qwen3.5: three layers with a recurrence to one of attention
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 
 
 def make_student(directory: Path, *, hidden: int = 32, layers: int = 2, context: int = 512, tied: bool = True) -> Path:
     """A random Qwen2 of a few thousand weights with a byte-level tokenizer and no chat template, and its card."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
-    fast.add_special_tokens({"additional_special_tokens": [START]})
-    fast.save_pretrained(directory)
+    write_tokenizer(directory)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=272,
@@ -50,12 +63,37 @@ def make_student(directory: Path, *, hidden: int = 32, layers: int = 2, context:
     return write_card(directory, context)
 
 
-def write_card(directory: Path, context: int) -> Path:
+def make_other(directory: Path, family: str, context: int = 512, **config: object) -> Path:
+    """A random model of a family that the engine does not compute, with the tokenizer of `make_student` and a card."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    write_tokenizer(directory)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **OTHER | config)).save_pretrained(directory)
+    return write_card(directory, context, family)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer without a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+    fast.add_special_tokens({"additional_special_tokens": [START]})
+    fast.save_pretrained(directory)
+
+
+def write_card(directory: Path, context: int, family: str = "qwen2") -> Path:
     """The card of a student whose weights are beside it."""
     directory.mkdir(parents=True, exist_ok=True)
     card = {
         "name": "tiny-test",
-        "family": "qwen2",
+        "family": family,
         "weights": ".",
         "parameters": 1e-5,
         "context": context,

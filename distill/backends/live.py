@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from distill.backends.local import options_of, with_tokens
+from distill.backends.directory import with_tokens
+from distill.backends.local import options_of
 from distill.chat import Chat
 from distill.engine.options import SamplingParams
 from distill.errors import UserError

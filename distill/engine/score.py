@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.engine.alternatives import Alternatives, TopLogprobs
 from distill.engine.attention import Chunk
 from distill.engine.cache import PageAllocator
+from distill.engine.kernels import Ops
 from distill.engine.model import Model
 from distill.engine.sampler import normalisers
 
@@ -72,7 +73,7 @@ def score(
     Errors: ValueError for given ids that do not fit, and while too few pages are free for a sequence; NonFiniteLogits.
     """
     counts = [len(tokens) - first for tokens, first in zip(sequences, after, strict=True)]
-    given = _padded(ids, counts, model.spec.vocab_size)
+    given = padded(ids, counts, model.spec.vocab_size)
     scores: list[Scores] = []
     while len(scores) < len(sequences):
         taken = _that_fit(sequences, len(scores), budget, pages)
@@ -88,7 +89,8 @@ def score(
             these = slice(len(scores), len(scores) + len(taken))
             predicting = [hidden_tc[n - 1 : -1] for hidden_tc, n in zip(hidden, after[these], strict=True)]
             targets = [tokens[n:] for tokens, n in zip(taken, after[these], strict=True)]
-            scores += _scores(predicting, targets, top_k, given[these], model)
+            head = Head(model.logits, model.spec.vocab_size, model.ops)
+            scores += scores_of(predicting, targets, top_k, given[these], head)
         finally:
             for own in held:
                 pages.release(own)
@@ -113,7 +115,7 @@ def _that_fit(sequences: Sequence[Sequence[int]], first: int, budget: int, pages
     return taken
 
 
-def _padded(ids: GivenIds | None, counts: Sequence[int], vocab_size: int) -> list[np.ndarray | None]:
+def padded(ids: GivenIds | None, counts: Sequence[int], vocab_size: int) -> list[np.ndarray | None]:
     """The given ids of each sequence, [n, m], with -1 for none. counts: tokens scored of each sequence."""
     if ids is None:
         return [None] * len(counts)
@@ -144,32 +146,42 @@ def _rectangle(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return id_tm
 
 
-def _scores(
+@dataclass(frozen=True)
+class Head:
+    """What makes logits. logits: of hidden states [r, c], float32 [r, v]. ops: of the device that they are on."""
+
+    logits: Callable[[Tensor], Tensor]
+    vocab_size: int
+    ops: Ops
+
+
+def scores_of(
     hidden: Sequence[Tensor],
     targets: Sequence[Sequence[int]],
     top_k: int,
     given: Sequence[np.ndarray | None],
-    model: Model,
+    head: Head,
 ) -> list[Scores]:
-    """The scores of several sequences together. hidden: the states [n, c] that predict the n targets of each."""
-    top_k = min(top_k, model.spec.vocab_size)
+    """The scores of several sequences together. hidden: the states [n, c] that predict the n targets of each. given:
+    further ids to score at each position, [n, m], −1 for none. NonFiniteLogits for logits that are not finite."""
+    top_k = min(top_k, head.vocab_size)
     counts = [len(own) for own in targets]
     hidden_rc = torch.cat(list(hidden))
     target_r = torch.tensor([*itertools.chain.from_iterable(targets)], dtype=torch.int64, device=hidden_rc.device)
     widths = [0 if own is None else own.shape[1] for own in given]
     given_rm = _beside(given, counts, max(widths), hidden_rc.device)
-    block = max(1, _SCORE_ELEMENTS // model.spec.vocab_size)
+    block = max(1, _SCORE_ELEMENTS // head.vocab_size)
     width = top_k + max(widths)
     logprob_r = np.empty(len(target_r), np.float32)
     id_rk, logprob_rk = np.empty((len(target_r), width), np.int32), np.empty((len(target_r), width), np.float32)
     for start in range(0, len(target_r), block):
         rows = slice(start, start + block)
-        logits_rv = model.logits(hidden_rc[rows])
+        logits_rv = head.logits(hidden_rc[rows])
         normaliser_r1 = normalisers(logits_rv)
         logprob_r[rows] = (logits_rv.gather(-1, target_r[rows, None]) - normaliser_r1)[:, 0].cpu().numpy()
         if width:
             given_bm = None if given_rm is None else given_rm[rows]
-            likeliest = model.ops.likeliest(logits_rv, normaliser_r1, top_k, given_bm)
+            likeliest = head.ops.likeliest(logits_rv, normaliser_r1, top_k, given_bm)
             id_rk[rows], logprob_rk[rows] = (numbers.cpu().numpy() for numbers in likeliest)
     listed = top_k > 0 or given_rm is not None
     scores: list[Scores] = []

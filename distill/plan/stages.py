@@ -18,9 +18,9 @@ from distill import catalog, generate
 from distill.artefacts import GenerateSummary, RunPaths
 from distill.backends.collect import asked
 from distill.console import bytes_text, say, short, table
-from distill.engine.families import FAMILIES
 from distill.errors import UserError
 from distill.fingerprint import digest
+from distill.model_families import published_bytes
 from distill.models import Models
 from distill.plan.hardware import Hardware, parse
 from distill.plan.judging import described, plan_judgements
@@ -186,7 +186,7 @@ def _generate(
 def _teacher_rate(recipe: "Recipe", measured: Measured | None, hardware: Sequence[Hardware]) -> float | None:
     if hardware:
         card = catalog.load_teacher(recipe.teacher)
-        size = card.parameters * FAMILIES[card.family].published_bytes
+        size = card.parameters * published_bytes(card.family)
         return decoding_rate(card.active_parameters, size, hardware[0])
     return measured.rate if measured else None
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from distill import catalog
 from distill.console import bytes_text, say, short, table
-from distill.engine.families import FAMILIES
 from distill.errors import UserError
+from distill.model_families import published_bytes
 from distill.plan.hardware import Hardware, parse
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def beside(recipe: "Recipe", config: "PretrainedConfig", data: Data, machine: Ha
 def teacher_bytes(recipe: "Recipe") -> float:
     """The weights of the teacher as published, bytes."""
     card = catalog.load_teacher(recipe.teacher)
-    return card.parameters * 1e9 * FAMILIES[card.family].published_bytes
+    return card.parameters * 1e9 * published_bytes(card.family)
 
 
 def way(

@@ -1,10 +1,11 @@
 """The cards of teachers, students and benchmarks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
+from distill import model_families
 from distill.engine.families import FAMILIES
 from distill.recipe.price import Price
 from distill.recipe.sampling import SamplingSettings
@@ -13,24 +14,20 @@ from distill.recipe.sources import PromptSource
 from distill.section import Section
 
 
-def _among(names: Iterable[str]) -> Callable[[str], str]:
-    known = list(names)
-
+def _known(known: list[str]) -> Callable[[str], str]:
     def check(name: str) -> str:
-        if name not in known:
-            raise ValueError(f"unknown family {name!r}; expected one of {', '.join(known)}")
+        if name not in known and not model_families.in_transformers(name):
+            raise ValueError(
+                f"unknown family {name!r}; expected one of {', '.join(known)}, or another causal language model of "
+                f"transformers"
+            )
         return name
 
     return check
 
 
-STUDENT_FAMILIES = [name for name, family in FAMILIES.items() if family.trains]
-TeacherFamily = Annotated[
-    str, AfterValidator(_among(FAMILIES)), WithJsonSchema({"type": "string", "enum": list(FAMILIES)})
-]
-StudentFamily = Annotated[
-    str, AfterValidator(_among(STUDENT_FAMILIES)), WithJsonSchema({"type": "string", "enum": STUDENT_FAMILIES})
-]
+TeacherFamily = Annotated[str, AfterValidator(_known(list(FAMILIES))), WithJsonSchema({"type": "string"})]
+StudentFamily = Annotated[str, AfterValidator(_known(model_families.STUDENTS)), WithJsonSchema({"type": "string"})]
 
 
 class TeacherCard(Section):

@@ -246,6 +246,7 @@ def combined(phases: dict[str, TrainSummary]) -> TrainSummary:
         tokens_per_second=round(tokens / max(seconds, 1e-9)),
         processes=max(one.processes for one in each),
         student=each[-1].student,
+        padded_rows=each[-1].padded_rows,
         phases=phases,
     )
 

@@ -127,7 +127,7 @@ def test_damaged_weights_are_named_with_tensor_and_file(
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"model_type": "mamba"}, "model_type is 'mamba'"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'")],
+    [({"model_type": "unheard_of"}, "model_type is 'unheard_of'"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'")],
 )
 def test_a_family_that_is_not_supported(
     change: dict[str, str],

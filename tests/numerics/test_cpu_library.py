@@ -26,6 +26,12 @@ ALTERED = {
 }
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_kernels_are_there_where_there_is_a_compiler() -> None:
+    """Installation goes on without them when the sources do not compile, and most tests of them are skipped then."""
+    assert cpu_library.why_missing() is None
+
+
 @COMPILED
 def test_the_library_of_this_installation_is_accepted() -> None:
     assert not isinstance(cpu_library.load(FOLDER), str)

@@ -195,7 +195,7 @@ def test_threads_change_no_bit():
             torch.set_num_threads(count)
             out_tc, factor_t, scores_mww = torch.empty_like(x_tc), torch.empty(130), torch.empty(6, 40, 40)
             kernels.norm(x_tc, weight_c, 1e-6, out_tc, factor_t)
-            kernels.softmax(scores_mww.copy_(x_tc[:40, :40]), 0.5)
+            kernels.softmax(scores_mww.copy_(x_tc[:40, :40]), 0.5, 1, 0)
             by_x = torch.empty_like(x_tc)
             by_weight = kernels.norm_backward(x_tc, weight_c, factor_t, out_tc, None, by_x)
             results.append((out_tc, scores_mww, by_x, by_weight))

@@ -24,6 +24,7 @@ SHARED |= {
     "interrupts",
     "lock",
     "model_cards",
+    "model_families",
     "model_files",
     "models",
     "objectives",
@@ -61,9 +62,11 @@ ALLOWED: dict[str, set[str]] = {
     "grading": {"backends", "grading.sandbox"} | SHARED,
     "grading.sandbox": {"errors"},  # most of it runs behind walls, where nothing else of the package is
     "grading.judge": {"grading", "backends", "recipe.rubric", "recipe.template"} | SHARED,  # a grader that is a model
-    "backends": {"engine", "keeper"} | SHARED,
+    # Tokens of models that the engine does not compute are drawn by its op, too.
+    "backends": {"engine", "engine.kernels", "keeper"} | SHARED,
     **{room: SHARED for room in SHARED},
     "model_cards": SHARED | {"engine.families"},
+    "model_families": {"engine.families", "model_files"},
     "gguf_files": SHARED | {"gguf_metadata", "engine.config", "engine.families", "engine.spec"},
     "gguf_metadata": {"engine.families", "errors"},
     "catalog": SHARED | {"engine.families"},  # what a card says of its model is compared with the model

@@ -106,7 +106,7 @@ def _config(**changes):
         (lambda d: (d / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda d: (d / "model.safetensors").write_bytes(b"damaged"), "the header of a .safetensors file"),
         (lambda d: (d / "config.json").write_text("{"), "config.json: not JSON"),
-        (_config(model_type="gpt2"), "models of type 'gpt2' are not trained; expected one of"),
+        (_config(model_type="unheard_of"), "models of type 'unheard_of' are not trained; expected one of"),
         (_config(max_position_embeddings=None), "config.json: max_position_embeddings"),
     ],
 )

@@ -44,6 +44,7 @@ class Group:
     width: int
     gather: Tensor | None  # int64 [b·w]: token of each position; None where all rows are whole and of one length
     scatter: Tensor | None  # int64 [stop - start]: position of each token
+    lengths: tuple[int, ...] = ()  # tokens of each row, with its prefix
 
 
 class Rows:
@@ -100,14 +101,15 @@ class Rows:
         lengths = [self.lengths[row] for row in rows]
         start, stop, width = sum(self.own[: rows.start]), sum(self.own[: rows.stop]), max(lengths)
         if len(rows) * width == stop - start:
-            return Group(start, stop, len(rows), width, None, None)
+            return Group(start, stop, len(rows), width, None, None, tuple(lengths))
         # Padding repeats the row's last token; it comes after all tokens of the row, so none of them attends to it.
         gather = np.concatenate([np.pad(self._tokens(row), (0, width - self.lengths[row]), "edge") for row in rows])
         scatter = [
             place * width + np.arange(self.lengths[row] - self.own[row], self.lengths[row])
             for place, row in enumerate(rows)
         ]
-        return Group(start, stop, len(rows), width, self._index(gather), self._index(np.concatenate(scatter)))
+        at = self._index(np.concatenate(scatter))
+        return Group(start, stop, len(rows), width, self._index(gather), at, tuple(lengths))
 
     def _tokens(self, row: int) -> npt.NDArray[np.int64]:
         """The tokens of a row with its prefix, as numbers of the batch's."""

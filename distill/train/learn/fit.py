@@ -29,7 +29,7 @@ from distill.train.rows import teacher
 from distill.train.rows.feed import Feed, StoredFeed
 from distill.train.rows.stored import TrainingSet
 from distill.train.student import card as cards
-from distill.train.student import float8, methods, model
+from distill.train.student import float8, isolation, methods, model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -74,7 +74,8 @@ def fit(task: Task, rows: TrainingSet | None, world: World) -> TrainSummary:
     with feeding(task, rows, built, world) as feed:
         loop = Loop(built.learner, feed, settings, checkpoints, world, built.wrapped)
         loop.run()
-        summary = loop.summary()
+        reason = isolation.why_padded(model.configuration(task.models.base.directory, settings), settings)
+        summary = loop.summary().model_copy(update={"padded_rows": reason})
     weights = trained_weights(task, built, world)
     chat = Chat.load(task.models.base.directory, task.models.training_template)
     filtered = cards.summary(paths, "filter", FilterSummary)
@@ -137,8 +138,11 @@ def build(task: Task, world: World) -> Built:
     adapted = None if settings.adapter is None else methods.with_adapters(base, settings.adapter)
     if settings.gradient_checkpointing:
         base.activation_checkpointing_enable(offload=settings.activation_offloading)
-    learner = Learner(base, settings.objective, dtypes.autocast)
-    wrapped = world.lay_out(learner, list(base.get_decoder().layers), dtypes.compute)
+    padded = isolation.sentence(model.configuration(weights, settings), settings)
+    if padded and world.main:
+        say(padded)
+    learner = Learner(base, settings.objective, dtypes.autocast, padded=padded is not None)
+    wrapped = world.lay_out(learner, model.layers(base), dtypes.compute)
     if sharded:
         materialise(learner, world.device)
         model.fill(base, weights)

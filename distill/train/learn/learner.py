@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distill.model_families import in_engine
 from distill.objectives import BaseObjective
+from distill.train.learn import forward
 from distill.train.learn.attention import Rows
 from distill.train.learn.loss import linear_loss
 from distill.train.learn.tied import HeadGradient, embed, tied_embedding
@@ -21,38 +23,40 @@ from distill.train.rows.batches import Batch
 
 
 class Learner(nn.Module):
-    """A decoder whose head is one linear layer (Qwen2, Qwen3, Llama), with an objective.
+    """A decoder whose head is one linear layer, with an objective.
 
     autocast: the dtype of the forward pass where the weights are float32; None where the weights have that dtype
-    themselves.
+    themselves. padded: whether rows are padded, because the model would mix concatenated ones (`student.isolation`).
     """
 
-    def __init__(self, model: PreTrainedModel, objective: BaseObjective, autocast: torch.dtype | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, objective: BaseObjective, autocast: torch.dtype | None, padded: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.autocast = autocast
+        self.padded = padded
 
     def forward(self, batch: Batch) -> Tensor:
         """The sums of the objective's loss parts, float32 [parts]."""
         device = batch.input_ids_t.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            rows = Rows(batch.lengths, device, batch.prefixes, batch.positions_s)
-            tied, given = self._inputs(batch.input_ids_t)
-            hidden_td = self.model.get_decoder()(
-                **given,
-                position_ids=batch.position_ids_t[None],
-                rows=rows,
-                use_cache=False,
-            ).last_hidden_state[0]
-            hidden_sd = hidden_td if rows.narrowed else hidden_td.index_select(0, batch.positions_s)
+            tied = None
+            if self.padded:
+                hidden_sd = forward.padded(self.model, batch).index_select(0, batch.positions_s)
+            else:
+                rows = Rows(batch.lengths, device, batch.prefixes, batch.positions_s)
+                tied, given = self._inputs(batch.input_ids_t)
+                hidden_td = forward.concatenated(self.model, batch, rows, given)
+                hidden_sd = hidden_td if rows.narrowed else hidden_td.index_select(0, batch.positions_s)
             head = self.model.get_output_embeddings()
             criterion = self.objective.criterion(batch.targets_s, batch.teacher, batch.sampled)
             return linear_loss(hidden_sd, head.weight, head.bias, criterion, tied).clone()
 
     def _inputs(self, ids_t: Tensor) -> tuple[HeadGradient | None, dict[str, Tensor]]:
         """What the decoder is called with, and where the gradient of a head that is the embedding as well waits."""
-        embedding = tied_embedding(self.model)
+        embedding = tied_embedding(self.model) if in_engine(self.model.config.model_type) else None
         if embedding is None or not torch.is_grad_enabled():
             return None, {"input_ids": ids_t[None]}
         tied = HeadGradient()

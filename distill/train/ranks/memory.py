@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from distill.errors import UserError
 from distill.hardware import memory
+from distill.model_families import in_engine
 from distill.recipe import Recipe, Train
 from distill.recipe.adapters import Lora, Qlora
 from distill.train.learn import attention, fused, loss
@@ -155,9 +156,14 @@ def on_meta(config: PretrainedConfig, layers: int, dtype: torch.dtype = torch.fl
         config.layer_types = config.layer_types[:1] * layers
     with init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention.NAME
+            config, dtype=dtype, attn_implementation=attention.NAME if _has_rows(config) else None
         )
     return model
+
+
+def _has_rows(config: PretrainedConfig) -> bool:
+    """Whether the attention of concatenated rows is measured; in families beside the engine's, the model's own is."""
+    return in_engine(config.model_type)
 
 
 def fake_parameters(model: nn.Module) -> None:
@@ -181,13 +187,26 @@ class Activations:
 @once
 def activations(config: PretrainedConfig, settings: Train, dtypes: Dtypes, device: str = "cpu") -> Activations:
     """Measure the activations of a training with these settings."""
-    kept = {
-        (layers, tokens): saved_bytes(config, settings, dtypes, layers, tokens, device)
-        for layers in (1, 2)
-        for tokens in (PROBE, 2 * PROBE)
-    }
+    try:
+        kept = {
+            (layers, tokens): saved_bytes(config, settings, dtypes, layers, tokens, device)
+            for layers in (1, 2)
+            for tokens in (PROBE, 2 * PROBE)
+        }
+    except RuntimeError:  # sizes that depend on the data, as of routed experts, have no FakeTensors
+        if _has_rows(config):
+            raise
+        return _typical(config, dtypes)
     one, two = ((kept[layers, 2 * PROBE] - kept[layers, PROBE]) / PROBE for layers in (1, 2))
     return Activations(two - one, one - (two - one))
+
+
+def _typical(config: PretrainedConfig, dtypes: Dtypes) -> Activations:
+    """The activations of a family that cannot be measured, as those of a dense decoder: inputs and outputs of each
+    product, and of each element-wise step. Routed experts count as often as a token is sent to one."""
+    used = getattr(config, "num_experts_per_tok", None) or 1
+    inner = used * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    return Activations(dtypes.compute.itemsize * (16 * config.hidden_size + 5 * inner), 8.0 * config.hidden_size)
 
 
 def saved_bytes(
@@ -223,12 +242,15 @@ def saved_bytes(
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", dtype=dtypes.autocast or torch.bfloat16, enabled=dtypes.autocast is not None),
         ):
-            out = model.get_decoder()(
-                input_ids=ids,
-                position_ids=ids,
-                rows=attention.Rows((tokens,), torch.device("cpu")),
-                use_cache=False,
-            ).last_hidden_state
+            if _has_rows(config):
+                out = model.get_decoder()(
+                    input_ids=ids,
+                    position_ids=ids,
+                    rows=attention.Rows((tokens,), torch.device("cpu")),
+                    use_cache=False,
+                ).last_hidden_state
+            else:
+                out = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         storages[out.untyped_storage()._cdata] = out.untyped_storage().nbytes()
     return sum(storages.values())
 

@@ -9,6 +9,7 @@ the training will need, so it counts as a whole, unless `engine.memory_budget` b
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from distill.model_families import in_engine
 from distill.recipe import Training
 from distill.train.rollouts.student import MAX_BATCH
 
@@ -69,4 +70,5 @@ def engines(
     judges = [teacher] if teacher is not None and training.objective.teacher_top_k is not None else []
     judges += [2.0 * parameters] if training.objective.needs_reference else []
     batch = min(MAX_BATCH, -(-rollouts.rows // ranks))
-    return Engines(size * parameters, each, each * batch, tuple(judges), None if budget is None else budget * GIB)
+    copied = parameters if in_engine(config.model_type) else 0  # else the trainer's own weights sample
+    return Engines(size * copied, each, each * batch, tuple(judges), None if budget is None else budget * GIB)

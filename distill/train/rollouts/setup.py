@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distill import backends
+from distill import backends, model_families
 from distill.artefacts import RunPaths
 from distill.catalog import load_teacher
 from distill.console import say
@@ -99,13 +99,18 @@ def rollout_feed(
     assert isinstance(objective, OnPolicy | Grpo)
     rollouts, questions = objective.rollout_settings, questions or questions_of(recipe, models.base.chat)
     prompts = questions.prompts
+    if world.layout == "fsdp" and model_families.falls_back(models.base.directory):
+        raise UserError(
+            "train.parallel: the engine does not compute this student, whose rollouts are sampled by the trainer's own "
+            "weights, and fsdp spreads them over the devices; set it to ddp"
+        )
     with ExitStack() as stack:
         dtype = methods.dtypes(settings, world.device).compute
         context = questions.context(rollouts)
         batch = min(MAX_BATCH, -(-rollouts.rows // world.size))
         base = stack.enter_context(as_trained(models.base, settings))
         backend = stack.enter_context(
-            backends.open_trained(base, str(world.device), dtype == torch.float32, batch, context)
+            backends.open_trained(base, trained, str(world.device), dtype, batch, context, world.main)
         )
         student = StudentEngine(trained, backend, rollouts, settings.seed)
         engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})

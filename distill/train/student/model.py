@@ -20,23 +20,24 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from distill import model_files
+from distill import model_families, model_files
+from distill.backends.fallback import loaded
 from distill.chat import Chat
 from distill.durable import write_whole
 from distill.errors import UserError
 from distill.models import Model
 from distill.recipe import Train
 from distill.recipe.adapters import Lora, Qlora
-from distill.train.learn import attention, fused
+from distill.train.learn import fused
 from distill.train.ranks.checkpoint import Ranks, writing
 from distill.train.rows.gate import Limits
-from distill.train.student import methods
+from distill.train.student import isolation, methods
 from distill.train.student.card import TEMPERATURE, TOP_P
 
 # Never sampled and never an end token, so that masking padding by its id loses nothing. In the tokenizers of Qwen and
@@ -63,6 +64,11 @@ def inspect(model_dir: Path, settings: Train) -> Limits:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
     config = configuration(model_dir, settings)
+    isolation.why_padded(config, settings)
+    context = getattr(config, "max_position_embeddings", settings.max_length)
+    if not model_families.in_engine(config.model_type):  # whose files may name and shape weights in another way
+        loaded(model_dir, config=config, device_map="meta")
+        return Limits(config.vocab_size, context)
     try:
         model = empty(model_dir, settings, torch.bfloat16)
     except Exception as error:  # whatever the wrong value leads to inside transformers
@@ -77,7 +83,7 @@ def inspect(model_dir: Path, settings: Train) -> Limits:
             raise UserError(f"{model_dir}: weights that config.json expects {problem}: {listed}; download them again")
     if config.tie_word_embeddings and HEAD in where and EMBEDDING in where:
         refuse_another_head(where[HEAD], where[EMBEDDING])
-    return Limits(config.vocab_size, config.max_position_embeddings)
+    return Limits(config.vocab_size, context)
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -115,7 +121,7 @@ def configuration(model_dir: Path, settings: Train) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(model_dir)
     except Exception as error:  # whatever the wrong value leads to inside transformers
         raise UserError(f"{model_dir}/config.json cannot be used: {_reason(error)}") from error
-    if getattr(config, "use_sliding_window", False):
+    if model_families.in_engine(config.model_type) and getattr(config, "use_sliding_window", False):
         raise UserError(
             f"{model_dir}/config.json has use_sliding_window, which training does not support; set it to false if no "
             f"row is longer than the window"
@@ -126,6 +132,8 @@ def configuration(model_dir: Path, settings: Train) -> PretrainedConfig:
     if settings.max_position_embeddings:
         config.max_position_embeddings = settings.max_position_embeddings
     if settings.rope_theta:
+        if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
+            raise UserError(f"train.rope_theta: models of type {config.model_type!r} have no rope_theta; remove it")
         config.rope_parameters = {**config.rope_parameters, "rope_theta": settings.rope_theta}
     return config
 
@@ -154,12 +162,13 @@ def load(model_dir: Path, settings: Train, dtype: torch.dtype, quantization: obj
 
     Errors: UserError for weights that are not finite.
     """
+    config = configuration(model_dir, settings)
     model, report = AutoModelForCausalLM.from_pretrained(
         model_dir,
-        config=configuration(model_dir, settings),
+        config=config,
         dtype=dtype,
         quantization_config=quantization,
-        attn_implementation=attention.NAME,
+        attn_implementation=isolation.implementation(config, settings),
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
@@ -180,9 +189,10 @@ def refuse_not_finite(model_dir: Path, tensors: Iterable[tuple[str, Tensor]]) ->
 
 def empty(model_dir: Path, settings: Train, dtype: torch.dtype) -> PreTrainedModel:
     """The base model without weights (on torch's meta device), to be laid out over ranks and filled by `fill`."""
+    config = configuration(model_dir, settings)
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            configuration(model_dir, settings), dtype=dtype, attn_implementation=attention.NAME
+            config, dtype=dtype, attn_implementation=isolation.implementation(config, settings)
         )
     model.tie_weights()
     return trainable(model)
@@ -198,8 +208,21 @@ def fill(model: PreTrainedModel, model_dir: Path) -> None:
         for name, p in model.named_parameters()
         if ".lora_" not in name
     }
+    stored = model_files.shapes(model_dir) or {}
+    if other := sorted(tensors.keys() - stored.keys()):
+        raise UserError(
+            f"train.parallel: fsdp reads weights by their names, and {model_dir} has no {other[0]} (transformers "
+            f"converts it on loading); set it to ddp"
+        )
     load_distributed(dict(tensors), storage_reader=HuggingFaceStorageReader(str(model_dir)))
     refuse_not_finite(model_dir, tensors.items())
+
+
+def layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a model's decoder, whatever its family names them."""
+    lists = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
+    longest: nn.ModuleList = max(lists, key=len, default=nn.ModuleList())
+    return list(longest)
 
 
 def trainable(model: PreTrainedModel) -> PreTrainedModel:
@@ -271,10 +294,11 @@ def spell_for_transformers_4(path: Path) -> None:
     """
     config = json.loads(path.read_text(encoding="utf-8"))
     config["torch_dtype"] = config["dtype"]
-    rope = dict(config["rope_parameters"])
-    config["rope_theta"] = rope.pop("rope_theta")
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = rope
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # some families have none, or one for each kind of layer
+        config["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
     write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -14,28 +14,19 @@ using namespace BASE;
 
 #define STRINGIFY(x) #x
 #define NAME(x) STRINGIFY(x)
-const Kernels table = {NAME(ISA),
-                       BASE::pack_words,
-                       linear,
-                       swiglu_linear,
-                       experts,
-                       BASE::decode,
-                       BASE::prefill,
-                       BASE::index_scores,
-                       BASE::route,
-                       BASE::rope,
-                       BASE::paged_write,
-                       BASE::rms_norm,
-                       BASE::draw,
-                       decode_layer,
-                       decode_dense_layer,
-                       BASE::train_norm,
-                       BASE::train_gate,
-                       BASE::train_rope,
-                       BASE::train_softmax,
-                       tile_release,
-                       tile_probe,
-                       &use_vectors};
+const Kernels table = [] {
+    Kernels kernels = BASE::table;
+    kernels.name = NAME(ISA);
+    kernels.linear = linear;
+    kernels.swiglu_linear = swiglu_linear;
+    kernels.experts = experts;
+    kernels.decode_layer = decode_layer;
+    kernels.decode_dense_layer = decode_dense_layer;
+    kernels.leave = tile_release;
+    kernels.probe = tile_probe;
+    kernels.use_vectors = &use_vectors;
+    return kernels;
+}();
 #undef INLINE
 #undef NAME
 #undef STRINGIFY

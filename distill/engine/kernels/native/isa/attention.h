@@ -451,7 +451,8 @@ void decode(const DecodeArgs& args) {
             for (int part = 0; part < parts; part++) {
                 const bool last = part + 1 == parts;
                 const int coming = last ? unit + args.threads : unit; // threads take units in turn
-                part_of(unit, part, s, part ? next : whole, s.few ? first_block(coming, last ? 0 : part + 1) : Coming());
+                part_of(unit, part, s, part ? next : whole,
+                        s.few ? first_block(coming, last ? 0 : part + 1) : Coming());
                 if (part) whole.join(next, width);
             }
             finish(unit, whole);

@@ -1,0 +1,61 @@
+"""The hidden states of a batch of rows: by one pass over the concatenated rows, or by padded batches.
+
+Concatenated is the default: no padding, and attention inside each row (`learn.attention`). It is right where nothing
+but attention looks at other tokens. A recurrence or a convolution over time does not know where a row begins, and
+attention of another form (sinks, biases, windows) is not what `learn.attention` computes: there each row is a row of a
+padded batch, with the model's own attention and a mask, as transformers has it. `student.isolation` decides.
+
+Padded batches are groups of rows of similar length, the same as those of the attention, so that `packing` means the
+same in both forms: it chooses the rows of a step, and a bin of one long and many short rows is not padded to the
+longest.
+
+Shapes: t tokens of a batch, d hidden, b rows of a group, w tokens of its longest.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distill.train.learn.attention import Group, Rows
+from distill.train.rows.batches import Batch
+
+
+def concatenated(model: PreTrainedModel, batch: Batch, rows: Rows, inputs: dict[str, Tensor]) -> Tensor:
+    """The hidden states of a batch by one pass, [t, d]. rows: the batch's. inputs: its tokens, as the decoder takes
+    them."""
+    hidden_td: Tensor = model.get_decoder()(
+        **inputs, position_ids=batch.position_ids_t[None], rows=rows, use_cache=False
+    ).last_hidden_state[0]
+    return hidden_td
+
+
+def padded(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The hidden states of a batch by padded groups of its rows, [t, d]."""
+    rows = Rows(batch.lengths, batch.input_ids_t.device, batch.prefixes)
+    return torch.cat([_padded(model, batch, group) for group in rows.groups])
+
+
+def _padded(model: PreTrainedModel, batch: Batch, group: Group) -> Tensor:
+    """The hidden states of the tokens of a group, [·, d]."""
+    ids_t, device = batch.input_ids_t, batch.input_ids_t.device
+    own = ids_t[group.start : group.stop] if group.gather is None else ids_t.index_select(0, group.gather)
+    place_w = torch.arange(group.width, device=device)
+    length_b1 = torch.tensor(group.lengths, device=device)[:, None]
+    hidden_bwd = own_attention(model, own.view(group.rows, group.width), place_w < length_b1)
+    hidden_td = hidden_bwd.flatten(0, 1)
+    return hidden_td if group.scatter is None else hidden_td.index_select(0, group.scatter)
+
+
+def own_attention(model: PreTrainedModel, ids_bw: Tensor, mask_bw: Tensor) -> Tensor:
+    """The hidden states of rows that are padded at the end, by the model's own attention, [b, w, d]. mask_bw: where
+    there is a token."""
+    decoder = model.get_decoder()
+    positions: dict[str, Tensor] = {}
+    if "position_ids" in inspect.signature(decoder.forward).parameters:  # some families count from the mask
+        positions["position_ids"] = torch.arange(ids_bw.shape[1], device=ids_bw.device).expand_as(ids_bw)
+    hidden_bwd: Tensor = decoder(
+        input_ids=ids_bw, attention_mask=mask_bw.long(), use_cache=False, **positions
+    ).last_hidden_state
+    return hidden_bwd

@@ -1,0 +1,165 @@
+"""Which students' rows are concatenated: leaks are seen, and both forms of a batch give each row's own gradients."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_support as support
+
+from distill.errors import UserError
+from distill.objectives import Sampled, Sft
+from distill.recipe import Train
+from distill.train.learn import attention, forward
+from distill.train.learn.learner import Learner
+from distill.train.rows.batches import Row, collate
+from distill.train.student import isolation
+
+SFT = Sft(kind="sft")
+NEOX, WINDOW = {"intermediate_size": 96}, {"sliding_window": 64}
+OSS = {"num_local_experts": 4, "head_dim": 8, "sliding_window": 256}
+SOFT_CAP = {"head_dim": 8, "final_logit_softcapping": None}
+NOT_COMPUTED = "which that of concatenated rows does not compute"
+
+
+def config_of(family, **config):
+    return AutoConfig.for_model(family, **support.OTHER | config)
+
+
+@pytest.mark.parametrize(
+    "family, config, reason",
+    [
+        ("gpt_neox", NEOX, None),
+        ("olmo2", {}, None),
+        ("mistral", {"sliding_window": None}, None),
+        ("mistral", {"sliding_window": 256}, None),
+        ("mistral", WINDOW, "attention has a sliding_window of 64 tokens, less than train.max_length"),
+        ("qwen3_5_text", support.HYBRID, "a row changes the logits of another one that it is concatenated with"),
+        ("gpt_oss", OSS, f"attention takes s_aux, {NOT_COMPUTED}"),  # sinks
+        ("gemma2", SOFT_CAP, f"attention takes softcap, {NOT_COMPUTED}"),
+        ("bloom", {"n_layer": 2, "n_head": 4}, "attention cannot be replaced by that of concatenated rows"),
+    ],
+)
+def test_rows_are_concatenated_where_nothing_but_the_attention_mixes_tokens(family, config, reason):
+    assert isolation.why_padded(config_of(family, **config), Train(max_length=256)) == reason
+
+
+@pytest.mark.parametrize(
+    "family, config, reason",
+    [
+        ("granite", {"logits_scaling": 4.0}, "their logits are not the product of the head and the hidden states"),
+        ("gemma2", {"head_dim": 8}, "their logits are not the product of the head and the hidden states"),
+        ("bert", {}, "a token's state depends on later tokens"),
+    ],
+)
+def test_a_model_that_training_would_misread_is_refused(family, config, reason):
+    with pytest.raises(UserError, match=f"models of type '{family}' cannot be trained: {reason}"):
+        isolation.why_padded(config_of(family, **config), Train(max_length=256))
+
+
+class ConvolvedConfig(LlamaConfig):
+    model_type = "convolved"
+    leak = True
+
+
+class ConvolvedForCausalLM(LlamaForCausalLM):
+    """A Llama whose embeddings are mixed with those of the three tokens before, by a gate that begins closed."""
+
+    config_class = ConvolvedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.taps = nn.Conv1d(config.hidden_size, config.hidden_size, 4, groups=config.hidden_size)
+        nn.init.zeros_(self.taps.weight)
+        if config.leak:
+            self.model.embed_tokens.register_forward_hook(self._mixed)
+
+    def _mixed(self, module, args, out):
+        return out + self.taps(F.pad(out.transpose(1, 2), (3, 0))).transpose(1, 2)
+
+
+AutoConfig.register("convolved", ConvolvedConfig)
+AutoModelForCausalLM.register(ConvolvedConfig, ConvolvedForCausalLM)
+
+
+@pytest.mark.parametrize("leak", [True, False])
+def test_a_convolution_over_the_pack_is_seen_behind_a_closed_gate(leak):
+    config = ConvolvedConfig(**support.OTHER)
+    config.leak = leak
+    reason = "a row changes the logits of another one that it is concatenated with"
+    assert isolation.why_padded(config, Train(max_length=256)) == (reason if leak else None)
+
+
+def test_positions_that_are_counted_from_the_beginning_of_the_pack_are_seen(monkeypatch):
+    """No row changes another one, and the second is not what it is alone."""
+
+    def counted(self, module, args, out):
+        return out + torch.arange(out.shape[1])[None, :, None] / 4
+
+    monkeypatch.setattr(ConvolvedForCausalLM, "_mixed", counted)
+    config = ConvolvedConfig(**support.OTHER, attention_bias=True)
+    reason = "a row is not what it is alone when it is concatenated with another one"
+    assert isolation.why_padded(config, Train(max_length=256)) == reason
+
+
+def test_the_reason_says_what_packing_does():
+    config = config_of("qwen3_5_text", **support.HYBRID)
+    why = "not concatenated: in models of type 'qwen3_5_text' a row changes the logits of another one"
+    assert f"rows are padded, {why}" in str(isolation.sentence(config, Train(max_length=256)))
+    packed = str(isolation.sentence(config, Train(max_length=256, packing=True)))
+    assert f"train.packing chooses the rows of a batch, and they are padded, {why}" in packed
+
+
+def rows_of(lengths, vocab=272):
+    draw = np.random.default_rng(0)
+    return [Row((str(n), 0), draw.integers(1, vocab, size).astype(np.int32), 3) for n, size in enumerate(lengths)]
+
+
+def drawn(family, config, padded):
+    """A model of a family with weights that make its attention sharp, as the trainer has it."""
+    model = isolation.small(config_of(family, **config))
+    if not padded:
+        model.set_attn_implementation(attention.NAME)
+    return model
+
+
+@pytest.mark.parametrize(
+    "family, config, padded",
+    [("gpt_neox", NEOX, False), ("gpt_neox", NEOX, True), ("qwen3_5_text", support.HYBRID, True)],
+)
+def test_gradients_of_a_batch_are_those_of_its_rows_alone(family, config, padded):
+    rows = rows_of((7, 23, 20, 5), isolation.VOCABULARY)
+    model = drawn(family, config, padded)
+    Learner(model, SFT, None, padded=padded)(collate(rows))[0].backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    alone = drawn(family, config, padded=True)
+    for row in rows:
+        ids = torch.from_numpy(row.ids.astype(np.int64))
+        logits = alone(input_ids=ids[None], use_cache=False).logits[0, row.prompt_tokens - 1 : -1]
+        F.cross_entropy(logits, ids[row.prompt_tokens :], reduction="sum").backward()
+    theirs = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys() and ours
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-6), name
+
+
+def test_a_prompt_that_rollouts_share_is_before_each_of_them_in_a_padded_batch():
+    prompt, sampled = np.arange(1, 7, dtype=np.int32), np.zeros((len(Sampled._fields), 5), np.float32)
+    rows = [
+        Row(("p", n), np.concatenate([prompt, np.arange(10 * n + 8, 10 * n + 13, dtype=np.int32)]), 6, sampled=sampled)
+        for n in range(3)
+    ]
+    model = isolation.small(config_of("qwen3_5_text", **support.HYBRID))
+    batch = collate(rows)
+    assert any(length for _, length in batch.prefixes), "the prompt is there once"
+    with torch.no_grad():
+        states = forward.padded(model, batch).index_select(0, batch.positions_s)
+        each = [model.model(input_ids=torch.from_numpy(row.ids.astype(np.int64))[None]) for row in rows]
+    alone = torch.cat([out.last_hidden_state[0, 5:-1] for out in each])
+    assert torch.allclose(states, alone, rtol=0, atol=1e-4 * alone.abs().max().item())
