@@ -315,6 +315,7 @@ def test_engines_beside_the_trainer_by_hand():
     """bfloat16, 4 layers of 2 heads of 16: 4 · 2 · 2 · 16 · 2 = 512 bytes a token. 16 sequences of 1,000 tokens."""
 
     class Config:
+        model_type = "qwen2"
         num_hidden_layers, num_key_value_heads, num_attention_heads, head_dim, hidden_size = 4, 2, 4, 16, 64
 
     for objective, judges in (

@@ -271,7 +271,7 @@ def test_a_later_recipe_takes_the_run_as_teacher_and_base(trained, tmp_path):
 
 
 def test_the_summary_adds_the_phases_up():
-    fields = dict.fromkeys(TrainSummary.model_fields, 2) | {"student": "student", "phases": {}}
+    fields = dict.fromkeys(TrainSummary.model_fields, 2) | {"student": "student", "padded_rows": None, "phases": {}}
     one = TrainSummary.model_construct(**fields)
     both = combined({"a": one, "b": one.model_copy(update={"first_loss": 9.0, "last_loss": 1.0})})
     assert (both.steps, both.tokens, both.first_loss, both.last_loss, both.processes) == (4, 4, 2, 1.0, 2)

@@ -63,8 +63,9 @@ def _known(config: PretrainedConfig) -> bool:
 
 def runs(config: PretrainedConfig, dtype: torch.dtype) -> bool:
     """Whether the layers of a model run fused on this processor, with products in `dtype`."""
-    plain = config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)
-    return _known(config) and plain and dtype in DTYPES and not kernels.why_missing()
+    if not _known(config) or dtype not in DTYPES or kernels.why_missing():
+        return False
+    return config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)
 
 
 _subclasses: dict[Layer, type] = {}

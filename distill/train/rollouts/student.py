@@ -34,7 +34,7 @@ from distill.traces.trace import Trace
 from distill.train.ranks.world import whole
 
 MAX_BATCH = 256  # sequences decoded at once
-TRIMMED = 256 << 20  # bytes of trained weights from which on new pages for each step are a hundredth of its time
+LARGE = 256 << 20  # bytes of trained weights from which on new pages for each step are a hundredth of its time
 
 
 class Rollout(NamedTuple):
@@ -50,17 +50,19 @@ class StudentEngine:
 
     def __init__(self, trained: PreTrainedModel, backend: TrainedBackend, settings: RolloutSettings, seed: int) -> None:
         self.trained, self.backend, self.settings, self.seed = trained, backend, settings, seed
-        self.trims = sum(parameter.nbytes for parameter in trained.parameters()) >= TRIMMED
+        self.large = sum(parameter.nbytes for parameter in trained.parameters()) >= LARGE
 
     def update(self) -> None:
         """Take over the trainer's current weights. All ranks together. Errors: UserError."""
-        if self.trims:  # gradients and activations of the last step
+        if self.large:  # gradients and activations of the last step
             trim_heap()
         self.backend.update(tensors_of(self.trained))
 
     def release(self) -> None:
-        """Give the memory of weights and cache back, where that is possible, until the next `update`."""
-        self.backend.release()
+        """Give the memory of weights and cache of a large student back until the next `update`, where that is
+        possible."""
+        if self.large:
+            self.backend.release()
 
     def sample(self, jobs: Sequence[Job], name: str, top_k: int | None) -> list[Rollout]:
         """The samples of these jobs, in no particular order, with the log-probabilities of their tokens.
