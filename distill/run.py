@@ -76,6 +76,10 @@ class Run:
         self._damaged: dict[str, dict[str, str]] = {}  # stage → file → what is wrong with it
 
     @cached_property
+    def _machine(self) -> str:
+        return description()  # which may start a program that lists GPUs
+
+    @cached_property
     def models(self) -> Models:
         """The models of the recipe."""
         return Models(self.recipe, self.directory)
@@ -206,7 +210,7 @@ class Run:
             summary=None,
             files={},
             repairing=record is not None and record.repairing,
-            machines=tuple(dict.fromkeys((*(record.machines if record else ()), description()))),
+            machines=tuple(dict.fromkeys((*(record.machines if record else ()), self._machine))),
         )
         with self._usable():
             self._write_identity()

@@ -28,7 +28,7 @@ from distill.artefacts import RunPaths
 from distill.errors import UserError
 from distill.eval.statistics import Difference, compare
 from distill.evaluations import Results, finished_evaluations, read_results
-from distill.record import read_identity
+from distill.record import StageRecord, read_identity
 from distill.report.contents import read_contents
 from distill.report.pictures import LIGHT
 
@@ -101,8 +101,8 @@ def stages_of(directory: Path) -> dict[str, Any]:
 
 def training_of(directory: Path) -> dict[str, Any]:
     """The settings of a run's training, flat, from its record. Empty where it has not trained."""
-    path = RunPaths(directory).record("train")
-    settings: dict[str, Any] = json.loads(path.read_text())["settings"] if path.is_file() else {}
+    record = StageRecord.read_if_there(RunPaths(directory).record("train"), "run `distill train` again")
+    settings = record.settings if record else {}
     local = ("teacher.", "student.", "data.")  # checksums and places, which differ between machines
     return {key: value for key, value in settings.items() if not key.startswith(local)}
 

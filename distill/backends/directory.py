@@ -4,6 +4,7 @@ An engine knows token ids only. Here templates are applied, the prefilled `<thin
 are refused, and scores of tokens become scores of traces.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -44,7 +45,7 @@ def with_tokens(sampling: SamplingParams, chat: "Chat") -> SamplingParams:
     return replace(sampling, stop_token_ids=chat.stop_token_ids, think_tokens=think)
 
 
-class DirectoryBackend:
+class DirectoryBackend(ABC):
     """A loaded model directory. A subclass computes: `max_context`, `vocab_size`, `_token_scores` and the rest of the
     protocol."""
 
@@ -58,20 +59,20 @@ class DirectoryBackend:
         return self.model.identity
 
     @property
+    @abstractmethod
     def max_context(self) -> int | None:
         """Tokens of prompt and completion together; None for a model without a limit."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
         """Token ids are below this."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _token_scores(
         self, sequences: Sequence[Sequence[int]], top_k: int, ids: GivenIds | None, after: Sequence[int]
     ) -> "Iterable[Scores]":
         """The scores of each sequence past its first `after` tokens. Errors: ValueError."""
-        raise NotImplementedError
 
     # ---- prompts
 

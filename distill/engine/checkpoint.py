@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.engine.config import read_json, refuse_lfs_pointer, shown
+from distill.engine.kernels.pages import discard
 from distill.engine.kernels.stored import Place
 
 STORED = {
@@ -74,13 +75,6 @@ class _File:
             return torch.empty(entry.shape, dtype=dtype)
         count = (entry.end - entry.begin) // dtype.itemsize
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.begin).view(entry.shape)
-
-    def forget(self, name: str) -> None:
-        """See `Checkpoint.forget`."""
-        entry, page = self.entries[name], mmap.PAGESIZE
-        begin, end = -(-entry.begin // page) * page, entry.end // page * page
-        if begin < end and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 class Checkpoint:
@@ -152,7 +146,8 @@ class Checkpoint:
 
     def forget(self, name: str) -> None:
         """Give back the memory of a tensor that was looked at as a whole. What is looked at again is mapped again."""
-        self._file_of[name].forget(name)
+        mapped = self._file_of[name].tensor(name)
+        discard(mapped.data_ptr(), mapped.nbytes)
 
     def unread(self) -> Iterator[str]:
         """Names of tensors that were not read, sorted."""

@@ -122,7 +122,7 @@ def test_the_page_shows_rollouts_by_step(run):
 
 
 def test_the_page_shows_the_best_and_the_worst_by_their_rewards(run):
-    """Of the first set: two rewards and one unverifiable; of the middle and the last none is stored."""
+    """The first set has two rewards and an unverifiable answer; the middle and last sets have no rewards yet."""
     page = " ".join(write_report(run).read_text(encoding="utf-8").split())
     _, _, section = page.partition("Best and worst answers by their rewards</h4>")
     section = section[: section.index('<h2 id="reading">')]

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import sys
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,4 +32,9 @@ def discard(address: int, size: int) -> None:
     page = os.sysconf("SC_PAGE_SIZE")
     begin, end = -(-address // page) * page, (address + size) // page * page
     if begin < end:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
