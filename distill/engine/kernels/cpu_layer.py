@@ -1,4 +1,4 @@
-"""Layers for rows that decode, in one call each: with latent attention, or dense with grouped-query attention.
+"""Layers for rows that decode, all in one call: with latent attention, or dense with grouped-query attention.
 
 Few rows make small products: with a call for each of a layer's twenty ops, a third of a step would be spent on calls.
 The kernels called, and so the bits, are those of the single ops.
@@ -7,6 +7,7 @@ The kernels called, and so the bits, are those of the single ops.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import c_void_p
 
 import torch
 from torch import Tensor
@@ -22,17 +23,15 @@ DenseLayer = _DenseLayer[Packed]
 
 
 class DecodePlan:
-    """All layers, with their arguments laid out as native/isa/layer.h reads them."""
+    """All layers, with their arguments laid out as native/isa/layer.h reads them. They are of one kind."""
 
     def __init__(self, layers: Sequence[DecodeLayer | DenseLayer]) -> None:
         self._held = layers  # the memory that the arguments point to
-        self._layers = [
-            ("decode_dense_layer", _dense_arguments(layer))
-            if isinstance(layer, _DenseLayer)
-            else ("decode_layer", _arguments(layer))
-            for layer in layers
-        ]
-        self._nope = {i for i, layer in enumerate(layers) if isinstance(layer, _DenseLayer) and not layer.rotated}
+        dense = [_dense_arguments(layer) for layer in layers if isinstance(layer, _DenseLayer)]
+        latent = [_arguments(layer) for layer in layers if isinstance(layer, _DecodeLayer)]
+        assert not (dense and latent)
+        self._op = "decode_dense_layers" if dense else "decode_layers"
+        self._layers = (type((dense or latent)[0]) * len(layers))(*(dense or latent))
 
     def __call__(
         self,
@@ -46,31 +45,26 @@ class DecodePlan:
         length_b: Tensor,
     ) -> Tensor:
         """Hidden states [b, c] after the layers; writes their pools."""
+        assert len(pools) == len(self._layers)
         x_bc, pool = x_bc.clone(), pools[0][0]
-        turns = [(cos_br, sin_br)]
-        if self._nope:  # by no angle: x·1 - y·0 is x, exactly
-            turns.append((torch.ones_like(cos_br), torch.zeros_like(sin_br)))
-        steps = [
-            StepArgs(
-                x=address(x_bc),
-                cos=address(cos),
-                sin=address(sin),
-                page=address(page_b),
-                offset=address(offset_b),
-                table=address(table_bp),
-                length=address(length_b),
-                table_stride=table_bp.stride(0),
-                table_width=table_bp.shape[1],
-                pages=len(pool),
-                rows=len(x_bc),
-                page_size=pool.shape[2],
-                wide=pool.dtype == torch.float32,
-                threads=threads(),
-            )
-            for cos, sin in turns
-        ]
-        for number, ((op, layer), own) in enumerate(zip(self._layers, pools, strict=True)):
-            call(op, layer, steps[number in self._nope], pools=[pool.data_ptr() for pool in own])
+        step = StepArgs(
+            x=address(x_bc),
+            cos=address(cos_br),
+            sin=address(sin_br),
+            page=address(page_b),
+            offset=address(offset_b),
+            table=address(table_bp),
+            length=address(length_b),
+            table_stride=table_bp.stride(0),
+            table_width=table_bp.shape[1],
+            pages=len(pool),
+            rows=len(x_bc),
+            page_size=pool.shape[2],
+            wide=pool.dtype == torch.float32,
+            threads=threads(),
+        )
+        addresses = [pool.data_ptr() for own in pools for pool in own]
+        call(self._op, self._layers, step, (c_void_p * len(addresses))(*addresses), len(pools))
         return x_bc
 
 
@@ -116,6 +110,6 @@ def _dense_arguments(layer: DenseLayer) -> Arguments:
         fields[name] = address(getattr(layer, name))
     for name in ("q", "k", "v", "o", "gate", "up", "down"):
         fields[name] = getattr(layer, name).address
-    for name in ("c", "heads", "kv_heads", "head_dim", "interleaved", "eps", "scale"):
+    for name in ("c", "heads", "kv_heads", "head_dim", "rotated", "interleaved", "eps", "scale"):
         fields[name] = getattr(layer, name)
-    return DenseLayerArgs(**fields, parts=layer.o.parts)
+    return DenseLayerArgs(**fields, parts=layer.o.parts, unused=0)

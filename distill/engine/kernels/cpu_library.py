@@ -16,11 +16,12 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import byref, c_bool, c_char_p, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +42,8 @@ _OPS = (
     "rms_norm",
     "draw",
     "likeliest",
-    "decode_layer",
-    "decode_dense_layer",
+    "decode_layers",
+    "decode_dense_layers",
     "train_norm",
     "train_gate",
     "train_rope",
@@ -108,13 +109,12 @@ def library() -> ctypes.CDLL:
     return library
 
 
-def call(op: str, *structures: Arguments, pools: Sequence[int] = ()) -> None:
-    """Run an op on its argument structures; pools: addresses of caches, for ops that take them after the structures.
+def call(op: str, *arguments: Arguments | ctypes.Array[Any] | int) -> None:
+    """Run an op on its arguments: structures, arrays of them or of addresses, counts.
 
     IndexError if a number that the op uses as a place (a page, a row, an expert) is out of range; nothing is computed.
     """
-    arguments = [byref(structure) for structure in structures]
-    wrong = getattr(library(), f"distill_{op}")(*arguments, *map(c_void_p, pools))
+    wrong = getattr(library(), f"distill_{op}")(*(c_int(x) if isinstance(x, int) else byref(x) for x in arguments))
     if wrong is not None:
         raise IndexError(f"{op}: {wrong.decode()}")
 

@@ -111,7 +111,7 @@ LayerArgs = _struct(
 DenseLayerArgs = _struct(
     "DenseLayerArgs",
     "pointer: attention_norm q_norm k_norm mlp_norm q k v o gate up down q_bias k_bias v_bias o_bias; "
-    "int: c heads kv_heads head_dim interleaved parts; float: eps scale",
+    "int: c heads kv_heads head_dim rotated interleaved parts; float: eps scale; int: unused",
 )
 StepArgs = _struct(
     "StepArgs",

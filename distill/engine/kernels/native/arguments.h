@@ -135,8 +135,9 @@ struct DenseLayerArgs {
     const float *attention_norm, *q_norm, *k_norm, *mlp_norm; // q_norm, k_norm: over each head, or null
     const Packed *q, *k, *v, *o, *gate, *up, *down;
     const float *q_bias, *k_bias, *v_bias, *o_bias; // or null
-    int32_t c, heads, kv_heads, head_dim, interleaved, parts;
+    int32_t c, heads, kv_heads, head_dim, rotated, interleaved, parts;
     float eps, scale;
+    int32_t unused;
 };
 
 struct StepArgs {

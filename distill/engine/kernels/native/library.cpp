@@ -258,17 +258,19 @@ const char* distill_swiglu_linear(const LinearArgs* args, const Packed* up) {
     return nullptr;
 }
 
-const char* distill_decode_layer(const LayerArgs* layer, const StepArgs* step, uint8_t* cache) {
+// pools: the cache of each layer; for dense layers its keys, then its values.
+const char* distill_decode_layers(const LayerArgs* layers, const StepArgs* step, uint8_t* const* pools, int count) {
     if (const char* wrong = check(*step)) return wrong;
     std::lock_guard<std::mutex> lock(one_caller);
-    chosen->decode_layer(*layer, *step, cache);
+    for (int i = 0; i < count; i++) chosen->decode_layer(layers[i], *step, pools[i]);
     return nullptr;
 }
 
-const char* distill_decode_dense_layer(const DenseLayerArgs* layer, const StepArgs* step, uint8_t* k, uint8_t* v) {
+const char* distill_decode_dense_layers(const DenseLayerArgs* layers, const StepArgs* step, uint8_t* const* pools,
+                                        int count) {
     if (const char* wrong = check(*step)) return wrong;
     std::lock_guard<std::mutex> lock(one_caller);
-    chosen->decode_dense_layer(*layer, *step, k, v);
+    for (int i = 0; i < count; i++) chosen->decode_dense_layer(layers[i], *step, pools[2 * i], pools[2 * i + 1]);
     return nullptr;
 }
 

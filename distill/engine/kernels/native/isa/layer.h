@@ -26,6 +26,84 @@ void decode_mlp(const StepArgs& s, int parts, const float* normed, const Packed*
     linear(product_of(s, parts, gated, down, nullptr, s.x, 1));
 }
 
+// Heads of the rows of a step: consecutive rows lie `row` floats apart, heads of a row `head` floats.
+struct Heads {
+    float* x;
+    int64_t row, head;
+    int count;
+};
+
+void decode_norm(const StepArgs& s, const float* x, int64_t stride, const float* weight, float* out, int rows, int c,
+                 float eps) {
+    rms_norm({.x = x,
+              .x_stride = stride,
+              .weight = weight,
+              .out = out,
+              .out_stride = stride,
+              .rows = rows,
+              .c = c,
+              .eps = eps,
+              .threads = s.threads});
+}
+
+// The first `width` numbers of each head.
+void decode_rope(const StepArgs& s, const Heads& from, const Heads& to, int width, int interleaved) {
+    rope({.x = from.x,
+          .x_row = from.row,
+          .x_head = from.head,
+          .cos = s.cos,
+          .sin = s.sin,
+          .out = to.x,
+          .out_row = to.row,
+          .out_head = to.head,
+          .rows = s.rows,
+          .heads = from.count,
+          .r = width / 2,
+          .interleaved = interleaved,
+          .threads = s.threads,
+          .unused = 0});
+}
+
+void decode_write(const StepArgs& s, const Heads& from, int width, uint8_t* pool_) {
+    paged_write({.pool = pool_,
+                 .page = s.page,
+                 .offset = s.offset,
+                 .x = from.x,
+                 .x_row = from.row,
+                 .x_head = from.head,
+                 .pages = s.pages,
+                 .rows = s.rows,
+                 .heads = from.count,
+                 .width = width,
+                 .page_size = s.page_size,
+                 .wide = s.wide});
+}
+
+// Attention of queries [heads, d] over keys whose first d, and values whose first e numbers count.
+void decode_attention(const StepArgs& s, const float* q, const uint8_t* k, const uint8_t* v, float* out, int heads,
+                      int kv_heads, int d, int e, float scale) {
+    decode({.q = q,
+            .k = k,
+            .v = v,
+            .table = s.table,
+            .length = s.length,
+            .out = out,
+            .table_stride = s.table_stride,
+            .table_width = s.table_width,
+            .pages = s.pages,
+            .rows = s.rows,
+            .heads = heads,
+            .kv_heads = kv_heads,
+            .d = d,
+            .e = e,
+            .k_width = d,
+            .v_width = k == v ? d : e, // latents are keys and values
+            .page_size = s.page_size,
+            .wide = s.wide,
+            .threads = s.threads,
+            .scale = scale});
+}
+
 // A layer with latent attention.
 void decode_layer(const LayerArgs& w, const StepArgs& s, uint8_t* cache) {
     const int rows = s.rows, head = w.nope + w.rope, rank = w.kv_a->n - w.rope, latent = w.kv_a->n,
@@ -59,32 +137,7 @@ void decode_layer(const LayerArgs& w, const StepArgs& s, uint8_t* cache) {
                           .threads = threads};
     };
     const auto norm = [&](const float* x, int64_t stride, const float* by, float* out, int c, float eps) {
-        rms_norm({.x = x,
-                  .x_stride = stride,
-                  .weight = by,
-                  .out = out,
-                  .out_stride = stride,
-                  .rows = rows,
-                  .c = c,
-                  .eps = eps,
-                  .threads = threads});
-    };
-    const auto rotate = [&](const float* x, int64_t x_row, int64_t x_head, float* out, int64_t out_row,
-                            int64_t out_head, int heads) {
-        rope({.x = x,
-              .x_row = x_row,
-              .x_head = x_head,
-              .cos = s.cos,
-              .sin = s.sin,
-              .out = out,
-              .out_row = out_row,
-              .out_head = out_head,
-              .rows = rows,
-              .heads = heads,
-              .r = w.rope / 2,
-              .interleaved = w.interleaved,
-              .threads = threads,
-              .unused = 0});
+        decode_norm(s, x, stride, by, out, rows, c, eps);
     };
 
     norm(s.x, w.c, w.attention_norm, normed, w.c, w.eps);
@@ -99,41 +152,13 @@ void decode_layer(const LayerArgs& w, const StepArgs& s, uint8_t* cache) {
         linears(both, 2);
     }
     norm(kv, latent, w.kv_norm, row, rank, w.latent_eps);
-    rotate(kv + rank, latent, 0, row + rank, latent, 0, 1);
-    paged_write({.pool = cache,
-                 .page = s.page,
-                 .offset = s.offset,
-                 .x = row,
-                 .x_row = latent,
-                 .x_head = 0,
-                 .pages = s.pages,
-                 .rows = rows,
-                 .heads = 1,
-                 .width = latent,
-                 .page_size = s.page_size,
-                 .wide = s.wide});
+    decode_rope(s, {kv + rank, latent, 0, 1}, {row + rank, latent, 0, 1}, w.rope, w.interleaved);
+    decode_write(s, {row, latent, 0, 1}, latent, cache);
     linear(heads_product(q, head, w.absorb, query, latent));
-    rotate(q + w.nope, w.heads * head, head, query + rank, int64_t(w.heads) * latent, latent, w.heads);
-    decode({.q = query,
-            .k = cache,
-            .v = cache,
-            .table = s.table,
-            .length = s.length,
-            .out = mixed,
-            .table_stride = s.table_stride,
-            .table_width = s.table_width,
-            .pages = s.pages,
-            .rows = rows,
-            .heads = w.heads,
-            .kv_heads = 1,
-            .d = latent,
-            .e = rank,
-            .k_width = latent,
-            .v_width = latent,
-            .page_size = s.page_size,
-            .wide = s.wide,
-            .threads = threads,
-            .scale = w.scale});
+    const int64_t queries = int64_t(w.heads) * latent;
+    decode_rope(s, {q + w.nope, int64_t(w.heads) * head, head, w.heads}, {query + rank, queries, latent, w.heads},
+                w.rope, w.interleaved);
+    decode_attention(s, query, cache, cache, mixed, w.heads, 1, latent, rank, w.scale);
     linear(heads_product(mixed, rank, w.expand_v, value, v));
     linear(product(value, w.o, w.o_bias, s.x, 1));
 
@@ -182,46 +207,12 @@ void decode_dense_layer(const DenseLayerArgs& w, const StepArgs& s, uint8_t* k_p
     float *q = normed + size_t(rows) * w.c, *k = q + size_t(rows) * queries, *v = k + size_t(rows) * keys;
     float* mixed = v + size_t(rows) * keys;
     const auto norm = [&](const float* x, const float* by, float* out, int count, int c) {
-        rms_norm({.x = x,
-                  .x_stride = c,
-                  .weight = by,
-                  .out = out,
-                  .out_stride = c,
-                  .rows = count,
-                  .c = c,
-                  .eps = w.eps,
-                  .threads = s.threads});
+        decode_norm(s, x, c, by, out, count, c, w.eps);
     };
-    const auto place = [&](float* x, const float* by, int heads) { // in the sequence
-        if (by) norm(x, by, x, rows * heads, d);
-        rope({.x = x,
-              .x_row = int64_t(heads) * d,
-              .x_head = d,
-              .cos = s.cos,
-              .sin = s.sin,
-              .out = x,
-              .out_row = int64_t(heads) * d,
-              .out_head = d,
-              .rows = rows,
-              .heads = heads,
-              .r = d / 2,
-              .interleaved = w.interleaved,
-              .threads = s.threads,
-              .unused = 0});
-    };
-    const auto write = [&](uint8_t* pool_, const float* x) {
-        paged_write({.pool = pool_,
-                     .page = s.page,
-                     .offset = s.offset,
-                     .x = x,
-                     .x_row = keys,
-                     .x_head = d,
-                     .pages = s.pages,
-                     .rows = rows,
-                     .heads = w.kv_heads,
-                     .width = d,
-                     .page_size = s.page_size,
-                     .wide = s.wide});
+    const auto of = [&](float* x, int heads) { return Heads{x, int64_t(heads) * d, d, heads}; };
+    const auto place = [&](const Heads& x, const float* by) { // in the sequence
+        if (by) norm(x.x, by, x.x, rows * x.count, d);
+        if (w.rotated) decode_rope(s, x, x, d, w.interleaved);
     };
 
     norm(s.x, w.attention_norm, normed, rows, w.c);
@@ -229,30 +220,11 @@ void decode_dense_layer(const DenseLayerArgs& w, const StepArgs& s, uint8_t* k_p
                                product_of(s, w.parts, normed, w.k, w.k_bias, k, 0),
                                product_of(s, w.parts, normed, w.v, w.v_bias, v, 0)};
     linears(all, 3);
-    place(k, w.k_norm, w.kv_heads);
-    write(k_pool, k);
-    write(v_pool, v);
-    place(q, w.q_norm, w.heads);
-    decode({.q = q,
-            .k = k_pool,
-            .v = v_pool,
-            .table = s.table,
-            .length = s.length,
-            .out = mixed,
-            .table_stride = s.table_stride,
-            .table_width = s.table_width,
-            .pages = s.pages,
-            .rows = rows,
-            .heads = w.heads,
-            .kv_heads = w.kv_heads,
-            .d = d,
-            .e = d,
-            .k_width = d,
-            .v_width = d,
-            .page_size = s.page_size,
-            .wide = s.wide,
-            .threads = s.threads,
-            .scale = w.scale});
+    place(of(k, w.kv_heads), w.k_norm);
+    decode_write(s, of(k, w.kv_heads), d, k_pool);
+    decode_write(s, of(v, w.kv_heads), d, v_pool);
+    place(of(q, w.heads), w.q_norm);
+    decode_attention(s, q, k_pool, v_pool, mixed, w.heads, w.kv_heads, d, d, w.scale);
     linear(product_of(s, w.parts, mixed, w.o, w.o_bias, s.x, 1));
     norm(s.x, w.mlp_norm, normed, rows, w.c);
     decode_mlp(s, w.parts, normed, w.gate, w.up, w.down);
