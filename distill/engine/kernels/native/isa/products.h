@@ -13,21 +13,46 @@ INLINE bool steady(const float* scale, int blocks) {
     return within;
 }
 
+// `count` bfloat16 (an even number) as float32; STEP: bytes from one pair to the next.
+template <int STEP> INLINE void widen_pairs(const uint8_t* from, int count, float* to) {
+    int i = 0;
+    if constexpr (STEP == 4)
+        for (; i + LANES <= count; i += LANES) {
+            H halves;
+            std::memcpy(&halves, from + 2 * i, 32);
+            store(to + i, (V)(__builtin_convertvector(halves, U) << 16));
+        }
+    for (; i < count; i += 2) {
+        bf16 pair[2];
+        std::memcpy(pair, from + size_t(i / 2) * STEP, 4);
+        to[i] = widen(pair[0]), to[i + 1] = widen(pair[1]);
+    }
+}
+
 // out [ROWS, NV·16] = rows a · panel, k products in order. At the end of each 128 of them the sums, which are in units of
 // the block's scale, are turned into units of the next one's; where scales are too far apart for that (zero, say), they
 // are scaled and added up in `out`.
 // a[r]: row r's first part; `part` bytes further the next one. Float32 rows have one part. STEP: bytes from one pair of
 // bfloat16, or one float32, of a row to the next. after: the panel that will be read after this one. lines: of the memory
 // from `next` on, how many to fetch for every unit, so that reading the next panel takes no time of its own.
+// Without an instruction for products of bfloat16 a block of a row is widened once: a multiply-add then takes its factor
+// from memory, where taking a pair apart for each vector of weights would cost as much as multiplying.
 template <int KIND, int ROWS, int NV, int PARTS, int STEP = 4, Where WHERE = MEMORY>
 INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, const float* scale, float* out,
                  const uint8_t* after, uint8_t* kept = nullptr, const uint8_t* next = nullptr, int lines = 0) {
     constexpr int UNIT = KIND == FP8 ? 4 : KIND == BF16 ? 2 : 1;
     const bool together = !scale || steady(scale, ceil_div(k, BLOCK));
     const ptrdiff_t step = 64 * lines, second_line = lines > 1 ? 64 : 0;
+    constexpr bool WIDEN = KIND != F32 && LEVEL < 3;
+    alignas(64) float wide[WIDEN ? ROWS : 1][WIDEN ? PARTS : 1][BLOCK];
     V sum[ROWS][NV] = {};
     for (int begin = 0; begin < k; begin += BLOCK) {
         const int end = std::min(k, begin + BLOCK), block = begin / BLOCK;
+        if constexpr (WIDEN)
+            for (int r = 0; r < ROWS; r++)
+                for (int p = 0; p < PARTS; p++)
+                    widen_pairs<STEP>(a[r] + p * part + size_t(begin / 2) * STEP, ceil_div(end - begin, UNIT) * UNIT,
+                                      wide[r][p]);
         const int64_t ahead = end < k ? BLOCK / UNIT * NV * 64 : after - w;
         for (int at = begin; at < end; at += UNIT, w += NV * 64) {
             if (WHERE != CACHE && NV > 1) // one vector: queries, which stay in the cache
@@ -57,9 +82,17 @@ INLINE void tile(const uint8_t* const* a, size_t part, const uint8_t* w, int k, 
 #pragma GCC unroll 2
                         for (int half = 0; half < UNIT / 2; half++)
 #pragma GCC unroll 3
-                            for (int p = 0; p < PARTS; p++)
-                                sum[r][v] = dot2(sum[r][v], half ? second : first,
-                                                 pair_at(a[r] + p * part + (size_t(at / 2) + half) * STEP));
+                            for (int p = 0; p < PARTS; p++) {
+                                const I pairs = half ? second : first;
+                                if constexpr (WIDEN) {
+                                    const float* x = wide[r][p] + (at - begin) + 2 * half;
+                                    sum[r][v] = fma(first_of(pairs), all(x[0]), sum[r][v]);
+                                    sum[r][v] = fma(second_of(pairs), all(x[1]), sum[r][v]);
+                                } else {
+                                    sum[r][v] = dot2(sum[r][v], pairs,
+                                                     pair_at(a[r] + p * part + (size_t(at / 2) + half) * STEP));
+                                }
+                            }
                 }
             }
         }

@@ -99,14 +99,16 @@ INLINE void decode_codes(const uint8_t* p, I& first, I& second) {
 #endif
 }
 
+// Two bfloat16 in each 32 bits, as float32.
+INLINE V first_of(I pairs) { return (V)(pairs << 16); }
+INLINE V second_of(I pairs) { return (V)(pairs & (I{} + int32_t(0xffff0000u))); }
+
 // sum + w.first · x.first + w.second · x.second, for two bfloat16 in each 32 bits.
 INLINE V dot2(V sum, I w, I x) {
 #if LEVEL == 3
     return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
 #else
-    const I high = I{} + int32_t(0xffff0000u);
-    sum = fma((V)(w << 16), (V)(x << 16), sum);
-    return fma((V)(w & high), (V)(x & high), sum);
+    return fma(second_of(w), second_of(x), fma(first_of(w), first_of(x), sum));
 #endif
 }
 INLINE I pair_at(const void* p) {
