@@ -23,7 +23,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chec
     return get
 
 
-@pytest.fixture(params=[*cpu_library.SETS, "amx_emulated", "amx_emulated_portable"])
+# With the same bits as the emulation on AVX-512, at a tenth of its speed.
+PORTABLE_EMULATION = pytest.param("amx_emulated_portable", marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=[*cpu_library.SETS, "amx_emulated", PORTABLE_EMULATION])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this machine has, and the emulations of AMX, in use while the test runs."""
     if why := cpu.why_missing():

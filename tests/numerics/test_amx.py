@@ -29,10 +29,8 @@ Doubles = NDArray[np.float64]
 SMALLEST = 2.0**-126  # normal float32
 TINY = SMALLEST - 2.0**-151  # what is below rounds, with 24 bits, to less than the smallest normal float32
 
-EMULATIONS = ("amx_emulated", "amx_emulated_portable")
 
-
-@pytest.fixture(params=["amx", *EMULATIONS])
+@pytest.fixture(params=["amx", "amx_emulated", pytest.param("amx_emulated_portable", marks=pytest.mark.slow)])
 def tiles(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set with tiles that runs here, in use while the test runs."""
     yield from use(request.param)
