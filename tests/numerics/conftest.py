@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from instruction_sets import EMULATIONS, use
 from random_models import CONFIGS, Checkpoint, build
 
-from distill.engine.kernels import cpu, cpu_library
+from distill.engine.kernels import cpu_library
 
 
 @pytest.fixture(scope="session")
@@ -23,19 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chec
     return get
 
 
-# With the same bits as the emulation on AVX-512, at a tenth of its speed.
-PORTABLE_EMULATION = pytest.param("amx_emulated_portable", marks=pytest.mark.slow)
-
-
-@pytest.fixture(params=[*cpu_library.SETS, "amx_emulated", PORTABLE_EMULATION])
+@pytest.fixture(params=[*cpu_library.SETS, *EMULATIONS])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this machine has, and the emulations of AMX, in use while the test runs."""
-    if why := cpu.why_missing():
-        pytest.skip(f"no compiled kernels: {why}")
-    before = cpu.instruction_set()
-    try:
-        cpu.instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(f"{error}: {cpu.amx_missing()}" if request.param == "amx" else str(error))
-    yield request.param
-    cpu.instruction_set(before)
+    yield from use(request.param)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from instruction_sets import EMULATIONS, use
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,7 +31,7 @@ SMALLEST = 2.0**-126  # normal float32
 TINY = SMALLEST - 2.0**-151  # what is below rounds, with 24 bits, to less than the smallest normal float32
 
 
-@pytest.fixture(params=["amx", "amx_emulated", pytest.param("amx_emulated_portable", marks=pytest.mark.slow)])
+@pytest.fixture(params=["amx", *EMULATIONS])
 def tiles(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set with tiles that runs here, in use while the test runs."""
     yield from use(request.param)
@@ -40,19 +41,6 @@ def tiles(request: pytest.FixtureRequest) -> Iterator[str]:
 def amx() -> Iterator[str]:
     """The processor's own AMX."""
     yield from use("amx")
-
-
-def use(name: str) -> Iterator[str]:
-    if why := cpu.why_missing():
-        pytest.skip(f"no compiled kernels: {why}")
-    before = cpu.instruction_set()
-    try:
-        cpu.instruction_set(name)
-    except ValueError as error:
-        pytest.skip(f"{error}: {cpu.amx_missing()}" if name == "amx" else str(error))
-    yield name
-    cpu_library.tile_vectors(True)
-    cpu.instruction_set(before)
 
 
 # ---- the definition
