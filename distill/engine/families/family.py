@@ -31,6 +31,7 @@ class Family:
     name: `model_type` in its config.json, and `family` on a card; the name that transformers knows it by.
     read: its config → the spec. Errors: ValueError naming file and key for what the engine does not compute.
     names: of the tensors in its checkpoints.
+    section: where its config.json describes several models, the section of the language model, which `read` is given.
     published_bytes: bytes per parameter of the weights as published: 1 for FP8, 2 for bfloat16.
     has_experts: whether most weights are experts, which are streamed when they do not fit into memory.
     trains: whether a student may be of this family: it is dense, and in transformers rows packed end to end learn what
@@ -47,3 +48,4 @@ class Family:
     trains: bool = False
     fused: bool = False
     gguf: Gguf | None = None
+    section: str | None = None
