@@ -53,6 +53,27 @@ def falls_back(directory: Path) -> bool:
     return config.is_file() and in_transformers(model_files.read_object(config).get("model_type"))
 
 
+def language_section(config: dict[str, object]) -> dict[str, object]:
+    """The section of a config.json that describes the language model; the whole of it in most families."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    section = None if family is None or family.part is None else config.get(family.part.section)
+    return {**section, "model_type": config["model_type"]} if isinstance(section, dict) else config
+
+
+def trained_as(name: str) -> str:
+    """The family of the language model alone of a family that has other models beside it."""
+    part = FAMILIES[name].part if name in FAMILIES else None
+    return name if part is None else part.family
+
+
+def trained_name(tensor: str) -> str:
+    """The name that a published tensor has in the language model alone, which is trained."""
+    for family in FAMILIES.values():
+        if family.part is not None and tensor.startswith(family.part.tensors):
+            return "model." + tensor.removeprefix(family.part.tensors)
+    return tensor
+
+
 def composite(config: dict[str, object]) -> str | None:
     """The section by which a config.json describes several models, such as language and vision; None for one model."""
     return next((part for part in PARTS if isinstance(config.get(part), dict)), None)

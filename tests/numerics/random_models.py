@@ -387,7 +387,8 @@ def _scale_weights(model: PreTrainedModel, seed: int) -> None:
         if "e_score_correction_bias" in name:
             tensor.copy_(0.3 * noise)
         elif "embed_tokens" in name:
-            tensor.copy_(noise)
+            factor = getattr(model.get_submodule(name.rpartition(".")[0]), "scalar_embed_scale", None)
+            tensor.copy_(noise if factor is None else 2 * noise / factor)
         elif name.endswith("layer_scalar"):
             tensor.copy_(0.8 + 0.1 * noise)
         elif tensor.ndim == 1:

@@ -133,7 +133,7 @@ def test_a_directory_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
 
 
 def test_an_unknown_template_lists_the_built_in_ones() -> None:
-    with pytest.raises(UserError, match="no chat template 'chatmll'.*chatml, llama3"):
+    with pytest.raises(UserError, match="no chat template 'chatmll'.*chatml, gemma, llama3"):
         read_template("chatmll")
 
 

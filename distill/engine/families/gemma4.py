@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from distill.engine.config import Config
-from distill.engine.families.family import Family
+from distill.engine.families.family import Family, Part
 from distill.engine.families.gemma4_text import NAMES, read_text
 from distill.engine.spec import ModelSpec
 
@@ -32,4 +32,6 @@ PUBLISHED = replace(
     beside=("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
 )
 
-FAMILY = Family("gemma4", read, names=PUBLISHED, section="text_config")
+FAMILY = Family(
+    "gemma4", read, names=PUBLISHED, trains=True, part=Part("text_config", tensors=LANGUAGE, family="gemma4_text")
+)
