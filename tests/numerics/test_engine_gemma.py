@@ -80,9 +80,7 @@ WEIGHTS: dict[str, Callable[[ModelWeights], ModelWeights]] = {
     "no norm of queries": _of_layers(lambda w: _attention(w, q_norm=None)),
     "no norm of keys": _of_layers(lambda w: _attention(w, k_norm=None)),
     "no norm of values": _of_layers(lambda w: _attention(w, v_norm=None)),
-    "no norm before attention": _of_layers(
-        lambda w: replace(w, attention_norm_c=torch.ones_like(w.attention_norm_c))
-    ),
+    "no norm before attention": _of_layers(lambda w: replace(w, attention_norm_c=torch.ones_like(w.attention_norm_c))),
     "no norm before the MLP": _of_layers(lambda w: replace(w, mlp_norm_c=torch.ones_like(w.mlp_norm_c))),
     "no norm behind attention": _of_layers(lambda w: replace(w, attention_post_norm_c=None)),
     "no norm behind the MLP": _of_layers(lambda w: replace(w, mlp_post_norm_c=None)),
@@ -200,7 +198,10 @@ def test_what_is_cached_for_the_published_shapes() -> None:
         ({"num_kv_shared_layers": 7}, "'num_kv_shared_layers' is 7"),
         ({"vocab_size_per_layer_input": 200}, "'vocab_size_per_layer_input' is 200 and 'vocab_size' is 300"),
         ({"rope_parameters": {WHOLE: {"rope_type": "default"}}}, "'sliding_attention' is missing"),
-        ({"rope_parameters": {WHOLE: {**YARN, "rope_type": "yarn"}, SLIDING: {}}}, "'full_attention' is missing|'yarn'"),
+        (
+            {"rope_parameters": {WHOLE: {**YARN, "rope_type": "yarn"}, SLIDING: {}}},
+            "'full_attention' is missing|'yarn'",
+        ),
         ({"num_key_value_heads": 3}, "no multiple of 3 key-value heads"),
         ({"global_head_dim": 31}, "heads are 31 wide"),
         ({"sliding_window": 0}, "'sliding_window' is 0"),
@@ -216,9 +217,24 @@ def test_configs_that_are_refused(change: dict[str, Any], message: str) -> None:
     assert str(caught.value).startswith("config.json") and "\n" not in str(caught.value)
 
 
+def test_differences_between_layers_as_transformers_writes_them() -> None:
+    """With zeros in front of the numbers, from ten layers on."""
+    from transformers import Gemma4TextConfig
+
+    sizes = {key: value for key, value in GEMMA4_LARGE.items() if key not in ("layer_types", "torch_dtype")}
+    written = json.loads(Gemma4TextConfig(**sizes | {"num_hidden_layers": 12}).to_json_string(use_diff=False))
+    assert sorted(written["per_layer_config"]) == ["05", "11"] and "global_head_dim" not in written
+    spec = spec_of(written)
+    assert (spec.head_dim, spec.num_kv_heads) == (32, 1) and spec == spec_of({**sizes, "num_hidden_layers": 12})
+    with pytest.raises(ValueError, match="'x' is not the number of a layer"):
+        spec_of({**written, "per_layer_config": {"x": {}}})
+
+
 def test_the_published_layout_is_the_same_model() -> None:
     inner = {**GEMMA4_LARGE, "model_type": "gemma4_text"}
-    published = spec_of({"model_type": "gemma4", "text_config": inner, "vision_config": {"model_type": "gemma4_vision"}})
+    published = spec_of(
+        {"model_type": "gemma4", "text_config": inner, "vision_config": {"model_type": "gemma4_vision"}}
+    )
     assert replace(published, family="gemma4_text") == spec_of(inner)
     with pytest.raises(ValueError, match="'text_config' is missing; it describes the language model"):
         spec_of({"model_type": "gemma4"})

@@ -102,7 +102,8 @@ def test_its_language_model_is_trained_and_stored_alone(published: Path, tmp_pat
             tensor.mul_(1.0 + 2**-7)
     engine = load(published)
     engine.update(tensors_of(model))
-    student.write(tmp_path, model, student.stored_tensors(model), Chat.load(published))
+    plain = student.empty(published, settings, torch.float32)
+    student.write(tmp_path, plain, student.stored_tensors(model), Chat.load(published))
     saved = load(tmp_path)
     assert saved.spec.family == "gemma4_text"
     assert torch.equal(engine_logits(saved, TOKENS), engine_logits(engine, TOKENS))

@@ -24,7 +24,7 @@ from distill.train.student import isolation
 SFT = Sft(kind="sft")
 NEOX, WINDOW = {"intermediate_size": 96}, {"sliding_window": 64}
 OSS = {"num_local_experts": 4, "head_dim": 8, "sliding_window": 256}
-CHUNKS = {"attention_chunk_size": 64, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+CHUNKS = {"sliding_window": None, "attention_chunk_size": 64}
 NOT_COMPUTED = "which that of concatenated rows does not compute"
 
 
@@ -40,7 +40,7 @@ def config_of(family, **config):
         ("mistral", {"sliding_window": None}, None),
         ("mistral", {"sliding_window": 256}, None),
         ("mistral", WINDOW, None),
-        ("llama4_text", CHUNKS, "attention has an attention_chunk_size of 64 tokens, less than train.max_length"),
+        ("mistral", CHUNKS, "attention has an attention_chunk_size of 64 tokens, less than train.max_length"),
         ("qwen3_5_text", support.HYBRID, "a row changes the logits of another one that it is concatenated with"),
         ("gpt_oss", OSS, f"attention takes s_aux, {NOT_COMPUTED}"),  # sinks
         ("gemma2", {"head_dim": 8}, f"attention takes softcap, {NOT_COMPUTED}"),

@@ -100,9 +100,12 @@ def _heads_without_window(config: Config, kinds: list[str], keys_as_values: bool
         given = config.int_or("num_global_key_value_heads", None, most=WIDEST) if keys_as_values else None
         return given or own, config.int("global_head_dim", GLOBAL_HEAD, most=WIDEST_HEAD)
     differences = config.section("per_layer_config")
+    parts = (
+        {} if differences is None else {_number(differences, key): differences.section(key) for key in differences.raw}
+    )
     found: set[tuple[int, int]] = set()
     for layer, kind in enumerate(kinds):
-        part = None if differences is None else differences.section(str(layer))
+        part = parts.get(layer)
         if part is not None and (other := sorted(part.raw.keys() - {"head_dim", "num_key_value_heads"})):
             raise ValueError(f"{part.where}: '{other[0]}' differs between layers; that is not supported")
         values = Config({} if part is None else part.raw, config.where if part is None else part.where)
@@ -114,6 +117,13 @@ def _heads_without_window(config: Config, kinds: list[str], keys_as_values: bool
     if len(found) != 1:
         raise ValueError(f"{config.where}: 'per_layer_config': layers of one kind have other heads; not supported")
     return found.pop()
+
+
+def _number(differences: Config, key: str) -> int:
+    """The layer that a key of `per_layer_config` means: its number, perhaps with zeros in front."""
+    if not (key.isascii() and key.isdigit()):
+        raise ValueError(f"{differences.where}: '{key}' is not the number of a layer")
+    return int(key)
 
 
 def _shared(config: Config, kinds: list[str]) -> int:

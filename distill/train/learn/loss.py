@@ -173,9 +173,7 @@ def scratch(rows: int, columns: int, like: Tensor) -> Tensor:
     return kept[: rows * columns].view(rows, columns)
 
 
-def in_passes(
-    logits_rv: Tensor, first: int, criterion: Criterion, learning: bool, cap: float | None = None
-) -> Tensor:
+def in_passes(logits_rv: Tensor, first: int, criterion: Criterion, learning: bool, cap: float | None = None) -> Tensor:
     """The criterion's sums over a block of rows; with `learning` the logits are replaced by their gradient."""
     total: Tensor | None = None
     in_float = logits_rv.dtype == torch.float32
