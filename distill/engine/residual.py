@@ -20,7 +20,7 @@ from distill.engine.spec import ModelSpec
 from distill.engine.weights import InputWeights, LayerInputWeights, Linear
 
 
-def added(ops: Ops, x_rn: object, w: Linear, onto_rc: Tensor, post_norm_c: Tensor | None, eps: float) -> Tensor:
+def added(ops: Ops, x_rn: Tensor, w: Linear, onto_rc: Tensor, post_norm_c: Tensor | None, eps: float) -> Tensor:
     """A linear layer's result, normalised where there is a norm, added to `onto`, in place."""
     if post_norm_c is None:
         return ops.linear(x_rn, w.weight, w.bias, onto_rc)

@@ -30,8 +30,8 @@ PLACES = 1 << 22  # of a table that is made at a time
 
 @dataclass(frozen=True)
 class WindowRows:
-    """Rows `start … end-1` of the flat batch, each of which sees more tokens than a window has. token_bw: the last ones,
-    as page · page size + offset."""
+    """Rows `start … end-1` of the flat batch, each of which sees more tokens than a window has. token_bw: the last
+    ones, as page · page size + offset."""
 
     start: int
     end: int

@@ -27,7 +27,8 @@ from distill.train.student import methods
 SMALL_SIZES = (
     "{%- macro strip(text) -%}{%- set ns = namespace(out='') -%}{%- for part in text.split('<channel|>') -%}"
     "{%- set ns.out = ns.out + part.split('<|channel>')[0] -%}{%- endfor -%}{{- ns.out | trim -}}{%- endmacro -%}"
-    "{{ bos_token }}{%- if enable_thinking is defined and enable_thinking -%}{{ '<|turn>system\n<|think|>\n<turn|>\n' }}{%- endif -%}"
+    "{{ bos_token }}{%- if enable_thinking is defined and enable_thinking -%}"
+    "{{ '<|turn>system\n<|think|>\n<turn|>\n' }}{%- endif -%}"
     "{%- for m in messages -%}{%- set role = 'model' if m['role'] == 'assistant' else m['role'] -%}"
     "{{ '<|turn>' + role + '\n' }}{%- if role == 'model' -%}{{ strip(m['content']) }}"
     "{%- else -%}{{ m['content'] | trim }}{%- endif -%}{{ '<turn|>\n' }}{%- endfor -%}"

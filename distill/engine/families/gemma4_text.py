@@ -131,8 +131,8 @@ def _shared(config: Config, kinds: list[str]) -> int:
     shared = config.int("num_kv_shared_layers", 0, least=0, most=len(kinds))
     if shared and {*kinds[: len(kinds) - shared]} != {*kinds}:
         raise ValueError(
-            f"{config.where}: 'num_kv_shared_layers' is {shared}; no layer before those has the keys and values of each "
-            "of their kinds"
+            f"{config.where}: 'num_kv_shared_layers' is {shared}; no layer before those has the keys and values of "
+            "each of their kinds"
         )
     return shared
 
@@ -142,7 +142,8 @@ def _input_dim(config: Config) -> int:
     rows, vocabulary = config.int("vocab_size_per_layer_input", VOCABULARY, most=WIDEST), config.int("vocab_size")
     if width and rows != vocabulary:
         raise ValueError(
-            f"{config.where}: 'vocab_size_per_layer_input' is {rows} and 'vocab_size' is {vocabulary}; they must be equal"
+            f"{config.where}: 'vocab_size_per_layer_input' is {rows} and 'vocab_size' is {vocabulary}; they must be "
+            "equal"
         )
     return width
 

@@ -120,8 +120,8 @@ def once(function: Callable[Concatenate[PretrainedConfig, P], R]) -> Callable[Co
 
 @once
 def shape(config: PretrainedConfig) -> Shape:
-    """The sizes of a model, counted on the model itself, without memory for it. Of layers that differ, a layer's size is
-    their mean, and the embeddings of each layer are counted with that of the model."""
+    """The sizes of a model, counted on the model itself, without memory for it. Of layers that differ, a layer's size
+    is their mean, and the embeddings of each layer are counted with that of the model."""
     if len(set(getattr(config, "layer_types", None) or ())) > 1:
         model = on_meta(config, config.num_hidden_layers)
         model.tie_weights()
@@ -157,8 +157,8 @@ def adapters(config: PretrainedConfig, adapter: Lora | Qlora) -> int:
 
 
 def on_meta(config: PretrainedConfig, layers: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model with this number of layers, its parameters on torch's meta device: layers as its first one, if there are
-    fewer than it has."""
+    """The model with this number of layers, its parameters on torch's meta device: layers as its first one, if there
+    are fewer than it has."""
     config = copy.deepcopy(config)
     if layers != config.num_hidden_layers:
         config.num_hidden_layers = layers

@@ -24,8 +24,9 @@ The copy has random weights because a trained or freshly made model may hide a l
 parameter is drawn. Rejected: the loaded model, which is spread over devices or not there yet when the rows are encoded
 and memory is planned, and would let ranks decide differently.
 
-Sliding windows are shorter than these rows. What short rows cannot show is read from the config: chunks of attention that
-are shorter than `train.max_length`, and rotary embeddings whose frequencies depend on the longest row of a batch.
+Sliding windows are made shorter than these rows. What short rows cannot show is read from the config: chunks of
+attention that are shorter than `train.max_length`, and rotary embeddings whose frequencies depend on the longest row of
+a batch.
 """
 
 import copy
