@@ -31,8 +31,6 @@ from distill import model_families, model_files
 from distill.backends.fallback import loaded
 from distill.chat import Chat
 from distill.durable import write_whole
-from distill.engine.families import FAMILIES
-from distill.engine.families.family import Part
 from distill.errors import UserError
 from distill.models import Model
 from distill.recipe import Train
@@ -125,8 +123,8 @@ def configuration(model_dir: Path, settings: Train) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(model_dir)
     except Exception as error:  # whatever the wrong value leads to inside transformers
         raise UserError(f"{model_dir}/config.json cannot be used: {_reason(error)}") from error
-    if (part := _part(config)) is not None:
-        config = getattr(config, part.section)
+    if (section := model_families.section(config.model_type)) is not None:
+        config = getattr(config, section)
     if model_families.in_engine(config.model_type) and getattr(config, "use_sliding_window", False):
         raise UserError(
             f"{model_dir}/config.json has use_sliding_window, which training does not support; set it to false if no "
@@ -144,11 +142,6 @@ def configuration(model_dir: Path, settings: Train) -> PretrainedConfig:
     return config
 
 
-def _part(config: PretrainedConfig) -> Part | None:
-    """Where the language model is in the files of a family that has other models beside it."""
-    return FAMILIES[config.model_type].part if config.model_type in FAMILIES else None
-
-
 @contextmanager
 def as_trained(base: Model, settings: Train) -> Iterator[Model]:
     """The base as the training begins with it, for the engine: with the recipe's extension of its context, which is a
@@ -162,8 +155,8 @@ def as_trained(base: Model, settings: Train) -> Iterator[Model]:
                 (Path(scratch) / file.name).symlink_to(file.resolve())
         config = configuration(base.directory, settings)
         whole = AutoConfig.from_pretrained(base.directory)
-        if (part := _part(whole)) is not None:
-            setattr(whole, part.section, config)
+        if (section := model_families.section(whole.model_type)) is not None:
+            setattr(whole, section, config)
             config = whole
         config.save_pretrained(scratch)
         yield replace(base, place=Path(scratch))
@@ -187,7 +180,7 @@ def load(model_dir: Path, settings: Train, dtype: torch.dtype, quantization: obj
         attn_implementation=isolation.implementation(config, settings),
         output_loading_info=True,
         ignore_mismatched_sizes=True,
-        key_mapping={f"^{re.escape(family.part.tensors)}": "model." for family in FAMILIES.values() if family.part},
+        key_mapping={f"^{re.escape(beginning)}": "model." for beginning in model_families.beginnings()},
     )
     assert not report["missing_keys"] and not report["mismatched_keys"], "`inspect` checks the files first"
     refuse_not_finite(model_dir, stored_tensors(model).items())
