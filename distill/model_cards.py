@@ -79,6 +79,7 @@ def _made(model: type[C], directory: Path, stamp: tuple[int, ...]) -> C:
             f"{config_file}: {part} is a model inside a model of type {family!r}; save its language model alone "
             f"(transformers: AutoModelForCausalLM, save_pretrained) and name that directory"
         )
+    config = model_families.language_section(config)
     shapes = model_files.shapes(directory)
     if shapes is None:
         raise UserError(f"{directory}: the header of a .safetensors file cannot be read; copy or download it again")
@@ -127,7 +128,7 @@ def refuse_another_model(card: TeacherCard | StudentCard, card_file: Path, direc
     Training, planning and the catalog go by the card's family, the engine by `model_type`. A teacher of a type that the
     engine does not know may be launched as a server; the engine refuses it by name.
     """
-    config = model_files.read_object(directory / "config.json")
+    config = model_families.language_section(model_files.read_object(directory / "config.json"))
     claims: dict[str, tuple[object, object]] = {}
     kind_of_model = config.get("model_type")
     if kind_of_model in FAMILIES or model_families.in_transformers(kind_of_model):  # others are named when they load

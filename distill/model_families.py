@@ -53,6 +53,35 @@ def falls_back(directory: Path) -> bool:
     return config.is_file() and in_transformers(model_files.read_object(config).get("model_type"))
 
 
+def section(name: str) -> str | None:
+    """The section of a config.json that describes the language model, in a family that has other models beside it."""
+    part = FAMILIES[name].part if name in FAMILIES else None
+    return None if part is None else part.section
+
+
+def language_section(config: dict[str, object]) -> dict[str, object]:
+    """What a config.json says of the language model: a section, or in most families the whole."""
+    values = config.get(section(str(config.get("model_type"))) or "")
+    return {**values, "model_type": config["model_type"]} if isinstance(values, dict) else config
+
+
+def trained_as(name: str) -> str:
+    """The family of the language model alone of a family that has other models beside it."""
+    part = FAMILIES[name].part if name in FAMILIES else None
+    return name if part is None else part.family
+
+
+def beginnings() -> list[str]:
+    """How published tensors begin that are called `model.…` in the language model alone, which is trained."""
+    return [family.part.tensors for family in FAMILIES.values() if family.part is not None]
+
+
+def trained_name(tensor: str) -> str:
+    """The name that a published tensor has in the language model alone."""
+    beginning = next(filter(tensor.startswith, beginnings()), None)
+    return tensor if beginning is None else "model." + tensor.removeprefix(beginning)
+
+
 def composite(config: dict[str, object]) -> str | None:
     """The section by which a config.json describes several models, such as language and vision; None for one model."""
     return next((part for part in PARTS if isinstance(config.get(part), dict)), None)

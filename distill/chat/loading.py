@@ -29,6 +29,7 @@ TIKTOKEN = "tiktoken.model"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", TIKTOKEN)
 TEMPLATES = {  # built-in training template → the tokens that it needs
     "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<|turn>", "<turn|>"),  # of Gemma 4
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
 END_CONFIGS = ("generation_config.json", "config.json")

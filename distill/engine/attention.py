@@ -28,10 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.engine import indexer
+from distill.engine import indexer, sliding
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
-from distill.engine.spec import LATENT_NORM_EPS, Indexer, ModelSpec, Rope
+from distill.engine.residual import added
+from distill.engine.sliding import Span, WindowRows
+from distill.engine.spec import LATENT_NORM_EPS, Indexer, ModelSpec, Rope, Sliding
 from distill.engine.weights import GqaWeights, IndexerWeights, Linear, MlaWeights
 
 
@@ -81,8 +83,18 @@ class SparseRows:
 
 
 @dataclass(frozen=True)
+class Local:
+    """What layers with a sliding window take in place of a batch's fields of the same names."""
+
+    cos_tr: Tensor
+    sin_tr: Tensor
+    segments: tuple[DecodeRows | PrefillChunk | WindowRows, ...]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One step's input, as tensors. cos and sin: [t, rotated width / 2], float32. segments: of the rows, in order."""
+    """One step's input, as tensors. cos and sin: [t, rotated width / 2], float32. segments: of the rows, in order.
+    local: for models with sliding windows."""
 
     ids_t: Tensor
     page_t: Tensor
@@ -90,6 +102,14 @@ class Batch:
     cos_tr: Tensor
     sin_tr: Tensor
     segments: tuple[DecodeRows | PrefillChunk | SparseRows, ...]
+    local: Local | None = None
+
+    def of_window(self, window: Sliding | None) -> Batch | Local:
+        """What a layer with this window takes: the batch itself without one."""
+        if window is None:
+            return self
+        assert self.local is not None
+        return self.local
 
 
 @dataclass(frozen=True)
@@ -128,7 +148,11 @@ def build_batch(
     ids_t, page_t, position_t = torch.from_numpy(np.array((ids, pages, positions), np.int64)).to(device).unbind()
     cos_tr, sin_tr = rotations(spec.rope, position_t)
     segments = tuple(_segments(decode, prefill, page_size, spec.indexer, device))
-    return Batch(ids_t, page_t, position_t % page_size, cos_tr, sin_tr, segments)
+    local = None
+    if spec.sliding is not None:
+        rows = tuple(_local_segments(decode, prefill, page_size, spec.sliding, device))
+        local = Local(*rotations(spec.sliding.rope, position_t), rows)
+    return Batch(ids_t, page_t, position_t % page_size, cos_tr, sin_tr, segments, local)
 
 
 def decode_batch(
@@ -136,10 +160,13 @@ def decode_batch(
     positions: Sequence[int],
     pages: Sequence[Sequence[int]],
     page_size: int,
-    rope: Rope,
+    spec: ModelSpec,
     device: torch.device,
 ) -> Batch:
     """One token of each of several sequences, as `build_batch` lays them out, for a model without sparse attention."""
+    if spec.sliding is not None:
+        chunks = [Chunk((each,), at, own) for each, at, own in zip(ids, positions, pages, strict=True)]
+        return build_batch(chunks, [], page_size, spec, device)
     id_b, position_b = np.array((ids, positions), np.int64)
     count_b = position_b // page_size + 1
     widest = int(count_b.max())
@@ -149,7 +176,7 @@ def decode_batch(
         torch.from_numpy(numbers).to(device)
         for numbers in (id_b, page_b, position_b, position_b % page_size, position_b + 1, table)
     )
-    cos_tr, sin_tr = rotations(rope, position_t)
+    cos_tr, sin_tr = rotations(spec.rope, position_t)
     return Batch(ids_t, page_t, offset_t, cos_tr, sin_tr, (DecodeRows(0, len(table), table_bp, length_t),))
 
 
@@ -193,6 +220,30 @@ def _segments(
             yield SparseRows(start + dense, row, (chunk_of(start + dense, row, chunk, chunk.end),))
 
 
+def _local_segments(
+    decode: Sequence[Chunk], prefill: Sequence[Chunk], page_size: int, local: Sliding, device: torch.device
+) -> Iterator[DecodeRows | PrefillChunk | WindowRows]:
+    """The rows of a step in layers with a sliding window."""
+    row = 0
+    for long, first, end in sliding.runs(chunk.end > local.window for chunk in decode):
+        rows = decode[first:end]
+        if long:
+            spans = [Span(chunk.start, 1, chunk.pages) for chunk in rows]
+            yield sliding.window_rows(first, spans, local.window, page_size, device)
+        else:
+            yield _decode_rows(first, rows, page_size, device)
+        row = end
+    for chunk in prefill:
+        start, row = row, row + len(chunk.ids)
+        whole = sliding.whole_rows(chunk.start, len(chunk.ids), local.window)
+        if whole:
+            table_p = torch.tensor(chunk.pages[: -(-(chunk.start + whole) // page_size)], device=device)
+            yield PrefillChunk(start, start + whole, table_p, chunk.start + whole)
+        if whole < len(chunk.ids):
+            span = Span(chunk.start + whole, len(chunk.ids) - whole, chunk.pages)
+            yield sliding.window_rows(start + whole, [span], local.window, page_size, device)
+
+
 def _decode_rows(start: int, decode: Sequence[Chunk], page_size: int, device: torch.device) -> DecodeRows:
     used = [-(-chunk.end // page_size) for chunk in decode]
     widest = max(used)
@@ -229,36 +280,55 @@ def gqa(
     cache: PagedCache,
     onto_rc: Tensor,
     wanted: Wanted | None = None,
+    post_norm_c: Tensor | None = None,
 ) -> Tensor:
     """Grouped-query attention (arXiv:2305.13245) of one layer, added to `onto`, in place; writes the cache.
 
-    wanted: the rows of `onto`, if they are not all.
+    wanted: the rows of `onto`, if they are not all. post_norm_c: the norm of what is added, where there is one.
     """
-    k_tkd = _linear(ops, x_tc, w.k).unflatten(-1, (spec.num_kv_heads, spec.head_dim))
-    v_tkd = _linear(ops, x_tc, w.v).unflatten(-1, (spec.num_kv_heads, spec.head_dim))
-    if w.k_norm is not None:
-        k_tkd = ops.rms_norm(k_tkd.flatten(0, 1), w.k_norm, spec.norm_eps).view_as(k_tkd)
-    if w.rotated:
-        ops.rope(k_tkd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
-    cache.write(layer, batch.page_t, batch.offset_t, k_tkd, v_tkd)
+    window, heads = spec.window(layer), spec.heads(layer)
+    if w.k is not None:
+        _write_gqa(spec, ops, w, layer, x_tc, batch, cache)
     if not len(onto_rc):
         return onto_rc
-    k_pool, v_pool = cache.pools[layer]
+    k_pool, v_pool = cache.pools[spec.cached_by(layer)]
     batch, x_rc = _narrowed(batch, x_tc, wanted)
-    q_thd = _linear(ops, x_rc, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
+    of_layer = batch.of_window(window)
+    q_thd = _linear(ops, x_rc, w.q).unflatten(-1, (spec.num_heads, heads.head_dim))
     if w.q_norm is not None:
         q_thd = ops.rms_norm(q_thd.flatten(0, 1), w.q_norm, spec.norm_eps).view_as(q_thd)
     if w.rotated:
-        ops.rope(q_thd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
+        ops.rope(q_thd, of_layer.cos_tr, of_layer.sin_tr, heads.rope.interleaved)
     parts = []
-    for rows in batch.segments:
+    for rows in of_layer.segments:
         q = q_thd[rows.start : rows.end]
         if isinstance(rows, DecodeRows):
             parts.append(ops.decode_gqa(q, k_pool, v_pool, rows.table_bp, rows.length_b, spec.softmax_scale))
-        else:
-            assert isinstance(rows, PrefillChunk)
+        elif isinstance(rows, PrefillChunk):
             parts.append(ops.prefill_gqa(q, k_pool, v_pool, rows.table_p, rows.length, spec.softmax_scale))
-    return ops.linear(_joined(parts).flatten(1), w.o.weight, w.o.bias, onto_rc)
+        else:
+            assert isinstance(rows, WindowRows)
+            parts.append(sliding.attend(ops, rows, q, k_pool, v_pool, spec.softmax_scale))
+    return added(ops, _joined(parts).flatten(1), w.o, onto_rc, post_norm_c, spec.norm_eps)
+
+
+def _write_gqa(
+    spec: ModelSpec, ops: Ops, w: GqaWeights, layer: int, x_tc: Tensor, batch: Batch, cache: PagedCache
+) -> None:
+    """Store keys and values of all rows."""
+    heads, of_layer = spec.heads(layer), batch.of_window(spec.window(layer))
+    assert w.k is not None
+    k_tkd = _linear(ops, x_tc, w.k).unflatten(-1, (heads.num_kv_heads, heads.head_dim))
+    v_tkd = k_tkd if w.v is None else _linear(ops, x_tc, w.v).unflatten(-1, (heads.num_kv_heads, heads.head_dim))
+    if w.v_norm is not None:
+        v_tkd = ops.rms_norm(v_tkd.flatten(0, 1), w.v_norm, spec.norm_eps).view_as(v_tkd)
+    elif w.v is None:
+        v_tkd = k_tkd.clone()  # keys are rotated in place
+    if w.k_norm is not None:
+        k_tkd = ops.rms_norm(k_tkd.flatten(0, 1), w.k_norm, spec.norm_eps).view_as(k_tkd)
+    if w.rotated:
+        ops.rope(k_tkd, of_layer.cos_tr, of_layer.sin_tr, heads.rope.interleaved)
+    cache.write(layer, batch.page_t, batch.offset_t, k_tkd, v_tkd)
 
 
 def mla(

@@ -89,8 +89,8 @@ def pool_forms(spec: ModelSpec, layer: int, dtype: torch.dtype) -> list[tuple[in
 
 def token_bytes(spec: ModelSpec, layers: int, dtype: torch.dtype) -> int:
     """Bytes of one token in a cache of `layers` layers."""
-    forms = (form for layer in range(layers) for form in pool_forms(spec, layer, dtype))
-    return spec.cache_heads * sum(width * form.itemsize for width, form in forms)
+    forms = ((layer, *form) for layer in range(layers) for form in pool_forms(spec, layer, dtype))
+    return sum(spec.cache_heads(layer) * width * form.itemsize for layer, width, form in forms)
 
 
 class PagedCache:
@@ -109,7 +109,7 @@ class PagedCache:
         self._ops = ops
         self.pools: list[tuple[Tensor, ...]] = [
             tuple(
-                _zeros((num_pages, spec.cache_heads, page_size, width), form, device)
+                _zeros((num_pages, spec.cache_heads(layer), page_size, width), form, device)
                 for width, form in pool_forms(spec, layer, dtype)
             )
             for layer in range(layers)

@@ -346,7 +346,7 @@ class Engine:
             [length - 1 for length in lengths],
             [s.pages for s in sequences],
             self._page_size,
-            self.spec.rope,
+            self.spec,
             self._device,
         )
         logits_bv = self._model.logits(self._model.forward(batch, self._cache))

@@ -17,7 +17,7 @@ from distill.engine.weights import GqaWeights, LayerWeights, MlaWeights, MlpWeig
 
 def decode_plan(spec: ModelSpec, layers: Sequence[LayerWeights], ops: Ops) -> DecodePlan | None:
     """What runs these layers, one after the other, over rows that decode; None: op by op."""
-    if spec.indexer is not None or not layers:
+    if spec.indexer is not None or spec.sliding is not None or not layers:
         return None
     if spec.mla is not None:
         return ops.decode_plan([_layer(spec, spec.mla, layer) for layer in layers])
@@ -63,10 +63,14 @@ def _layer(spec: ModelSpec, dims: Mla, w: LayerWeights) -> DecodeLayer[Packed, P
 
 
 def _dense_layer(spec: ModelSpec, w: LayerWeights) -> DenseLayer[Packed] | None:
-    """None for a layer that has experts, or an MLP with biases."""
+    """None for a layer that has experts, an MLP with biases or another activation, norms of what it adds, an embedding
+    of its own, a factor, or values or keys that are not its own."""
     a, mlp = w.attention, w.mlp
     assert isinstance(a, GqaWeights)
     if isinstance(mlp, MoeWeights) or any(linear.bias is not None for linear in (mlp.gate, mlp.up, mlp.down)):
+        return None
+    more = (w.attention_post_norm_c, w.mlp_post_norm_c, w.inputs, w.scalar_1, a.v_norm)
+    if a.k is None or a.v is None or spec.activation != "silu" or any(part is not None for part in more):
         return None
     return DenseLayer(
         attention_norm=w.attention_norm_c,

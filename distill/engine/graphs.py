@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.engine.attention import Batch, Chunk, DecodeRows, rotations
+from distill.engine.attention import Batch, Chunk, DecodeRows, Local, rotations
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
 from distill.engine.model import Model
@@ -89,9 +89,10 @@ class DecodeGraphs:
 
     def serve(self, rows: int, longest: int) -> bool:
         """Whether there is a graph for a step of so many rows, after which the longest sequence has so many tokens.
-        Longer ones than sparse attention keeps have none."""
-        index = self._model.spec.indexer
-        return 0 < rows <= self._sizes[-1] and (index is None or longest <= index.top_k)
+        Longer ones than sparse attention keeps, or than a sliding window has, have none."""
+        index, local = self._model.spec.indexer, self._model.spec.sliding
+        whole = (index is None or longest <= index.top_k) and (local is None or longest <= local.window)
+        return 0 < rows <= self._sizes[-1] and whole
 
     def launch(self, chunks: Sequence[Chunk], draws: Sequence[Draw], sources: Sequence[int]) -> Launched:
         """Start computing one token of each chunk's sequence and drawing the next; draws[i] is from row i. sources[i]:
@@ -145,9 +146,10 @@ class DecodeGraphs:
         given_b, source_b, page_b, offset_b, length_b, top_k_b = whole[:, :size].unbind()
         id_b = torch.where(source_b < 0, given_b, self._token_b[source_b.clamp(min=0)])
         uniform_b, temperature_b, top_p_b = real[:, :size].unbind()
-        cos_br, sin_br = rotations(self._model.spec.rope, length_b - 1)
-        rows = DecodeRows(0, size, table[:size], length_b)
-        hidden_bc = self._model.forward(Batch(id_b, page_b, offset_b, cos_br, sin_br, (rows,)), self._cache)
+        spec, rows = self._model.spec, DecodeRows(0, size, table[:size], length_b)
+        local = None if spec.sliding is None else Local(*rotations(spec.sliding.rope, length_b - 1), (rows,))
+        batch = Batch(id_b, page_b, offset_b, *rotations(spec.rope, length_b - 1), (rows,), local)
+        hidden_bc = self._model.forward(batch, self._cache)
         logits_bv = self._model.logits(hidden_bc)
         row_b = torch.arange(size, device=self._device)
         token_b, logprob_b = self._model.ops.draw(logits_bv, row_b, uniform_b, temperature_b.float(), top_k_b, top_p_b)

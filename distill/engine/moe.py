@@ -9,14 +9,28 @@ from torch import Tensor
 
 from distill.engine.kernels import Ops
 from distill.engine.offload import ExpertStream
-from distill.engine.spec import Moe
+from distill.engine.residual import added, gelu_tanh
+from distill.engine.spec import Activation, Moe
 from distill.engine.weights import MlpWeights, MoeWeights
 
 
-def mlp(ops: Ops, w: MlpWeights, x_tc: Tensor, onto_tc: Tensor) -> Tensor:
-    """down(silu(gate(x)) · up(x)), added to `onto`, in place."""
-    hidden = ops.swiglu_linear(x_tc, w.gate.weight, w.up.weight, w.gate.bias, w.up.bias, w.down.weight)
-    return ops.linear(hidden, w.down.weight, w.down.bias, onto_tc)
+def mlp(
+    ops: Ops,
+    w: MlpWeights,
+    x_tc: Tensor,
+    onto_tc: Tensor,
+    activation: Activation = "silu",
+    post_norm_c: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """down(activation(gate(x)) · up(x)), added to `onto`, in place. post_norm_c, eps: the norm of what is added, where
+    there is one."""
+    if activation == "silu":
+        hidden = ops.swiglu_linear(x_tc, w.gate.weight, w.up.weight, w.gate.bias, w.up.bias, w.down.weight)
+    else:
+        gate_tf, up_tf = ops.linears(x_tc, (w.gate.weight, w.up.weight), (w.gate.bias, w.up.bias))
+        hidden = gelu_tanh(gate_tf) * up_tf
+    return added(ops, hidden, w.down, onto_tc, post_norm_c, eps)
 
 
 def moe(dims: Moe, ops: Ops, w: MoeWeights, x_tc: Tensor, stream: ExpertStream | None, onto_tc: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ come last, when it is known how much memory is left for them.
 Deliberately not read: the layer past `num_layers` unless drafts are asked for (multi-token prediction; it does not
 change what the model says), its copies of the embedding and the head, which it shares with the model (DeepSeek-V3,
 arXiv:2412.19437, section 2.2), `rotary_emb.inv_freq` in old Llama files (computed from the config), and the head of
-tied models, which must then equal the embedding.
+tied models, which must then equal the embedding, keys and values of layers that attend to another layer's, and other
+models in the same files (`WeightNames.beside`).
 
 Legend: n outputs, c inputs or hidden, f expert width, d head width.
 """
@@ -37,6 +38,8 @@ from distill.engine.weights import (
     GqaWeights,
     Held,
     IndexerWeights,
+    InputWeights,
+    LayerInputWeights,
     LayerWeights,
     Linear,
     MlaWeights,
@@ -75,9 +78,10 @@ def load_weights(
         head = reader.pack(reader.matrix(head_name, spec.vocab_size, spec.hidden_size), head_name)
         streamed = list(reader.banks)
         draft = _draft(reader, spec) if drafts else None
+        inputs = _inputs(reader, spec, dtype) if spec.layer_input_dim else None
         reader.refuse_unread(spec)
         reader.refuse_second_head(spec)
-        weights = ModelWeights(embed_vc, layers, norm_c, head, draft, reader.stored, reader.held)
+        weights = ModelWeights(embed_vc, layers, norm_c, head, draft, reader.stored, reader.held, inputs)
         resident = place(weights, [bank for _, bank in streamed]) if place else None
         for at, bank in reader.banks:
             reader.settle(at, bank, resident if (at, bank) in streamed else None)
@@ -85,16 +89,40 @@ def load_weights(
 
 
 def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
-    names, at, rotated = reader.names, reader.names.layer.format(index), index not in spec.nope_layers
+    names, at, c = reader.names, reader.names.layer.format(index), spec.hidden_size
     return LayerWeights(
-        attention_norm_c=reader.tensor(at + names.attention_norm, (spec.hidden_size,)),
-        attention=_mla(reader, spec, spec.mla, at, index) if spec.mla else _gqa(reader, spec, at, rotated),
-        mlp_norm_c=reader.tensor(at + names.mlp_norm, (spec.hidden_size,)),
+        attention_norm_c=reader.tensor(at + names.attention_norm, (c,)),
+        attention=_mla(reader, spec, spec.mla, at, index) if spec.mla else _gqa(reader, spec, at, index),
+        mlp_norm_c=reader.tensor(at + names.mlp_norm, (c,)),
         mlp=(
             _moe(reader, spec, spec.moe, at)
             if spec.moe and spec.is_moe_layer(index)
-            else _mlp(reader, at + names.dense, spec.hidden_size, spec.intermediate_size, spec.mlp_bias)
+            else _mlp(reader, at + names.dense, c, spec.mlp_width(index), spec.mlp_bias)
         ),
+        attention_post_norm_c=reader.tensor(at + names.attention_post_norm, (c,)) if spec.post_norms else None,
+        mlp_post_norm_c=reader.tensor(at + names.mlp_post_norm, (c,)) if spec.post_norms else None,
+        inputs=_layer_inputs(reader, c, spec.layer_input_dim, at) if spec.layer_input_dim else None,
+        scalar_1=reader.tensor(at + names.scalar, (1,)) if spec.layer_scalars else None,
+    )
+
+
+def _layer_inputs(reader: _Reader, c: int, p: int, at: str) -> LayerInputWeights:
+    names = reader.names.inputs
+    return LayerInputWeights(
+        gate=reader.linear(at + names.layer_gate, p, c),
+        project=reader.linear(at + names.layer_project, c, p),
+        norm_c=reader.tensor(at + names.layer_norm, (c,)),
+    )
+
+
+def _inputs(reader: _Reader, spec: ModelSpec, dtype: torch.dtype) -> InputWeights:
+    names, p = reader.names.inputs, spec.layer_input_dim
+    embed_vp = reader.checked(names.embed, spec.vocab_size, spec.num_layers * p).dense(dtype).to(reader.ops.device())
+    reader.hold(names.embed, embed_vp.shape).tensors.append(embed_vp)
+    return InputWeights(
+        embed_vp=embed_vp,
+        project=reader.linear(names.project, spec.num_layers * p, spec.hidden_size),
+        norm_p=reader.tensor(names.norm, (p,)),
     )
 
 
@@ -110,17 +138,20 @@ def _draft(reader: _Reader, spec: ModelSpec) -> DraftWeights:
     )
 
 
-def _gqa(reader: _Reader, spec: ModelSpec, at: str, rotated: bool) -> GqaWeights:
-    names = reader.names.gqa
-    c, q_width, kv_width = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+def _gqa(reader: _Reader, spec: ModelSpec, at: str, index: int) -> GqaWeights:
+    names, heads, c = reader.names.gqa, spec.heads(index), spec.hidden_size
+    d, bias = heads.head_dim, spec.qkv_bias
+    q_width, kv_width, own = spec.num_heads * d, heads.num_kv_heads * d, spec.cached_by(index) == index
+    has_values = own and not (spec.keys_as_values and spec.window(index) is None)
     return GqaWeights(
-        q=reader.linear(at + names.q, q_width, c, spec.qkv_bias),
-        k=reader.linear(at + names.k, kv_width, c, spec.qkv_bias),
-        v=reader.linear(at + names.v, kv_width, c, spec.qkv_bias),
+        q=reader.linear(at + names.q, q_width, c, bias),
+        k=reader.linear(at + names.k, kv_width, c, bias) if own else None,
+        v=reader.linear(at + names.v, kv_width, c, bias) if has_values else None,
         o=reader.linear(at + names.o, c, q_width, spec.o_bias),
-        q_norm=reader.tensor(at + names.q_norm, (spec.head_dim,)) if spec.qk_norm else None,
-        k_norm=reader.tensor(at + names.k_norm, (spec.head_dim,)) if spec.qk_norm else None,
-        rotated=rotated,
+        q_norm=reader.tensor(at + names.q_norm, (d,)) if spec.qk_norm else None,
+        k_norm=reader.tensor(at + names.k_norm, (d,)) if spec.qk_norm and own else None,
+        rotated=index not in spec.nope_layers,
+        v_norm=reader.ones(d) if spec.value_norm and own else None,
     )
 
 
@@ -302,6 +333,10 @@ class _Reader:
         self.hold(name, shape).tensors.append(tensor)
         return tensor
 
+    def ones(self, width: int) -> Tensor:
+        """The weight of a norm that has none."""
+        return torch.ones(width, dtype=self.ops.activation_dtype(self.dtype), device=self.ops.device())
+
     def unquantised(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor as stored. Errors: ValueError for FP8."""
         stored = self.checkpoint.tensor(name, shape)
@@ -318,11 +353,14 @@ class _Reader:
         before, _, after = map(re.escape, self.names.layer.partition("{}"))
         layer_of = re.compile(f"{before}(\\d{{1,6}}){after}")
         drafts = range(spec.num_layers, spec.num_layers + spec.num_nextn_predict_layers)
+        gqa, shared = self.names.gqa, [i for i in range(spec.num_layers) if spec.cached_by(i) != i]
+        unused = tuple(self.names.layer.format(i) + own for i in shared for own in (gqa.k, gqa.v, gqa.k_norm))
         for name in self.checkpoint.unread():
             layer = layer_of.match(name)
             draft = layer is not None and int(layer[1]) in drafts
             tied_head = spec.tied_embeddings and name == self.names.head
-            if not (draft or tied_head or name.endswith(self.names.computed)):
+            others = name.startswith((*self.names.beside, *unused))
+            if not (draft or tied_head or others or name.endswith(self.names.computed)):
                 raise ValueError(
                     f"{self.checkpoint.where(name)} has no place in the model that config.json describes; "
                     "use the config.json that was published with these weights"

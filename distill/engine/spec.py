@@ -18,6 +18,7 @@ LATENT_NORM_EPS = 1e-6
 
 Scoring = Literal["sigmoid", "softmax"]
 GroupBy = Literal["best", "best two"]
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,20 @@ class Indexer:
 
 
 @dataclass(frozen=True)
+class Sliding:
+    """Layers with a sliding window, by number: a token attends to the last `window` tokens, itself included.
+
+    Their key-value heads and their rotary embedding; the other layers have those of the spec.
+    """
+
+    window: int
+    layers: frozenset[int]
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope
+
+
+@dataclass(frozen=True)
 class Moe:
     """Mixture of experts. group_by: how a group of experts is scored; correction_bias: whether the router has one."""
 
@@ -84,6 +99,14 @@ class ModelSpec:
     family: its name in `FAMILIES`. Sizes are in elements. softmax_scale: factor on q·k. head_dim: width of q and k.
     nope_layers: numbers of the layers without rotary embedding (NoPE). ue8m0: quantised activations have scales that
     are powers of two.
+
+    sliding: the layers with a sliding window. shared_kv_layers: how many of the last layers have no keys and values,
+    and attend to those of the last layer of their kind before them; shared_kv_mlp: the width of their MLPs.
+    keys_as_values: the values of layers without a window are their keys before norm and rotation. value_norm: values
+    are normalised head by head, without a weight. post_norms: what attention and MLP add is normalised.
+    layer_input_dim: width of the embedding of a token that each layer has for itself, 0 for none. layer_scalars: each
+    layer's result is multiplied by a number. embedding_scale: factor on embeddings. logit_cap: the bound that logits
+    approach, cap · tanh(logit / cap).
     """
 
     family: str
@@ -109,15 +132,44 @@ class ModelSpec:
     moe: Moe | None = None
     num_nextn_predict_layers: int = 0
     ue8m0: bool = False
+    sliding: Sliding | None = None
+    shared_kv_layers: int = 0
+    shared_kv_mlp: int = 0
+    keys_as_values: bool = False
+    value_norm: bool = False
+    post_norms: bool = False
+    activation: Activation = "silu"
+    layer_input_dim: int = 0
+    layer_scalars: bool = False
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` has experts."""
         return self.moe is not None and layer >= self.moe.first_layer
 
-    @property
-    def cache_heads(self) -> int:
-        """Heads cached per token and layer: 1 for MLA, whose latent all heads share."""
-        return 1 if self.mla else self.num_kv_heads
+    def window(self, layer: int) -> Sliding | None:
+        """The sliding window of layer number `layer`, None where a token attends to all before it."""
+        return self.sliding if self.sliding is not None and layer in self.sliding.layers else None
+
+    def heads(self, layer: int) -> Sliding | ModelSpec:
+        """Where the key-value heads and the rotary embedding of layer number `layer` are: its window, or the spec."""
+        return self.window(layer) or self
+
+    def cached_by(self, layer: int) -> int:
+        """The number of the layer whose keys and values layer number `layer` attends to."""
+        own = self.num_layers - self.shared_kv_layers
+        if layer < own or not self.shared_kv_layers:
+            return layer
+        return max(each for each in range(own) if self.window(each) is self.window(layer))
+
+    def mlp_width(self, layer: int) -> int:
+        """The width of a dense MLP."""
+        return self.intermediate_size if self.cached_by(layer) == layer else self.shared_kv_mlp
+
+    def cache_heads(self, layer: int) -> int:
+        """Heads cached per token in layer number `layer`: 1 for MLA, whose latent all heads share."""
+        return 1 if self.mla else self.heads(layer).num_kv_heads
 
     def has_indexer(self, layer: int) -> bool:
         """Whether layer number `layer` chooses the tokens that it attends to."""
@@ -125,12 +177,15 @@ class ModelSpec:
 
     def cache_dims(self, layer: int) -> tuple[int, ...]:
         """Width of each cached tensor of a layer: (latent + rope,) for MLA, (latent + rope, index key) with an indexer,
-        (keys, values) otherwise."""
+        none where another layer's are read, (keys, values) otherwise."""
+        if self.cached_by(layer) != layer:
+            return ()
         if self.mla:
             latent = self.mla.kv_lora_rank + self.mla.rope_dim
             return (latent, self.indexer.head_dim) if self.indexer and self.has_indexer(layer) else (latent,)
-        return (self.head_dim, self.head_dim)
+        return (self.heads(layer).head_dim,) * 2
 
     def cache_elements_per_token(self, drafts: bool = False) -> int:
         """Numbers cached for one token over all layers; `drafts`: and over the draft layer."""
-        return self.cache_heads * sum(sum(self.cache_dims(layer)) for layer in range(self.num_layers + drafts))
+        layers = range(self.num_layers + drafts)
+        return sum(self.cache_heads(layer) * sum(self.cache_dims(layer)) for layer in layers)

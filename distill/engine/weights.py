@@ -3,7 +3,7 @@
 Matrices are packed: kept in the form that the kernels of a device read, which only they look into. Everything else is
 a plain tensor.
 
-Legend: v vocabulary, n outputs, c inputs or hidden, d head width.
+Legend: v vocabulary, n outputs, c inputs or hidden, d head width, p width of a layer's own embedding.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ class Linear:
 
 @dataclass(frozen=True)
 class GqaWeights:
-    """q_norm, k_norm: over each head, [head_dim], in families that have them. rotated: whether queries and keys are."""
+    """q_norm, k_norm, v_norm: over each head, [head_dim], in families that have them. rotated: whether queries and keys
+    are. k None: the layer attends to the keys and values of another one. v None: its values are its keys."""
 
     q: Linear
-    k: Linear
-    v: Linear
+    k: Linear | None
+    v: Linear | None
     o: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
     rotated: bool
+    v_norm: Tensor | None = None
 
     @property
     def reader(self) -> object:
         """The packed matrix (or bank) that reads the normalised state first."""
-        return self.k.weight
+        return (self.k or self.q).weight
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,37 @@ class MoeWeights:
 
 
 @dataclass(frozen=True)
+class LayerInputWeights:
+    """What a layer adds of its own embedding of a token: project(gelu(gate(x)) · embedding), normalised, [c]."""
+
+    gate: Linear
+    project: Linear
+    norm_c: Tensor
+
+
+@dataclass(frozen=True)
 class LayerWeights:
-    """One layer: a norm before attention and one before the MLP, [c] each."""
+    """One layer: a norm before attention and one before the MLP, [c] each. In families that have them: a norm of what
+    each of them adds, [c]; the layer's own embedding of the token; the factor on its result, [1]."""
 
     attention_norm_c: Tensor
     attention: GqaWeights | MlaWeights
     mlp_norm_c: Tensor
     mlp: MlpWeights | MoeWeights
+    attention_post_norm_c: Tensor | None = None
+    mlp_post_norm_c: Tensor | None = None
+    inputs: LayerInputWeights | None = None
+    scalar_1: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InputWeights:
+    """The layers' own embeddings of a token, side by side, p wide each: of its id, [v, layers · p], and of its
+    embedding, which is projected and normalised, [p]."""
+
+    embed_vp: Tensor
+    project: Linear
+    norm_p: Tensor
 
 
 @dataclass(frozen=True)
@@ -148,3 +174,4 @@ class ModelWeights:
     draft: DraftWeights | None
     stored: str
     held: Mapping[str, Held] = field(default_factory=dict)
+    inputs: InputWeights | None = None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from distill import catalog
 from distill.console import bytes_text, say, short, table
 from distill.errors import UserError
-from distill.model_families import published_bytes
+from distill.model_families import published_bytes, trained_as
 from distill.plan.hardware import Hardware, parse
 
 if TYPE_CHECKING:
@@ -252,7 +252,8 @@ def configuration(recipe: "Recipe", card: "StudentCard") -> "PretrainedConfig":
             f"weights, or add the sizes in its config.json to the card"
         )
     known = {key: value for key, value in card.architecture.model_dump().items() if value is not None}
-    config: PretrainedConfig = AutoConfig.for_model(card.family, **known, max_position_embeddings=card.context)
+    family = trained_as(card.family)
+    config: PretrainedConfig = AutoConfig.for_model(family, **known, max_position_embeddings=card.context)
     return config
 
 

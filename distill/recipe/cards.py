@@ -73,6 +73,12 @@ class Architecture(Section):
     vocab_size: int
     head_dim: int | None = Field(None, description="head size, if not hidden_size / num_attention_heads")
     tie_word_embeddings: bool = False
+    global_head_dim: int | None = Field(None, description="head size of layers without a sliding window")
+    num_global_key_value_heads: int | None = Field(None, description="key-value heads of layers without one")
+    attention_k_eq_v: bool | None = Field(None, description="whether the values of these layers are their keys")
+    num_kv_shared_layers: int | None = Field(None, description="last layers that attend to keys of earlier ones")
+    use_double_wide_mlp: bool | None = Field(None, description="whether MLPs of these layers are twice as wide")
+    hidden_size_per_layer_input: int | None = Field(None, description="width of the embeddings of each layer")
 
 
 class StudentCard(Section):
@@ -89,7 +95,7 @@ class StudentCard(Section):
     source: str = Field("", description="origin of the figures")
     architecture: Architecture | None = Field(None, description="shape, for plans before anything is downloaded")
     chat_template: str | None = Field(
-        None, description="training template: `chatml`, `llama3` or a .jinja file; null: the checkpoint's own"
+        None, description="training template: `chatml`, `llama3`, `gemma` or a .jinja file; null: the checkpoint's own"
     )
 
 

@@ -21,6 +21,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GlmMoeDsaConfig,
     GlmMoeDsaForCausalLM,
     LlamaConfig,
@@ -45,6 +47,7 @@ FAMILIES = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
+    "gemma4_text": (Gemma4TextConfig, Gemma4ForCausalLM),
     "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
     "kimi_k2": (KimiK2Config, DeepseekV3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -117,6 +120,40 @@ QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6
 QWEN3 = {**QWEN2, "model_type": "qwen3", "head_dim": 24}
 SMOLLM3 = {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 4, "rope_theta": 5e6, "pad_token_id": 0}
 
+SLIDING, WHOLE = "sliding_attention", "full_attention"
+GEMMA4: dict[str, Any] = {
+    "model_type": "gemma4_text",
+    "vocab_size": 300,
+    "vocab_size_per_layer_input": 300,
+    "hidden_size": 64,
+    "hidden_size_per_layer_input": 24,
+    "intermediate_size": 80,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "layer_types": [SLIDING, SLIDING, WHOLE, SLIDING, SLIDING, WHOLE],
+    "sliding_window": 24,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "final_logit_softcapping": 30.0,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "rope_parameters": {
+        WHOLE: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+        SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+GEMMA4_LARGE = {
+    **GEMMA4,
+    **{"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+    **{"num_kv_shared_layers": 0, "use_double_wide_mlp": False},
+}
+
 V3_YARN = {**V3, "rope_scaling": YARN}
 V2 = {
     **{key: value for key, value in V3.items() if key not in ("scoring_func", "num_nextn_predict_layers")},
@@ -172,6 +209,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **GLM,
         "rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 1e4},
         "tie_word_embeddings": True,
+    },
+    "gemma4": GEMMA4,
+    "gemma4-large": GEMMA4_LARGE,
+    "gemma4-default-layers": {
+        **{key: value for key, value in GEMMA4.items() if key not in ("layer_types", "rope_parameters")},
+        **{"num_hidden_layers": 7, "num_kv_shared_layers": 0, "final_logit_softcapping": None, "attention_bias": True},
+        **{"tie_word_embeddings": False, "sliding_window": 5},
+    },
+    "gemma4-keys-as-values-shared": {
+        **GEMMA4,
+        **{"attention_k_eq_v": True, "use_double_wide_mlp": False, "num_key_value_heads": 4, "sliding_window": 1},
+        "rope_parameters": {
+            WHOLE: {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e5, "factor": 2.0},
+            SLIDING: {"rope_type": "default", "rope_theta": 5e3},
+        },
     },
     "kimi-k2": KIMI_K2,
     "llama-gqa": LLAMA,
@@ -329,13 +381,16 @@ def _transformers_model(config: dict[str, Any]) -> PreTrainedModel:
 def _scale_weights(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("inv_freq"):
+        if name.endswith(("inv_freq", "embed_scale")):
             continue
         noise = torch.randn(tensor.shape, generator=generator)
         if "e_score_correction_bias" in name:
             tensor.copy_(0.3 * noise)
         elif "embed_tokens" in name:
-            tensor.copy_(noise)
+            factor = getattr(model.get_submodule(name.rpartition(".")[0]), "scalar_embed_scale", None)
+            tensor.copy_(noise if factor is None else 2 * noise / factor)
+        elif name.endswith("layer_scalar"):
+            tensor.copy_(0.8 + 0.1 * noise)
         elif tensor.ndim == 1:
             tensor.copy_(1 + 0.2 * noise if "norm" in name else 0.5 * noise)
         else:

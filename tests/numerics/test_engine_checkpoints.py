@@ -38,7 +38,7 @@ def test_the_published_r1_config() -> None:
     spec = spec_of(R1)
     assert spec.moe is not None and spec.mla is not None
     assert (spec.num_layers, spec.num_nextn_predict_layers, spec.max_context) == (61, 1, 163840)
-    assert (spec.cache_heads, spec.cache_dims(0)) == (1, (576,))
+    assert (spec.cache_heads(0), spec.cache_dims(0)) == (1, (576,))
     assert 2 * spec.cache_elements_per_token() == 70_272, "70 KB a token in bf16"
     assert spec.softmax_scale == pytest.approx(192**-0.5 * (0.1 * 3.6888795 + 1) ** 2)
     assert spec.rope.magnitude == 1.0 and spec.rope.interleaved

@@ -20,6 +20,7 @@ from distill.engine.kernels import cpu
 from distill.engine.scheduler import Scheduler
 
 GetCheckpoint = Callable[[str], Checkpoint]
+GEMMA = ("gemma4", "gemma4-large", "gemma4-keys-as-values-shared")
 SAMPLING = SamplingParams(temperature=0.9, top_p=0.95, max_new_tokens=30, stop_token_ids=(7, 8, 9))
 
 
@@ -40,7 +41,7 @@ def texts(done: dict[tuple[str, int], Completion]) -> dict[tuple[str, int], tupl
     return {key: completion.token_ids for key, completion in done.items()}
 
 
-@pytest.fixture(params=["v3-yarn", "v32", "glm-shared", "qwen2", "smollm3"])
+@pytest.fixture(params=["v3-yarn", "v32", "glm-shared", "qwen2", "smollm3", "gemma4"])
 def ckpt(request: pytest.FixtureRequest, checkpoint: GetCheckpoint) -> Checkpoint:
     return checkpoint(request.param)
 
@@ -264,7 +265,7 @@ def test_impossible_budgets_are_refused(options: dict[str, int], checkpoint: Get
         Engine.load(checkpoint("qwen2").path, engine_options(**options))
 
 
-@pytest.mark.parametrize("name", ["v3-yarn", "v3-no-q-lora", "v32", "glm-shared", "llama-gqa", "smollm3"])
+@pytest.mark.parametrize("name", ["v3-yarn", "v3-no-q-lora", "v32", "glm-shared", "llama-gqa", "smollm3", *GEMMA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cpu_kernels_give_the_same_bits_in_any_company(
     name: str, dtype: torch.dtype, checkpoint: GetCheckpoint
@@ -295,7 +296,9 @@ def test_cpu_kernels_give_the_same_bits_in_any_company(
     assert forked["8", 0] == together["8", 0]
 
 
-@pytest.mark.parametrize("name", ["v3-yarn", "v2-lite", "v32", "glm", "glm-shared", "llama-gqa", "qwen3", "smollm3"])
+@pytest.mark.parametrize(
+    "name", ["v3-yarn", "v2-lite", "v32", "glm", "glm-shared", "llama-gqa", "qwen3", "smollm3", *GEMMA]
+)
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 @torch.inference_mode()
 def test_rows_that_nobody_asked_for(name: str, kernels: str, checkpoint: GetCheckpoint) -> None:

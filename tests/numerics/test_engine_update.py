@@ -20,7 +20,16 @@ from distill.engine import Completion, Engine, Engines, Request, SamplingParams
 from distill.engine.kernels import cpu, pages
 from distill.engine.kernels.ops import Packed
 
-MODELS = ("qwen2", "qwen2-tied", "qwen3", "qwen3-mha-tied", "llama-mqa-biases", "llama-mha-tied")
+MODELS = (
+    "qwen2",
+    "qwen2-tied",
+    "qwen3",
+    "qwen3-mha-tied",
+    "llama-mqa-biases",
+    "llama-mha-tied",
+    "gemma4",
+    "gemma4-large",
+)
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 SCORED = [some_tokens(40, seed=9), some_tokens(7, seed=8)]
 

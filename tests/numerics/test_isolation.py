@@ -24,7 +24,7 @@ from distill.train.student import isolation
 SFT = Sft(kind="sft")
 NEOX, WINDOW = {"intermediate_size": 96}, {"sliding_window": 64}
 OSS = {"num_local_experts": 4, "head_dim": 8, "sliding_window": 256}
-SOFT_CAP = {"head_dim": 8, "final_logit_softcapping": None}
+CHUNKS = {"sliding_window": None, "attention_chunk_size": 64}
 NOT_COMPUTED = "which that of concatenated rows does not compute"
 
 
@@ -39,10 +39,12 @@ def config_of(family, **config):
         ("olmo2", {}, None),
         ("mistral", {"sliding_window": None}, None),
         ("mistral", {"sliding_window": 256}, None),
-        ("mistral", WINDOW, "attention has a sliding_window of 64 tokens, less than train.max_length"),
+        ("mistral", WINDOW, None),
+        ("mistral", CHUNKS, "attention has an attention_chunk_size of 64 tokens, less than train.max_length"),
         ("qwen3_5_text", support.HYBRID, "a row changes the logits of another one that it is concatenated with"),
         ("gpt_oss", OSS, f"attention takes s_aux, {NOT_COMPUTED}"),  # sinks
-        ("gemma2", SOFT_CAP, f"attention takes softcap, {NOT_COMPUTED}"),
+        ("gemma2", {"head_dim": 8}, f"attention takes softcap, {NOT_COMPUTED}"),
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": None}, f"attention takes softcap, {NOT_COMPUTED}"),
         ("bloom", {"n_layer": 2, "n_head": 4}, "attention cannot be replaced by that of concatenated rows"),
     ],
 )
@@ -54,7 +56,6 @@ def test_rows_are_concatenated_where_nothing_but_the_attention_mixes_tokens(fami
     "family, config, reason",
     [
         ("granite", {"logits_scaling": 4.0}, "their logits are not the product of the head and the hidden states"),
-        ("gemma2", {"head_dim": 8}, "their logits are not the product of the head and the hidden states"),
         ("bert", {}, "a token's state depends on later tokens"),
     ],
 )
@@ -131,7 +132,13 @@ def drawn(family, config, padded):
 
 @pytest.mark.parametrize(
     "family, config, padded",
-    [("gpt_neox", NEOX, False), ("gpt_neox", NEOX, True), ("qwen3_5_text", support.HYBRID, True)],
+    [
+        ("gpt_neox", NEOX, False),
+        ("gpt_neox", NEOX, True),
+        ("mistral", WINDOW, False),
+        ("gemma2", {"head_dim": 8}, True),
+        ("qwen3_5_text", support.HYBRID, True),
+    ],
 )
 def test_gradients_of_a_batch_are_those_of_its_rows_alone(family, config, padded):
     rows = rows_of((7, 23, 20, 5), isolation.VOCABULARY)

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_support as support
 
 from distill.engine import families
+from distill.model_families import trained_as
 from distill.objectives import Sft
 from distill.train.learn import attention, loss
 from distill.train.learn.attention import Rows
@@ -53,15 +56,18 @@ def assert_close(ours, theirs, bound):
         )
 
 
+@pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("block, one_pass", [(10**9, 10**9), (V * 5, 10**9), (V * 5, V * 2), (1, 1)])
-def test_a_few_rows_at_a_time_give_what_whole_logits_give(monkeypatch, block, one_pass, bias):
+def test_a_few_rows_at_a_time_give_what_whole_logits_give(monkeypatch, block, one_pass, bias, cap):
     monkeypatch.setattr(loss, "BLOCK", block)
     monkeypatch.setitem(loss.PASS, "cpu", one_pass)
     ours, theirs = tensors(bias=bias), tensors(bias=bias)
-    value = loss.linear_loss(*ours[:3], SFT.criterion(ours[3], None))[0]
+    value = loss.linear_loss(*ours[:3], SFT.criterion(ours[3], None), None, cap)[0]
     (3 * value).backward()
-    reference = F.cross_entropy(F.linear(*theirs[:3]), theirs[3], reduction="sum")
+    logits_sv = F.linear(*theirs[:3])
+    bounded_sv = logits_sv if cap is None else cap * torch.tanh(logits_sv / cap)
+    reference = F.cross_entropy(bounded_sv, theirs[3], reduction="sum")
     (3 * reference).backward()
     assert value.item() == pytest.approx(reference.item(), rel=1e-6)
     assert_close(grads(*ours[:3]), grads(*theirs[:3]), 1e-5)
@@ -130,19 +136,21 @@ def test_the_logits_are_never_all_there():
 # ---- attention
 
 
+@pytest.mark.parametrize("window", [None, 2, 4, 9])
 @pytest.mark.parametrize("lengths", [(7,), (5, 5, 5), (9, 8, 8, 3, 1), (1, 20, 2)])
-def test_attention_inside_rows_is_a_causal_block_diagonal_mask(lengths):
+def test_attention_inside_rows_is_a_causal_block_diagonal_mask(lengths, window):
     t, h, g, c = sum(lengths), 4, 2, 8
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(1, n, t, c, generator=generator).requires_grad_() for n in (h, g, g)]
     weights = torch.randn(1, t, h, c, generator=generator)
-    out, _ = attention.attend(None, *leaves, None, rows=Rows(lengths, torch.device("cpu")), scaling=0.3)
+    rows = Rows(lengths, torch.device("cpu"))
+    out, _ = attention.attend(None, *leaves, None, rows=rows, scaling=0.3, sliding_window=window)
     (out * weights).sum().backward()
     ours = grads(*leaves)
     for leaf in leaves:
         leaf.grad = None
     row_t = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    mask_tt = (row_t[:, None] == row_t) & torch.ones(t, t, dtype=torch.bool).tril()
+    mask_tt = (row_t[:, None] == row_t) & torch.ones(t, t, dtype=torch.bool).tril().triu(1 - (window or t))
     plain = F.scaled_dot_product_attention(*leaves, attn_mask=mask_tt, scale=0.3, enable_gqa=True).transpose(1, 2)
     (plain * weights).sum().backward()
     assert_close([out.detach()], [plain.detach()], 1e-5)
@@ -164,7 +172,17 @@ SHAPE = dict(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
+SLIDING, WHOLE = "sliding_attention", "full_attention"
+GEMMA4 = dict(
+    **SHAPE | {"num_hidden_layers": 5, "vocab_size_per_layer_input": 97, "initializer_range": 0.2},
+    **{"head_dim": 8, "global_head_dim": 16, "sliding_window": 5, "final_logit_softcapping": 3.0},
+    layer_types=[SLIDING, WHOLE, SLIDING, SLIDING, WHOLE],
+)
+SMALL_SIZES = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+LARGE_SIZES = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
 FAMILIES = {
+    "gemma4_text": lambda: Gemma4ForCausalLM(Gemma4TextConfig(**GEMMA4, **SMALL_SIZES)),
+    "gemma4_text-large": lambda: Gemma4ForCausalLM(Gemma4TextConfig(**GEMMA4, **LARGE_SIZES)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False)),
@@ -173,7 +191,9 @@ FAMILIES = {
 
 
 def test_every_family_that_trains_is_proved_here():
-    assert {name for name, family in families.FAMILIES.items() if family.trains} == FAMILIES.keys()
+    assert {trained_as(name) for name, family in families.FAMILIES.items() if family.trains} == {
+        name.partition("-")[0] for name in FAMILIES
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import (
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -33,7 +35,10 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+GEMMA4 = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 80, "final_logit_softcapping": 20.0}
+GEMMA4 |= {"head_dim": 8, "global_head_dim": 16, "sliding_window": 4, "pad_token_id": None}
 FAMILIES = {
+    "gemma4_text": (Gemma4ForCausalLM, Gemma4TextConfig(**SMALL, **GEMMA4)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SMALL, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=False)),
     "llama": (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=False)),

@@ -164,7 +164,7 @@ def test_a_teacher_that_cannot_be_loaded_leaves_nothing(student, tmp_path, monke
 
 def test_an_unknown_template(student, tmp_path):
     message = refused(start(tmp_path / "run", student), student, {"chat_template": "alpaca"})
-    assert "no chat template 'alpaca'" in message and "chatml, llama3" in message
+    assert "no chat template 'alpaca'" in message and "chatml, gemma, llama3" in message
 
 
 @pytest.fixture

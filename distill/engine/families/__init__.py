@@ -34,6 +34,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "deepseek_v2",
             "deepseek_v3",
             "deepseek_v32",
+            "gemma4",
+            "gemma4_text",
             "glm_moe_dsa",
             "kimi_k2",
             "llama",
@@ -59,6 +61,10 @@ def spec_of(raw: dict[str, Json], where: str = "config") -> ModelSpec:
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ValueError(f"{where}: model_type is {shown(name)}; supported are {', '.join(FAMILIES)}")
+    if family.part is not None:
+        if (section := config.section(family.part.section)) is None:
+            raise ValueError(f"{where}: '{family.part.section}' is missing; it describes the language model")
+        config = section
     _check_common(config)
     return replace(family.read(config), ue8m0=_scale_format(config) == "ue8m0")
 

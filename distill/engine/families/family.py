@@ -25,12 +25,26 @@ class Gguf:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where the language model is in a family whose files have other models beside it.
+
+    section: of config.json. tensors: how the names of its tensors begin, in place of `model.`. family: of the language
+    model alone, as which a student is trained and stored.
+    """
+
+    section: str
+    tensors: str
+    family: str
+
+
+@dataclass(frozen=True)
 class Family:
     """One family.
 
     name: `model_type` in its config.json, and `family` on a card; the name that transformers knows it by.
     read: its config → the spec. Errors: ValueError naming file and key for what the engine does not compute.
     names: of the tensors in its checkpoints.
+    part: where its files have several models, the language model's, whose section of config.json `read` is given.
     published_bytes: bytes per parameter of the weights as published: 1 for FP8, 2 for bfloat16.
     has_experts: whether most weights are experts, which are streamed when they do not fit into memory.
     trains: whether a student may be of this family: it is dense, and in transformers rows packed end to end learn what
@@ -47,3 +61,4 @@ class Family:
     trains: bool = False
     fused: bool = False
     gguf: Gguf | None = None
+    part: Part | None = None

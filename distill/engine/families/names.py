@@ -76,9 +76,23 @@ class DraftNames:
 
 
 @dataclass(frozen=True)
+class InputNames:
+    """The layers' own embeddings of a token: of the model, and below a layer what it adds of its own."""
+
+    embed: str = "model.embed_tokens_per_layer.weight"
+    project: str = "model.per_layer_model_projection"
+    norm: str = "model.per_layer_projection_norm.weight"
+    layer_gate: str = "per_layer_input_gate"
+    layer_project: str = "per_layer_projection"
+    layer_norm: str = "post_per_layer_input_norm.weight"
+
+
+@dataclass(frozen=True)
 class WeightNames:
     """All tensors of a model. layer: with the layer's number for `{}`. dense: a layer's MLP without experts.
-    computed: endings of tensors that some checkpoints carry although the config determines them."""
+    attention_post_norm, mlp_post_norm, scalar, inputs: in families that have them. computed: endings of tensors that
+    some checkpoints carry although the config determines them. beside: beginnings of tensors of other models in the
+    same files, which are not read."""
 
     embed: str = "model.embed_tokens.weight"
     norm: str = "model.norm.weight"
@@ -94,3 +108,8 @@ class WeightNames:
     moe: MoeNames = field(default_factory=MoeNames)
     draft: DraftNames = field(default_factory=DraftNames)
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    beside: tuple[str, ...] = ()
+    attention_post_norm: str = "post_attention_layernorm.weight"
+    mlp_post_norm: str = "post_feedforward_layernorm.weight"
+    scalar: str = "layer_scalar"
+    inputs: InputNames = field(default_factory=InputNames)

@@ -9,6 +9,8 @@ with the prefix in front, which is gathered once more. Padding and prefixes are 
 after, so neither needs a mask. Rejected: attention to the prefix and to the own tokens apart, joined by their
 normalisers, which saves the few scores of prompt tokens and needs twice the calls.
 
+A sliding window is torch's own on a GPU; elsewhere it is a mask over a group whose rows are longer than the window.
+
 The rows reach the layers as the keyword `rows` of the model's forward pass. There is no mask: transformers makes none
 for an implementation that it does not know.
 
@@ -31,6 +33,7 @@ from transformers import AttentionInterface
 from distill.train.learn import short
 
 NAME = "distill_rows"
+FLASH_WIDTH = 256  # channels of a head, at most, in FlashAttention
 SIMILAR = 0.8  # a group's shortest row has at least this share of its longest: below, padding costs more than a call
 
 
@@ -134,28 +137,35 @@ def attend(
     **_: object,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each row. query: [1, h, t, c]; key, value: [1, g, t, c]. Returns [1, t, h, c], and no
-    attention weights."""
+    attention weights. sliding_window: how many tokens a token attends to, itself included; None: all of its row."""
     assert attention_mask is None and query.shape[0] == 1, "rows are concatenated in one sequence"
-    assert not sliding_window or sliding_window >= rows.longest, (
-        "students with a sliding window are refused at the gate"
-    )
+    window = sliding_window if sliding_window and sliding_window < rows.longest else None
     q_thc, k_tgc, v_tgc = (x[0].transpose(0, 1) for x in (query, key, value))
     dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype
-    if query.is_cuda and dtype in (torch.bfloat16, torch.float16) and not dropout:
+    half = dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and half and not dropout and q_thc.shape[-1] <= FLASH_WIDTH:
         q_thc, k_tgc, v_tgc = (x.to(dtype) for x in (q_thc, k_tgc, v_tgc))
-        return flash(q_thc, k_tgc, v_tgc, rows, scaling)[None], None
-    return inside_rows(q_thc, k_tgc, v_tgc, rows, scaling, dropout)[None], None
+        return flash(q_thc, k_tgc, v_tgc, rows, scaling, window)[None], None
+    return inside_rows(q_thc, k_tgc, v_tgc, rows, scaling, dropout, window)[None], None
 
 
 def inside_rows(
-    q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, rows: Rows, scaling: float | None, dropout: float
+    q_thc: Tensor,
+    k_tgc: Tensor,
+    v_tgc: Tensor,
+    rows: Rows,
+    scaling: float | None,
+    dropout: float,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention inside each row, by groups of rows of similar length. Returns [t, h, c]."""
-    parts = [grouped(q_thc, k_tgc, v_tgc, group, scaling, dropout) for group in rows.groups]
+    parts = [grouped(q_thc, k_tgc, v_tgc, group, scaling, dropout, window) for group in rows.groups]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def flash(q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, rows: Rows, scaling: float | None) -> Tensor:
+def flash(
+    q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, rows: Rows, scaling: float | None, window: int | None = None
+) -> Tensor:
     """By torch's FlashAttention for sequences of different lengths. Returns [t, h, c]."""
     if (all_rows := rows.unshared) is not None:
         assert all_rows.gather is not None
@@ -166,8 +176,8 @@ def flash(q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, rows: Rows, scaling: floa
     attention = varlen_attn
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # older versions always accept grouped heads
         attention = partial(varlen_attn, enable_gqa=True)
-    causal = (-1, 0)  # all tokens to the left, none to the right
-    out_thc = attention(q_thc, k_tgc, v_tgc, at, at, longest, longest, scale=scaling, window_size=causal)
+    seen = (-1 if window is None else window - 1, 0)  # tokens to the left (-1: all), none to the right
+    out_thc = attention(q_thc, k_tgc, v_tgc, at, at, longest, longest, scale=scaling, window_size=seen)
     assert isinstance(out_thc, Tensor)
     if all_rows is None:
         return out_thc
@@ -175,7 +185,15 @@ def flash(q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, rows: Rows, scaling: floa
     return out_thc.index_select(0, all_rows.scatter)
 
 
-def grouped(q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, group: Group, scaling: float | None, dropout: float) -> Tensor:
+def grouped(
+    q_thc: Tensor,
+    k_tgc: Tensor,
+    v_tgc: Tensor,
+    group: Group,
+    scaling: float | None,
+    dropout: float,
+    window: int | None = None,
+) -> Tensor:
     """By torch's scaled dot-product attention on the group as a padded batch. Returns the group's tokens [·, h, c]."""
 
     def batch(x_thc: Tensor) -> Tensor:
@@ -183,15 +201,24 @@ def grouped(q_thc: Tensor, k_tgc: Tensor, v_tgc: Tensor, group: Group, scaling: 
         return x_thc.reshape(group.rows, group.width, *x_thc.shape[1:])
 
     q_bwhc, k_bwgc, v_bwgc = batch(q_thc), batch(k_tgc), batch(v_tgc)
-    if short.takes(q_bwhc, dropout):
+    mask_ww = None if window is None or window >= group.width else band(group.width, window, q_thc.device)
+    if mask_ww is None and short.takes(q_bwhc, dropout):
         out_thc = short.attend(q_bwhc, k_bwgc, v_bwgc, scaling or q_bwhc.shape[-1] ** -0.5).flatten(0, 1)
     else:
         q_bhwc, k_bgwc, v_bgwc = (x.transpose(1, 2) for x in (q_bwhc, k_bwgc, v_bwgc))
+        seen = {"is_causal": True} if mask_ww is None else {"attn_mask": mask_ww}
         out_bhwc = F.scaled_dot_product_attention(
-            q_bhwc, k_bgwc, v_bgwc, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+            q_bhwc, k_bgwc, v_bgwc, dropout_p=dropout, scale=scaling, enable_gqa=True, **seen
         )
         out_thc = out_bhwc.transpose(1, 2).flatten(0, 1)
     return out_thc if group.scatter is None else out_thc.index_select(0, group.scatter)
+
+
+def band(width: int, window: int, device: torch.device) -> Tensor:
+    """Whether the token of a row sees that of a column: itself and the `window - 1` before it, bool [w, w]."""
+    place_w = torch.arange(width, device=device)
+    behind_ww = place_w[:, None] - place_w
+    return (behind_ww >= 0) & (behind_ww < window)
 
 
 AttentionInterface.register(NAME, attend)

@@ -187,7 +187,8 @@ def trained_weights(task: Task, built: Built, world: World) -> dict[str, Tensor]
             if world.main:
                 gathered[name] = full.cpu() if built.adapted else full.to(dtype).cpu()
     if built.adapted is None or settings.adapter is None or not world.main:
-        return gathered
+        buffers = model.stored_buffers(built.base) if world.main else {}
+        return gathered | {name: buffer.to(dtype).cpu() for name, buffer in buffers.items()}
     adapter = adapter_tensors(gathered)
     path = task.paths.checkpoints / "adapter"
     with writing(path) as scratch:

@@ -7,6 +7,9 @@ into the gradients of hidden states and head, and discarded. All of that happens
 only scales the gradients. The three matrix products are those that any implementation needs; a fourth one, to recompute
 the logits in the backward pass, is not needed.
 
+Where a family bounds its logits, cap · tanh(logits / cap), the criterion sees the bounded ones, and their gradient is
+multiplied by that of the bound.
+
 The loss itself is a function of a block's logits (`distill.objectives.Criterion`).
 
 Rejected: blocks of the vocabulary in addition to blocks of rows. They need the logits twice, and save little memory: a
@@ -20,6 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from transformers import PretrainedConfig
 
 from distill.objectives import Criterion
 from distill.train.learn.tied import HeadGradient
@@ -35,10 +39,12 @@ def linear_loss(
     bias_v: Tensor | None,
     criterion: Criterion,
     tied: HeadGradient | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """The sums of a criterion's loss parts over the rows of `hidden_sd` through a head, float32 [parts].
 
-    tied: where the gradient by `weight_vd` is left for the embedding; None: it is returned to autograd.
+    tied: where the gradient by `weight_vd` is left for the embedding; None: it is returned to autograd. cap: the bound
+    of the logits.
 
     Only the first part has a gradient. Matrix products run in the dtype of autocast, or of the hidden states without
     it; sums over the vocabulary run in float32.
@@ -46,7 +52,18 @@ def linear_loss(
     device = hidden_sd.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_sd.dtype
     apply: Callable[..., Tensor] = _LinearLoss.apply
-    return apply(hidden_sd, weight_vd, bias_v, criterion, dtype, torch.is_grad_enabled(), tied)
+    return apply(hidden_sd, weight_vd, bias_v, criterion, dtype, torch.is_grad_enabled(), tied, cap)
+
+
+def cap_of(config: PretrainedConfig) -> float | None:
+    """The bound of the logits of a model: its logits are cap · tanh(head / cap). None: they are the head's."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return None if cap is None else float(cap)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """The bounded logits."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class _Context(FunctionCtx):
@@ -66,6 +83,7 @@ class _LinearLoss(torch.autograd.Function):
         dtype: torch.dtype,
         learning: bool,
         tied: HeadGradient | None,
+        cap: float | None,
     ) -> Tensor:
         wanted = [learning and needed for needed in ctx.needs_input_grad[:3]]
         vocabulary, device = len(weight_vd), hidden_sd.device.type
@@ -83,7 +101,7 @@ class _LinearLoss(torch.autograd.Function):
                 logits_rv = torch.mm(h_rd, w_vd.T, out=buffer[: stop - start])
                 if bias is not None:
                     logits_rv += bias
-                sums = in_passes(logits_rv, start, criterion, any(wanted))
+                sums = in_passes(logits_rv, start, criterion, any(wanted), cap)
                 total = sums if total is None else total + sums
                 if grad_h_sd is not None:
                     torch.mm(logits_rv, w_vd, out=grad_h_sd[start:stop])
@@ -110,7 +128,7 @@ class _LinearLoss(torch.autograd.Function):
             ctx.tied.put(gradients[1], scale)
             gradients[1] = None
         scaled = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in gradients]
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None, None, None
 
 
 class Sum:
@@ -155,13 +173,20 @@ def scratch(rows: int, columns: int, like: Tensor) -> Tensor:
     return kept[: rows * columns].view(rows, columns)
 
 
-def in_passes(logits_rv: Tensor, first: int, criterion: Criterion, learning: bool) -> Tensor:
+def in_passes(logits_rv: Tensor, first: int, criterion: Criterion, learning: bool, cap: float | None = None) -> Tensor:
     """The criterion's sums over a block of rows; with `learning` the logits are replaced by their gradient."""
     total: Tensor | None = None
     in_float = logits_rv.dtype == torch.float32
     for start, stop in blocks(len(logits_rv), logits_rv.shape[1], PASS[logits_rv.device.type]):
         part_rv = logits_rv[start:stop] if in_float else logits_rv[start:stop].float()
+        slope_rv = None
+        if cap is not None:
+            part_rv.div_(cap).tanh_()
+            slope_rv = 1 - part_rv.square() if learning else None
+            part_rv.mul_(cap)
         sums = criterion(part_rv, first + start, first + stop, learning)
+        if slope_rv is not None:
+            part_rv.mul_(slope_rv)
         total = sums if total is None else total + sums
         if learning and not in_float:
             logits_rv[start:stop] = part_rv

@@ -120,7 +120,15 @@ def once(function: Callable[Concatenate[PretrainedConfig, P], R]) -> Callable[Co
 
 @once
 def shape(config: PretrainedConfig) -> Shape:
-    """The sizes of a model, counted on the model itself, without memory for it."""
+    """The sizes of a model, counted on the model itself, without memory for it. Of layers that differ, a layer's size
+    is their mean, and the embeddings of each layer are counted with that of the model."""
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        model = on_meta(config, config.num_hidden_layers)
+        model.tie_weights()
+        embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+        head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        layer = (parameters(model) - embeddings - head - config.hidden_size) // config.num_hidden_layers
+        return Shape(config.num_hidden_layers, layer, embeddings, head, config.hidden_size, config.vocab_size)
     one, two = (parameters(on_meta(config, layers)) for layers in (1, 2))
     embedding = config.vocab_size * config.hidden_size
     head = 0 if config.tie_word_embeddings else embedding
@@ -149,11 +157,19 @@ def adapters(config: PretrainedConfig, adapter: Lora | Qlora) -> int:
 
 
 def on_meta(config: PretrainedConfig, layers: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model with this number of layers, its parameters on torch's meta device."""
+    """The model with this number of layers, its parameters on torch's meta device: layers as its first one, if there
+    are fewer than it has."""
     config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1] * layers
+    if layers != config.num_hidden_layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1] * layers
+        if getattr(config, "num_kv_shared_layers", None):
+            config.num_kv_shared_layers = 0
+        differences = config.to_dict().get("per_layer_config") or {}
+        if differences:  # sizes of layers that are not those of the others
+            first = next((sizes for layer, sizes in differences.items() if int(layer) == 0), None)
+            config.per_layer_config = {layer: first for layer in range(layers) if first}
     with init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention.NAME if _has_rows(config) else None

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from distill.backends import Job, SamplingParams, TrainedBackend
 from distill.backends.collect import trace_of
 from distill.hardware import trim_heap
+from distill.model_families import trained_name
 from distill.objectives import RolloutSettings
 from distill.traces.rows import rounded
 from distill.traces.trace import Trace
@@ -83,8 +84,9 @@ class StudentEngine:
 
 
 def tensors_of(model: nn.Module) -> Callable[[str], Tensor]:
-    """A function from published names to the current weights of a model, with the adapters that are beside them."""
-    parameters = dict(model.named_parameters())
+    """A function from published names to the current weights of a model, with the adapters that are beside them. A
+    student whose base has other models beside it is that base's language model alone."""
+    parameters = dict(model.named_buffers()) | dict(model.named_parameters())
     scaled = {
         name: module
         for name, module in model.named_modules()
@@ -93,6 +95,7 @@ def tensors_of(model: nn.Module) -> Callable[[str], Tensor]:
 
     @torch.no_grad()
     def tensor(name: str) -> Tensor:
+        name = trained_name(name)
         if (parameter := parameters.get(name)) is not None:
             return whole(parameter.detach())
         module_name, _, kind = name.rpartition(".")

@@ -30,7 +30,7 @@ from distill.train.rows.encode import Content, conversation
 from distill.train.rows.stored import TrainingSet
 
 CHUNK = 1 << 24  # ids examined at once
-REMEDY = "set train.chat_template to `chatml` or `llama3`, or to a training template of your own"
+REMEDY = "set train.chat_template to `chatml`, `llama3` or `gemma`, or to a training template of your own"
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ copy is examined before anything is written: the model of the same config with t
 of layer, a small vocabulary, and random weights in float32. It must hold that
 
 - a token's hidden state does not depend on later tokens, else the next token is not predicted but read;
-- the logits are the head's product with the hidden states: training applies the head by itself, in blocks, and a
-  soft cap or a scale behind it would be left out silently;
+- the logits are the head's product with the hidden states, below the soft cap of the config where there is one:
+  training applies the head by itself, in blocks, and a scale behind it would be left out silently;
 - in a padded batch, each row is what it is alone.
 
 Otherwise it is refused. Rows are concatenated only if, through the very pass of the training (`learn.forward`),
@@ -24,8 +24,9 @@ The copy has random weights because a trained or freshly made model may hide a l
 parameter is drawn. Rejected: the loaded model, which is spread over devices or not there yet when the rows are encoded
 and memory is planned, and would let ranks decide differently.
 
-What short rows cannot show is read from the config: windows and chunks of attention that are shorter than
-`train.max_length`, and rotary embeddings whose frequencies depend on the longest row of a batch.
+Sliding windows are made shorter than these rows. What short rows cannot show is read from the config: chunks of
+attention that are shorter than `train.max_length`, and rotary embeddings whose frequencies depend on the longest row of
+a batch.
 """
 
 import copy
@@ -42,13 +43,15 @@ from distill import model_families
 from distill.errors import UserError
 from distill.recipe import Training
 from distill.train.learn import attention, forward
+from distill.train.learn.loss import cap_of, capped
 from distill.train.rows.batches import Row, collate
 
 LENGTHS = (13, 9)  # tokens of the two rows: at most 16, the least `max_length`, and of two groups
 VOCABULARY = 64
 SPREAD = 3.0  # standard deviation of a product with random weights and inputs of deviation 1: caps and sinks show
 ROUNDING = 1e-3  # of the largest hidden state
-WINDOWS = ("sliding_window", "attention_chunk_size")
+WINDOW = 5  # tokens of a sliding window, at most: less than a row has
+CHUNK = "attention_chunk_size"
 # What `learn.attention` computes, and what passes through every layer and changes nothing.
 TAKEN = ("rows", "scaling", "dropout", "sliding_window")
 PASSED = ("position_ids", "use_cache", "cache_position", "past_key_values", "output_attentions", "output_hidden_states")
@@ -84,10 +87,9 @@ def sentence(config: PretrainedConfig, settings: Training) -> str | None:
 
 
 def _by_config(config: PretrainedConfig, max_length: int) -> str | None:
-    for name in WINDOWS:
-        size = getattr(config, name, None)
-        if isinstance(size, int) and size < max_length:
-            return f"attention has a {name} of {size:,} tokens, less than train.max_length"
+    size = getattr(config, CHUNK, None)
+    if isinstance(size, int) and size < max_length:
+        return f"attention has an {CHUNK} of {size:,} tokens, less than train.max_length"
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type") if isinstance(rope, dict) else None
     return f"rotary embeddings ({kind}) depend on the longest row of a batch" if kind in BY_BATCH else None
@@ -111,10 +113,10 @@ def _examine(config: PretrainedConfig) -> str | None:
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise UserError(f"models of type {kind!r} cannot be trained: their head is not one linear layer")
-        if not _close(head(alone[0]), logits_tv):
+        if not _close(capped(head(alone[0]), cap_of(model.config)), logits_tv):
             raise UserError(
                 f"models of type {kind!r} cannot be trained: their logits are not the product of the head and the "
-                f"hidden states (a soft cap or a scale follows), which training assumes"
+                f"hidden states, nor that below a soft cap (a scale follows), which training assumes"
             )
         padded = _together(model, a, b, padded=True)
         if not all(map(_close, padded, alone)):
@@ -162,9 +164,10 @@ def small(config: PretrainedConfig) -> PreTrainedModel:
     config.vocab_size = VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)
-    for name in WINDOWS:
-        if getattr(config, name, None):  # what short rows cannot show is read from the config
-            setattr(config, name, max(getattr(config, name), 2 * max(LENGTHS)))
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = min(config.sliding_window, WINDOW)
+    if getattr(config, CHUNK, None):  # what short rows cannot show is read from the config
+        setattr(config, CHUNK, max(getattr(config, CHUNK), 2 * max(LENGTHS)))
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():

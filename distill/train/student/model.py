@@ -11,6 +11,7 @@ another name and renamed.
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -55,12 +56,13 @@ def inspect(model_dir: Path, settings: Train) -> Limits:
     if problem := model_files.first_problem(model_dir):
         raise UserError(problem)
     shapes: dict[str, list[int]] = {}
-    where: dict[str, Path] = {}
+    where: dict[str, tuple[Path, str]] = {}  # by the name that it has in the student: file and name
     for path in weight_files(model_dir):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  not a dict
-                    shapes[name], where[name] = file.get_slice(name).get_shape(), path
+                for stored in file.keys():  # noqa: SIM118  not a dict
+                    name = model_families.trained_name(stored)
+                    shapes[name], where[name] = file.get_slice(stored).get_shape(), (path, stored)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
     config = configuration(model_dir, settings)
@@ -73,7 +75,7 @@ def inspect(model_dir: Path, settings: Train) -> Limits:
         model = empty(model_dir, settings, torch.bfloat16)
     except Exception as error:  # whatever the wrong value leads to inside transformers
         raise UserError(f"{model_dir}/config.json describes no model that can be built: {_reason(error)}") from error
-    expected = {name: list(p.shape) for name, p in model.named_parameters()}
+    expected = {name: list(tensor.shape) for name, tensor in stored_tensors(model).items()}
     for problem, names in (
         ("are missing", [name for name in expected if name not in shapes]),
         ("have another shape", [name for name in expected if name in shapes and expected[name] != shapes[name]]),
@@ -82,7 +84,7 @@ def inspect(model_dir: Path, settings: Train) -> Limits:
             listed = ", ".join(sorted(names)[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
             raise UserError(f"{model_dir}: weights that config.json expects {problem}: {listed}; download them again")
     if config.tie_word_embeddings and HEAD in where and EMBEDDING in where:
-        refuse_another_head(where[HEAD], where[EMBEDDING])
+        refuse_another_head(*where[HEAD], *where[EMBEDDING])
     return Limits(config.vocab_size, context)
 
 
@@ -97,20 +99,20 @@ def weight_files(model_dir: Path) -> list[Path]:
     return files
 
 
-def refuse_another_head(head: Path, embedding: Path) -> None:
+def refuse_another_head(head: Path, head_name: str, embedding: Path, embedding_name: str) -> None:
     """A head in the file that differs from the embedding it is tied to: programs disagree about which one counts.
 
     Errors: UserError.
     """
     with safe_open(head, framework="pt") as first, safe_open(embedding, framework="pt") as second:
-        heads, embeddings = first.get_slice(HEAD), second.get_slice(EMBEDDING)
+        heads, embeddings = first.get_slice(head_name), second.get_slice(embedding_name)
         rows, width = heads.get_shape()
         step = max(1, COMPARED // (4 * width))
         if [rows, width] != embeddings.get_shape() or not all(
             torch.equal(heads[i : i + step], embeddings[i : i + step]) for i in range(0, rows, step)
         ):
             raise UserError(
-                f"{head} has {HEAD} with values other than {EMBEDDING}, although config.json ties them: set "
+                f"{head} has {head_name} with values other than {embedding_name}, although config.json ties them: set "
                 f"tie_word_embeddings to false in {head.parent / 'config.json'} to use it, or remove the tensor"
             )
 
@@ -121,6 +123,8 @@ def configuration(model_dir: Path, settings: Train) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(model_dir)
     except Exception as error:  # whatever the wrong value leads to inside transformers
         raise UserError(f"{model_dir}/config.json cannot be used: {_reason(error)}") from error
+    if (section := model_families.section(config.model_type)) is not None:
+        config = getattr(config, section)
     if model_families.in_engine(config.model_type) and getattr(config, "use_sliding_window", False):
         raise UserError(
             f"{model_dir}/config.json has use_sliding_window, which training does not support; set it to false if no "
@@ -149,7 +153,12 @@ def as_trained(base: Model, settings: Train) -> Iterator[Model]:
         for file in base.directory.iterdir():
             if file.name != "config.json":
                 (Path(scratch) / file.name).symlink_to(file.resolve())
-        configuration(base.directory, settings).save_pretrained(scratch)
+        config = configuration(base.directory, settings)
+        whole = AutoConfig.from_pretrained(base.directory)
+        if (section := model_families.section(whole.model_type)) is not None:
+            setattr(whole, section, config)
+            config = whole
+        config.save_pretrained(scratch)
         yield replace(base, place=Path(scratch))
 
 
@@ -171,12 +180,28 @@ def load(model_dir: Path, settings: Train, dtype: torch.dtype, quantization: obj
         attn_implementation=isolation.implementation(config, settings),
         output_loading_info=True,
         ignore_mismatched_sizes=True,
+        key_mapping={f"^{re.escape(beginning)}": "model." for beginning in model_families.beginnings()},
     )
     assert not report["missing_keys"] and not report["mismatched_keys"], "`inspect` checks the files first"
-    refuse_not_finite(model_dir, model.named_parameters())
+    refuse_not_finite(model_dir, stored_tensors(model).items())
     if quantization is not None:
         methods.keep_4_bit_layout(model)
     return trainable(model)
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What the weight files of a model hold: its parameters, and the buffers that its config does not determine."""
+    return dict(model.named_parameters()) | stored_buffers(model)
+
+
+def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers among the `stored_tensors`."""
+    return {
+        f"{at}.{name}" if at else name: buffer
+        for at, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def refuse_not_finite(model_dir: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -205,7 +230,7 @@ def fill(model: PreTrainedModel, model_dir: Path) -> None:
     """
     tensors = {
         name.replace(".base_layer.", "."): p.detach()  # PEFT's name of a layer with adapters
-        for name, p in model.named_parameters()
+        for name, p in stored_tensors(model).items()
         if ".lora_" not in name
     }
     stored = model_files.shapes(model_dir) or {}
@@ -226,11 +251,13 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def trainable(model: PreTrainedModel) -> PreTrainedModel:
-    """Give every row of the embedding a gradient, and the layers their fused form.
+    """Give every row of the embeddings a gradient, and the layers their fused form.
 
     torch skips the padding row, whose id may be a real token's.
     """
-    model.get_input_embeddings().padding_idx = None
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
     fused.install(model)
     return model
 
