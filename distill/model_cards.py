@@ -66,7 +66,7 @@ def _stamp(directory: Path) -> tuple[int, ...]:
 def _made(model: type[C], directory: Path, stamp: tuple[int, ...]) -> C:
     model_files.model_directory(str(directory))
     config_file = directory / "config.json"
-    config = model_files.read_object(config_file)
+    config = model_families.language_model(model_files.read_object(config_file))
     family, families = config.get("model_type"), model_families.STUDENTS if model is StudentCard else list(FAMILIES)
     if family not in families and not model_families.in_transformers(family):
         what = "trained" if model is StudentCard else "read"
@@ -146,7 +146,7 @@ def refuse_another_model(card: TeacherCard | StudentCard, card_file: Path, direc
 def doubts(card: TeacherCard | StudentCard, directory: Path, config: Mapping[str, object]) -> list[str]:
     """Notes about a card whose context or parameters are not those of its model."""
     notes = []
-    longest = config.get("max_position_embeddings")
+    longest = model_families.language_model(dict(config)).get("max_position_embeddings")
     if isinstance(longest, int) and card.context > longest:
         notes.append(f"context is {card.context:,}, and max_position_embeddings {longest:,} in its config.json")
     if isinstance(card, StudentCard):

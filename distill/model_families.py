@@ -36,7 +36,7 @@ def is_trained(name: object) -> bool:
     return name in STUDENTS or in_transformers(name)
 
 
-def published_bytes(name: str) -> int:
+def published_bytes(name: str) -> float:
     """Bytes per parameter of the weights as a family publishes them."""
     return FAMILIES[name].published_bytes if name in FAMILIES else BFLOAT16
 
@@ -51,6 +51,14 @@ def falls_back(directory: Path) -> bool:
     that cannot be read: the engine names what is wrong with it."""
     config = directory / "config.json"
     return config.is_file() and in_transformers(model_files.read_object(config).get("model_type"))
+
+
+def language_model(config: dict[str, object]) -> dict[str, object]:
+    """A config.json with the keys of its language model at the top, where the engine reads that part alone."""
+    family = config.get("model_type")
+    section = FAMILIES[family].section if isinstance(family, str) and family in FAMILIES else None
+    part = config.get(section) if section else None
+    return config | part | {"model_type": family} if isinstance(part, dict) else config
 
 
 def composite(config: dict[str, object]) -> str | None:

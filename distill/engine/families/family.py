@@ -31,6 +31,9 @@ class Family:
     name: `model_type` in its config.json, and `family` on a card; the name that transformers knows it by.
     read: its config → the spec. Errors: ValueError naming file and key for what the engine does not compute.
     names: of the tensors in its checkpoints.
+    section: the object in config.json that describes the language model, where it is one of several models.
+    split: the pattern by which a tiktoken.model's text is split before it is encoded, in Oniguruma's syntax; None where
+    a tokenizer.json is published.
     published_bytes: bytes per parameter of the weights as published: 1 for FP8, 2 for bfloat16.
     has_experts: whether most weights are experts, which are streamed when they do not fit into memory.
     trains: whether a student may be of this family: it is dense, and in transformers rows packed end to end learn what
@@ -42,7 +45,9 @@ class Family:
     name: str
     read: Callable[[Config], ModelSpec]
     names: WeightNames = field(default_factory=WeightNames)
-    published_bytes: int = 2
+    section: str | None = None
+    split: str | None = None
+    published_bytes: float = 2
     has_experts: bool = False
     trains: bool = False
     fused: bool = False

@@ -78,7 +78,8 @@ class DraftNames:
 @dataclass(frozen=True)
 class WeightNames:
     """All tensors of a model. layer: with the layer's number for `{}`. dense: a layer's MLP without experts.
-    computed: endings of tensors that some checkpoints carry although the config determines them."""
+    computed: endings of tensors that some checkpoints carry although the config determines them. beside: beginnings of
+    tensors of other models in the same files, which are not read."""
 
     embed: str = "model.embed_tokens.weight"
     norm: str = "model.norm.weight"
@@ -94,3 +95,4 @@ class WeightNames:
     moe: MoeNames = field(default_factory=MoeNames)
     draft: DraftNames = field(default_factory=DraftNames)
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    beside: tuple[str, ...] = ()
