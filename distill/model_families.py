@@ -61,6 +61,11 @@ def language_model(config: dict[str, object]) -> dict[str, object]:
     return config | part | {"model_type": family} if isinstance(part, dict) else config
 
 
+def text_split(name: object) -> tuple[str, ...]:
+    """The alternatives of the pattern by which a family's tiktoken.model splits text; none without such a file."""
+    return FAMILIES[name].split if isinstance(name, str) and name in FAMILIES else ()
+
+
 def composite(config: dict[str, object]) -> str | None:
     """The section by which a config.json describes several models, such as language and vision; None for one model."""
     return next((part for part in PARTS if isinstance(config.get(part), dict)), None)

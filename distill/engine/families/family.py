@@ -32,8 +32,8 @@ class Family:
     read: its config → the spec. Errors: ValueError naming file and key for what the engine does not compute.
     names: of the tensors in its checkpoints.
     section: the object in config.json that describes the language model, where it is one of several models.
-    split: the pattern by which a tiktoken.model's text is split before it is encoded, in Oniguruma's syntax; None where
-    a tokenizer.json is published.
+    split: where a tiktoken.model is published and no tokenizer.json, the alternatives of the pattern by which text is
+    split before it is encoded.
     published_bytes: bytes per parameter of the weights as published: 1 for FP8, 2 for bfloat16.
     has_experts: whether most weights are experts, which are streamed when they do not fit into memory.
     trains: whether a student may be of this family: it is dense, and in transformers rows packed end to end learn what
@@ -46,7 +46,7 @@ class Family:
     read: Callable[[Config], ModelSpec]
     names: WeightNames = field(default_factory=WeightNames)
     section: str | None = None
-    split: str | None = None
+    split: tuple[str, ...] = ()
     published_bytes: float = 2
     has_experts: bool = False
     trains: bool = False
