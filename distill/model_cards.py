@@ -147,7 +147,7 @@ def refuse_another_model(card: TeacherCard | StudentCard, card_file: Path, direc
 def doubts(card: TeacherCard | StudentCard, directory: Path, config: Mapping[str, object]) -> list[str]:
     """Notes about a card whose context or parameters are not those of its model."""
     notes = []
-    longest = config.get("max_position_embeddings")
+    longest = model_families.language_section(dict(config)).get("max_position_embeddings")
     if isinstance(longest, int) and card.context > longest:
         notes.append(f"context is {card.context:,}, and max_position_embeddings {longest:,} in its config.json")
     if isinstance(card, StudentCard):

@@ -36,7 +36,7 @@ def is_trained(name: object) -> bool:
     return name in STUDENTS or in_transformers(name)
 
 
-def published_bytes(name: str) -> int:
+def published_bytes(name: str) -> float:
     """Bytes per parameter of the weights as a family publishes them."""
     return FAMILIES[name].published_bytes if name in FAMILIES else BFLOAT16
 
@@ -60,9 +60,10 @@ def section(name: str) -> str | None:
 
 
 def language_section(config: dict[str, object]) -> dict[str, object]:
-    """What a config.json says of the language model: a section, or in most families the whole."""
+    """What a config.json says of the language model: in most families the whole; else a section, and the whole where
+    that says nothing."""
     values = config.get(section(str(config.get("model_type"))) or "")
-    return {**values, "model_type": config["model_type"]} if isinstance(values, dict) else config
+    return config | values | {"model_type": config["model_type"]} if isinstance(values, dict) else config
 
 
 def trained_as(name: str) -> str:
@@ -73,13 +74,18 @@ def trained_as(name: str) -> str:
 
 def beginnings() -> list[str]:
     """How published tensors begin that are called `model.…` in the language model alone, which is trained."""
-    return [family.part.tensors for family in FAMILIES.values() if family.part is not None]
+    return [family.part.tensors for family in FAMILIES.values() if family.trains and family.part is not None]
 
 
 def trained_name(tensor: str) -> str:
     """The name that a published tensor has in the language model alone."""
     beginning = next(filter(tensor.startswith, beginnings()), None)
     return tensor if beginning is None else "model." + tensor.removeprefix(beginning)
+
+
+def text_split(name: object) -> tuple[str, ...]:
+    """The alternatives of the pattern by which a family's tiktoken.model splits text; none without such a file."""
+    return FAMILIES[name].split if isinstance(name, str) and name in FAMILIES else ()
 
 
 def composite(config: dict[str, object]) -> str | None:

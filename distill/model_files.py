@@ -23,6 +23,8 @@ HUB_FILES = (*TOKENIZER_FILES, "*.safetensors")  # what is read here
 INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs"
 POINTER_BYTES = 1024  # a pointer is smaller
+CODES = {"I32": 8, "U8": 2, "I8": 2}  # of four bits, in an element of a weight
+BESIDE_CODES = ("weight_scale", "weight_shape", "weight_scale_2", "weight_global_scale", "input_scale")
 HEADER_BYTES = 100 << 20  # of a safetensors file; the format's own limit
 
 
@@ -108,14 +110,21 @@ def read_object(file: Path) -> dict[str, object]:
 
 
 def shapes(directory: Path) -> dict[str, int] | None:
-    """Tensor → number of its elements, from the headers of the .safetensors files; None where one cannot be read."""
+    """Tensor → number of its elements, from the headers of the .safetensors files; None where one cannot be read.
+
+    Of codes of four bits, which share an element, the codes are counted, and their scales and shapes are left out.
+    """
     sizes: dict[str, int] = {}
     for path in directory.glob("*.safetensors"):
         try:
             with path.open("rb") as file:
                 (size,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(size)) if size <= HEADER_BYTES else {}
-            sizes |= {name: prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
+            sizes |= {
+                name: prod(tensor["shape"]) * CODES.get(tensor["dtype"], 1)
+                for name, tensor in header.items()
+                if name != "__metadata__" and not name.endswith(BESIDE_CODES)
+            }
         except (ValueError, KeyError, TypeError, AttributeError, struct.error):
             return None  # damaged: the engine names it
     return sizes

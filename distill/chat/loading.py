@@ -13,10 +13,13 @@ have another. So the day is fixed, at the one that these templates name where th
 """
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from distill import model_families
+from distill.chat import ranks
 from distill.errors import UserError
 from distill.limits import TEMPLATE_BYTES
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Ids and their bytes, and nothing else. transformers would read it with the split of another model (with tiktoken
-# installed), and encode some texts to other ids than the model was trained on, silently.
+# installed), and encode some texts to other ids than the model was trained on, silently: see ranks.py.
 TIKTOKEN = "tiktoken.model"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", TIKTOKEN)
 TEMPLATES = {  # built-in training template → the tokens that it needs
@@ -45,11 +48,6 @@ def load_tokenizer(model_dir: Path) -> "PreTrainedTokenizerBase":
     vocabulary = next((model_dir / name for name in VOCABULARIES if (model_dir / name).is_file()), None)
     if vocabulary is None:  # transformers would make an empty tokenizer
         raise UserError(f"no usable tokenizer in {model_dir}: {VOCABULARIES[0]} is missing; download it again")
-    if vocabulary.name == TIKTOKEN:
-        raise UserError(
-            f"no usable tokenizer in {model_dir}: {TIKTOKEN} does not say how text is split before it is encoded, and "
-            f"the code beside it, which does, is not run; put the tokenizer.json of a converted copy beside it"
-        )
     with vocabulary.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(f"{vocabulary} is a Git LFS pointer, not the file: run `git lfs pull` in {model_dir}")
@@ -59,14 +57,37 @@ def load_tokenizer(model_dir: Path) -> "PreTrainedTokenizerBase":
             raise UserError(
                 f"{model_dir / 'tokenizer_config.json'}: {name} is {json.dumps(settings[name])[:60]}; it should be text"
             )
+    if vocabulary.name == TIKTOKEN:
+        return _converted(vocabulary, settings)
     loader = PreTrainedTokenizerFast if "auto_map" in settings else AutoTokenizer
+    return _loaded(loader, model_dir)
+
+
+def _converted(ranks_file: Path, settings: dict[str, object]) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a tiktoken.model. Errors: UserError for a family whose pattern is not known."""
+    from transformers import PreTrainedTokenizerFast
+
+    model_dir = ranks_file.parent
+    split = model_families.text_split(read_settings(model_dir / "config.json").get("model_type"))
+    if not split:
+        raise UserError(
+            f"no usable tokenizer in {model_dir}: {TIKTOKEN} does not say how text is split before it is encoded, and "
+            f"the code beside it, which does, is not run; put the tokenizer.json of a converted copy beside it"
+        )
+    with tempfile.TemporaryDirectory() as directory:
+        ranks.convert(ranks_file, split, settings, Path(directory))
+        return _loaded(PreTrainedTokenizerFast, Path(directory), model_dir)
+
+
+def _loaded(loader: Any, directory: Path, model_dir: Path | None = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer that a class of transformers reads from a directory. model_dir: the one to name in errors."""
     try:
-        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(model_dir, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain `Exception`, transformers what the wrong value leads to
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"no usable tokenizer in {model_dir}: {reason}; its tokenizer files are damaged or made by another version "
-            f"of the tokenizers library: download them again, or upgrade transformers"
+            f"no usable tokenizer in {model_dir or directory}: {reason}; its tokenizer files are damaged or made by "
+            f"another version of the tokenizers library: download them again, or upgrade transformers"
         ) from error
     return tokenizer
 

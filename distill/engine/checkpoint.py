@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,13 @@ STORED = {
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
-_SCALE_ONLY = torch.float8_e8m0fnu
+NUMBERS = ("F32", "BF16", "F16", "F8_E4M3")  # what a tensor is that nothing else is asked of
+_SCALES = (*NUMBERS, "F8_E8M0")
 _READ_AHEAD = 128 << 10  # bytes of one request: operating systems cut larger ones off
 
 
@@ -117,15 +122,26 @@ class Checkpoint:
         """File and tensor, as messages begin."""
         return f"{self._file_of[name].path}: tensor {name}"
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor as stored, a view of the mapped file."""
+    def form(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """The dtype of a tensor, as files name it, and its shape."""
         if name not in self._file_of:
             raise ValueError(f"{self.model_dir}: tensor {name} is missing; config.json and weights do not match")
-        self._read.add(name)
-        file = self._file_of[name]
-        entry = file.entries.get(name)
+        entry = self._file_of[name].entries.get(name)
         if entry is None:
             raise ValueError(f"{self.where(name)} cannot be read: the file does not hold it; download the file again")
+        return entry.dtype, entry.shape
+
+    def leave(self, name: str) -> None:
+        """Note that a tensor has a place in the model, and need not be read."""
+        self._read.add(name)
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtypes: Collection[str] | None = None) -> Tensor:
+        """The tensor as stored, a view of the mapped file. dtypes: those accepted, as files name them; by default those
+        of numbers."""
+        self.form(name)
+        self._read.add(name)
+        file = self._file_of[name]
+        entry = file.entries[name]
         if entry.shape != shape:
             raise ValueError(
                 f"{self.where(name)} has shape {list(entry.shape)}, config.json makes it {list(shape)}; "
@@ -134,8 +150,13 @@ class Checkpoint:
         dtype = STORED.get(entry.dtype)
         if dtype and entry.begin % dtype.itemsize:
             raise ValueError(f"{self.where(name)} is not aligned; write the file anew with the safetensors library")
-        if dtype is None or (dtype == _SCALE_ONLY and not name.endswith("_scale_inv")):
-            raise ValueError(f"{self.where(name)} is {entry.dtype}; supported are F32, BF16, F16 and F8_E4M3")
+        if dtypes is None:
+            dtypes = _SCALES if name.endswith("_scale_inv") else NUMBERS
+        if entry.dtype not in dtypes:
+            *first, last = dtypes if dtypes is not _SCALES else NUMBERS
+            raise ValueError(
+                f"{self.where(name)} is {entry.dtype}; supported are {', '.join(first)}{' and ' if first else ''}{last}"
+            )
         return file.tensor(name)
 
     def place(self, name: str) -> Place:

@@ -4,8 +4,8 @@ Names are data (`families/names.py`). Every tensor's shape is checked against th
 does not account for is an error: a bias or norm that is left out gives a model that is subtly wrong rather than one
 that fails.
 
-FP8 is decided tensor by tensor, from the dtype and the presence of a scale, never from a list or from the config. A
-matrix goes from the mapped file straight to the kernels' `pack`, which keeps it in the form that they read. Experts
+FP8 and four bits (packed.py) are decided tensor by tensor, from dtypes and names, never from a list or from the config.
+A matrix goes from the mapped file straight to the kernels' `pack`, which keeps it in the form that they read. Experts
 come last, when it is known how much memory is left for them.
 
 Deliberately not read: the layer past `num_layers` unless drafts are asked for (multi-token prediction; it does not
@@ -20,7 +20,7 @@ Legend: n outputs, c inputs or hidden, f expert width, d head width.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,8 +30,10 @@ from distill.engine.checkpoint import Checkpoint
 from distill.engine.families import FAMILIES
 from distill.engine.families.names import WeightNames
 from distill.engine.kernels import Ops
+from distill.engine.kernels.four_bit import FourBit
 from distill.engine.kernels.ops import ExpertBank, Packed
-from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Fp8, Plain, Stored, all_finite
+from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Fp8, Place, Plain, Stored, all_finite
+from distill.engine.packed import read_four_bit, scale_of
 from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 from distill.engine.weights import (
     DraftWeights,
@@ -212,11 +214,13 @@ def _mlp(reader: _Reader, at: str, c: int, f: int, bias: bool = False) -> MlpWei
 
 def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
     names, c, f = reader.names.moe, spec.hidden_size, dims.intermediate_size
-    bank = reader.ops.expert_bank(dims.num_experts, reader.dtype)
+    like = reader.matrix(reader.expert_names(at, 0)[0], f, c)
+    bank = reader.ops.expert_bank(dims.num_experts, reader.dtype, like)
     for index in range(dims.num_experts):
-        gate, up, down = reader.expert_names(at, index)
+        gate, up, down = parts = reader.expert_names(at, index)
         expert = reader.matrix(gate, f, c), reader.matrix(up, f, c), reader.matrix(down, c, f)
-        bank.lend(expert, tuple(map(reader.checkpoint.place, (gate, up, down))))
+        reader.refuse_mixed(parts, expert, like)
+        bank.lend(expert, tuple(map(reader.place, parts)))
     if reader.settles_at_once:
         reader.settle(at, bank, None)
     else:
@@ -249,9 +253,15 @@ class _Reader:
     ) -> None:
         self.checkpoint, self.names, self.ops = checkpoint, names, ops
         self.dtype, self.ue8m0, self.settles_at_once = dtype, ue8m0, settles_at_once
-        self.stored = ""
+        self._plain = ""  # the dtype of the first matrix that is not quantised
+        self.forms: dict[str, None] = {}  # of those that are
         self.banks: list[tuple[str, ExpertBank[object]]] = []  # by layer, with how its tensors' names begin
         self.held: dict[str, Held] = {}
+
+    @property
+    def stored(self) -> str:
+        """See ModelWeights."""
+        return ", ".join(sorted(self.forms)) or self._plain
 
     def hold(self, name: str, shape: tuple[int, ...]) -> Held:
         """The entry in `held` of a published tensor."""
@@ -275,20 +285,37 @@ class _Reader:
     def pack(self, matrix: Stored, name: str) -> Packed:
         """The matrix as the kernels read it. Errors: ValueError where its numbers are damaged."""
         try:
-            packed = self.ops.pack(matrix, self.dtype, self.checkpoint.place(name))
+            packed = self.ops.pack(matrix, self.dtype, self.place(name))
         except Damaged as damage:
             raise self._damaged(name, damage) from None
-        if matrix.scale is None:  # codes are arranged again by `beside`, and must not be kept twice
+        if not matrix.quantised:  # codes are arranged again by `beside`, and must not be kept twice
             self.hold(name, matrix.shape).matrices.append(packed)
         return packed
 
+    def place(self, name: str) -> Place:
+        """Where the numbers or codes of a matrix are in their file."""
+        packed = name + "_packed"
+        return self.checkpoint.place(packed if packed in self.checkpoint else name)
+
+    def refuse_mixed(self, names: Sequence[str], expert: Sequence[Stored], like: Stored) -> None:
+        """Errors: ValueError for an expert that is stored in four bits where another one is not, or in another form."""
+        for name, matrix in zip(names, expert, strict=True):
+            if _four_bits(matrix) != _four_bits(like):
+                raise ValueError(
+                    f"{self.checkpoint.model_dir}: tensor {name} is stored in another form than the other experts of "
+                    "its layer, which is not supported; use a checkpoint that quantises all of them alike"
+                )
+
     def matrix(self, name: str, n: int, c: int) -> Stored:
-        """[n, c] as stored, FP8 with its scale. Its numbers are checked when it is packed."""
+        """[n, c] as stored, codes with their scales. Its numbers are checked when it is packed."""
+        if four_bit := read_four_bit(self.checkpoint, name, n, c):
+            self.forms.setdefault(four_bit.name)
+            return four_bit
         weight_nc = self.checkpoint.tensor(name, (n, c))
         if weight_nc.dtype != torch.float8_e4m3fn:
-            self.stored = self.stored or _name(weight_nc.dtype)
+            self._plain = self._plain or _name(weight_nc.dtype)
             return Plain(weight_nc)
-        self.stored = f"fp8-e4m3 block {FP8_BLOCK}"
+        self.forms.setdefault(f"fp8-e4m3 block {FP8_BLOCK}")
         scale = name + "_scale_inv"
         if scale not in self.checkpoint:
             raise ValueError(
@@ -323,7 +350,7 @@ class _Reader:
                 f"{self.checkpoint.where(name)} holds numbers that are not finite (NaN or infinity); the file is "
                 "damaged, or its training diverged: download it again or use another checkpoint"
             )
-        where = self.checkpoint.where(name + "_scale_inv")
+        where = self.checkpoint.where(scale_of(self.checkpoint, name))
         return ValueError(f"{where} is not finite and positive; the file is damaged, download it again")
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -381,6 +408,10 @@ class _Reader:
                 f"{self.checkpoint.where(head)} differs from {embed}, and config.json ties them; set "
                 "tie_word_embeddings to false there if the model was trained with both, else remove this tensor"
             )
+
+
+def _four_bits(matrix: Stored) -> str | None:
+    return matrix.name if isinstance(matrix, FourBit) else None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -46,9 +46,10 @@ def refuse_update(model: Model, queued: int) -> None:
     if not FAMILIES[model.spec.family].trains:
         trained = ", ".join(name for name, family in FAMILIES.items() if family.trains)
         raise ValueError(f"weights of the family {model.spec.family} cannot be updated; only dense ones can: {trained}")
-    if model.weights.stored.startswith("fp8"):
+    if not model.weights.stored.startswith(("float", "bfloat")):
+        form = "FP8" if model.weights.stored.startswith("fp8") else "quantised"
         raise ValueError(
-            "the model was loaded from FP8 weights, which cannot be updated; load it from bfloat16 or float32 ones"
+            f"the model was loaded from {form} weights, which cannot be updated; load it from bfloat16 or float32 ones"
         )
 
 

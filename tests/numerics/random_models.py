@@ -43,6 +43,12 @@ class KimiK2Config(DeepseekV3Config):
     model_type = "kimi_k2"
 
 
+class KimiK25Config(DeepseekV3Config):
+    """The text part, which transformers computes as DeepSeek-V3."""
+
+    model_type = "kimi_k25"
+
+
 FAMILIES = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
@@ -50,6 +56,7 @@ FAMILIES = {
     "gemma4_text": (Gemma4TextConfig, Gemma4ForCausalLM),
     "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
     "kimi_k2": (KimiK2Config, DeepseekV3ForCausalLM),
+    "kimi_k25": (KimiK25Config, DeepseekV3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distill.engine.kernels import gpu_gemm, gpu_moe, gpu_rows, reference, w8a8
+from distill.engine.kernels.four_bit import INT4_VALUES, FourBit
 from distill.engine.kernels.gpu_tiles import Tile
 from distill.engine.kernels.stored import Damaged, Plain
 
@@ -122,6 +123,18 @@ def test_damaged_experts_are_named(what: str, resident: int) -> None:
     with pytest.raises(Damaged) as damage:
         bank.settle(resident)
     assert (damage.value.what, damage.value.expert, damage.value.part) == (what, 2, 1)
+
+
+@pytest.mark.parametrize("resident", [0, 2])
+def test_experts_in_four_bits_are_decoded_when_they_are_loaded(resident: int) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(64).view(256, 64)  # [256, 128]
+    matrix = FourBit(codes, torch.full((256, 4), 0.3).bfloat16(), INT4_VALUES)
+    banks = [gpu.expert_bank(2, torch.bfloat16, form) for form in (matrix, Plain(matrix.dense(torch.bfloat16)))]
+    for bank, form in zip(banks, (matrix, Plain(matrix.dense(torch.bfloat16))), strict=True):
+        for _ in range(2):
+            bank.lend((form.rows(0, 128), form.rows(128, 256), form.rows(5, 133)))
+        bank.settle(resident)
+    assert torch.equal(banks[0]._here, banks[1]._here) and torch.equal(banks[0]._there, banks[1]._there)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from distill.engine.config import WIDEST, Config, Json, read_json, shown
 from distill.engine.families.family import Family
+from distill.engine.families.quantization import scale_format
 from distill.engine.spec import ModelSpec
 
 
@@ -38,6 +39,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "gemma4_text",
             "glm_moe_dsa",
             "kimi_k2",
+            "kimi_k25",
             "llama",
             "qwen2",
             "qwen3",
@@ -61,12 +63,20 @@ def spec_of(raw: dict[str, Json], where: str = "config") -> ModelSpec:
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ValueError(f"{where}: model_type is {shown(name)}; supported are {', '.join(FAMILIES)}")
-    if family.part is not None:
-        if (section := config.section(family.part.section)) is None:
-            raise ValueError(f"{where}: '{family.part.section}' is missing; it describes the language model")
-        config = section
+    config = _language_model(config, family)
     _check_common(config)
-    return replace(family.read(config), ue8m0=_scale_format(config) == "ue8m0")
+    return replace(family.read(config), ue8m0=scale_format(config) == "ue8m0")
+
+
+def _language_model(config: Config, family: Family) -> Config:
+    """The part of a config that describes the language model. What is said once for all parts counts for it, too."""
+    if family.part is None:
+        return config
+    part = config.section(family.part.section)
+    if part is None:
+        raise ValueError(f"{config.where}: '{family.part.section}' is missing; it describes the language model")
+    shared = {key: config.raw[key] for key in ("quantization_config", "tie_word_embeddings") if config.has(key)}
+    return Config(shared | {key: value for key, value in part.raw.items() if value is not None}, part.where)
 
 
 def _check_common(config: Config) -> None:
@@ -86,17 +96,3 @@ def _check_common(config: Config) -> None:
         raise ValueError(f"{config.where}: 'layer_types' has {len(layers)} entries, not one for each layer")
     for key in ("initializer_range", "attention_dropout"):
         config.float(key, 0.0, least=0)
-
-
-def _scale_format(config: Config) -> str | None:
-    """How the scales of FP8 weights are given; None for weights that are not quantised."""
-    quantised = config.section("quantization_config")
-    if quantised is None:
-        return None
-    if (method := quantised.raw.get("quant_method")) != "fp8":
-        raise ValueError(
-            f"{quantised.where}: weights are quantised by {shown(method)}; only 'fp8' (DeepSeek's 128x128 blocks) is "
-            "supported, so use the unquantised or the FP8 checkpoint"
-        )
-    quantised.only("scale_fmt", ("ue8m0", "float"))
-    return quantised.text("scale_fmt", "float")

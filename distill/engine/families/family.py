@@ -45,6 +45,8 @@ class Family:
     read: its config → the spec. Errors: ValueError naming file and key for what the engine does not compute.
     names: of the tensors in its checkpoints.
     part: where its files have several models, the language model's, whose section of config.json `read` is given.
+    split: where a tiktoken.model is published and no tokenizer.json, the alternatives of the pattern by which text is
+    split before it is encoded.
     published_bytes: bytes per parameter of the weights as published: 1 for FP8, 2 for bfloat16.
     has_experts: whether most weights are experts, which are streamed when they do not fit into memory.
     trains: whether a student may be of this family: it is dense, and in transformers rows packed end to end learn what
@@ -56,7 +58,8 @@ class Family:
     name: str
     read: Callable[[Config], ModelSpec]
     names: WeightNames = field(default_factory=WeightNames)
-    published_bytes: int = 2
+    split: tuple[str, ...] = ()
+    published_bytes: float = 2
     has_experts: bool = False
     trains: bool = False
     fused: bool = False

@@ -19,16 +19,19 @@ from distill.engine.kernels.ops import Ops as Ops
 if TYPE_CHECKING:  # each module has the ops of a column, with the signatures of the protocol
     from torch import Tensor
 
-    from distill.engine.kernels import cpu_packing, gpu, gpu_experts, reference, w8a8
+    from distill.engine.kernels import cpu_four_bit, cpu_packing, gpu, gpu_experts, reference, w8a8
     from distill.engine.kernels.ops import Column, ExpertBank
 
     _arenas = dict[int, tuple[Tensor, Tensor]]
     _reference: Column[Tensor, Tensor, reference.ExpertBank, _arenas, Tensor] = reference
-    _cpu: Column[cpu_packing.Packed, cpu_packing.Packed, cpu_packing.ExpertBank, cpu_packing.Memory, Tensor] = cpu
+    _cpu_banks = cpu_packing.ExpertBank | cpu_four_bit.FourBitBank
+    _cpu: Column[cpu_packing.Packed, cpu_packing.Packed, _cpu_banks, cpu_packing.Memory, Tensor] = cpu
     _gpu: Column[w8a8.Packed, Tensor, gpu_experts.ExpertBank, Tensor, w8a8.Activations] = gpu
-    _banks: tuple[type[ExpertBank[_arenas]], type[ExpertBank[cpu_packing.Memory]], type[ExpertBank[Tensor]]] = (
+    _in_memory = type[ExpertBank[cpu_packing.Memory]]
+    _banks: tuple[type[ExpertBank[_arenas]], _in_memory, _in_memory, type[ExpertBank[Tensor]]] = (
         reference.ExpertBank,
         cpu_packing.ExpertBank,
+        cpu_four_bit.FourBitBank,
         gpu_experts.ExpertBank,
     )
 

@@ -27,6 +27,7 @@ from distill.engine.kernels.cpu_attention import index_scores as index_scores
 from distill.engine.kernels.cpu_attention import paged_write as paged_write
 from distill.engine.kernels.cpu_attention import prefill_gqa as prefill_gqa
 from distill.engine.kernels.cpu_attention import prefill_mla as prefill_mla
+from distill.engine.kernels.cpu_four_bit import FourBitBank
 from distill.engine.kernels.cpu_layer import decode_plan as decode_plan
 from distill.engine.kernels.cpu_library import amx_missing as amx_missing
 from distill.engine.kernels.cpu_library import call, library, threads
@@ -46,6 +47,7 @@ from distill.engine.kernels.cpu_structs import (
     RouteArgs,
     address,
 )
+from distill.engine.kernels.four_bit import FourBit
 from distill.engine.kernels.ops import GroupBy, Scoring
 from distill.engine.kernels.reference import device as device
 from distill.engine.kernels.reference import side_by_side as side_by_side
@@ -84,9 +86,9 @@ def pack_heads(weights: Sequence[Stored], dtype: torch.dtype) -> Packed:
     return Packed(list(weights), dtype)
 
 
-def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:
-    """An empty bank for `count` experts."""
-    return ExpertBank(count, dtype)
+def expert_bank(count: int, dtype: torch.dtype, like: Stored | None = None) -> ExpertBank | FourBitBank:
+    """As reference.expert_bank; experts in four bits stay so."""
+    return FourBitBank(count, dtype) if isinstance(like, FourBit) else ExpertBank(count, dtype)
 
 
 def arena(size: int) -> Memory:
@@ -244,11 +246,13 @@ def experts(
     x_tc: Tensor,
     experts_tk: Tensor,
     weights_tk: Tensor,
-    bank: ExpertBank,
+    bank: ExpertBank | FourBitBank,
     shared: tuple[Packed, Packed, Packed] | None,
     onto_tc: Tensor,
 ) -> Tensor:
     """As reference.experts; the shared expert is computed beside the others where its weights have their form."""
+    if isinstance(bank, FourBitBank):
+        return _decoded_experts(x_tc, experts_tk, weights_tk, bank, shared, onto_tc)
     x_tc, experts_tk, weights_tk = x_tc.contiguous(), experts_tk.contiguous(), weights_tk.contiguous()
     t, k = experts_tk.shape
     assert onto_tc.is_contiguous()
@@ -277,6 +281,25 @@ def experts(
         ),
     )
     if shared is not None and beside is None:
+        linear(swiglu_linear(x_tc, *shared[:2]), shared[2], None, onto_tc)
+    return onto_tc
+
+
+def _decoded_experts(
+    x_tc: Tensor,
+    experts_tk: Tensor,
+    weights_tk: Tensor,
+    bank: FourBitBank,
+    shared: tuple[Packed, Packed, Packed] | None,
+    onto_tc: Tensor,
+) -> Tensor:
+    """`experts` for codes of four bits: expert by expert, each decoded for its rows."""
+    for index in experts_tk.unique().tolist():
+        t, k = (experts_tk == index).nonzero(as_tuple=True)
+        gate, up, down = (Packed([matrix], bank.dtype) for matrix in bank.expert(index))
+        y_sc = linear(swiglu_linear(x_tc[t], gate, up), down)
+        onto_tc.index_add_(0, t, y_sc * weights_tk[t, k, None])
+    if shared is not None:
         linear(swiglu_linear(x_tc, *shared[:2]), shared[2], None, onto_tc)
     return onto_tc
 

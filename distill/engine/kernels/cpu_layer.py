@@ -12,13 +12,14 @@ from ctypes import c_void_p
 import torch
 from torch import Tensor
 
+from distill.engine.kernels.cpu_four_bit import FourBitBank
 from distill.engine.kernels.cpu_library import call, threads
 from distill.engine.kernels.cpu_packing import ExpertBank, Packed
 from distill.engine.kernels.cpu_structs import Arguments, DenseLayerArgs, LayerArgs, StepArgs, address
 from distill.engine.kernels.ops import DecodeLayer as _DecodeLayer
 from distill.engine.kernels.ops import DenseLayer as _DenseLayer
 
-DecodeLayer = _DecodeLayer[Packed, Packed, ExpertBank]
+DecodeLayer = _DecodeLayer[Packed, Packed, ExpertBank | FourBitBank]
 DenseLayer = _DenseLayer[Packed]
 
 
@@ -69,13 +70,15 @@ class DecodePlan:
 
 
 def decode_plan(layers: Sequence[DecodeLayer | DenseLayer]) -> DecodePlan | None:
-    """As reference.decode_plan; None where two products that share their activations read them in different forms."""
+    """As reference.decode_plan; None where two products that share their activations read them in different forms, and
+    for experts that are decoded when they are used."""
     for layer in layers:
         if isinstance(layer, _DenseLayer):
             continue  # its products take their activations in both forms
         if not layer.kv_a.reads_like(layer.q_a or layer.q):
             return None
-        if layer.moe and layer.mlp and not layer.moe.experts.goes_with(layer.mlp[0]):
+        experts = layer.moe.experts if layer.moe else None
+        if isinstance(experts, FourBitBank) or (experts and layer.mlp and not experts.goes_with(layer.mlp[0])):
             return None
     return DecodePlan(layers)
 
@@ -96,6 +99,7 @@ def _arguments(layer: DecodeLayer) -> Arguments:
             prefix + name: packed.address for name, packed in zip(("gate", "up", "down"), layer.mlp, strict=True)
         }
     if (moe := layer.moe) is not None:
+        assert isinstance(moe.experts, ExpertBank)
         fields |= dict(zip(("gate", "up", "down"), moe.experts.addresses, strict=True))
         fields |= {"router": moe.router.address, "correction": address(moe.correction), "experts": moe.experts.count}
         fields |= {"softmax": moe.scoring == "softmax", "group_by_best": moe.group_by == "best"}

@@ -39,6 +39,11 @@ class Memory:
         self._data, self.size = torch.empty(size + _ALIGNMENT, dtype=torch.uint8), size
         self.begin = self._data.data_ptr() + -self._data.data_ptr() % _ALIGNMENT
 
+    def part(self, offset: int, like: Tensor) -> Tensor:
+        """The tensor of the shape and dtype of `like` that begins `offset` bytes after `begin`."""
+        at = self.begin - self._data.data_ptr() + offset
+        return self._data[at : at + like.nbytes].view(like.dtype).view(like.shape)
+
 
 class Packed:
     """A matrix [n, c], or `groups` of them, in panels. `parts`: bfloat16 parts that activations are split into."""

@@ -83,8 +83,8 @@ def side_by_side(weights: Sequence[Packed]) -> Sequence[Packed]:
     return [Fp8Matrix(*both, whole.ue8m0, whole) for both in zip(codes.split(rows), scale.split(blocks), strict=True)]
 
 
-def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:
-    """An empty bank for `count` experts."""
+def expert_bank(count: int, dtype: torch.dtype, like: Stored | None = None) -> ExpertBank:
+    """As reference.expert_bank."""
     return ExpertBank(count, dtype, device())
 
 

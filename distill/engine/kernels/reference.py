@@ -23,6 +23,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -163,7 +164,7 @@ class Bank(ABC, Generic[E]):
         """Bytes of one packed expert."""
         last = self._lent[-1]
         assert last is not None
-        return sum(matrix.values.numel() for matrix in last) * self._dtype.itemsize
+        return sum(prod(matrix.shape) for matrix in last) * self._dtype.itemsize
 
     def settle(self, resident: int | None = None) -> None:
         """Pack the first `resident` experts (None: all), and check the numbers of all. Raises Damaged."""
@@ -205,8 +206,8 @@ class ExpertBank(Bank[tuple[Tensor, Tensor]]):
         return torch.cat((gate.dense(self._dtype), up.dense(self._dtype))), down.dense(self._dtype).clone()
 
 
-def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:
-    """An empty bank for `count` experts."""
+def expert_bank(count: int, dtype: torch.dtype, like: Stored | None = None) -> ExpertBank:
+    """An empty bank for `count` experts. like: a matrix in the form of theirs, for columns whose banks differ by it."""
     return ExpertBank(count, dtype)
 
 

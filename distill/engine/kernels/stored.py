@@ -1,9 +1,9 @@
 """Weights as a checkpoint stores them, before the kernels of a column pack them.
 
-A stored matrix is a `Stored`: `Plain`, numbers in one of torch's floating dtypes, or `Fp8`, e4m3 codes with a scale for
-each 128×128 block (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). Whatever depends on the form is a method here, so
-that another form (four-bit codes, say) is one more class and no change in the code that packs. `isinstance` at each use
-was rejected: six files asked the same question.
+A stored matrix is a `Stored`: `Plain`, numbers in one of torch's floating dtypes, `Fp8`, e4m3 codes with a scale for
+each 128×128 block (DeepSeek-V3, arXiv:2412.19437, section 3.3.2), or `FourBit` (four_bit.py). Whatever depends on the
+form is a method here, so that another form is one more class and no change in the code that packs. `isinstance` at each
+use was rejected: six files asked the same question.
 
 Legend: n output features, c input features.
 """
@@ -71,16 +71,17 @@ class Stored(ABC):
     """A matrix [n, c]."""
 
     damage: Damage  # what `values` are when they are damaged
+    quantised = False  # whether `values` are codes
 
     @property
     @abstractmethod
     def values(self) -> Tensor:
-        """The tensor [n, c] that takes the memory: numbers, or codes."""
+        """The tensor that takes the memory: numbers or codes, [n, c] if each has an element of its own."""
 
     @property
     @abstractmethod
     def scale(self) -> Tensor | None:
-        """What codes are multiplied by, float32 [⌈n/128⌉, ⌈c/128⌉]; None for numbers."""
+        """What products multiply codes by, float32 [⌈n/128⌉, ⌈c/128⌉]; None where they read numbers."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -187,6 +188,7 @@ class Fp8(Stored):
     scales: Tensor
     ue8m0: bool = False
     damage = "codes"
+    quantised = True
 
     @property
     def values(self) -> Tensor:

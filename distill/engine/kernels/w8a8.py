@@ -202,8 +202,8 @@ class ExpertBank(reference.Bank[tuple[Packed, Packed, Packed]]):
         return pack(gate, self._dtype), pack(up, self._dtype), pack(down, self._dtype)
 
 
-def expert_bank(count: int, dtype: torch.dtype) -> ExpertBank:
-    """An empty bank for `count` experts."""
+def expert_bank(count: int, dtype: torch.dtype, like: Stored | None = None) -> ExpertBank:
+    """As reference.expert_bank."""
     return ExpertBank(count, dtype)
 
 
