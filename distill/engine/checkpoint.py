@@ -31,7 +31,9 @@ STORED = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+_INTEGERS = {"I32": torch.int32, "I64": torch.int64}
 _SCALE_ONLY = torch.float8_e8m0fnu
+_SCALES = ("_scale_inv", ".scale")
 _READ_AHEAD = 128 << 10  # bytes of one request: operating systems cut larger ones off
 
 
@@ -70,7 +72,7 @@ class _File:
 
     def tensor(self, name: str) -> Tensor:
         entry = self.entries[name]
-        dtype = STORED[entry.dtype]
+        dtype = (STORED | _INTEGERS)[entry.dtype]
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=dtype)
         count = (entry.end - entry.begin) // dtype.itemsize
@@ -117,8 +119,8 @@ class Checkpoint:
         """File and tensor, as messages begin."""
         return f"{self._file_of[name].path}: tensor {name}"
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor as stored, a view of the mapped file."""
+    def tensor(self, name: str, shape: tuple[int, ...], integers: bool = False) -> Tensor:
+        """The tensor as stored, a view of the mapped file. integers: whether it holds those, or numbers."""
         if name not in self._file_of:
             raise ValueError(f"{self.model_dir}: tensor {name} is missing; config.json and weights do not match")
         self._read.add(name)
@@ -131,11 +133,12 @@ class Checkpoint:
                 f"{self.where(name)} has shape {list(entry.shape)}, config.json makes it {list(shape)}; "
                 "config.json and weights do not match"
             )
-        dtype = STORED.get(entry.dtype)
+        dtype = (_INTEGERS if integers else STORED).get(entry.dtype)
         if dtype and entry.begin % dtype.itemsize:
             raise ValueError(f"{self.where(name)} is not aligned; write the file anew with the safetensors library")
-        if dtype is None or (dtype == _SCALE_ONLY and not name.endswith("_scale_inv")):
-            raise ValueError(f"{self.where(name)} is {entry.dtype}; supported are F32, BF16, F16 and F8_E4M3")
+        if dtype is None or (dtype == _SCALE_ONLY and not name.endswith(_SCALES)):
+            supported = "I32 and I64" if integers else "F32, BF16, F16 and F8_E4M3"
+            raise ValueError(f"{self.where(name)} is {entry.dtype}; supported are {supported}")
         return file.tensor(name)
 
     def place(self, name: str) -> Place:

@@ -31,8 +31,10 @@ from distill.engine.families.names import WeightNames
 from distill.engine.kernels import Ops
 from distill.engine.kernels.ops import ExpertBank, Packed
 from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Fp8, Plain, Stored, all_finite
+from distill.engine.reader_compressed import compressed, mixer
 from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 from distill.engine.weights import (
+    CompressedWeights,
     DraftWeights,
     GqaWeights,
     Held,
@@ -72,12 +74,13 @@ def load_weights(
         layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
         reader.checkpoint.forget(names.embed)  # a step reads a few rows of it
         norm_c = reader.tensor(names.norm, (spec.hidden_size,))
+        last_mixer = mixer(reader, spec, spec.streams, names.mixer.head, last=True) if spec.streams else None
         head = reader.pack(reader.matrix(head_name, spec.vocab_size, spec.hidden_size), head_name)
         streamed = list(reader.banks)
         draft = _draft(reader, spec) if drafts else None
         reader.refuse_unread(spec)
         reader.refuse_second_head(spec)
-        weights = ModelWeights(embed_vc, layers, norm_c, head, draft, reader.stored, reader.held)
+        weights = ModelWeights(embed_vc, layers, norm_c, head, draft, reader.stored, reader.held, last_mixer)
         resident = place(weights, [bank for _, bank in streamed]) if place else None
         for at, bank in reader.banks:
             reader.settle(at, bank, resident if (at, bank) in streamed else None)
@@ -86,15 +89,24 @@ def load_weights(
 
 def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
     names, at, rotated = reader.names, reader.names.layer.format(index), index not in spec.nope_layers
+    attention: GqaWeights | MlaWeights | CompressedWeights
+    if spec.compressed:
+        attention = compressed(reader, spec, spec.compressed, at, index)
+    else:
+        attention = _mla(reader, spec, spec.mla, at, index) if spec.mla else _gqa(reader, spec, at, rotated)
+    before = (at + names.mixer.attention, at + names.mixer.mlp)
     return LayerWeights(
         attention_norm_c=reader.tensor(at + names.attention_norm, (spec.hidden_size,)),
-        attention=_mla(reader, spec, spec.mla, at, index) if spec.mla else _gqa(reader, spec, at, rotated),
+        attention=attention,
         mlp_norm_c=reader.tensor(at + names.mlp_norm, (spec.hidden_size,)),
         mlp=(
-            _moe(reader, spec, spec.moe, at)
+            _moe(reader, spec, spec.moe, at, index)
             if spec.moe and spec.is_moe_layer(index)
             else _mlp(reader, at + names.dense, spec.hidden_size, spec.intermediate_size, spec.mlp_bias)
         ),
+        mixers=(mixer(reader, spec, spec.streams, before[0]), mixer(reader, spec, spec.streams, before[1]))
+        if spec.streams
+        else None,
     )
 
 
@@ -179,7 +191,7 @@ def _mlp(reader: _Reader, at: str, c: int, f: int, bias: bool = False) -> MlpWei
     return MlpWeights(gate, up, down=reader.linear(at + names.down, c, f, bias))
 
 
-def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
+def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str, layer: int) -> MoeWeights:
     names, c, f = reader.names.moe, spec.hidden_size, dims.intermediate_size
     bank = reader.ops.expert_bank(dims.num_experts, reader.dtype)
     for index in range(dims.num_experts):
@@ -195,12 +207,26 @@ def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
         router=reader.ops.pack(Plain(router), torch.float32),
         correction_bias=(
             reader.tensor(at + names.correction_bias, (dims.num_experts,), torch.float32)
-            if dims.correction_bias
+            if dims.correction_bias and layer not in dims.by_token
             else None
         ),
         experts=bank,
         shared=_mlp(reader, at + names.shared, c, f * dims.shared_experts) if dims.shared_experts else None,
+        by_token_vk=_by_token(reader, spec, dims, at + names.by_token) if layer in dims.by_token else None,
     )
+
+
+def _by_token(reader: _Reader, spec: ModelSpec, dims: Moe, name: str) -> Tensor:
+    """The table of hash routing, int64 [v, k]. Errors: ValueError for a number that no expert has, or that is twice
+    there."""
+    table_vk = reader.checkpoint.tensor(name, (spec.vocab_size, dims.per_token), integers=True).long()
+    sorted_vk = table_vk.sort(1).values
+    if table_vk.min() < 0 or table_vk.max() >= dims.num_experts or (sorted_vk[:, 1:] == sorted_vk[:, :-1]).any():
+        raise ValueError(
+            f"{reader.checkpoint.where(name)} does not name {dims.per_token} of {dims.num_experts} experts for each "
+            "token; the file is damaged, download it again"
+        )
+    return table_vk.to(reader.ops.device())
 
 
 class _Reader:
@@ -258,13 +284,16 @@ class _Reader:
             self.stored = self.stored or _name(weight_nc.dtype)
             return Plain(weight_nc)
         self.stored = f"fp8-e4m3 block {FP8_BLOCK}"
-        scale = name + "_scale_inv"
+        scale = self._scale_name(name)
         if scale not in self.checkpoint:
             raise ValueError(
                 f"{self.checkpoint.where(name)} is FP8 but {scale} is missing; download the checkpoint again"
             )
         blocks = -(-n // FP8_BLOCK), -(-c // FP8_BLOCK)
         return Fp8(weight_nc, self.checkpoint.tensor(scale, blocks).float(), self.ue8m0)
+
+    def _scale_name(self, name: str) -> str:
+        return name.removesuffix("weight") + self.names.scale
 
     def checked(self, name: str, n: int, c: int) -> Stored:
         """As `matrix`, with its numbers checked: for callers that do not pack it as it is."""
@@ -292,7 +321,7 @@ class _Reader:
                 f"{self.checkpoint.where(name)} holds numbers that are not finite (NaN or infinity); the file is "
                 "damaged, or its training diverged: download it again or use another checkpoint"
             )
-        where = self.checkpoint.where(name + "_scale_inv")
+        where = self.checkpoint.where(self._scale_name(name))
         return ValueError(f"{where} is not finite and positive; the file is damaged, download it again")
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -322,7 +351,7 @@ class _Reader:
             layer = layer_of.match(name)
             draft = layer is not None and int(layer[1]) in drafts
             tied_head = spec.tied_embeddings and name == self.names.head
-            if not (draft or tied_head or name.endswith(self.names.computed)):
+            if not (draft or tied_head or name.endswith(self.names.computed) or name.startswith(self.names.unused)):
                 raise ValueError(
                     f"{self.checkpoint.where(name)} has no place in the model that config.json describes; "
                     "use the config.json that was published with these weights"

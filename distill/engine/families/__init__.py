@@ -34,6 +34,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "deepseek_v2",
             "deepseek_v3",
             "deepseek_v32",
+            "deepseek_v4",
             "glm_moe_dsa",
             "kimi_k2",
             "llama",
