@@ -35,7 +35,7 @@ V4: dict[str, Any] = {
     "index_head_dim": 16,
     "index_topk": 6,
     "hc_mult": 4,
-    "hc_sinkhorn_iters": 20,
+    "hc_sinkhorn_iters": 4,
     "hc_eps": 1e-6,
     "n_routed_experts": 16,
     "n_shared_experts": 1,
