@@ -335,7 +335,8 @@ def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> P
     if card.weights is None:
         raise UserError(
             f"{card_file} names a server and no weights, so {card.name} does not run on this machine; use that "
-            f"server, or another with the model (`server:` in the recipe: vLLM, SGLang, llama.cpp, an API), or set `weights:`"
+            f"server, or another with the model (vLLM, SGLang, llama.cpp, an API: `server:` in the recipe), or set "
+            f"`weights:`"
         )
     if directory is None:
         directory = _download(card.weights, card.revision, kind, name_or_path)

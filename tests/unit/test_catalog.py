@@ -14,7 +14,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from distill import catalog, model_files
 from distill.errors import UserError
-from distill.models import in_mode
 
 ROOT = Path(__file__).resolve().parents[2]
 POINTER = b"version https://git-lfs.github.com/spec/v1\n"
@@ -70,30 +69,6 @@ def test_the_embedded_cards_say_what_their_checkpoints_say(kind, name):
         counted = [n for n in file.keys() if not n.startswith(extra_layer) and not n.endswith("_scale_inv")]  # noqa: SIM118
         total = sum(math.prod(file.get_slice(n).get_shape()) for n in counted)
     assert card.parameters == pytest.approx(total / 1e9, rel=0.03)
-
-
-@pytest.mark.parametrize("name", ["deepseek-v4-pro", "kimi-k3", "glm-5.3"])
-def test_teachers_with_a_server_only_say_so_in_one_line(name):
-    assert catalog.load_teacher(name).server is not None
-    with pytest.raises(
-        UserError, match=r"names a server and no weights, so .*vLLM, SGLang, llama.cpp, an API"
-    ) as caught:
-        catalog.resolve_weights("teacher", name)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("thinking", "sent"),
-    [
-        (False, {"thinking": False, "enable_thinking": False}),
-        ("high", {"thinking": True, "enable_thinking": True, "reasoning_effort": "high"}),
-        ("max", {"thinking": True, "enable_thinking": True, "reasoning_effort": "max"}),
-    ],
-)
-def test_what_a_server_is_sent_for_a_mode(thinking, sent):
-    assert in_mode({}, thinking) == {"chat_template_kwargs": sent}
-    own = {"chat_template_kwargs": {"reasoning_effort": "low"}}
-    assert in_mode(own, thinking)["chat_template_kwargs"] == sent | {"reasoning_effort": "low"}
 
 
 def test_the_r1_recipes_are_those_of_the_report():
