@@ -32,6 +32,7 @@ from distill.models import Model, Server, teacher_of
 from distill.prompts.prompt import Message, Prompt, Task, split_reasoning
 from distill.recipe import LocalEngine, Recipe, SamplingSettings
 from distill.record import StageRecord, read_recipe
+from distill.thinking import Thinking
 from distill.traces.trace import FinishReason
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ def open_model(
     *,
     engine: LocalEngine | None = None,
     max_batch: int = 128,
-    thinking: bool | None = None,
+    thinking: Thinking | None = None,
     server_model: str | None = None,
     key: str | None = None,
 ) -> Iterator[OpenModel]:
@@ -351,7 +352,7 @@ def open_model(
 
 
 def _resolved(
-    name: str, thinking: bool | None, server_model: str | None, key: str | None
+    name: str, thinking: Thinking | None, server_model: str | None, key: str | None
 ) -> tuple[Model, SamplingSettings]:
     if "://" in name:
         server = Server(name, server_model, key or os.environ.get("OPENAI_API_KEY"))

@@ -333,7 +333,11 @@ def resolve_weights(kind: Literal["teacher", "student"], name_or_path: str) -> P
     card_file = _card_file(kind, name_or_path)
     directory = _local_weights(card, card_file)
     if card.weights is None:
-        raise UserError(f"{card_file} names a server and no weights; set `weights:` to use {card.name} on this machine")
+        raise UserError(
+            f"{card_file} names a server and no weights, so {card.name} does not run on this machine; use that "
+            f"server, or another with the model (vLLM, SGLang, llama.cpp, an API: `server:` in the recipe), or set "
+            f"`weights:`"
+        )
     if directory is None:
         directory = _download(card.weights, card.revision, kind, name_or_path)
     if problem := model_files.first_problem(directory):

@@ -25,6 +25,7 @@ from distill.artefacts import RunPaths
 from distill.errors import UserError
 from distill.fingerprint import digest, weights_hash
 from distill.recipe.server import KEY_VARIABLE, SILENCE, LaunchedServer, checked_header
+from distill.thinking import Thinking, variables
 
 if TYPE_CHECKING:
     from distill.chat import Chat
@@ -59,7 +60,7 @@ class Server:
     direct: bool = False
 
     @classmethod
-    def of(cls, server: "TeacherServer", thinking: bool | None) -> "Server":
+    def of(cls, server: "TeacherServer", thinking: Thinking | None) -> "Server":
         """The server that a recipe or a card names. thinking: sent as the variables that templates read.
 
         Errors: UserError when the variable with the key is not set; the default one may be missing.
@@ -95,13 +96,13 @@ class Server:
         return identity
 
 
-def in_mode(extra_body: Mapping[str, JsonValue], thinking: bool | None) -> dict[str, JsonValue]:
+def in_mode(extra_body: Mapping[str, JsonValue], thinking: Thinking | None) -> dict[str, JsonValue]:
     """The further fields of a request, with the variables by which chat templates choose the thinking mode."""
     body = dict(extra_body)
     if thinking is not None:
-        variables = body.get("chat_template_kwargs")
-        chosen = variables if isinstance(variables, dict) else {}
-        body["chat_template_kwargs"] = {"thinking": thinking, "enable_thinking": thinking} | chosen
+        given = body.get("chat_template_kwargs")
+        chosen = given if isinstance(given, dict) else {}
+        body["chat_template_kwargs"] = {**variables(thinking), **chosen}
     return body
 
 
@@ -149,7 +150,7 @@ class Model:
     name: str
     place: Path | Server | Launch
     template: str | None = None
-    thinking: bool | None = None
+    thinking: Thinking | None = None
     card: str | None = None
 
     @property
@@ -201,7 +202,7 @@ def teacher_of(
     name: str,
     card_name: str,
     server: "TeacherServer | LaunchedServer | None" = None,
-    thinking: bool | None = None,
+    thinking: Thinking | None = None,
     log: Path | None = None,
 ) -> Model:
     """The model of a teacher card. server: in place of the card's. thinking: in place of the card's mode. log: the file

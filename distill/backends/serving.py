@@ -19,6 +19,7 @@ from pathlib import Path
 
 from distill.errors import UserError
 from distill.recipe import LaunchedServer
+from distill.thinking import Thinking
 
 VERSION_SECONDS = 60.0  # for a Python interpreter that reports the version of a package
 
@@ -153,7 +154,7 @@ def command(installed: Installed, settings: LaunchedServer, directory: Path, fla
     return [*installed.start, *engine.model_flag, str(directory), *values, *switches, *settings.arguments]
 
 
-def reasoning_parser(engine: Engine, template: str, thinking: bool | None) -> str | None:
+def reasoning_parser(engine: Engine, template: str, thinking: Thinking | None) -> str | None:
     """Return the parser for a chat template in a mode; None for a model that does not think."""
     r1, v3, qwen3 = engine.parsers
     if thinking is False or ("<think>" not in template and "</think>" not in template):

@@ -41,6 +41,7 @@ from distill.chat.tokens import ControlTokens
 from distill.durable import write_whole
 from distill.errors import UserError
 from distill.prompts.prompt import END_THINK, THINK, Message, split_reasoning
+from distill.thinking import LEVELS, Thinking, variables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ class Chat:
         self,
         tokenizer: "PreTrainedTokenizerBase",
         where: str,
-        thinking: bool | None = None,
+        thinking: Thinking | None = None,
         template: str | None = None,
         ends: Sequence[int] = (),
     ) -> None:
@@ -85,10 +86,10 @@ class Chat:
             self.prompt_text(PROBE)  # a template that cannot be rendered is refused now
 
     @classmethod
-    def load(cls, model_dir: Path, template: str | None = None, thinking: bool | None = None) -> "Chat":
+    def load(cls, model_dir: Path, template: str | None = None, thinking: Thinking | None = None) -> "Chat":
         """Load a model directory's tokenizer; `template` is a built-in name, a .jinja file, or None for its own.
 
-        thinking: which of the template's two modes, None for its default. Errors: UserError when a file is missing or
+        thinking: which of the template's modes, None for its default. Errors: UserError when a file is missing or
         damaged, the tokenizer lacks the tokens of a built-in template, or the template has only one mode.
         """
         ends = configured_ends(model_dir)  # first: transformers reads config.json too, and says less of a broken one
@@ -103,12 +104,19 @@ class Chat:
                 )
         return cls(tokenizer, str(model_dir), thinking, text, ends)
 
-    def _choose(self, thinking: bool) -> None:
-        prompts = {}
-        for mode in (not thinking, thinking):  # the mode that stays comes last
-            self._mode = {"thinking": mode, "enable_thinking": mode}
-            prompts[mode] = self.prompt_text(PROBE)
-        if prompts[True] == prompts[False]:
+    def _choose(self, thinking: Thinking) -> None:
+        level = isinstance(thinking, str)
+        modes: list[Thinking] = [not thinking, *(other for other in LEVELS if level and other != thinking), thinking]
+        prompts = []
+        for mode in modes:  # the mode that stays comes last
+            self._mode = {**variables(mode)}
+            prompts.append(self.prompt_text(PROBE))
+        if level and prompts[-1] == prompts[-2] != prompts[0]:
+            raise UserError(
+                f"the chat template of {self.where} has no levels of thinking: set `thinking: true` in the "
+                f"teacher's card"
+            )
+        if prompts[-1] == prompts[0]:
             raise UserError(
                 f"the chat template of {self.where} has one mode only, with or without thinking: "
                 f"remove `thinking` from the teacher's card"

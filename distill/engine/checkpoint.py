@@ -37,6 +37,7 @@ STORED = {
 }
 NUMBERS = ("F32", "BF16", "F16", "F8_E4M3")  # what a tensor is that nothing else is asked of
 _SCALES = (*NUMBERS, "F8_E8M0")
+_OF_SCALES = ("_scale_inv", ".scale")
 _READ_AHEAD = 128 << 10  # bytes of one request: operating systems cut larger ones off
 
 
@@ -151,7 +152,7 @@ class Checkpoint:
         if dtype and entry.begin % dtype.itemsize:
             raise ValueError(f"{self.where(name)} is not aligned; write the file anew with the safetensors library")
         if dtypes is None:
-            dtypes = _SCALES if name.endswith("_scale_inv") else NUMBERS
+            dtypes = _SCALES if name.endswith(_OF_SCALES) else NUMBERS
         if entry.dtype not in dtypes:
             *first, last = dtypes if dtypes is not _SCALES else NUMBERS
             raise ValueError(

@@ -104,7 +104,7 @@ def _sizes(spec: ModelSpec, options: EngineOptions, kernels: str, budget: int | 
         max_context=context,
         drafts=drafts,
         cache_dtype=cache_dtype,
-        graphs=kernels == "cuda",
+        graphs=kernels == "cuda" and spec.compressed is None,  # whose shapes follow from lengths
     )
 
 

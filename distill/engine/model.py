@@ -21,14 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.engine import attention, moe, residual
+from distill.engine import attention, moe, residual, streams
 from distill.engine.attention import Batch, Chosen, DecodeRows, Wanted
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
 from distill.engine.kernels.ops import DecodePlan
 from distill.engine.offload import ExpertStream
 from distill.engine.spec import ModelSpec
-from distill.engine.weights import GqaWeights, LayerWeights, ModelWeights, MoeWeights
+from distill.engine.weights import GqaWeights, LayerWeights, MlaWeights, ModelWeights, MoeWeights
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class Model:
         x_tc, inputs_tlp = self._embed(batch), None
         if (w := self.weights.inputs) is not None:
             inputs_tlp = residual.layer_inputs(self.spec, self.ops, w, batch.ids_t, x_tc)
+        x_tc = streams.spread(self.spec, x_tc)
         x_rc = self._run(self.weights.layers, 0, self.decode_plan, x_tc, batch, cache, wanted, inputs_tlp)
+        if self.weights.mixer is not None:
+            x_rc = streams.collapse(self.spec, self.ops, self.weights.mixer, x_rc)
         return self.ops.rms_norm(x_rc, self.weights.norm_c, self.spec.norm_eps) if len(x_rc) else x_rc
 
     def draft(self, hidden_tc: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
@@ -119,12 +122,15 @@ class Model:
         """x plus what the layer adds to it, of all rows or the wanted ones, [r, c]; x itself is overwritten. chosen and
         the second result: as in `attention.mla`. input: the layer's own embedding of the tokens, where it has one."""
         spec, ops = self.spec, self.ops
+        if w.mixers is not None:
+            return streams.layer(spec, ops, index, w, x_tc, batch, cache, wanted, self.stream), None
         normed_tc = ops.rms_norm(x_tc, w.attention_norm_c, spec.norm_eps, w.attention.reader)
         x_rc = x_tc if wanted is None else x_tc.index_select(0, wanted.row_r)
         if isinstance(w.attention, GqaWeights):
             post_norm_c = w.attention_post_norm_c
             x_rc = attention.gqa(spec, ops, w.attention, index, normed_tc, batch, cache, x_rc, wanted, post_norm_c)
         else:
+            assert isinstance(w.attention, MlaWeights)
             x_rc, chosen = attention.mla(spec, ops, w.attention, index, normed_tc, batch, cache, x_rc, wanted, chosen)
         if not len(x_rc):
             return x_rc, chosen

@@ -33,12 +33,25 @@ def mlp(
     return added(ops, hidden, w.down, onto_tc, post_norm_c, eps)
 
 
-def moe(dims: Moe, ops: Ops, w: MoeWeights, x_tc: Tensor, stream: ExpertStream | None, onto_tc: Tensor) -> Tensor:
+def moe(
+    dims: Moe,
+    ops: Ops,
+    w: MoeWeights,
+    x_tc: Tensor,
+    stream: ExpertStream | None,
+    onto_tc: Tensor,
+    ids_t: Tensor | None = None,
+) -> Tensor:
     """Σ over the chosen experts of weight · expert(x), plus the shared experts, added to `onto`, in place; the router
     works in float32.
 
-    stream: brings the experts that are not in memory.
+    stream: brings the experts that are not in memory. ids_t: the tokens, by which a layer with a table of experts (hash
+    routing) chooses them.
     """
+    given_tk = None
+    if w.by_token_vk is not None:
+        assert ids_t is not None
+        given_tk = w.by_token_vk.index_select(0, ids_t)
     logits_tx = ops.linear(x_tc.float(), w.router)
     experts_tk, weights_tk = ops.route(
         logits_tx,
@@ -50,8 +63,9 @@ def moe(dims: Moe, ops: Ops, w: MoeWeights, x_tc: Tensor, stream: ExpertStream |
         dims.per_token,
         dims.normalise,
         dims.routed_scale,
+        *(() if given_tk is None else (given_tk,)),
     )
     if stream is not None:
         stream.bring(w.experts, experts_tk)
     shared = None if w.shared is None else (w.shared.gate.weight, w.shared.up.weight, w.shared.down.weight)
-    return ops.experts(x_tc, experts_tk, weights_tk, w.experts, shared, onto_tc)
+    return ops.experts(x_tc, experts_tk, weights_tk, w.experts, shared, onto_tc, dims.limit)

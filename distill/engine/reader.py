@@ -34,8 +34,10 @@ from distill.engine.kernels.four_bit import FourBit
 from distill.engine.kernels.ops import ExpertBank, Packed
 from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Fp8, Place, Plain, Stored, all_finite
 from distill.engine.packed import read_four_bit, scale_of
+from distill.engine.reader_compressed import compressed, mixer
 from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 from distill.engine.weights import (
+    CompressedWeights,
     DraftWeights,
     GqaWeights,
     Held,
@@ -77,13 +79,16 @@ def load_weights(
         layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
         reader.checkpoint.forget(names.embed)  # a step reads a few rows of it
         norm_c = reader.tensor(names.norm, (spec.hidden_size,))
+        last_mixer = mixer(reader, spec, spec.streams, names.mixer.head, last=True) if spec.streams else None
         head = reader.pack(reader.matrix(head_name, spec.vocab_size, spec.hidden_size), head_name)
         streamed = list(reader.banks)
         draft = _draft(reader, spec) if drafts else None
         inputs = _inputs(reader, spec, dtype) if spec.layer_input_dim else None
         reader.refuse_unread(spec)
         reader.refuse_second_head(spec)
-        weights = ModelWeights(embed_vc, layers, norm_c, head, draft, reader.stored, reader.held, inputs)
+        weights = ModelWeights(
+            embed_vc, layers, norm_c, head, draft, reader.stored, reader.held, inputs=inputs, mixer=last_mixer
+        )
         resident = place(weights, [bank for _, bank in streamed]) if place else None
         for at, bank in reader.banks:
             reader.settle(at, bank, resident if (at, bank) in streamed else None)
@@ -92,12 +97,21 @@ def load_weights(
 
 def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
     names, at, c = reader.names, reader.names.layer.format(index), spec.hidden_size
+    attention: GqaWeights | MlaWeights | CompressedWeights
+    if spec.compressed:
+        attention = compressed(reader, spec, spec.compressed, at, index)
+    else:
+        attention = _mla(reader, spec, spec.mla, at, index) if spec.mla else _gqa(reader, spec, at, index)
+    mixers = None
+    if spec.streams:
+        before_attention, before_mlp = (at + name for name in (names.mixer.attention, names.mixer.mlp))
+        mixers = mixer(reader, spec, spec.streams, before_attention), mixer(reader, spec, spec.streams, before_mlp)
     return LayerWeights(
         attention_norm_c=reader.tensor(at + names.attention_norm, (c,)),
-        attention=_mla(reader, spec, spec.mla, at, index) if spec.mla else _gqa(reader, spec, at, index),
+        attention=attention,
         mlp_norm_c=reader.tensor(at + names.mlp_norm, (c,)),
         mlp=(
-            _moe(reader, spec, spec.moe, at)
+            _moe(reader, spec, spec.moe, at, index)
             if spec.moe and spec.is_moe_layer(index)
             else _mlp(reader, at + names.dense, c, spec.mlp_width(index), spec.mlp_bias)
         ),
@@ -105,6 +119,7 @@ def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
         mlp_post_norm_c=reader.tensor(at + names.mlp_post_norm, (c,)) if spec.post_norms else None,
         inputs=_layer_inputs(reader, c, spec.layer_input_dim, at) if spec.layer_input_dim else None,
         scalar_1=reader.tensor(at + names.scalar, (1,)) if spec.layer_scalars else None,
+        mixers=mixers,
     )
 
 
@@ -212,7 +227,7 @@ def _mlp(reader: _Reader, at: str, c: int, f: int, bias: bool = False) -> MlpWei
     return MlpWeights(gate, up, down=reader.linear(at + names.down, c, f, bias))
 
 
-def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
+def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str, layer: int) -> MoeWeights:
     names, c, f = reader.names.moe, spec.hidden_size, dims.intermediate_size
     like = reader.matrix(reader.expert_names(at, 0)[0], f, c)
     bank = reader.ops.expert_bank(dims.num_experts, reader.dtype, like)
@@ -230,12 +245,26 @@ def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
         router=reader.ops.pack(Plain(router), torch.float32),
         correction_bias=(
             reader.tensor(at + names.correction_bias, (dims.num_experts,), torch.float32)
-            if dims.correction_bias
+            if dims.correction_bias and layer not in dims.by_token
             else None
         ),
         experts=bank,
         shared=_mlp(reader, at + names.shared, c, f * dims.shared_experts) if dims.shared_experts else None,
+        by_token_vk=_by_token(reader, spec, dims, at + names.by_token) if layer in dims.by_token else None,
     )
+
+
+def _by_token(reader: _Reader, spec: ModelSpec, dims: Moe, name: str) -> Tensor:
+    """The table of hash routing, int64 [v, k]. Errors: ValueError for a number that no expert has, or that is twice
+    there."""
+    table_vk = reader.checkpoint.tensor(name, (spec.vocab_size, dims.per_token), ("I32", "I64")).long()
+    sorted_vk = table_vk.sort(1).values
+    if table_vk.min() < 0 or table_vk.max() >= dims.num_experts or (sorted_vk[:, 1:] == sorted_vk[:, :-1]).any():
+        raise ValueError(
+            f"{reader.checkpoint.where(name)} does not name {dims.per_token} of {dims.num_experts} experts for each "
+            "token; the file is damaged, download it again"
+        )
+    return table_vk.to(reader.ops.device())
 
 
 class _Reader:
@@ -316,7 +345,7 @@ class _Reader:
             self._plain = self._plain or _name(weight_nc.dtype)
             return Plain(weight_nc)
         self.forms.setdefault(f"fp8-e4m3 block {FP8_BLOCK}")
-        scale = name + "_scale_inv"
+        scale = scale_of(self.checkpoint, name)
         if scale not in self.checkpoint:
             raise ValueError(
                 f"{self.checkpoint.where(name)} is FP8 but {scale} is missing; download the checkpoint again"

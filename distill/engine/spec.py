@@ -16,7 +16,7 @@ from typing import Literal
 # DeepSeek's code builds the norms on the q and kv latents with the default epsilon, not with `rms_norm_eps`.
 LATENT_NORM_EPS = 1e-6
 
-Scoring = Literal["sigmoid", "softmax"]
+Scoring = Literal["sigmoid", "softmax", "sqrtsoftplus"]
 GroupBy = Literal["best", "best two"]
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -75,8 +75,54 @@ class Sliding:
 
 
 @dataclass(frozen=True)
+class Streams:
+    """Hyper-connections (arXiv:2512.24880): the residual is `count` streams, mixed by matrices that `iterations` rounds
+    of Sinkhorn-Knopp make doubly stochastic. eps: added to weights and to sums that are divided by."""
+
+    count: int
+    iterations: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Attention to the last `window` tokens and to compressed entries, one for `rates[layer]` tokens (0: none), with a
+    sink per head. Keys are values, one for all heads.
+
+    sparse_layers: layers whose entries overlap, and are chosen by `indexer`. rope: of layers with entries; those
+    without take the spec's. q_rank: of the queries' latent. o_groups, o_rank: the output is projected group by group of
+    heads.
+    """
+
+    window: int
+    rates: tuple[int, ...]
+    sparse_layers: frozenset[int]
+    rope: Rope
+    indexer: Indexer
+    q_rank: int
+    o_groups: int
+    o_rank: int
+
+    def overlap(self, layer: int) -> int:
+        """Entries that a token's inputs enter into: its window's and, in sparse layers, the next one's."""
+        return 2 if layer in self.sparse_layers else 1
+
+    def cache_dims(self, layer: int, head_dim: int) -> tuple[int, ...]:
+        """Width of what a layer caches of a token: (key), or (key and entry, inputs of entries), in sparse layers
+        followed by (index entry, inputs of index entries). The entry of a window is cached with its last token."""
+        if not self.rates[layer]:
+            return (head_dim,)
+        inputs = 2 * self.overlap(layer)
+        index = (self.indexer.head_dim, inputs * self.indexer.head_dim) if layer in self.sparse_layers else ()
+        return (2 * head_dim, inputs * head_dim, *index)
+
+
+@dataclass(frozen=True)
 class Moe:
-    """Mixture of experts. group_by: how a group of experts is scored; correction_bias: whether the router has one."""
+    """Mixture of experts. group_by: how a group of experts is scored; correction_bias: whether the router has one.
+    by_token: layers whose experts a table names for each token. limit: of gate (above) and of up (in size) in an
+    expert.
+    """
 
     first_layer: int
     num_experts: int
@@ -90,6 +136,8 @@ class Moe:
     correction_bias: bool
     normalise: bool
     routed_scale: float
+    by_token: frozenset[int] = frozenset()
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +178,8 @@ class ModelSpec:
     mla: Mla | None = None
     indexer: Indexer | None = None
     moe: Moe | None = None
+    compressed: Compressed | None = None
+    streams: Streams | None = None
     num_nextn_predict_layers: int = 0
     ue8m0: bool = False
     sliding: Sliding | None = None
@@ -168,7 +218,8 @@ class ModelSpec:
         return self.intermediate_size if self.cached_by(layer) == layer else self.shared_kv_mlp
 
     def cache_heads(self, layer: int) -> int:
-        """Heads cached per token in layer number `layer`: 1 for MLA, whose latent all heads share."""
+        """Heads cached per token in layer number `layer`: 1 for MLA, whose latent all heads share, and for
+        compressed attention."""
         return 1 if self.mla else self.heads(layer).num_kv_heads
 
     def has_indexer(self, layer: int) -> bool:
@@ -177,7 +228,9 @@ class ModelSpec:
 
     def cache_dims(self, layer: int) -> tuple[int, ...]:
         """Width of each cached tensor of a layer: (latent + rope,) for MLA, (latent + rope, index key) with an indexer,
-        none where another layer's are read, (keys, values) otherwise."""
+        `Compressed.cache_dims`, none where another layer's are read, (keys, values) otherwise."""
+        if self.compressed:
+            return self.compressed.cache_dims(layer, self.head_dim)
         if self.cached_by(layer) != layer:
             return ()
         if self.mla:

@@ -79,6 +79,61 @@ class MlaWeights:
 
 
 @dataclass(frozen=True)
+class CompressorWeights:
+    """From hidden states to entries: `x` and `gate` project a token's part and its weight, bias_wm is added to weights
+    by the token's place in the window. [o · d] wide each, where o windows overlap."""
+
+    x: Linear
+    gate: Linear
+    bias_wm: Tensor
+    norm: Tensor
+
+
+@dataclass(frozen=True)
+class EntryIndexerWeights:
+    """Ranks entries: q takes the normalised q latent, head_weights the hidden state, compressor makes the index
+    keys."""
+
+    q: Linear
+    head_weights: Linear
+    compressor: CompressorWeights
+
+
+@dataclass(frozen=True)
+class CompressedWeights:
+    """Attention to a window and to compressed entries. ones_d: the norm over each head of q has no weights. o_a: one
+    matrix for each group of heads. compressor, indexer: in layers with entries, and with entries that are chosen."""
+
+    q_a: Linear
+    q_norm: Tensor
+    q: Linear
+    ones_d: Tensor
+    kv: Linear
+    kv_norm: Tensor
+    sink_h: Tensor
+    o_a: Packed
+    o_b: Linear
+    compressor: CompressorWeights | None
+    indexer: EntryIndexerWeights | None
+
+    @property
+    def reader(self) -> object:
+        """The packed matrix (or bank) that reads the normalised state first."""
+        return self.kv.weight
+
+
+@dataclass(frozen=True)
+class MixerWeights:
+    """A hyper-connection, float32: ones_n for the norm over all streams, which has no weights; `project` gives the m
+    weights of a token, which are scaled and shifted."""
+
+    ones_n: Tensor
+    project: Packed
+    scale_m: Tensor
+    base_m: Tensor
+
+
+@dataclass(frozen=True)
 class MlpWeights:
     """The gated MLP: down(silu(gate(x)) · up(x))."""
 
@@ -94,12 +149,14 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class MoeWeights:
-    """Router and correction bias are float32 whatever the compute dtype."""
+    """Router and correction bias are float32 whatever the compute dtype. by_token_vk: the experts of each token of the
+    vocabulary, where the router does not choose them."""
 
     router: Packed
     correction_bias: Tensor | None
     experts: ExpertBank[object]
     shared: MlpWeights | None
+    by_token_vk: Tensor | None = None
 
     @property
     def reader(self) -> object:
@@ -119,16 +176,18 @@ class LayerInputWeights:
 @dataclass(frozen=True)
 class LayerWeights:
     """One layer: a norm before attention and one before the MLP, [c] each. In families that have them: a norm of what
-    each of them adds, [c]; the layer's own embedding of the token; the factor on its result, [1]."""
+    each of them adds, [c]; the layer's own embedding of the token; the factor on its result, [1]; mixers before
+    attention and before the MLP, where the residual has several streams."""
 
     attention_norm_c: Tensor
-    attention: GqaWeights | MlaWeights
+    attention: GqaWeights | MlaWeights | CompressedWeights
     mlp_norm_c: Tensor
     mlp: MlpWeights | MoeWeights
     attention_post_norm_c: Tensor | None = None
     mlp_post_norm_c: Tensor | None = None
     inputs: LayerInputWeights | None = None
     scalar_1: Tensor | None = None
+    mixers: tuple[MixerWeights, MixerWeights] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +224,8 @@ class Held:
 @dataclass(frozen=True)
 class ModelWeights:
     """stored: the form of the published matrices ("fp8-e4m3 block 128", "bfloat16", …). draft: where asked for. held:
-    by published name, in the order of loading; complete for dense models that are not FP8."""
+    by published name, in the order of loading; complete for dense models that are not FP8. mixer: before the final
+    norm, where the residual has several streams."""
 
     embed_vc: Tensor
     layers: tuple[LayerWeights, ...]
@@ -175,3 +235,4 @@ class ModelWeights:
     stored: str
     held: Mapping[str, Held] = field(default_factory=dict)
     inputs: InputWeights | None = None
+    mixer: MixerWeights | None = None

@@ -12,6 +12,7 @@ from distill.recipe.sampling import SamplingSettings
 from distill.recipe.server import AnyServer
 from distill.recipe.sources import PromptSource
 from distill.section import Section
+from distill.thinking import Thinking
 
 
 def _known(known: list[str]) -> Callable[[str], str]:
@@ -49,8 +50,10 @@ class TeacherCard(Section):
     context: int = Field(description="maximum sequence length, in tokens")
     license: str = Field(description="license identifier of the hub, such as mit, apache-2.0 or llama3.1")
     source: str = Field("", description="origin of the figures")
-    thinking: bool | None = Field(
-        None, description="thinking mode of a chat template that has two; null: the template's default"
+    thinking: Thinking | None = Field(
+        None,
+        description="thinking mode of a chat template that has several: true, false, or a level (`high`, `max`); "
+        "null: the template's default",
     )
     sampling: SamplingSettings = Field(SamplingSettings(), description="sampling that the publisher recommends")
 

@@ -15,6 +15,7 @@ from distill.errors import UserError
 from distill.prompts.prompt import content_hash
 from distill.serve.choices import Delta, TokenTexts, deltas
 from distill.serve.requests import BadRequest, ChatRequest, CompletionRequest, Object, template_mode
+from distill.thinking import Thinking
 
 Request = ChatRequest | CompletionRequest
 
@@ -48,7 +49,7 @@ class Answers:
     def __init__(self, live: LiveModel, name: str) -> None:
         self.live, self.name = live, name
         self._texts = TokenTexts(live.chat)
-        self._chats: dict[bool | None, Chat] = {live.model.thinking: live.chat}
+        self._chats: dict[Thinking | None, Chat] = {live.model.thinking: live.chat}
 
     # ---- what the engine gets
 
@@ -68,7 +69,7 @@ class Answers:
         asked = self._asked(request, chat, ids, seed, content_hash(tuple(messages), "chat", None))
         return Work(request, chat, [asked], chat.prefill, request.separate_reasoning is not False)
 
-    def _chat(self, mode: bool | None) -> Chat:
+    def _chat(self, mode: Thinking | None) -> Chat:
         mode = self.live.model.thinking if mode is None else mode
         if mode not in self._chats:
             try:

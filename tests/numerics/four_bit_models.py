@@ -130,8 +130,9 @@ def build_four_bit(path: Path, config: dict[str, Any], form: str = INT4, experts
             parts, made.tensors[name] = quantise(tensor, name, form)
             stored |= parts
         else:
-            kept = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
-            stored[name], made.tensors[name] = kept, kept.float()
+            whole = name.endswith("e_score_correction_bias") or not tensor.is_floating_point()
+            stored[name] = tensor if whole else tensor.bfloat16()
+            made.tensors[name] = stored[name].to(tensor.dtype)
     _load_published(made.model, made.tensors)
     write(path, stored)
     return made

@@ -7,6 +7,7 @@ attention is nearly uniform and real bugs stay below any tolerance.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
     Gemma4ForCausalLM,
@@ -35,6 +38,7 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+from v4_models import V4_CONFIGS, V4_QUANTISED, published_name
 
 
 class KimiK2Config(DeepseekV3Config):
@@ -53,6 +57,7 @@ FAMILIES = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
+    "deepseek_v4": (DeepseekV4Config, DeepseekV4ForCausalLM),
     "gemma4_text": (Gemma4TextConfig, Gemma4ForCausalLM),
     "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
     "kimi_k2": (KimiK2Config, DeepseekV3ForCausalLM),
@@ -233,6 +238,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "kimi-k2": KIMI_K2,
+    **V4_CONFIGS,
     "llama-gqa": LLAMA,
     "llama-mha-tied": {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True},
     "llama-mqa-biases": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
@@ -305,8 +311,10 @@ def build(
     stored = {}
     for name, tensor in tensors.items():
         if fp8 and _is_quantised(name):
-            stored[name], stored[name + "_scale_inv"] = quantise(tensor)
-            tensors[name] = dequantise(stored[name], stored[name + "_scale_inv"])
+            published = name.endswith(V4_QUANTISED)
+            scale = name.removesuffix("weight") + ("scale" if published else "weight_scale_inv")
+            stored[name], stored[scale] = quantise(tensor)
+            tensors[name] = dequantise(stored[name], stored[scale])
         else:
             stored[name] = tensor
     if fp8:
@@ -390,6 +398,9 @@ def _scale_weights(model: PreTrainedModel, seed: int) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(("inv_freq", "embed_scale")):
             continue
+        if name.endswith("tid2eid"):  # experts by token
+            tensor.copy_(torch.rand(len(tensor), 16, generator=generator).argsort(1)[:, : tensor.shape[1]])
+            continue
         noise = torch.randn(tensor.shape, generator=generator)
         if "e_score_correction_bias" in name:
             tensor.copy_(0.3 * noise)
@@ -419,27 +430,34 @@ def _published(model: PreTrainedModel, config: dict[str, Any]) -> dict[str, Tens
                 tensors[name.removesuffix("down_proj") + f"{expert}.down_proj.weight"] = down
         elif not (config["tie_word_embeddings"] and name == "lm_head.weight"):
             tensors[name] = tensor
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    rename = _renamed(model)
+    return {rename(name): tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _renamed(model: PreTrainedModel) -> Callable[[str], str]:
+    """transformers' name of a tensor → the published one."""
+    return published_name if model.config.model_type == "deepseek_v4" else lambda name: name
 
 
 @torch.no_grad()
 def _load_published(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     """The inverse of `_published`: put published tensors back into the transformers model."""
+    rename = _renamed(model)
     for name, tensor in model.state_dict().items():
         if name.endswith("mlp.experts.gate_up_proj"):
             stem = name.removesuffix("gate_up_proj")
             for expert in range(tensor.shape[0]):
-                gate, up = (tensors[f"{stem}{expert}.{part}_proj.weight"] for part in ("gate", "up"))
+                gate, up = (tensors[rename(f"{stem}{expert}.{part}_proj.weight")] for part in ("gate", "up"))
                 tensor[expert].copy_(torch.cat((gate, up)))
         elif name.endswith("mlp.experts.down_proj"):
             for expert in range(tensor.shape[0]):
-                tensor[expert].copy_(tensors[f"{name.removesuffix('down_proj')}{expert}.down_proj.weight"])
-        elif name in tensors:
-            tensor.copy_(tensors[name])
+                tensor[expert].copy_(tensors[rename(f"{name.removesuffix('down_proj')}{expert}.down_proj.weight")])
+        elif rename(name) in tensors:
+            tensor.copy_(tensors[rename(name)])
 
 
 def _is_quantised(name: str) -> bool:
     """What DeepSeek publishes in FP8: the projections, not embedding, head, norms or router."""
     kept = ("indexer.weights_proj.weight", "eh_proj.weight")
     quantised = ("_proj.weight", "kv_a_proj_with_mqa.weight", "indexer.wq_b.weight", "indexer.wk.weight")
-    return name.endswith(quantised) and not name.endswith(kept)
+    return name.endswith((*quantised, *V4_QUANTISED)) and not name.endswith(kept)

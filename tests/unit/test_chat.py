@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_support import ANSWERED, BARE, QUESTION, QWEN3, R1_INFERENCE, V3_1, save_tokenizer
@@ -92,6 +93,23 @@ def test_what_the_prompt_opens_is_put_back_and_nothing_else(
 def test_a_mode_is_refused_where_there_is_only_one(template: str, thinking: bool, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has one mode only.*remove `thinking` from the teacher's card"):
         Chat.load(save_tokenizer(tmp_path, template), thinking=thinking)
+
+
+LEVELS = "{% if reasoning_effort == 'max' %}think long{% endif %}" + V3_1
+
+
+@pytest.mark.parametrize("thinking", [False, "high", "max"])
+def test_levels_of_thinking(thinking: Any, tmp_path: Path) -> None:
+    chat = Chat.load(save_tokenizer(tmp_path, LEVELS), thinking=thinking)
+    text = chat.prompt_text(QUESTION)
+    assert ("think long" in text) == (thinking == "max")
+    assert text.endswith("<|assistant|><think>" if thinking else "<|assistant|></think>")
+
+
+@pytest.mark.parametrize("template", [V3_1, QWEN3])
+def test_a_level_is_refused_where_there_is_thinking_without_levels(template: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no levels of thinking: set `thinking: true`"):
+        Chat.load(save_tokenizer(tmp_path, template), thinking="max")
 
 
 def test_a_base_without_a_template_is_told_which_to_set(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ SHARED |= {
     "planned",
     "record",
     "section",
+    "thinking",
     "stage",
     "errors",
     "integrity",
@@ -75,6 +76,7 @@ ALLOWED: dict[str, set[str]] = {
     "filters": {
         "errors",
         "section",
+        "thinking",
         "chat",
         "grading",
         "grading.sandbox",

@@ -35,6 +35,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "deepseek_v2",
             "deepseek_v3",
             "deepseek_v32",
+            "deepseek_v4",
             "gemma4",
             "gemma4_text",
             "glm_moe_dsa",

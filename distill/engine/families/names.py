@@ -47,6 +47,48 @@ class IndexerNames:
 
 
 @dataclass(frozen=True)
+class CompressorNames:
+    """What makes compressed entries, below an attention or its indexer."""
+
+    x: str = "compressor.wkv"
+    gate: str = "compressor.wgate"
+    bias: str = "compressor.ape"
+    norm: str = "compressor.norm.weight"
+
+
+@dataclass(frozen=True)
+class CompressedNames:
+    """Attention to compressed entries, below a layer. attention, indexer: what its compressor's names begin with."""
+
+    q_a: str = "attn.wq_a"
+    q_norm: str = "attn.q_norm.weight"
+    q_b: str = "attn.wq_b"
+    kv: str = "attn.wkv"
+    kv_norm: str = "attn.kv_norm.weight"
+    sink: str = "attn.attn_sink"
+    o_a: str = "attn.wo_a"
+    o_b: str = "attn.wo_b"
+    attention: str = "attn."
+    indexer: str = "attn.indexer."
+    index_q: str = "attn.indexer.wq_b"
+    head_weights: str = "attn.indexer.weights_proj"
+    compressor: CompressorNames = field(default_factory=CompressorNames)
+
+
+@dataclass(frozen=True)
+class MixerNames:
+    """Hyper-connections: what their names begin with before attention and before experts, below a layer, and before the
+    final norm; and how they end."""
+
+    attention: str = "hc_attn_"
+    mlp: str = "hc_ffn_"
+    head: str = "hc_head_"
+    project: str = "fn"
+    base: str = "base"
+    scale: str = "scale"
+
+
+@dataclass(frozen=True)
 class MlpNames:
     """The gated MLP, below `dense`, `shared` or an expert."""
 
@@ -57,12 +99,14 @@ class MlpNames:
 
 @dataclass(frozen=True)
 class MoeNames:
-    """A mixture of experts, below a layer. expert: with the expert's number for `{}`."""
+    """A mixture of experts, below a layer. expert: with the expert's number for `{}`. by_token: the table of hash
+    routing."""
 
     router: str = "mlp.gate.weight"
     correction_bias: str = "mlp.gate.e_score_correction_bias"
     expert: str = "mlp.experts.{}."
     shared: str = "mlp.shared_experts."
+    by_token: str = "mlp.gate.tid2eid"
 
 
 @dataclass(frozen=True)
@@ -90,9 +134,9 @@ class InputNames:
 @dataclass(frozen=True)
 class WeightNames:
     """All tensors of a model. layer: with the layer's number for `{}`. dense: a layer's MLP without experts.
-    attention_post_norm, mlp_post_norm, scalar, inputs: in families that have them. computed: endings of tensors that
-    some checkpoints carry although the config determines them. beside: beginnings of tensors of other models in the
-    same files, which are not read."""
+    attention_post_norm, mlp_post_norm, scalar, inputs, compressed, mixer: in families that have them. computed: endings
+    of tensors that some checkpoints carry although the config determines them. beside: beginnings of tensors that are
+    not read: of other models in the same files, of parts that the engine does not compute."""
 
     embed: str = "model.embed_tokens.weight"
     norm: str = "model.norm.weight"
@@ -107,6 +151,8 @@ class WeightNames:
     mlp: MlpNames = field(default_factory=MlpNames)
     moe: MoeNames = field(default_factory=MoeNames)
     draft: DraftNames = field(default_factory=DraftNames)
+    compressed: CompressedNames = field(default_factory=CompressedNames)
+    mixer: MixerNames = field(default_factory=MixerNames)
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
     beside: tuple[str, ...] = ()
     attention_post_norm: str = "post_attention_layernorm.weight"

@@ -35,7 +35,7 @@ from distill.engine.kernels.cpu_library import instruction_set as instruction_se
 from distill.engine.kernels.cpu_library import instruction_sets as instruction_sets
 from distill.engine.kernels.cpu_library import session as session
 from distill.engine.kernels.cpu_library import why_missing as why_missing
-from distill.engine.kernels.cpu_packing import ExpertBank, Memory, Packed, with_rows
+from distill.engine.kernels.cpu_packing import ExpertBank, ExpertMatrix, Memory, Packed, with_rows
 from distill.engine.kernels.cpu_structs import (
     Arguments,
     DrawArgs,
@@ -45,12 +45,16 @@ from distill.engine.kernels.cpu_structs import (
     NormArgs,
     RopeArgs,
     RouteArgs,
+    TrainGateArgs,
     address,
 )
 from distill.engine.kernels.four_bit import FourBit
 from distill.engine.kernels.ops import GroupBy, Scoring
+from distill.engine.kernels.reference import attend_rows as attend_rows
 from distill.engine.kernels.reference import device as device
+from distill.engine.kernels.reference import pool_windows as pool_windows
 from distill.engine.kernels.reference import side_by_side as side_by_side
+from distill.engine.kernels.reference import stream_weights as stream_weights
 from distill.engine.kernels.stored import Place, Plain, Stored
 
 
@@ -106,9 +110,19 @@ def route(
     per_token: int,
     normalise: bool,
     scale: float,
+    given_tk: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As reference.route."""
+    """As reference.route; what the kernel does not compute is the reference, token by token, whose bits do not depend
+    on the others then."""
     logits_tx = logits_tx.contiguous()
+    if scoring == "sqrtsoftplus" or given_tk is not None:
+        how = (scoring, group_by, groups, groups_kept, per_token, normalise, scale)
+        rows = given_tk.split(1) if given_tk is not None else [None] * len(logits_tx)
+        routed = [
+            reference.route(x.clone(), bias_x, *how, row) for x, row in zip(logits_tx.split(1), rows, strict=True)
+        ]
+        experts, weights = zip(*routed, strict=True)
+        return torch.cat(experts), torch.cat(weights)
     t, x = logits_tx.shape
     experts_tk, weights_tk = torch.empty(t, per_token, dtype=torch.int64), torch.empty(t, per_token)
     call(
@@ -183,7 +197,7 @@ def rms_norm(x_tc: Tensor, weight_c: Tensor, eps: float, to: object = None) -> T
 write_latents = partial(reference.write_latents, rms_norm=rms_norm, rope=rope, paged_write=paged_write)
 
 
-def _linear_args(x: Tensor, w: Packed, bias: Tensor | None, out: Tensor, add: bool = False) -> Arguments:
+def _linear_args(x: Tensor, w: ExpertMatrix, bias: Tensor | None, out: Tensor, add: bool = False) -> Arguments:
     """x [t, c] or [t, h, c], out [t, n] or [t, h, n], their last dimensions contiguous."""
     grouped = x.dim() == 3
     return LinearArgs(
@@ -202,7 +216,7 @@ def _linear_args(x: Tensor, w: Packed, bias: Tensor | None, out: Tensor, add: bo
     )
 
 
-def linear(x_tc: Tensor, weight: Packed, bias_n: Tensor | None = None, onto_tn: Tensor | None = None) -> Tensor:
+def linear(x_tc: Tensor, weight: ExpertMatrix, bias_n: Tensor | None = None, onto_tn: Tensor | None = None) -> Tensor:
     """As reference.linear; float32 in and out."""
     x_tc = with_rows(x_tc)
     assert x_tc.dtype == torch.float32 and x_tc.shape[1] == weight.k
@@ -249,11 +263,12 @@ def experts(
     bank: ExpertBank | FourBitBank,
     shared: tuple[Packed, Packed, Packed] | None,
     onto_tc: Tensor,
+    limit: float | None = None,
 ) -> Tensor:
     """As reference.experts; the shared expert is computed beside the others where its weights have their form."""
-    if isinstance(bank, FourBitBank):
-        return _decoded_experts(x_tc, experts_tk, weights_tk, bank, shared, onto_tc)
     x_tc, experts_tk, weights_tk = x_tc.contiguous(), experts_tk.contiguous(), weights_tk.contiguous()
+    if isinstance(bank, FourBitBank) or limit is not None:
+        return _experts_one_by_one(x_tc, experts_tk, weights_tk, bank, shared, onto_tc, limit)
     t, k = experts_tk.shape
     assert onto_tc.is_contiguous()
     gate, up, down = bank.addresses
@@ -285,23 +300,40 @@ def experts(
     return onto_tc
 
 
-def _decoded_experts(
+def _experts_one_by_one(
     x_tc: Tensor,
     experts_tk: Tensor,
     weights_tk: Tensor,
-    bank: FourBitBank,
+    bank: ExpertBank | FourBitBank,
     shared: tuple[Packed, Packed, Packed] | None,
     onto_tc: Tensor,
+    limit: float | None,
 ) -> Tensor:
-    """`experts` for codes of four bits: expert by expert, each decoded for its rows."""
-    for index in experts_tk.unique().tolist():
-        t, k = (experts_tk == index).nonzero(as_tuple=True)
-        gate, up, down = (Packed([matrix], bank.dtype) for matrix in bank.expert(index))
-        y_sc = linear(swiglu_linear(x_tc[t], gate, up), down)
-        onto_tc.index_add_(0, t, y_sc * weights_tk[t, k, None])
+    """`experts` where the kernel does not compute them: codes of four bits, decoded for their expert's rows, and gates
+    with a limit. A token's experts are added in the order in which they were chosen."""
+
+    def expert(x: Tensor, gate: ExpertMatrix, up: ExpertMatrix, down: ExpertMatrix) -> Tensor:
+        return linear(swiglu_linear(x, gate, up) if limit is None else _limited_swiglu(x, gate, up, limit), down)
+
+    y_tkc = x_tc.new_empty(*experts_tk.shape, x_tc.shape[1])
+    for number in experts_tk.unique().tolist():
+        t, k = (experts_tk == number).nonzero(as_tuple=True)
+        y_tkc[t, k] = expert(x_tc[t], *bank.matrices(number))
+    total_tc = torch.zeros_like(x_tc)
+    for y_tc, weight_t in zip(y_tkc.unbind(1), weights_tk.unbind(1), strict=True):
+        total_tc += y_tc * weight_t[:, None]
     if shared is not None:
-        linear(swiglu_linear(x_tc, *shared[:2]), shared[2], None, onto_tc)
-    return onto_tc
+        total_tc += expert(x_tc, *shared)
+    return onto_tc.add_(total_tc)
+
+
+def _limited_swiglu(x: Tensor, gate: ExpertMatrix, up: ExpertMatrix, limit: float) -> Tensor:
+    both = torch.stack(reference.limited([linear(x, gate), linear(x, up)], limit), dim=1)
+    out = torch.empty_like(both[:, 0])
+    rows, _, n = both.shape
+    sizes = {"rows": rows, "n": n, "half": False, "backward": False, "threads": threads(), "unused": 0}
+    call("train_gate", TrainGateArgs(both=address(both), out=address(out), gradient=None, **sizes))
+    return out
 
 
 def draw(

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import addressof, c_void_p
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,6 +45,25 @@ class Memory:
         """The tensor of the shape and dtype of `like` that begins `offset` bytes after `begin`."""
         at = self.begin - self._data.data_ptr() + offset
         return self._data[at : at + like.nbytes].view(like.dtype).view(like.shape)
+
+
+class ExpertMatrix(Protocol):
+    """What a product reads of a packed matrix: its PackedMatrix is at `address`."""
+
+    n: int
+    k: int
+    address: int
+    parts: int
+
+
+@dataclass
+class _OfBank:
+    """A matrix of an expert in a bank. See ExpertMatrix."""
+
+    n: int
+    k: int
+    address: int
+    parts: int
 
 
 class Packed:
@@ -203,6 +224,16 @@ class ExpertBank:
         if chosen is not None:
             jobs = jobs[[i - self.resident for i in chosen if i >= self.resident]]
         _run_jobs(jobs, 1 if background else threads())
+
+    def matrices(self, index: int) -> tuple[ExpertMatrix, ExpertMatrix, ExpertMatrix]:
+        """Gate, up and down of an expert that is in memory. IndexError for a number that no expert has."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"experts: there are {self.count}, and {index} is none of them")
+        gate, up, down = (
+            _OfBank(int(part["n"]), int(part["k"]), begin + index * _PACKED.itemsize, self.parts)
+            for part, begin in zip(self.arrays[:, index], self.addresses, strict=True)
+        )
+        return gate, up, down
 
     def goes_with(self, shared: Packed) -> bool:
         """Whether the kernel can compute a shared expert beside these: both read activations in the same form."""

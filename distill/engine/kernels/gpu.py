@@ -28,13 +28,16 @@ from distill.engine.kernels.gpu_attention import decode_gqa as decode_gqa
 from distill.engine.kernels.gpu_attention import index_scores as index_scores
 from distill.engine.kernels.gpu_draw import draw as draw
 from distill.engine.kernels.gpu_experts import ExpertBank
-from distill.engine.kernels.gpu_moe import route as route
 from distill.engine.kernels.gpu_rows import rope as rope
 from distill.engine.kernels.gpu_tiles import grouped_tile
+from distill.engine.kernels.ops import GroupBy, Scoring
 from distill.engine.kernels.reference import activation_dtype as activation_dtype
+from distill.engine.kernels.reference import attend_rows as attend_rows
 from distill.engine.kernels.reference import decode_plan as decode_plan
 from distill.engine.kernels.reference import likeliest as likeliest
+from distill.engine.kernels.reference import pool_windows as pool_windows
 from distill.engine.kernels.reference import session as session
+from distill.engine.kernels.reference import stream_weights as stream_weights
 from distill.engine.kernels.stored import FP8_BLOCK, Place, Stored
 from distill.engine.kernels.w8a8 import Activations, Fp8Matrix, Packed, Quantised, dense_rows
 from distill.engine.kernels.w8a8 import repack as repack
@@ -163,20 +166,47 @@ def experts(
     bank: ExpertBank,
     shared: tuple[Packed, Packed, Packed] | None,
     onto_tc: Tensor,
+    limit: float | None = None,
 ) -> Tensor:
     """As w8a8.experts."""
     tile = grouped_tile(experts_tk.numel(), bank.count)
     places = gpu_moe.slots(experts_tk, bank.count, tile.rows)
     x = _quantised(x_tc, bank.ue8m0) if bank.fp8 else F.pad(x_tc, (0, bank.c - x_tc.shape[1]))
     both_s2f = gpu_gemm.grouped(x, places.pair_s, experts_tk.shape[1], bank.gate_up, places.expert_b, tile)
-    gate_sf, up_sf = both_s2f.chunk(2, dim=1)
+    gate_sf, up_sf = _limited(both_s2f.chunk(2, dim=1), limit)
     hidden = gpu_rows.swiglu(gate_sf, up_sf, _format(bank), places.pair_s)
     y_sc = gpu_gemm.grouped(hidden, None, 1, bank.down, places.expert_b, tile)
     gpu_moe.combine(y_sc, places.slot_p, weights_tk, onto_tc)
     if shared is not None:
         gate, up, down = shared
-        linear(swiglu_linear(x_tc, gate, up, to=down), down, None, onto_tc)
+        gate_tf, up_tf = _limited(linears(x_tc, (gate, up), (None, None)), limit)
+        linear(gpu_rows.swiglu(gate_tf, up_tf, _format(down)), down, None, onto_tc)
     return onto_tc
+
+
+def _limited(gate_and_up: Sequence[Tensor], limit: float | None) -> tuple[Tensor, Tensor]:
+    """As reference.limited, in place."""
+    gate_tf, up_tf = gate_and_up
+    return (gate_tf, up_tf) if limit is None else (gate_tf.clamp_(max=limit), up_tf.clamp_(-limit, limit))
+
+
+def route(
+    logits_tx: Tensor,
+    bias_x: Tensor | None,
+    scoring: Scoring,
+    group_by: GroupBy,
+    groups: int,
+    groups_kept: int,
+    per_token: int,
+    normalise: bool,
+    scale: float,
+    given_tk: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As reference.route; what the kernel does not compute is the reference."""
+    how = (scoring, group_by, groups, groups_kept, per_token, normalise, scale)
+    if scoring == "sqrtsoftplus" or given_tk is not None:
+        return reference.route(logits_tx, bias_x, *how, given_tk)
+    return gpu_moe.route(logits_tx, bias_x, *how)
 
 
 def paged_write(pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor) -> None:

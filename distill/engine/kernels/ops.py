@@ -26,7 +26,7 @@ from torch import Tensor
 
 from distill.engine.kernels.stored import Place, Stored
 
-Scoring = Literal["sigmoid", "softmax"]
+Scoring = Literal["sigmoid", "softmax", "sqrtsoftplus"]
 GroupBy = Literal["best", "best two"]
 
 P = TypeVar("P")
@@ -241,9 +241,11 @@ class Column(Protocol[P, H, B, A_co, X]):
         bank: B,
         shared: tuple[P, P, P] | None,
         onto_tc: Tensor,
+        limit: float | None = None,
         /,
     ) -> Tensor:
-        """The weighted sum of each token's experts and the shared one, added to `onto`, in place."""
+        """The weighted sum of each token's experts and the shared one, added to `onto`, in place. limit: of gate
+        (above) and of up (in size)."""
 
     def route(
         self,
@@ -256,9 +258,10 @@ class Column(Protocol[P, H, B, A_co, X]):
         per_token: int,
         normalise: bool,
         scale: float,
+        given_tk: Tensor | None = None,
         /,
     ) -> tuple[Tensor, Tensor]:
-        """Experts [t, per_token] and their weights, float32."""
+        """Experts [t, per_token] and their weights, float32. given: the experts, where they are not chosen here."""
 
     def paged_write(self, pool: Tensor, page_t: Tensor, offset_t: Tensor, x_tkd: Tensor, /) -> None:
         """Store each token's x in its page, in place."""
@@ -300,6 +303,17 @@ class Column(Protocol[P, H, B, A_co, X]):
 
     def index_scores(self, q_thd: Tensor, weight_th: Tensor, pool: Tensor, table_p: Tensor, length: int, /) -> Tensor:
         """Scores of sparse attention → [t, l] float32."""
+
+    def pool_windows(self, x_nwd: Tensor, gate_nwd: Tensor, /) -> Tensor:
+        """Compressed entries of windows → [n, d]."""
+
+    def attend_rows(self, q_thd: Tensor, rows_nd: Tensor, row_tl: Tensor, sink_h: Tensor, scale: float, /) -> Tensor:
+        """Attention to named rows, which are keys and values, with a sink per head → [t, h, d]."""
+
+    def stream_weights(
+        self, mix_tm: Tensor, scale_m: Tensor, base_m: Tensor, streams: int, iterations: int, eps: float, /
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What hyper-connections weigh streams by → [t, s], [t, s], [t, s, s]."""
 
     def draw(
         self,

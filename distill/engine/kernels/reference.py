@@ -36,6 +36,9 @@ from distill.engine.kernels.reference_attention import index_scores as index_sco
 from distill.engine.kernels.reference_attention import paged_write as paged_write
 from distill.engine.kernels.reference_attention import prefill_gqa as prefill_gqa
 from distill.engine.kernels.reference_attention import prefill_mla as prefill_mla
+from distill.engine.kernels.reference_streams import attend_rows as attend_rows
+from distill.engine.kernels.reference_streams import pool_windows as pool_windows
+from distill.engine.kernels.reference_streams import stream_weights as stream_weights
 from distill.engine.kernels.stored import Damaged, Place, Stored, all_finite
 
 P = TypeVar("P")
@@ -223,9 +226,11 @@ def experts(
     bank: ExpertBank,
     shared: tuple[Tensor, Tensor, Tensor] | None,
     onto_tc: Tensor,
+    limit: float | None = None,
 ) -> Tensor:
     """Σ over a token's k experts of weight · down(silu(gate·x) · up·x), added in the order of experts' numbers, then
-    the shared expert (gate, up, down) if there is one; added to `onto`, in place.
+    the shared expert (gate, up, down) if there is one; added to `onto`, in place. limit: gate·x is at most this, up·x
+    is within ± this.
 
     Tokens are sorted by expert, so that each expert multiplies one contiguous slice once. A scatter-add back was
     rejected: it sums in whatever order threads arrive. Padding every expert to the same number of tokens was rejected:
@@ -240,7 +245,7 @@ def experts(
         if count:
             rows = slice(start, start + count)
             gate_up_2fc, down_cf = bank.packed[expert]
-            gate_sf, up_sf = (x_sc[rows] @ gate_up_2fc.T).chunk(2, dim=-1)
+            gate_sf, up_sf = limited((x_sc[rows] @ gate_up_2fc.T).chunk(2, dim=-1), limit)
             torch.mm(F.silu(gate_sf) * up_sf, down_cf.T, out=y_sc[rows])
             start += count
     back_s = torch.empty_like(order_s)
@@ -248,29 +253,41 @@ def experts(
     y_tkc = y_sc.index_select(0, back_s).unflatten(0, experts_tk.shape)
     routed_tc = (y_tkc * weights_tk[..., None]).sum(1).to(x_tc.dtype)
     if shared is not None:
-        routed_tc += linear(swiglu_linear(x_tc, *shared[:2]), shared[2])
+        gate_tf, up_tf = limited([linear(x_tc, weight) for weight in shared[:2]], limit)
+        routed_tc += linear(F.silu(gate_tf) * up_tf, shared[2])
     return onto_tc.add_(routed_tc)
+
+
+def limited(gate_and_up: Sequence[Tensor], limit: float | None) -> tuple[Tensor, Tensor]:
+    """Gate at most `limit`, up within ± `limit`; None: as they are."""
+    gate_tf, up_tf = gate_and_up
+    return (gate_tf, up_tf) if limit is None else (gate_tf.clamp(max=limit), up_tf.clamp(-limit, limit))
 
 
 def route(
     logits_tx: Tensor,
     bias_x: Tensor | None,
-    scoring: Literal["sigmoid", "softmax"],
+    scoring: Literal["sigmoid", "softmax", "sqrtsoftplus"],
     group_by: Literal["best", "best two"],
     groups: int,
     groups_kept: int,
     per_token: int,
     normalise: bool,
     scale: float,
+    given_tk: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The routers of DeepSeek-V2 (arXiv:2405.04434, section 2.1.3: softmax, a group is worth its best expert, no bias)
     and V3 (arXiv:2412.19437, section 2.1.2: sigmoid, its best two) → experts [t, per_token] int64, weights float32.
+    sqrtsoftplus: √ln(1 + eˣ). given: the experts, of which only the weights are then computed.
 
     The bias moves the choice and never the weight. Experts outside the `groups_kept` best groups cannot be chosen. A
     token with a NaN among its scores has no best experts: it gets the first `per_token` with weights of NaN.
     """
     logits_tx = logits_tx.float()
-    scores_tx = logits_tx.sigmoid() if scoring == "sigmoid" else logits_tx.softmax(-1)
+    if scoring == "sqrtsoftplus":
+        scores_tx = F.softplus(logits_tx).sqrt()
+    else:
+        scores_tx = logits_tx.sigmoid() if scoring == "sigmoid" else logits_tx.softmax(-1)
     choice_tx = scores_tx if bias_x is None else scores_tx + bias_x
     undefined_t1 = choice_tx.isnan().any(-1, keepdim=True)
     if groups > 1:
@@ -279,12 +296,13 @@ def route(
         best_tg = choice_tgx.topk(counted, dim=-1).values.sum(-1).topk(groups_kept, dim=-1).indices
         dropped_tg = torch.ones_like(choice_tgx[..., 0], dtype=torch.bool).scatter_(-1, best_tg, False)
         choice_tx = choice_tgx.masked_fill(dropped_tg[..., None], float("-inf")).flatten(-2)
-    experts_tk = choice_tx.topk(per_token, dim=-1).indices
+    experts_tk = choice_tx.topk(per_token, dim=-1).indices if given_tk is None else given_tk
     weights_tk = scores_tx.gather(-1, experts_tk)
     if normalise:
         weights_tk = weights_tk / (weights_tk.sum(-1, keepdim=True) + 1e-20)
     first_k = torch.arange(per_token, device=logits_tx.device)
-    experts_tk = torch.where(undefined_t1, first_k, experts_tk)
+    if given_tk is None:
+        experts_tk = torch.where(undefined_t1, first_k, experts_tk)
     return experts_tk, (weights_tk * scale).masked_fill(undefined_t1, float("nan"))
 
 

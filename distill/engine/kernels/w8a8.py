@@ -214,6 +214,7 @@ def experts(
     bank: ExpertBank,
     shared: tuple[Packed, Packed, Packed] | None,
     onto_tc: Tensor,
+    limit: float | None = None,
 ) -> Tensor:
     """Each expert's output is rounded to the compute dtype; they are weighted and added up in float32."""
     y_tkc = x_tc.new_zeros(*experts_tk.shape, x_tc.shape[1])
@@ -221,8 +222,13 @@ def experts(
         t, k = (experts_tk == expert).nonzero(as_tuple=True)
         if len(t):
             gate, up, down = bank.packed[expert]
-            y_tkc[t, k] = linear(swiglu_linear(x_tc[t], gate, up), down)
+            y_tkc[t, k] = linear(_limited_swiglu(x_tc[t], gate, up, limit), down)
     out_tc = (y_tkc.float() * weights_tk[..., None]).sum(1)
     if shared is not None:
-        out_tc += linear(swiglu_linear(x_tc, *shared[:2]), shared[2])
+        out_tc += linear(_limited_swiglu(x_tc, *shared[:2], limit), shared[2])
     return onto_tc.copy_(onto_tc + out_tc)
+
+
+def _limited_swiglu(x_tc: Tensor, gate: Packed, up: Packed, limit: float | None) -> Tensor:
+    gate_tf, up_tf = reference.limited([linear(x_tc, gate), linear(x_tc, up)], limit)
+    return (F.silu(gate_tf.float()) * up_tf.float()).to(x_tc.dtype)
