@@ -20,7 +20,7 @@ from distill.engine.graphs import DecodeGraphs
 gpu = pytest.importorskip("distill.engine.kernels.gpu", reason="triton is not installed: pip install triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # junk in slots that nobody fills
 
-OTHERS = ("v3-yarn", "v2", "v2-lite", "llama-mqa-biases", "qwen2")
+OTHERS = ("v3-yarn", "v2", "v2-lite", "v4", "llama-mqa-biases", "qwen2")
 TINY_R1 = Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1"
 
 
