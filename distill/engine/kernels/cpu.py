@@ -296,7 +296,7 @@ def _decoded_experts(
     """`experts` for codes of four bits: expert by expert, each decoded for its rows."""
     for index in experts_tk.unique().tolist():
         t, k = (experts_tk == index).nonzero(as_tuple=True)
-        gate, up, down = (Packed([matrix], bank.dtype) for matrix in bank.expert(index))
+        gate, up, down = bank.matrices(index)
         y_sc = linear(swiglu_linear(x_tc[t], gate, up), down)
         onto_tc.index_add_(0, t, y_sc * weights_tk[t, k, None])
     if shared is not None:

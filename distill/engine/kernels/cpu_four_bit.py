@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distill.engine.kernels.cpu_packing import Memory
+from distill.engine.kernels.cpu_packing import Memory, Packed
 from distill.engine.kernels.four_bit import FourBit
 from distill.engine.kernels.pages import discard
 from distill.engine.kernels.stored import Place, Stored
@@ -104,9 +104,11 @@ class FourBitBank:
         """See reference.Bank."""
         self._arena = arena
 
-    def expert(self, index: int) -> tuple[FourBit, ...]:
-        """Gate, up and down of an expert that is in memory. Raises IndexError for one that there is not."""
+    def matrices(self, index: int) -> tuple[Packed, Packed, Packed]:
+        """Gate, up and down of an expert that is in memory, decoded. IndexError for a number that no expert has."""
         if not 0 <= index < self.count:
-            raise IndexError(f"expert {index} of {self.count}")
+            raise IndexError(f"experts: there are {self.count}, and {index} is none of them")
         lent = self._lent[index]
-        return lent if index < self.resident else self._in(self._arena, index - self.resident, lent)
+        stored = lent if index < self.resident else self._in(self._arena, index - self.resident, lent)
+        gate, up, down = (Packed([matrix], self.dtype) for matrix in stored)
+        return gate, up, down
