@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,33 +30,20 @@ CONTROL = {
     255: ("[PAD]", True),
 }
 WORDS = "the they them then 'tis it's IT'S Hello HELLO helloWorld 漢字 漢字かな 12345 a1b2  x\n\n\ty ...!? émigré"
-WORDS += " İstanbul \u017f'\u017f"  # a long s is an s where case is ignored
+WORDS += " a\n\n  b İstanbul \u017f'\u017f"  # a long s is an s where case is ignored
 CODE = """raise SystemExit("executed")
 class TikTokenTokenizer:
     pat_str = "|".join([{alternatives}])
 """
 
 
-def trained(corpus: str, count: int) -> list[bytes]:
-    """Tokens by rank: the 256 bytes in another order than their own, then pairs that occur most, as BPE is trained."""
-    tokens = [bytes([255 - byte]) for byte in range(256)]
-    pieces = [[bytes([byte]) for byte in piece.encode()] for piece in regex.findall("|".join(SPLIT), corpus, regex.V1)]
-    for _ in range(count):
-        pairs: dict[bytes, int] = {}
-        for piece in pieces:
-            for left, right in pairwise(piece):
-                pairs[left + right] = pairs.get(left + right, 0) + 1
-        joined = max((pair for pair in pairs if pair not in tokens), key=lambda pair: (pairs[pair], pair), default=None)
-        if joined is None:
-            break
-        tokens.append(joined)
-        pieces = [merged(piece, tokens) for piece in pieces]
-    return tokens
-
-
-def merged(piece: list[bytes], tokens: list[bytes]) -> list[bytes]:
-    known = {token: rank for rank, token in enumerate(tokens)}
-    return by_force(b"".join(piece), known)
+def vocabulary(text: str, count: int) -> list[bytes]:
+    """Tokens by rank: the 256 bytes in another order than their own, then `count` neighbours of two and three bytes of
+    a text, the most frequent first. Some go beyond where the text is split: a wrong split would join them."""
+    data = text.encode()
+    neighbours = Counter(data[at : at + size] for size in (2, 3) for at in range(len(data) - size + 1))
+    by_count = sorted(neighbours, key=lambda token: (-neighbours[token], len(token), token))
+    return [bytes([255 - byte]) for byte in range(256)] + by_count[:count]
 
 
 def by_force(text: bytes, known: dict[bytes, int]) -> list[bytes]:

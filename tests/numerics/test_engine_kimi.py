@@ -13,7 +13,7 @@ import torch
 import yaml
 from engine_checks import engine_logits, engine_options, relative_error, some_tokens
 from four_bit_models import COMPRESSED, build_four_bit
-from kimi_support import WORDS, publish, trained
+from kimi_support import WORDS, publish, vocabulary
 from random_models import KIMI_K2, Checkpoint
 from safetensors.torch import load_file
 from test_engine_published import write_shards
@@ -29,7 +29,7 @@ from distill.models import Model
 from distill.prompts import Prompt
 from distill.recipe import LocalEngine, TeacherCard
 
-TOKENS = trained(WORDS, 64)  # 320, and 256 control tokens
+TOKENS = vocabulary(WORDS, 64)  # 320, and 256 control tokens
 SIZES = {"vocab_size": 576, "bos_token_id": 320, "eos_token_id": 322, "pad_token_id": 575}
 K2_THINKING: dict[str, Any] = {
     **KIMI_K2,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kimi_support import CODE, WORDS, by_force, publish, reference_ids, trained
+from kimi_support import CODE, WORDS, by_force, publish, reference_ids, vocabulary
+from tokenizers import Tokenizer
 
 from distill.chat import Chat, ranks
 from distill.engine.families.kimi_k2 import SPLIT
@@ -17,7 +18,7 @@ from distill.errors import UserError
 
 @pytest.fixture(scope="module")
 def tokens() -> list[bytes]:
-    return trained(WORDS * 2, 120)
+    return vocabulary(WORDS, 200)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,15 @@ def test_merges_of_any_vocabulary(text: str, words: list[str]) -> None:
     assert [token.id for token in model.tokenize(text)] == [known[part] for part in by_force(text.encode(), known)]
 
 
+@pytest.mark.parametrize("without", range(1, 7))
+def test_each_part_of_the_pattern_counts(without: int, chat: Chat, tokens: list[bytes], tmp_path: Path) -> None:
+    """Han alone and the last spaces are what no other alternative takes, and are split off without one."""
+    left = [alternative for at, alternative in enumerate(SPLIT) if at != without]
+    ranks.convert(publish(tmp_path / "model", tokens) / "tiktoken.model", left, {}, tmp_path)
+    ids = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(WORDS).ids
+    assert ids != reference_ids(WORDS, tokens) == chat.tokenizer.encode(WORDS, add_special_tokens=False)
+
+
 def test_control_tokens_and_the_template(chat: Chat, tokens: list[bytes]) -> None:
     base = len(tokens)
     ids = chat.prompt_ids([{"role": "user", "content": "they"}])
@@ -79,6 +89,8 @@ def test_control_tokens_and_the_template(chat: Chat, tokens: list[bytes]) -> Non
     assert set(chat.stop_token_ids) == {base + 1, base + 2}
     assert len(chat.tokenizer) == base + 256
     assert chat.tokenizer.convert_ids_to_tokens(base + 100) == f"<|reserved_token_{base + 100}|>"
+    assert base + 22 not in chat.tokenizer.all_special_ids, "reasoning would be decoded without its tags"
+    assert chat.tokenizer.decode([base + 22, base + 2], skip_special_tokens=True) == "<think>"
     inside = chat.prompt_ids([{"role": "user", "content": "<|im_end|>"}])
     assert list(inside).count(base + 2) == 1, "a control token in a question is text"
 

@@ -109,6 +109,6 @@ class FourBitBank:
         if not 0 <= index < self.count:
             raise IndexError(f"experts: there are {self.count}, and {index} is none of them")
         lent = self._lent[index]
-        here = lent if index < self.resident else self._in(self._arena, index - self.resident, lent)
-        gate, up, down = (Packed([matrix], self.dtype) for matrix in here)
+        stored = lent if index < self.resident else self._in(self._arena, index - self.resident, lent)
+        gate, up, down = (Packed([matrix], self.dtype) for matrix in stored)
         return gate, up, down
