@@ -20,6 +20,7 @@ from distill.engine import Engine, EngineOptions
 from distill.errors import UserError
 from distill.recipe import Train
 from distill.train.ranks import memory
+from distill.train.rollouts.memory import _cached
 from distill.train.student import methods
 
 # What is published, in the fewest words: turns, the channel of thoughts, which is stripped from answers, and, in the
@@ -145,3 +146,4 @@ def test_the_memory_of_the_published_sizes() -> None:
     assert shape.embedding == 262144 * (1536 + 35 * 256)
     kept = memory.activations(config, Train(), methods.dtypes(Train(), torch.device("cuda")), "cuda")
     assert kept.layer > 10 * 1536 * 2
+    assert _cached(config) == 2 * (29 * 256 + 6 * 512)

@@ -2,8 +2,8 @@
 
 A family is one file with a `FAMILY`, named as its `model_type`, and one line in `FAMILIES`, which is the only list of
 them: cards validate their `family` against it, training, `distill doctor` and planning take their facts from it.
-Options of a config that would change the numbers and that the engine does not implement (sliding windows, other
-activations, other routers) are refused by name rather than ignored: an ignored option is a silently different model.
+Options of a config that would change the numbers and that the engine does not implement (other activations,
+other routers) are refused by name rather than ignored: an ignored option is a silently different model.
 
 Neither torch nor transformers is imported here.
 """

@@ -46,6 +46,20 @@ class Engines:
         return student, scoring
 
 
+def _cached(config: "PretrainedConfig") -> int:
+    """Numbers cached for a token, at most: layers that attend to another one's keys are counted, too."""
+    if getattr(config, "is_heterogeneous", False):  # where it may not be asked for the sizes of all layers
+        layers = [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
+    else:
+        layers = [config] * config.num_hidden_layers
+    return sum(
+        2
+        * (getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
+        * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+        for layer in layers
+    )
+
+
 def engines(
     config: "PretrainedConfig",
     training: Training,
@@ -64,9 +78,7 @@ def engines(
     """
     rollouts = training.objective.rollout_settings
     assert rollouts is not None
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = float(2 * config.num_hidden_layers * heads * width * size * context)
+    each = float(_cached(config) * size * context)
     judges = [teacher] if teacher is not None and training.objective.teacher_top_k is not None else []
     judges += [2.0 * parameters] if training.objective.needs_reference else []
     batch = min(MAX_BATCH, -(-rollouts.rows // ranks))
