@@ -30,6 +30,7 @@ from torch import Tensor
 
 from distill.engine import indexer
 from distill.engine.cache import PagedCache
+from distill.engine.delta import Turns, turns
 from distill.engine.kernels import Ops
 from distill.engine.spec import LATENT_NORM_EPS, Indexer, ModelSpec, Rope
 from distill.engine.weights import GqaWeights, IndexerWeights, Linear, MlaWeights
@@ -38,11 +39,12 @@ from distill.engine.weights import GqaWeights, IndexerWeights, Linear, MlaWeight
 @dataclass(frozen=True)
 class Chunk:
     """Tokens `ids` of one sequence, from position `start` on, to be computed in this step. Earlier tokens are cached;
-    `pages` cover all."""
+    `pages` cover all. slot: of its recurrent state, in models that have one."""
 
     ids: Sequence[int]
     start: int
     pages: Sequence[int]
+    slot: int = -1
 
     @property
     def end(self) -> int:
@@ -82,7 +84,8 @@ class SparseRows:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input, as tensors. cos and sin: [t, rotated width / 2], float32. segments: of the rows, in order."""
+    """One step's input, as tensors. cos and sin: [t, rotated width / 2], float32. segments: of the rows, in order.
+    turns: the order of recurrent layers, in models that have some."""
 
     ids_t: Tensor
     page_t: Tensor
@@ -90,6 +93,7 @@ class Batch:
     cos_tr: Tensor
     sin_tr: Tensor
     segments: tuple[DecodeRows | PrefillChunk | SparseRows, ...]
+    turns: Turns | None = None
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,19 @@ def build_batch(
     ids_t, page_t, position_t = torch.from_numpy(np.array((ids, pages, positions), np.int64)).to(device).unbind()
     cos_tr, sin_tr = rotations(spec.rope, position_t)
     segments = tuple(_segments(decode, prefill, page_size, spec.indexer, device))
-    return Batch(ids_t, page_t, position_t % page_size, cos_tr, sin_tr, segments)
+    order = None
+    if spec.delta is not None:
+        order = turns([chunk.slot for chunk in (*decode, *prefill) for _ in chunk.ids], positions, device)
+    return Batch(ids_t, page_t, position_t % page_size, cos_tr, sin_tr, segments, order)
 
 
 def decode_batch(
     ids: Sequence[int],
     positions: Sequence[int],
     pages: Sequence[Sequence[int]],
+    slots: Sequence[int],
     page_size: int,
-    rope: Rope,
+    spec: ModelSpec,
     device: torch.device,
 ) -> Batch:
     """One token of each of several sequences, as `build_batch` lays them out, for a model without sparse attention."""
@@ -149,8 +157,9 @@ def decode_batch(
         torch.from_numpy(numbers).to(device)
         for numbers in (id_b, page_b, position_b, position_b % page_size, position_b + 1, table)
     )
-    cos_tr, sin_tr = rotations(rope, position_t)
-    return Batch(ids_t, page_t, offset_t, cos_tr, sin_tr, (DecodeRows(0, len(table), table_bp, length_t),))
+    cos_tr, sin_tr = rotations(spec.rope, position_t)
+    order = None if spec.delta is None else turns(slots, positions, device)
+    return Batch(ids_t, page_t, offset_t, cos_tr, sin_tr, (DecodeRows(0, len(table), table_bp, length_t),), order)
 
 
 def rotations(rope: Rope, position_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,17 +248,19 @@ def gqa(
     if w.k_norm is not None:
         k_tkd = ops.rms_norm(k_tkd.flatten(0, 1), w.k_norm, spec.norm_eps).view_as(k_tkd)
     if w.rotated:
-        ops.rope(k_tkd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
+        ops.rope(k_tkd[..., : spec.rope.dim], batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
     cache.write(layer, batch.page_t, batch.offset_t, k_tkd, v_tkd)
     if not len(onto_rc):
         return onto_rc
     k_pool, v_pool = cache.pools[layer]
     batch, x_rc = _narrowed(batch, x_tc, wanted)
-    q_thd = _linear(ops, x_rc, w.q).unflatten(-1, (spec.num_heads, spec.head_dim))
+    q_thd = _linear(ops, x_rc, w.q).unflatten(-1, (spec.num_heads, -1))
+    if spec.output_gate:
+        q_thd, gate_thd = (part.contiguous() for part in q_thd.chunk(2, dim=-1))
     if w.q_norm is not None:
         q_thd = ops.rms_norm(q_thd.flatten(0, 1), w.q_norm, spec.norm_eps).view_as(q_thd)
     if w.rotated:
-        ops.rope(q_thd, batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
+        ops.rope(q_thd[..., : spec.rope.dim], batch.cos_tr, batch.sin_tr, spec.rope.interleaved)
     parts = []
     for rows in batch.segments:
         q = q_thd[rows.start : rows.end]
@@ -258,7 +269,10 @@ def gqa(
         else:
             assert isinstance(rows, PrefillChunk)
             parts.append(ops.prefill_gqa(q, k_pool, v_pool, rows.table_p, rows.length, spec.softmax_scale))
-    return ops.linear(_joined(parts).flatten(1), w.o.weight, w.o.bias, onto_rc)
+    out_rn = _joined(parts).flatten(1)
+    if spec.output_gate:
+        out_rn = ops.sigmoid_gate(out_rn, gate_thd.flatten(1))
+    return ops.linear(out_rn, w.o.weight, w.o.bias, onto_rc)
 
 
 def mla(

@@ -52,15 +52,25 @@ class Engine:
         layers, pages = model.spec.num_layers + (sizes.drafts > 0), self._pages.num_pages
         # One page more than is handed out, for rows of a graph that belong to no sequence.
         self._cache = PagedCache(
-            model.spec, model.ops, layers, pages + sizes.graphs, sizes.page_size, sizes.cache_dtype, weight.device
+            model.spec,
+            model.ops,
+            layers,
+            pages + sizes.graphs,
+            sizes.page_size,
+            sizes.cache_dtype,
+            weight.device,
+            sizes.slots,
         )
+        self._slots = PageAllocator(sizes.slots, 1) if sizes.slots else None
         longest = min(sizes.max_context, pages * sizes.page_size)
         self._ahead = (
             Ahead(DecodeGraphs(model, self._cache, sizes.page_size, pages, longest, sizes.max_batch))
             if sizes.graphs and not sizes.drafts
             else None
         )
-        self._scheduler = Scheduler(self._pages, sizes.max_batch, sizes.max_step_tokens, sizes.drafts)
+        self._scheduler = Scheduler(
+            self._pages, sizes.max_batch, sizes.max_step_tokens, sizes.drafts, self._slots
+        )
         self._drafter = Drafter(model, self._cache, self._batch) if sizes.drafts else None
         self._unfinished: dict[str, int] = {}  # request id → samples still to come
         self._progress: list[Progress] = []
@@ -154,6 +164,7 @@ class Engine:
         if not (plan.decode or plan.prefill):
             return completions
         self._cache.copy_pages(plan.copies)
+        self._cache.copy_slots(plan.slot_copies)
         if not (plan.prefill or self._drafter or self._ahead or self.spec.indexer) and all(
             sequence.request.sampling.thinking_budget is None for sequence in plan.decode
         ):
@@ -176,12 +187,13 @@ class Engine:
             split = min(max(prompt - begin, 0), len(ids))
             decoded = slice(len(decode), len(decode) + len(ids) - split)
             if split:
-                prefill.append(Chunk(ids[:split], begin, sequence.pages))
+                prefill.append(Chunk(ids[:split], begin, sequence.pages, sequence.slot))
                 ends.append(split == len(ids) == sequence.missing)
             kept = split if self._drafter else int(split > 0 and ends[-1])
             work.append(Work(sequence, ids, decoded, slice(prefilled, prefilled + kept)))
             prefilled += kept
-            decode += [Chunk(ids[i : i + 1], begin + i, sequence.pages) for i in range(split, len(ids))]
+            tokens = range(split, len(ids))
+            decode += [Chunk(ids[i : i + 1], begin + i, sequence.pages, sequence.slot) for i in tokens]
         if self._ahead and not prefill and len(decode) == len(plan.decode) and self._ahead.serve(plan.decode):
             return completions + self._taken_in(self._ahead.decode(plan.decode, decode, self._draws(work, [])))
         hidden_rc = self._forward(decode, prefill, None if self._drafter else ends)
@@ -259,7 +271,7 @@ class Engine:
         with self._model.ops.session():
             forward = lambda chunks: self._forward([], chunks)  # noqa: E731
             return score(
-                sequences, top_k, ids, after or [1] * len(sequences), budget, self._pages, forward, self._model
+                sequences, top_k, ids, after or [1] * len(sequences), budget, self._pages, self._slots, forward, self._model
             )
 
     def update(self, tensor: Callable[[str], Tensor]) -> None:
@@ -307,7 +319,9 @@ class Engine:
             for chunk, end in zip(prefill, ends, strict=True):
                 row += len(chunk.ids)
                 rows += [row - 1] * end
-            last = [Chunk(c.ids[-1:], c.end - 1, c.pages) for c, end in zip(prefill, ends, strict=True) if end]
+            last = [
+                replace(c, ids=c.ids[-1:], start=c.end - 1) for c, end in zip(prefill, ends, strict=True) if end
+            ]
             wanted = Wanted(torch.tensor(rows, dtype=torch.int64, device=self._device), self._batch(decode, last))
         return self._model.forward(batch, self._cache, wanted)
 
@@ -345,8 +359,9 @@ class Engine:
             [s.tokens[-1] for s in sequences],
             [length - 1 for length in lengths],
             [s.pages for s in sequences],
+            [s.slot for s in sequences],
             self._page_size,
-            self.spec.rope,
+            self.spec,
             self._device,
         )
         logits_bv = self._model.logits(self._model.forward(batch, self._cache))

@@ -31,9 +31,11 @@ from distill.engine.families.names import WeightNames
 from distill.engine.kernels import Ops
 from distill.engine.kernels.ops import ExpertBank, Packed
 from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Fp8, Plain, Stored, all_finite
-from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
+from distill.engine.spec import DeltaNet, Indexer, Mla, ModelSpec, Moe
 from distill.engine.weights import (
+    DeltaWeights,
     DraftWeights,
+    Form,
     GqaWeights,
     Held,
     IndexerWeights,
@@ -62,8 +64,9 @@ def load_weights(
     kept, and each layer is packed while the next ones are being read.
     Errors: ValueError, one line with file, tensor and remedy, where the directory is not what the config says.
     """
-    names = FAMILIES[spec.family].names
-    reader = _Reader(Checkpoint(Path(model_dir)), names, ops, dtype, spec.ue8m0, settles_at_once=place is None)
+    checkpoint = Checkpoint(Path(model_dir))
+    names = FAMILIES[spec.family].names_in(checkpoint)
+    reader = _Reader(checkpoint, names, ops, dtype, spec.ue8m0, spec.centred_norms, settles_at_once=place is None)
     head_name = names.embed if spec.tied_embeddings else names.head
     layers_read = range(spec.num_layers + drafts)
     with reader.checkpoint.read_ahead([names.embed, *map(names.layer.format, layers_read), names.norm, head_name]):
@@ -71,7 +74,7 @@ def load_weights(
         reader.hold(names.embed, embed_vc.shape).tensors.append(embed_vc)
         layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
         reader.checkpoint.forget(names.embed)  # a step reads a few rows of it
-        norm_c = reader.tensor(names.norm, (spec.hidden_size,))
+        norm_c = reader.norm(names.norm, spec.hidden_size)
         head = reader.pack(reader.matrix(head_name, spec.vocab_size, spec.hidden_size), head_name)
         streamed = list(reader.banks)
         draft = _draft(reader, spec) if drafts else None
@@ -85,17 +88,25 @@ def load_weights(
 
 
 def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
-    names, at, rotated = reader.names, reader.names.layer.format(index), index not in spec.nope_layers
+    names, at = reader.names, reader.names.layer.format(index)
     return LayerWeights(
-        attention_norm_c=reader.tensor(at + names.attention_norm, (spec.hidden_size,)),
-        attention=_mla(reader, spec, spec.mla, at, index) if spec.mla else _gqa(reader, spec, at, rotated),
-        mlp_norm_c=reader.tensor(at + names.mlp_norm, (spec.hidden_size,)),
+        attention_norm_c=reader.norm(at + names.attention_norm, spec.hidden_size),
+        attention=_attention(reader, spec, at, index),
+        mlp_norm_c=reader.norm(at + names.mlp_norm, spec.hidden_size),
         mlp=(
             _moe(reader, spec, spec.moe, at)
             if spec.moe and spec.is_moe_layer(index)
             else _mlp(reader, at + names.dense, spec.hidden_size, spec.intermediate_size, spec.mlp_bias)
         ),
     )
+
+
+def _attention(reader: _Reader, spec: ModelSpec, at: str, index: int) -> GqaWeights | MlaWeights | DeltaWeights:
+    if spec.delta and spec.is_delta_layer(index):
+        return _delta(reader, spec, spec.delta, at)
+    if spec.mla:
+        return _mla(reader, spec, spec.mla, at, index)
+    return _gqa(reader, spec, at, index not in spec.nope_layers)
 
 
 def _draft(reader: _Reader, spec: ModelSpec) -> DraftWeights:
@@ -114,13 +125,29 @@ def _gqa(reader: _Reader, spec: ModelSpec, at: str, rotated: bool) -> GqaWeights
     names = reader.names.gqa
     c, q_width, kv_width = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     return GqaWeights(
-        q=reader.linear(at + names.q, q_width, c, spec.qkv_bias),
+        q=reader.linear(at + names.q, q_width * (1 + spec.output_gate), c, spec.qkv_bias),
         k=reader.linear(at + names.k, kv_width, c, spec.qkv_bias),
         v=reader.linear(at + names.v, kv_width, c, spec.qkv_bias),
         o=reader.linear(at + names.o, c, q_width, spec.o_bias),
-        q_norm=reader.tensor(at + names.q_norm, (spec.head_dim,)) if spec.qk_norm else None,
-        k_norm=reader.tensor(at + names.k_norm, (spec.head_dim,)) if spec.qk_norm else None,
+        q_norm=reader.norm(at + names.q_norm, spec.head_dim) if spec.qk_norm else None,
+        k_norm=reader.norm(at + names.k_norm, spec.head_dim) if spec.qk_norm else None,
         rotated=rotated,
+    )
+
+
+def _delta(reader: _Reader, spec: ModelSpec, dims: DeltaNet, at: str) -> DeltaWeights:
+    names, c, h, single = reader.names.delta, spec.hidden_size, dims.value_heads, torch.float32
+    values, conv = h * dims.value_dim, (dims.channels, 1, dims.taps)
+    return DeltaWeights(
+        qkv=reader.linear(at + names.qkv, dims.channels, c),
+        gate=reader.linear(at + names.gate, values, c),
+        write=reader.linear(at + names.write, h, c),
+        decay=reader.linear(at + names.decay, h, c),
+        conv=reader.tensor(at + names.conv, conv, single, lambda weight_n1k: weight_n1k[:, 0].T.contiguous()),
+        rate=reader.tensor(at + names.rate, (h,), single, lambda log_h: -log_h.exp()),
+        rate_bias=reader.tensor(at + names.rate_bias, (h,), single),
+        norm=reader.tensor(at + names.norm, (dims.value_dim,), single),
+        o=reader.linear(at + names.o, c, values),
     )
 
 
@@ -204,8 +231,8 @@ def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str) -> MoeWeights:
 
 
 class _Reader:
-    """Parameters from the tensors of a model directory. `dtype` is the compute dtype; ue8m0: the spec's. Banks of
-    experts are settled as they come, or collected in `banks`."""
+    """Parameters from the tensors of a model directory. `dtype` is the compute dtype; ue8m0, centred: the spec's. Banks
+    of experts are settled as they come, or collected in `banks`."""
 
     def __init__(
         self,
@@ -214,17 +241,19 @@ class _Reader:
         ops: Ops,
         dtype: torch.dtype,
         ue8m0: bool,
+        centred: bool,
         settles_at_once: bool,
     ) -> None:
         self.checkpoint, self.names, self.ops = checkpoint, names, ops
-        self.dtype, self.ue8m0, self.settles_at_once = dtype, ue8m0, settles_at_once
+        self.dtype, self.ue8m0, self.centred, self.settles_at_once = dtype, ue8m0, centred, settles_at_once
         self.stored = ""
         self.banks: list[tuple[str, ExpertBank[object]]] = []  # by layer, with how its tensors' names begin
         self.held: dict[str, Held] = {}
 
-    def hold(self, name: str, shape: tuple[int, ...]) -> Held:
-        """The entry in `held` of a published tensor."""
-        return self.held.setdefault(name, Held(tuple(shape)))
+    def hold(self, name: str, shape: tuple[int, ...], form: Form | None = None) -> Held:
+        """The entry in `held` of a published tensor, under the name that it has in the language model alone."""
+        inside = self.names.inside
+        return self.held.setdefault(name.replace(inside, "", 1) if inside else name, Held(tuple(shape), form=form))
 
     def expert_names(self, at: str, index: int) -> tuple[str, str, str]:
         """The names of an expert's gate, up and down matrices."""
@@ -295,11 +324,20 @@ class _Reader:
         where = self.checkpoint.where(name + "_scale_inv")
         return ValueError(f"{where} is not finite and positive; the file is damaged, download it again")
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of a tensor that is never quantised, in `dtype` (default: that of activations)."""
+    def norm(self, name: str, width: int) -> Tensor:
+        """The weight of an RMS norm, [width]."""
+        return self.tensor(name, (width,), form=_from_one if self.centred else None)
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None, form: Form | None = None
+    ) -> Tensor:
+        """A copy of a tensor that is never quantised, in `dtype` (default: that of activations). form: as in `Held`, of
+        float32 numbers."""
         stored = self.unquantised(name, shape)
+        if form is not None:
+            stored = form(stored.float())
         tensor = stored.to(self.ops.device(), dtype or self.ops.activation_dtype(self.dtype), copy=True)
-        self.hold(name, shape).tensors.append(tensor)
+        self.hold(name, shape, form).tensors.append(tensor)
         return tensor
 
     def unquantised(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -322,7 +360,8 @@ class _Reader:
             layer = layer_of.match(name)
             draft = layer is not None and int(layer[1]) in drafts
             tied_head = spec.tied_embeddings and name == self.names.head
-            if not (draft or tied_head or name.endswith(self.names.computed)):
+            unused = name.endswith(self.names.computed) or name.startswith(self.names.beside)
+            if not (draft or tied_head or unused):
                 raise ValueError(
                     f"{self.checkpoint.where(name)} has no place in the model that config.json describes; "
                     "use the config.json that was published with these weights"
@@ -343,6 +382,10 @@ class _Reader:
                 f"{self.checkpoint.where(head)} differs from {embed}, and config.json ties them; set "
                 "tie_word_embeddings to false there if the model was trained with both, else remove this tensor"
             )
+
+
+def _from_one(weight: Tensor) -> Tensor:
+    return 1 + weight
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ Legend: v vocabulary, n outputs, c inputs or hidden, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -40,6 +40,28 @@ class GqaWeights:
     def reader(self) -> object:
         """The packed matrix (or bank) that reads the normalised state first."""
         return self.k.weight
+
+
+@dataclass(frozen=True)
+class DeltaWeights:
+    """A layer with a gated delta rule. qkv, gate, write, decay: projections of the hidden state, the last two to one
+    number for each value head. conv: [taps, channels], oldest tap first. rate: −e^A_log, and rate_bias, [value heads].
+    norm: over each head's output, [value_dim]. All four are float32."""
+
+    qkv: Linear
+    gate: Linear
+    write: Linear
+    decay: Linear
+    conv: Tensor
+    rate: Tensor
+    rate_bias: Tensor
+    norm: Tensor
+    o: Linear
+
+    @property
+    def reader(self) -> object:
+        """The packed matrix (or bank) that reads the normalised state first."""
+        return self.qkv.weight
 
 
 @dataclass(frozen=True)
@@ -110,7 +132,7 @@ class LayerWeights:
     """One layer: a norm before attention and one before the MLP, [c] each."""
 
     attention_norm_c: Tensor
-    attention: GqaWeights | MlaWeights
+    attention: GqaWeights | MlaWeights | DeltaWeights
     mlp_norm_c: Tensor
     mlp: MlpWeights | MoeWeights
 
@@ -126,14 +148,18 @@ class DraftWeights:
     norm_c: Tensor
 
 
+Form = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Held:
     """Where the numbers of a published tensor are: in tensors, and in packed matrices (in both, where the head is the
-    embedding)."""
+    embedding). form: what is made of the numbers before they become one of `tensors`."""
 
     shape: tuple[int, ...]
     tensors: list[Tensor] = field(default_factory=list)
     matrices: list[Packed] = field(default_factory=list)
+    form: Form | None = None
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def test_layers_in_one_call_give_the_bits_of_single_ops(
     if why := cpu.why_missing():
         pytest.skip(f"no compiled kernels: {why}")
     engine = Engine.load(checkpoint(name).path, engine_options(dtype=dtype, cache_tokens=1024, kernels="cpu"))
-    op_by_op = "index_topk" in CONFIGS[name] or CONFIGS[name].get("mlp_bias", False)
-    assert (engine._model.decode_plan is None) == op_by_op, "sparse attention and MLPs with biases run op by op"
+    op_by_op = "index_topk" in CONFIGS[name] or CONFIGS[name].get("mlp_bias", False) or engine.spec.delta
+    assert (engine._model.decode_plan is None) == bool(op_by_op), "these run op by op"
     at_once = engine_logits(engine, TOKENS, decode_from=60)
     engine._model = replace(engine._model, decode_plan=None)
     assert torch.equal(engine_logits(engine, TOKENS, decode_from=60), at_once)

@@ -39,6 +39,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "llama",
             "qwen2",
             "qwen3",
+            "qwen3_5",
+            "qwen3_5_text",
             "smollm3",
         )
     }
@@ -59,7 +61,7 @@ def spec_of(raw: dict[str, Json], where: str = "config") -> ModelSpec:
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ValueError(f"{where}: model_type is {shown(name)}; supported are {', '.join(FAMILIES)}")
-    _check_common(config)
+    _check_common((config.section(family.section) if family.section else None) or config)
     return replace(family.read(config), ue8m0=_scale_format(config) == "ue8m0")
 
 

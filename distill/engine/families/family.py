@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 from distill.engine.config import Config
@@ -30,11 +30,14 @@ class Family:
 
     name: `model_type` in its config.json, and `family` on a card; the name that transformers knows it by.
     read: its config → the spec. Errors: ValueError naming file and key for what the engine does not compute.
-    names: of the tensors in its checkpoints.
+    names: of the tensors in its checkpoints. other_names: that some of its checkpoints have in their place.
     published_bytes: bytes per parameter of the weights as published: 1 for FP8, 2 for bfloat16.
     has_experts: whether most weights are experts, which are streamed when they do not fit into memory.
-    trains: whether a student may be of this family: it is dense, and in transformers rows packed end to end learn what
-    each would learn alone (tests/numerics/test_train_loss.py).
+    section: of its config.json that describes the language model, where there are other models beside it.
+    trains: whether a student may be of this family: it is dense, and rows of one batch learn what each would learn
+    alone (tests/numerics/test_train_loss.py).
+    packs: whether they do so end to end, in transformers. Otherwise training examines the model
+    (`train.student.isolation`) and pads the rows where something but attention looks at other tokens.
     fused: whether its decoder layers in transformers are what `train.learn.fused` computes.
     gguf: how GGUF files store it, None where they are not read.
     """
@@ -44,6 +47,14 @@ class Family:
     names: WeightNames = field(default_factory=WeightNames)
     published_bytes: int = 2
     has_experts: bool = False
+    other_names: WeightNames | None = None
+    section: str | None = None
     trains: bool = False
+    packs: bool = True
     fused: bool = False
     gguf: Gguf | None = None
+
+    def names_in(self, tensors: Container[str]) -> WeightNames:
+        """The names that a checkpoint with these tensors has."""
+        other = self.other_names
+        return other if other and other.embed in tensors else self.names

@@ -47,8 +47,10 @@ from distill.engine.kernels.cpu_structs import (
     address,
 )
 from distill.engine.kernels.ops import GroupBy, Scoring
+from distill.engine.kernels.reference import delta_rule as delta_rule
 from distill.engine.kernels.reference import device as device
 from distill.engine.kernels.reference import side_by_side as side_by_side
+from distill.engine.kernels.reference import sigmoid_gate as sigmoid_gate
 from distill.engine.kernels.stored import Place, Plain, Stored
 
 

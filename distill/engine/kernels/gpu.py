@@ -33,8 +33,10 @@ from distill.engine.kernels.gpu_rows import rope as rope
 from distill.engine.kernels.gpu_tiles import grouped_tile
 from distill.engine.kernels.reference import activation_dtype as activation_dtype
 from distill.engine.kernels.reference import decode_plan as decode_plan
+from distill.engine.kernels.reference import delta_rule as delta_rule
 from distill.engine.kernels.reference import likeliest as likeliest
 from distill.engine.kernels.reference import session as session
+from distill.engine.kernels.reference import sigmoid_gate as sigmoid_gate
 from distill.engine.kernels.stored import FP8_BLOCK, Place, Stored
 from distill.engine.kernels.w8a8 import Activations, Fp8Matrix, Packed, Quantised, dense_rows
 from distill.engine.kernels.w8a8 import repack as repack

@@ -301,6 +301,30 @@ class Column(Protocol[P, H, B, A_co, X]):
     def index_scores(self, q_thd: Tensor, weight_th: Tensor, pool: Tensor, table_p: Tensor, length: int, /) -> Tensor:
         """Scores of sparse attention → [t, l] float32."""
 
+    def delta_rule(
+        self,
+        qkv_tn: Tensor,
+        write_th: Tensor,
+        decay_th: Tensor,
+        gate_te: Tensor,
+        conv_kn: Tensor,
+        rate_h: Tensor,
+        rate_bias_h: Tensor,
+        norm_e: Tensor,
+        eps: float,
+        conv_pool: Tensor,
+        state_pool: Tensor,
+        row_t: Tensor,
+        first_s: Tensor,
+        slot_s: Tensor,
+        fresh_s: Tensor,
+        /,
+    ) -> Tensor:
+        """A short convolution and the gated delta rule over each sequence's tokens → [t, h·e]; updates the pools."""
+
+    def sigmoid_gate(self, x_tn: Tensor, gate_tn: Tensor, /) -> Tensor:
+        """x · sigmoid(gate)."""
+
     def draw(
         self,
         logits_rv: Tensor,
