@@ -66,15 +66,16 @@ def _stamp(directory: Path) -> tuple[int, ...]:
 def _made(model: type[C], directory: Path, stamp: tuple[int, ...]) -> C:
     model_files.model_directory(str(directory))
     config_file = directory / "config.json"
-    config = model_files.read_object(config_file)
-    family, families = config.get("model_type"), model_families.STUDENTS if model is StudentCard else list(FAMILIES)
+    whole = model_files.read_object(config_file)
+    config = model_families.language(whole)
+    family, families = whole.get("model_type"), model_families.STUDENTS if model is StudentCard else list(FAMILIES)
     if family not in families and not model_families.in_transformers(family):
         what = "trained" if model is StudentCard else "read"
         raise UserError(
             f"{config_file}: models of type {family!r} are not {what}; expected one of {', '.join(families)}, or "
             f"another causal language model of transformers"
         )
-    if family not in families and (part := model_families.composite(config)):
+    if family not in families and (part := model_families.composite(whole)):
         raise UserError(
             f"{config_file}: {part} is a model inside a model of type {family!r}; save its language model alone "
             f"(transformers: AutoModelForCausalLM, save_pretrained) and name that directory"
@@ -129,12 +130,12 @@ def refuse_another_model(card: TeacherCard | StudentCard, card_file: Path, direc
     """
     config = model_files.read_object(directory / "config.json")
     claims: dict[str, tuple[object, object]] = {}
-    kind_of_model = config.get("model_type")
+    kind_of_model, shape = config.get("model_type"), model_families.language(config)
     if kind_of_model in FAMILIES or model_families.in_transformers(kind_of_model):  # others are named when they load
         claims["family"] = (card.family, kind_of_model)
     if isinstance(card, StudentCard) and card.architecture is not None:
         for key, value in card.architecture.model_dump(exclude_none=True, exclude_unset=True).items():
-            claims[f"architecture.{key}"] = (value, config.get(key, value))
+            claims[f"architecture.{key}"] = (value, shape.get(key, value))
     wrong = [f"{key} is {said}, and {there} there" for key, (said, there) in claims.items() if said != there]
     if wrong:
         raise UserError(
@@ -146,7 +147,7 @@ def refuse_another_model(card: TeacherCard | StudentCard, card_file: Path, direc
 def doubts(card: TeacherCard | StudentCard, directory: Path, config: Mapping[str, object]) -> list[str]:
     """Notes about a card whose context or parameters are not those of its model."""
     notes = []
-    longest = config.get("max_position_embeddings")
+    longest = model_families.language(config).get("max_position_embeddings")
     if isinstance(longest, int) and card.context > longest:
         notes.append(f"context is {card.context:,}, and max_position_embeddings {longest:,} in its config.json")
     if isinstance(card, StudentCard):

@@ -60,7 +60,7 @@ class SequenceState:
     computed: int = 0
     room: int = 0  # tokens up to which its pages are known to suffice, none of those to be written being shared
     pages: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)  # of its recurrent state: one while it has pages, in models with some
+    slots: list[int] = field(default_factory=list)  # of its recurrent state: one while it has pages; none without any
     hidden: Tensor | None = None  # states of the last computed positions, which the draft layer has not seen yet
     logprobs: list[float] = field(default_factory=list)
     tops: list[Alternatives] = field(default_factory=list)

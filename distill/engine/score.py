@@ -68,8 +68,8 @@ def score(
     forward: Forward,
     model: Model,
 ) -> list[Scores]:
-    """One `Scores` per sequence; see `Engine.score`. budget: tokens of a step. slots: of recurrent states. forward: hidden states of the tokens of
-    some chunks, [t, c].
+    """One `Scores` per sequence; see `Engine.score`. budget: tokens of a step. slots: of recurrent states. forward:
+    hidden states of the tokens of some chunks, [t, c].
 
     Errors: ValueError for given ids that do not fit, and while too few pages are free for a sequence; NonFiniteLogits.
     """
@@ -108,8 +108,8 @@ def _that_fit(
     free, most = pages.free_pages, None if slots is None else first + slots.free_pages
     if most == first:
         raise ValueError(
-            f"sequence {first} needs a recurrent state, and all slots are in use; raise max_batch, or finish or abort what "
-            "is being generated"
+            f"sequence {first} needs a recurrent state, and all slots are in use; raise max_batch, or finish or abort "
+            "what is being generated"
         )
     taken: list[Sequence[int]] = []
     for tokens in itertools.islice(sequences, first, most):

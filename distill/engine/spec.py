@@ -25,9 +25,9 @@ GroupBy = Literal["best", "best two"]
 class Rope:
     """Rotary embedding, as numbers.
 
-    dim: how many dimensions of each head are rotated, the first ones or, with latent attention, the last. inv_freq: dim/2 angles per position, in radians.
-    magnitude: factor on cos and sin (YaRN's attention factor; 1 elsewhere). interleaved: pairs are (x0,x1), (x2,x3)…
-    rather than (x0, x[dim/2]), (x1, x[dim/2+1])….
+    dim: how many dimensions of each head are rotated, the first ones or, with latent attention, the last. inv_freq:
+    dim/2 angles per position, in radians. magnitude: factor on cos and sin (YaRN's attention factor; 1 elsewhere).
+    interleaved: pairs are (x0,x1), (x2,x3)… rather than (x0, x[dim/2]), (x1, x[dim/2+1])….
     """
 
     dim: int
@@ -111,8 +111,8 @@ class ModelSpec:
 
     family: its name in `FAMILIES`. Sizes are in elements. softmax_scale: factor on q·k. head_dim: width of q and k.
     nope_layers: numbers of the layers without rotary embedding (NoPE). output_gate: attention's output is multiplied by
-    a gate that the query projection gives, too. centred_norms: norms are stored as differences from one. ue8m0: quantised activations have scales that
-    are powers of two.
+    a gate that the query projection gives, too. centred_norms: norms are stored as differences from one. delta:
+    layers with a recurrent state. ue8m0: quantised activations have scales that are powers of two.
     """
 
     family: str

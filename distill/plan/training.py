@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill import catalog
+from distill import catalog, model_families
 from distill.console import bytes_text, say, short, table
 from distill.errors import UserError
 from distill.model_families import published_bytes
@@ -252,8 +252,9 @@ def configuration(recipe: "Recipe", card: "StudentCard") -> "PretrainedConfig":
             f"weights, or add the sizes in its config.json to the card"
         )
     known = {key: value for key, value in card.architecture.model_dump().items() if value is not None}
-    config: PretrainedConfig = AutoConfig.for_model(card.family, **known, max_position_embeddings=card.context)
-    return config
+    known["max_position_embeddings"] = card.context
+    config: PretrainedConfig = AutoConfig.for_model(card.family, **model_families.described(card.family, known))
+    return config.get_text_config(decoder=True) if model_families.in_engine(card.family) else config
 
 
 def count(

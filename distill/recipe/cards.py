@@ -73,6 +73,8 @@ class Architecture(Section):
     vocab_size: int
     head_dim: int | None = Field(None, description="head size, if not hidden_size / num_attention_heads")
     tie_word_embeddings: bool = False
+    linear_num_key_heads: int | None = Field(None, description="key heads of layers with a recurrent state")
+    linear_num_value_heads: int | None = Field(None, description="value heads of layers with a recurrent state")
 
 
 class StudentCard(Section):

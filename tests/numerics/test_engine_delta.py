@@ -1,5 +1,5 @@
-"""Layers with a gated delta rule: each part of them, left out, fails parity; their states follow the same rules as pages;
-the op against the rule written as matrix products."""
+"""Layers with a gated delta rule: each part of them, left out, fails parity; their states follow the same rules as
+pages; the op against the rule written as matrix products."""
 
 from __future__ import annotations
 
@@ -172,14 +172,16 @@ def test_scores_need_a_free_state(checkpoint: GetCheckpoint) -> None:
     engine = small(checkpoint, max_batch=1)
     assert engine._slots is not None
     taken = engine._slots.allocate(2)
-    with pytest.raises(ValueError, match="sequence 0 needs a recurrent state, and all slots are in use; raise max_batch"):
+    with pytest.raises(
+        ValueError, match="sequence 0 needs a recurrent state, and all slots are in use; raise max_batch"
+    ):
         engine.score([TOKENS])
     engine._slots.release(taken)
     assert len(engine.score([TOKENS, TOKENS[:5], TOKENS[:7]])) == 3
 
 
 def test_memory_of_states_is_planned(checkpoint: GetCheckpoint) -> None:
-    """By hand: three layers with 3 inputs of 2·2·12 + 4·20 channels and four matrices 12 × 20; one layer caches tokens."""
+    """By hand: three layers with 3 inputs of 2·2·12 + 4·20 channels and four matrices of 12 by 20; one caches."""
     spec = small(checkpoint).spec
     assert spec.state_elements == 3 * (3 * 128 + 4 * 12 * 20)
     assert spec.cache_elements_per_token() == 2 * spec.head_dim * spec.num_kv_heads
@@ -201,7 +203,7 @@ def test_rows_of_a_sequence_are_taken_in_order() -> None:
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 def test_the_rule_is_its_matrix_form(kernels: str) -> None:
-    """S_t = α S_{t-1} (I − β k kᵀ) + β v kᵀ and o = S q, a head and a token at a time, in float64."""
+    """S ← decay · S (I − write · k kᵀ) + write · v kᵀ and o = S q, a head and a token at a time, in float64."""
     if kernels == "cpu" and (why := cpu.why_missing()):
         pytest.skip(f"no compiled kernels: {why}")
     rule = (cpu if kernels == "cpu" else reference).delta_rule

@@ -23,7 +23,8 @@ def read_dense(
 ) -> ModelSpec:
     """The spec of a dense decoder. qkv_bias, o_bias: whether the attention's projections have biases; qk_norm: whether
     queries and keys are normalised head by head; tied, theta: what `tie_word_embeddings` and `rope_theta` are where the
-    config does not say; kinds: what `layer_types` may have; partial: as in `RopeConfig`. Errors: ValueError naming file and key."""
+    config does not say; kinds: what `layer_types` may have; partial: as in `RopeConfig`. Errors: ValueError naming
+    file and key."""
     config.only("use_sliding_window", (False,))
     if other := sorted(set(config.texts("layer_types")).difference(kinds)):
         names = " and ".join(map(repr, kinds))

@@ -43,6 +43,7 @@ def read_text(config: Config, family: str) -> ModelSpec:
     config.int("num_key_value_heads", most=WIDEST)
     config.only("mlp_bias", (False,))
     config.only("attn_output_gate", (True,))
+    config.only("output_gate_type", ("swish", "silu"))  # of the delta rule
     config.only("mamba_ssm_dtype", ("float32",))
     bias = config.bool("attention_bias", False)
     spec = read_dense(

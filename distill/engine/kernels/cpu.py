@@ -27,6 +27,8 @@ from distill.engine.kernels.cpu_attention import index_scores as index_scores
 from distill.engine.kernels.cpu_attention import paged_write as paged_write
 from distill.engine.kernels.cpu_attention import prefill_gqa as prefill_gqa
 from distill.engine.kernels.cpu_attention import prefill_mla as prefill_mla
+from distill.engine.kernels.cpu_delta import delta_rule as delta_rule
+from distill.engine.kernels.cpu_delta import sigmoid_gate as sigmoid_gate
 from distill.engine.kernels.cpu_layer import decode_plan as decode_plan
 from distill.engine.kernels.cpu_library import amx_missing as amx_missing
 from distill.engine.kernels.cpu_library import call, library, threads
@@ -47,10 +49,8 @@ from distill.engine.kernels.cpu_structs import (
     address,
 )
 from distill.engine.kernels.ops import GroupBy, Scoring
-from distill.engine.kernels.reference import delta_rule as delta_rule
 from distill.engine.kernels.reference import device as device
 from distill.engine.kernels.reference import side_by_side as side_by_side
-from distill.engine.kernels.reference import sigmoid_gate as sigmoid_gate
 from distill.engine.kernels.stored import Place, Plain, Stored
 
 

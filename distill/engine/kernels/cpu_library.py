@@ -43,6 +43,8 @@ _OPS = (
     "likeliest",
     "decode_layer",
     "decode_dense_layer",
+    "delta_rule",
+    "sigmoid_gate",
     "train_norm",
     "train_gate",
     "train_rope",

@@ -3,7 +3,7 @@
 A token first passes a short causal convolution over channels, then updates each head's matrix S and reads it
 (Gated DeltaNet, arXiv:2412.06464, equation 10, with S transposed):
 
-    S ← α S;   S ← S + k (β (v − Sᵀ k))ᵀ;   o = Sᵀ q
+    S ← a S;   S ← S + k (b (v − Sᵀ k))ᵀ;   o = Sᵀ q
 
 Tokens are taken one by one. The chunked form of the paper, with matrix products over 64 tokens, is faster on long
 prompts, and was rejected: its sums depend on where a chunk begins, and a prompt's result must not depend on how it is
@@ -41,7 +41,7 @@ def delta_rule(
 ) -> Tensor:
     """The outputs of all tokens, normalised head by head and multiplied by silu(gate) → [t, h·e]; updates the pools.
 
-    write: β before its sigmoid; decay: log α = rate · softplus(decay + rate_bias). gate: [t, h·e]. row: the rows of
+    write: b before its sigmoid; decay: log a = rate · softplus(decay + rate_bias). gate: [t, h·e]. row: the rows of
     the batch, those of a sequence together and in order; those of sequence i are row[first[i] : first[i + 1]], and
     first has s + 1 entries. slot: of each sequence, no two the same. fresh: 1 where it begins here, so that what its
     slot holds is not read.
@@ -79,9 +79,10 @@ def _turn(mixed_bn: Tensor, decay_bh: Tensor, write_bh: Tensor, state_bhde: Tens
     """One token of each sequence → [b, h, e]; updates the state in place."""
     h, d, e = state_bhde.shape[1:]
     keys = (mixed_bn.shape[1] - h * e) // 2
-    q_bgd, k_bgd, v_bhe = (part.unflatten(1, (-1, width)) for part, width in zip(
-        mixed_bn.split((keys, keys, h * e), dim=1), (d, d, e), strict=True
-    ))
+    q_bgd, k_bgd, v_bhe = (
+        part.unflatten(1, (-1, width))
+        for part, width in zip(mixed_bn.split((keys, keys, h * e), dim=1), (d, d, e), strict=True)
+    )
     q_bhd, k_bhd = (
         (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS)).repeat_interleave(h * d // keys, dim=1)
         for x in (q_bgd, k_bgd)

@@ -12,6 +12,7 @@ Not counted are fragmentation, and the libraries' own memory beyond `BASE`.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import update_wrapper
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from distill.errors import UserError
 from distill.hardware import memory
-from distill.model_families import in_engine
+from distill.model_families import packs
 from distill.recipe import Recipe, Train
 from distill.recipe.adapters import Lora, Qlora
 from distill.train.learn import attention, fused, loss
@@ -120,11 +121,13 @@ def once(function: Callable[Concatenate[PretrainedConfig, P], R]) -> Callable[Co
 
 @once
 def shape(config: PretrainedConfig) -> Shape:
-    """The sizes of a model, counted on the model itself, without memory for it."""
-    one, two = (parameters(on_meta(config, layers)) for layers in (1, 2))
+    """The sizes of a model, counted on the model itself, without memory for it. layer: of several kinds, the mean."""
+    kinds: Counter[str | None] = Counter(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
+    sizes = {kind: parameters(on_meta(config, 2, kind)) - parameters(on_meta(config, 1, kind)) for kind in kinds}
+    layer = round(sum(sizes[kind] * count for kind, count in kinds.items()) / kinds.total())
     embedding = config.vocab_size * config.hidden_size
     head = 0 if config.tie_word_embeddings else embedding
-    return Shape(config.num_hidden_layers, two - one, embedding, head, config.hidden_size, config.vocab_size)
+    return Shape(config.num_hidden_layers, layer, embedding, head, config.hidden_size, config.vocab_size)
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -148,12 +151,15 @@ def adapters(config: PretrainedConfig, adapter: Lora | Qlora) -> int:
     return int(one + (config.num_hidden_layers - 1) * (two - one))
 
 
-def on_meta(config: PretrainedConfig, layers: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model with this number of layers, its parameters on torch's meta device."""
+def on_meta(
+    config: PretrainedConfig, layers: int, kind: str | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model with this number of layers, all of one kind, its parameters on torch's meta device. kind: one of
+    `layer_types`; None: the first."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1] * layers
+        config.layer_types = [kind or config.layer_types[0]] * layers
     with init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention.NAME if _has_rows(config) else None
@@ -162,8 +168,8 @@ def on_meta(config: PretrainedConfig, layers: int, dtype: torch.dtype = torch.fl
 
 
 def _has_rows(config: PretrainedConfig) -> bool:
-    """Whether the attention of concatenated rows is measured; in families beside the engine's, the model's own is."""
-    return in_engine(config.model_type)
+    """Whether the attention of concatenated rows is measured; where rows are padded, the model's own is."""
+    return packs(config.model_type)
 
 
 def fake_parameters(model: nn.Module) -> None:
@@ -217,7 +223,7 @@ def saved_bytes(
     Layers that multiply in FP8 keep the same inputs, uncast: the model is not converted, and torchao need not be there.
     """
     storages: dict[int, int] = {}
-    model = on_meta(config, layers, dtypes.weights if dtypes.autocast else dtypes.compute)
+    model = on_meta(config, layers, dtype=dtypes.weights if dtypes.autocast else dtypes.compute)
     if device == "cpu" and not dtypes.float8:
         fused.install(model)
     if settings.adapter is not None:

@@ -9,7 +9,7 @@ the training will need, so it counts as a whole, unless `engine.memory_budget` b
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distill.model_families import in_engine
+from distill.model_families import cached_elements, in_engine
 from distill.recipe import Training
 from distill.train.rollouts.student import MAX_BATCH
 
@@ -64,9 +64,13 @@ def engines(
     """
     rollouts = training.objective.rollout_settings
     assert rollouts is not None
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = float(2 * config.num_hidden_layers * heads * width * size * context)
+    if in_engine(config.model_type):
+        token, state = cached_elements(config.to_dict())
+    else:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token, state = 2 * config.num_hidden_layers * heads * width, 0
+    each = float(token * size * context + 4 * state)
     judges = [teacher] if teacher is not None and training.objective.teacher_top_k is not None else []
     judges += [2.0 * parameters] if training.objective.needs_reference else []
     batch = min(MAX_BATCH, -(-rollouts.rows // ranks))

@@ -66,7 +66,7 @@ def inspect(model_dir: Path, settings: Train) -> Limits:
     config = configuration(model_dir, settings)
     isolation.why_padded(config, settings)
     context = getattr(config, "max_position_embeddings", settings.max_length)
-    if not model_families.in_engine(config.model_type):  # whose files may name and shape weights in another way
+    if model_families.renames(config.model_type):
         loaded(model_dir, config=config, device_map="meta")
         return Limits(config.vocab_size, context)
     try:
@@ -121,6 +121,8 @@ def configuration(model_dir: Path, settings: Train) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(model_dir)
     except Exception as error:  # whatever the wrong value leads to inside transformers
         raise UserError(f"{model_dir}/config.json cannot be used: {_reason(error)}") from error
+    if model_families.in_engine(config.model_type):
+        config = config.get_text_config(decoder=True)  # the whole of it, but for a language model beside others
     if model_families.in_engine(config.model_type) and getattr(config, "use_sliding_window", False):
         raise UserError(
             f"{model_dir}/config.json has use_sliding_window, which training does not support; set it to false if no "
