@@ -146,7 +146,7 @@ def test_it_loads_as_it_is(published: Path, tmp_path: Path) -> None:
 def test_training_takes_the_language_model_out_of_it(published: Path, tmp_path: Path) -> None:
     """And the engine takes the trained weights by its names; what is saved is read under the names that it then has."""
     settings = Train(max_length=64)
-    assert student.inspect(published, settings).vocab_size == 576
+    assert student.inspect(published, settings).vocabulary == 576
     trained = student.load(published, settings, torch.float32)
     assert trained.config.model_type == "qwen3_5_text" and type(trained).__name__ == "Qwen3_5ForCausalLM"
     engine = Engine.load(published, engine_options(cache_tokens=256, max_context=128))
