@@ -62,9 +62,13 @@ def delta(
     """One layer, added to `onto`, in place; updates the states [slots, …] of all sequences. row_r: the rows of `onto`,
     if they are not all."""
     linears = (w.qkv, w.write, w.decay, w.gate)
-    projected = ops.linears(x_tc, [linear.weight for linear in linears], [linear.bias for linear in linears])
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    qkv_tn, write_th, decay_th, gate_te = ops.linears(x_tc, weights, biases)
     out_te = ops.delta_rule(
-        *projected,
+        qkv_tn,
+        write_th,
+        decay_th,
+        gate_te,
         w.conv,
         w.rate,
         w.rate_bias,

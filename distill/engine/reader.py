@@ -65,7 +65,7 @@ def load_weights(
     Errors: ValueError, one line with file, tensor and remedy, where the directory is not what the config says.
     """
     checkpoint = Checkpoint(Path(model_dir))
-    names = FAMILIES[spec.family].names_in(checkpoint)
+    names = FAMILIES[spec.family].names_in(checkpoint.__contains__)
     reader = _Reader(checkpoint, names, ops, dtype, spec.ue8m0, spec.centred_norms, settles_at_once=place is None)
     head_name = names.embed if spec.tied_embeddings else names.head
     layers_read = range(spec.num_layers + drafts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from distill.engine.config import Config
@@ -54,7 +54,7 @@ class Family:
     fused: bool = False
     gguf: Gguf | None = None
 
-    def names_in(self, tensors: Container[str]) -> WeightNames:
-        """The names that a checkpoint with these tensors has."""
+    def names_in(self, holds: Callable[[str], bool]) -> WeightNames:
+        """The names that a checkpoint has. holds: whether a tensor of this name is in it."""
         other = self.other_names
-        return other if other and other.embed in tensors else self.names
+        return other if other and holds(other.embed) else self.names

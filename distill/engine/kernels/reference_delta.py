@@ -90,7 +90,8 @@ def _turn(mixed_bn: Tensor, decay_bh: Tensor, write_bh: Tensor, state_bhde: Tens
     state_bhde *= decay_bh[..., None, None]
     known_bhe = (state_bhde * k_bhd[..., None]).sum(2)
     state_bhde += k_bhd[..., None] * ((v_bhe - known_bhe) * write_bh[..., None])[:, :, None]
-    return (state_bhde * (q_bhd * d**-0.5)[..., None]).sum(2)
+    out_bhe: Tensor = (state_bhde * (q_bhd * d**-0.5)[..., None]).sum(2)
+    return out_bhe
 
 
 def sigmoid_gate(x_tn: Tensor, gate_tn: Tensor) -> Tensor:
