@@ -9,10 +9,9 @@ transformers is imported only for a name that the engine does not know: its tabl
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from distill import model_files
-from distill.engine.config import Json
 from distill.engine.families import FAMILIES, spec_of
 
 STUDENTS = [name for name, family in FAMILIES.items() if family.trains]  # of the engine's
@@ -59,7 +58,7 @@ def language(config: Mapping[str, object]) -> Mapping[str, object]:
 def cached_elements(config: Mapping[str, object]) -> tuple[int, int]:
     """Numbers that the engine caches for each token of a model with this config, and those in float32 that a sequence
     has however long it is. Errors: ValueError for a config that the engine refuses."""
-    spec = spec_of(cast(dict[str, Json], dict(config)))
+    spec = spec_of(cast(dict[str, Any], dict(config)))
     return spec.cache_elements_per_token(), spec.state_elements
 
 
