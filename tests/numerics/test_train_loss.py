@@ -129,6 +129,14 @@ def test_the_logits_are_never_all_there():
     assert sizes["plain"] >= 64 << 20 and sizes["ours"] <= 12 << 20, sizes
 
 
+@pytest.mark.parametrize("rows", [1, 271, 4097, 32768])
+def test_blocks_of_a_vocabulary_of_248_320_are_no_larger_than_others(rows):
+    """Qwen3.5's: at most 2^26 logits at a time, up to a row; 128 MB in bfloat16 where 32,768 rows have 16 GB."""
+    ranges = loss.blocks(rows, 248_320, loss.BLOCK)
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])] and ranges[-1][1] == rows
+    assert max(stop - start for start, stop in ranges) * 248_320 <= loss.BLOCK + 248_320
+
+
 # ---- attention
 
 
