@@ -7,10 +7,12 @@ Any other `model_type` that transformers has a causal language model for is samp
 transformers is imported only for a name that the engine does not know: its table of models takes seconds to import.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from distill import model_files
-from distill.engine.families import FAMILIES
+from distill.engine.families import FAMILIES, spec_of
 
 STUDENTS = [name for name, family in FAMILIES.items() if family.trains]  # of the engine's
 BFLOAT16 = 2  # bytes per parameter, as other families publish their weights
@@ -34,6 +36,23 @@ def in_transformers(name: object) -> bool:
 def is_trained(name: object) -> bool:
     """Whether a student may be of this `model_type`."""
     return name in STUDENTS or in_transformers(name)
+
+
+def packs(name: object) -> bool:
+    """Whether rows of this `model_type` are concatenated in training without an examination: tests prove it."""
+    return name in FAMILIES and FAMILIES[str(name)].packs
+
+
+def renames(name: object) -> bool:
+    """Whether files of this `model_type` may name or shape weights in another way than transformers has them."""
+    return name not in FAMILIES or FAMILIES[str(name)].other_names is not None
+
+
+def cached_elements(config: Mapping[str, object]) -> tuple[int, int]:
+    """Numbers that the engine caches for each token of a model with this config, and those in float32 that a sequence
+    has however long it is. Errors: ValueError for a config that the engine refuses."""
+    spec = spec_of(cast(dict[str, Any], dict(config)))
+    return spec.cache_elements_per_token(), spec.state_elements
 
 
 def published_bytes(name: str) -> float:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from distill.engine import indexer, sliding
 from distill.engine.cache import PagedCache
+from distill.engine.delta import Turns, turns
 from distill.engine.kernels import Ops
 from distill.engine.residual import added
 from distill.engine.sliding import Span, WindowRows
@@ -40,11 +41,12 @@ from distill.engine.weights import GqaWeights, IndexerWeights, Linear, MlaWeight
 @dataclass(frozen=True)
 class Chunk:
     """Tokens `ids` of one sequence, from position `start` on, to be computed in this step. Earlier tokens are cached;
-    `pages` cover all."""
+    `pages` cover all. slot: of its recurrent state, in models that have one."""
 
     ids: Sequence[int]
     start: int
     pages: Sequence[int]
+    slot: int = -1
 
     @property
     def end(self) -> int:
@@ -94,7 +96,7 @@ class Local:
 @dataclass(frozen=True)
 class Batch:
     """One step's input, as tensors. cos and sin: [t, rotated width / 2], float32. segments: of the rows, in order.
-    local: for models with sliding windows."""
+    local: for models with sliding windows. turns: the order of recurrent layers, in models that have some."""
 
     ids_t: Tensor
     page_t: Tensor
@@ -103,6 +105,7 @@ class Batch:
     sin_tr: Tensor
     segments: tuple[DecodeRows | PrefillChunk | SparseRows, ...]
     local: Local | None = None
+    turns: Turns | None = None
 
     def of_window(self, window: Sliding | None) -> Batch | Local:
         """What a layer with this window takes: the batch itself without one."""
@@ -148,17 +151,20 @@ def build_batch(
     ids_t, page_t, position_t = torch.from_numpy(np.array((ids, pages, positions), np.int64)).to(device).unbind()
     cos_tr, sin_tr = rotations(spec.rope, position_t)
     segments = tuple(_segments(decode, prefill, page_size, spec.indexer, device))
-    local = None
+    local, order = None, None
     if spec.sliding is not None:
         rows = tuple(_local_segments(decode, prefill, page_size, spec.sliding, device))
         local = Local(*rotations(spec.sliding.rope, position_t), rows)
-    return Batch(ids_t, page_t, position_t % page_size, cos_tr, sin_tr, segments, local)
+    if spec.delta is not None:
+        order = turns([chunk.slot for chunk in (*decode, *prefill) for _ in chunk.ids], positions, device)
+    return Batch(ids_t, page_t, position_t % page_size, cos_tr, sin_tr, segments, local, order)
 
 
 def decode_batch(
     ids: Sequence[int],
     positions: Sequence[int],
     pages: Sequence[Sequence[int]],
+    slots: Sequence[int],
     page_size: int,
     spec: ModelSpec,
     device: torch.device,
@@ -177,7 +183,9 @@ def decode_batch(
         for numbers in (id_b, page_b, position_b, position_b % page_size, position_b + 1, table)
     )
     cos_tr, sin_tr = rotations(spec.rope, position_t)
-    return Batch(ids_t, page_t, offset_t, cos_tr, sin_tr, (DecodeRows(0, len(table), table_bp, length_t),))
+    rows = DecodeRows(0, len(table), table_bp, length_t)
+    order = None if spec.delta is None else turns(slots, positions, device)
+    return Batch(ids_t, page_t, offset_t, cos_tr, sin_tr, (rows,), turns=order)
 
 
 def rotations(rope: Rope, position_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,11 +302,13 @@ def gqa(
     k_pool, v_pool = cache.pools[spec.cached_by(layer)]
     batch, x_rc = _narrowed(batch, x_tc, wanted)
     of_layer = batch.of_window(window)
-    q_thd = _linear(ops, x_rc, w.q).unflatten(-1, (spec.num_heads, heads.head_dim))
+    q_thd = _linear(ops, x_rc, w.q).unflatten(-1, (spec.num_heads, -1))
+    if spec.output_gate:
+        q_thd, gate_thd = (part.contiguous() for part in q_thd.chunk(2, dim=-1))
     if w.q_norm is not None:
         q_thd = ops.rms_norm(q_thd.flatten(0, 1), w.q_norm, spec.norm_eps).view_as(q_thd)
     if w.rotated:
-        ops.rope(q_thd, of_layer.cos_tr, of_layer.sin_tr, heads.rope.interleaved)
+        ops.rope(q_thd[..., : heads.rope.dim], of_layer.cos_tr, of_layer.sin_tr, heads.rope.interleaved)
     parts = []
     for rows in of_layer.segments:
         q = q_thd[rows.start : rows.end]
@@ -309,7 +319,10 @@ def gqa(
         else:
             assert isinstance(rows, WindowRows)
             parts.append(sliding.attend(ops, rows, q, k_pool, v_pool, spec.softmax_scale))
-    return added(ops, _joined(parts).flatten(1), w.o, onto_rc, post_norm_c, spec.norm_eps)
+    out_rn = _joined(parts).flatten(1)
+    if spec.output_gate:
+        out_rn = ops.sigmoid_gate(out_rn, gate_thd.flatten(1))
+    return added(ops, out_rn, w.o, onto_rc, post_norm_c, spec.norm_eps)
 
 
 def _write_gqa(
@@ -327,7 +340,7 @@ def _write_gqa(
     if w.k_norm is not None:
         k_tkd = ops.rms_norm(k_tkd.flatten(0, 1), w.k_norm, spec.norm_eps).view_as(k_tkd)
     if w.rotated:
-        ops.rope(k_tkd, of_layer.cos_tr, of_layer.sin_tr, heads.rope.interleaved)
+        ops.rope(k_tkd[..., : heads.rope.dim], of_layer.cos_tr, of_layer.sin_tr, heads.rope.interleaved)
     cache.write(layer, batch.page_t, batch.offset_t, k_tkd, v_tkd)
 
 

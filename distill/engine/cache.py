@@ -3,7 +3,8 @@
 The cache is one pool of pages per layer and cached tensor; a sequence owns a list of page numbers, the same in every
 layer. Pages have reference counts, so that the n samples of a prompt share its pages: forking copies no numbers. Full
 pages are never written again; a partial last page is written by the sequence that continues, so the first writer that
-finds it shared takes a private copy (copy on write), and the last holder keeps the original.
+finds it shared takes a private copy (copy on write), and the last holder keeps the original. The recurrent states of a
+sequence (delta.py) are one more thing to hold, a slot: a page of another pool, allocated and shared by the same rules.
 
 Two classes, because they fail differently: `PageAllocator` is bookkeeping in plain Python (an error there is a leak,
 and is tested against a model of it), `PagedCache` is the tensors.
@@ -15,7 +16,7 @@ samples of one prompt are covered by forking); one contiguous cache per sequence
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -93,8 +94,14 @@ def token_bytes(spec: ModelSpec, layers: int, dtype: torch.dtype) -> int:
     return sum(spec.cache_heads(layer) * width * form.itemsize for layer, width, form in forms)
 
 
+def state_bytes(spec: ModelSpec, slots: int) -> int:
+    """Bytes of the recurrent states of `slots` sequences."""
+    return slots * spec.state_elements * torch.float32.itemsize
+
+
 class PagedCache:
-    """The tensors: for each layer, one pool [pages, heads, page_size, width] per entry of `pool_forms`."""
+    """The tensors: for each layer, one pool [pages, heads, page_size, width] per entry of `pool_forms`. states: by
+    layer with a recurrent state, two tensors [slots, …] in float32 (`DeltaNet.state_shapes`)."""
 
     def __init__(
         self,
@@ -105,8 +112,9 @@ class PagedCache:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        slots: int = 0,
     ) -> None:
-        self._ops = ops
+        self._ops, self._device = ops, device
         self.pools: list[tuple[Tensor, ...]] = [
             tuple(
                 _zeros((num_pages, spec.cache_heads(layer), page_size, width), form, device)
@@ -114,6 +122,14 @@ class PagedCache:
             )
             for layer in range(layers)
         ]
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}
+        if spec.delta is not None:
+            conv, matrix = spec.delta.state_shapes
+            for layer in sorted(spec.delta.layers):
+                self.states[layer] = (
+                    _zeros((slots, *conv), torch.float32, device),
+                    _zeros((slots, *matrix), torch.float32, device),
+                )
 
     def write(self, layer: int, page_t: Tensor, offset_t: Tensor, *values_tkd: Tensor) -> None:
         """Store what one layer computed for the tokens of a step, one tensor per pool of the layer."""
@@ -122,17 +138,23 @@ class PagedCache:
 
     def copy_pages(self, copies: dict[int, int]) -> None:
         """Copy whole pages in every layer; `copies` maps destination to source. All are read before any is written."""
+        self._copy(self.pools, copies)
+
+    def copy_slots(self, copies: dict[int, int]) -> None:
+        """As `copy_pages`, of recurrent states."""
+        self._copy(self.states.values(), copies)
+
+    def _copy(self, layers: Iterable[tuple[Tensor, ...]], copies: dict[int, int]) -> None:
         if not copies:
             return
-        device = self.pools[0][0].device
-        to, source = torch.tensor(list(copies), device=device), torch.tensor(list(copies.values()), device=device)
-        for pools in self.pools:
+        to, source = (torch.tensor(list(numbers), device=self._device) for numbers in (copies, copies.values()))
+        for pools in layers:
             for pool in pools:
                 pool.index_copy_(0, to, pool.index_select(0, source))
 
     def discard(self) -> None:
         """Give the memory back to the system; all pages read as zeros. On a GPU nothing happens."""
-        for pools in self.pools:
+        for pools in (*self.pools, *self.states.values()):
             for pool in pools:
                 if pool.device.type == "cpu":
                     discard(pool.data_ptr(), pool.nbytes)

@@ -10,6 +10,7 @@ Token ids in, token ids out. Templates, stop strings and detokenising are the ca
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,16 +52,16 @@ class Engine:
         self._pages = PageAllocator(-(-sizes.cache_tokens // sizes.page_size), sizes.page_size)
         layers, pages = model.spec.num_layers + (sizes.drafts > 0), self._pages.num_pages
         # One page more than is handed out, for rows of a graph that belong to no sequence.
-        self._cache = PagedCache(
-            model.spec, model.ops, layers, pages + sizes.graphs, sizes.page_size, sizes.cache_dtype, weight.device
-        )
+        form = sizes.page_size, sizes.cache_dtype, weight.device, sizes.slots
+        self._cache = PagedCache(model.spec, model.ops, layers, pages + sizes.graphs, *form)
+        self._slots = PageAllocator(sizes.slots, 1) if sizes.slots else None
         longest = min(sizes.max_context, pages * sizes.page_size)
         self._ahead = (
             Ahead(DecodeGraphs(model, self._cache, sizes.page_size, pages, longest, sizes.max_batch))
             if sizes.graphs and not sizes.drafts
             else None
         )
-        self._scheduler = Scheduler(self._pages, sizes.max_batch, sizes.max_step_tokens, sizes.drafts)
+        self._scheduler = Scheduler(self._pages, sizes.max_batch, sizes.max_step_tokens, sizes.drafts, self._slots)
         self._drafter = Drafter(model, self._cache, self._batch) if sizes.drafts else None
         self._unfinished: dict[str, int] = {}  # request id → samples still to come
         self._progress: list[Progress] = []
@@ -154,6 +155,7 @@ class Engine:
         if not (plan.decode or plan.prefill):
             return completions
         self._cache.copy_pages(plan.copies)
+        self._cache.copy_slots(plan.slot_copies)
         if not (plan.prefill or self._drafter or self._ahead or self.spec.indexer) and all(
             sequence.request.sampling.thinking_budget is None for sequence in plan.decode
         ):
@@ -176,12 +178,13 @@ class Engine:
             split = min(max(prompt - begin, 0), len(ids))
             decoded = slice(len(decode), len(decode) + len(ids) - split)
             if split:
-                prefill.append(Chunk(ids[:split], begin, sequence.pages))
+                prefill.append(Chunk(ids[:split], begin, sequence.pages, sequence.slot))
                 ends.append(split == len(ids) == sequence.missing)
             kept = split if self._drafter else int(split > 0 and ends[-1])
             work.append(Work(sequence, ids, decoded, slice(prefilled, prefilled + kept)))
             prefilled += kept
-            decode += [Chunk(ids[i : i + 1], begin + i, sequence.pages) for i in range(split, len(ids))]
+            held = sequence.pages, sequence.slot
+            decode += [Chunk(ids[i : i + 1], begin + i, *held) for i in range(split, len(ids))]
         if self._ahead and not prefill and len(decode) == len(plan.decode) and self._ahead.serve(plan.decode):
             return completions + self._taken_in(self._ahead.decode(plan.decode, decode, self._draws(work, [])))
         hidden_rc = self._forward(decode, prefill, None if self._drafter else ends)
@@ -255,12 +258,10 @@ class Engine:
                     f"sequence {number} has {len(tokens)} tokens, more than the context of "
                     f"{self.max_context}; shorten it"
                 )
-        budget = self._scheduler.max_step_tokens
+        budget, memory = self._scheduler.max_step_tokens, (self._pages, self._slots)
         with self._model.ops.session():
             forward = lambda chunks: self._forward([], chunks)  # noqa: E731
-            return score(
-                sequences, top_k, ids, after or [1] * len(sequences), budget, self._pages, forward, self._model
-            )
+            return score(sequences, top_k, ids, after or [1] * len(sequences), budget, *memory, forward, self._model)
 
     def update(self, tensor: Callable[[str], Tensor]) -> None:
         """Replace all weights in place, where they are in memory (update.py). `numerics` follows their dtype.
@@ -307,7 +308,8 @@ class Engine:
             for chunk, end in zip(prefill, ends, strict=True):
                 row += len(chunk.ids)
                 rows += [row - 1] * end
-            last = [Chunk(c.ids[-1:], c.end - 1, c.pages) for c, end in zip(prefill, ends, strict=True) if end]
+            ended = itertools.compress(prefill, ends)
+            last = [replace(chunk, ids=chunk.ids[-1:], start=chunk.end - 1) for chunk in ended]
             wanted = Wanted(torch.tensor(rows, dtype=torch.int64, device=self._device), self._batch(decode, last))
         return self._model.forward(batch, self._cache, wanted)
 
@@ -345,6 +347,7 @@ class Engine:
             [s.tokens[-1] for s in sequences],
             [length - 1 for length in lengths],
             [s.pages for s in sequences],
+            [s.slot for s in sequences],
             self._page_size,
             self.spec,
             self._device,

@@ -17,7 +17,7 @@ from distill.engine.weights import GqaWeights, LayerWeights, MlaWeights, MlpWeig
 
 def decode_plan(spec: ModelSpec, layers: Sequence[LayerWeights], ops: Ops) -> DecodePlan | None:
     """What runs these layers, one after the other, over rows that decode; None: op by op."""
-    if spec.indexer or spec.sliding or spec.compressed or not layers:
+    if spec.indexer or spec.sliding or spec.compressed or spec.delta or spec.output_gate or not layers:
         return None
     if spec.mla is not None:
         return ops.decode_plan([_layer(spec, spec.mla, layer) for layer in layers])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from distill.engine.cache import token_bytes
+from distill.engine.cache import state_bytes, token_bytes
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.device import choose_device, memory_of, refuse_too_large
 from distill.engine.families import FAMILIES, read_spec
@@ -32,7 +32,8 @@ _DEFAULT_LONG_CONTEXT = 32768
 @dataclass(frozen=True)
 class Sizes:
     """What an engine needs beside its model. cache_tokens: of the key-value cache; max_context: prompt and completion;
-    drafts: tokens proposed at a time; graphs: whether decode steps are replayed as CUDA graphs."""
+    drafts: tokens proposed at a time; graphs: whether decode steps are replayed as CUDA graphs; slots: of recurrent
+    states, one for each sequence that runs and one that samples of a prompt share; none for models without."""
 
     max_batch: int
     max_step_tokens: int
@@ -42,6 +43,7 @@ class Sizes:
     drafts: int
     cache_dtype: torch.dtype
     graphs: bool
+    slots: int = 0
 
 
 def prepare(model_dir: Path | str, options: EngineOptions) -> tuple[Model, Numerics, Sizes]:
@@ -89,10 +91,10 @@ def _sizes(spec: ModelSpec, options: EngineOptions, kernels: str, budget: int | 
     if options.kv_cache_dtype == "fp8" and (kernels not in ("cuda", "w8a8") or options.dtype != "bfloat16"):
         raise ValueError("kv_cache_dtype is 'fp8', which takes a GPU and dtype bfloat16; set 'auto'")
     cache_dtype = torch.uint8 if options.kv_cache_dtype == "fp8" else _dtype(options)
-    cache_tokens = options.cache_tokens
+    cache_tokens, slots = options.cache_tokens, options.max_batch + 1 if spec.delta else 0
     if cache_tokens is None:
         each = token_bytes(spec, spec.num_layers + (drafts > 0), cache_dtype)
-        share = _DEFAULT_CACHE_BYTES if budget is None else budget // 5
+        share = _DEFAULT_CACHE_BYTES if budget is None else max(budget // 5 - state_bytes(spec, slots), 0)
         cache_tokens = min(options.max_batch * context, max(share // each, min(context, _DEFAULT_LONG_CONTEXT)))
     if cache_tokens < page_size:
         raise ValueError(f"cache_tokens is {cache_tokens}; it must be at least one page ({page_size})")
@@ -104,7 +106,9 @@ def _sizes(spec: ModelSpec, options: EngineOptions, kernels: str, budget: int | 
         max_context=context,
         drafts=drafts,
         cache_dtype=cache_dtype,
-        graphs=kernels == "cuda" and spec.compressed is None,  # whose shapes follow from lengths
+        # Shapes of compressed attention follow from lengths; a delta rule takes its tokens one after another.
+        graphs=kernels == "cuda" and spec.compressed is None and spec.delta is None,
+        slots=slots,
     )
 
 
@@ -125,7 +129,8 @@ def _resident(
         return asked
     each = token_bytes(spec, spec.num_layers + (sizes.drafts > 0), sizes.cache_dtype)
     rows = sizes.max_batch * (1 + sizes.drafts)
-    beside = sizes.cache_tokens * each + step_bytes(spec, sizes.max_step_tokens, rows, _dtype(options))
+    cached = sizes.cache_tokens * each + state_bytes(spec, sizes.slots)
+    beside = cached + step_bytes(spec, sizes.max_step_tokens, rows, _dtype(options))
     return experts_within(budget, bytes_of(weights) + beside, banks)
 
 

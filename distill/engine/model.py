@@ -1,8 +1,9 @@
 """One forward pass over a flat batch of tokens, for every family.
 
-There is one model, not one class per architecture: layers differ in two places, attention (GQA or MLA) and feed-forward
-(dense or experts), and the weights of a layer say which. Tokens are flat, [t, hidden], so that decoding sequences and
-prefill chunks of any length share every matrix product; only attention looks at sequence boundaries.
+There is one model, not one class per architecture: layers differ in two places, attention (GQA, MLA or a gated delta
+rule) and feed-forward (dense or experts), and the weights of a layer say which. Tokens are flat, [t, hidden], so that
+decoding sequences and prefill chunks of any length share every matrix product; only attention looks at sequence
+boundaries.
 
 Plain functions over frozen dataclasses of tensors rather than nn.Module: nothing here is trained, and a weight that is
 streamed, quantised or shared is then just another field.
@@ -24,11 +25,12 @@ from torch import Tensor
 from distill.engine import attention, moe, residual, streams
 from distill.engine.attention import Batch, Chosen, DecodeRows, Wanted
 from distill.engine.cache import PagedCache
+from distill.engine.delta import delta
 from distill.engine.kernels import Ops
 from distill.engine.kernels.ops import DecodePlan
 from distill.engine.offload import ExpertStream
 from distill.engine.spec import ModelSpec
-from distill.engine.weights import GqaWeights, LayerWeights, MlaWeights, ModelWeights, MoeWeights
+from distill.engine.weights import DeltaWeights, GqaWeights, LayerWeights, MlaWeights, ModelWeights, MoeWeights
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,10 @@ class Model:
         if isinstance(w.attention, GqaWeights):
             post_norm_c = w.attention_post_norm_c
             x_rc = attention.gqa(spec, ops, w.attention, index, normed_tc, batch, cache, x_rc, wanted, post_norm_c)
+        elif isinstance(w.attention, DeltaWeights):
+            assert batch.turns is not None
+            row_r = None if wanted is None else wanted.row_r
+            x_rc = delta(spec, ops, w.attention, normed_tc, batch.turns, cache.states[index], x_rc, row_r)
         else:
             assert isinstance(w.attention, MlaWeights)
             x_rc, chosen = attention.mla(spec, ops, w.attention, index, normed_tc, batch, cache, x_rc, wanted, chosen)

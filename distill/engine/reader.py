@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.engine import reader_parts as parts
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.families import FAMILIES
 from distill.engine.families.names import WeightNames
@@ -34,16 +35,14 @@ from distill.engine.kernels.four_bit import FourBit
 from distill.engine.kernels.ops import ExpertBank, Packed
 from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Fp8, Place, Plain, Stored, all_finite
 from distill.engine.packed import read_four_bit, scale_of
-from distill.engine.reader_compressed import compressed, mixer
 from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 from distill.engine.weights import (
-    CompressedWeights,
+    AttentionWeights,
     DraftWeights,
+    Form,
     GqaWeights,
     Held,
     IndexerWeights,
-    InputWeights,
-    LayerInputWeights,
     LayerWeights,
     Linear,
     MlaWeights,
@@ -69,8 +68,9 @@ def load_weights(
     kept, and each layer is packed while the next ones are being read.
     Errors: ValueError, one line with file, tensor and remedy, where the directory is not what the config says.
     """
-    names = FAMILIES[spec.family].names
-    reader = _Reader(Checkpoint(Path(model_dir)), names, ops, dtype, spec.ue8m0, settles_at_once=place is None)
+    checkpoint = Checkpoint(Path(model_dir))
+    names = FAMILIES[spec.family].names_in(checkpoint.__contains__)
+    reader = _Reader(checkpoint, names, ops, dtype, spec.ue8m0, spec.centred_norms, settles_at_once=place is None)
     head_name = names.embed if spec.tied_embeddings else names.head
     layers_read = range(spec.num_layers + drafts)
     with reader.checkpoint.read_ahead([names.embed, *map(names.layer.format, layers_read), names.norm, head_name]):
@@ -78,12 +78,12 @@ def load_weights(
         reader.hold(names.embed, embed_vc.shape).tensors.append(embed_vc)
         layers = tuple(_layer(reader, spec, index) for index in range(spec.num_layers))
         reader.checkpoint.forget(names.embed)  # a step reads a few rows of it
-        norm_c = reader.tensor(names.norm, (spec.hidden_size,))
-        last_mixer = mixer(reader, spec, spec.streams, names.mixer.head, last=True) if spec.streams else None
+        norm_c = reader.norm(names.norm, spec.hidden_size)
+        last_mixer = parts.mixer(reader, spec, spec.streams, names.mixer.head, last=True) if spec.streams else None
         head = reader.pack(reader.matrix(head_name, spec.vocab_size, spec.hidden_size), head_name)
         streamed = list(reader.banks)
         draft = _draft(reader, spec) if drafts else None
-        inputs = _inputs(reader, spec, dtype) if spec.layer_input_dim else None
+        inputs = parts.inputs(reader, spec, dtype) if spec.layer_input_dim else None
         reader.refuse_unread(spec)
         reader.refuse_second_head(spec)
         weights = ModelWeights(
@@ -97,19 +97,17 @@ def load_weights(
 
 def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
     names, at, c = reader.names, reader.names.layer.format(index), spec.hidden_size
-    attention: GqaWeights | MlaWeights | CompressedWeights
-    if spec.compressed:
-        attention = compressed(reader, spec, spec.compressed, at, index)
-    else:
-        attention = _mla(reader, spec, spec.mla, at, index) if spec.mla else _gqa(reader, spec, at, index)
     mixers = None
     if spec.streams:
         before_attention, before_mlp = (at + name for name in (names.mixer.attention, names.mixer.mlp))
-        mixers = mixer(reader, spec, spec.streams, before_attention), mixer(reader, spec, spec.streams, before_mlp)
+        mixers = (
+            parts.mixer(reader, spec, spec.streams, before_attention),
+            parts.mixer(reader, spec, spec.streams, before_mlp),
+        )
     return LayerWeights(
-        attention_norm_c=reader.tensor(at + names.attention_norm, (c,)),
-        attention=attention,
-        mlp_norm_c=reader.tensor(at + names.mlp_norm, (c,)),
+        attention_norm_c=reader.norm(at + names.attention_norm, c),
+        attention=_attention(reader, spec, at, index),
+        mlp_norm_c=reader.norm(at + names.mlp_norm, c),
         mlp=(
             _moe(reader, spec, spec.moe, at, index)
             if spec.moe and spec.is_moe_layer(index)
@@ -117,30 +115,18 @@ def _layer(reader: _Reader, spec: ModelSpec, index: int) -> LayerWeights:
         ),
         attention_post_norm_c=reader.tensor(at + names.attention_post_norm, (c,)) if spec.post_norms else None,
         mlp_post_norm_c=reader.tensor(at + names.mlp_post_norm, (c,)) if spec.post_norms else None,
-        inputs=_layer_inputs(reader, c, spec.layer_input_dim, at) if spec.layer_input_dim else None,
+        inputs=parts.layer_inputs(reader, c, spec.layer_input_dim, at) if spec.layer_input_dim else None,
         scalar_1=reader.tensor(at + names.scalar, (1,)) if spec.layer_scalars else None,
         mixers=mixers,
     )
 
 
-def _layer_inputs(reader: _Reader, c: int, p: int, at: str) -> LayerInputWeights:
-    names = reader.names.inputs
-    return LayerInputWeights(
-        gate=reader.linear(at + names.layer_gate, p, c),
-        project=reader.linear(at + names.layer_project, c, p),
-        norm_c=reader.tensor(at + names.layer_norm, (c,)),
-    )
-
-
-def _inputs(reader: _Reader, spec: ModelSpec, dtype: torch.dtype) -> InputWeights:
-    names, p = reader.names.inputs, spec.layer_input_dim
-    embed_vp = reader.checked(names.embed, spec.vocab_size, spec.num_layers * p).dense(dtype).to(reader.ops.device())
-    reader.hold(names.embed, embed_vp.shape).tensors.append(embed_vp)
-    return InputWeights(
-        embed_vp=embed_vp,
-        project=reader.linear(names.project, spec.num_layers * p, spec.hidden_size),
-        norm_p=reader.tensor(names.norm, (p,)),
-    )
+def _attention(reader: _Reader, spec: ModelSpec, at: str, index: int) -> AttentionWeights:
+    if spec.delta and spec.is_delta_layer(index):
+        return parts.delta(reader, spec, spec.delta, at)
+    if spec.compressed:
+        return parts.compressed(reader, spec, spec.compressed, at, index)
+    return _mla(reader, spec, spec.mla, at, index) if spec.mla else _gqa(reader, spec, at, index)
 
 
 def _draft(reader: _Reader, spec: ModelSpec) -> DraftWeights:
@@ -161,12 +147,12 @@ def _gqa(reader: _Reader, spec: ModelSpec, at: str, index: int) -> GqaWeights:
     q_width, kv_width, own = spec.num_heads * d, heads.num_kv_heads * d, spec.cached_by(index) == index
     has_values = own and not (spec.keys_as_values and spec.window(index) is None)
     return GqaWeights(
-        q=reader.linear(at + names.q, q_width, c, bias),
+        q=reader.linear(at + names.q, q_width * (1 + spec.output_gate), c, bias),
         k=reader.linear(at + names.k, kv_width, c, bias) if own else None,
         v=reader.linear(at + names.v, kv_width, c, bias) if has_values else None,
         o=reader.linear(at + names.o, c, q_width, spec.o_bias),
-        q_norm=reader.tensor(at + names.q_norm, (d,)) if spec.qk_norm else None,
-        k_norm=reader.tensor(at + names.k_norm, (d,)) if spec.qk_norm and own else None,
+        q_norm=reader.norm(at + names.q_norm, d) if spec.qk_norm else None,
+        k_norm=reader.norm(at + names.k_norm, d) if spec.qk_norm and own else None,
         rotated=index not in spec.nope_layers,
         v_norm=reader.ones(d) if spec.value_norm and own else None,
     )
@@ -232,10 +218,10 @@ def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str, layer: int) -> Mo
     like = reader.matrix(reader.expert_names(at, 0)[0], f, c)
     bank = reader.ops.expert_bank(dims.num_experts, reader.dtype, like)
     for index in range(dims.num_experts):
-        gate, up, down = parts = reader.expert_names(at, index)
+        gate, up, down = stored = reader.expert_names(at, index)
         expert = reader.matrix(gate, f, c), reader.matrix(up, f, c), reader.matrix(down, c, f)
-        reader.refuse_mixed(parts, expert, like)
-        bank.lend(expert, tuple(map(reader.place, parts)))
+        reader.refuse_mixed(stored, expert, like)
+        bank.lend(expert, tuple(map(reader.place, stored)))
     if reader.settles_at_once:
         reader.settle(at, bank, None)
     else:
@@ -268,8 +254,8 @@ def _by_token(reader: _Reader, spec: ModelSpec, dims: Moe, name: str) -> Tensor:
 
 
 class _Reader:
-    """Parameters from the tensors of a model directory. `dtype` is the compute dtype; ue8m0: the spec's. Banks of
-    experts are settled as they come, or collected in `banks`."""
+    """Parameters from the tensors of a model directory. `dtype` is the compute dtype; ue8m0, centred: the spec's. Banks
+    of experts are settled as they come, or collected in `banks`."""
 
     def __init__(
         self,
@@ -278,10 +264,11 @@ class _Reader:
         ops: Ops,
         dtype: torch.dtype,
         ue8m0: bool,
+        centred: bool,
         settles_at_once: bool,
     ) -> None:
         self.checkpoint, self.names, self.ops = checkpoint, names, ops
-        self.dtype, self.ue8m0, self.settles_at_once = dtype, ue8m0, settles_at_once
+        self.dtype, self.ue8m0, self.centred, self.settles_at_once = dtype, ue8m0, centred, settles_at_once
         self._plain = ""  # the dtype of the first matrix that is not quantised
         self.forms: dict[str, None] = {}  # of those that are
         self.banks: list[tuple[str, ExpertBank[object]]] = []  # by layer, with how its tensors' names begin
@@ -292,9 +279,9 @@ class _Reader:
         """See ModelWeights."""
         return ", ".join(sorted(self.forms)) or self._plain
 
-    def hold(self, name: str, shape: tuple[int, ...]) -> Held:
+    def hold(self, name: str, shape: tuple[int, ...], form: Form | None = None) -> Held:
         """The entry in `held` of a published tensor."""
-        return self.held.setdefault(name, Held(tuple(shape)))
+        return self.held.setdefault(name, Held(tuple(shape), form=form))
 
     def expert_names(self, at: str, index: int) -> tuple[str, str, str]:
         """The names of an expert's gate, up and down matrices."""
@@ -382,11 +369,20 @@ class _Reader:
         where = self.checkpoint.where(scale_of(self.checkpoint, name))
         return ValueError(f"{where} is not finite and positive; the file is damaged, download it again")
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of a tensor that is never quantised, in `dtype` (default: that of activations)."""
+    def norm(self, name: str, width: int) -> Tensor:
+        """The weight of an RMS norm, [width]."""
+        return self.tensor(name, (width,), form=_from_one if self.centred else None)
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None, form: Form | None = None
+    ) -> Tensor:
+        """A copy of a tensor that is never quantised, in `dtype` (default: that of activations). form: as in `Held`, of
+        float32 numbers."""
         stored = self.unquantised(name, shape)
+        if form is not None:
+            stored = form(stored.float())
         tensor = stored.to(self.ops.device(), dtype or self.ops.activation_dtype(self.dtype), copy=True)
-        self.hold(name, shape).tensors.append(tensor)
+        self.hold(name, shape, form).tensors.append(tensor)
         return tensor
 
     def ones(self, width: int) -> Tensor:
@@ -437,6 +433,10 @@ class _Reader:
                 f"{self.checkpoint.where(head)} differs from {embed}, and config.json ties them; set "
                 "tie_word_embeddings to false there if the model was trained with both, else remove this tensor"
             )
+
+
+def _from_one(weight: Tensor) -> Tensor:
+    return 1 + weight
 
 
 def _four_bits(matrix: Stored) -> str | None:

@@ -17,19 +17,24 @@ THETA = 10000.0  # the base of most families where the config does not say
 
 
 class RopeConfig:
-    """The RoPE settings of a config, under one spelling. theta: the base where it does not say.
+    """The RoPE settings of a config, under one spelling. theta: the base where it does not say. partial: the share of a
+    head that is rotated, where it does not say; None: of a family that rotates whole heads only.
 
     Errors: ValueError for an unsupported rule or value.
     """
 
-    def __init__(self, config: Config, theta: float = THETA) -> None:
+    def __init__(self, config: Config, theta: float = THETA, partial: float | None = None) -> None:
         section = config.section("rope_scaling") or config.section("rope_parameters")
         self._values = section or Config({}, config.where)
         self.kind = self._values.text("rope_type", self._values.text("type", "default"))
         if self.kind not in KINDS:
             raise ValueError(f"{self._values.where}: RoPE type {self.kind!r}; supported are {', '.join(KINDS)}")
-        for where in (self._values, config):
-            where.only("partial_rotary_factor", (1.0, 1))
+        key, self.share = "partial_rotary_factor", 1.0
+        for where in (config, self._values):  # the latter counts, where both have one
+            if partial is None:
+                where.only(key, (1.0, 1))
+            elif where.has(key) or where is config:
+                self.share = where.float(key, partial, above=0, most=1)
         # A base of 1 or less would turn every dimension by the same angle.
         self.theta = self._values.float("rope_theta", config.float("rope_theta", theta, above=1.0), above=1.0)
         self._original = self._values.int("original_max_position_embeddings", config.int("max_position_embeddings"))

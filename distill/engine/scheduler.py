@@ -60,6 +60,7 @@ class SequenceState:
     computed: int = 0
     room: int = 0  # tokens up to which its pages are known to suffice, none of those to be written being shared
     pages: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)  # of its recurrent state: one while it has pages; none without any
     hidden: Tensor | None = None  # states of the last computed positions, which the draft layer has not seen yet
     logprobs: list[float] = field(default_factory=list)
     tops: list[Alternatives] = field(default_factory=list)
@@ -68,6 +69,11 @@ class SequenceState:
     def missing(self) -> int:
         """Tokens whose keys and values are not cached."""
         return len(self.tokens) - self.computed
+
+    @property
+    def slot(self) -> int:
+        """Where its recurrent state is; −1 in models without one."""
+        return self.slots[0] if self.slots else -1
 
     @property
     def decodes(self) -> bool:
@@ -109,22 +115,33 @@ class SequenceState:
 @dataclass
 class Step:
     """Work for one step: sequences that decode, longest first; sequences that prefill, with the tokens each may do; and
-    pages to copy before either, destination → source."""
+    pages and slots to copy before either, destination → source."""
 
     decode: list[SequenceState]
     prefill: list[tuple[SequenceState, int]]
     copies: dict[int, int]
+    slot_copies: dict[int, int] = field(default_factory=dict)
 
 
 class Scheduler:
-    """Queues, slots and pages. It never looks into a tensor. drafts: tokens proposed for a sequence at once."""
+    """Queues, slots and pages. It never looks into a tensor. drafts: tokens proposed for a sequence at once. states:
+    slots for recurrent states, at least two; None for a model without."""
 
-    def __init__(self, pages: PageAllocator, max_batch: int, max_step_tokens: int, drafts: int = 0) -> None:
+    def __init__(
+        self,
+        pages: PageAllocator,
+        max_batch: int,
+        max_step_tokens: int,
+        drafts: int = 0,
+        states: PageAllocator | None = None,
+    ) -> None:
+        self._states = states
         self.pages, self.max_batch, self.max_step_tokens, self._drafts = pages, max_batch, max_step_tokens, drafts
         self.waiting: list[SequenceState] = []  # by age; forked samples here still hold their shared pages
         self.running: list[SequenceState] = []  # by age; at most max_batch
         self._next_age = 0
         self._copies: dict[int, int] = {}
+        self._slot_copies: dict[int, int] = {}
 
     @property
     def has_work(self) -> bool:
@@ -145,7 +162,7 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Admit, find a page for every next token (preempting the youngest if need be), and share out the budget."""
-        self._copies = {}
+        self._copies, self._slot_copies = {}, {}
         for sequence in list(self.running):
             if len(sequence.tokens) > sequence.room and self._lacks_pages(sequence):
                 self._make_room(sequence)
@@ -161,7 +178,7 @@ class Scheduler:
                 budget -= count
         decode.sort(key=lambda s: -len(s.tokens))
         assert decode or prefill or not self.has_work, "work is waiting and none can run"
-        return Step(decode, prefill, self._copies)
+        return Step(decode, prefill, self._copies, self._slot_copies)
 
     def drafts_for(self, sequence: SequenceState) -> int:
         """How many tokens to propose for a sequence that decodes; the token after them is drawn as well."""
@@ -180,6 +197,7 @@ class Scheduler:
                 key=stream_key(request.seed, request.prompt_key, number),
                 computed=trunk.computed,
                 pages=self.pages.share(trunk.pages),
+                slots=self._states.share(trunk.slots) if self._states else [],
                 hidden=trunk.hidden,
             )
             state.append(first)
@@ -211,6 +229,7 @@ class Scheduler:
             del self.waiting[0]
             insort(self.running, sequence, key=_age)
             self._take_pages(sequence)
+            self._take_slot(sequence)
 
     def _promised_slots(self) -> int:
         """Slots taken once every running trunk has forked. More trunks would only make samples wait, holding pages."""
@@ -257,9 +276,28 @@ class Scheduler:
             sequence.pages[index] = private
         sequence.pages += self.pages.allocate(self._pages_more(sequence))
 
+    def _lacks_slot(self, sequence: SequenceState) -> bool:
+        """Whether it needs a slot and none is free. One that runs has its own, which is never shared again."""
+        return self._states is not None and not self._owns_slot(sequence) and not self._states.free_pages
+
+    def _owns_slot(self, sequence: SequenceState) -> bool:
+        assert self._states is not None
+        return bool(sequence.slots) and not self._states.is_shared(sequence.slot)
+
+    def _take_slot(self, sequence: SequenceState) -> None:
+        """A slot of its own, with a copy of the state that it shares with samples of the same prompt."""
+        if self._states is None or self._owns_slot(sequence):
+            return
+        own = self._states.allocate(1)
+        if sequence.slots:
+            self._slot_copies[own[0]] = sequence.slot
+            self._states.release(sequence.slots)
+        sequence.slots = own
+
     def _free_up(self, count: int, sequence: SequenceState) -> bool:
-        """Preempt the youngest holders, all of them younger than `sequence`, until `count` pages are free."""
-        while self.pages.free_pages < count:
+        """Preempt the youngest holders, all of them younger than `sequence`, until `count` pages and a slot that it
+        may need are free."""
+        while self.pages.free_pages < count or self._lacks_slot(sequence):
             holders = (s for s in [*self.running, *self.waiting] if s.pages)
             youngest = max(holders, key=_age, default=sequence)
             if youngest.age <= sequence.age:
@@ -278,7 +316,11 @@ class Scheduler:
         for page in sequence.pages:
             self._copies.pop(page, None)  # a copy into a released page; its next holder fills it
         self.pages.release(sequence.pages)
-        sequence.pages, sequence.hidden, sequence.room = [], None, 0
+        if self._states is not None:
+            for slot in sequence.slots:
+                self._slot_copies.pop(slot, None)
+            self._states.release(sequence.slots)
+        sequence.pages, sequence.slots, sequence.hidden, sequence.room = [], [], None, 0
 
 
 def _age(sequence: SequenceState) -> tuple[int, int]:

@@ -64,11 +64,12 @@ def score(
     after: Sequence[int],
     budget: int,
     pages: PageAllocator,
+    slots: PageAllocator | None,
     forward: Forward,
     model: Model,
 ) -> list[Scores]:
-    """One `Scores` per sequence; see `Engine.score`. budget: tokens of a step. forward: hidden states of the tokens of
-    some chunks, [t, c].
+    """One `Scores` per sequence; see `Engine.score`. budget: tokens of a step. slots: of recurrent states. forward:
+    hidden states of the tokens of some chunks, [t, c].
 
     Errors: ValueError for given ids that do not fit, and while too few pages are free for a sequence; NonFiniteLogits.
     """
@@ -76,15 +77,16 @@ def score(
     given = padded(ids, counts, model.spec.vocab_size)
     scores: list[Scores] = []
     while len(scores) < len(sequences):
-        taken = _that_fit(sequences, len(scores), budget, pages)
+        taken = _that_fit(sequences, len(scores), budget, pages, slots)
         held = [pages.allocate(pages.pages_for(len(tokens))) for tokens in taken]
+        states = [-1] * len(taken) if slots is None else slots.allocate(len(taken))
         try:
             if len(taken) == 1:
-                (tokens,), (own,) = taken, held
+                (tokens,), (own,), (slot,) = taken, held, states
                 starts = range(0, len(tokens), budget)
-                hidden = [torch.cat([forward([Chunk(tokens[i : i + budget], i, own)]) for i in starts])]
+                hidden = [torch.cat([forward([Chunk(tokens[i : i + budget], i, own, slot)]) for i in starts])]
             else:
-                chunks = [Chunk(tokens, 0, own) for tokens, own in zip(taken, held, strict=True)]
+                chunks = [Chunk(tokens, 0, own, slot) for tokens, own, slot in zip(taken, held, states, strict=True)]
                 hidden = list(forward(chunks).split([len(tokens) for tokens in taken]))
             these = slice(len(scores), len(scores) + len(taken))
             predicting = [hidden_tc[n - 1 : -1] for hidden_tc, n in zip(hidden, after[these], strict=True)]
@@ -94,14 +96,23 @@ def score(
         finally:
             for own in held:
                 pages.release(own)
+            if slots is not None:
+                slots.release(states)
     return scores
 
 
-def _that_fit(sequences: Sequence[Sequence[int]], first: int, budget: int, pages: PageAllocator) -> list[Sequence[int]]:
-    """From number `first` on, what one step and the free pages allow; at least one."""
-    free = pages.free_pages
+def _that_fit(
+    sequences: Sequence[Sequence[int]], first: int, budget: int, pages: PageAllocator, slots: PageAllocator | None
+) -> list[Sequence[int]]:
+    """From number `first` on, what one step and the free pages and slots allow; at least one."""
+    free, most = pages.free_pages, None if slots is None else first + slots.free_pages
+    if most == first:
+        raise ValueError(
+            f"sequence {first} needs a recurrent state, and all slots are in use; raise max_batch, or finish or abort "
+            "what is being generated"
+        )
     taken: list[Sequence[int]] = []
-    for tokens in itertools.islice(sequences, first, None):
+    for tokens in itertools.islice(sequences, first, most):
         need = pages.pages_for(len(tokens))
         if need > free or (taken and len(tokens) > budget):
             break

@@ -10,6 +10,7 @@ AutoConfig was rejected for that reason and because its defaults change between 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,9 +26,9 @@ Activation = Literal["silu", "gelu_tanh"]
 class Rope:
     """Rotary embedding, as numbers.
 
-    dim: how many trailing dimensions of each head are rotated. inv_freq: dim/2 angles per position, in radians.
-    magnitude: factor on cos and sin (YaRN's attention factor; 1 elsewhere). interleaved: pairs are (x0,x1), (x2,x3)…
-    rather than (x0, x[dim/2]), (x1, x[dim/2+1])….
+    dim: how many dimensions of each head are rotated, the first ones or, with latent attention, the last. inv_freq:
+    dim/2 angles per position, in radians. magnitude: factor on cos and sin (YaRN's attention factor; 1 elsewhere).
+    interleaved: pairs are (x0,x1), (x2,x3)… rather than (x0, x[dim/2]), (x1, x[dim/2+1])….
     """
 
     dim: int
@@ -141,12 +142,40 @@ class Moe:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Layers with a gated delta rule in place of attention (Gated DeltaNet, arXiv:2412.06464).
+
+    layers: their numbers. key_heads: of queries and keys, each shared by as many value heads; *_dim: widths of a head.
+    taps: tokens that the short convolution in front sees, the newest included.
+    """
+
+    layers: frozenset[int]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+    @property
+    def channels(self) -> int:
+        """Queries, keys and values of one token, which the convolution takes."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What one sequence leaves for its next token in a layer, in float32: the last inputs of the convolution, and
+        the matrix of each head."""
+        return (self.taps - 1, self.channels), (self.value_heads, self.key_dim, self.value_dim)
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One model, all families.
 
     family: its name in `FAMILIES`. Sizes are in elements. softmax_scale: factor on q·k. head_dim: width of q and k.
-    nope_layers: numbers of the layers without rotary embedding (NoPE). ue8m0: quantised activations have scales that
-    are powers of two.
+    nope_layers: numbers of the layers without rotary embedding (NoPE). output_gate: attention's output is multiplied by
+    a gate that the query projection gives, too. centred_norms: norms are stored as differences from one. delta:
+    layers with a recurrent state. ue8m0: quantised activations have scales that are powers of two.
 
     sliding: the layers with a sliding window. shared_kv_layers: how many of the last layers have no keys and values,
     and attend to those of the last layer of their kind before them; shared_kv_mlp: the width of their MLPs.
@@ -175,6 +204,9 @@ class ModelSpec:
     mlp_bias: bool
     qk_norm: bool = False
     nope_layers: frozenset[int] = frozenset()
+    output_gate: bool = False
+    centred_norms: bool = False
+    delta: DeltaNet | None = None
     mla: Mla | None = None
     indexer: Indexer | None = None
     moe: Moe | None = None
@@ -226,12 +258,24 @@ class ModelSpec:
         """Whether layer number `layer` chooses the tokens that it attends to."""
         return self.indexer is not None and layer not in self.indexer.shared_layers
 
+    def is_delta_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` has a recurrent state in place of cached tokens."""
+        return self.delta is not None and layer in self.delta.layers
+
+    @property
+    def state_elements(self) -> int:
+        """Numbers, in float32, that a sequence's recurrent layers keep, however long it is."""
+        if self.delta is None:
+            return 0
+        return len(self.delta.layers) * sum(map(math.prod, self.delta.state_shapes))
+
     def cache_dims(self, layer: int) -> tuple[int, ...]:
         """Width of each cached tensor of a layer: (latent + rope,) for MLA, (latent + rope, index key) with an indexer,
-        `Compressed.cache_dims`, none where another layer's are read, (keys, values) otherwise."""
+        `Compressed.cache_dims`, none with a recurrent state or where another layer's are read, (keys, values)
+        otherwise."""
         if self.compressed:
             return self.compressed.cache_dims(layer, self.head_dim)
-        if self.cached_by(layer) != layer:
+        if self.is_delta_layer(layer) or self.cached_by(layer) != layer:
             return ()
         if self.mla:
             latent = self.mla.kv_lora_rank + self.mla.rope_dim

@@ -98,6 +98,6 @@ def _replace(model: Model, held: Held, given: Tensor) -> None:
     for matrix in held.matrices:
         model.ops.repack(matrix, given)
     for tensor in held.tensors:
-        tensor.copy_(given)
+        tensor.copy_(given if held.form is None else held.form(given.float()))
         if not all_finite(tensor):
             raise Damaged("values")

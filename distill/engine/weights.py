@@ -8,7 +8,7 @@ Legend: v vocabulary, n outputs, c inputs or hidden, d head width, p width of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -42,6 +42,28 @@ class GqaWeights:
     def reader(self) -> object:
         """The packed matrix (or bank) that reads the normalised state first."""
         return (self.k or self.q).weight
+
+
+@dataclass(frozen=True)
+class DeltaWeights:
+    """A layer with a gated delta rule. qkv, gate, write, decay: projections of the hidden state, the last two to one
+    number for each value head. conv: [taps, channels], oldest tap first. rate: −e^A_log, and rate_bias, [value heads].
+    norm: over each head's output, [value_dim]. All four are float32."""
+
+    qkv: Linear
+    gate: Linear
+    write: Linear
+    decay: Linear
+    conv: Tensor
+    rate: Tensor
+    rate_bias: Tensor
+    norm: Tensor
+    o: Linear
+
+    @property
+    def reader(self) -> object:
+        """The packed matrix (or bank) that reads the normalised state first."""
+        return self.qkv.weight
 
 
 @dataclass(frozen=True)
@@ -122,6 +144,9 @@ class CompressedWeights:
         return self.kv.weight
 
 
+AttentionWeights = GqaWeights | MlaWeights | CompressedWeights | DeltaWeights
+
+
 @dataclass(frozen=True)
 class MixerWeights:
     """A hyper-connection, float32: ones_n for the norm over all streams, which has no weights; `project` gives the m
@@ -180,7 +205,7 @@ class LayerWeights:
     attention and before the MLP, where the residual has several streams."""
 
     attention_norm_c: Tensor
-    attention: GqaWeights | MlaWeights | CompressedWeights
+    attention: AttentionWeights
     mlp_norm_c: Tensor
     mlp: MlpWeights | MoeWeights
     attention_post_norm_c: Tensor | None = None
@@ -211,14 +236,18 @@ class DraftWeights:
     norm_c: Tensor
 
 
+Form = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Held:
     """Where the numbers of a published tensor are: in tensors, and in packed matrices (in both, where the head is the
-    embedding)."""
+    embedding). form: what is made of the numbers before they become one of `tensors`."""
 
     shape: tuple[int, ...]
     tensors: list[Tensor] = field(default_factory=list)
     matrices: list[Packed] = field(default_factory=list)
+    form: Form | None = None
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ class Architecture(Section):
     num_kv_shared_layers: int | None = Field(None, description="last layers that attend to keys of earlier ones")
     use_double_wide_mlp: bool | None = Field(None, description="whether MLPs of these layers are twice as wide")
     hidden_size_per_layer_input: int | None = Field(None, description="width of the embeddings of each layer")
+    linear_num_key_heads: int | None = Field(None, description="key heads of layers with a recurrent state")
+    linear_num_value_heads: int | None = Field(None, description="value heads of layers with a recurrent state")
 
 
 class StudentCard(Section):

@@ -29,13 +29,16 @@ def engine_logits(
     """[t, vocabulary] float32: prefilled in chunks that end at `cuts`, then one token a step from `decode_from` on."""
     prefilled = len(tokens) if decode_from is None else decode_from
     pages = engine._pages.allocate(engine._pages.pages_for(len(tokens)))
+    (slot,) = engine._slots.allocate(1) if engine._slots else [-1]
     ends = [*cuts, prefilled]
     parts = []
     for start, end in zip([0, *cuts], ends, strict=True):
-        parts.append(engine._forward([], [Chunk(tokens[start:end], start, pages)]))
+        parts.append(engine._forward([], [Chunk(tokens[start:end], start, pages, slot)]))
     for position in range(prefilled, len(tokens)):
-        parts.append(engine._forward([Chunk(tokens[position : position + 1], position, pages)], []))
+        parts.append(engine._forward([Chunk(tokens[position : position + 1], position, pages, slot)], []))
     engine._pages.release(pages)
+    if engine._slots:
+        engine._slots.release([slot])
     return engine._model.logits(torch.cat(parts))
 
 

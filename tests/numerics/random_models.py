@@ -34,6 +34,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     SmolLM3Config,
@@ -66,6 +68,7 @@ FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
 
@@ -132,6 +135,13 @@ QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6
 
 QWEN3 = {**QWEN2, "model_type": "qwen3", "head_dim": 24}
 SMOLLM3 = {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 4, "rope_theta": 5e6, "pad_token_id": 0}
+QWEN3_5 = {
+    **{key: value for key, value in QWEN2.items() if key not in ("rope_theta", "use_sliding_window")},
+    **{"model_type": "qwen3_5_text", "num_hidden_layers": 4, "head_dim": 24, "pad_token_id": None},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 20},
+    **{"linear_conv_kernel_dim": 4},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
 
 
 V3_YARN = {**V3, "rope_scaling": YARN}
@@ -213,6 +223,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {**QWEN2, "tie_word_embeddings": True},
     "qwen3": QWEN3,
     "qwen3-mha-tied": {**QWEN3, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "qwen3_5": QWEN3_5,
+    "qwen3_5-tied-biases": {
+        **QWEN3_5,
+        **{"layer_types": ["full_attention", "linear_attention"] * 2, "num_key_value_heads": 4, "attention_bias": True},
+        **{"tie_word_embeddings": True, "linear_conv_kernel_dim": 3, "linear_num_key_heads": 4},
+    },
+    "qwen3_5-yarn-wide": {
+        **QWEN3_5,
+        **{"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "linear_num_key_heads": 1},
+        **{"linear_key_head_dim": 128, "linear_value_head_dim": 96, "linear_conv_kernel_dim": 2},
+        "rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+    },
     "smollm3": SMOLLM3,
     "smollm3-every-second": {**SMOLLM3, "no_rope_layer_interval": 2, "num_key_value_heads": 4},
     "smollm3-listed-biases-tied": {
@@ -363,6 +385,10 @@ def _scale_weights(model: PreTrainedModel, seed: int) -> None:
             tensor.copy_(noise if factor is None else 2 * noise / factor)
         elif name.endswith("layer_scalar"):
             tensor.copy_(0.8 + 0.1 * noise)
+        elif name.endswith("A_log"):
+            tensor.copy_(0.5 * noise - 1.5)  # states that last for some ten tokens
+        elif "norm" in name and model.config.model_type.startswith("qwen3_5") and "linear_attn" not in name:
+            tensor.copy_(0.2 * noise)
         elif tensor.ndim == 1:
             tensor.copy_(1 + 0.2 * noise if "norm" in name else 0.5 * noise)
         else:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from engine_checks import engine_logits, engine_options, relative_error, some_tokens
-from random_models import CONFIGS, GEMMA4, GEMMA4_LARGE, SLIDING, WHOLE, YARN, Checkpoint, build
+from gemma4_models import GEMMA4, GEMMA4_LARGE, SLIDING, WHOLE
+from random_models import CONFIGS, YARN, Checkpoint, build
 from torch import Tensor
 
 from distill.engine import Engine, ModelSpec, sliding

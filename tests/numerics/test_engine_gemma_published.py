@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from engine_checks import engine_logits, engine_options, relative_error, some_tokens
-from random_models import GEMMA4, _scale_weights
+from gemma4_models import GEMMA4
+from random_models import _scale_weights
 from test_engine_published import write_shards
 from transformers import AutoModelForCausalLM, Gemma4Config, Gemma4ForConditionalGeneration
 

@@ -41,7 +41,7 @@ def texts(done: dict[tuple[str, int], Completion]) -> dict[tuple[str, int], tupl
     return {key: completion.token_ids for key, completion in done.items()}
 
 
-@pytest.fixture(params=["v3-yarn", "v32", "glm-shared", "qwen2", "smollm3", "gemma4"])
+@pytest.fixture(params=["v3-yarn", "v32", "glm-shared", "qwen2", "smollm3", "gemma4", "qwen3_5"])
 def ckpt(request: pytest.FixtureRequest, checkpoint: GetCheckpoint) -> Checkpoint:
     return checkpoint(request.param)
 

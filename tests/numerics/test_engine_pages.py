@@ -34,13 +34,16 @@ def test_reference_counts(operations: list[tuple[str, int]]) -> None:
 
 
 class FakeEngine:
-    """Runs the scheduler's plans on pages that hold tokens. Sample s of a request that may generate m stops early, at
-    1 + 7·(s + 1) % m tokens; token i of it is (request, sample, i)."""
+    """Runs the scheduler's plans on pages that hold tokens, and on slots that hold all tokens that were computed into
+    them, in order: one that is computed twice, or into a slot that another reads, is seen. Sample s of a request that
+    may generate m stops early, at 1 + 7·(s + 1) % m tokens; token i of it is (request, sample, i)."""
 
-    def __init__(self, num_pages: int, max_batch: int, max_step_tokens: int) -> None:
+    def __init__(self, num_pages: int, max_batch: int, max_step_tokens: int, slots: int = 0) -> None:
         self.allocator = PageAllocator(num_pages, PAGE)
-        self.scheduler = Scheduler(self.allocator, max_batch, max_step_tokens)
+        self.slots = PageAllocator(slots, 1) if slots else None
+        self.scheduler = Scheduler(self.allocator, max_batch, max_step_tokens, states=self.slots)
         self.memory: list[list[object]] = [[None] * PAGE for _ in range(num_pages)]
+        self.states: list[list[object]] = [["junk"] for _ in range(slots)]
         self.finished: list[tuple[str, int]] = []
         self.preemptions = 0
         preempt = self.scheduler._preempt
@@ -60,11 +63,15 @@ class FakeEngine:
         before = [list(page) for page in self.memory]
         for to, source in plan.copies.items():
             self.memory[to] = list(before[source])
+        before = [list(state) for state in self.states]
+        for to, source in plan.slot_copies.items():
+            self.states[to] = list(before[source])
         for sequence, count in [*((s, 1) for s in plan.decode), *plan.prefill]:
             for position in range(sequence.computed, sequence.computed + count):
                 page = sequence.pages[position // PAGE]
                 assert self.allocator.refs[page] == 1, "written while shared"
                 self.memory[page][position % PAGE] = sequence.tokens[position]
+                self._recur(sequence, position)
             sequence.computed += count
         for sequence, _ in [*((s, 1) for s in plan.decode), *plan.prefill]:
             self._check_contents(sequence)
@@ -72,10 +79,23 @@ class FakeEngine:
                 self._advance(sequence)
         held = [p for s in [*self.scheduler.running, *self.scheduler.waiting] for p in s.pages]
         assert self.allocator.refs == [held.count(page) for page in range(len(self.memory))]
+        if self.slots:
+            held = [slot for s in [*self.scheduler.running, *self.scheduler.waiting] for slot in s.slots]
+            assert self.slots.refs == [held.count(slot) for slot in range(len(self.states))]
+
+    def _recur(self, sequence: SequenceState, position: int) -> None:
+        if self.slots is None:
+            return
+        assert self.slots.refs[sequence.slot] == 1, "written while shared"
+        if position == 0:
+            self.states[sequence.slot] = []
+        self.states[sequence.slot].append(sequence.tokens[position])
 
     def _check_contents(self, sequence: SequenceState) -> None:
         cached = [self.memory[p][i] for p in sequence.pages for i in range(PAGE)][: sequence.computed]
         assert cached == sequence.tokens[: sequence.computed]
+        if self.slots:
+            assert self.states[sequence.slot] == cached
 
     def _advance(self, sequence: SequenceState) -> None:
         if sequence.sample is None:
@@ -108,12 +128,20 @@ def request(number: int, prompt: int, new: int, samples: int) -> Request:
 
 
 @settings(max_examples=300)
-@given(requests, st.integers(8, 20), st.integers(1, 6), st.integers(1, 20), st.integers(0, 40))
+@given(
+    requests,
+    st.integers(8, 20),
+    st.integers(1, 6),
+    st.integers(1, 20),
+    st.integers(0, 40),
+    st.sampled_from([0, 2, 3, 7]),
+)
 def test_every_sample_finishes_and_every_page_returns(
-    asked: list[tuple[int, int, int]], num_pages: int, max_batch: int, max_step_tokens: int, abort_at: int
+    asked: list[tuple[int, int, int]], num_pages: int, max_batch: int, max_step_tokens: int, abort_at: int, slots: int
 ) -> None:
-    """28 tokens are 7 pages, and one more may be held by a sibling: 8 pages always suffice for one sequence."""
-    engine = FakeEngine(num_pages, max_batch, max_step_tokens)
+    """28 tokens are 7 pages, and one more may be held by a sibling: 8 pages always suffice for one sequence; so do two
+    slots."""
+    engine = FakeEngine(num_pages, max_batch, max_step_tokens, slots)
     wanted = {(str(n), s) for n, (_, _, samples) in enumerate(asked) for s in range(samples)}
     for number, shape in enumerate(asked):
         engine.scheduler.add(request(number, *shape))
@@ -130,6 +158,7 @@ def test_every_sample_finishes_and_every_page_returns(
     assert not engine.scheduler.has_work, "no end in sight"
     assert sorted(engine.finished) == sorted(wanted)
     assert engine.allocator.free_pages == num_pages and not any(engine.allocator.refs)
+    assert engine.slots is None or (engine.slots.free_pages == slots and not any(engine.slots.refs))
 
 
 def test_a_fork_copies_only_what_it_writes() -> None:

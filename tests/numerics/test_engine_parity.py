@@ -59,9 +59,7 @@ def test_layers_in_one_call_give_the_bits_of_single_ops(
         pytest.skip(f"no compiled kernels: {why}")
     engine = Engine.load(checkpoint(name).path, engine_options(dtype=dtype, cache_tokens=1024, kernels="cpu"))
     op_by_op = CONFIGS[name].keys() & {"index_topk", "sliding_window"} or CONFIGS[name].get("mlp_bias", False)
-    assert (engine._model.decode_plan is None) == bool(op_by_op), (
-        "sparse attention, windows and MLPs with biases run op by op"
-    )
+    assert (engine._model.decode_plan is None) == bool(op_by_op or engine.spec.delta), "these run op by op"
     at_once = engine_logits(engine, TOKENS, decode_from=60)
     engine._model = replace(engine._model, decode_plan=None)
     assert torch.equal(engine_logits(engine, TOKENS, decode_from=60), at_once)

@@ -11,6 +11,8 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     SmolLM3Config,
@@ -37,12 +39,22 @@ SMALL = {
 }
 GEMMA4 = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 80, "final_logit_softcapping": 20.0}
 GEMMA4 |= {"head_dim": 8, "global_head_dim": 16, "sliding_window": 4, "pad_token_id": None}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "pad_token_id": None,
+}
 FAMILIES = {
     "gemma4_text": (Gemma4ForCausalLM, Gemma4TextConfig(**SMALL, **GEMMA4)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SMALL, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=False)),
     "llama": (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=False)),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config(**SMALL, pad_token_id=None, no_rope_layers=[1, 0])),
+    "qwen3_5": (Qwen3_5ForCausalLM, Qwen3_5TextConfig(**SMALL, **DELTA)),
     "llama-tied": (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True)),
 }
 TOKENS = [1, 5, 9, 70, 33, 2, 18, 64, 7]

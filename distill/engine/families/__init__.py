@@ -44,6 +44,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "llama",
             "qwen2",
             "qwen3",
+            "qwen3_5",
+            "qwen3_5_text",
             "smollm3",
         )
     }
@@ -76,6 +78,11 @@ def _language_model(config: Config, family: Family) -> Config:
     part = config.section(family.part.section)
     if part is None:
         raise ValueError(f"{config.where}: '{family.part.section}' is missing; it describes the language model")
+    if config.has(key := "tie_word_embeddings") and part.has(key) and config.raw[key] != part.raw[key]:
+        raise ValueError(
+            f"{config.where}: {key!r} is {shown(config.raw[key])}, and {shown(part.raw[key])} in "
+            f"'{family.part.section}'; correct the one that is wrong"
+        )
     shared = {key: config.raw[key] for key in ("quantization_config", "tie_word_embeddings") if config.has(key)}
     return Config(shared | {key: value for key, value in part.raw.items() if value is not None}, part.where)
 

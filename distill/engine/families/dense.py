@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from distill.engine.config import MOST_LAYERS, WIDEST, WIDEST_HEAD, Config
 from distill.engine.rope import THETA, RopeConfig
 from distill.engine.spec import ModelSpec
@@ -16,13 +18,17 @@ def read_dense(
     qk_norm: bool = False,
     tied: bool = False,
     theta: float = THETA,
+    kinds: Collection[str] = ("full_attention",),
+    partial: float | None = None,
 ) -> ModelSpec:
     """The spec of a dense decoder. qkv_bias, o_bias: whether the attention's projections have biases; qk_norm: whether
     queries and keys are normalised head by head; tied, theta: what `tie_word_embeddings` and `rope_theta` are where the
-    config does not say. Errors: ValueError naming file and key."""
+    config does not say; kinds: what `layer_types` may have; partial: as in `RopeConfig`. Errors: ValueError naming
+    file and key."""
     config.only("use_sliding_window", (False,))
-    if any(kind != "full_attention" for kind in config.texts("layer_types")):
-        raise ValueError(f"{config.where}: 'layer_types' has sliding windows; only 'full_attention' is supported")
+    if other := sorted(set(config.texts("layer_types")).difference(kinds)):
+        names = " and ".join(map(repr, kinds))
+        raise ValueError(f"{config.where}: 'layer_types' has {', '.join(other)}; only {names} is supported")
     hidden, heads = config.int("hidden_size", most=WIDEST), config.int("num_attention_heads", most=WIDEST)
     if not (head_dim := config.int_or("head_dim", None, most=WIDEST_HEAD)):
         head_dim, rest = divmod(hidden, heads)
@@ -33,6 +39,7 @@ def read_dense(
         raise ValueError(
             f"{config.where}: 'num_attention_heads' {heads} is no multiple of 'num_key_value_heads' {kv_heads}"
         )
+    rope = RopeConfig(config, theta, partial)
     return ModelSpec(
         family=family,
         vocab_size=config.int("vocab_size", most=WIDEST),
@@ -44,7 +51,7 @@ def read_dense(
         intermediate_size=config.int("intermediate_size", most=WIDEST),
         norm_eps=config.float("rms_norm_eps", 1e-6, above=0, most=1),
         softmax_scale=head_dim**-0.5,
-        rope=RopeConfig(config, theta).rope(head_dim, interleaved=False),
+        rope=rope.rope(int(head_dim * rope.share), interleaved=False),
         max_context=config.int("max_position_embeddings"),
         tied_embeddings=config.bool("tie_word_embeddings", tied),
         qkv_bias=qkv_bias,

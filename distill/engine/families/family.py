@@ -43,14 +43,16 @@ class Family:
 
     name: `model_type` in its config.json, and `family` on a card; the name that transformers knows it by.
     read: its config → the spec. Errors: ValueError naming file and key for what the engine does not compute.
-    names: of the tensors in its checkpoints.
+    names: of the tensors in its checkpoints. other_names: that some of its checkpoints have in their place.
     part: where its files have several models, the language model's, whose section of config.json `read` is given.
     split: where a tiktoken.model is published and no tokenizer.json, the alternatives of the pattern by which text is
     split before it is encoded.
     published_bytes: bytes per parameter of the weights as published: 1 for FP8, 2 for bfloat16.
     has_experts: whether most weights are experts, which are streamed when they do not fit into memory.
-    trains: whether a student may be of this family: it is dense, and in transformers rows packed end to end learn what
-    each would learn alone (tests/numerics/test_train_loss.py).
+    trains: whether a student may be of this family: it is dense, and rows of one batch learn what each would learn
+    alone (tests/numerics/test_train_loss.py).
+    packs: whether they do so end to end, in transformers. Otherwise training examines the model
+    (`train.student.isolation`) and pads the rows where something but attention looks at other tokens.
     fused: whether its decoder layers in transformers are what `train.learn.fused` computes.
     gguf: how GGUF files store it, None where they are not read.
     """
@@ -61,7 +63,14 @@ class Family:
     split: tuple[str, ...] = ()
     published_bytes: float = 2
     has_experts: bool = False
+    other_names: WeightNames | None = None
     trains: bool = False
+    packs: bool = True
     fused: bool = False
     gguf: Gguf | None = None
     part: Part | None = None
+
+    def names_in(self, holds: Callable[[str], bool]) -> WeightNames:
+        """The names that a checkpoint has. holds: whether a tensor of this name is in it."""
+        other = self.other_names
+        return other if other and holds(other.embed) else self.names

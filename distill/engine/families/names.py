@@ -36,6 +36,21 @@ class MlaNames:
 
 
 @dataclass(frozen=True)
+class DeltaNames:
+    """A gated delta rule, below a layer."""
+
+    qkv: str = "linear_attn.in_proj_qkv"
+    gate: str = "linear_attn.in_proj_z"
+    write: str = "linear_attn.in_proj_b"
+    decay: str = "linear_attn.in_proj_a"
+    conv: str = "linear_attn.conv1d.weight"
+    rate: str = "linear_attn.A_log"
+    rate_bias: str = "linear_attn.dt_bias"
+    norm: str = "linear_attn.norm.weight"
+    o: str = "linear_attn.out_proj"
+
+
+@dataclass(frozen=True)
 class IndexerNames:
     """The indexer of sparse attention, below a layer."""
 
@@ -148,6 +163,7 @@ class WeightNames:
     gqa: GqaNames = field(default_factory=GqaNames)
     mla: MlaNames = field(default_factory=MlaNames)
     indexer: IndexerNames = field(default_factory=IndexerNames)
+    delta: DeltaNames = field(default_factory=DeltaNames)
     mlp: MlpNames = field(default_factory=MlpNames)
     moe: MoeNames = field(default_factory=MoeNames)
     draft: DraftNames = field(default_factory=DraftNames)

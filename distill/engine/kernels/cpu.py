@@ -27,6 +27,8 @@ from distill.engine.kernels.cpu_attention import index_scores as index_scores
 from distill.engine.kernels.cpu_attention import paged_write as paged_write
 from distill.engine.kernels.cpu_attention import prefill_gqa as prefill_gqa
 from distill.engine.kernels.cpu_attention import prefill_mla as prefill_mla
+from distill.engine.kernels.cpu_delta import delta_rule as delta_rule
+from distill.engine.kernels.cpu_delta import sigmoid_gate as sigmoid_gate
 from distill.engine.kernels.cpu_four_bit import FourBitBank
 from distill.engine.kernels.cpu_layer import decode_plan as decode_plan
 from distill.engine.kernels.cpu_library import amx_missing as amx_missing
@@ -313,7 +315,7 @@ def _experts_one_by_one(
     with a limit. A token's experts are added in the order in which they were chosen."""
 
     def expert(x: Tensor, gate: ExpertMatrix, up: ExpertMatrix, down: ExpertMatrix) -> Tensor:
-        return linear(swiglu_linear(x, gate, up) if limit is None else _limited_swiglu(x, gate, up, limit), down)
+        return linear(_swiglu(x, gate, up, limit), down)
 
     y_tkc = x_tc.new_empty(*experts_tk.shape, x_tc.shape[1])
     for number in experts_tk.unique().tolist():
@@ -327,7 +329,7 @@ def _experts_one_by_one(
     return onto_tc.add_(total_tc)
 
 
-def _limited_swiglu(x: Tensor, gate: ExpertMatrix, up: ExpertMatrix, limit: float) -> Tensor:
+def _swiglu(x: Tensor, gate: ExpertMatrix, up: ExpertMatrix, limit: float | None) -> Tensor:
     both = torch.stack(reference.limited([linear(x, gate), linear(x, up)], limit), dim=1)
     out = torch.empty_like(both[:, 0])
     rows, _, n = both.shape

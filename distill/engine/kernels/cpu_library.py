@@ -44,6 +44,8 @@ _OPS = (
     "likeliest",
     "decode_layers",
     "decode_dense_layers",
+    "delta_rule",
+    "sigmoid_gate",
     "train_norm",
     "train_gate",
     "train_rope",

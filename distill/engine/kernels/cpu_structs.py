@@ -118,6 +118,12 @@ StepArgs = _struct(
     "pointer: x cos sin page offset table length; long: table_stride; "
     "int: table_width pages rows page_size wide threads",
 )
+DeltaArgs = _struct(
+    "DeltaArgs",
+    "pointer: qkv write decay gate conv rate rate_bias norm conv_state state row first slot fresh out; "
+    "int: rows sequences slots channels key_heads value_heads key_dim value_dim taps threads; float: eps; int: unused",
+)
+SigmoidGateArgs = _struct("SigmoidGateArgs", "pointer: x gate out; long: count; int: threads unused")
 TrainNormArgs = _struct(
     "TrainNormArgs",
     "pointer: x weight factor out residual x_gradient weight_gradient; int: rows c x_half out_half backward threads; "
@@ -151,6 +157,8 @@ STRUCTURES = (
     LayerArgs,
     DenseLayerArgs,
     StepArgs,
+    DeltaArgs,
+    SigmoidGateArgs,
     TrainNormArgs,
     TrainGateArgs,
     TrainRopeArgs,

@@ -34,9 +34,11 @@ from distill.engine.kernels.ops import GroupBy, Scoring
 from distill.engine.kernels.reference import activation_dtype as activation_dtype
 from distill.engine.kernels.reference import attend_rows as attend_rows
 from distill.engine.kernels.reference import decode_plan as decode_plan
+from distill.engine.kernels.reference import delta_rule as delta_rule
 from distill.engine.kernels.reference import likeliest as likeliest
 from distill.engine.kernels.reference import pool_windows as pool_windows
 from distill.engine.kernels.reference import session as session
+from distill.engine.kernels.reference import sigmoid_gate as sigmoid_gate
 from distill.engine.kernels.reference import stream_weights as stream_weights
 from distill.engine.kernels.stored import FP8_BLOCK, Place, Stored
 from distill.engine.kernels.w8a8 import Activations, Fp8Matrix, Packed, Quantised, dense_rows

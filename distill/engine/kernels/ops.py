@@ -315,6 +315,30 @@ class Column(Protocol[P, H, B, A_co, X]):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What hyper-connections weigh streams by → [t, s], [t, s], [t, s, s]."""
 
+    def delta_rule(
+        self,
+        qkv_tn: Tensor,
+        write_th: Tensor,
+        decay_th: Tensor,
+        gate_te: Tensor,
+        conv_kn: Tensor,
+        rate_h: Tensor,
+        rate_bias_h: Tensor,
+        norm_e: Tensor,
+        eps: float,
+        conv_pool: Tensor,
+        state_pool: Tensor,
+        row_t: Tensor,
+        first_s: Tensor,
+        slot_s: Tensor,
+        fresh_s: Tensor,
+        /,
+    ) -> Tensor:
+        """A short convolution and the gated delta rule over each sequence's tokens → [t, h·e]; updates the pools."""
+
+    def sigmoid_gate(self, x_tn: Tensor, gate_tn: Tensor, /) -> Tensor:
+        """x · sigmoid(gate)."""
+
     def draw(
         self,
         logits_rv: Tensor,

@@ -3,7 +3,8 @@
 An op takes and returns tensors and numbers only: no spec, no module, no state beyond the page tensors. The cut between
 ops follows the unit that a hand-written kernel computes in one piece: attention reads through the page table itself
 instead of taking gathered keys, and the experts of a layer are one op, so that a kernel that keeps intermediate results
-in registers fits the same slot. The ops over paged caches are in reference_attention.py; this module has all of them.
+in registers fits the same slot. The ops over paged caches are in reference_attention.py, the
+recurrent ones in reference_delta.py; this module has all of them.
 
 Ops take matrices packed: `pack` and `pack_heads` turn a stored matrix (stored.py) into the form that the kernels of the
 same column read, and no other code looks inside. Here that form is a dense matrix in the compute dtype, so an FP8
@@ -36,6 +37,8 @@ from distill.engine.kernels.reference_attention import index_scores as index_sco
 from distill.engine.kernels.reference_attention import paged_write as paged_write
 from distill.engine.kernels.reference_attention import prefill_gqa as prefill_gqa
 from distill.engine.kernels.reference_attention import prefill_mla as prefill_mla
+from distill.engine.kernels.reference_delta import delta_rule as delta_rule
+from distill.engine.kernels.reference_delta import sigmoid_gate as sigmoid_gate
 from distill.engine.kernels.reference_streams import attend_rows as attend_rows
 from distill.engine.kernels.reference_streams import pool_windows as pool_windows
 from distill.engine.kernels.reference_streams import stream_weights as stream_weights

@@ -31,31 +31,34 @@ def concatenated(model: PreTrainedModel, batch: Batch, rows: Rows, inputs: dict[
     return hidden_td
 
 
-def padded(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The hidden states of a batch by padded groups of its rows, [t, d]."""
+def padded(model: PreTrainedModel, batch: Batch, inputs: dict[str, Tensor] | None = None) -> Tensor:
+    """The hidden states of a batch by padded groups of its rows, [t, d]. inputs: as in `concatenated`; None: the token
+    ids."""
     rows = Rows(batch.lengths, batch.input_ids_t.device, batch.prefixes)
-    return torch.cat([_padded(model, batch, group) for group in rows.groups])
+    given = inputs or {"input_ids": batch.input_ids_t[None]}
+    return torch.cat([_padded(model, group, given) for group in rows.groups])
 
 
-def _padded(model: PreTrainedModel, batch: Batch, group: Group) -> Tensor:
+def _padded(model: PreTrainedModel, group: Group, inputs: dict[str, Tensor]) -> Tensor:
     """The hidden states of the tokens of a group, [·, d]."""
-    ids_t, device = batch.input_ids_t, batch.input_ids_t.device
-    own = ids_t[group.start : group.stop] if group.gather is None else ids_t.index_select(0, group.gather)
+    ((name, input_1t),) = inputs.items()
+    input_t, device = input_1t[0], input_1t.device
+    own = input_t[group.start : group.stop] if group.gather is None else input_t.index_select(0, group.gather)
     place_w = torch.arange(group.width, device=device)
     length_b1 = torch.tensor(group.lengths, device=device)[:, None]
-    hidden_bwd = own_attention(model, own.view(group.rows, group.width), place_w < length_b1)
+    hidden_bwd = own_attention(model, own.unflatten(0, (group.rows, group.width)), place_w < length_b1, name)
     hidden_td = hidden_bwd.flatten(0, 1)
     return hidden_td if group.scatter is None else hidden_td.index_select(0, group.scatter)
 
 
-def own_attention(model: PreTrainedModel, ids_bw: Tensor, mask_bw: Tensor) -> Tensor:
+def own_attention(model: PreTrainedModel, input_bw: Tensor, mask_bw: Tensor, name: str = "input_ids") -> Tensor:
     """The hidden states of rows that are padded at the end, by the model's own attention, [b, w, d]. mask_bw: where
-    there is a token."""
+    there is a token. name: of the input, token ids or their embeddings."""
     decoder = model.get_decoder()
     positions: dict[str, Tensor] = {}
     if "position_ids" in inspect.signature(decoder.forward).parameters:  # some families count from the mask
-        positions["position_ids"] = torch.arange(ids_bw.shape[1], device=ids_bw.device).expand_as(ids_bw)
+        positions["position_ids"] = torch.arange(mask_bw.shape[1], device=mask_bw.device).expand_as(mask_bw)
     hidden_bwd: Tensor = decoder(
-        input_ids=ids_bw, attention_mask=mask_bw.long(), use_cache=False, **positions
+        **{name: input_bw}, attention_mask=mask_bw.long(), use_cache=False, **positions
     ).last_hidden_state
     return hidden_bwd

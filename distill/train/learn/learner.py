@@ -42,12 +42,11 @@ class Learner(nn.Module):
         """The sums of the objective's loss parts, float32 [parts]."""
         device = batch.input_ids_t.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            tied = None
+            tied, given = self._inputs(batch.input_ids_t)
             if self.padded:
-                hidden_sd = forward.padded(self.model, batch).index_select(0, batch.positions_s)
+                hidden_sd = forward.padded(self.model, batch, given).index_select(0, batch.positions_s)
             else:
                 rows = Rows(batch.lengths, device, batch.prefixes, batch.positions_s)
-                tied, given = self._inputs(batch.input_ids_t)
                 hidden_td = forward.concatenated(self.model, batch, rows, given)
                 hidden_sd = hidden_td if rows.narrowed else hidden_td.index_select(0, batch.positions_s)
             head = self.model.get_output_embeddings()

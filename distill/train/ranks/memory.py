@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from distill.errors import UserError
 from distill.hardware import memory
-from distill.model_families import in_engine
+from distill.model_families import packs
 from distill.recipe import Recipe, Train
 from distill.recipe.adapters import Lora, Qlora
 from distill.train.learn import attention, fused, loss
@@ -178,8 +178,8 @@ def on_meta(config: PretrainedConfig, layers: int, dtype: torch.dtype = torch.fl
 
 
 def _has_rows(config: PretrainedConfig) -> bool:
-    """Whether the attention of concatenated rows is measured; in families beside the engine's, the model's own is."""
-    return in_engine(config.model_type)
+    """Whether the attention of concatenated rows is measured; where rows are padded, the model's own is."""
+    return packs(config.model_type)
 
 
 def fake_parameters(model: nn.Module) -> None:
@@ -233,7 +233,7 @@ def saved_bytes(
     Layers that multiply in FP8 keep the same inputs, uncast: the model is not converted, and torchao need not be there.
     """
     storages: dict[int, int] = {}
-    model = on_meta(config, layers, dtypes.weights if dtypes.autocast else dtypes.compute)
+    model = on_meta(config, layers, dtype=dtypes.weights if dtypes.autocast else dtypes.compute)
     if device == "cpu" and not dtypes.float8:
         fused.install(model)
     if settings.adapter is not None:

@@ -1,6 +1,6 @@
 """Whether a student can be trained, and whether its rows may be concatenated: proved at the start, on the model itself.
 
-Families of the engine that train are proved by the tests. For any other causal language model of transformers, a small
+Families of the engine that pack are proved by the tests. For any other causal language model of transformers, a small
 copy is examined before anything is written: the model of the same config with two layers, or as many as have each kind
 of layer, a small vocabulary, and random weights in float32. It must hold that
 
@@ -57,14 +57,13 @@ TAKEN = ("rows", "scaling", "dropout", "sliding_window")
 PASSED = ("position_ids", "use_cache", "cache_position", "past_key_values", "output_attentions", "output_hidden_states")
 SPY = "distill_rows_examined"
 BY_BATCH = ("dynamic", "longrope")  # rotary embeddings that depend on the longest row of the batch
-
 _examined: dict[tuple[str, int], str | None] = {}
 
 
 def why_padded(config: PretrainedConfig, settings: Training) -> str | None:
     """Why the rows of a student are padded; None where they are concatenated. Errors: UserError for a model that cannot
     be trained."""
-    if model_families.in_engine(config.model_type):
+    if model_families.packs(config.model_type):
         return None
     key = config.to_json_string(), settings.max_length
     if key not in _examined:

@@ -68,7 +68,7 @@ def inspect(model_dir: Path, settings: Train) -> Limits:
     config = configuration(model_dir, settings)
     isolation.why_padded(config, settings)
     context = getattr(config, "max_position_embeddings", settings.max_length)
-    if not model_families.in_engine(config.model_type):  # whose files may name and shape weights in another way
+    if model_families.renames(config.model_type):
         loaded(model_dir, config=config, device_map="meta")
         return Limits(config.vocab_size, context)
     try:

@@ -172,6 +172,26 @@ struct LikeliestArgs {
     int32_t rows, vocabulary, k, given_count, threads, unused;
 };
 
+// A gated delta rule: see `delta_rule` in reference_delta.py. Threads take channels, then heads.
+struct DeltaArgs {
+    const float *qkv, *write, *decay,
+        *gate; // [rows, channels], twice [rows, value_heads], [rows, value_heads · value_dim]
+    const float *conv, *rate, *rate_bias, *norm; // [taps, channels], twice [value_heads], [value_dim]
+    float* conv_state;                           // [slots, taps - 1, channels]
+    float* state;                                // [slots, value_heads, key_dim, value_dim]
+    const int64_t *row, *first, *slot, *fresh;   // [rows], [sequences + 1], twice [sequences]
+    float* out;                                  // as gate
+    int32_t rows, sequences, slots, channels, key_heads, value_heads, key_dim, value_dim, taps, threads;
+    float eps;
+    int32_t unused;
+};
+struct SigmoidGateArgs {
+    const float *x, *gate;
+    float* out;
+    int64_t count;
+    int32_t threads, unused;
+};
+
 // Ops of training (isa/training.h). `half`: rows are bfloat16, else float32. They take TRAIN_CHUNK rows at a time.
 constexpr int TRAIN_CHUNK = 16;
 struct TrainNormArgs {

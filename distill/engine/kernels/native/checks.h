@@ -66,6 +66,16 @@ const char* check(const RouteArgs& a) {
                ? "experts cannot be grouped or chosen in these numbers"
                : nullptr;
 }
+const char* check(const DeltaArgs& a) {
+    if (a.first[0] != 0 || a.first[a.sequences] != a.rows) return "the sequences do not have all rows";
+    for (int i = 0; i < a.sequences; i++) {
+        if (a.first[i + 1] < a.first[i]) return "a sequence has less than no rows";
+        if (a.slot[i] < 0 || a.slot[i] >= a.slots) return "the number of a slot is outside the pool";
+    }
+    for (int i = 0; i < a.rows; i++)
+        if (a.row[i] < 0 || a.row[i] >= a.rows) return "the number of a row is outside the batch";
+    return nullptr;
+}
 template <class Args> const char* check(const Args&) { return nullptr; } // numbers that are no places
 
 } // namespace

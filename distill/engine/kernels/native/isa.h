@@ -11,13 +11,14 @@ namespace ISA {
 #include "isa/draw.h"
 #include "isa/layer.h"
 #include "isa/training.h"
+#include "isa/delta.h"
 
 #define STRINGIFY(x) #x
 #define NAME(x) STRINGIFY(x)
 const Kernels table = {
-    NAME(ISA),  pack_words, linear,      swiglu_linear, experts, decode,    prefill,      index_scores,
-    route,      rope,       paged_write, rms_norm,      draw,    likeliest, decode_layer, decode_dense_layer,
-    train_norm, train_gate, train_rope,  train_softmax};
+    NAME(ISA),  pack_words,   linear,      swiglu_linear, experts,    decode,       prefill,      index_scores,
+    route,      rope,         paged_write, rms_norm,      draw,       likeliest,    decode_layer, decode_dense_layer,
+    delta_rule, sigmoid_gate, train_norm,  train_gate,    train_rope, train_softmax};
 #undef NAME
 #undef STRINGIFY
 #undef INLINE

@@ -21,6 +21,8 @@ struct Kernels {
     void (*likeliest)(const LikeliestArgs&);
     void (*decode_layer)(const LayerArgs&, const StepArgs&, uint8_t* pool);
     void (*decode_dense_layer)(const DenseLayerArgs&, const StepArgs&, uint8_t* k_pool, uint8_t* v_pool);
+    void (*delta_rule)(const DeltaArgs&);
+    void (*sigmoid_gate)(const SigmoidGateArgs&);
     void (*train_norm)(const TrainNormArgs&);
     void (*train_gate)(const TrainGateArgs&);
     void (*train_rope)(const TrainRopeArgs&);

@@ -1,6 +1,8 @@
-"""From the tensors of a checkpoint to the parameters of compressed attention and of hyper-connections.
+"""From the tensors of a checkpoint to the parameters of what some families have and others do not: compressed
+attention, gated delta rules, hyper-connections, embeddings of each layer. The rest is in reader.py.
 
-Legend: c hidden, d width of keys, m weights of a hyper-connection, n all streams' width.
+Legend: c hidden, d width of keys, h value heads, m weights of a hyper-connection, n all streams' width, p width of a
+layer's embedding.
 """
 
 from __future__ import annotations
@@ -14,8 +16,19 @@ from torch import Tensor
 from distill.engine.families.names import WeightNames
 from distill.engine.kernels import Ops
 from distill.engine.kernels.stored import Plain, Stored
-from distill.engine.spec import Compressed, ModelSpec, Streams
-from distill.engine.weights import CompressedWeights, CompressorWeights, EntryIndexerWeights, Linear, MixerWeights
+from distill.engine.spec import Compressed, DeltaNet, ModelSpec, Streams
+from distill.engine.weights import (
+    CompressedWeights,
+    CompressorWeights,
+    DeltaWeights,
+    EntryIndexerWeights,
+    Form,
+    Held,
+    InputWeights,
+    LayerInputWeights,
+    Linear,
+    MixerWeights,
+)
 
 
 class Reader(Protocol):
@@ -28,11 +41,16 @@ class Reader(Protocol):
     def linear(self, name: str, n: int, c: int) -> Linear:
         """`name.weight`."""
 
+    def hold(self, name: str, shape: tuple[int, ...]) -> Held:
+        """The entry in `held` of a published tensor."""
+
     def checked(self, name: str, n: int, c: int) -> Stored:
         """A matrix as stored, its numbers checked."""
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of a tensor that is never quantised."""
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None, form: Form | None = None
+    ) -> Tensor:
+        """A copy of a tensor that is never quantised. form: as in `Held`."""
 
     def unquantised(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor as stored."""
@@ -100,4 +118,43 @@ def mixer(reader: Reader, spec: ModelSpec, dims: Streams, at: str, last: bool = 
         project=reader.ops.pack(Plain(project_mn), torch.float32),
         scale_m=scale.repeat_interleave(torch.tensor(sizes, device=scale.device)),
         base_m=base_m,
+    )
+
+
+def delta(reader: Reader, spec: ModelSpec, dims: DeltaNet, at: str) -> DeltaWeights:
+    """A gated delta rule whose names begin with `at`. Errors: ValueError, as `load_weights`."""
+    names, c, h, single = reader.names.delta, spec.hidden_size, dims.value_heads, torch.float32
+    values, conv = h * dims.value_dim, (dims.channels, 1, dims.taps)
+    return DeltaWeights(
+        qkv=reader.linear(at + names.qkv, dims.channels, c),
+        gate=reader.linear(at + names.gate, values, c),
+        write=reader.linear(at + names.write, h, c),
+        decay=reader.linear(at + names.decay, h, c),
+        conv=reader.tensor(at + names.conv, conv, single, lambda weight_n1k: weight_n1k[:, 0].T.contiguous()),
+        rate=reader.tensor(at + names.rate, (h,), single, lambda log_h: -log_h.exp()),
+        rate_bias=reader.tensor(at + names.rate_bias, (h,), single),
+        norm=reader.tensor(at + names.norm, (dims.value_dim,), single),
+        o=reader.linear(at + names.o, c, values),
+    )
+
+
+def inputs(reader: Reader, spec: ModelSpec, dtype: torch.dtype) -> InputWeights:
+    """The layers' own embeddings of tokens. dtype: of what is computed. Errors: ValueError, as `load_weights`."""
+    names, p = reader.names.inputs, spec.layer_input_dim
+    embed_vp = reader.checked(names.embed, spec.vocab_size, spec.num_layers * p).dense(dtype).to(reader.ops.device())
+    reader.hold(names.embed, embed_vp.shape).tensors.append(embed_vp)
+    return InputWeights(
+        embed_vp=embed_vp,
+        project=reader.linear(names.project, spec.num_layers * p, spec.hidden_size),
+        norm_p=reader.tensor(names.norm, (p,)),
+    )
+
+
+def layer_inputs(reader: Reader, c: int, p: int, at: str) -> LayerInputWeights:
+    """What a layer does with its embedding, p wide, of a token. Errors: ValueError, as `load_weights`."""
+    names = reader.names.inputs
+    return LayerInputWeights(
+        gate=reader.linear(at + names.layer_gate, p, c),
+        project=reader.linear(at + names.layer_project, c, p),
+        norm_c=reader.tensor(at + names.layer_norm, (c,)),
     )
