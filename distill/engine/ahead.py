@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from distill.engine.attention import Chunk
+from distill.engine.batch import Chunk
 from distill.engine.graphs import DecodeGraphs, Launched
 from distill.engine.sampler import Draw
 from distill.engine.scheduler import Scheduler, SequenceState

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from distill.engine import indexer
-from distill.engine.attention import Batch, DecodeRows, PrefillChunk, Wanted, rotations
+from distill.engine.batch import Batch, DecodeRows, PrefillChunk, Wanted, rotations
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
 from distill.engine.spec import ModelSpec, Rope

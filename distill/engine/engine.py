@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distill.engine.ahead import UNKNOWN, Ahead
-from distill.engine.attention import Batch, Chunk, Wanted, build_batch, decode_batch
+from distill.engine.batch import Batch, Chunk, Wanted, build_batch, decode_batch
 from distill.engine.cache import PageAllocator, PagedCache
 from distill.engine.graphs import DecodeGraphs
 from distill.engine.loading import Sizes, prepare

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.engine.attention import Batch, Chunk, DecodeRows, Local, rotations
+from distill.engine.batch import Batch, Chunk, DecodeRows, Local, rotations
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
 from distill.engine.model import Model

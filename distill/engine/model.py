@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from distill.engine import attention, moe, residual, streams
-from distill.engine.attention import Batch, Chosen, DecodeRows, Wanted
+from distill.engine.attention import Chosen
+from distill.engine.batch import Batch, DecodeRows, Wanted
 from distill.engine.cache import PagedCache
 from distill.engine.delta import delta
 from distill.engine.kernels import Ops

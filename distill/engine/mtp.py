@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distill.engine.attention import Batch, Chunk
+from distill.engine.batch import Batch, Chunk
 from distill.engine.cache import PagedCache
 from distill.engine.model import Model
 from distill.engine.sampler import Draw, sample

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.engine.alternatives import Alternatives, TopLogprobs
-from distill.engine.attention import Chunk
+from distill.engine.batch import Chunk
 from distill.engine.cache import PageAllocator
 from distill.engine.kernels import Ops
 from distill.engine.model import Model

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.engine import compressed, moe
-from distill.engine.attention import Batch, Wanted
+from distill.engine.batch import Batch, Wanted
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
 from distill.engine.offload import ExpertStream

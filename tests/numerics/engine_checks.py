@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.engine import Engine, EngineOptions
-from distill.engine.attention import Chunk
+from distill.engine.batch import Chunk
 
 
 def some_tokens(count: int, vocab: int = 300, seed: int = 0) -> list[int]:

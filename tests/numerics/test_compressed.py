@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from v4_models import V4
 
 from distill.engine import Completion, Engine, Request, SamplingParams, compressed
-from distill.engine.attention import Chunk
+from distill.engine.batch import Chunk
 from distill.engine.families import read_spec, spec_of
 from distill.engine.kernels import cpu, reference
 from distill.engine.model import Model

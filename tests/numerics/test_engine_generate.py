@@ -15,7 +15,7 @@ from random_models import Checkpoint
 from torch import Tensor
 
 from distill.engine import Completion, Engine, Request, SamplingParams
-from distill.engine.attention import Chunk
+from distill.engine.batch import Chunk
 from distill.engine.kernels import cpu
 from distill.engine.scheduler import Scheduler
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
 from distill.engine import Completion, Engine, Request, SamplingParams
-from distill.engine.attention import Chunk
+from distill.engine.batch import Chunk
 from distill.engine.kernels import cpu
 from distill.engine.mtp import accepted
 from distill.engine.scheduler import Scheduler
