@@ -152,8 +152,12 @@ def test_gradients_of_a_batch_are_those_of_its_rows_alone(family, config, padded
         F.cross_entropy(logits, ids[row.prompt_tokens :], reduction="sum").backward()
     theirs = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
     assert ours.keys() == theirs.keys() and ours
+    largest = {name: gradient.abs().max().clamp(min=1e-6) for name, gradient in theirs.items()}
     for name, gradient in theirs.items():
-        assert (ours[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-6), name
+        # In transformers the recurrence is in float32 whatever the model's dtype: a decay's gradient is a sum of many
+        # terms of either sign, which rounds to more than 1e-5 of itself, so it is held against the whole gradient.
+        scale = max(largest.values()) if "linear_attn" in name else largest[name]
+        assert (ours[name] - gradient).abs().max() <= 1e-5 * scale, name
 
 
 def test_a_prompt_that_rollouts_share_is_before_each_of_them_in_a_padded_batch():
