@@ -25,6 +25,8 @@ LFS_POINTER = b"version https://git-lfs"
 POINTER_BYTES = 1024  # a pointer is smaller
 CODES = {"I32": 8, "U8": 2, "I8": 2}  # of four bits, in an element of a weight
 BESIDE_CODES = ("weight_scale", "weight_shape", "weight_scale_2", "weight_global_scale", "input_scale")
+OF_CODES = ("weight", "weight_packed")
+NO_PARAMETERS = (*CODES, "I16", "I64", "F8_E8M0")  # as dtypes of anything but a weight
 HEADER_BYTES = 100 << 20  # of a safetensors file; the format's own limit
 
 
@@ -112,7 +114,7 @@ def read_object(file: Path) -> dict[str, object]:
 def shapes(directory: Path) -> dict[str, int] | None:
     """Tensor → number of its elements, from the headers of the .safetensors files; None where one cannot be read.
 
-    Of codes of four bits, which share an element, the codes are counted, and their scales and shapes are left out.
+    Codes of four bits share an element: the codes are counted. Scales, shapes and tables of numbers are left out.
     """
     sizes: dict[str, int] = {}
     for path in directory.glob("*.safetensors"):
@@ -124,6 +126,7 @@ def shapes(directory: Path) -> dict[str, int] | None:
                 name: prod(tensor["shape"]) * CODES.get(tensor["dtype"], 1)
                 for name, tensor in header.items()
                 if name != "__metadata__" and not name.endswith(BESIDE_CODES)
+                if name.endswith(OF_CODES) or tensor["dtype"] not in NO_PARAMETERS
             }
         except (ValueError, KeyError, TypeError, AttributeError, struct.error):
             return None  # damaged: the engine names it

@@ -1,7 +1,7 @@
 """Attention over paged caches: grouped-query (GQA), and DeepSeek's latent form (MLA) in its two shapes.
 
-A step is one flat batch of tokens (batch.py). Projections run over all of it at once; the core takes its segments one by
-one.
+A step is one flat batch of tokens (batch.py). Projections run over all of it at once; the core takes its segments one
+by one.
 
 MLA caches per token the normalised latent c (512 numbers in V3) and the rotated key part that all heads share (64). It
 has two forms, equal up to rounding:

@@ -142,9 +142,10 @@ def decode_batch(
     spec: ModelSpec,
     device: torch.device,
 ) -> Batch:
-    """One token of each of several sequences, as `build_batch` lays them out, for a model without sparse attention."""
+    """One token of each of several sequences, as `build_batch` lays them out, for a model without `spec.indexer`."""
     if spec.sliding is not None:
-        chunks = [Chunk((each,), at, own) for each, at, own in zip(ids, positions, pages, strict=True)]
+        where = zip(ids, positions, pages, slots, strict=True)
+        chunks = [Chunk((each,), at, own, slot) for each, at, own, slot in where]
         return build_batch(chunks, [], page_size, spec, device)
     id_b, position_b = np.array((ids, positions), np.int64)
     count_b = position_b // page_size + 1

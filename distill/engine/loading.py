@@ -91,11 +91,13 @@ def _sizes(spec: ModelSpec, options: EngineOptions, kernels: str, budget: int | 
     if options.kv_cache_dtype == "fp8" and (kernels not in ("cuda", "w8a8") or options.dtype != "bfloat16"):
         raise ValueError("kv_cache_dtype is 'fp8', which takes a GPU and dtype bfloat16; set 'auto'")
     cache_dtype = torch.uint8 if options.kv_cache_dtype == "fp8" else _dtype(options)
-    cache_tokens, slots = options.cache_tokens, options.max_batch + 1 if spec.delta else 0
+    cache_tokens, slots, share = options.cache_tokens, 0, _DEFAULT_CACHE_BYTES if budget is None else budget // 5
+    if spec.delta:  # half of what caches may take; with fewer slots than sequences, fewer run at once
+        slots = min(options.max_batch + 1, max(2, share // 2 // state_bytes(spec, 1)))
     if cache_tokens is None:
         each = token_bytes(spec, spec.num_layers + (drafts > 0), cache_dtype)
-        share = _DEFAULT_CACHE_BYTES if budget is None else max(budget // 5 - state_bytes(spec, slots), 0)
-        cache_tokens = min(options.max_batch * context, max(share // each, min(context, _DEFAULT_LONG_CONTEXT)))
+        left = max(share - state_bytes(spec, slots), 0)
+        cache_tokens = min(options.max_batch * context, max(left // each, min(context, _DEFAULT_LONG_CONTEXT)))
     if cache_tokens < page_size:
         raise ValueError(f"cache_tokens is {cache_tokens}; it must be at least one page ({page_size})")
     return Sizes(

@@ -1,9 +1,9 @@
 """One forward pass over a flat batch of tokens, for every family.
 
-There is one model, not one class per architecture: layers differ in two places, attention (GQA, MLA or a gated delta
-rule) and feed-forward (dense or experts), and the weights of a layer say which. Tokens are flat, [t, hidden], so that
-decoding sequences and prefill chunks of any length share every matrix product; only attention looks at sequence
-boundaries.
+There is one model, not one class per architecture: layers differ in two places, attention (GQA, MLA, compressed
+attention or a gated delta rule) and feed-forward (dense or experts), and the weights of a layer say which. Tokens are
+flat, [t, hidden], so that decoding sequences and prefill chunks of any length share every matrix product; only
+attention looks at sequence boundaries.
 
 Plain functions over frozen dataclasses of tensors rather than nn.Module: nothing here is trained, and a weight that is
 streamed, quantised or shared is then just another field.

@@ -36,8 +36,8 @@ def experts_within(budget: int, fixed: int, banks: Sequence[Bank]) -> int | None
     usable = int(0.97 * budget) - _UNCOUNTED
     if fixed > usable:
         raise ValueError(
-            f"memory_budget is {budget / GIB:.3g} GiB and {fixed / GIB:.3g} GiB are needed before any expert; "
-            "raise it or lower max_batch"
+            f"memory_budget is {budget / GIB:.3g} GiB and {fixed / GIB:.3g} GiB are needed for weights, cache and one "
+            "step; raise it or lower max_batch"
         )
     return resident_experts(usable - fixed, banks)
 

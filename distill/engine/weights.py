@@ -253,8 +253,8 @@ class Held:
 @dataclass(frozen=True)
 class ModelWeights:
     """stored: the form of the published matrices ("fp8-e4m3 block 128", "bfloat16", …). draft: where asked for. held:
-    by published name, in the order of loading; complete for dense models that are not FP8. mixer: before the final
-    norm, where the residual has several streams."""
+    by published name, in the order of loading; complete for dense models that are not quantised. inputs: the layers'
+    own embeddings, where they have some. mixer: before the final norm, where the residual has several streams."""
 
     embed_vc: Tensor
     layers: tuple[LayerWeights, ...]

@@ -75,7 +75,10 @@ class Answers:
             try:
                 self._chats[mode] = Chat.load(self.live.model.directory, self.live.model.template, mode)
             except UserError as error:
-                raise BadRequest(f"the chat template has one mode only: {error}", "chat_template_kwargs") from error
+                raise BadRequest(
+                    "the model's chat template has one mode only; send no `thinking` and no `reasoning_effort`",
+                    "chat_template_kwargs",
+                ) from error
         return self._chats[mode]
 
     def _ids(self, request: CompletionRequest) -> list[list[int]]:

@@ -13,7 +13,8 @@ from engine_checks import engine_logits, engine_options, relative_error, some_to
 from random_models import Checkpoint
 from torch import Tensor
 
-from distill.engine import Engine, ModelSpec, Request, SamplingParams
+from distill.engine import Engine, ModelSpec, Request, SamplingParams, loading
+from distill.engine.cache import state_bytes
 from distill.engine.delta import turns
 from distill.engine.kernels import cpu, reference
 from distill.engine.weights import DeltaWeights, LayerWeights
@@ -166,6 +167,20 @@ def test_samples_share_the_state_of_their_prompt_until_they_write(checkpoint: Ge
     while engine.has_work:
         engine.step()
     assert engine._slots.free_pages == 3
+
+
+def test_states_take_half_of_the_memory_for_caches_at_most(
+    checkpoint: GetCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer slots than sequences fewer run at once, and give the same bits."""
+    requests = [request(n, samples=3, length=9) for n in range(6)]
+    expected = texts(small(checkpoint, max_batch=8), requests)
+    each = state_bytes(small(checkpoint).spec, 1)
+    for room, slots in ((0, 2), (2 * 3 * each, 3), (1 << 40, 9)):
+        monkeypatch.setattr(loading, "_DEFAULT_CACHE_BYTES", room)
+        engine = small(checkpoint, max_batch=8)
+        assert engine._slots is not None and engine._slots.num_pages == slots
+        assert texts(engine, requests) == expected
 
 
 def test_scores_need_a_free_state(checkpoint: GetCheckpoint) -> None:

@@ -73,7 +73,9 @@ def _rope_dim(config: Config, head_dim: int) -> int:
     share = config.float("partial_rotary_factor", 0.0, least=0, most=1)
     dim = int(head_dim * share) if share else config.int("qk_rope_head_dim", most=WIDEST_HEAD)
     if not 0 < dim <= head_dim:
-        raise ValueError(f"{config.where}: {dim} of {head_dim} dimensions of a head are to be rotated")
+        raise ValueError(
+            f"{config.where}: the rotary width is {dim}; it must be from 1 to head_dim, which is {head_dim}"
+        )
     return dim
 
 
@@ -140,11 +142,11 @@ def _kinds(config: Config, layers: int) -> list[str]:
         key = "compress_ratios"
         kinds = [KINDS.get(ratio, str(ratio)) for ratio in config.ints("compress_ratios", most=LONGEST_WINDOW)]
     else:
-        raise ValueError(f"{config.where}: neither 'compress_ratios' nor 'layer_types' says which layers have entries")
+        raise ValueError(f"{config.where}: 'compress_ratios' or 'layer_types' is required")
     kinds = kinds[:layers]
     if len(kinds) < layers or not {*kinds} <= {WINDOW, SPARSE, HEAVY}:
         known = "0, 4 or 128" if key == "compress_ratios" else f"{WINDOW}, {SPARSE} or {HEAVY}"
-        raise ValueError(f"{config.where}: '{key}' does not say {known} of each of {layers} layers")
+        raise ValueError(f"{config.where}: '{key}' must list {layers} values, each {known}")
     return kinds
 
 
@@ -152,9 +154,7 @@ def _moe(config: Config, layers: int) -> Moe:
     if config.has("mlp_layer_types"):
         kinds = config.texts("mlp_layer_types")
         if len(kinds) != layers or not {*kinds} <= {"hash_moe", "moe"}:
-            raise ValueError(
-                f"{config.where}: 'mlp_layer_types' does not say 'hash_moe' or 'moe' of each of {layers} layers"
-            )
+            raise ValueError(f"{config.where}: 'mlp_layer_types' must list {layers} values, each 'hash_moe' or 'moe'")
         by_token = frozenset(layer for layer, kind in enumerate(kinds) if kind == "hash_moe")
     else:
         by_token = frozenset(range(min(config.int("num_hash_layers", HASH_LAYERS, least=0, most=MOST_LAYERS), layers)))
@@ -201,4 +201,4 @@ NAMES = WeightNames(
     ),
     beside=("mtp.",),
 )
-FAMILY = Family("deepseek_v4", read, NAMES, published_bytes=1, has_experts=True)
+FAMILY = Family("deepseek_v4", read, NAMES, published_bytes=0.57, has_experts=True)

@@ -47,7 +47,8 @@ class Family:
     part: where its files have several models, the language model's, whose section of config.json `read` is given.
     split: where a tiktoken.model is published and no tokenizer.json, the alternatives of the pattern by which text is
     split before it is encoded.
-    published_bytes: bytes per parameter of the weights as published: 1 for FP8, 2 for bfloat16.
+    published_bytes: bytes per parameter of the weights as published: 2 for bfloat16, 1 for FP8, less with experts in
+    four bits.
     has_experts: whether most weights are experts, which are streamed when they do not fit into memory.
     trains: whether a student may be of this family: it is dense, and rows of one batch learn what each would learn
     alone (tests/numerics/test_train_loss.py).

@@ -86,8 +86,8 @@ def _kinds(config: Config, layers: int) -> list[str]:
     ]
     if not {*kinds} <= {WINDOWED, WHOLE} or len(kinds) != layers or kinds[-1] != WHOLE:
         raise ValueError(
-            f"{config.where}: 'layer_types' does not say '{WINDOWED}' or '{WHOLE}' of each of {layers} layers, with "
-            f"'{WHOLE}' last"
+            f"{config.where}: 'layer_types' must list {layers} values, each '{WINDOWED}' or '{WHOLE}', the last one "
+            f"'{WHOLE}'"
         )
     return kinds
 

@@ -6,8 +6,8 @@ large batches lose little and a single sequence much. Decoding all experts of a 
 them together, was rejected: those of Kimi K2 take 34 GB in bfloat16. Products of the codes themselves, as of FP8, would
 be one more form in the compiled kernels.
 
-An expert's rows are multiplied by the ops that multiply any matrix, whose bits do not depend on other rows, and its
-results are added in the order of experts' numbers.
+An expert's rows are multiplied by the ops that multiply any matrix, whose bits do not depend on other rows. A token's
+experts are added in the order in which they were chosen.
 
 Legend: as in reference.py.
 """
@@ -107,7 +107,7 @@ class FourBitBank:
     def matrices(self, index: int) -> tuple[Packed, Packed, Packed]:
         """Gate, up and down of an expert that is in memory, decoded. IndexError for a number that no expert has."""
         if not 0 <= index < self.count:
-            raise IndexError(f"experts: there are {self.count}, and {index} is none of them")
+            raise IndexError(f"expert {index} is out of range (0 to {self.count - 1})")
         lent = self._lent[index]
         stored = lent if index < self.resident else self._in(self._arena, index - self.resident, lent)
         gate, up, down = (Packed([matrix], self.dtype) for matrix in stored)

@@ -228,7 +228,7 @@ class ExpertBank:
     def matrices(self, index: int) -> tuple[ExpertMatrix, ExpertMatrix, ExpertMatrix]:
         """Gate, up and down of an expert that is in memory. IndexError for a number that no expert has."""
         if not 0 <= index < self.count:
-            raise IndexError(f"experts: there are {self.count}, and {index} is none of them")
+            raise IndexError(f"expert {index} is out of range (0 to {self.count - 1})")
         gate, up, down = (
             _OfBank(int(part["n"]), int(part["k"]), begin + index * _PACKED.itemsize, self.parts)
             for part, begin in zip(self.arrays[:, index], self.addresses, strict=True)

@@ -49,6 +49,8 @@ if triton.knobs.runtime.interpret:
 
     correct()
 
+_FLASH_WIDTH = 256  # of a head, at most, in FlashAttention
+
 
 def device() -> torch.device:
     """The GPU in use; the CPU for Triton's interpreter."""
@@ -258,6 +260,9 @@ def prefill_mla(
 def _attend(q_thd: Tensor, k_kld: Tensor, v_kle: Tensor, scale: float) -> Tensor:
     """As reference_attention.attend_causal."""
     t, length = len(q_thd), k_kld.shape[1]
+    if q_thd.shape[2] > _FLASH_WIDTH:  # the kernel that takes these takes no grouped heads
+        group = q_thd.shape[1] // k_kld.shape[0]
+        k_kld, v_kle = (x.repeat_interleave(group, 0) for x in (k_kld, v_kle))
     out_1hte = F.scaled_dot_product_attention(
         q_thd.transpose(0, 1)[None],
         k_kld[None],

@@ -3,8 +3,9 @@
 An op takes and returns tensors and numbers only: no spec, no module, no state beyond the page tensors. The cut between
 ops follows the unit that a hand-written kernel computes in one piece: attention reads through the page table itself
 instead of taking gathered keys, and the experts of a layer are one op, so that a kernel that keeps intermediate results
-in registers fits the same slot. The ops over paged caches are in reference_attention.py, the
-recurrent ones in reference_delta.py; this module has all of them.
+in registers fits the same slot. The ops over paged caches are in reference_attention.py, recurrent
+ones in reference_delta.py, those of compressed attention and hyper-connections in reference_streams.py; this module has
+all of them.
 
 Ops take matrices packed: `pack` and `pack_heads` turn a stored matrix (stored.py) into the form that the kernels of the
 same column read, and no other code looks inside. Here that form is a dense matrix in the compute dtype, so an FP8

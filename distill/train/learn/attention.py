@@ -207,8 +207,17 @@ def grouped(
     else:
         q_bhwc, k_bgwc, v_bgwc = (x.transpose(1, 2) for x in (q_bwhc, k_bwgc, v_bwgc))
         seen = {"is_causal": True} if mask_ww is None else {"attn_mask": mask_ww}
+        if q_bhwc.is_cuda and q_bhwc.shape[-1] > FLASH_WIDTH:  # the kernel that takes these takes no grouped heads
+            each = q_bhwc.shape[1] // k_bgwc.shape[1]
+            k_bgwc, v_bgwc = (x.repeat_interleave(each, 1) for x in (k_bgwc, v_bgwc))
         out_bhwc = F.scaled_dot_product_attention(
-            q_bhwc, k_bgwc, v_bgwc, dropout_p=dropout, scale=scaling, enable_gqa=True, **seen
+            q_bhwc,
+            k_bgwc,
+            v_bgwc,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=q_bhwc.shape[1] != k_bgwc.shape[1],
+            **seen,
         )
         out_thc = out_bhwc.transpose(1, 2).flatten(0, 1)
     return out_thc if group.scatter is None else out_thc.index_select(0, group.scatter)

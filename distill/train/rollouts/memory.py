@@ -9,6 +9,7 @@ the training will need, so it counts as a whole, unless `engine.memory_budget` b
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from distill.errors import UserError
 from distill.model_families import cached_elements, in_engine
 from distill.recipe import Training
 from distill.train.rollouts.student import MAX_BATCH
@@ -78,7 +79,10 @@ def engines(
     """
     rollouts = training.objective.rollout_settings
     assert rollouts is not None
-    token, state = cached_elements(config.to_dict()) if in_engine(config.model_type) else (_cached(config), 0)
+    try:
+        token, state = cached_elements(config.to_dict()) if in_engine(config.model_type) else (_cached(config), 0)
+    except ValueError as error:  # the engine, which samples, does not compute what the config says
+        raise UserError(str(error)) from error
     each = float(token * size * context + 4 * state)
     judges = [teacher] if teacher is not None and training.objective.teacher_top_k is not None else []
     judges += [2.0 * parameters] if training.objective.needs_reference else []

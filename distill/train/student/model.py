@@ -233,13 +233,16 @@ def fill(model: PreTrainedModel, model_dir: Path) -> None:
         for name, p in stored_tensors(model).items()
         if ".lora_" not in name
     }
-    stored = model_files.shapes(model_dir) or {}
+    stored = {model_families.trained_name(name): name for name in model_files.shapes(model_dir) or {}}
     if other := sorted(tensors.keys() - stored.keys()):
         raise UserError(
             f"train.parallel: fsdp reads weights by their names, and {model_dir} has no {other[0]} (transformers "
             f"converts it on loading); set it to ddp"
         )
-    load_distributed(dict(tensors), storage_reader=HuggingFaceStorageReader(str(model_dir)))
+    load_distributed(
+        {stored[name]: tensor for name, tensor in tensors.items()},
+        storage_reader=HuggingFaceStorageReader(str(model_dir)),
+    )
     refuse_not_finite(model_dir, tensors.items())
 
 
