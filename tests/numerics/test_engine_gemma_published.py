@@ -112,6 +112,15 @@ def test_its_language_model_is_trained_and_stored_alone(published: Path, tmp_pat
     assert error <= 1e-4, report
 
 
+def test_shards_are_filled_from_the_published_names(published: Path) -> None:
+    settings = Train(dtype="float32")
+    model = student.empty(published, settings, torch.float32).to_empty(device="cpu")
+    model.tie_weights()
+    student.fill(model, published)
+    whole = student.stored_tensors(student.load(published, settings, torch.float32))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in student.stored_tensors(model).items())
+
+
 def test_a_missing_buffer_is_named(published: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -169,6 +169,15 @@ def test_training_takes_the_language_model_out_of_it(published: Path, tmp_path: 
     assert torch.equal(engine_logits(saved, tokens), engine_logits(engine, tokens))
 
 
+def test_shards_are_filled_from_the_published_names(published: Path) -> None:
+    settings = Train(dtype="float32")
+    model = student.empty(published, settings, torch.float32).to_empty(device="cpu")
+    model.tie_weights()
+    student.fill(model, published)
+    whole = student.stored_tensors(student.load(published, settings, torch.float32))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in student.stored_tensors(model).items())
+
+
 def test_a_directory_alone_has_a_card(published: Path) -> None:
     card = model_cards.student_card(published)
     assert (card.family, card.context) == ("qwen3_5", 262144) and card.architecture is not None

@@ -215,9 +215,10 @@ def refuse_not_finite(model_dir: Path, tensors: Iterable[tuple[str, Tensor]]) ->
 def empty(model_dir: Path, settings: Train, dtype: torch.dtype) -> PreTrainedModel:
     """The base model without weights (on torch's meta device), to be laid out over ranks and filled by `fill`."""
     config = configuration(model_dir, settings)
+    implementation = isolation.implementation(config, settings)  # which may compute with a small model
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=isolation.implementation(config, settings)
+            config, dtype=dtype, attn_implementation=implementation
         )
     model.tie_weights()
     return trainable(model)
