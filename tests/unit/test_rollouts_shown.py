@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from report_support import begin_run
 from test_traces_browse import OTHER, QUESTION, shown, trace
+from transformers import Qwen2Config
 
 from distill import catalog
 from distill.artefacts import RunPaths
@@ -314,20 +315,17 @@ def test_hours_of_rollouts_and_scoring_by_hand():
 def test_engines_beside_the_trainer_by_hand():
     """bfloat16, 4 layers of 2 heads of 16: 4 · 2 · 2 · 16 · 2 = 512 bytes a token. 16 sequences of 1,000 tokens."""
 
-    class Config:
-        model_type = "qwen2"
-        num_hidden_layers, num_key_value_heads, num_attention_heads, head_dim, hidden_size = 4, 2, 4, 16, 64
-
+    config = Qwen2Config(num_hidden_layers=4, num_key_value_heads=2, num_attention_heads=4, hidden_size=64)
     for objective, judges in (
         ({"kind": "on_policy"}, (5e9,)),
         ({"kind": "grpo", "kl_weight": 0.1, "rollouts": {"prompts_per_step": 2}}, (2e6,)),
         ({"kind": "grpo", "rollouts": {"prompts_per_step": 2}}, ()),
     ):
-        beside = engines(Config(), training(objective), 1_000_000, 2, 1000, 1, 5e9, None)
+        beside = engines(config, training(objective), 1_000_000, 2, 1000, 1, 5e9, None)
         assert (beside.weights, beside.context, beside.sequences, beside.judges) == (2e6, 512e3, 16 * 512e3, judges)
         rollouts, scoring = beside.within(10e9, "cpu")
         assert rollouts == 2e6 + 16 * 512e3 and scoring == sum(judges) + CPU_CACHE * len(judges)
-    bounded = engines(Config(), training({"kind": "on_policy"}), 1_000_000, 2, 1000, 1, 5e9, 1.0)
+    bounded = engines(config, training({"kind": "on_policy"}), 1_000_000, 2, 1000, 1, 5e9, 1.0)
     assert bounded.within(10e9, "cuda")[1] == 1 << 30
     assert bounded.within(1e6, "cuda")[0] == 2e6 + 512e3, "the cache has room for one sequence at least"
 

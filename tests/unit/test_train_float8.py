@@ -296,8 +296,8 @@ def test_a_converted_model_keeps_the_bytes_that_the_plan_counts(tiny, monkeypatc
     counted = [memory.saved_bytes(config, settings, dtypes, 2, tokens) for tokens in (256, 512)]
     plain = memory.on_meta
 
-    def converted(*args):
-        model = plain(*args)
+    def converted(*args, **values):
+        model = plain(*args, **values)
         float8.convert(model, CPU, dtypes.compute)
         return model
 

@@ -315,7 +315,10 @@ def _experts_one_by_one(
     with a limit. A token's experts are added in the order in which they were chosen."""
 
     def expert(x: Tensor, gate: ExpertMatrix, up: ExpertMatrix, down: ExpertMatrix) -> Tensor:
-        return linear(_swiglu(x, gate, up, limit), down)
+        if limit is not None:
+            return linear(_limited_swiglu(x, gate, up, limit), down)
+        assert isinstance(gate, Packed) and isinstance(up, Packed), "else the kernel computes the experts"
+        return linear(swiglu_linear(x, gate, up), down)
 
     y_tkc = x_tc.new_empty(*experts_tk.shape, x_tc.shape[1])
     for number in experts_tk.unique().tolist():
@@ -329,7 +332,7 @@ def _experts_one_by_one(
     return onto_tc.add_(total_tc)
 
 
-def _swiglu(x: Tensor, gate: ExpertMatrix, up: ExpertMatrix, limit: float | None) -> Tensor:
+def _limited_swiglu(x: Tensor, gate: ExpertMatrix, up: ExpertMatrix, limit: float) -> Tensor:
     both = torch.stack(reference.limited([linear(x, gate), linear(x, up)], limit), dim=1)
     out = torch.empty_like(both[:, 0])
     rows, _, n = both.shape
