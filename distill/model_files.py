@@ -112,9 +112,9 @@ def read_object(file: Path) -> dict[str, object]:
 
 
 def shapes(directory: Path) -> dict[str, int] | None:
-    """Tensor → number of its elements, from the headers of the .safetensors files; None where one cannot be read.
+    """Count the elements of each tensor, from the headers of the .safetensors files; None where one cannot be read.
 
-    Codes of four bits share an element: the codes are counted. Scales, shapes and tables of numbers are left out.
+    Codes of four bits share an element: the codes are counted. Scales, shapes and tables of integers are left out.
     """
     sizes: dict[str, int] = {}
     for path in directory.glob("*.safetensors"):

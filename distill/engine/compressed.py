@@ -165,8 +165,8 @@ class _Compression:
         _write_rows(ops, entries, d, place_nw[:, -1] * rows_each + row, entry_nd)
 
     def _overlapping(self, part: Tensor, d: int) -> Tensor:
-        """Of a token's projections [..., w, overlap · d] those that enter into this entry: for the tokens of the window
-        before the first d, for those of the window the last d."""
+        """Select what enters into this entry of projections [..., w, overlap · d]: the first d of tokens of the window
+        before, the last d of tokens of the window."""
         if self.overlap == 1:
             return part
         before, own = part.split(self.rate, dim=-2) if part.shape[-2] > self.rate else (part, part)
@@ -207,8 +207,8 @@ def _chosen(
     sin_tr: Tensor,
     keys: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Of the entries that a token sees the `top_k` that the indexer ranks highest: their places [t, k], then -1; and
-    the tokens for which scores that are not numbers leave that undefined."""
+    """Choose the `top_k` entries, of those that a token sees, that the indexer ranks highest. Returns their places
+    [t, k], padded with -1, and the tokens whose scores are not numbers, which leaves the choice undefined, [t]."""
     dims = spec.compressed
     assert dims is not None
     heads, width, top_k = dims.indexer.heads, dims.indexer.head_dim, dims.indexer.top_k

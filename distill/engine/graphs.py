@@ -88,8 +88,8 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle() if pinned else None
 
     def serve(self, rows: int, longest: int) -> bool:
-        """Whether there is a graph for a step of so many rows, after which the longest sequence has so many tokens.
-        Longer ones than sparse attention keeps, or than a sliding window has, have none."""
+        """Whether there is a graph for a step of `rows` rows after which the longest sequence has `longest` tokens: not
+        for sequences longer than what sparse attention keeps, or than a sliding window."""
         index, local = self._model.spec.indexer, self._model.spec.sliding
         whole = (index is None or longest <= index.top_k) and (local is None or longest <= local.window)
         return 0 < rows <= self._sizes[-1] and whole

@@ -100,8 +100,8 @@ def _rope(config: Config, values: dict[str, Json], dim: int, head_dim: int) -> R
     share = Config(values, f"{config.where}: rope_parameters").float("partial_rotary_factor", dim / head_dim, above=0)
     if int(head_dim * share) != dim:
         raise ValueError(
-            f"{config.where}: 'partial_rotary_factor' is {share:g} in rope_parameters, and {dim} of {head_dim} "
-            "dimensions of a head are to be rotated"
+            f"{config.where}: 'partial_rotary_factor' is {share:g} in rope_parameters, and the rotary "
+            f"width is {dim} of {head_dim}; both must say the same"
         )
     rest: dict[str, Json] = {key: value for key, value in values.items() if key != "partial_rotary_factor"}
     context = config.int("max_position_embeddings")
@@ -135,7 +135,7 @@ def _compressed(config: Config, layers: int, heads: int, rope: Rope) -> Compress
 
 
 def _kinds(config: Config, layers: int) -> list[str]:
-    """Of each layer; `compress_ratios` may list layers that draft after the others."""
+    """Read the kind of each layer; `compress_ratios` may list layers that draft after the others."""
     if config.has("layer_types"):
         key, kinds = "layer_types", config.texts("layer_types")
     elif config.has("compress_ratios"):

@@ -122,7 +122,7 @@ def once(function: Callable[Concatenate[PretrainedConfig, P], R]) -> Callable[Co
 def shape(config: PretrainedConfig) -> Shape:
     """The sizes of a model, counted on the model itself, without memory for it. Of layers that differ, a layer's size
     is their mean, and the embeddings of each layer are counted with that of the model."""
-    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+    if _differ(config):
         model = on_meta(config, config.num_hidden_layers)
         model.tie_weights()
         embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
@@ -149,11 +149,20 @@ def converted(config: PretrainedConfig) -> float8.Layers:
 @once
 def adapters(config: PretrainedConfig, adapter: Lora | Qlora) -> int:
     """Trainable parameters of the adapters of all layers."""
-    one, two = (
-        sum(p.numel() for p in with_adapters(on_meta(config, layers), adapter).parameters() if p.requires_grad)
-        for layers in (1, 2)
-    )
-    return int(one + (config.num_hidden_layers - 1) * (two - one))
+
+    def count(layers: int) -> int:
+        model = with_adapters(on_meta(config, layers), adapter)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    if _differ(config):
+        return count(config.num_hidden_layers)
+    one, two = count(1), count(2)
+    return one + (config.num_hidden_layers - 1) * (two - one)
+
+
+def _differ(config: PretrainedConfig) -> bool:
+    """Whether the layers of a model are of several kinds."""
+    return len(set(getattr(config, "layer_types", None) or ())) > 1
 
 
 def on_meta(config: PretrainedConfig, layers: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
