@@ -157,7 +157,7 @@ def adapters(config: PretrainedConfig, adapter: Lora | Qlora) -> int:
     if _differ(config):
         return count(config.num_hidden_layers)
     one, two = count(1), count(2)
-    return one + (config.num_hidden_layers - 1) * (two - one)
+    return one + int(config.num_hidden_layers - 1) * (two - one)
 
 
 def _differ(config: PretrainedConfig) -> bool:
