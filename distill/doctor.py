@@ -138,6 +138,8 @@ def _weights_file(teacher: str) -> Path | None:
 
 
 def _row(card: TeacherCard, file: Path | None, limits: Limits, machine: Machine) -> tuple[str, ...]:
+    if card.weights is None:
+        return (card.name, *["–"] * (1 + len(BATCHES)), "behind a server only")
     total, active = card.parameters * 1e9, card.active_parameters * 1e9
     size = total * published_bytes(card.family)
     where = "in memory" if size <= limits.memory else f"{1 - limits.memory / size:.0%} {limits.elsewhere}"

@@ -109,6 +109,8 @@ def test_every_teacher_of_the_catalog_has_a_line(quick, capsys):
     assert "assumed" in out, "671 GB do not fit into 20 GiB"
     line = next(line for line in out.splitlines() if "deepseek-llm-67b" in line)
     assert "too large for" in line and "–" in line, "a dense model cannot be streamed"
+    line = next(line for line in out.splitlines() if line.startswith("kimi-k3"))
+    assert line.split() == ["kimi-k3", "–", "–", "–", "–", "behind", "a", "server", "only"]
 
 
 def test_a_forecast_is_made_with_the_rate_of_the_engines_kernels(quick, capsys, monkeypatch):
