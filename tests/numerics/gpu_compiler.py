@@ -123,6 +123,10 @@ def main() -> None:
     current = "32/8 heads"
     pools = empty(512, 8, 64, 128), empty(512, 8, 64, 128)
     gpu_attention.decode_gqa(empty(4, 32, 128), *pools, table, lengths, 0.1)
+    for width, dtype in ((256, BFLOAT16), (512, BFLOAT16), (512, torch.float32)):
+        current = f"heads of {width}, {dtype}"
+        pools = empty(512, 1, 64, width, dtype=dtype), empty(512, 1, 64, width, dtype=dtype)
+        gpu_attention.decode_gqa(empty(4, 8, width, dtype=dtype), *pools, table, lengths, 0.1)
     of_heads = empty(4, 64, dtype=torch.float32)
     gpu_attention.index_scores(empty(4, 64, 128), of_heads, empty(512, 1, 64, 128), table[0], 300)
     gpu_attention.write_fp8(empty(512, 1, 64, 656, dtype=torch.uint8), lengths, lengths, empty(4, 576), 512)

@@ -95,6 +95,28 @@ def test_decode_gqa(heads: tuple[int, int], dtype: torch.dtype) -> None:
     assert error(ours, theirs) < (CLOSE if dtype == torch.float32 else CLOSE_BFLOAT16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [128, 256, 512])
+def test_decode_gqa_of_wide_heads(width: int, dtype: torch.dtype) -> None:
+    """As Qwen3.5 and Gemma 4 have them: a multiprocessor's memory holds fewer keys at once."""
+    table, lengths, pages = paged(2, 150, 16)
+    k_pool, v_pool = (random(pages, 1, 16, width, seed=seed, dtype=dtype) for seed in (1, 2))
+    q = random(2, 8, width, dtype=dtype)
+    theirs = reference.decode_gqa(q.float(), k_pool.float(), v_pool.float(), table, lengths, width**-0.5)
+    ours = gpu_attention.decode_gqa(q, k_pool, v_pool, table, lengths, width**-0.5)
+    assert error(ours, theirs) < (CLOSE if dtype == torch.float32 else CLOSE_BFLOAT16)
+
+
+@pytest.mark.parametrize("t", [1, 9, 60])
+def test_prefill_gqa_of_wide_heads(t: int) -> None:
+    """Wider than FlashAttention takes, with grouped heads."""
+    table, _, pages = paged(1, 60, 16)
+    k_pool, v_pool = (random(pages, 2, 16, 512, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    q = random(t, 8, 512, dtype=torch.bfloat16)
+    theirs = reference.prefill_gqa(q.float(), k_pool.float(), v_pool.float(), table[0], 60, 0.04)
+    assert error(gpu.prefill_gqa(q, k_pool, v_pool, table[0], 60, 0.04), theirs) < CLOSE_BFLOAT16
+
+
 @pytest.mark.parametrize("t", [1, 9, 100])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_prefill_gqa(t: int, heads: tuple[int, int]) -> None:

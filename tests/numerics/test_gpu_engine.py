@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engine_checks import engine_logits, engine_options, relative_error, some_tokens
+from four_bit_models import FORMS, build_four_bit
 from gpu_checks import slow
 from random_models import CONFIGS, build
 
@@ -20,11 +21,11 @@ from distill.engine.graphs import DecodeGraphs
 gpu = pytest.importorskip("distill.engine.kernels.gpu", reason="triton is not installed: pip install triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # junk in slots that nobody fills
 
-OTHERS = ("v3-yarn", "v2", "v2-lite", "v4", "llama-mqa-biases", "qwen2")
+QUICK = ("qwen3", "qwen3_5")
 TINY_R1 = Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1"
 
 
-@pytest.mark.parametrize("name", ["qwen3", slow("v32"), *(slow(name) for name in OTHERS)])
+@pytest.mark.parametrize("name", [*QUICK, *(slow(name) for name in CONFIGS if name not in QUICK)])
 def test_float32_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     checkpoint = build(tmp_path, CONFIGS[name])
     engine = Engine.load(checkpoint.path, engine_options(kernels="cuda", cache_tokens=512))
@@ -121,12 +122,28 @@ def test_where_experts_lie_changes_no_bit(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_sparse_attention_decodes_without_a_graph(tmp_path: Path) -> None:
-    path = build(tmp_path, CONFIGS["v32"]).path
+@pytest.mark.parametrize("name", ["v32", "glm-shared", "v4", "qwen3_5", "gemma4", "smollm3"])
+def test_generates_what_the_reference_does(name: str, tmp_path: Path) -> None:
+    """With graphs where the family has them, and without: sparse attention decodes without a graph."""
+    path = build(tmp_path, CONFIGS[name]).path
     load = {"dtype": torch.float32, "max_context": 100, "max_batch": 6}
-    ours = completions(Engine.load(path, engine_options(kernels="cuda", **load)), count=3, new=5)
+    engine = Engine.load(path, engine_options(kernels="cuda", **load))
+    ours = completions(engine, count=3, new=5)
     reference = completions(Engine.load(path, engine_options(kernels="reference", **load)), count=3, new=5)
     assert {k: d.token_ids for k, d in ours.items()} == {k: d.token_ids for k, d in reference.items()}
+    assert engine._pages.free_pages == engine._pages.num_pages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_of_four_bits(form: str, tmp_path: Path) -> None:
+    config = {**CONFIGS["kimi-k2"], "hidden_size": 64, "moe_intermediate_size": 32}
+    checkpoint = build_four_bit(tmp_path, config, form)
+    engine = Engine.load(tmp_path, engine_options(kernels="cuda", cache_tokens=512))
+    tokens = some_tokens(40)
+    ours = engine_logits(engine, tokens, cuts=(20,), decode_from=35)
+    error, what = relative_error(ours.cpu(), checkpoint.logits(tokens))
+    assert error < 1e-4, what
 
 
 def test_an_fp8_cache_is_refused_where_it_cannot_be(tmp_path: Path) -> None:

@@ -26,12 +26,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distill.engine.kernels.gpu_rows import quantise_groups
-from distill.engine.kernels.gpu_tiles import attention_parts, mla_tile
+from distill.engine.kernels.gpu_tiles import GQA_STAGES, attention_parts, gqa_keys, mla_tile
 from distill.engine.kernels.stored import FP8_BLOCK
 from distill.engine.kernels.w8a8 import fp8_row_bytes
 
 _LOG2_E = 1.4426950408889634
-_KEYS = 64  # read in one go
+_KEYS = 64  # of the indexer, read in one go
 _COLUMNS = 512
 
 
@@ -291,12 +291,14 @@ def decode_gqa(
     q_bhd = q_bhd.contiguous()
     (b, h, d), (_, k, page, _), e = q_bhd.shape, k_pool.shape, v_pool.shape[3]
     assert table_bp.stride(1) == 1 and k_pool.is_contiguous() and v_pool.is_contiguous()
-    parts = attention_parts(b * k, longest or table_bp.shape[1] * page, _KEYS)
+    all_d, all_e = (max(16, triton.next_power_of_2(width)) for width in (d, e))
+    keys = gqa_keys((all_d + all_e) * k_pool.itemsize)
+    parts = attention_parts(b * k, longest or table_bp.shape[1] * page, keys)
     part, log = _parts(b, h, parts, e, q_bhd.device)
     _gqa[b, parts, k](
         q_bhd, k_pool, v_pool, table_bp, length_b, part, log, h, k, table_bp.stride(0), scale * _LOG2_E,
-        parts, page, h // k, d, e, max(16, triton.next_power_of_2(h // k)), _KEYS,
-        max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e)), num_warps=4, num_stages=2,
+        parts, page, h // k, d, e, max(16, triton.next_power_of_2(h // k)), keys, all_d, all_e, num_warps=4,
+        num_stages=GQA_STAGES,
     )  # fmt: skip
     return _joined(part, log, q_bhd.dtype)
 

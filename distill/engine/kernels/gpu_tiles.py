@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+GQA_STAGES = 2  # blocks of keys and values that are read ahead
 MULTIPROCESSORS = 132  # of an H100 SXM, H200
+_SHARED_FOR_KEYS = 160 << 10  # bytes of a multiprocessor's 227 KiB that the blocks may take
 _LEAST_GROUPS = 4  # of 128 channels, for which a part of a sum is worth a program
 
 
@@ -69,6 +71,14 @@ def mla_tile(heads: int, fp8: bool, page: int) -> Tile:
         return Tile(16, 32, 1, 4, 3)
     columns = next((keys for keys in (64, 32) if page % keys == 0), 16)
     return Tile(64, columns, 1, 8, 2 if columns == 64 and not fp8 else 3)
+
+
+def gqa_keys(bytes_each: int) -> int:
+    """Keys read in one go, each of `bytes_each` together with its value: fewer where heads are wide."""
+    keys = 64
+    while keys > 16 and GQA_STAGES * keys * bytes_each > _SHARED_FOR_KEYS:
+        keys //= 2
+    return keys
 
 
 def attention_parts(programs: int, longest: int, block: int) -> int:
