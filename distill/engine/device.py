@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +13,7 @@ from distill.engine.kernels import column_for
 
 GIB = 1 << 30
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper; before them, no tensor core multiplies e4m3
-_SHARE = 0.9  # of a GPU's free memory; the rest is for its libraries' and the graphs' own
+_SHARE = 0.9  # of a memory; the rest is for libraries', the graphs' and the system's own
 
 
 def choose_device(asked: torch.device | str | None) -> torch.device:
@@ -53,6 +54,16 @@ def devices_for(asked: str | None, count: int | None) -> list[str]:
 def memory_of(device: torch.device) -> int | None:
     """The default memory budget of a device, bytes; None on a CPU: no limit."""
     return int(_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
+def refuse_more_than_host_memory(size: int) -> None:
+    """Check that `size` bytes of experts, which stay in the host's memory beside a GPU, fit there. Errors: ValueError."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > _SHARE * memory:
+        raise ValueError(
+            f"{size / GIB:.3g} GiB of experts do not fit on the GPU and not into this machine's memory of "
+            f"{memory / GIB:.3g} GiB either; name a server that has the model"
+        )
 
 
 def refuse_too_large(

@@ -11,7 +11,7 @@ import torch
 
 from distill.engine.cache import state_bytes, token_bytes
 from distill.engine.checkpoint import Checkpoint
-from distill.engine.device import choose_device, memory_of, refuse_too_large
+from distill.engine.device import choose_device, memory_of, refuse_more_than_host_memory, refuse_too_large
 from distill.engine.families import FAMILIES, read_spec
 from distill.engine.fused import decode_plan
 from distill.engine.kernels import Ops, column_for, ops_for
@@ -63,6 +63,8 @@ def prepare(model_dir: Path | str, options: EngineOptions) -> tuple[Model, Numer
         resident = _resident(spec, options, sizes, ops, budget, weights, banks)
         if resident is not None and banks and resident < banks[0].count:
             streamed.extend(banks)
+            if banks[0].queued:  # from the host's memory, not from files
+                refuse_more_than_host_memory(sum((bank.count - resident) * bank.bytes_each for bank in banks))
         return resident
 
     limited = budget is not None or options.resident_experts is not None

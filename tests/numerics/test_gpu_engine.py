@@ -146,6 +146,19 @@ def test_experts_of_four_bits(form: str, tmp_path: Path) -> None:
     assert error < 1e-4, what
 
 
+def test_experts_of_all_layers_have_to_fit_into_the_hosts_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build(tmp_path, CONFIGS["v3"]).path
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 4096}[name])
+    options = {"kernels": "cuda", "dtype": torch.bfloat16, "cache_tokens": 512}
+    Engine.load(path, engine_options(resident_experts=16, **options))
+    each = 2 * (2 * 128 * 128 + 64 * 128)  # bytes: gate and up, down; what is summed over is padded to 128
+    size = 2 * 7 * each / 2**30
+    with pytest.raises(ValueError, match=rf"{size:.3g} GiB of experts do not fit on the GPU and not into .* server"):
+        Engine.load(path, engine_options(resident_experts=9, **options))
+
+
 def test_an_fp8_cache_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
     path = build(tmp_path, CONFIGS["v3"]).path
     for options, message in (

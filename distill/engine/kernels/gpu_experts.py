@@ -10,7 +10,6 @@ Legend: as in w8a8.py; f and c are the padded widths.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -63,10 +62,9 @@ class ExpertBank:
         self.bytes_each = at
 
     def settle(self, resident: int | None = None) -> None:
-        """Raises Damaged. ValueError if the host has no room for those that do not stay on the device."""
+        """Raises Damaged."""
         self.resident = self.count if resident is None else resident
         streamed = self.count - self.resident
-        _refuse_more_than_memory(streamed * self.bytes_each)
         self._here = torch.zeros(self.resident * self.bytes_each, dtype=torch.uint8, device=self._device)
         pinned = self._device.type == "cuda" and streamed > 0
         self._there = torch.zeros(streamed * self.bytes_each, dtype=torch.uint8, pin_memory=pinned)
@@ -159,15 +157,6 @@ def _copies(device: torch.device) -> torch.cuda.Stream:
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
     return _streams[device]
-
-
-def _refuse_more_than_memory(size: int) -> None:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > 0.9 * memory:
-        raise ValueError(
-            f"{size / 2**30:.3g} GiB of experts do not fit on the device and not into the {memory / 2**30:.3g} GiB of "
-            "this machine's memory either; use a remote server with more GPUs"
-        )
 
 
 def _padded(width: int) -> int:
