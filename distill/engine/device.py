@@ -57,7 +57,7 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def refuse_more_than_host_memory(size: int) -> None:
-    """Check that `size` bytes of experts, which stay in the host's memory beside a GPU, fit there. Errors: ValueError."""
+    """Check that `size` bytes of experts that a GPU streams fit into the host's memory. Errors: ValueError."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > _SHARE * memory:
         raise ValueError(
