@@ -83,14 +83,14 @@ def plan_training(
 
     Errors: UserError for an unknown machine, or a student whose architecture is unknown.
     """
-    from distill.train.ranks import memory
+    from distill.train.ranks import model_size
 
     hardware = [parse(name) for name in machines or MACHINES]
     card = catalog.load_student(recipe.student)
     config = configuration(recipe, card)
     settings = recipe.train
     data = count(recipe, directory, traces, mean, expected)
-    shape = memory.shape(config)
+    shape = model_size.shape(config)
     per_step = settings.batches_per_step(1) * settings.per_device_train_batch_size
     steps = data.steps or settings.max_steps or round(-(-data.rows // per_step) * settings.num_train_epochs)
     over = f"in {data.steps:,} steps" if data.steps else "per epoch"
@@ -172,7 +172,7 @@ def _savings(settings: "Train") -> list[dict[str, bool]]:
 
 def beside(recipe: "Recipe", config: "PretrainedConfig", data: Data, machine: Hardware) -> "Engines | None":
     """The engines on each device of a training with rollouts; None of another."""
-    from distill.train.ranks import memory
+    from distill.train.ranks import model_size
     from distill.train.rollouts.memory import engines
 
     training = recipe.train
@@ -180,7 +180,7 @@ def beside(recipe: "Recipe", config: "PretrainedConfig", data: Data, machine: Ha
         return None
     local = training.objective.teacher_top_k is not None and catalog.server_of(recipe) is None
     teacher = teacher_bytes(recipe) if local else None
-    size, parameters = 4 if training.dtype == "float32" else 2, memory.shape(config).total
+    size, parameters = 4 if training.dtype == "float32" else 2, model_size.shape(config).total
     budget = recipe.engine.memory_budget
     return engines(config, training, parameters, size, data.longest, machine.devices, teacher, budget)
 
@@ -217,9 +217,9 @@ def way(
 
 def operations(config: "PretrainedConfig", settings: "Train", data: Data) -> float:
     """Floating-point operations of the whole training."""
-    from distill.train.ranks import memory
+    from distill.train.ranks import model_size
 
-    shape = memory.shape(config)
+    shape = model_size.shape(config)
     products = shape.layers * shape.layer + shape.vocabulary * shape.width
     passes = 6 if settings.adapter is None else 4
     passes += 2 if settings.gradient_checkpointing else 0

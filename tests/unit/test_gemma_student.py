@@ -19,7 +19,7 @@ from distill.chat import Chat
 from distill.engine import Engine, EngineOptions
 from distill.errors import UserError
 from distill.recipe import Train
-from distill.train.ranks import memory
+from distill.train.ranks import model_size
 from distill.train.rollouts.memory import _cached
 from distill.train.student import methods
 
@@ -141,9 +141,9 @@ def test_the_memory_of_the_published_sizes() -> None:
     assert card.architecture is not None
     sizes = {key: value for key, value in card.architecture.model_dump().items() if value is not None}
     config = AutoConfig.for_model("gemma4_text", **sizes, max_position_embeddings=card.context)
-    shape = memory.shape(config)
+    shape = model_size.shape(config)
     assert shape.total / 1e9 == pytest.approx(card.parameters, rel=5e-3)  # kinds of layers are not on the card
     assert shape.embedding == 262144 * (1536 + 35 * 256)
-    kept = memory.activations(config, Train(), methods.dtypes(Train(), torch.device("cuda")), "cuda")
+    kept = model_size.activations(config, Train(), methods.dtypes(Train(), torch.device("cuda")), "cuda")
     assert kept.layer > 10 * 1536 * 2
     assert _cached(config) == 2 * (29 * 256 + 6 * 512)

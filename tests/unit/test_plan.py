@@ -8,7 +8,7 @@ from distill.errors import UserError
 from distill.plan import hardware, training
 from distill.plan.hardware import parse
 from distill.recipe import Recipe
-from distill.train.ranks import memory
+from distill.train.ranks import model_size
 
 RECIPES = ["qwen-1.5b", "qwen-7b", "qwen-14b", "qwen-32b", "llama-8b", "llama-70b"]
 
@@ -49,7 +49,7 @@ def test_a_machine_that_is_none_is_one_line(name, message):
 def test_the_shape_of_a_card_has_the_parameters_that_the_card_says(name):
     card = catalog.load_student(name)
     recipe = catalog.load_recipe("r1-distill-qwen-7b", [f"student={name}"])
-    counted = memory.shape(training.configuration(recipe, card)).total
+    counted = model_size.shape(training.configuration(recipe, card)).total
     assert counted / 1e9 == pytest.approx(card.parameters, rel=0.02)
 
 
@@ -60,7 +60,7 @@ def test_the_embedded_student_is_counted_to_the_last_parameter():
 
     model = AutoModelForCausalLM.from_pretrained(catalog.resolve_weights("student", "tiny-qwen"))
     norms = 0  # the shape counts matrices, biases and the gains inside layers; what is left is the last norm
-    assert memory.shape(config).total == sum(p.numel() for p in model.parameters()) + norms
+    assert model_size.shape(config).total == sum(p.numel() for p in model.parameters()) + norms
 
 
 @pytest.fixture(scope="module")

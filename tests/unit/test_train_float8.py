@@ -20,7 +20,7 @@ from distill.plan import hardware
 from distill.prompts.arithmetic import draw_problem
 from distill.recipe import Train
 from distill.train.learn import fused
-from distill.train.ranks import memory
+from distill.train.ranks import memory, model_size
 from distill.train.rows.batches import collate
 from distill.train.student import float8, methods
 from distill.train.student import model as students
@@ -273,13 +273,13 @@ def test_a_plan_has_no_casts_of_converted_layers(tiny, monkeypatch):
         for settings in (Train(dtype="bfloat16"), Train(dtype="float8"))
     )
     if plain.gathered:  # a processor without bfloat16 products makes no casts
-        assert plain.gathered == 2 * memory.shape(config).layer, "fused layers cast one at a time"
+        assert plain.gathered == 2 * model_size.shape(config).layer, "fused layers cast one at a time"
     monkeypatch.setattr(fused, "DTYPES", ())
     config.max_position_embeddings -= 1  # not the model whose estimate is cached
     plain = memory.estimate(config, Train(dtype="bfloat16"), methods.dtypes(Train(dtype="bfloat16"), CPU), 1000, 800)
     assert ours.weights == plain.weights and ours.activations == plain.activations
-    layer = memory.shape(config).layer
-    vectors = layer - memory.converted(config).parameters
+    layer = model_size.shape(config).layer
+    vectors = layer - model_size.converted(config).parameters
     assert 0 < vectors < 0.02 * layer
     if plain.gathered:  # a processor without bfloat16 products makes no casts
         assert (plain.gathered, ours.gathered) == (2 * 4 * layer, 2 * 4 * vectors)
@@ -293,16 +293,16 @@ def test_a_plan_has_no_casts_of_converted_layers(tiny, monkeypatch):
 def test_a_converted_model_keeps_the_bytes_that_the_plan_counts(tiny, monkeypatch):
     config, settings = AutoConfig.from_pretrained(tiny), Train(dtype="float8")
     dtypes = methods.dtypes(settings, CPU)
-    counted = [memory.saved_bytes(config, settings, dtypes, 2, tokens) for tokens in (256, 512)]
-    plain = memory.on_meta
+    counted = [model_size.saved_bytes(config, settings, dtypes, 2, tokens) for tokens in (256, 512)]
+    plain = model_size.on_meta
 
     def converted(*args, **values):
         model = plain(*args, **values)
         float8.convert(model, CPU, dtypes.compute)
         return model
 
-    monkeypatch.setattr(memory, "on_meta", converted)
-    kept = [memory.saved_bytes(config, settings, dtypes, 2, tokens) for tokens in (256, 512)]
+    monkeypatch.setattr(model_size, "on_meta", converted)
+    kept = [model_size.saved_bytes(config, settings, dtypes, 2, tokens) for tokens in (256, 512)]
     assert kept[1] - kept[0] == counted[1] - counted[0]
 
 

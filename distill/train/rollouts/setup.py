@@ -24,7 +24,7 @@ from distill.objectives import Grpo, OnPolicy
 from distill.objectives.grpo import Rewards
 from distill.prompts import Prompt
 from distill.recipe import Recipe
-from distill.train.ranks import memory
+from distill.train.ranks import model_size
 from distill.train.ranks.world import World
 from distill.train.rollouts import gate
 from distill.train.rollouts.feed import Judges, RolloutFeed
@@ -170,7 +170,7 @@ def engines_beside(recipe: Recipe, models: Models, questions: Questions, device:
     if isinstance(settings.objective, OnPolicy) and not models.teacher.is_remote:
         weights = float(sum(file.stat().st_size for file in models.teacher.directory.glob("*.safetensors")))
     context = questions.context(rollouts)
-    parameters = memory.shape(config).total
+    parameters = model_size.shape(config).total
     budget = recipe.engine.memory_budget
     beside = engines(config, settings, parameters, compute.itemsize, context, ranks, weights, budget)
     judge = judge_bytes(recipe, models, questions.prompts)

@@ -1,0 +1,54 @@
+"""What is counted and measured on a model without its weights, held against the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from distill.recipe import Train
+from distill.train.ranks import model_size
+from distill.train.student import float8, methods
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16}
+SLIDING, WHOLE = "sliding_attention", "full_attention"
+
+
+def hybrid(family: str) -> PretrainedConfig:
+    """Six layers, of which two attend to everything, with wider heads in Gemma."""
+    types = [SLIDING, SLIDING, WHOLE, SLIDING, SLIDING, WHOLE]
+    if family == "qwen3_5_text":
+        types = [{SLIDING: "linear_attention"}.get(kind, kind) for kind in types]
+        return AutoConfig.for_model(family, **TINY, **DELTA, head_dim=16, num_hidden_layers=6, layer_types=types)
+    wide = {"head_dim": 16, "global_head_dim": 48, "sliding_window": 32, "hidden_size_per_layer_input": 8}
+    wide |= {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 96}
+    return AutoConfig.for_model(family, **TINY, **wide, num_hidden_layers=6, layer_types=types)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "gemma4_text"])
+def test_layers_of_several_kinds_keep_what_the_whole_model_does(family: str, checkpointing: bool) -> None:
+    config, settings = hybrid(family), Train(gradient_checkpointing=checkpointing)
+    dtypes = methods.dtypes(settings, torch.device("cuda"))
+    few, many = (model_size.saved_bytes(config, settings, dtypes, 6, tokens, "cuda") for tokens in (256, 512))
+    counted = model_size.activations(config, settings, dtypes, "cuda")
+    assert 6 * counted.layer + counted.rest == pytest.approx((many - few) / 256, rel=0.02)
+    assert counted.largest >= counted.layer
+    assert model_size.kinds(config) == {0: 4, 2: 2}
+    if not checkpointing:  # the kinds differ, so that the first one's alone would be wrong
+        first = model_size.per_token(config, settings, dtypes, 2, "cuda", like=0)
+        assert abs(first - 2 * counted.layer - counted.rest) > 0.02 * first
+
+
+def test_layers_that_multiply_in_fp8_are_counted_by_kind() -> None:
+    config = hybrid("qwen3_5_text")
+    whole, counted = float8.convertible(model_size.on_meta(config, 6).get_decoder()), model_size.converted(config)
+    assert 6 * counted.parameters == pytest.approx(whole.parameters, abs=3)
+    assert (counted.largest, counted.widest) == (whole.largest, whole.widest)
