@@ -210,9 +210,9 @@ def _choose(
     undefined_t = torch.zeros(len(x_tc), dtype=torch.bool, device=x_tc.device)
     for rows in sparse:
         these = slice(rows.start, rows.end)
-        q_bhd, weight_bh = indexer.queries(
-            spec, ops, w, latent_tq[these], x_tc[these], batch.cos_tr[these], batch.sin_tr[these]
-        )
+        q_bhd, weight_bh = indexer.queries(ops, spec.indexer, w, latent_tq[these], x_tc[these])
+        angles = batch.cos_tr[these], batch.sin_tr[these]
+        ops.rope(q_bhd[..., : spec.rope.dim], *angles, spec.indexer.interleaved)
         for chunk in rows.chunks:
             own, at = slice(chunk.start - rows.start, chunk.end - rows.start), slice(chunk.start, chunk.end)
             place_tk[at], undefined_t[at] = indexer.select(

@@ -30,7 +30,7 @@ from distill.engine import indexer
 from distill.engine.batch import Batch, DecodeRows, PrefillChunk, Wanted, rotations
 from distill.engine.cache import PagedCache
 from distill.engine.kernels import Ops
-from distill.engine.spec import ModelSpec, Rope
+from distill.engine.spec import Compressed, ModelSpec, Rope
 from distill.engine.weights import CompressedWeights, CompressorWeights, EntryIndexerWeights
 
 
@@ -47,6 +47,11 @@ class _Span:
     def places(self, position: Tensor, page_size: int) -> Tensor:
         """Of positions, of any shape."""
         return self.table_p[position // page_size] * page_size + position % page_size
+
+    def entries(self, rate: int, most: int, page_size: int) -> Tensor:
+        """Places of the first `most` entries, each that of its window's last token; past the last token, any."""
+        last_n = (torch.arange(most, device=self.table_p.device) + 1) * rate - 1
+        return self.places(last_n.clamp(max=self.first + self.count - 1), page_size)
 
 
 def _spans(batch: Batch) -> Iterator[_Span]:
@@ -104,9 +109,14 @@ def attend(
     row_tl = _window_rows(spans, dims.window, page_size) * rows_each
     row_tl[row_tl < 0] = -1
     if rate:
-        entry_tl = _entry_places(spans, rate, page_size)
-        if w.indexer is not None:
-            entry_tl, undefined_t = _chosen(spec, ops, w.indexer, entry_tl, latent_tq, x_tc, cos_tr, sin_tr, pools[2])
+        most = max((span.first + span.count) // rate for span in spans)
+        if w.indexer is None:
+            entry_tl = _entry_places(spans, rate, page_size, most)
+        else:
+            entry_tl = _entry_places(spans, rate, page_size, min(most, dims.indexer.top_k))
+            undefined_t = _choose(
+                ops, dims, w.indexer, spans, rate, latent_tq, x_tc, (cos_tr, sin_tr), pools[2], entry_tl
+            )
             q_thd = q_thd.masked_fill(undefined_t[:, None, None], float("nan"))
         row_tl = torch.cat((row_tl, torch.where(entry_tl < 0, -1, 2 * entry_tl + 1)), dim=1)
     out_thd = ops.attend_rows(q_thd, pools[0].view(-1, d), row_tl, w.sink_h, spec.softmax_scale)
@@ -184,47 +194,50 @@ def _window_rows(spans: list[_Span], window: int, page_size: int) -> Tensor:
     return torch.cat(rows)
 
 
-def _entry_places(spans: list[_Span], rate: int, page_size: int) -> Tensor:
-    """Places of the entries that each token sees: of the windows that it closes or comes after, [t, n], then -1."""
-    most = max((span.first + span.count) // rate for span in spans)
+def _entry_places(spans: list[_Span], rate: int, page_size: int, most: int) -> Tensor:
+    """Places of the entries that each token sees, of the windows that it closes or comes after: the first `most`, then
+    -1, [t, n]."""
     places = []
     for span in spans:
         seen_t = torch.arange(span.first + 1, span.first + span.count + 1, device=span.table_p.device) // rate
         entry_n = torch.arange(most, device=seen_t.device)
-        last_n = ((entry_n + 1) * rate - 1).clamp(max=span.first + span.count - 1)
-        places.append(torch.where(entry_n < seen_t[:, None], span.places(last_n, page_size), -1))
+        places.append(torch.where(entry_n < seen_t[:, None], span.entries(rate, most, page_size), -1))
     return torch.cat(places)
 
 
-def _chosen(
-    spec: ModelSpec,
+def _choose(
     ops: Ops,
+    dims: Compressed,
     w: EntryIndexerWeights,
-    entry_tn: Tensor,
+    spans: list[_Span],
+    rate: int,
     latent_tq: Tensor,
     x_tc: Tensor,
-    cos_tr: Tensor,
-    sin_tr: Tensor,
-    keys: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Choose the `top_k` entries, of those that a token sees, that the indexer ranks highest. Returns their places
-    [t, k], padded with -1, and the tokens whose scores are not numbers, which leaves the choice undefined, [t]."""
-    dims = spec.compressed
-    assert dims is not None
-    heads, width, top_k = dims.indexer.heads, dims.indexer.head_dim, dims.indexer.top_k
+    angles: tuple[Tensor, Tensor],
+    pool: Tensor,
+    entry_tk: Tensor,
+) -> Tensor:
+    """Where a token sees more than `top_k` entries, write the places of those that the indexer ranks highest into its
+    row of entry_tk. pool: of index keys. Returns the tokens whose scores are not numbers, which leaves the choice
+    undefined, [t]."""
     undefined_t = torch.zeros(len(x_tc), dtype=torch.bool, device=x_tc.device)
-    if entry_tn.shape[1] <= top_k:
-        return entry_tn, undefined_t
-    kept_tk = entry_tn[:, :top_k].clone()
-    more_b = (entry_tn[:, top_k] >= 0).nonzero()[:, 0]
-    q_bhi = ops.linear(latent_tq.index_select(0, more_b), w.q.weight).unflatten(-1, (heads, width))
-    ops.rope(q_bhi[..., -dims.rope.dim :], cos_tr[more_b], sin_tr[more_b], dims.rope.interleaved)
-    weight_bh = ops.linear(x_tc.index_select(0, more_b), w.head_weights.weight).float() * (heads * width) ** -0.5
-    single = keys.view(-1, 1, 1, width)  # the same pool, in pages of one token
-    for number, token in enumerate(more_b.tolist()):
-        place_n = entry_tn[token][entry_tn[token] >= 0]
+    first, top_k, more = 0, dims.indexer.top_k, []  # rows of tokens, and the places of what they see
+    for span in spans:
+        seen = [(span.first + 1 + number) // rate for number in range(span.count)]
+        if seen[-1] > top_k:
+            place_n = span.entries(rate, seen[-1], pool.shape[2])
+            more += [(first + number, place_n[:count]) for number, count in enumerate(seen) if count > top_k]
+        first += span.count
+    if not more:
+        return undefined_t
+    row_b = torch.tensor([row for row, _ in more], device=x_tc.device)
+    latent_bq, x_bc, cos_br, sin_br = (x.index_select(0, row_b) for x in (latent_tq, x_tc, *angles))
+    q_bhi, weight_bh = indexer.queries(ops, dims.indexer, w, latent_bq, x_bc)
+    ops.rope(q_bhi[..., -dims.rope.dim :], cos_br, sin_br, dims.rope.interleaved)
+    single = pool.view(-1, 1, 1, dims.indexer.head_dim)  # the same pool, in pages of one token
+    for number, (row, place_n) in enumerate(more):
         one = slice(number, number + 1)
-        kept_tk[token], undefined_t[token] = indexer.select(
+        entry_tk[row], undefined_t[row] = indexer.select(
             ops, q_bhi[one], weight_bh[one], single, place_n, len(place_n), top_k
         )
-    return kept_tk, undefined_t
+    return undefined_t

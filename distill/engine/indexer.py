@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.engine.kernels import Ops
-from distill.engine.spec import ModelSpec
-from distill.engine.weights import IndexerWeights
+from distill.engine.spec import Indexer, ModelSpec
+from distill.engine.weights import EntryIndexerWeights, IndexerWeights
 
 _KEY_NORM_EPS = 1e-6
 
@@ -41,15 +41,11 @@ def keys(spec: ModelSpec, ops: Ops, w: IndexerWeights, x_tc: Tensor, cos_tr: Ten
 
 
 def queries(
-    spec: ModelSpec, ops: Ops, w: IndexerWeights, latent_tq: Tensor, x_tc: Tensor, cos_tr: Tensor, sin_tr: Tensor
+    ops: Ops, dims: Indexer, w: IndexerWeights | EntryIndexerWeights, latent_tq: Tensor, x_tc: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """[t, h, d] from the normalised query latent, and the heads' weights [t, h], float32."""
-    assert spec.indexer is not None
-    heads, width = spec.indexer.heads, spec.indexer.head_dim
-    q_thd = ops.linear(latent_tq, w.q.weight).unflatten(-1, (heads, width))
-    weight_th = ops.linear(x_tc, w.head_weights.weight).float() * (heads * width) ** -0.5
-    ops.rope(q_thd[..., : spec.rope.dim], cos_tr, sin_tr, spec.indexer.interleaved)
-    return q_thd, weight_th
+    """[t, h, d] from the normalised query latent, not yet rotated, and the heads' weights [t, h], float32."""
+    q_thd = ops.linear(latent_tq, w.q.weight).unflatten(-1, (dims.heads, dims.head_dim))
+    return q_thd, ops.linear(x_tc, w.head_weights.weight).float() * (dims.heads * dims.head_dim) ** -0.5
 
 
 def select(

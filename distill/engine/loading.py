@@ -134,7 +134,7 @@ def _resident(
     each = token_bytes(spec, spec.num_layers + (sizes.drafts > 0), sizes.cache_dtype)
     rows = sizes.max_batch * (1 + sizes.drafts)
     cached = sizes.cache_tokens * each + state_bytes(spec, sizes.slots)
-    beside = cached + step_bytes(spec, sizes.max_step_tokens, rows, _dtype(options))
+    beside = cached + step_bytes(spec, sizes.max_step_tokens, rows, _dtype(options), sizes.max_context)
     return experts_within(budget, bytes_of(weights) + beside, banks)
 
 

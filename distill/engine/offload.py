@@ -63,14 +63,16 @@ def resident_experts(budget: int, banks: Sequence[Bank]) -> int | None:
     return min(count, room // (len(banks) - 2))
 
 
-def step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int, dtype: torch.dtype) -> int:
-    """Roughly the memory of a step beside the weights: activations, the form that products read, and logits."""
+def step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int, dtype: torch.dtype, context: int = 0) -> int:
+    """Roughly the memory of a step beside the weights: activations, the form that products read, and logits; with
+    compressed attention, places of what each token of a context of this length attends to."""
     parts = 1 if dtype == torch.bfloat16 else 3  # bfloat16 numbers that a product reads for one
     numbers = 2 * spec.num_heads * spec.head_dim + 6 * spec.hidden_size
     read = max(spec.intermediate_size, spec.hidden_size)
     if spec.moe:
         read = max(read, (spec.moe.per_token + spec.moe.shared_experts) * spec.moe.intermediate_size)
-    return (prompt_tokens + rows) * (4 * numbers + 2 * parts * read) + 8 * rows * spec.vocab_size
+    places = 32 * spec.compressed.most_rows(context) if spec.compressed else 0  # numbers of 8 bytes, four times
+    return (prompt_tokens + rows) * (4 * numbers + 2 * parts * read + places) + 8 * rows * spec.vocab_size
 
 
 def bytes_of(part: object) -> int:

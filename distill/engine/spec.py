@@ -108,6 +108,15 @@ class Compressed:
         """Entries that a token's inputs enter into: its window's and, in sparse layers, the next one's."""
         return 2 if layer in self.sparse_layers else 1
 
+    def most_rows(self, context: int) -> int:
+        """Cached rows that a token attends to at most: of the window, and entries."""
+        entries = [
+            min(context // rate, self.indexer.top_k) if layer in self.sparse_layers else context // rate
+            for layer, rate in enumerate(self.rates)
+            if rate
+        ]
+        return self.window + max(entries, default=0)
+
     def cache_dims(self, layer: int, head_dim: int) -> tuple[int, ...]:
         """Width of what a layer caches of a token: (key), or (key and entry, inputs of entries), in sparse layers
         followed by (index entry, inputs of index entries). The entry of a window is cached with its last token."""
