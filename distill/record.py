@@ -35,6 +35,10 @@ class StageFiles(Protocol[S_co]):
         """Globs relative to the run directory: what later stages and people read."""
 
     @property
+    def irreplaceable(self) -> tuple[str, ...]:
+        """Those of the products that a finished stage cannot write again by itself."""
+
+    @property
     def summary(self) -> type[S_co]:
         """The model of its summary."""
 

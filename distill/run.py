@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -244,6 +245,12 @@ class Run:
         The record is set to unfinished first: killed in between, the run knows that work is missing.
         """
         damaged = self._damaged.pop(stage.name, {})
+        for name, what in damaged.items():
+            if any(fnmatch(name, pattern) for pattern in stage.irreplaceable):
+                raise UserError(
+                    f"{self.directory / name} {what}, and only the {stage.name} stage as a whole would write it again: "
+                    f"put the file back, or repeat the stage with --fresh {stage.name}"
+                )
         record = self.record(stage.name)
         if not damaged or record is None:
             return

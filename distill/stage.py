@@ -27,11 +27,13 @@ S = TypeVar("S", bound=Artefact)
 
 class Stage(ABC, Generic[S]):
     """One stage. name: as the command line spells it. outputs: names inside the run directory. products: globs relative
-    to it. reads: stages whose products its work reads. summary: the model of what `work` returns."""
+    to it. irreplaceable: globs of products that a finished stage cannot write again by itself. reads: stages whose
+    products its work reads. summary: the model of what `work` returns."""
 
     name: str
     outputs: tuple[str, ...]
     products: tuple[str, ...]
+    irreplaceable: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     summary: type[S]
 

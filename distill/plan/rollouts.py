@@ -165,7 +165,7 @@ def _scoring_hours(recipe: "Recipe", plan: RolloutPlan, student: float, machine:
         if catalog.server_of(recipe) is not None:
             return None
         card = catalog.load_teacher(recipe.teacher)
-        scoring.append((card.active_parameters, teacher_bytes(recipe) / 1e9))
+        scoring.append((card.active_parameters, teacher_bytes(recipe)[0] / 1e9))
     if objective.needs_reference:
         scoring.append((student, 2 * student))
     for active, size in scoring:

@@ -19,6 +19,7 @@ from distill import catalog
 from distill.console import bytes_text, say, short, table
 from distill.errors import UserError
 from distill.model_families import published_bytes, trained_as
+from distill.objectives import OnPolicy
 from distill.plan.hardware import Hardware, parse
 
 if TYPE_CHECKING:
@@ -178,17 +179,19 @@ def beside(recipe: "Recipe", config: "PretrainedConfig", data: Data, machine: Ha
     training = recipe.train
     if training.objective.rollout_settings is None:
         return None
-    local = training.objective.teacher_top_k is not None and catalog.server_of(recipe) is None
-    teacher = teacher_bytes(recipe) if local else None
     size, parameters = 4 if training.dtype == "float32" else 2, model_size.shape(config).total
     budget = recipe.engine.memory_budget
-    return engines(config, training, parameters, size, data.longest, machine.devices, teacher, budget)
+    return engines(config, training, parameters, size, data.longest, machine.devices, teacher_bytes(recipe), budget)
 
 
-def teacher_bytes(recipe: "Recipe") -> float:
-    """The weights of the teacher as published, bytes."""
-    card = catalog.load_teacher(recipe.teacher)
-    return card.parameters * 1e9 * published_bytes(card.family)
+def teacher_bytes(recipe: "Recipe") -> list[float]:
+    """The weights, as published, of each teacher that this machine's engine computes, bytes."""
+    objective = recipe.train.objective
+    cards = [catalog.load_teacher(recipe.teacher)] if catalog.server_of(recipe) is None else []
+    if isinstance(objective, OnPolicy):
+        others = map(catalog.load_teacher, objective.teachers.values())
+        cards += [card for card in others if card.server is None]
+    return [card.parameters * 1e9 * published_bytes(card.family) for card in cards]
 
 
 def way(

@@ -50,6 +50,7 @@ class TrainStage(Stage[TrainSummary]):
         "checkpoints/adapter/*.safetensors",
         "checkpoints/adapter/*.json",
     )
+    irreplaceable = ("rollouts/*",)
     reads = ("filter",)
     summary = TrainSummary
     number = 0  # among the trainings of the command
@@ -182,13 +183,22 @@ def teacher_settings(run: "Run") -> Settings:
 def rollout_settings(run: "Run") -> Settings:
     """Everything that decides what the student writes, besides itself and `train:`. Empty for an objective without
     rollouts."""
-    if run.recipe.train.objective.rollout_settings is None:
+    objective = run.recipe.train.objective
+    if objective.rollout_settings is None:
         return {}
+    from distill.backends.device import device_type
+    from distill.filters.correct import Correct
+    from distill.objectives import Grpo
     from distill.train.rollouts.judge import judge_settings
 
     prompts = digest([[prompt.id, prompt.answer] for prompt in run.prompts])
     suffix = run.recipe.generate.prompt_suffix
-    return {"rollout_prompts": prompts, "generate.prompt_suffix": suffix} | judge_settings(run)
+    settings: Settings = {"rollout_prompts": prompts, "generate.prompt_suffix": suffix}
+    if isinstance(objective, Grpo) and objective.rewards.correct:
+        settings["filter.correct.timeout"] = (run.recipe.filter.correct or Correct()).timeout
+    if objective.needs_reference:
+        settings |= run.recipe.engine_settings() | {"engine.device": device_type(run.recipe.engine.device)}
+    return settings | judge_settings(run)
 
 
 def kept_hash(run: Path) -> str:

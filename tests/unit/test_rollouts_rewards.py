@@ -47,6 +47,7 @@ def test_the_graders_verdict_is_the_reward_in_the_order_of_the_rollouts():
         answered("I cannot say."),
         answered("There are 41 dollars for 3 people"),  # a guess of the grader
         make_trace(prompt=Prompt.from_question("20 + 22?", None)),
+        make_trace(prompt=Prompt.from_question("20 + 22?", None), finish_reason="length"),
     ],
 )
 def test_an_unverifiable_rollout_has_no_value_whatever_else_it_would_earn(trace):

@@ -30,6 +30,7 @@ from distill.report.curves import Spent, curves, time_spent
 from distill.traces.ledger import Ledger
 from distill.traces.rewarded import REWARDS, Reward, read_rewards
 from distill.traces.store import TraceStore
+from distill.train.ranks import memory
 from distill.train.rollouts.memory import CPU_CACHE, engines
 
 GRPO = "train.objective={kind: grpo, rollouts: {prompts_per_step: 2, samples: 2, updates: 2}}"
@@ -321,24 +322,56 @@ def test_engines_beside_the_trainer_by_hand():
         ({"kind": "grpo", "kl_weight": 0.1, "rollouts": {"prompts_per_step": 2}}, (2e6,)),
         ({"kind": "grpo", "rollouts": {"prompts_per_step": 2}}, ()),
     ):
-        beside = engines(config, training(objective), 1_000_000, 2, 1000, 1, 5e9, None)
+        beside = engines(config, training(objective), 1_000_000, 2, 1000, 1, (5e9,), None)
         assert (beside.weights, beside.context, beside.sequences, beside.judges) == (2e6, 512e3, 16 * 512e3, judges)
         rollouts, scoring = beside.within(10e9, "cpu")
         assert rollouts == 2e6 + 16 * 512e3 and scoring == sum(judges) + CPU_CACHE * len(judges)
-    bounded = engines(config, training({"kind": "on_policy"}), 1_000_000, 2, 1000, 1, 5e9, 1.0)
+    bounded = engines(config, training({"kind": "on_policy"}), 1_000_000, 2, 1000, 1, (5e9,), 1.0)
     assert bounded.within(10e9, "cuda")[1] == 1 << 30
     assert bounded.within(1e6, "cuda")[0] == 2e6 + 512e3, "the cache has room for one sequence at least"
 
 
+def test_gradients_of_several_batches_of_rollouts_are_counted():
+    for changes, ranks, several in (
+        ({}, 1, True),  # 16 · 8 rollouts in batches of one
+        ({"per_device_train_batch_size": 128}, 1, False),
+        ({"per_device_train_batch_size": 64}, 2, False),
+        ({"per_device_train_batch_size": 32}, 2, True),
+        ({"per_device_train_batch_size": 32, "updates": 4}, 1, False),
+    ):
+        rollouts = {"prompts_per_step": 16, "samples": 8, "updates": changes.pop("updates", 1)}
+        settings = Train.model_validate({"objective": {"kind": "grpo", "rollouts": rollouts}, **changes})
+        assert memory.accumulates(settings, ranks) == several
+    assert memory.accumulates(Train(gradient_accumulation_steps=2), 4) and not memory.accumulates(Train(), 4)
+
+
+def test_the_largest_batch_is_of_rollouts_and_of_traces(monkeypatch, tmp_path):
+    """With student_share below 1, whichever is longer."""
+    from types import SimpleNamespace
+
+    from distill.train.ranks import join
+    from distill.train.rollouts import setup
+
+    given = []
+    monkeypatch.setattr(join, "prepared", lambda *_: object())
+    monkeypatch.setattr(memory, "largest_batch", lambda *_: (16_000, 100))
+    monkeypatch.setattr(memory, "check", lambda recipe, largest, *_: given.append(largest) or "one")
+    monkeypatch.setattr(setup, "engines_beside", lambda *_: None)
+    monkeypatch.setattr(join, "configuration", lambda *_: None)
+    recipe = catalog.load_recipe("tiny", ["train.objective={kind: on_policy, student_share: 0.5}"])
+    models = SimpleNamespace(base=SimpleNamespace(directory=tmp_path))
+    questions = SimpleNamespace(largest_batch=lambda _: (700, 600))
+    assert join.layout(recipe, models, None, questions) == "one" and given == [(16_000, 600)]
+
+
 def test_a_training_that_does_not_fit_beside_its_teacher_is_refused(monkeypatch):
     from distill.plan.training import configuration
-    from distill.train.ranks import memory
 
     recipe = catalog.load_recipe("tiny", ["train.objective={kind: on_policy}"])
     config = configuration(recipe, catalog.load_student("tiny-qwen"))
     monkeypatch.setattr(memory, "memory", lambda: (0, 8e9))
     assert memory.check(recipe, (64, 64), config, 1) == "one"
-    beside = engines(config, recipe.train, 1_000_000, 4, 128, 1, 9e9, None)
+    beside = engines(config, recipe.train, 1_000_000, 4, 128, 1, (9e9,), None)
     with pytest.raises(UserError, match="GB of it for scoring.*engine.memory_budget or a server for the teacher"):
         memory.check(recipe, (64, 64), config, 1, beside)
 

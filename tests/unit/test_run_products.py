@@ -99,6 +99,16 @@ def test_damaged_products_are_made_again_when_more_is_asked_for(done: Path) -> N
     assert (done / "traces" / "file").read_text() == "generate 2"
 
 
+def test_what_only_the_whole_stage_would_write_again_is_refused(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (done / "traces" / "file").unlink()
+    monkeypatch.setattr(GENERATE, "irreplaceable", ("traces/*",), raising=False)
+    with pytest.raises(UserError, match=r"traces/file is missing, and only .*put the file back.*--fresh generate"):
+        redo(done)
+    assert not (done / "old").exists()
+    (done / "traces" / "file").write_text("generate 1")
+    assert redo(done) == set()
+
+
 def test_making_damaged_products_again_can_be_interrupted(done: Path) -> None:
     flip(done / "traces" / "file", keep_time=False)
     with Run(done, recipe()) as run:

@@ -108,6 +108,35 @@ def test_what_is_frozen_is_not_stored_and_stays(tmp_path):
     assert torch.equal(learner[0].weight, kept)
 
 
+class Counting(torch.optim.Optimizer):
+    """Counts its steps in a plain number and makes its state where there is none, as bitsandbytes' optimisers do."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            if not self.state[p]:
+                self.state[p] = {"step": 0, "scale": 0.5, "mean": torch.zeros_like(p)}
+            self.state[p]["step"] += 1
+            self.state[p]["scale"] /= 2
+            self.state[p]["mean"] += 1
+
+
+def test_plain_numbers_of_an_optimisers_state_are_restored(tmp_path):
+    first, again = (State(linear, Counting(linear.parameters())) for linear in (torch.nn.Linear(2, 1) for _ in "ab"))
+    for _ in range(3):
+        first.optimizer.step()
+    Checkpoints(tmp_path, 2).save(first, Position(step=3))
+    Checkpoints(tmp_path, 2).restore(again)
+    for _ in range(2):
+        again.optimizer.step()
+    state = again.optimizer.state[again.learner.weight]
+    assert (type(state["step"]), state["step"], state["scale"]) == (int, 5, 0.5**6)
+    assert state["mean"].tolist() == [[5.0, 5.0]]
+
+
 def test_a_directory_whose_old_version_was_left_half_deleted_is_written_again(tmp_path):
     path = tmp_path / "student"
     for version in ("one", "two", "three"):

@@ -7,9 +7,11 @@ import train_support as support
 from distill.chat import Chat
 from distill.errors import UserError
 from distill.prompts.prompt import Prompt
+from distill.recipe import Train
 from distill.traces.trace import Trace
 from distill.train.rows import stored as module
 from distill.train.rows.encode import Encoder, Encoding, Source, conversation
+from distill.train.rows.prepare import check_steps
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,20 @@ def test_long_rows_are_dropped_whole_and_counted(encode, chat):
     assert [r.key for r in rows] == [short.key]
     assert (rows.counts.dropped_rows, rows.counts.dropped_tokens) == (1, len(ids))
     assert rows.counts.supervised == len("<think>a</think>b") + 1  # and the end token
+
+
+def test_rows_that_are_all_cut_are_refused(encode):
+    long = [support.trace("q", f"<think>{'a' * 100}</think>b", sample) for sample in range(2)]
+    with pytest.raises(UserError, match=r"all 2 rows are longer than .* 80.*how to end; raise max_length"):
+        encode(long, max_length=80, overlong="truncate")
+
+
+def test_a_training_without_a_step_is_refused(encode):
+    rows, _ = encode(support.sums(10))
+    check_steps(rows, Train(), 1)
+    few = Train.model_validate({"data": [{"kind": "kept", "weight": 0.01}]})
+    with pytest.raises(UserError, match=r"10 rows in 3 epochs are less than one optimiser step: raise"):
+        check_steps(rows, few, 1)
 
 
 def test_long_rows_are_cut_where_that_is_asked_for_and_counted(encode, chat):

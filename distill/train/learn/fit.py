@@ -3,6 +3,7 @@
 Every process of a world runs this, with the same arguments.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ def fit(task: Task, rows: TrainingSet | None, world: World) -> TrainSummary:
     transformers_logging.set_verbosity_error()  # warnings about weights are errors of `student.model`
     set_seed(settings.seed)
     if settings.report_to:
-        world.accelerator.init_trackers(recipe.name, config=settings.settings())
+        flat = {key: json.dumps(x) if isinstance(x, list) else x for key, x in settings.settings().items()}
+        world.accelerator.init_trackers(recipe.name, config=flat)  # TensorBoard takes no lists
     checkpoints = Checkpoints(paths.checkpoints, settings.save_total_limit, world, task.fingerprint)
     built = build(task, world)
     with feeding(task, rows, built, world) as feed:

@@ -69,13 +69,14 @@ def layout(
     recipe: Recipe, models: Models, paths: RunPaths, questions: "Questions | None", processes: int = 1
 ) -> Layout:
     """The layout in which a training fits into memory. Errors: UserError when it does in none."""
-    largest: TrainingSet | tuple[int, int] | None = prepared(recipe, paths)
-    engines = None
+    rows, engines = prepared(recipe, paths), None
+    largest = None if rows is None else memory.largest_batch(rows, recipe.train)
     if questions is not None:
         from distill.train.rollouts import setup
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        largest = questions.largest_batch(recipe.train)
+        written = questions.largest_batch(recipe.train)
+        largest = written if largest is None else (max(largest[0], written[0]), max(largest[1], written[1]))
         engines = setup.engines_beside(recipe, models, questions, device, processes)
     assert largest is not None, "an objective reads traces or rollouts"
     return memory.check(recipe, largest, configuration(models.base.directory, recipe.train), processes, engines)

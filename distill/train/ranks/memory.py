@@ -86,7 +86,7 @@ def estimate(
     """The peak memory of one device. tokens, supervised: of the largest batch of a forward pass."""
     model = shape(config)
     shards = ranks if layout == "fsdp" else 1
-    several_batches = settings.batches_per_step(ranks) > ranks
+    several_batches = accumulates(settings, ranks)
     half = 2 if dtypes.compute == torch.bfloat16 else 4
     head_size = model.vocabulary * model.width
     full = settings.adapter is None
@@ -147,6 +147,15 @@ def estimate(
         head,
         BASE[device],
     )
+
+
+def accumulates(settings: Train, ranks: int) -> bool:
+    """Whether a device adds up the gradients of several batches in a step. Rollouts of a set are one step, or shared
+    out among its updates."""
+    rollouts = settings.objective.rollout_settings
+    if rollouts is None:
+        return settings.batches_per_step(ranks) > ranks
+    return -(-rollouts.rows // rollouts.updates) > ranks * settings.per_device_train_batch_size
 
 
 def check(

@@ -128,7 +128,8 @@ def kinds(config: PretrainedConfig) -> dict[int, int]:
 
 def mean(config: PretrainedConfig, by_kind: Mapping[int, float]) -> float:
     """The mean over all layers of what was found for the first of each kind."""
-    return sum(count * by_kind[at] for at, count in kinds(config).items()) / config.num_hidden_layers
+    counts = kinds(config)
+    return sum(count * by_kind[at] for at, count in counts.items()) / sum(counts.values())
 
 
 def on_meta(

@@ -6,8 +6,8 @@
 A tensor has a plain name (`model.…`, `optimizer.….exp_avg`, `random.0`), by which other programs can read it. Sharded
 parameters (FSDP) are split along their first dimension; the header of each file says which rows of which whole tensor
 it holds. Loading reads the rows that this rank holds, from whichever files have them, so that a training may resume on
-another number of processes; no tensor is gathered, and a shard never leaves its rank. Parameters that are not trained
-are those of the base, and are not stored.
+another number of processes; no tensor is gathered, and a shard never leaves its rank. Plain numbers of an optimiser's
+state are stored as tensors named `number.…`. Parameters that are not trained are those of the base, and are not stored.
 """
 
 import json
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 FILE_BYTES = 2 << 30  # per file: on the way to the disk a file is once more in memory
 SHARDS = "shards"  # the key of the header's entry
+NUMBER = "number."  # before the name of what is a plain number in the optimiser's state
 
 
 class Piece(NamedTuple):
@@ -75,8 +76,10 @@ class State:
                 for key in stored.names:
                     if key.startswith(prefix) and "." not in (entry := key.removeprefix(prefix)):
                         state[entry] = self._empty_like(p, *stored.about(key))
+                    if key.startswith(NUMBER + prefix) and "." not in (entry := key.removeprefix(NUMBER + prefix)):
+                        state[entry] = stored.whole(key).item()
             for name, tensor in self._tensors():
-                if not name.startswith("random."):
+                if not name.startswith(("random.", NUMBER)):
                     stored.read(name, piece_of(tensor))
             # A rank beyond those that saved keeps the numbers of its seed.
             if (key := f"random.{self.rank}") in stored.names:
@@ -97,6 +100,8 @@ class State:
             for entry, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     yield f"optimizer.{name}.{entry}", value
+                elif isinstance(value, int | float):
+                    yield f"{NUMBER}optimizer.{name}.{entry}", torch.tensor(value)
 
     def _empty_like(self, p: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for an entry of the optimiser's state: laid out like its parameter, or of a shape of its own."""

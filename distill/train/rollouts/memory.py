@@ -6,6 +6,7 @@ and before its activations. A teacher of experts would stream those that do not 
 the training will need, so it counts as a whole, unless `engine.memory_budget` bounds it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,10 @@ class Engines:
 
 
 def _cached(config: "PretrainedConfig") -> int:
-    """Numbers cached for a token, at most: layers that attend to another one's keys are counted, too."""
+    """Numbers cached for a token, at most: layers that attend to another one's keys are counted, too. Of a model
+    without attention none."""
+    if not getattr(config, "num_attention_heads", None):
+        return 0
     if getattr(config, "is_heterogeneous", False):  # where it may not be asked for the sizes of all layers
         layers = [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
     else:
@@ -68,14 +72,14 @@ def engines(
     size: int,
     context: int,
     ranks: int,
-    teacher: float | None,
+    teachers: Sequence[float],
     budget: float | None,
 ) -> Engines:
     """The engines of a training with rollouts.
 
     config, parameters: of the student. size: bytes of a number in its forward pass. context: tokens of the longest
-    rollout with its prompt. teacher: bytes of the weights of a teacher in the local engine, None of one elsewhere.
-    budget: `engine.memory_budget`, GiB.
+    rollout with its prompt. teachers: bytes of the weights of each teacher in the local engine. budget:
+    `engine.memory_budget`, GiB.
     """
     rollouts = training.objective.rollout_settings
     assert rollouts is not None
@@ -84,7 +88,7 @@ def engines(
     except ValueError as error:  # the engine, which samples, does not compute what the config says
         raise UserError(str(error)) from error
     each = float(token * size * context + 4 * state)
-    judges = [teacher] if teacher is not None and training.objective.teacher_top_k is not None else []
+    judges = list(teachers) if training.objective.teacher_top_k is not None else []
     judges += [2.0 * parameters] if training.objective.needs_reference else []
     batch = min(MAX_BATCH, -(-rollouts.rows // ranks))
     copied = parameters if in_engine(config.model_type) else 0  # else the trainer's own weights sample

@@ -91,7 +91,7 @@ class Rewarder:
         grades: dict[int, Grade] = {}
         items: list[tuple[int, Prompt, str]] = []
         for i, trace in enumerate(traces):
-            if is_truncated(trace) and _answer(trace) is None:
+            if is_truncated(trace) and _gradable(trace.prompt) and _answer(trace) is None:
                 grades[i] = Grade("wrong", "truncated")
             else:
                 items.append((i, trace.prompt, trace.answer))
@@ -157,7 +157,7 @@ def check_gradable(
             require_judge([task], has_judge, WHERE)
             require_grader(task, WHERE, "leave such prompts out, or set it to 0")
         totals[task] = totals.get(task, 0) + 1
-        if task != JUDGE and not GRADERS[task].gold(prompt.answer or ""):
+        if not _gradable(prompt):
             lacking[task] = lacking.get(task, 0) + 1
     if not totals:
         raise UserError("prompts: there is no prompt for the student to answer; add a source, or raise its `limit`")
@@ -172,6 +172,11 @@ def check_gradable(
         say(f"rewards: {missing:,} of {sum(totals.values()):,} prompts have no gold answer; their rollouts get none")
     if "code" in totals:
         require_level(level, "filter.correct.sandbox")
+
+
+def _gradable(prompt: Prompt) -> bool:
+    """Whether there is something that an answer can be held against: a gold answer, or a judge."""
+    return prompt.task == JUDGE or bool(GRADERS[prompt.task].gold(prompt.answer or ""))
 
 
 def _answer(trace: Trace) -> Answer | None:

@@ -58,10 +58,10 @@ def check(recipe: Recipe, models: Models, questions: Questions) -> None:
         level = (recipe.filter.correct or Correct()).sandbox
         check_gradable(prompts, objective.rewards, level=level, has_judge=recipe.judge is not None)
         check_judge(recipe, models, prompts)
-    limits = {
-        "train.max_length": settings.max_length,
-        "the context of the student": configuration(models.base.directory, settings).max_position_embeddings,
-    }
+    limits = {"train.max_length": settings.max_length}
+    context = getattr(configuration(models.base.directory, settings), "max_position_embeddings", None)
+    if context is not None:  # a recurrent student has none
+        limits["the context of the student"] = context
     gate.check_lengths(questions, rollouts.sampling.max_new_tokens, limits)
     if isinstance(objective, OnPolicy):
         if unknown := sorted(objective.teachers.keys() - {prompt.task for prompt in prompts}):
@@ -166,9 +166,12 @@ def engines_beside(recipe: Recipe, models: Models, questions: Questions, device:
     assert rollouts is not None
     config = configuration(models.base.directory, settings)
     compute = methods.dtypes(settings, device).compute
-    weights: float | None = None
-    if isinstance(settings.objective, OnPolicy) and not models.teacher.is_remote:
-        weights = float(sum(file.stat().st_size for file in models.teacher.directory.glob("*.safetensors")))
+    teachers = (models.teacher, *models.teachers.values()) if isinstance(settings.objective, OnPolicy) else ()
+    weights = [
+        float(sum(file.stat().st_size for file in model.directory.glob("*.safetensors")))
+        for model in teachers
+        if not model.is_remote
+    ]
     context = questions.context(rollouts)
     parameters = model_size.shape(config).total
     budget = recipe.engine.memory_budget

@@ -117,6 +117,11 @@ class Encoder:
         columns = zip(COLUMNS, zip(*self._rows, strict=True), strict=True)
         index = pa.table({name: list(column) for name, column in columns})
         rows = from_index(self.directory, index, self.counts)
+        if rows.truncated.all():
+            raise UserError(
+                f"all {len(rows)} rows are longer than train.max_length {limit} and truncated, so none teaches how to "
+                f"end; raise max_length, or set train.overlong to `drop`"
+            )
         if rows.held_out.all():
             raise UserError(
                 f"train.val_size {self.encoding.held_out:g} holds out all {len(rows)} rows and leaves none to train"

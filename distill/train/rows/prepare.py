@@ -7,7 +7,7 @@ begins or resumes: three changed bits in the ids train another student, and no l
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from distill.durable import sync_directory
 from distill.errors import UserError
 from distill.fingerprint import digest
 from distill.models import Models
-from distill.recipe import Recipe
+from distill.recipe import Recipe, Train
 from distill.recipe.sources import MixedSource
 from distill.traces.published import read_published
 from distill.traces.store import read_traces
@@ -27,6 +27,7 @@ from distill.traces.trace import Trace
 from distill.train.ranks import memory
 from distill.train.rows import gate, stored
 from distill.train.rows.encode import Encoder, Encoding, Source
+from distill.train.rows.feed import StoredFeed
 from distill.train.rows.stored import Counts, TrainingSet
 from distill.train.rows.teacher import teach
 from distill.train.student import float8, model
@@ -66,18 +67,29 @@ def prepare(
                     advance(count)
         rows = encoder.finish()
         say_counts(rows.counts, settings.max_length)
+        check_steps(rows, settings, processes)
         rows.proved = gate.prove(rows, encoder.witnesses, chat, settings.content, limits)
         memory.check(recipe, rows, model.configuration(weights, settings), processes)
         for line in rows.proved:
             say(line)
         if settings.objective.teacher_top_k:
-            traces = chain.from_iterable(traces_of(source, paths) for source in settings.data)
-            teach(recipe, models, rows, traces, chat, teacher_settings, paths.scored, encoder.directory)
+            reads = [partial(traces_of, source, paths) for source in settings.data]
+            teach(recipe, models, rows, reads, chat, teacher_settings, paths.scored, encoder.directory)
     except BaseException:
         encoder.close()
         raise
     stored.store(rows, encoder.directory, fingerprint)
     return keep(encoder.directory, paths.tokens, fingerprint)
+
+
+def check_steps(rows: TrainingSet, settings: Train, processes: int) -> None:
+    """Refuse a training without a step. Errors: UserError."""
+    shares = tuple(source.weight for source in settings.data)
+    if settings.objective.rollout_settings is None and not StoredFeed(rows, settings, processes, shares).total:
+        raise UserError(
+            f"{len(rows):,} rows in {settings.num_train_epochs:g} epochs are less than one optimiser step: raise "
+            f"train.num_train_epochs or the weight of a set in train.data"
+        )
 
 
 def check_student(recipe: Recipe, models: Models) -> gate.Limits:

@@ -6,13 +6,17 @@
 Traces that were sampled with `generate.logprobs` carry the most likely tokens. For the others the teacher is loaded and
 scores them: one prefill per trace, no sampling. Scored traces are stored in `scored/`, so that an interruption costs
 little. The directory's name is a hash over everything that decides the teacher's numbers, so that the scores of another
-teacher, of its other thinking mode or of another dtype are never taken for these.
+teacher, of its other thinking mode or of another dtype are never taken for these. In it each trace set has a store of
+its own, since two sets may hold samples of one prompt. It is begun anew when a trace has another text than is stored.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +30,12 @@ from distill.fingerprint import digest
 from distill.models import Model, Models
 from distill.recipe import Recipe
 from distill.traces.store import TraceStore
-from distill.traces.trace import Trace
+from distill.traces.trace import Trace, trace_digest
 from distill.train.rows.align import Projector, Vocabulary, opened, token_bytes
 from distill.train.rows.batches import Row
 from distill.train.rows.stored import TrainingSet
+
+Traces: TypeAlias = Callable[[], Iterator[Trace]]  # reads a trace set from its beginning
 
 GROUP = 32  # traces scored per call: enough to fill the engine's steps
 IDS, LOGPROBS = "teacher-ids.npy", "teacher-logprobs.npy"
@@ -57,7 +63,7 @@ def load(directory: Path) -> Teaching:
 
 def write(
     rows: TrainingSet,
-    traces: Iterable[Trace],
+    traces: Iterable[tuple[int, Trace]],
     projector: Projector,
     prefills: tuple[str, str],
     k: int,
@@ -65,15 +71,15 @@ def write(
 ) -> Teaching:
     """Map the traces' most likely tokens to the supervised tokens of the rows. Traces without a row are skipped.
 
-    prefills: of the teacher's template and of the student's.
+    traces: each after the number of its source. prefills: of the teacher's template and of the student's.
     """
     shape = (rows.counts.supervised, k)
     ids = np.lib.format.open_memmap(directory / IDS, "w+", np.int32, shape)
     logprobs = np.lib.format.open_memmap(directory / LOGPROBS, "w+", np.float32, shape)
     logprobs[:] = -np.inf
-    by_key = {key: i for i, key in enumerate(rows.keys)}
-    for trace in traces:
-        if (number := by_key.get(trace.key)) is None or trace.top_logprobs is None or trace.logprobs is None:
+    numbers = {place: i for i, place in enumerate(zip(rows.sources.tolist(), rows.keys, strict=True))}
+    for source, trace in traces:
+        if (number := numbers.get((source, trace.key))) is None or trace.top_logprobs is None or trace.logprobs is None:
             continue
         row = rows[number]
         supervised = row.ids[row.prompt_tokens :].tolist()
@@ -95,7 +101,7 @@ def teach(
     recipe: Recipe,
     models: Models,
     rows: TrainingSet,
-    traces: Iterator[Trace],
+    sources: Sequence[Traces],
     chat: Chat,
     settings: Mapping[str, JsonValue],
     scored: Path,
@@ -103,8 +109,8 @@ def teach(
 ) -> Teaching:
     """Score the traces that have no log-probabilities yet, map all of them, and report the share that is known.
 
-    settings: everything that decides the teacher's numbers (`stage.teacher_settings`). scored: where scored traces are
-    stored. Errors: UserError.
+    sources: reads of each trace set. settings: everything that decides the teacher's numbers
+    (`stage.teacher_settings`). scored: where scored traces are stored. Errors: UserError.
     """
     k = recipe.train.objective.teacher_top_k
     assert k is not None, "the objective needs no teacher"
@@ -116,8 +122,8 @@ def teach(
         rows.end(),
         lambda text: chat.tokenizer(text, add_special_tokens=False)["input_ids"],
     )
-    store = TraceStore(scored / digest({**settings, "top_k": k}))
-    with_logprobs = _with_logprobs(traces, recipe, model, rows, k, store)
+    stores = scored / digest({**settings, "top_k": k})
+    with_logprobs = _with_logprobs(sources, recipe, model, rows, k, stores)
     teaching = write(rows, with_logprobs, projector, (teacher.prefill, chat.prefill), k, tokens)
     if not teaching.known:
         raise UserError(
@@ -133,49 +139,66 @@ def teach(
 
 
 def _with_logprobs(
-    traces: Iterator[Trace], recipe: Recipe, teacher: Model, rows: TrainingSet, k: int, store: TraceStore
-) -> Iterator[Trace]:
-    """Every trace of a row with log-probabilities: its own, stored ones from an earlier session, or new ones."""
-    wanted = set(rows.keys)
-    done = store.keys() if store.directory.exists() else set()
-    if done:
-        yield from store
-    group: list[Trace] = []
+    sources: Sequence[Traces], recipe: Recipe, teacher: Model, rows: TrainingSet, k: int, stores: Path
+) -> Iterator[tuple[int, Trace]]:
+    """Every trace of a row with log-probabilities, after the number of its source: its own, stored ones from an earlier
+    session, or new ones."""
+    of_rows = rows.sources.tolist()
+    wanted = [{key for key, its in zip(rows.keys, of_rows, strict=True) if its == i} for i in range(len(sources))]
+    kept = [_of_these_traces(TraceStore(stores / str(i)), traces) for i, traces in enumerate(sources)]
+    done = [store.keys() & keys for store, keys in zip(kept, wanted, strict=True)]
     with ExitStack() as stack:
-        score = None
-        for trace in traces:
-            if trace.key not in wanted or trace.key in done:
-                continue
-            if trace.logprobs is not None and trace.top_logprobs is not None and any(trace.top_logprobs):
-                yield trace
-                continue
-            if score is None:
-                score = stack.enter_context(_scoring(store, recipe, teacher, k, len(rows), len(done)))
-            group.append(trace)
-            if len(group) == GROUP:
-                yield from score(group)
-                group = []
-        if score and group:
-            yield from score(group)
+        scoring = None
+        for number, (traces, store) in enumerate(zip(sources, kept, strict=True)):
+            yield from ((number, trace) for trace in store if trace.key in done[number])
+            missing = (trace for trace in traces() if trace.key in wanted[number] and trace.key not in done[number])
+            while group := list(islice(missing, GROUP)):
+                unscored = [trace for trace in group if not _has_logprobs(trace)]
+                yield from ((number, trace) for trace in group if _has_logprobs(trace))
+                if unscored and scoring is None:
+                    scoring = stack.enter_context(_scoring(recipe, teacher, k, len(rows), sum(map(len, done))))
+                if unscored and scoring is not None:
+                    yield from ((number, trace) for trace in scoring(unscored, store))
+
+
+def _has_logprobs(trace: Trace) -> bool:
+    return trace.logprobs is not None and trace.top_logprobs is not None and any(trace.top_logprobs)
+
+
+def _of_these_traces(store: TraceStore, traces: Traces) -> TraceStore:
+    """The store of a trace set, emptied if it has another text than the set for any of its traces."""
+    if store.directory.exists():
+        stored = {trace.key: trace_digest(*trace.key, trace.text) for trace in store.iterate(tokens=False)}
+        if any(stored.get(trace.key, same) != same for trace, same in _digests(traces())):
+            shutil.rmtree(store.directory)
+    return store
+
+
+def _digests(traces: Iterable[Trace]) -> Iterator[tuple[Trace, str]]:
+    return ((trace, trace_digest(*trace.key, trace.text)) for trace in traces)
 
 
 @contextmanager
 def _scoring(
-    store: TraceStore, recipe: Recipe, teacher: Model, k: int, total: int, done: int
-) -> Iterator[Callable[[list[Trace]], list[Trace]]]:
+    recipe: Recipe, teacher: Model, k: int, total: int, done: int
+) -> Iterator[Callable[[list[Trace], TraceStore], list[Trace]]]:
     """Load the teacher; yields a function that scores traces and stores them at once."""
     engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
+    opened: dict[Path, TraceStore] = {}
     with (
         backends.open(teacher, engine) as backend,
-        store,
+        ExitStack() as stack,
         progress("score", total, "traces", done=done) as advance,
     ):
 
-        def score(traces: list[Trace]) -> list[Trace]:
+        def score(traces: list[Trace], store: TraceStore) -> list[Trace]:
             scored = backend.score(traces, k)
+            if store.directory not in opened:
+                opened[store.directory] = stack.enter_context(store)
             store.append(scored)
             advance(len(scored))
             return scored
 
         yield score
-    store.compact()
+    for store in opened.values():
+        store.compact()
