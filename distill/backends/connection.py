@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from distill.backends.asking import MODERATION
+from distill.backends.asking import LIMITS, MODERATION
 from distill.backends.bounds import TooLarge, bound
 from distill.backends.pacing import Pace
 from distill.backends.reply import Unreadable, read_models
@@ -92,11 +92,19 @@ class Connection:
 
         if isinstance(error, openai.APIStatusError) and error.status_code in REDIRECTS:
             return WorkError(f"{_redirected(error)}; {KEPT}")
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+        status = error.status_code if isinstance(error, openai.APIStatusError) else None
+        if status in (401, 403) and not moderated(status, str(error)):
+            assert isinstance(error, openai.APIStatusError)
             return UserError(f"{self._rejected(error)}; {KEPT}")
-        reason = self.secrets.reason(error)
-        if isinstance(error, openai.APIStatusError) and is_refusal(error.status_code):
-            return UserError(_refusal(error.status_code, reason, str(error), f"prompt {prompt.id}: "))
+        return self._failure(status, self.secrets.reason(error), str(error), prompt)
+
+    def reported(self, code: int | None, message: str, prompt: Prompt) -> UserError | WorkError:
+        """What an error that came inside an answer means to the user. code: a status, where it has one."""
+        return self._failure(code, self.secrets.line(message), message, prompt)
+
+    def _failure(self, status: int | None, reason: str, whole: str, prompt: Prompt) -> UserError | WorkError:
+        if status is not None and is_refusal(status):
+            return UserError(_refusal(status, reason, whole, f"prompt {prompt.id}: "))
         return WorkError(f"the server failed: {reason}; {KEPT}")
 
     def unanswered(self, count: int, status: int | None, reason: str) -> UserError | WorkError:
@@ -169,9 +177,11 @@ class Connection:
                 with asyncio.Runner() as runner:
                     runner.run(ask())
             except openai.APIStatusError as error:
-                if error.status_code in (401, 403, *REDIRECTS):
+                if error.status_code not in (400, 404, 422):
                     raise
-                return False
+                # It has the model if what it refuses is something else, such as a parameter of this question.
+                reason = str(error).lower()
+                return error.status_code != 404 and ("model" not in reason or LIMITS[1] in reason)
         return True
 
     def without(self, model: str | None, listed: Sequence[str]) -> UserError:
@@ -196,6 +206,9 @@ class Connection:
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise UserError(f"{self.where}: {self._rejected(error)}") from error
         except openai.APIStatusError as error:
+            if error.status_code in AGAIN or error.status_code >= 500:
+                reason = self.secrets.reason(error)
+                raise Unreachable(f"{self.where}: the server cannot answer ({reason}); try again later") from error
             if error.status_code not in REDIRECTS:
                 raise Unreachable(self._no_server(error)) from error
             raise UserError(f"{self.where}: {_redirected(error)}") from error
@@ -228,6 +241,11 @@ class Connection:
     def _rejected(self, error: "OpenAIError") -> str:
         reason, variable = self.secrets.reason(error), self.secrets.variable
         return f"the server rejected the key ({reason}); set {variable} to a valid one"
+
+
+def moderated(status: int, reason: str) -> bool:
+    """Whether a status that else concerns every request is about this prompt: OpenRouter flags prompts with 403."""
+    return status == 403 and MODERATION.search(reason) is not None
 
 
 def is_refusal(status: int) -> bool:

@@ -30,10 +30,10 @@ from distill.backends.backend import Completed, GivenIds, Job, Scored, Usage
 from distill.backends.batch import Batches
 from distill.backends.bounds import TooLarge
 from distill.backends.budget import Allowance
-from distill.backends.connection import KEPT, Connection, Unreachable
+from distill.backends.connection import KEPT, Connection, Unreachable, moderated
 from distill.backends.failures import Failures, OneSample
 from distill.backends.pacing import pause, retry_after
-from distill.backends.reply import Counts, Reply, Unreadable, read_replies
+from distill.backends.reply import Counts, Reply, Reported, Unreadable, read_replies
 from distill.backends.stream import Stream
 from distill.chat import Chat
 from distill.console import say
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 RETRIES = 8  # with growing pauses: when a server is busy, restarts, drops a connection or sends no answer
 TIMEOUT = 3600.0  # seconds for a sample that is not streamed: 32,768 tokens at 10 a second
+GRACE = 1.0  # seconds for a stream to close after it has said that it is at its end
 BUSY = (429, 503, 529)
 SHARED = (401, 402, 403, 404)  # refusals of the key, the account or the model, which every request would get
 
@@ -253,6 +254,8 @@ class RemoteBackend:
         try:
             async with asyncio.timeout(None if self.server.stream else TIMEOUT):
                 replies = await self._ask(connection, asked)
+        except Reported as error:
+            raise self._reported(error, connection, asked, sent) from error
         except Unreadable as error:
             unusable = f"its answers are empty or unreadable ({error}), as they may be under load"
             raise _Again(WorkError(f"the server failed: {unusable}; {KEPT}")) from error
@@ -266,7 +269,7 @@ class RemoteBackend:
             raise OneSample(WorkError(f"the server sent no answer within {TIMEOUT:,.0f} seconds; {KEPT}")) from None
         except openai.APIStatusError as error:
             failure = connection.error(error, asked.prompt)
-            if error.status_code in SHARED:
+            if error.status_code in SHARED and not moderated(error.status_code, str(error)):
                 raise failure from error
             if self._asking.adapt(asked.body, error.status_code, str(error), error.param, error.code):
                 raise _Again(failure, at_once=True) from error
@@ -284,6 +287,21 @@ class RemoteBackend:
         for reply in replies.values():
             check_answer(connection.where, reply, work.sampling)
         return replies
+
+    def _reported(
+        self, error: Reported, connection: Connection, asked: "_Asked", sent: float
+    ) -> "UserError | OneSample | _Again":
+        """What an error that a server reports inside its answer means: the same as its status would."""
+        now, code, message = asyncio.get_running_loop().time(), error.code, str(error)
+        failure = connection.reported(code, message, asked.prompt)
+        if code is not None and self._asking.adapt(asked.body, code, message):
+            return _Again(failure, at_once=True)
+        if isinstance(failure, UserError):
+            return failure if code in SHARED and not moderated(code, message) else OneSample(failure)
+        if code in BUSY:
+            connection.pace.busy(sent, now)
+        connection.failed(now)
+        return _Again(failure)
 
     async def _ask(self, connection: Connection, asked: "_Asked") -> dict[int, Reply]:
         """The whole answers of a request by their sample, at least one. Errors: Unreadable; those of the library."""
@@ -313,16 +331,24 @@ class RemoteBackend:
     ) -> dict[int, Reply | Unreadable]:
         """The choices of a stream. Errors: Unreadable; TimeoutError after a silence: comments keep only the connection
         alive."""
+        import openai
+
         stream, loop = Stream(), asyncio.get_running_loop()
-        async with asyncio.timeout(self.server.silence) as clock:
-            async for part in response.iter_bytes():
-                before = stream.deltas
-                try:
-                    stream.feed(part)
-                finally:
-                    asked.begun, asked.usage = stream.deltas > 0, stream.usage
-                if stream.deltas > before:
-                    clock.reschedule(loop.time() + self.server.silence)
+        try:
+            async with asyncio.timeout(self.server.silence) as clock:
+                async for part in response.iter_bytes():
+                    before = stream.deltas
+                    try:
+                        stream.feed(part)
+                    finally:
+                        asked.begun, asked.usage = stream.deltas > 0, stream.usage
+                    if stream.ended:  # the connection can be used again if it ends in time, and else is closed
+                        clock.reschedule(loop.time() + GRACE)
+                    elif stream.deltas > before:
+                        clock.reschedule(loop.time() + self.server.silence)
+        except (TimeoutError, openai.OpenAIError, httpx2.HTTPError):
+            if not stream.ended:
+                raise
         replies, asked.usage = stream.replies(), stream.usage
         return replies
 

@@ -16,15 +16,27 @@ from typing import NamedTuple
 from distill.chat import END_THINK, THINK
 from distill.traces.trace import ReasoningForm, form_of
 
-GAVE_UP = ("insufficient_system_resource", "abort")  # finish reasons of answers that were given up: DeepSeek's, vLLM's
+# Finish reasons of answers that were given up: DeepSeek's, vLLM's, OpenRouter's, Z.ai's.
+GAVE_UP = ("insufficient_system_resource", "abort", "error", "network_error")
 MOST_TOKENS = 2**31 - 1  # that a trace can store
 LONGEST_REASON = 64  # characters of a finish reason
 REASONING: tuple[ReasoningForm, ...] = ("reasoning_content", "reasoning")  # fields of a message
+THINKING = "thinking"  # type and field of a part of a message
 AS_ID = re.compile(r"token_id:(\d{1,10})")  # how vLLM writes a token where ids are requested
 
 
 class Unreadable(Exception):
     """A reply that holds no answer. The message says why, as the end of a sentence."""
+
+
+class Reported(Unreadable):
+    """An error that came in place of an answer, or in its middle. code: an HTTP status, where there is one."""
+
+    def __init__(self, error: object) -> None:
+        about = error if isinstance(error, dict) else {"message": error}
+        message, code = about.get("message"), about.get("code")
+        super().__init__(message if isinstance(message, str) and message.strip() else "it reports an error")
+        self.code = code if isinstance(code, int) and not isinstance(code, bool) else None
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,8 @@ def read_replies(body: bytes) -> tuple[dict[int, Reply | Unreadable], Counts]:
     """
     reply = as_object(read_json(body), "the reply")
     choices = reply.get("choices")
+    if reply.get("error") and not choices:
+        raise Reported(reply["error"])
     if not isinstance(choices, list) or not choices:
         raise Unreadable("it has no choices")
     replies: dict[int, Reply | Unreadable] = {}
@@ -92,6 +106,8 @@ def read_reply(body: bytes) -> Reply:
 
 
 def _choice(reply: Mapping[str, object], choice: Mapping[str, object], choices: int) -> Reply:
+    if choice.get("error"):
+        raise Reported(choice["error"])
     tokens = Tokens(_ids(reply.get("prompt_token_ids")), _ids(choice.get("token_ids")))
     tokens.add_logprobs(choice.get("logprobs"))
     usage = reply.get("usage") if choices == 1 else shared_usage(reply.get("usage"))
@@ -152,6 +168,7 @@ def reply_of(message: Mapping[str, object], finish: object, usage: object, token
     finish_reason = _finish_reason(finish)
     content = _text(message.get("content"), "content")
     texts = {name: _text(message.get(name), name) for name in REASONING}
+    texts[REASONING[0]] = texts[REASONING[0]] or _text(thinking_parts(message.get("content")), "thinking")
     form = next((name for name in REASONING if texts[name]), None)
     reasoning = texts[form] if form else ""
     counts = usage if isinstance(usage, dict) else {}
@@ -247,10 +264,23 @@ def as_object(value: object, name: str) -> dict[str, object]:
     return value
 
 
+def thinking_parts(content: object) -> list[object]:
+    """The reasoning that a list of parts holds beside its texts, as Mistral's models send it, as a list of parts."""
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    found: list[object] = []
+    for part in parts:
+        if part.get("type") == THINKING:
+            inner = part.get(THINKING)
+            found += inner if isinstance(inner, list) else [{"type": "text", "text": inner}]
+    return found
+
+
 def joined_parts(value: object, name: str) -> str:
-    """A text, the texts of a list of parts, or "" for null. Errors: Unreadable, which calls it `name`."""
+    """A text, the texts of a list of parts without those of reasoning, or "" for null. Errors: Unreadable, which calls
+    it `name`."""
     if isinstance(value, list):
         parts = [as_object(part, f"a part of {name}") for part in value]
+        parts = [part for part in parts if part.get("type") != THINKING]
         if any(part.get("type") != "text" for part in parts):
             raise Unreadable(f"{name} has a part that is no text")
         value = "".join(joined_parts(part.get("text"), name) for part in parts)

@@ -9,6 +9,7 @@ from distill.backends.reply import (
     REASONING,
     Counts,
     Reply,
+    Reported,
     Tokens,
     Unreadable,
     as_object,
@@ -17,6 +18,7 @@ from distill.backends.reply import (
     read_json,
     reply_of,
     shared_usage,
+    thinking_parts,
 )
 from distill.traces.trace import ReasoningForm
 
@@ -40,8 +42,11 @@ class _Answer:
         self._content.append(joined_parts(delta.get("content"), "content"))
         self._form = self._form or next((name for name in REASONING if delta.get(name)), None)
         self._reasoning.append(joined_parts(delta.get(self._form or REASONING[0]), "reasoning"))
+        self._reasoning.append(joined_parts(thinking_parts(delta.get("content")), "reasoning"))
         self._tokens.add(chunk, choice)
-        if choice.get("finish_reason") is not None:
+        if choice.get("error"):
+            raise Reported(choice["error"])
+        if choice.get("finish_reason"):
             self.finish_reason = choice["finish_reason"]
 
     def reply(self, usage: object) -> Reply:
@@ -57,7 +62,7 @@ class Stream:
         self._usage: object = None
         self._rest = b""  # of a line whose end has not arrived
         self._answers: dict[int, _Answer] = {}
-        self._ended = False
+        self.ended = False  # as the server says; what may follow is no part of an answer
         self.deltas = 0  # parts with something of an answer
 
     def feed(self, part: bytes) -> None:
@@ -75,7 +80,7 @@ class Stream:
         replies: dict[int, Reply | Unreadable] = {}
         for index, answer in answers.items():
             try:
-                if not self._ended and answer.finish_reason is None:
+                if not self.ended and answer.finish_reason is None:
                     raise Unreadable("it was cut off in the middle")
                 replies[index] = answer.reply(usage)
             except Unreadable as error:
@@ -99,11 +104,11 @@ class Stream:
             return
         data = line[len(DATA) :].strip()
         if data == END:
-            self._ended = True
+            self.ended = True
             return
         chunk = as_object(read_json(data), "a part of the stream")
         if chunk.get("error"):
-            raise Unreadable("the server reported an error in the middle")
+            raise Reported(chunk["error"])
         self._usage = chunk.get("usage") or self._usage
         choices = chunk.get("choices") or []
         if not isinstance(choices, list):

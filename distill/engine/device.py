@@ -56,9 +56,14 @@ def memory_of(device: torch.device) -> int | None:
     return int(_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
+def host_memory() -> int:
+    """The memory of this machine, bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def refuse_more_than_host_memory(size: int) -> None:
     """Check that `size` bytes of experts that a GPU streams fit into the host's memory. Errors: ValueError."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = host_memory()
     if size > _SHARE * memory:
         raise ValueError(
             f"{size / GIB:.3g} GiB of experts do not fit on the GPU and not into this machine's memory of "

@@ -11,7 +11,7 @@ import torch
 
 from distill.engine.cache import state_bytes, token_bytes
 from distill.engine.checkpoint import Checkpoint
-from distill.engine.device import choose_device, memory_of, refuse_more_than_host_memory, refuse_too_large
+from distill.engine.device import choose_device, host_memory, memory_of, refuse_more_than_host_memory, refuse_too_large
 from distill.engine.families import FAMILIES, read_spec
 from distill.engine.fused import decode_plan
 from distill.engine.kernels import Ops, column_for, ops_for
@@ -94,8 +94,9 @@ def _sizes(spec: ModelSpec, options: EngineOptions, kernels: str, budget: int | 
         raise ValueError("kv_cache_dtype is 'fp8', which takes a GPU and dtype bfloat16; set 'auto'")
     cache_dtype = torch.uint8 if options.kv_cache_dtype == "fp8" else _dtype(options)
     cache_tokens, slots, share = options.cache_tokens, 0, _DEFAULT_CACHE_BYTES if budget is None else budget // 5
-    if spec.delta:  # half of what caches may take; with fewer slots than sequences, fewer run at once
-        slots = min(options.max_batch + 1, max(2, share // 2 // state_bytes(spec, 1)))
+    if spec.delta:  # with fewer slots than sequences, fewer run at once
+        for_states = host_memory() // 4 if budget is None else share // 2
+        slots = min(options.max_batch + 1, max(2, int(for_states // state_bytes(spec, 1))))
     if cache_tokens is None:
         each = token_bytes(spec, spec.num_layers + (drafts > 0), cache_dtype)
         left = max(share - state_bytes(spec, slots), 0)

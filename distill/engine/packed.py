@@ -20,6 +20,7 @@ from distill.engine.checkpoint import Checkpoint
 from distill.engine.kernels.four_bit import E2M1_VALUES, INT4_VALUES, MXFP4_GROUP, NVFP4_GROUP, FourBit
 
 _BYTES = ("U8", "I8")
+OF_CACHE = (".k_scale", ".v_scale", ".q_scale")  # endings of the scales of a quantised cache, which is not one here
 _NOT_READ = ("input_scale", "input_global_scale")  # of activations, which are not quantised here
 
 

@@ -34,7 +34,7 @@ from distill.engine.kernels import Ops
 from distill.engine.kernels.four_bit import FourBit
 from distill.engine.kernels.ops import ExpertBank, Packed
 from distill.engine.kernels.stored import FP8_BLOCK, Damaged, Fp8, Place, Plain, Stored, all_finite
-from distill.engine.packed import read_four_bit, scale_of
+from distill.engine.packed import OF_CACHE, read_four_bit, scale_of
 from distill.engine.spec import Indexer, Mla, ModelSpec, Moe
 from distill.engine.weights import (
     AttentionWeights,
@@ -412,7 +412,7 @@ class _Reader:
             draft = layer is not None and int(layer[1]) in drafts
             tied_head = spec.tied_embeddings and name == self.names.head
             others = name.startswith((*self.names.beside, *unused))
-            if not (draft or tied_head or others or name.endswith(self.names.computed)):
+            if not (draft or tied_head or others or name.endswith((*self.names.computed, *OF_CACHE))):
                 raise ValueError(
                     f"{self.checkpoint.where(name)} has no place in the model that config.json describes; "
                     "use the config.json that was published with these weights"

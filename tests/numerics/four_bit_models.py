@@ -107,6 +107,7 @@ def quantise(weight_nc: Tensor, name: str, form: str) -> tuple[dict[str, Tensor]
         stored[name + "_scale"] = scale
         stored |= {name + "_global_scale": (1 / of_all)[None]} if packed else {name + "_scale_2": of_all}
         stored[stem + ("input_global_scale" if packed else "input_scale")] = torch.ones(1)
+        stored |= {f"{stem}{each}_scale": torch.ones(()) for each in "kv"}  # of a cache in FP8
         used = scale.float() / (1 / of_all) if packed else scale.float() * of_all
     codes = ((blocks / used[..., None])[..., None] - values).abs().argmin(-1)
     rows = codes.view(n, c).tolist()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engine_checks import engine_logits, engine_options, relative_error, some_tokens
-from random_models import CONFIGS, LLAMA, SMOLLM3, V3, V3_YARN, YARN, Checkpoint, build, write
+from random_models import CONFIGS, KIMI_K2, LLAMA, SMOLLM3, V2, V3, V3_YARN, V32, YARN, Checkpoint, build, write
 from safetensors.torch import load_file
 
 from distill.engine import Engine
@@ -175,6 +175,35 @@ def test_every_key_has_a_type_and_a_range(key: str) -> None:
 def test_values_of_a_scaling_rule_are_checked(scaling: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="config: rope_scaling"):
         spec_of({**LLAMA, "rope_scaling": scaling})
+
+
+@pytest.mark.parametrize("config", [V3, V32, KIMI_K2], ids=["v3", "v32", "kimi-k2"])
+@pytest.mark.parametrize("key", ["n_group", "topk_group", "routed_scaling_factor"])
+def test_keys_of_the_router_whose_defaults_differ_between_programs_are_required(
+    key: str, config: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=key):
+        spec_of({name: value for name, value in config.items() if name != key})
+
+
+def test_without_a_method_v2_ignores_groups() -> None:
+    """As transformers does."""
+    spec = spec_of({key: value for key, value in V2.items() if key != "topk_method"})
+    assert spec.moe is not None and (spec.moe.groups, spec.moe.groups_kept) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_interleave", False),
+        ("indexer_rope_interleave", True),
+        ("num_experts", 8),
+        ("mlp_layer_types", ["sparse", "dense", "sparse"]),
+    ],
+)
+def test_other_forms_of_sparse_attention_are_refused(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=key):
+        spec_of({**V32, key: value})
 
 
 DEEPSEEK_WRONG: dict[str, tuple[object, ...]] = {

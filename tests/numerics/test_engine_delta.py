@@ -169,15 +169,15 @@ def test_samples_share_the_state_of_their_prompt_until_they_write(checkpoint: Ge
     assert engine._slots.free_pages == 3
 
 
-def test_states_take_half_of_the_memory_for_caches_at_most(
+def test_states_take_a_quarter_of_the_memory_at_most(
     checkpoint: GetCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With fewer slots than sequences fewer run at once, and give the same bits."""
     requests = [request(n, samples=3, length=9) for n in range(6)]
     expected = texts(small(checkpoint, max_batch=8), requests)
     each = state_bytes(small(checkpoint).spec, 1)
-    for room, slots in ((0, 2), (2 * 3 * each, 3), (1 << 40, 9)):
-        monkeypatch.setattr(loading, "_DEFAULT_CACHE_BYTES", room)
+    for memory, slots in ((0, 2), (4 * 3 * each, 3), (1 << 40, 9)):
+        monkeypatch.setattr(loading, "host_memory", lambda memory=memory: memory)
         engine = small(checkpoint, max_batch=8)
         assert engine._slots is not None and engine._slots.num_pages == slots
         assert texts(engine, requests) == expected

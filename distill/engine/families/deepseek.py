@@ -62,7 +62,12 @@ def read_deepseek(config: Config, family: str, router: Router) -> ModelSpec:
 
 
 def _moe(config: Config, router: Router) -> Moe:
-    grouped = config.text("topk_method", router.methods[-1]) != "greedy"
+    """Errors: ValueError, also for a missing key whose default would be another model in transformers."""
+    grouped = config.text("topk_method", router.methods[0]) != "greedy"
+    if router.scoring == "sigmoid":
+        for key in ("n_group", "topk_group"):
+            config.int(key)
+        config.float("routed_scaling_factor")
     moe = Moe(
         first_layer=config.int("first_k_dense_replace", least=0, most=MOST_LAYERS),
         num_experts=config.int("n_routed_experts", most=MOST_EXPERTS),

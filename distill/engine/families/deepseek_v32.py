@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from distill.engine.config import WIDEST, WIDEST_HEAD, Config
+from distill.engine.config import MOST_LAYERS, WIDEST, WIDEST_HEAD, Config
 from distill.engine.families.deepseek import read_deepseek
 from distill.engine.families.deepseek_v3 import ROUTER
 from distill.engine.families.family import Family
@@ -13,6 +13,8 @@ from distill.engine.spec import Indexer, ModelSpec
 
 def read(config: Config) -> ModelSpec:
     """The spec of a V3.2 config."""
+    config.only("rope_interleave", (True,))
+    config.only("indexer_rope_interleave", (False,))
     return read_sparse(config, "deepseek_v32")
 
 
@@ -24,6 +26,14 @@ def read_sparse(
     The indexer's queries are made from the query latent, which is required here.
     """
     config.int("q_lora_rank", most=WIDEST)
+    layers, experts = config.int("num_hidden_layers", most=MOST_LAYERS), config.int("n_routed_experts")
+    dense = min(config.int("first_k_dense_replace", least=0, most=MOST_LAYERS), layers)
+    if config.texts("mlp_layer_types") not in ([], ["dense"] * dense + ["sparse"] * (layers - dense)):
+        raise ValueError(
+            f"{config.where}: 'mlp_layer_types' is not {dense} times 'dense' ('first_k_dense_replace') and then "
+            "'sparse'; no other order is supported"
+        )
+    config.only("num_experts", (experts,))
     indexer = Indexer(
         heads=config.int("index_n_heads", most=WIDEST),
         head_dim=config.int("index_head_dim", most=WIDEST_HEAD),

@@ -24,12 +24,6 @@ def read(config: Config) -> ModelSpec:
     layers = config.int("num_hidden_layers", most=MOST_LAYERS)
     if any(kind != "indexed_attention" for kind in config.texts("layer_types")):
         raise ValueError(f"{config.where}: 'layer_types' has others than 'indexed_attention'; they are not supported")
-    dense = min(config.int("first_k_dense_replace", least=0, most=MOST_LAYERS), layers)
-    if config.texts("mlp_layer_types") not in ([], ["dense"] * dense + ["sparse"] * (layers - dense)):
-        raise ValueError(
-            f"{config.where}: 'mlp_layer_types' is not {dense} times 'dense' ('first_k_dense_replace') and then "
-            "'sparse'; no other order is supported"
-        )
     return read_sparse(config, "glm_moe_dsa", interleaved=True, shared_layers=_shared_layers(config, layers))
 
 
