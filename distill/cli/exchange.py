@@ -111,7 +111,7 @@ def export(
     """
     from distill.catalog import load_recipe, load_student, local_weights
     from distill.console import counted, say
-    from distill.traces.configs import check_readable, config_files, write_config
+    from distill.traces.configs import check_readable, check_template, config_files, write_config
     from distill.traces.exports import export_traces, file_type_of, stored_traces
 
     kind = file_type_of(out, file_type.value if file_type else None)
@@ -123,19 +123,25 @@ def export(
         if not (source / "recipe.yaml").is_file():
             raise UserError("--config needs a student: name it with --student; `distill students list` shows them")
         student = load_recipe(str(source / "recipe.yaml")).student
+    trains = load_recipe(str(source / "recipe.yaml")).train if (source / "recipe.yaml").is_file() else None
     card = load_student(student) if student and trainers else None
+    if card:
+        check_template(card)
     files = [out, *(path for trainer in trainers for path in config_files(trainer.value, out))]
     if out.is_dir() or (not force and any(path.exists() for path in files)):
         there = next(path for path in files if path.exists())
         fix = "name a file in it" if there.is_dir() else "choose another --out, or replace it with --force"
         raise UserError(f"{there}: exists already; {fix}")
+    if special := next((path for path in files if path.exists() and not path.is_file()), None):
+        raise UserError(f"{special}: not a regular file; choose another --out")
     taken, rows = export_traces(traces, form.value, out, kind)
     say(f"{counted(taken, 'trace')} in {counted(rows, 'row')} → {out}")
+    length = trains.max_length if trains else None
     written: dict[Path, None] = {}  # TRL and axolotl share a template
     for trainer in trainers:
         assert card is not None and student is not None
-        local = local_weights("student", student)
-        written |= dict.fromkeys(write_config(trainer.value, out, form.value, kind, card, str(local or card.weights)))
+        weights = str(local_weights("student", student) or card.weights)
+        written |= dict.fromkeys(write_config(trainer.value, out, form.value, kind, card, weights, length))
     for path in written:
         say(f"  {path}")
 

@@ -66,6 +66,7 @@ class NearPrompts(NearDuplicates):
     shingle: int = Field(2, ge=1, le=64, description="words in a shingle")
 
     name = "near_prompts"
+    version = 2  # other gold answers make other problems
     reasons: ClassVar[Mapping[str, str]] = {
         OK: "no similar prompt comes before it",
         "near_duplicate": "a similar prompt has traces too, and comes first in the order of their ids",
@@ -84,9 +85,9 @@ class NearPrompts(NearDuplicates):
         return " ".join(WORDS.findall(asked)) or asked
 
     def salt_of(self, trace: Trace) -> int:
-        """The numbers, operators and decisive words of the conversation, in order."""
+        """The numbers, operators and decisive words of the conversation, in order, and the gold answer."""
         tokens = TOKEN.findall(SEPARATOR.sub("", MARKUP.sub(" ", _asked(trace))))
-        decisive = " ".join(filter(None, map(_decisive, tokens)))
+        decisive = "\0".join((" ".join(filter(None, map(_decisive, tokens))), trace.prompt.answer or ""))
         return int.from_bytes(hashlib.blake2b(decisive.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
     def unit_of(self, judged: Judged) -> Key:

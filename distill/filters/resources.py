@@ -106,7 +106,8 @@ class RunResources(Resources):
     def _sources(self, name: str) -> Sequence[PromptSource]:
         card = catalog.load_benchmark(name)
         paths = self.recipe.eval.sources.get(card.name, ())
-        files = [_file_of(Path(path)) for path in ((paths,) if isinstance(paths, str) else paths)]
+        columns = tuple(source.question for source in card.sources if isinstance(source, FilePrompts | HubPrompts))
+        files = [_file_of(Path(path), columns) for path in ((paths,) if isinstance(paths, str) else paths)]
         return files or [_question_alone(source) for source in card.sources]
 
 
@@ -144,14 +145,16 @@ def _question_alone(source: PromptSource) -> PromptSource:
     return source.model_copy(update={**bare, "task": "chat"})
 
 
-def _file_of(path: Path) -> FilePrompts:
-    """A file of problems. Errors: UserError when it cannot be read or has no column with questions."""
+def _file_of(path: Path, columns: Sequence[str | None] = ()) -> FilePrompts:
+    """A file of problems. columns: with questions, of the benchmark that it is a copy of; before those that such files
+    usually have. Errors: UserError when it cannot be read or has no column with questions."""
     where, row = next(rows_of_file(path), (str(path), None))
     if row is None:
         raise UserError(f"{path}: no rows; give a file with at least one problem")
-    question = next((column for column in QUESTIONS if column in row), None)
+    searched = [*dict.fromkeys((*filter(None, columns), *QUESTIONS))]
+    question = next((column for column in searched if column in row), None)
     if question is None:
-        raise UserError(f"{where}: no column with questions ({', '.join(QUESTIONS)}); the columns are {listed(row)}")
+        raise UserError(f"{where}: no column with questions ({', '.join(searched)}); the columns are {listed(row)}")
     return FilePrompts(kind="file", path=str(path), question=question, answer=None, task="chat")
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from distill.grading.grade import Answer, Ruling, TaskGrader
 from distill.grading.math import FONT, gold_answer
-from distill.grading.math.extraction import scope_of
+from distill.grading.math.extraction import BEFORE, QUALITY, denied, scope_of
 from distill.prompts.boxes import boxed, last_box_end
 
 LONGEST, STATEMENTS = 400, 64
@@ -41,20 +41,15 @@ CHOSEN = re.compile(
     re.IGNORECASE,
 )
 SENTENCE_END = re.compile(r"\n|(?<=[\w)*])[.!?]\**(?=\s|$)|。")
-BEFORE = 40  # characters before a statement that say what it is about
-QUALITY = r"(?:(?:the|an?|my|correct|right|best|final|most|plausible)\W+){0,4}"
-REJECTED = re.compile(
-    rf"(?:\b(?:incorrect|wrong|false|other|another|not|neither|than|tempting|rejected|eliminated|remaining)|n't)\W+"
-    rf"{QUALITY}$",
-    re.IGNORECASE,
-)
 SUPPOSED = re.compile(rf"\b(?:if|unless|whether|suppose|assuming|when)\W+{QUALITY}$", re.IGNORECASE)
 PREFERRED = re.compile(r"\b(?:correct|right|best|final|my|chosen)\W+$", re.IGNORECASE)
-CONDITION = re.compile(r"\W*[A-Ja-j]\b\W*(?:only )?(?:if|when|unless|assuming|provided)\b")
+CONDITION = re.compile(r"\W*[A-Ja-j]\b\W*(?:(?:only )?(?:if|when|unless|assuming|provided)|only (?:in|for|under))\b")
 
 
 class ChoiceGrader(TaskGrader):
     """Compares letters; needs no parser."""
+
+    version = 2  # what others may think is no answer
 
     def gold(self, text: str) -> str:
         """The gold letter, as a data set gives it; the text where it names none."""
@@ -106,7 +101,7 @@ def _marks(scope: str, tagged: bool) -> list[_Mark]:
     for match in deque(STATED.finditer(scope), STATEMENTS):
         text = SENTENCE_END.split(scope[match.end() : match.end() + LONGEST], maxsplit=1)[0]
         before = scope[max(0, match.start() - BEFORE) : match.start()]
-        if not text or r"\boxed" in text or REJECTED.search(before):
+        if not text or r"\boxed" in text or denied(scope, match.start()):
             continue
         text = CHOSEN.sub("", text, count=1).strip()
         called_right = match["what"] is None or match["what"].lower().startswith("answer") or PREFERRED.search(before)

@@ -23,7 +23,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from functools import lru_cache
 
 from distill.errors import WorkError
@@ -39,6 +39,8 @@ from distill.prompts.prompt import outside_blocks
 
 BLOCK = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 PYTHON = ("", "python", "py", "python3", "python2", "pycon")
+INPUT = re.compile(r"\binput\(|\bsys\.stdin|\bopen\(0")
+PRINTED = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][+-]?\d{1,4})?")  # a number, as programs print it
 SUBSTANCE = re.compile(r"^(?:async )?(?:def|class) |\binput\(|\bsys\.stdin|\bopen\(0", re.MULTILINE)
 OTHER_THAN_TESTS = re.compile(
     r"^(?:async )?def (?!test)|^class (?!Test)|\binput\(|\bsys\.stdin|\bopen\(0", re.MULTILINE
@@ -73,6 +75,7 @@ TESTED = ("python", "python3", "py")
 class CodeGrader(TaskGrader):
     """Runs programs against their tests, each of which has `seconds` of processor time."""
 
+    version = 2  # numbers as programs print them; a program that reads before one that only defines
     lazy = True  # few runs have code, and a zygote takes half a second
     votes = False
     packages = ("python",)  # which runs the programs
@@ -173,7 +176,8 @@ def find_program(response: str, names: frozenset[str] = frozenset()) -> Answer |
     if names and (program := joined_program([text for tag, text in blocks if tag in PYTHON], names)):
         return Answer(program, "code block")
     if blocks:
-        return Answer(max(enumerate(blocks), key=lambda block: (_rank(*block[1]), block[0]))[1][1], "code block")
+        ranks = [(_rank(tag, text, not names), number) for number, (tag, text) in enumerate(blocks)]
+        return Answer(blocks[max(ranks)[1]][1], "code block")
     if scope.strip() and _parses(scope.strip()) and re.search(r"[=(]", scope):
         return Answer(scope.strip(), "whole response")
     if scope.strip() and scope[:1] in " \t" and _parses(f"def f():\n{scope.rstrip()}\n"):
@@ -188,10 +192,12 @@ def _blocks(scope: str) -> list[tuple[str, str]]:
     return [(tag.lower(), textwrap.dedent(text)) for _, tag, text in BLOCK.findall(scope) if text.strip()]
 
 
-def _rank(tag: str, text: str) -> int:
-    """How likely a block is the program; of equal blocks the last counts."""
+def _rank(tag: str, text: str, reads: bool) -> int:
+    """How likely a block is the program; of equal blocks the last counts. reads: it is to read input and print."""
     if tag not in PYTHON:
         return 0
+    if reads and INPUT.search(text) and "print" in text:
+        return 6
     if SUBSTANCE.search(text):
         return 5 if OTHER_THAN_TESTS.search(text) else 4
     if tag:
@@ -314,10 +320,9 @@ def compare_output(output: str, wanted: str) -> Ruling:
 
 
 def _number(text: str) -> Decimal | None:
-    try:
-        number = Decimal(text)
-    except InvalidOperation:
+    if not PRINTED.fullmatch(text):  # 007 and 1_000 are texts
         return None
+    number = Decimal(text)
     return number if number.is_finite() and -400 < number.adjusted() < 400 else None
 
 

@@ -184,11 +184,15 @@ def _generate(
 
 
 def _teacher_rate(recipe: "Recipe", measured: Measured | None, hardware: Sequence[Hardware]) -> float | None:
-    if hardware:
-        card = catalog.load_teacher(recipe.teacher)
-        size = card.parameters * published_bytes(card.family)
-        return decoding_rate(card.active_parameters, size, hardware[0])
-    return measured.rate if measured else None
+    """Of the hardware, unless a provider has the teacher. The local engine has all of it on each device, a server
+    shares it out."""
+    if not hardware or catalog.price_of(recipe) is not None:
+        return measured.rate if measured else None
+    card, machine = catalog.load_teacher(recipe.teacher), hardware[0]
+    size = card.parameters * published_bytes(card.family)
+    if catalog.server_of(recipe) is None and size * 1e9 > 0.9 * machine.memory:
+        return None
+    return decoding_rate(card.active_parameters, size, machine)
 
 
 def _filter(recipe: "Recipe", traces: Traces) -> StagePlan:
@@ -331,7 +335,9 @@ def _show(
         say(described(plan.judgements))
     _say_hours(recipe, plan, hardware)
     if recipe.price_per_hour is not None and (hours := [s.hours.value for s in plan.stages if s.hours]):
-        say(f"machine: {sum(hours) * recipe.price_per_hour:,.2f} at {recipe.price_per_hour:g} an hour")
+        unknown = [s.stage for s in plan.stages if not s.hours and s.money is None]
+        without = f", without {' and '.join(unknown)}, whose hours are not known" if unknown else ""
+        say(f"machine: {sum(hours) * recipe.price_per_hour:,.2f} at {recipe.price_per_hour:g} an hour{without}")
     if recipe.reads_traces:
         say("eval: answers as long as the teacher's traces")
     else:
@@ -346,7 +352,12 @@ def _say_hours(recipe: "Recipe", plan: Plan, hardware: Sequence[Hardware]) -> No
         if "rollouts" in stages:
             say(f"hours of scoring: one pass over the rollouts at {UTILISATION:.0%}, and the graders")
         if plan.stages[0].stage == "generate" and plan.stages[0].hours is None:
-            say(f"hours of generate: the teacher's weights do not fit on {hardware[0].name}, or nothing is sampled")
+            if catalog.price_of(recipe) is not None:
+                say("hours of generate: the provider's, which are not known before some samples")
+            elif catalog.server_of(recipe) is None:
+                say(f"hours of generate: the teacher does not fit on one GPU of {hardware[0].name}; name a `server`")
+            else:
+                say(f"hours of generate: the teacher's weights do not fit on {hardware[0].name}")
     elif plan.measured:
         say(
             f"hours of generate: at the measured {plan.measured.rate:,.0f} tokens/s with {plan.measured.at_once:,} "

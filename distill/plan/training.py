@@ -92,7 +92,7 @@ def plan_training(
     settings = recipe.train
     data = count(recipe, directory, traces, mean, expected)
     shape = model_size.shape(config)
-    per_step = settings.batches_per_step(1) * settings.per_device_train_batch_size
+    per_step = settings.batches_per_step(1) * rows_per_batch(settings, data)
     steps = data.steps or settings.max_steps or round(-(-data.rows // per_step) * settings.num_train_epochs)
     over = f"in {data.steps:,} steps" if data.steps else "per epoch"
     epochs = "" if data.steps else f"{settings.num_train_epochs:g} epochs, "
@@ -236,9 +236,16 @@ def trained_tokens(settings: "Train", data: Data) -> float:
     if data.steps:
         return float(data.tokens)
     if settings.max_steps:
-        rows = settings.max_steps * settings.batches_per_step(1) * settings.per_device_train_batch_size
+        rows = settings.max_steps * settings.batches_per_step(1) * rows_per_batch(settings, data)
         return data.tokens / max(data.rows, 1) * rows
     return data.tokens * settings.num_train_epochs
+
+
+def rows_per_batch(settings: "Train", data: Data) -> int:
+    """Rows of one forward pass on a device; a pack holds as many as its tokens allow."""
+    mean = data.tokens / max(data.rows, 1)
+    packed = max(1, int(settings.max_length // max(mean, 1))) if settings.packing else 1
+    return packed * settings.per_device_train_batch_size
 
 
 def configuration(recipe: "Recipe", card: "StudentCard") -> "PretrainedConfig":

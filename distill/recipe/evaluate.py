@@ -1,19 +1,30 @@
 """`eval:` in a recipe."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from distill.grading.sandbox.levels import Level
 from distill.section import Free, Section
+
+T = TypeVar("T")
+
+
+def _each_once(names: tuple[T, ...]) -> tuple[T, ...]:
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"names {twice[0]} twice; name each once")
+    return names
 
 
 class Eval(Section):
     """Stage 4: the scores of the base, the student and the teacher on the same problems."""
 
-    benchmarks: Annotated[tuple[str, ...], Free] = Field(description="names from the catalog, or paths of cards")
-    models: Annotated[tuple[Literal["base", "student", "teacher"], ...], Free] = Field(
-        ("base", "student", "teacher"), description="models that are scored"
+    benchmarks: Annotated[tuple[str, ...], AfterValidator(_each_once), Free] = Field(
+        min_length=1, description="names from the catalog, or paths of cards"
+    )
+    models: Annotated[tuple[Literal["base", "student", "teacher"], ...], AfterValidator(_each_once), Free] = Field(
+        ("base", "student", "teacher"), min_length=1, description="models that are scored"
     )
     samples: Annotated[int | None, Free] = Field(None, ge=1, description="answers per problem; null: the card's")
     limit: Annotated[int | None, Free] = Field(

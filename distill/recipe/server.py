@@ -30,6 +30,10 @@ def _without_credentials(urls: str | tuple[str, ...]) -> str | tuple[str, ...]:
     for url in (urls,) if isinstance(urls, str) else urls:  # stored and published with the run
         if "@" in url.partition("://")[2].partition("/")[0]:
             raise ValueError("should hold no user or password; give them by `headers` and an environment variable")
+        if "?" in url or "#" in url:
+            raise ValueError("should have no query (?…) or fragment (#…); give a key by `api_key_env` or `headers`")
+        if not re.match(r"https?://[^/\s]", url):
+            raise ValueError("should be an OpenAI-compatible address such as http://localhost:8000/v1")
     return urls
 
 

@@ -48,6 +48,7 @@ READS: dict[Trainer, tuple[Format, ...]] = {
     "llama-factory": ("messages", "sharegpt", "openr1"),
 }
 REGISTRY = "dataset_info.json"  # where LLaMA-Factory looks for the data sets of a directory
+TEMPLATES = ("chatml", "llama3")  # of students; without one, ChatML
 CONTEXT = 32_768  # tokens of a row at most; longer students are given this much too
 
 
@@ -59,15 +60,34 @@ def check_readable(trainer: Trainer, form: Format) -> None:
         )
 
 
+def check_template(student: StudentCard) -> None:
+    """Raise UserError when a student has a chat template that is not written for other trainers."""
+    if student.chat_template not in (None, *TEMPLATES):
+        raise UserError(
+            f"--config writes the chat templates {' and '.join(TEMPLATES)}, and {student.name} has "
+            f"{student.chat_template}; export without --config"
+        )
+
+
 def write_config(
-    trainer: Trainer, out: Path, form: Format, file_type: str, student: StudentCard, weights: str
+    trainer: Trainer,
+    out: Path,
+    form: Format,
+    file_type: str,
+    student: StudentCard,
+    weights: str,
+    max_length: int | None = None,
 ) -> list[Path]:
-    """Write the configuration beside the exported file `out`; return the files. weights: a hub id, or a directory."""
+    """Write the configuration beside the exported file `out`; return the files. weights: a hub id, or a directory.
+    max_length: tokens of a row, of a run that trains the student; None: as many as the student's context has.
+
+    Errors: UserError for a student with another chat template than `chatml` and `llama3`."""
     check_readable(trainer, form)
+    check_template(student)
     llama = student.chat_template == "llama3"
     template = out.with_name(f"{out.stem}.jinja")
     config = out.with_name(f"{out.stem}.{trainer}.yaml")
-    length = min(student.context, CONTEXT)
+    length = max_length or min(student.context, CONTEXT)
     loader = "json" if file_type == "jsonl" else "parquet"
     written = {config: "", template: _LLAMA3 if llama else _CHATML}
     if trainer == "trl":

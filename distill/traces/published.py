@@ -104,6 +104,11 @@ def _rows(source: "HubTraces | FileTraces", every: bool = False) -> tuple[Iterat
         whole, path = f"{source.dataset} ({source.split})", Path(source.dataset)
         rows, name = rows_of_dataset(dataset, whole), path.name if path.is_absolute() else source.dataset
         names = dataset.column_names
+    if source.answer is not None and source.answer == source.response:
+        raise UserError(
+            f"{name}: column {source.answer} is named as the response and as the gold answer, so each trace "
+            f"would be correct; leave the answer out, or name the column with the gold answer"
+        )
     if names is not None and not source.response and not is_known(names):
         raise no_layout(names, name)
     for column in named if names is not None else ():
@@ -113,8 +118,11 @@ def _rows(source: "HubTraces | FileTraces", every: bool = False) -> tuple[Iterat
 
 
 def _gold_columns(source: "HubTraces | FileTraces") -> tuple[str, ...]:
-    """The columns in which a gold answer is looked for, in order."""
-    return (source.answer,) if source.answer else (*GOLD_OF_TASK.get(source.task or "math", ()), *GOLD)
+    """The columns in which a gold answer is looked for, in order: the named one, else all but those that are named as
+    something else."""
+    taken = (source.question, source.reasoning, source.response)
+    searched = (*GOLD_OF_TASK.get(source.task or "math", ()), *GOLD)
+    return (source.answer,) if source.answer else tuple(name for name in searched if name not in taken)
 
 
 def _mentions(path: Path, column: str) -> bool:

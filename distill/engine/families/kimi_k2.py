@@ -32,4 +32,5 @@ def read(config: Config) -> ModelSpec:
     return read_deepseek(config, "kimi_k2", ROUTER)
 
 
-FAMILY = Family("kimi_k2", read, split=SPLIT, published_bytes=1, has_experts=True)
+# Of K2-Thinking, whose card has weights; K2 and K2-Instruct are published in FP8, a byte each.
+FAMILY = Family("kimi_k2", read, split=SPLIT, published_bytes=0.6, has_experts=True)

@@ -98,8 +98,17 @@ def _unlike(one: Value, other: Value) -> Verdict:
     if isinstance(one, Congruence) and isinstance(other, Scalar):
         return True if one.left is None and one.right == other.expression else None
     if isinstance(one, Equation) and isinstance(other, Scalar):
-        return False
+        return _stated_by(one, other)
     return None
+
+
+def _stated_by(equation: Equation, scalar: Scalar) -> Verdict:
+    """An equation that says what several letters make together, `m + n = 104`, beside a number. One with a single
+    letter may be one to solve."""
+    for number, other in ((equation.left, equation.right), (equation.right, equation.left)):
+        if not number.free_symbols and other.free_symbols:
+            return None if len(other.free_symbols) == 1 else same(number, scalar.expression)
+    return False
 
 
 def _alike(gold: Value, answer: Value) -> Verdict:
@@ -152,6 +161,8 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
             return False if verdict is not None or not kinds - {"(]", "[)"} else None
         return False if verdict is False else None
     if len(ordered) == 1:
+        if any(not sequence.brackets and _enumerates(sequence) for sequence in (gold, answer)):
+            return None  # solutions beside an interval or a point
         if _in_order(gold.items, answer.items):
             return True if "{}" not in kinds else None
         return False if _in_any_order(gold.items, answer.items) is False else None
@@ -161,6 +172,12 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
         verdict = _in_any_order(_distinct(gold.items), _distinct(answer.items))
         return verdict if len(gold.items) == len(answer.items) or not verdict else None
     return _in_any_order(gold.items, answer.items)
+
+
+def _enumerates(sequence: Sequence) -> bool:
+    """Whether a list without brackets says that its items are solutions: `x = 1, x = 2`, `1 or 2`, `n = 1, 2`."""
+    labels = {item.label for item in sequence.items if isinstance(item, Labelled)}
+    return sequence.alternatives or len(labels) == 1
 
 
 def _lists_of_regions(gold: Sequence, answer: Sequence) -> Verdict:
@@ -185,6 +202,8 @@ def _in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict
     if len(gold) != len(answer):
         return False
     labels = [[item.label for item in items if isinstance(item, Labelled)] for items in (gold, answer)]
+    if min(map(len, labels)) == 0 and len({label.partition("_")[0] for each in labels for label in each}) > 1:
+        return None  # m = 3, n = 5 beside 5, 3
     if set(labels[0]) == set(labels[1]) and len(set(labels[0])) == len(labels[0]) == len(labels[1]) == len(gold) > 1:
         by_label = {item.label: item for item in answer if isinstance(item, Labelled)}
         verdict = all_of(equal(item, by_label[item.label]) for item in gold if isinstance(item, Labelled))

@@ -20,6 +20,8 @@ FRACTIONS = [  # where variables are tried: positive, small and large, no specia
     (3, 7), (5, 11), (2, 13), (8, 17), (11, 23), (9, 19), (4, 29), (12, 31),
     (13, 5), (17, 7), (29, 11), (23, 9), (31, 13), (41, 17), (37, 8), (43, 19),
 ]  # fmt: skip
+PARAMETERS = set("klmnt")
+INTEGERS = [(value, 1) for value in (2, 7, 5, 11, 3, 8, 13, 17, 4, 19, 6, 23, 9, 10, 29, 31)]
 
 
 def same(one: sympy.Expr, other: sympy.Expr) -> bool | None:
@@ -37,9 +39,10 @@ def same(one: sympy.Expr, other: sympy.Expr) -> bool | None:
     symbols = sorted(difference.free_symbols, key=str)
     if not symbols:
         return _constants(difference)
-    different = _differ(difference, symbols)
+    different = _differ(difference, symbols, FRACTIONS)
     if different:
-        return None if unknown else False
+        counted = _counts(difference) and _differ(difference, symbols, INTEGERS) is False
+        return None if unknown or counted or _renamed(one, other) else False
     return True if different is False and _vanishes(difference) else None
 
 
@@ -64,19 +67,38 @@ def _certain(constant: sympy.Expr) -> sympy.Expr | None:
     return None
 
 
-def _differ(difference: sympy.Expr, symbols: list[sympy.Symbol]) -> bool | None:
-    """True: different at every point; False: at none; None: at some, or it could not be evaluated."""
+def _counts(difference: sympy.Expr) -> bool:
+    """Whether letters may stand for integers only: they are rounded, count signs, or turn by whole angles."""
+    turned = difference.atoms(sympy.sin, sympy.cos, sympy.tan)
+    return (
+        difference.has(sympy.floor, sympy.ceiling)
+        or any(power.base == -1 and power.exp.free_symbols for power in difference.atoms(sympy.Pow))
+        or any(function.args[0].has(sympy.pi) and function.free_symbols for function in turned)
+    )
+
+
+def _renamed(one: sympy.Expr, other: sympy.Expr) -> bool:
+    """Whether both are the same sum but for the name of one letter that stands for any integer: 2k + 1 and 2n + 1."""
+    own, its = one.free_symbols - other.free_symbols, other.free_symbols - one.free_symbols
+    if not one.is_Add or len(own) != 1 or len(its) != 1 or not {str(*own), str(*its)} <= PARAMETERS:
+        return False
+    return bool(sympy.expand(one - other.xreplace({its.pop(): own.pop()})) == 0)
+
+
+def _differ(difference: sympy.Expr, symbols: list[sympy.Symbol], values: list[tuple[int, int]]) -> bool | None:
+    """True: different at every point; False: at none; None: at some, or it could not be evaluated. values: that the
+    variables take, as fractions."""
     outcomes = set()
     large = any(
         power.exp.is_Integer and abs(power.exp) > 500
         for power in difference.atoms(sympy.Pow)
         if power.base.free_symbols
     )
-    if large or len(symbols) > len(FRACTIONS):
+    if large or len(symbols) > len(values):
         return None
-    for offset in range(0, len(FRACTIONS), 4):
-        values = FRACTIONS[offset:] + FRACTIONS[:offset]
-        point = {symbol: sympy.Rational(*value) for symbol, value in zip(symbols, values, strict=False)}
+    for offset in range(0, len(values), 4):
+        turned = values[offset:] + values[:offset]
+        point = {symbol: sympy.Rational(*value) for symbol, value in zip(symbols, turned, strict=False)}
         try:
             outcomes.add(_certain(difference.subs(point)) is not None)
         except ArithmeticError:  # not finite there: the other points decide

@@ -32,6 +32,21 @@ STATED = re.compile(
     "|\u7b54\u6848[*_]*\\s*(?:\u662f|\u4e3a|:|\uff1a)+[*_\\s:\uff1a]*",
     re.IGNORECASE | re.MULTILINE,
 )
+SAID = re.compile(r"^\W*(?!and\b|or\b)[A-Za-z]{2,}\s*[:,]|,\s*(?!and\b|or\b)[A-Za-z]{2,}\W*$")  # Sum: 10; 10, QED
+BEFORE, LONGEST_SENTENCE = 40, 400  # characters before a statement that say what it is about
+QUALITY = r"(?:(?:the|an?|my|correct|right|best|final|most|plausible)\W+){0,4}"
+REJECTED = re.compile(
+    rf"(?:\b(?:incorrect|wrong|false|other|another|not|neither|than|tempting|rejected|eliminated|remaining)|n't)[^\w.!?\n]+"
+    rf"{QUALITY}$"
+    rf"|\b(?:some|many|people|students|others?|one|you)\b[^.\n]{{0,20}}\b(?:think|say|guess|believe|assume|claim)\W+"
+    rf"(?:that\W+)?{QUALITY}$",
+    re.IGNORECASE,
+)
+OPENING = re.compile(
+    r"(?:\W|\b(?:so|thus|hence|therefore|then|and|the|my|our|final|correct|right|which|this|that|gives?|means|finally|in|"
+    r"conclusion|summary|overall|is|we|have|get|find)\b)*",
+    re.IGNORECASE,
+)
 CONTRAST = re.compile(r"\s*,\s*(?:and\s+|but\s+)?not\s[^,]*$")  # "5, not 6"
 DISPLAY = re.compile(r"(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
 SENTENCE_END = re.compile("\u3002|" r"!{3,}\**(?:\s|$)|[.!?]\**(?:\s|$)|(?<=[\w)}\]])\.(?=[A-Z])")
@@ -57,7 +72,7 @@ def final_answer(response: str) -> Answer | None:
     scope, tagged = scope_of(_unescaped(response))
     box = boxed(scope)
     stated, begin = _stated(scope)
-    if box and stated and begin >= last_box_end(scope) and _is_formula(stated):
+    if box and stated and begin >= last_box_end(scope) and _replaces_a_box(scope, begin, stated):
         return Answer(_trim(stated), "stated")
     plain = not stated or _is_formula(stated)
     for method, text in (
@@ -66,7 +81,7 @@ def final_answer(response: str) -> Answer | None:
         ("tag", _one_line(scope) if tagged else None),
         ("hashes", hashes(scope)),
         ("stated" if plain else "sentence", stated),
-        ("bare", _one_line(scope) if _is_formula(scope) and not has_words(scope) else None),
+        ("bare", _one_line(scope) if _is_formula(scope) and not has_words(scope) and not SAID.search(scope) else None),
         ("last line", scope.splitlines()[-1] if scope else None),
     ):
         if text and not (method != "boxed" and CUT_OFF_BOX.search(text)):
@@ -114,7 +129,7 @@ def formulas(line: str) -> list[str]:
 
 def _stated(text: str) -> tuple[str | None, int]:
     """Return the text after the last "answer is" or "answer:", up to the end of its sentence, and its start offset."""
-    matches = list(STATED.finditer(text))
+    matches = [match for match in STATED.finditer(text) if not denied(text, match.start())]
     if not matches:
         return None, 0
     end = matches[-1].end()
@@ -125,6 +140,21 @@ def _stated(text: str) -> tuple[str | None, int]:
         return text[end:box], matches[-1].start()
     line = rest.partition("\n")[0]
     return CONTRAST.sub("", SENTENCE_END.split(line, maxsplit=1)[0]) or None, end
+
+
+def denied(text: str, place: int) -> bool:
+    """Whether the words before a statement say that its answer is not the right one: "a common wrong answer is"."""
+    return REJECTED.search(text, max(0, place - BEFORE), place) is not None
+
+
+def _replaces_a_box(text: str, begin: int, stated: str) -> bool:
+    """Whether a statement after a box says the answer anew: a formula and no word, in a sentence that begins with the
+    statement. "The answer is correct" and "for n = 3 the answer is 6" do not."""
+    before = text[max(0, begin - LONGEST_SENTENCE) : begin]
+    match = list(STATED.finditer(before + " "))
+    sentence = SENTENCE_END.split(before[: match[-1].start()] if match else before)[-1].rpartition("\n")[2]
+    number = re.search(r"[\d\\=+*/^]|\bpi\b", stated) or len(_trim(stated)) == 1
+    return bool(number) and _is_formula(stated) and OPENING.fullmatch(sentence) is not None
 
 
 def _is_formula(text: str) -> bool:

@@ -14,6 +14,7 @@ from distill.grading.math.lexer import tokens
 from distill.grading.math.notation import date, number_in_words, numeral_in_base, rewritten, time_of_day
 from distill.grading.math.reader import Reader, named_set
 from distill.grading.math.spelling import FONT, cleaned
+from distill.grading.math.units import NUMBERS
 from distill.grading.math.values import Labelled, Scalar, Sequence, Unreadable, Value, Words
 
 LONGEST = 8000  # characters, before typesetting is removed: some of the patterns below take quadratic time
@@ -26,6 +27,11 @@ CURRENCY = {
     "\N{INDIAN RUPEE SIGN}": "rupee",
 }
 SIGN = r"(?:\\?\$|[\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}\N{INDIAN RUPEE SIGN}])"
+IN_WORDS = re.compile(
+    r"(?:\\(?:text|mathrm)\{)?(\d{1,2})\s*(?:\\(?:text|mathrm)\{)?\s*\(([A-Za-z]{3,9})\)\s*\}?"
+)  # 4 (four)
+SIGN_AS_TEXT = re.compile(r"\\(?:text|mathrm)\{\s*(\\?\$)((?:[\d.,!\\]|\{,\})*)\s*\}")  # \text{\$}5, \text{\$5}
+SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!)\s*(?=\d)")  # of thousands, as LaTeX sets it
 SCALE = r"(?:thousand|million|billion|trillion)"
 BEFORE = re.compile(
     rf"({SIGN})\s*(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?:\s*(?:\\(?:text|mathrm)\{{\s*({SCALE})\s*\}}|({SCALE})))?"
@@ -65,6 +71,8 @@ def readings(text: str) -> list[Value]:
     if len(text) > LONGEST:
         raise Unreadable("too long")
     plain = re.sub(TRAILING, "", cleaned(_money(_listed(text))))
+    if (repeated := IN_WORDS.fullmatch(plain)) and NUMBERS.get(repeated[2].lower()) == int(repeated[1]):
+        plain = repeated[1]
     if (option := OPTION.fullmatch(plain)) and not JOINED.match(option[3]):
         return _option(option[1] or option[2], option[3].strip())
     variants = [plain]
@@ -119,6 +127,7 @@ def _listed(text: str) -> str:
 
 def _money(text: str) -> str:
     """Amounts with their currency as a unit after them; dollar signs that are math delimiters are removed."""
+    text = re.sub(SEPARATOR, ",", re.sub(SIGN_AS_TEXT, r"\1\2", text))
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
         text = re.sub(r"(?<!\\)\$", " ", text)
 
