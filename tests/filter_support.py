@@ -39,7 +39,7 @@ def make_trace(text: str = GOOD, question: str = "20 + 22?", sample: int = 0, to
 
 
 def make_recipe(table: Filter | None = None, **settings: Any) -> Recipe:
-    names = {"name": "r", "teacher": "t", "student": "s", "eval": {"benchmarks": []}}
+    names = {"name": "r", "teacher": "t", "student": "s", "eval": {"benchmarks": ["tiny-arithmetic"]}}
     prompts = settings.pop("prompts", [{"kind": "procedural", "name": "arithmetic"}])
     recipe = Recipe.model_validate(names | {"prompts": prompts, "filter": settings})
     return recipe if table is None else recipe.model_copy(update={"filter": table})

@@ -221,7 +221,7 @@ def recipe(decontaminate: object, **evaluation: object) -> Recipe:
             "student": "tiny-qwen",
             "prompts": [{"kind": "procedural", "name": "arithmetic"}],
             "filter": {"decontaminate": decontaminate},
-            "eval": {"benchmarks": []} | evaluation,
+            "eval": {"benchmarks": ["tiny-arithmetic"]} | evaluation,
         }
     )
 

@@ -115,7 +115,7 @@ def recipe(**filters: object) -> Recipe:
             "student": "tiny-qwen",
             "prompts": [{"kind": "procedural", "name": "arithmetic"}],
             "filter": filters,
-            "eval": {"benchmarks": []},
+            "eval": {"benchmarks": ["tiny-arithmetic"]},
         }
     )
 

@@ -41,7 +41,7 @@ def recipe_of(source: Path, **more: Any) -> Recipe:
             "student": "s",
             "traces": [{"path": str(source)} | kind | more.pop("source", {})],
             "filter": {"format": False},
-            "eval": {"benchmarks": []},
+            "eval": {"benchmarks": ["tiny-arithmetic"]},
         }
         | more
     )

@@ -123,6 +123,7 @@ def test_every_recipe_is_planned_without_network(name, tmp_path, monkeypatch, ca
     plan = stages.plan_recipe(recipe, tmp_path / "nowhere", ["8xH200"])
     sampling = any(training.objective.rollout_settings for training in recipe.train.trainings)
     teaching, learning = ["generate", "filter"] * recipe.reads_traces, ["rollouts", "scoring"] * sampling
+    learning += ["answers"] * any(training.own for training in recipe.train.trainings)
     assert [stage.stage for stage in plan.stages] == [*teaching, *learning, "train", "eval"]
     wide = capsys.readouterr().out.partition("All stages")[2].splitlines()[: 3 + len(plan.stages)]
     assert max(map(len, wide)) <= 80
