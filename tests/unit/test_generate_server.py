@@ -142,7 +142,7 @@ def test_the_key_is_sent_and_is_in_no_file_and_no_message(recipe, tmp_path, monk
             "no model 'other'; choose one with --name, or in a recipe with server.model: scripted",
         ),
         ({"url": "http://127.0.0.1:9/v1"}, {}, "no model server answers there"),
-        ({"url": "nowhere"}, {}, "not the address of a server"),
+        ({"url": "nowhere"}, {}, "should be an OpenAI-compatible address"),
         (
             {},
             {"train": {"objective": {"kind": "logits"}}},

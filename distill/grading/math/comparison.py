@@ -72,6 +72,8 @@ def equal(gold: Value, answer: Value) -> Verdict:
             return _labelled(one, other)
     if isinstance(gold, Words) or isinstance(answer, Words):
         return _words(gold, answer)
+    if isinstance(gold, Scalar) and isinstance(answer, Equation):
+        return _stated_by(answer, gold)
     if type(gold) is type(answer):
         return _alike(gold, answer)
     verdicts = [_unlike(one, other) for one, other in ((gold, answer), (answer, gold))]
@@ -98,16 +100,16 @@ def _unlike(one: Value, other: Value) -> Verdict:
     if isinstance(one, Congruence) and isinstance(other, Scalar):
         return True if one.left is None and one.right == other.expression else None
     if isinstance(one, Equation) and isinstance(other, Scalar):
-        return _stated_by(one, other)
+        return False
     return None
 
 
 def _stated_by(equation: Equation, scalar: Scalar) -> Verdict:
-    """An equation that says what several letters make together, `m + n = 104`, beside a number. One with a single
-    letter may be one to solve."""
+    """An answer that says what several letters make together, `m + n = 104`, for a number. One with a single letter may
+    be one to solve, and one that makes zero a relation."""
     for number, other in ((equation.left, equation.right), (equation.right, equation.left)):
         if not number.free_symbols and other.free_symbols:
-            return None if len(other.free_symbols) == 1 else same(number, scalar.expression)
+            return None if len(other.free_symbols) == 1 or number == 0 else same(number, scalar.expression)
     return False
 
 
