@@ -184,8 +184,8 @@ def _generate(
 
 
 def _teacher_rate(recipe: "Recipe", measured: Measured | None, hardware: Sequence[Hardware]) -> float | None:
-    """Of the hardware, unless a provider has the teacher. The local engine has all of it on each device, a server
-    shares it out."""
+    """Tokens a second on the first machine; what was measured, where a provider has the teacher. The local engine keeps
+    the whole model on every device, a server splits it among them."""
     if not hardware or catalog.price_of(recipe) is not None:
         return measured.rate if measured else None
     card, machine = catalog.load_teacher(recipe.teacher), hardware[0]

@@ -95,7 +95,6 @@ class MathGrader(TaskGrader):
     """Numbers, expressions, sets and intervals, by the functions above."""
 
     version = 2  # money in LaTeX, equations of several letters, statements after a box
-
     packages = ("sympy",)
 
     def prepare(self) -> None:

@@ -55,6 +55,7 @@ def prepare(
     elif (rows := stored.load(paths.tokens, fingerprint)) is not None:
         for line in rows.proved:
             say(line)
+        check_steps(rows, settings, processes)
         memory.check(recipe, rows, model.configuration(weights, settings), processes)
         return rows
     chat = models.base.chat
