@@ -70,17 +70,16 @@ def run_recipe(
             require_ray()
     with Run(directory, recipe, verify, on) as run:
         _look_ahead(run, names, fresh)
-        if not run.begun("filter"):
+        moved = list(STAGES)[min(map(list(STAGES).index, fresh)) :] if fresh else []
+        if "filter" in moved or not run.begun("filter"):
             if "filter" in names:
                 filters.load_resources(recipe)
             elif "generate" in names:
                 filters.check_benchmark_names(recipe)
-        if "eval" in names and not run.begun("eval"):
+        if "eval" in names and ("eval" in moved or not run.begun("eval")):
             evaluation.check_benchmarks(recipe.eval, recipe.judge)
         run.restore_identity()
-        if fresh:
-            first = min(fresh, key=list(STAGES).index)
-            run.fresh([STAGES[name] for name in list(STAGES)[list(STAGES).index(first) :]])
+        run.fresh([STAGES[name] for name in moved])
         _perform(run, names)
 
 

@@ -17,6 +17,7 @@ from distill.artefacts import RunPaths
 from distill.grading.judge import judge_price
 from distill.grading.judged import JUDGE
 from distill.objectives import Grpo
+from distill.plan.problems import problems_of
 from distill.planned import Judgements
 from distill.prompts import Prompt
 from distill.traces.ledger import Ledger
@@ -49,8 +50,7 @@ def plan_judgements(
     for name in recipe.eval.benchmarks:
         card = catalog.load_benchmark(name)
         if card.task == JUDGE:
-            problems = card.problems or sum(source.limit or 0 for source in card.sources)
-            problems = min(problems, recipe.eval.limit or problems)
+            problems = problems_of(card, recipe.eval) or 0
             answers += problems * (recipe.eval.samples or card.samples) * len(recipe.eval.models)
     if not filtered + rewarded + answers:
         return None

@@ -24,6 +24,7 @@ from distill.model_families import published_bytes
 from distill.models import Models
 from distill.plan.hardware import Hardware, parse
 from distill.plan.judging import described, plan_judgements
+from distill.plan.problems import problems_of, rows_in
 from distill.plan.rollouts import (
     DECODING,
     TOKEN_BYTES,
@@ -34,7 +35,15 @@ from distill.plan.rollouts import (
     stages_of,
 )
 from distill.plan.traces import Traces, estimate_traces, pilot_of
-from distill.plan.training import MACHINES, UTILISATION, Data, plan_training, trained_tokens
+from distill.plan.training import (
+    MACHINES,
+    UTILISATION,
+    Data,
+    configuration,
+    disk_of,
+    plan_training,
+    trained_tokens,
+)
 from distill.planned import Expected, Measured, Plan, StagePlan
 from distill.prompts import Prompt, load_prompts
 from distill.recipe import Phase
@@ -216,7 +225,7 @@ def _train(
 
     Phases are added up.
     """
-    tokens, hours = 0.0, 0.0
+    tokens, hours, disk = 0.0, 0.0, 0.0
     rollouts: list[tuple[Recipe, RolloutPlan]] = []
     for number, training in enumerate(recipe.train.trainings):
         place, alone = directory, recipe
@@ -232,6 +241,7 @@ def _train(
             expected = own.data(alone.train.max_length)
         ways, data = plan_training(alone, place, machines or MACHINES, given, mean, expected)
         tokens += trained_tokens(alone.train, data)
+        disk += sum(disk_of(alone.train, configuration(alone, catalog.load_student(alone.student))))
         fitting = [way for way in ways if way.hardware.name == ways[0].hardware.name and way.own and way.fits]
         hours += fitting[0].hours if fitting else float("nan")
         if training.own:
@@ -240,19 +250,42 @@ def _train(
                 f"tokens ({traces.basis}): row `answers` below"
             )
     known = bool(machines) and not math.isnan(hours)
-    stage = StagePlan(stage="train", tokens=Expected(value=tokens), hours=Expected(value=hours) if known else None)
+    stage = StagePlan(
+        stage="train",
+        tokens=Expected(value=tokens),
+        hours=Expected(value=hours) if known else None,
+        disk=Expected(value=disk),
+    )
     return stage, rollouts
 
 
 def _rows(recipe: "Recipe", traces: Traces, prompt_tokens: float) -> Data:
-    """The rows of a training before they are encoded: as many as the teacher's traces, or as its base answers."""
-    select = recipe.filter.select
-    share = min(1.0, select.per_prompt / traces.samples) if select and select.per_prompt else 1.0
+    """The rows of a training before they are encoded: as many as the teacher's traces, as its base answers and as its
+    files have, by their weights, all as long as the teacher's traces."""
+    selected = recipe.filter.select.per_prompt if recipe.filter.select else None
     per_trace = traces.mean + prompt_tokens / max(traces.count, 1)
-    samples = recipe.train.own.samples / traces.samples if recipe.train.own else 1.0
-    rows = max(1, round(traces.count * share * samples))
-    source = f"if all traces are kept; {traces.basis}" if share == 1 else f"of the selected traces; {traces.basis}"
-    return Data(rows, round(rows * min(per_trace, recipe.train.max_length)), recipe.train.max_length, source)
+    weighted, unknown = 0.0, []
+    for source in recipe.train.data:
+        match source.kind:
+            case "kept":
+                rows = traces.prompts * min(traces.samples, selected or traces.samples)
+            case "own":
+                rows = traces.prompts * min(source.samples, selected or source.samples)
+            case "file":
+                rows = rows_in(source.path, source.split, source.limit)
+            case _:
+                rows = 0
+                unknown.append(source.path if source.kind == "run" else source.dataset)
+        weighted += rows * source.weight
+    count = max(1, round(weighted))
+    basis = "of the selected traces" if selected and selected < traces.samples else "if all traces are kept"
+    without = f"; without {', '.join(unknown)}" if unknown else ""
+    return Data(
+        count,
+        round(count * min(per_trace, recipe.train.max_length)),
+        recipe.train.max_length,
+        f"{basis}; {traces.basis}{without}",
+    )
 
 
 def _eval(
@@ -264,17 +297,19 @@ def _eval(
 ) -> StagePlan:
     """Problems × samples × models, each as long as the teacher's traces: nothing is known of the models yet.
 
-    hours: where the rate of every model is known. money: of the answers of a teacher with a price.
+    hours: where the rate of every model is known. money: of the answers of a teacher with a price. Neither nor tokens
+    where the problems of a benchmark are not known.
     """
     answers, tokens = 0, 0.0  # of one model
     for name in recipe.eval.benchmarks:
         card = catalog.load_benchmark(name)
-        problems = card.problems or sum(source.limit or 0 for source in card.sources)
-        problems = min(problems, recipe.eval.limit or problems)
-        longest = recipe.eval.max_new_tokens or card.sampling.max_new_tokens
+        problems = problems_of(card, recipe.eval)
+        if problems is None:
+            say(f"eval: how many problems {card.name} has is not known; its card may say `problems`")
+            return StagePlan(stage="eval")
         count = problems * (recipe.eval.samples or card.samples)
         answers += count
-        tokens += count * min(traces.mean, longest)
+        tokens += count * min(traces.mean, recipe.eval.max_new_tokens or card.sampling.max_new_tokens)
     size = catalog.load_student(recipe.student).parameters
     student_rate = decoding_rate(size, 2 * size, hardware[0]) if hardware else None
     teacher_rate = _teacher_rate(recipe, measured, hardware)
@@ -339,19 +374,20 @@ def _show(
         without = f", without {' and '.join(unknown)}, whose hours are not known" if unknown else ""
         say(f"machine: {sum(hours) * recipe.price_per_hour:,.2f} at {recipe.price_per_hour:g} an hour{without}")
     if recipe.reads_traces:
-        say("eval: answers as long as the teacher's traces")
+        say("eval: answers as long as the teacher's traces, at most its max_new_tokens")
     else:
-        say(f"eval: answers of {plan.mean_tokens:,.0f} tokens: {plan.basis.partition(';')[0]}")
+        say(f"eval: answers of at most {plan.mean_tokens:,.0f} tokens: {plan.basis.partition(';')[0]}")
 
 
 def _say_hours(recipe: "Recipe", plan: Plan, hardware: Sequence[Hardware]) -> None:
     if hardware:
         rate = f"{DECODING:.0%} of the data sheet's bfloat16 rate"
-        stages = [stage.stage for stage in plan.stages if stage.stage in ("generate", "rollouts")]
+        sampled = ("rollouts",) if recipe.traces else ("generate", "rollouts")
+        stages = [stage.stage for stage in plan.stages if stage.stage in sampled]
         say(f"hours of {' and '.join([*stages, 'eval'])}: on {hardware[0].name} at {rate}, a rough guess")
         if "rollouts" in stages:
             say(f"hours of scoring: one pass over the rollouts at {UTILISATION:.0%}, and the graders")
-        if plan.stages[0].stage == "generate" and plan.stages[0].hours is None:
+        if plan.stages[0].stage == "generate" and plan.stages[0].hours is None and not recipe.traces:
             if catalog.price_of(recipe) is not None:
                 say("hours of generate: the provider's, which are not known before some samples")
             elif catalog.server_of(recipe) is None:

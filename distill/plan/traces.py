@@ -70,8 +70,16 @@ def estimate_traces(
     stored ones were sampled with other settings."""
     samples, assumed = (1 if recipe.traces else recipe.generate.samples), []
     limits = [getattr(source, "limit", None) for source in (*recipe.prompts, *recipe.traces)]
+    paths, longest = RunPaths(directory), recipe.generate.sampling.max_new_tokens
+    copied = recipe.traces and not TraceStore(paths.traces).is_empty()
     if traces is not None:
         number = -(-traces // samples)
+    elif copied:
+        lengths = [figures.tokens for figures in TraceStore(paths.traces).figures()]
+        number = len(lengths)
+        if mean is None and all(lengths):
+            basis = counted(number, "copied trace")
+            return Traces(number, samples, Expected(value=sum(lengths)), basis, bytes_of(paths.traces) / number)
     elif prompts is not None:
         number = len(prompts)
     elif limits and all(limits):
@@ -82,7 +90,6 @@ def estimate_traces(
     else:
         number = ASSUMED_TRACES // samples
         assumed.append("the number of traces (--traces)")
-    paths, limit = RunPaths(directory), recipe.generate.sampling.max_new_tokens
     if mean is None and prompts is not None and not TraceStore(paths.traces).is_empty():
         Run(directory, recipe).refuse_other_settings("generate", generate.STAGE.recipe_settings(recipe))
         stored = _stored(recipe, paths, prompts, number, pilot)
@@ -91,7 +98,7 @@ def estimate_traces(
         assumed.append("the length, as the stored traces have no token counts (--mean-tokens)")
     elif mean is None:
         assumed.append("the length (--mean-tokens)")
-    tokens = number * samples * (round(ASSUMED_SHARE * limit) if mean is None else mean)
+    tokens = number * samples * (round(ASSUMED_SHARE * longest) if mean is None else mean)
     asked = not recipe.traces and recipe.reads_traces  # a teacher that a pilot could measure
     basis = f"{' and '.join(assumed)} assumed; --pilot 8 measures it" if assumed else "as given"
     return Traces(number, samples, Expected(value=tokens), basis if asked else basis.partition(";")[0])
@@ -135,9 +142,13 @@ def _stored(
         expected = Expected(value=expected.value)
     count = sum(map(len, lengths))
     cut = sum((prompt, sample) in truncated for prompt, of_prompt in chosen.items() for sample in of_prompt)
-    size = sum(path.stat().st_size for path in paths.traces.iterdir() if path.is_file())
     basis = f"{counted(count, 'stored trace')} of {counted(len(chosen), 'prompt')}{note}"
-    return Traces(number, samples, expected, basis, size / stored, cut / count)
+    return Traces(number, samples, expected, basis, bytes_of(paths.traces) / stored, cut / count)
+
+
+def bytes_of(traces: Path) -> int:
+    """Bytes of the files of a directory."""
+    return sum(path.stat().st_size for path in traces.iterdir() if path.is_file())
 
 
 def _of_pilot(tokens: dict[str, dict[int, int]], pilot: Pilot | None) -> dict[str, dict[int, int]] | None:

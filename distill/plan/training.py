@@ -104,13 +104,24 @@ def plan_training(
     ways = [way for machine in hardware for way in ways_on(machine, recipe, config, data)]
     show(ways, settings)
     _say_engines(ways)
-    checkpoint = shape.total * 12
+    checkpoints, student = disk_of(settings, config)
     say(
-        f"about {steps:,} steps on one device; disk: up to "
-        f"{bytes_text((settings.save_total_limit + 1) * checkpoint)} of checkpoints (full), "
-        f"{bytes_text(shape.total * 2)} for the student; hours at {UTILISATION:.0%} of the data sheet's bfloat16 rate"
+        f"about {steps:,} steps on one device; disk: up to {bytes_text(checkpoints)} of checkpoints, "
+        f"{bytes_text(student)} for the student; hours at {UTILISATION:.0%} of the data sheet's bfloat16 rate"
     )
     return ways, data
+
+
+def disk_of(settings: "Train", config: "PretrainedConfig") -> tuple[float, float]:
+    """Bytes of the checkpoints at most, one more than are kept, and of the student: float32 values and both moments of
+    what is trained; the student in its dtype."""
+    from distill.train.ranks import model_size
+    from distill.train.student import methods
+
+    parameters = model_size.shape(config).total
+    trained = parameters if settings.adapter is None else model_size.adapters(config, settings.adapter)
+    checkpoints = (settings.save_total_limit + 1) * trained * 12
+    return float(checkpoints), float(parameters * methods.stored_dtype(settings).itemsize)
 
 
 def _say_engines(ways: Sequence[Way]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from filter_support import add, make_recipe, make_trace, run_filter
 
+from distill import catalog
 from distill.errors import UserError
 from distill.filters.correct import Correct
 from distill.filters.finish import Finish
@@ -17,6 +18,7 @@ from distill.grading.graders import GRADERS
 from distill.grading.identity import changes, graders_identity
 from distill.grading.math import MathGrader
 from distill.grading.sandbox import levels
+from distill.pipeline import run_recipe
 from distill.prompts import Prompt
 from distill.run import Run
 from distill.traces.ledger import Ledger
@@ -196,3 +198,16 @@ def test_traces_are_judged_against_one_content(tmp_path: Path, monkeypatch: pyte
     assert run_filter(run, asked(TRAINS, "What is 1 + 1?"), **settings).kept == 2
     problems(bench, PEARS, TRAINS)
     assert run_filter(run, asked(PEARS), **settings).kept == 1
+
+
+def test_fresh_moves_nothing_where_the_filter_is_refused(tmp_path: Path) -> None:
+    """A benchmark that cannot be read is found before the output of a finished filter is moved aside."""
+    run, file = tmp_path / "run", tmp_path / "traces.jsonl"
+    file.write_text(json.dumps({"q": "1 + 1?", "r": "One and one.", "a": "\\boxed{2}", "g": "2"}) + "\n")
+    source = {"kind": "file", "path": str(file), "question": "q", "reasoning": "r", "response": "a", "answer": "g"}
+    sets = [f"traces=[{json.dumps(source)}]", "prompts=[]", "filter.decontaminate=null", "filter.length=false"]
+    run_recipe(catalog.load_recipe("tiny", sets), run, ["generate", "filter"])
+    missing = catalog.load_recipe("tiny", [*sets, f"filter.decontaminate={{benchmarks: [{tmp_path / 'gone.jsonl'}]}}"])
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        run_recipe(missing, run, ["filter"], fresh=["filter"])
+    assert (run / "stages" / "filter.json").exists() and not (run / "old").exists()
