@@ -376,7 +376,7 @@ class Comparison(Artefact):
     """Two models on the problems that both answered.
 
     difference: the first model's pass@1 less the second's. gained, lost: ids of the problems that the first solved more
-    or less often. p: of the exact two-sided sign test. left_out: problems that only one of the two answered. differing:
+    or less often. p: of the exact two-sided sign test. left_out: problems that only one of the two has. differing:
     settings that were not the same, as `key: first, second`.
     """
 

@@ -16,6 +16,7 @@ change a comparison or a picture.
 A room of its own because `eval` writes these files and `report` reads them, and stages do not know one another.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,10 +259,10 @@ def read_results(directory: Path) -> Results:
 
 def remedy_of(directory: Path) -> str:
     """How an evaluation is made again: the command for one inside a run, else its kind."""
-    run = directory.parents[2]
-    if directory.parent.parent == RunPaths(run).eval and RunPaths(run).recipe.exists():
+    out, run = (Path(os.path.normpath(directory / above)) for above in ("../..", "../../.."))
+    if os.path.basename(os.path.abspath(out)) == RunPaths(run).eval.name and RunPaths(run).recipe.exists():
         return f"`distill eval {RunPaths(run).recipe} --run-dir {run} --verify` recreates it"
-    return f"the `distill eval --model` command with --out {directory.parent.parent} recreates it"
+    return f"the `distill eval --model` command with --out {out} recreates it"
 
 
 def finished_evaluations(root: Path) -> dict[str, dict[str, Path]]:

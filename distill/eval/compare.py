@@ -38,7 +38,7 @@ def compare_evaluations(first: Path, second: Path, models: tuple[str | None, str
             {prompt: b.correct[prompt] for prompt in common},
         )
         left_out = len(a.samples) + len(b.samples) - 2 * len(common)
-        differing = tuple(_differences(a, b, common))
+        differing = tuple(_differences(a, b))
         comparisons.append(comparison.model_copy(update={"left_out": left_out, "differing": differing}))
     if not comparisons:
         raise UserError(f"{first} and {second} have no problem in common; evaluate both on one benchmark")
@@ -73,17 +73,14 @@ def _pass_at_1(correct: Mapping[str, Sequence[bool]]) -> float:
     return sum(sum(samples) / len(samples) for samples in correct.values()) / len(correct)
 
 
-def _differences(first: Results, second: Results, common: Iterable[str]) -> list[str]:
-    """What differs besides the model: settings, as `key: first, second`, the number of samples, the gold answers."""
+def _differences(first: Results, second: Results) -> list[str]:
+    """What differs besides the model: settings, as `key: first, second`, and the number of samples."""
     a, b = (of.scores.settings | of.scores.grading for of in (first, second))
     keys = [key for key in {**a, **b} if not key.startswith("model.") or key.startswith("model.numerics")]
     differing = [f"{key}: {_shown(a.get(key))}, {_shown(b.get(key))}" for key in keys if a.get(key) != b.get(key)]
     counts = first.scores.samples_per_problem, second.scores.samples_per_problem
     if counts[0] != counts[1]:
         differing.append(f"samples per problem: {counts[0]}, {counts[1]}")
-    golds = [{prompt: rows[0].evidence.get("gold") for prompt, rows in of.samples.items()} for of in (first, second)]
-    if other := sum(golds[0][prompt] != golds[1][prompt] for prompt in common):
-        differing.append(f"the gold answers of {other:,} problems")
     return differing
 
 
@@ -98,7 +95,10 @@ def show(comparisons: list[Comparison], questions: Mapping[str, str]) -> None:
         if row.differing:
             say(f"note: {row.benchmark}: the two differ in more than the model: {'; '.join(row.differing)}")
         if row.left_out:
-            say(f"note: {row.benchmark}: {row.left_out:,} problems that only one of them answered are left out")
+            say(
+                f"note: {row.benchmark}: {row.left_out:,} problems that only one of the two has are left out; "
+                "a question with another gold answer is another problem"
+            )
         for label, prompts in (("gained", row.gained), ("lost", row.lost)):
             for prompt in prompts[:FLIPPED_SHOWN]:
                 question = " ".join(questions.get(prompt, "").split())

@@ -38,7 +38,7 @@ class Decontaminate(TraceFilter):
     )
 
     name = "decontaminate"
-    version = 2  # problems that names identify
+    version = 3  # copies have the operators of the problem
     reasons: ClassVar[Mapping[str, str]] = {
         OK: "the prompt is no problem of these benchmarks",
         "copied": "the prompt contains the text of a problem",

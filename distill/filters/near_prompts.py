@@ -9,7 +9,6 @@ numbers are two problems. The marks of Markdown and tags such as `<answer>` are 
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -18,6 +17,7 @@ from pydantic import Field
 from distill.filters.base import OK, Group
 from distill.filters.judged import Judged, Key
 from distill.filters.near import NearDuplicates
+from distill.filters.symbols import COMMANDS, MARKUP, SPELLINGS, TOKEN
 from distill.filters.terms import NUMBERS, SEPARATOR
 from distill.traces.trace import Trace
 
@@ -30,31 +30,6 @@ DECISIVE = frozenset(  # words that make another problem; words for numbers are 
         "cosine tangent increase increases increased decrease decreases decreased positive negative even odd "
         "before after first last and or true false prove disprove",
     )
-)
-COMMANDS = frozenset(  # of LaTeX, for symbols
-    re.findall(
-        r"\w+",
-        "div pm mp cdot times ast cap cup setminus le leq ge geq lt gt ne neq equiv approx sim cong sqrt in ni notin "
-        "subset subseteq supset supseteq land lor wedge vee lnot neg to gets rightarrow leftarrow leftrightarrow "
-        "Rightarrow Leftarrow Leftrightarrow implies iff int oint sum prod partial nabla oplus otimes perp parallel "
-        "mid nmid lfloor lceil circ overline vec hat bar binom infty forall exists gcd lcm mod bmod pmod",
-    )
-)
-SPELLINGS = {"leq": "le", "geq": "ge", "neq": "ne", "rightarrow": "to", "\u2212": "-", "\u2217": "*"}
-SYMBOLS = "".join(
-    re.escape(chr(code))
-    for code in range(0x80, 0x2C00)
-    if unicodedata.category(chr(code)) == "Sm" or chr(code) in "€£¥°·\u2032\u2033"
-)
-TOKEN = re.compile(
-    r"\d+(?:\.\d+)?|\\?[^\W\d_]+|(?<!\w)-|-(?![^\W\d_])|(?<=\d)!"
-    r"|[(\[](?=-?\d)|(?<=[*/^+-])\(|(?<=\d)[)\]]|\)(?=\s?[*/^=+-])"
-    rf"|[+*/^<>=|%&~¬±×÷{SYMBOLS}]"
-)
-MARKUP = re.compile(  # marks of lists and quotations, stress, tags, dashes between words
-    r"^[ \t]*(?:[-*+>]|#+)[ \t]+(?=\W?\W?[^\W\d_]{2})|\*\*|</?[A-Za-z]{2,}/?>"
-    r"|(?<=\s)[-\u2013\u2014]{1,3}(?=\s[^\W\d_]{2})",
-    re.MULTILINE,
 )
 WORDS = re.compile(r"[\w\\]+")
 ASKED = "Ann buys three pears and twice as many plums at the market on Monday morning. How many fruits does she buy?"

@@ -4,7 +4,8 @@ Score of a pair: the weighted mean over the kinds of terms (`distill.filters.ter
 2·shared / (prompt + item + SMOOTHING), in which a term counts by its inverse document frequency among the indexed
 problems: a shared 3 says little, a shared 1,319 much. The smoothing keeps two texts with next to no terms of a kind
 from being alike in it. A prompt that contains the words of a problem in their order, `VERBATIM` of its n-grams, is a
-copy whatever its score: a problem inside a longer prompt, or one of fewer than n words. But words alone make no
+copy whatever its score: a problem inside a longer prompt, or one of fewer than n words. With other operators between
+the same words (`37 + 48 - 66`, `37 - 48 + 66`) it is another problem, and the score decides. But words alone make no
 problem: `Which of the following is true?` is the end of a thousand others, and `Simplify √242` a step in them. So a
 problem with fewer than `CONTENT` terms of its own is a copy only if the rest of the prompt asks nothing: it has no
 number, and no more words than an instruction (`INSTRUCTION`).
@@ -92,6 +93,7 @@ class Index:
             self._weights[kind] = weights
             self._places[kind] = {term: np.array(numbers) for term, numbers in places.items()}
             self._sums[kind] = np.array([sum(weights[term] for term in terms) for terms in sets])
+        self._name_places, self._name_counts = self._certain_names()
         self._grams: dict[tuple[str, ...], list[int]] = defaultdict(list)
         self._gram_counts = []
         for number, item_terms in enumerate(self._terms):
@@ -117,29 +119,40 @@ class Index:
             score += WEIGHTS[kind] * 2 * shared / (total + self._sums[kind] + SMOOTHING)
         if not terms.numbers:  # nor has the problem: its other terms decide
             score[self._sums["numbers"] == 0] /= 1 - WEIGHTS["numbers"]
-        copied = self._copied(terms)
-        number = copied if copied is not None else self._likest(score, terms)
-        if number is None:
-            return None
+        other = self._other_names(terms)
+        copied = self._copied(terms, other)
+        if copied is not None:
+            number = copied
+        else:
+            score[other] = 0
+            if not score.any():
+                return None
+            number = int(score.argmax())
         return Match(self.items[number], float(score[number]), copied is not None, self._shared(terms, number))
 
-    def _likest(self, score: npt.NDArray[np.float64], terms: Terms) -> int | None:
-        """The problem with the highest score that does not ask about another name; None where all scores are 0."""
-        score = score.copy()
-        while score.any():
-            number = int(score.argmax())
-            if not self._has_other_names(number, terms):
-                return number
-            score[number] = 0
-        return None
+    def _certain_names(self) -> tuple[dict[str, npt.NDArray[np.intp]], npt.NDArray[np.intp]]:
+        """The problems that their names identify: name → which of them have it, and how many names each problem has."""
+        places: dict[str, list[int]] = defaultdict(list)
+        counts = np.zeros(len(self.items), dtype=np.intp)
+        for number, terms in enumerate(self._terms):
+            if len(terms.numbers) <= FEW_NUMBERS:
+                names = terms.certain_names - self._lower
+                counts[number] = len(names)
+                for name in names:
+                    places[name].append(number)
+        return {name: np.array(numbers) for name, numbers in places.items()}, counts
 
-    def _has_other_names(self, number: int, terms: Terms) -> bool:
-        """Whether a prompt asks about something else than a problem that its names identify, see the module."""
-        item = self._terms[number]
-        if len(item.numbers) > FEW_NUMBERS:
-            return False
-        mine, its = terms.certain_names - self._lower, item.certain_names - self._lower
-        return not mine <= item.words and not its <= terms.words
+    def _other_names(self, terms: Terms) -> npt.NDArray[np.bool_]:
+        """Which problems are about other names than the prompt, of those that their names identify, see the module."""
+        mine = terms.certain_names - self._lower
+        shared, known = np.zeros((2, len(self.items)), dtype=np.intp)
+        for word in terms.words & self._name_places.keys():
+            shared[self._name_places[word]] += 1
+        for name in mine:
+            for kind in ("names", "words"):
+                if name in self._places[kind]:
+                    known[self._places[kind][name]] += 1
+        return (shared < self._name_counts) & (known < len(mine))
 
     def _kind(self, terms: Terms, kind: Kind) -> frozenset[str]:
         if kind == "numbers":
@@ -155,8 +168,8 @@ class Index:
         spelled = self._terms[number].spelled
         return {kind: [spelled.get(term, term.partition("#")[0]) for term in terms] for kind, terms in ranked.items()}
 
-    def _copied(self, terms: Terms) -> int | None:
-        """The problem whose words the prompt contains in their order."""
+    def _copied(self, terms: Terms, other: npt.NDArray[np.bool_]) -> int | None:
+        """The problem whose words and operators the prompt contains in their order. other: problems that it is not."""
         counts: Counter[int] = Counter()
         tokens = terms.tokens
         for length in self._lengths:
@@ -166,7 +179,10 @@ class Index:
         copies = [
             number
             for number, share in shares.items()
-            if share >= VERBATIM and self._is_whole(number, terms) and not self._has_other_names(number, terms)
+            if share >= VERBATIM
+            and not other[number]
+            and self._is_whole(number, terms)
+            and _same_operators(self._terms[number], terms)
         ]
         return max(copies, key=lambda number: (shares[number], -number), default=None)
 
@@ -178,6 +194,25 @@ class Index:
             return True
         rest = terms.words - item.words
         return terms.numbers <= item.numbers and len(rest) <= (INSTRUCTION if content > 1 else GREETING)
+
+
+def _same_operators(item: Terms, prompt: Terms) -> bool:
+    """Whether a prompt has the operators of a problem in the n-grams that both have."""
+    size = min(GRAM, len(item.tokens))
+    its, operators = item.operators(), prompt.operators()
+    places: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for place in range(len(prompt.tokens) - size + 1):
+        places[prompt.tokens[place : place + size]].append(place)
+    return all(
+        any(_agree(its[start : start + size + 1], operators[place : place + size + 1]) for place in places[gram])
+        for start in range(len(item.tokens) - size + 1)
+        if (gram := item.tokens[start : start + size]) in places
+    )
+
+
+def _agree(its: Sequence[str], operators: Sequence[str]) -> bool:
+    """Whether the operators are the same; around the n-gram the prompt may have more."""
+    return its[1:-1] == operators[1:-1] and operators[0].endswith(its[0]) and operators[-1].startswith(its[-1])
 
 
 def _is_content(term: str) -> bool:

@@ -16,9 +16,11 @@ numbers differ, more alike than rephrasings.
 
 import re
 import unicodedata
+from bisect import bisect
 from collections import Counter
 from typing import Literal, NamedTuple
 
+from distill.filters.symbols import symbols_of
 from distill.filters.words import ANY_UNSPACED, UNSPACED
 
 Kind = Literal["numbers", "names", "words"]
@@ -63,7 +65,8 @@ ENDINGS = ("ing", "ies", "es", "ed", "ly", "s", "e")
 
 class Terms(NamedTuple):
     """The terms of a text by kind, each kind a set; its tokens in order, for copies; and term → how the text
-    spells it. certain_names: the names that do not only begin a sentence, where any word has a capital letter."""
+    spells it. certain_names: the names that do not only begin a sentence, where any word has a capital letter. places:
+    of the tokens in `text`, which is normalised."""
 
     numbers: frozenset[str]
     names: frozenset[str]
@@ -71,10 +74,19 @@ class Terms(NamedTuple):
     words: frozenset[str]
     tokens: tuple[str, ...]
     spelled: dict[str, str]
+    text: str
+    places: tuple[int, ...]
 
     def of(self, kind: Kind) -> frozenset[str]:
         """The terms of one kind."""
         return {"numbers": self.numbers, "names": self.names, "words": self.words}[kind]
+
+    def operators(self) -> list[str]:
+        """The mathematical symbols before each token, and after the last."""
+        before = [""] * (len(self.tokens) + 1)
+        for place, symbol in symbols_of(self.text):
+            before[bisect(self.places, place)] += symbol
+        return before
 
 
 def terms_of(text: str) -> Terms:
@@ -85,6 +97,7 @@ def terms_of(text: str) -> Terms:
     certain: set[str] = set()
     words: set[str] = set()
     tokens: list[str] = []
+    places: list[int] = []
     spelled: dict[str, str] = {}
     before = -1  # end of a character without spaces that the next one may follow
     end = 0  # of the token before
@@ -94,6 +107,7 @@ def terms_of(text: str) -> Terms:
         end = match.end()
         if (number := _number(token)) is None and ANY_UNSPACED.match(token):
             tokens += token
+            places += range(match.start(), match.end())
             start = match.start() - (before == match.start())
             pairs = [text[i : i + 2] for i in range(start, match.end() - 1)]
             words.update(pairs or ([token] if not _continues(text, match.end()) else []))
@@ -101,6 +115,7 @@ def terms_of(text: str) -> Terms:
             continue
         lower = token.lower().removesuffix("'s")
         tokens.append(number or lower)
+        places.append(match.start())
         if number:
             numbers[number] += 1
         elif lower not in STOP:
@@ -111,7 +126,8 @@ def terms_of(text: str) -> Terms:
                 names.add(stem)
                 certain.update(() if begins else (stem,))
     repeated = (f"{number}#{n}" if n > 1 else number for number, count in numbers.items() for n in range(1, count + 1))
-    return Terms(frozenset(repeated), frozenset(names), frozenset(certain), frozenset(words), tuple(tokens), spelled)
+    kinds = frozenset(repeated), frozenset(names), frozenset(certain), frozenset(words)
+    return Terms(*kinds, tuple(tokens), spelled, text, tuple(places))
 
 
 def _continues(text: str, place: int) -> bool:

@@ -55,6 +55,11 @@ def _supplier(name: str, blocks: Sequence[Block], user: int) -> int | None:
     return before[-1] if before else binding[0] if binding else stars[-1] if stars else None
 
 
+def binds(text: str, name: str) -> bool:
+    """Whether a program defines or imports a name."""
+    return _binds(_block(text), name)
+
+
 def _binds(block: Block, name: str) -> bool:
     return name in block.defined or name in block.imported
 

@@ -12,9 +12,9 @@ another one (`distill.grading.sandbox.peer`).
 
 The program is the last Python block that defines what the tests call, with the blocks that define what it lacks
 (`distill.grading.blocks`). Where the tests name nothing, as those of input and output, it is the last Python block that
-defines something other than tests or reads its input, else the last that is marked as Python, else the last block.
-Without blocks it is a response that is Python as a whole, or the lines of Python in it. Only what follows the reasoning
-is searched.
+reads its input and writes, else the last that reads or defines something other than tests, else the last that is marked
+as Python, else the last block. Without blocks it is a response that is Python as a whole, or the lines of Python in it.
+Only what follows the reasoning is searched.
 """
 
 import ast
@@ -27,7 +27,7 @@ from decimal import Decimal
 from functools import lru_cache
 
 from distill.errors import WorkError
-from distill.grading.blocks import joined_program, used_names
+from distill.grading.blocks import binds, joined_program, used_names
 from distill.grading.grade import Answer, Detailed, Outcome, Ruling, TaskGrader
 from distill.grading.sandbox import levels
 from distill.grading.sandbox.peer import Remote
@@ -39,12 +39,11 @@ from distill.prompts.prompt import outside_blocks
 
 BLOCK = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 PYTHON = ("", "python", "py", "python3", "python2", "pycon")
-INPUT = re.compile(r"\binput\(|\bsys\.stdin|\bopen\(0")
+INPUT = re.compile(r"\binput\(|\bstdin\b|\bopen\(0\b|\bos\.read\(")
+OUTPUT = re.compile(r"\bprint\b|\bstdout\b|\bopen\(1\b|\bos\.write\(")
 PRINTED = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][+-]?\d{1,4})?")  # a number, as programs print it
-SUBSTANCE = re.compile(r"^(?:async )?(?:def|class) |\binput\(|\bsys\.stdin|\bopen\(0", re.MULTILINE)
-OTHER_THAN_TESTS = re.compile(
-    r"^(?:async )?def (?!test)|^class (?!Test)|\binput\(|\bsys\.stdin|\bopen\(0", re.MULTILINE
-)
+SUBSTANCE = re.compile(rf"^(?:async )?(?:def|class) |{INPUT.pattern}", re.MULTILINE)
+OTHER_THAN_TESTS = re.compile(rf"^(?:async )?def (?!test)|^class (?!Test)|{INPUT.pattern}", re.MULTILINE)
 TESTS_ONLY = re.compile(r"^assert ", re.MULTILINE)
 LATE_FENCE = re.compile(r"(?<=[^\s`])[ \t]*(```+[\w+#.-]*\n)")  # "The program: ```python"
 DEFINITION = re.compile(r"(?:import|from|class|def|async def) \w|@\w")
@@ -53,21 +52,14 @@ STATEMENT = re.compile(  # a line of a program without fences: indented, closing
     r"|[\w.\[\]]+\s*[,=(+*/-]"
 )
 CLOSE = 1e-6  # relative or absolute error that a checker usually accepts
-# What LeetCode and LiveCodeBench import before a solution, whose starter code says `List[int]`; builtins stay.
-GIVEN = """
-from typing import *
-from math import *
-from random import *
-from string import *
-from bisect import *
-from heapq import *
-from operator import *
-from itertools import *
-from functools import *
-from collections import *
-from builtins import *
-import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
-"""
+LARGE = 1e300  # from which an integer may be too large for a float
+# What LiveCodeBench executes before a program (`import_string` of its testing_util.py), and LeetCode before a solution,
+# whose starter code says `List[int]`. The built-in functions stay; `copy` and `datetime` are the modules.
+MODULES = (
+    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
+)
+GIVEN = "".join(f"from {name} import *\n" for name in f"typing {MODULES} builtins".split())
+GIVEN += f"import {MODULES.replace(' ', ', ')}\nsys.setrecursionlimit(50_000)\n"
 SHOWN = 200  # characters of an output or a message in the evidence
 TESTED = ("python", "python3", "py")
 
@@ -75,7 +67,9 @@ TESTED = ("python", "python3", "py")
 class CodeGrader(TaskGrader):
     """Runs programs against their tests, each of which has `seconds` of processor time."""
 
-    version = 2  # numbers as programs print them; a program that reads before one that only defines
+    version = (
+        3  # the last of several programs that read and write; limits, imports and wrapped results by their sources
+    )
     lazy = True  # few runs have code, and a zygote takes half a second
     votes = False
     packages = ("python",)  # which runs the programs
@@ -193,10 +187,10 @@ def _blocks(scope: str) -> list[tuple[str, str]]:
 
 
 def _rank(tag: str, text: str, reads: bool) -> int:
-    """How likely a block is the program; of equal blocks the last counts. reads: it is to read input and print."""
+    """How likely a block is the program; of equal blocks the last counts. reads: it is to read input and write."""
     if tag not in PYTHON:
         return 0
-    if reads and INPUT.search(text) and "print" in text:
+    if reads and INPUT.search(text) and OUTPUT.search(text):
         return 6
     if SUBSTANCE.search(text):
         return 5 if OTHER_THAN_TESTS.search(text) else 4
@@ -214,10 +208,11 @@ def _unfenced(scope: str) -> str | None:
     return program if SUBSTANCE.search(program) and _parses(program) else None
 
 
-def _parses(code: str) -> bool:
+def _parses(code: str, flags: int = ast.PyCF_ONLY_AST) -> bool:
+    """Whether code is Python. flags: of `compile`; with 0 a `return` outside a function is an error."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            ast.parse(code)
+            compile(code, "main.py", "exec", flags, dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True
@@ -228,17 +223,25 @@ def completed(program: str, tests: CodeTests) -> str:
     stub, entry = tests.get("stub", ""), tests.get("entry_point", "")
     if not stub:
         return program
-    if not re.search(rf"^(?:async )?def {re.escape(entry)}\b|^{re.escape(entry)}\s*=", program, re.MULTILINE):
-        return stub + program
+    body = program if program[:1] in " \t" else textwrap.indent(program, _indentation(stub))
+    if not binds(program, entry) or (not _parses(program, 0) and _parses(stub + body, 0)):
+        return stub + body
     head = re.split(rf"^(?:async )?def {re.escape(entry)}\b", stub, maxsplit=1, flags=re.MULTILINE)[0]
     return f"{head}\n{program}" if _parses(head) and "from __future__" not in program else program
+
+
+def _indentation(stub: str) -> str:
+    """The indentation of a function's body, of which a stub may have a docstring."""
+    last = stub.rstrip().rpartition("\n")[2]
+    return last[: len(last) - len(last.lstrip())] or "    "
 
 
 # ---- running
 
 
 def run_tests(sandbox: Sandbox, program: str, tests: CodeTests, seconds: float) -> Ruling | Detailed:
-    """Run all tests; the ruling on the first that does not pass. seconds: of processor time for each.
+    """Run all tests; the ruling on the first that does not pass. seconds: of processor time for each; asserts share
+    theirs.
 
     Errors: WorkError when the sandbox fails.
     """
@@ -249,7 +252,7 @@ def run_tests(sandbox: Sandbox, program: str, tests: CodeTests, seconds: float) 
         if case["type"] == STDIN:
             outcome, reason, detail = _run_script(sandbox, code, case, seconds)
         else:
-            outcome, reason, detail = _run_call(sandbox, code, setup, case, tests.get("entry_point"), seconds)
+            outcome, reason, detail = _run_call(sandbox, code, case, tests, seconds)
         if outcome == "wrong":
             return outcome, reason, {"test": number, "detail": detail}
         if outcome == "unverifiable" and doubt is None:
@@ -279,26 +282,26 @@ def _last(text: str) -> str:
 
 
 def _run_script(sandbox: Sandbox, code: str, case: Case, seconds: float) -> _Result:
-    ended = sandbox.script(code, str(case["input"]).encode(errors="surrogateescape"), seconds)
+    ended = sandbox.script(code, str(case["input"]).encode(errors="surrogateescape"), seconds, GIVEN)
     if ended.reason:
         return _failed(ended.reason, ended.errors)
     output = ended.output.decode(errors="replace")
     return *compare_output(output, str(case["output"])), f"printed {output[:SHOWN]!r}"
 
 
-def _run_call(sandbox: Sandbox, code: str, setup: str, case: Case, entry: str | None, seconds: float) -> _Result:
-    name, given = case.get("fn_name") or entry, case["input"]
+def _run_call(sandbox: Sandbox, code: str, case: Case, tests: CodeTests, seconds: float) -> _Result:
+    name, given = case.get("fn_name") or tests.get("entry_point"), case["input"]
     if not name:
         return "unverifiable", "tests without a function's name", ""
     arguments = given if isinstance(given, list) else [given]
-    returned = sandbox.call(code, setup, name, arguments, seconds, GIVEN)
+    returned = sandbox.call(code, tests.get("setup", ""), name, arguments, seconds, GIVEN)
     if returned.reason:
         return _failed(returned.reason, returned.detail)
     if isinstance(returned.value, Remote):
         return "wrong", "returned no plain data", ""
     wanted = case["output"]
     rulings = [compare_values(returned.value, wanted)]
-    if isinstance(wanted, list) and len(wanted) == 1:  # APPS wraps some of its results
+    if isinstance(wanted, list) and code_tests.may_be_wrapped(tests):
         rulings.append(compare_values(returned.value, wanted[0]))
     best = min(rulings, key=lambda ruling: ("correct", "unverifiable", "wrong").index(ruling[0]))
     return *best, f"returned {repr(returned.value)[:SHOWN]}"
@@ -344,7 +347,8 @@ def _closest(differences: Sequence[str], what: str) -> Ruling:
 
 
 def compare_values(value: object, wanted: object) -> Ruling:
-    """Compare what a function returned with the JSON value that it should: tuples are lists, keys are texts."""
+    """Compare what a function returned with the JSON value that it should: tuples are lists, keys are texts, and True
+    is 1."""
     return _closest(list(_differences(value, wanted, 0)), "result")
 
 
@@ -360,11 +364,9 @@ def _differences(value: object, wanted: object, depth: int) -> list[str]:
         if texts.keys() != wanted.keys():
             return ["different"]
         return [d for key, inner in texts.items() for d in _differences(inner, wanted[key], depth + 1)]
-    if isinstance(value, bool) or isinstance(wanted, bool) or value is None or wanted is None:
-        return ["equal" if value is wanted else "different"]
     if isinstance(value, int | float) and isinstance(wanted, int | float):
         if value == wanted:
             return ["equal"]
-        whole = isinstance(value, int) and isinstance(wanted, int)
-        return ["close" if not whole and math.isclose(value, wanted, rel_tol=CLOSE, abs_tol=CLOSE) else "different"]
+        inexact = not (isinstance(value, int) and isinstance(wanted, int)) and max(abs(value), abs(wanted)) < LARGE
+        return ["close" if inexact and math.isclose(value, wanted, rel_tol=CLOSE, abs_tol=CLOSE) else "different"]
     return ["equal" if type(value) is type(wanted) and value == wanted else "different"]

@@ -7,7 +7,8 @@
                     {"type": "program", "code": "def check(candidate): …"}],
      "setup": "import math",          optional: code before every test
      "entry_point": "add",            optional: the function that `check` is called with
-     "stub": "def add(a, b):\n"}       optional: the beginning of the function, with its imports and helpers
+     "stub": "def add(a, b):\n",       optional: the beginning of the function, with its imports and helpers
+     "exact": true}                    optional: no output of a function call is wrapped (`may_be_wrapped`)
 
 The gold of a prompt is this object as JSON text, so a sandbox reads one form, and the prompt's id is the same whether
 the tests were published as objects or as JSON text. The published forms:
@@ -65,6 +66,7 @@ class CodeTests(TypedDict):
     setup: NotRequired[str]
     entry_point: NotRequired[str]
     stub: NotRequired[str]
+    exact: NotRequired[bool]
 
 
 def tests_of(value: object, row: Mapping[str, object]) -> str | None:
@@ -84,11 +86,12 @@ def tests_of(value: object, row: Mapping[str, object]) -> str | None:
 
 def read_tests(value: object, row: Mapping[str, object]) -> CodeTests | None:
     """The tests in a published form, or in that of `tests_of`. Errors: as `tests_of`."""
-    value, language = parsed(_unpacked(value)), "python"
+    value, language, exact = parsed(_unpacked(value)), "python", False
     beside = {name: row.get(name) for name in ("entry_point", "stub")} | {"setup": _setup(row)}
     if isinstance(value, dict) and "test_cases" in value:
         language = str(value.get("language") or language)
         beside |= {name: value[name] for name in beside if value.get(name)}
+        exact = value.get("exact") is True
         cases = [_case(case, number) for number, case in enumerate(_listed(value["test_cases"]))]
     elif isinstance(value, dict) and "inputs" in value and "outputs" in value:
         cases = list(_paired(value))
@@ -96,7 +99,9 @@ def read_tests(value: object, row: Mapping[str, object]) -> CodeTests | None:
         cases = [{"type": "assert", "code": with_asserts(str(case))} for case in value if str(case).strip()]
     elif isinstance(value, list):
         function = _function(row)
-        cases = [_case(case, number, function) for number, case in enumerate([*_public(row), *value])]
+        published = [*_public(row), *value]
+        cases = [_case(case, number, function) for number, case in enumerate(published)]
+        exact = any(isinstance(case, dict) and case.get("testtype") == "functional" for case in published)
     elif isinstance(value, str) and value.strip():
         cases = [{"type": "program", "code": with_asserts(value)}]
     elif value is None or value in ("", {}) or isinstance(value, str):
@@ -115,8 +120,20 @@ def read_tests(value: object, row: Mapping[str, object]) -> CodeTests | None:
         stub = _text_beside("stub", beside) or row.get("prompt")
         if isinstance(stub, str) and re.search(rf"^(?:async )?def {re.escape(entry)}\b", stub, re.MULTILINE):
             tests["stub"] = stub
+    if exact and may_be_wrapped(tests):
+        tests["exact"] = True
     _check_programs(tests)
     return tests
+
+
+def may_be_wrapped(tests: CodeTests) -> bool:
+    """Whether the expected results of a problem's function calls may each be in a list of its own.
+
+    APPS, TACO and open-r1 wrap the results of whole problems (Codewars) and not of others (LeetCode), and do not say
+    which. LiveCodeBench never does: there `exact` says so where all results are lists of one value.
+    """
+    outputs = [case.get("output") for case in tests["test_cases"] if case["type"] == CALL]
+    return not tests.get("exact") and all(isinstance(output, list) and len(output) == 1 for output in outputs)
 
 
 def _text_beside(name: str, beside: Mapping[str, object]) -> str:

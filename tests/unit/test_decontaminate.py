@@ -114,6 +114,24 @@ def test_a_short_problem_is_a_copy_where_the_rest_of_the_prompt_asks_nothing(
     assert match is not None and match.verbatim is copied
 
 
+@pytest.mark.parametrize(
+    ("item", "prompt", "copied"),
+    [
+        ("What is 37 + 48 - 66?", "What is 37 - 48 + 66?", False),
+        ("What is 37 + 48 - 66?", "Think step by step. What is 37 + 48 \u2212 66? Answer as x = y.", True),
+        ("Solve $x^2 + 3x - 5 = 0$ for all real x.", "Solve $x^2 - 3x + 5 = 0$ for all real x.", False),
+        ("Solve $x^2 + 3x - 5 = 0$ for all real x.", r"> **Solve** \(x^2+3x-5=0\) for all real x.", True),
+        ("求方程 x^2-5x+6=0 的所有实数根", "求方程 x^2+5x-6=0 的所有实数根", False),
+        ("求方程 x^2-5x+6=0 的所有实数根", "请问:求方程 x^2-5x+6=0 的所有实数根", True),
+        ("Compute -5 times 3 plus 2", "Compute 5 times 3 plus 2", False),
+        ("How many zeros has the number 25!", "How many zeros has the number 25", False),
+    ],
+)
+def test_a_copy_has_the_operators_of_the_problem(item: str, prompt: str, copied: bool) -> None:
+    match = index(item).best(prompt)
+    assert match is not None and match.verbatim is copied
+
+
 BAHIA = "What is the largest city of Brazil in the state of Bahia, and who founded it?"
 
 
@@ -146,6 +164,8 @@ def test_a_question_about_another_name_does_not_hide_the_problem_behind_it() -> 
     problems = index("What is the capital of France?", "What is the capital of Spain?")
     match = problems.best("Name the capital city of Spain.")
     assert match is not None and match.item.name == "b/1" and match.score >= THRESHOLD
+    lower = index("What is the capital of France?", "Who wrote Hamlet?", "What is the capital of Chile and Hamlet?")
+    assert (found := lower.best("What is the capital of Hamlet?")) and found.item.name == "b/2"
     assert problems.best("What is the capital of Peru?") is None
 
 

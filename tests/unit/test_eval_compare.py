@@ -74,6 +74,26 @@ def test_what_is_not_whole_is_not_compared(two, name, share, monkeypatch, capsys
     assert f"the `distill eval --model` command with --out {two[1]} recreates it" in error
 
 
+def test_directories_may_be_relative(two, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(two[0])
+    assert distill(monkeypatch, "eval", "compare", ".", "../b") == 0
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    shutil.move(two[0], tmp_path / "run" / "eval")
+    (tmp_path / "run" / "eval" / "sums" / "scripted" / "scores.json").write_text("")
+    remedies = {
+        (".", "."): "`distill eval recipe.yaml --run-dir . --verify` recreates it",
+        ("eval", "."): "`distill eval ../recipe.yaml --run-dir .. --verify` recreates it",
+        ("eval/sums", ".."): "`distill eval ../../recipe.yaml --run-dir ../.. --verify` recreates it",
+        ("..", "run"): "`distill eval run/recipe.yaml --run-dir run --verify` recreates it",
+    }
+    for (place, directory), remedy in remedies.items():
+        monkeypatch.chdir(tmp_path / "run" / place)
+        capsys.readouterr()
+        assert distill(monkeypatch, "eval", "compare", directory, two[1]) == 2
+        assert remedy in capsys.readouterr().err
+
+
 def test_a_changed_verdict_is_noticed(two, monkeypatch, capsys):
     """The row is written as an evaluation writes it, with its checksum: only the record shows the change."""
     path = two[1] / "sums" / "scripted" / "grades.jsonl"
@@ -111,7 +131,7 @@ def test_only_what_scores_count_is_compared(two, shared_sums, tmp_path, monkeypa
     assert row["differing"] == ["samples per problem: 1, 2"]
     printed = " ".join(capsys.readouterr().out.split())
     assert "the two differ in more than the model: samples per problem: 1, 2" in printed
-    assert "5 problems that only one of them answered are left out" in printed
+    assert "5 problems that only one of the two has are left out; a question with another gold answer" in printed
 
 
 def test_other_settings_are_named(two, shared_sums, tmp_path, monkeypatch, capsys):

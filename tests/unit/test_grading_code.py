@@ -30,6 +30,14 @@ from distill.prompts import code_tests
 from distill.prompts.prompt import Prompt
 
 FENCE = "```"
+SLOW = f"{FENCE}python\nn = int(input())\nprint(sum(range(n + 1)) + 1)\n{FENCE}\n"
+FINAL = [  # programs that write without `print`, or read without `input`
+    "import sys\ndef main():\n    n = int(sys.stdin.readline())\n    sys.stdout.write(str(n))\nmain()\n",
+    "from sys import stdin, stdout\nstdout.write(stdin.read())\n",
+    "import os\nos.write(1, os.read(0, 99))\n",
+    "open(1, 'w').write(open(0).read())\n",
+    "print(open('/dev/stdin').read())\n",
+]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +73,7 @@ def zygote() -> Iterator[Zygote]:
         ("def is a keyword of Python (and f = 1 is not).", None),
         (f"{FENCE}python\nprint(s.split('</think>'), '<think>')\n{FENCE}", "print(s.split('</think>'), '<think>')\n"),
         (f"{FENCE}python\nf = 1\n{FENCE}\n<think>{FENCE}\n2\n{FENCE}</think>", "f = 1\n"),
+        *((f"{SLOW}wrong and too slow. Final solution:\n{FENCE}python\n{final}{FENCE}", final) for final in FINAL),
     ],
 )
 def test_the_program_of_a_response(response: str, program: str | None) -> None:
@@ -145,7 +154,10 @@ def test_outputs_are_compared(given: str, wanted: str, outcome: str) -> None:
         ((1, [2, 3]), [1, [2, 3]], "correct"),
         ({1: "a"}, {"1": "a"}, "correct"),
         (0.1 + 0.2, 0.3, "unverifiable"),
-        (True, 1, "wrong"),
+        (True, 1, "correct"),
+        (0, False, "correct"),
+        (0, None, "wrong"),
+        (10**400, 0.5, "wrong"),
         ("1", 1, "wrong"),
         (None, None, "correct"),
     ],
@@ -208,6 +220,53 @@ def test_an_error_of_the_tests_is_no_fault_of_the_answer(
     rulings = [run_tests(Sandbox(zygote), program, read, 5.0) for program in programs]
     assert tuple(ruling[0] for ruling in rulings) == verdicts
     assert all(ruling[1] == "tests fail by themselves" for ruling in rulings if ruling[0] == "unverifiable")
+
+
+ADD_STUB = 'import math\n\ndef add(x, y):\n  """Add.\n\n  >>> add(1, 2)\n  3\n  """\n'
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"{FENCE}python\n  z = x + y\n  return z\n{FENCE}",
+        f"So:\n  {FENCE}\n  return x + y\n  {FENCE}",
+        f"{FENCE}\n  return h(x, y)\n\ndef h(x, y): return math.fsum((x, y))\n{FENCE}",
+        f"{FENCE}\n  add = x + y\n  return add\n{FENCE}",
+        f"{FENCE}\nadd = lambda x, y: x + y\n{FENCE}",
+        "  z = x + y\n  return z",
+    ],
+)
+def test_the_body_of_a_function_continues_its_stub(zygote: Zygote, response: str) -> None:
+    check = "def check(candidate):\n    assert candidate(1, 2) == 3"
+    gold = code_tests.tests_of(check, {"entry_point": "add", "prompt": ADD_STUB}) or ""
+    answer = CodeGrader().find_for(gold, response)
+    assert answer is not None
+    assert run_tests(Sandbox(zygote), answer.text, json.loads(gold), 5.0)[0] == "correct"
+
+
+@pytest.mark.parametrize(
+    ("tests", "outcomes"),  # of a program that returns 1, and one that returns [1]
+    [
+        ({"fn_name": "f", "inputs": [[0]], "outputs": [[1]]}, ("correct", "correct")),
+        ({"fn_name": "f", "inputs": [[0], [0]], "outputs": [[1], 1]}, ("wrong", "wrong")),
+        ({"test_cases": [{"fn_name": "f", "input": [0], "output": [1]}]}, ("correct", "correct")),
+        ({"exact": True, "test_cases": [{"fn_name": "f", "input": [0], "output": [1]}]}, ("wrong", "correct")),
+        ([{"input": "0", "output": "[1]", "testtype": "functional"}], ("wrong", "correct")),
+    ],
+)
+def test_a_result_may_be_wrapped_where_all_of_a_problem_are(
+    zygote: Zygote, tests: object, outcomes: tuple[str, str]
+) -> None:
+    stored = code_tests.tests_of(tests, {"metadata": '{"func_name": "f"}'}) or ""
+    assert code_tests.tests_of(stored, {}) == stored
+    programs = [f"def f(x): return {result}" for result in ("1", "[1]")]
+    assert tuple(run_tests(Sandbox(zygote), each, json.loads(stored), 5.0)[0] for each in programs) == outcomes
+
+
+def test_each_assert_adds_to_the_time_limit(zygote: Zygote) -> None:
+    busy = "import time\ndef f(x):\n    end = time.process_time() + 0.6\n    while time.process_time() < end: pass"
+    tests = json.loads(code_tests.tests_of(["assert f(1) is None", "assert f(2) is None"], {}) or "")
+    assert run_tests(Sandbox(zygote), busy, tests, 1.0)[0] == "correct"
 
 
 @pytest.mark.parametrize(

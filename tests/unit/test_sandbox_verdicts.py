@@ -52,6 +52,12 @@ SCRIPTS = {  # the input is "1 2", the output 3
         "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()\nprint(3)",
         "correct",
     ),
+    "no imports": ("d = defaultdict(int)\nd[1] += 3\nprint(d[1], file=sys.stdout)", "correct"),
+    "imports of its own": (
+        "from __future__ import annotations\nfrom datetime import datetime\nprint(datetime.max.year - 9996)",
+        "correct",
+    ),
+    "deep recursion": ("def g(n): return n and 1 + g(n - 1)\nprint(g(5000) - 4997)", "correct"),
     "an exit function": ("import atexit\natexit.register(print, 3)", "correct"),
     "grows its output": ("import os\nprint(3, flush=True)\nos.ftruncate(1, 60 << 20)", "wrong output"),
     "a directory without rights": ("import os\nos.mkdir('a')\nos.chmod('a', 0)\nprint(3)", "correct"),
@@ -207,7 +213,9 @@ def test_unittest_fails_where_it_reports_a_failure(sandbox: Sandbox, end: str) -
         ("prod", "class Solution:\n def prod(self, a): return 1", "correct"),
         ("min", "x = 1", "wrong"),
         ("gcd", "x = 1", "wrong"),
-        ("f", "def f(a): return True", "wrong"),
+        ("f", "def f(a): return True", "correct"),
+        ("f", "def f(a): return deepcopy(a)[1]", "correct"),
+        ("f", "def f(a, n=5000): return f(a, n - 1) if n else 1", "correct"),
         ("f", "class A:\n __eq__ = lambda a, b: True\ndef f(a): return A()", "wrong"),
         ("f", "import os\ndef f(a): os._exit(0)", "wrong"),
         ("f", "import numpy as np\ndef f(a): return np.int64(1)", "correct"),
@@ -217,3 +225,12 @@ def test_unittest_fails_where_it_reports_a_failure(sandbox: Sandbox, end: str) -
 def test_calls(sandbox: Sandbox, name: str, code: str, outcome: str) -> None:
     case = Case(type="function_call", fn_name=name, input=[[2, 1]], output=1)
     assert ruling(sandbox, code, case)[0] == outcome
+
+
+def test_a_result_that_is_too_long_is_refused(sandbox: Sandbox) -> None:
+    code = "def f(a): return 'a' * (70 << 20)"
+    for case in (
+        Case(type="function_call", fn_name="f", input=[1], output=1),
+        Case(type="assert", code="assert f(1) == 1"),
+    ):
+        assert ruling(sandbox, code, case, 6.0) == ("wrong", "output limit")

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from types import ModuleType
 
-from distill.grading.sandbox.wire import Stream, Wire, decode, encode, receive, send
+from distill.grading.sandbox.wire import Stream, TooLong, Wire, decode, encode, receive, send
 
 OPERATIONS: Mapping[str, Callable[..., object]] = {
     "call": lambda function, /, *args, **names: function(*args, **names),
@@ -55,7 +55,8 @@ class Ended(BaseException):
 
 
 class Peer:
-    """One end of the channel. allowed: what the other end may ask for. calls: how often this end called the other."""
+    """One end of the channel. allowed: what the other end may ask for. calls: how often this end called the other.
+    ended: why no more is read from the other end: `ended early` or `output limit`; empty before."""
 
     def __init__(self, stream: Stream, allowed: frozenset[str]) -> None:
         self.stream, self.allowed = stream, allowed
@@ -63,7 +64,7 @@ class Peer:
         self.numbers: dict[int, int] = {}
         self.remotes: dict[int, Remote | type[Exception]] = {}
         self.calls = 0
-        self.ended = False
+        self.ended = ""
 
     # ---- asking
 
@@ -84,7 +85,7 @@ class Peer:
         except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError) as error:
             if kind == "error":
                 raise
-            self.ended = True
+            self._end()
             raise Ended(str(error)) from error
 
     def _answer(self) -> list[object]:
@@ -200,19 +201,22 @@ class Peer:
         try:
             send(self.stream, message)
         except OSError as error:
-            self.ended = True
+            self._end()
             raise Ended("the other process has ended") from error
 
     def _receive(self) -> list[object]:
         try:
             message = receive(self.stream)
         except (OSError, EOFError, ValueError) as error:
-            self.ended = True
+            self._end("output limit" if isinstance(error, TooLong) else "ended early")
             raise Ended(str(error)) from error
         if not isinstance(message, list) or not message or self.ended:
-            self.ended = True
+            self._end()
             raise Ended("no message")
         return message
+
+    def _end(self, reason: str = "ended early") -> None:
+        self.ended = self.ended or reason
 
 
 class Remote:

@@ -1,6 +1,6 @@
 """What runs in the process of a program, after it is confined: a script, the names of an answer, or tests.
 
-    {"role": "script", "code"}                      run it as __main__: standard input to standard output
+    {"role": "script", "code", "given"}             run it as __main__: standard input to standard output
     {"role": "answer", "code", "setup", "given"}    run it, then serve its names on the channel (`peer`)
     {"role": "tests", "setup", "tests", "entry"}    run tests against an answer on the channel, write the result
 
@@ -28,6 +28,7 @@ from typing import TypedDict
 from distill.grading.sandbox.peer import FOR_ANSWERS, OPERATIONS, AnswerError, Ended, Peer, Remote
 
 DESCRIPTORS = {"input": 0, "output": 1, "errors": 2, "channel": 3, "result": 4}
+FRAMES = 20  # of a traceback, the outermost; 50,000 calls deep, all would take seconds
 OWN_FAULT = "tests fail by themselves"
 MODULES = {*sys.stdlib_module_names, "np", "numpy", "pd", "pandas"}  # names that tests take for modules
 
@@ -64,7 +65,7 @@ def run(request: Mapping[str, object]) -> int:
         case "script":
             names = _module("__main__")
             names["__file__"] = "main.py"
-            return _finished(lambda: _execute(str(request["code"]), names))
+            return _finished(lambda: _execute_all((str(request[part]) for part in ("given", "code")), names))
         case "answer":
             return _finished(lambda: _serve([str(request[part]) for part in ("given", "setup", "code")]))
     return _test(request)
@@ -88,6 +89,11 @@ def _execute(code: str, names: dict[str, object]) -> None:
     exec(compile(code, "main.py", "exec", dont_inherit=True), names)
 
 
+def _execute_all(parts: Iterable[str], names: dict[str, object]) -> None:
+    for part in parts:
+        _execute(part, names)
+
+
 def _finished(body: Callable[[], None]) -> int:
     """Run to the end as the interpreter would: exceptions to standard error, threads joined, exit functions called."""
     code = 0
@@ -97,7 +103,7 @@ def _finished(body: Callable[[], None]) -> int:
         code = _exit_code(error.code)
     except BaseException as error:
         if not isinstance(error, Ended):
-            traceback.print_exception(error.with_traceback(_own_part(error)))
+            traceback.print_exception(error.with_traceback(_own_part(error)), limit=FRAMES)
         code = 1
     finish: Iterable[Callable[[], object]] = (
         vars(threading)["_shutdown"],  # as the interpreter does
@@ -139,8 +145,7 @@ def _serve(parts: Sequence[str]) -> None:
     names = _module("solution")
     peer = Peer(channel, frozenset(OPERATIONS) | {"names"})
     try:
-        for part in parts:
-            _execute(part, names)
+        _execute_all(parts, names)
     except BaseException:
         channel.close()
         raise
@@ -204,7 +209,7 @@ def _outcome(peer: Peer, setup: str, tests: list[Test], entry: str | None) -> Ou
         own = _is_own(error, entry, [setup, *(test["code"] for test in tests)])
         reason, detail = OWN_FAULT if own else f"error: {type(error).__name__}", _last_lines(error)
     if peer.ended:
-        reason = "ended early"
+        reason = peer.ended
     elif not reason and not peer.calls:
         reason = "never called"
     return {"passed": not reason, "reason": reason, "detail": detail, "number": number}

@@ -206,13 +206,17 @@ class Sandbox:
     def __init__(self, zygote: Zygote, memory: int = MEMORY) -> None:
         self.zygote, self.memory = zygote, memory
 
-    def script(self, code: str, stdin: bytes, seconds: float) -> Finished:
-        """Run a program from its standard input to its standard output. seconds: of processor time."""
-        return self.zygote.start({"role": "script", "code": code}, seconds, stdin, memory=self.memory).wait()
+    def script(self, code: str, stdin: bytes, seconds: float, given: str = "") -> Finished:
+        """Run a program from its standard input to its standard output. seconds: of processor time. given: imports that
+        are executed before it."""
+        request = {"role": "script", "code": code, "given": given}
+        return self.zygote.start(request, seconds, stdin, memory=self.memory).wait()
 
     def tests(self, code: str, setup: str, tests: Sequence[Test], entry: str | None, seconds: float) -> Outcome:
         """Run tests against an answer. setup: code before the tests, whose imports and classes the answer has too.
-        entry: the name of the function that `check` is called with."""
+        entry: the name of the function that `check` is called with. seconds: of processor time for each test; they
+        share it, as they share two processes and their names."""
+        seconds *= max(1, len(tests))
         ours, theirs = socket.socketpair()
         result = os.memfd_create("result")
         request = {"role": "tests", "setup": setup, "tests": list(tests), "entry": entry}
@@ -247,11 +251,14 @@ class Sandbox:
         answer = self._answer(code, setup, theirs, seconds, f"{given}\nglobals().pop({name!r}, None)\n")
         theirs.close()
         ours.settimeout(PATIENCE * seconds + REPORT_SECONDS)
+        peer = Peer(ours, frozenset())
         try:
-            return Returned("", _called(Peer(ours, frozenset()), name, arguments))
+            return Returned("", _called(peer, name, arguments))
         except Ended:
+            ours.close()  # else an answer that is still sending waits until its patience ends
             ended = answer.wait()
-            return Returned(ended.reason or "ended early", None, ended.errors.strip()[-2000:])
+            reason = peer.ended if peer.ended == "output limit" else ended.reason or "ended early"
+            return Returned(reason, None, ended.errors.strip()[-2000:])
         except MemoryError:
             return Returned("memory limit", None)
         except Exception as error:  # what the answer raised

@@ -34,6 +34,10 @@ EXACT = 1 << 53  # larger integers are sent as text, so that no JSON reader roun
 Wire = None | bool | int | float | str | list["Wire"]
 
 
+class TooLong(ValueError):
+    """A message of more than `LONGEST` bytes."""
+
+
 class Stream(Protocol):
     """The part of a socket that messages need."""
 
@@ -51,10 +55,10 @@ def send(stream: Stream, message: object) -> None:
 
 
 def receive(stream: Stream) -> object:
-    """The next JSON value. Errors: EOFError at the end, ValueError for what is no message."""
+    """The next JSON value. Errors: EOFError at the end, `TooLong`, ValueError for what is no message."""
     (size,) = struct.unpack("!I", _exactly(stream, 4))
     if size > LONGEST:
-        raise ValueError(f"a message of {size:,} bytes")
+        raise TooLong(f"a message of {size:,} bytes")
     try:
         return json.loads(_exactly(stream, size))
     except RecursionError as error:
