@@ -292,7 +292,7 @@ def _turns(value: object, column: str, where: str, text_role: str | None = None)
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         reasoning = next((turn[key] for key in REASONING if turn.get(key)), None)
         made.append(_Turn(role, content, reasoning))
-        if calls := _calls(turn):
+        if ROLES.get(str(role)) == "assistant" and (calls := _calls(turn)):
             made[-1] = _merged(made[-1], _Turn("assistant", "\n".join(calls)))
     return made
 
