@@ -403,7 +403,7 @@ def test_a_section_by_itself_is_named_as_the_user_wrote_it(override, message):
 
 def test_a_number_that_is_not_finite_is_named_in_any_json_value() -> None:
     class Any(Section):
-        extra: dict[str, JsonValue] = {}
+        extra: dict[str, JsonValue]
 
     with pytest.raises(UserError, match=r"r.yaml: extra\.x: should be a finite number"):
         parse(Any, {"extra": {"x": float("nan")}}, "r.yaml")
