@@ -33,6 +33,7 @@ from distill.prompts.prompt import Message, Prompt, Task, split_reasoning
 from distill.recipe import LocalEngine, Recipe, SamplingSettings
 from distill.record import StageRecord, read_recipe
 from distill.thinking import Thinking
+from distill.traces.ledger import Ledger
 from distill.traces.trace import FinishReason
 
 if TYPE_CHECKING:
@@ -144,10 +145,9 @@ class Run:
             )
         if not path.is_file():
             raise UserError(f"{path} is missing; `distill train` with this run's recipe writes it")
-        lines = path.read_bytes().split(b"\n")[:-1]  # a line without its end is being written
         try:
-            return pd.DataFrame([json.loads(line) for line in lines])
-        except ValueError:
+            return pd.DataFrame(list(Ledger(path).rows()))  # without a last line that is being written
+        except UserError:
             raise UserError(f"{path} is damaged; `distill train --verify` with this run's recipe replaces it") from None
 
     def _record(self, stage: str, finished: bool = False) -> StageRecord | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from distill import gguf_files, model_cards, model_files
+from distill.artefacts import RunPaths
 from distill.chat import read_template
 from distill.config import did_you_mean, parse, read_yaml
 from distill.errors import UserError
@@ -226,8 +227,26 @@ def _check_names(recipe: Recipe) -> list[str]:
         if training.chat_template is not None:
             read_template(training.chat_template)
     mixed = (source for training in recipe.train.trainings for source in training.data)
-    runs = [source.path for source in (*recipe.traces, *mixed) if source.kind == "run"]
-    return notes + [f"there is no run {path} yet, whose traces are read" for path in runs if not Path(path).is_dir()]
+    for source in (*recipe.traces, *mixed):
+        if source.kind == "run":
+            notes += _check_run(Path(source.path))
+    return notes
+
+
+def _check_run(path: Path) -> list[str]:
+    """A note for a run whose kept traces are not there yet. Errors: UserError for a directory that is neither a run nor
+    an import."""
+    from distill.traces.published import kept_hash
+
+    if not path.is_dir():
+        return [f"there is no run {path} yet, whose traces are read"]
+    try:
+        kept_hash(path)
+    except UserError as error:
+        if not RunPaths(path).identity.is_file():
+            raise
+        return [str(error)]
+    return []
 
 
 def _not_pinned(card: BenchmarkCard, recipe: Recipe) -> list[str]:

@@ -55,6 +55,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def path_hash(path: Path) -> str:
+    """`file_hash`, or 16 hex digits over the names and contents of a directory's files, hidden ones left out."""
+    if not path.is_dir():
+        return file_hash(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return digest([[file.relative_to(path).as_posix(), file_hash(file)] for file in files])
+
+
 def digest(value: Any) -> str:
     """16 hex digits over a JSON value, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True)

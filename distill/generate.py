@@ -2,9 +2,12 @@
 
 Every (prompt, sample) is stored the moment it finishes, so that a killed run loses at most what was half written and
 never pays twice. Raising `samples` or a prompt limit extends the ledger; changing what the samples *are* (sampling,
-teacher, seed, prompts) is refused by the run directory.
+teacher, seed, prompts) is refused by the run directory. Lowering a count, or correcting a prompt, leaves traces in the
+store that the recipe no longer asks for: they were paid for and may be wanted again, so they stay, uncounted.
 
 Where a recipe has `traces:`, the answers that others have published are copied instead; everything after is the same.
+They cost nothing, so another limit copies all of them anew: answers of several sources to one prompt are numbered in
+order, and a row that is added to the first would take the number of one that is there.
 """
 
 import random
@@ -15,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill import backends, catalog
@@ -32,15 +36,14 @@ from distill.prompts import Prompt
 from distill.recipe import TeacherServer
 from distill.stage import Stage
 from distill.traces.ledger import Ledger
-from distill.traces.published import read_published
-from distill.traces.store import TraceStore
+from distill.traces.published import content_of, read_published
+from distill.traces.store import TraceStore, write_store
 from distill.traces.trace import Trace, content_hash
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
     from distill.run import Run
 
-TOGETHER = 256  # published traces stored at once
 FORMS = {  # of a reasoning, as `Trace.form`
     "reasoning_content": "in reasoning_content",
     "reasoning": "in reasoning",
@@ -68,10 +71,11 @@ class Generate(Stage[GenerateSummary]):
         return settings | recipe.engine_settings()
 
     def settings(self, run: "Run") -> Settings:
-        """The recipe's settings, the teacher's identity and, of a local one, the kind of device."""
+        """The recipe's settings; the content of published traces, or the teacher's identity and, of a local one, the
+        kind of device. Errors: UserError for a source of traces that is not there."""
         settings = self.recipe_settings(run.recipe)
         if run.recipe.traces:
-            return settings
+            return settings | _contents(run)
         settings |= {f"teacher.{key}": value for key, value in run.models.teacher.identity.items()}
         if run.models.teacher.is_remote:
             return settings
@@ -126,7 +130,10 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
             raise _used_up(allowance, left - made, total)
         say(f"budget: {allowance.report()}")
     store.compact()
-    counts = _counts(store)
+    part = store.part_of(run.prompts, recipe.generate.samples)
+    counts = _counts(part)
+    if (note := part.left_out) is not None:
+        say(note)
     if len(counts.forms) > 1:
         say("reasoning: " + ", ".join(f"{count:,} {FORMS[form]}" for form, count in counts.forms.items()))
     return counts.model_copy(
@@ -249,37 +256,43 @@ def _teacher(run: "Run", backend: backends.Backend) -> str:
     return digest(STAGE.settings(run) | numerics)
 
 
+def _contents(run: "Run") -> Settings:
+    """A hash of each source of traces on this machine. A run that began without these settings goes on without them,
+    and a source that is gone since is as it was recorded: the traces are copied already."""
+    record = run.record(STAGE.name)
+    contents: Settings = {}
+    for i, source in enumerate(run.recipe.traces):
+        key, place = f"traces.{i}.content", Path(source.dataset if source.kind == "hub" else source.path)
+        if record is not None and (key not in record.settings or not place.exists()):
+            contents |= {key: record.settings[key]} if key in record.settings else {}
+        elif (content := content_of(source)) is not None:
+            contents[key] = content
+    return contents
+
+
 def _copy(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
     traces = (trace for source in run.recipe.traces for trace in read_published(source))
     first = list(islice(traces, 1))  # a source that cannot be read is refused before anything is written
+    store, had_begun = TraceStore(run.paths.traces), run.begun(STAGE.name)
     begin()
-    started, made = time.monotonic(), 0
-    with TraceStore(run.paths.traces) as store, progress("copy", None, "traces") as advance:
-        known = store.keys()
-        samples: Counter[str] = Counter()
-        for group in _grouped(chain(first, traces), TOGETHER):
-            renumbered = [_renumbered(trace, samples) for trace in group]  # the sources may share a prompt
-            new = [trace for trace in renumbered if trace.key not in known]
-            store.append(new)
-            made += len(new)
-            advance(len(group))
-    store.compact()
-    return _counts(store).model_copy(update={"made": made, "seconds": round(time.monotonic() - started, 1)})
+    started = time.monotonic()
+    with _forgotten_if_refused(run, store, had_begun), progress("copy", None, "traces") as advance:
+        write_store(run.paths.traces, _numbered(chain(first, traces), advance))
+    counts = _counts(store)
+    return counts.model_copy(update={"made": counts.traces, "seconds": round(time.monotonic() - started, 1)})
 
 
-def _grouped(traces: Iterable[Trace], count: int) -> Iterator[list[Trace]]:
-    traces = iter(traces)
-    while group := list(islice(traces, count)):
-        yield group
-
-
-def _renumbered(trace: Trace, samples: Counter[str]) -> Trace:
-    samples[trace.prompt.id] += 1
-    return replace(trace, sample=samples[trace.prompt.id] - 1)
+def _numbered(traces: Iterable[Trace], advance: Callable[[int], None]) -> Iterator[Trace]:
+    """The traces, numbered by prompt: the sources may share one."""
+    samples: Counter[str] = Counter()
+    for trace in traces:
+        yield replace(trace, sample=samples[trace.prompt.id])
+        samples[trace.prompt.id] += 1
+        advance(1)
 
 
 def _counts(store: TraceStore) -> GenerateSummary:
-    """Counts over the whole store, in one pass. completion_tokens: of the traces whose token ids are known."""
+    """Counts over a store, in one pass. completion_tokens: of the traces whose token ids are known."""
     lengths, prompts, tasks, truncated = [], set(), set(), 0
     digests, counts, forms = [], Counter[str](), Counter[str]()
     for figures in store.figures():

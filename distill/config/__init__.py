@@ -13,6 +13,7 @@ overrides is all that a recipe needs.
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -40,10 +41,23 @@ def parse(model: type[M], data: object, where: str, overrides: Sequence[str] = (
     for override in parsed:
         data = _applied(model, data, override)
     try:
-        return model.model_validate_json(json.dumps(data), strict=True)
+        made = model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         authors = [(override.keys, override.where) for override in parsed]
         raise UserError(report(model, error, where, authors, section)) from None
+    if (key := _not_finite(data)) is not None:  # where a key takes any JSON value, which pydantic lets through
+        dotted = ".".join(filter(None, (section, *key)))
+        raise UserError(f"{where}: {dotted}: should be a finite number; JSON has no NaN and no infinity")
+    return made
+
+
+def _not_finite(data: object) -> tuple[str, ...] | None:
+    """The keys of the first number that is NaN or infinite; None without any."""
+    if isinstance(data, Mapping | list):
+        for key, value in data.items() if isinstance(data, Mapping) else enumerate(data):
+            if (keys := _not_finite(value)) is not None:
+                return (str(key), *keys)
+    return () if isinstance(data, float) and not math.isfinite(data) else None
 
 
 class _Override(NamedTuple):

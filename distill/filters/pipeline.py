@@ -123,11 +123,10 @@ class FilterStage(Stage[FilterSummary]):
         judges: Settings = {"judged_by": judges_identity(run.recipe, _tasks(run))}
         if (generated := run.stored_summary("generate", GenerateSummary)) is not None:
             return judges | {"traces": generated.traces, "content": generated.content_hash}
-        store = TraceStore(run.paths.traces)
-        if store.is_empty():
+        digests = [figures.digest for figures in _stored(run).figures()]
+        if not digests:
             raise UserError(f"{run.paths.traces}: no traces to filter; run `distill generate` first")
-        content = content_hash(figures.digest for figures in store.figures())
-        return judges | {"traces": len(store), "content": content}
+        return judges | {"traces": len(digests), "content": content_hash(digests)}
 
     def work(self, run: Run, begin: Callable[[], None]) -> FilterSummary:
         """Judge the traces that have no verdict yet, choose among them, write both directories.
@@ -144,11 +143,13 @@ class FilterStage(Stage[FilterSummary]):
                     "--on ray: a judge is asked by one process, which stores its judgements and keeps its budget; "
                     "remove --on ray (a server judges many responses at once), or turn the judge's filters off"
                 )
-        settings, store = run.recipe.filter, TraceStore(run.paths.traces)
+        settings, store = run.recipe.filter, _stored(run)
         total, had_begun = len(store), run.begun(self.name)
         resources = load_resources(run.recipe, run.paths.judgements, tasks)
         filters, choosing = settings.judging_filters(), settings.choosing_filters()
         begin()
+        if (note := store.left_out) is not None:
+            console.say(note)
         run.paths.filtered.mkdir(exist_ok=True)
         judge = ClusterJudge(run.recipe, tasks) if run.on == "ray" else Judge(filters, choosing, resources)
         judged_by = digest(judges_identity(run.recipe, tasks) | {"benchmarks": resources.benchmarks_digest()})
@@ -175,6 +176,16 @@ class FilterStage(Stage[FilterSummary]):
 
 
 STAGE = FilterStage()
+
+
+def _stored(run: Run) -> TraceStore:
+    """The stored traces that the recipe asks for, as a finished `generate` counted them. Where these are all, or where
+    it is not finished, every stored trace, and the prompts are not read again."""
+    store = TraceStore(run.paths.traces)
+    generated = run.stored_summary("generate", GenerateSummary)
+    if run.recipe.traces or generated is None or generated.traces == len(store):
+        return store
+    return store.part_of(run.prompts, run.recipe.generate.samples)
 
 
 def _tasks(run: Run) -> set[str]:

@@ -30,7 +30,7 @@ class Generate(Section):
 
     samples: Annotated[int, Free] = Field(1, ge=1, description="answers per prompt")
     max_prompts: Annotated[int | None, Free] = Field(
-        None, ge=1, description="number of prompts, of all sources together; null: all that they have"
+        None, ge=1, lt=2**63, description="number of prompts, of all sources together; null: all that they have"
     )
     sampling: SamplingSettings = SamplingSettings()
     prompt_suffix: str = Field(

@@ -50,7 +50,7 @@ class ProceduralPrompts(_Weighted):
         "train", description="split; no problem is in two; longer: 6 to 8 steps instead of 2 to 5"
     )
     seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed that selects the problems of the split")
-    limit: Annotated[int, Free] = Field(1000, ge=1, description="number of problems")
+    limit: Annotated[int, Free] = Field(1000, ge=1, lt=2**63, description="number of problems")
 
     @property
     def task(self) -> Literal["math"]:
@@ -65,7 +65,7 @@ class GymPrompts(_Weighted):
     name: str = Field(description="name of a reasoning-gym dataset, such as chain_sum")
     config: dict[str, JsonValue] = Field({}, description="keys of the dataset's own configuration, such as max_terms")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the first problem; problem i has seed + i")
-    limit: Annotated[int, Free] = Field(1000, ge=1, description="number of problems")
+    limit: Annotated[int, Free] = Field(1000, ge=1, lt=2**63, description="number of problems")
 
     @property
     def task(self) -> Literal["gym"]:
@@ -149,7 +149,7 @@ class _Problems(_Weighted):
     shuffle_seed: Annotated[int | None, Later] = Field(
         None, description="seed of the order in which rows are taken, and so of a subsample by `limit`; null: in order"
     )
-    limit: Annotated[int | None, Free] = Field(None, ge=1, description="maximum number of rows to read")
+    limit: Annotated[int | None, Free] = Field(None, ge=1, lt=2**63, description="maximum number of rows to read")
 
     @model_validator(mode="after")
     def extract_fits_the_task(self) -> "_Problems":
@@ -240,7 +240,7 @@ class _Published(Section):
         description="kind of problem, which selects the grader; null: math, and in rows that `distill export` wrote "
         "their own, but for code and gym, whose graders run what the file contains",
     )
-    limit: Annotated[int | None, Free] = Field(None, ge=1, description="maximum number of rows to read")
+    limit: Annotated[int | None, Free] = Field(None, ge=1, lt=2**63, description="maximum number of rows to read")
 
     @model_validator(mode="after")
     def extract_has_a_column(self) -> "_Published":

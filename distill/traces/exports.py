@@ -23,7 +23,7 @@ from distill.traces.exported import SCHEMAS, Format, correctness, openr1_row, ro
 from distill.traces.parts import GROUP_ROWS, parts
 from distill.traces.published import IMPORTED
 from distill.traces.rows import without_tokens
-from distill.traces.store import TraceStore, read_traces
+from distill.traces.store import TraceStore, count_traces, read_traces
 from distill.traces.trace import Trace, Verdict
 
 FILE_TYPES = ("jsonl", "parquet")
@@ -39,10 +39,11 @@ def file_type_of(out: Path, named: str | None) -> str:
     return kind
 
 
-def stored_traces(source: Path, dropped: bool = False) -> Iterator[Judged]:
+def stored_traces(source: Path, dropped: bool = False, note: Callable[[str], None] = say) -> Iterator[Judged]:
     """The traces of a run that its filters kept, of an import, or of a directory of parts.
 
-    dropped: those that the filters dropped, too, or all of a run that was not filtered. Errors: UserError.
+    dropped: those that the filters dropped, too, or all of a run that was not filtered; a note says how many are stored
+    that were not filtered. Errors: UserError.
     """
     if not source.is_dir():
         raise UserError(f"{source}: no such directory; name a run, or what `distill import` made")
@@ -53,6 +54,8 @@ def stored_traces(source: Path, dropped: bool = False) -> Iterator[Judged]:
         folders = [source]
     elif parts(kept):
         folders = [kept, *([source / "filtered" / "dropped"] if dropped else [])]
+        if dropped and (rest := len(TraceStore(source / "traces")) - sum(map(count_traces, folders))) > 0:
+            note(f"note: {counted(rest, 'stored trace')} not filtered and not exported; run `distill filter` first")
     elif (source / "traces").is_dir() and dropped:
         return ((trace, []) for trace in TraceStore(source / "traces").iterate(tokens=False))
     elif (source / "traces").is_dir():

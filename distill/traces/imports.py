@@ -81,6 +81,8 @@ def import_traces(
 
     Errors: UserError for a source that cannot be read, or when nothing in any of them is an answer.
     """
+    if out.resolve() == Path.cwd():
+        raise UserError(f"{out}: the current directory, which cannot be replaced; name a new directory as --out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; choose another --out")
     created = next((path for path in reversed([out, *out.parents]) if not path.exists()), out)

@@ -222,16 +222,28 @@ def _item(item: Mapping[str, object], where: str) -> _Turn:
         case "reasoning":
             return _Turn("assistant", "", item.get("content") or item.get("summary") or None)
         case "function_call":
-            arguments = item.get("arguments")
-            with suppress(ValueError):  # else it stays the text that the model wrote
-                arguments = parse_json(arguments) if isinstance(arguments, str) else arguments
-            call = json.dumps({"name": item.get("name"), "arguments": arguments}, ensure_ascii=False)
-            return _Turn("assistant", f"<tool_call>\n{call}\n</tool_call>")
+            return _Turn("assistant", _call(item))
         case "function_call_output":
             return _Turn(
                 "user", f"<tool_response>\n{_content(item.get('output'), 'result', empty=True)[1]}\n</tool_response>"
             )
     raise UserError(f"{where}: unknown item {item.get('type')!r} in the rollout; remove the row")
+
+
+def _call(function: Mapping[str, object]) -> str:
+    """A call of a tool as text: its name and arguments."""
+    arguments = function.get("arguments")
+    with suppress(ValueError):  # else it stays the text that the model wrote
+        arguments = parse_json(arguments) if isinstance(arguments, str) else arguments
+    call = json.dumps({"name": function.get("name"), "arguments": arguments}, ensure_ascii=False)
+    return f"<tool_call>\n{call}\n</tool_call>"
+
+
+def _calls(turn: Mapping[str, object]) -> list[str]:
+    """The calls of a turn of the chat API as text: `tool_calls`, or the older `function_call`."""
+    listed, single = _list(turn.get("tool_calls")) or [], turn.get("function_call")
+    functions = [call.get("function", call) for call in listed if isinstance(call, dict)]
+    return [_call(function) for function in (*functions, single) if isinstance(function, dict)]
 
 
 def _merged(first: _Turn, second: _Turn) -> _Turn:
@@ -280,6 +292,8 @@ def _turns(value: object, column: str, where: str, text_role: str | None = None)
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         reasoning = next((turn[key] for key in REASONING if turn.get(key)), None)
         made.append(_Turn(role, content, reasoning))
+        if ROLES.get(str(role)) == "assistant" and (calls := _calls(turn)):
+            made[-1] = _merged(made[-1], _Turn("assistant", "\n".join(calls)))
     return made
 
 
@@ -305,7 +319,13 @@ def _answer(row: Row, turns: list[_Turn], number: int, where: str, empty: bool) 
     if "user" not in roles or roles[-2] != "user":
         raise LeftOut("no question before the answer")
     messages: list[Message] = [
-        {"role": role, "content": _content(turn.content, "question" if role == "user" else role)[1]}
+        {
+            "role": role,
+            "content": _with_reasoning(
+                _content(turn.content, "question" if role == "user" else role)[1],
+                _thought(turn.reasoning) if turn.reasoning else None,
+            ),
+        }
         for role, turn in zip(roles[:-1], turns, strict=False)
     ]
     system = row.get("system")

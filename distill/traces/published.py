@@ -13,10 +13,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill.artefacts import FilterSummary, RunPaths
 from distill.chat import split_reasoning
 from distill.console import say
 from distill.errors import UserError
-from distill.fingerprint import digest
+from distill.fingerprint import digest, path_hash
 from distill.prompts.code_tests import BESIDE
 from distill.prompts.columns import listed
 from distill.prompts.files import MEDIA
@@ -25,13 +26,14 @@ from distill.prompts.hub import load_dataset, rows_of_dataset
 from distill.prompts.prompt import Prompt
 from distill.prompts.rows import Row, columns_of, has_column, rows_of_file, value_at
 from distill.prompts.streams import opened, readable
+from distill.record import StageRecord
 from distill.traces.exported import MARK, is_exported, read_exported
 from distill.traces.layouts import ALIGNED, COLUMNS, REASONING, Answer, Columns, LeftOut, answers, is_known, no_layout
 from distill.traces.store import read_traces, tasks_in
 from distill.traces.trace import Trace, Verdict
 
 if TYPE_CHECKING:
-    from distill.recipe.sources import FileTraces, HubTraces, TraceSource
+    from distill.recipe.sources import FileTraces, HubTraces, MixedSource, TraceSource
 
 GOLD = ("answer", "gtruth_answer", "ground_truth", "expected_answer", "gt", "reward_model.ground_truth")
 GOLD_OF_TASK = {  # columns that are looked for before these, and what is taken out of whichever there is
@@ -40,8 +42,8 @@ GOLD_OF_TASK = {  # columns that are looked for before these, and what is taken 
 }
 EXTRACT_OF_TASK: dict[str, Extract] = {"code": "tests", "instructions": "instructions"}
 BESIDE_GOLD = {"code": BESIDE, "instructions": (ARGUMENTS,)}
-CORRECT = (  # columns with a publisher's verdict, the most reliable first
-    *("correctness_math_verify", "correctness_llama", "is_correct", "correct", "accuracy", "score", "reward"),
+CORRECT = (  # columns with a publisher's verdict, the most reliable first; no score, whose 1 may be the worst of 1 to 5
+    *("correctness_math_verify", "correctness_llama", "is_correct", "correct"),
 )
 LABEL = "published"  # the filter under whose name an import stores what was published beside an answer
 LONGEST = 200  # characters of a text that is stored so
@@ -70,6 +72,39 @@ def read_published(source: "TraceSource", note: Callable[[str], None] = say) -> 
 def _kept(run: Path) -> Path:
     """The directory with the traces that a run kept, or that an import stored."""
     return run / "traces" if (run / IMPORTED).is_file() else run / "filtered" / "kept"
+
+
+def kept_hash(run: Path) -> str:
+    """What decides the traces that a run kept, or that an import stored: their number and a hash over them, from the
+    record of the filter; a hash of the files of an import.
+
+    Errors: UserError when the filter is not finished, or when the directory is neither.
+    """
+    if (run / IMPORTED).is_file():
+        return path_hash(_kept(run))
+    paths = RunPaths(run)
+    record = StageRecord.read_if_there(paths.record("filter"), "run `distill filter --fresh filter` again")
+    if record is None or record.finished is None or not paths.kept.is_dir():
+        raise UserError(
+            f"{paths.kept} is missing: run `distill filter` first, whose kept traces are read (or name a run, or what "
+            f"`distill import` made)"
+        )
+    summary = FilterSummary.model_validate_json(json.dumps(record.summary))
+    return f"{summary.kept:,} traces {summary.kept_hash}"
+
+
+def content_of(source: "TraceSource | MixedSource") -> str | None:
+    """A hash over what a source holds. None for a data set of the hub, which its revision names, and for traces that
+    the run makes itself. Errors: UserError for a source that is not there, or a run that is not filtered."""
+    match source.kind:
+        case "run":
+            kept, record = _kept(Path(source.path)), RunPaths(Path(source.path)).record("filter")
+            return path_hash(kept) if kept.is_dir() and not record.exists() else kept_hash(Path(source.path))
+        case "file":
+            return path_hash(Path(source.path))
+        case "hub":
+            return path_hash(Path(source.dataset)) if source.local else None
+    return None
 
 
 def tasks_of_run(source: "TraceSource") -> set[str]:

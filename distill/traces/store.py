@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from distill.durable import replacing_directories, sync_directory
 from distill.errors import UserError
+from distill.prompts.prompt import Prompt
 from distill.traces.keys import Key, KeySet
 from distill.traces.ledger import Ledger, Row
 from distill.traces.parts import GROUP_ROWS, PartWriter, batches, parts, row_count
@@ -90,6 +91,25 @@ class TraceStore:
         self.directory = directory
         self._ledger = Ledger(directory / "ledger.jsonl")
         self._open = False
+        self._wanted: tuple[set[str], int] | None = None  # prompt ids and samples per prompt, of a part of the store
+
+    def part_of(self, prompts: Iterable[Prompt], samples: int) -> "TraceStore":
+        """The same directory, whose readers but `keys`, `tasks` and `omitted` see the first `samples` answers to these
+        prompts only. A store holds others where counts were lowered, or prompts changed, after they were answered."""
+        part = TraceStore(self.directory)
+        part._wanted = {prompt.id for prompt in prompts}, samples
+        return part
+
+    @property
+    def left_out(self) -> str | None:
+        """A line about the stored traces that are not in this part of the store; None where all are."""
+        total = len(TraceStore(self.directory))
+        return (
+            f"note: {total - len(self):,} of {total:,} stored traces are left out: their prompts or samples are no "
+            f"longer in the recipe"
+            if total > len(self)
+            else None
+        )
 
     def __enter__(self) -> "TraceStore":
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -128,7 +148,7 @@ class TraceStore:
         """Key, finish reason and length of every stored trace once, in order. Reads no token."""
         seen = KeySet()
         for batch in batches(self.directory, FIGURE_COLUMNS):
-            for row in _unseen(batch, seen).to_pylist():
+            for row in self._unseen(batch, seen).to_pylist():
                 key = (row["id"], row["sample"])
                 yield _figures(key, row["task"], row if row["exact"] is None else json.loads(row["exact"]))
         for row in self._ledger_rows(seen):
@@ -154,7 +174,7 @@ class TraceStore:
 
     def __len__(self) -> int:
         seen = KeySet()
-        parts = sum(sum(seen.add(_keys_of(batch))) for batch in batches(self.directory, ["id", "sample"]))
+        parts = sum(self._unseen(batch, seen).num_rows for batch in batches(self.directory, ["id", "sample"]))
         return parts + sum(1 for _ in self._ledger_rows(seen))
 
     def __iter__(self) -> Iterator[Trace]:
@@ -171,6 +191,7 @@ class TraceStore:
         Errors: OSError when the disk is full; the ledger is then still there, and so are the parts that were finished.
         """
         assert not self._open, "compact a store after its `with` block: the open ledger would go on under no name"
+        assert self._wanted is None, "compact the whole store: a part of it would lose the rest"
         if self._ledger.path.exists():
             with PartWriter(self.directory, SCHEMA) as writer:
                 seen = KeySet()
@@ -204,7 +225,7 @@ class TraceStore:
     def _traces(self, tokens: bool) -> Iterator[Trace]:
         seen = KeySet()
         for batch in batches(self.directory, None if tokens else TEXT_COLUMNS):
-            yield from map(trace_of, _unseen(batch, seen).to_pylist())
+            yield from map(trace_of, self._unseen(batch, seen).to_pylist())
         for row in self._ledger_rows(seen):
             trace = Trace.from_dict(row)
             yield trace if tokens else without_tokens(trace)
@@ -212,7 +233,7 @@ class TraceStore:
     def _tables(self) -> Iterator[pa.Table]:
         seen = KeySet()
         for batch in batches(self.directory):
-            yield with_all_columns(pa.Table.from_batches([_unseen(batch, seen)]))
+            yield with_all_columns(pa.Table.from_batches([self._unseen(batch, seen)]))
         yield from self._ledger_tables(seen)
 
     def _ledger_tables(self, seen: KeySet) -> Iterator[pa.Table]:
@@ -223,14 +244,28 @@ class TraceStore:
 
     def _ledger_rows(self, seen: KeySet) -> Iterator[Row]:
         for row in self._ledger.rows():
-            if all(seen.add([_ledger_key(row)])):
+            if all(self._new([_ledger_key(row)], seen)):
                 yield row
 
+    def _unseen(self, batch: pa.RecordBatch, seen: KeySet) -> pa.RecordBatch:
+        """The rows whose keys are new, of the part of the store that is read."""
+        new = self._new(_keys_of(batch), seen)
+        return batch if all(new) else batch.filter(pa.array(new, pa.bool_()))
 
-def _unseen(batch: pa.RecordBatch, seen: KeySet) -> pa.RecordBatch:
-    """The rows whose keys are new."""
-    new = seen.add(_keys_of(batch))
-    return batch if all(new) else batch.filter(pa.array(new, pa.bool_()))
+    def _new(self, keys: Sequence[Key], seen: KeySet) -> list[bool]:
+        new = seen.add(keys)
+        if self._wanted is None:
+            return new
+        prompts, samples = self._wanted
+        return [is_new and key[0] in prompts and key[1] < samples for key, is_new in zip(keys, new, strict=True)]
+
+
+def write_store(directory: Path, traces: Iterable[Trace]) -> None:
+    """Write a whole store, its keys unique, in place of what was there. Errors: OSError when the disk is full."""
+    rest = map(rounded, traces)
+    with replacing_directories(directory) as (new,), PartWriter(new, SCHEMA) as writer:
+        while group := list(islice(rest, GROUP_ROWS)):
+            writer.write(table_of(group))
 
 
 def write_traces(directory: Path, traces: Iterable[Trace], verdicts: Mapping[Key, list[Verdict]] | None = None) -> None:

@@ -2,6 +2,6 @@
 
 from distill.train.phases import PhasesStage, follow
 from distill.train.ranks.environment import several
-from distill.train.stage import STAGE, kept_hash
+from distill.train.stage import STAGE
 
-__all__ = ["STAGE", "PhasesStage", "follow", "kept_hash", "several"]
+__all__ = ["STAGE", "PhasesStage", "follow", "several"]

@@ -16,19 +16,17 @@ Missing or damaged files of a finished student are written again from the last c
 repeated.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.artefacts import Artefact, FilterSummary, RunPaths, Settings, TrainSummary
+from distill.artefacts import Artefact, Settings, TrainSummary
 from distill.chat import TODAY, read_template, reads_date
 from distill.errors import UserError
-from distill.fingerprint import digest, file_hash
-from distill.record import StageRecord
+from distill.fingerprint import digest
 from distill.stage import Stage
+from distill.traces.published import content_of, kept_hash
 from distill.train.ranks import environment
 
 if TYPE_CHECKING:
@@ -160,9 +158,9 @@ def row_settings(run: "Run") -> Settings:
         if source.kind == "kept":
             settings["kept_traces"] = kept_hash(run.directory)
         elif source.kind == "run":
-            settings[f"data.{number}.traces"] = kept_hash(Path(source.path))
+            settings[f"data.{number}.traces"] = content_of(source)
         elif source.kind == "file":
-            settings[f"data.{number}.file"] = file_hash(Path(source.path))
+            settings[f"data.{number}.file"] = content_of(source)
     return settings
 
 
@@ -199,16 +197,3 @@ def rollout_settings(run: "Run") -> Settings:
     if objective.needs_reference:
         settings |= run.recipe.engine_settings() | {"engine.device": device_type(run.recipe.engine.device)}
     return settings | judge_settings(run)
-
-
-def kept_hash(run: Path) -> str:
-    """The number of traces that a run's filter kept, and a hash over them, from its record.
-
-    Errors: UserError when the filter is not finished.
-    """
-    paths = RunPaths(run)
-    record = StageRecord.read_if_there(paths.record("filter"), "run `distill filter --fresh filter` again")
-    if record is None or record.finished is None or not paths.kept.is_dir():
-        raise UserError(f"{paths.kept} is missing: run `distill filter` first, whose kept traces training reads")
-    summary = FilterSummary.model_validate_json(json.dumps(record.summary))
-    return f"{summary.kept:,} traces {summary.kept_hash}"

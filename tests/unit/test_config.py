@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import JsonValue
 
 from distill.config import RENAMED, dump_yaml, parse, read_yaml
 from distill.errors import UserError
@@ -398,3 +399,11 @@ def test_an_old_key_of_an_override_is_answered_too(monkeypatch):
 def test_a_section_by_itself_is_named_as_the_user_wrote_it(override, message):
     with pytest.raises(UserError, match=re.escape(message)):
         parse(Judge, {"teacher": "tiny-r1"}, "--set judge", [override], "judge")
+
+
+def test_a_number_that_is_not_finite_is_named_in_any_json_value() -> None:
+    class Any(Section):
+        extra: dict[str, JsonValue]
+
+    with pytest.raises(UserError, match=r"r.yaml: extra\.x: should be a finite number"):
+        parse(Any, {"extra": {"x": float("nan")}}, "r.yaml")

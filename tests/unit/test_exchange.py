@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill.catalog import load_student, resolve_weights
+from distill.catalog import _check_run, load_student, resolve_weights
 from distill.chat import split_reasoning
 from distill.errors import UserError
 from distill.prompts.prompt import Prompt
@@ -21,8 +21,8 @@ from distill.recipe.sources import RunTraces
 from distill.traces.configs import READS, write_config
 from distill.traces.exports import export_traces, stored_traces
 from distill.traces.imports import import_traces, sources_of
-from distill.traces.published import read_published
-from distill.traces.store import read_traces
+from distill.traces.published import kept_hash, read_published
+from distill.traces.store import read_traces, write_store, write_traces
 from distill.traces.trace import Trace
 
 FORMATS = ("messages", "sharegpt", "prompt-completion", "openr1")
@@ -327,3 +327,50 @@ def trl_step(traces: list[Trace], form: str, kind: str, directory: Path) -> str:
     result = trainer.train()
     assert result.global_step == 1 and 0 < result.training_loss < 100
     return text
+
+
+def test_calls_of_tools_and_earlier_reasoning_are_kept(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "reasoning_content": "why"},
+        {"role": "user", "content": "r"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    (trace,) = bring_in(write(tmp_path / "a.jsonl", {"messages": turns}), tmp_path / "in")
+    assert trace.prompt.messages[1]["content"] == "<think>\nwhy\n</think>\n\na"
+    assert trace.text == '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+
+
+def test_a_score_is_no_verdict(tmp_path):
+    rows = [{"prompt": "q", "completion": "a", "score": score} for score in (1, 5)]
+    bring_in(write(tmp_path / "a.jsonl", *rows), tmp_path / "in")
+    said = [verdicts[0] for _, verdicts in read_traces(tmp_path / "in/traces")]
+    assert [(v.reason, v.evidence["score"]) for v in said] == [("not labelled", 1), ("not labelled", 5)]
+
+
+def test_the_current_directory_is_no_output(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl", OPENR1)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match="the current directory"):
+        bring_in(file, Path("."))
+
+
+def test_an_import_is_hashed_as_what_a_run_kept_and_other_directories_are_refused(tmp_path):
+    bring_in(write(tmp_path / "a.jsonl", OPENR1), tmp_path / "in")
+    assert kept_hash(tmp_path / "in") and _check_run(tmp_path / "in") == []
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="distill filter"):
+        _check_run(tmp_path / "other")
+    assert "there is no run" in _check_run(tmp_path / "nowhere")[0]
+
+
+def test_all_says_what_was_not_filtered(tmp_path):
+    traces = [Trace(Prompt.from_question("q", "4"), n, 0, "a", None, "a", "stop", "t") for n in range(3)]
+    write_store(tmp_path / "traces", traces)
+    write_traces(tmp_path / "filtered/kept", traces[:1])
+    write_traces(tmp_path / "filtered/dropped", traces[1:2])
+    notes: list[str] = []
+    assert len(list(stored_traces(tmp_path, True, notes.append))) == 2
+    assert notes == ["note: 1 stored trace not filtered and not exported; run `distill filter` first"]

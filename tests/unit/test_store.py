@@ -391,3 +391,17 @@ def test_every_acknowledged_trace_survives_kill_minus_nine(tmp_path: Path) -> No
         store.append([trace(len(store))])
     store.compact()
     assert len(store) == len(samples) + 1 and not (store.directory / "ledger.jsonl").exists()
+
+
+def test_a_part_of_a_store_has_the_wanted_prompts_and_samples(tmp_path):
+    store = TraceStore(tmp_path)
+    with store:
+        store.append([trace(0), trace(1), trace(2)])
+    for _ in range(2):  # in the ledger, then in a part
+        part = store.part_of([trace(0).prompt, trace(1).prompt], 1)
+        wanted = [key for key in (trace(0).key, trace(1).key, trace(2).key) if key[1] < 1]
+        wanted = [key for key in wanted if key[0] in (trace(0).prompt.id, trace(1).prompt.id)]
+        assert [each.key for each in part] == [each.key for each in part.figures()] == wanted
+        assert len(part) == len(wanted) < 3 and len(store) == 3
+        assert f"{3 - len(wanted)} of 3 stored traces are left out" in part.left_out
+        store.compact()
