@@ -193,15 +193,13 @@ class Connection:
         """The error of a server that does not have the model, or has several where none is named."""
         if not listed and not urlsplit(self.url).path.rstrip("/").endswith("/v1"):
             return UserError(f"{self.where}: no model answers there; complete the address, which usually ends with /v1")
-        how = "with --name, or in a recipe with server.model"
+        how = "choose one with --name, or in a recipe with server.model"
         if model is None and not listed:
-            return UserError(f"{self.where}: the server lists no models; choose one {how}")
+            return UserError(f"{self.where}: the server lists no models; {how}")
         if not listed:
             return UserError(f"{self.where}: the server has no model {model!r} and lists none; correct its name")
         problem = "several models" if model is None else f"no model {model!r}"
-        return UserError(
-            f"{self.where}: the server has {problem}; choose one {how}: {self.secrets.hide(', '.join(listed))}"
-        )
+        return UserError(f"{self.where}: the server has {problem}; {how}: {self.secrets.hide(', '.join(listed))}")
 
     @contextmanager
     def _connecting(self) -> Iterator[None]:
