@@ -88,6 +88,12 @@ class Server:
         )
 
     @property
+    def without_thinking(self) -> bool:
+        """Whether it is asked for answers without reasoning, by the variables of `thinking: false`."""
+        sent, off = self.extra_body.get("chat_template_kwargs"), variables(False)
+        return isinstance(sent, dict) and off.items() <= sent.items()
+
+    @property
     def identity(self) -> dict[str, JsonValue]:
         """What decides the answers: the model and the fields of the request. The address is no part of it."""
         identity: dict[str, JsonValue] = {"model": self.model}

@@ -8,14 +8,15 @@ repeats itself.
 Some models refuse parameters that others need: `max_tokens` where `max_completion_tokens` is meant, a temperature where
 they have their own. A refused parameter is left out of all further requests, and this is said once. A refusal names its
 parameter in the error's `param`; where an error has no such field, only in quotes beside a word of refusal, or as its
-subject: the text of a prompt may be in the message too.
+subject: the text of a prompt may be in the message too. Of several names the one nearest to the word is meant, and none
+that comes as advice (`allowed: …`, `did you mean …`).
 
 The parameters of `SAMPLING` decide what the samples are. They are left out before the first answer only; a later
 refusal is that of one request. An answer knows which ones its request lacked, so that `collect` can refuse a mixture.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from distill.console import say
 from distill.engine.options import SamplingParams
@@ -40,6 +41,11 @@ CODES = ("unsupported_parameter", "unsupported_value", "unknown_parameter")  # O
 WORDS = r"support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra|invalid param"
 REFUSAL = re.compile(WORDS, re.I)
 BETWEEN = r"\W+(?:(?:is|are|does|do|not|parameters?|arguments?|fields?|request|supplied|value|option)\W+){0,4}"
+ADVICE = re.compile(  # after it, a message names what would be taken
+    r"did you mean|(?<!not )(?<!n't )\b(?:allowed|supported|valid|accepted|available)(?:\s+\w+)?\s*(?:\bare\b|:)"
+    r"|\buse\b.{1,80}\binstead",
+    re.I | re.S,
+)
 NEAR = 60  # characters between a quoted name and the word of its refusal
 
 
@@ -123,16 +129,15 @@ class Asking:
         if LIMITS[0] in sent and LIMITS[0] not in self._extra and LIMITS[1] in reason:
             self.limit = LIMITS[1]
             return True
-        for name in OPTIONAL:
-            if name not in sent or name in self._extra or not _refuses(name, reason, param, code):
-                continue
-            if name not in self._refused:
-                if name in SAMPLING and self._answered:
-                    return False
-                self._refused.add(name)
-                say(f"note: {self.model} refuses {name}; it is left out, and the server's own applies")
-            return True
-        return False
+        name = _refused(reason, param, code)
+        if name not in sent or name in self._extra:
+            return False
+        if name not in self._refused:
+            if name in SAMPLING and self._answered:
+                return False
+            self._refused.add(name)
+            say(f"note: {self.model} refuses {name}; it is left out, and the server's own applies")
+        return True
 
 
 def omitted(body: Collection[str], sampling: SamplingParams) -> tuple[str, ...]:
@@ -146,17 +151,28 @@ def error_fields(error: Mapping[str, object]) -> tuple[str | None, str | None]:
     return (param if isinstance(param, str) else None), (code if isinstance(code, str) else None)
 
 
-def _refuses(name: str, reason: str, param: str | None, code: str | None) -> bool:
-    """Whether an error refuses the parameter `name`."""
+def _refused(reason: str, param: str | None, code: str | None) -> str:
+    """The parameter of `OPTIONAL` that an error refuses, "" for none."""
     if param is not None:
-        return param.partition(".")[0] == name and (code in CODES or bool(REFUSAL.search(reason)))
+        name = param.partition(".")[0]
+        return name if name in OPTIONAL and (code in CODES or REFUSAL.search(reason)) else ""
     refusals = [match.span() for match in REFUSAL.finditer(reason)]
-    quoted = re.finditer(rf"[`'\"]{name}[`'\"](?!\s*:)", reason)  # a colon follows a name in an echo of the request
-    if any(
-        start - NEAR <= end and begin <= stop + NEAR
-        for start, stop in map(re.Match.span, quoted)
+    advice = ADVICE.search(reason)
+    gaps = {
+        max(begin - stop, start - end): name
+        for name in reversed(OPTIONAL)  # the first of equally near ones stays
+        for start, stop in _mentions(name, reason)
         for begin, end in refusals
-    ):
-        return True
-    subject = rf"\b{name}\b{BETWEEN}\w*(?:{WORDS})"
-    return bool(re.search(rf"{subject}|(?:{WORDS})\w*{BETWEEN}{name}\b", reason, re.I))
+        if stop <= (advice.start() if advice else len(reason))
+    }
+    nearest = min(gaps, default=NEAR + 1)
+    return gaps[nearest] if nearest <= NEAR else ""
+
+
+def _mentions(name: str, reason: str) -> Iterator[tuple[int, int]]:
+    """Where a message has a name as that of a parameter: in quotes, or beside a word of refusal."""
+    for match in re.finditer(rf"[`'\"]{name}[`'\"](?!\s*:)", reason):  # a colon: a name in an echo of the request
+        yield match.span()
+    for pattern in (rf"\b({name})\b{BETWEEN}\w*(?:{WORDS})", rf"(?:{WORDS})\w*{BETWEEN}({name})\b"):
+        for match in re.finditer(pattern, reason, re.I):
+            yield match.span(1)

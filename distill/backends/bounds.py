@@ -1,5 +1,6 @@
 """A bound on the bytes of a reply, whatever the server says of its length."""
 
+import json
 from collections.abc import AsyncIterator
 
 import httpx2
@@ -28,10 +29,16 @@ class _Bounded(httpx2.AsyncByteStream):
         await self._stream.aclose()
 
 
-async def bound(response: httpx2.Response, most: int) -> None:
-    """Let a response end with an error once its body has more than `most` bytes. Errors: TooLarge, at once, where it is
-    compressed."""
+async def bound(response: httpx2.Response, most: int, each: int = 0) -> None:
+    """Let a response end with an error once its body has more than `most` bytes, and `each` for every sample that its
+    request asks for. Errors: TooLarge, at once, where it is compressed."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise TooLarge("its reply is compressed, which was not accepted")
     assert isinstance(response.stream, httpx2.AsyncByteStream)
-    response.stream = _Bounded(response.stream, most)
+    response.stream = _Bounded(response.stream, most + each * (_samples(response.request) if each else 0))
+
+
+def _samples(request: httpx2.Request) -> int:
+    """How many samples a chat request asks for. Its body says so: a request may be sent again with fewer."""
+    n = json.loads(request.content).get("n")
+    return n if isinstance(n, int) and n > 0 else 1

@@ -6,7 +6,8 @@ did not use is free again. So a budget holds whatever finishes when, and near it
 token of every tokenizer in use has at least one byte, which bounds a prompt without a tokenizer.
 
 What was used is what the stored traces say, so that it survives a kill: the samples that were under way are forgotten,
-as nobody knows what became of them. A count that a server does not give is taken as its bound. An attempt that fails
+as nobody knows what became of them. A count that a server does not give, or gives as 0 beside a text, is taken as its
+bound. An attempt that fails
 after its answer had begun is used up too, and repeated only where that fits. It leaves no trace, so its tokens are
 handed to `on_loss`, which stores them for later sessions.
 
@@ -66,7 +67,7 @@ def spent_on(store: "TraceStore", prompts: Mapping[str, Prompt], max_new_tokens:
         bound = bound_of(prompt, max_new_tokens) if prompt else Spent(TEMPLATE_TOKENS, max_new_tokens)
         prompt_tokens = figures.prompt_tokens or bound.prompt
         cached = min(figures.cached_tokens, prompt_tokens)  # sums of larger ones would hide the prompts of other traces
-        total += Spent(prompt_tokens, figures.tokens or bound.completion, cached)
+        total += Spent(prompt_tokens, figures.tokens if figures.counted else bound.completion, cached)
     return total
 
 
@@ -138,7 +139,9 @@ class Allowance:
         bound, began = self._under_way.pop(trace.key)
         self._reserved -= bound
         prompt = bound.prompt if trace.prompt_tokens is None else trace.prompt_tokens
-        completion = trace.completion_tokens or bound.completion
+        completion = trace.completion_tokens
+        if completion is None or (completion == 0 and trace.text):
+            completion = bound.completion
         self.used += Spent(prompt, completion, min(trace.cached_tokens or 0, prompt))
         self._longest = max(self._longest, self._clock() - began)
 
@@ -147,13 +150,21 @@ class Allowance:
         """(prompt id, sample) of the samples that were admitted and have not finished."""
         return list(self._under_way)
 
-    def lose(self, prompt: Prompt, prompt_tokens: int | None = None, completion_tokens: int | None = None) -> bool:
-        """Count an attempt that failed after its answer had begun: as the server counts it, else by its bound.
+    def lose(
+        self,
+        prompt: Prompt,
+        prompt_tokens: int | None = None,
+        completion_tokens: int | None = None,
+        samples: int = 1,
+    ) -> bool:
+        """Count an attempt that failed after its answer had begun: as the server counts it, else by its bound. samples:
+        that the attempt asked for.
 
-        Returns whether the sample, which is still under way, may be asked for again.
+        Returns whether the samples, which are still under way, may be asked for again.
         """
-        bound = bound_of(prompt, self._limit)
-        spent = Spent(prompt_tokens or bound.prompt, completion_tokens or bound.completion)
+        bound = bound_of(prompt, samples * self._limit)
+        completion = bound.completion if completion_tokens is None else completion_tokens
+        spent = Spent(prompt_tokens or bound.prompt, completion)
         self.used += spent
         self._on_loss(spent)
         return self._affords(self.used + self._reserved)

@@ -18,7 +18,7 @@ import httpx2
 from distill.backends.asking import LIMITS, MODERATION
 from distill.backends.bounds import TooLarge, bound
 from distill.backends.pacing import Pace
-from distill.backends.reply import Unreadable, read_models
+from distill.backends.reply import Unreadable, as_object, read_json, read_models
 from distill.backends.secrets import Secrets, checked_url, shown_url
 from distill.errors import UserError, WorkError
 from distill.models import Server
@@ -49,7 +49,7 @@ class Connection:
 
     def __init__(self, server: Server, url: str, concurrency: int) -> None:
         self.server, self.url, self.pace, self.running = server, checked_url(url), Pace(concurrency), 0
-        self.secrets = Secrets(url, server.key, server.key_variable, server.headers.values())
+        self.secrets = Secrets(url, server.key, server.key_variable, server.headers)
         self.client: AsyncOpenAI | None = None
         self._failures, self._failed = 0, 0.0
 
@@ -61,11 +61,10 @@ class Connection:
     # ---- sampling
 
     def open(self, timeout: float, tokens: int, alternatives: int) -> None:
-        """Create the client. timeout: seconds without a byte. tokens, alternatives: that a reply may have, and for each
-        of the tokens."""
-        most = REPLY_BYTES + tokens * (TOKEN_BYTES + 256 * alternatives)
+        """Create the client. timeout: seconds without a byte. tokens, alternatives: that a sample may have, and for
+        each of the tokens."""
         self.pace, self.running = Pace(self.pace.most), 0
-        self.client = self._client(timeout, 0, most)
+        self.client = self._client(timeout, 0, REPLY_BYTES, tokens * (TOKEN_BYTES + 256 * alternatives))
 
     async def close(self) -> None:
         """Close the client's connections."""
@@ -143,7 +142,8 @@ class Connection:
     def models(self) -> dict[str, str]:
         """Names of the models that the server lists, and who has them ("" where it does not say).
 
-        Errors: UserError when no server answers, or it rejects the key.
+        None where there is no list that can be read, but the model is named: `answers` then decides. Errors: UserError
+        when no server answers, or it rejects the key.
         """
         import openai
 
@@ -160,6 +160,10 @@ class Connection:
                 if self.server.model and error.status_code not in (401, 403, *REDIRECTS):
                     return {}  # not every server has the list
                 raise
+            except (Unreadable, TooLarge):
+                if self.server.model:
+                    return {}
+                raise
 
     def answers(self, model: str) -> bool:
         """Whether the server has a model that it does not list: some load models on demand, or know them by several
@@ -168,9 +172,10 @@ class Connection:
 
         async def ask() -> None:
             async with self._client(self.server.silence, 1, REPLY_BYTES) as client:
-                await client.chat.completions.with_raw_response.create(
+                raw = await client.chat.completions.with_raw_response.create(
                     model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=1
                 )
+                as_object(read_json(raw.http_response.content), "the reply")  # a page of a web server is none
 
         with self._connecting():
             try:
@@ -188,13 +193,13 @@ class Connection:
         """The error of a server that does not have the model, or has several where none is named."""
         if not listed and not urlsplit(self.url).path.rstrip("/").endswith("/v1"):
             return UserError(f"{self.where}: no model answers there; complete the address, which usually ends with /v1")
+        how = "choose one with --name, or in a recipe with server.model"
+        if model is None and not listed:
+            return UserError(f"{self.where}: the server lists no models; {how}")
         if not listed:
             return UserError(f"{self.where}: the server has no model {model!r} and lists none; correct its name")
         problem = "several models" if model is None else f"no model {model!r}"
-        return UserError(
-            f"{self.where}: the server has {problem}; choose one with --name, or in a recipe with server.model: "
-            f"{self.secrets.hide(', '.join(listed))}"
-        )
+        return UserError(f"{self.where}: the server has {problem}; {how}: {self.secrets.hide(', '.join(listed))}")
 
     @contextmanager
     def _connecting(self) -> Iterator[None]:
@@ -221,8 +226,9 @@ class Connection:
             f"OpenAI-compatible address such as http://localhost:8000/v1"
         )
 
-    def _client(self, timeout: float, retries: int, most: int) -> "AsyncOpenAI":
-        """The client library, whose replies are bounded, of connections that are closed with it."""
+    def _client(self, timeout: float, retries: int, most: int, each: int = 0) -> "AsyncOpenAI":
+        """The client library, whose replies are bounded, of connections that are closed with it. most, each: as of
+        `bound`."""
         import openai
 
         return openai.AsyncOpenAI(
@@ -232,7 +238,7 @@ class Connection:
             timeout=httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT),
             default_headers=dict(self.server.headers) | {"Accept-Encoding": "identity"},  # compressed: no bound
             http_client=openai.DefaultAsyncHttpxClient(
-                event_hooks={"response": [partial(bound, most=most)]},
+                event_hooks={"response": [partial(bound, most=most, each=each)]},
                 follow_redirects=False,
                 trust_env=not self.server.direct,
             ),

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, TypeVar
 import httpx2
 
 from distill.backends import scoring
-from distill.backends.answers import check_answer, completed
-from distill.backends.asking import VLLM, Asking, omitted
+from distill.backends.answers import check_answer, check_mode, completed
+from distill.backends.asking import VLLM, Asking, error_fields, omitted
 from distill.backends.backend import Completed, GivenIds, Job, Scored, Usage
 from distill.backends.batch import Batches
 from distill.backends.bounds import TooLarge
@@ -33,7 +33,7 @@ from distill.backends.budget import Allowance
 from distill.backends.connection import KEPT, Connection, Unreachable, moderated
 from distill.backends.failures import Failures, OneSample
 from distill.backends.pacing import pause, retry_after
-from distill.backends.reply import Counts, Reply, Reported, Unreadable, read_replies
+from distill.backends.reply import Counts, Empty, Reply, Reported, Unreadable, read_replies
 from distill.backends.stream import Stream
 from distill.chat import Chat
 from distill.console import say
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 RETRIES = 8  # with growing pauses: when a server is busy, restarts, drops a connection or sends no answer
 TIMEOUT = 3600.0  # seconds for a sample that is not streamed: 32,768 tokens at 10 a second
-GRACE = 1.0  # seconds for a stream to close after it has said that it is at its end
+GRACE = 5.0  # seconds for a stream to close, and to count its tokens, after the end of its answers
 BUSY = (429, 503, 529)
 SHARED = (401, 402, 403, 404)  # refusals of the key, the account or the model, which every request would get
 
@@ -72,6 +72,7 @@ class RemoteBackend:
         self.before_retry: Callable[[], None] = lambda: None  # raises what makes further requests pointless
         self._connections = [Connection(server, url, concurrency) for url in (server.url, *server.others)]
         self._asking = Asking(server, owner)
+        self._in_mode = False  # whether an answer has shown that the server reads the thinking mode
 
     @classmethod
     def connect(cls, server: Server, concurrency: int = 64) -> "RemoteBackend":
@@ -187,7 +188,7 @@ class RemoteBackend:
             try:
                 while (answer := runner.run(_next(source, deadline))) is not None:
                     self._count(Counts(answer.reply.prompt_tokens, answer.reply.completion_tokens))
-                    check_answer(connection.where, answer.reply, sampling)
+                    self._check(connection, answer.reply, sampling)
                     yield completed(*answer)
             finally:
                 runner.run(source.aclose())
@@ -200,20 +201,22 @@ class RemoteBackend:
             missing = samples
             if len(samples) > 1:
                 done = await self._request(prompt, samples, work)
+                if done is None:
+                    return answered
                 answered.completed += done
                 missing = tuple(sample for sample in samples if sample not in {each.sample for each in done})
             for sample in missing:
                 try:
-                    answered.completed += await self._request(prompt, (sample,), work)
+                    answered.completed += await self._request(prompt, (sample,), work) or ()
                 except OneSample as error:
                     answered.errors.append(error)
         except (UserError, WorkError, OneSample) as error:
             answered.errors.append(error)
         return answered
 
-    async def _request(self, prompt: Prompt, samples: tuple[int, ...], work: "_Work") -> list[Completed]:
-        """The answers of a request, sent again until there is one. None where the server refuses to give several, and
-        where the allowance ends before a failed attempt is repeated.
+    async def _request(self, prompt: Prompt, samples: tuple[int, ...], work: "_Work") -> list[Completed] | None:
+        """The answers of a request, sent again until there is one. Empty where its samples are to be asked for one by
+        one; None where the allowance has no room for another attempt.
 
         Errors: UserError and WorkError, as `OneSample` where they say nothing about other samples."""
         loop, draw = asyncio.get_running_loop(), random.Random(f"{prompt.id} {samples[0]}")
@@ -228,7 +231,9 @@ class RemoteBackend:
             except _Again as again:
                 failure = again.failure
                 self.before_retry()
-                if not work.may_repeat(asked) or (len(samples) > 1 and len(self._asking.group(samples)) > 1):
+                if not work.may_repeat(asked):
+                    return None
+                if len(samples) > 1 and (again.alone or len(self._asking.group(samples)) > 1):
                     return []  # the second: it refuses `n`
                 if attempt < RETRIES:
                     await asyncio.sleep(0 if again.at_once else pause(attempt, again.wait, draw))
@@ -257,10 +262,11 @@ class RemoteBackend:
         except Reported as error:
             raise self._reported(error, connection, asked, sent) from error
         except Unreadable as error:
+            asked.empty = isinstance(error, Empty)
             unusable = f"its answers are empty or unreadable ({error}), as they may be under load"
             raise _Again(WorkError(f"the server failed: {unusable}; {KEPT}")) from error
         except TooLarge as error:
-            raise _Again(WorkError(f"the server failed: {error}; {KEPT}")) from error
+            raise _Again(WorkError(f"the server failed: {error}; {KEPT}"), alone=True) from error
         except TimeoutError as error:
             if self.server.stream:
                 connection.failed(loop.time())
@@ -271,10 +277,11 @@ class RemoteBackend:
             failure = connection.error(error, asked.prompt)
             if error.status_code in SHARED and not moderated(error.status_code, str(error)):
                 raise failure from error
-            if self._asking.adapt(asked.body, error.status_code, str(error), error.param, error.code):
+            fields = error_fields({"param": error.param, "code": error.code})
+            if self._asking.adapt(asked.body, error.status_code, str(error), *fields):
                 raise _Again(failure, at_once=True) from error
             if isinstance(failure, UserError) and len(asked.samples) > 1:
-                return {}  # it may refuse several samples in one request
+                raise _Again(failure, alone=True) from error  # it may refuse several samples in one request
             if isinstance(failure, UserError):
                 raise OneSample(failure) from error
             if error.status_code in BUSY:
@@ -285,8 +292,15 @@ class RemoteBackend:
             connection.failed(loop.time())
             raise _Again(connection.error(error, asked.prompt)) from error
         for reply in replies.values():
-            check_answer(connection.where, reply, work.sampling)
+            self._check(connection, reply, work.sampling)
         return replies
+
+    def _check(self, connection: Connection, reply: Reply, sampling: SamplingParams) -> None:
+        """Errors: UserError for an answer that is not what was asked for; of its mode, for the first ones only."""
+        check_answer(connection.where, reply, sampling)
+        if not self._in_mode:
+            check_mode(connection.where, self.server, reply)
+            self._in_mode = bool(reply.text)
 
     def _reported(
         self, error: Reported, connection: Connection, asked: "_Asked", sent: float
@@ -297,7 +311,9 @@ class RemoteBackend:
         if code is not None and self._asking.adapt(asked.body, code, message):
             return _Again(failure, at_once=True)
         if isinstance(failure, UserError):
-            return failure if code in SHARED and not moderated(code, message) else OneSample(failure)
+            if code in SHARED and not moderated(code, message):
+                return failure
+            return _Again(failure, alone=True) if len(asked.samples) > 1 else OneSample(failure)
         if code in BUSY:
             connection.pace.busy(sent, now)
         connection.failed(now)
@@ -333,7 +349,7 @@ class RemoteBackend:
         alive."""
         import openai
 
-        stream, loop = Stream(), asyncio.get_running_loop()
+        stream, loop, at_end = Stream(len(asked.samples)), asyncio.get_running_loop(), False
         try:
             async with asyncio.timeout(self.server.silence) as clock:
                 async for part in response.iter_bytes():
@@ -342,13 +358,16 @@ class RemoteBackend:
                         stream.feed(part)
                     finally:
                         asked.begun, asked.usage = stream.deltas > 0, stream.usage
-                    if stream.ended:  # the connection can be used again if it ends in time, and else is closed
-                        clock.reschedule(loop.time() + GRACE)
+                    if at_end:
+                        continue
+                    if at_end := stream.ended or stream.finished:
+                        clock.reschedule(loop.time() + GRACE)  # in time: the connection can be used again
                     elif stream.deltas > before:
                         clock.reschedule(loop.time() + self.server.silence)
         except (TimeoutError, openai.OpenAIError, httpx2.HTTPError):
-            if not stream.ended:
+            if not at_end:
                 raise
+            stream.interrupt()
         replies, asked.usage = stream.replies(), stream.usage
         return replies
 
@@ -371,19 +390,23 @@ class _Work:
         """Count a failed attempt whose answer had begun; whether the allowance has room for another one."""
         if self.allowance is None or not asked.begun:
             return True
-        return self.allowance.lose(asked.prompt, *asked.usage)
+        prompt, completion = asked.usage
+        if completion == 0 and not asked.empty:
+            completion = None  # no count of what had come
+        return self.allowance.lose(asked.prompt, prompt, completion, len(asked.samples))
 
 
 @dataclass
 class _Asked:
     """One attempt of a request. begun: whether something of an answer came. usage: its tokens, as far as they are
-    known."""
+    known. empty: whether the whole answer came, without a text."""
 
     prompt: Prompt
     samples: tuple[int, ...]
     body: Mapping[str, object]
     begun: bool = False
     usage: Counts = UNKNOWN
+    empty: bool = False
 
 
 @dataclass
@@ -398,11 +421,18 @@ T = TypeVar("T")
 
 
 class _Again(Exception):
-    """A request that failed and may be sent again. wait: seconds that the server asks for. at_once: without a pause."""
+    """A request that failed and may be sent again. wait: seconds that the server asks for. at_once: without a pause.
+    alone: several samples one by one."""
 
-    def __init__(self, failure: UserError | WorkError, wait: float | None = None, at_once: bool = False) -> None:
+    def __init__(
+        self,
+        failure: UserError | WorkError,
+        wait: float | None = None,
+        at_once: bool = False,
+        alone: bool = False,
+    ) -> None:
         super().__init__(str(failure))
-        self.failure, self.wait, self.at_once = failure, wait, at_once
+        self.failure, self.wait, self.at_once, self.alone = failure, wait, at_once, alone
 
 
 async def _next(source: AsyncGenerator[T, None], deadline: float) -> T | None:

@@ -3,7 +3,8 @@
 A server is not trusted to send what its protocol says: any field may have another type. What cannot be an answer is
 `Unreadable`, and the caller asks again; a count that cannot be right (`"seven"`, -1, 10^30) is treated as unknown,
 because the answer beside it is complete. Nothing is guessed: an unknown finish reason is kept as it is, so that it
-never counts as "stop".
+never counts as "stop". An answer that the provider withholds (a content filter, or `refusal` in place of a text) is an
+answer too, as asking again would pay for the same: its text is empty, and its finish reason says why.
 """
 
 import json
@@ -18,6 +19,7 @@ from distill.traces.trace import ReasoningForm, form_of
 
 # Finish reasons of answers that were given up: DeepSeek's, vLLM's, OpenRouter's, Z.ai's.
 GAVE_UP = ("insufficient_system_resource", "abort", "error", "network_error")
+FILTERED, REFUSED = "content_filter", "refusal"  # finish reasons of withheld answers; the second is also the field
 MOST_TOKENS = 2**31 - 1  # that a trace can store
 LONGEST_REASON = 64  # characters of a finish reason
 REASONING: tuple[ReasoningForm, ...] = ("reasoning_content", "reasoning")  # fields of a message
@@ -27,6 +29,13 @@ AS_ID = re.compile(r"token_id:(\d{1,10})")  # how vLLM writes a token where ids 
 
 class Unreadable(Exception):
     """A reply that holds no answer. The message says why, as the end of a sentence."""
+
+
+class Empty(Unreadable):
+    """An answer without a text and without tokens."""
+
+    def __init__(self) -> None:
+        super().__init__("it is empty")
 
 
 class Reported(Unreadable):
@@ -68,9 +77,21 @@ class Counts(NamedTuple):
 
 
 def counts_of(usage: object) -> Counts:
-    """The counts in `usage`, as far as they can be right."""
+    """The counts in `usage`, as far as they can be right.
+
+    Some providers (xAI) charge for the tokens of reasoning and count them beside `completion_tokens`, not among them:
+    `total_tokens` tells, or that there are more of them.
+    """
     counts = usage if isinstance(usage, dict) else {}
-    return Counts(_count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens")))
+    prompt, completion = _count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens"))
+    total, reasoning = _count(counts.get("total_tokens")), _reasoning_tokens(counts)
+    if completion is None:
+        return Counts(prompt, None)
+    if total is not None and prompt is not None and total - prompt > completion:
+        completion = total - prompt
+    elif reasoning is not None and reasoning > completion:
+        completion += reasoning
+    return Counts(prompt, _count(completion))
 
 
 def read_replies(body: bytes) -> tuple[dict[int, Reply | Unreadable], Counts]:
@@ -111,7 +132,10 @@ def _choice(reply: Mapping[str, object], choice: Mapping[str, object], choices: 
     tokens = Tokens(_ids(reply.get("prompt_token_ids")), _ids(choice.get("token_ids")))
     tokens.add_logprobs(choice.get("logprobs"))
     usage = reply.get("usage") if choices == 1 else shared_usage(reply.get("usage"))
-    return reply_of(as_object(choice.get("message"), "a message"), choice.get("finish_reason"), usage, tokens)
+    finish, message = choice.get("finish_reason"), choice.get("message")
+    if message is None and finish == FILTERED:
+        message = {}
+    return reply_of(as_object(message, "a message"), finish, usage, tokens)
 
 
 def shared_usage(usage: object) -> dict[str, object]:
@@ -172,16 +196,18 @@ def reply_of(message: Mapping[str, object], finish: object, usage: object, token
     form = next((name for name in REASONING if texts[name]), None)
     reasoning = texts[form] if form else ""
     counts = usage if isinstance(usage, dict) else {}
-    completion_tokens = _count(counts.get("completion_tokens"))
-    if not (content or reasoning or completion_tokens):
-        raise Unreadable("it is empty")
+    prompt_tokens, completion_tokens = counts_of(counts)
+    refusal = message.get(REFUSED)
+    if not (content or reasoning) and isinstance(refusal, str) and refusal and finish_reason != FILTERED:
+        finish_reason = REFUSED
+    if not (content or reasoning or completion_tokens or finish_reason in (FILTERED, REFUSED)):
+        raise Empty
     text = _joined(reasoning, content)
     if form is None:
         form = form_of(content, finish_reason)
     elif not content.strip():
         form = "cut_off" if finish_reason == "length" else "no_content"
     ids, logprobs, top_logprobs = tokens.known(completion_tokens) if tokens else ((), None, None)
-    prompt_tokens = _count(counts.get("prompt_tokens"))
     cached_tokens = _count(_detail(counts, "prompt_tokens_details", "cached_tokens", "prompt_cache_hit_tokens"))
     if prompt_tokens is not None and cached_tokens is not None and cached_tokens > prompt_tokens:
         cached_tokens = None  # it is a part of the prompt's
@@ -191,7 +217,7 @@ def reply_of(message: Mapping[str, object], finish: object, usage: object, token
         prompt_tokens,
         completion_tokens,
         cached_tokens,
-        _count(_detail(counts, "completion_tokens_details", "reasoning_tokens", "reasoning_tokens")),
+        _reasoning_tokens(counts),
         form,
         tokens.prompt if tokens else (),
         ids,
@@ -213,6 +239,10 @@ def _detail(counts: Mapping[str, object], group: str, name: str, flat: str) -> o
     details = counts.get(group)
     value = details.get(name) if isinstance(details, dict) else None
     return counts.get(flat) if value is None else value
+
+
+def _reasoning_tokens(counts: Mapping[str, object]) -> int | None:
+    return _count(_detail(counts, "completion_tokens_details", "reasoning_tokens", "reasoning_tokens"))
 
 
 def _ids(value: object) -> tuple[int, ...]:
@@ -237,7 +267,8 @@ def _logprob(entry: object) -> tuple[int, float] | None:
 
 def read_models(body: bytes) -> dict[str, str]:
     """The names in a list of models, and `owned_by`, "" where a server does not say. Errors: Unreadable."""
-    data = as_object(read_json(body), "the reply").get("data")
+    reply = read_json(body)
+    data = reply if isinstance(reply, list) else as_object(reply, "the reply").get("data")  # Together AI: a bare list
     if not isinstance(data, list):
         raise Unreadable("it lists no models")
     owners = {}

@@ -1,33 +1,40 @@
 """Addresses and API keys. A key never reaches a message: every text that comes from a server or from an HTTP library
 passes through here."""
 
+import base64
+import binascii
 import html
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from urllib.parse import quote, quote_plus, urlsplit, urlunsplit
 
 from distill.errors import UserError
-from distill.recipe.server import KEY_VARIABLE
+from distill.recipe.server import KEY_VARIABLE, SECRET_NAME, SECRET_VALUE, address_problem
 
 HIDDEN = "***"
+SCHEMES = ("bearer", "basic", "digest", "token", "apikey", "negotiate")  # of an Authorization header, not secret
 SHORTEST = 6  # characters; shorter keys ("none", "x") are placeholders, and would blank out parts of words
 MESSAGE_LENGTH = 200  # characters of another program's message that ours repeats
 
 
 class Secrets:
-    """A key, the credentials of an address (`https://user:password@host/v1`), and values of headers.
+    """A key, the credentials of an address (`https://user:password@host/v1`), and values of headers, whole and without
+    their scheme (`Bearer`): servers repeat the token alone.
 
     variable: where the key came from.
 
     Errors: UserError for a key that no HTTP header can carry.
     """
 
-    def __init__(self, url: str, key: str | None, variable: str = KEY_VARIABLE, headers: Iterable[str] = ()) -> None:
+    def __init__(
+        self, url: str, key: str | None, variable: str = KEY_VARIABLE, headers: Mapping[str, str] | None = None
+    ) -> None:
         self.key, self.variable = (key or "").strip(), variable
         if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
             raise UserError(f"{variable} holds spaces or characters outside ASCII; set it to the key alone")
-        secrets = {self.key, *_credentials(url), *headers}
+        parts = (part for name, value in (headers or {}).items() for part in _parts(name, value))
+        secrets = {self.key, *_credentials(url), *parts}
         forms = {form for secret in secrets if len(secret) >= SHORTEST for form in _forms(secret)}
         longest_first = sorted(forms, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
@@ -57,21 +64,8 @@ def shown_url(url: str) -> str:
 
 def checked_url(url: str) -> str:
     """The address without a slash at its end. Errors: UserError when it is none."""
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets that do not close, a port past 65535
-        usable = False
-    if not usable:
-        raise UserError(
-            f"{shown_url(url)}: not the address of a server; give an OpenAI-compatible one such as "
-            "http://localhost:8000/v1"
-        )
-    if parts.query or parts.fragment:
-        raise UserError(
-            f"{shown_url(url)}: the address of a server has no query (?…) or fragment (#…); give a key by "
-            f"server.api_key_env or server.headers"
-        )
+    if problem := address_problem(url):
+        raise UserError(f"{shown_url(url)}: {problem}")
     return url.rstrip("/")
 
 
@@ -81,6 +75,21 @@ def _credentials(url: str) -> list[str]:
         return [part for part in (parts.password, parts.username) if part]
     except ValueError:
         return []
+
+
+def _parts(name: str, value: str) -> Iterator[str]:
+    """A header's value and, where it is a secret, its parts without the scheme; of `Basic` also user and password."""
+    yield value
+    if not (SECRET_NAME.search(name) or SECRET_VALUE.match(value)):
+        return
+    scheme, *rest = value.split()
+    yield from (part for part in (scheme, *rest) if part.lower() not in SCHEMES)
+    if scheme.lower() == "basic" and rest:
+        try:
+            credentials = base64.b64decode(rest[0]).decode()
+        except (binascii.Error, UnicodeDecodeError):  # then there is nothing more to hide
+            return
+        yield from (credentials, *credentials.split(":", 1))
 
 
 def _forms(secret: str) -> set[str]:

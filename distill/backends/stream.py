@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from distill.backends.reply import (
     REASONING,
+    REFUSED,
     Counts,
     Reply,
     Reported,
@@ -32,6 +33,7 @@ class _Answer:
     def __init__(self) -> None:
         self._content: list[str] = []
         self._reasoning: list[str] = []
+        self._refusal: list[str] = []
         self._form: ReasoningForm | None = None  # the field in which the reasoning comes
         self._tokens = Tokens()
         self.finish_reason: object = None
@@ -40,6 +42,8 @@ class _Answer:
         """Add a part. Errors: Unreadable."""
         delta = as_object(choice.get("delta") or {}, "a delta")
         self._content.append(joined_parts(delta.get("content"), "content"))
+        if isinstance(refusal := delta.get(REFUSED), str):
+            self._refusal.append(refusal)
         self._form = self._form or next((name for name in REASONING if delta.get(name)), None)
         self._reasoning.append(joined_parts(delta.get(self._form or REASONING[0]), "reasoning"))
         self._reasoning.append(joined_parts(thinking_parts(delta.get("content")), "reasoning"))
@@ -52,13 +56,18 @@ class _Answer:
     def reply(self, usage: object) -> Reply:
         """The whole answer. Errors: Unreadable."""
         message = {"content": "".join(self._content), self._form or REASONING[0]: "".join(self._reasoning)}
+        message[REFUSED] = "".join(self._refusal)
         return reply_of(message, self.finish_reason, usage, self._tokens)
 
 
 class Stream:
-    """One streamed chat completion. Feed it the bytes as they come, then ask for the `reply`, or the `replies`."""
+    """One streamed chat completion. Feed it the bytes as they come, then ask for the `reply`, or the `replies`.
 
-    def __init__(self) -> None:
+    choices: that were asked for.
+    """
+
+    def __init__(self, choices: int = 1) -> None:
+        self._choices = choices
         self._usage: object = None
         self._rest = b""  # of a line whose end has not arrived
         self._answers: dict[int, _Answer] = {}
@@ -70,6 +79,15 @@ class Stream:
         *lines, self._rest = (self._rest + part).split(b"\n")
         for line in lines:
             self._read(line)
+
+    def interrupt(self) -> None:
+        """The bytes end here: drop a line whose end has not arrived."""
+        self._rest = b""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has its finish reason: nothing of an answer can follow, only the counts of tokens."""
+        return sum(answer.finish_reason is not None for answer in self._answers.values()) >= self._choices
 
     def replies(self) -> dict[int, Reply | Unreadable]:
         """The choices by their index, as `reply.read_replies` gives them. Errors: Unreadable when there is none."""

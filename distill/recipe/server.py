@@ -7,6 +7,7 @@ union and not one section with optional fields, so that a key of one form is ref
 import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Discriminator, Field, JsonValue, Tag, model_validator
 
@@ -26,14 +27,26 @@ def variable_name(name: str) -> str:
     return name
 
 
+def address_problem(url: str) -> str | None:
+    """What is wrong with the address of a server, as the end of a message; None for nothing."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port past 65535
+        usable = False
+    if "?" in url or "#" in url:
+        return "should have no query (?…) or fragment (#…); give a key by server.api_key_env or server.headers"
+    if not usable or any(character.isspace() for character in url):
+        return "should be an OpenAI-compatible address such as http://localhost:8000/v1"
+    return None
+
+
 def _without_credentials(urls: str | tuple[str, ...]) -> str | tuple[str, ...]:
     for url in (urls,) if isinstance(urls, str) else urls:  # stored and published with the run
         if "@" in url.partition("://")[2].partition("/")[0]:
             raise ValueError("should hold no user or password; give them by `headers` and an environment variable")
-        if "?" in url or "#" in url:
-            raise ValueError("should have no query (?…) or fragment (#…); give a key by `api_key_env` or `headers`")
-        if not re.match(r"https?://[^/\s]", url):
-            raise ValueError("should be an OpenAI-compatible address such as http://localhost:8000/v1")
+        if problem := address_problem(url):
+            raise ValueError(problem)
     return urls
 
 

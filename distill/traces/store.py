@@ -61,7 +61,7 @@ class Decision(NamedTuple):
 
 class Figures(NamedTuple):
     """What the summaries need of a trace. tokens: of the completion, 0 where their number is not known, like the other
-    counts. digest: `Trace.digest`."""
+    counts. counted: whether it is known; 0 beside a text is no count. digest: `Trace.digest`."""
 
     key: Key
     finish_reason: FinishReason
@@ -72,6 +72,7 @@ class Figures(NamedTuple):
     reasoning_tokens: int
     form: ReasoningForm | None
     task: str
+    counted: bool
 
 
 def decoded(directory: Path, traces: Iterator[T]) -> Iterator[T]:
@@ -311,7 +312,10 @@ def tasks_in(directory: Path) -> set[str]:
 def _figures(key: Key, task: str, row: Row) -> Figures:
     completion, prompt, cached, reasoning = (row.get(name) or 0 for name in COUNTS)
     digest = trace_digest(*key, row["text"])
-    return Figures(key, row["finish_reason"], completion, digest, prompt, cached, reasoning, row.get("form"), task)
+    counted = bool(completion) or (row.get(COUNTS[0]) == 0 and not row["text"])
+    return Figures(
+        key, row["finish_reason"], completion, digest, prompt, cached, reasoning, row.get("form"), task, counted
+    )
 
 
 def _keys_of(table: pa.Table | pa.RecordBatch) -> list[Key]:

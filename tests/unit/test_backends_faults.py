@@ -10,7 +10,7 @@ from server_support import chat
 from typer.testing import CliRunner
 
 from distill.backends.asking import Asking
-from distill.backends.reply import Tokens, read_reply
+from distill.backends.reply import Tokens, counts_of, read_reply
 from distill.backends.secrets import checked_url
 from distill.catalog import load_recipe
 from distill.cli import app
@@ -56,6 +56,26 @@ def test_a_refused_text_refuses_no_parameter() -> None:
     assert asking.left_out == ()
     assert asking.adapt(SENT, 400, "only the default is allowed", param="temperature", code="unsupported_value")
     assert asking.adapt(SENT, 422, "model m does not support top_p") and asking.left_out == ("temperature", "top_p")
+
+
+@pytest.mark.parametrize(
+    ("text", "left_out"),
+    [
+        ("Unknown parameter: 'top_k'. Allowed: 'temperature', 'top_p', 'seed'", "top_k"),
+        ("Unsupported parameter `top_k`. Supported parameters: `temperature`, `top_p`", "top_k"),
+        ("property 'top_k' is unsupported, did you mean 'top_p'?", "top_k"),
+        ("Unsupported parameter: 'top_p'. Use 'temperature' instead.", "top_p"),
+        ("got 'temperature' and 'top_p', but 'top_k' is unknown", "top_k"),
+        ("temperature: supported values are 1", "temperature"),
+        ("'temperature' does not support 0.6 with this model. Only the default (1) value is supported.", "temperature"),
+        ("parameters that are not supported: 'top_p'", "top_p"),
+        ("Unknown parameter: 'min_p'. Supported parameters are 'temperature' and 'seed'", None),
+    ],
+)
+def test_the_refused_parameter_is_the_nearest_one_and_none_that_is_advised(text: str, left_out: str | None) -> None:
+    asking = Asking(Server("http://h/v1", "m"), "")
+    assert asking.adapt([*SENT, "top_k"], 400, text) is (left_out is not None)
+    assert asking.left_out == ((left_out,) if left_out else ())
 
 
 def test_a_request_that_was_under_way_when_its_parameter_was_refused_is_sent_again() -> None:
@@ -161,6 +181,25 @@ def test_tokens_that_are_not_as_many_as_the_server_counts_are_none(count: int | 
     read = read_reply(json.dumps(reply).encode())
     expected = ((5, 7), (-0.5, -0.5)) if whole else ((), None)
     assert (read.completion_token_ids, read.logprobs) == expected and read.completion_tokens == count
+
+
+@pytest.mark.parametrize(
+    ("usage", "completion"),
+    [
+        ({"completion_tokens": 9, "total_tokens": 135, "reasoning_tokens": 94}, 103),  # xAI: beside the completion's
+        ({"completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 94}}, 103),
+        ({"completion_tokens": 103, "total_tokens": 135, "reasoning_tokens": 94}, 103),  # among them, as OpenAI counts
+        ({"completion_tokens": 103, "total_tokens": 40}, 103),
+        ({"completion_tokens": 9, "total_tokens": "135"}, 9),
+        ({"total_tokens": 135, "reasoning_tokens": 94}, None),
+    ],
+)
+def test_tokens_of_reasoning_are_among_those_of_the_completion(
+    usage: dict[str, object], completion: int | None
+) -> None:
+    usage = {"prompt_tokens": 32} | usage
+    assert read_reply(json.dumps(chat() | {"usage": usage}).encode()).completion_tokens == completion
+    assert counts_of(usage) == (32, completion)
 
 
 def test_more_cached_tokens_than_prompt_tokens_are_unknown() -> None:

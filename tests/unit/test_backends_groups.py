@@ -8,10 +8,11 @@ from server_support import JSON, KEY, PARAMS, Answer, Handler, body, chat, compl
 
 from distill import backends
 from distill.backends import Completed, Job
+from distill.backends.budget import Allowance, Spent, bound_of
 from distill.errors import UserError, WorkError
 from distill.models import Model, Server
 from distill.prompts import Prompt
-from distill.recipe import LocalEngine
+from distill.recipe import Budget, LocalEngine
 
 EVENTS = "text/event-stream"
 QUESTIONS = [Prompt.from_question(f"{n} + 2?", str(n + 2)) for n in range(3)]
@@ -59,6 +60,52 @@ def test_samples_that_fail_alone_keep_their_siblings_and_are_counted() -> None:
         done, error = collected(backend)
     assert done == [(0, "answer 0"), (3, "answer 3")]
     assert isinstance(error, WorkError) and str(error).startswith("2 samples failed; the first: the server failed")
+
+
+def test_the_bound_on_a_reply_is_that_of_all_samples_of_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is longer is not asked for again as it was, but sample by sample."""
+    monkeypatch.setattr("distill.backends.connection.REPLY_BYTES", 4000)
+    monkeypatch.setattr("distill.backends.connection.TOKEN_BYTES", 1)  # of 64 tokens each
+    choices, size = 4, 4100
+
+    def reply(number: int, handler: Handler) -> Answer:
+        n = handler.server.asked[number].get("n", 1)
+        return 200, JSON, several(n).ljust(size) if n > 1 else body(chat(message={"content": "alone"}))
+
+    with server(reply) as made, backends.open(place(made), LocalEngine(), 1) as backend:
+        assert collected(backend, choices) == ([(i, f"answer {i}") for i in range(choices)], None)
+        assert len(made.asked) == 1, "4,256 bytes are allowed"
+        size = 4300
+        assert collected(backend, choices) == ([(i, "alone") for i in range(choices)], None)
+        assert [asked.get("n", 1) for asked in made.asked[1:]] == [4, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("most", [None, 2000])
+def test_a_lost_request_for_several_samples_costs_all_of_them(most: int | None) -> None:
+    """Where there is no room for another attempt, none is made, not one by one either."""
+    bound, lost = bound_of(QUESTIONS[0], PARAMS.max_new_tokens), []
+    room = most or 4 * bound.tokens
+    allowance = Allowance(Budget(tokens=room), PARAMS.max_new_tokens, Spent(), 0.0, on_loss=lost.append)
+    assert all(allowance.admit(QUESTIONS[0], sample) for sample in range(4))
+    answers = iter([(200, JSON, several(4)[:-9])])  # cut off
+    with (
+        server(lambda *_: next(answers, (200, JSON, several(4)))) as made,
+        backends.open(place(made), LocalEngine(), 1) as backend,
+    ):
+        done = list(backend.complete([Job(QUESTIONS[0], (0, 1, 2, 3))], PARAMS, 0, allowance))
+    assert lost == [Spent(bound.prompt, 4 * PARAMS.max_new_tokens)]
+    assert (len(made.asked), len(done)) == ((2, 4) if most else (1, 0))
+
+
+def test_a_refusal_of_several_samples_inside_an_answer_splits_the_request_too() -> None:
+    refusal = 200, JSON, body({"error": {"message": "n must be 1", "code": 400}})
+
+    def reply(number: int, handler: Handler) -> Answer:
+        return refusal if "n" in handler.server.asked[number] else (200, JSON, body(chat()))
+
+    with server(reply) as made, backends.open(place(made), LocalEngine(), 1) as backend:
+        done, error = collected(backend, 2)
+    assert len(done) == 2 and error is None
 
 
 def test_a_server_that_refuses_n_in_other_words_is_asked_for_single_samples() -> None:

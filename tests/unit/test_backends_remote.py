@@ -243,6 +243,17 @@ def test_refused_requests_are_the_users(status: int, message: str, expected: str
     assert len(made.asked) == 1
 
 
+def test_an_error_whose_parameter_is_no_text_is_read_as_one_without() -> None:
+    error = {"message": "temperature is not supported", "param": ["body", "temperature"], "code": {"a": 1}}
+
+    def reply(number: int, handler: Handler) -> Answer:
+        refused = "temperature" in handler.server.asked[number]
+        return (400, JSON, body({"error": error})) if refused else (200, JSON, body(chat()))
+
+    with server(reply) as made, opened(made) as backend:
+        assert complete(backend)[0].omitted == ("temperature",)
+
+
 def test_a_model_that_knows_the_token_limit_by_its_other_name() -> None:
     refusal = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
 
@@ -284,6 +295,22 @@ def test_a_key_that_a_server_echoes_is_hidden(status: int, form: str) -> None:
         assert "0123456789" not in str(error.value) and "***" in str(error.value), error.value
 
 
+@pytest.mark.parametrize(
+    ("value", "echo"),
+    [
+        ("Bearer tok-abcdefgh123", "Bearer tok-abcdefgh123"),
+        ("Bearer tok-abcdefgh123", "the token tok-abcdefgh123 is unknown"),
+        ("Basic bWU6cGFzcy1hYmNkZWZnaDEyMw==", "bWU6cGFzcy1hYmNkZWZnaDEyMw== is wrong"),
+        ("Basic bWU6cGFzcy1hYmNkZWZnaDEyMw==", "user me with password pass-abcdefgh123"),
+    ],
+)
+def test_a_secret_of_a_header_is_hidden_without_its_scheme(value: str, echo: str) -> None:
+    secrets = Secrets("http://x", None, headers={"Authorization": value, "X-Title": "research of mine"})
+    shown, harmless = secrets.hide(echo), "the bearer of my research"
+    assert "abcdefgh123" not in shown and "bWU6" not in shown and "***" in shown
+    assert secrets.hide(harmless) == harmless
+
+
 def test_credentials_in_an_address_are_hidden() -> None:
     assert shown_url("https://me:secret@host:1/v1?key=secret") == "https://host:1/v1"
     assert Secrets("https://me:secret@host/v1", None).hide("no secret here") == "no *** here"
@@ -312,7 +339,7 @@ def test_a_key_that_no_header_can_carry(key: str) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"<html>", b"[]", body({"data": None}), body({"data": 5}), body({"data": [5]}), body({"data": [{"id": 5}]}),
+    [b"", b"<html>", b"[5]", body({"data": None}), body({"data": 5}), body({"data": [5]}), body({"data": [{"id": 5}]}),
      body({"data": [{}]}), body({"object": "list"}), b"[" * 100_000],
 )  # fmt: skip
 def test_a_list_of_models_that_cannot_be_read(data: bytes) -> None:
@@ -323,6 +350,34 @@ def test_a_list_of_models_that_cannot_be_read(data: bytes) -> None:
     with server(lambda *_: models, models) as made, refused as error, opened(made):
         pass
     assert "\n" not in str(error.value)
+    with server(lambda *_: (200, JSON, body(chat())), models) as made, opened(made, name="named") as backend:
+        assert complete(backend)[0].text.endswith("\\boxed{4}.")
+
+
+def test_a_bare_array_of_models_is_a_list() -> None:
+    """Together AI sends one: an empty array lists nothing, and is no longer one that cannot be read."""
+    assert read_models(body([{"id": "m", "owned_by": "x"}, {"id": "o"}])) == {"m": "x", "o": ""}
+    assert read_models(b"[]") == {}
+    answer = 200, JSON, body(chat())
+    with server(lambda *_: answer, (200, JSON, body([{"id": "m"}]))) as made, opened(made) as backend:
+        assert backend.identity == {"model": "m"} and complete(backend)
+    nameless = pytest.raises(UserError, match=r"lists no models; choose one with --name, or in a recipe with server")
+    with server(lambda *_: answer, (200, JSON, b"[]")) as made, nameless, opened(made):
+        pass
+
+
+def test_a_list_of_models_that_is_too_long_does_not_hide_a_named_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.backends.connection.REPLY_BYTES", 1000)
+    long = 200, JSON, body({"data": [{"id": f"model {n}"} for n in range(200)]})
+    with server(lambda *_: (200, JSON, body(chat())), long) as made, opened(made, name="m") as backend:
+        assert complete(backend)
+    page = 200, "text/html", b"<html>"
+    with (
+        server(lambda *_: page, page) as made,
+        pytest.raises(UserError, match="no model server"),
+        opened(made, name="m"),
+    ):
+        pass
 
 
 def test_the_model_is_chosen_by_name() -> None:
@@ -357,7 +412,7 @@ def test_the_model_is_chosen_by_name() -> None:
 @pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:99999/v1", "nowhere://x", "http://", "http://h:x"])
 def test_an_address_that_is_none(url: str) -> None:
     with (
-        pytest.raises(UserError, match="not the address of a server"),
+        pytest.raises(UserError, match="should be an OpenAI-compatible address"),
         backends.open(Model("m", Server(url)), LocalEngine()),
     ):
         pass

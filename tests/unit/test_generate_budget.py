@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from server_support import JSON, PARAMS, body, chat, opened
 from server_support import server as listening_server
 
 from distill.backends import Job
-from distill.backends.budget import Allowance, Spent, bound_of
+from distill.backends.budget import Allowance, Spent, bound_of, spent_on
 from distill.backends.collect import collect
 from distill.grading.judge import JudgeModel
 from distill.models import judge_of
@@ -86,6 +87,31 @@ def test_a_failed_attempt_is_counted_and_repeated_only_where_that_fits():
         allowance = Allowance(Budget(tokens=most), 50, Spent(), 0.0)
         assert allowance.admit(prompt, 0) and allowance.lose(prompt, *counts) is fits
         assert allowance.used.tokens == (10 if counts[0] else bound.tokens)
+
+
+def test_an_attempt_for_several_samples_is_counted_for_all_of_them():
+    prompt = Prompt.from_question("q", None)
+    one, lost = bound_of(prompt, 50), []
+    allowance = Allowance(Budget(tokens=10_000), 50, Spent(), 0.0, on_loss=lost.append)
+    assert allowance.lose(prompt, samples=4) and allowance.lose(prompt, 3, 70, samples=4)
+    assert lost == [Spent(one.prompt, 4 * one.completion), Spent(3, 70)]
+
+
+@pytest.mark.parametrize(("text", "tokens", "spent"), [("", 0, 0), ("x", 0, 50), ("", None, 50), ("x", 7, 7)])
+def test_a_count_of_0_is_one_where_there_is_no_text(tmp_path, text, tokens, spent):
+    """Else it is no count, and the bound is taken: a text has tokens."""
+    prompt, allowance = Prompt.from_question("q", None), Allowance(Budget(tokens=10_000), 50, Spent(), 0.0)
+    done = replace(trace(prompt, 0, tokens), text=text, finish_reason="content_filter")
+    assert allowance.admit(prompt, 0)
+    allowance.settle(done)
+    with TraceStore(tmp_path / "traces") as store:
+        store.append([done])
+        assert allowance.used == spent_on(store, {prompt.id: prompt}, 50) == Spent(10, spent)
+
+
+def test_a_failed_attempt_without_a_token_costs_its_prompt():
+    prompt, allowance = Prompt.from_question("q", None), Allowance(Budget(tokens=10_000), 50, Spent(), 0.0)
+    assert allowance.lose(prompt, 10, 0) and allowance.used == Spent(10, 0)
 
 
 def test_time_is_that_of_all_sessions_and_the_longest_sample_has_to_fit():
