@@ -227,8 +227,29 @@ def factors(rule: dict[str, Any]) -> np.ndarray:
             },
             None,
         ),
+        (
+            {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+            {"llama.rope.scaling.factor": 4.0},  # llama.cpp's default is linear
+            None,
+        ),
+        (
+            {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "attention_factor": 1.5 * 1.1386294361,  # of 0.1 ln 4 + 1
+            },
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.original_context_length": 128,
+                "llama.rope.scaling.attn_factor": 1.5,
+            },
+            None,
+        ),
     ],
-    ids=["llama3", "ones", "linear", "yarn"],
+    ids=["llama3", "ones", "linear", "yarn", "a factor alone", "yarn with a magnitude"],
 )
 def test_rope_rules_are_those_of_transformers(
     rope: dict[str, Any], edit: dict[str, Any], frequencies: np.ndarray | None, tmp_path: Path
@@ -249,6 +270,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"edit": {"llama.expert_count": 8}}, r"a mixture of experts \(family llama\)"),
     ({"edit": {"llama.rope.dimension_count": 32}}, r"llama\.rope\.dimension_count is 32, and a head has 64"),
     ({"edit": {"llama.rope.scaling.type": "longrope"}}, r"RoPE scaling 'longrope' is not read"),
+    ({"edit": {"llama.rope.scaling.attn_factor": 2.0}}, r"rope\.scaling\.attn_factor is 2 without YaRN, which is not"),
     ({"edit": {"llama.block_count": "two"}}, r"llama\.block_count is two, not a whole number"),
     ({"edit": {"llama.block_count": 3}}, r"tensor blk\.2\.attn_norm\.weight is missing; download the file again"),
     ({"edit": {"llama.block_count": 1}}, r"tensor blk\.1\.\S+ has no place in a model of family llama"),
