@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's form of a model: a file becomes a Hugging Face directory, once, and everything reads that.
 
 The directory has the weights dequantised to bfloat16, a config.json from the file's metadata, and the tokenizer and
-chat template as transformers converts them. It is a cache (`$XDG_CACHE_HOME/distill/gguf`, by default below
+chat template (`gguf_tokenizer`). It is a cache (`$XDG_CACHE_HOME/distill/gguf`, by default below
 ~/.cache), named by a hash of the file: another file is another directory, and deleting it costs one conversion.
 
 Rejected: a reader of GGUF in the engine. Training, tokenizers, plans and fingerprints read directories too, and each
@@ -26,7 +26,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill import gguf_metadata
+from distill import gguf_metadata, gguf_tokenizer
 from distill.console import bytes_text, progress
 from distill.durable import replacing_directories
 from distill.engine.config import refuse_lfs_pointer
@@ -45,7 +45,7 @@ SUFFIX, MAGIC = ".gguf", b"GGUF"
 SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0")
 ROPE_FREQUENCIES = "rope_freqs.weight"
-FORMAT = 1  # of the directories: raised when the same file is converted to something else
+FORMAT = 2  # of the directories: raised when the same file is converted to something else
 SHARD_BYTES = 1 << 30
 PIECE = 1 << 24  # elements that are dequantised at once
 
@@ -251,7 +251,7 @@ def _convert(paths: Sequence[Path], directory: Path) -> None:
         _write_json(new / "generation_config.json", gguf_metadata.generation_config(model.metadata))
         if license_ := model.metadata.text("general.license", ""):
             (new / "README.md").write_text(f"---\nlicense: {license_}\n---\n", encoding="utf-8")
-        _save_tokenizer(paths[0], new)
+        gguf_tokenizer.save(paths[0], new)
 
 
 def _shards(places: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[list[str]]:
@@ -308,23 +308,6 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors, file, metadata={"format": "pt"})
-
-
-def _save_tokenizer(path: Path, directory: Path) -> None:
-    """Convert the tokenizer and the chat template. Errors: UserError where transformers cannot."""
-    from tempfile import TemporaryDirectory
-
-    from transformers import AutoTokenizer
-
-    with TemporaryDirectory() as alone:  # transformers would read a tokenizer.json beside the file
-        (Path(alone) / path.name).symlink_to(path.resolve())
-        try:
-            AutoTokenizer.from_pretrained(alone, gguf_file=path.name).save_pretrained(directory)
-        except Exception as error:  # of any kind: the metadata is a stranger's
-            reason = " ".join(str(error).split())[:150] or type(error).__name__
-            raise UserError(
-                f"{path}: its tokenizer cannot be converted ({reason}); use the hub id of the model"
-            ) from error
 
 
 def _write_json(file: Path, content: Mapping[str, object]) -> None:

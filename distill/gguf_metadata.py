@@ -173,7 +173,14 @@ def _rope(
 ) -> dict[str, float | int | str]:
     """`rope_parameters` of transformers."""
     theta = metadata.float(f"{family}.rope.freq_base", 10000.0)
-    kind = metadata.text(f"{family}.rope.scaling.type", "none")
+    scale = f"{family}.rope.scaling.factor"
+    kind = metadata.text(f"{family}.rope.scaling.type", "linear" if metadata.float(scale, 1.0) != 1.0 else "none")
+    magnitude = metadata.float(f"{family}.rope.scaling.attn_factor", 1.0)
+    if kind != "yarn" and magnitude != 1.0:
+        raise UserError(
+            f"{metadata.where}: {family}.rope.scaling.attn_factor is {magnitude:g} without YaRN, which is not read; "
+            f"use the hub id of the model"
+        )
     rope: dict[str, float | int | str] = {"rope_type": "default", "rope_theta": theta}
     if kind != "none" and frequencies is not None:
         raise UserError(f"{metadata.where}: RoPE is scaled by {kind!r} and by rope_freqs.weight; it is not read")
@@ -183,12 +190,12 @@ def _rope(
         return rope
     if kind not in ("linear", "yarn"):
         raise UserError(f"{metadata.where}: RoPE scaling {kind[:40]!r} is not read; use the hub id of the model")
-    rope |= {"rope_type": kind, "factor": metadata.float(f"{family}.rope.scaling.factor")}
+    rope |= {"rope_type": kind, "factor": metadata.float(scale)}
     if kind == "yarn":
         original = f"{family}.rope.scaling.original_context_length"
         rope["original_max_position_embeddings"] = metadata.int(original)
-        if (factor := f"{family}.rope.scaling.attn_factor") in metadata.values:
-            rope["attention_factor"] = metadata.float(factor)
+        if magnitude != 1.0:  # llama.cpp multiplies YaRN's magnitude by it, transformers' key replaces it
+            rope["attention_factor"] = (0.1 * math.log(max(metadata.float(scale), 1.0)) + 1) * magnitude
     return rope
 
 

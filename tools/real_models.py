@@ -31,7 +31,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.durable import replacing_directories, sync_directory, write_whole  # needs the path
+from distill import gguf_tokenizer  # needs the path
+from distill.durable import replacing_directories, sync_directory, write_whole
 
 SPACE = 5  # times its file: what a model needs on the disk until its directory is written
 CHUNK = 8 << 20  # bytes read at once
@@ -153,7 +154,7 @@ def sha256(path: Path) -> str:
 def convert(model: RealModel, source: Path, directory: Path) -> None:
     """Write the Hugging Face directory of a GGUF file: weights in bfloat16, tokenizer, chat template, licence."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -169,7 +170,7 @@ def convert(model: RealModel, source: Path, directory: Path) -> None:
         network.tie_weights()
     with replacing_directories(directory) as (new,):
         network.save_pretrained(new)
-        AutoTokenizer.from_pretrained(**place).save_pretrained(new)
+        gguf_tokenizer.save(source, new)
         (new / "README.md").write_text(README.format(**vars(model)), encoding="utf-8")
 
 

@@ -64,6 +64,11 @@ class DirectoryBackend(ABC):
         """Tokens of prompt and completion together; None for a model without a limit."""
 
     @property
+    def more_context(self) -> str:
+        """How to get a longer context than `max_context`; empty where the model has no longer one."""
+        return ""
+
+    @property
     @abstractmethod
     def vocab_size(self) -> int:
         """Token ids are below this."""
@@ -117,8 +122,8 @@ class DirectoryBackend(ABC):
         )
         return UserError(
             f"{which}{prompt.id} ({start!r}…, from {prompt.source or 'memory'}), has {length} tokens and "
-            f"max_new_tokens is {sampling.max_new_tokens}, together more than the model's context of {context}; "
-            f"{remedy} leave the prompt out"
+            f"max_new_tokens is {sampling.max_new_tokens}, together more than the model's context of {context}"
+            f"{self.more_context}; {remedy} leave the prompt out"
         )
 
     # ---- answers

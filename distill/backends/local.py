@@ -110,6 +110,13 @@ class LocalBackend(DirectoryBackend):
         return self.engine.max_context
 
     @property
+    def more_context(self) -> str:
+        """See `DirectoryBackend`."""
+        if self.max_context == (longest := self.engine.spec.max_context):
+            return ""
+        return f" (the cache has room for no more; with a larger engine.memory_budget it is up to {longest})"
+
+    @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
         return self.engine.spec.vocab_size
@@ -172,5 +179,7 @@ class LocalBackend(DirectoryBackend):
             yield from self.engine.generate(requests, deadline)
         except NonFiniteLogits as error:
             raise UserError(f"{self.model.directory}: {error}") from error
+        except ValueError as error:  # a request that the cache has no room for
+            raise UserError(str(error)) from error
         except EngineDied as error:
             raise WorkError(f"{error}; finished samples are stored, run the same command to continue") from error

@@ -100,7 +100,7 @@ class Engine:
         if self._pages.pages_for(prompt + new - 1) + 1 > self._pages.num_pages:
             raise ValueError(
                 f"{what} may need {prompt + new} tokens of cache, there are {self._pages.num_pages * self._page_size}; "
-                f"raise cache_tokens above {prompt + new + self._page_size} or lower max_new_tokens"
+                f"raise memory_budget or lower max_new_tokens"
             )
         self._unfinished[request.id] = len(request.samples)
         self._scheduler.add(request)
@@ -224,7 +224,7 @@ class Engine:
                     else:
                         self.add(request)
                         mine.add(request.id)
-                if not mine or time.monotonic() >= deadline:
+                if (exhausted and not mine) or time.monotonic() >= deadline:
                     return
                 for completion in self.step():
                     if completion.request_id in mine and completion.request_id not in self._unfinished:

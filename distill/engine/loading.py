@@ -100,7 +100,11 @@ def _sizes(spec: ModelSpec, options: EngineOptions, kernels: str, budget: int | 
     if cache_tokens is None:
         each = token_bytes(spec, spec.num_layers + (drafts > 0), cache_dtype)
         left = max(share - state_bytes(spec, slots), 0)
+        if budget is None:  # a CPU's, whose untouched pages take no memory: one whole context, if there is any room
+            left = max(left, min(context * each, host_memory() // 4))
         cache_tokens = min(options.max_batch * context, max(left // each, min(context, _DEFAULT_LONG_CONTEXT)))
+        context = min(context, cache_tokens)
+        cache_tokens = int(cache_tokens) + page_size  # one page more, which a prompt's samples may share
     if cache_tokens < page_size:
         raise ValueError(f"cache_tokens is {cache_tokens}; it must be at least one page ({page_size})")
     return Sizes(

@@ -25,7 +25,8 @@ class EngineOptions:
     max_batch: sequences decoded at once. max_step_tokens: prompt tokens computed per step.
     page_size: tokens (default: 64 on a GPU, else 16).
     cache_tokens: size of the key-value cache (default: what max_batch full contexts can use, but at most a fifth of the
-    budget, or without one 512 MiB or one context, whichever is larger).
+    budget, or without one 512 MiB or one context, whichever is larger; a shorter one makes max_context
+    shorter).
     max_context: tokens of prompt and completion together (default and upper limit: the model's).
     num_speculative_tokens: tokens that the checkpoint's draft layer proposes at a time (faster where few sequences
     decode; the text is the same).

@@ -121,7 +121,7 @@ def _that_fit(
     if not taken:
         raise ValueError(
             f"sequence {first} needs {pages.pages_for(len(sequences[first]))} pages of cache and {free} are free; "
-            "raise cache_tokens, or finish or abort what is being generated"
+            "raise memory_budget, or finish or abort what is being generated"
         )
     return taken
 

@@ -197,7 +197,9 @@ class Service:
             except Full:
                 counted = False
                 raise
-            except (Rejected, Broken) as error:
+            except Rejected as error:
+                yield event({"error": _problem(400, str(error), None, "context_length_exceeded")})
+            except Broken as error:
                 yield event({"error": _problem(500, str(error), None, "engine_error")})
             finally:
                 if counted:

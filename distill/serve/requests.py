@@ -52,6 +52,16 @@ DEFAULTS: dict[str, tuple[object, ...]] = {
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
 }
+EMPTY_IN_MESSAGES = {  # fields of a message that are null or empty, or refused
+    "annotations",
+    "audio",
+    "function_call",
+    "name",
+    "reasoning",
+    "reasoning_content",
+    "refusal",
+    "tool_calls",
+}
 IGNORED = {  # they do not change the answer
     "metadata",
     "prompt_cache_key",
@@ -136,11 +146,23 @@ def _joined(content: object) -> object:
 
 
 class ChatMessage(BaseModel):
-    """One turn. A developer's message is a system's. content: text, or a list of parts of text."""
+    """One turn. A developer's message is a system's. content: text, or a list of parts of text. Other fields of an
+    answer that is sent back are accepted where they are empty: the template would not show them."""
+
+    model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_joined)]
-    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        for name in EMPTY_IN_MESSAGES & values.keys():
+            if values[name]:
+                raise ValueError(f"{name} of a message is not supported; leave it out")
+        return {name: value for name, value in values.items() if name not in EMPTY_IN_MESSAGES}
 
     def to_message(self) -> Message:
         """The turn as templates take it."""

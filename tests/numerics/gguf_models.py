@@ -76,11 +76,13 @@ def write(
     without: tuple[str, ...] = (),
     frequencies: NDArray[np.float32] | None = None,
     parts: int = 0,
+    controls: tuple[str, ...] = (),
     **config: Any,
 ) -> Written:
     """Write a random model. edit: metadata that is added or replaced. without: tensors that are left out. frequencies:
-    the factors of Llama 3's RoPE. parts: files that it is split into. config: in place of `SHAPE`."""
-    tokens = _tokens()
+    the factors of Llama 3's RoPE. parts: files that it is split into. controls: control tokens in place of the
+    padding ones. config: in place of `SHAPE`."""
+    tokens = [*_tokens()[: -len(controls) or None], *controls]
     settings = CONFIGS[family](**{"vocab_size": len(tokens), "tie_word_embeddings": tied} | SHAPE | config)
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(settings)
@@ -173,7 +175,7 @@ def _metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, family: str, to
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_types([3 if token.startswith(("<|", "<｜")) else 1 for token in tokens])
     writer.add_token_merges(["Ġ Ġ"])
     writer.add_eos_token_id(tokens.index(END))
     writer.add_pad_token_id(tokens.index(END))

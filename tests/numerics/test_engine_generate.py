@@ -14,7 +14,7 @@ from engine_checks import engine_options, some_tokens
 from random_models import Checkpoint
 from torch import Tensor
 
-from distill.engine import Completion, Engine, Request, SamplingParams
+from distill.engine import Completion, Engine, Request, SamplingParams, loading
 from distill.engine.batch import Chunk
 from distill.engine.kernels import cpu
 from distill.engine.scheduler import Scheduler
@@ -231,7 +231,7 @@ def test_abort_frees_pages_and_forgets_the_id(ckpt: Checkpoint) -> None:
         (replace(request(1), samples=(1, 1)), "samples"),
         (request(1, length=90), "prompt of 90 tokens.*generate 30.*context of 100; lower max_new_tokens to 10"),
         (request(1, length=100), "prompt of 100 tokens.*shorten the prompt or leave it out"),
-        (request(1, length=60), "90 tokens of cache.*raise cache_tokens"),
+        (request(1, length=60), "90 tokens of cache.*raise memory_budget or lower max_new_tokens"),
     ],
 )
 def test_requests_that_cannot_be_served(bad: Request, message: str, checkpoint: GetCheckpoint) -> None:
@@ -240,6 +240,36 @@ def test_requests_that_cannot_be_served(bad: Request, message: str, checkpoint: 
         engine.add(bad)
     assert "\n" not in str(caught.value)
     assert not engine.has_work
+
+
+@pytest.mark.parametrize("memory_budget", [None, 1 << 28])
+def test_a_request_of_the_whole_context_fits_into_the_default_cache(
+    memory_budget: int | None, checkpoint: GetCheckpoint
+) -> None:
+    options = engine_options(max_context=64, max_batch=1, memory_budget=memory_budget)
+    engine = Engine.load(checkpoint("qwen2").path, options)
+    assert engine.max_context == 64
+    (done,) = run(engine, [request(1, length=34)]).values()
+    assert len(done.token_ids) == 30
+
+
+def test_the_context_is_what_the_default_cache_has_room_for(
+    checkpoint: GetCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_DEFAULT_LONG_CONTEXT", 50)
+    monkeypatch.setattr(loading, "_DEFAULT_CACHE_BYTES", 1)
+    monkeypatch.setattr(loading, "host_memory", lambda: 1)
+    engine = Engine.load(checkpoint("qwen2").path, engine_options(max_context=64))
+    assert engine.max_context == 50
+    engine.add(request(1, length=20))
+    with pytest.raises(ValueError, match="more than the context of 50; lower max_new_tokens to 29"):
+        engine.add(request(2, length=21))
+
+
+def test_requests_are_pulled_while_others_are_queued(checkpoint: GetCheckpoint) -> None:
+    engine = Engine.load(checkpoint("qwen2").path, engine_options(max_batch=1, cache_tokens=512))
+    engine.add(request(1))
+    assert {done.request_id for done in engine.generate([request(2)])} == {"r1", "r2"}
 
 
 def test_an_id_is_queued_once(checkpoint: GetCheckpoint) -> None:
@@ -251,7 +281,11 @@ def test_an_id_is_queued_once(checkpoint: GetCheckpoint) -> None:
 
 def test_sequences_that_cannot_be_scored(checkpoint: GetCheckpoint) -> None:
     engine = Engine.load(checkpoint("qwen2").path, engine_options(max_context=100, cache_tokens=64))
-    for bad, message in (([], "sequence 1 has no tokens"), ([1] * 101, "101 tokens"), ([1] * 99, "raise cache_tokens")):
+    for bad, message in (
+        ([], "sequence 1 has no tokens"),
+        ([1] * 101, "101 tokens"),
+        ([1] * 99, "raise memory_budget"),
+    ):
         with pytest.raises(ValueError, match=message):
             engine.score([[1, 2, 3], bad])
     assert engine._pages.free_pages == engine._pages.num_pages

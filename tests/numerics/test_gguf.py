@@ -3,6 +3,7 @@ what is refused, each in one line and with nothing written."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,54 @@ def test_tokenizer_template_ends_and_licence_come_along(tmp_path: Path) -> None:
     assert model_files.model_directory(str(path)) == directory
 
 
+DIGITS = [
+    {"type": "Digits", "individual_digits": True},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+]
+
+
+@pytest.mark.parametrize("split", ["smollm", "starcoder", "refact", "command-r"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_split_of_single_digits_is_the_published_one(split: str, family: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf", family, edit={"tokenizer.ggml.pre": split}).path
+    backend = Chat.load(gguf_files.directory_of(path)).tokenizer.backend_tokenizer
+    assert json.loads(backend.to_str())["pre_tokenizer"] == {"type": "Sequence", "pretokenizers": DIGITS}
+    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("in 1989")] == ["in", "Ġ", "1", "9", "8", "9"]
+
+
+def test_a_split_that_transformers_takes_for_gpt_2_s_is_refused_by_name(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path / "model.gguf", "llama", edit={"tokenizer.ggml.pre": "deepseek-coder"}).path
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre is 'deepseek-coder', a split of text that is not read"):
+        gguf_files.directory_of(path)
+    assert [each for each in cache.rglob("*") if each.is_file()] == []
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_control_tokens_of_any_letters_keep_their_ids(family: str, tmp_path: Path) -> None:
+    controls = ("<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>")
+    edit = {
+        "tokenizer.ggml.pre": "deepseek-r1-qwen",
+        "tokenizer.ggml.eos_token_id": 261,
+        "tokenizer.ggml.bos_token_id": 264,
+        "tokenizer.ggml.padding_token_id": 261,
+        "tokenizer.chat_template": "{{ bos_token }}{% for m in messages %}<｜User｜>{{ m.content }}{% endfor %}",
+    }
+    chat = Chat.load(gguf_files.directory_of(write(tmp_path / "m.gguf", family, edit=edit, controls=controls).path))
+    tokenizer = chat.tokenizer
+    assert len(tokenizer) == 265
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, chat.stop_token_ids) == (264, 261, (261,))
+    for number, token in enumerate(controls, 261):
+        assert tokenizer.encode(token, add_special_tokens=False) == [number]
+    ids = chat.prompt_ids([{"role": "user", "content": "hé"}])
+    assert ids[:2] == [264, 262] and tokenizer.decode(ids[2:]) == "hé"
+
+
+def test_a_control_token_that_is_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf", "qwen2", controls=("<｜User｜>", "<｜User｜>")).path
+    with pytest.raises(UserError, match=r"its tokenizer has 265 tokens, and 26\d after conversion"):
+        gguf_files.directory_of(path)
+
+
 def test_a_card_names_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.gguf", "qwen3", Type.Q8_0).path
     card = tmp_path / "card.yaml"
@@ -178,8 +227,29 @@ def factors(rule: dict[str, Any]) -> np.ndarray:
             },
             None,
         ),
+        (
+            {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+            {"llama.rope.scaling.factor": 4.0},  # llama.cpp's default is linear
+            None,
+        ),
+        (
+            {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "attention_factor": 1.5 * 1.1386294361,  # of 0.1 ln 4 + 1
+            },
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.original_context_length": 128,
+                "llama.rope.scaling.attn_factor": 1.5,
+            },
+            None,
+        ),
     ],
-    ids=["llama3", "ones", "linear", "yarn"],
+    ids=["llama3", "ones", "linear", "yarn", "a factor alone", "yarn with a magnitude"],
 )
 def test_rope_rules_are_those_of_transformers(
     rope: dict[str, Any], edit: dict[str, Any], frequencies: np.ndarray | None, tmp_path: Path
@@ -200,6 +270,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"edit": {"llama.expert_count": 8}}, r"a mixture of experts \(family llama\)"),
     ({"edit": {"llama.rope.dimension_count": 32}}, r"llama\.rope\.dimension_count is 32, and a head has 64"),
     ({"edit": {"llama.rope.scaling.type": "longrope"}}, r"RoPE scaling 'longrope' is not read"),
+    ({"edit": {"llama.rope.scaling.attn_factor": 2.0}}, r"rope\.scaling\.attn_factor is 2 without YaRN, which is not"),
     ({"edit": {"llama.block_count": "two"}}, r"llama\.block_count is two, not a whole number"),
     ({"edit": {"llama.block_count": 3}}, r"tensor blk\.2\.attn_norm\.weight is missing; download the file again"),
     ({"edit": {"llama.block_count": 1}}, r"tensor blk\.1\.\S+ has no place in a model of family llama"),

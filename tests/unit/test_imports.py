@@ -68,8 +68,9 @@ ALLOWED: dict[str, set[str]] = {
     **{room: SHARED for room in SHARED},
     "model_cards": SHARED | {"engine.families"},
     "model_families": {"engine.families", "model_files"},
-    "gguf_files": SHARED | {"gguf_metadata", "engine.config", "engine.families", "engine.spec"},
+    "gguf_files": SHARED | {"gguf_metadata", "gguf_tokenizer", "engine.config", "engine.families", "engine.spec"},
     "gguf_metadata": {"engine.families", "errors"},
+    "gguf_tokenizer": {"errors"},
     "catalog": SHARED | {"engine.families"},  # what a card says of its model is compared with the model
     # The recipe is made of the filters' settings, so filters know what a trace is, and neither recipe nor run.
     "recipe": SHARED | {"filters", "grading.sandbox", "engine.families"},
