@@ -109,9 +109,9 @@ def export(
 
     Example: `distill export runs/tiny --format messages --out traces.jsonl --config trl`
     """
-    from distill.catalog import load_recipe, load_student, local_weights
+    from distill.catalog import load_recipe, load_student, local_weights, training_template
     from distill.console import counted, say
-    from distill.traces.configs import check_readable, check_template, config_files, write_config
+    from distill.traces.configs import check_readable, config_files, template_of, write_config
     from distill.traces.exports import export_traces, file_type_of, stored_traces
 
     kind = file_type_of(out, file_type.value if file_type else None)
@@ -119,14 +119,16 @@ def export(
     trainers = list(dict.fromkeys(config or ()))
     for trainer in trainers:
         check_readable(trainer.value, form.value)
-    if trainers and student is None:
-        if not (source / "recipe.yaml").is_file():
+    recipe = load_recipe(str(source / "recipe.yaml")) if (source / "recipe.yaml").is_file() else None
+    length = max(training.max_length for training in recipe.train.trainings) if recipe else None
+    card, weights, template = None, None, ""
+    if trainers:
+        if student is None and recipe is None:
             raise UserError("--config needs a student: name it with --student; `distill students list` shows them")
-        student = load_recipe(str(source / "recipe.yaml")).student
-    trains = load_recipe(str(source / "recipe.yaml")).train if (source / "recipe.yaml").is_file() else None
-    card = load_student(student) if student and trainers else None
-    if card:
-        check_template(card)
+        name = student or (recipe.student if recipe else "")
+        card, weights = load_student(name), local_weights("student", name)
+        named = training_template(recipe) if recipe and name == recipe.student else card.chat_template
+        template = template_of(card, named, weights)
     files = [out, *(path for trainer in trainers for path in config_files(trainer.value, out))]
     if out.is_dir() or (not force and any(path.exists() for path in files)):
         there = next(path for path in files if path.exists())
@@ -136,12 +138,11 @@ def export(
         raise UserError(f"{special}: not a regular file; choose another --out")
     taken, rows = export_traces(traces, form.value, out, kind)
     say(f"{counted(taken, 'trace')} in {counted(rows, 'row')} → {out}")
-    length = trains.max_length if trains else None
     written: dict[Path, None] = {}  # TRL and axolotl share a template
     for trainer in trainers:
-        assert card is not None and student is not None
-        weights = str(local_weights("student", student) or card.weights)
-        written |= dict.fromkeys(write_config(trainer.value, out, form.value, kind, card, weights, length))
+        assert card is not None
+        model = str(weights or card.weights)
+        written |= dict.fromkeys(write_config(trainer.value, out, form.value, kind, card, model, template, length))
     for path in written:
         say(f"  {path}")
 

@@ -48,7 +48,7 @@ READS: dict[Trainer, tuple[Format, ...]] = {
     "llama-factory": ("messages", "sharegpt", "openr1"),
 }
 REGISTRY = "dataset_info.json"  # where LLaMA-Factory looks for the data sets of a directory
-TEMPLATES = ("chatml", "llama3")  # of students; without one, ChatML
+TEMPLATES = {"chatml": "<|im_start|>", "llama3": "<|start_header_id|>"}  # that are written, and what each begins with
 CONTEXT = 32_768  # tokens of a row at most; longer students are given this much too
 
 
@@ -60,13 +60,34 @@ def check_readable(trainer: Trainer, form: Format) -> None:
         )
 
 
-def check_template(student: StudentCard) -> None:
-    """Raise UserError when a student has a chat template that is not written for other trainers."""
-    if student.chat_template not in (None, *TEMPLATES):
+def template_of(student: StudentCard, named: str | None, directory: Path | None) -> str:
+    """The template of `TEMPLATES` with which a student is trained. named: that of its recipe or its card; None: its
+    own, of which the turns count, not what it does with their reasoning. directory: its weights, if they are here.
+
+    Errors: UserError for a template that is not written for other trainers.
+    """
+    if named is not None:
+        form, found = named, f"{student.name} has {named}"
+    elif directory is None:
+        form, found = None, f"that of {student.name} is beside its weights, which are not on this machine"
+    else:
+        own = _own_template(directory)
+        form = next((name for name, begins in TEMPLATES.items() if begins in own), None)
+        found = f"{student.name} has another of its own" if own else f"{student.name} has none"
+    if form not in TEMPLATES:
         raise UserError(
-            f"--config writes the chat templates {' and '.join(TEMPLATES)}, and {student.name} has "
-            f"{student.chat_template}; export without --config"
+            f"--config writes the chat templates {' and '.join(TEMPLATES)}, and {found}; name another --student, or "
+            f"export without --config"
         )
+    return form
+
+
+def _own_template(directory: Path) -> str:
+    """The text of the template, or of all templates, of a model directory."""
+    file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    return str((read_object(config) if config.is_file() else {}).get("chat_template") or "")
 
 
 def write_config(
@@ -76,18 +97,17 @@ def write_config(
     file_type: str,
     student: StudentCard,
     weights: str,
+    chat_template: str,
     max_length: int | None = None,
 ) -> list[Path]:
     """Write the configuration beside the exported file `out`; return the files. weights: a hub id, or a directory.
-    max_length: tokens of a row, of a run that trains the student; None: as many as the student's context has.
-
-    Errors: UserError for a student with another chat template than `chatml` and `llama3`."""
+    chat_template: see `template_of`. max_length: tokens of a row, of a run that trains the student; at most as many as
+    the student's context has."""
     check_readable(trainer, form)
-    check_template(student)
-    llama = student.chat_template == "llama3"
+    llama = chat_template == "llama3"
     template = out.with_name(f"{out.stem}.jinja")
     config = out.with_name(f"{out.stem}.{trainer}.yaml")
-    length = max_length or min(student.context, CONTEXT)
+    length = min(max_length or CONTEXT, student.context)
     loader = "json" if file_type == "jsonl" else "parquet"
     written = {config: "", template: _LLAMA3 if llama else _CHATML}
     if trainer == "trl":

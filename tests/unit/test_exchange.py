@@ -13,12 +13,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill.catalog import _check_run, load_student, resolve_weights
+from distill.catalog import _check_run, load_recipe, load_student, resolve_weights
 from distill.chat import split_reasoning
 from distill.errors import UserError
 from distill.prompts.prompt import Prompt
 from distill.recipe.sources import RunTraces
-from distill.traces.configs import READS, write_config
+from distill.traces.configs import READS, template_of, write_config
 from distill.traces.exports import export_traces, stored_traces
 from distill.traces.imports import import_traces, sources_of
 from distill.traces.published import kept_hash, read_published
@@ -260,7 +260,9 @@ def test_configurations_keep_the_reasoning(trainer, name, tmp_path):
     (tmp_path / "dataset_info.json").write_text('{"theirs": {"file_name": "b.jsonl"}}')
     for form in READS[trainer]:
         out = tmp_path / "a.jsonl"
-        files = write_config(trainer, out, form, "jsonl", load_student(name), "weights")
+        files = write_config(
+            trainer, out, form, "jsonl", load_student(name), "weights", load_student(name).chat_template
+        )
         values = yaml.safe_load(files[0].read_text())
         assert "weights" in (values.get("model_name_or_path"), values.get("base_model"))
         if trainer == "llama-factory":
@@ -276,6 +278,32 @@ def test_configurations_keep_the_reasoning(trainer, name, tmp_path):
         whole = template.render(messages=turns, bos_token="", add_generation_prompt=False)
         prompt = template.render(messages=turns[:1], bos_token="", add_generation_prompt=True)
         assert whole.startswith(prompt + "<think>\na\n</think>\n\nb<|")
+
+
+def test_the_template_of_a_configuration(tmp_path):
+    """The recipe's or the card's; else the checkpoint's own, where its turns are those of one that is written."""
+    student = load_student("qwen2.5-0.5b").model_copy(update={"chat_template": None})
+    assert template_of(student, "llama3", None) == "llama3"
+    for file, text, form in (
+        ("tokenizer_config.json", json.dumps({"chat_template": "{{ '<|im_start|>' }}"}), "chatml"),
+        ("chat_template.jinja", "{{ '<|start_header_id|>' }}", "llama3"),
+    ):
+        (tmp_path / file).write_text(text)
+        assert template_of(student, None, tmp_path) == form
+    (tmp_path / "chat_template.jinja").write_text("{{ '[INST]' }}")
+    for named, directory in (("gemma", None), (None, None), (None, tmp_path)):
+        with pytest.raises(UserError, match="--config writes the chat templates chatml and llama3, and "):
+            template_of(student, named, directory)
+
+
+def test_a_configuration_has_the_length_of_the_longest_phase(tmp_path):
+    recipe = load_recipe("tiny-r1-pipeline")
+    phases = {training.max_length for training in recipe.train.trainings}
+    assert command("import", write(tmp_path / "openr1.jsonl", OPENR1), "--out", tmp_path / "in").returncode == 0
+    (tmp_path / "in" / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    done = command("export", tmp_path / "in", "--out", tmp_path / "a.jsonl", "--config", "trl")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load((tmp_path / "a.trl.yaml").read_text())["max_length"] == max(phases) < recipe.train.max_length
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -312,7 +340,9 @@ def trl_step(traces: list[Trace], form: str, kind: str, directory: Path) -> str:
     student = load_student("tiny-qwen")
     options: dict[str, object] = {"max_length": student.context}
     if form in READS["trl"]:
-        values = yaml.safe_load(write_config("trl", file, form, kind, student, "w")[0].read_text())
+        values = yaml.safe_load(
+            write_config("trl", file, form, kind, student, "w", student.chat_template)[0].read_text()
+        )
         names = ("chat_template_path", "completion_only_loss", "assistant_only_loss", "eos_token", "max_length")
         options = {key: values[key] for key in names if key in values}
         loaded = loaded.select_columns(values["datasets"][0]["columns"])
