@@ -251,19 +251,7 @@ def check_recipe(
     teacher, student = load_teacher(recipe.teacher), load_student(recipe.student)
     notes = []
     server = server_of(recipe)
-    scored = [each.objective for each in recipe.train.trainings if each.objective.teacher_top_k is not None]
-    if server is not None and scored:
-        reads = f"train.objective.kind {scored[0].kind} reads the teacher's probabilities"
-        if recipe.generate.logprobs is None and not recipe.traces:  # published ones a server may score, as vLLM does
-            raise UserError(
-                f"{reads}, which a server gives beside its answers: set generate.logprobs, remove `server`, or set "
-                f"train.objective.kind to `sft`"
-            )
-        if teacher.weights is None:
-            raise UserError(
-                f"{reads} and needs its tokenizer: set `weights:` in the card of {teacher.name} to its directory or "
-                f"hub id"
-            )
+    _check_scoring(recipe, teacher, server)
     if (budget := recipe.generate.budget) is not None:
         remote = isinstance(server, TeacherServer)
         if budget.cost is not None and (price_of(recipe) if remote else recipe.price_per_hour) is None:
@@ -299,6 +287,33 @@ def check_recipe(
             f"filter.format to null"
         )
     return notes
+
+
+def _check_scoring(recipe: Recipe, teacher: TeacherCard, server: TeacherServer | LaunchedServer | None) -> None:
+    """Refuse a server that cannot say what the objectives read of the teacher. Errors: UserError."""
+    scored = [each.objective for each in recipe.train.trainings if each.objective.teacher_top_k is not None]
+    written = [objective for objective in scored if objective.rollout_settings is not None]
+    servers = {recipe.teacher: server} if written else {}
+    servers |= {name: load_teacher(name).server for each in written for name in each.task_teachers.values()}
+    if started := [name for name, its in servers.items() if isinstance(its, LaunchedServer)]:
+        raise UserError(
+            f"train.objective.kind {written[0].kind} asks {started[0]} for the probabilities of the student's text, "
+            f"which a server that distill starts (server.launch) does not give: remove `server` to use the local "
+            f"engine, or set server.url to that of a vLLM"
+        )
+    if server is None or not scored:
+        return
+    reads = f"train.objective.kind {scored[0].kind} reads the teacher's probabilities"
+    of_traces = any(objective.reads_data for objective in scored)  # those of rollouts are asked for while training
+    if of_traces and recipe.generate.logprobs is None and not recipe.traces:  # vLLM may score published traces
+        raise UserError(
+            f"{reads}, which a server gives beside its answers: set generate.logprobs, remove `server`, or set "
+            f"train.objective.kind to `sft`"
+        )
+    if teacher.weights is None:
+        raise UserError(
+            f"{reads} and needs its tokenizer: set `weights:` in the card of {teacher.name} to its directory or hub id"
+        )
 
 
 def server_of(recipe: Recipe) -> TeacherServer | LaunchedServer | None:

@@ -158,7 +158,7 @@ def _teacher(stack: ExitStack, recipe: Recipe, models: Models, model: Model, voc
             f"{model.name} is behind a server, which names its own {objective.top_k} likeliest tokens: what only the "
             f"student finds likely is compared as a part of all other tokens"
         )
-    return Teacher(backend, model.chat, models.base.chat, vocab_size, objective.teacher_top_k, asks)
+    return Teacher(backend, model.chat, models.base.chat, vocab_size, objective.rollout_top_k, asks)
 
 
 def engines_beside(recipe: Recipe, models: Models, questions: Questions, device: torch.device, ranks: int) -> Engines:
