@@ -222,9 +222,9 @@ def _check_names(recipe: Recipe) -> list[str]:
             load_teacher(recipe.judge.teacher)
         except UserError as error:
             raise UserError(f"judge.teacher: {error}") from error
-    for training in recipe.train.trainings:
-        if training.chat_template is not None:
-            read_template(training.chat_template)
+    for template in (recipe.teacher_template, *(training.chat_template for training in recipe.train.trainings)):
+        if template is not None:
+            read_template(template)
     mixed = (source for training in recipe.train.trainings for source in training.data)
     runs = [source.path for source in (*recipe.traces, *mixed) if source.kind == "run"]
     return notes + [f"there is no run {path} yet, whose traces are read" for path in runs if not Path(path).is_dir()]
