@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -429,38 +428,6 @@ def test_a_run_directory_in_place_of_a_model_names_its_student(tmp_path):
     (tmp_path / "student" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"is a run directory; its trained model is .*/student$"):
         model_files.model_directory(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("objective", "server", "logprobs", "message"),
-    [
-        ({"kind": "on_policy"}, "url", None, None),  # `prompt_logprobs` of the student's own text: nothing is generated
-        ({"kind": "on_policy", "student_share": 0.5}, "url", None, "set generate.logprobs"),
-        ({"kind": "logits"}, "url", None, "set generate.logprobs"),
-        ({"kind": "logits"}, "launch", 4, None),
-        ({"kind": "on_policy"}, "launch", 4, r"kind on_policy asks tiny-r1 for .*\(server\.launch\).*remove `server`"),
-        (
-            {"kind": "on_policy", "teachers": {"math": "mine.yaml"}},
-            None,
-            None,
-            r"asks mine\.yaml for .*remove `server`",
-        ),
-        ({"kind": "grpo"}, "launch", None, None),
-    ],
-)
-def test_a_served_teacher_gives_what_the_objective_reads(objective, server, logprobs, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    card = (catalog.folder("teacher") / "tiny-r1" / "card.yaml").read_text()
-    weights = f"weights: {catalog.resolve_weights('teacher', 'tiny-r1')}"
-    Path("mine.yaml").write_text(re.sub("weights: .*", weights, card) + "\nserver: {launch: vllm}\n")
-    servers = {"url": {"url": "http://127.0.0.1:8000/v1", "model": "m"}, "launch": {"launch": "vllm"}, None: None}
-    settings = {"train.objective": objective, "server": servers[server], "generate.logprobs": logprobs}
-    asked = catalog.load_recipe("tiny", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
-    if message is None:
-        catalog.check_recipe(asked)
-        return
-    with pytest.raises(UserError, match=message):
-        catalog.check_recipe(asked)
 
 
 def test_decontamination_with_a_dataset_that_may_change_is_noted(tmp_path):

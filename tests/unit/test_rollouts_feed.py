@@ -12,10 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.backends import Job
 from distill.catalog import resolve_weights
 from distill.chat import Chat, split_reasoning
-from distill.errors import UserError
 from distill.prompts.prompt import Prompt
 from distill.traces.rewarded import Reward
 from distill.traces.store import TraceStore
@@ -346,38 +344,6 @@ def test_the_last_set_is_logged_and_counted_where_the_steps_end_inside_it(tmp_pa
         logged.append(bool(feed.after(step, {"kl": 0.0, "entropy": 1.0})))
     assert logged == [False, False, True, True] and feed.rollouts == 32
     assert [figures.step for figures in feed.monitor.first] == [3, 4]
-
-
-def test_a_damaged_file_of_likeliest_tokens_is_refused(tmp_path):
-    store = RolloutStore(tmp_path / "rollouts", 4)
-    rollouts = Sure().sample([Job(PROMPTS[0], (0, 1))], "student", 3)
-    store.append(0, rollouts)
-    store.close()
-    traces = [each.trace for each in rollouts]
-    read = store.likeliest(0, traces)
-    assert all((ours == each.likeliest).all() for ours, each in zip(read, rollouts, strict=True))
-    assert store.likeliest(1, traces) is None and store.likeliest(0, traces[:1]) is None
-    path = tmp_path / "rollouts" / "likeliest-000000.npy"
-    data = bytearray(path.read_bytes())
-    data[-9] ^= 4
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r"likeliest-000000\.npy: damaged .*; delete it, and training recomputes it"):
-        store.likeliest(0, traces)
-
-
-def test_a_set_is_stored_at_the_end_of_the_block_that_it_is_stored_beside(tmp_path, monkeypatch):
-    store = RolloutStore(tmp_path / "rollouts", 4)
-    rollouts = Sure().sample([Job(PROMPTS[0], (0, 1))], "student", 3)
-    with store.appending(0, rollouts, {rollouts[0].trace.key}):
-        pass
-    assert [trace.key for trace in store.from_set(0)[0]] == [rollouts[1].trace.key]
-    with pytest.raises(ZeroDivisionError), store.appending(1, rollouts, ()):
-        raise ZeroDivisionError
-    assert len(store.likeliest(1, [each.trace for each in rollouts])) == 2, "the block's error does not cut it short"
-    monkeypatch.setattr(store, "append", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space left"), store.appending(2, rollouts, ()):
-        pass
-    store.close()
 
 
 # ---- traces of the teacher's beside the student's rows
