@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from distill import gguf_files, model_cards, model_files
-from distill.artefacts import RunPaths
 from distill.chat import read_template
 from distill.config import did_you_mean, parse, read_yaml
 from distill.errors import UserError
@@ -223,30 +222,16 @@ def _check_names(recipe: Recipe) -> list[str]:
             load_teacher(recipe.judge.teacher)
         except UserError as error:
             raise UserError(f"judge.teacher: {error}") from error
-    for training in recipe.train.trainings:
-        if training.chat_template is not None:
-            read_template(training.chat_template)
+    for template in (recipe.teacher_template, *(training.chat_template for training in recipe.train.trainings)):
+        if template is not None:
+            read_template(template)
+    from distill.traces.published import notes_on_run
+
     mixed = (source for training in recipe.train.trainings for source in training.data)
     for source in (*recipe.traces, *mixed):
         if source.kind == "run":
-            notes += _check_run(Path(source.path))
+            notes += notes_on_run(Path(source.path))
     return notes
-
-
-def _check_run(path: Path) -> list[str]:
-    """A note for a run whose kept traces are not there yet. Errors: UserError for a directory that is neither a run nor
-    an import."""
-    from distill.traces.published import kept_hash
-
-    if not path.is_dir():
-        return [f"there is no run {path} yet, whose traces are read"]
-    try:
-        kept_hash(path)
-    except UserError as error:
-        if not RunPaths(path).identity.is_file():
-            raise
-        return [str(error)]
-    return []
 
 
 def _not_pinned(card: BenchmarkCard, recipe: Recipe) -> list[str]:
@@ -270,19 +255,7 @@ def check_recipe(
     teacher, student = load_teacher(recipe.teacher), load_student(recipe.student)
     notes = []
     server = server_of(recipe)
-    scored = [each.objective for each in recipe.train.trainings if each.objective.teacher_top_k is not None]
-    if server is not None and scored:
-        reads = f"train.objective.kind {scored[0].kind} reads the teacher's probabilities"
-        if recipe.generate.logprobs is None and not recipe.traces:  # published ones a server may score, as vLLM does
-            raise UserError(
-                f"{reads}, which a server gives beside its answers: set generate.logprobs, remove `server`, or set "
-                f"train.objective.kind to `sft`"
-            )
-        if teacher.weights is None:
-            raise UserError(
-                f"{reads} and needs its tokenizer: set `weights:` in the card of {teacher.name} to its directory or "
-                f"hub id"
-            )
+    _check_scoring(recipe, teacher, server)
     if (budget := recipe.generate.budget) is not None:
         remote = isinstance(server, TeacherServer)
         if budget.cost is not None and (price_of(recipe) if remote else recipe.price_per_hour) is None:
@@ -318,6 +291,33 @@ def check_recipe(
             f"filter.format to null"
         )
     return notes
+
+
+def _check_scoring(recipe: Recipe, teacher: TeacherCard, server: TeacherServer | LaunchedServer | None) -> None:
+    """Refuse a server that cannot say what the objectives read of the teacher. Errors: UserError."""
+    scored = [each.objective for each in recipe.train.trainings if each.objective.teacher_top_k is not None]
+    written = [objective for objective in scored if objective.rollout_settings is not None]
+    servers = {recipe.teacher: server} if written else {}
+    servers |= {name: load_teacher(name).server for each in written for name in each.task_teachers.values()}
+    if started := [name for name, its in servers.items() if isinstance(its, LaunchedServer)]:
+        raise UserError(
+            f"train.objective.kind {written[0].kind} asks {started[0]} for the probabilities of the student's text, "
+            f"which a server that distill starts (server.launch) does not give: remove `server` to use the local "
+            f"engine, or set server.url to that of a vLLM"
+        )
+    if server is None or not scored:
+        return
+    reads = f"train.objective.kind {scored[0].kind} reads the teacher's probabilities"
+    of_traces = any(objective.reads_data for objective in scored)  # those of rollouts are asked for while training
+    if of_traces and recipe.generate.logprobs is None and not recipe.traces:  # vLLM may score published traces
+        raise UserError(
+            f"{reads}, which a server gives beside its answers: set generate.logprobs, remove `server`, or set "
+            f"train.objective.kind to `sft`"
+        )
+    if teacher.weights is None:
+        raise UserError(
+            f"{reads} and needs its tokenizer: set `weights:` in the card of {teacher.name} to its directory or hub id"
+        )
 
 
 def server_of(recipe: Recipe) -> TeacherServer | LaunchedServer | None:

@@ -13,7 +13,7 @@ every stage cost a parse each, and two stages could disagree about one model.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -264,16 +264,28 @@ class Models:
     @cached_property
     def teacher(self) -> Model:
         """The teacher, behind a server or in a directory; a hub id is downloaded first. A model that teaches itself
-        (`teacher` and `student` name the same directory) answers with the training template.
+        answers with the training template.
 
-        Errors: UserError when its weights are not complete, or its server's key is missing.
+        Errors: UserError when its weights are not complete, its server's key is missing, or a server has a template.
         """
         recipe = self._recipe
+        if self.teaches_itself:
+            return Model("teacher", self.base.place, template=recipe.teacher_template or self.base.template)
+        model = teacher_of("teacher", recipe.teacher, recipe.server, log=RunPaths(self._root).server_log)
+        if recipe.teacher_template is None:
+            return model
+        if model.is_remote:
+            raise UserError(
+                "teacher_template: a server renders prompts with its own template; remove teacher_template, or `server`"
+            )
+        return replace(model, template=recipe.teacher_template)
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether `teacher` and `student` name the same model directory."""
+        recipe = self._recipe
         same = recipe.teacher == recipe.student and recipe.server is None
-        if same and catalog.model_directory("teacher", recipe.teacher) is not None:
-            return Model("teacher", self.base.place, template=self.base.template)
-        log = RunPaths(self._root).server_log
-        return teacher_of("teacher", self._recipe.teacher, self._recipe.server, log=log)
+        return same and catalog.model_directory("teacher", recipe.teacher) is not None
 
     @cached_property
     def teachers(self) -> dict[str, Model]:

@@ -269,12 +269,15 @@ class Run:
     def fresh(self, stages: Sequence[StageFiles[Artefact]]) -> None:
         """Move the outputs and records of these stages (one and all later ones), if any, to `old/<stage>-<n>/`.
 
-        The records are set to unfinished first and moved last: killed in between, the run knows that work is missing. A
-        damaged record is moved like any other: this is the way out of it.
+        Outputs may be there without a record: the first phases of a training whose next one was refused. The records
+        are set to unfinished first and moved last: killed in between, the run knows that work is missing. A damaged
+        record is moved like any other: this is the way out of it.
         """
         assert self._lock is not None, "fresh needs the run opened by `with`"
         paths = [path for stage in stages if (path := self.paths.record(stage.name)).exists()]
-        if not paths:
+        outputs = dict.fromkeys(name for stage in stages for name in stage.outputs)
+        moved = [name for name in outputs if (self.directory / name).exists()]
+        if not paths and not moved:
             return
         for stage in stages:
             with suppress(UserError):  # a damaged record
@@ -284,14 +287,12 @@ class Run:
         old = self._new_old(stages[0].name)
         if self.paths.recipe.exists():
             shutil.copy(self.paths.recipe, old)
-        outputs = dict.fromkeys(name for stage in stages for name in stage.outputs)
-        moved = [name for name in outputs if (self.directory / name).exists()]
         for name in moved:
             (self.directory / name).rename(old / name)
         (old / "stages").mkdir()
         for path in paths:
             path.rename(old / "stages" / path.name)
-        for changed in (old / "stages", old, self.directory / "stages", self.directory):
+        for changed in (old / "stages", old, *(path.parent for path in paths[:1]), self.directory):
             sync_directory(changed)
         if moved:
             say(f"moved {', '.join(moved)} to {old}")

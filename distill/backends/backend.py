@@ -120,6 +120,10 @@ class Backend(Protocol):
         """Tokens of prompt and completion together; None where the server does not say."""
 
     @property
+    def vocab_size(self) -> int | None:
+        """Token ids are below this; None where the server does not say."""
+
+    @property
     def usage(self) -> Usage:
         """Tokens so far."""
 
@@ -138,7 +142,7 @@ class Backend(Protocol):
 
     @property
     def scores_given_ids(self) -> bool:
-        """Whether `score` knows the log-probability of every id that it is given."""
+        """Whether `score` knows the log-probability of every id below `vocab_size`, which is known then."""
 
     def score(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Trace]:
         """The traces with this model's log-probabilities of their tokens and of its `top_k` likeliest at each position.
@@ -159,6 +163,10 @@ class Backend(Protocol):
 
 class TrainedBackend(Backend, Protocol):
     """A model whose weights are replaced while it is loaded: a student that is being trained."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
 
     def update(self, tensor: "Callable[[str], Tensor]") -> None:
         """Replace all weights in place. tensor: returns one by its published (Hugging Face) name; it is called once a

@@ -113,6 +113,10 @@ class LaunchedBackend:
         self._budget = self._budget or sampling.thinking_budget is not None
 
     @property
+    def vocab_size(self) -> None:
+        """None: chat servers do not say."""
+
+    @property
     def scores_given_ids(self) -> bool:
         """See `Backend`."""
         return False

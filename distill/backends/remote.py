@@ -107,6 +107,10 @@ class RemoteBackend:
         self._asking.check(sampling)
 
     @property
+    def vocab_size(self) -> None:
+        """None: chat servers do not say."""
+
+    @property
     def scores_given_ids(self) -> bool:
         """False: servers list the likeliest tokens and the trace's own."""
         return False

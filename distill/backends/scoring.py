@@ -15,7 +15,7 @@ import httpx2
 
 from distill.backends.backend import GivenIds
 from distill.backends.bounds import TooLarge
-from distill.backends.connection import Connection
+from distill.backends.connection import Connection, is_refusal
 from distill.backends.reply import Unreadable, as_object, read_json
 from distill.chat import Chat
 from distill.errors import UserError, WorkError
@@ -116,6 +116,11 @@ async def _scored(
             f"use vLLM, or the teacher's weights on this machine"
         ) from error
     except (openai.OpenAIError, httpx2.HTTPError) as error:
+        if isinstance(error, openai.APIStatusError) and is_refusal(error.status_code) and "logprobs" in str(error):
+            raise UserError(
+                f"{connection.where}: the server refused the request: {connection.secrets.reason(error)}; start vLLM "
+                f"with --max-logprobs {top_k}, or lower train.objective.top_k"
+            ) from error
         raise connection.error(error, trace.prompt) from error
     except TooLarge as error:
         raise WorkError(f"the server failed: {error}") from error

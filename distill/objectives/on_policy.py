@@ -89,7 +89,13 @@ class OnPolicy(BaseObjective):
 
     @property
     def teacher_top_k(self) -> int:
-        """`top_k`; 1 for the sampled estimator, which reads the row's own token only."""
+        """`top_k`, also for the traces beside rows of the sampled estimator, whose loss is the divergence; 1 without
+        traces, because that estimator reads the row's own token only."""
+        return self.top_k if self.estimator == "exact" or self.reads_data else 1
+
+    @property
+    def rollout_top_k(self) -> int:
+        """How many of the teacher's most likely tokens the student's rows need."""
         return self.top_k if self.estimator == "exact" else 1
 
     @property
@@ -129,7 +135,8 @@ class OnPolicy(BaseObjective):
 
         kl: the divergence at all scored positions, without importance weights. entropy: over the whole vocabulary.
         mismatch: |ln q(y) − ln μ(y)|, clipped: number of truncated weights, unscored: number of tokens without a
-        teacher, each over the student's own tokens. teacher, sampled: None for rows of the teacher's.
+        teacher. Tokens of the teacher's traces add nothing to these three, and the log divides them by all supervised
+        tokens, theirs too. teacher, sampled: None for rows of the teacher's.
         """
         import torch
 

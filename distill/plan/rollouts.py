@@ -92,9 +92,10 @@ def estimate_rollouts(
     rollouts = objective.rollout_settings
     if rollouts is None:
         return None
-    steps = rollouts.total_steps(max(1, traces.prompts), settings.num_train_epochs, settings.max_steps)
+    prompts = max(1, round(traces.prompts * (1 - settings.val_size)))  # the others' traces are held out
+    steps = rollouts.total_steps(prompts, settings.num_train_epochs, settings.max_steps)
     sets = -(-steps // rollouts.updates)
-    count = sets * min(rollouts.prompts_per_step, max(1, traces.prompts)) * rollouts.samples
+    count = sets * min(rollouts.prompts_per_step, prompts) * rollouts.samples
     limit = rollouts.sampling.max_new_tokens
     length, basis = _length(directory, rollouts, traces, mean)
     mixed = 0

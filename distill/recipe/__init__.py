@@ -58,6 +58,9 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="names the run directory")
     description: Annotated[str, Free] = Field("", description="one line for `distill recipes list`")
     teacher: str = Field(description="name of a teacher card, or the path of a card, a model or a run (its student)")
+    teacher_template: Annotated[str | None, Free] = Field(  # its text is a setting, as of train.chat_template
+        None, description="chat template that replaces the one of a teacher on this machine: a built-in name or a file"
+    )
     student: str = Field(description="name of a student card, or the path of a card, a model or a run (its student)")
     seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed of the teacher's sampling")
     price_per_hour: Annotated[float | None, Free] = Field(

@@ -93,6 +93,20 @@ def kept_hash(run: Path) -> str:
     return f"{summary.kept:,} traces {summary.kept_hash}"
 
 
+def notes_on_run(path: Path) -> list[str]:
+    """A note for a run whose kept traces are not there yet. Errors: UserError for a directory that is neither a run nor
+    an import."""
+    if not path.is_dir():
+        return [f"there is no run {path} yet, whose traces are read"]
+    try:
+        kept_hash(path)
+    except UserError as error:
+        if not RunPaths(path).identity.is_file():
+            raise
+        return [str(error)]
+    return []
+
+
 def content_of(source: "TraceSource | MixedSource") -> str | None:
     """A hash over what a source holds. None for a data set of the hub, which its revision names, and for traces that
     the run makes itself. Errors: UserError for a source that is not there, or a run that is not filtered."""

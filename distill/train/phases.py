@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.artefacts import Artefact, FilterSummary, RunPaths, Settings, TrainSummary
+from distill.catalog import training_template
 from distill.console import say
 from distill.durable import write_whole
 from distill.errors import UserError
@@ -201,6 +202,8 @@ def phase_recipe(recipe: Recipe, run: Path, number: int) -> Recipe:
         base, template = str(models.base.directory), phase.chat_template or models.student_card.chat_template
         train = train.model_copy(update={"chat_template": template})
     changes = {"name": f"{recipe.name}.{phase.name}", "description": "", "student": base, "train": train}
+    if number and Models(recipe, run).teaches_itself:  # here teacher and student are two directories
+        changes["teacher_template"] = recipe.teacher_template or training_template(recipe)
     inner = recipe.model_copy(update=changes)
     return inner if phase.own is None else _answering(inner, phase.own, base)
 
@@ -215,7 +218,7 @@ def _answering(recipe: Recipe, own: MixedOwn, base: str) -> Recipe:
             "logprobs": None,
         }
     )
-    return recipe.model_copy(update={"teacher": base, "server": None, "generate": generate})
+    return recipe.model_copy(update={"teacher": base, "teacher_template": None, "server": None, "generate": generate})
 
 
 def _of_phase(source: MixedSource, recipe: Recipe, run: Path) -> MixedSource:

@@ -107,6 +107,12 @@ def test_an_answer_without_scores_is_refused(choice):
     [
         ((500, JSON, b"{}"), OWNED, WorkError, "the server failed"),
         ((400, JSON, b"{}"), OWNED, UserError, "refused the request"),
+        (
+            (400, JSON, body({"message": "Requested prompt logprobs of 3, which is greater than max allowed: 2"})),
+            OWNED,
+            UserError,
+            r"greater than max allowed: 2.*; start vLLM with --max-logprobs 3, or lower train\.objective\.top_k$",
+        ),
         ((200, JSON, b"{}"), None, UserError, r"\(vLLM does\)"),
     ],
 )

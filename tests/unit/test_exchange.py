@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill.catalog import _check_run, load_recipe, load_student, resolve_weights
+from distill.catalog import load_recipe, load_student, resolve_weights
 from distill.chat import split_reasoning
 from distill.errors import UserError
 from distill.prompts.prompt import Prompt
@@ -21,7 +21,7 @@ from distill.recipe.sources import RunTraces
 from distill.traces.configs import READS, template_of, write_config
 from distill.traces.exports import export_traces, stored_traces
 from distill.traces.imports import import_traces, sources_of
-from distill.traces.published import kept_hash, read_published
+from distill.traces.published import kept_hash, notes_on_run, read_published
 from distill.traces.store import read_traces, write_store, write_traces
 from distill.traces.trace import Trace
 
@@ -389,11 +389,11 @@ def test_the_current_directory_is_no_output(tmp_path, monkeypatch):
 
 def test_an_import_is_hashed_as_what_a_run_kept_and_other_directories_are_refused(tmp_path):
     bring_in(write(tmp_path / "a.jsonl", OPENR1), tmp_path / "in")
-    assert kept_hash(tmp_path / "in") and _check_run(tmp_path / "in") == []
+    assert kept_hash(tmp_path / "in") and notes_on_run(tmp_path / "in") == []
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="distill filter"):
-        _check_run(tmp_path / "other")
-    assert "there is no run" in _check_run(tmp_path / "nowhere")[0]
+        notes_on_run(tmp_path / "other")
+    assert "there is no run" in notes_on_run(tmp_path / "nowhere")[0]
 
 
 def test_all_says_what_was_not_filtered(tmp_path):

@@ -35,6 +35,9 @@ def test_what_an_objective_needs():
     assert plain.rollout_settings is None and logits.rollout_settings is None
     exact, sampled = OnPolicy(kind="on_policy", top_k=8), OnPolicy(kind="on_policy", estimator="sampled")
     assert (exact.teacher_top_k, sampled.teacher_top_k, Grpo(kind="grpo").teacher_top_k) == (8, 1, None)
+    mixed = OnPolicy(kind="on_policy", estimator="sampled", student_share=0.5, top_k=8)
+    assert mixed.teacher_top_k == 8, "on the traces the loss is the divergence, which needs more than their own token"
+    assert [each.rollout_top_k for each in (exact, sampled, mixed)] == [8, 1, 1]
     assert exact.rollout_settings is exact.rollouts
     assert [Grpo(kind="grpo", kl_weight=weight).needs_reference for weight in (0.0, 0.1)] == [False, True]
     assert not exact.needs_reference

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.backends import Job
 from distill.catalog import resolve_weights
 from distill.chat import Chat, split_reasoning
-from distill.errors import UserError
 from distill.prompts.prompt import Prompt
 from distill.traces.rewarded import Reward
 from distill.traces.store import TraceStore
@@ -289,36 +288,62 @@ def test_likeliest_tokens_are_read_until_no_checkpoint_needs_them(tmp_path):
     assert without.student.updates == 1, "the engine has the trainer's weights before it scores"
 
 
-def test_a_damaged_file_of_likeliest_tokens_is_refused(tmp_path):
-    store = RolloutStore(tmp_path / "rollouts", 4)
-    rollouts = Sure().sample([Job(PROMPTS[0], (0, 1))], "student", 3)
-    store.append(0, rollouts)
-    store.close()
-    traces = [each.trace for each in rollouts]
-    read = store.likeliest(0, traces)
-    assert all((ours == each.likeliest).all() for ours, each in zip(read, rollouts, strict=True))
-    assert store.likeliest(1, traces) is None and store.likeliest(0, traces[:1]) is None
-    path = tmp_path / "rollouts" / "likeliest-000000.npy"
-    data = bytearray(path.read_bytes())
-    data[-9] ^= 4
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r"likeliest-000000\.npy: damaged .*; delete it, and training recomputes it"):
-        store.likeliest(0, traces)
+class Drifting(Sure):
+    """Samples other texts at every call, as kernels do that sum in another order."""
+
+    def sample(self, jobs, name, top_k):
+        more = len([each for each in self.asked if each != "likeliest"])
+        return [replaced(each, more) for each in super().sample(jobs, name, top_k)]
 
 
-def test_a_set_is_stored_at_the_end_of_the_block_that_it_is_stored_beside(tmp_path, monkeypatch):
-    store = RolloutStore(tmp_path / "rollouts", 4)
-    rollouts = Sure().sample([Job(PROMPTS[0], (0, 1))], "student", 3)
-    with store.appending(0, rollouts, {rollouts[0].trace.key}):
-        pass
-    assert [trace.key for trace in store.from_set(0)[0]] == [rollouts[1].trace.key]
-    with pytest.raises(ZeroDivisionError), store.appending(1, rollouts, ()):
-        raise ZeroDivisionError
-    assert len(store.likeliest(1, [each.trace for each in rollouts])) == 2, "the block's error does not cut it short"
-    monkeypatch.setattr(store, "append", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space left"), store.appending(2, rollouts, ()):
-        pass
-    store.close()
+def replaced(each, more):
+    """A rollout with so many more tokens."""
+    ids = (*CHAT.text_ids("1" * more), *each.trace.completion_token_ids)
+    logprobs = tuple(-0.5 for _ in ids)
+    trace = replace(each.trace, completion_token_ids=ids, logprobs=logprobs)
+    return Rollout(trace, np.full((len(ids), each.likeliest.shape[1]), more, np.int32))
+
+
+def test_of_a_set_that_a_kill_left_in_part_the_stored_rollouts_are_trained_on(tmp_path):
+    def feed_of(directory, student):
+        feed = make_feed(directory, rollout_support.ON_POLICY, student=student)
+        feed._prove = lambda judged: None
+        feed.judges.teachers = {"": Asking()}
+        return feed
+
+    first = feed_of(tmp_path, Drifting())
+    first.step(0)
+    stored = list(TraceStore(tmp_path / "rollouts"))
+    with TraceStore(tmp_path / "half" / "rollouts") as half:
+        half.append(stored[:5])
+    student = Drifting()
+    student.asked.append(["an earlier call"])
+    cut = feed_of(tmp_path / "half", student)
+    trained = {row.key: row.ids.tolist() for row in rows_of(cut, 0)}
+    on_disk = {
+        t.key: [*t.prompt_token_ids, *t.completion_token_ids] for t in TraceStore(tmp_path / "half" / "rollouts")
+    }
+    assert trained == on_disk and len(on_disk) == 16
+    assert {trace.key: trained[trace.key] for trace in stored[:5]} == {
+        trace.key: [*trace.prompt_token_ids, *trace.completion_token_ids] for trace in stored[:5]
+    }
+    assert student.asked[-1] == "likeliest" and cut.student.updates == 1
+    for key, likeliest in cut.judges.teachers[""].asked[0].items():
+        assert len(likeliest) == len(trained[key]) - len(CHAT.prompt_ids(by_id(key[0]).messages))
+
+
+def by_id(id_):
+    return next(prompt for prompt in PROMPTS if prompt.id == id_)
+
+
+def test_the_last_set_is_logged_and_counted_where_the_steps_end_inside_it(tmp_path):
+    feed = make_feed(tmp_path, rollout_support.GRPO, by_sample, rollouts={"updates": 3}, max_steps=4)
+    logged = []
+    for step in range(4):
+        feed.step(step)
+        logged.append(bool(feed.after(step, {"kl": 0.0, "entropy": 1.0})))
+    assert logged == [False, False, True, True] and feed.rollouts == 32
+    assert [figures.step for figures in feed.monitor.first] == [3, 4]
 
 
 # ---- traces of the teacher's beside the student's rows

@@ -25,7 +25,7 @@ from distill.train.rows.align import Projector, Vocabulary, token_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDENT, TEACHER = ROOT / "students" / "tiny-qwen", ROOT / "teachers" / "tiny-r1"
-CARD = "`chat_template` in the teacher's card"
+CARD = "teacher_template"
 SYSTEM = "You check every sum twice."
 
 # ChatML with one thing changed: {0} before the messages, {1} in a system message, {2} after an assistant's text.

@@ -105,7 +105,15 @@ def test_trainings_that_learn_are_not_stopped(figures):
     assert watch(figures) is None
 
 
-def test_a_low_entropy_is_excused_by_the_teacher_alone_where_there_are_no_rewards():
+def test_a_low_entropy_at_the_level_of_a_teacher_that_is_often_wrong_is_excused():
+    wrong = replace(HEALTHY, correct=0.3, entropy=1.0, teacher_kl=1.0)
+    near = series((WINDOW, {}), (50, {"entropy": 0.015, "teacher_kl": 0.002}), start=wrong)
+    assert watch(near, Monitor("on_policy")) is None
+    far = series((WINDOW, {}), (50, {"entropy": 0.015, "teacher_kl": 0.9}), start=wrong)
+    assert "entropy" in watch(far, Monitor("on_policy"))[0]
+
+
+def test_a_low_entropy_is_excused_by_the_teacher_where_no_answer_is_graded():
     far = series((20, {"teacher_kl": 0.8}), (50, {"entropy": 1e-3, "teacher_kl": 0.7}), start=UNGRADED)
     assert "entropy" in watch(far, Monitor("on_policy"))[0]
     assert watch(series((20, {}), (50, {"entropy": 1e-3, "teacher_kl": 0.0}))) is not None  # wrong, and sure of it

@@ -7,8 +7,10 @@ import pytest
 from distill.catalog import load_recipe
 from distill.errors import UserError
 from distill.models import Models
+from distill.prompts import load_prompts
 from distill.train.rollouts import setup
 from distill.train.rollouts.questions import questions_of
+from distill.train.rows.encode import is_held_out
 
 TEACHERS = Path(__file__).resolve().parents[2] / "teachers"
 
@@ -36,6 +38,24 @@ def test_prompts_are_routed_to_the_teacher_of_their_task(tmp_path):
     judges = Judges({"": general, "math": special})  # type: ignore[dict-item]  # only told apart here
     assert {judges.teacher(prompt) for prompt in prompts} == {special}
     assert judges.teacher(replace(prompts[0], task="chat")) is general
+
+
+def test_prompts_whose_traces_are_held_out_are_not_answered(tmp_path):
+    """The rows of their traces are evaluated; the student must not have been trained on these prompts."""
+    asked = recipe(
+        tmp_path,
+        {"kind": "on_policy", "student_share": 0.5},
+        "train.val_size=0.5",
+        "train.seed=3",
+        "prompts.0.limit=40",
+    )
+    chat = Models(asked, tmp_path).base.chat
+    every = {prompt.id for prompt in load_prompts(asked.prompts)}
+    held_out = {id_ for id_ in every if is_held_out(id_, 0.5, 3)}
+    assert 5 < len(held_out) < 35
+    assert {prompt.id for prompt in questions_of(asked, chat).prompts} == every - held_out
+    whole = questions_of(recipe(tmp_path, {"kind": "on_policy"}, "prompts.0.limit=40"), chat)
+    assert {prompt.id for prompt in whole.prompts} == every
 
 
 def test_a_teacher_for_a_task_that_no_prompt_has_is_refused(tmp_path):

@@ -20,13 +20,14 @@ from distill.prompts.prompt import Prompt
 from distill.recipe import LocalEngine
 from distill.traces.trace import Trace
 from distill.train.rollouts.student import Rollout
-from distill.train.rollouts.teachers import Teacher
+from distill.train.rollouts.teachers import Teacher, within
 from distill.train.rows.align import byte_symbols
 
 DIRECTORY = resolve_weights("student", "tiny-qwen")
 STUDENT, TEACHER = Chat.load(DIRECTORY), teacher_of("teacher", "tiny-r1").chat
 PROMPT = Prompt.from_question("What is 20 + 22?", "42")
 THINK = "<think>\n"
+MANY = 1 << 20  # rows of an embedding: more than any tokenizer here has tokens
 OPENED = """{%- for m in messages -%}
 {{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}
 {%- endfor -%}
@@ -54,8 +55,8 @@ def rollout(chat, text, ended=True, top=()):
 class Hand:
     """A backend that gives the token at place i the log-probability −(i + 1)/10, and lists it and what is asked for."""
 
-    def __init__(self, chat):
-        self.chat, self.asked = chat, []
+    def __init__(self, chat, vocab_size=MANY):
+        self.chat, self.vocab_size, self.asked = chat, vocab_size, []
 
     def scored(self, traces, top_k, ids=None):
         scored = []
@@ -98,7 +99,7 @@ def test_a_copy_of_the_student_says_what_the_student_does():
     written = rollout(STUDENT, "The answer is 42.", top=(5, 9, *STUDENT.stop_token_ids))
     trace = written.trace
     with backends.open(model, LocalEngine(dtype="float32")) as backend:
-        taught = Teacher(backend, STUDENT, STUDENT, 6, asks=True).score([written])[0]
+        taught = Teacher(backend, STUDENT, STUDENT, MANY, 6, asks=True).score([written])[0]
         assert written.likeliest is not None
         scored = backend.score([trace], 6, [written.likeliest])[0]
     assert taught.scored.completion_token_ids == trace.completion_token_ids and all(known(taught))
@@ -107,6 +108,37 @@ def test_a_copy_of_the_student_says_what_the_student_does():
         expected = dict(top) | {trace.completion_token_ids[place]: scored.logprobs[place]}
         assert said == pytest.approx(expected, abs=1e-5)
         assert {5, 9, *STUDENT.stop_token_ids} <= said.keys()
+
+
+@pytest.mark.parametrize("directory", ["tiny-qwen", "tiny-r1"])
+def test_ids_that_only_the_student_has_a_row_for_are_not_asked_for(directory):
+    """Models of one tokenizer pad their embeddings differently; and a tokenizer may have more tokens than rows."""
+    chat = Chat.load(resolve_weights("student", "tiny-qwen"))
+    model = teacher_of("teacher", "tiny-r1") if directory == "tiny-r1" else Model("teacher", DIRECTORY)
+    with backends.open(model, LocalEngine(dtype="float32")) as backend:
+        size = backend.vocab_size
+        written = rollout(chat, "The answer is 42.", top=(5, size, size + 7))
+        taught = Teacher(backend, model.chat, chat, size + 8, 6, asks=True).score([written])[0]
+    said = masses(taught.distribution, 0)
+    assert said and max(said) < size and (model.chat.where != chat.where or 5 in said)
+
+
+def test_ids_that_only_the_teacher_has_a_row_for_are_of_the_tail():
+    text, size = "The answer is 42.", len(STUDENT.tokenizer)
+    written = rollout(STUDENT, text, top=(5, size + 2, 9))  # the backend lists what it is asked for
+    taught = Teacher(Hand(STUDENT), STUDENT, STUDENT, size, 2, asks=True).score([written])[0]
+    ids, logprobs = taught.distribution
+    assert ids.max() < size and (logprobs[:, :2] > -np.inf).all(), "what is known comes first"
+    for place, id_ in enumerate(written.trace.completion_token_ids):
+        assert masses(taught.distribution, place).keys() == {5, 9, id_}
+
+
+def test_a_distribution_without_the_ids_past_a_vocabulary_by_hand():
+    ids = np.array([[12, 3, 10, 5], [1, 2, 3, 0]], np.int32)
+    logprobs = np.array([[-0.5, -1, -2, -3], [-1, -2, -3, -np.inf]], np.float32)
+    ids, logprobs = within((ids, logprobs), 10)
+    assert ids.tolist() == [[3, 5, 0, 0], [1, 2, 3, 0]] and logprobs.dtype == np.float32
+    assert logprobs.tolist() == [[-1, -3, -np.inf, -np.inf], [-1, -2, -3, -np.inf]]
 
 
 # ---- two tokenizers
@@ -118,7 +150,7 @@ def test_positions_by_hand():
     candidate = STUDENT.text_ids("4")[0]
     written = rollout(STUDENT, text, top=(candidate, STUDENT.stop_token_ids[-1]))
     backend = Hand(TEACHER)
-    teacher = Teacher(backend, TEACHER, STUDENT, 2, asks=True)
+    teacher = Teacher(backend, TEACHER, STUDENT, MANY, 2, asks=True)
     taught = teacher.score([written])[0]
     theirs = taught.scored.completion_token_ids
     assert TEACHER.decode(theirs) == text and theirs[-1] == TEACHER.stop_token_ids[-1]
@@ -151,16 +183,31 @@ def positions(teacher, chat, ids, offset, vocabulary=None):
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_rollout_that_was_cut_off_is_scored_without_an_end(ended):
     backend = Hand(TEACHER)
-    taught = Teacher(backend, TEACHER, STUDENT, 2, asks=False).score([rollout(STUDENT, "The answer is 4", ended)])[0]
+    taught = Teacher(backend, TEACHER, STUDENT, MANY, 2, asks=False).score(
+        [rollout(STUDENT, "The answer is 4", ended)]
+    )[0]
     assert (backend.asked[0][-1] == TEACHER.stop_token_ids[-1]) == ended
     assert TEACHER.decode(backend.asked[0]) == "The answer is 4" and all(known(taught)[:1])
+
+
+@pytest.mark.parametrize("text", ["5 \N{OHM SIGN} and", THINK + "5 \N{ANGSTROM SIGN}"])
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_rollout_that_the_teachers_tokenizer_normalises_is_scored(text, ended):
+    """Up to the first difference, cut off or not: what the teacher reads has another text than the rollout."""
+    model = Model("teacher", DIRECTORY)
+    written = rollout(TEACHER, text, ended, top=(5, 9))
+    with backends.open(model, LocalEngine(dtype="float32")) as backend:
+        taught = Teacher(backend, STUDENT, TEACHER, MANY, 2, asks=True).score([written])[0]
+    read = taught.scored.completion_token_ids
+    assert STUDENT.decode(read) != text and (read[-1] in STUDENT.stop_token_ids) == ended
+    assert known(taught)[0] and not known(taught)[-1]
 
 
 def test_nothing_of_the_teacher_is_known_of_its_own_opening():
     """The student was cut off after what the teacher's template opens: there is nothing to score, and no error."""
     backend = Hand(TEACHER)
     traces = [rollout(STUDENT, THINK, ended=False), rollout(STUDENT, THINK + "4", ended=False)]
-    first, second = Teacher(backend, TEACHER, STUDENT, 2, asks=True).score(traces)
+    first, second = Teacher(backend, TEACHER, STUDENT, MANY, 2, asks=True).score(traces)
     assert len(backend.asked) == 1 and not any(known(first)) and known(second)[-1]
     assert first.scored.completion_token_ids == () and first.scored.prompt_token_ids
 
@@ -199,7 +246,7 @@ def test_known_positions_are_those_where_both_begin(begins, text, ended, ours, t
     it."""
     full = (THINK if begins or ours.prefill else "") + text
     written = rollout(ours, full, ended)
-    teacher = Teacher(Hand(theirs), theirs, ours, 2, asks=True)
+    teacher = Teacher(Hand(theirs), theirs, ours, MANY, 2, asks=True)
     taught = teacher.score([written])[0]
     given = len(theirs.prefill) if full.startswith(THINK) else 0  # of the text, in the teacher's prompt
     start = len(ours.prefill)  # of the student's tokens
@@ -233,7 +280,7 @@ def test_the_teacher_is_asked_for_the_tokens_with_the_bytes_of_the_students(text
     backend = Hand(theirs)
     scored = backend.scored
     backend.scored = lambda traces, top_k, ids=None: asked.extend(ids) or scored(traces, top_k, ids)
-    teacher = Teacher(backend, theirs, ours, 2, asks=True)
+    teacher = Teacher(backend, theirs, ours, MANY, 2, asks=True)
     read = teacher.score([Rollout(trace, ids)])[0].scored.completion_token_ids
     if teacher.same_tokens and read == trace.completion_token_ids:
         assert (asked[0] == ids).all()

@@ -178,6 +178,19 @@ def test_fresh_moves_the_stages_aside(done: Path) -> None:
     assert sorted(path.name for path in (done / "old").iterdir()) == ["train-1", "train-2"]
 
 
+def test_fresh_moves_outputs_without_a_record(tmp_path: Path) -> None:
+    """A training of phases whose later one was refused: its record was taken back, and the first phase is there."""
+    with Run(tmp_path / "run", recipe()) as run:
+        run.fresh([])
+        run.fresh([TRAIN, EVAL])
+        assert not (tmp_path / "run" / "old").exists(), "there is nothing to move"
+        Writing("train", "checkpoints", "student").perform(run)
+        run.forget(TRAIN)
+        run.fresh([TRAIN, EVAL])
+    assert set(content(tmp_path / "run" / "old" / "train-1")) == {"recipe.yaml", "checkpoints/file", "student/file"}
+    assert not (tmp_path / "run" / "student").exists()
+
+
 def test_fresh_cut_short_leaves_no_stage_that_looks_finished(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_order(source: Path, target: Path) -> None:
         raise OSError(errno.EIO, "gone", str(source))

@@ -1,6 +1,9 @@
 """Teachers behind a server only, what a server is sent for a mode of thinking, and whether it keeps to it."""
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from server_support import JSON, body, chat, complete, server
@@ -98,3 +101,35 @@ def test_a_server_that_ignores_thinking_false_is_noticed_by_its_first_answer(for
         answers = iter([chat(message=form)])
         with backends.open(Model("m", at(Server.of(card, True), made)), LocalEngine(), 1) as backend:
             assert len(complete(backend)) == 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "server", "logprobs", "message"),
+    [
+        ({"kind": "on_policy"}, "url", None, None),  # `prompt_logprobs` of the student's own text: nothing is generated
+        ({"kind": "on_policy", "student_share": 0.5}, "url", None, "set generate.logprobs"),
+        ({"kind": "logits"}, "url", None, "set generate.logprobs"),
+        ({"kind": "logits"}, "launch", 4, None),
+        ({"kind": "on_policy"}, "launch", 4, r"kind on_policy asks tiny-r1 for .*\(server\.launch\).*remove `server`"),
+        (
+            {"kind": "on_policy", "teachers": {"math": "mine.yaml"}},
+            None,
+            None,
+            r"asks mine\.yaml for .*remove `server`",
+        ),
+        ({"kind": "grpo"}, "launch", None, None),
+    ],
+)
+def test_a_served_teacher_gives_what_the_objective_reads(objective, server, logprobs, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    card = (catalog.folder("teacher") / "tiny-r1" / "card.yaml").read_text()
+    weights = f"weights: {catalog.resolve_weights('teacher', 'tiny-r1')}"
+    Path("mine.yaml").write_text(re.sub("weights: .*", weights, card) + "\nserver: {launch: vllm}\n")
+    servers = {"url": {"url": "http://127.0.0.1:8000/v1", "model": "m"}, "launch": {"launch": "vllm"}, None: None}
+    settings = {"train.objective": objective, "server": servers[server], "generate.logprobs": logprobs}
+    asked = catalog.load_recipe("tiny", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    if message is None:
+        catalog.check_recipe(asked)
+        return
+    with pytest.raises(UserError, match=message):
+        catalog.check_recipe(asked)

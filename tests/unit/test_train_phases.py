@@ -19,6 +19,7 @@ from distill import api, catalog, generate, pipeline
 from distill.artefacts import RunPaths, TrainSummary
 from distill.errors import UserError
 from distill.filters import pipeline as filters
+from distill.models import Models
 from distill.pipeline import run_recipe
 from distill.plan import plan_recipe
 from distill.recipe import Recipe
@@ -168,6 +169,22 @@ def test_fresh_moves_all_phases_aside(student, tmp_path):
     with Run(directory, recipe(student)) as run:
         run.fresh([STAGE])
     assert not (directory / "phases").exists() and (directory / "old" / "train-1" / "phases" / "1-cold-start").is_dir()
+
+
+def test_a_model_that_teaches_itself_has_the_training_template_in_every_phase(student, tmp_path):
+    logits = {"kind": "logits", "top_k": 2}
+    phases = [phase | {"data": [{"kind": "kept"}], "objective": logits} for phase in PHASES[:2]]
+    written = recipe(student, phases).model_dump(mode="json")
+    written["train"]["phases"] = [phase | {"chat_template": "chatml"} for phase in written["train"]["phases"]]
+    asked = Recipe.model_validate(written | {"teacher": str(student)})
+    assert asked.student == str(student)
+    before = tmp_path / "phases" / "1-cold-start" / "student"
+    shutil.copytree(student, before)
+    first, second = (Models(phase_recipe(asked, tmp_path, number), tmp_path) for number in (0, 1))
+    assert first.teacher.template == second.teacher.template == "chatml"
+    assert (first.base.directory, second.base.directory) == (student, before) and second.teacher.directory == student
+    other = asked.model_copy(update={"teacher": str(before)})
+    assert phase_recipe(other, tmp_path, 1).teacher_template is None, "another model answers with its own"
 
 
 def test_a_refused_phase_leaves_nothing(student, tmp_path):

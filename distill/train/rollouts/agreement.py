@@ -104,7 +104,7 @@ def _disagreement(label: str, kind: Kind, student: Chat, teacher: Chat) -> list[
         return [
             f"warning: where the student writes {token}, the teacher's median probability of it is {theirs:.2g}, "
             f"the student's {ours:.2g}, at {len(kind.teacher):,} places: templates or end tokens do not fit{ends}; "
-            f"check train.chat_template, and `chat_template` in the teacher's card"
+            f"check train.chat_template and teacher_template"
         ]
     if fmean(kind.teacher) < DISAGREES * fmean(kind.student):
         return [

@@ -159,11 +159,11 @@ class RolloutFeed(Feed):
     def after(self, number: int, parts: Mapping[str, float]) -> Figures:
         """See `Feed`. Errors: WorkError at a collapse (`monitor`)."""
         made = self._figures.pop(number)
-        if (number + 1) % self.how.updates:
-            return {}
+        if (number + 1) % self.how.updates and number + 1 < self.total:
+            return {}  # the set has further steps
         teacher_kl = parts["kl"] if isinstance(self.objective, OnPolicy) else None
         correct = cast(float | None, made.figures.get("correct"))
-        known = bool(made.parts[-1])  # without rows the means of the loss parts are of nothing
+        known = bool(made.parts[number % self.how.updates])  # without rows the means of the loss parts are of nothing
         figures = step_figures(
             number + 1,
             made.rollouts,
@@ -229,7 +229,8 @@ class RolloutFeed(Feed):
         self, number: int, jobs: Sequence[Job], mine: Sequence[Job], seconds: dict[str, float]
     ) -> tuple[list[Rollout], Set[Key] | None]:
         """The rollouts of a set in the order of its jobs: from the disk, or sampled now. And the keys of those that are
-        on the disk, of which a kill may leave a part; None where all are."""
+        on the disk, None where all are. Of a part that a kill left, those on the disk are used: what is trained on is
+        what is stored."""
         if self._stored is None:
             self._stored, self._rewards = self.store.from_set(number), self.store.rewards_from(number)
             self.world.wait()  # every rank has read them before the first appends
@@ -242,23 +243,29 @@ class RolloutFeed(Feed):
         with timed(seconds, "seconds_rollouts"):
             sampled = self.student.sample(mine, f"student, set {number}", self._top_k)
             by_key = {each.trace.key: each for each in self.world.gathered(sampled)}
+            by_key |= {each.trace.key: each for each in self._with_likeliest([stored[k] for k in keys if k in stored])}
         return [by_key[key] for key in keys], stored.keys()
 
     @property
     def _top_k(self) -> int | None:
         """How many of the student's likeliest tokens the teachers are asked for."""
-        return self.objective.teacher_top_k if self.judges.ask else None
+        return self.objective.rollout_top_k if isinstance(self.objective, OnPolicy) and self.judges.ask else None
 
     def _resumed(self, number: int, traces: Sequence[Trace]) -> list[Rollout]:
         """The rollouts of a set on the disk. Without the file of their likeliest tokens these are those of the current
         weights, which have sampled the set unless some of its steps are done."""
-        if self._top_k is None:
-            return [Rollout(trace) for trace in traces]
-        likeliest = self.store.likeliest(number, traces)
-        if likeliest is None:
+        likeliest = None if self._top_k is None else self.store.likeliest(number, traces)
+        if likeliest is not None:
+            return [Rollout(*each) for each in zip(traces, likeliest, strict=True)]
+        if self._top_k is not None:
             self.student.update()
-            likeliest = self.student.likeliest(traces, self._top_k)
-        return [Rollout(*each) for each in zip(traces, likeliest, strict=True)]
+        return self._with_likeliest(traces)
+
+    def _with_likeliest(self, traces: Sequence[Trace]) -> list[Rollout]:
+        """Rollouts on the disk with the likeliest tokens of the engine's weights, where a teacher is asked for them."""
+        if self._top_k is None or not traces:
+            return [Rollout(trace) for trace in traces]
+        return [Rollout(*each) for each in zip(traces, self.student.likeliest(traces, self._top_k), strict=True)]
 
     def _judge(self, rollouts: Sequence[Rollout]) -> list[Judged]:
         """This rank's rollouts with everything that is known of them."""

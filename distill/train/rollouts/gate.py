@@ -154,7 +154,7 @@ def _prove_contents(trace: Trace, theirs: Trace, student: Chat, teacher: Chat) -
             raise UserError(
                 f"prompt {trace.prompt.id}: the chat template of {lacks.where} leaves out or changes the {what}, and "
                 f"that of {reads.where} keeps it, so teacher and student are not asked the same; set "
-                f"train.chat_template, or `chat_template` in the teacher's card, to one that keeps it, or leave such "
+                f"train.chat_template or teacher_template to one that keeps it, or leave such "
                 f"prompts out"
             )
 

@@ -2,16 +2,18 @@
 
 Learning from one's own text can feed on itself: rollouts that never end, that loop, that are all the same or no longer
 right, and every further step makes it worse. A loss does not show it. Each of these four has a rule here, which
-compares the mean over the last `WINDOW` steps with the mean over the first `WINDOW` steps of the training. The earliest
-stop is at the 2 × `WINDOW`-th step, and one bad step stops nothing.
+compares the mean over the last `WINDOW` sets of rollouts with the mean over the first `WINDOW` of the training. The
+earliest stop is at the 2 × `WINDOW`-th set, and one bad set stops nothing. A set serves one optimiser step or several
+(`updates`); it is watched after its last one.
 
 - *Length explosion.* Most rollouts are cut off at the token limit, many more than at first, and they have become much
   longer. Length alone is no sign: a student that learns to reason goes from 9 tokens to 60, and R1-Zero went from
   hundreds to ten thousand. A base that rambled to the limit from the beginning is not stopped either.
 - *Entropy gone.* The entropy of the student's distribution has fallen below a small share of its first value, so that
   all samples of a prompt are the same and none can be better than another. A student that is sure because it is right
-  looks alike, so the rule does not apply where at least half of the answers are correct, or, without rewards, where the
-  divergence from the teacher has at least halved or is small.
+  looks alike, so the rule does not apply where at least half of the answers are correct, or where the divergence from
+  the teacher has at least halved or is small: a student at the level of a teacher that is often wrong learns as it
+  should.
 - *Repetition.* Most rollouts contain a loop, as `filter.repetition` defines it, and many more than at first.
 - *Answers no longer right* (`grpo`). Less than half of the first pass@1 is left, and many points are lost: a student
   that stops reasoning writes short rollouts, of which no other rule complains. Under `on_policy` pass@1 is not what is
@@ -21,7 +23,7 @@ The thresholds are constants, far beyond what a training that learns shows, beca
 the message. Entropy falls in every training that sharpens a distribution (arXiv 2505.22617), so the limit is a fiftieth
 of its first value.
 
-State is the figures of the first and of the last `WINDOW` steps: a resumed training stops at the step at which an
+State is the figures of the first and of the last `WINDOW` sets: a resumed training stops at the step at which an
 uninterrupted one does.
 """
 
@@ -39,7 +41,7 @@ from distill.filters.repetition import Repetition
 from distill.traces.trace import Trace
 from distill.train.rollouts.rewards import is_truncated
 
-WINDOW = 8  # steps in a mean: at 16 prompts a step, 128 rollouts, in which a share has an error of 4 points
+WINDOW = 8  # sets in a mean: at 16 prompts a set, 128 rollouts, in which a share has an error of 4 points
 RISE = 0.3  # a share that counts as "many more than at first" has risen by this much, seven such errors
 TRUNCATED = 0.75  # share of truncated rollouts from which on the answers of too few can be rewarded
 LONGER = 1.5  # times the first length; with RISE and TRUNCATED, rollouts that filled the limit from the start are out
@@ -53,7 +55,7 @@ BUCKETS = 8  # positions of a completion, by eighths of the token limit
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What the rollouts of one step looked like.
+    """What the rollouts of one set looked like. step: the last optimiser step that was trained on them.
 
     length: mean completion tokens. truncated, repetition: shares of the rollouts. entropy: of the student, mean nats
     per token. correct: share of the verifiable answers. teacher_kl: divergence from the teacher, mean nats per token.
@@ -85,7 +87,7 @@ class Monitor:
         self.recent: list[StepFigures] = []
 
     def step(self, figures: StepFigures) -> None:
-        """Take the figures of a finished step. Errors: WorkError at a collapse, with what was seen and what to do."""
+        """Take the figures of a finished set. Errors: WorkError at a collapse, with what was seen and what to do."""
         if len(self.first) < WINDOW:
             self.first.append(figures)
             return
@@ -112,7 +114,7 @@ class Monitor:
             return None
         return (
             f"the length of the rollouts has exploded: {now:.0%} are truncated, mean {long:,.0f} tokens, over the last "
-            f"{WINDOW} steps ({before:.0%} and {short:,.0f} over the first {WINDOW}); if they are still of use (see "
+            f"{WINDOW} sets ({before:.0%} and {short:,.0f} over the first {WINDOW}); if they are still of use (see "
             f"rollouts/), raise train.objective.rollouts.sampling.max_new_tokens, otherwise lower train.learning_rate"
             + self._choose(", or set train.objective.rewards.length or train.objective.kl_weight", "")
         )
@@ -122,7 +124,7 @@ class Monitor:
         if now < REPETITION or now - before < RISE:
             return None
         return (
-            f"the rollouts repeat themselves: {now:.0%} contain a loop over the last {WINDOW} steps ({before:.0%} over "
+            f"the rollouts repeat themselves: {now:.0%} contain a loop over the last {WINDOW} sets ({before:.0%} over "
             f"the first {WINDOW}); lower train.learning_rate"
             + self._choose(", or set train.objective.kl_weight to keep the student near its base", "")
         )
@@ -134,7 +136,7 @@ class Monitor:
         if now >= ENTROPY * before or self._succeeds():
             return None
         return (
-            f"the student's entropy is gone: {now:.2g} nats per token over the last {WINDOW} steps ({before:.2g} over "
+            f"the student's entropy is gone: {now:.2g} nats per token over the last {WINDOW} sets ({before:.2g} over "
             f"the first {WINDOW}), so its samples of a prompt are all alike; raise "
             f"train.objective.rollouts.sampling.temperature, or lower train.learning_rate"
             + self._choose(", or set train.objective.kl_weight", "")
@@ -148,15 +150,15 @@ class Monitor:
             return None
         short, long = self._means("length")
         return (
-            f"the answers are no longer right: {now:.0%} over the last {WINDOW} steps ({before:.0%} over the first "
+            f"the answers are no longer right: {now:.0%} over the last {WINDOW} sets ({before:.0%} over the first "
             f"{WINDOW}; mean length {long:,.0f} and {short:,.0f} tokens); lower train.learning_rate, or set "
             f"train.objective.kl_weight to keep the student near its base"
         )
 
     def _succeeds(self) -> bool:
-        """Whether the student is sure of what is right."""
-        if self._has("correct"):
-            return self._means("correct")[1] >= SUCCESS
+        """Whether the student is sure of what is right, or of what its teacher says."""
+        if self._has("correct") and self._means("correct")[1] >= SUCCESS:
+            return True
         if self._has("teacher_kl"):
             before, now = self._means("teacher_kl")
             return now <= max(before / 2, NEAR)
@@ -169,7 +171,7 @@ class Monitor:
         return all(any(getattr(each, name) is not None for each in part) for part in (self.first, self.recent))
 
     def _means(self, name: str) -> tuple[float, float]:
-        """The mean of a figure over the first and over the last steps, of those at which it was measured."""
+        """The mean of a figure over the first and over the last sets, of those at which it was measured."""
         before, now = (
             fmean(value for each in part if (value := getattr(each, name)) is not None)
             for part in (self.first, self.recent)
@@ -194,7 +196,8 @@ def step_figures(
     correct: float | None = None,
     teacher_kl: float | None = None,
 ) -> StepFigures:
-    """The figures of a step's rollouts, of which there is at least one; what they do not say is given."""
+    """The figures of a set's rollouts, of which there is at least one; what they do not say is given. step: as of
+    `StepFigures`."""
     return StepFigures(
         step,
         fmean(trace.tokens for trace in rollouts),

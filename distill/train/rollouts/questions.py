@@ -13,6 +13,7 @@ from distill.chat import Chat
 from distill.objectives import RolloutSettings
 from distill.prompts import Prompt, load_prompts
 from distill.recipe import Recipe, Train
+from distill.train.rows.encode import is_held_out
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ class Questions:
 
 
 def questions_of(recipe: Recipe, chat: Chat, prompts: Sequence[Prompt] | None = None) -> Questions:
-    """The recipe's prompts as a student is asked them, with `generate.prompt_suffix`. prompts: where they have been
-    read already. Errors: as `load_prompts`."""
+    """The recipe's prompts as a student is asked them, with `generate.prompt_suffix`, without those whose traces are
+    held out (`train.val_size`). prompts: where they have been read already. Errors: as `load_prompts`."""
     if prompts is None:
         prompts = list(load_prompts(recipe.prompts, limit=recipe.generate.max_prompts))
-    return Questions([asked(prompt, recipe.generate.prompt_suffix) for prompt in prompts], chat)
+    share, seed = recipe.train.val_size, recipe.train.seed
+    trained = (prompt for prompt in prompts if not is_held_out(prompt.id, share, seed))
+    return Questions([asked(prompt, recipe.generate.prompt_suffix) for prompt in trained], chat)

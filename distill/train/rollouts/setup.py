@@ -118,7 +118,8 @@ def rollout_feed(
         if isinstance(objective, OnPolicy):
             asked = {"": models.teacher, **models.teachers}
             judges.teachers = {
-                task: _teacher(stack, recipe, models, model, objective, world.main) for task, model in asked.items()
+                task: _teacher(stack, recipe, models, model, backend.vocab_size, world.main)
+                for task, model in asked.items()
             }
         weights = objective.rewards if isinstance(objective, Grpo) else Rewards() if graded(prompts) else None
         if weights is not None:
@@ -144,9 +145,9 @@ def rollout_feed(
             store.forget()
 
 
-def _teacher(
-    stack: ExitStack, recipe: Recipe, models: Models, model: Model, objective: OnPolicy, say_so: bool
-) -> Teacher:
+def _teacher(stack: ExitStack, recipe: Recipe, models: Models, model: Model, vocab_size: int, say_so: bool) -> Teacher:
+    objective = recipe.train.objective
+    assert isinstance(objective, OnPolicy)
     engine = recipe.engine.model_copy(update={"data_parallel_size": 1, "num_speculative_tokens": 0})
     backend = stack.enter_context(
         backends.open(model, engine) if model.is_remote else backends.open(model, engine, SCORED)
@@ -157,7 +158,7 @@ def _teacher(
             f"{model.name} is behind a server, which names its own {objective.top_k} likeliest tokens: what only the "
             f"student finds likely is compared as a part of all other tokens"
         )
-    return Teacher(backend, model.chat, models.base.chat, objective.teacher_top_k, asks)
+    return Teacher(backend, model.chat, models.base.chat, vocab_size, objective.rollout_top_k, asks)
 
 
 def engines_beside(recipe: Recipe, models: Models, questions: Questions, device: torch.device, ranks: int) -> Engines:

@@ -2,8 +2,10 @@
 
 The teacher reads the rollout as its own completion: its template around the same messages, its tokens of the same text.
 It is asked for its most likely tokens at each position and for those that the student found most likely, because a
-divergence compares both (`objectives.on_policy`). With one tokenizer these are the same ids. With two they meet at byte
-offsets (`rows.align`): a position at which only the student's token begins has no distribution, and a student's
+divergence compares both (`objectives.on_policy`). With one tokenizer these are the same ids, and each model may have
+rows for more of them than the other (Qwen2.5-7B has 152,064, the smaller ones 151,936): ids of the teacher past the
+student's last belong to the tail, and the teacher is not asked for ids past its own. With two tokenizers they meet at
+byte offsets (`rows.align`): a position at which only the student's token begins has no distribution, and a student's
 candidate that is no single token of the teacher's belongs to the tail.
 
 A server returns its own most likely tokens and the text's (`prompt_logprobs`), and cannot be asked for others: what the
@@ -38,11 +40,11 @@ class Taught(NamedTuple):
 
 
 class Teacher:
-    """A teacher that scores rollouts. chat: its own. k: its own most likely tokens at each position. asks: whether it
-    is also asked for those of the student (`estimator: exact`)."""
+    """A teacher that scores rollouts. chat: its own. vocab_size: of the student's logits. k: its own most likely tokens
+    at each position. asks: whether it is also asked for those of the student (`estimator: exact`)."""
 
-    def __init__(self, backend: Backend, chat: Chat, student: Chat, k: int, asks: bool) -> None:
-        self.backend, self.chat, self.k, self.asks = backend, chat, k, asks
+    def __init__(self, backend: Backend, chat: Chat, student: Chat, vocab_size: int, k: int, asks: bool) -> None:
+        self.backend, self.chat, self.vocab_size, self.k, self.asks = backend, chat, vocab_size, k, asks
         theirs = Vocabulary(token_bytes(self.chat.tokenizer, self.chat.where), frozenset(self.chat.stop_token_ids))
         ours = Vocabulary(token_bytes(student.tokenizer, student.where), frozenset(student.stop_token_ids))
         self.same_tokens = theirs == ours
@@ -63,19 +65,23 @@ class Teacher:
         return [taught.get(i) or self._unknown(trace, read[i]) for i, trace in enumerate(traces)]
 
     def _read(self, trace: Trace) -> Trace:
-        """The rollout with the teacher's token ids. A rollout that was cut off does not end."""
-        ids = completion_ids(trace, self.chat)
+        """The rollout with the teacher's token ids. One that was cut off does not end, and has the text that these ids
+        say, which a tokenizer may have normalised: with another text they would not be taken as its own again."""
+        ids, text = completion_ids(trace, self.chat, self.backend.vocab_size), trace.text
         if trace.completion_token_ids and trace.completion_token_ids[-1] not in self.student.stop_token_ids:
             while ids and ids[-1] in self.chat.stop_token_ids:
                 ids = ids[:-1]
-        return replace(trace, completion_token_ids=tuple(ids))
+            text = (self.chat.prefill if text.startswith(self.chat.prefill) else "") + self.chat.decode(ids)
+        return replace(trace, text=text, completion_token_ids=tuple(ids))
 
     def _wanted(self, rollout: Rollout, theirs: Trace) -> npt.NDArray[np.int32]:
         """The teacher's ids of the student's most likely tokens at each of the teacher's: [t, k], −1 for none."""
         trace, likeliest_sk = rollout
+        size = self.backend.vocab_size
         assert likeliest_sk is not None, "rollouts come with the student's most likely tokens"
+        assert size is not None, "a teacher that is asked for ids has its weights here"
         if self._alike(trace, theirs.completion_token_ids):
-            return likeliest_sk
+            return np.where(likeliest_sk < size, likeliest_sk, -1).astype(np.int32)
         given, skipped = self._opened(trace)
         student, teacher = self.projector.student, self.projector.teacher
         start_s = starts(trace.completion_token_ids, student, 0)
@@ -83,7 +89,8 @@ class Teacher:
         at_t = np.searchsorted(start_s, start_t, side="right") - 1  # the last of the student's that begins by then
         begins_t = (at_t >= 0) & (start_s[at_t] == start_t)
         known_sk = np.minimum(likeliest_sk, len(student.pieces))  # beyond: ids of a padded embedding
-        return np.where(begins_t[:, None], self._same[known_sk[at_t]], -1).astype(np.int32)
+        wanted_tk = self._same[known_sk[at_t]]
+        return np.where(begins_t[:, None] & (wanted_tk < size), wanted_tk, -1).astype(np.int32)
 
     @cached_property
     def _same(self) -> npt.NDArray[np.int32]:
@@ -122,7 +129,7 @@ class Teacher:
                 skipped,
             )
         read = replace(asked, prompt_token_ids=scored.prompt_ids, completion_token_ids=scored.completion_ids)
-        return Taught(read, distribution)
+        return Taught(read, within(distribution, self.vocab_size))
 
     def _unknown(self, trace: Trace, read: Trace) -> Taught:
         """A rollout of which the teacher reads no token."""
@@ -135,6 +142,17 @@ def starts(ids: Sequence[int], vocabulary: Vocabulary, offset: int) -> npt.NDArr
     """The offset in bytes at which each token begins, the first at `offset`. The ends of turns have no text."""
     length_t = np.array([0 if id_ in vocabulary.stops else len(vocabulary.piece(id_)) for id_ in ids], np.int64)
     return offset + np.cumsum(length_t) - length_t
+
+
+def within(distribution: Distribution, vocab_size: int) -> Distribution:
+    """A distribution without the ids from `vocab_size` on, whose mass is the tail's then."""
+    ids_sk, logprobs_sk = distribution
+    outside_sk = ids_sk >= vocab_size
+    if not outside_sk.any():
+        return distribution
+    order_sk = np.argsort(outside_sk, axis=1, kind="stable")  # −∞ only after the last one known
+    ids_sk, logprobs_sk = np.where(outside_sk, 0, ids_sk), np.where(outside_sk, np.float32(-np.inf), logprobs_sk)
+    return np.take_along_axis(ids_sk, order_sk, 1), np.take_along_axis(logprobs_sk, order_sk, 1)
 
 
 def with_own(scored: Scored) -> Distribution:

@@ -180,7 +180,7 @@ class Encoder:
             counts.dropped_tokens += len(ids)
             self._shortest_dropped = min(self._shortest_dropped or len(ids), len(ids))
             return
-        held_out = is_held_out(trace.prompt.id, self.encoding)
+        held_out = is_held_out(trace.prompt.id, self.encoding.held_out, self.encoding.seed)
         self._rows.append(
             (trace.prompt.id, trace.sample, source, self._tokens, len(ids), prompt_tokens, held_out, truncated)
         )
@@ -201,9 +201,9 @@ class Encoder:
             self.witnesses["random"] = witness
 
 
-def is_held_out(prompt_id: str, encoding: Encoding) -> bool:
+def is_held_out(prompt_id: str, share: float, seed: int) -> bool:
     """Decide by the prompt alone, so that all its samples fall on one side, and stay there when traces are added."""
-    if not encoding.held_out:
+    if not share:
         return False
-    number = int.from_bytes(hashlib.sha256(f"{encoding.seed}\0{prompt_id}".encode()).digest()[:8], "big")
-    return number < encoding.held_out * 2**64
+    number = int.from_bytes(hashlib.sha256(f"{seed}\0{prompt_id}".encode()).digest()[:8], "big")
+    return number < share * 2**64
