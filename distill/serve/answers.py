@@ -4,9 +4,10 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from distill.backends import SamplingParams
 from distill.backends.live import Asked, LiveModel, with_tokens
@@ -18,6 +19,7 @@ from distill.serve.requests import BadRequest, ChatRequest, CompletionRequest, O
 from distill.thinking import Thinking
 
 Request = ChatRequest | CompletionRequest
+T = TypeVar("T")
 
 
 @dataclass
@@ -124,14 +126,15 @@ class Answers:
     # ---- what the client gets
 
     async def deltas(self, work: Work) -> AsyncGenerator[tuple[int, Delta], None]:
-        """(index of a choice, delta) of all prompts, one prompt after the other. Errors: Rejected; Broken."""
-        begin = 0
+        """(index of a choice, delta) of all prompts, as they come. Errors: Rejected; Broken."""
+        sources, begin = [], 0
         for asked in work.asked:
             source = deltas(self.live, work.chat, asked, work.request.stop, work.prefill, work.separate)
-            async with aclosing(source) as each:
-                async for index, delta in each:
-                    yield begin + index, delta
+            sources.append(_numbered(source, begin))
             begin += len(asked.samples)
+        async with aclosing(merged(sources)) as each:
+            async for pair in each:
+                yield pair
 
     async def whole(self, work: Work) -> tuple[Object, list[Delta]]:
         """The answer as one object, and its choices. Errors: Rejected; Broken."""
@@ -233,3 +236,38 @@ def to_json(value: Mapping[str, object]) -> bytes:
 async def prepared(answers: Answers, request: Request) -> Work:
     """`Answers.prepare`, in a thread. Errors: BadRequest."""
     return await asyncio.to_thread(answers.prepare, request)
+
+
+async def _numbered(
+    source: AsyncGenerator[tuple[int, Delta], None], begin: int
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    async with aclosing(source) as each:
+        async for index, delta in each:
+            yield begin + index, delta
+
+
+async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """What all sources give, each when it comes. Errors: the first of a source, which ends the others."""
+    items = asyncio.Queue[T | asyncio.Task[None]]()
+
+    async def drain(source: AsyncGenerator[T, None]) -> None:
+        async with aclosing(source) as each:
+            async for item in each:
+                await items.put(item)
+
+    tasks = [asyncio.create_task(drain(source)) for source in sources]
+    for task in tasks:
+        task.add_done_callback(items.put_nowait)
+    try:
+        left = len(tasks)
+        while left:
+            item = await items.get()
+            if isinstance(item, asyncio.Task):
+                item.result()
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

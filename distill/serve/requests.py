@@ -9,9 +9,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from distill.prompts.prompt import Message
+from distill.prompts.prompt import END_THINK, THINK, Message
 
 MOST_CHOICES = 256
+MOST_IN_ALL = 2048  # choices of a request, of all its prompts
 MOST_TOKENS = 2**31 - 1
 MOST_STOPS, LONGEST_STOP = 16, 1024  # stop strings, and characters of one
 MOST_ALTERNATIVES = 1024  # log-probabilities of one token
@@ -57,11 +58,10 @@ EMPTY_IN_MESSAGES = {  # fields of a message that are null or empty, or refused
     "audio",
     "function_call",
     "name",
-    "reasoning",
-    "reasoning_content",
     "refusal",
     "tool_calls",
 }
+REASONING = ("reasoning_content", "reasoning")  # fields of an answer that is sent back, one of which is read
 IGNORED = {  # they do not change the answer
     "metadata",
     "prompt_cache_key",
@@ -146,8 +146,9 @@ def _joined(content: object) -> object:
 
 
 class ChatMessage(BaseModel):
-    """One turn. A developer's message is a system's. content: text, or a list of parts of text. Other fields of an
-    answer that is sent back are accepted where they are empty: the template would not show them."""
+    """One turn. A developer's message is a system's. content: text, or a list of parts of text. An answer may be sent
+    back as it came: its reasoning goes before the content as a think block, which most templates leave out. Its other
+    fields are accepted where they are empty: the template would not show them."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -162,7 +163,13 @@ class ChatMessage(BaseModel):
         for name in EMPTY_IN_MESSAGES & values.keys():
             if values[name]:
                 raise ValueError(f"{name} of a message is not supported; leave it out")
-        return {name: value for name, value in values.items() if name not in EMPTY_IN_MESSAGES}
+        kept = {name: value for name, value in values.items() if name not in {*EMPTY_IN_MESSAGES, *REASONING}}
+        reasoning = next((value for name in REASONING if (value := values.get(name))), None)
+        if reasoning is None:
+            return kept
+        if not isinstance(reasoning, str) or values.get("role") != "assistant":
+            raise ValueError("the reasoning of a message is text, and the assistant's; leave it out of others")
+        return kept | {"content": f"{THINK}\n{reasoning}\n{END_THINK}\n\n{_joined(kept.get('content') or '')}"}
 
     def to_message(self) -> Message:
         """The turn as templates take it."""
@@ -216,6 +223,8 @@ class CompletionRequest(_Sampled):
             raise BadRequest("prompt is empty", "prompt")
         if isinstance(self.prompt[0], int):
             return [[token for token in self.prompt if isinstance(token, int)]]
+        if len(self.prompt) * (self.n or 1) > MOST_IN_ALL:
+            raise BadRequest(f"prompt: {MOST_IN_ALL:,} choices of a request at most, of all prompts together", "prompt")
         return [prompt for prompt in self.prompt if isinstance(prompt, str | list)]
 
     @property

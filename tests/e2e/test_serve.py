@@ -251,11 +251,7 @@ def test_generate_through_the_server_gives_the_traces_of_a_local_run(served, tmp
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only parts of type text"),
         ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, 400, "name of a message is not supported"),
         ({"messages": [{"role": "user", "content": "a", "prefix": True}]}, 400, "messages.0.prefix: unknown parameter"),
-        (
-            {"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}, *HELLO]},
-            400,
-            "reasoning_content of a message is not supported",
-        ),
+        ({"messages": [{"role": "user", "content": "a", "reasoning": "b"}]}, 400, "reasoning of a message is text"),
         ({"n": 0}, 400, "n:"),
         ({"stop": [""]}, 400, "stop"),
         ({"seed": 2**70}, 400, "seed"),
