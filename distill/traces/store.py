@@ -175,7 +175,7 @@ class TraceStore:
 
     def __len__(self) -> int:
         seen = KeySet()
-        parts = sum(self._unseen(batch, seen).num_rows for batch in batches(self.directory, ["id", "sample"]))
+        parts = sum(int(self._unseen(batch, seen).num_rows) for batch in batches(self.directory, ["id", "sample"]))
         return parts + sum(1 for _ in self._ledger_rows(seen))
 
     def __iter__(self) -> Iterator[Trace]:
