@@ -32,6 +32,7 @@ class Script(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": text}
         if isinstance(text, tuple):
             message = {"role": "assistant", "reasoning_content": text[0], "content": text[1]}
+        tokens = 7 if text else 0
         self.send_json(
             {
                 "id": "x",
@@ -39,7 +40,7 @@ class Script(BaseHTTPRequestHandler):
                 "created": 0,
                 "model": "scripted",
                 "choices": [{"index": 0, "finish_reason": finish, "message": message}],
-                "usage": {"prompt_tokens": 1, "completion_tokens": 7 if text else 0, "total_tokens": 8},
+                "usage": {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens},
             }
         )
 

@@ -106,12 +106,18 @@ DIGITS = [
 
 
 @pytest.mark.parametrize("split", ["smollm", "starcoder", "refact", "command-r"])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_split_of_single_digits_is_the_published_one(split: str, family: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "model.gguf", family, edit={"tokenizer.ggml.pre": split}).path
+def test_a_split_of_single_digits_is_the_published_one(split: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf", "llama", edit={"tokenizer.ggml.pre": split}).path
     backend = Chat.load(gguf_files.directory_of(path)).tokenizer.backend_tokenizer
     assert json.loads(backend.to_str())["pre_tokenizer"] == {"type": "Sequence", "pretokenizers": DIGITS}
     assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("in 1989")] == ["in", "Ġ", "1", "9", "8", "9"]
+
+
+def test_a_split_in_whose_place_transformers_puts_that_of_the_family_is_refused(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path / "model.gguf", "qwen2", edit={"tokenizer.ggml.pre": "smollm"}).path
+    with pytest.raises(UserError, match="splits text by another rule than the file"):
+        gguf_files.directory_of(path)
+    assert [each for each in cache.rglob("*") if each.is_file()] == []
 
 
 def test_a_split_that_transformers_takes_for_gpt_2_s_is_refused_by_name(tmp_path: Path, cache: Path) -> None:

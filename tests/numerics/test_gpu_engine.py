@@ -74,6 +74,8 @@ def test_graphs_decode_what_single_steps_do(tmp_path: Path, monkeypatch: pytest.
     graphs = engine._ahead._graphs
     compute = graphs._compute
     monkeypatch.setattr(graphs, "_compute", lambda size: sizes.append(size) or compute(size))
+    alone = Request("alone", tuple(some_tokens(9, seed=9)), SamplingParams(max_new_tokens=4), 0, 9, (0,))
+    assert len(list(engine.generate([alone]))) == 1
     ours = completions(engine, temperature=0.7, top_p=0.9, logprobs=2)
     theirs = completions(
         Engine.load(path, engine_options(kernels="reference", **load)), temperature=0.7, top_p=0.9, logprobs=2

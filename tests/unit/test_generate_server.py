@@ -83,7 +83,7 @@ def test_another_address_is_the_same_teacher_and_another_model_is_not(recipe, mo
 
 
 def test_further_fields_and_the_thinking_mode_are_in_every_request(recipe, tmp_path, monkeypatch):
-    with server(right) as script:
+    with server(lambda question, seed: (right(question, seed)[0][1], "stop")) as script:  # as asked, without reasoning
         card = CARD | {"thinking": False, "server": at(script, extra_body={"min_p": 0.1})}
         (tmp_path / "card.yaml").write_text(yaml.safe_dump(card))
         assert distill(monkeypatch, "generate", recipe(None, teacher="./card.yaml")) == 0

@@ -210,8 +210,19 @@ def test_figures_and_texts_are_those_of_the_traces(tmp_path: Path, small_shards:
     traces += [replace(trace(6), completion_token_ids=(), completion_tokens=None, finish_reason=None)]
     traces += [replace(trace(7), cached_tokens=1, reasoning_tokens=3, form="think")]
     expected = [
-        (t.key, t.finish_reason, tokens, t.digest, 2, t.cached_tokens or 0, t.reasoning_tokens or 0, t.form, "math")
-        for t, tokens in zip(traces, [5] * 5 + [9, 0, 5], strict=True)
+        (
+            t.key,
+            t.finish_reason,
+            tokens,
+            t.digest,
+            2,
+            t.cached_tokens or 0,
+            t.reasoning_tokens or 0,
+            t.form,
+            "math",
+            known,
+        )
+        for t, tokens, known in zip(traces, [5] * 5 + [9, 0, 5], [True] * 6 + [False, True], strict=True)
     ]
     light = [
         replace(t, prompt_token_ids=(), completion_token_ids=(), logprobs=None, completion_tokens=t.completion_tokens)

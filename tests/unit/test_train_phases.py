@@ -176,8 +176,7 @@ def test_a_model_that_teaches_itself_has_the_training_template_in_every_phase(st
     phases = [phase | {"data": [{"kind": "kept"}], "objective": logits} for phase in PHASES[:2]]
     written = recipe(student, phases).model_dump(mode="json")
     written["train"]["phases"] = [phase | {"chat_template": "chatml"} for phase in written["train"]["phases"]]
-    asked = Recipe.model_validate(written | {"teacher": str(student)})
-    assert asked.student == str(student)
+    asked = Recipe.model_validate(written | {"teacher": str(student), "student": str(student)})
     before = tmp_path / "phases" / "1-cold-start" / "student"
     shutil.copytree(student, before)
     first, second = (Models(phase_recipe(asked, tmp_path, number), tmp_path) for number in (0, 1))
