@@ -7,9 +7,8 @@ token of every tokenizer in use has at least one byte, which bounds a prompt wit
 
 What was used is what the stored traces say, so that it survives a kill: the samples that were under way are forgotten,
 as nobody knows what became of them. A count that a server does not give, or gives as 0 beside a text, is taken as its
-bound. An attempt that fails
-after its answer had begun is used up too, and repeated only where that fits. It leaves no trace, so its tokens are
-handed to `on_loss`, which stores them for later sessions.
+bound. An attempt that fails after its answer had begun is used up too, and repeated only where that fits. It leaves no
+trace, so its tokens are handed to `on_loss`, which stores them for later sessions.
 
 Time has no such bound. No sample is admitted that would end too late if it took as long as the longest so far. At the
 deadline the backend stops waiting, whatever a server does: samples under way are lost, finished ones are stored.

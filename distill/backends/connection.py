@@ -142,7 +142,7 @@ class Connection:
     def models(self) -> dict[str, str]:
         """Names of the models that the server lists, and who has them ("" where it does not say).
 
-        None where there is no list that can be read, but the model is named: `answers` then decides. Errors: UserError
+        Empty where there is no list that can be read, but the model is named: `answers` then decides. Errors: UserError
         when no server answers, or it rejects the key.
         """
         import openai

@@ -179,7 +179,5 @@ class LocalBackend(DirectoryBackend):
             yield from self.engine.generate(requests, deadline)
         except NonFiniteLogits as error:
             raise UserError(f"{self.model.directory}: {error}") from error
-        except ValueError as error:  # a request that the cache has no room for
-            raise UserError(str(error)) from error
         except EngineDied as error:
             raise WorkError(f"{error}; finished samples are stored, run the same command to continue") from error
