@@ -61,6 +61,9 @@ def score(
         int | None, typer.Option("--samples", min=1, help="answers per problem; default: the card's")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="maximum number of problems")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0, help="of the answers, 0 for greedy; default: the card's")
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="maximum tokens per answer; default: the card's")
     ] = None,
@@ -82,8 +85,14 @@ def score(
     Examples: `distill eval tiny --set eval.samples=4` · `distill eval --model http://localhost:8000/v1 --benchmark
     aime-2024 --samples 16 --out scores`
     """
-    alone = {"--benchmark": benchmark, "--out": out, "--name": name, "--samples": samples, "--limit": limit}
-    alone |= {"--max-new-tokens": max_new_tokens, "--source": source, "--published": published}
+    alone: dict[str, object] = {"--benchmark": benchmark, "--out": out, "--name": name, "--samples": samples}
+    alone |= {
+        "--limit": limit,
+        "--temperature": temperature,
+        "--max-new-tokens": max_new_tokens,
+        "--source": source,
+        "--published": published,
+    }
     if recipe is not None:
         if model is not None:
             raise UserError("a recipe names its models; give either RECIPE or --model")
@@ -108,6 +117,7 @@ def score(
         "benchmarks": benchmark,
         "samples": samples,
         "limit": limit,
+        "temperature": temperature,
         "max_new_tokens": max_new_tokens,
         "published": published,
         "sources": _files(source or ()),

@@ -24,12 +24,14 @@ from distill.recipe.sources import FilePrompts, GymPrompts, ProceduralPrompts
 
 if TYPE_CHECKING:
     from distill.recipe import BenchmarkCard, Eval
+    from distill.recipe.sampling import SamplingSettings
     from distill.recipe.sources import PromptSource
 
 WORKERS, TIMEOUT = 2, 5.0  # of the processes that try to read gold answers; seconds of processor time for each
 COLUMNS = {  # fields of a source that a file in its place takes over
     *("answer", "extract", "choices", "options", "labels", "answer_is", "template", "date", "since", "until", "task"),
 }
+ANSWERS = ("temperature", "top_p", "max_new_tokens")  # keys of `eval:` that replace the card's sampling
 QUESTIONS = ("problem", "question", "prompt")  # columns in which copies of a benchmark keep their questions
 
 
@@ -47,7 +49,7 @@ class Benchmark:
     limit: int | None
     seed: int
     sources: tuple["PromptSource", ...]
-    max_new_tokens: int
+    drawn: "SamplingSettings"
 
     @classmethod
     def of(cls, card: "BenchmarkCard", recipe: "Eval") -> "Benchmark":
@@ -61,8 +63,15 @@ class Benchmark:
             raise UserError(f"eval.sources: {card.name} names no file; name one, or leave {card.name} out")
         paths = paths or ()
         files = local_sources(card, [Path(path) for path in ((paths,) if isinstance(paths, str) else paths)])
-        longest = recipe.max_new_tokens or card.sampling.max_new_tokens
-        return cls(card, recipe.samples or card.samples, recipe.limit, recipe.seed, files or card.sources, longest)
+        given = {key: value for key in ANSWERS if (value := getattr(recipe, key)) is not None}
+        drawn = card.sampling.model_copy(update=given)
+        samples = recipe.samples or card.samples
+        if samples > 1 and not drawn.temperature:
+            raise UserError(
+                f"benchmark {card.name}: at temperature 0 all {samples} answers to a problem are the same; set "
+                "eval.samples (--samples) to 1, or a higher temperature"
+            )
+        return cls(card, samples, recipe.limit, recipe.seed, files or card.sources, drawn)
 
     @property
     def name(self) -> str:
@@ -72,7 +81,12 @@ class Benchmark:
     @property
     def sampling(self) -> SamplingParams:
         """How tokens are drawn, before `max_new_tokens` is reduced to what a model's context has room for."""
-        return SamplingParams(**self.card.sampling.model_dump() | {"max_new_tokens": self.max_new_tokens})
+        return SamplingParams(**self.drawn.model_dump())
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens of an answer at most, before they are reduced to what a model's context has room for."""
+        return self.drawn.max_new_tokens
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -190,8 +204,7 @@ class Benchmark:
         if all(each == fields[0] for each in fields):  # files of one form: as many as there are, and one more later
             fields = fields[:1]
         settings = {f"prompts.{key}": value for key, value in self._keyed(fields).items()}
-        settings |= {f"sampling.{key}": value for key, value in self.card.sampling.settings().items()}
-        settings["sampling.max_new_tokens"] = self.max_new_tokens
+        settings |= {f"sampling.{key}": value for key, value in self.drawn.settings().items()}
         return settings | {"prompt_suffix": self.card.prompt_suffix, "seed": self.seed}
 
 

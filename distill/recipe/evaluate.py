@@ -5,7 +5,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Field
 
 from distill.grading.sandbox.levels import Level
-from distill.section import Free, Section
+from distill.section import Free, Later, Section
 
 T = TypeVar("T")
 
@@ -29,6 +29,12 @@ class Eval(Section):
     samples: Annotated[int | None, Free] = Field(None, ge=1, description="answers per problem; null: the card's")
     limit: Annotated[int | None, Free] = Field(
         None, ge=1, description="maximum number of problems, of several sources in turns; null: all"
+    )
+    temperature: Annotated[float | None, Later] = Field(
+        None, ge=0, description="of the answers; 0 is greedy; null: the card's"
+    )
+    top_p: Annotated[float | None, Later] = Field(
+        None, gt=0, le=1, description="nucleus of the answers; 1 is off; null: the card's"
     )
     max_new_tokens: int | None = Field(
         None,
