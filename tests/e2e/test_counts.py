@@ -43,6 +43,7 @@ def of(counts: Counter[str], label: str) -> dict[str, int]:
     return {key: count for key, count in counts.items() if key.startswith(f"{label} ")}
 
 
+@pytest.mark.slow
 def test_what_a_first_and_a_finished_run_read(
     recipe_file: Callable[..., Path], tmp_path: Path, counts: Counter[str]
 ) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore
 
@@ -39,6 +41,7 @@ def engines_of(pid: int) -> list[int]:
     return [int(child) for child in listed if b"distill.engine.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow
 def test_two_engines_and_a_death(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     """An engine killed in the middle is named, exit code 1; the same command goes on, and the texts are those of
     one."""

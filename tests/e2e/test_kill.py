@@ -128,6 +128,7 @@ def killed_and_whole(recipe: Recipe, root: Path, kills: int) -> int:
     return sum(int(line.split()[-1]) for line in done.stdout.splitlines() if " killed " in line)
 
 
+@pytest.mark.slow
 def test_killed_and_undisturbed_runs_leave_the_same(small_recipe: Recipe, tmp_path: Path) -> None:
     assert killed_and_whole(small_recipe, tmp_path, KILLS) >= 0.8 * KILLS * len(STAGES)
 

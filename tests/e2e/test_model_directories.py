@@ -233,6 +233,7 @@ def test_the_healthy_directory_is_loaded(directories: Directories) -> None:
     assert directories.outcome(TEACHER).startswith("text")
 
 
+@pytest.mark.slow
 def test_thirty_mutations(directories: Directories) -> None:
     outcomes = survive(directories, range(30))
     assert outcomes.count("refused") >= 15

@@ -80,7 +80,7 @@ def killed_at(tmp_path, spawn, name, moments):
     assert any(row["grad_norm"] for row in support.log(tmp_path / "killed")), "nothing was learned"
 
 
-@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize("name", [n if n == "grpo" else pytest.param(n, marks=pytest.mark.slow) for n in ONE])
 def test_a_kill_changes_nothing(tmp_path, spawn, name):
     killed_at(tmp_path, spawn, name, [ONE[name]])
 

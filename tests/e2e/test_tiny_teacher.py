@@ -127,6 +127,7 @@ def deviation(reference: Any, backend: LocalBackend, answers: list[Completed]) -
     return difference, largest
 
 
+@pytest.mark.slow
 def test_transformers_gives_the_same_text(reference: Any, answers: list[Completed]) -> None:
     assert len(answers) == 20
     for done in answers:

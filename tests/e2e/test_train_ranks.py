@@ -160,6 +160,7 @@ def test_torchrun_may_start_the_processes(one, student, tmp_path):
     assert again.returncode == 0 and "nothing to do: train" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_and_a_rerun_goes_on(one, student, tmp_path):
     directory = begin(tmp_path / "run", student)
     settings = SETTINGS | {"num_processes": 2}

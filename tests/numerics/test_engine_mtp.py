@@ -85,6 +85,7 @@ def run(engine: Engine, requests: list[Request]) -> dict[tuple[str, int], Comple
     return done
 
 
+@pytest.mark.slow
 def test_the_text_with_drafts_is_the_text_without() -> None:
     """1,000 samples of the embedded teacher, whose draft layer is trained, at four settings of the sampler: tokens and
     log-probabilities are equal, bit for bit, for one draft and for three."""

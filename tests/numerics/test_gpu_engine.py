@@ -65,6 +65,7 @@ def completions(engine: Engine, count: int = 3, new: int = 4, **sampling: Any) -
     return {(done.request_id, done.sample): done for done in engine.generate(requests)}
 
 
+@pytest.mark.slow
 def test_graphs_decode_what_single_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that a graph pads with, and another size of batch, leave text and log-probabilities as they are."""
     path, load = build(tmp_path, CONFIGS["v3-yarn"]).path, {"max_context": 100, "max_batch": 6}
@@ -91,6 +92,7 @@ def test_graphs_decode_what_single_steps_do(tmp_path: Path, monkeypatch: pytest.
     assert engine._pages.free_pages == engine._pages.num_pages
 
 
+@pytest.mark.slow
 def test_steps_that_are_launched_ahead_change_nothing(tmp_path: Path) -> None:
     """As in test_engine_ahead.py, with these kernels and, on a GPU, with graphs."""
     path, load = build(tmp_path, CONFIGS["v3"]).path, {"max_context": 60, "max_batch": 3, "page_size": 4}

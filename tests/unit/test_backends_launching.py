@@ -344,6 +344,7 @@ def test_gpus_are_counted_without_a_torch_that_sees_them(tmp_path, monkeypatch, 
     assert gpu_count() == count
 
 
+@pytest.mark.slow
 def test_the_start_of_a_server_is_no_part_of_its_rate(here, monkeypatch):
     """A clock on which a start takes 1,000 seconds more."""
     late, start = [0.0], launching.LaunchedBackend._start

@@ -124,6 +124,7 @@ def test_kill_in_the_middle_of_grading(tmp_path: Path, undisturbed: dict[str, by
     assert output(killed) == undisturbed
 
 
+@pytest.mark.slow
 def test_kill_in_every_later_step(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     killed = begun(tmp_path / "killed")
     for step in STEPS:

@@ -83,6 +83,7 @@ def test_small_students_fit_where_large_ones_do_not(tables):
     assert all(len(ways) == 12 for ways in tables.values())
 
 
+@pytest.mark.slow
 def test_sharding_divides_what_it_shards(tables):
     one = next(way for way in tables["llama-70b"] if way.hardware.name == "1x80GB" and way.method == "full")
     many = next(way for way in tables["llama-70b"] if way.hardware.name == "4x8x80GB" and way.method == "full")

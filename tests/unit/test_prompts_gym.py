@@ -40,6 +40,7 @@ def test_problems_are_those_of_the_library() -> None:
     assert more[:4] == prompts, "a raised limit extends the problems"
 
 
+@pytest.mark.slow
 def test_problems_do_not_depend_on_the_hash_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     for seed in ("1", "2"):

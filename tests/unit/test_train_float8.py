@@ -126,6 +126,7 @@ def worked(count):
     return traces
 
 
+@pytest.mark.slow
 def test_losses_follow_those_of_bfloat16(tiny, tmp_path):
     """Thirty steps from 2.2 to 0.14 nats per token: losses differ by at most 0.15, on average by 0.04.
 
