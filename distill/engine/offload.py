@@ -45,22 +45,26 @@ def experts_within(budget: int, fixed: int, banks: Sequence[Bank]) -> int | None
 def resident_experts(budget: int, banks: Sequence[Bank]) -> int | None:
     """How many experts of each layer fit into `budget` bytes beside two arenas for the others; None: all of them.
 
-    ValueError if not even the arenas fit.
+    Layers have the same number of experts, whose size may differ. ValueError if not even the arenas fit.
     """
     if not banks:
         return None
-    count, each = banks[0].count, banks[0].bytes_each
-    if len(banks) * count * each <= budget:
+    count, one_of_each, arenas = banks[0].count, sum(bank.bytes_each for bank in banks), 2 * _largest(banks)
+    if count * one_of_each <= budget:
         return None
-    # resident · layers + 2 · (count - resident) experts are in memory. With two layers or fewer nothing is gained.
-    room = budget // each - 2 * count
-    if room < 0 or len(banks) <= 2:
-        needed = min(2, len(banks)) * count * each
+    # resident · one_of_each + (count - resident) · arenas bytes are in memory. With two layers nothing is gained.
+    room = budget - count * arenas
+    if room < 0 or one_of_each <= arenas:
+        needed = count * min(one_of_each, arenas)
         raise ValueError(
             f"{budget / GIB:.3g} GiB are left for experts and those of two layers need {needed / GIB:.3g} GiB; "
             "raise memory_budget or lower max_batch"
         )
-    return min(count, room // (len(banks) - 2))
+    return min(count, room // (one_of_each - arenas))
+
+
+def _largest(banks: Sequence[Bank]) -> int:
+    return max(bank.bytes_each for bank in banks)
 
 
 def step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int, dtype: torch.dtype, context: int = 0) -> int:
@@ -89,7 +93,7 @@ class ExpertStream:
 
     def __init__(self, banks: Sequence[Bank], ops: Ops) -> None:
         self._next = {id(bank): after for bank, after in zip(banks, [*banks[1:], banks[0]], strict=True)}
-        size = (banks[0].count - banks[0].resident) * banks[0].bytes_each
+        size = (banks[0].count - banks[0].resident) * _largest(banks)
         self._arenas = [ops.arena(size), ops.arena(size)]
         self._worker = ThreadPoolExecutor(1, "experts")
         self._coming: tuple[Bank, Future[None]] | None = None
