@@ -67,16 +67,24 @@ def _largest(banks: Sequence[Bank]) -> int:
     return max(bank.bytes_each for bank in banks)
 
 
-def step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int, dtype: torch.dtype, context: int = 0) -> int:
+def step_bytes(
+    spec: ModelSpec, prompt_tokens: int, rows: int, dtype: torch.dtype, context: int = 0, heads: int = 0
+) -> int:
     """Roughly the memory of a step beside the weights: activations, the form that products read, and logits; with
-    compressed attention, places of what each token of a context of this length attends to."""
+    compressed attention, places of what each token of a context of this length attends to; with latent attention, the
+    context's keys and values, which `prefill_mla` writes out for this many heads at a time."""
     parts = 1 if dtype == torch.bfloat16 else 3  # bfloat16 numbers that a product reads for one
     numbers = 2 * spec.num_heads * spec.head_dim + 6 * spec.hidden_size
     read = max(spec.intermediate_size, spec.hidden_size)
     if spec.moe:
         read = max(read, (spec.moe.per_token + spec.moe.shared_experts) * spec.moe.intermediate_size)
     places = 32 * spec.compressed.most_rows(context) if spec.compressed else 0  # numbers of 8 bytes, four times
-    return (prompt_tokens + rows) * (4 * numbers + 2 * parts * read + places) + 8 * rows * spec.vocab_size
+    written = 0
+    if spec.mla:
+        whole = min(context, spec.indexer.top_k) if spec.indexer else context  # a longer one is read as latents
+        # Keys are put together from the part that is not rotated, whose memory values take next.
+        written = heads * whole * (spec.head_dim + max(spec.mla.nope_dim, spec.mla.v_dim)) * dtype.itemsize
+    return (prompt_tokens + rows) * (4 * numbers + 2 * parts * read + places) + 8 * rows * spec.vocab_size + written
 
 
 def bytes_of(part: object) -> int:

@@ -305,9 +305,9 @@ class _Reader:
         return self.checkpoint.place(packed if packed in self.checkpoint else name)
 
     def refuse_mixed(self, names: Sequence[str], expert: Sequence[Stored], first: Sequence[Stored]) -> None:
-        """Errors: ValueError for a matrix that is kept in another form than in the layer's first expert, or in four bits
-        or float32 where the expert's gate is not: a bank has one size for all its experts, and a kernel one form of
-        their activations."""
+        """Errors: ValueError for a matrix that is kept in another form than in the first expert of the layer, or in
+        four bits or float32 where the gate is not: a bank has one size for all experts, and a kernel one form of
+        activations."""
 
         def read_as(matrix: Stored) -> tuple[bool, bool]:
             return isinstance(matrix, FourBit), matrix.kept_dtype(self.dtype) == torch.float32

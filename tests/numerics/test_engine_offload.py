@@ -14,12 +14,13 @@ import torch
 from engine_checks import engine_logits, engine_options, some_tokens
 from hypothesis import given
 from hypothesis import strategies as st
-from random_models import V3_YARN, Checkpoint, build, dequantise, write
+from random_models import V3, V3_YARN, V32, Checkpoint, build, dequantise, write
 from safetensors.torch import load_file
 
 from distill.engine import Engine, Request, SamplingParams
+from distill.engine.families import spec_of
 from distill.engine.kernels import cpu
-from distill.engine.offload import ExpertStream, resident_experts
+from distill.engine.offload import ExpertStream, resident_experts, step_bytes
 
 TINY_R1 = Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1"
 GetCheckpoint = Callable[[str], Checkpoint]
@@ -153,6 +154,29 @@ def test_budgets_that_are_too_small(fp8: Path) -> None:
         Engine.load(fp8, engine_options(device="cpu", cache_tokens=64, memory_budget=1 << 20))
     with pytest.raises(ValueError, match="resident_experts is 17; there are 16"):
         Engine.load(fp8, engine_options(device="cpu", cache_tokens=64, resident_experts=17))
+
+
+def test_the_context_that_a_prompt_attends_to_counts(tmp_path: Path, kernels: str) -> None:
+    """A head's keys and values of a million tokens in float32 are 64 numbers each (40 of a key, 24 of a value or of a
+    key's part), 256 MiB; a thread of the kernels has one head's, the reference those of all four."""
+    path, heads = build(tmp_path, {**V3, "max_position_embeddings": 1 << 20}).path, 1 if kernels == "cpu" else 4
+
+    def load(mebibytes: int, context: int) -> Engine:
+        options = {"cache_tokens": 64, "max_context": context, "memory_budget": mebibytes << 20}
+        return Engine.load(path, engine_options(device="cpu", kernels=kernels, **options))
+
+    load(64, 4096)
+    with pytest.raises(ValueError, match="are needed for weights, cache and one step"):
+        load(256 * heads, 1 << 20)
+    load(256 * heads + 64, 1 << 20)
+
+
+def test_attention_to_chosen_tokens_writes_out_no_more_than_these() -> None:
+    dense, sparse = (
+        [step_bytes(spec, 64, 4, torch.bfloat16, context, 4) for context in (512, 1 << 20)]
+        for spec in (spec_of(V3), spec_of({**V32, "index_topk": 512}))
+    )
+    assert dense[1] - dense[0] == 4 * ((1 << 20) - 512) * 64 * 2 and sparse[0] == sparse[1]
 
 
 def test_damage_is_found_in_experts_that_are_not_resident(fp8: Path, tmp_path: Path, kernels: str) -> None:
