@@ -13,21 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engine_checks import engine_logits, engine_options, relative_error, some_tokens
-from random_models import (
-    CONFIGS,
-    KIMI_K2,
-    LLAMA,
-    QWEN3_5,
-    SMOLLM3,
-    V2,
-    V3,
-    V3_YARN,
-    V32,
-    YARN,
-    Checkpoint,
-    build,
-    write,
-)
+from random_models import CONFIGS, KIMI_K2, LLAMA, SMOLLM3, V2, V3, V3_YARN, V32, YARN, Checkpoint, build, write
 from safetensors.torch import load_file
 
 from distill.engine import Engine
@@ -122,7 +108,6 @@ def test_reading_a_spec_imports_no_torch() -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "RoPE type 'dynamic'"),
         ({"rope_scaling": {"type": "yarn"}}, "needs 'factor'"),
-        ({**QWEN3_5, "head_dim": 6, "rope_parameters": {"partial_rotary_factor": 0.1}}, "0 dimensions of a head"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq'"),
     ],
 )

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -216,7 +217,7 @@ def empty(model_dir: Path, settings: Train, dtype: torch.dtype) -> PreTrainedMod
     return trainable(model)
 
 
-class _WeightsReader(HuggingFaceStorageReader):  # type: ignore[misc]  # torch.distributed is not followed
+class _WeightsReader(HuggingFaceStorageReader):
     """Reads `model_files.weight_files` alone: torch's reads every .safetensors file, and the last one of a name."""
 
     def __init__(self, path: str) -> None:
@@ -224,8 +225,8 @@ class _WeightsReader(HuggingFaceStorageReader):  # type: ignore[misc]  # torch.d
         self.fs = _WeightFiles()
 
 
-class _WeightFiles(FileSystem):  # type: ignore[misc]  # torch.distributed is not followed
-    def ls(self, path: str) -> list[str]:
+class _WeightFiles(FileSystem):
+    def ls(self, path: str | PathLike[str]) -> list[str]:
         return list(map(str, model_files.weight_files(Path(path))))
 
 
