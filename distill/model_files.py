@@ -14,13 +14,13 @@ from math import prod
 from pathlib import Path
 
 from distill import gguf_files
+from distill.engine.config import SINGLE, index_of
 from distill.errors import UserError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 ADDRESS = re.compile(r"(https?://|[\w.-]+:\d+(/|$))", re.IGNORECASE)
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model repository
 HUB_FILES = (*TOKENIZER_FILES, "*.safetensors")  # what is read here
-INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs"
 POINTER_BYTES = 1024  # a pointer is smaller
 CODES = {"I32": 8, "U8": 2, "I8": 2}  # of four bits, in an element of a weight
@@ -74,15 +74,15 @@ def first_problem(directory: Path) -> str | None:
         )
     if not (directory / "config.json").is_file():
         return f"{directory / 'config.json'} is missing; download it"
-    if (directory / INDEX).is_file():
-        missing = [name for name in indexed(directory / INDEX) if not (directory / name).is_file()]
-        return f"{directory / missing[0]} is missing; download it ({len(missing)} are missing)" if missing else None
+    if index_of(directory):
+        missing = [path for path in weight_files(directory) if not path.is_file()]
+        return f"{missing[0]} is missing; download it ({len(missing)} are missing)" if missing else None
     if not shards and (pickled := next((p for s in ("*.bin", "*.pt", "*.pth") for p in directory.glob(s)), None)):
         return (
             f"{pickled}: pickled weights are not read, because they may run code: convert them to model.safetensors "
             f"(transformers: from_pretrained, save_pretrained)"
         )
-    return None if shards else f"{directory / 'model.safetensors'} is missing; download it"
+    return None if shards else f"{directory / SINGLE} is missing; download it"
 
 
 def is_pointer(path: Path) -> bool:
@@ -93,12 +93,16 @@ def is_pointer(path: Path) -> bool:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def indexed(index: Path) -> list[str]:
-    """The names of the files in an index of shards. Errors: UserError."""
+def weight_files(directory: Path) -> list[Path]:
+    """The files that a model's weights are read from, by the engine, by training and by transformers, whether they are
+    there or not. Errors: UserError for an index of shards that is damaged."""
+    index = index_of(directory)
+    if index is None:
+        return [directory / SINGLE]
     map_ = read_object(index).get("weight_map")
     if not isinstance(map_, dict) or not all(isinstance(name, str) for name in map_.values()):
         raise UserError(f"{index}: not a safetensors index (JSON with a weight_map); download it again")
-    return sorted(set(map_.values()))
+    return [directory / name for name in sorted(set(map_.values()))]
 
 
 def read_object(file: Path) -> dict[str, object]:
@@ -113,12 +117,13 @@ def read_object(file: Path) -> dict[str, object]:
 
 
 def shapes(directory: Path) -> dict[str, int] | None:
-    """Count the elements of each tensor, from the headers of the .safetensors files; None where one cannot be read.
+    """Count the elements of each tensor, from the headers of `weight_files`; None where one cannot be read.
 
     Codes of four bits share an element: the codes are counted. Scales, shapes and tables of integers are left out.
+    Errors: UserError for an index of shards that is damaged.
     """
     sizes: dict[str, int] = {}
-    for path in directory.glob("*.safetensors"):
+    for path in filter(Path.is_file, weight_files(directory)):
         try:
             with path.open("rb") as file:
                 (size,) = struct.unpack("<Q", file.read(8))

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distill.engine.config import read_json, refuse_lfs_pointer, shown
+from distill.engine.config import INDEX, SINGLE, index_of, read_json, refuse_lfs_pointer, shown
 from distill.engine.kernels.pages import discard
 from distill.engine.kernels.stored import Place
 
@@ -89,9 +89,8 @@ class Checkpoint:
 
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
-        index = model_dir / "model.safetensors.index.json"
-        single = model_dir / "model.safetensors"
-        if index.is_file():
+        index, single = index_of(model_dir), model_dir / SINGLE
+        if index is not None:
             path_of = _from_index(index)
             files = {path: _File(path) for path in sorted(set(path_of.values()))}
         elif single.is_file():
@@ -99,7 +98,7 @@ class Checkpoint:
             path_of = dict.fromkeys(files[single].entries, single)
         else:
             raise ValueError(
-                f"{model_dir}: neither {single.name} nor {index.name} is there; download the weights, as safetensors"
+                f"{model_dir}: neither {SINGLE} nor {INDEX} is there; download the weights, as safetensors"
             )
         self._file_of = {name: files[path] for name, path in path_of.items()}
         self._files = list(files.values())

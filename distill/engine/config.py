@@ -19,6 +19,8 @@ from typing import TypeAlias, TypeVar, cast
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 D = TypeVar("D", int, None)
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 MOST_BYTES = 64 << 20  # of a JSON file; the index of DeepSeek-V3's 91,991 tensors has 9 MB
 
 # Upper limits of sizes, well above every published model: past them a value is damage, and would cost memory or hours.
@@ -30,6 +32,16 @@ WIDEST_HEAD = 1 << 16
 
 _LFS_POINTER = b"version https://git-lfs"
 _SHOWN = 60  # characters of a wrong value that a message repeats
+
+
+def index_of(model_dir: Path) -> Path | None:
+    """The index of the shards that a model's weights are read from; None where they are in one file.
+
+    That file counts where both are there, as in transformers (5.23, `modeling_utils`): a model that was saved anew over
+    its shards is the one in the file.
+    """
+    index = model_dir / INDEX
+    return index if index.is_file() and not (model_dir / SINGLE).is_file() else None
 
 
 def read_json(path: Path) -> dict[str, Json]:

@@ -14,7 +14,7 @@ from distill.engine.checkpoint import Checkpoint
 from distill.engine.device import choose_device, host_memory, memory_of, refuse_more_than_host_memory, refuse_too_large
 from distill.engine.families import FAMILIES, read_spec
 from distill.engine.fused import decode_plan
-from distill.engine.kernels import Ops, column_for, ops_for
+from distill.engine.kernels import column_for, ops_for
 from distill.engine.kernels.ops import ExpertBank
 from distill.engine.model import Model
 from distill.engine.numerics import Numerics
@@ -58,9 +58,10 @@ def prepare(model_dir: Path | str, options: EngineOptions) -> tuple[Model, Numer
         expert = FAMILIES[spec.family].names.moe.expert
         refuse_too_large(model_dir, Checkpoint(Path(model_dir)).sizes(), budget, expert)
     streamed: list[ExpertBank[object]] = []
+    heads = torch.get_num_threads() if kernels == "cpu" else spec.num_heads  # a thread of a CPU takes one at a time
 
     def place(weights: ModelWeights, banks: list[ExpertBank[object]]) -> int | None:
-        resident = _resident(spec, options, sizes, ops, budget, weights, banks)
+        resident = _resident(spec, options, sizes, heads, budget, weights, banks)
         if resident is not None and banks and resident < banks[0].count:
             streamed.extend(banks)
             if banks[0].queued:  # from the host's memory, not from files
@@ -125,12 +126,13 @@ def _resident(
     spec: ModelSpec,
     options: EngineOptions,
     sizes: Sizes,
-    ops: Ops,
+    heads: int,
     budget: int | None,
     weights: ModelWeights,
     banks: list[ExpertBank[object]],
 ) -> int | None:
-    """How many experts of each layer stay in memory; None: all. Errors: ValueError when the budget is too small."""
+    """How many experts of each layer stay in memory; None: all. heads: as in `step_bytes`. Errors: ValueError when the
+    budget is too small."""
     asked = options.resident_experts
     if spec.moe and asked is not None and not 0 <= asked <= spec.moe.num_experts:
         raise ValueError(f"resident_experts is {asked}; there are {spec.moe.num_experts} in a layer")
@@ -139,7 +141,7 @@ def _resident(
     each = token_bytes(spec, spec.num_layers + (sizes.drafts > 0), sizes.cache_dtype)
     rows = sizes.max_batch * (1 + sizes.drafts)
     cached = sizes.cache_tokens * each + state_bytes(spec, sizes.slots)
-    beside = cached + step_bytes(spec, sizes.max_step_tokens, rows, _dtype(options), sizes.max_context)
+    beside = cached + step_bytes(spec, sizes.max_step_tokens, rows, _dtype(options), sizes.max_context, heads)
     return experts_within(budget, bytes_of(weights) + beside, banks)
 
 

@@ -45,34 +45,46 @@ def experts_within(budget: int, fixed: int, banks: Sequence[Bank]) -> int | None
 def resident_experts(budget: int, banks: Sequence[Bank]) -> int | None:
     """How many experts of each layer fit into `budget` bytes beside two arenas for the others; None: all of them.
 
-    ValueError if not even the arenas fit.
+    Layers have the same number of experts, whose size may differ. ValueError if not even the arenas fit.
     """
     if not banks:
         return None
-    count, each = banks[0].count, banks[0].bytes_each
-    if len(banks) * count * each <= budget:
+    count, one_of_each, arenas = banks[0].count, sum(bank.bytes_each for bank in banks), 2 * _largest(banks)
+    if count * one_of_each <= budget:
         return None
-    # resident · layers + 2 · (count - resident) experts are in memory. With two layers or fewer nothing is gained.
-    room = budget // each - 2 * count
-    if room < 0 or len(banks) <= 2:
-        needed = min(2, len(banks)) * count * each
+    # resident · one_of_each + (count - resident) · arenas bytes are in memory. With two layers nothing is gained.
+    room = budget - count * arenas
+    if room < 0 or one_of_each <= arenas:
+        needed = count * min(one_of_each, arenas)
         raise ValueError(
             f"{budget / GIB:.3g} GiB are left for experts and those of two layers need {needed / GIB:.3g} GiB; "
             "raise memory_budget or lower max_batch"
         )
-    return min(count, room // (len(banks) - 2))
+    return min(count, room // (one_of_each - arenas))
 
 
-def step_bytes(spec: ModelSpec, prompt_tokens: int, rows: int, dtype: torch.dtype, context: int = 0) -> int:
+def _largest(banks: Sequence[Bank]) -> int:
+    return max(bank.bytes_each for bank in banks)
+
+
+def step_bytes(
+    spec: ModelSpec, prompt_tokens: int, rows: int, dtype: torch.dtype, context: int = 0, heads: int = 0
+) -> int:
     """Roughly the memory of a step beside the weights: activations, the form that products read, and logits; with
-    compressed attention, places of what each token of a context of this length attends to."""
+    compressed attention, places of what each token of a context of this length attends to; with latent attention, the
+    context's keys and values, which `prefill_mla` writes out for this many heads at a time."""
     parts = 1 if dtype == torch.bfloat16 else 3  # bfloat16 numbers that a product reads for one
     numbers = 2 * spec.num_heads * spec.head_dim + 6 * spec.hidden_size
     read = max(spec.intermediate_size, spec.hidden_size)
     if spec.moe:
         read = max(read, (spec.moe.per_token + spec.moe.shared_experts) * spec.moe.intermediate_size)
     places = 32 * spec.compressed.most_rows(context) if spec.compressed else 0  # numbers of 8 bytes, four times
-    return (prompt_tokens + rows) * (4 * numbers + 2 * parts * read + places) + 8 * rows * spec.vocab_size
+    written = 0
+    if spec.mla:
+        whole = min(context, spec.indexer.top_k) if spec.indexer else context  # a longer one is read as latents
+        # Keys are put together from the part that is not rotated, whose memory values take next.
+        written = heads * whole * (spec.head_dim + max(spec.mla.nope_dim, spec.mla.v_dim)) * dtype.itemsize
+    return (prompt_tokens + rows) * (4 * numbers + 2 * parts * read + places) + 8 * rows * spec.vocab_size + written
 
 
 def bytes_of(part: object) -> int:
@@ -89,7 +101,7 @@ class ExpertStream:
 
     def __init__(self, banks: Sequence[Bank], ops: Ops) -> None:
         self._next = {id(bank): after for bank, after in zip(banks, [*banks[1:], banks[0]], strict=True)}
-        size = (banks[0].count - banks[0].resident) * banks[0].bytes_each
+        size = (banks[0].count - banks[0].resident) * _largest(banks)
         self._arenas = [ops.arena(size), ops.arena(size)]
         self._worker = ThreadPoolExecutor(1, "experts")
         self._coming: tuple[Bank, Future[None]] | None = None

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 Dtype = Literal["float32", "bfloat16"]
 CacheDtype = Literal["auto", "fp8"]
 
-MOST_TOKENS = 2**31 - 1  # of a context, a step or a cache: counted in 32 bits by the kernels
+MOST_TOKENS = 2**31 - 1  # of a context, a step, a cache or a draw: counted in 32 bits by the kernels
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class EngineOptions:
             ("max_batch", self.max_batch),
             ("max_step_tokens", self.max_step_tokens),
             ("page_size", self.page_size),
+            ("cache_tokens", self.cache_tokens),
         ):
             if value is not None and not 1 <= value <= MOST_TOKENS:
                 raise ValueError(f"{name} is {value}; it must be from 1 to {MOST_TOKENS}")
@@ -102,8 +103,8 @@ class SamplingParams:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 = off)")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        if not 0 <= self.top_k <= MOST_TOKENS:
+            raise ValueError(f"top_k is {self.top_k}; it must be from 0 (off) to {MOST_TOKENS}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if self.thinking_budget is not None and self.thinking_budget < 1:

@@ -215,13 +215,12 @@ def _mlp(reader: _Reader, at: str, c: int, f: int, bias: bool = False) -> MlpWei
 
 def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str, layer: int) -> MoeWeights:
     names, c, f = reader.names.moe, spec.hidden_size, dims.intermediate_size
-    like = reader.matrix(reader.expert_names(at, 0)[0], f, c)
-    bank = reader.ops.expert_bank(dims.num_experts, reader.dtype, like)
+    first = reader.expert(at, 0, f, c)
+    bank = reader.ops.expert_bank(dims.num_experts, reader.dtype, first[0])
     for index in range(dims.num_experts):
-        gate, up, down = stored = reader.expert_names(at, index)
-        expert = reader.matrix(gate, f, c), reader.matrix(up, f, c), reader.matrix(down, c, f)
-        reader.refuse_mixed(stored, expert, like)
-        bank.lend(expert, tuple(map(reader.place, stored)))
+        names_of, expert = reader.expert_names(at, index), reader.expert(at, index, f, c)
+        reader.refuse_mixed(names_of, expert, first)
+        bank.lend(expert, tuple(map(reader.place, names_of)))
     if reader.settles_at_once:
         reader.settle(at, bank, None)
     else:
@@ -236,21 +235,8 @@ def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str, layer: int) -> Mo
         ),
         experts=bank,
         shared=_mlp(reader, at + names.shared, c, f * dims.shared_experts) if dims.shared_experts else None,
-        by_token_vk=_by_token(reader, spec, dims, at + names.by_token) if layer in dims.by_token else None,
+        by_token_vk=parts.by_token(reader, spec, dims, at + names.by_token) if layer in dims.by_token else None,
     )
-
-
-def _by_token(reader: _Reader, spec: ModelSpec, dims: Moe, name: str) -> Tensor:
-    """The table of hash routing, int64 [v, k]. Errors: ValueError for a number that no expert has, or that is twice
-    there."""
-    table_vk = reader.checkpoint.tensor(name, (spec.vocab_size, dims.per_token), ("I32", "I64")).long()
-    sorted_vk = table_vk.sort(1).values
-    if table_vk.min() < 0 or table_vk.max() >= dims.num_experts or (sorted_vk[:, 1:] == sorted_vk[:, :-1]).any():
-        raise ValueError(
-            f"{reader.checkpoint.where(name)} does not name {dims.per_token} of {dims.num_experts} experts for each "
-            "token; the file is damaged, download it again"
-        )
-    return table_vk.to(reader.ops.device())
 
 
 class _Reader:
@@ -288,6 +274,11 @@ class _Reader:
         begin, names = at + self.names.moe.expert.format(index), self.names.mlp
         return begin + names.gate + ".weight", begin + names.up + ".weight", begin + names.down + ".weight"
 
+    def expert(self, at: str, index: int, f: int, c: int) -> tuple[Stored, Stored, Stored]:
+        """An expert's gate, up and down matrices."""
+        gate, up, down = self.expert_names(at, index)
+        return self.matrix(gate, f, c), self.matrix(up, f, c), self.matrix(down, c, f)
+
     def linear(self, name: str, n: int, c: int, bias: bool = False) -> Linear:
         """`name.weight` and, where the layer has a bias, `name.bias`."""
         weight = self.pack(self.matrix(name + ".weight", n, c), name + ".weight")
@@ -313,13 +304,19 @@ class _Reader:
         packed = name + "_packed"
         return self.checkpoint.place(packed if packed in self.checkpoint else name)
 
-    def refuse_mixed(self, names: Sequence[str], expert: Sequence[Stored], like: Stored) -> None:
-        """Errors: ValueError for an expert that is stored in four bits where another one is not, or in another form."""
-        for name, matrix in zip(names, expert, strict=True):
-            if _four_bits(matrix) != _four_bits(like):
+    def refuse_mixed(self, names: Sequence[str], expert: Sequence[Stored], first: Sequence[Stored]) -> None:
+        """Errors: ValueError for a matrix that is kept in another form than in the first expert of the layer, or in
+        four bits or float32 where the gate is not: a bank has one size for all experts, and a kernel one form of
+        activations."""
+
+        def read_as(matrix: Stored) -> tuple[bool, bool]:
+            return isinstance(matrix, FourBit), matrix.kept_dtype(self.dtype) == torch.float32
+
+        for name, matrix, like in zip(names, expert, first, strict=True):
+            if matrix.form(self.dtype) != like.form(self.dtype) or read_as(matrix) != read_as(expert[0]):
                 raise ValueError(
                     f"{self.checkpoint.model_dir}: tensor {name} is stored in another form than the other experts of "
-                    "its layer, which is not supported; use a checkpoint that quantises all of them alike"
+                    "its layer, which is not supported; use a checkpoint that stores all of them alike"
                 )
 
     def matrix(self, name: str, n: int, c: int) -> Stored:
@@ -437,10 +434,6 @@ class _Reader:
 
 def _from_one(weight: Tensor) -> Tensor:
     return 1 + weight
-
-
-def _four_bits(matrix: Stored) -> str | None:
-    return matrix.name if isinstance(matrix, FourBit) else None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,8 +1,8 @@
 """From the tensors of a checkpoint to the parameters of what some families have and others do not: compressed
-attention, gated delta rules, hyper-connections, embeddings of each layer. The rest is in reader.py.
+attention, gated delta rules, hyper-connections, hash routing, embeddings of each layer. The rest is in reader.py.
 
-Legend: c hidden, d width of keys, h value heads, m weights of a hyper-connection, n all streams' width, p width of a
-layer's embedding.
+Legend: c hidden, d width of keys, h value heads, k experts per token, m weights of a hyper-connection, n all streams'
+width, p width of a layer's embedding, v vocabulary.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distill.engine.checkpoint import Checkpoint
 from distill.engine.families.names import WeightNames
 from distill.engine.kernels import Ops
 from distill.engine.kernels.stored import Plain, Stored
-from distill.engine.spec import Compressed, DeltaNet, ModelSpec, Streams
+from distill.engine.spec import Compressed, DeltaNet, ModelSpec, Moe, Streams
 from distill.engine.weights import (
     CompressedWeights,
     CompressorWeights,
@@ -34,6 +35,7 @@ from distill.engine.weights import (
 class Reader(Protocol):
     """What is asked of the reader of a checkpoint (reader.py)."""
 
+    checkpoint: Checkpoint
     names: WeightNames
     ops: Ops
     dtype: torch.dtype
@@ -158,3 +160,16 @@ def layer_inputs(reader: Reader, c: int, p: int, at: str) -> LayerInputWeights:
         project=reader.linear(at + names.layer_project, c, p),
         norm_c=reader.tensor(at + names.layer_norm, (c,)),
     )
+
+
+def by_token(reader: Reader, spec: ModelSpec, dims: Moe, name: str) -> Tensor:
+    """The table of hash routing, int64 [v, k]. Errors: ValueError for a number that no expert has, or that is twice
+    there."""
+    table_vk = reader.checkpoint.tensor(name, (spec.vocab_size, dims.per_token), ("I32", "I64")).long()
+    sorted_vk = table_vk.sort(1).values
+    if table_vk.min() < 0 or table_vk.max() >= dims.num_experts or (sorted_vk[:, 1:] == sorted_vk[:, :-1]).any():
+        raise ValueError(
+            f"{reader.checkpoint.where(name)} does not name {dims.per_token} of {dims.num_experts} experts for each "
+            "token; the file is damaged, download it again"
+        )
+    return table_vk.to(reader.ops.device())

@@ -41,9 +41,10 @@ class RopeConfig:
 
     def rope(self, dim: int, interleaved: bool) -> Rope:
         """The rotation of heads whose last `dim` dimensions are rotated."""
-        if dim % 2:
+        if dim % 2 or dim < 2:
             raise ValueError(
-                f"{self._values.where}: {dim} dimensions of a head are rotated (head_dim); they must be even"
+                f"{self._values.where}: {dim} dimensions of a head are rotated (head_dim); they must be even, and at "
+                "least 2"
             )
         plain = [self.theta ** (-2 * i / dim) for i in range(dim // 2)]
         if self.kind == "default":

@@ -20,7 +20,7 @@ class RolloutSampling(Section):
         1.0, gt=0, description="softmax temperature; other values than 1 bias the gradient estimates of sampled tokens"
     )
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 is off")
-    top_k: int = Field(0, ge=0, description="0 is off")
+    top_k: int = Field(0, ge=0, lt=2**31, description="0 is off")
     max_new_tokens: int = Field(512, ge=1, description="completion tokens at most (TRL: max_completion_length)")
 
 

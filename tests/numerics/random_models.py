@@ -330,6 +330,7 @@ def write(path: Path, stored: dict[str, Tensor], shards: int = 1) -> None:
     if shards == 1:
         save_file(stored, path / "model.safetensors")
         return
+    (path / "model.safetensors").unlink(missing_ok=True)  # which would count
     names, weight_map = sorted(stored), {}
     for shard in range(shards):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"

@@ -170,12 +170,12 @@ def test_experts(isa: str, kind: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float32"])
-@pytest.mark.parametrize("shared_kind", ["fp8", "float32"])
-def test_experts_with_a_shared_one(isa: str, kind: str, shared_kind: str) -> None:
+@pytest.mark.parametrize("shared_kinds", [("fp8", "fp8"), ("float32", "float32"), ("bfloat16", "float32")])
+def test_experts_with_a_shared_one(isa: str, kind: str, shared_kinds: tuple[str, str]) -> None:
     """Wider than the routed ones; in a form that can be computed beside them or not. The bits are those of apart."""
     f, c, tokens = 136, 160, 9
     matrices = [(stored(f, c, kind), stored(f, c, kind), stored(c, f, kind)) for _ in range(5)]
-    shared = stored(2 * f, c, shared_kind), stored(2 * f, c, shared_kind), stored(c, 2 * f, shared_kind)
+    shared = (*(stored(2 * f, c, shared_kinds[0]) for _ in range(2)), stored(c, 2 * f, shared_kinds[1]))
     x, weights = random(tokens, c, seed=3), random(tokens, 2, seed=4).abs()
     chosen = torch.arange(2 * tokens).view(tokens, 2) % 5
     packed, ours_shared = bank_of(cpu, matrices), tuple(cpu.pack(w, torch.float32) for w in shared)

@@ -297,6 +297,7 @@ def test_an_index_that_disagrees_with_its_shards(broken: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/hostname", "", 7, None])
 def test_an_index_that_leaves_its_directory(name: object, broken: Path) -> None:
+    (broken / "model.safetensors").unlink()
     index = broken / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     refused(broken, "the file of tensor model.norm.weight is .*, not a name")

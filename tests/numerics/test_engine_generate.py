@@ -292,7 +292,15 @@ def test_sequences_that_cannot_be_scored(checkpoint: GetCheckpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_batch": 0}, {"page_size": 0}, {"max_step_tokens": 0}, {"cache_tokens": 3}, {"max_context": 9999}]
+    "options",
+    [
+        {"max_batch": 0},
+        {"page_size": 0},
+        {"max_step_tokens": 0},
+        {"cache_tokens": 3},
+        {"cache_tokens": 2**31},
+        {"max_context": 9999},
+    ],
 )
 def test_impossible_budgets_are_refused(options: dict[str, int], checkpoint: GetCheckpoint) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

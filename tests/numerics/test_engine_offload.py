@@ -14,12 +14,13 @@ import torch
 from engine_checks import engine_logits, engine_options, some_tokens
 from hypothesis import given
 from hypothesis import strategies as st
-from random_models import V3_YARN, Checkpoint, build, write
+from random_models import V3, V3_YARN, V32, Checkpoint, build, dequantise, write
 from safetensors.torch import load_file
 
 from distill.engine import Engine, Request, SamplingParams
+from distill.engine.families import spec_of
 from distill.engine.kernels import cpu
-from distill.engine.offload import ExpertStream, resident_experts
+from distill.engine.offload import ExpertStream, resident_experts, step_bytes
 
 TINY_R1 = Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1"
 GetCheckpoint = Callable[[str], Checkpoint]
@@ -62,6 +63,47 @@ def test_logits_are_the_same_bits_wherever_experts_lie(fp8: Path, kernels: str, 
         assert torch.equal(logits(resident), expected), f"{resident} resident"
 
 
+def rewritten(published: Path, path: Path, dtype_of: Callable[[str], torch.dtype | None]) -> Path:
+    """The model with some matrices in another dtype than FP8. dtype_of: by name; None for FP8."""
+    tensors = {k: v for shard in sorted(published.glob("*.safetensors")) for k, v in load_file(shard).items()}
+    for name in [name for name in tensors if ".experts." in name and name.endswith(".weight")]:
+        if dtype := dtype_of(name):
+            tensors[name] = dequantise(tensors[name], tensors.pop(name + "_scale_inv")).to(dtype)
+    (path / "config.json").write_text((published / "config.json").read_text())
+    write(path, tensors)
+    return path
+
+
+def test_layers_whose_experts_differ_in_size(fp8: Path, kernels: str, tmp_path: Path) -> None:
+    """The first layer with experts has them in FP8, the others in bfloat16, which takes twice the memory."""
+    path = rewritten(fp8, tmp_path, lambda name: None if ".layers.1." in name else torch.bfloat16)
+
+    def logits(resident: int | None) -> torch.Tensor:
+        options = engine_options(torch.bfloat16, cache_tokens=512, kernels=kernels, resident_experts=resident)
+        return engine_logits(Engine.load(path, options), some_tokens(20), decode_from=18)
+
+    expected = logits(None)
+    assert torch.equal(logits(0), expected) and torch.equal(logits(8), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype_of", "named"),
+    [
+        (lambda name: torch.bfloat16 if ".experts.0." in name else None, "experts.1.gate_proj.weight"),
+        (lambda name: torch.bfloat16 if ".experts.3.up" in name else None, "experts.3.up_proj.weight"),
+        (lambda name: torch.float32 if ".experts.3." in name else torch.bfloat16, "experts.3.gate_proj.weight"),
+        (lambda name: torch.float32 if "down_proj" in name else torch.bfloat16, "experts.0.down_proj.weight"),
+    ],
+)
+def test_experts_of_a_layer_in_two_forms_are_refused(
+    dtype_of: Callable[[str], torch.dtype | None], named: str, fp8: Path, kernels: str, tmp_path: Path
+) -> None:
+    path = rewritten(fp8, tmp_path, dtype_of)
+    with pytest.raises(ValueError, match=f"tensor model.layers.1.mlp.{named} is stored in another form") as caught:
+        Engine.load(path, engine_options(cache_tokens=64, kernels=kernels))
+    assert "\n" not in str(caught.value)
+
+
 def test_text_is_the_same_wherever_experts_lie(kernels: str, checkpoint: GetCheckpoint) -> None:
     """Batches that grow and shrink, with drafts, so that the reading ahead begins and stops."""
     path = checkpoint(SIXTEEN_EXPERTS_OF_TWO_LAYERS).path
@@ -79,18 +121,23 @@ def test_text_is_the_same_wherever_experts_lie(kernels: str, checkpoint: GetChec
     assert texts(resident_experts=0) == texts(resident_experts=5) == texts()
 
 
-@given(count=st.integers(2, 300), layers=st.integers(1, 70), each=st.integers(1, 10**8), budget=st.integers(0, 10**13))
-def test_as_many_experts_as_fit(count: int, layers: int, each: int, budget: int) -> None:
-    banks = [SimpleNamespace(count=count, bytes_each=each)] * layers
+@given(
+    count=st.integers(2, 300),
+    sizes=st.integers(1, 10**8).flatmap(lambda most: st.lists(st.sampled_from((most, -(-most // 2))), min_size=1)),
+    budget=st.integers(0, 10**13),
+)
+def test_as_many_experts_as_fit(count: int, sizes: list[int], budget: int) -> None:
+    """Layers of one size or two: both arenas hold the experts of the largest."""
+    banks = [SimpleNamespace(count=count, bytes_each=each) for each in sizes]
 
     def used(resident: int) -> int:
-        return each * (resident * layers + (2 * (count - resident) if resident < count else 0))
+        return resident * sum(sizes) + (2 * (count - resident) * max(sizes) if resident < count else 0)
 
     try:
         resident = resident_experts(budget, banks)
     except ValueError as error:
         assert "raise memory_budget" in str(error)
-        assert budget < used(0) or layers <= 2
+        assert budget < used(0) or sum(sizes) <= 2 * max(sizes)
         assert budget < used(count)
         return
     if resident is None:
@@ -107,6 +154,29 @@ def test_budgets_that_are_too_small(fp8: Path) -> None:
         Engine.load(fp8, engine_options(device="cpu", cache_tokens=64, memory_budget=1 << 20))
     with pytest.raises(ValueError, match="resident_experts is 17; there are 16"):
         Engine.load(fp8, engine_options(device="cpu", cache_tokens=64, resident_experts=17))
+
+
+def test_the_context_that_a_prompt_attends_to_counts(tmp_path: Path, kernels: str) -> None:
+    """A head's keys and values of a million tokens in float32 are 64 numbers each (40 of a key, 24 of a value or of a
+    key's part), 256 MiB; a thread of the kernels has one head's, the reference those of all four."""
+    path, heads = build(tmp_path, {**V3, "max_position_embeddings": 1 << 20}).path, 1 if kernels == "cpu" else 4
+
+    def load(mebibytes: int, context: int) -> Engine:
+        options = {"cache_tokens": 64, "max_context": context, "memory_budget": mebibytes << 20}
+        return Engine.load(path, engine_options(device="cpu", kernels=kernels, **options))
+
+    load(64, 4096)
+    with pytest.raises(ValueError, match="are needed for weights, cache and one step"):
+        load(256 * heads, 1 << 20)
+    load(256 * heads + 64, 1 << 20)
+
+
+def test_attention_to_chosen_tokens_writes_out_no_more_than_these() -> None:
+    dense, sparse = (
+        [step_bytes(spec, 64, 4, torch.bfloat16, context, 4) for context in (512, 1 << 20)]
+        for spec in (spec_of(V3), spec_of({**V32, "index_topk": 512}))
+    )
+    assert dense[1] - dense[0] == 4 * ((1 << 20) - 512) * 64 * 2 and sparse[0] == sparse[1]
 
 
 def test_damage_is_found_in_experts_that_are_not_resident(fp8: Path, tmp_path: Path, kernels: str) -> None:

@@ -209,6 +209,7 @@ def test_both_configs_are_one_model() -> None:
         ({"output_gate_type": "sigmoid"}, "'output_gate_type' is 'sigmoid'"),
         ({"mamba_ssm_dtype": "bfloat16"}, "'mamba_ssm_dtype' is 'bfloat16'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.03}}, "0 dimensions of a head are rotated.* at least 2"),
     ],
 )
 def test_configs_that_are_refused(change: dict[str, Any], words: str) -> None:

@@ -163,6 +163,7 @@ def test_the_compiled_draw_is_the_reference(vocabulary: int, spread: float) -> N
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_k": -1},
+        {"top_k": 2**31},
         {"max_new_tokens": 0},
         {"logprobs": 0},
     ],

@@ -222,6 +222,7 @@ def test_every_shard_of_the_index_must_be_there(card, tmp_path):
     file, weights = card(), tmp_path / "weights"
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     index = {"weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]}}
+    (weights / "model.safetensors").unlink()
     (weights / "model.safetensors.index.json").write_text(json.dumps(index))
     (weights / shards[0]).write_bytes(b"")
     with pytest.raises(UserError, match=f"{shards[1]} is missing"):
@@ -233,6 +234,7 @@ def test_every_shard_of_the_index_must_be_there(card, tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_a_broken_index_is_named(card, tmp_path, content):
     file = card()
+    (tmp_path / "weights" / "model.safetensors").unlink()
     (tmp_path / "weights" / "model.safetensors.index.json").write_text(content)
     with pytest.raises(UserError, match=r"index.json: (not a safetensors index|not JSON|a JSON list)"):
         catalog.resolve_weights("teacher", str(file))

@@ -224,6 +224,7 @@ def test_overrides_apply_in_order_and_leave_the_data_alone():
         ("train=null", "--set train: should be a mapping of keys, not null"),
         ("train={learning_rate: x}", "--set train: train.learning_rate: should be a valid number"),
         ("generate.samples=0", "--set generate.samples: should be greater than or equal to 1, not 0"),
+        ("generate.sampling.top_k=2147483648", "--set generate.sampling.top_k: should be less than 2147483648, not"),
         ("generate.samples=yes", "should be a valid integer, not true"),
         ('generate.samples="4"', "should be a valid integer"),
         ("train.data=[]", "--set train.data: needs at least 1 item"),

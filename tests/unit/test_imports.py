@@ -66,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     # Tokens of models that the engine does not compute are drawn by its op, too.
     "backends": {"engine", "engine.kernels", "keeper"} | SHARED,
     **{room: SHARED for room in SHARED},
+    "model_files": SHARED | {"engine.config"},
     "model_cards": SHARED | {"engine.families"},
     "model_families": {"engine.families", "model_files"},
     "gguf_files": SHARED | {"gguf_metadata", "gguf_tokenizer", "engine.config", "engine.families", "engine.spec"},

@@ -65,6 +65,7 @@ def test_the_settings_are_in_the_fingerprint():
         ({"kind": "grpo", "clip": [0.1, 0.2, 0.3]}, "objective.clip: write two positive numbers"),
         ({"kind": "grpo", "clip": [0.2, 0]}, "objective.clip: write two positive numbers"),
         ({"kind": "grpo", "rollouts": {"sampling": {"temperature": 0}}}, "temperature: should be greater than 0"),
+        ({"kind": "grpo", "rollouts": {"sampling": {"top_k": 2**31}}}, "top_k: should be less than 2147483648"),
         ({"kind": "grpo", "top_k": 4}, "objective.top_k: unknown key"),
         ({"kind": "on_policy", "student_share": 0}, "student_share: without rows of the student's, use"),
         ({"kind": "on_policy", "student_share": 1.5}, "student_share: should be less than or equal to 1"),

@@ -9,7 +9,9 @@ import train_support as support
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from distill import model_files
 from distill.chat import Chat
+from distill.engine.checkpoint import Checkpoint
 from distill.errors import UserError
 from distill.recipe import Train
 from distill.train.ranks import environment
@@ -107,8 +109,28 @@ def test_a_config_that_is_no_mapping(broken, text):
 
 @pytest.mark.parametrize("index", ["[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": "absent.safetensors"}}'])
 def test_an_index_that_is_damaged_or_names_a_missing_file(broken, index):
+    (broken / "model.safetensors").unlink()
     (broken / "model.safetensors.index.json").write_text(index)
     assert "download" in refusal(broken)
+
+
+def test_one_file_counts_beside_the_shards_of_an_earlier_model(broken):
+    """For the engine, for training, also with shards of parameters, and for the count of parameters."""
+    tensors, counted = load_file(broken / "model.safetensors"), model_files.parameters(broken)
+    shard = "model-00001-of-00001.safetensors"
+    stale = {name: tensor + 1 for name, tensor in tensors.items()} | {"an.earlier.weight": torch.ones(3)}
+    save_file(stale, broken / shard, {"format": "pt"})
+    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(stale, shard)}))
+    settings, name = Train(dtype="float32"), "model.norm.weight"
+    model.inspect(broken, settings)
+    assert torch.equal(Checkpoint(broken).tensor(name, tuple(tensors[name].shape)), tensors[name])
+    assert model_files.parameters(broken) == counted
+    filled = model.empty(broken, settings, torch.float32).to_empty(device="cpu")
+    filled.tie_weights()
+    model.fill(filled, broken)
+    for read in (filled, model.load(broken, settings, torch.float32)):
+        held = model.stored_tensors(read)
+        assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
 
 
 def test_the_students_files_are_read_by_transformers_4_and_5(student, tmp_path):

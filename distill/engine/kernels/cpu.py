@@ -274,7 +274,7 @@ def experts(
     t, k = experts_tk.shape
     assert onto_tc.is_contiguous()
     gate, up, down = bank.addresses
-    beside = shared if shared is not None and bank.goes_with(shared[0]) else None
+    beside = shared if shared is not None and bank.goes_with(shared) else None
     shared_gate, shared_up, shared_down = (None, None, None) if beside is None else (w.address for w in beside)
     call(
         "experts",

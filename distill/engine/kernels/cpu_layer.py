@@ -78,7 +78,7 @@ def decode_plan(layers: Sequence[DecodeLayer | DenseLayer]) -> DecodePlan | None
         if not layer.kv_a.reads_like(layer.q_a or layer.q):
             return None
         experts = layer.moe.experts if layer.moe else None
-        if isinstance(experts, FourBitBank) or (experts and layer.mlp and not experts.goes_with(layer.mlp[0])):
+        if isinstance(experts, FourBitBank) or (experts and layer.mlp and not experts.goes_with(layer.mlp)):
             return None
     return DecodePlan(layers)
 

@@ -143,7 +143,7 @@ def _panel_scales(weights: Sequence[Stored], n: int) -> Tensor | None:
 
 class ExpertBank:
     """As reference.Bank. Packed experts follow each other in memory, gate, up and down each; `arrays` holds the
-    kernel's view of them, a PackedMatrix for each part and expert."""
+    kernel's view of them, a PackedMatrix for each part and expert. All experts are kept in one form."""
 
     queued = False
 
@@ -193,6 +193,8 @@ class ExpertBank:
                         )
         for name in ("kind", "n", "k"):
             self.arrays[name] = jobs[name].T
+        kinds = self.arrays["kind"]
+        assert (kinds == kinds[:, :1]).all() and len(set((kinds[:, 0] == _FLOAT32).tolist())) == 1
         self.arrays["groups"] = 1
         for part in range(3):
             scale = _panel_scales([expert[part] for expert, _ in self._lent], int(jobs["n"][0, part]))
@@ -219,6 +221,7 @@ class ExpertBank:
 
     def fill(self, arena: Memory, chosen: Sequence[int] | None = None, background: bool = False) -> None:
         """See reference.Bank."""
+        assert arena.size >= len(self._jobs) * self.bytes_each
         jobs = self._jobs.copy()
         jobs["out"] = arena.begin + self._offsets
         if chosen is not None:
@@ -235,9 +238,10 @@ class ExpertBank:
         )
         return gate, up, down
 
-    def goes_with(self, shared: Packed) -> bool:
-        """Whether the kernel can compute a shared expert beside these: both read activations in the same form."""
-        return (shared.kind == _FLOAT32) == (int(self.arrays["kind"][0, 0]) == _FLOAT32)
+    def goes_with(self, shared: Sequence[Packed]) -> bool:
+        """Whether the kernel can compute a shared expert beside these: all read activations in the same form."""
+        wide = int(self.arrays["kind"][0, 0]) == _FLOAT32
+        return all((matrix.kind == _FLOAT32) == wide for matrix in shared)
 
     def install(self, arena: Memory) -> None:
         """See reference.Bank."""

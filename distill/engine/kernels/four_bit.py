@@ -95,6 +95,10 @@ class FourBit(Stored):
         exact = self.scales.dtype == torch.float8_e8m0fnu
         return torch.bfloat16 if exact or compute == torch.bfloat16 else torch.float32
 
+    def form(self, compute: torch.dtype) -> tuple[object, ...]:
+        """See Stored."""
+        return self.name, self.scales.dtype
+
     def kept(self, compute: torch.dtype) -> Tensor:
         """The decoded numbers, [n, c] in `kept_dtype`."""
         return self.dense(self.kept_dtype(compute))

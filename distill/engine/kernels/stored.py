@@ -97,6 +97,10 @@ class Stored(ABC):
     def kept_dtype(self, compute: torch.dtype) -> torch.dtype:
         """The dtype of `kept`."""
 
+    def form(self, compute: torch.dtype) -> tuple[object, ...]:
+        """What it is kept as: equal for matrices of one shape that take the same memory and are read alike."""
+        return type(self), self.kept_dtype(compute)
+
     def kept(self, compute: torch.dtype) -> Tensor:
         """`values`, converted where that saves memory and the compute dtype could not show the difference."""
         return self.values.to(self.kept_dtype(compute))

@@ -16,12 +16,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.tensor import DTensor
@@ -57,7 +59,9 @@ def inspect(model_dir: Path, settings: Train) -> Limits:
         raise UserError(problem)
     shapes: dict[str, list[int]] = {}
     where: dict[str, tuple[Path, str]] = {}  # by the name that it has in the student: file and name
-    for path in weight_files(model_dir):
+    for path in model_files.weight_files(model_dir):
+        if not path.is_file():
+            raise UserError(f"{path} is missing; download it")
         try:
             with safe_open(path, framework="pt") as file:
                 for stored in file.keys():  # noqa: SIM118  not a dict
@@ -86,17 +90,6 @@ def inspect(model_dir: Path, settings: Train) -> Limits:
     if config.tie_word_embeddings and HEAD in where and EMBEDDING in where:
         refuse_another_head(*where[HEAD], *where[EMBEDDING])
     return Limits(config.vocab_size, context)
-
-
-def weight_files(model_dir: Path) -> list[Path]:
-    """The weight files that transformers loads: those of the index, or `model.safetensors`. Errors: UserError."""
-    index = model_dir / model_files.INDEX
-    names = model_files.indexed(index) if index.is_file() else ["model.safetensors"]
-    files = [model_dir / name for name in names]
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"{path} is missing; download it")
-    return files
 
 
 def refuse_another_head(head: Path, head_name: str, embedding: Path, embedding_name: str) -> None:
@@ -224,6 +217,19 @@ def empty(model_dir: Path, settings: Train, dtype: torch.dtype) -> PreTrainedMod
     return trainable(model)
 
 
+class _WeightsReader(HuggingFaceStorageReader):
+    """Reads `model_files.weight_files` alone: torch's reads every .safetensors file, and the last one of a name."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.fs = _WeightFiles()
+
+
+class _WeightFiles(FileSystem):
+    def ls(self, path: str | PathLike[str]) -> list[str]:
+        return list(map(str, model_files.weight_files(Path(path))))
+
+
 def fill(model: PreTrainedModel, model_dir: Path) -> None:
     """Read the weights of a model that is laid out over ranks: each rank reads its own shards. All ranks together.
 
@@ -242,7 +248,7 @@ def fill(model: PreTrainedModel, model_dir: Path) -> None:
         )
     load_distributed(
         {stored[name]: tensor for name, tensor in tensors.items()},
-        storage_reader=HuggingFaceStorageReader(str(model_dir)),
+        storage_reader=_WeightsReader(str(model_dir)),
     )
     refuse_not_finite(model_dir, tensors.items())
 
