@@ -86,13 +86,8 @@ def score(
     aime-2024 --samples 16 --out scores`
     """
     alone: dict[str, object] = {"--benchmark": benchmark, "--out": out, "--name": name, "--samples": samples}
-    alone |= {
-        "--limit": limit,
-        "--temperature": temperature,
-        "--max-new-tokens": max_new_tokens,
-        "--source": source,
-        "--published": published,
-    }
+    alone |= {"--limit": limit, "--temperature": temperature, "--max-new-tokens": max_new_tokens}
+    alone |= {"--source": source, "--published": published}
     if recipe is not None:
         if model is not None:
             raise UserError("a recipe names its models; give either RECIPE or --model")
@@ -113,15 +108,9 @@ def score(
             "--run-dir, --fresh and --verify need a recipe; with --model, --out is the directory for its scores, and "
             "damaged files in it are always recreated"
         )
-    values = {
-        "benchmarks": benchmark,
-        "samples": samples,
-        "limit": limit,
-        "temperature": temperature,
-        "max_new_tokens": max_new_tokens,
-        "published": published,
-        "sources": _files(source or ()),
-    }
+    values: dict[str, object] = {"benchmarks": benchmark, "samples": samples, "limit": limit}
+    values |= {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    values |= {"published": published, "sources": _files(source or ())}
     _score_model(model, name, values, set_ or (), out)
     print(f"scores: {out}")
 

@@ -410,3 +410,14 @@ def test_a_file_is_offered_only_in_place_of_a_dataset_of_the_hub(tmp_path: Path)
         with pytest.raises(UserError, match="gone") as error:
             Benchmark.of(card, Eval(benchmarks=("sums",))).prompts  # noqa: B018  read at its first use
         assert ("--source sums=FILE" in str(error.value)) is offered
+
+
+def test_a_recipe_replaces_the_sampling_of_the_card():
+    card = catalog.load_benchmark("gsm8k")
+    greedy = Benchmark.of(card, Eval(benchmarks=("gsm8k",), temperature=0.0, max_new_tokens=512))
+    assert (greedy.sampling.temperature, greedy.sampling.top_p, greedy.sampling.max_new_tokens) == (0.0, 0.95, 512)
+    assert greedy.settings()["sampling.temperature"] == 0.0 and card.sampling.temperature == 0.6
+    wide = Benchmark.of(card, Eval(benchmarks=("gsm8k",), temperature=1.0, top_p=1.0))
+    assert (wide.sampling.temperature, wide.sampling.top_p, wide.max_new_tokens) == (1.0, 1.0, 32768)
+    with pytest.raises(UserError, match="gsm8k: at temperature 0 all 2 answers to a problem are the same; set"):
+        Benchmark.of(card, Eval(benchmarks=("gsm8k",), temperature=0.0, samples=2))

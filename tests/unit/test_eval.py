@@ -30,7 +30,7 @@ class Scripted:
 
     def __init__(self, answer, die_after=None, max_context=None):
         self.numerics, self.max_context = {"engine": "scripted"}, max_context
-        self.sampled_with, self.temperatures = set(), set()
+        self.sampled_with = set()
         self.answer, self.die_after = answer, die_after
         self.drawn, self.loaded, self.in_memory, self.asked = [], [], 0, []
 
@@ -48,7 +48,6 @@ class Scripted:
 
     def complete(self, jobs, sampling, seed, allowance=None):
         self.sampled_with.add(sampling.max_new_tokens)
-        self.temperatures.add((sampling.temperature, sampling.top_p))
         for job in jobs:
             for sample in job.samples:
                 if self.die_after is not None and len(self.drawn) == self.die_after:
@@ -271,17 +270,6 @@ def test_damage_is_found_when_more_samples_are_asked_for(tmp_path, recipe):
     more = Scripted(knows)
     assert score(tmp_path, recipe, more, models=("teacher",), samples=2)["sums", "teacher"].pass_at_1.value == 1
     assert len(more.drawn) == PROBLEMS and (tmp_path / "run/old/damaged-1/eval/sums/teacher/grades.jsonl").is_file()
-
-
-def test_a_recipe_replaces_the_sampling_of_the_card(tmp_path, recipe):
-    greedy = Scripted(knows)
-    row = score(tmp_path, recipe, greedy, models=("teacher",), samples=1, temperature=0.0)["sums", "teacher"]
-    assert greedy.temperatures == {(0.0, 0.95)} and greedy.sampled_with == {8}
-    assert (row.settings["sampling.temperature"], row.settings["sampling.top_p"]) == (0.0, 0.95)
-    with pytest.raises(UserError, match=r"sampling\.temperature: 0\.0 → 0\.6"):
-        score(tmp_path, recipe, greedy, models=("teacher",), samples=1)
-    with pytest.raises(UserError, match=r"sums: at temperature 0 all 2 answers to a problem are the same; set"):
-        score(tmp_path, recipe, greedy, models=("teacher",), temperature=0.0)
 
 
 def test_samples_without_their_settings_are_not_mixed_with_others(tmp_path, recipe):
