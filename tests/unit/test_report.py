@@ -40,7 +40,6 @@ from distill.report.pictures import LIGHT
 from distill.traces.store import write_traces
 from distill.traces.trace import Trace, Verdict
 
-
 QUESTION = Prompt.from_question("Why?", None)
 
 
