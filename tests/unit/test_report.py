@@ -29,7 +29,6 @@ from distill.config import parse, read_yaml
 from distill.errors import UserError
 from distill.evaluations import EvaluationPaths, EvaluationRecord, published_line
 from distill.integrity import record_files
-from distill.objectives import Logits
 from distill.prompts import Prompt
 from distill.recipe import Recipe
 from distill.record import StageRecord
@@ -138,26 +137,6 @@ def test_both_themes_know_every_colour(finished):
         assert f"--{name}: #" in dark.partition("</style>")[0]
     drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert re.findall(r"(?:fill|stroke): ?#[0-9a-f]{6}", drawings) == [], "a colour that does not follow the theme"
-
-
-def test_held_out_rows_and_parts_of_an_objective_are_drawn_beside_the_loss():
-    rows = [{"step": i, "loss": 2.0 / i, "learning_rate": 1e-3, "sft": 3.0 / i, "logits": 1.0 / i} for i in (1, 2, 3)]
-    plain = pictures.training(
-        [{key: row[key] for key in ("step", "loss", "learning_rate")} for row in rows], Logits.parts
-    )
-    mixed = pictures.training(rows, Logits.parts)
-    scored = pictures.training([row | ({"eval_loss": 1.5} if row["step"] == 2 else {}) for row in rows], Logits.parts)
-    assert "held-out" not in plain.caption and scored.caption.endswith("; on held-out rows 1.5 to 1.5")
-    drawn = [picture.svg["wide"] for picture in (plain, mixed, scored)]
-    assert ["cross-entropy" in svg for svg in drawn] == [False, True, True]
-    assert ["held out" in svg for svg in drawn] == [False, False, True]
-
-
-def test_a_single_logged_step_is_visible():
-    rows = [{"step": i, "loss": 2.0, "learning_rate": 1e-3} for i in (5, 10)]
-    drawn = [pictures.training(logged, {}).svg["wide"] for logged in (rows[:1], rows)]
-    marked = ["\nC " in svg for svg in drawn]  # the curves of a circle
-    assert marked == [True, False]
 
 
 def test_published_scores_stand_beside_ours(finished):
@@ -367,12 +346,6 @@ def test_a_value_stands_where_there_is_room(finished):
         return text.get_ha() if inside else "outside"
 
     assert [place(0, 0.5), place(0.5, 1), place(0, 0.79), place(0.2, 1)] == ["left", "right", "outside", "outside"]
-
-
-@pytest.mark.filterwarnings("error")
-def test_names_in_any_script_are_drawn_without_a_warning():
-    drawn = pictures.solved("prompts", {"教師 on the prompts": {"teacher": [(1, 2), (2, 2)]}})
-    assert drawn.png() and "教師" in drawn.svg["wide"]
 
 
 def test_a_path_is_no_title(finished):
