@@ -210,7 +210,8 @@ class GenerateSummary(Artefact):
     summaries of earlier versions. completion_tokens: 0 where the traces have no token counts, like the other counts of
     tokens; cached tokens are among those of the prompts, reasoning tokens among those of the completions. forms: how
     the reasoning came (`Trace.form`) → traces. made, seconds, tokens_per_second, drafts: of the last session alone; the
-    rate is without the start of a server. numerics: what produced the numbers, None for published traces.
+    rate is without the start of a server. numerics: what produced the numbers, None for published traces. counted:
+    traces whose completion tokens are counted; None in summaries of earlier versions.
     """
 
     traces: int
@@ -229,6 +230,14 @@ class GenerateSummary(Artefact):
     tokens_per_second: int | None = None
     drafts: Drafts | None = None
     numerics: dict[str, str] | None = None
+    counted: int | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        """Completion tokens of all traces; None where some were not counted."""
+        if self.counted is None:
+            return self.completion_tokens or None
+        return self.completion_tokens if self.counted == self.traces else None
 
 
 # ---- filter

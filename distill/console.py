@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -22,7 +23,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from itertools import zip_longest
+from itertools import chain, zip_longest
+from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 from distill import interrupts
@@ -115,20 +117,34 @@ def _scaled(value: float, units: Sequence[tuple[str, float]]) -> str:
 
 
 def paged(parts: Iterable[str]) -> None:
-    """Show a long text in the user's pager ($PAGER, less); plainly where the output is no terminal, or no pager is."""
+    """Show a long text in the user's pager ($PAGER, less); plainly where the output is no terminal, or no pager is.
+
+    Errors: of `parts`; in the middle of a text once the pager is quit.
+    """
     command = shlex.split(os.environ.get("PAGER", "less")) if sys.stdout.isatty() else []
     texts = (escaped(part).encode("utf-8", "replace").decode() for part in parts)
     if not command or shutil.which(command[0]) is None:
         for text in texts:
             sys.stdout.write(text)
         return
+    first = next(texts, "")  # an error of it is printed alone, not below an empty pager
     pager = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, encoding="utf-8")
     assert pager.stdin is not None
-    with suppress(BrokenPipeError):  # the reader has quit the pager
-        for text in texts:
-            pager.stdin.write(text)
-        pager.stdin.close()
-    pager.wait()
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        if pager.poll() is not None:  # the next text is searched for a pager that has been quit
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupted)  # while it runs, Ctrl-C is the pager's
+    try:
+        with suppress(BrokenPipeError):  # the reader has quit the pager
+            for text in chain([first], texts):
+                pager.stdin.write(text)
+    finally:
+        with suppress(BrokenPipeError):
+            pager.stdin.close()
+        pager.wait()
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- tables

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from distill import interrupts
+
 
 def aside(path: Path) -> Path:
     """Where a file is written before it takes its name. Hidden, and no `*.parquet`: no glob for data meets it."""
@@ -21,17 +23,18 @@ def aside(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends, and vanishes when the block raises."""
+    """A binary file that becomes `path` when the block ends, and vanishes when the block raises or is interrupted."""
     temporary = aside(path)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    with interrupts.held():
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_directory(path.parent)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -86,20 +89,23 @@ def replace_directory(new: Path, path: Path) -> None:
 
 @contextmanager
 def replacing_directories(*directories: Path) -> Iterator[list[Path]]:
-    """Empty directories that take the places of `directories` when the block ends, and vanish when it raises."""
+    """Empty directories that take the places of `directories` when the block ends, and vanish when it raises or is
+    interrupted."""
     new = [new_name(path) for path in directories]
-    for path in directories:
-        remove_leftovers(path)
-    for path in new:
-        path.mkdir(parents=True)
-    try:
-        yield new
-    except BaseException:
-        for path in new:
-            shutil.rmtree(path)
-        raise
-    for path, made in zip(directories, new, strict=True):
-        replace_directory(made, path)
+    with interrupts.held():
+        try:
+            for path in directories:
+                remove_leftovers(path)
+            for path in new:
+                path.mkdir(parents=True)
+            yield new
+            for path, made in zip(directories, new, strict=True):
+                replace_directory(made, path)
+        except BaseException:
+            for path in new:
+                if path.exists():
+                    shutil.rmtree(path)
+            raise
 
 
 def sync(path: Path) -> None:

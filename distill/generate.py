@@ -292,7 +292,7 @@ def _numbered(traces: Iterable[Trace], advance: Callable[[int], None]) -> Iterat
 
 
 def _counts(store: TraceStore) -> GenerateSummary:
-    """Counts over a store, in one pass. completion_tokens: of the traces whose token ids are known."""
+    """Counts over a store, in one pass."""
     lengths, prompts, tasks, truncated = [], set(), set(), 0
     digests, counts, forms = [], Counter[str](), Counter[str]()
     for figures in store.figures():
@@ -301,6 +301,7 @@ def _counts(store: TraceStore) -> GenerateSummary:
         prompts.add(figures.key[0])
         tasks.add(figures.task)
         truncated += figures.finish_reason == "length"
+        counts["counted"] += figures.counted
         counts["prompt_tokens"] += figures.prompt_tokens
         counts["cached_tokens"] += figures.cached_tokens
         counts["reasoning_tokens"] += figures.reasoning_tokens
@@ -320,6 +321,7 @@ def _counts(store: TraceStore) -> GenerateSummary:
         forms=dict(sorted(forms.items())),
         made=0,
         seconds=0.0,
+        counted=counts["counted"],
     )
 
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 CODE = 130
-MESSAGE = "interrupted; rerun the same command to resume"
 
 _holders = 0
+_resumable = False
 
 
 def install() -> None:
@@ -30,8 +30,25 @@ def handle(number: int, frame: object) -> None:
     """End the process, or raise KeyboardInterrupt where something is held."""
     if _holders:
         raise KeyboardInterrupt
-    os.write(2, f"error: {MESSAGE}\n".encode())
+    os.write(2, f"error: {message()}\n".encode())
     os._exit(CODE)
+
+
+def mark_resumable() -> None:
+    """Say that the command of this process goes on where it was interrupted, when it is run again."""
+    global _resumable
+    _resumable = True
+
+
+def is_resumable() -> bool:
+    """Whether the command resumes (`mark_resumable`)."""
+    return _resumable
+
+
+def message(done: str = "") -> str:
+    """The line after an interruption. done: what is kept, as a clause."""
+    kept = f" ({done})" if done else ""
+    return f"interrupted{kept}" + ("; rerun the same command to resume" if _resumable else "")
 
 
 def hold() -> None:

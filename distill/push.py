@@ -87,7 +87,7 @@ def _uploads(run: Path, dataset: str | None, model: str | None) -> list[Upload]:
     if not paths.recipe.is_file():
         raise UserError(f"{run} is not a run directory (no recipe.yaml in it); `distill run RECIPE` makes one")
     recipe = load_recipe(str(paths.recipe))
-    identity = read_identity(run)
+    identity = read_identity(run, "RUN")
     created = identity.created if identity else None
     checksum = hashlib.sha256(paths.recipe.read_bytes()).hexdigest()
     origin = json.dumps({"run": recipe.name, "created": created, "recipe": checksum}) + "\n"
@@ -117,7 +117,8 @@ def _uploads(run: Path, dataset: str | None, model: str | None) -> list[Upload]:
 
 def _finished(run: Path, stage: str) -> StageRecord:
     """The record of a stage whose files are as recorded. Errors: UserError."""
-    record = StageRecord.read_if_there(RunPaths(run).record(stage), f"--fresh {stage} starts it over")
+    fresh = f"`distill {stage} {run / 'recipe.yaml'} --run-dir {run} --fresh {stage}` starts it over"
+    record = StageRecord.read_if_there(RunPaths(run).record(stage), fresh)
     if record is None or record.finished is None:
         raise UserError(
             f"{run}: the stage {stage} is not finished; `distill run {run / 'recipe.yaml'} --run-dir {run}` finishes it"

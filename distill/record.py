@@ -69,9 +69,9 @@ class StageRecord(Artefact):
     machines: tuple[str, ...] = ()
 
 
-def read_identity(directory: Path) -> Identity | None:
-    """`run.json` of a run directory; None where there is none. Errors: UserError when it is damaged or of another
-    version."""
+def read_identity(directory: Path, option: str) -> Identity | None:
+    """`run.json` of a run directory; None where there is none. option: how the command line names the directory.
+    Errors: UserError when it is damaged or of another version."""
     path = RunPaths(directory).identity
     try:
         content = json.loads(path.read_bytes())
@@ -82,17 +82,17 @@ def read_identity(directory: Path) -> Identity | None:
     if isinstance(content, dict) and isinstance(found := content.get("format"), int) and found != FORMAT:
         raise UserError(
             f"{directory}: written by another version of distill (run format {found}, this version writes {FORMAT}); "
-            f"choose another --run-dir"
+            f"choose another {option}"
         )
-    return Identity.read(path, "restore it, or choose another --run-dir")
+    return Identity.read(path, f"restore it, or choose another {option}")
 
 
-def read_recipe(directory: Path) -> str:
-    """The text of a run's recipe.yaml, checked against run.json.
+def read_recipe(directory: Path, option: str = "RUN") -> str:
+    """The text of a run's recipe.yaml, checked against run.json. option: as in `read_identity`.
 
     Errors: UserError when this is no run directory, or the file is damaged.
     """
-    identity, path = read_identity(directory), RunPaths(directory).recipe
+    identity, path = read_identity(directory, option), RunPaths(directory).recipe
     if identity is None or not path.is_file():
         raise UserError(f"{directory} is not a run directory: run.json or recipe.yaml is missing")
     data = path.read_bytes()

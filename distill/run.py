@@ -61,16 +61,20 @@ class Run:
     """A run directory, locked for this process while the `with` block lasts.
 
     models: the teacher, the base and the student, resolved once. on: where filters judge, `local` or `ray`. verify:
-    hash what finished stages wrote. Errors on entering: UserError when another process works there, when it belongs
-    to another recipe, when it is something else than a run directory, or when it cannot be written.
+    hash what finished stages wrote. option: how the command line names the directory, for messages. Errors on entering:
+    UserError when another process works there, when it belongs to another recipe, when it is something else than a run
+    directory, or when it cannot be written.
     """
 
-    def __init__(self, directory: Path, recipe: Recipe, verify: bool = False, on: str = "local") -> None:
+    def __init__(
+        self, directory: Path, recipe: Recipe, verify: bool = False, on: str = "local", option: str = "--run-dir"
+    ) -> None:
         self.directory = directory
         self.paths = RunPaths(directory)
         self.recipe = recipe
         self.verify = verify
         self.on = on
+        self.option = option
         self.worked: set[str] = set()  # stages that had something to do in this process
         self._lock: int | None = None
         self._created: list[Path] = []  # directories that were created for this run, the deepest first
@@ -102,8 +106,8 @@ class Run:
             self._created = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
             self.directory.mkdir(parents=True, exist_ok=True)
             if not os.access(self.directory, os.W_OK | os.X_OK):
-                raise UserError(f"{self.directory}: no permission to write here; choose another --run-dir")
-            self._lock = lock.take(self.directory, "--run-dir")
+                raise UserError(f"{self.directory}: no permission to write here; choose another {self.option}")
+            self._lock = lock.take(self.directory, self.option)
         try:
             self._refuse_other_recipe()
         except (UserError, OSError):
@@ -151,7 +155,7 @@ class Run:
     def record(self, name: str) -> StageRecord | None:
         """The record of a stage; None when it was never begun. Errors: UserError when it is damaged."""
         path = self.paths.record(name)
-        return StageRecord.read_if_there(path, f"--fresh {name} moves the stage's output aside and starts it over")
+        return StageRecord.read_if_there(path, self._remedy(name))
 
     def seconds(self, stage: StageFiles[S]) -> float:
         """Seconds that a stage was worked on, in all sessions that have ended or were killed."""
@@ -172,7 +176,7 @@ class Run:
 
         Unlike `finished`, these may be a part of them only.
         """
-        record = self.record(name)
+        record = self.record(name) if settings else None  # nothing of the report is compared, nor is its record read
         if record is not None:
             stored = _as_stored(settings)
             self._refuse_unless_equal(name, {key: record.settings.get(key) for key in stored}, stored)
@@ -328,7 +332,13 @@ class Run:
         try:
             return model.model_validate_json(json.dumps(record.summary))
         except ValueError:
-            raise UserError(f"{self.paths.record(name)} is damaged; --fresh {name} starts the stage over") from None
+            raise UserError(f"{self.paths.record(name)} is damaged; {self._remedy(name)}") from None
+
+    def _remedy(self, name: str) -> str:
+        """What to do about a damaged record."""
+        if name == "report":  # which --fresh does not take: it is written again in any case
+            return f"delete it; `distill report {self.directory}` writes it again"
+        return f"--fresh {name} moves the stage's output aside and starts it over"
 
     def _seconds(self, stage: StageFiles[S], record: StageRecord) -> float:
         """Worked on a stage that was begun before. A session that did not finish counts until its last write."""
@@ -345,7 +355,7 @@ class Run:
         if old != new:
             raise UserError(
                 f"{self.directory}: stage {name} was run with other settings ({_differences(old, new)}); "
-                f"--fresh {name} moves its output aside, or choose another --run-dir"
+                f"--fresh {name} moves its output aside, or choose another {self.option}"
             )
 
     def _new_old(self, name: str) -> Path:
@@ -369,7 +379,7 @@ class Run:
         write_whole(self.paths.recipe, text)
 
     def _identity(self) -> Identity | None:
-        return read_identity(self.directory)
+        return read_identity(self.directory, self.option)
 
     def _refuse_foreign(self) -> None:
         """Before the lock is taken, so that not even a lock file is left in a directory that is not a run."""
@@ -379,14 +389,14 @@ class Run:
         ours = {lock.NAME, aside(identity).name}  # what a run killed in its first moments leaves
         begun = any(self.paths.record("any").parent.glob("*.json"))  # run.json alone was lost
         if not begun and not identity.exists() and any(entry.name not in ours for entry in self.directory.iterdir()):
-            raise UserError(f"{self.directory}: not empty and not a run directory; choose another --run-dir")
+            raise UserError(f"{self.directory}: not empty and not a run directory; choose another {self.option}")
 
     def _refuse_other_recipe(self) -> None:
         identity = self._identity()
         if identity is not None and identity.recipe != self.recipe.name:
             raise UserError(
                 f"{self.directory}: holds a run of recipe {identity.recipe}, not of {self.recipe.name}; "
-                f"choose another --run-dir"
+                f"choose another {self.option}"
             )
 
     @contextmanager
@@ -398,7 +408,7 @@ class Run:
             if error.errno not in _UNUSABLE:
                 raise
             raise UserError(
-                f"{error.filename or self.directory}: {_UNUSABLE[error.errno]}; choose another --run-dir"
+                f"{error.filename or self.directory}: {_UNUSABLE[error.errno]}; choose another {self.option}"
             ) from error
 
     def _release(self) -> None:

@@ -65,6 +65,10 @@ class Stage(ABC, Generic[S]):
         """Whether nothing is left to do. Reads no trace and no weights. Errors: as `settings` and `extent`."""
         return run.finished(self, self.settings(run), self.extent(run)) is not None
 
+    def set_damage_aside(self, run: "Run") -> None:
+        """Keep products that are not as recorded, before they are made again."""
+        run.set_damage_aside(self)
+
     def perform(self, run: "Run", inputs: "Sequence[Stage[Artefact]]" = ()) -> S:
         """Recognise, resume or start the stage; returns its summary. inputs: the stages that it reads.
 
@@ -78,7 +82,7 @@ class Stage(ABC, Generic[S]):
             raise
         if finished is not None:
             return finished
-        run.set_damage_aside(self)
+        self.set_damage_aside(run)
         run.check_inputs(inputs)
         summary = self.work(run, lambda: run.begin(self, settings, extent))
         run.finish(self, summary)

@@ -108,8 +108,7 @@ def main() -> None:
     except KeyboardInterrupt:
         code = interrupts.CODE
     if code == interrupts.CODE:  # Typer turns an interruption inside a command into this code
-        done = f" ({kept})" if (kept := console.kept()) else ""
-        _fail(f"interrupted{done}; rerun the same command to resume", code)
+        _fail(interrupts.message(console.kept()), code)
     sys.exit(code)
 
 
@@ -129,4 +128,5 @@ def _disk_full(error: OSError) -> str:
     place = Path(os.fsdecode(error.filename or ".")).absolute()
     existing = next(p for p in (place, *place.parents) if p.exists())
     free = shutil.disk_usage(existing).free / 1e6
-    return f"the disk is full ({free:.0f} MB free at {place}): make room and rerun the same command, which resumes"
+    resumes = ", which resumes" if interrupts.is_resumable() else ""
+    return f"the disk is full ({free:.0f} MB free at {place}): make room and rerun the same command{resumes}"

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from distill import interrupts
 from distill.cli.options import FreshOption, RunDirOption, SetOption, StageName, VerifyOption
 from distill.cli.stages import run_stages
 from distill.errors import UserError
@@ -119,6 +120,7 @@ def _score_model(
     model: str, name: str | None, values: Mapping[str, object], overrides: Sequence[str], out: Path
 ) -> None:
     """values: of `eval:`. overrides: --set, of `eval:`, or as `engine.KEY` or `judge.KEY` of the section."""
+    interrupts.mark_resumable()
     from distill.config import parse
     from distill.eval import evaluate_model
     from distill.recipe import Eval, Judge, LocalEngine
@@ -167,6 +169,10 @@ def compare(
     names = (models or ",").split(",")
     if len(names) != 2:
         raise UserError(f"--models {models}: give two names separated by a comma, such as student,base")
+    if json_ and not json_.parent.is_dir():
+        raise UserError(f"--json {json_}: no such directory; create {json_.parent} first, or name another file")
+    if json_ and json_.is_dir():
+        raise UserError(f"--json {json_}: a directory; name a file in it")
     rows = compare_evaluations(first, second, (names[0] or None, names[1] or None))
     if json_:
         write_whole(json_, json.dumps([row.to_json() for row in rows], indent=2) + "\n")

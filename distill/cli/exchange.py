@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from distill import interrupts
 from distill.errors import UserError
 
 
@@ -164,6 +165,7 @@ def push(
 
     Example: `distill push runs/tiny --dataset me/tiny-traces --model me/tiny-student --private`
     """
+    interrupts.mark_resumable()
     from distill.console import say
     from distill.push import push as push_run
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from distill import interrupts
 from distill.cli.options import (
     FreshOption,
     OnOption,
@@ -88,6 +89,7 @@ def run_stages(
     on: Where = Where.local,
 ) -> None:
     """Load the recipe and run the stages. Errors: UserError and WorkError."""
+    interrupts.mark_resumable()
     from distill.catalog import load_recipe
 
     recipe = load_recipe(name, overrides or ())
@@ -177,6 +179,11 @@ def traces(
         raise UserError("--step names rollouts: add --rollouts")
     if diff and rollouts:
         raise UserError("--diff compares traces by their verdicts, which rollouts do not have: leave out --rollouts")
+    chosen = {"--verdict": verdict is not None, "--search": search is not None, "--counts": counts, "--whole": whole}
+    if diff and (given := [flag for flag, is_given in chosen.items() if is_given]):
+        raise UserError(f"--diff shows one pair of traces of the prompt: leave out {' and '.join(given)}")
+    if counts and whole:
+        raise UserError("--counts shows no trace: leave out --whole")
     entries = browse.rollouts(run, step) if rollouts else browse.entries(run)
     if diff:
         paged(browse.differences(entries, prompt or ""))
@@ -225,6 +232,8 @@ def plan(
 
     Examples: `distill plan r1-distill-qwen-7b --hardware 8xH100` · `distill plan my.yaml --pilot 8`
     """
+    if pilot is not None:
+        interrupts.mark_resumable()
     from distill.catalog import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())

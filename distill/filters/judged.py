@@ -39,7 +39,7 @@ class Judged:
         return cls(
             trace.key,
             trace.digest,
-            trace.tokens or None,
+            trace.tokens if trace.counted else None,
             len(trace.text.split()),
             len(trace.text),
             len(trace.reasoning or ""),
@@ -75,4 +75,4 @@ class Judged:
 
 def common_unit(traces: Sequence[Judged]) -> str:
     """The unit in which all of these can be measured: teacher tokens, or words if one of them came without a count."""
-    return TOKENS if all(trace.tokens for trace in traces) else WORDS
+    return TOKENS if all(trace.tokens is not None for trace in traces) else WORDS

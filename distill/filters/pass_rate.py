@@ -11,10 +11,10 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from distill.filters.base import OK, Group, GroupFilter, PromptGroup, Resources
+from distill.grading.grade import UNGRADABLE
 from distill.traces.trace import Verdict
 
 RIGHT, WRONG = (Verdict("correct", True, "correct"),), (Verdict("correct", False, "wrong"),)
-NO_GOLD = "unverifiable: no gold answer"
 
 
 class PassRate(GroupFilter):
@@ -48,7 +48,7 @@ class PassRate(GroupFilter):
     def judge_group(self, group: PromptGroup, resources: Resources) -> Sequence[Verdict]:
         """Compare the share of correct samples, which is the evidence, with the band."""
         grades = [verdict.reason for trace in group.traces for verdict in trace.verdicts if verdict.filter == "correct"]
-        passed, samples = grades.count("correct"), sum(grade != NO_GOLD for grade in grades)
+        passed, samples = grades.count("correct"), sum(grade != UNGRADABLE for grade in grades)
         rate = passed / samples if samples else None
         if rate is None or samples < self.min_samples:
             reason = OK

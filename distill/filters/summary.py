@@ -31,7 +31,7 @@ class Tally:
     def add(self, trace: Judged) -> None:
         """Count a trace with all its verdicts."""
         self._total += 1
-        self._uncounted += not trace.tokens
+        self._uncounted += trace.tokens is None
         for verdict in trace.verdicts:
             self._verdicts[verdict.filter][verdict.reason] += 1
         first = next((verdict for verdict in trace.verdicts if not verdict.keep), None)

@@ -24,6 +24,8 @@ Outcome = Literal["correct", "wrong", "unverifiable"]
 Ruling = tuple[Outcome, str]  # with a short, countable reason
 Detailed = tuple[Outcome, str, dict[str, object]]  # a ruling with details (JSON values) for the evidence
 
+NO_GOLD = "no gold answer"  # the reason of a grade
+UNGRADABLE = f"unverifiable: {NO_GOLD}"  # that of the filter's verdict: says nothing about the model
 GUESSES = ("last line", "sentence")  # methods that search prose for an answer
 
 

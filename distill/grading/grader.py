@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, cast, get_args
 
 from distill.errors import UserError
-from distill.grading.grade import Answer, Detailed, Grade, Outcome, TaskGrader
+from distill.grading.grade import NO_GOLD, Answer, Detailed, Grade, Outcome, TaskGrader
 from distill.grading.graders import GRADERS
 from distill.grading.pool import MEMORY, Lost, Question, WorkerPool
 
@@ -161,7 +161,7 @@ def _graded(prompt: "Prompt", response: str) -> tuple[Grade, Question | None]:
         "method": answer and answer.method,
     }
     if not gold or answer is None:
-        return Grade("unverifiable", "no answer found" if gold else "no gold answer", evidence), None
+        return Grade("unverifiable", "no answer found" if gold else NO_GOLD, evidence), None
     if ruling := grader.rule(gold, answer):
         return Grade(*ruling, evidence), None
     question: Question = {"task": prompt.task, "gold": gold, "answer": answer.text, "marked": answer.marked}

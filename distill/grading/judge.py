@@ -35,7 +35,7 @@ from distill.backends.failures import Refused
 from distill.console import say
 from distill.errors import UserError, WorkError
 from distill.fingerprint import digest
-from distill.grading.grade import Grade
+from distill.grading.grade import NO_GOLD, Grade
 from distill.grading.verdicts import Words, read_verdict
 from distill.models import Server
 from distill.models import judge_is_directory as is_directory
@@ -346,7 +346,7 @@ def _without_judge(rubric: Rubric, prompt: Prompt, response: str) -> Grade | Non
     if not response.strip():
         return Grade("unverifiable", "no answer found", _evidence(prompt, None))
     if rubric.needs_gold and not (prompt.answer or "").strip():
-        return Grade("unverifiable", "no gold answer", _evidence(prompt, response))
+        return Grade("unverifiable", NO_GOLD, _evidence(prompt, response))
     if len(response) > rubric.max_characters:
         return Grade("unverifiable", "too long to judge", _evidence(prompt, response))
     return None

@@ -13,6 +13,7 @@ any case, with another price or after an update of the toolkit.
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from distill.artefacts import ReportSummary, RunPaths, Settings
 from distill.config import parse, read_yaml
 from distill.console import say
 from distill.durable import write_whole
+from distill.errors import UserError
 from distill.fingerprint import digest
 from distill.recipe import Recipe
 from distill.record import read_recipe
@@ -68,9 +70,13 @@ class Report(Stage[ReportSummary]):
 
     def work(self, run: Run, begin: Callable[[], None]) -> ReportSummary:
         """Write it; `perform` has hashed the files that it reads. Errors: UserError when a file cannot be read."""
-        contents = read_contents(run.directory, self.price, verified=True)
+        contents = read_contents(run.directory, run.recipe, self.price, verified=True)
         begin()
         return _write(run.directory, contents)
+
+    def set_damage_aside(self, run: Run) -> None:
+        """Nothing: its files hold nothing of their own and are written over. `distill report` beside a working process
+        writes a page that is in no record, and that is no damage."""
 
     def headline(self, summary: ReportSummary) -> str:
         """Its size."""
@@ -78,7 +84,7 @@ class Report(Stage[ReportSummary]):
 
     def rewrite(self, run: Run) -> None:
         """Write it although it may be finished. Errors: UserError when a file of the run is damaged."""
-        contents = read_contents(run.directory, self.price)
+        contents = read_contents(run.directory, run.recipe, self.price)
         run.begin(self, self.settings(run), self.extent(run))
         run.finish(self, _write(run.directory, contents))
 
@@ -88,15 +94,18 @@ def write_report(directory: Path, price_per_hour: float | None = None) -> Path:
 
     price_per_hour: what an hour of the machine costs; default: the recipe's. Stages that have not run are named as
     missing. While another process works in the directory the page shows what is there, and is not recorded. Errors:
-    UserError when this is no run directory, or a file in it is damaged.
+    UserError when this is no run directory, a file in it is damaged, or the price is negative or not finite.
     """
+    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
+        raise UserError(f"--price-per-hour {price_per_hour:g}: give a finite number, 0 or more")
     read_recipe(directory)
     paths = RunPaths(directory)
+    recipe = parse(Recipe, read_yaml(paths.recipe), str(paths.recipe))
     if lock.is_held(directory):
         say(f"note: another process works in {directory}; the report shows what is finished")
-        _write(directory, read_contents(directory, price_per_hour))
+        _write(directory, read_contents(directory, recipe, price_per_hour))
     else:
-        with Run(directory, parse(Recipe, read_yaml(paths.recipe), str(paths.recipe))) as run:
+        with Run(directory, recipe, option="RUN") as run:
             Report(price_per_hour).rewrite(run)
     return paths.report
 
@@ -123,7 +132,7 @@ def _pictures(contents: Contents) -> "dict[str, Picture]":
     if contents.solved_by:
         drawn.append(pictures.solved("solved", contents.solved_by))
     if contents.solved:
-        title = f"{contents.recipe.teacher} on the prompts"
+        title = f"{Path(contents.recipe.teacher).name} on the prompts"  # of a path the end; a figure is narrow
         drawn.append(pictures.solved("prompts", {title: {"teacher": contents.solved}}))
     if contents.filtered:
         steps = [("generated", contents.filtered.total, 0)]

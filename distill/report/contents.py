@@ -24,7 +24,6 @@ from distill.artefacts import (
     Scores,
     TrainSummary,
 )
-from distill.config import parse, read_yaml
 from distill.console import progress
 from distill.evaluations import (
     GradeRow,
@@ -36,9 +35,10 @@ from distill.evaluations import (
     published_line,
     read_results,
 )
+from distill.grading.grade import UNGRADABLE
 from distill.planned import Plan
 from distill.recipe import Recipe
-from distill.record import StageRecord, read_recipe
+from distill.record import StageRecord
 from distill.report.expected import ExpectedRow, compare_with_plan
 from distill.report.phases import PhaseContents, read_phases
 from distill.report.records import STAGES, LogRow, Place, read_log, read_record, read_summary, refuse_damage
@@ -146,15 +146,17 @@ class Contents:
         return sum(stage.cost or 0 for stage in self.stages)
 
 
-def read_contents(directory: Path, price_per_hour: float | None = None, verified: bool = False) -> Contents:
-    """Read a run directory. price_per_hour: of the machine; default: the recipe's. verified: the recorded files were
-    hashed already.
+def read_contents(
+    directory: Path, recipe: Recipe, price_per_hour: float | None = None, verified: bool = False
+) -> Contents:
+    """Read a run directory. recipe: the one to show. It is not read here: the recipe.yaml of a run that goes on with
+    another price or limit is written when the report begins, after this. price_per_hour: of the machine; default: the
+    recipe's. verified: the recorded files were hashed already.
 
-    Errors: UserError when this is no run directory, or a file in it is damaged.
+    Errors: UserError when a file in it is damaged.
     """
-    text, paths = read_recipe(directory), RunPaths(directory)
+    paths = RunPaths(directory)
     place = Place(paths)
-    recipe = parse(Recipe, read_yaml(paths.recipe), str(paths.recipe))
     records = {name: record for name in STAGES if (record := read_record(place, name))}
     if not verified:
         refuse_damage(place, records)
@@ -175,7 +177,7 @@ def read_contents(directory: Path, price_per_hour: float | None = None, verified
     return Contents(
         name=recipe.name,
         recipe=recipe,
-        recipe_text=text,
+        recipe_text=recipe.to_yaml(),
         stages=times,
         price=price,
         generated=generated,
@@ -235,7 +237,7 @@ def _compared(
 def _tokens(summary: Artefact | None) -> int | None:
     match summary:
         case GenerateSummary():
-            return summary.completion_tokens or None
+            return summary.tokens
         case TrainSummary():
             return summary.supervised_tokens
         case EvalSummary() if all(row.mean_completion_tokens is not None for row in summary.scores):
@@ -251,6 +253,7 @@ class _Traces:
     """What is kept of one directory of judged traces, which is read once."""
 
     tokens: list[int] = field(default_factory=list)  # 0 where they were not counted
+    counted: bool = True  # all of them
     words: list[int] = field(default_factory=list)
     graded: dict[str, Counts] = field(default_factory=dict)  # by prompt
     shown: list[Shown] = field(default_factory=list)
@@ -262,8 +265,9 @@ class _Traces:
         by_verdict: dict[str, list[Shown]] = defaultdict(list)
         for trace, verdicts in _judged(directory) if directory.is_dir() else ():
             traces.tokens.append(trace.tokens)
+            traces.counted &= trace.counted
             traces.words.append(len(trace.text.split()))
-            for correct in (verdict.keep for verdict in verdicts if verdict.filter == "correct"):
+            for correct in (each.keep for each in verdicts if each.filter == "correct" and each.reason != UNGRADABLE):
                 right, count = traces.graded.get(trace.prompt.id, (0, 0))
                 traces.graded[trace.prompt.id] = (right + correct, count + 1)
             verdict = verdict_of(verdicts)
@@ -295,7 +299,7 @@ def _judged(directory: Path) -> Iterator[tuple[Trace, list[Verdict]]]:
 
 
 def _lengths(kept: _Traces, dropped: _Traces) -> Lengths:
-    if all(kept.tokens) and all(dropped.tokens):
+    if kept.counted and dropped.counted:
         return Lengths(kept.tokens, dropped.tokens, "tokens")
     return Lengths(kept.words, dropped.words, WORDS)
 

@@ -145,14 +145,19 @@ def time_spent(log: Sequence[LogRow], rollouts: RolloutSettings, seconds: float 
     steps.
     """
     names = {"seconds_sync": "weights to the engine", "seconds_rollouts": "rollouts", "seconds_scoring": "scoring"}
-    spent = {what: _total(points(log, key), log, rollouts) for key, what in names.items()}
+    ends = _ends(log, rollouts, seconds is not None)
+    spent = {what: sum(ends.get(step, 0) * mean for step, mean in points(log, key)) for key, what in names.items()}
     if seconds is not None:
         spent["training"] = max(0.0, seconds - sum(spent.values()))
     whole = sum(spent.values())
     return [Spent(what, each, each / whole if seconds and whole else None) for what, each in spent.items()]
 
 
-def _total(means: Points, log: Sequence[LogRow], rollouts: RolloutSettings) -> float:
-    ends = [0.0, *(step // rollouts.updates for step, _ in points(log, "step"))]
-    sets = {step: last - first for (step, _), (first, last) in zip(points(log, "step"), pairwise(ends), strict=True)}
-    return sum(sets[step] * mean for step, mean in means)
+def _ends(log: Sequence[LogRow], rollouts: RolloutSettings, finished: bool) -> dict[float, float]:
+    """Step of a line → the number of sets that ended since the line before. The last step ends its set, also where a
+    set has further updates."""
+    steps = [step for step, _ in points(log, "step")]
+    ends = [0.0, *(step // rollouts.updates for step in steps)]
+    if finished and steps:
+        ends[-1] = -(-steps[-1] // rollouts.updates)
+    return {step: last - first for step, (first, last) in zip(steps, pairwise(ends), strict=True)}

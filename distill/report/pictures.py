@@ -11,8 +11,10 @@ more code than this file).
 
 import io
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle
@@ -61,7 +63,8 @@ class Picture:
     def png(self) -> bytes:
         """The wide figure as a PNG file, 200 dots an inch."""
         file = io.BytesIO()
-        self._figure("wide").savefig(file, format="png", dpi=200, metadata={"Software": None})
+        with _any_script():
+            self._figure("wide").savefig(file, format="png", dpi=200, metadata={"Software": None})
         return file.getvalue()
 
     def inline(self, width: str) -> str:
@@ -91,9 +94,17 @@ def _svg(figure: "Figure", salt: str) -> str:
     from matplotlib import rc_context
 
     file = io.StringIO()
-    with rc_context(_style() | {"svg.hashsalt": salt}):
+    with _any_script(), rc_context(_style() | {"svg.hashsalt": salt}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """Silence the warning of characters that matplotlib's font lacks: a browser has fonts for the text of an SVG."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        yield
 
 
 def _style() -> dict[str, object]:
@@ -154,8 +165,7 @@ def scores(rows: Sequence[Scores], published: Sequence[PublishedScores] = ()) ->
             low, high = (100 * end for end in point.interval or (point.value, point.value))
             axes.plot([low, high], [y, y], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
             axes.plot([value], [y], marker="o", markersize=8, color=colour, fillstyle="full" if ours else "none")
-            right = high < 70  # the value goes where there is room for it
-            axes.text(high + 3 if right else low - 3, y, f"{value:.1f} %", va="center", ha="left" if right else "right")
+            _label(axes, f"{value:.1f} %", y, low, high, room=28 if narrow else 16)
             labels.append(point.model if ours else "published" if narrow else f"{point.model}, published")
             places.append(y)
             y += 1
@@ -175,6 +185,17 @@ def scores(rows: Sequence[Scores], published: Sequence[PublishedScores] = ()) ->
     )
     lines = len(points) + (len(benchmarks) if len(benchmarks) > 1 else 0)
     return Picture("scores", f"pass@1 with 95 % intervals: {values}", draw, 0.8 + 0.42 * lines)
+
+
+def _label(axes: "Axes", text: str, y: float, low: float, high: float, room: float) -> None:
+    """Write a value where there is room: right of its interval, left of it, or right of the axes. room: per cent of the
+    axis that the text takes, with its distance."""
+    if high < 70:
+        axes.text(high + 3, y, text, va="center", ha="left")
+    elif low > room:
+        axes.text(low - 3, y, text, va="center", ha="right")
+    else:
+        axes.text(1.02, y, text, va="center", ha="left", transform=axes.get_yaxis_transform())
 
 
 def funnel(steps: Sequence[tuple[str, int, int]]) -> Picture:

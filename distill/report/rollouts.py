@@ -75,6 +75,8 @@ def read_rollouts(
     for figures in store.figures():
         count, tokens, truncated = count + 1, tokens + figures.tokens, truncated + (figures.finish_reason == "length")
         stored.add(settings.set_of(figures.key[1]))
+    if not count:  # the ledger holds a part of its first line
+        return None
     numbers = sorted(stored)
     wanted = {numbers[round(i * (len(numbers) - 1) / (SETS_SHOWN - 1))] for i in range(SETS_SHOWN)}
     chosen: dict[int, list[Shown]] = {number: [] for number in sorted(wanted)}

@@ -36,7 +36,7 @@ def shown(model: str, verdict: str, good: bool, trace: Trace, verdicts: Iterable
         gold=trace.prompt.answer,
         reasoning=None if trace.reasoning is None else _cut(trace.reasoning),
         response=_cut(trace.text if trace.reasoning is None else trace.response),
-        length=f"{trace.tokens:,} tokens" if trace.tokens else f"{trace.length.value:,} {WORDS}, tokens not counted",
+        length=f"{trace.tokens:,} tokens" if trace.counted else f"{trace.length.value:,} {WORDS}, tokens not counted",
         evidence=[(verdict.filter, verdict.reason, _evidence(verdict.evidence)) for verdict in verdicts],
     )
 

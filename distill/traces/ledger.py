@@ -19,9 +19,10 @@ import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from distill.durable import sync_directory
 from distill.errors import UserError
@@ -114,17 +115,31 @@ class Ledger:
 
     def located_rows(self) -> Iterator[tuple[int, Row]]:
         """As `rows`, each with the offset of its line, for `row_at`."""
-        if not self.path.exists():
+        with self.reading() as rows:
+            yield from rows
+
+    @contextmanager
+    def reading(self) -> Iterator[Iterator[tuple[int, Row]]]:
+        """The located rows of the file as it is opened here: what a writer moves elsewhere meanwhile is still read."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            yield iter(())
             return
-        with self.path.open("rb") as file:
-            number, line, offset = 0, b"", 0
-            for following in file:
-                if number:
-                    yield offset, self._row(line, number)
-                    offset += len(line)
-                number, line = number + 1, following
-            if number and not _is_cut_off(line):
+        with file:
+            yield self._rows_of(file)
+
+    def _rows_of(self, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+        number, line, offset = 0, b"", 0
+        for following in file:
+            if number:
                 yield offset, self._row(line, number)
+                offset += len(line)
+            number, line = number + 1, following
+            if not line.endswith(b"\n"):
+                break  # a writer may be adding the rest
+        if number and not _is_cut_off(line):
+            yield offset, self._row(line, number)
 
     def row_at(self, offset: int) -> Row:
         """The row whose line begins at an offset that `located_rows` gave. Errors: as `rows`."""

@@ -3,7 +3,8 @@
 A directory holds `ledger.jsonl` (the newest traces, one fsynced line each) and `part-00000.parquet` … (at most
 `parts.SHARD_ROWS` rows each). `compact()` turns the ledger into parts. A part takes its name in one step and the ledger
 goes last, so a process killed in between leaves rows that are in both: every reader takes the first row of a key
-(prompt id, sample) and skips the others.
+(prompt id, sample) and skips the others. Readers without the run's lock may be overtaken by `compact`: they open the
+ledger before they list the parts, so that each row is in one of the two.
 
 Appending to Parquet directly was rejected because a file without its footer is unreadable, and one file per trace
 because a run has hundreds of thousands.
@@ -16,7 +17,7 @@ but `keys` holds more of a trace than a hash of its key.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +43,7 @@ from distill.traces.rows import (
     with_all_columns,
     without_tokens,
 )
-from distill.traces.trace import FinishReason, ReasoningForm, Trace, Verdict, trace_digest
+from distill.traces.trace import FinishReason, ReasoningForm, Trace, Verdict, is_count, trace_digest
 
 T = TypeVar("T")
 
@@ -143,40 +144,47 @@ class TraceStore:
 
     def keys(self) -> set[Key]:
         """(prompt id, sample) of every stored trace. Reads only the two key columns of the parts."""
-        return self._part_keys() | {_ledger_key(row) for row in self._ledger.rows()}
+        recent = {_ledger_key(row) for row in self._ledger.rows()}  # first: `compact` moves them to a part
+        return recent | self._part_keys()
 
     def figures(self) -> Iterator[Figures]:
         """Key, finish reason and length of every stored trace once, in order. Reads no token."""
         seen = KeySet()
-        for batch in batches(self.directory, FIGURE_COLUMNS):
-            for row in self._unseen(batch, seen).to_pylist():
-                key = (row["id"], row["sample"])
-                yield _figures(key, row["task"], row if row["exact"] is None else json.loads(row["exact"]))
-        for row in self._ledger_rows(seen):
-            yield _figures(_ledger_key(row), row["prompt"]["task"], row)
+        with self._ledger.reading() as recent:
+            for batch in batches(self.directory, FIGURE_COLUMNS):
+                for row in self._unseen(batch, seen).to_pylist():
+                    key = (row["id"], row["sample"])
+                    yield _figures(key, row["task"], row if row["exact"] is None else json.loads(row["exact"]))
+            for row in self._new_rows(recent, seen):
+                yield _figures(_ledger_key(row), row["prompt"]["task"], row)
 
     def tasks(self) -> set[str]:
         """The tasks of the stored traces. Reads only that column of the parts."""
-        return tasks_in(self.directory) | {row["prompt"]["task"] for row in self._ledger.rows()}
+        recent = {row["prompt"]["task"] for row in self._ledger.rows()}
+        return recent | tasks_in(self.directory)
 
     def omitted(self) -> tuple[str, ...] | None:
         """`Trace.omitted` of the first stored trace, None without any. Reads one group of rows."""
-        for batch in batches(self.directory, ["id", "omitted"]):
-            for row in batch.slice(0, 1).to_pylist():
+        with self._ledger.reading() as recent:
+            for batch in batches(self.directory, ["id", "omitted"]):
+                for row in batch.slice(0, 1).to_pylist():
+                    return tuple(row.get("omitted") or ())
+            for _, row in recent:
                 return tuple(row.get("omitted") or ())
-        for row in self._ledger.rows():
-            return tuple(row.get("omitted") or ())
         return None
 
     def is_empty(self) -> bool:
         """Whether no trace is stored. Opens no file."""
-        ledger = self._ledger.path
-        return not parts(self.directory) and not (ledger.exists() and ledger.stat().st_size)
+        with suppress(FileNotFoundError):
+            if self._ledger.path.stat().st_size:
+                return False
+        return not parts(self.directory)
 
     def __len__(self) -> int:
         seen = KeySet()
-        parts = sum(int(self._unseen(batch, seen).num_rows) for batch in batches(self.directory, ["id", "sample"]))
-        return parts + sum(1 for _ in self._ledger_rows(seen))
+        with self._ledger.reading() as recent:
+            parts = sum(int(self._unseen(batch, seen).num_rows) for batch in batches(self.directory, ["id", "sample"]))
+            return parts + sum(1 for _ in self._new_rows(recent, seen))
 
     def __iter__(self) -> Iterator[Trace]:
         """Every trace once: those of the parts, then those of the ledger, each in the order they were appended."""
@@ -225,11 +233,12 @@ class TraceStore:
 
     def _traces(self, tokens: bool) -> Iterator[Trace]:
         seen = KeySet()
-        for batch in batches(self.directory, None if tokens else TEXT_COLUMNS):
-            yield from map(trace_of, self._unseen(batch, seen).to_pylist())
-        for row in self._ledger_rows(seen):
-            trace = Trace.from_dict(row)
-            yield trace if tokens else without_tokens(trace)
+        with self._ledger.reading() as recent:
+            for batch in batches(self.directory, None if tokens else TEXT_COLUMNS):
+                yield from map(trace_of, self._unseen(batch, seen).to_pylist())
+            for row in self._new_rows(recent, seen):
+                trace = Trace.from_dict(row)
+                yield trace if tokens else without_tokens(trace)
 
     def _tables(self) -> Iterator[pa.Table]:
         seen = KeySet()
@@ -239,12 +248,13 @@ class TraceStore:
 
     def _ledger_tables(self, seen: KeySet) -> Iterator[pa.Table]:
         if self._ledger.path.exists():
-            traces = decoded(self.directory, map(Trace.from_dict, self._ledger_rows(seen)))
+            rows = self._new_rows(self._ledger.located_rows(), seen)
+            traces = decoded(self.directory, map(Trace.from_dict, rows))
             while group := list(islice(traces, GROUP_ROWS)):
                 yield table_of(group)
 
-    def _ledger_rows(self, seen: KeySet) -> Iterator[Row]:
-        for row in self._ledger.rows():
+    def _new_rows(self, rows: Iterable[tuple[int, Row]], seen: KeySet) -> Iterator[Row]:
+        for _, row in rows:
             if all(self._new([_ledger_key(row)], seen)):
                 yield row
 
@@ -312,7 +322,7 @@ def tasks_in(directory: Path) -> set[str]:
 def _figures(key: Key, task: str, row: Row) -> Figures:
     completion, prompt, cached, reasoning = (row.get(name) or 0 for name in COUNTS)
     digest = trace_digest(*key, row["text"])
-    counted = bool(completion) or (row.get(COUNTS[0]) == 0 and not row["text"])
+    counted = is_count(row.get(COUNTS[0]), row["text"])
     return Figures(
         key, row["finish_reason"], completion, digest, prompt, cached, reasoning, row.get("form"), task, counted
     )

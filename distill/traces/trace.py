@@ -24,6 +24,11 @@ TOKENS, WORDS = "teacher tokens", "words"  # units of length
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
+def is_count(tokens: int | None, text: str) -> bool:
+    """Whether this is the number of tokens of a text; None is none, and neither is 0 beside a text."""
+    return bool(tokens) or (tokens == 0 and not text)
+
+
 class Length(NamedTuple):
     """How long a completion is, and in which unit: `TOKENS`, or `WORDS` where the number of tokens is not known."""
 
@@ -94,9 +99,14 @@ class Trace:
         return self.completion_tokens or 0
 
     @property
+    def counted(self) -> bool:
+        """Whether the number of completion tokens is known."""
+        return is_count(self.completion_tokens, self.text)
+
+    @property
     def length(self) -> Length:
         """The completion's length in tokens, or in words where its tokens were not counted."""
-        return Length(self.tokens, TOKENS) if self.tokens else Length(len(self.text.split()), WORDS)
+        return Length(self.tokens, TOKENS) if self.counted else Length(len(self.text.split()), WORDS)
 
     @property
     def answer(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distill import __version__, catalog, cli
+from distill import __version__, catalog, cli, interrupts
 from distill.errors import UserError, WorkError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +103,16 @@ def test_report_prints_where_the_page_is(distill, tmp_path, monkeypatch):
 def test_failures_are_one_line_and_an_exit_code(distill, pipeline, failure, code, line):
     pipeline.failure = failure
     assert distill("run", "tiny") == (code, "", line + "\n")
+
+
+def test_only_commands_that_resume_say_so(distill, pipeline, monkeypatch):
+    monkeypatch.setattr(interrupts, "_resumable", False)
+    export = types.SimpleNamespace(file_type_of=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.traces.exports.file_type_of", export.file_type_of)
+        assert distill("export", "runs/tiny", "--out", "a.jsonl") == (130, "", "error: interrupted\n")
+    pipeline.failure = KeyboardInterrupt()
+    assert distill("run", "tiny")[2] == "error: interrupted; rerun the same command to resume\n"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

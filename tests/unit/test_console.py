@@ -1,8 +1,12 @@
 """What reaches a terminal: tables that fit, characters that can be printed, progress that says something."""
 
+import fcntl
 import os
+import pty
 import subprocess
 import sys
+import termios
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -10,7 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from distill import console
-from distill.console import ASCII, CONTROL, escaped, progress, say, table
+from distill.console import ASCII, CONTROL, escaped, paged, progress, say, table
+from distill.errors import UserError
 
 COLUMNS = ("model", "pass@1 (95 %)", "truncated", "no\nanswer", "unverifiable", "mean\ntokens")
 ROWS = [
@@ -137,3 +142,67 @@ def test_an_interruption_says_what_is_kept(capsys, monkeypatch):
         advance(1)
         raise KeyboardInterrupt
     assert console.kept() == "generate: 3/9 traces are kept"
+
+
+# ---- the pager
+
+
+PAGED = """
+from distill import interrupts
+interrupts.install()
+from distill.console import paged
+paged(["some text "])
+print("distill goes on", flush=True)
+"""
+
+
+def test_an_interrupt_is_the_pagers(tmp_path):
+    """On a terminal of its own, Ctrl-C reaches both: the pager stays, and so does distill until the pager is quit."""
+    pager = tmp_path / "pager"
+    pager.write_text("#!/bin/sh\ntrap 'echo still here' INT\ncat\necho shown\nread key </dev/tty\nread key </dev/tty\n")
+    pager.chmod(0o755)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PAGED],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "PAGER": str(pager)},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    said = b""
+
+    def read_until(text):
+        nonlocal said
+        while text not in said:
+            said += os.read(ours, 1000)
+
+    read_until(b"some text shown")
+    os.write(ours, b"\x03")
+    read_until(b"still here")
+    assert process.poll() is None
+    os.write(ours, b"q\nq\n")
+    read_until(b"distill goes on")
+    assert process.wait() == 0 and b"error" not in said
+    os.close(ours)
+
+
+def test_an_error_is_not_printed_below_an_empty_pager(tmp_path, monkeypatch):
+    pager = tmp_path / "pager"
+    pager.write_text(f"#!/bin/sh\ncat >{tmp_path}/shown\n")
+    pager.chmod(0o755)
+    monkeypatch.setenv("PAGER", str(pager))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+
+    def texts(*parts: str) -> Iterator[str]:
+        yield from parts
+        raise UserError("no such directory")
+
+    with pytest.raises(UserError):
+        paged(texts())
+    assert not (tmp_path / "shown").exists()
+    with pytest.raises(UserError):
+        paged(texts("first, ", "second"))
+    assert (tmp_path / "shown").read_text() == "first, second"

@@ -158,6 +158,8 @@ def test_other_settings_are_named(two, shared_sums, tmp_path, monkeypatch, capsy
     [
         (["A", "nowhere"], "nowhere: no such directory"),
         (["A", "EMPTY"], "has no finished evaluation; `distill eval` makes one"),
+        (["A", "B", "--json", "EMPTY"], "a directory; name a file in it"),
+        (["A", "B", "--json", "nodir/x.json"], "error: --json nodir/x.json: no such directory; create nodir first"),
         (["A", "B", "--models", "x"], "give two names separated by a comma"),
         (["A", "B", "--models", "scripted,other"], "has no model other; --models can name scripted"),
     ],

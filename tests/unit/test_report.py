@@ -25,19 +25,21 @@ from distill.artefacts import (
     RunPaths,
     Scores,
 )
+from distill.config import parse, read_yaml
 from distill.errors import UserError
 from distill.evaluations import EvaluationPaths, EvaluationRecord, published_line
 from distill.integrity import record_files
-from distill.objectives import Logits
 from distill.prompts import Prompt
+from distill.recipe import Recipe
 from distill.record import StageRecord
 from distill.report import contents as contents_module
 from distill.report import pictures, write_report
-from distill.report.contents import read_contents
 from distill.report.mathematics import TAG, marked_up
 from distill.report.pictures import LIGHT
 from distill.traces.store import write_traces
 from distill.traces.trace import Trace, Verdict
+
+QUESTION = Prompt.from_question("Why?", None)
 
 
 class Page(HTMLParser):
@@ -81,6 +83,11 @@ def reader():
     return (Path(report.__file__).parent / "reader.js").read_text(encoding="utf-8")
 
 
+def contents_of(directory):
+    recipe = RunPaths(directory).recipe
+    return contents_module.read_contents(directory, parse(Recipe, read_yaml(recipe), str(recipe)))
+
+
 def page_of(directory):
     return Page(write_report(directory).read_text(encoding="utf-8"))
 
@@ -98,7 +105,7 @@ def test_the_whole_story_is_told(finished):
         assert said in page.text
     for said in ("1 min 34 s", "52 traces in 360 optimiser steps", "One problem, 3 answers", "learning_rate: 1.0e-05"):
         assert said in page.text
-    for row in read_contents(finished).scores:
+    for row in contents_of(finished).scores:
         assert f"{100 * row.pass_at_1.value:.1f} %" in page.text
         assert f"{100 * row.pass_at_1.low:.1f} – {100 * row.pass_at_1.high:.1f} %" in page.text
 
@@ -132,28 +139,8 @@ def test_both_themes_know_every_colour(finished):
     assert re.findall(r"(?:fill|stroke): ?#[0-9a-f]{6}", drawings) == [], "a colour that does not follow the theme"
 
 
-def test_held_out_rows_and_parts_of_an_objective_are_drawn_beside_the_loss():
-    rows = [{"step": i, "loss": 2.0 / i, "learning_rate": 1e-3, "sft": 3.0 / i, "logits": 1.0 / i} for i in (1, 2, 3)]
-    plain = pictures.training(
-        [{key: row[key] for key in ("step", "loss", "learning_rate")} for row in rows], Logits.parts
-    )
-    mixed = pictures.training(rows, Logits.parts)
-    scored = pictures.training([row | ({"eval_loss": 1.5} if row["step"] == 2 else {}) for row in rows], Logits.parts)
-    assert "held-out" not in plain.caption and scored.caption.endswith("; on held-out rows 1.5 to 1.5")
-    drawn = [picture.svg["wide"] for picture in (plain, mixed, scored)]
-    assert ["cross-entropy" in svg for svg in drawn] == [False, True, True]
-    assert ["held out" in svg for svg in drawn] == [False, False, True]
-
-
-def test_a_single_logged_step_is_visible():
-    rows = [{"step": i, "loss": 2.0, "learning_rate": 1e-3} for i in (5, 10)]
-    drawn = [pictures.training(logged, {}).svg["wide"] for logged in (rows[:1], rows)]
-    marked = ["\nC " in svg for svg in drawn]  # the curves of a circle
-    assert marked == [True, False]
-
-
 def test_published_scores_stand_beside_ours(finished):
-    ours = read_contents(finished).scores
+    ours = contents_of(finished).scores
     published = [
         PublishedScores(benchmark="tiny-arithmetic", model="Somebody", scores={"pass@1": 0.433, "cons@64": 0.6}),
         PublishedScores(benchmark="tiny-arithmetic", model="Only votes", scores={"cons@64": 0.6}),
@@ -168,7 +155,7 @@ def test_published_scores_stand_beside_ours(finished):
 
 
 def test_a_published_score_of_more_problems_is_not_compared(finished):
-    (ours, *_) = read_contents(finished).scores
+    (ours, *_) = contents_of(finished).scores
     card = {"benchmark": ours.benchmark, "model": "Somebody", "problems": ours.problems}
     published = PublishedScores(scores={"pass@1": 0.4}, **card)
     assert "outside the interval" in published_line(published, ours)
@@ -180,7 +167,7 @@ def test_a_published_score_of_more_problems_is_not_compared(finished):
 def test_pass_rates_are_of_each_problem(tmp_path):
     """By hand: of four samples a prompt, one is solved twice and one never; one sample a prompt tells no rates."""
     run = make_run(tmp_path / "run", "filter", traces=20)
-    assert read_contents(run).solved == [] and "solved every time" not in page_of(run).text
+    assert contents_of(run).solved == [] and "solved every time" not in page_of(run).text
     rng, traces, verdicts = random.Random(0), [], {}
     for question, right in (("a", (1, 0, 1, 0)), ("b", (0, 0, 0, 0)), ("c", (1, 1, 1, 1))):
         for sample, one in enumerate(right):
@@ -190,7 +177,7 @@ def test_pass_rates_are_of_each_problem(tmp_path):
     for name, good in (("kept", True), ("dropped", False)):
         write_traces(run / "filtered" / name, [t for t in traces if verdicts[t.key][0].keep is good], verdicts)
     record_again(run, "filter")
-    contents = read_contents(run)
+    contents = contents_of(run)
     assert sorted(contents.solved) == [(0, 4), (2, 4), (4, 4)]
     assert pictures._bins([contents.solved]) == 4
     assert pictures._shares(contents.solved, 4) == pytest.approx([1 / 3, 0, 1 / 3, 0, 1 / 3])
@@ -233,7 +220,9 @@ def test_the_same_run_gives_the_same_page(finished):
 def test_a_run_that_is_not_finished_says_so(tmp_path, upto, missing):
     page = page_of(make_run(tmp_path / "run", upto, traces=20, problems=10))
     assert [said for said in missing if said in page.text] == missing
-    assert page.text.count("to continue.") == len(missing)
+    assert page.text.count("RUN/recipe.yaml --run-dir RUN , where RUN is the run directory, to continue.") == len(
+        missing
+    )
 
 
 def test_a_recipe_alone_is_a_report(tmp_path):
@@ -285,7 +274,7 @@ def test_long_texts_are_cut_and_it_is_said(tmp_path):
 def test_lengths_that_were_not_counted_are_words(tmp_path):
     """Published traces have no token ids: nothing says `0 tokens`, and the histogram is of words."""
     run = make_run(tmp_path / "run", "filter", traces=20)
-    assert read_contents(run).lengths.unit == "tokens"
+    assert contents_of(run).lengths.unit == "tokens"
     path = RunPaths(run).record("generate")
     record = StageRecord.read(path, "")
     record.model_copy(update={"summary": {**(record.summary or {}), "completion_tokens": 0}}).write(path)
@@ -293,17 +282,90 @@ def test_lengths_that_were_not_counted_are_words(tmp_path):
     uncounted = replace(uncounted, completion_tokens=None)
     write_traces(run / "filtered" / "kept", [uncounted])
     record_again(run, "filter")
-    contents, page = read_contents(run), page_of(run)
+    contents, page = contents_of(run), page_of(run)
     assert contents.lengths.unit == "words" and contents.lengths.kept == [4] and all(contents.lengths.dropped)
     assert "whose tokens were not counted" in page.text and "4 words, tokens not counted" in page.text
     assert "words per completion" in (run / "report/lengths.svg").read_text() and " 0 tokens" not in page.text
 
 
 def test_the_answers_shown_are_of_a_problem_that_was_learnt(finished):
-    by_model = {answer.model: answer for answer in read_contents(finished).answers}
+    by_model = {answer.model: answer for answer in contents_of(finished).answers}
     assert list(by_model) == ["base", "student", "teacher"]
     assert (by_model["base"].good, by_model["student"].good) == (False, True)
     assert len({answer.question for answer in by_model.values()}) == 1
+
+
+def test_prompts_without_a_gold_answer_have_no_pass_rate(tmp_path):
+    run = make_run(tmp_path / "run", "filter", traces=20)
+    traces = [replace(make_trace(random.Random(0), "train", sample=i), prompt=QUESTION) for i in range(2)]
+    said = {trace.key: [Verdict("correct", False, "unverifiable: no gold answer", {})] for trace in traces}
+    write_traces(run / "filtered" / "dropped", traces, said)
+    record_again(run, "filter")
+    assert contents_of(run).solved == []
+    said[traces[0].key] = [Verdict("correct", False, "unverifiable: no answer found", {})]
+    write_traces(run / "filtered" / "dropped", traces * 2, said)
+    record_again(run, "filter")
+    assert contents_of(run).solved[-1] == (0, 2)
+
+
+def test_a_sum_of_some_counts_is_said_to_be_one(tmp_path):
+    run = make_run(tmp_path / "run", "generate", traces=20)
+    path = RunPaths(run).record("generate")
+    record = StageRecord.read(path, "")
+    for counted, tokens, said in (
+        (18, None, "1,800 tokens in total of the 18 traces that have a count"),
+        (20, 1800, ""),
+    ):
+        summary = {**(record.summary or {}), "completion_tokens": 1800, "counted": counted}
+        record.model_copy(update={"summary": summary}).write(path)
+        assert contents_of(run).stages[0].tokens == tokens
+        assert (said or "1,800 tokens in total.") in page_of(run).text
+
+
+def test_an_empty_answer_has_a_length(tmp_path):
+    """Its 0 tokens are a count; 0 beside a text is none."""
+    run = make_run(tmp_path / "run", "filter", traces=20)
+    empty = Trace(QUESTION, 0, 0, "", None, "", "stop", "f" * 16, (1,), completion_tokens=0)
+    write_traces(run / "filtered" / "dropped", [empty])
+    record_again(run, "filter")
+    assert (contents_of(run).lengths.unit, contents_of(run).lengths.dropped) == ("tokens", [0])
+    write_traces(run / "filtered" / "dropped", [replace(empty, text="a b", response="a b")])
+    record_again(run, "filter")
+    assert contents_of(run).lengths.unit == "words"
+
+
+def test_a_value_stands_where_there_is_room(finished):
+    """Right of a short interval, left of a high one, right of the axes where the interval takes the whole width."""
+
+    def place(low, high):
+        interval = Interval(value=low, low=low, high=high)
+        row = contents_of(finished).scores[0].model_copy(update={"pass_at_1": interval})
+        axes = pictures.scores([row])._figure("narrow").axes[0]
+        (text,) = axes.texts
+        inside = text.get_transform() == axes.transData
+        return text.get_ha() if inside else "outside"
+
+    assert [place(0, 0.5), place(0.5, 1), place(0, 0.79), place(0.2, 1)] == ["left", "right", "outside", "outside"]
+
+
+def test_a_path_is_no_title(finished):
+    contents = contents_of(finished)
+    recipe = contents.recipe.model_copy(update={"teacher": f"/{'deep/' * 30}model"})
+    drawn = report._pictures(replace(contents, recipe=recipe, solved=[(1, 2)]))["prompts"]
+    assert "model on the prompts: of 1 problems" in drawn.caption and "deep" not in drawn.caption
+
+
+@pytest.mark.parametrize("price", [float("nan"), float("inf"), -1.0])
+def test_a_price_is_a_number(finished, price):
+    with pytest.raises(UserError, match=f"--price-per-hour {price:g}: give a finite number"):
+        write_report(finished, price)
+
+
+def test_another_version_is_refused_by_the_name_of_the_argument(tmp_path):
+    run = make_run(tmp_path / "run", "generate")
+    (run / "run.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="choose another RUN"):
+        write_report(run)
 
 
 def test_another_directory_is_refused(tmp_path):
@@ -355,7 +417,7 @@ def test_a_large_run_gives_a_small_page(tmp_path, monkeypatch):
     ]
     write_traces(run / "filtered" / "kept", long)
     record_again(run, "filter")
-    contents = read_contents(run)
+    contents = contents_of(run)
     assert len(contents.lengths.kept) == 300 and 5 < len([t for t in contents.traces if t.good]) < 60
     path = write_report(run)
     assert path.stat().st_size < 3_000_000 and " of 3" in Page(path.read_text(encoding="utf-8")).text

@@ -79,6 +79,40 @@ def test_distill_report_is_no_damage(finished):
     assert perform(finished) and content(finished) == before and list((finished / "old").rglob("*")) == aside
 
 
+def test_it_shows_the_recipe_of_the_run_that_writes_it(tmp_path):
+    """Not that of an earlier one, which recipe.yaml has until the stage begins."""
+    directory = make_run(tmp_path / "run", "generate", traces=20)
+    with opened(directory) as run:
+        run.recipe = run.recipe.model_copy(update={"price_per_hour": 3.6, "description": "another one"})
+        Report().perform(run)
+        assert Report().is_finished(run)
+    page = (directory / "report.html").read_text(encoding="utf-8")
+    assert "at 3.60 per hour" in page and "price_per_hour: 3.6" in page and "another one" in page
+
+
+def test_a_page_that_was_written_beside_a_run_is_no_damage(tmp_path, capsys):
+    directory = make_run(tmp_path / "run", "generate", traces=20)
+    assert perform(directory)
+    before = (directory / "report.html").read_bytes()
+    (directory / "report.html").write_bytes(b"by another process")
+    assert perform(directory) and (directory / "report.html").read_bytes() == before
+    assert not (directory / "old").exists() and "damaged" not in capsys.readouterr().out
+
+
+def test_a_damaged_record_of_it_is_in_no_others_way(tmp_path):
+    directory = make_run(tmp_path / "run", "generate", traces=20)
+    assert perform(directory)
+    record = RunPaths(directory).record("report")
+    record.write_text("{")
+    with opened(directory) as run:
+        run.refuse_other_settings("report", Report().recipe_settings(run.recipe))
+    with pytest.raises(UserError, match=r"report\.json is damaged; delete it; `distill report .*` writes it again"):
+        write_report(directory)
+    record.unlink()
+    write_report(directory)
+    assert not perform(directory)
+
+
 def test_a_run_that_is_under_way_can_be_looked_at(finished, capsys):
     before = content(finished)
     process = subprocess.Popen([sys.executable, __file__, "hold", str(finished)], stdout=subprocess.PIPE)

@@ -112,6 +112,21 @@ def test_the_time_of_a_training_by_hand():
     assert [each.share for each in time_spent(LOG, rollouts, None)] == [None] * 3
 
 
+def test_the_last_set_of_a_finished_training_may_have_fewer_steps():
+    """Steps 1 to 5 of sets of two: one set before the first line, and two before the last once it is finished."""
+    rollouts = Grpo.model_validate({"kind": "grpo", "rollouts": {"updates": 2}}).rollouts
+    log = [LOG[0], {**LOG[1], "step": 5}]
+    assert [time_spent(log, rollouts, seconds)[1].seconds for seconds in (20.0, None)] == [8.0, 5.0]
+
+
+def test_a_part_of_a_first_rollout_is_none(tmp_path):
+    begin_run(tmp_path, catalog.load_recipe("tiny", [GRPO]))
+    place = RunPaths(tmp_path).rollouts
+    place.mkdir()
+    (place / "ledger.jsonl").write_text('{"prompt": {"id"')
+    assert "The student wrote" not in write_report(tmp_path).read_text(encoding="utf-8")
+
+
 def test_the_page_shows_rollouts_by_step(run):
     page = write_report(run).read_text(encoding="utf-8")
     assert "The student wrote 9 answers, 27 tokens in all, 3 on average." in page

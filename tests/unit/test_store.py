@@ -305,6 +305,38 @@ def test_ledger_and_parts_together_give_each_trace_once(tmp_path: Path, small_sh
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part-00000.parquet", "part-00001.parquet"]
 
 
+def test_readers_are_not_overtaken_by_compaction(tmp_path: Path) -> None:
+    """The parts are listed, then the ledger becomes a part and is removed: nothing is missed, nothing comes twice."""
+    store = filled(tmp_path, 0)
+    store.compact()
+    filled(tmp_path, 1, 2)
+    traces, figures = iter(store), store.figures()
+    first = next(traces), next(figures)
+    TraceStore(tmp_path).compact()
+    assert not (tmp_path / "ledger.jsonl").exists()
+    assert [first[0], *traces] == [trace(sample) for sample in range(3)]
+    assert [each.key for each in (first[1], *figures)] == [trace(sample).key for sample in range(3)]
+
+
+@pytest.mark.parametrize("reading", [TraceStore.keys, TraceStore.tasks, TraceStore.is_empty, len])
+def test_the_ledger_is_read_before_the_parts_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading: Callable[[TraceStore], object]
+) -> None:
+    store = filled(tmp_path, 0)
+    expected, listed = reading(store), parts_module.parts
+
+    def compacted(directory: Path) -> list[Path]:
+        before = listed(directory)
+        with monkeypatch.context() as patch:
+            patch.setattr(parts_module, "parts", listed)
+            TraceStore(tmp_path).compact()
+        return before
+
+    for module in (parts_module, store_module):
+        monkeypatch.setattr(module, "parts", compacted)
+    assert reading(store) == expected
+
+
 def test_new_parts_never_take_a_number_in_use(tmp_path: Path, small_shards: None) -> None:
     store = filled(tmp_path, *range(12))
     store.compact()

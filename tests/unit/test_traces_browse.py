@@ -142,6 +142,10 @@ def test_a_run_that_was_not_filtered(tmp_path, monkeypatch, capsys):
     [
         (["RUN", "--diff"], "name it with --prompt ID"),
         (["RUN", "--diff", "--prompt", "zz"], "no trace of a prompt zz"),
+        (["RUN", "--diff", "--prompt", "a", "--whole", "--search", "b"], "leave out --search and --whole"),
+        (["RUN", "--diff", "--prompt", "a", "--verdict", "kept"], "leave out --verdict"),
+        (["RUN", "--diff", "--prompt", "a", "--counts"], "leave out --counts"),
+        (["RUN", "--counts", "--whole"], "leave out --whole"),
         (["RUN/none"], "no such directory"),
         (["EMPTY"], "no traces here; `distill generate RECIPE` makes"),
     ],
