@@ -44,12 +44,6 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def every_dtype(monkeypatch):
-    """Fused in float32 too, in which results can be compared closely."""
-    monkeypatch.setattr(fused, "DTYPES", (torch.float32, torch.bfloat16))
-
-
 def student(family):
     torch.manual_seed(0)
     model = FAMILIES[family]()

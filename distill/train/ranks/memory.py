@@ -105,7 +105,7 @@ def estimate(
         root = model.embedding + model.head
         gathered = half * (2 * model.layer + root) + (4 * model.layer if full else 0)
     elif device == "cpu" and full and not dtypes.float8 and fused.runs(config, dtypes.compute):
-        gathered = float(half * model.layer)  # the casts of one layer
+        gathered = float(half * model.layer)  # the casts of one layer, in float32 copies side by side
     elif dtypes.autocast is not None and full:  # casts to the forward dtype, which autograd keeps, unlike those to FP8
         cast = model.layer - (converted(config).parameters if dtypes.float8 else 0)
         gathered = float(half * model.layers * cast)
