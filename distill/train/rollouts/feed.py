@@ -123,7 +123,7 @@ class RolloutFeed(Feed):
         self.order = PromptOrder(len(prompts), self.how.prompts_per_step, settings.seed)
         self.total = self.how.total_steps(len(prompts), settings.num_train_epochs, settings.max_steps)
         self.mixed = self._order_of_traces()
-        self.monitor = Monitor(objective.kind)
+        self.monitor = Monitor(objective.kind, self.order.per_set)
         self._set: RolloutSet | None = None
         self._figures: dict[int, RolloutSet] = {}  # by step, until the step is logged
         self._stored: dict[int, list[Trace]] | None = None  # sets on the disk that are not trained on yet
