@@ -389,7 +389,7 @@ def mixed_feed(directory, traces, share, **rollouts):
     return feed
 
 
-@pytest.mark.parametrize(("share", "updates", "expected"), [(0.5, 1, 16), (0.8, 1, 4), (0.5, 3, 5)])
+@pytest.mark.parametrize(("share", "updates", "expected"), [(0.5, 1, 16), (0.8, 1, 4)])
 def test_traces_are_mixed_in_the_ratio_of_the_share(tmp_path, share, updates, expected):
     feed = mixed_feed(tmp_path, Traces(60), share, updates=updates)
     seen = Counter()
@@ -406,6 +406,27 @@ def test_traces_are_mixed_in_the_ratio_of_the_share(tmp_path, share, updates, ex
         assert torch.isinf(wide[:, 3:]).all() and not torch.isinf(wide[:, :3]).any()
     assert set(seen) <= {i for i in range(60) if i % 3}, "a held-out row was trained"
     assert set(seen.values()) == {1}, "within a pass every trace is seen once"
+
+
+@pytest.mark.parametrize(
+    ("share", "updates", "traces", "steps"),
+    [
+        (0.5, 1, 30, 10),  # 20 traces are an epoch, which ends within a step of 16
+        (0.5, 3, 60, 9),  # 16 rollouts in three steps
+        (0.97, 1, 60, 10),  # about half a trace per step
+    ],
+)
+def test_the_share_holds_over_epochs_and_fractions(tmp_path, share, updates, traces, steps):
+    feed = mixed_feed(tmp_path, Traces(traces), share, updates=updates)
+    seen = [[row.key[1] for row in rows_of(feed, step) if row.key[0] == "trace"] for step in range(steps)]
+    wanted = 16 / updates * (1 - share) / share
+    assert sum(map(len, seen)) == round(steps * wanted)
+    assert {len(each) - int(wanted) for each in seen} <= {0, 1}
+    times = Counter(key for each in seen for key in each)
+    assert max(times.values()) - min(times[i] for i in range(traces) if i % 3) <= 1, "epoch after epoch"
+    again = mixed_feed(tmp_path / "again", Traces(traces), share, updates=updates)
+    last = [row.key[1] for row in rows_of(again, steps - 1) if row.key[0] == "trace"]
+    assert last == seen[-1], "from any first step"
 
 
 def test_held_out_traces_are_evaluated(tmp_path):
