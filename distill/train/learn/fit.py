@@ -83,6 +83,7 @@ def fit(task: Task, rows: TrainingSet | None, world: World) -> TrainSummary:
     filtered = cards.summary(paths, "filter", FilterSummary)
     text = cards.model_card(recipe, task.models.student_card, summary, filtered)
     plain = model.empty(task.models.base.directory, settings, methods.stored_dtype(settings))
+    assert not world.main or model.stored_tensors(plain).keys() <= weights.keys(), "a tensor of the student is missing"
     model.save(paths.student, plain, weights, chat, text, world)
     if settings.report_to:
         world.accelerator.end_training()
@@ -178,19 +179,20 @@ def trained_weights(task: Task, built: Built, world: World) -> dict[str, Tensor]
     """The student's weights as they are stored, on the first rank; nothing on the others. All ranks together.
 
     Adapters are stored beside the checkpoints, too, and merged into a base that is read again: nothing can be merged
-    well into 4-bit weights.
+    well into 4-bit weights. Tensors that are not trained, such as the routing bias of experts, keep their values.
     """
     settings = task.recipe.train
     dtype = methods.stored_dtype(settings)
     gathered: dict[str, Tensor] = {}
     for name, parameter in built.base.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or built.adapted is None:
             full = whole(parameter.detach())
+            rounded = parameter.requires_grad and not built.adapted and not model.is_float32(built.base, name)
             if world.main:
-                gathered[name] = full.cpu() if built.adapted else full.to(dtype).cpu()
+                gathered[name] = (full.to(dtype) if rounded else full).cpu()
     if built.adapted is None or settings.adapter is None or not world.main:
         buffers = model.stored_buffers(built.base) if world.main else {}
-        return gathered | {name: buffer.to(dtype).cpu() for name, buffer in buffers.items()}
+        return gathered | {name: buffer.cpu() for name, buffer in buffers.items()}
     adapter = adapter_tensors(gathered)
     path = task.paths.checkpoints / "adapter"
     with writing(path) as scratch:

@@ -186,6 +186,9 @@ def load(model_dir: Path, settings: Train, dtype: torch.dtype, quantization: obj
     refuse_not_finite(model_dir, stored_tensors(model).items())
     if quantization is not None:
         methods.keep_4_bit_layout(model)
+    for name, parameter in empty(model_dir, settings, dtype).named_parameters():
+        if not parameter.requires_grad:  # as the family says, of which `from_pretrained` keeps nothing
+            model.get_parameter(name).requires_grad_(False)
     return trainable(model)
 
 
@@ -202,6 +205,12 @@ def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }
+
+
+def is_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers keeps a tensor of a model in float32, whatever the dtype of the others."""
+    patterns = model._keep_in_fp32_modules_strict or ()
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
 
 
 def refuse_not_finite(model_dir: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
