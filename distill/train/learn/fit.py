@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import set_seed
+from pydantic import JsonValue
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -20,7 +21,7 @@ from distill.chat import Chat
 from distill.console import say
 from distill.hardware import give_memory_back
 from distill.models import Models
-from distill.recipe import Recipe
+from distill.recipe import Recipe, Train
 from distill.train.learn import fused
 from distill.train.learn.learner import Learner
 from distill.train.learn.loop import Loop
@@ -69,8 +70,7 @@ def fit(task: Task, rows: TrainingSet | None, world: World) -> TrainSummary:
     transformers_logging.set_verbosity_error()  # warnings about weights are errors of `student.model`
     set_seed(settings.seed)
     if settings.report_to:
-        flat = {key: json.dumps(x) if isinstance(x, list) else x for key, x in settings.settings().items()}
-        world.accelerator.init_trackers(recipe.name, config=flat)  # TensorBoard takes no lists
+        world.accelerator.init_trackers(recipe.name, config=scalars(settings))
     checkpoints = Checkpoints(paths.checkpoints, settings.save_total_limit, world, task.fingerprint)
     built = build(task, world)
     with feeding(task, rows, built, world) as feed:
@@ -88,6 +88,12 @@ def fit(task: Task, rows: TrainingSet | None, world: World) -> TrainSummary:
     if settings.report_to:
         world.accelerator.end_training()
     return summary
+
+
+def scalars(settings: Train) -> dict[str, JsonValue]:
+    """The settings as trackers take them: TensorBoard has no lists and no mappings."""
+    values = settings.settings().items()
+    return {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in values}
 
 
 @contextmanager
