@@ -76,7 +76,7 @@ def test_a_training_without_a_step_is_refused(encode):
 
 def test_an_epoch_counts_the_rows_of_a_source_as_often_as_it_sees_them(encode):
     rows, _ = encode(support.sums(10))
-    rows.sources[6:] = 1
+    rows.sources = np.array([0] * 6 + [1] * 4, np.int16)
     first, second = rows.supervised(range(6)), rows.supervised(range(6, 10))
     assert StoredFeed(rows, Train(), shares=(1.0, 2.5)).supervised_per_epoch == first + round(2.5 * second)
     assert StoredFeed(rows, Train(), shares=(1.0, 1.0)).supervised_per_epoch == rows.counts.supervised

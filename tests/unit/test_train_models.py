@@ -99,6 +99,12 @@ def test_config_values_of_the_wrong_type_or_size(broken, key, value):
     assert "config.json" in refusal(broken)
 
 
+def test_what_the_engine_does_not_compute_is_refused_before_training(broken):
+    """With these embeddings the rows of a batch change one another, and the engine could not evaluate the student."""
+    edit(broken, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    assert "RoPE type 'dynamic'; supported are" in refusal(broken)
+
+
 @pytest.mark.parametrize("text", ["[]", "3", "{", ""])
 def test_a_config_that_is_no_mapping(broken, text):
     (broken / "config.json").write_text(text)

@@ -31,6 +31,7 @@ from distill import model_families, model_files
 from distill.backends.fallback import loaded
 from distill.chat import Chat
 from distill.durable import write_whole
+from distill.engine.families import spec_of
 from distill.errors import UserError
 from distill.models import Model
 from distill.recipe import Train
@@ -139,6 +140,11 @@ def configuration(model_dir: Path, settings: Train) -> PretrainedConfig:
         if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
             raise UserError(f"train.rope_theta: models of type {config.model_type!r} have no rope_theta; remove it")
         config.rope_parameters = {**config.rope_parameters, "rope_theta": settings.rope_theta}
+    if model_families.in_engine(config.model_type):
+        try:  # the engine evaluates the student; tests prove the training of what it computes, and of nothing else
+            spec_of(config.to_dict(), f"{model_dir}/config.json")
+        except ValueError as error:
+            raise UserError(str(error)) from error
     return config
 
 
