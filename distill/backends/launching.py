@@ -25,6 +25,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from distill.backends import scoring
 from distill.backends.backend import Completed, GivenIds, Job, Scored, Usage
 from distill.backends.budget import Allowance
 from distill.backends.connection import KEPT
@@ -123,7 +124,7 @@ class LaunchedBackend:
 
     def score(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Trace]:
         """Errors: UserError, always: chat servers do not score texts."""
-        raise UserError("server.launch: the server cannot score texts; remove `server` to use the local engine")
+        raise UserError(f"server.launch: the server cannot score texts; {scoring.remedy(traces, top_k)}")
 
     def scored(self, traces: Sequence[Trace], top_k: int, ids: GivenIds | None = None) -> list[Scored]:
         """See `score`."""

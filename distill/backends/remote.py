@@ -122,8 +122,8 @@ class RemoteBackend:
         """
         if self._asking.owner != VLLM or self.chat is None:
             raise UserError(
-                f"{self.model} is behind a server that does not score texts (vLLM does); use a local teacher, or "
-                f"traces that were sampled with generate.logprobs"
+                f"{self.model} is behind a server that does not score texts (vLLM does); "
+                f"{scoring.remedy(traces, top_k)}"
             )
         return scoring.score(self._connections[0], self.model, self.chat(), traces, top_k, ids)
 

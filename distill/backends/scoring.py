@@ -28,6 +28,17 @@ TIMEOUT = 600.0  # seconds without a byte
 POSITION_BYTES = 256  # of one alternative at one position
 
 
+def remedy(traces: Sequence[Trace], top_k: int) -> str:
+    """What to do where a server does not score these texts: the end of an error."""
+    most = max((trace.listed for trace in traces), default=0)
+    if 0 < most < top_k:
+        return (
+            f"the traces list {most} likely tokens (generate.logprobs) and {top_k} are asked for: set "
+            f"train.objective.top_k to {most}, or use a local teacher"
+        )
+    return "use a local teacher, or traces that were sampled with generate.logprobs"
+
+
 def completion_ids(trace: Trace, chat: Chat, vocab_size: int | None = None) -> list[int]:
     """The tokens of a trace's completion: as they were sampled, where they are this model's and give the trace's text,
     else the text tokenized, with the end token."""

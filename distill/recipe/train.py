@@ -201,11 +201,17 @@ class Training(Section):
         return self
 
     @model_validator(mode="after")
-    def _wrapped_traces_are_not_scored(self) -> Self:
-        if self.objective.teacher_top_k is not None and any(source.wrap for source in self.data):
+    def _scored_traces_keep_their_text(self) -> Self:
+        if self.objective.teacher_top_k is None or not self.objective.reads_data:
+            return self
+        compares = f"objective {self.objective.kind} compares with the teacher's probabilities of its own text"
+        if any(source.wrap for source in self.data):
             raise ValueError(
-                f"objective {self.objective.kind} compares with the teacher's probabilities of its own text, and wrap "
-                f"changes the text; set plain in place of wrap in `data`, or objective.kind to sft"
+                f"{compares}, and wrap changes the text; set plain in place of wrap in `data`, or objective.kind to sft"
+            )
+        if self.content == "answer":
+            raise ValueError(
+                f"{compares}, and content answer removes its reasoning; remove `content`, or set objective.kind to sft"
             )
         return self
 

@@ -118,6 +118,11 @@ class Trace:
         return "" if self.finish_reason == "length" and END_THINK not in self.text else self.response
 
     @property
+    def listed(self) -> int:
+        """How many likely tokens are listed at a position, 0 without any; a server may leave some positions out."""
+        return 0 if self.logprobs is None else max(map(len, self.top_logprobs or ()), default=0)
+
+    @property
     def key(self) -> tuple[str, int]:
         """(prompt id, sample number): unique within one ledger, whose settings are fixed by its run."""
         return (self.prompt.id, self.sample)

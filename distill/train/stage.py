@@ -84,6 +84,7 @@ class TrainStage(Stage[TrainSummary]):
         from distill.train.ranks import launch
         from distill.train.rows.prepare import check_student, prepare
 
+        launch.refuse_too_many(run.recipe.train)
         processes, objective = launch.processes(run.recipe.train), run.recipe.train.objective
         questions = None
         if objective.rollout_settings is not None:

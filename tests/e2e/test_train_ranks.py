@@ -62,6 +62,19 @@ def test_two_ranks_train_as_one_does(one, student, tmp_path, parallel):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_keep_what_a_family_does_not_train(tmp_path, parallel):
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1}
+    student = support.make_other(tmp_path / "base", "ernie4_5_moe", **experts)
+    directory = begin(tmp_path / "run", student)
+    support.train_here(directory, student, {"max_steps": 2, "num_processes": 2, "parallel": parallel})
+    ours, base = (load_file(path / "model.safetensors") for path in (directory / "student", student))
+    biases = [name for name in base if name.endswith("e_score_correction_bias")]
+    assert ours.keys() == base.keys() and biases
+    assert all((ours[name] == base[name]).all() for name in biases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_train_in_float8_as_one_does(student, tmp_path, parallel):
     """Scales are per token, so batches may be split. FSDP gathers in bfloat16, so weights are rounded twice."""
     settings = SETTINGS | {"dtype": "float8", "gradient_checkpointing": parallel == "fsdp"}

@@ -241,6 +241,26 @@ def test_arrays_of_parts_that_only_one_prompt_has_opened(data):
     assert projected[-1] is not None
 
 
+def test_log_probabilities_are_listed_once_however_long_the_text():
+    """The student's tokens are longer than the teacher's everywhere."""
+
+    class Counted(np.ndarray):
+        listed = 0
+
+        def tolist(self):
+            Counted.listed += 1
+            return super().tolist()
+
+    teacher, student = vocabulary("<end>", "a", stops=[0]), vocabulary("<end>", "a", "aa", stops=[0])
+    completion = [1] * 20 + [0]
+    ids = np.array(completion, np.int32)[:, None]
+    own = np.full(21, -0.5, np.float32)
+    given = own.view(Counted), ids, own[:, None], [2] * 10 + [0]
+    got, logprobs = projector(teacher, student, 0).arrays(b"", completion, *given)
+    assert got[:, 0].tolist() == [2] * 10 + [0] and logprobs[:, 0].tolist() == [-1.0] * 10 + [-0.5]
+    assert Counted.listed == 1
+
+
 def test_an_id_of_a_padded_embedding_has_no_text():
     """A student that samples may write one; the teacher says what it expects in its place."""
     tops = [[(3, 0.0)], [(0, 0.0)]]

@@ -91,6 +91,14 @@ def test_the_template_is_that_of_the_last_phase_that_names_one():
         ),
         ({"data": [{"kind": "kept", "plain": True, "wrap": True}]}, "plain and wrap exclude each other: keep plain"),
         (
+            {"objective": {"kind": "logits"}, "content": "answer"},
+            "objective logits compares with the teacher's probabilities of its own text, and content answer removes",
+        ),
+        (
+            {"objective": {"kind": "on_policy", "student_share": 0.5}, "content": "answer"},
+            "objective on_policy compares with the teacher's probabilities of its own text, and content answer removes",
+        ),
+        (
             {"objective": {"kind": "logits"}, "data": [{"kind": "kept", "wrap": True}]},
             "objective logits compares with the teacher's probabilities of its own text, and wrap changes the text",
         ),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from distill.errors import WorkError
 from distill.train.rollouts.monitor import (
     BUCKETS,
-    WINDOW,
+    SETS,
     Monitor,
     StepFigures,
     means_by_position,
@@ -33,7 +33,7 @@ def series(*phases, start=HEALTHY):
 
 def watch(figures, monitor=None):
     """The message and the step of the stop; None where there is none."""
-    monitor = monitor or Monitor("grpo")
+    monitor = monitor or Monitor("grpo", 16)
     for each in figures:
         try:
             monitor.step(each)
@@ -60,17 +60,17 @@ def ramp(count, **ends):
     ],
 )
 def test_a_collapse_stops_the_training_with_numbers_and_what_to_do(changes, words):
-    message, step = watch(series((WINDOW, {}), (WINDOW, changes)))
-    assert step == 2 * WINDOW
+    message, step = watch(series((SETS, {}), (SETS, changes)))
+    assert step == 2 * SETS
     assert message.startswith(f"step {step}: ") and "\n" not in message
     assert all(word in message for word in words), message
     _, step = watch(series((20, {}), (30, changes)))
-    assert 20 < step <= 20 + WINDOW
+    assert 20 < step <= 20 + SETS
 
 
 def test_on_policy_is_offered_none_of_grpos_options():
     for changes in (EXPLODED, {"repetition": 0.6}, {"entropy": 0.004}):
-        message, _ = watch(series((WINDOW, {}), (WINDOW, changes), start=UNGRADED), Monitor("on_policy"))
+        message, _ = watch(series((SETS, {}), (SETS, changes), start=UNGRADED), Monitor("on_policy", 16))
         assert "kl_weight" not in message and "rewards" not in message
 
 
@@ -96,8 +96,8 @@ def test_on_policy_is_offered_none_of_grpos_options():
         ),
         series((20, {"entropy": None}), (50, {"entropy": None})),  # not measured
         series((20, {"entropy": 0.0}), (50, {"entropy": 0.0})),  # sampled greedily from a student that was sure
-        series((WINDOW - 1, {}), *[(1, EXPLODED | {"repetition": 1.0}), (5, {})] * 20),  # a bad step now and then
-        series((2 * WINDOW - 1, EXPLODED)),
+        series((SETS - 1, {}), *[(1, EXPLODED | {"repetition": 1.0}), (5, {})] * 20),  # a bad step now and then
+        series((2 * SETS - 1, EXPLODED)),
         [],
     ],
 )
@@ -107,16 +107,45 @@ def test_trainings_that_learn_are_not_stopped(figures):
 
 def test_a_low_entropy_at_the_level_of_a_teacher_that_is_often_wrong_is_excused():
     wrong = replace(HEALTHY, correct=0.3, entropy=1.0, teacher_kl=1.0)
-    near = series((WINDOW, {}), (50, {"entropy": 0.015, "teacher_kl": 0.002}), start=wrong)
-    assert watch(near, Monitor("on_policy")) is None
-    far = series((WINDOW, {}), (50, {"entropy": 0.015, "teacher_kl": 0.9}), start=wrong)
-    assert "entropy" in watch(far, Monitor("on_policy"))[0]
+    near = series((SETS, {}), (50, {"entropy": 0.015, "teacher_kl": 0.002}), start=wrong)
+    assert watch(near, Monitor("on_policy", 16)) is None
+    far = series((SETS, {}), (50, {"entropy": 0.015, "teacher_kl": 0.9}), start=wrong)
+    assert "entropy" in watch(far, Monitor("on_policy", 16))[0]
 
 
 def test_a_low_entropy_is_excused_by_the_teacher_where_no_answer_is_graded():
     far = series((20, {"teacher_kl": 0.8}), (50, {"entropy": 1e-3, "teacher_kl": 0.7}), start=UNGRADED)
-    assert "entropy" in watch(far, Monitor("on_policy"))[0]
+    assert "entropy" in watch(far, Monitor("on_policy", 16))[0]
     assert watch(series((20, {}), (50, {"entropy": 1e-3, "teacher_kl": 0.0}))) is not None  # wrong, and sure of it
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 4])
+@pytest.mark.parametrize(("objective", "samples"), [("grpo", 8), ("on_policy", 1)])
+def test_a_student_that_does_not_change_is_not_stopped_by_chance(prompts, objective, samples):
+    """Each prompt has a rate of its own at which it is solved, and one at which its answers are cut off."""
+    draw = np.random.default_rng(prompts)
+    for _ in range(4):
+        solved, cut = draw.binomial(samples, draw.beta(0.5, 0.7, (2, 300, prompts))).mean(2) / samples
+        lengths = 100 + 400 * cut
+        steps = [
+            replace(HEALTHY, step=i, correct=float(a), truncated=float(b), length=float(c))
+            for i, (a, b, c) in enumerate(zip(solved, cut, lengths, strict=True))
+        ]
+        assert watch(steps, Monitor(objective, prompts)) is None
+
+
+def test_a_collapse_of_few_prompts_is_stopped_after_as_many_of_them():
+    message, step = watch(series((64, {}), (64, {"correct": 0.0})), Monitor("grpo", 2))
+    assert step == 128 and "over the last 64 sets" in message
+
+
+def test_a_checkpoint_with_shorter_windows_is_continued_with_all_its_figures():
+    steps = series((20, {}))
+    after = Monitor("grpo", 4)
+    before = Monitor("grpo", 16)
+    assert watch(steps[:16], before) is None
+    after.restore(json.loads(json.dumps(before.state())))
+    assert (after.first, after.recent) == (steps[:16], [])
 
 
 shares = st.floats(0, 1)
@@ -151,16 +180,16 @@ def test_entropy_that_stays_above_its_share_never_stops_a_training(steps, start)
         )
         for each in steps
     ]
-    assert watch([replace(HEALTHY, entropy=start)] * WINDOW + calm) is None
+    assert watch([replace(HEALTHY, entropy=start)] * SETS + calm) is None
 
 
 @given(st.lists(figures, max_size=40), st.integers(0, 40))
 def test_a_resumed_training_stops_where_an_uninterrupted_one_does(steps, at):
     steps = [replace(each, step=i) for i, each in enumerate(steps)]
     whole = watch(steps)
-    before = Monitor("grpo")
+    before = Monitor("grpo", 16)
     if watch(steps[:at], before) is None:
-        after = Monitor("grpo")
+        after = Monitor("grpo", 16)
         after.restore(json.loads(json.dumps(before.state())))
         assert after.state() == before.state()
         assert watch(steps[at:], after) == whole
@@ -189,5 +218,5 @@ def test_means_by_position_by_hand():
 @pytest.mark.parametrize(("first", "last", "stops"), [(0.6, 0.31, False), (0.6, 0.29, True), (0.3, 0.11, False)])
 def test_pass_at_1_is_gone_below_half_and_twenty_points_lower(objective, first, last, stops):
     start = replace(HEALTHY, correct=first)
-    message = watch(series((WINDOW, {}), (WINDOW, {"correct": last}), start=start), Monitor(objective))
+    message = watch(series((SETS, {}), (SETS, {"correct": last}), start=start), Monitor(objective, 16))
     assert (message is not None) == (stops and objective == "grpo")

@@ -11,6 +11,7 @@ from distill.recipe import Train
 from distill.traces.trace import Trace
 from distill.train.rows import stored as module
 from distill.train.rows.encode import Encoder, Encoding, Source, conversation
+from distill.train.rows.feed import StoredFeed
 from distill.train.rows.prepare import check_steps
 
 
@@ -71,6 +72,14 @@ def test_a_training_without_a_step_is_refused(encode):
     few = Train.model_validate({"data": [{"kind": "kept", "weight": 0.01}]})
     with pytest.raises(UserError, match=r"10 rows in 3 epochs are less than one optimiser step: raise"):
         check_steps(rows, few, 1)
+
+
+def test_an_epoch_counts_the_rows_of_a_source_as_often_as_it_sees_them(encode):
+    rows, _ = encode(support.sums(10))
+    rows.sources = np.array([0] * 6 + [1] * 4, np.int16)
+    first, second = rows.supervised(range(6)), rows.supervised(range(6, 10))
+    assert StoredFeed(rows, Train(), shares=(1.0, 2.5)).supervised_per_epoch == first + round(2.5 * second)
+    assert StoredFeed(rows, Train(), shares=(1.0, 1.0)).supervised_per_epoch == rows.counts.supervised
 
 
 def test_long_rows_are_cut_where_that_is_asked_for_and_counted(encode, chat):

@@ -14,7 +14,7 @@ from distill.chat import Chat
 from distill.engine.checkpoint import Checkpoint
 from distill.errors import UserError
 from distill.recipe import Train
-from distill.train.ranks import environment
+from distill.train.ranks import environment, launch
 from distill.train.student import model
 
 
@@ -99,6 +99,12 @@ def test_weights_that_are_not_finite_are_named(broken, name, value):
 def test_config_values_of_the_wrong_type_or_size(broken, key, value):
     edit(broken, **{key: value})
     assert "config.json" in refusal(broken)
+
+
+def test_what_the_engine_does_not_compute_is_refused_before_training(broken):
+    """With these embeddings the rows of a batch change one another, and the engine could not evaluate the student."""
+    edit(broken, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    assert "RoPE type 'dynamic'; supported are" in refusal(broken)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{", ""])
@@ -187,3 +193,30 @@ def test_a_world_size_of_one_is_one_process(monkeypatch):
     assert (environment.size(), environment.rank(), environment.several()) == (1, 0, False)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert (environment.size(), environment.rank(), environment.several()) == (1, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("devices", "seen", "count"),
+    [
+        ((), 9, 1),  # torch is not asked
+        (("nvidiactl", "nvidia-uvm"), 9, 1),
+        (("nvidia2", "nvidia3"), 2, 2),  # in a container that got these two
+        (("kfd",), 4, 4),
+        (("nvidia0",), 0, 1),  # a torch without CUDA
+    ],
+)
+def test_one_process_for_each_gpu(monkeypatch, tmp_path, devices, seen, count):
+    for name in ("WORLD_SIZE", *environment.REQUIRED):
+        monkeypatch.delenv(name, raising=False)
+    for name in devices:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(launch, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert launch.processes(Train()) == count
+    four = Train(num_processes=4)
+    assert launch.processes(four) == 4
+    if count > 1 and count < 4:
+        with pytest.raises(UserError, match=r"train\.num_processes is 4 and this machine has 2 GPUs; lower it"):
+            launch.refuse_too_many(four)
+    else:
+        launch.refuse_too_many(four)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,9 +21,22 @@ from distill.errors import UserError
 from distill.plan.training import plan_training
 from distill.run import Run
 from distill.train.learn.loop import Loop
+from distill.train.student import model
 
 LEAKS = "a row changes the logits of another one that it is concatenated with"
-EXPERTS = {"mixtral": {"num_local_experts": 4, "head_dim": 8, "sliding_window": None}}
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4, "head_dim": 8, "sliding_window": None},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+    },
+}
 
 
 def trained(tmp_path, family, config=None, **settings) -> TrainSummary:
@@ -54,6 +68,31 @@ def test_a_student_is_trained_and_loads(tmp_path, capsys, family, config, packin
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     moved = [not torch.equal(a, b) for a, b in zip(student.parameters(), base.parameters(), strict=True)]
     assert sum(moved) > len(moved) // 2, "what was trained is in the files"
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "dots1"])
+def test_a_routing_bias_is_kept_as_it_is(tmp_path, family):
+    """A frozen parameter in one family, a buffer in the other; both in float32 beside weights in bfloat16."""
+    student = support.make_other(tmp_path / "base", family, **EXPERTS[family])
+    base = load_file(student / "model.safetensors")
+    biases = [name for name in base if name.endswith("e_score_correction_bias")]
+    assert biases
+    for number, name in enumerate(biases):
+        base[name] = torch.full_like(base[name], 0.1) + 0.01 * number
+    save_file(base, student / "model.safetensors", metadata={"format": "pt"})
+    support.begin(tmp_path / "run", support.sums(12), student)
+    support.train_here(tmp_path / "run", student, {"max_steps": 2, "dtype": "bfloat16"})
+    trained = load_file(tmp_path / "run/student/model.safetensors")
+    assert trained.keys() == base.keys()
+    assert all(torch.equal(trained[name], base[name]) for name in biases)
+    router = [trained[name].dtype for name in trained if name.endswith("mlp.gate.weight")]
+    assert set(router) == {torch.float32 if family == "ernie4_5_moe" else torch.bfloat16}
+    others = {tensor.dtype for name, tensor in trained.items() if ".gate." not in name and name not in biases}
+    assert others == {torch.bfloat16}
+    settings = support.make_recipe(student).train
+    loaded, empty = model.load(student, settings, torch.float32), model.empty(student, settings, torch.float32)
+    frozen = [[name for name, p in each.named_parameters() if not p.requires_grad] for each in (loaded, empty)]
+    assert frozen[0] == frozen[1] and len(frozen[0]) == (len(biases) if family == "ernie4_5_moe" else 0)
 
 
 def test_a_head_that_is_not_all_is_refused_before_anything_is_written(tmp_path):

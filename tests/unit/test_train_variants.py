@@ -6,17 +6,22 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import train_support as support
 
 from distill.config import parse
 from distill.errors import UserError
+from distill.objectives import Objective
 from distill.recipe import Recipe, Train
 from distill.run import Run
 from distill.train import stage
+from distill.train.learn.fit import scalars
 
 ROOT = Path(__file__).resolve().parents[2]
+
+OBJECTIVES = get_args(get_args(Objective)[0])
 
 # Cross-entropy with smoothed labels (Szegedy et al. 2016, arXiv 1512.00567, section 7).
 OBJECTIVE = '''
@@ -174,6 +179,17 @@ def test_another_thinking_mode_is_another_teacher(run, monkeypatch):
     monkeypatch.setattr(Model, "identity", property(lambda model: identity(model) | {"thinking": True}))
     _, after = run(logits)
     assert after == before | {"teacher.thinking": True}
+
+
+GIVEN: dict[str, dict[str, object]] = {"on_policy": {"teachers": {"code": "tiny-r1"}}, "grpo": {"clip": [0.2, 0.3]}}
+
+
+@pytest.mark.parametrize("kind", [get_args(each.model_fields["kind"].annotation)[0] for each in OBJECTIVES])
+def test_trackers_are_given_scalars(kind):
+    settings = Train.model_validate({"objective": {"kind": kind} | GIVEN.get(kind, {}), "adapter": {"kind": "lora"}})
+    given = scalars(settings)
+    assert given.keys() == settings.settings().keys()
+    assert all(value is None or isinstance(value, bool | int | float | str) for value in given.values())
 
 
 def test_defaults_are_sft_on_all_weights():

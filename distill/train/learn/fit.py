@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import set_seed
+from pydantic import JsonValue
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -20,7 +21,7 @@ from distill.chat import Chat
 from distill.console import say
 from distill.hardware import give_memory_back
 from distill.models import Models
-from distill.recipe import Recipe
+from distill.recipe import Recipe, Train
 from distill.train.learn import fused
 from distill.train.learn.learner import Learner
 from distill.train.learn.loop import Loop
@@ -69,8 +70,7 @@ def fit(task: Task, rows: TrainingSet | None, world: World) -> TrainSummary:
     transformers_logging.set_verbosity_error()  # warnings about weights are errors of `student.model`
     set_seed(settings.seed)
     if settings.report_to:
-        flat = {key: json.dumps(x) if isinstance(x, list) else x for key, x in settings.settings().items()}
-        world.accelerator.init_trackers(recipe.name, config=flat)  # TensorBoard takes no lists
+        world.accelerator.init_trackers(recipe.name, config=scalars(settings))
     checkpoints = Checkpoints(paths.checkpoints, settings.save_total_limit, world, task.fingerprint)
     built = build(task, world)
     with feeding(task, rows, built, world) as feed:
@@ -83,10 +83,17 @@ def fit(task: Task, rows: TrainingSet | None, world: World) -> TrainSummary:
     filtered = cards.summary(paths, "filter", FilterSummary)
     text = cards.model_card(recipe, task.models.student_card, summary, filtered)
     plain = model.empty(task.models.base.directory, settings, methods.stored_dtype(settings))
+    assert not world.main or model.stored_tensors(plain).keys() <= weights.keys(), "a tensor of the student is missing"
     model.save(paths.student, plain, weights, chat, text, world)
     if settings.report_to:
         world.accelerator.end_training()
     return summary
+
+
+def scalars(settings: Train) -> dict[str, JsonValue]:
+    """The settings as trackers take them: TensorBoard has no lists and no mappings."""
+    values = settings.settings().items()
+    return {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in values}
 
 
 @contextmanager
@@ -178,19 +185,20 @@ def trained_weights(task: Task, built: Built, world: World) -> dict[str, Tensor]
     """The student's weights as they are stored, on the first rank; nothing on the others. All ranks together.
 
     Adapters are stored beside the checkpoints, too, and merged into a base that is read again: nothing can be merged
-    well into 4-bit weights.
+    well into 4-bit weights. Tensors that are not trained, such as the routing bias of experts, keep their values.
     """
     settings = task.recipe.train
     dtype = methods.stored_dtype(settings)
     gathered: dict[str, Tensor] = {}
     for name, parameter in built.base.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or built.adapted is None:
             full = whole(parameter.detach())
+            rounded = parameter.requires_grad and not built.adapted and not model.is_float32(built.base, name)
             if world.main:
-                gathered[name] = full.cpu() if built.adapted else full.to(dtype).cpu()
+                gathered[name] = (full.to(dtype) if rounded else full).cpu()
     if built.adapted is None or settings.adapter is None or not world.main:
         buffers = model.stored_buffers(built.base) if world.main else {}
-        return gathered | {name: buffer.to(dtype).cpu() for name, buffer in buffers.items()}
+        return gathered | {name: buffer.cpu() for name, buffer in buffers.items()}
     adapter = adapter_tensors(gathered)
     path = task.paths.checkpoints / "adapter"
     with writing(path) as scratch:

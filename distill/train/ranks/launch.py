@@ -26,6 +26,8 @@ from distill.train.ranks import environment
 from distill.train.ranks.worker import INTERRUPTED, Failure
 
 POLL = 0.1  # seconds between two looks at the processes
+DEVICES = Path("/dev")
+GPUS = ("nvidia[0-9]*", "kfd", "dxg")  # among them: of NVIDIA, of AMD, in WSL
 
 
 def processes(settings: Train) -> int:
@@ -37,11 +39,27 @@ def processes(settings: Train) -> int:
         return environment.size()
     if settings.num_processes:
         return settings.num_processes
-    if not Path("/dev/nvidia1").exists():  # no second GPU: do not import torch, which takes seconds
-        return 1
+    return max(1, gpus())
+
+
+def gpus() -> int:
+    """Number of GPUs that torch sees. Without a device of one, torch is not imported, which takes seconds."""
+    if not any(True for pattern in GPUS for _ in DEVICES.glob(pattern)):
+        return 0
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
+
+
+def refuse_too_many(settings: Train) -> None:
+    """Errors: UserError where `num_processes` is more than the GPUs of this machine, if it has some."""
+    if environment.is_distributed() or settings.num_processes is None:
+        return
+    if 0 < (count := gpus()) < settings.num_processes:
+        raise UserError(
+            f"train.num_processes is {settings.num_processes} and this machine has {count} "
+            f"{'GPU' if count == 1 else 'GPUs'}; lower it, or remove it for one process per GPU"
+        )
 
 
 def start(directory: Path, count: int) -> TrainSummary:

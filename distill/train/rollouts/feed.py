@@ -123,7 +123,7 @@ class RolloutFeed(Feed):
         self.order = PromptOrder(len(prompts), self.how.prompts_per_step, settings.seed)
         self.total = self.how.total_steps(len(prompts), settings.num_train_epochs, settings.max_steps)
         self.mixed = self._order_of_traces()
-        self.monitor = Monitor(objective.kind)
+        self.monitor = Monitor(objective.kind, self.order.per_set)
         self._set: RolloutSet | None = None
         self._figures: dict[int, RolloutSet] = {}  # by step, until the step is logged
         self._stored: dict[int, list[Trace]] | None = None  # sets on the disk that are not trained on yet
@@ -402,21 +402,20 @@ class RolloutFeed(Feed):
     # ---- rows of a step
 
     def _order_of_traces(self) -> Order | None:
-        """Which traces of the teacher's are in which step, as many in each as the share of the student leaves."""
+        """The teacher's traces, one in each step of the order, epoch after epoch."""
         if self.traces is None or not isinstance(self.objective, OnPolicy):
             return None
-        share, order = self.objective.student_share, self.traces.order
-        own = self.order.per_set * self.how.samples / self.how.updates
-        per_step = max(1, round(own * (1 - share) / share))
-        return Order(
-            order.lengths.tolist(), Batching(1, per_step, self.settings.seed), order.sources.tolist(), order.shares
-        )
+        order = self.traces.order
+        return Order(order.lengths.tolist(), Batching(1, 1, self.settings.seed), order.sources.tolist(), order.shares)
 
     def _teachers_rows(self, number: int) -> list[Row]:
-        """The traces of the teacher's that are mixed into a step."""
-        if self.traces is None or self.mixed is None:
+        """The traces of the teacher's that are mixed into a step: as many as the share of the student leaves. A
+        fraction of a trace is carried to the next step."""
+        if self.traces is None or self.mixed is None or not isinstance(self.objective, OnPolicy):
             return []
-        chosen = [i for batch in self.mixed.step(number) for i in batch]
+        share, own = self.objective.student_share, self.order.per_set * self.how.samples / self.how.updates
+        first, last = (round(step * own * (1 - share) / share) for step in (number, number + 1))
+        chosen = [i for place in range(first, last) for batch in self.mixed.step(place) for i in batch]
         return [_of_the_teacher(self.traces.row(self.traces.numbers[i])) for i in chosen]
 
     def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:

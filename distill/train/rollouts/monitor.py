@@ -2,9 +2,10 @@
 
 Learning from one's own text can feed on itself: rollouts that never end, that loop, that are all the same or no longer
 right, and every further step makes it worse. A loss does not show it. Each of these four has a rule here, which
-compares the mean over the last `WINDOW` sets of rollouts with the mean over the first `WINDOW` of the training. The
-earliest stop is at the 2 × `WINDOW`-th set, and one bad set stops nothing. A set serves one optimiser step or several
-(`updates`); it is watched after its last one.
+compares the mean over the last sets of rollouts with the mean over as many first ones. The window is counted in
+prompts, as the samples of a prompt are right or wrong together: at least `PROMPTS` of them, and `SETS` sets, so that a
+student that does not change is not stopped by chance. The earliest stop is after two windows, and one bad set stops
+nothing. A set serves one optimiser step or several (`updates`); it is watched after its last one.
 
 - *Length explosion.* Most rollouts are cut off at the token limit, many more than at first, and they have become much
   longer. Length alone is no sign: a student that learns to reason goes from 9 tokens to 60, and R1-Zero went from
@@ -23,12 +24,13 @@ The thresholds are constants, far beyond what a training that learns shows, beca
 the message. Entropy falls in every training that sharpens a distribution (arXiv 2505.22617), so the limit is a fiftieth
 of its first value.
 
-State is the figures of the first and of the last `WINDOW` sets: a resumed training stops at the step at which an
+State is the figures of the first and of the last window: a resumed training stops at the step at which an
 uninterrupted one does.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from math import ceil
 from statistics import fmean
 from typing import Literal, TypedDict
 
@@ -41,7 +43,8 @@ from distill.filters.repetition import Repetition
 from distill.traces.trace import Trace
 from distill.train.rollouts.rewards import is_truncated
 
-WINDOW = 8  # sets in a mean: at 16 prompts a set, 128 rollouts, in which a share has an error of 4 points
+SETS = 8  # in a mean, at least
+PROMPTS = 128  # in a mean, at least: a share of them has an error of 4 points
 RISE = 0.3  # a share that counts as "many more than at first" has risen by this much, seven such errors
 TRUNCATED = 0.75  # share of truncated rollouts from which on the answers of too few can be rewarded
 LONGER = 1.5  # times the first length; with RISE and TRUNCATED, rollouts that filled the limit from the start are out
@@ -79,20 +82,21 @@ class MonitorState(TypedDict):
 
 
 class Monitor:
-    """Raises WorkError at a collapse. objective: whose options the message names."""
+    """Raises WorkError at a collapse. objective: whose options the message names. prompts: in a set of rollouts."""
 
-    def __init__(self, objective: Literal["grpo", "on_policy"]) -> None:
+    def __init__(self, objective: Literal["grpo", "on_policy"], prompts: int) -> None:
         self.objective = objective
+        self.window = max(SETS, ceil(PROMPTS / prompts))  # sets in a mean
         self.first: list[StepFigures] = []
         self.recent: list[StepFigures] = []
 
     def step(self, figures: StepFigures) -> None:
         """Take the figures of a finished set. Errors: WorkError at a collapse, with what was seen and what to do."""
-        if len(self.first) < WINDOW:
+        if len(self.first) < self.window:
             self.first.append(figures)
             return
-        self.recent = [*self.recent, figures][-WINDOW:]
-        if len(self.recent) == WINDOW:
+        self.recent = [*self.recent, figures][-self.window :]
+        if len(self.recent) == self.window:
             for rule in (self._length, self._repetition, self._entropy, self._correct):
                 if seen := rule():
                     raise WorkError(f"step {figures.step}: {seen}; the curves are in checkpoints/log.jsonl")
@@ -102,8 +106,9 @@ class Monitor:
         return {"first": [asdict(each) for each in self.first], "recent": [asdict(each) for each in self.recent]}
 
     def restore(self, state: MonitorState) -> None:
-        """Go on from the state of a checkpoint."""
-        self.first, self.recent = ([_figures(each) for each in state[part]] for part in ("first", "recent"))
+        """Go on from the state of a checkpoint, whose windows may be shorter."""
+        known = [_figures(each) for part in (state["first"], state["recent"]) for each in part]
+        self.first, self.recent = known[: self.window], known[self.window :]
 
     # ---- rules: what was seen and what to do, None where nothing is wrong
 
@@ -114,8 +119,9 @@ class Monitor:
             return None
         return (
             f"the length of the rollouts has exploded: {now:.0%} are truncated, mean {long:,.0f} tokens, over the last "
-            f"{WINDOW} sets ({before:.0%} and {short:,.0f} over the first {WINDOW}); if they are still of use (see "
-            f"rollouts/), raise train.objective.rollouts.sampling.max_new_tokens, otherwise lower train.learning_rate"
+            f"{self.window} sets ({before:.0%} and {short:,.0f} over the first {self.window}); if they are still of "
+            f"use (see rollouts/), raise train.objective.rollouts.sampling.max_new_tokens, otherwise lower "
+            f"train.learning_rate"
             + self._choose(", or set train.objective.rewards.length or train.objective.kl_weight", "")
         )
 
@@ -124,8 +130,8 @@ class Monitor:
         if now < REPETITION or now - before < RISE:
             return None
         return (
-            f"the rollouts repeat themselves: {now:.0%} contain a loop over the last {WINDOW} sets ({before:.0%} over "
-            f"the first {WINDOW}); lower train.learning_rate"
+            f"the rollouts repeat themselves: {now:.0%} contain a loop over the last {self.window} sets "
+            f"({before:.0%} over the first {self.window}); lower train.learning_rate"
             + self._choose(", or set train.objective.kl_weight to keep the student near its base", "")
         )
 
@@ -136,8 +142,8 @@ class Monitor:
         if now >= ENTROPY * before or self._succeeds():
             return None
         return (
-            f"the student's entropy is gone: {now:.2g} nats per token over the last {WINDOW} sets ({before:.2g} over "
-            f"the first {WINDOW}), so its samples of a prompt are all alike; raise "
+            f"the student's entropy is gone: {now:.2g} nats per token over the last {self.window} sets "
+            f"({before:.2g} over the first {self.window}), so its samples of a prompt are all alike; raise "
             f"train.objective.rollouts.sampling.temperature, or lower train.learning_rate"
             + self._choose(", or set train.objective.kl_weight", "")
         )
@@ -150,8 +156,8 @@ class Monitor:
             return None
         short, long = self._means("length")
         return (
-            f"the answers are no longer right: {now:.0%} over the last {WINDOW} sets ({before:.0%} over the first "
-            f"{WINDOW}; mean length {long:,.0f} and {short:,.0f} tokens); lower train.learning_rate, or set "
+            f"the answers are no longer right: {now:.0%} over the last {self.window} sets ({before:.0%} over the first "
+            f"{self.window}; mean length {long:,.0f} and {short:,.0f} tokens); lower train.learning_rate, or set "
             f"train.objective.kl_weight to keep the student near its base"
         )
 

@@ -186,9 +186,10 @@ class Projector:
         id_sk[direct] = self._firsts(top_id_tk[at_s[direct]])
         logprob_sk[direct] = np.where(id_sk[direct] < 0, -np.inf, top_logprob_tk[at_s[direct]])
         smaller = np.flatnonzero(shared_s & (their_length_t[at_s] < our_length_s)) if len(own_t) else np.arange(0)
+        logprobs = logprob_t.tolist()
         for s, i in zip(smaller.tolist(), at_s[smaller].tolist(), strict=True):
             tops = {i: pairs(top_id_tk[i], top_logprob_tk[i])}
-            masses = self._at(i, supervised[s], ours[s], theirs, completion, logprob_t.tolist(), tops) or {}
+            masses = self._at(i, supervised[s], ours[s], theirs, completion, logprobs, tops) or {}
             id_sk[s, : len(masses)], logprob_sk[s, : len(masses)] = list(masses), list(masses.values())
         return merged(id_sk, logprob_sk)
 

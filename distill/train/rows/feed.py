@@ -10,6 +10,7 @@ The rows of step k are the same on every rank and after every resume: the loop a
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from pydantic import JsonValue
 
 from distill.recipe import Train
@@ -116,8 +117,10 @@ class StoredFeed(Feed):
 
     @property
     def supervised_per_epoch(self) -> int:
-        """See `Feed`."""
-        return self.rows.supervised(self.numbers)
+        """See `Feed`. The rows of each source count as often as an epoch sees them."""
+        sources, numbers = self.order.sources, np.asarray(self.numbers, np.int64)
+        counts = (self.rows.supervised(numbers[sources == source]) for source in range(len(self.order.shares)))
+        return round(sum(share * count for share, count in zip(self.order.shares, counts, strict=True)))
 
     def held_out(self) -> list[list[Row]]:
         """See `Feed`."""

@@ -18,9 +18,10 @@ from distill.console import progress, say
 from distill.durable import sync_directory
 from distill.errors import UserError
 from distill.fingerprint import digest
-from distill.models import Models
+from distill.models import Model, Models
 from distill.recipe import Recipe, Train
-from distill.recipe.sources import MixedSource
+from distill.recipe.sources import MixedSource, TraceSource
+from distill.record import StageRecord
 from distill.traces.published import read_published
 from distill.traces.store import read_traces
 from distill.traces.trace import Trace
@@ -29,7 +30,7 @@ from distill.train.rows import gate, stored
 from distill.train.rows.encode import Encoder, Encoding, Source
 from distill.train.rows.feed import StoredFeed
 from distill.train.rows.stored import Counts, TrainingSet
-from distill.train.rows.teacher import teach
+from distill.train.rows.teacher import TraceSet, teach
 from distill.train.student import float8, model
 
 
@@ -74,8 +75,11 @@ def prepare(
         for line in rows.proved:
             say(line)
         if settings.objective.teacher_top_k:
-            reads = [partial(traces_of, source, paths) for source in settings.data]
-            teach(recipe, models, rows, reads, chat, teacher_settings, paths.scored, encoder.directory)
+            sets = [
+                TraceSet(partial(traces_of, source, paths), is_teachers(source, recipe, models.teacher))
+                for source in settings.data
+            ]
+            teach(recipe, models, rows, sets, chat, teacher_settings, paths.scored, encoder.directory)
     except BaseException:
         encoder.close()
         raise
@@ -134,6 +138,21 @@ def traces_of(source: MixedSource, paths: RunPaths) -> Iterator[Trace]:
         return (trace for trace, _ in read_traces(paths.kept))
     assert source.kind != "own", "a phase reads its own answers as the kept traces of its directory"
     return read_published(source)
+
+
+def is_teachers(source: MixedSource | TraceSource, recipe: Recipe, teacher: Model) -> bool:
+    """Whether the recipe's teacher sampled the traces of a set: those of the run itself, and those of another run whose
+    record names the same weights or model, template and mode."""
+    if source.kind == "kept":
+        return all(is_teachers(each, recipe, teacher) for each in recipe.traces)
+    if source.kind != "run":
+        return False
+    record = StageRecord.read_if_there(RunPaths(Path(source.path)).record("generate"), "restore it")
+    date = "teacher.date"  # in a template's text: decides little, and is another one every day
+    ours = {f"teacher.{key}": value for key, value in teacher.identity.items()}
+    theirs = {} if record is None else record.settings
+    theirs = {key: value for key, value in theirs.items() if key.startswith("teacher.") and key != date}
+    return theirs == {key: value for key, value in ours.items() if key != date}
 
 
 def say_counts(counts: Counts, max_length: int) -> None:

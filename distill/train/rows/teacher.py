@@ -3,8 +3,9 @@
     tokens/teacher-ids.npy        int32 [supervised, k], the student's tokens
     tokens/teacher-logprobs.npy   float32 [supervised, k], −∞ after the last token known, at all k if none is
 
-Traces that were sampled with `generate.logprobs` carry the most likely tokens. For the others the teacher is loaded and
-scores them: one prefill per trace, no sampling. Scored traces are stored in `scored/`, so that an interruption costs
+Traces that this teacher sampled with `generate.logprobs` carry the most likely tokens, if these are as many as the
+objective asks for. For the others, another teacher's among them, the teacher is loaded and scores them: one prefill per
+trace, no sampling. Scored traces are stored in `scored/`, so that an interruption costs
 little. The directory's name is a hash over everything that decides the teacher's numbers, so that the scores of another
 teacher, of its other thinking mode or of another dtype are never taken for these. In it each trace set has a store of
 its own, since two sets may hold samples of one prompt. It is begun anew when a trace has another text than is stored.
@@ -16,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,13 @@ Traces: TypeAlias = Callable[[], Iterator[Trace]]  # reads a trace set from its 
 
 GROUP = 32  # traces scored per call: enough to fill the engine's steps
 IDS, LOGPROBS = "teacher-ids.npy", "teacher-logprobs.npy"
+
+
+class TraceSet(NamedTuple):
+    """A set of traces. read: reads it from its beginning. own: whether this teacher sampled it."""
+
+    read: Traces
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -101,15 +109,16 @@ def teach(
     recipe: Recipe,
     models: Models,
     rows: TrainingSet,
-    sources: Sequence[Traces],
+    sources: Sequence[TraceSet],
     chat: Chat,
     settings: Mapping[str, JsonValue],
     scored: Path,
     tokens: Path,
 ) -> Teaching:
-    """Score the traces that have no log-probabilities yet, map all of them, and report the share that is known.
+    """Score the traces that do not list enough of this teacher's log-probabilities, map all of them, and report the
+    share that is known.
 
-    sources: reads of each trace set. settings: everything that decides the teacher's numbers
+    settings: everything that decides the teacher's numbers
     (`stage.teacher_settings`). scored: where scored traces are stored. Errors: UserError.
     """
     k = recipe.train.objective.teacher_top_k
@@ -123,7 +132,8 @@ def teach(
         lambda text: chat.tokenizer(text, add_special_tokens=False)["input_ids"],
     )
     stores = scored / digest({**settings, "top_k": k})
-    with_logprobs = _with_logprobs(sources, recipe, model, rows, k, stores)
+    least = min(k, len(projector.teacher.pieces))
+    with_logprobs = _with_logprobs(sources, recipe, model, rows, k, least, stores)
     teaching = write(rows, with_logprobs, projector, (teacher.prefill, chat.prefill), k, tokens)
     if not teaching.known:
         raise UserError(
@@ -139,30 +149,27 @@ def teach(
 
 
 def _with_logprobs(
-    sources: Sequence[Traces], recipe: Recipe, teacher: Model, rows: TrainingSet, k: int, stores: Path
+    sources: Sequence[TraceSet], recipe: Recipe, teacher: Model, rows: TrainingSet, k: int, least: int, stores: Path
 ) -> Iterator[tuple[int, Trace]]:
-    """Every trace of a row with log-probabilities, after the number of its source: its own, stored ones from an earlier
-    session, or new ones."""
+    """Every trace of a row with log-probabilities, after the number of its source: its own, if it lists at least so
+    many tokens, stored ones from an earlier session, or new ones."""
     of_rows = rows.sources.tolist()
     wanted = [{key for key, its in zip(rows.keys, of_rows, strict=True) if its == i} for i in range(len(sources))]
-    kept = [_of_these_traces(TraceStore(stores / str(i)), traces) for i, traces in enumerate(sources)]
+    kept = [_of_these_traces(TraceStore(stores / str(i)), source.read) for i, source in enumerate(sources)]
     done = [store.keys() & keys for store, keys in zip(kept, wanted, strict=True)]
     with ExitStack() as stack:
         scoring = None
-        for number, (traces, store) in enumerate(zip(sources, kept, strict=True)):
+        for number, (source, store) in enumerate(zip(sources, kept, strict=True)):
             yield from ((number, trace) for trace in store if trace.key in done[number])
-            missing = (trace for trace in traces() if trace.key in wanted[number] and trace.key not in done[number])
+            left = (trace for trace in source.read() if trace.key in wanted[number] and trace.key not in done[number])
+            missing = (trace if source.own else replace(trace, logprobs=None, top_logprobs=None) for trace in left)
             while group := list(islice(missing, GROUP)):
-                unscored = [trace for trace in group if not _has_logprobs(trace)]
-                yield from ((number, trace) for trace in group if _has_logprobs(trace))
+                unscored = [trace for trace in group if trace.listed < least]
+                yield from ((number, trace) for trace in group if trace.listed >= least)
                 if unscored and scoring is None:
                     scoring = stack.enter_context(_scoring(recipe, teacher, k, len(rows), sum(map(len, done))))
                 if unscored and scoring is not None:
                     yield from ((number, trace) for trace in scoring(unscored, store))
-
-
-def _has_logprobs(trace: Trace) -> bool:
-    return trace.logprobs is not None and trace.top_logprobs is not None and any(trace.top_logprobs)
 
 
 def _of_these_traces(store: TraceStore, traces: Traces) -> TraceStore:

@@ -33,6 +33,7 @@ from distill import model_families, model_files
 from distill.backends.fallback import loaded
 from distill.chat import Chat
 from distill.durable import write_whole
+from distill.engine.families import spec_of
 from distill.errors import UserError
 from distill.models import Model
 from distill.recipe import Train
@@ -132,6 +133,11 @@ def configuration(model_dir: Path, settings: Train) -> PretrainedConfig:
         if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
             raise UserError(f"train.rope_theta: models of type {config.model_type!r} have no rope_theta; remove it")
         config.rope_parameters = {**config.rope_parameters, "rope_theta": settings.rope_theta}
+    if model_families.in_engine(config.model_type):
+        try:  # the engine evaluates the student; tests prove the training of what it computes, and of nothing else
+            spec_of(config.to_dict(), f"{model_dir}/config.json")
+        except ValueError as error:
+            raise UserError(str(error)) from error
     return config
 
 
@@ -179,6 +185,9 @@ def load(model_dir: Path, settings: Train, dtype: torch.dtype, quantization: obj
     refuse_not_finite(model_dir, stored_tensors(model).items())
     if quantization is not None:
         methods.keep_4_bit_layout(model)
+    for name, parameter in empty(model_dir, settings, dtype).named_parameters():
+        if not parameter.requires_grad:  # as the family says, of which `from_pretrained` keeps nothing
+            model.get_parameter(name).requires_grad_(False)
     return trainable(model)
 
 
@@ -195,6 +204,12 @@ def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }
+
+
+def is_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers keeps a tensor of a model in float32, whatever the dtype of the others."""
+    patterns = model._keep_in_fp32_modules_strict or ()
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
 
 
 def refuse_not_finite(model_dir: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
