@@ -25,20 +25,23 @@ from typing import Any
 from learning_curve import with_interval  # first: it adds the project to the path
 
 from distill.artefacts import RunPaths
+from distill.config import parse, read_yaml
 from distill.errors import UserError
 from distill.eval.statistics import Difference, compare
 from distill.evaluations import Results, finished_evaluations, read_results
+from distill.recipe import Recipe
 from distill.record import StageRecord, read_identity
 from distill.report.contents import read_contents
 from distill.report.pictures import LIGHT
 
 RATES = ("truncated_rate", "no_answer_rate", "unverifiable_rate", "mean_completion_tokens")
+LEAST = 0.1  # per cent, on the picture's axis
 OF_A_RUN = ("base", "teacher")  # names that are not the student's
 
 
 def is_a_run(directory: Path) -> bool:
     """Whether a directory is a run's, and not the `--out` of an evaluation."""
-    return read_identity(directory) is not None
+    return read_identity(directory, "NAME=DIR") is not None
 
 
 def results_of(name: str, directory: Path) -> Results:
@@ -88,13 +91,15 @@ def gain(difference: Difference) -> dict[str, Any]:
 
 def stages_of(directory: Path) -> dict[str, Any]:
     """Hours, machines and tokens of each finished stage of a run."""
+    path = RunPaths(directory).recipe
+    recipe = parse(Recipe, read_yaml(path), str(path))
     return {
         stage.name: {
             "hours": round((stage.seconds or 0) / 3600, 3),
             "machines": list(stage.machines),
             "tokens": stage.tokens,
         }
-        for stage in read_contents(directory).stages
+        for stage in read_contents(directory, recipe).stages
         if stage.finished and stage.name != "report"
     }
 
@@ -107,8 +112,14 @@ def training_of(directory: Path) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if not key.startswith(local)}
 
 
+def lowest(scores: Mapping[str, dict[str, Any]]) -> float:
+    """The lowest end of an interval in the picture, in per cent."""
+    return max(LEAST, min(100 * row["pass@1"]["low"] for row in scores.values()))
+
+
 def draw(scores: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:
-    """A point and its interval for each name."""
+    """A point and its interval for each name. The axis is logarithmic: a student of one per cent and a teacher of fifty
+    are in one picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,15 +127,21 @@ def draw(scores: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.2, 0.9 + 0.42 * len(scores)))
     for y, (name, row) in enumerate(scores.items()):
-        value, low, high = (100 * row["pass@1"][key] for key in ("value", "low", "high"))
+        value, low, high = (max(LEAST, 100 * row["pass@1"][key]) for key in ("value", "low", "high"))
         colour = LIGHT.get(name, LIGHT["student"])
         axes.plot([low, high], [y, y], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
         axes.plot([value], [y], marker="o", markersize=7, color=colour)
-        label = f"{value:.1f} % ({low:.1f}–{high:.1f}), {row['problems']:,} problems"
+        shown = [f"{100 * row['pass@1'][key]:.1f}" for key in ("value", "low", "high")]
+        label = f"{shown[0]} % ({shown[1]}–{shown[2]}), {row['problems']:,} problems"
         axes.annotate(label, (high, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(scores)), [name.replace("_", " ") for name in scores])
     axes.invert_yaxis()
-    axes.set_xlim(left=0, right=1.6 * max(100 * row["pass@1"]["high"] for row in scores.values()))
+    axes.set_xscale("log")
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick >= 0.5 * lowest(scores)]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(left=0.8 * lowest(scores), right=1500)  # beyond 100 for the labels
+    axes.spines["bottom"].set_bounds(0.8 * lowest(scores), 100)
     axes.set_xlabel(f"pass@1 in %, 95 % intervals, {title}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
