@@ -116,7 +116,7 @@ class DirectoryBackend(ABC):
         context, start = self.max_context, prompt.messages[-1]["content"][:40]
         assert context is not None, "without a context every prompt fits"
         remedy = (
-            f"set generate.sampling.max_new_tokens to {context - length} or less, or"
+            f"lower max_new_tokens to {context - length} or less, or"
             if length < context
             else "shorten it, or"
         )

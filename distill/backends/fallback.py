@@ -269,7 +269,7 @@ class TransformersBackend(DirectoryBackend):
         return self._alike(LONGER)
 
     def _alike(self, other: Sequence[int]) -> bool:
-        """Whether the logits after PROBE and after one more token are the same beside another prompt, up to rounding."""
+        """Whether the logits of PROBE and of the token after it are the same beside another prompt, up to rounding."""
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=2,
@@ -279,9 +279,7 @@ class TransformersBackend(DirectoryBackend):
             return_dict_in_generate=True,
         )
         alone_sv, beside_sv = (
-            torch.stack(
-                [logits_bv[0] for logits_bv in self._decode(prompts, generation_config=settings).logits]
-            ).float()
+            torch.stack(self._decode(prompts, generation_config=settings).logits)[:, 0].float()
             for prompts in ([PROBE], [PROBE, other])
         )
         spread = (alone_sv - alone_sv.mean(-1, keepdim=True)).norm()
