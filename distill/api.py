@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from distill.backends import Backend
+    from distill.backends.backend import Completed
     from distill.grading import Grade
 
 __all__ = ["Answer", "OpenModel", "Run", "grade", "load_recipe", "open_model"]
@@ -50,6 +51,7 @@ T = TypeVar("T")
 MAX_NEW_TOKENS = 32768  # at most, where the caller names no limit and the context has room
 SERVER_MAX_NEW_TOKENS = 8192  # the same for a server, whose context is not known
 NOT_FILTERED = "not filtered"
+ROLES = ("system", "user", "assistant")  # of messages
 SUMMARIES: Mapping[str, type[Artefact]] = {
     "generate": GenerateSummary,
     "filter": FilterSummary,
@@ -232,8 +234,12 @@ def grade(answer: str, gold: str, task: Task = "math") -> "Grade":
 
     answer: a whole completion, or the bare answer; reasoning inside `<think>` is not searched. gold: the reference
     answer, bare, boxed or after `####`. The comparison runs in a process that is killed when it takes more than five
-    seconds of processor time; the verdict is then unverifiable. Errors: UserError for a task without a grader.
+    seconds of processor time; the verdict is then unverifiable. Errors: UserError for a task without a grader, and
+    for an answer or a gold that is no text.
     """
+    for name, value in (("answer", answer), ("gold", gold)):
+        if not isinstance(value, str):
+            raise UserError(f"grade: {name} is a {type(value).__name__}; give it as text, such as '7'")
     from distill.grading import Grader, require_grader
     from distill.grading.sandbox.levels import require_level
 
@@ -292,20 +298,27 @@ class OpenModel:
 
         temperature, top_p, top_k: the card's recommendation by default, else 0.6, 0.95 and 0 (off). max_new_tokens:
         what the context has room for by default, at most 32,768; 8,192 for a server. The local engine repeats itself
-        for the same seed. Errors: UserError when question and max_new_tokens exceed the context; WorkError when a
-        server fails.
+        for the same seed. Errors: UserError for a question that is none, and when question and max_new_tokens exceed
+        the context; WorkError when a server fails.
         """
         from distill.backends import Job, SamplingParams
 
-        messages: Sequence[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        if not isinstance(n, int) or n < 1:
+            raise UserError(f"sample: n is {n!r}; it is a number of answers, at least 1")
+        messages = _messages(question)
         prompt = Prompt(tuple(messages), "chat")
         given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         given["max_new_tokens"] = self._room(messages) if max_new_tokens is None else max_new_tokens
         changes = {key: value for key, value in given.items() if value is not None}
         settings = parse(SamplingSettings, self.sampling.model_dump() | changes, "sample")
-        sampling = SamplingParams(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
+        sampling = SamplingParams(**settings.model_dump())
         jobs = [Job(prompt, tuple(range(n)))]
-        completions = self._call(lambda: list(self._backend.complete(jobs, sampling, seed)))
+
+        def complete() -> "list[Completed]":
+            self._backend.check([prompt], sampling)  # a server that Distill starts reserves the context
+            return list(self._backend.complete(jobs, sampling, seed))
+
+        completions = self._call(complete)
         answers: list[Answer] = []
         for done in sorted(completions, key=lambda done: done.sample):
             reasoning, response = done.split
@@ -318,6 +331,27 @@ class OpenModel:
         if context is None or isinstance(self.model.place, Server):
             return SERVER_MAX_NEW_TOKENS
         return max(1, min(MAX_NEW_TOKENS, context - len(self.model.chat.prompt_ids(messages))))
+
+
+def _messages(question: object) -> list[Message]:
+    """A question, or a conversation, as messages. Errors: UserError."""
+    if isinstance(question, str):
+        return [{"role": "user", "content": question}]
+    if not isinstance(question, Sequence) or not question:
+        raise UserError(
+            f"sample: the question is {question!r}; give a text, or messages such as "
+            '[{"role": "user", "content": "1 + 1?"}]'
+        )
+    messages = list[Message]()
+    for number, message in enumerate(question, 1):
+        role, content = (message.get(key) if isinstance(message, Mapping) else None for key in ("role", "content"))
+        if role not in ROLES or not isinstance(content, str):
+            raise UserError(
+                f"sample: message {number} is {message!r:.80}; give its role ({', '.join(ROLES)}) and its content, a "
+                f"text"
+            )
+        messages.append({"role": role, "content": content})
+    return messages
 
 
 @contextmanager

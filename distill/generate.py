@@ -227,13 +227,14 @@ def sample_pilot(run: "Run", count: int) -> Measured | None:
     requests = total if run.models.teacher.is_remote else len(wanted)  # the engine reads a prompt once for all samples
     return Measured(
         rate=(usage.completion_tokens - before.completion_tokens) / max(seconds, 1e-3),
-        at_once=min(total, _at_once(recipe)),
+        at_once=min(total, at_once(recipe)),
         settings=digest(STAGE.recipe_settings(recipe)),
         prompt_tokens=prompts / requests if prompts else None,
     )
 
 
-def _at_once(recipe: "Recipe") -> int:
+def at_once(recipe: "Recipe") -> int:
+    """Samples under way at most."""
     server = catalog.server_of(recipe)
     return (server.concurrency if server else None) or recipe.generate.max_batch
 

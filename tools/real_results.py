@@ -135,7 +135,7 @@ def draw(scores: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:
         label = f"{shown[0]} % ({shown[1]}–{shown[2]}), {row['problems']:,} problems"
         axes.annotate(label, (high, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(scores)), [name.replace("_", " ") for name in scores])
-    axes.invert_yaxis()
+    axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.set_xscale("log")
     ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick >= 0.5 * lowest(scores)]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -115,11 +115,7 @@ class DirectoryBackend(ABC):
     def _too_long(self, which: str, length: int, prompt: Prompt, sampling: SamplingParams) -> UserError:
         context, start = self.max_context, prompt.messages[-1]["content"][:40]
         assert context is not None, "without a context every prompt fits"
-        remedy = (
-            f"set generate.sampling.max_new_tokens to {context - length} or less, or"
-            if length < context
-            else "shorten it, or"
-        )
+        remedy = f"lower max_new_tokens to {context - length} or less, or" if length < context else "shorten it, or"
         return UserError(
             f"{which}{prompt.id} ({start!r}…, from {prompt.source or 'memory'}), has {length} tokens and "
             f"max_new_tokens is {sampling.max_new_tokens}, together more than the model's context of {context}"

@@ -7,6 +7,11 @@ a token's random number is that of (seed, prompt, sample, position), whatever el
 products may depend on the batch, so a sample repeats up to near-ties. What computed is in the numerics, and so in the
 settings of scores.
 
+Prompts of a batch are padded on the left, and the padding is masked. Some recurrent families (RecurrentGemma, xLSTM) do
+not mask it in their recurrence, and RWKV mixes up the sequences of a batch; which families do depends on the version of
+transformers. Each loaded model is therefore asked once for the logits of a prompt alone and in a batch: where padding
+changes them, only prompts of equal length share a batch, and where a second prompt does, none do.
+
 The batches are `generate` with a logits processor that draws. Rejected: `generate_batch`, the continuous batching of
 transformers (5.23). It draws every request from one generator, so that a sample would depend on the requests beside it
 and a resume would draw others; its logits processors do not know which request a row belongs to; and it refuses
@@ -22,8 +27,10 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice, tee
+from functools import cached_property
+from itertools import groupby, islice, tee
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -57,6 +64,10 @@ from distill.traces.trace import FinishReason
 
 MOST_SEQUENCES = 32  # of a batch: its samples are stored together, so that a kill costs no more than these
 PAD = 0  # id of padding, which the attention mask hides
+# token ids of prompts: one that is computed alone and beside each of the others, of its length and longer
+PROBE, EQUAL, LONGER = (1, 2, 3), (3, 1, 2), (3, 2, 1, 2, 3, 1)
+# difference of logits that rounding explains: its root mean square as a share of the logits'
+ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 LIMITS = ("max_position_embeddings", "n_positions")  # of a context, in the configs of families that have one
 
 
@@ -211,8 +222,8 @@ class TransformersBackend(DirectoryBackend):
         """
         params = with_tokens(sampling, self.chat)
         deadline = allowance.deadline if allowance else math.inf
-        sequences = self._sequences(jobs, sampling, seed)
-        while time.monotonic() < deadline and (batch := list(islice(sequences, self._batch))):
+        batches = self._batches(self._sequences(jobs, sampling, seed))
+        while time.monotonic() < deadline and (batch := next(batches, None)):
             try:
                 self._generate(batch, params, deadline)
             except NonFiniteLogits as error:
@@ -233,23 +244,68 @@ class TransformersBackend(DirectoryBackend):
             for number in job.samples:
                 yield _Sequence(job.prompt, number, ids, stream_key(seed, int(job.prompt.id, 16), number))
 
+    def _batches(self, sequences: Iterator[_Sequence]) -> Iterator[list[_Sequence]]:
+        """The sequences that are decoded together."""
+
+        def length(sequence: _Sequence) -> int:
+            return len(sequence.ids)
+
+        while batch := list(islice(sequences, self._batch)):
+            if len(batch) > 1 and not self._batches_alike:
+                yield from ([each] for each in batch)
+            elif len(set(map(length, batch))) > 1 and not self._pads_alike:
+                yield from (list(group) for _, group in groupby(sorted(batch, key=length), length))
+            else:
+                yield batch
+
+    @cached_property
+    def _batches_alike(self) -> bool:
+        """Whether a prompt has the same logits in a batch of prompts of its length as alone."""
+        return self._alike(EQUAL)
+
+    @cached_property
+    def _pads_alike(self) -> bool:
+        """Whether a prompt has the same logits padded as alone."""
+        return self._alike(LONGER)
+
+    def _alike(self, other: Sequence[int]) -> bool:
+        """Whether the logits of PROBE and of the token after it are the same beside another prompt, up to rounding."""
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=2,
+            pad_token_id=PAD,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        alone_sv, beside_sv = (
+            torch.stack(self._decode(prompts, generation_config=settings).logits)[:, 0].float()
+            for prompts in ([PROBE], [PROBE, other])
+        )
+        spread = (alone_sv - alone_sv.mean(-1, keepdim=True)).norm()
+        tolerance = ROUNDING[self._autocast or self.module.dtype]
+        return bool((alone_sv - beside_sv).norm() <= tolerance * spread)
+
     def _generate(self, batch: Sequence[_Sequence], params: SamplingParams, deadline: float) -> None:
         """Draw the tokens of a batch. Errors: NonFiniteLogits."""
-        width = max(len(each.ids) for each in batch)
-        ids_bw = torch.tensor([[PAD] * (width - len(each.ids)) + list(each.ids) for each in batch])
-        mask_bw = torch.tensor([[0] * (width - len(each.ids)) + [1] * len(each.ids) for each in batch])
+        self._decode(
+            [each.ids for each in batch],
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=params.max_new_tokens, pad_token_id=PAD, use_cache=True
+            ),
+            logits_processor=LogitsProcessorList([_Drawing(batch, params, self._ops)]),
+            stopping_criteria=StoppingCriteriaList([_Finished(batch, deadline)]),
+        )
+        self._completion_tokens += sum(len(each.tokens) for each in batch)
+
+    def _decode(self, prompts: Sequence[Sequence[int]], **arguments: Any) -> Any:
+        """What `generate` returns of prompts, which are padded on the left."""
+        width = max(map(len, prompts))
+        ids_bw = torch.tensor([[PAD] * (width - len(ids)) + list(ids) for ids in prompts])
+        mask_bw = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
         device = self.module.device
         with self._sampling():
-            self.module.generate(
-                ids_bw.to(device),
-                attention_mask=mask_bw.to(device),
-                generation_config=GenerationConfig(
-                    do_sample=False, max_new_tokens=params.max_new_tokens, pad_token_id=PAD, use_cache=True
-                ),
-                logits_processor=LogitsProcessorList([_Drawing(batch, params, self._ops)]),
-                stopping_criteria=StoppingCriteriaList([_Finished(batch, deadline)]),
-            )
-        self._completion_tokens += sum(len(each.tokens) for each in batch)
+            return self.module.generate(ids_bw.to(device), attention_mask=mask_bw.to(device), **arguments)
 
     @torch.no_grad()
     def _token_scores(

@@ -13,15 +13,20 @@ from distill.prompts.prompt import END_THINK, THINK
 
 INCOMPLETE = "\ufffd"  # what a decoder makes of a part of a character
 MOST_HELD = 64  # tokens; more are no character, and decoding all of them at each token would take forever
+MOST_CONTEXT = 16  # tokens of a prompt that are tried as the context of its completion
 
 
 class Decoder:
-    """Token ids of one completion → text. The token that ends a turn has no text."""
+    """Token ids of one completion → text. The token that ends a turn has no text.
 
-    def __init__(self, chat: Chat) -> None:
+    after: ids that the completion continues. SentencePiece tokenizers drop a space at the beginning of a text, so what
+    continues one is decoded together with its end; the answer of a chat begins a text.
+    """
+
+    def __init__(self, chat: Chat, after: Sequence[int] = ()) -> None:
         self._chat = chat
-        self._ids: list[int] = []
-        self._begin = self._end = 0  # ids[begin:end] have been decoded, as the context of those that follow
+        self._ids: list[int] = self._context(after)
+        self._begin, self._end = 0, len(self._ids)  # ids[begin:end] are the context of those that follow
 
     def feed(self, ids: Sequence[int], last: bool) -> str:
         """The text that became certain. last: whether these are the last tokens."""
@@ -33,6 +38,15 @@ class Decoder:
             return ""
         self._begin, self._end = self._end, len(self._ids)
         return after[len(before) :]
+
+    def _context(self, ids: Sequence[int]) -> list[int]:
+        """The fewest last ids that have a text of whole characters; empty where none of the last few have."""
+        last = [token for token in ids[-MOST_CONTEXT:] if token not in self._chat.stop_token_ids]
+        for begin in reversed(range(len(last))):
+            text = self._chat.decode(last[begin:])
+            if text and INCOMPLETE not in text:
+                return last[begin:]
+        return []
 
     def _text(self, begin: int, end: int) -> str:
         return self._chat.decode(self._ids[begin:end])

@@ -133,7 +133,7 @@ def _measured(recipe: "Recipe", directory: Path) -> Measured | None:
         return None
     return Measured(
         rate=summary.tokens_per_second,
-        at_once=recipe.generate.max_batch,
+        at_once=generate.at_once(recipe),
         prompt_tokens=(summary.prompt_tokens / summary.traces) or None,
         settings=digest(generate.STAGE.recipe_settings(recipe)),
     )
@@ -242,7 +242,7 @@ def _train(
         ways, data = plan_training(alone, place, machines or MACHINES, given, mean, expected)
         tokens += trained_tokens(alone.train, data)
         disk += sum(disk_of(alone.train, configuration(alone, catalog.load_student(alone.student))))
-        fitting = [way for way in ways if way.hardware.name == ways[0].hardware.name and way.own and way.fits]
+        fitting = [way for way in ways if way.hardware.name == ways[0].hardware.name and way.own and way.runs]
         hours += fitting[0].hours if fitting else float("nan")
         if training.own:
             say(

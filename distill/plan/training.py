@@ -62,11 +62,22 @@ class Way:
     memory: "Memory"
     hours: float
     own: bool = False  # the recipe's own method
+    float8: bool = False  # whether its products are in FP8
 
     @property
     def fits(self) -> bool:
         """Whether the memory of a device suffices."""
         return self.memory.total <= USABLE * self.hardware.memory
+
+    @property
+    def lacks_fp8(self) -> bool:
+        """Whether it multiplies in FP8, and the GPU cannot."""
+        return self.float8 and not self.hardware.has_fp8
+
+    @property
+    def runs(self) -> bool:
+        """Whether the machine can run it."""
+        return self.fits and not self.lacks_fp8
 
 
 def plan_training(
@@ -226,7 +237,8 @@ def way(
     needed = needed.beside(engines, machine.memory, "cuda")
     hours = operations(config, settings, data) / (machine.devices * machine.rate * UTILISATION) / 3600
     saving = (settings.gradient_checkpointing, settings.activation_offloading)
-    return Way(machine, method(settings), layout, *saving, needed, hours)
+    float8 = settings.dtype == "float8" and settings.adapter is None
+    return Way(machine, method(settings), layout, *saving, needed, hours, float8=float8)
 
 
 def operations(config: "PretrainedConfig", settings: "Train", data: Data) -> float:
@@ -322,7 +334,7 @@ def show(ways: Sequence[Way], settings: "Train") -> None:
                 f"{'→ ' if each.method == method(settings) else '  '}{each.method}",
                 each.layout + (f" +{saving}" if saving else ""),
                 *(_figure(size / 1e9) for size in (*own, sum(parts.values()), each.memory.total)),
-                _hours(each, settings),
+                _hours(each),
             )
         )
     columns = ("machine", "method", "layout", "model", "grads", "optim.", "activ.", "other", "total", "hours")
@@ -332,9 +344,9 @@ def show(ways: Sequence[Way], settings: "Train") -> None:
         say("float8 needs compute capability 8.9 or later (Ada, Hopper); LoRA and QLoRA are planned in bfloat16")
 
 
-def _hours(way: Way, settings: "Train") -> str:
+def _hours(way: Way) -> str:
     """The hours of a way, or why it is none."""
-    if settings.dtype == "float8" and way.method == "full" and not way.hardware.has_fp8:
+    if way.lacks_fp8:
         return "no FP8"
     return _figure(way.hours) if way.fits else "too big"
 

@@ -39,7 +39,7 @@ from distill.prompts.assertions import called_functions, can_fail, parsed_progra
 from distill.prompts.columns import parsed
 
 # columns that are read beside the tests
-BESIDE = ("entry_point", "test_setup_code", "test_imports", "prompt", "metadata", "public_test_cases")
+BESIDE = ("entry_point", "stub", "test_setup_code", "test_imports", "prompt", "metadata", "public_test_cases")
 STDIN, CALL = "stdin_stdout", "function_call"
 TYPES = {STDIN: STDIN, "stdin": STDIN, CALL: CALL, "functional": CALL}
 PROGRAMS = ("assert", "program")

@@ -59,16 +59,15 @@ class Answers:
         """Tokenize the prompts and check the lengths. Takes time, so it is called in a thread. Errors: BadRequest."""
         if request.model not in (None, self.name):
             raise BadRequest(f"no model {request.model!r}; the model is {self.name}", "model", "model_not_found", 404)
-        seed = secrets.randbits(63) if request.seed is None else request.seed
         if isinstance(request, CompletionRequest):
             chat = self.live.chat
-            return Work(request, chat, [self._asked(request, chat, ids, seed) for ids in self._ids(request)])
+            return Work(request, chat, [self._asked(request, chat, ids) for ids in self._ids(request)])
         chat, messages = self._chat(template_mode(request)), [message.to_message() for message in request.messages]
         try:
             ids = chat.prompt_ids(messages)
         except UserError as error:
             raise BadRequest(str(error), "messages") from error
-        asked = self._asked(request, chat, ids, seed, content_hash(tuple(messages), "chat", None))
+        asked = self._asked(request, chat, ids, content_hash(tuple(messages), "chat", None))
         return Work(request, chat, [asked], chat.prefill, request.separate_reasoning is not False)
 
     def _chat(self, mode: Thinking | None) -> Chat:
@@ -94,7 +93,7 @@ class Answers:
             all_ids.append(ids)
         return all_ids
 
-    def _asked(self, request: Request, chat: Chat, ids: list[int], seed: int, key: str | None = None) -> Asked:
+    def _asked(self, request: Request, chat: Chat, ids: list[int], key: str | None = None) -> Asked:
         room = self.live.max_context - len(ids)
         limit = room if request.limit is None else request.limit
         if limit > room or room < 1:
@@ -119,6 +118,7 @@ class Answers:
         if request.ignore_eos:
             sampling = replace(sampling, stop_token_ids=())
         key = request.prompt_key or key or content_hash(({"role": "user", "content": json.dumps(ids)},), "chat", None)
+        seed = secrets.randbits(63) if request.seed is None else request.seed  # each prompt's own: it may be repeated
         samples = tuple(range(request.sample, request.sample + (request.n or 1)))
         streamed = bool(request.stream or request.stop)
         return Asked(tuple(ids), sampling, seed, int(key, 16), samples, streamed)
@@ -129,7 +129,8 @@ class Answers:
         """(index of a choice, delta) of all prompts, as they come. Errors: Rejected; Broken."""
         sources, begin = [], 0
         for asked in work.asked:
-            source = deltas(self.live, work.chat, asked, work.request.stop, work.prefill, work.separate)
+            after = asked.prompt_ids if isinstance(work.request, CompletionRequest) else ()
+            source = deltas(self.live, work.chat, asked, work.request.stop, work.prefill, work.separate, after)
             sources.append(_numbered(source, begin))
             begin += len(asked.samples)
         async with aclosing(merged(sources)) as each:

@@ -43,10 +43,11 @@ class Delta:
 
 
 class _Choice:
-    """One sample on its way from token ids to text. prefill: what the prompt has opened of the text."""
+    """One sample on its way from token ids to text. prefill: what the prompt has opened of the text. after: as of
+    `Decoder`."""
 
-    def __init__(self, chat: Chat, stop: Sequence[str], prefill: str, separate: bool) -> None:
-        self._decoder, self._stops = Decoder(chat), StopStrings(stop)
+    def __init__(self, chat: Chat, stop: Sequence[str], prefill: str, separate: bool, after: Sequence[int]) -> None:
+        self._decoder, self._stops = Decoder(chat, after), StopStrings(stop)
         self._splitter = ReasoningSplitter() if separate else None
         self._prefill = prefill
         self.finished = False
@@ -64,10 +65,16 @@ class _Choice:
 
 
 async def deltas(
-    live: LiveModel, chat: Chat, asked: Asked, stop: Sequence[str], prefill: str, separate: bool
+    live: LiveModel,
+    chat: Chat,
+    asked: Asked,
+    stop: Sequence[str],
+    prefill: str,
+    separate: bool,
+    after: Sequence[int] = (),
 ) -> AsyncGenerator[tuple[int, Delta], None]:
     """(index of a choice, delta) until every choice is finished. Errors: Rejected; Broken."""
-    choices = {sample: _Choice(chat, stop, prefill, separate) for sample in asked.samples}
+    choices = {sample: _Choice(chat, stop, prefill, separate, after) for sample in asked.samples}
     left = len(choices)
     with live.ask(asked) as running:
         async with aclosing(running.pieces()) as pieces:

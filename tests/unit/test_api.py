@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 from http.server import BaseHTTPRequestHandler
+from types import SimpleNamespace
 
 import pytest
 from run_support import rewritten
@@ -11,9 +12,11 @@ from server_support import listening
 
 import distill
 from distill import Run, api, catalog, grade, load_recipe, open_model
+from distill.api import OpenModel
 from distill.artefacts import RunPaths, Scores
 from distill.errors import UserError
 from distill.integrity import record_files
+from distill.recipe import SamplingSettings
 from distill.record import StageRecord
 from distill.traces.store import TraceStore, read_traces, write_traces
 
@@ -177,6 +180,12 @@ def test_a_task_without_a_grader_is_refused():
         grade("hello", "hello", "chat")
 
 
+@pytest.mark.parametrize(("answer", "gold", "name"), [(None, "1", "answer"), ("1", 2, "gold")])
+def test_what_is_no_text_is_not_graded(answer, gold, name):
+    with pytest.raises(UserError, match=f"grade: {name} is a .*give it as text"):
+        grade(answer, gold)
+
+
 # ---- sampling
 
 
@@ -201,6 +210,57 @@ def test_students_directories_and_cards_are_opened(name, tiny_run, tmp_path):
     with open_model(place, engine=load_recipe("tiny").engine) as model:
         (answer,) = model.sample("What is 3 + 4?", max_new_tokens=4, temperature=0)
     assert answer.text and (answer.tokens or 0) <= 4
+
+
+class Recording:
+    """A backend that keeps what it is asked."""
+
+    max_context = 100
+
+    def __init__(self):
+        self.calls = []
+
+    def check(self, prompts, sampling):
+        self.calls.append(("check", [prompt.messages for prompt in prompts], sampling))
+
+    def complete(self, jobs, sampling, seed):
+        self.calls.append(("complete", [job.prompt.messages for job in jobs], sampling))
+        return iter(())
+
+
+def recording(**settings):
+    model = SimpleNamespace(place=None)
+    return OpenModel(model, Recording(), SamplingSettings(**settings), lambda function: function())
+
+
+def test_the_thinking_budget_of_a_card_is_asked_for_and_every_question_is_checked_first():
+    """A started server reserves the context of what is checked."""
+    model = recording(thinking_budget=7)
+    for limit in (16, 50):
+        model.sample("1 + 1?", max_new_tokens=limit)
+    calls = model._backend.calls
+    assert [name for name, _, _ in calls] == ["check", "complete"] * 2
+    assert [sampling.max_new_tokens for _, _, sampling in calls] == [16, 16, 50, 50]
+    assert {sampling.thinking_budget for _, _, sampling in calls} == {7}
+
+
+@pytest.mark.parametrize(
+    ("question", "n", "message"),
+    [
+        ([{"content": "x"}], 1, "message 1 is .*give its role"),
+        ([{"role": "user", "content": None}], 1, "message 1 is .*content, a text"),
+        ([{"role": "human", "content": "x"}], 1, r"\(system, user, assistant\)"),
+        (["x"], 1, "message 1 is 'x'"),
+        (5, 1, "the question is 5"),
+        ([], 1, r"the question is \[\]"),
+        ("x", 0, "n is 0; it is a number of answers, at least 1"),
+    ],
+)
+def test_what_is_no_question_is_refused(question, n, message):
+    model = recording()
+    with pytest.raises(UserError, match=message):
+        model.sample(question, n, max_new_tokens=8)
+    assert not model._backend.calls
 
 
 def test_an_unknown_model_is_refused():

@@ -2,10 +2,13 @@
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from distill.backends.text import Decoder, ReasoningSplitter, StopStrings
 from distill.chat import Chat
@@ -51,6 +54,27 @@ def test_half_a_character_is_held_back_and_given_at_the_end():
 def test_the_end_token_has_no_text():
     decoder = Decoder(chat())
     assert decoder.feed([*chat().text_ids("yes"), chat().stop_token_ids[-1]], True) == "yes"
+
+
+@given(st.text(max_size=20), st.text(max_size=20), SIZES)
+def test_a_completion_is_what_the_text_goes_on_with(prompt, text, sizes):
+    pieces = pieces_of(chat().text_ids(text), sizes)
+    decoder = Decoder(chat(), chat().text_ids(prompt))
+    assert "".join(decoder.feed(piece, i == len(pieces) - 1) for i, piece in enumerate(pieces)) == text
+
+
+def test_a_completion_of_a_sentencepiece_tokenizer_keeps_its_first_space():
+    """Its tokens carry the space before a word, and the first of a text is dropped: Llama 2, Mistral."""
+    words = {word: number for number, word in enumerate(("<s>", "</s>", "\u2581Once", "\u2581upon", "\u2581a"))}
+    model = Tokenizer(models.WordLevel(words, "<s>"))
+    model.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
+    spaced = SimpleNamespace(tokenizer=tokenizer, stop_token_ids=(1,))
+    spaced.decode = lambda ids: Chat.decode(spaced, ids)
+    assert spaced.decode([2, 3, 4]) == "Once upon a" and spaced.decode([4]) == "a"
+    assert Decoder(spaced, [0, 2, 3]).feed([4, 1], True) == " a"
+    assert Decoder(spaced, [0, 2, 3, 1]).feed([4], True) == " a", "an end token in the prompt has no text"
+    assert Decoder(spaced).feed([4], True) == "a", "an answer begins a text"
 
 
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), SIZES)

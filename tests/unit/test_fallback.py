@@ -26,7 +26,12 @@ ENGINE = LocalEngine(device="cpu", dtype="float32")
 QUESTIONS = ("What is 2 + 3?", "Add 17, 4 and 20; what is the sum?", "1+1?")
 JOBS = [backends.Job(Prompt.from_question(text, None), (0, 1)) for text in QUESTIONS]
 SAMPLING = SamplingParams(temperature=1.2, top_p=0.95, max_new_tokens=24, logprobs=3)
-OTHERS = {"gpt_neox": {}, "qwen3_5_text": support.HYBRID}
+OTHERS = {  # RecurrentGemma reads padding, RWKV the other sequences of a batch
+    "gpt_neox": {},
+    "qwen3_5_text": support.HYBRID,
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 64, "head_dim": 8},
+    "rwkv": {"attention_hidden_size": 32},
+}
 
 
 def tiny_qwen(directory):

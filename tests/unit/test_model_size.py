@@ -21,6 +21,13 @@ DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_hea
 SLIDING, WHOLE = "sliding_attention", "full_attention"
 
 
+def test_routed_experts_have_a_width_of_their_own() -> None:
+    """16 · 64 of the hidden states and 5 · (2 · 32) of two experts, in bfloat16."""
+    config = AutoConfig.for_model("qwen3_moe", **TINY, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2)
+    dtypes = methods.dtypes(Train(dtype="bfloat16"), torch.device("cuda"), sharded=False)
+    assert model_size._typical(config, dtypes).layer == 2 * (16 * 64 + 5 * 2 * 32)
+
+
 def hybrid(family: str) -> PretrainedConfig:
     """Six layers, of which two attend to everything, with wider heads in Gemma."""
     types = [SLIDING, SLIDING, WHOLE, SLIDING, SLIDING, WHOLE]

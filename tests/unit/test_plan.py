@@ -92,6 +92,15 @@ def test_sharding_divides_what_it_shards(tables):
         assert getattr(one.memory, part) == pytest.approx(32 * getattr(many.memory, part))
 
 
+def test_fp8_takes_no_hours_on_a_gpu_without_it(tmp_path):
+    recipe = catalog.load_recipe("tiny", ["train.dtype=float8", "engine.device=auto"])
+    data = training.Data(100, 10_000, 200, "given")
+    ways, _ = training.plan_training(recipe, tmp_path, ["8xA100", "8xH100"], expected=data)
+    without, with_fp8 = (next(way for way in ways if way.own and way.hardware.gpu == gpu) for gpu in ("A100", "H100"))
+    assert without.fits and not without.runs and training._hours(without) == "no FP8"
+    assert with_fp8.runs
+
+
 def test_time_by_hand():
     """70.55 B parameters less the embedding, 8 passes with checkpointing: about 5.6e11 operations a token, and the
     attention's on top; times 4.8 B tokens, twice, over 32 × 312 TFLOP/s at two fifths."""

@@ -199,6 +199,16 @@ def test_programs_that_fail_without_an_assert(text: str) -> None:
     assert code_tests.tests_of(text, {}) is not None
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_stub_is_read_from_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
+    row = {"question": "Add.", "answer": "assert add(1, 2) == 3", "entry_point": "add", "stub": "def add(a, b):\n"}
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(json.dumps(row)) if suffix == "jsonl" else pq.write_table(pa.Table.from_pylist([row]), path)
+    source = FilePrompts(kind="file", path=str(path), task="code", extract="tests")
+    (prompt,) = load_prompts([source])
+    assert prompt.answer is not None and json.loads(prompt.answer)["stub"] == row["stub"]
+
+
 def test_stored_tests_are_read_as_they_are() -> None:
     stub = "import math\n\ndef add(a, b):\n"
     row = {"entry_point": "add", "prompt": stub, "test_setup_code": "import re"}

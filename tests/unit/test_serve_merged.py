@@ -2,10 +2,13 @@
 
 import asyncio
 from contextlib import aclosing
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from distill.serve.answers import merged
+from distill.chat import Chat
+from distill.serve.answers import Answers, merged
 from distill.serve.requests import BadRequest, ChatMessage, CompletionRequest
 
 
@@ -60,6 +63,15 @@ def test_the_choices_of_all_prompts_are_bounded():
     assert len(CompletionRequest(prompt=["a"] * 1024, n=2).prompts) == 1024
     with pytest.raises(BadRequest, match="2,048 choices of a request at most"):
         _ = CompletionRequest(prompt=["a"] * 1025, n=2).prompts
+
+
+def test_a_repeated_prompt_has_draws_of_its_own_unless_the_request_has_a_seed():
+    chat = Chat.load(Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1")
+    model = SimpleNamespace(thinking=None)
+    answers = Answers(SimpleNamespace(chat=chat, model=model, max_context=100, vocab_size=1 << 20), "m")
+    for seed, different in ((None, 3), (7, 1)):
+        asked = answers.prepare(CompletionRequest(prompt=["Once"] * 3, seed=seed)).asked
+        assert len({(each.seed, each.prompt_key, each.samples) for each in asked}) == different
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])

@@ -204,7 +204,8 @@ def _typical(config: PretrainedConfig, dtypes: Dtypes) -> Activations:
     """The activations of a family that cannot be measured, as those of a dense decoder: inputs and outputs of each
     product, and of each element-wise step. Routed experts count as often as a token is sent to one."""
     used = getattr(config, "num_experts_per_tok", None) or 1
-    inner = used * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    widths = (getattr(config, name, None) for name in ("moe_intermediate_size", "intermediate_size"))
+    inner = used * (next(filter(None, widths), None) or 4 * config.hidden_size)
     layer = float(dtypes.compute.itemsize * (16 * config.hidden_size + 5 * inner))
     return Activations(layer, 8.0 * config.hidden_size, layer)
 
