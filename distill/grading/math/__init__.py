@@ -4,6 +4,7 @@ An answer that is not read completely, or whose equality is not decided exactly,
 wrong.
 
   extraction   finds the answer in a response; linear time, in the caller's process
+  guesses      the last formula or number of prose
   spelling     compares spellings without a parser
   notation, lexer               rewrite notations of whole answers; text → tokens
   expressions, operators, environments, quantities, reader, reading
@@ -25,7 +26,8 @@ import re
 
 from distill.grading.grade import Answer, Ruling, TaskGrader
 from distill.grading.math.comparison import equal
-from distill.grading.math.extraction import final_answer, formulas, gold_answer
+from distill.grading.math.extraction import final_answer, gold_answer
+from distill.grading.math.guesses import guess
 from distill.grading.math.reading import readings
 from distill.grading.math.spelling import FONT, has_words, normalise
 from distill.grading.math.values import Unreadable, Value, Words
@@ -78,17 +80,21 @@ def spelled(text: str) -> list[Value]:
 
 
 def _judge_guess(expected: list[Value], line: str) -> Ruling:
-    """Compare the last formula or number of a line that is not marked as the answer: correct or unverifiable."""
-    candidates = formulas(line)[:1]
-    candidates += [text.rpartition("=")[2] for text in candidates if "=" in text]
-    for text in [*candidates, line]:
-        try:
-            given = readings(text)
-        except Unreadable:
-            continue
-        if any(equal(one, other) for one in expected for other in given):
-            return "correct", "equal"
+    """Compare the last formula or number of a line that is not marked as the answer, or all of the line: correct or
+    unverifiable. A formula that is not read counts by its last side: `\\text{Cost of 3} = 42`."""
+    candidate = guess(line)
+    given = [] if candidate is None else _read(candidate) or _read(candidate.rpartition("=")[2])
+    if any(equal(one, other) for one in expected for other in given + _read(line)):
+        return "correct", "equal"
     return "unverifiable", "no marked answer"
+
+
+def _read(text: str) -> list[Value]:
+    """The readings of a text; none where it is not read."""
+    try:
+        return readings(text)
+    except Unreadable:
+        return []
 
 
 class MathGrader(TaskGrader):
