@@ -100,7 +100,7 @@ def _read(text: str) -> list[Value]:
 class MathGrader(TaskGrader):
     """Numbers, expressions, sets and intervals, by the functions above."""
 
-    version = 2  # money in LaTeX, equations of several letters, statements after a box
+    version = 3  # guesses, labels, words, parameters, conditions
     packages = ("sympy",)
 
     def prepare(self) -> None:
