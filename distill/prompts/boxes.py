@@ -44,9 +44,9 @@ def boxed(text: str) -> str | None:
             continue
         named = LABEL.search(before)
         box = (named[1] if named else "", content)
-        if not (boxes and match.start() - end <= 80 and BETWEEN_BOXES.fullmatch(text, end, match.start())):
-            boxes = [box]
-        elif len(boxes) > 1 and _bare(content) == ",".join(_bare(each) for _, each in boxes):
+        joined = boxes and match.start() - end <= 80 and BETWEEN_BOXES.fullmatch(text, end, match.start())
+        restated = len(boxes) > 1 and _bare(content) == ",".join(_bare(each) for _, each in boxes)
+        if not joined or restated:
             boxes = [box]
         elif named:
             boxes += [box] if box not in boxes else []

@@ -6,9 +6,10 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
 
 - A label is not compared (`x = 5` equals `5`), but two different labels leave the answers undecided.
 - A bare list is a multiset, `{…}` is a set, `(…)` is ordered; `(a, b)` is an open interval beside an interval.
-  Inequalities joined by "or" are a union. Lists with labels, also `(x, y) = (1, 2)`, are compared label by label; beside
-  values without labels they are equal only where the labels are in alphabetical order.
-- What several letters make together (`m + n = 104`) equals the number; any other equation beside its number is undecided.
+  Inequalities joined by "or" are a union. Lists with labels, also `(x, y) = (1, 2)`, are compared label by label;
+  beside values without labels they are equal only where the labels are in alphabetical order.
+- What several letters make together (`m + n = 104`) equals the number; other equations beside their number are
+  undecided.
 - A unit on one side only is not compared; two units are, with their factors. A number that would be right in another
   unit, and a letter that may be a unit (`0.05 m` beside `5 cm`, `5 m` beside `5`), are undecided.
 - `5%` equals `5` and `0.05`: the normalizer of MATH drops the sign, Qwen2.5-Math's grader accepts both values, and such
@@ -21,8 +22,8 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
 - A rounded decimal beside an exact number is undecided; `0.333...` repeats.
 - A base on one side only: the same digits are undecided, another value is wrong.
 - A logarithm without a base is undecided unless every usual base (e, 10, 2) gives the same verdict.
-- Two single words are different where they have different meanings of one kind (`odd`, `even`) or neither may be another
-  form or language of the other (`distill.grading.math.words`); several words are never different.
+- Two single words are different where they have different meanings of one kind (`odd`, `even`) or neither may be
+  another form of the other (`distill.grading.math.words`); several words are never different.
 - `n!!` is the double factorial, `\\sin^{-1}` the inverse function, `I`, `AB` and `VI` are names as well as products.
 """
 
