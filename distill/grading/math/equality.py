@@ -79,28 +79,28 @@ def _counts(difference: sympy.Expr) -> bool:
 
 
 def _renamed(one: sympy.Expr, other: sympy.Expr) -> bool:
-    """Whether both are the same but for a letter that stands for any integer: its name (2k and 2n), its sign, or whole
-    turns of an angle (pi/4 + n pi and 5 pi/4 + n pi)."""
+    """Whether both are the same but for a letter that stands for any integer: its name (2k and 2n; 2m may be metres),
+    or the sign and the whole turns of an angle (pi/4 + n pi and 5 pi/4 - n pi)."""
     own, its = one.free_symbols - other.free_symbols, other.free_symbols - one.free_symbols
+    turns = one.has(sympy.pi)
     if len(own) == len(its) == 1 and (one.is_Add or len(one.free_symbols) == 1):
-        parameter = next(iter(own))
-        if str(*its) not in PARAMETERS:
+        parameter, name = next(iter(own)), str(*its)
+        if name not in PARAMETERS or not (one.is_Add or turns or "m" not in (name, str(parameter))):
             return False
         other = other.xreplace({its.pop(): parameter})
-    elif one.free_symbols == other.free_symbols and len(one.free_symbols) == 1:
+    elif turns and one.free_symbols == other.free_symbols and len(one.free_symbols) == 1:
         parameter = next(iter(one.free_symbols))
     else:
         return False
     if str(parameter) not in PARAMETERS:
         return False
-    turns = one.coeff(parameter)
-    for turned in (other, other.xreplace({parameter: -parameter})):
-        difference = sympy.expand(one - turned)
-        if difference == 0:
-            return True
-        if turns.has(sympy.pi) and sympy.expand(one - turns * parameter).is_number and difference.is_number:
-            return bool((difference / turns).is_Integer)
-    return False
+    if sympy.expand(one - other) == 0:
+        return True
+    turn = one.coeff(parameter)
+    if not turn.has(sympy.pi) or not sympy.expand(one - turn * parameter).is_number:
+        return False
+    differences = [sympy.expand(one - turned) for turned in (other, other.xreplace({parameter: -parameter}))]
+    return any(difference.is_number and (difference / turn).is_Integer for difference in differences)
 
 
 def _differ(difference: sympy.Expr, symbols: list[sympy.Symbol], values: list[tuple[int, int]]) -> bool | None:
