@@ -244,8 +244,8 @@ def _in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict
         one, other = Sequence(gold), Sequence(answer)
         if all(map(_sorted_labels, (one, other))) and _in_order(gold, answer):
             return True
-        values = _in_any_order(_unlabelled(one).items, _unlabelled(other).items)
-        return False if values is False else None  # m = 3, n = 5 beside 5, 3
+        unordered = _in_any_order(_unlabelled(one).items, _unlabelled(other).items)
+        return False if unordered is False else None  # m = 3, n = 5 beside 5, 3
     if set(labels[0]) == set(labels[1]) and len(set(labels[0])) == len(labels[0]) == len(labels[1]) == len(gold) > 1:
         by_label = {item.label: item for item in answer if isinstance(item, Labelled)}
         verdict = all_of(equal(item, by_label[item.label]) for item in gold if isinstance(item, Labelled))
