@@ -3,9 +3,9 @@
 A mark counts where it names exactly one choice: `\\boxed{B}`, "Answer: (b)", `B) 4 mol`, "Option D", "B, because".
 The last such mark is the answer, so an equation in a box before "The answer is (A)" does not hide it. A mark that names
 several choices ("A or C"), or only may name one (the article in "A stable cation", the pronoun in "I cannot tell"), is
-unverifiable. A statement about wrong choices ("Incorrect answers: A) …") is no mark. A statement with a condition ("the
-answer is A) only if …"), or about an option that is not called the right one ("the option is A"), counts where there is
-no other mark.
+unverifiable. A question ("The answer is A?") and a statement about wrong choices ("Incorrect answers: A) …") are no
+marks. A statement with a condition ("the answer is A) only if …"), of what seems so, or about an option that is not
+called the right one ("the option is A"), counts where there is no other mark.
 
 Models pad and repeat: white space is collapsed before anything is searched, and of the statements the last `STATEMENTS`
 count, each with `LONGEST` characters, so that the time is linear in the length of a response.
@@ -22,12 +22,15 @@ from distill.prompts.boxes import boxed, last_box_end
 
 LONGEST, STATEMENTS = 400, 64
 NAMED = r"(?:(?:the )?(?:option|choice|answer) ?:? ?|(?:答案|选项|选择|选) ?[是为]? ?[:\uff1a]? ?)?"
-WHOLE = re.compile(rf"{NAMED}[\[({{]? ?([A-J]) ?[\])}}]? ?[.:,。]?", re.IGNORECASE)
-HEDGE = r"(?! ?(?:or|and|maybe|perhaps|possibly|或)\b)"  # after a letter: another one may follow
+WHOLE = re.compile(rf"{NAMED}[\[({{]? ?([A-J]) ?[\])}}]? ?[.:,。\uff0e]?", re.IGNORECASE)
+HEDGE = (  # after a letter: another one may follow
+    r"(?! ?(?:or|and|maybe|perhaps|possibly|或|but\b.{0,40}\b(?:actually|really|it is|it's|is possible))\b)"
+    r"(?! ?\( ?[A-J] ?\))"
+)
 HEAD = re.compile(
     rf"(?i:{NAMED})(?:[\[(] ?([A-Ja-j]) ?[\])]{HEDGE} ?\S.*"  # (B) 4 mol
     rf"|([A-J])(?: ?[).:](?!\w)| ?[,\uff0c、。)\uff09\uff1a]{HEDGE}"  # B) 4 mol, B: 4 mol
-    rf"| [-–—] (?=\w\w|\d[\d.,]* \w\w)| \({HEDGE}| (?=(?:because|since|due to|which|only(?! (?:if|when)))\b)).+)"
+    rf"| [-–—] {HEDGE}(?=\w\w|\d[\d.,]* \w\w)| \({HEDGE}| (?=(?:because|since|due to|which|only(?! (?:if|when)))\b)).+)"
 )
 SEVERAL = re.compile(r"\(?\b[A-J]\b\)?\s*(?:[,、/&+]|\bor\b|\band\b|[或和])\s*(?:and\s+|or\s+)?\(?\b[A-J]\b\)?")
 OPENING = re.compile(rf"(?i:{NAMED})[\[{{]?")
@@ -43,13 +46,15 @@ CHOSEN = re.compile(
 SENTENCE_END = re.compile(r"\n|(?<=[\w)*])[.!?]\**(?=\s|$)|。")
 SUPPOSED = re.compile(rf"\b(?:if|unless|whether|suppose|assuming|when)\W+{QUALITY}$", re.IGNORECASE)
 PREFERRED = re.compile(r"\b(?:correct|right|best|final|my|chosen)\W+$", re.IGNORECASE)
+SEEMING = re.compile(r"\b(?:seems?|appears?|at first)\b[^.!?\n]*$", re.IGNORECASE)
+LABELS = re.compile(r"\b[A-J] ?[:\uff1a)]")  # A: no. B: yes.
 CONDITION = re.compile(r"\W*[A-Ja-j]\b\W*(?:(?:only )?(?:if|when|unless|assuming|provided)|only (?:in|for|under))\b")
 
 
 class ChoiceGrader(TaskGrader):
     """Compares letters; needs no parser."""
 
-    version = 2  # what others may think is no answer
+    version = 3  # questions, and letters that are taken back, are no answer
 
     def gold(self, text: str) -> str:
         """The gold letter, as a data set gives it; the text where it names none."""
@@ -101,13 +106,15 @@ def _marks(scope: str, tagged: bool) -> list[_Mark]:
     for match in deque(STATED.finditer(scope), STATEMENTS):
         text = SENTENCE_END.split(scope[match.end() : match.end() + LONGEST], maxsplit=1)[0]
         before = scope[max(0, match.start() - BEFORE) : match.start()]
-        if not text or r"\boxed" in text or denied(scope, match.start()):
+        asked = scope.startswith("?", match.end() + len(text))
+        if not text or asked or r"\boxed" in text or denied(scope, match.start()):
             continue
         text = CHOSEN.sub("", text, count=1).strip()
         called_right = match["what"] is None or match["what"].lower().startswith("answer") or PREFERRED.search(before)
-        firm = bool(called_right) and not SUPPOSED.search(before) and not CONDITION.match(_plain(text))
+        doubted = SUPPOSED.search(before) or SEEMING.search(before) or CONDITION.match(_plain(text))
+        firm = bool(called_right) and not doubted
         marks.append(_Mark(firm, match.end(), Answer(text, "stated")))
-    if not marks and len(scope) <= 200 and "\n" not in scope and letter(scope):
+    if not marks and len(scope) <= 200 and "\n" not in scope and letter(scope) and len(LABELS.findall(scope)) < 2:
         marks.append(_Mark(True, 0, Answer(scope, "bare")))
     return sorted(marks, key=lambda mark: mark[:2])
 

@@ -8,8 +8,13 @@ _GAP = (
     r"(?:\s|[,;$]|\\[,;:!\s()\[\]]|\\q?quad|\+{2,}|"
     r"(?:\b[a-z]+\s+)?\band\b|\bor\b|\\(?:text|mathrm)\{\s*(?:and|or)\s*\})*"
 )
-_LABEL = r"(?:[A-Za-z](?:_(?:\w|\{\w+\}))?\s*=\s*[$\s]*)?"  # `x = ` before the next box
-BETWEEN_BOXES = re.compile(_GAP + _LABEL)
+_NAME = r"(?:[A-Za-z]|\\(?!boxed|fbox)[A-Za-z]+)(?:_(?:\w|\{\w+\}))?"
+BETWEEN_BOXES = re.compile(rf"{_GAP}(?:{_NAME}\s*=\s*[$\s]*)?")  # with `x = ` before the next box
+LABEL = re.compile(rf"(?<![A-Za-z\\])({_NAME})\s*=\s*[$\s]*$")
+SEPARATED = re.compile(r"(?<!\\)[,;]|\b(?:and|or)\b")
+DENIED = re.compile(r"(?:\bnot|n't be|\brather than|\binstead of)[\s$*]*(?:\\[(\[]\s*)?$")
+CONSTANTS = {"e", "i", r"\pi"}  # no labels
+BEFORE = 40  # characters before a box that are looked at
 HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 
 
@@ -20,8 +25,12 @@ def hashes(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    """Content of the last complete `\\boxed{…}`; boxes separated by commas, "and" or "or" are joined by commas."""
-    contents: list[str] = []
+    """Content of the last complete `\\boxed{…}`; boxes separated by commas, "and" or "or" are joined by commas.
+
+    Joined boxes keep their labels: `x = \\boxed{1}, y = \\boxed{2}` is "x = 1, y = 2". A box that only restates another
+    one counts once, and "not \\boxed{3}" does not count.
+    """
+    boxes: list[tuple[str, str]] = []  # labels and contents of the boxes that are joined so far
     end = 0  # where the previous box ended
     for match in BOX.finditer(text):
         if match.start() < end:
@@ -30,14 +39,28 @@ def boxed(text: str) -> str | None:
         if close is None:
             break  # cut off: so are all boxes inside it
         content = match[1] or text[match.end() : close - 1].strip()
-        if not content:
+        before = text[max(end, match.start() - BEFORE) : match.start()]
+        if not content or DENIED.search(before):
             continue
-        if not (contents and match.start() - end <= 80 and BETWEEN_BOXES.fullmatch(text, end, match.start())):
-            contents = []
-        if content not in contents:
-            contents.append(content)
+        named = LABEL.search(before)
+        box = (named[1] if named else "", content)
+        joined = boxes and match.start() - end <= 80 and BETWEEN_BOXES.fullmatch(text, end, match.start())
+        restated = len(boxes) > 1 and _bare(content) == ",".join(_bare(each) for _, each in boxes)
+        if not joined or restated:
+            boxes = [box]
+        elif named:
+            boxes += [box] if box not in boxes else []
+        elif SEPARATED.search(before) or content not in [each for _, each in boxes]:
+            boxes.append(box)
         end = close
-    return ", ".join(contents) or None
+    if len(boxes) > 1 and all(label and label not in CONSTANTS and "=" not in content for label, content in boxes):
+        return ", ".join(f"{label} = {content}" for label, content in boxes)
+    return ", ".join(content for _, content in boxes) or None
+
+
+def _bare(content: str) -> str:
+    """A content without brackets and white space: `(1, 2)` restates the boxes 1 and 2."""
+    return re.sub(r"\\(?:left|right)|[\s()\[\]{}\\]", "", content)
 
 
 def last_box_end(text: str) -> int:

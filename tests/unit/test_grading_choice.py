@@ -47,6 +47,13 @@ def verdict(response: str, gold: str = "B") -> str:
         ("\\boxed{\\text{A stable carbocation}}", NEITHER),
         ("The answer is A stable carbocation.", NEITHER),
         ("The answer is I cannot tell.", NEITHER),
+        ("The answer is B? No, it is A.", NEITHER),
+        ("It seems that the answer is B, but actually it is A", NEITHER),
+        ("At first glance the answer is B, but it is really A.", NEITHER),
+        ("The answer is (B) (A)", NEITHER),
+        ("Answer: B - or C", NEITHER),
+        ("A: incorrect. B: correct.", NEITHER),
+        ("\u6545\u9009\uff1aB\uff0e", B),
     ],
 )
 def test_a_statement_names_a_letter(response: str, expected: str) -> None:
@@ -71,6 +78,8 @@ def test_a_statement_names_a_letter(response: str, expected: str) -> None:
         ("Incorrect answers: A) and C).", NEITHER),
         ("The answer is not A.", NEITHER),
         ("The answer is A.\n\nFinal answer: B", B),
+        ("The answer is B. It seems at first that the answer is A.", B),
+        ("Is the answer A? The answer is B.", B),
     ],
 )
 def test_the_statement_that_counts(response: str, expected: str) -> None:

@@ -4,6 +4,7 @@ An answer that is not read completely, or whose equality is not decided exactly,
 wrong.
 
   extraction   finds the answer in a response; linear time, in the caller's process
+  guesses      the last formula or number of prose
   spelling     compares spellings without a parser
   notation, lexer               rewrite notations of whole answers; text → tokens
   expressions, operators, environments, quantities, reader, reading
@@ -22,15 +23,20 @@ no option of it reports what it ignored. sympy, on which it is based, does the a
 """
 
 import re
+from collections.abc import Iterator
+from itertools import product
 
 from distill.grading.grade import Answer, Ruling, TaskGrader
 from distill.grading.math.comparison import equal
-from distill.grading.math.extraction import final_answer, formulas, gold_answer
+from distill.grading.math.extraction import final_answer, gold_answer
+from distill.grading.math.guesses import guess
+from distill.grading.math.lexer import FUNCTIONS
 from distill.grading.math.reading import readings
 from distill.grading.math.spelling import FONT, has_words, normalise
 from distill.grading.math.values import Unreadable, Value, Words
 
 INTEGER = re.compile(r"[+-]?\d{1,1000}")
+SHORT = re.compile(r"(?<=[\w)}])\s+([A-Za-z]{2,3})(?=\s+[A-Za-z]|\W*$)")  # of "5 men", "5 hot dogs", "5 kN"
 PROSE = 4  # words: a longer gold answer is prose, and only the same spelling of it is recognised
 
 __all__ = ["FONT", "MathGrader", "final_answer", "gold_answer", "has_words", "judge", "normalise", "quick_judge"]
@@ -68,7 +74,26 @@ def judge(gold: str, answer: str, marked: bool) -> Ruling:
     if None in verdicts:
         words = any(isinstance(value, Words) for value in expected + given)
         return "unverifiable", "words, not mathematics" if words else "equality not decided"
+    if any(equal(one, other) is not False for one, other in _with_short_words(gold, answer, expected, given)):
+        return "unverifiable", "equality not decided"
     return "wrong", "not equal"
+
+
+def _with_short_words(
+    gold: str, answer: str, expected: list[Value], given: list[Value]
+) -> Iterator[tuple[Value, Value]]:
+    """The pairs of readings in which two or three letters after a number are a word or unit and no product of
+    variables: "5 men", "5 kN"."""
+    golds, answers = (
+        [] if text == plain else _read(text) for text, plain in ((_spelt(gold), gold), (_spelt(answer), answer))
+    )
+    yield from product(golds, given)
+    yield from product(expected, answers)
+    yield from product(golds, answers)
+
+
+def _spelt(text: str) -> str:
+    return SHORT.sub(lambda match: match[0] if match[1] in FUNCTIONS else rf" \text{{{match[1]}}}", text)
 
 
 def spelled(text: str) -> list[Value]:
@@ -78,23 +103,27 @@ def spelled(text: str) -> list[Value]:
 
 
 def _judge_guess(expected: list[Value], line: str) -> Ruling:
-    """Compare the last formula or number of a line that is not marked as the answer: correct or unverifiable."""
-    candidates = formulas(line)[:1]
-    candidates += [text.rpartition("=")[2] for text in candidates if "=" in text]
-    for text in [*candidates, line]:
-        try:
-            given = readings(text)
-        except Unreadable:
-            continue
-        if any(equal(one, other) for one in expected for other in given):
-            return "correct", "equal"
+    """Compare the last formula or number of a line that is not marked as the answer, or all of the line: correct or
+    unverifiable. A formula that is not read counts by its last side: `\\text{Cost of 3} = 42`."""
+    candidate = guess(line)
+    given = [] if candidate is None else _read(candidate) or _read(candidate.rpartition("=")[2])
+    if any(equal(one, other) for one in expected for other in given + _read(line)):
+        return "correct", "equal"
     return "unverifiable", "no marked answer"
+
+
+def _read(text: str) -> list[Value]:
+    """The readings of a text; none where it is not read."""
+    try:
+        return readings(text)
+    except Unreadable:
+        return []
 
 
 class MathGrader(TaskGrader):
     """Numbers, expressions, sets and intervals, by the functions above."""
 
-    version = 2  # money in LaTeX, equations of several letters, statements after a box
+    version = 3  # guesses, labels, words, parameters, conditions
     packages = ("sympy",)
 
     def prepare(self) -> None:

@@ -6,7 +6,10 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
 
 - A label is not compared (`x = 5` equals `5`), but two different labels leave the answers undecided.
 - A bare list is a multiset, `{…}` is a set, `(…)` is ordered; `(a, b)` is an open interval beside an interval.
-  Inequalities joined by "or" are a union. Lists with labels are compared label by label.
+  Inequalities joined by "or" are a union. Lists with labels, also `(x, y) = (1, 2)`, are compared label by label;
+  beside values without labels they are equal only where the labels are in alphabetical order.
+- What several letters make together (`m + n = 104`) equals the number; other equations beside their number are
+  undecided.
 - A unit on one side only is not compared; two units are, with their factors. A number that would be right in another
   unit, and a letter that may be a unit (`0.05 m` beside `5 cm`, `5 m` beside `5`), are undecided.
 - `5%` equals `5` and `0.05`: the normalizer of MATH drops the sign, Qwen2.5-Math's grader accepts both values, and such
@@ -19,6 +22,8 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
 - A rounded decimal beside an exact number is undecided; `0.333...` repeats.
 - A base on one side only: the same digits are undecided, another value is wrong.
 - A logarithm without a base is undecided unless every usual base (e, 10, 2) gives the same verdict.
+- Two single words are different where they have different meanings of one kind (`odd`, `even`) or neither may be
+  another form of the other (`distill.grading.math.words`); several words are never different.
 - `n!!` is the double factorial, `\\sin^{-1}` the inverse function, `I`, `AB` and `VI` are names as well as products.
 """
 
@@ -26,8 +31,6 @@ import sympy
 
 from distill.grading.math.environments import set_of
 from distill.grading.math.equality import same
-from distill.grading.math.expressions import symbol
-from distill.grading.math.notation import roman_numeral
 from distill.grading.math.reader import ELLIPSIS
 from distill.grading.math.relations import (
     Verdict,
@@ -55,9 +58,9 @@ from distill.grading.math.values import (
     Value,
     Words,
 )
+from distill.grading.math.words import equal_words
 
 LONGEST = 200  # items of a sequence
-ALIKE = ({"yes", "true"}, {"no", "false"}, {"none", "undefined", "does not exist", "no", "impossible"})
 UNITS = {
     spelling: sympy.Symbol(f"unit {letter}")
     for letter in "ijk"
@@ -71,9 +74,12 @@ def equal(gold: Value, answer: Value) -> Verdict:
         if isinstance(one, Labelled):
             return _labelled(one, other)
     if isinstance(gold, Words) or isinstance(answer, Words):
-        return _words(gold, answer)
-    if isinstance(gold, Scalar) and isinstance(answer, Equation):
-        return _stated_by(answer, gold)
+        return equal_words(gold, answer)
+    for one, other in ((gold, answer), (answer, gold)):
+        if isinstance(one, Equation) and isinstance(other, Scalar):
+            return _stated_by(one, other)
+        if isinstance(one, Sequence) and isinstance(other, (Scalar, Matrix)) and _labels(one) and one.brackets == "()":
+            return equal(_unlabelled(one), other)
     if type(gold) is type(answer):
         return _alike(gold, answer)
     verdicts = [_unlike(one, other) for one, other in ((gold, answer), (answer, gold))]
@@ -99,18 +105,30 @@ def _unlike(one: Value, other: Value) -> Verdict:
         return equal_clocks(one, other)
     if isinstance(one, Congruence) and isinstance(other, Scalar):
         return True if one.left is None and one.right == other.expression else None
-    if isinstance(one, Equation) and isinstance(other, Scalar):
-        return False
     return None
 
 
 def _stated_by(equation: Equation, scalar: Scalar) -> Verdict:
-    """An answer that says what several letters make together, `m + n = 104`, for a number. One with a single letter may
-    be one to solve, and one that makes zero a relation."""
+    """An equation that says what several letters make together, `m + n = 104`, beside a number. With a single letter it
+    may be one to solve, and with factors or zero a relation, as that of a line: never equal."""
     for number, other in ((equation.left, equation.right), (equation.right, equation.left)):
         if not number.free_symbols and other.free_symbols:
-            return None if len(other.free_symbols) == 1 or number == 0 else same(number, scalar.expression)
+            if len(other.free_symbols) == 1:
+                return None
+            verdict, sums = same(number, scalar.expression), _sum_of_letters(other)
+            if verdict is True and number == 0:
+                return None if sums else False
+            return None if verdict is True and not sums else verdict
     return False
+
+
+def _sum_of_letters(expression: sympy.Expr) -> bool:
+    """Whether an expression is `m + n`, `m - n`, or the absolute value of such a sum. `x - y + z` may be a plane's."""
+    terms = (expression.args[0] if isinstance(expression, sympy.Abs) else expression).as_coefficients_dict()
+    if len(terms) < 2 or not all(term.is_Symbol and abs(factor) == 1 for term, factor in terms.items()):
+        return False
+    plane = {str(term).rstrip("_") for term in terms} <= set("xyz") and set(terms.values()) != {1}
+    return not plane or isinstance(expression, sympy.Abs)
 
 
 def _alike(gold: Value, answer: Value) -> Verdict:
@@ -155,6 +173,8 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
         return _lists_of_regions(gold, answer)
     kinds = {gold.brackets, answer.brackets}
     ordered = [kind for kind in (gold.brackets, answer.brackets) if kind not in ("", "{}")]
+    if ordered and _labels(gold) and set(_labels(gold)) == set(_labels(answer)):
+        return _in_any_order(gold.items, answer.items)
     if len(ordered) == 2:
         verdict = _in_order(gold.items, answer.items)
         if gold.brackets == answer.brackets:
@@ -166,7 +186,7 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
         if any(not sequence.brackets and _enumerates(sequence) for sequence in (gold, answer)):
             return None  # solutions beside an interval or a point
         if _in_order(gold.items, answer.items):
-            return True if "{}" not in kinds else None
+            return True if "{}" not in kinds and all(map(_sorted_labels, (gold, answer))) else None
         return False if _in_any_order(gold.items, answer.items) is False else None
     if kinds == {"{}"}:
         return _in_any_order(_distinct(gold.items), _distinct(answer.items))
@@ -174,6 +194,22 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
         verdict = _in_any_order(_distinct(gold.items), _distinct(answer.items))
         return verdict if len(gold.items) == len(answer.items) or not verdict else None
     return _in_any_order(gold.items, answer.items)
+
+
+def _labels(sequence: Sequence) -> tuple[str, ...]:
+    """The labels of a sequence whose items have different ones; none for any other."""
+    labels = tuple(item.label for item in sequence.items if isinstance(item, Labelled))
+    return labels if len(labels) == len(sequence.items) == len(set(labels)) > 1 else ()
+
+
+def _sorted_labels(sequence: Sequence) -> bool:
+    """Whether the order of the items is that of a point: they have no labels, `(y, x) = …` or alphabetical ones."""
+    return sequence.brackets != "" or list(_labels(sequence)) == sorted(_labels(sequence), key=str.casefold)
+
+
+def _unlabelled(sequence: Sequence) -> Sequence:
+    items = tuple(item.value if isinstance(item, Labelled) else item for item in sequence.items)
+    return Sequence(items, sequence.brackets, sequence.alternatives)
 
 
 def _enumerates(sequence: Sequence) -> bool:
@@ -205,7 +241,11 @@ def _in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict
         return False
     labels = [[item.label for item in items if isinstance(item, Labelled)] for items in (gold, answer)]
     if min(map(len, labels)) == 0 and len({label.partition("_")[0] for each in labels for label in each}) > 1:
-        return None  # m = 3, n = 5 beside 5, 3
+        one, other = Sequence(gold), Sequence(answer)
+        if all(map(_sorted_labels, (one, other))) and _in_order(gold, answer):
+            return True
+        unordered = _in_any_order(_unlabelled(one).items, _unlabelled(other).items)
+        return False if unordered is False else None  # m = 3, n = 5 beside 5, 3
     if set(labels[0]) == set(labels[1]) and len(set(labels[0])) == len(labels[0]) == len(labels[1]) == len(gold) > 1:
         by_label = {item.label: item for item in answer if isinstance(item, Labelled)}
         verdict = all_of(equal(item, by_label[item.label]) for item in gold if isinstance(item, Labelled))
@@ -279,13 +319,16 @@ def _in_components(vector: Matrix | Sequence, scalar: Scalar) -> Verdict:
     return True if _in_order(entries, tuple(found[: len(entries)])) else None
 
 
-# ---- labels, words
+# ---- labels
 
 
 def _labelled(one: Labelled, other: Value) -> Verdict:
     if isinstance(other, Labelled):
         if one.label == other.label:
             return equal(one.value, other.value)
+        turned = _turned(one, other)
+        if turned is not None:
+            return turned
         renamed = _renamed(one, other)
         if renamed is not None:
             return renamed
@@ -302,6 +345,16 @@ def _labelled(one: Labelled, other: Value) -> Verdict:
         point = one.value
         return _point(other, point) if isinstance(other, Region) else None
     return equal(one.value, other)
+
+
+def _turned(one: Labelled, other: Labelled) -> Verdict:
+    """`a:b = 2:3` beside `b:a = 3:2`. None where the labels are no such pair."""
+    names, order = one.label.split(":"), other.label.split(":")
+    if not (isinstance(one.value, Ratio) and isinstance(other.value, Ratio) and sorted(names) == sorted(order)):
+        return None
+    if not len(set(names)) == len(names) == len(one.value.parts) == len(other.value.parts):
+        return None
+    return equal(one.value, Ratio(tuple(other.value.parts[order.index(name)] for name in names)))
 
 
 def _renamed(one: Labelled, other: Labelled) -> Verdict:
@@ -321,30 +374,6 @@ def _as_equation(labelled: Labelled) -> Equation | None:
     if labelled.side is None or not isinstance(labelled.value, Scalar) or labelled.value.unit is not None:
         return None
     return Equation(labelled.side, labelled.value.expression)
-
-
-def _words(gold: Value, answer: Value) -> Verdict:
-    """Words are compared by their spelling; only two single words can be different."""
-    for one, other in ((gold, answer), (answer, gold)):
-        if isinstance(one, Words) and isinstance(other, Scalar):
-            return True if one.capitals and _capitals(one.capitals, other) else None
-    if not (isinstance(gold, Words) and isinstance(answer, Words)):
-        return None
-    if gold.text == answer.text or {gold.text, answer.text} == {"dne", "does not exist"}:
-        return True
-    if " " in gold.text + answer.text or any({gold.text, answer.text} <= group for group in ALIKE):
-        return None
-    if "dne" in (gold.text, answer.text) or (gold.capitals and sorted(gold.text) == sorted(answer.text)):
-        return None  # AB and BA: a product or a segment, or an order
-    return False
-
-
-def _capitals(letters: str, scalar: Scalar) -> bool:
-    """Whether capital letters are a Roman numeral or a product that is the same as an expression."""
-    number = roman_numeral(letters)
-    if number is not None and scalar.expression == number:
-        return True
-    return scalar.unit is None and scalar.expression == sympy.Mul(*map(symbol, letters))
 
 
 # ---- sets, relations

@@ -38,7 +38,8 @@ def same(one: sympy.Expr, other: sympy.Expr) -> bool | None:
         return True
     symbols = sorted(difference.free_symbols, key=str)
     if not symbols:
-        return _constants(difference)
+        verdict = _constants(difference)
+        return None if verdict is False and _renamed(one, other) else verdict
     different = _differ(difference, symbols, FRACTIONS)
     if different:
         counted = _counts(difference) and _differ(difference, symbols, INTEGERS) is False
@@ -78,11 +79,28 @@ def _counts(difference: sympy.Expr) -> bool:
 
 
 def _renamed(one: sympy.Expr, other: sympy.Expr) -> bool:
-    """Whether both are the same sum but for the name of one letter that stands for any integer: 2k + 1 and 2n + 1."""
+    """Whether both are the same but for a letter that stands for any integer: its name (2k and 2n; 2m may be metres),
+    or the sign and the whole turns of an angle (pi/4 + n pi and 5 pi/4 - n pi)."""
     own, its = one.free_symbols - other.free_symbols, other.free_symbols - one.free_symbols
-    if not one.is_Add or len(own) != 1 or len(its) != 1 or not {str(*own), str(*its)} <= PARAMETERS:
+    turns = one.has(sympy.pi)
+    if len(own) == len(its) == 1 and (one.is_Add or len(one.free_symbols) == 1):
+        parameter, name = next(iter(own)), str(*its)
+        if name not in PARAMETERS or not (one.is_Add or turns or "m" not in (name, str(parameter))):
+            return False
+        other = other.xreplace({its.pop(): parameter})
+    elif turns and one.free_symbols == other.free_symbols and len(one.free_symbols) == 1:
+        parameter = next(iter(one.free_symbols))
+    else:
         return False
-    return bool(sympy.expand(one - other.xreplace({its.pop(): own.pop()})) == 0)
+    if str(parameter) not in PARAMETERS:
+        return False
+    if sympy.expand(one - other) == 0:
+        return True
+    turn = one.coeff(parameter)
+    if not turn.has(sympy.pi) or not sympy.expand(one - turn * parameter).is_number:
+        return False
+    differences = [sympy.expand(one - turned) for turned in (other, other.xreplace({parameter: -parameter}))]
+    return any(difference.is_number and (difference / turn).is_Integer for difference in differences)
 
 
 def _differ(difference: sympy.Expr, symbols: list[sympy.Symbol], values: list[tuple[int, int]]) -> bool | None:

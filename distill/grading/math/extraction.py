@@ -11,9 +11,9 @@ the text inside is searched. The marks, and the guesses where there is none:
   sentence    "the answer is …" with prose around the answer; its last formula or number is a guess
   last line   no mark; the last formula or number of the last line is a guess
 
-A guess is correct if it equals the gold answer, and otherwise unverifiable: in "42 dollars for 3 people" the guess 3
-must not count as a wrong answer. Rejected: searching the whole response for any number, which turns "no answer" into
-"wrong".
+A guess (`distill.grading.math.guesses`) is correct if it equals the gold answer, and otherwise unverifiable: in "42
+dollars in 3 days" the guess 3 must not count as a wrong answer. Rejected: searching the whole response for any number,
+which turns "no answer" into "wrong".
 
 Reasoning is not searched: a box inside `<think>` is not an answer.
 """
@@ -21,6 +21,7 @@ Reasoning is not searched: a box inside `<think>` is not an answer.
 import re
 
 from distill.grading.grade import Answer
+from distill.grading.math.guesses import SENTENCE_END
 from distill.grading.math.spelling import ENVIRONMENT, has_words, repaired
 from distill.prompts.boxes import boxed, boxed_end, hashes, last_box_end
 from distill.prompts.prompt import outside_blocks
@@ -49,13 +50,6 @@ OPENING = re.compile(
 )
 CONTRAST = re.compile(r"\s*,\s*(?:and\s+|but\s+)?not\s[^,]*$")  # "5, not 6"
 DISPLAY = re.compile(r"(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
-SENTENCE_END = re.compile("\u3002|" r"!{3,}\**(?:\s|$)|[.!?]\**(?:\s|$)|(?<=[\w)}\]])\.(?=[A-Z])")
-FORMULA = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.)+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
-NUMERAL = re.compile(
-    r"(?:[-\N{MINUS SIGN}]\s*)?(?:\\?\$|[\N{EURO SIGN}\N{POUND SIGN}])?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)"
-    r"(?:\s*(?:%|\\%|percent\b|pct\b|\N{DEGREE SIGN}|\N{EURO SIGN}))?"
-)
-NEGATED = re.compile(r"(?:\bnot|n't|\bnever)\s*$")
 MISSING = {"nan", "none", "null", "n/a", "<na>"}  # spellings of a missing value in tables
 
 
@@ -112,19 +106,6 @@ def gold_answer(gold: str) -> str:
 def _unescaped(text: str) -> str:
     text = repaired(text).replace(r"\\boxed", r"\boxed")
     return text if r"\begin" in text else re.sub(r"\\\\(?=[()%])", r"\\", text)
-
-
-def formulas(line: str) -> list[str]:
-    """Return the formulas of the last sentence that has formulas or numbers, and the numbers after its last formula,
-    from last to first. Negated candidates ("not 5") are excluded."""
-    for sentence in reversed(SENTENCE_END.split(line)):
-        matches = list(FORMULA.finditer(sentence))
-        end = matches[-1].end() if matches else 0
-        matches += list(NUMERAL.finditer(sentence, end))
-        if matches:
-            accepted = [match for match in matches if not NEGATED.search(sentence, 0, match.start())]
-            return [next(part for part in (*match.groups(), match[0]) if part).strip() for match in reversed(accepted)]
-    return []
 
 
 def _stated(text: str) -> tuple[str | None, int]:

@@ -66,6 +66,9 @@ TWO = {
     r"\#": "#",
 }
 ONE = set("+-*/^!|()[]{},;=<>:'%&_")
+CONDITION = re.compile(  # what follows "12" in "12 for n = 5"
+    r"(?:for|at|if|as|on|when|where|with|given|mod|by|in)\s+\\?[A-Za-z]+(?:_\w|_\{\w+\})?\s*(?:=|<|>|\\(?:in|[gl]eq?|ne|to)\b)"
+)
 LONGEST = 2000  # characters: a longer answer is prose or an attack
 
 
@@ -189,6 +192,8 @@ def _command(name: str, text: str, start: int, position: int, spaced: bool) -> t
 def _run(run: str, text: str, start: int, position: int, spaced: bool, before: list[Token]) -> tuple[list[Token], int]:
     """Letters without a backslash: a word, a function, a constant, a unit, or a product of variables."""
     lower, after_number = run.lower(), bool(before) and before[-1].kind == "number"
+    if spaced and before and CONDITION.match(text, start):
+        raise Unreadable("a condition")
     if lower in ("or", "and") and (spaced or len(run) == len(text) or before):
         return [Token("join", lower, spaced)], position
     if run in OF_NUMBERS and text.startswith("(", position):

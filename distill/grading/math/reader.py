@@ -197,7 +197,10 @@ class Reader(Quantities):
             stated = [value for value in values[1:-1] if isinstance(value, Scalar) and value.digits == "plain"]
             if any(isinstance(last, Scalar) and value.expression != last.expression for value in stated):
                 raise Unreadable("contradictory equation")
-            first = values[0]
+            first, names = values[0], labels[0].strip("()").split(",")
+            point = labels[0][0] == "(" and isinstance(last, Sequence) and last.brackets == "()"
+            if point and isinstance(last, Sequence) and len(last.items) == len(names) == len(set(names)):
+                return Sequence(tuple(map(Labelled, names, last.items)), "()")  # (x, y) = (1, 2)
             side = first.expression if isinstance(first, Scalar) else None
             return Labelled(labels[0], last, side)
         sides = [expression_of(value) for value in values]
