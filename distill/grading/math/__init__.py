@@ -94,7 +94,7 @@ def _judge_guess(expected: list[Value], line: str) -> Ruling:
 class MathGrader(TaskGrader):
     """Numbers, expressions, sets and intervals, by the functions above."""
 
-    version = 2  # money in LaTeX, equations of several letters, statements after a box
+    version = 3  # derived units, prefixes by case, words that change a number, rounded percentages and conversions
     packages = ("sympy",)
 
     def prepare(self) -> None:
