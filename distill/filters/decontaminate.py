@@ -38,7 +38,7 @@ class Decontaminate(TraceFilter):
     )
 
     name = "decontaminate"
-    version = 3  # copies have the operators of the problem
+    version = 4  # a problem of one or two words is a copy where it is the whole prompt
     reasons: ClassVar[Mapping[str, str]] = {
         OK: "the prompt is no problem of these benchmarks",
         "copied": "the prompt contains the text of a problem",

@@ -31,7 +31,7 @@ from pydantic import Field, field_validator
 from distill.errors import UserError
 from distill.filters.base import OK, Candidate, Example, Resources, TraceFilter
 from distill.filters.languages import WRITTEN, named_in, script_of
-from distill.filters.words import ANY_UNSPACED, UNSPACED
+from distill.filters.words import ANY_UNSPACED, FENCE, UNSPACED
 from distill.prompts.prompt import END_THINK, THINK, Prompt
 from distill.traces.trace import Verdict
 
@@ -61,7 +61,7 @@ FUNCTION_WORDS = ENGLISH.union(  # and words that other languages have too
 )
 ENGLISH_SHARE = 0.2  # of function words, from which a sentence is English without a detector
 
-CODE = re.compile(r"```.*?(?:```|\Z)|^~~~.*?(?:^~~~|\Z)|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+CODE = re.compile(rf"{FENCE}.*?(?:^[ \t]*\1|\Z)|```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 FORMULA = re.compile(  # bounded, or every opening without its end would be searched for to the end of the text
     r"\$\$.{0,2000}?\$\$|\\\[.{0,2000}?\\\]|\\\(.{0,2000}?\\\)|\$[^$\n]+\$"
     r"|\\begin\{(\w{1,20}\*?)\}.{0,2000}?\\end\{\1\}",
@@ -97,6 +97,7 @@ class Language(TraceFilter):
     )
 
     name = "language"
+    version = 2  # fences of tildes that are indented
     packages = ("py3langid",)
     reasons: ClassVar[Mapping[str, str]] = {
         OK: "in the prompt's language, as far as can be said",

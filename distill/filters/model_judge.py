@@ -42,6 +42,7 @@ class ModelJudge(Rubric, StreamFilter):
     )
 
     name = "judge"
+    version = 2  # scores on another scale, labels within quotes
     passing = "accepted"
     reasons: ClassVar[Mapping[str, str]] = {
         "accepted": "the judge accepts the response",

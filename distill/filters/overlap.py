@@ -4,7 +4,8 @@ Score of a pair: the weighted mean over the kinds of terms (`distill.filters.ter
 2·shared / (prompt + item + SMOOTHING), in which a term counts by its inverse document frequency among the indexed
 problems: a shared 3 says little, a shared 1,319 much. The smoothing keeps two texts with next to no terms of a kind
 from being alike in it. A prompt that contains the words of a problem in their order, `VERBATIM` of its n-grams, is a
-copy whatever its score: a problem inside a longer prompt, or one of fewer than n words. With other operators between
+copy whatever its score: a problem inside a longer prompt, or one of fewer than n words; one of fewer than `SHORTEST`
+words (`Compute $7!$.`) only where it is the whole prompt. With other operators between
 the same words (`37 + 48 - 66`, `37 - 48 + 66`) it is another problem, and the score decides. But words alone make no
 problem: `Which of the following is true?` is the end of a thousand others, and `Simplify √242` a step in them. So a
 problem with fewer than `CONTENT` terms of its own is a copy only if the rest of the prompt asks nothing: it has no
@@ -102,6 +103,7 @@ class Index:
             for gram in grams:
                 self._grams[gram].append(number)
         self._lengths = sorted({len(gram) for gram in self._grams})
+        self._whole = {_whole(terms): number for number, terms in reversed(list(enumerate(self._terms)))}
 
     def best(self, question: str) -> Match | None:
         """The problem most like a question; None where it shares no term with any."""
@@ -120,7 +122,7 @@ class Index:
         if not terms.numbers:  # nor has the problem: its other terms decide
             score[self._sums["numbers"] == 0] /= 1 - WEIGHTS["numbers"]
         other = self._other_names(terms)
-        copied = self._copied(terms, other)
+        copied = self._whole.get(_whole(terms), self._copied(terms, other)) if question.strip() else None
         if copied is not None:
             number = copied
         else:
@@ -194,6 +196,11 @@ class Index:
             return True
         rest = terms.words - item.words
         return terms.numbers <= item.numbers and len(rest) <= (INSTRUCTION if content > 1 else GREETING)
+
+
+def _whole(terms: Terms) -> tuple[str, ...]:
+    """A whole text, to be compared: its words and operators, or where it has none its characters."""
+    return (*terms.tokens, *terms.operators()) if terms.tokens else ("".join(terms.text.split()),)
 
 
 def _same_operators(item: Terms, prompt: Terms) -> bool:

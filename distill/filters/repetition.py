@@ -8,7 +8,7 @@ words (`2 × 2 × 2 ×`, the same formula on every line, rows of a table) are le
 
 Paragraphs may also come back at intervals, in an endless cycle of doubts: the same line at least `LINES` times, which
 together have `LINE_SPAN` words. Twice is no loop: an answer repeats its reasoning. Code in closed fences may repeat its
-lines; only a loop of `SYMBOLS` words counts there.
+lines, and lists their values (`False, False,`); only a loop of `SYMBOLS` words counts there.
 
 Rejected: the share of repeated n-grams, as web corpora are filtered: mathematical reasoning repeats its terms, and no
 threshold separates the two; the ratio of compression, for the same reason, and it names no evidence.
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill.filters.base import OK, Candidate, Example, TraceFilter
-from distill.filters.words import UNSPACED, words_of
+from distill.filters.words import FENCE, UNSPACED, words_of
 from distill.traces.trace import Verdict
 
 GRAM = 3  # words by which an earlier occurrence is recognised
@@ -38,12 +38,13 @@ LINES, LINE_SPAN = (
 )  # occurrences of a line or paragraph, and words of all of them: the cases of a proof are alike
 OPERATORS = frozenset(("+", "-", "*", "×", "·", r"\times", r"\cdot"))
 LINE = "So the tens are added first and then the ones, and the carry goes to the tens, which gives the sum of both."
-CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)  # closed: lines of a program may be equal
+CODE = re.compile(rf"{FENCE}.*?^[ \t]*\1", re.DOTALL | re.MULTILINE)  # closed: lines of a program may be equal
 CHARACTERS = re.compile(r"(\S{1,12}?)\1{23,}")  # 24 times without white space
 UNBROKEN = re.compile(r"\S{24,}")  # the only places where that may be: most words are shorter
 RULE = re.compile(r"[-=_*#.~|+:\u2500-\u257f]+\Z")  # lines of a table and the like are decoration
 DIGITS, SUM = 100, 400  # characters of a run of digits or signs, or of one letter; of a sum without spaces
 LETTERS = re.compile(rf"(?<![\\\w])[^\W\d_]{{2,}}|{UNSPACED}")  # words; LaTeX commands are none
+VALUES = re.compile(r"\b(?:[Tt]rue|[Ff]alse|None|null|nan|NaN)\b")  # of a list in a program: no words
 
 
 class Loop(NamedTuple):
@@ -59,6 +60,7 @@ class Repetition(TraceFilter):
     """Drop traces that loop: a character or syllable, a phrase, or whole paragraphs over and over."""
 
     name = "repetition"
+    version = 2  # fences that are indented or of tildes, lists of values
     reasons: ClassVar[Mapping[str, str]] = {
         OK: "no loop",
         "characters": "a few characters over and over, without white space",
@@ -94,7 +96,7 @@ class Repetition(TraceFilter):
 
 def _loops(text: str) -> Iterator[Loop]:
     yield from _characters(text)
-    code = CODE.findall(text)
+    code = [match[0] for match in CODE.finditer(text)]
     prose = CODE.sub("\n", text) if code else text
     yield from _phrases(prose)
     yield from _paragraphs(prose)
@@ -105,8 +107,9 @@ def _loops(text: str) -> Iterator[Loop]:
 def _characters(text: str) -> Iterator[Loop]:
     for match in (match for part in UNBROKEN.finditer(text) for match in CHARACTERS.finditer(part[0])):
         run, unit = match[0], match[1]
-        is_plain = len(unit) == 1 or not LETTERS.search(unit * 2)
-        if RULE.fullmatch(unit) or (is_plain and len(run) < (SUM if OPERATORS.intersection(unit) else DIGITS)):
+        values = VALUES.search(unit) is not None
+        is_plain = len(unit) == 1 or values or not LETTERS.search(unit * 2)
+        if RULE.fullmatch(unit) or (is_plain and len(run) < (SUM if values or OPERATORS & {*unit} else DIGITS)):
             continue
         yield Loop("characters", unit, len(run) // len(unit), len(run))
 
@@ -132,7 +135,7 @@ def _least_span(unit: list[str]) -> int:
         return TABLES
     if "=" not in unit and not OPERATORS.isdisjoint(unit):
         return SUMS if LETTERS.search(" ".join(unit)) else SYMBOLS
-    if LETTERS.search(" ".join(unit)):
+    if LETTERS.search(VALUES.sub("", " ".join(unit))):
         return SPAN
     return EQUATIONS if "=" in unit and len(unit) > GRAM else SYMBOLS
 

@@ -6,6 +6,7 @@ import unicodedata
 
 UNSPACED = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
 ANY_UNSPACED = re.compile(UNSPACED)
+FENCE = r"^[ \t]*(```+(?=[^`\n]*$)|~~~+)"  # opens a block of code, with MULTILINE; the same closes it
 WORD = re.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})\S)+")
 
 

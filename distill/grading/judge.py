@@ -36,7 +36,7 @@ from distill.console import say
 from distill.errors import UserError, WorkError
 from distill.fingerprint import digest
 from distill.grading.grade import NO_GOLD, Grade
-from distill.grading.verdicts import Words, read_verdict
+from distill.grading.verdicts import Words, read_verdict, scale_of
 from distill.models import Server
 from distill.models import judge_is_directory as is_directory
 from distill.prompts.prompt import Prompt
@@ -358,7 +358,8 @@ def _evidence(prompt: Prompt, response: str | None) -> dict[str, object]:
 
 
 def _grade(rubric: Rubric, prompt: Prompt, response: str, judgement: Judgement) -> Grade:
-    words = Words(rubric.accepted, rubric.rejected, rubric.min_score)
+    scale = scale_of(rubric.prompt, rubric.min_score)
+    words = Words(rubric.accepted, rubric.rejected, rubric.min_score, scale)
     reading = read_verdict(judgement.text, words, judgement.finished)
     evidence = _evidence(prompt, response) | {"said": reading.said, "judgement": _cut(judgement.text[-SHOWN:])}
     if reading.accepted is None:

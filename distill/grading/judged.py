@@ -16,6 +16,7 @@ JUDGE = "judge"  # the task
 class JudgedTask(TaskGrader):
     """Answers that only a judge model can grade."""
 
+    version = 2  # scores on another scale, labels within quotes
     votes: ClassVar[bool] = False
 
     def gold(self, text: str) -> str:

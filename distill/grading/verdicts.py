@@ -14,8 +14,9 @@ The reasoning of a judge that thinks is not searched: it weighs both verdicts.
 
 A text without a verdict, or with two that differ, has none: guessing would be a statement about the answerer. Where the
 last line is a verdict of the same rank it is the final one, whatever was said before. A verdict ends with its line or
-with a mark, so that `Verdict: no doubt about it` and `Grade: A good answer` are none. A number has its sign, and ends
-as a number: `Score: 3-4` and `Score: 7,5` are none.
+with a mark, so that `Verdict: no doubt about it`, `Grade: A good answer` and `Grade: A-` are none. A label within
+quotes is the response's, or the prompt's. A number has its sign, and ends as a number: `Score: 3-4`, `Score: 7,5`,
+`Score: 80%` and `Score: >8` are none, and so is a score on another scale than that of `min_score` (`_score`).
 """
 
 import json
@@ -35,8 +36,13 @@ NUMBER = r"[-\u2212\u2013]?(?:\d+(?:\.\d+)?|\.\d+)"
 OUT_OF = r"(?:[ \t]{0,4}(?:/|out of|of)[ \t]{0,4}\d+(?:\.\d+)?)?"
 WORD = r"[A-Za-z]+(?:[ _][A-Za-z]+)?"
 END = r"(?=[ \t]{0,80}(?:$|\n|[^\w\s/]))"  # not `Yes/No`, which repeats the question
-NUMBER_END = r"(?![-,.\u2212\u2013]\d)"
-TOKEN = rf"(?:({NUMBER}{OUT_OF}){NUMBER_END}|({WORD})){END}"
+WORD_END = r"(?![+\u2212]|-(?!-)|\|\w)"  # not `A-`, `Yes|No`; two hyphens are a dash
+NUMBER_START = (  # not `>8`, but `<8>`
+    r"(?:(?<![<>\u2264\u2265])(?<![<>\u2264\u2265][ =.\-\u2212\u2013])|(?<=<)(?=[^<>\n]{1,20}>))"
+)
+NUMBER_END = r"(?![-,.\u2212\u2013]\d)(?![ \t]?\\?%)"
+TOKEN = rf"(?:{NUMBER_START}({NUMBER}{OUT_OF}){NUMBER_END}|({WORD}){WORD_END}){END}"
+BOUND = re.compile(r"[\u2264\u2265]|[<>]=|<(?![^<>]*>)|>(?=[-\u2212\u2013.\d])")
 GAP = r"[^\w\n]{0,8}?"  # lazy: the sign of a number is not part of it
 SCALE = r"(?:[ \t]?[(\[][^()\[\]\n]{1,40}[)\]])?"  # such as (1-5) and (Yes/No)
 
@@ -57,7 +63,13 @@ BRACKETS = re.compile(r"\[\[([^\[\]\n]{1,40})\]\]")
 FENCE = re.compile(r"```(?:json)?[ \t]{0,8}\n(.*?)```", re.DOTALL | re.IGNORECASE)
 COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)[ \t]{0,8}\{([^{}]*)\}")
 BOX = re.compile(r"\\(?:boxed|fbox)\{([^{}\n]{1,40})\}")
-SCORE = re.compile(rf"({NUMBER}){OUT_OF}")
+SCORE = re.compile(rf"({NUMBER})(?:[ \t]{{0,4}}(?:/|out of|of)[ \t]{{0,4}}(\d+(?:\.\d+)?))?")
+TOP = re.compile(  # of a scale that a prompt names: `1-10`, `0 to 100`, `out of 5`
+    r"(?:(?<=\d)[-\u2212\u2013]|/|\b(?:to|and|out of)[ \t])[ \t]{0,4}(\d+(?:\.\d+)?)(?![\w%]|\.\d)"
+)
+OTHER_SCALE = 10  # times `min_score`: a score or a maximum of so much belongs to another scale
+QUOTES = ("'", '"', "`", "\u201c", "\u2018", "\u00ab", "\u201e", "\u300c")
+LINE = 200  # characters of a line before and after a label, where quotes are looked for
 MINUS = str.maketrans("\u2212\u2013", "--")
 KEYS = (
     "judgement",
@@ -77,11 +89,12 @@ LONGEST = 200_000  # characters of an answer that are searched: a longer one doe
 
 class Words(NamedTuple):
     """How verdicts are spelled. accepted, rejected: in lower case. min_score: a number from it on is accepted; None
-    where numbers are no verdicts."""
+    where numbers are no verdicts. scale: the highest score; None where it is not known."""
 
     accepted: Sequence[str]
     rejected: Sequence[str]
     min_score: float | None = None
+    scale: float | None = None
 
 
 class Reading(NamedTuple):
@@ -149,11 +162,23 @@ def _bare(text: str, words: Words) -> list[Reading]:
 
 
 def _tokens(label: re.Pattern[str], text: str) -> list[str]:
-    return [_token(match) for match in label.finditer(text)]
+    return [_token(match) for match in label.finditer(text) if not _is_quoted(match)]
 
 
 def _token(match: re.Match[str]) -> str:
     return match[1] or match[2]
+
+
+def _is_quoted(match: re.Match[str]) -> bool:
+    """Whether a label and its verdict are a quotation within a line: of the response, or of the judge's prompt."""
+    text, start, end = match.string, match.start(), match.end()
+    line_start = max(text.rfind("\n", max(0, start - LINE), start) + 1, start - LINE, 0)
+    before, after = text[line_start:start], text[end : end + LINE].partition("\n")[0]
+    if not _bare_text(before) and not _bare_text(after):
+        return False  # a line of its own
+    opened = any(before.count(mark) % 2 for mark in '"`') or before.count("\u201c") > before.count("\u201d")
+    closed = any(mark in match[0] for mark in '"`\u201d')
+    return not closed and (opened or before.rstrip("*_ ").endswith(QUOTES))
 
 
 def _readings(tokens: Iterable[str], words: Words) -> list[Reading]:
@@ -190,7 +215,7 @@ def _of_value(item: object, words: Words) -> Reading | None:
         case bool():
             return Reading(item, json.dumps(item)) if words.min_score is None else None
         case int() | float() if words.min_score is not None:
-            return Reading(item >= words.min_score, str(item)) if math.isfinite(item) else None
+            return _score(float(item), None, str(item), words)
         case str() | int() | float():
             return _word(str(item), words)
     return None
@@ -200,14 +225,36 @@ def _word(token: str, words: Words) -> Reading | None:
     """The verdict that a token is; None where it is none."""
     said = " ".join(_bare_text(token).replace("_", " ").split())
     if words.min_score is not None:
-        number = SCORE.fullmatch(said)
-        return Reading(float(number[1].translate(MINUS)) >= words.min_score, said) if number else None
+        number = None if BOUND.match(token.strip()) else SCORE.fullmatch(said)
+        top = float(number[2]) if number and number[2] else None
+        return _score(float(number[1].translate(MINUS)), top, said, words) if number else None
     if len(said) == 1 and said.islower():
         return None  # the article, not the letter
     for accepted, spellings in ((True, words.accepted), (False, words.rejected)):
         if said.lower() in {spelling.lower().replace("_", " ") for spelling in spellings}:
             return Reading(accepted, said)
     return None
+
+
+def _score(number: float, top: float | None, said: str, words: Words) -> Reading | None:
+    """The verdict of a number; None where it is on another scale than `min_score`. top: the M of `N/M`."""
+    least = words.min_score
+    if least is None or not math.isfinite(number) or (top is not None and number > top):
+        return None
+    if words.scale is not None:
+        differs = number > words.scale or top not in (None, words.scale)
+    else:
+        differs = (top is not None and top < least) or max(number, top or number) >= OTHER_SCALE * least > 0
+    return None if differs else Reading(number >= least, said)
+
+
+def scale_of(prompt: str, min_score: float | None) -> float | None:
+    """The highest score that a judge's prompt names; None where it names none that suits `min_score`, or several."""
+    if min_score is None or min_score <= 0:
+        return None
+    tops = {float(top) for top in TOP.findall(prompt)}
+    tops = {top for top in tops if min_score <= top < OTHER_SCALE * min_score}
+    return tops.pop() if len(tops) == 1 else None
 
 
 def _bare_text(line: str) -> str:

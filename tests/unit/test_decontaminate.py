@@ -75,6 +75,17 @@ def test_copies_are_found_in_longer_prompts_and_when_they_are_short() -> None:
     assert problems.best("") is None and index().best("What is 5 plus 7?") is None
 
 
+def test_a_prompt_that_is_a_problem_is_a_copy_however_short() -> None:
+    for problem in ("Compute $7!$.", "$1+1$", "Evaluate $5!$", "Define entropy.", "\u4ec0\u4e48?", "?"):
+        problems = index("Janet has 16 eggs; she eats three.", problem)
+        match = problems.best(problem)
+        assert match is not None and match.verbatim and match.item.question == problem
+        assert (match := problems.best(f"{problem} And 3 - 2?")) is None or not match.verbatim
+    assert (match := index("Compute $7!$.").best("Compute 7! ")) is not None and match.verbatim
+    assert (match := index("Compute $7!$.").best("Compute 7.")) is None or not match.verbatim
+    assert index("", "What is 5 plus 7?").best("") is None
+
+
 FIRM = "A firm lowers its price and sells more units in a market."
 
 

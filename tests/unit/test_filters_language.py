@@ -58,6 +58,13 @@ def test_the_language_of_the_prompt_is_kept(code: str) -> None:
     assert reason(ASKED[code], f"$x = 10 - 3$. {REASONED[code]} ```print('so the answer is seven now')```") == "ok"
 
 
+@pytest.mark.parametrize("fence", ["```", "  ```", "~~~", "   ~~~", "````\n```"])
+def test_code_is_no_language(fence: str) -> None:
+    code = f"{fence}\nНапечатай ответ, а потом закончи работу\n{fence.partition(chr(10))[0]}\n"
+    assert reason(ASKED["en"], f"{REASONED['en']}\n{code}{REASONED['en']}") == "ok"
+    assert reason(ASKED["en"], f"{REASONED['en']}\n{code}{REASONED['ru']}") != "ok"
+
+
 @pytest.mark.parametrize("code", [code for code in ASKED if code != "en"])
 def test_english_reasoning_to_another_language_is_dropped(code: str) -> None:
     """Also where the prompt's vowels are marks and not letters, as in Hindi, and where accents are decomposed."""

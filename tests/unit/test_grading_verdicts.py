@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.grading.verdicts import LONGEST, Words, read_verdict
+from distill.grading.verdicts import LONGEST, Words, read_verdict, scale_of
 from distill.recipe.judge import Judge
 from distill.recipe.rubric import Rubric
 
@@ -86,6 +86,23 @@ def test_real_judgements(real_data):
         ("The student's answer is \\boxed{A}, as it should be.", "-"),
         ("The final answer is correct.", "Y"),
         ("So the result is wrong.", "N"),
+        # no letter of the rubric
+        ("Grade: A-", "-"),
+        ("Grade: B+", "-"),
+        ("**Grade:** A\u2212", "-"),
+        ("Judgement: Yes|No", "-"),
+        ("| Judgement: Yes | same |", "Y"),
+        ("Judgement: Yes--they are the same.", "Y"),
+        # quotations of the response or the prompt
+        ("The response's own final line is 'Judgement: Yes'. The response is wrong.", "-"),
+        ('The response says "Verdict: Yes", which is wrong.', "-"),
+        ('The response ends "so my verdict: Yes", but it is wrong.', "-"),
+        ("It claims `Judgement: Yes`, but it is wrong.", "-"),
+        ('The response says "Verdict: Yes" but it is wrong.\n\nJudgement: No', "N"),
+        ('"Judgement: Yes"', "Y"),
+        ("`Judgement: No`.", "N"),
+        ('Judgement: "Yes"', "Y"),
+        ('{"reason": "a "quote" within", "judgement": "No"}', "N"),
     ],
 )
 def test_forms(text, expected):
@@ -144,10 +161,44 @@ def test_reasoning_judges(text, finished, expected, problem):
         ("The response's result is 42.", "-"),
         ("The answer is \\boxed{42}.", "-"),
         ("The score is 8.", "Y"),
+        # another scale, or no single number
+        ("Score: 70/100", "-"),
+        ("Score: 80%", "-"),
+        ("Score: 80 %", "-"),
+        ('{"score": 80}', "-"),
+        ('{"score": "80%"}', "-"),
+        ("Score: 4/5", "-"),
+        ("Score: 0.8/1", "-"),
+        ("Score: 11/10", "-"),
+        ("Score: >8", "-"),
+        ("Score: < 8", "-"),
+        ("Score: >=8", "-"),
+        ('{"score": ">8"}', "-"),
+        ("Score: <8>", "Y"),
+        ("Score: ~8", "Y"),
     ],
 )
 def test_scores(text, expected):
     assert letter(text, SCORES) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "expected"),
+    [
+        ("Give a score from 1 to 10.", "Score: 8", "Y"),
+        ("Give a score from 1 to 10.", "Score: 8/10", "Y"),
+        ("Give a score from 1 to 10.", "Score: 8/20", "-"),
+        ("Give a score from 1 to 10.", "Score: 40/50", "-"),
+        ("Give a score from 1 to 10.", "Score: 12", "-"),
+        ("Give a score (0-20).", "Score: 12", "Y"),
+        ("Give a score out of 10.", '{"score": 60}', "-"),
+        ("Give 1 (bad) to 10 (good).", "Score: 11", "-"),
+        ("Give a score from 1 to 10, of 3 and 12.", "Score: 8/20", "Y"),
+    ],
+)
+def test_a_score_is_on_the_scale_of_the_prompt(prompt, text, expected):
+    words = Words(RUBRIC.accepted, RUBRIC.rejected, min_score=7, scale=scale_of(prompt, 7))
+    assert letter(text, words) == expected
 
 
 def test_other_words():

@@ -123,7 +123,7 @@ def _read(text: str) -> list[Value]:
 class MathGrader(TaskGrader):
     """Numbers, expressions, sets and intervals, by the functions above."""
 
-    version = 3  # guesses, labels, words, parameters, conditions
+    version = 3  # guesses, labels, words, parameters, conditions; derived units, prefixes, scales, rounded conversions
     packages = ("sympy",)
 
     def prepare(self) -> None:

@@ -10,8 +10,9 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
   beside values without labels they are equal only where the labels are in alphabetical order.
 - What several letters make together (`m + n = 104`) equals the number; other equations beside their number are
   undecided.
-- A unit on one side only is not compared; two units are, with their factors. A number that would be right in another
-  unit, and a letter that may be a unit (`0.05 m` beside `5 cm`, `5 m` beside `5`), are undecided.
+- A unit on one side only is not compared; two units are, with their factors, derived ones in base units. A number that
+  would be right in another unit, a letter that may be a unit (`0.05 m` beside `5 cm`, `5 m` beside `5`), years beside
+  days, and the number of dozens (`7` beside `7 dozen`) are undecided.
 - `5%` equals `5` and `0.05`: the normalizer of MATH drops the sign, Qwen2.5-Math's grader accepts both values, and such
   a question usually asks "what percent". Up to 1 the number alone is undecided: `0.5` beside `0.5%` may lack the sign
   or confuse a fraction with a percentage.
@@ -19,7 +20,8 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
   exactly three digits separates thousands: `1,000` is never 1.
 - The ratio `3:4` equals the quotient `3/4`, which is its definition. With two digits after the colon (`10:30`) it may
   be a time, and the quotient is undecided.
-- A rounded decimal beside an exact number is undecided; `0.333...` repeats.
+- A rounded decimal beside an exact number is undecided, also as a percentage and in another unit; `0.333...` repeats,
+  and other digits with dots are cut off (`3.14...`).
 - A base on one side only: the same digits are undecided, another value is wrong.
 - A logarithm without a base is undecided unless every usual base (e, 10, 2) gives the same verdict.
 - Two single words are different where they have different meanings of one kind (`odd`, `even`) or neither may be
@@ -42,7 +44,7 @@ from distill.grading.math.relations import (
     equal_ratios,
     equal_regions,
 )
-from distill.grading.math.scalars import equal_scalars
+from distill.grading.math.scalars import as_fraction, equal_scalars
 from distill.grading.math.values import (
     Clock,
     Comparison,
@@ -99,8 +101,11 @@ def _unlike(one: Value, other: Value) -> Verdict:
     if isinstance(one, Sequence) and isinstance(other, Scalar):
         return _one_of(one, other)
     if isinstance(one, Ratio) and isinstance(other, Scalar):
-        quotient = len(one.parts) == 2 and one.parts[1] != 0 and same(one.parts[0] / one.parts[1], other.expression)
-        return None if quotient is None or one.clock else bool(quotient)
+        if one.clock:
+            return None
+        if len(one.parts) != 2 or one.parts[1] == 0:
+            return False
+        return equal_scalars(Scalar(one.parts[0] / one.parts[1]), as_fraction(other))
     if isinstance(one, Ratio) and isinstance(other, Clock):
         return equal_clocks(one, other)
     if isinstance(one, Congruence) and isinstance(other, Scalar):

@@ -80,7 +80,7 @@ def rewritten(text: str) -> str:
     text = CHOSEN.sub(_chosen, BASE_WORD.sub(_base_word, _french(text)))
     if len(text) <= LONGEST and text.rstrip().endswith(("dots", "..")):
         text = ELLIPSIS.sub(lambda match: rf"{match[1]}\overline{{{match[2] or match[3]}}}", text)
-        text = TRUNCATED.sub(r"\\approx \1", text)
+        text = TRUNCATED.sub(r"\1\\dots", text)
     return REPEATING.sub(_repeating, text)
 
 

@@ -1,14 +1,29 @@
 """Numbers with what follows them: a percent sign, degrees, units of measure, words that count things."""
 
+import re
 from fractions import Fraction
 
 import sympy
 
 from distill.grading.math.environments import Environments
-from distill.grading.math.units import PERCENT, POWERS, SCALES, Unit, unit_of, word_unit
-from distill.grading.math.values import Scalar, Unreadable
+from distill.grading.math.expressions import power
+from distill.grading.math.units import PERCENT, PLACES, POWERS, SCALES, Unit, unit_of, word_unit
+from distill.grading.math.values import Scalar, Token, Unreadable
 
 TEMPERATURES = {"C": "celsius", "F": "fahrenheit"}
+SCIENTIFIC = re.compile(r"-?\d*\.(\d+)(?:\*10\^\{?(-?\d+)\}?)?")
+RAISED = {"squared": 2, "cubed": 3}
+STATEMENTS = {  # words that say something about the number, or change it, wherever they are
+    "is", "are", "was", "were", "isn't", "aren't", "not", "no", "do", "does", "don't", "doesn't", "cannot", "can't",
+    "factorial", "pi", "below", "above", "loss", "decrease", "debt", "deficit", "less", "fewer", "than", "least",
+    "most", "minus", "plus", "doubled", "tripled", "halved",
+}  # fmt: skip
+JUDGED = {  # at the end only: "2 wrong answers" is a number of them
+    "wrong", "incorrect", "false", "invalid", "impossible", "possible", "negative",
+}  # fmt: skip
+OF_THE_NUMBER = {"root", "power"}  # directly after it: "1 real root" is a number of them
+ANSWERED = re.compile(r"is (?:the )?(?:(?:final|only|right|correct) )*(?:answer|solution|result|right|correct)")
+PRODUCTS = {"ms", "Nm"}  # with a negative power, of both letters or of the second: no certain unit
 
 
 class Quantities(Environments):
@@ -42,14 +57,14 @@ class Quantities(Environments):
         return None
 
     def decimals(self, start: int) -> int | None:
-        """Digits after the point of the decimal number that was just read, None for any other expression."""
+        """Digits after the point of the decimal number that was just read, `1.5` or `1.5 \\times 10^3`; None for any
+        other expression."""
         part = self.tokens[start : self.position]
-        if part and part[0].text == "-":
-            part = part[1:]
-        if len(part) != 1 or part[0].kind != "number" or "." not in part[0].text:
-            return None
-        mantissa, _, exponent = part[0].text.lower().partition("e")
-        return len(mantissa.partition(".")[2]) - int(exponent or 0)
+        if len(part) <= 2 and part and part[-1].kind == "number" and "." in part[-1].text:
+            mantissa, _, exponent = part[-1].text.lower().partition("e")
+            return len(mantissa.partition(".")[2]) - int(exponent or 0)
+        match = SCIENTIFIC.fullmatch("".join(token.text for token in part)) if len(part) <= 9 else None
+        return None if match is None else len(match[1]) - int(match[2] or 0)
 
     def with_unit(self, value: sympy.Expr, decimals: int | None, digits: str) -> Scalar:
         """The scalar with the percent sign, degree sign or unit that follows it."""
@@ -64,13 +79,21 @@ class Quantities(Environments):
                 return Scalar(value, decimals, unit=Unit(words=(TEMPERATURES[self.tokens[self.position - 1].text],)))
             minutes = self._parts_of_a_degree()
             return Scalar(value + minutes, None if minutes else decimals, unit=unit_of("degree"))
+        stated = None
         while self.next.kind == "word" and self.next.text.lower() in SCALES:
-            value, decimals = value * SCALES[self.next.text.lower()], None
+            if stated is None and self.next.text.lower() not in PLACES:
+                stated = value
+            value, decimals = value * sympy.Rational(Fraction(SCALES[self.next.text.lower()])), None
+            self.position += 1
+        if self.next.kind == "word" and self.next.text.lower() in RAISED and self.peek(1).kind != "word":
+            if digits != "plain" or value.is_negative or stated is not None:
+                raise Unreadable("ambiguous power")
+            stated, value, decimals = value, power(value, sympy.Integer(RAISED[self.next.text.lower()])), None
             self.position += 1
         unit = self._unit()
         while unit is not None and (smaller := self._smaller(unit)) is not None:
             value, decimals, digits = value + smaller, None, ""
-        return Scalar(value, decimals, unit=unit, digits=digits)
+        return Scalar(value, decimals, unit=unit, digits=digits, stated=stated)
 
     def _smaller(self, unit: Unit) -> sympy.Expr | None:
         """The `30 minutes` of "1 hour 30 minutes", in the larger unit; None where no such quantity follows."""
@@ -98,32 +121,62 @@ class Quantities(Environments):
         return total
 
     def _unit(self) -> Unit | None:
-        """Words and their powers after a number; None where none follow."""
+        """Words and their powers after a number; None where none follow. Errors: Unreadable where they change it."""
         unit, exponent, pending, seen = Unit(), 1, 1, False
         while self.next.kind in ("word", "operator"):
             text = self.next.text
             follows = self.peek(1).kind == "word"
             if self.next.kind == "word":
+                if self._answers():
+                    break
+                self._refuse_statement(unit == Unit())
                 self.position, seen = self.position + 1, True
                 if text.lower() in ("per", "a", "an", "each") and follows:
                     exponent = -1 if text.lower() == "per" else exponent
                     continue
-                if text.lower() in POWERS and follows:
-                    pending = POWERS[text.lower()]
+                if text.lower() in POWERS | RAISED and follows:
+                    pending = (POWERS | RAISED)[text.lower()]
                     continue
                 if text.lower() in ("th", "of", "the"):
                     continue
-                powers = {"squared": 2, "cubed": 3}
-                own = self._unit_power() if self.next.text == "^" else powers.get(self.next.text.lower(), 1)
-                self.position += self.next.text.lower() in powers
-                unit = unit.times(word_unit(text), exponent * pending * own)
+                own = self._unit_power() if self.next.text == "^" else RAISED.get(self.next.text.lower(), 1)
+                self.position += self.next.text.lower() in RAISED
+                if own < 0 and text in PRODUCTS:
+                    unit = unit.times(Unit(words=(text,)), exponent * pending * own)
+                else:
+                    unit = unit.times(word_unit(text), exponent * pending * own)
                 pending = 1
-            elif seen and text in ("/", "*") and follows:
+            elif seen and text in ("/", "*") and (follows or self._letter_unit()):
                 self.position += 1
                 exponent = -1 if text == "/" else exponent
             else:
                 break
         return unit if seen and unit != Unit() else None
+
+    def _answers(self) -> bool:
+        """Consume words that say that the number is the answer."""
+        ahead = 0
+        while self.peek(ahead).kind == "word":
+            ahead += 1
+        if not ANSWERED.fullmatch(" ".join(self.peek(place).text.lower() for place in range(ahead))):
+            return False
+        self.position += ahead
+        return True
+
+    def _letter_unit(self) -> bool:
+        """Make the letter after the next token a word if it is a unit: the metre of `\\text{N}\\cdot\\text{m}`."""
+        letter = self.peek(1)
+        if letter.kind != "letter" or letter.subscript or unit_of(letter.text) is None:
+            return False
+        self.tokens[self.position + 1] = Token("word", letter.text, letter.spaced)
+        return True
+
+    def _refuse_statement(self, first: bool) -> None:
+        """Errors: Unreadable if the next word says something about the number or changes it: no unit. first: whether
+        nothing was counted yet."""
+        word, last = self.next.text.lower(), self.peek(1).kind != "word"
+        if word in STATEMENTS or (last and word in JUDGED) or (first and word in OF_THE_NUMBER):
+            raise Unreadable("words that change the number")
 
     def _unit_power(self) -> int:
         self.expect("^")

@@ -1,6 +1,7 @@
 """Tokens → an answer: lists, relations, sets, intervals, matrices and quantities, whole or `Unreadable`."""
 
 import re
+from dataclasses import replace
 
 import sympy
 
@@ -154,7 +155,7 @@ class Reader(Quantities):
             spans.append((begin, self.position))
         if approximate and not relations and isinstance(values[0], Scalar):
             scalar = values[0]
-            return Scalar(scalar.expression, scalar.decimals or 0, scalar.percent, scalar.unit, approximate=True)
+            return replace(scalar, decimals=scalar.decimals or 0, approximate=True)
         if not relations:
             if isinstance(values[0], Scalar) and self.take("pmod"):
                 return Congruence(None, values[0].expression, self._modulus())
@@ -282,6 +283,9 @@ class Reader(Quantities):
         if self.next.text == "begin":
             return self.scaled(operand, self.environment())
         decimals = self.decimals(start)
+        if decimals is not None and self.take("dots"):
+            percent = self.take("%")
+            return Scalar(operand, decimals, percent, approximate=True, truncated=True)
         plain = all(t.kind == "number" or t.text == "-" for t in self.tokens[start : self.position])
         return self.with_unit(operand, decimals, "plain" if plain else "")
 

@@ -20,7 +20,8 @@ class Scalar:
     """A number or an expression.
 
     decimals: digits after the point where the text is a decimal number, else None. base: of a number such as `204_5`,
-    whose value `expression` is; `digits` as written.
+    whose value `expression` is; `digits` as written. truncated: dots follow its digits. stated: the number before a
+    word that scales it, the 7 of `7 dozen`.
     """
 
     expression: sympy.Expr
@@ -30,6 +31,8 @@ class Scalar:
     base: int | None = None
     digits: str = ""
     approximate: bool = False
+    truncated: bool = False
+    stated: sympy.Expr | None = None
 
 
 @dataclass(frozen=True)
