@@ -177,17 +177,18 @@ def word_unit(word: str) -> Unit:
 
 
 def may_convert(value_ratio: Fraction, unit: Unit) -> bool:
-    """Whether a ratio of two numbers may come from converting `unit` to another unit of the same dimension."""
+    """Whether a number in `unit` is another one in another unit of the same dimension. value_ratio: the first over the
+    second."""
+    wanted = value_ratio * unit.factor
     named = {other.factor for other in UNITS.values() if other.dimensions == unit.dimensions}
-    if value_ratio in {a / b for a in named for b in named}:
+    if wanted in named:
         return True
-    if named and len(unit.dimensions) > 1:
+    if named and len(unit.dimensions) > 2:  # of energy, force and so on, which have names of their own
         return False
     factors = {Fraction(1)}
     for dimension, power in unit.dimensions:
         same = {other.factor for other in UNITS.values() if other.dimensions == ((dimension, 1),)}
-        ratios = {(a / b) ** power for a in same for b in same}
-        factors = {factor * ratio for factor in factors for ratio in ratios}
+        factors = {factor * other**power for factor in factors for other in same}
         if len(factors) > 20_000:
             return True
-    return value_ratio in factors
+    return wanted in factors
