@@ -5,6 +5,7 @@ processes that tests start inherit.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,19 @@ if not GPU:  # GPU kernels then run in Triton's interpreter
 # A failure must be the change's fault, not the draw's or a busy machine's.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all but every nth case of a test with `one_in(n)` slow: n prime to the numbers of its parameters' values
+    leaves some of each."""
+    seen: Counter[object] = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("one_in"):
+            test = (item.path, getattr(item, "originalname", item.name))
+            if seen[test] % mark.args[0]:
+                item.add_marker("slow")
+            seen[test] += 1
 
 
 @pytest.fixture(autouse=True, scope="module")

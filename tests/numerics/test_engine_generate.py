@@ -46,6 +46,7 @@ def ckpt(request: pytest.FixtureRequest, checkpoint: GetCheckpoint) -> Checkpoin
     return checkpoint(request.param)
 
 
+@pytest.mark.one_in(3)
 def test_a_fork_of_16_is_16_separate_runs(ckpt: Checkpoint) -> None:
     engine = Engine.load(ckpt.path, engine_options(cache_tokens=4096))
     forked = run(engine, [request(3, samples=16)])
@@ -56,6 +57,7 @@ def test_a_fork_of_16_is_16_separate_runs(ckpt: Checkpoint) -> None:
         assert texts(alone) == {("r3", number): forked["r3", number].token_ids}
 
 
+@pytest.mark.one_in(3)
 def test_text_does_not_depend_on_company(ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Order, batch size, prefill chunks, page size, and a cache so small that sequences are preempted."""
     requests = [request(number, samples=1 + number % 4) for number in range(10)]
@@ -307,6 +309,7 @@ def test_impossible_budgets_are_refused(options: dict[str, int], checkpoint: Get
         Engine.load(checkpoint("qwen2").path, engine_options(**options))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ["v3-yarn", "v3-no-q-lora", "v32", "glm-shared", "llama-gqa", "smollm3", *GEMMA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cpu_kernels_give_the_same_bits_in_any_company(

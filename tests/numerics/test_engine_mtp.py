@@ -112,6 +112,7 @@ def test_the_text_with_drafts_is_the_text_without() -> None:
         assert 0.1 * proposed < stood < proposed, f"{stood} of {proposed} drafts stood"
 
 
+@pytest.mark.slow
 def test_drafts_survive_company_and_lack_of_memory(
     kernels: str, checkpoint: GetCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

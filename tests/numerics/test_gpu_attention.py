@@ -38,6 +38,7 @@ def paged(b: int, longest: int, page: int, seed: int = 0) -> tuple[Tensor, Tenso
     return table.to(DEVICE), lengths.to(DEVICE), b * per
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [4, 16, slow(72)])
 @pytest.mark.parametrize("page", [1, 16])

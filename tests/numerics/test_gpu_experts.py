@@ -137,6 +137,7 @@ def test_experts_in_four_bits_are_decoded_when_they_are_loaded(resident: int) ->
     assert torch.equal(banks[0]._here, banks[1]._here) and torch.equal(banks[0]._there, banks[1]._there)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     "options",
     [

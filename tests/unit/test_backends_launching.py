@@ -261,6 +261,7 @@ def test_a_server_that_ignores_sigterm_is_killed(here, monkeypatch):
     assert distill(monkeypatch, "generate", recipe()) == 0 and none_is_left()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)]
 )

@@ -82,6 +82,7 @@ def test_nothing_that_a_terminal_obeys_is_left(text):
     assert not CONTROL.search(escaped(text)) and escaped(escaped(text)) == escaped(text)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("setting", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}])
 @pytest.mark.parametrize("command", [["benchmarks", "list"], ["recipes", "show", "tiny"], ["recipes", "show", "…–"]])
 def test_every_command_prints_without_utf8(setting, command):

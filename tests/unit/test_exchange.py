@@ -229,6 +229,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path):
     file = write(tmp_path / "openr1.jsonl", OPENR1)
     done = command("import", file, "--out", tmp_path / "in")

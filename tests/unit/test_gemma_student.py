@@ -103,6 +103,7 @@ SIZES: dict[str, object] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"packing": True, "gradient_checkpointing": True}, {"adapter": {"kind": "lora", "r": 8, "alpha": 16}}],

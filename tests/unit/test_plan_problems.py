@@ -70,6 +70,7 @@ def test_rows_of_files_are_counted_and_those_elsewhere_named(tmp_path, monkeypat
     assert "24 rows" in out and "without runs/other" in out
 
 
+@pytest.mark.slow
 def test_copied_traces_are_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [{"q": f"{n} + 1?", "r": "thought", "a": str(n + 1), "g": str(n + 1)} for n in range(3)]

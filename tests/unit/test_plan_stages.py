@@ -48,6 +48,7 @@ def recipe(tmp_path, monkeypatch):
     return write
 
 
+@pytest.mark.slow
 def test_generate_asks_exactly_the_rest_after_a_pilot(recipe, monkeypatch, capsys):
     with server(right) as script:
         name = recipe(script)

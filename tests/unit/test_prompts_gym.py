@@ -28,6 +28,7 @@ def answer_of(prompt: Prompt) -> str:
     return gold["answer"]
 
 
+@pytest.mark.slow
 def test_problems_are_those_of_the_library() -> None:
     import reasoning_gym
 

@@ -45,6 +45,7 @@ def trained(tmp_path, family, config=None, **settings) -> TrainSummary:
     return support.train_here(tmp_path / "run", student, {"num_train_epochs": 2.0, "logging_steps": 1, **settings})
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "family, config, packing, reason",
     [
@@ -128,6 +129,7 @@ def ending(directory):
     return directory
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("objective", [rollout_support.GRPO, rollout_support.ON_POLICY], ids=["grpo", "on_policy"])
 def test_rollouts_are_sampled_by_the_trainers_own_weights_and_resume(tmp_path, capsys, objective):
     student = ending(tmp_path / "base")
