@@ -9,8 +9,9 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 JUNIT := build/junit.xml
 NATIVE := $(wildcard $(addprefix distill/engine/kernels/native/,*.cpp *.h isa/*.h))
 INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(NATIVE)
-# A file a process, in the order of their names: e2e/, whose files hold few and long tests, before unit/.
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A file a process, in the order of their names: e2e/, whose files hold few and long tests, before unit/. One process more
+# than there are processors, up to four: many tests wait for others that they start.
+PARALLEL := -n $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))') --dist loadfile --no-loadscope-reorder
 SOURCES := $(wildcard distill tests tools perf cli.py setup.py)
 
 .PHONY: quickstart test test-slow lint format docs clean
