@@ -5,9 +5,10 @@
 
 Traces that this teacher sampled with `generate.logprobs` carry the most likely tokens, if these are as many as the
 objective asks for. For the others, another teacher's among them, the teacher is loaded and scores them: one prefill per
-trace, no sampling. Scored traces are stored in `scored/`, so that an interruption costs little. The directory's name is a hash over everything that decides the teacher's numbers, so that the scores of another
-teacher, of its other thinking mode or of another dtype are never taken for these. In it each trace set has a store of
-its own, since two sets may hold samples of one prompt. It is begun anew when a trace has another text than is stored.
+trace, no sampling. Scored traces are stored in `scored/`, so that an interruption costs little. The directory's name is
+a hash over everything that decides the teacher's numbers, so that the scores of another teacher, of its other thinking
+mode or of another dtype are never taken for these. In it each trace set has a store of its own, since two sets may hold
+samples of one prompt. It is begun anew when a trace has another text than is stored.
 """
 
 import shutil
