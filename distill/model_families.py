@@ -38,11 +38,6 @@ def is_trained(name: object) -> bool:
     return name in STUDENTS or in_transformers(name)
 
 
-def packs(name: object) -> bool:
-    """Whether rows of this `model_type` are concatenated in training without an examination: tests prove it."""
-    return name in FAMILIES and FAMILIES[str(name)].packs
-
-
 def renames(name: object) -> bool:
     """Whether files of this `model_type` may name or shape weights in another way than transformers has them."""
     return name not in FAMILIES or FAMILIES[str(name)].other_names is not None

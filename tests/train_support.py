@@ -32,6 +32,22 @@ OTHER: dict[str, object] = {  # sizes of a small model of any family
     "eos_token_id": None,
     "pad_token_id": None,
 }
+RECURRENT: dict[str, dict[str, object]] = {  # families with a recurrence or a convolution over time in some layers
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 16},
+    "granitemoehybrid": {
+        **{"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
+        **{"num_local_experts": 0, "shared_intermediate_size": 64},
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
+    "nemotron_h": {
+        **{"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1},
+    },
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+JAMBA: dict[str, object] = {"mamba_d_state": 8, "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
 HYBRID: dict[str, object] = {  # Qwen3.5: three layers with a recurrence to one of attention
     "num_hidden_layers": 4,
     "head_dim": 8,

@@ -16,7 +16,7 @@ import train_support as support
 from distill.errors import UserError
 from distill.objectives import Sampled, Sft
 from distill.recipe import Train
-from distill.train.learn import attention, forward
+from distill.train.learn import attention, forward, recurrent
 from distill.train.learn.learner import Learner
 from distill.train.rows.batches import Row, collate
 from distill.train.student import isolation
@@ -25,6 +25,7 @@ SFT = Sft(kind="sft")
 NEOX, WINDOW = {"intermediate_size": 96}, {"sliding_window": 64}
 OSS = {"num_local_experts": 4, "head_dim": 8, "sliding_window": 256}
 CHUNKS = {"sliding_window": None, "attention_chunk_size": 64}
+LEAKS = "a row changes the logits of another one that it is concatenated with"
 NOT_COMPUTED = "which that of concatenated rows does not compute"
 
 
@@ -41,7 +42,8 @@ def config_of(family, **config):
         ("mistral", {"sliding_window": 256}, None),
         ("mistral", WINDOW, None),
         ("mistral", CHUNKS, "attention has an attention_chunk_size of 64 tokens, less than train.max_length"),
-        ("qwen3_5_text", support.HYBRID, "a row changes the logits of another one that it is concatenated with"),
+        ("jamba", support.JAMBA, LEAKS),
+        *((family, config, None) for family, config in support.RECURRENT.items()),
         ("gpt_oss", OSS, f"attention takes s_aux, {NOT_COMPUTED}"),  # sinks
         ("gemma2", {"head_dim": 8}, f"attention takes softcap, {NOT_COMPUTED}"),
         ("gemma2", {"head_dim": 8, "final_logit_softcapping": None}, f"attention takes softcap, {NOT_COMPUTED}"),
@@ -93,8 +95,25 @@ AutoModelForCausalLM.register(ConvolvedConfig, ConvolvedForCausalLM)
 def test_a_convolution_over_the_pack_is_seen_behind_a_closed_gate(leak):
     config = ConvolvedConfig(**support.OTHER)
     config.leak = leak
-    reason = "a row changes the logits of another one that it is concatenated with"
-    assert isolation.why_padded(config, Train(max_length=256)) == (reason if leak else None)
+    assert isolation.why_padded(config, Train(max_length=256)) == (LEAKS if leak else None)
+
+
+@pytest.mark.parametrize("family", support.RECURRENT)
+def test_a_recurrence_that_is_not_told_of_rows_leaks(family, monkeypatch):
+    """What keeps the rows of such a family apart is `recurrent`, and the examination sees where it is missing."""
+    monkeypatch.setattr(recurrent, "install", lambda model: None)
+    assert isolation._examine(config_of(family, **support.RECURRENT[family])) == LEAKS
+
+
+def test_rows_that_the_attention_gets_apart_are_seen_to_leak_within_a_group(monkeypatch):
+    """A group's rows as one: the recurrence of the second begins where the first ended."""
+
+    def one_row(plain, hidden_td, group):
+        return plain(hidden_td[group.start : group.stop][None])[0]
+
+    monkeypatch.setattr(recurrent, "_inside", one_row)
+    monkeypatch.setattr(attention, "SIMILAR", 0.5)  # both rows in one group
+    assert isolation._examine(config_of("lfm2", **support.RECURRENT["lfm2"])) == LEAKS
 
 
 def test_positions_that_are_counted_from_the_beginning_of_the_pack_are_seen(monkeypatch):
@@ -110,8 +129,8 @@ def test_positions_that_are_counted_from_the_beginning_of_the_pack_are_seen(monk
 
 
 def test_the_reason_says_what_packing_does():
-    config = config_of("qwen3_5_text", **support.HYBRID)
-    why = "not concatenated: in models of type 'qwen3_5_text' a row changes the logits of another one"
+    config = config_of("jamba", **support.JAMBA)
+    why = "not concatenated: in models of type 'jamba' a row changes the logits of another one"
     assert f"rows are padded, {why}" in str(isolation.sentence(config, Train(max_length=256)))
     packed = str(isolation.sentence(config, Train(max_length=256, packing=True)))
     assert f"train.packing chooses the rows of a batch, and they are padded, {why}" in packed
@@ -127,6 +146,7 @@ def drawn(family, config, padded):
     model = isolation.small(config_of(family, **config))
     if not padded:
         model.set_attn_implementation(attention.NAME)
+        recurrent.install(model)
     return model
 
 
@@ -137,7 +157,9 @@ def drawn(family, config, padded):
         ("gpt_neox", NEOX, True),
         ("mistral", WINDOW, False),
         ("gemma2", {"head_dim": 8}, True),
+        ("qwen3_5_text", support.HYBRID, False),
         ("qwen3_5_text", support.HYBRID, True),
+        *((family, config, False) for family, config in support.RECURRENT.items()),
     ],
 )
 def test_gradients_of_a_batch_are_those_of_its_rows_alone(family, config, padded):
@@ -160,17 +182,23 @@ def test_gradients_of_a_batch_are_those_of_its_rows_alone(family, config, padded
         assert (ours[name] - gradient).abs().max() <= 1e-5 * scale, name
 
 
-def test_a_prompt_that_rollouts_share_is_before_each_of_them_in_a_padded_batch():
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_prompt_that_rollouts_share_is_before_each_of_them(padded):
     prompt, sampled = np.arange(1, 7, dtype=np.int32), np.zeros((len(Sampled._fields), 5), np.float32)
     rows = [
         Row(("p", n), np.concatenate([prompt, np.arange(10 * n + 8, 10 * n + 13, dtype=np.int32)]), 6, sampled=sampled)
         for n in range(3)
     ]
-    model = isolation.small(config_of("qwen3_5_text", **support.HYBRID))
+    model, alone = (drawn("qwen3_5_text", support.HYBRID, form) for form in (padded, True))
     batch = collate(rows)
     assert any(length for _, length in batch.prefixes), "the prompt is there once"
     with torch.no_grad():
-        states = forward.padded(model, batch).index_select(0, batch.positions_s)
-        each = [model.model(input_ids=torch.from_numpy(row.ids.astype(np.int64))[None]) for row in rows]
-    alone = torch.cat([out.last_hidden_state[0, 5:-1] for out in each])
-    assert torch.allclose(states, alone, rtol=0, atol=1e-4 * alone.abs().max().item())
+        if padded:
+            states_td = forward.padded(model, batch)
+        else:
+            boundaries = attention.Rows(batch.lengths, torch.device("cpu"), batch.prefixes)
+            states_td = forward.concatenated(model, batch, boundaries, {"input_ids": batch.input_ids_t[None]})
+        each = [alone.model(input_ids=torch.from_numpy(row.ids.astype(np.int64))[None]) for row in rows]
+    theirs = torch.cat([out.last_hidden_state[0, 5:-1] for out in each])
+    ours = states_td.index_select(0, batch.positions_s)
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())

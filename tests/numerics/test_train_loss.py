@@ -29,7 +29,7 @@ import train_support as support
 from distill.engine import families
 from distill.model_families import trained_as
 from distill.objectives import Sft
-from distill.train.learn import attention, loss
+from distill.train.learn import attention, loss, recurrent
 from distill.train.learn.attention import Rows
 from distill.train.learn.learner import Learner
 from distill.train.rows.batches import Row, collate
@@ -219,21 +219,19 @@ def test_every_family_that_trains_is_proved_here():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_end_to_end_learn_what_each_would_learn_alone(family):
-    """Loss and every gradient, against transformers on one row after the other with its own attention and loss. Rows of
-    a family with a recurrent state are in padded groups, of which the second has two."""
+    """Loss and every gradient, against transformers on one row after the other with its own attention and loss."""
     torch.manual_seed(0)
     theirs = FAMILIES[family]()
     ours = FAMILIES[family]()
     ours.load_state_dict(theirs.state_dict())
-    padded = not families.FAMILIES[family.partition("-")[0]].packs
-    if not padded:
-        ours.set_attn_implementation(attention.NAME)
+    ours.set_attn_implementation(attention.NAME)
+    recurrent.install(ours)
     draw = np.random.default_rng(0)
     rows = [
         Row(("p", i), draw.integers(0, 97, length).astype(np.int32), prompt)
         for i, (length, prompt) in enumerate([(20, 4), (19, 9), (7, 1), (33, 30)])
     ]
-    value = Learner(ours, SFT, None, padded)(collate(rows))[0]
+    value = Learner(ours, SFT, None)(collate(rows))[0]
     value.backward()
     total = 0.0
     for row in rows:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_support
 
 from distill.recipe import Train
 from distill.train.ranks import model_size
@@ -19,6 +25,7 @@ TINY = {
 }
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16}
 SLIDING, WHOLE = "sliding_attention", "full_attention"
+KEPT = {"jamba": train_support.JAMBA}
 
 
 def test_routed_experts_have_a_width_of_their_own() -> None:
@@ -53,6 +60,27 @@ def test_layers_of_several_kinds_keep_what_the_whole_model_does(family: str, che
     if not checkpointing:  # the kinds differ, so that the first one's alone would be wrong
         first = model_size.per_token(config, settings, dtypes, 2, "cuda", like=0)
         assert abs(first - 2 * counted.layer - counted.rest) > 0.02 * first
+
+
+@pytest.mark.parametrize("family", ["bamba", "jamba", "lfm2"])
+def test_kinds_of_layers_that_a_config_computes_are_measured_apart(family: str) -> None:
+    """The second layer has attention, and keeps less for the backward pass than a recurrence or a convolution does."""
+    config = AutoConfig.for_model(family, **train_support.OTHER, **(train_support.RECURRENT | KEPT)[family])
+    settings = Train(gradient_checkpointing=False)
+    dtypes = methods.dtypes(settings, torch.device("cpu"))
+    few, many = (model_size.saved_bytes(config, settings, dtypes, 2, tokens) for tokens in (256, 512))
+    counted = model_size.activations(config, settings, dtypes)
+    assert model_size.kinds(config) == {0: 1, 1: 1} and counted.largest > 1.01 * counted.layer
+    assert 2 * counted.layer + counted.rest == pytest.approx((many - few) / 256, rel=0.02)
+    model = model_size.causal_lm(config)(config)
+    assert model_size.shape(config).total == model_size.parameters(model)
+
+
+def test_what_cannot_be_measured_is_estimated_without_a_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    config = AutoConfig.for_model("qwen3_next", **train_support.OTHER, **train_support.RECURRENT["qwen3_next"])
+    dtypes = methods.dtypes(Train(), torch.device("cpu"))
+    assert model_size.activations(config, Train(), dtypes) == model_size._typical(config, dtypes)
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_layers_that_multiply_in_fp8_are_counted_by_kind() -> None:

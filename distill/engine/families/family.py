@@ -50,10 +50,8 @@ class Family:
     published_bytes: bytes per parameter of the weights as published: 2 for bfloat16, 1 for FP8, less with experts in
     four bits.
     has_experts: whether most weights are experts, which are streamed when they do not fit into memory.
-    trains: whether a student may be of this family: it is dense, and rows of one batch learn what each would learn
-    alone (tests/numerics/test_train_loss.py).
-    packs: whether they do so end to end, in transformers. Otherwise training examines the model
-    (`train.student.isolation`) and pads the rows where something but attention looks at other tokens.
+    trains: whether a student may be of this family: it is dense, and rows that are concatenated in one batch learn what
+    each would learn alone (tests/numerics/test_train_loss.py).
     fused: whether its decoder layers in transformers are what `train.learn.fused` computes.
     gguf: how GGUF files store it, None where they are not read.
     """
@@ -66,7 +64,6 @@ class Family:
     has_experts: bool = False
     other_names: WeightNames | None = None
     trains: bool = False
-    packs: bool = True
     fused: bool = False
     gguf: Gguf | None = None
     part: Part | None = None

@@ -21,6 +21,5 @@ FAMILY = Family(
     read,
     INSIDE,
     trains=True,
-    packs=False,
     part=Part("text_config", tensors=LANGUAGE, family="qwen3_5_text"),
 )

@@ -82,4 +82,4 @@ def _delta(config: Config, layers: int) -> DeltaNet | None:
 
 
 # transformers saves a model that it took out of a published directory under the names that it has there.
-FAMILY = Family("qwen3_5_text", read, ALONE, other_names=INSIDE, trains=True, packs=False)
+FAMILY = Family("qwen3_5_text", read, ALONE, other_names=INSIDE, trains=True)

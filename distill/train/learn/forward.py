@@ -1,9 +1,9 @@
 """The hidden states of a batch of rows: by one pass over the concatenated rows, or by padded batches.
 
-Concatenated is the default: no padding, and attention inside each row (`learn.attention`). It is right where nothing
-but attention looks at other tokens. A recurrence or a convolution over time does not know where a row begins, and
-attention of another form (sinks, biases, windows) is not what `learn.attention` computes: there each row is a row of a
-padded batch, with the model's own attention and a mask, as transformers has it. `student.isolation` decides.
+Concatenated is the default: no padding, and attention inside each row (`learn.attention`), as recurrences and
+convolutions over time are (`learn.recurrent`). Where something else mixes tokens, or attention has another form (sinks,
+biases) that is not what `learn.attention` computes, each row is a row of a padded batch, with the model's own attention
+and a mask, as transformers has it. `student.isolation` decides.
 
 Padded batches are groups of rows of similar length, the same as those of the attention, so that `packing` means the
 same in both forms: it chooses the rows of a step, and a bin of one long and many short rows is not padded to the

@@ -6,6 +6,7 @@ of each kind, and the sizes of the tensors that autograd keeps for the backward 
 """
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import update_wrapper
@@ -17,14 +18,18 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from distill.model_families import packs
+from distill.model_families import in_engine
 from distill.recipe import Train
 from distill.recipe.adapters import Lora, Qlora
-from distill.train.learn import attention, fused
+from distill.train.learn import attention, fused, recurrent
 from distill.train.student import float8
 from distill.train.student.methods import Dtypes, with_adapters
 
 PROBE = 256  # tokens of the run without memory
+TYPES = ("layer_types", "layers_block_type")  # what configs call the kinds of their layers
+
+# torch logs a traceback where an operation has no form without memory; `activations` says what happens then.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -133,31 +138,47 @@ def mean(config: PretrainedConfig, by_kind: Mapping[int, float]) -> float:
 
 
 def on_meta(
-    config: PretrainedConfig, layers: int, dtype: torch.dtype = torch.float32, like: int = 0
+    config: PretrainedConfig, layers: int, dtype: torch.dtype = torch.float32, like: int | None = None
 ) -> PreTrainedModel:
-    """The model with this number of layers, its parameters on torch's meta device: all of them as its layer `like`,
-    if there are fewer than it has."""
+    """The model with this number of layers, its parameters on torch's meta device: all of them as its layer `like`.
+    None: as the first, if there are fewer than it has."""
     config = copy.deepcopy(config)
-    if layers != config.num_hidden_layers:
+    if layers != config.num_hidden_layers or like is not None:
+        like = like or 0
+        types = {name: getattr(config, name, None) for name in TYPES}
         config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[like : like + 1] * layers
+        _set(config, {name: its[like : like + 1] * layers for name, its in types.items() if its})
         if getattr(config, "num_kv_shared_layers", None):
             config.num_kv_shared_layers = 0
         differences = config.to_dict().get("per_layer_config") or {}
         if differences:  # sizes of layers that are not those of the others
             its = next((sizes for layer, sizes in differences.items() if int(layer) == like), None)
             config.per_layer_config = {layer: its for layer in range(layers) if its}
+    implementation = attention.NAME if _has_rows(config) else None
     with init_empty_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention.NAME if _has_rows(config) else None
-        )
+        model: PreTrainedModel = causal_lm(config)._from_config(config, dtype=dtype, attn_implementation=implementation)
     return model
+
+
+def _set(config: PretrainedConfig, values: dict[str, object]) -> None:
+    """Set attributes of a config, those that its class computes from others, too."""
+    computed = [name for name in values if isinstance(getattr(type(config), name, None), property)]
+    if computed:
+        config.__class__ = type(type(config).__name__, (type(config),), dict.fromkeys(computed))
+    for name, value in values.items():
+        setattr(config, name, value)
+
+
+def causal_lm(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of a config's model, which `_set` may have given another class."""
+    mapping = AutoModelForCausalLM._model_mapping
+    found: type[PreTrainedModel] = next(mapping[kind] for kind in type(config).__mro__ if kind in mapping)
+    return found
 
 
 def _has_rows(config: PretrainedConfig) -> bool:
     """Whether the attention of concatenated rows is measured; where rows are padded, the model's own is."""
-    return packs(config.model_type)
+    return in_engine(config.model_type)
 
 
 def fake_parameters(model: nn.Module) -> None:
@@ -217,7 +238,7 @@ def saved_bytes(
     layers: int,
     tokens: int,
     device: str = "cpu",
-    like: int = 0,
+    like: int | None = None,
 ) -> int:
     """Bytes that autograd keeps of a forward pass of one row with this number of tokens, without the weights; of a
     model with layers like this one.
@@ -226,6 +247,7 @@ def saved_bytes(
     """
     storages: dict[int, int] = {}
     model = on_meta(config, layers, dtypes.weights if dtypes.autocast else dtypes.compute, like)
+    recurrent.install(model)
     if device == "cpu" and not dtypes.float8:
         fused.install(model)
     if settings.adapter is not None:

@@ -1,6 +1,6 @@
 """Whether a student can be trained, and whether its rows may be concatenated: proved at the start, on the model itself.
 
-Families of the engine that pack are proved by the tests. For any other causal language model of transformers, a small
+Families of the engine are proved by the tests. For any other causal language model of transformers, a small
 copy is examined before anything is written: the model of the same config with two layers, or as many as have each kind
 of layer, a small vocabulary, and random weights in float32. It must hold that
 
@@ -42,7 +42,7 @@ from transformers.utils import logging as transformers_logging
 from distill import model_families
 from distill.errors import UserError
 from distill.recipe import Training
-from distill.train.learn import attention, forward
+from distill.train.learn import attention, forward, recurrent
 from distill.train.learn.loss import cap_of, capped
 from distill.train.rows.batches import Row, collate
 
@@ -63,7 +63,7 @@ _examined: dict[tuple[str, int], str | None] = {}
 def why_padded(config: PretrainedConfig, settings: Training) -> str | None:
     """Why the rows of a student are padded; None where they are concatenated. Errors: UserError for a model that cannot
     be trained."""
-    if model_families.packs(config.model_type):
+    if model_families.in_engine(config.model_type):  # tests prove it
         return None
     key = config.to_json_string(), settings.max_length
     if key not in _examined:
@@ -137,6 +137,7 @@ def _why_not_concatenated(
 
     AttentionInterface.register(SPY, spy)
     model.set_attn_implementation(SPY)
+    recurrent.install(model)
     try:
         first, second = _together(model, a, b, padded=False)
         changed = _together(model, c, b, padded=False)[1], _together(model, a, d, padded=False)[0]
@@ -155,10 +156,10 @@ def _why_not_concatenated(
 def small(config: PretrainedConfig) -> PreTrainedModel:
     """A model of a config with few layers and tokens, all of its parameters random, in float32 on the CPU."""
     config = copy.deepcopy(config)
-    kinds = list(vars(config).get("layer_types") or ())
+    kinds = list(getattr(config, "layer_types", None) or ())
     layers = min(config.num_hidden_layers, max(2, *(kinds.index(kind) + 1 for kind in set(kinds)), 0))
     config.num_hidden_layers = layers
-    if kinds:
+    if kinds and len(config.layer_types) != layers:  # not computed from the number of layers
         config.layer_types = kinds[:layers]
     config.vocab_size = VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -38,7 +38,7 @@ from distill.errors import UserError
 from distill.models import Model
 from distill.recipe import Train
 from distill.recipe.adapters import Lora, Qlora
-from distill.train.learn import fused
+from distill.train.learn import fused, recurrent
 from distill.train.ranks.checkpoint import Ranks, writing
 from distill.train.rows.gate import Limits
 from distill.train.student import isolation, methods
@@ -276,13 +276,14 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def trainable(model: PreTrainedModel) -> PreTrainedModel:
-    """Give every row of the embeddings a gradient, and the layers their fused form.
+    """Give every row of the embeddings a gradient, and the layers the forms that they have in training.
 
     torch skips the padding row, whose id may be a real token's.
     """
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
+    recurrent.install(model)
     fused.install(model)
     return model
 
