@@ -24,7 +24,7 @@ from distill.console import counted, short
 from distill.objectives import Grpo, OnPolicy
 from distill.objectives.rollout_settings import RolloutSettings
 from distill.plan.hardware import Hardware
-from distill.plan.training import UTILISATION, Data, teacher_bytes
+from distill.plan.training import UTILISATION, Data, student_sizes, teacher_bytes
 from distill.planned import Expected, StagePlan
 from distill.traces.ledger import Ledger
 from distill.traces.store import TraceStore
@@ -133,9 +133,10 @@ def stages_of(
     if not plans:
         return []
     sampled = sum(plan.count * plan.mean for _, plan in plans)
-    size = catalog.load_student(recipe.student).parameters
-    rate = decoding_rate(size, 2 * size, hardware[0]) if hardware else None
-    hours = [_scoring_hours(alone, plan, size, hardware[0] if hardware else None) for alone, plan in plans]
+    active, size = student_sizes(recipe)
+    machine = hardware[0] if hardware else None
+    rate = decoding_rate(active, 2 * size, machine) if machine else None
+    hours = [_scoring_hours(alone, plan, (active, 2 * size), machine) for alone, plan in plans]
     known = [each for each in hours if each is not None]
     asked = [plan for alone, plan in plans if alone.train.objective.teacher_top_k is not None]
     money = sum(price.cost(plan.read, plan.count) for plan in asked) if price else 0.0
@@ -156,8 +157,11 @@ def stages_of(
     ]
 
 
-def _scoring_hours(recipe: "Recipe", plan: RolloutPlan, student: float, machine: Hardware | None) -> float | None:
-    """None where a model that scores has no known rate: no machine, a server, or weights that do not fit."""
+def _scoring_hours(
+    recipe: "Recipe", plan: RolloutPlan, student: tuple[float, float], machine: Hardware | None
+) -> float | None:
+    """student: its active parameters in billions, and GB. None where a model that scores has no known rate: no machine,
+    a server, or weights that do not fit."""
     objective = recipe.train.objective
     workers = recipe.filter.correct.workers if recipe.filter.correct else 1
     hours = plan.count * GRADING_SECONDS / max(workers, 1) / 3600
@@ -168,7 +172,7 @@ def _scoring_hours(recipe: "Recipe", plan: RolloutPlan, student: float, machine:
         card = catalog.load_teacher(recipe.teacher)
         scoring.append((card.active_parameters, teacher_bytes(recipe)[0] / 1e9))
     if objective.needs_reference:
-        scoring.append((student, 2 * student))
+        scoring.append(student)
     for active, size in scoring:
         if machine is None or size * 1e9 > 0.9 * machine.memory:  # each device has all of it
             return None
@@ -207,8 +211,8 @@ def answers_of(recipe: "Recipe", traces: "Traces", hardware: Sequence[Hardware])
     if not samples:
         return None
     tokens = traces.prompts * samples * traces.mean
-    size = catalog.load_student(recipe.student).parameters
-    rate = decoding_rate(size, 2 * size, hardware[0]) if hardware else None
+    active, size = student_sizes(recipe)
+    rate = decoding_rate(active, 2 * size, hardware[0]) if hardware else None
     return StagePlan(
         stage="answers",
         tokens=Expected(value=tokens),

@@ -42,6 +42,7 @@ from distill.plan.training import (
     configuration,
     disk_of,
     plan_training,
+    student_sizes,
     trained_tokens,
 )
 from distill.planned import Expected, Measured, Plan, StagePlan
@@ -310,8 +311,8 @@ def _eval(
         count = problems * (recipe.eval.samples or card.samples)
         answers += count
         tokens += count * min(traces.mean, recipe.eval.max_new_tokens or card.sampling.max_new_tokens)
-    size = catalog.load_student(recipe.student).parameters
-    student_rate = decoding_rate(size, 2 * size, hardware[0]) if hardware else None
+    active, size = student_sizes(recipe)
+    student_rate = decoding_rate(active, 2 * size, hardware[0]) if hardware else None
     teacher_rate = _teacher_rate(recipe, measured, hardware)
     rates = [teacher_rate if model == "teacher" else student_rate for model in recipe.eval.models]
     known = [rate for rate in rates if rate]

@@ -4,7 +4,8 @@ Memory is that of `train.ranks.memory`, part by part. Time is the number of oper
 
     operations per token = 6 · parameters + 6 · layers · width · mean length   (Kaplan et al. 2020, arXiv 2001.08361,
                            with the causal half of attention), 8 instead of 6 with gradient checkpointing; a frozen base
-                           needs no gradients of its weights: 4 (6 with checkpointing)
+                           needs no gradients of its weights: 4 (6 with checkpointing); of routed experts those that a
+                           token is sent to
 
 at `UTILISATION` of the data sheet's rate. Tokens are counted if the rows are already encoded, else given or assumed,
 and the output says which.
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from distill import catalog
 from distill.console import bytes_text, say, short, table
 from distill.errors import UserError
-from distill.model_families import published_bytes, trained_as
+from distill.model_families import in_engine, published_bytes, trained_as
 from distill.objectives import OnPolicy
 from distill.plan.hardware import Hardware, parse
 
@@ -246,7 +247,7 @@ def operations(config: "PretrainedConfig", settings: "Train", data: Data) -> flo
     from distill.train.ranks import model_size
 
     shape = model_size.shape(config)
-    products = shape.layers * shape.layer + shape.vocabulary * shape.width
+    products = shape.layers * shape.layer + shape.vocabulary * shape.width - model_size.idle(config)
     passes = 6 if settings.adapter is None else 4
     passes += 2 if settings.gradient_checkpointing else 0
     mean = data.tokens / max(data.rows, 1)
@@ -288,6 +289,17 @@ def configuration(recipe: "Recipe", card: "StudentCard") -> "PretrainedConfig":
     family = trained_as(card.family)
     config: PretrainedConfig = AutoConfig.for_model(family, **known, max_position_embeddings=card.context)
     return config
+
+
+def student_sizes(recipe: "Recipe") -> tuple[float, float]:
+    """The student's parameters in billions: those that take part in a token, and all. Errors: UserError."""
+    card = catalog.load_student(recipe.student)
+    if in_engine(card.family) or (card.architecture is None and not catalog.local_weights("student", recipe.student)):
+        return card.parameters, card.parameters
+    from distill.train.ranks import model_size
+
+    idle = model_size.idle(configuration(recipe, card))
+    return card.parameters - idle / 1e9, card.parameters
 
 
 def count(

@@ -1,6 +1,12 @@
 """`distill plan` for training: machines by name, the catalog's shapes, and what a table has to say of R1's recipes."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_support as support
 
 from distill import catalog
 from distill.config import parse as parse_model
@@ -110,6 +116,26 @@ def test_time_by_hand():
     operations = training.operations(config, recipe.train, data)
     products = 8 * (70.55e9 - 128_256 * 8192) * 9.6e9
     assert products < operations < 1.1 * products
+
+
+def test_routed_experts_cost_time_where_a_token_is_sent_to_them(tmp_path):
+    """Of four experts, each of three matrices of 32 × 64, in two layers, a token is sent to two."""
+    settings = {"num_local_experts": 4, "head_dim": 8}
+    student = support.make_other(tmp_path / "student", "mixtral", **settings)
+    recipe = catalog.load_recipe("tiny", [f"student={student}"])
+    card = catalog.load_student(recipe.student)
+    config = training.configuration(recipe, card)
+    experts = 2 * 4 * 3 * 32 * 64
+    assert model_size.idle(config) == experts // 2
+    active, size = training.student_sizes(recipe)
+    assert (active, size) == (pytest.approx(card.parameters - experts / 2e9), card.parameters)
+    data = training.Data(100, 10_000, 200, "given")
+    shape = model_size.shape(config)
+    products = shape.layers * shape.layer + shape.vocabulary * shape.width - experts // 2
+    attention = shape.layers * shape.width * 100
+    passes = 8 if recipe.train.gradient_checkpointing else 6
+    tokens = training.trained_tokens(recipe.train, data)
+    assert training.operations(config, recipe.train, data) == pytest.approx(passes * (products + attention) * tokens)
 
 
 def test_a_student_that_nobody_has_seen_is_one_line(tmp_path):

@@ -25,6 +25,7 @@ from distill.train.learn import attention, fused, recurrent
 from distill.train.student import float8
 from distill.train.student.methods import Dtypes, with_adapters
 
+USED = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")  # names of the experts of a token
 PROBE = 256  # tokens of the run without memory
 TYPES = ("layer_types", "layers_block_type")  # what configs call the kinds of their layers
 
@@ -84,6 +85,27 @@ def shape(config: PretrainedConfig) -> Shape:
     embedding = config.vocab_size * config.hidden_size
     head = 0 if config.tie_word_embeddings else embedding
     return Shape(config.num_hidden_layers, two - one, embedding, head, config.hidden_size, config.vocab_size)
+
+
+@once
+def idle(config: PretrainedConfig) -> int:
+    """Parameters of the routed experts that take no part in a token; 0 without such."""
+    used = experts_used(config)
+    if used is None:
+        return 0
+    model, total = on_meta(config, config.num_hidden_layers), 0
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            sizes = [p.numel() for p in module.parameters()]
+            count = len(module) if isinstance(module, nn.ModuleList) else len(next(module.parameters()))
+            total += sum(sizes) * max(count - used, 0) // count
+    return total
+
+
+def experts_used(config: PretrainedConfig) -> int | None:
+    """How many routed experts a token is sent to; None where the config does not say."""
+    found = (getattr(config, name, None) for name in USED)
+    return next((count for count in found if isinstance(count, int)), None)
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -224,7 +246,7 @@ def per_token(config: PretrainedConfig, settings: Train, dtypes: Dtypes, layers:
 def _typical(config: PretrainedConfig, dtypes: Dtypes) -> Activations:
     """The activations of a family that cannot be measured, as those of a dense decoder: inputs and outputs of each
     product, and of each element-wise step. Routed experts count as often as a token is sent to one."""
-    used = getattr(config, "num_experts_per_tok", None) or 1
+    used = experts_used(config) or 1
     widths = (getattr(config, name, None) for name in ("moe_intermediate_size", "intermediate_size"))
     inner = used * (next(filter(None, widths), None) or 4 * config.hidden_size)
     layer = float(dtypes.compute.itemsize * (16 * config.hidden_size + 5 * inner))
