@@ -23,6 +23,7 @@ from distill.engine.kernels import (
     reference_attention,
     w8a8,
 )
+from distill.engine.kernels.four_bit import INT4_VALUES, FourBit
 from distill.engine.kernels.gpu_tiles import grouped_tile, linear_tile
 from distill.engine.kernels.stored import Fp8
 
@@ -121,10 +122,17 @@ def linear_case(m: int, n: int, k: int) -> Case:
     )
 
 
-def grouped_case(t: int, experts: int, per_token: int, c: int, f: int) -> Case:
-    """The experts of a layer, from the router's choice to the sum; the limit counts those experts that were chosen."""
-    bank, defined = gpu.expert_bank(experts, torch.bfloat16), w8a8.expert_bank(experts, torch.bfloat16)
-    expert = tuple(random_fp8(*shape) for shape in ((f, c), (f, c), (c, f)))
+def random_int4(n: int, c: int) -> FourBit:
+    codes = torch.randint(256, (n, c // 2), device=gpu.device()).to(torch.uint8)
+    return FourBit(codes, random(n, c // 32).abs() * c**-0.5 / 4, INT4_VALUES)
+
+
+def grouped_case(t: int, experts: int, per_token: int, c: int, f: int, int4: bool = False) -> Case:
+    """The experts of a layer, from the router's choice to the sum; the limit counts those experts that were chosen.
+    int4: with a scale for 32 columns (Kimi K2-Thinking's) instead of FP8."""
+    make = random_int4 if int4 else random_fp8
+    expert = tuple(make(*shape) for shape in ((f, c), (f, c), (c, f)))
+    bank, defined = gpu.expert_bank(experts, torch.bfloat16, expert), w8a8.expert_bank(experts, torch.bfloat16)
     for _ in range(experts):
         bank.lend(expert)  # type: ignore[arg-type]
         defined.lend(expert)  # type: ignore[arg-type]
@@ -140,13 +148,13 @@ def grouped_case(t: int, experts: int, per_token: int, c: int, f: int) -> Case:
 
     return Case(
         "experts",
-        f"{t} tokens, {touched} of {experts} × {c}·{f} ({tile.rows}×{tile.columns})",
+        f"{t} tokens, {touched} of {experts} × {c}·{f} ({'int4, ' if int4 else ''}{tile.rows}×{tile.columns})",
         lambda: gpu.experts(x, chosen, weights, bank, None, torch.zeros_like(x)),
         expected,
         BFLOAT16,
-        touched * 3 * c * f + pairs * (c + 4 * f + 2 * f + 4 * c),
+        touched * 3 * c * f * (9 if int4 else 16) // 16 + pairs * (c + 4 * f + 2 * f + 4 * c),
         6 * pairs * c * f,
-        fp8=True,
+        fp8=not int4,
     )
 
 
@@ -233,6 +241,7 @@ def small() -> Iterator[Callable[[], Case]]:
     for m in (1, 7, 129):
         yield lambda m=m: linear_case(m, 576, 512)
         yield lambda m=m: grouped_case(m, 8, 2, 256, 128)
+        yield lambda m=m: grouped_case(m, 8, 2, 256, 128, int4=True)
     yield lambda: linear_case(300, 1408, 2048)
     yield lambda: linear_case(513, 2048, 512)  # by torch, and not a multiple of four
     yield lambda: mla_case(3, 16, 200, 512, 64)
@@ -264,3 +273,4 @@ def published_experts() -> Iterator[Callable[[], Case]]:
     """A layer's experts: 11 GB each, apart so that not several of them are built side by side."""
     for t in (1, 32, 128, 256, 4096):
         yield lambda t=t: grouped_case(t, 256, 8, 7168, 2048)
+        yield lambda t=t: grouped_case(t, 256, 8, 7168, 2048, int4=True)

@@ -216,7 +216,7 @@ def _mlp(reader: _Reader, at: str, c: int, f: int, bias: bool = False) -> MlpWei
 def _moe(reader: _Reader, spec: ModelSpec, dims: Moe, at: str, layer: int) -> MoeWeights:
     names, c, f = reader.names.moe, spec.hidden_size, dims.intermediate_size
     first = reader.expert(at, 0, f, c)
-    bank = reader.ops.expert_bank(dims.num_experts, reader.dtype, first[0])
+    bank = reader.ops.expert_bank(dims.num_experts, reader.dtype, first)
     for index in range(dims.num_experts):
         names_of, expert = reader.expert_names(at, index), reader.expert(at, index, f, c)
         reader.refuse_mixed(names_of, expert, first)

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from distill.engine.kernels import gpu, gpu_attention, gpu_draw, gpu_gemm, gpu_moe, gpu_rows, w8a8
+from distill.engine.kernels.four_bit import E2M1_VALUES, INT4_VALUES, FourBit
 from distill.engine.kernels.stored import Fp8
 
 BFLOAT16 = torch.bfloat16
@@ -88,6 +89,16 @@ def fp8(n: int, c: int) -> w8a8.Fp8Matrix:
     )
 
 
+def four_bit(n: int) -> list[FourBit]:
+    """A square matrix of zeros in each of the published forms."""
+    codes, ones = torch.zeros(n, n // 2, dtype=torch.uint8), torch.ones(n, n // 16)
+    return [
+        FourBit(codes, ones[:, : n // 32].bfloat16(), INT4_VALUES),
+        FourBit(codes, ones[:, : n // 32].to(torch.float8_e8m0fnu), E2M1_VALUES),
+        FourBit(codes, ones.to(torch.float8_e4m3fn), E2M1_VALUES),
+    ]
+
+
 def main() -> None:
     global current
     for ue8m0 in (False, True):
@@ -113,6 +124,15 @@ def main() -> None:
         gpu_moe.route(logits, empty(256, dtype=torch.float32), "sigmoid", "best two", 8, 4, 8, True, 2.5)
         chosen, weights = torch.zeros(t, 8, dtype=torch.int32), empty(t, 8, dtype=torch.float32)
         gpu.experts(empty(t, 256), chosen, weights, bank, None, empty(t, 256))
+    for form in four_bit(256):
+        bank = gpu.expert_bank(16, BFLOAT16, (form, form, form))
+        for _ in range(16):
+            bank.lend((form, form, form))
+        bank.settle()
+        for t in (16, 128, 4096):
+            current = f"{form.name}, {t} tokens of 16 experts"
+            chosen, weights = torch.zeros(t, 8, dtype=torch.int32), empty(t, 8, dtype=torch.float32)
+            gpu.experts(empty(t, 256), chosen, weights, bank, None, empty(t, 256))
     table, lengths = torch.zeros(4, 512, dtype=torch.int32), torch.ones(4, dtype=torch.int64)
     for heads in (16, 128):
         current = f"{heads} heads"

@@ -151,7 +151,7 @@ def column(request: pytest.FixtureRequest) -> Any:
 
 
 def bank_of(column: Any, experts: list[tuple[Any, ...]], dtype: torch.dtype, resident: int | None = None) -> Any:
-    bank = column.expert_bank(len(experts), dtype, experts[0][0])
+    bank = column.expert_bank(len(experts), dtype, experts[0])
     for expert in experts:
         bank.lend(expert)
     bank.settle(resident)

@@ -28,7 +28,7 @@ def compiled() -> list[dict[str, Any]]:
 
 def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:
     expected = {"quantise", "rms_norm", "swiglu", "rope", "linear", "add_parts", "grouped", "route", "count", "place"}
-    expected |= {"combine", "mla", "gqa", "join", "index", "write_fp8", "write_latents", "draw"}
+    expected |= {"combine", "mla", "gqa", "join", "index", "write_fp8", "write_latents", "draw", "four_bit"}
     assert {row["kernel"] for row in compiled} == expected
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distill.engine.kernels import gpu_gemm, gpu_moe, gpu_rows, reference, w8a8
-from distill.engine.kernels.four_bit import INT4_VALUES, FourBit
+from distill.engine.kernels import gpu_four_bit, gpu_gemm, gpu_moe, gpu_rows, reference, w8a8
+from distill.engine.kernels.four_bit import E2M1_VALUES, INT4_VALUES, FourBit
 from distill.engine.kernels.gpu_tiles import Tile
 from distill.engine.kernels.stored import Damaged, Plain
 
@@ -125,14 +125,75 @@ def test_damaged_experts_are_named(what: str, resident: int) -> None:
     assert (damage.value.what, damage.value.expert, damage.value.part) == (what, 2, 1)
 
 
+def four_bit(n: int, c: int, kind: str, seed: int) -> FourBit:
+    draw = torch.Generator().manual_seed(seed)
+    group = {"int4": 32, "row": c, "mxfp4": 32, "nvfp4": 16, "wide": 128}[kind]
+    codes = torch.randint(256, (n, c // 2), generator=draw).to(torch.uint8)
+    if kind == "mxfp4":
+        exponents = torch.randint(118, 124, (n, c // group), generator=draw).to(torch.uint8)
+        return FourBit(codes, exponents.view(torch.float8_e8m0fnu), E2M1_VALUES)
+    scales = torch.rand(n, c // group, generator=draw) / 16 + 0.01
+    if kind == "nvfp4":
+        return FourBit(codes, (scales * 448).to(torch.float8_e4m3fn), E2M1_VALUES, 0.0123 * seed, 3.7)
+    return FourBit(codes, scales.to(torch.float16 if kind == "wide" else torch.bfloat16), INT4_VALUES)
+
+
+@pytest.mark.parametrize("resident", [4, slow(1)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "c"),
+    [(kind, torch.bfloat16, 192) for kind in ("int4", "row", "mxfp4", "nvfp4")]
+    + [("nvfp4", torch.float32, 192), ("wide", torch.bfloat16, 256)],
+)
+def test_experts_in_four_bits_stay_so(kind: str, dtype: torch.dtype, c: int, resident: int) -> None:
+    """The products are those with the decoded matrices, wherever an expert is."""
+    f = 128 if kind == "wide" else 96
+    experts = [
+        tuple(four_bit(*shape, kind, 3 * i + j) for j, shape in enumerate(((f, c), (f, c), (c, f)))) for i in range(4)
+    ]
+    decoded = [tuple(Plain(matrix.dense(dtype)) for matrix in expert) for expert in experts]
+    x = random(5, c, seed=5, dtype=dtype)
+    chosen, weights = routing("even", 5, 3, 4).int(), random(5, 3, seed=7).abs()
+    outs = []
+    for each in (experts, decoded):
+        bank = gpu.expert_bank(4, dtype, each[0])
+        for expert in each:
+            bank.lend(expert)
+        bank.settle(resident)
+        if resident < 4:
+            memory = gpu.arena(bank.bytes_each * (4 - resident))
+            bank.fill(memory)
+            bank.install(memory)
+        outs.append(gpu.experts(x, chosen, weights, bank, None, torch.zeros_like(x)))
+    assert error(*outs) < 1e-6  # the order of the sums is that of the tile
+    assert gpu_four_bit.takes(experts[0])
+
+
+@pytest.mark.parametrize("numbers", [INT4_VALUES, E2M1_VALUES])
+def test_every_code_in_four_bits_times_every_scale(numbers: tuple[float, ...]) -> None:
+    """A row for each scale, a column for each code: the decoded matrix comes back when it is multiplied by one."""
+    scales = torch.arange(253, dtype=torch.uint8).repeat(2)  # with the last of E8M0, codes are infinite
+    scales = scales.view(torch.float8_e8m0fnu) if numbers is E2M1_VALUES else scales.float() / 7
+    codes = torch.arange(16, dtype=torch.uint8).view(8, 2)
+    row = (codes[:, 0] | codes[:, 1] << 4).repeat(8)  # 128 columns
+    gate = FourBit(row.repeat(len(scales), 1), scales[:, None].expand(-1, 4).contiguous(), numbers)
+    down = FourBit(torch.zeros(128, len(gate.codes) // 2, dtype=torch.uint8), torch.ones(128, 1), INT4_VALUES)
+    bank = gpu_four_bit.FourBitBank(1, torch.float32, DEVICE)
+    bank.lend((gate, gate, down))
+    bank.settle()
+    one, expert_b = torch.eye(128, device=DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    out = gpu_four_bit.grouped(one, None, 1, bank.gate_up, expert_b, Tile(64, 128, 1, 4, 3))
+    assert torch.equal(out[:, : len(gate.codes)].T.cpu(), gate.dense(torch.float32))
+
+
 @pytest.mark.parametrize("resident", [0, 2])
-def test_experts_in_four_bits_are_decoded_when_they_are_loaded(resident: int) -> None:
-    codes = torch.arange(256, dtype=torch.uint8).repeat(64).view(256, 64)  # [256, 128]
-    matrix = FourBit(codes, torch.full((256, 4), 0.3).bfloat16(), INT4_VALUES)
-    banks = [gpu.expert_bank(2, torch.bfloat16, form) for form in (matrix, Plain(matrix.dense(torch.bfloat16)))]
-    for bank, form in zip(banks, (matrix, Plain(matrix.dense(torch.bfloat16))), strict=True):
+def test_experts_in_groups_that_are_not_those_of_a_step_are_decoded_when_they_are_loaded(resident: int) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(72).view(192, 96)
+    matrix = FourBit(codes, torch.full((192, 2), 0.3).bfloat16(), INT4_VALUES)  # 96 columns
+    forms = (matrix, Plain(matrix.dense(torch.bfloat16)))
+    banks = [gpu.expert_bank(2, torch.bfloat16, (form,) * 3) for form in forms]
+    for bank, form in zip(banks, forms, strict=True):
         for _ in range(2):
-            bank.lend((form.rows(0, 128), form.rows(128, 256), form.rows(5, 133)))
+            bank.lend((form, form, form))
         bank.settle(resident)
     assert torch.equal(banks[0]._here, banks[1]._here) and torch.equal(banks[0]._there, banks[1]._there)
 

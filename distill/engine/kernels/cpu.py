@@ -92,9 +92,9 @@ def pack_heads(weights: Sequence[Stored], dtype: torch.dtype) -> Packed:
     return Packed(list(weights), dtype)
 
 
-def expert_bank(count: int, dtype: torch.dtype, like: Stored | None = None) -> ExpertBank | FourBitBank:
+def expert_bank(count: int, dtype: torch.dtype, like: Sequence[Stored] = ()) -> ExpertBank | FourBitBank:
     """As reference.expert_bank; experts in four bits stay so."""
-    return FourBitBank(count, dtype) if isinstance(like, FourBit) else ExpertBank(count, dtype)
+    return FourBitBank(count, dtype) if like and isinstance(like[0], FourBit) else ExpertBank(count, dtype)
 
 
 def arena(size: int) -> Memory:

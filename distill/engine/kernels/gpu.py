@@ -23,7 +23,16 @@ import triton
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from distill.engine.kernels import gpu_attention, gpu_gemm, gpu_moe, gpu_rows, reference, reference_attention, w8a8
+from distill.engine.kernels import (
+    gpu_attention,
+    gpu_four_bit,
+    gpu_gemm,
+    gpu_moe,
+    gpu_rows,
+    reference,
+    reference_attention,
+    w8a8,
+)
 from distill.engine.kernels.gpu_attention import decode_gqa as decode_gqa
 from distill.engine.kernels.gpu_attention import index_scores as index_scores
 from distill.engine.kernels.gpu_draw import draw as draw
@@ -90,9 +99,10 @@ def side_by_side(weights: Sequence[Packed]) -> Sequence[Packed]:
     return [Fp8Matrix(*both, whole.ue8m0, whole) for both in zip(codes.split(rows), scale.split(blocks), strict=True)]
 
 
-def expert_bank(count: int, dtype: torch.dtype, like: Stored | None = None) -> ExpertBank:
-    """As reference.expert_bank."""
-    return ExpertBank(count, dtype, device())
+def expert_bank(count: int, dtype: torch.dtype, like: Sequence[Stored] = ()) -> ExpertBank:
+    """As reference.expert_bank; experts in four bits stay so."""
+    kind = gpu_four_bit.FourBitBank if gpu_four_bit.takes(like) else ExpertBank
+    return kind(count, dtype, device())
 
 
 def arena(size: int) -> Tensor:
@@ -176,10 +186,10 @@ def experts(
     tile = grouped_tile(experts_tk.numel(), bank.count)
     places = gpu_moe.slots(experts_tk, bank.count, tile.rows)
     x = _quantised(x_tc, bank.ue8m0) if bank.fp8 else F.pad(x_tc, (0, bank.c - x_tc.shape[1]))
-    both_s2f = gpu_gemm.grouped(x, places.pair_s, experts_tk.shape[1], bank.gate_up, places.expert_b, tile)
+    both_s2f = bank.product(x, places.pair_s, experts_tk.shape[1], bank.gate_up, places.expert_b, tile)
     gate_sf, up_sf = _limited(both_s2f.chunk(2, dim=1), limit)
     hidden = gpu_rows.swiglu(gate_sf, up_sf, _format(bank), places.pair_s)
-    y_sc = gpu_gemm.grouped(hidden, None, 1, bank.down, places.expert_b, tile)
+    y_sc = bank.product(hidden, None, 1, bank.down, places.expert_b, tile)
     gpu_moe.combine(y_sc, places.slot_p, weights_tk, onto_tc)
     if shared is not None:
         gate, up, down = shared

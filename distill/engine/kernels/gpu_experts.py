@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.engine.kernels.gpu_gemm import Matrices
+from distill.engine.kernels.gpu_gemm import Matrices, grouped
 from distill.engine.kernels.stored import FP8_BLOCK, Place, Stored
 
 _ALIGNED = 256
@@ -26,6 +26,7 @@ class ExpertBank:
     """As reference.Bank; filling is queued and not waited for."""
 
     queued = True
+    product = staticmethod(grouped)  # of rows with the matrices of the experts, `gate_up` or `down`
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
         self.count, self.resident, self.fp8, self.ue8m0 = count, count, False, False
@@ -41,25 +42,24 @@ class ExpertBank:
             self.fp8 = None not in quantised
             self.ue8m0 = quantised[0] is not None and quantised[0].ue8m0
             (f, c), self.width = gate.shape, down.shape[0]
-            self.f, self.c = _padded(f), _padded(c)
-            self._lay_out()
+            self.f, self.c = padded(f), padded(c)
+            self._offsets, at = [], 0
+            for size in self._sizes(expert):
+                self._offsets.append(at)
+                at += -(-size // _ALIGNED) * _ALIGNED
+            self.bytes_each = at
         self._lent.append(expert)
 
-    def _lay_out(self) -> None:
-        """Sizes and offsets of a record's parts: gate over up, down, and the scales of both."""
+    def _sizes(self, expert: Sequence[Stored]) -> list[int]:
+        """Bytes of a record's parts: gate over up, down, and the scales of both. expert: one like all."""
         item = 1 if self.fp8 else self._dtype.itemsize
         blocks = self.f // FP8_BLOCK, self.c // FP8_BLOCK, -(-self.width // FP8_BLOCK)
-        sizes = [
+        return [
             2 * self.f * self.c * item,
             self.width * self.f * item,
             2 * blocks[0] * blocks[1] * 4 * self.fp8,
             blocks[2] * blocks[0] * 4 * self.fp8,
         ]
-        self._offsets, at = [], 0
-        for size in sizes:
-            self._offsets.append(at)
-            at += -(-size // _ALIGNED) * _ALIGNED
-        self.bytes_each = at
 
     def settle(self, resident: int | None = None) -> None:
         """Raises Damaged."""
@@ -76,9 +76,13 @@ class ExpertBank:
         self._read_from(None)
 
     def _write(self, record: Tensor, index: int, lent: tuple[Stored, Stored, Stored]) -> None:
-        gate, up, down = expert = [matrix.on(record.device) for matrix in lent]  # where checking numbers is fast
+        expert = [matrix.on(record.device) for matrix in lent]  # where checking numbers is fast
         for part, matrix in enumerate(expert):
             matrix.check(index, part)
+        self._fill_record(record, expert)
+
+    def _fill_record(self, record: Tensor, expert: Sequence[Stored]) -> None:
+        gate, up, down = expert
         at, f, c = self._offsets, self.f, self.c
         for offset, matrix, rows, columns in (
             (at[0], gate, f, c),
@@ -88,11 +92,11 @@ class ExpertBank:
             values = matrix.values.view(torch.uint8) if self.fp8 else matrix.dense(self._dtype)
             if values.shape != (rows, columns):
                 values = F.pad(values, (0, columns - values.shape[1], 0, rows - values.shape[0]))
-            _put(record, offset, values)
+            put(record, offset, values)
         if self.fp8:
             scales = [matrix.scale for matrix in expert if matrix.scale is not None]
             for offset, scale in zip((at[2], at[2] + scales[0].nbytes, at[3]), scales, strict=True):
-                _put(record, offset, scale)
+                put(record, offset, scale)
 
     @property
     def _item(self) -> int:
@@ -131,22 +135,23 @@ class ExpertBank:
             some = [(self._here, 0, self.resident)] if self.resident else []
             if arena is not None and self.resident < self.count:
                 some.append((arena, self.resident, self.count - self.resident))
-            shapes = (2 * self.f, self.c), (self.width, self.f)
-            self._parts[key] = tuple(
-                [self._matrices(*place, self._offsets[i], self._offsets[2 + i], *shapes[i]) for place in some]
-                for i in range(2)
-            )
+            self._parts[key] = tuple([self._matrices(*place, part) for place in some] for part in range(2))
         self.gate_up, self.down = self._parts[key]
 
-    def _matrices(self, memory: Tensor, first: int, count: int, at: int, scale_at: int, n: int, k: int) -> Matrices:
-        dtype = torch.float8_e4m3fn if self.fp8 else self._dtype
-        values = memory[: count * self.bytes_each].view(dtype)
-        each = self.bytes_each // dtype.itemsize
-        values = values.as_strided((count, n, k), (each, k, 1), at // dtype.itemsize)
+    def _matrices(self, memory: Tensor, first: int, count: int, part: int) -> Matrices:
+        """Gate over up (part 0) or down (1) of `count` experts, `first` and on, whose records `memory` begins with."""
+        n, k = ((2 * self.f, self.c), (self.width, self.f))[part]
         scales = -(-n // FP8_BLOCK) * (k // FP8_BLOCK) if self.fp8 else 0
-        floats = memory[: count * self.bytes_each].view(torch.float32)
-        scale = floats.as_strided((count, scales), (self.bytes_each // 4, 1), scale_at // 4)
-        return Matrices(values, scale, first)
+        dtype = torch.float8_e4m3fn if self.fp8 else self._dtype
+        values = self._view(memory, count, part, dtype, (n, k))
+        return Matrices(values, self._view(memory, count, 2 + part, torch.float32, (scales,)), first)
+
+    def _view(self, memory: Tensor, count: int, part: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """A part of the records of `count` experts as a tensor [count, *shape]."""
+        item, strides = dtype.itemsize, torch.empty(shape, device="meta").stride()
+        values = memory[: count * self.bytes_each].view(dtype)
+        each, at = self.bytes_each // item, self._offsets[part] // item
+        return values.as_strided((count, *shape), (each, *strides), at)
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -159,10 +164,12 @@ def _copies(device: torch.device) -> torch.cuda.Stream:
     return _streams[device]
 
 
-def _padded(width: int) -> int:
+def padded(width: int) -> int:
+    """A width in whole blocks of 128."""
     return -(-width // FP8_BLOCK) * FP8_BLOCK
 
 
-def _put(record: Tensor, offset: int, values: Tensor) -> None:
+def put(record: Tensor, offset: int, values: Tensor) -> None:
+    """Write a tensor into a record."""
     data = values.contiguous().view(torch.uint8).flatten()
     record[offset : offset + len(data)].copy_(data)

@@ -200,8 +200,8 @@ class Column(Protocol[P, H, B, A_co, X]):
     def side_by_side(self, weights: Sequence[P], /) -> Sequence[P]:
         """Packed matrices that read the same activations, arranged so that `linears` may compute one product."""
 
-    def expert_bank(self, count: int, dtype: torch.dtype, like: Stored | None = None, /) -> B:
-        """An empty bank for `count` experts (`ExpertBank`), stored in the form of `like`."""
+    def expert_bank(self, count: int, dtype: torch.dtype, like: Sequence[Stored] = (), /) -> B:
+        """An empty bank for `count` experts (`ExpertBank`), stored in the form of `like`: gate, up, down of one."""
 
     def arena(self, size: int, /) -> A_co:
         """Memory of `size` bytes in which a bank packs the experts that are not resident."""

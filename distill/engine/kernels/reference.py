@@ -213,8 +213,9 @@ class ExpertBank(Bank[tuple[Tensor, Tensor]]):
         return torch.cat((gate.dense(self._dtype), up.dense(self._dtype))), down.dense(self._dtype).clone()
 
 
-def expert_bank(count: int, dtype: torch.dtype, like: Stored | None = None) -> ExpertBank:
-    """An empty bank for `count` experts. like: a matrix in the form of theirs, for columns whose banks differ by it."""
+def expert_bank(count: int, dtype: torch.dtype, like: Sequence[Stored] = ()) -> ExpertBank:
+    """An empty bank for `count` experts. like: gate, up and down of one, for columns whose banks
+    differ by its form."""
     return ExpertBank(count, dtype)
 
 

@@ -202,7 +202,7 @@ class ExpertBank(reference.Bank[tuple[Packed, Packed, Packed]]):
         return pack(gate, self._dtype), pack(up, self._dtype), pack(down, self._dtype)
 
 
-def expert_bank(count: int, dtype: torch.dtype, like: Stored | None = None) -> ExpertBank:
+def expert_bank(count: int, dtype: torch.dtype, like: Sequence[Stored] = ()) -> ExpertBank:
     """As reference.expert_bank."""
     return ExpertBank(count, dtype)
 
