@@ -20,7 +20,7 @@ SOURCES := $(wildcard distill tests tools perf cli.py setup.py)
 quickstart: .venv/installed
 	$(OFFLINE) $(BIN)/distill run tiny
 
-test: .venv/installed-dev lint
+test: .venv/installed-dev # `lint` is one of the tests
 	rm -f $(JUNIT)
 	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) -m 'not slow' --junitxml $(JUNIT) $(PYTEST_ARGS)
 

@@ -50,6 +50,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_with_its_answers(address, stream, tmp_path, monkeypatch, capsys):
     """Its reasoning has no opening tag, which the prompt holds. It lists no models, and takes no request for a seed."""

@@ -39,6 +39,7 @@ def last_step(directory):
     return rows[-1]["step"] if rows else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_change_nothing(tmp_path, spawn, kills):
     student = support.make_student(tmp_path / "student")

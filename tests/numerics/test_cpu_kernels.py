@@ -48,6 +48,7 @@ def reference_dense(weight: Stored) -> Tensor:
     return weight.dense(torch.float32)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(64, 128), (200, 300), (288, 1024), (37, 5)])
 def test_linear(isa: str, kind: str, shape: tuple[int, int]) -> None:
@@ -232,6 +233,7 @@ def test_gqa(isa: str, dtype: torch.dtype, heads: int, kv_heads: int, d: int, le
     assert error(one, reference.decode_gqa(q[-1:], k.float(), v.float(), *row)) < close
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", [1, 2, 3, 7, 8, 9])  # of query heads to a key: above 8 they are the lanes
 @pytest.mark.parametrize("d, e", [(64, 64), (96, 96), (128, 128), (24, 40), (5, 3)])

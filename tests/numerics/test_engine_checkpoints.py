@@ -389,6 +389,7 @@ def test_an_unexpected_tensor_is_refused_and_a_draft_layer_is_not(broken: Path) 
     refused(broken, "tensor model.layers.2.self_attn.o_proj.bias has no place")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("nope", "v"), [(64, 64), (32, 96), (128, 128), (64, 128), (24, 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_heads_of_kv_b_in_any_cut_of_its_blocks(nope: int, v: int, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_logits_match_transformers(name: str, kernels: str, checkpoint: GetCheck
         assert error <= TOLERANCE, f"{how}: {report}"
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layers_in_one_call_give_the_bits_of_single_ops(

@@ -138,6 +138,7 @@ def test_the_gpu_column_holds_what_loading_gives(name: str, dtype: torch.dtype, 
             assert torch.equal(one, two)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("given", [FLOAT32, BFLOAT16, torch.float16], ids=str)
 @pytest.mark.parametrize("stored", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
@@ -178,6 +179,7 @@ def test_refused_while_requests_are_queued(engine_and_tensors: tuple[Engine, dic
     assert everything(engine, 12) == expected
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", ["qwen2-tied", "llama-mqa-biases"])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_released_memory_is_used_again_after_an_update(

@@ -85,6 +85,7 @@ def test_a_row_of_bytes_says_how_wide_its_latent_is(groups: int, rope: int) -> N
     assert width % 16 == 0 and w8a8.latent_width(128 * groups + rope, width) == 128 * groups
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (40, 2)])
 def test_decode_gqa(heads: tuple[int, int], dtype: torch.dtype) -> None:
@@ -138,6 +139,7 @@ def test_prefill_mla(t: int) -> None:
     assert error(gpu.prefill_mla(q, pool, table[0], 100, expand_k, expand_v, 0.1), theirs) < CLOSE
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("t", [1, 20])
 @pytest.mark.parametrize("heads", [16, 72])

@@ -25,7 +25,7 @@ QUICK = ("qwen3", "qwen3_5")
 TINY_R1 = Path(__file__).resolve().parents[2] / "teachers" / "tiny-r1"
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*QUICK, *(slow(name) for name in CONFIGS if name not in QUICK)])
 def test_float32_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     checkpoint = build(tmp_path, CONFIGS[name])

@@ -46,6 +46,7 @@ def test_quantise(rows: int, columns: int, dtype: torch.dtype, ue8m0: bool) -> N
     same(gpu_rows.quantise(x, ue8m0), w8a8.quantise(x, ue8m0))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("ue8m0", [None, False, True])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("columns", [48, 576])
@@ -58,6 +59,7 @@ def test_rms_norm(rows: int, columns: int, ue8m0: bool | None) -> None:
         same(quantised, w8a8.quantise(ours, bool(ue8m0)))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("ue8m0", [None, False, True])
 @pytest.mark.parametrize("rows", ROWS)
 def test_swiglu(rows: int, ue8m0: bool | None) -> None:

@@ -279,6 +279,7 @@ def test_a_busy_server_is_asked_again(status: int) -> None:
 # ---- the key
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("status", [400, 401, 403, 500])
 @pytest.mark.parametrize(
     "form", [KEY, f"Bearer {KEY}", quote(KEY, safe=""), quote(KEY, safe="").lower(), "sk-a+b/C&amp;d=0123456789"]
@@ -337,6 +338,7 @@ def test_a_key_that_no_header_can_carry(key: str) -> None:
 # ---- the list of models
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "data",
     [b"", b"<html>", b"[5]", body({"data": None}), body({"data": 5}), body({"data": [5]}), body({"data": [{"id": 5}]}),

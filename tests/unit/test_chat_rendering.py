@@ -132,6 +132,7 @@ RUNAWAY = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", RUNAWAY)
 def test_a_runaway_template_is_ended_in_one_line(name: str, renderer: Renderer) -> None:
     with pytest.raises(TemplateError) as caught:

@@ -39,6 +39,7 @@ def finished(shared_sums, tmp_path_factory):
     return out
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "content"),
     [

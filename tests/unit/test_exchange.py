@@ -47,6 +47,7 @@ def through(traces: list[Trace], form: str, kind: str, directory: Path) -> list[
     return bring_in(file, directory / f"{form}-{kind}")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SETS)
 def test_real_traces_come_back_from_every_format(name, real_data, tmp_path):
     import datasets

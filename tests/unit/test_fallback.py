@@ -125,6 +125,7 @@ def victim(*arguments: Path) -> None:
     evaluate(*arguments)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_draws_the_same_samples(sums, tmp_path):
     student = support.make_other(tmp_path / "m", "gpt_neox")
     shutil.copy(catalog.folder("student") / "tiny-qwen/chat_template.jinja", student)

@@ -103,6 +103,7 @@ BESIDE = {
 }
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", BESIDE)
 def test_the_block_with_the_tested_function_is_run(name: str) -> None:
     blocks, program = BESIDE[name]

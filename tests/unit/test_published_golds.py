@@ -31,6 +31,7 @@ def golds(tmp_path: Path, rows: list[dict[str, Any]], notes: list[str], **fields
     return found[0]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("columns", "fields", "answer"),
     [

@@ -215,6 +215,7 @@ def test_a_push_that_failed_resumes_with_what_is_missing(push: Push, hub: Hub, r
     assert hub.puts == before + 1 and hub.repositories["me/student"]["more.safetensors"] == b"more"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [

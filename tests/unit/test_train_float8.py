@@ -172,6 +172,7 @@ class Killed(BaseException):
     """Stands for kill -9: nothing in the code under test catches it or cleans up after it."""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}])
 def test_a_resumed_training_equals_an_uninterrupted_one(student, run_dir, tmp_path, settings):
     settings = settings | {"max_steps": 7, "logging_steps": 3, "save_steps": 2}
