@@ -112,8 +112,26 @@ def test_rows_that_the_attention_gets_apart_are_seen_to_leak_within_a_group(monk
         return plain(hidden_td[group.start : group.stop][None])[0]
 
     monkeypatch.setattr(recurrent, "_inside", one_row)
-    monkeypatch.setattr(attention, "SIMILAR", 0.5)  # both rows in one group
     assert isolation._examine(config_of("lfm2", **support.RECURRENT["lfm2"])) == LEAKS
+
+
+def test_the_rows_examined_are_two_groups_and_a_padded_one():
+    apart, together = (attention.Rows(lengths, torch.device("cpu")).groups for lengths in isolation.LENGTHS)
+    assert [group.rows for group in apart] == [1, 1]
+    assert [group.rows for group in together] == [2] and together[0].gather is not None
+    assert max(map(max, isolation.LENGTHS)) <= 16, "the least `max_length`"
+
+
+def test_a_leak_between_the_rows_of_a_padded_batch_is_refused(monkeypatch):
+    """It shows where rows share a group alone; a batch of one row has nothing to leak from."""
+
+    def averaged(self, module, args, out):
+        return out + (out.mean(0, keepdim=True) - out) / 4
+
+    monkeypatch.setattr(ConvolvedForCausalLM, "_mixed", averaged)
+    config = ConvolvedConfig(**support.OTHER, attention_dropout=0.1)  # another one than is examined elsewhere
+    with pytest.raises(UserError, match="'convolved' cannot be trained: padded rows are not what they are alone"):
+        isolation.why_padded(config, Train(max_length=256))
 
 
 def test_positions_that_are_counted_from_the_beginning_of_the_pack_are_seen(monkeypatch):
