@@ -5,8 +5,8 @@ copy is examined before anything is written: the model of the same config with t
 of layer, a small vocabulary, and random weights in float32. It must hold that
 
 - a token's hidden state does not depend on later tokens, else the next token is not predicted but read;
-- the logits are the head's product with the hidden states, below the soft cap of the config where there is one:
-  training applies the head by itself, in blocks, and a scale behind it would be left out silently;
+- the logits are the head's product with the hidden states, times the scale and below the soft cap of the config where
+  there are any: training applies the head by itself, in blocks, and anything else behind it would be left out silently;
 - in a padded batch, each row is what it is alone.
 
 Otherwise it is refused. Rows are concatenated only if, through the very pass of the training (`learn.forward`),
@@ -44,7 +44,7 @@ from distill import model_families
 from distill.errors import UserError
 from distill.recipe import Training
 from distill.train.learn import attention, forward, recurrent
-from distill.train.learn.loss import cap_of, capped
+from distill.train.learn.loss import shaped, shaping_of
 from distill.train.rows.batches import Row, collate
 
 # Tokens of two rows that share a batch, at most 16, the least `max_length`: of two groups, and of one that is padded.
@@ -116,10 +116,10 @@ def _examine(config: PretrainedConfig) -> str | None:
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise UserError(f"models of type {kind!r} cannot be trained: their head is not one linear layer")
-        if not _close(capped(head(alone[0][0]), cap_of(model.config)), logits_tv):
+        if not _close(shaped(head(alone[0][0]), shaping_of(model.config)), logits_tv):
             raise UserError(
                 f"models of type {kind!r} cannot be trained: their logits are not the product of the head and the "
-                f"hidden states, nor that below a soft cap (a scale follows), which training assumes"
+                f"hidden states, times the scale and below the soft cap of the config, which training assumes"
             )
         for (rows, _), states in zip(pairs, alone, strict=True):
             if not all(map(_close, _together(model, *rows, padded=True), states)):
