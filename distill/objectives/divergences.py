@@ -20,6 +20,12 @@ def divergence(
 
     Tokens with ln p = −∞ are not among the k: their mass belongs to the tail. beta: the teacher's weight in the mixture
     of the generalised JSD.
+
+    temperature: T, of the distributions within the k tokens. By the chain rule a divergence on the events is that of
+    the masses (P, 1 − P) and (Q, 1 − Q) of the k tokens, and that within them, weighted by their mass: by P for
+    forward_kl, by Q for reverse_kl, and for jsd each of its two parts by its own. Tempered is the second term, times
+    T²: with the events p̃ = (P softmax(ln p / T), 1 − P) and q̃ the result is T² D(p̃, q̃) + (1 − T²) D(P, Q), which at
+    T = 1 is D(p, q).
     """
     present_rk = logp_rk > -torch.inf
     logp_rk, logq_rk = (x_rk.masked_fill(~present_rk, -torch.inf) for x_rk in (logp_rk, logq_rk))
@@ -30,14 +36,18 @@ def divergence(
         return value_r1, pull_rk - tail_r1 * logq_rk.exp(), tail_r1 - pull_re.sum(1, keepdim=True)
 
     mass_r1 = [x_rk.logsumexp(1, keepdim=True) for x_rk in (logp_rk, logq_rk)]
-    value_r1, pull_r2 = compare(name, *(with_tail(x_r1) for x_r1 in mass_r1), beta=beta)
-    both_r2 = pull_r2 / with_tail(mass_r1[1]).exp()
-    known_r1, tail_r1 = both_r2[:, :1], both_r2[:, 1:]
     soft_rk = [(x_rk / temperature).log_softmax(1) for x_rk in (logp_rk, logq_rk)]
-    soft_r1, pull_rk = compare(name, *soft_rk, beta=beta)
+    coarse_r2 = [with_tail(x_r1) for x_r1 in mass_r1]
+    events_re = [torch.cat((m + x, c[:, 1:]), 1) for m, x, c in zip(mass_r1, soft_rk, coarse_r2, strict=True)]
+    coarse_r1, coarse_pull_r2 = compare(name, *coarse_r2, beta=beta)
+    value_r1, pull_re = compare(name, *events_re, beta=beta)
+    pull_rk, square = pull_re[:, :-1], temperature**2
+    pull_r2 = square * torch.cat((pull_rk.sum(1, keepdim=True), pull_re[:, -1:]), 1) + (1 - square) * coarse_pull_r2
+    both_r2 = pull_r2 / coarse_r2[1].exp()
+    known_r1, tail_r1 = both_r2[:, :1], both_r2[:, 1:]
     within_rk = temperature * (pull_rk - soft_rk[1].exp() * pull_rk.sum(1, keepdim=True))
     gradient_rk = (known_r1 - tail_r1) * logq_rk.exp() + within_rk
-    return value_r1 + temperature**2 * soft_r1, gradient_rk, tail_r1 - pull_r2.sum(1, keepdim=True)
+    return square * value_r1 + (1 - square) * coarse_r1, gradient_rk, tail_r1 - pull_r2.sum(1, keepdim=True)
 
 
 def compare(name: str, lnp_re: Tensor, lnq_re: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:

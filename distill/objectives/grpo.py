@@ -25,9 +25,10 @@ The row's factor (`Grpo.row_weight`), by which the advantages are multiplied bef
     normalise: false    1/(R · L) Σ_rows Σ_tokens, L = max_new_tokens, A = reward − mean
     normalise: true     1/R Σ_rows 1/length Σ_tokens, A = (reward − mean)/standard deviation
 
-over the R rows of the step. The first is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): dividing by a row's length makes
-long wrong answers cheap, and dividing by the deviation favours prompts that are nearly solved or nearly hopeless. The
-second is GRPO as published. The KL term is not scaled by the row's factor: `kl_weight` multiplies its mean per token.
+over the R rows of the step: those of groups that are not skipped, without answers that cannot be verified. The first is
+Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): dividing by a row's length makes long wrong answers cheap, and dividing by
+the deviation favours prompts that are nearly solved or nearly hopeless. The second is GRPO as published. The KL term is
+not scaled by the row's factor: `kl_weight` multiplies its mean per token.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,8 +8,9 @@ remaining mass. Teacher p and student q are compared on these k + 1 events, in n
 - jsd: ½ Σ p ln(p/m) + ½ Σ q ln(q/m) with m = (p + q)/2, at most ln 2 (Agarwal et al. 2023, GKD, arXiv 2306.13649)
 
 A temperature T is applied to the distributions within the top k, p^(1/T) and q^(1/T), and that part is scaled by T²,
-which keeps the magnitude of its gradient (Hinton et al., section 2.1); the mass of the top k against the tail is
-compared at temperature 1, because the tail's tokens are not known one by one.
+which keeps the magnitude of its gradient (Hinton et al., section 2.1), and by the mass of the top k, as in the chain
+rule, so that it is the plain divergence at T = 1. The mass of the top k against the tail is compared at temperature 1,
+because the tail's tokens are not known one by one.
 
 At a position where only the teacher's chosen token is known, the cross-entropy of that token replaces the divergence:
 it is a one-sample estimate of the forward KL, up to the teacher's entropy.

@@ -137,12 +137,13 @@ def _forgotten_if_refused(run: "Run", stage: TrainStage, had_begun: bool) -> Ite
 
 
 def _has_steps(run: "Run") -> bool:
-    """Whether a training has a checkpoint, or rollouts of more than its first set."""
+    """Whether a training has a checkpoint, a log of its steps, or rollouts of a later set than its first."""
     from distill.traces.store import TraceStore
 
     rollouts = run.recipe.train.objective.rollout_settings
-    later = rollouts is not None and len(TraceStore(run.paths.rollouts)) > rollouts.rows
-    return later or any(run.paths.checkpoints.glob("step-*"))
+    stored = TraceStore(run.paths.rollouts).keys()
+    later = rollouts is not None and any(rollouts.set_of(sample) for _, sample in stored)
+    return later or run.paths.log.exists() or any(run.paths.checkpoints.glob("step-*"))
 
 
 def row_settings(run: "Run") -> Settings:

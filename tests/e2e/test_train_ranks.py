@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,20 @@ def test_two_ranks_train_as_one_does(one, student, tmp_path, parallel):
         theirs = load_file(one / "student" / "model.safetensors")[name]
         assert (ours - theirs).abs().max() < 1e-5, name
     assert not (directory / "checkpoints" / "step-000003").exists(), "two checkpoints are kept"
+
+
+@pytest.mark.slow
+def test_shards_resume_at_a_checkpoint_that_follows_an_evaluation(student, tmp_path):
+    directory = begin(tmp_path / "run", student)
+    settings = SETTINGS | {"num_processes": 2, "parallel": "fsdp", "dtype": "bfloat16"}
+    settings |= {"val_size": 0.2, "eval_steps": 4, "save_steps": 4}
+    support.train_here(directory, student, settings)
+    whole, weights = figures(directory), (directory / "student" / "model.safetensors").read_bytes()
+    shutil.rmtree(directory / "checkpoints" / "step-000008")
+    (directory / "student" / "model.safetensors").unlink()
+    support.train_here(directory, student, settings)
+    assert "eval_loss" in log(directory)[-1] and figures(directory) == whole
+    assert (directory / "student" / "model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.slow

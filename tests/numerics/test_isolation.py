@@ -25,6 +25,10 @@ SFT = Sft(kind="sft")
 NEOX, WINDOW = {"intermediate_size": 96}, {"sliding_window": 64}
 OSS = {"num_local_experts": 4, "head_dim": 8, "sliding_window": 256}
 CHUNKS = {"sliding_window": None, "attention_chunk_size": 64}
+SCALED = [  # as published
+    ("granitemoehybrid", support.RECURRENT["granitemoehybrid"] | {"logits_scaling": 6.0}, None),
+    ("falcon_h1", support.RECURRENT["falcon_h1"] | {"lm_head_multiplier": 0.0390625}, None),
+]
 LEAKS = "a row changes the logits of another one that it is concatenated with"
 NOT_COMPUTED = "which that of concatenated rows does not compute"
 
@@ -43,6 +47,9 @@ def config_of(family, **config):
         ("mistral", WINDOW, None),
         ("mistral", CHUNKS, "attention has an attention_chunk_size of 64 tokens, less than train.max_length"),
         ("jamba", support.JAMBA, LEAKS),
+        ("granite", {"logits_scaling": 4.0}, None),
+        ("cohere", {"logit_scale": 0.0625}, None),
+        *SCALED,
         *((family, config, None) for family, config in support.RECURRENT.items()),
         ("gpt_oss", OSS, f"attention takes s_aux, {NOT_COMPUTED}"),  # sinks
         ("gemma2", {"head_dim": 8}, f"attention takes softcap, {NOT_COMPUTED}"),
@@ -57,7 +64,7 @@ def test_rows_are_concatenated_where_nothing_but_the_attention_mixes_tokens(fami
 @pytest.mark.parametrize(
     "family, config, reason",
     [
-        ("granite", {"logits_scaling": 4.0}, "their logits are not the product of the head and the hidden states"),
+        ("hyperclovax", {"logits_scaling": 4.0}, "their logits are not the product of the head and the hidden states"),
         ("bert", {}, "a token's state depends on later tokens"),
     ],
 )
@@ -112,8 +119,26 @@ def test_rows_that_the_attention_gets_apart_are_seen_to_leak_within_a_group(monk
         return plain(hidden_td[group.start : group.stop][None])[0]
 
     monkeypatch.setattr(recurrent, "_inside", one_row)
-    monkeypatch.setattr(attention, "SIMILAR", 0.5)  # both rows in one group
     assert isolation._examine(config_of("lfm2", **support.RECURRENT["lfm2"])) == LEAKS
+
+
+def test_the_rows_examined_are_two_groups_and_a_padded_one():
+    apart, together = (attention.Rows(lengths, torch.device("cpu")).groups for lengths in isolation.LENGTHS)
+    assert [group.rows for group in apart] == [1, 1]
+    assert [group.rows for group in together] == [2] and together[0].gather is not None
+    assert max(map(max, isolation.LENGTHS)) <= 16, "the least `max_length`"
+
+
+def test_a_leak_between_the_rows_of_a_padded_batch_is_refused(monkeypatch):
+    """It shows where rows share a group alone; a batch of one row has nothing to leak from."""
+
+    def averaged(self, module, args, out):
+        return out + (out.mean(0, keepdim=True) - out) / 4
+
+    monkeypatch.setattr(ConvolvedForCausalLM, "_mixed", averaged)
+    config = ConvolvedConfig(**support.OTHER, attention_dropout=0.1)  # another one than is examined elsewhere
+    with pytest.raises(UserError, match="'convolved' cannot be trained: padded rows are not what they are alone"):
+        isolation.why_padded(config, Train(max_length=256))
 
 
 def test_positions_that_are_counted_from_the_beginning_of_the_pack_are_seen(monkeypatch):
@@ -159,6 +184,8 @@ def drawn(family, config, padded):
         ("gemma2", {"head_dim": 8}, True),
         ("qwen3_5_text", support.HYBRID, False),
         ("qwen3_5_text", support.HYBRID, True),
+        ("cohere", {"logit_scale": 0.0625}, True),
+        *((family, config, False) for family, config, _ in SCALED),
         *((family, config, False) for family, config in support.RECURRENT.items()),
     ],
 )
@@ -176,9 +203,10 @@ def test_gradients_of_a_batch_are_those_of_its_rows_alone(family, config, padded
     assert ours.keys() == theirs.keys() and ours
     largest = {name: gradient.abs().max().clamp(min=1e-6) for name, gradient in theirs.items()}
     for name, gradient in theirs.items():
-        # In transformers the recurrence is in float32 whatever the model's dtype: a decay's gradient is a sum of many
-        # terms of either sign, which rounds to more than 1e-5 of itself, so it is held against the whole gradient.
-        scale = max(largest.values()) if name.endswith("A_log") else largest[name]
+        # In transformers the recurrence is in float32 whatever the model's dtype: the gradient of a decay or of a skip
+        # is a sum of many terms of either sign, which rounds to more than 1e-5 of itself, so it is held against the
+        # whole gradient.
+        scale = max(largest.values()) if name.endswith(("A_log", "mamba.D")) else largest[name]
         assert (ours[name] - gradient).abs().max() <= 1e-5 * scale, name
 
 

@@ -32,6 +32,7 @@ from distill.objectives import Sft
 from distill.train.learn import attention, loss, recurrent
 from distill.train.learn.attention import Rows
 from distill.train.learn.learner import Learner
+from distill.train.learn.loss import Shaping
 from distill.train.rows.batches import Row, collate
 
 S, V, D = 37, 211, 16
@@ -58,36 +59,40 @@ def assert_close(ours, theirs, bound):
         )
 
 
-@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize(
+    "shaping", [Shaping(), Shaping(cap=5.0), Shaping(scale=0.25), Shaping(scale=3.0), Shaping(0.5, 5.0)]
+)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("block, one_pass", [(10**9, 10**9), (V * 5, 10**9), (V * 5, V * 2), (1, 1)])
-def test_a_few_rows_at_a_time_give_what_whole_logits_give(monkeypatch, block, one_pass, bias, cap):
+def test_a_few_rows_at_a_time_give_what_whole_logits_give(monkeypatch, block, one_pass, bias, shaping):
     monkeypatch.setattr(loss, "BLOCK", block)
     monkeypatch.setitem(loss.PASS, "cpu", one_pass)
     ours, theirs = tensors(bias=bias), tensors(bias=bias)
-    value = loss.linear_loss(*ours[:3], SFT.criterion(ours[3], None), None, cap)[0]
+    value = loss.linear_loss(*ours[:3], SFT.criterion(ours[3], None), None, shaping)[0]
     (3 * value).backward()
-    logits_sv = F.linear(*theirs[:3])
-    bounded_sv = logits_sv if cap is None else cap * torch.tanh(logits_sv / cap)
-    reference = F.cross_entropy(bounded_sv, theirs[3], reduction="sum")
+    logits_sv = F.linear(*theirs[:3]) * shaping.scale
+    if shaping.cap is not None:
+        logits_sv = shaping.cap * torch.tanh(logits_sv / shaping.cap)
+    reference = F.cross_entropy(logits_sv, theirs[3], reduction="sum")
     (3 * reference).backward()
     assert value.item() == pytest.approx(reference.item(), rel=1e-6)
     assert_close(grads(*ours[:3]), grads(*theirs[:3]), 1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("block", [10**9, V * 5])
 @pytest.mark.parametrize(
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here"))],
 )
-def test_half_precision_comes_as_near_as_the_plain_way(monkeypatch, device, block):
+def test_half_precision_comes_as_near_as_the_plain_way(monkeypatch, device, block, scale):
     """Against float64: the error is that of rounding inputs and logits, which the plain way has, too."""
     monkeypatch.setattr(loss, "BLOCK", block)
     ours, plain = ([*tensors(torch.bfloat16, device=device)] for _ in range(2))
     exact = [t.detach().double().requires_grad_() for t in ours[:2]]
-    loss.linear_loss(*ours[:3], SFT.criterion(ours[3], None))[0].backward()
-    F.cross_entropy(F.linear(*plain[:2]).float(), plain[3], reduction="sum").backward()
-    F.cross_entropy(F.linear(*exact), ours[3], reduction="sum").backward()
+    loss.linear_loss(*ours[:3], SFT.criterion(ours[3], None), None, Shaping(scale))[0].backward()
+    F.cross_entropy(F.linear(*plain[:2]).float() * scale, plain[3], reduction="sum").backward()
+    F.cross_entropy(F.linear(*exact) * scale, ours[3], reduction="sum").backward()
     for mine, theirs, right in zip(grads(*ours[:2]), grads(*plain[:2]), grads(*exact), strict=True):
         errors = [(grad.double() - right).norm() / right.norm() for grad in (mine, theirs)]
         assert errors[0] < 1.2 * errors[1] + 1e-3

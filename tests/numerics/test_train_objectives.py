@@ -85,6 +85,20 @@ def plain_divergence(name, p, q):
     }[name]()
 
 
+def within(name, p, q, temperature):
+    """The divergence inside the top k by the chain rule: of tempered distributions, each part times its mass."""
+    masses = p.sum(), q.sum()
+    soft_p, soft_q = (x / x.sum() for x in (p.pow(1 / temperature), q.pow(1 / temperature)))
+    m = (masses[0] * soft_p + masses[1] * soft_q) / (masses[0] + masses[1])
+    return {
+        "forward_kl": lambda: masses[0] * (soft_p * (soft_p / soft_q).log()).sum(),
+        "reverse_kl": lambda: masses[1] * (soft_q * (soft_q / soft_p).log()).sum(),
+        "jsd": lambda: (
+            (masses[0] * (soft_p * (soft_p / m).log()).sum() + masses[1] * (soft_q * (soft_q / m).log()).sum()) / 2
+        ),
+    }[name]()
+
+
 def plainly(name, weight, temperature, logits_sv, batch, logp_sk, ids_sk):
     """The same by whole distributions over the events, and autograd."""
     logq_sv = logits_sv.double().log_softmax(1)
@@ -95,13 +109,11 @@ def plainly(name, weight, temperature, logits_sv, batch, logp_sk, ids_sk):
         value = nll[s]
         if known.any():
             p, q = logp_sk[s][known].double().exp(), logq_sv[s][ids_sk[s][known]].exp()
-            soft = [x.pow(1 / temperature) for x in (p, q)]
-            apart = plain_divergence(name, *(x / x.sum() for x in soft))
             if temperature == 1:
                 value = plain_divergence(name, *(torch.cat([x, (1 - x.sum())[None]]) for x in (p, q)))
             else:
                 together = [torch.stack([x.sum(), 1 - x.sum()]) for x in (p, q)]
-                value = plain_divergence(name, *together) + temperature**2 * apart
+                value = plain_divergence(name, *together) + temperature**2 * within(name, p, q, temperature)
         total = total + weight * value + (1 - weight) * nll[s]
     return total
 
@@ -123,6 +135,20 @@ def test_value_and_gradient_are_those_of_autograd_on_whole_distributions(monkeyp
     assert parts[0].item() == pytest.approx((weight * parts[2] + (1 - weight) * parts[1]).item(), rel=1e-6)
     for a, b in zip(ours, [hidden_sd.grad, weight_vd.grad], strict=True):
         assert (a - b).abs().max() <= 2e-5 * b.abs().max(), f"{(a - b).abs().max():.2e} of {b.abs().max():.2e}"
+
+
+@pytest.mark.parametrize("masses", [(0.02, 0.02), (0.02, 0.6), (0.9, 0.3)])
+@pytest.mark.parametrize("beta", [0.5, 0.2])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_temperature_near_1_is_the_plain_divergence(name, beta, masses):
+    """However little of the mass is in the top k: what is inside it counts as much as it has."""
+    p, q = (torch.tensor(x, dtype=torch.float64) for x in ([0.7, 0.2, 0.1], [0.15, 0.25, 0.6]))
+    given = [(mass * x)[None].log() for mass, x in zip(masses, (p, q), strict=True)]
+    plain = divergence(name, *given, beta=beta)
+    for near in (1 - 1e-6, 1 + 1e-6):
+        for ours, theirs in zip(divergence(name, *given, temperature=near, beta=beta), plain, strict=True):
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-5 * plain[1].abs().max().item())
+    assert plain[1].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)

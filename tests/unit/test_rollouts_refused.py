@@ -11,6 +11,7 @@ from distill.errors import UserError
 from distill.models import teacher_of
 from distill.recipe import LocalEngine, Recipe
 from distill.run import Run
+from distill.train.rollouts.student import StudentEngine
 
 OWNED = 200, JSON, body({"object": "list", "data": [{"id": "m", "owned_by": "vllm"}]})
 KINDS = {"grpo": rollout_support.GRPO, "on_policy": rollout_support.ON_POLICY}
@@ -91,6 +92,34 @@ def test_a_refusal_by_the_first_rollouts_is_forgotten(tmp_path):
     changed = rollout_support.make_recipe(rollout_support.ON_POLICY, max_steps=2, learning_rate=2e-3)
     assert rollout_support.train(tmp_path / "run", changed).steps == 2
     assert len(rollout_support.rollouts(tmp_path / "run")) == 32
+
+
+def test_steps_are_kept_when_a_later_set_is_refused(tmp_path, monkeypatch):
+    """Also where the sets are smaller than `prompts_per_step`, because there are fewer prompts."""
+    few = {"prompts_per_step": 16}
+    recipe = rollout_support.make_recipe(rollout_support.GRPO, few, save_steps=100, logging_steps=100)
+    recipe = recipe.model_copy(update={"prompts": (recipe.prompts[0].model_copy(update={"limit": 4}),)})
+    sample, sets = StudentEngine.sample, []
+
+    def failing(student, jobs, name, top_k):
+        sets.append(name)
+        if len(sets) == 3:
+            raise UserError("the student computes numbers that are not finite")
+        return sample(student, jobs, name, top_k)
+
+    monkeypatch.setattr(StudentEngine, "sample", failing)
+    with pytest.raises(UserError, match="not finite"):
+        rollout_support.train(tmp_path / "run", recipe)
+    assert len(rollout_support.rollouts(tmp_path / "run")) == 2 * 4 * 4
+    with Run(tmp_path / "run", recipe) as run:
+        assert run.begun("train")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_epochs_without_a_step(tmp_path, kind):
+    recipe = rollout_support.make_recipe(KINDS[kind], max_steps=None, num_train_epochs=1e-8)
+    message = "18 prompts in 1e-08 epochs are less than one optimiser step: raise train.num_train_epochs"
+    assert message in refused(tmp_path / "run", recipe)
 
 
 def test_a_served_teacher_scores_rollouts(tmp_path, capsys):

@@ -108,6 +108,15 @@ def test_what_is_frozen_is_not_stored_and_stays(tmp_path):
     assert torch.equal(learner[0].weight, kept)
 
 
+def test_parameters_that_the_optimiser_does_not_hold_are_not_saved(tmp_path, state):
+    """Such as those that a forward pass has gathered: they have no state, and the dtype of that pass."""
+    held, state.learner.weight = state.learner.weight, torch.nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16))
+    with pytest.raises(AssertionError, match="^weight is not what the optimiser updates"):
+        Checkpoints(tmp_path, 2).save(state, Position(step=1))
+    state.learner.weight = held
+    Checkpoints(tmp_path, 2).save(state, Position(step=1))
+
+
 class Counting(torch.optim.Optimizer):
     """Counts its steps in a plain number and makes its state where there is none, as bitsandbytes' optimisers do."""
 

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 import train_support as support
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -14,6 +15,7 @@ from distill.errors import WorkError
 from distill.recipe import Train
 from distill.train.learn import loop as loop_module
 from distill.train.learn.loop import schedule
+from distill.train.ranks.world import World
 from distill.train.rows import gate
 from distill.train.student import methods
 from distill.train.student.methods import optimizer
@@ -251,6 +253,41 @@ def test_scoring_changes_no_training(student, run_dir, tmp_path):
         make_loop(student, run_dir, tmp_path / str(every), val_size=0.3, eval_steps=every, max_steps=5).run()
     often, once = (logged(tmp_path / str(every))[-1] for every in (1, 100))
     assert often["eval_loss"] == once["eval_loss"] and often["grad_norm"] == once["grad_norm"]
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    """FSDP in one process: every parameter is a shard, and is gathered for a forward pass."""
+    monkeypatch.setattr(World, "layout", "fsdp")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shards_that_were_scored_are_saved_with_all_of_their_optimisers_state(
+    student, run_dir, tmp_path, monkeypatch, sharded, dtype
+):
+    """FSDP gathers the outermost unit's parameters for an evaluation, and frees them after a backward pass only."""
+    monkeypatch.setattr(methods, "multiplies_bfloat16", lambda: True)
+    settings = dict(val_size=0.3, eval_steps=2, save_steps=2, logging_steps=1, max_steps=4, dtype=dtype)
+    whole = make_loop(student, run_dir, tmp_path / "whole", **settings)
+    whole.run()
+    cut = make_loop(student, run_dir, tmp_path / "cut", **settings)
+    kill_after(cut, 2)
+    with pytest.raises(Killed):
+        cut.run()
+    names = [name for name, _ in cut.learner.named_parameters()]
+    with safe_open(tmp_path / "cut/checkpoints/step-000002/rank-00000-000.safetensors", framework="pt") as file:
+        saved = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118  not a dict
+    for name in names:
+        entries = [name, *(f"optimizer.{name}.{entry}" for entry in ("exp_avg", "exp_avg_sq", "step"))]
+        assert [saved.get(entry) for entry in entries] == [torch.float32] * 4, name
+    loop = make_loop(student, run_dir, tmp_path / "cut", **settings)
+    loop.run()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for a, b in zip(loop.learner.parameters(), whole.learner.parameters(), strict=True):
+        assert torch.equal(a.full_tensor(), b.full_tensor())
 
 
 def test_a_jump_of_the_loss_is_warned_of_with_its_rows(student, run_dir, tmp_path, monkeypatch, capsys):

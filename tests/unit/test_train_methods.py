@@ -9,7 +9,7 @@ from distill import catalog
 from distill.errors import UserError
 from distill.recipe import Lora, Train
 from distill.train.learn.fit import adapter_tensors
-from distill.train.ranks import memory
+from distill.train.ranks import memory, model_size
 from distill.train.student import methods
 from distill.train.student import model as student
 
@@ -59,10 +59,51 @@ def test_the_merged_student_computes_what_base_and_adapters_do(base):
     assert (ours - plain).abs().max() > 0.1 * plain.abs().max(), "the adapters did nothing"
 
 
-def test_a_layer_that_is_not_there_is_named_with_those_that_are(base):
-    settings = Train(adapter=Lora(kind="lora", target_modules=("c_attn",)))
-    with pytest.raises(UserError, match=r"adapter\.target_modules \['c_attn'\] matches no layer .*down_proj.*q_proj"):
+@pytest.mark.parametrize(
+    "targets, refused",
+    [
+        (("c_attn",), "'c_attn'"),
+        (("q_proj", "v_porj"), "'v_porj'"),
+        (("q_proj", "lm_head", "embed_tokens"), "'lm_head', 'embed_tokens'"),
+        (("mlp", "up_proj", "proj"), "'mlp', 'proj'"),
+    ],
+)
+def test_names_of_no_linear_layer_of_the_decoder_are_refused_one_by_one(base, targets, refused):
+    """Beside right ones, too; the head and the embedding, which the loss and the engine know without adapters."""
+    settings = Train(adapter=Lora(kind="lora", target_modules=targets))
+    has = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    message = f"target_modules: {refused}: no linear layer of the student's decoder, which has {has}; name some"
+    with pytest.raises(UserError, match=message):
+        student.inspect(base, settings)
+    with pytest.raises(UserError, match=message):
         methods.with_adapters(student.load(base, settings, torch.float32), settings.adapter)
+
+
+@pytest.mark.parametrize(
+    "family, config, targets, adapted",
+    [
+        ("qwen2", {}, ("q_proj", "layers.1.mlp.up_proj"), 3),
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, ("c_attn",), 2),  # a Conv1D
+        ("qwen3_5_text", support.HYBRID, ("q_proj",), 1),  # in one layer of four
+    ],
+)
+def test_a_name_may_be_that_of_some_layers(family, config, targets, adapted):
+    """The memory of adapters is measured with one and two layers, which may have none of them."""
+    config = AutoConfig.for_model(family, **support.OTHER | config)
+    settings = Train(adapter=Lora(kind="lora", r=4, target_modules=targets))
+    model = methods.with_adapters(AutoModelForCausalLM.from_config(config), settings.adapter)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * adapted
+    assert model_size.adapters(config, settings.adapter) == sum(p.numel() for p in trained)
+    assert model_size.activations(config, settings, methods.dtypes(settings, torch.device("cpu"))).layer > 0
+
+
+def test_layers_that_cannot_have_adapters_are_named():
+    config = AutoConfig.for_model("mamba2", **support.OTHER | support.RECURRENT["mamba2"])
+    with pytest.raises(
+        UserError, match=r"target_modules: .*'out_proj' is incompatible .* decoder has in_proj, out_proj"
+    ):
+        methods.with_adapters(AutoModelForCausalLM.from_config(config), Lora(kind="lora"))
 
 
 @pytest.mark.parametrize(

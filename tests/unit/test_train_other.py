@@ -98,9 +98,9 @@ def test_a_routing_bias_is_kept_as_it_is(tmp_path, family):
 
 
 def test_a_head_that_is_not_all_is_refused_before_anything_is_written(tmp_path):
-    student = support.make_other(tmp_path / "base", "granite", logits_scaling=4.0)
+    student = support.make_other(tmp_path / "base", "hyperclovax", logits_scaling=4.0)
     support.begin(tmp_path / "run", support.sums(4), student)
-    with pytest.raises(UserError, match="models of type 'granite' cannot be trained: their logits are not"):
+    with pytest.raises(UserError, match="models of type 'hyperclovax' cannot be trained: their logits are not"):
         support.train_here(tmp_path / "run", student)
     assert not (tmp_path / "run/tokens").exists() and not (tmp_path / "run/checkpoints").exists()
 

@@ -17,7 +17,7 @@ from distill.model_families import in_engine
 from distill.objectives import BaseObjective
 from distill.train.learn import forward
 from distill.train.learn.attention import Rows
-from distill.train.learn.loss import cap_of, linear_loss
+from distill.train.learn.loss import linear_loss, shaping_of
 from distill.train.learn.tied import HeadGradient, embed, tied_embedding
 from distill.train.rows.batches import Batch
 
@@ -51,8 +51,8 @@ class Learner(nn.Module):
                 hidden_sd = hidden_td if rows.narrowed else hidden_td.index_select(0, batch.positions_s)
             head = self.model.get_output_embeddings()
             criterion = self.objective.criterion(batch.targets_s, batch.teacher, batch.sampled)
-            cap = cap_of(self.model.config)
-            return linear_loss(hidden_sd, head.weight, head.bias, criterion, tied, cap).clone()
+            shaping = shaping_of(self.model.config)
+            return linear_loss(hidden_sd, head.weight, head.bias, criterion, tied, shaping).clone()
 
     def _inputs(self, ids_t: Tensor) -> tuple[HeadGradient | None, dict[str, Tensor]]:
         """What the decoder is called with, and where the gradient of a head that is the embedding as well waits."""

@@ -178,6 +178,7 @@ class Loop:
         self.wrapped.eval()
         for batch, counts in self.world.share(batches):
             total += self.wrapped(collate(batch).to(self.world.device)) * counts
+        self.world.reshard(self.wrapped)
         self.wrapped.train()
         supervised = sum(row.supervised for batch in batches for row in batch)
         self.position.eval_loss = self.world.summed(total)[0].item() / supervised

@@ -7,8 +7,8 @@ into the gradients of hidden states and head, and discarded. All of that happens
 only scales the gradients. The three matrix products are those that any implementation needs; a fourth one, to recompute
 the logits in the backward pass, is not needed.
 
-Where a family bounds its logits, cap · tanh(logits / cap), the criterion sees the bounded ones, and their gradient is
-multiplied by that of the bound.
+Where a family scales its logits or bounds them, cap · tanh(logits / cap), the criterion sees the result, and its
+gradient is multiplied by the slope of the bound and by the scale (`Shaping`).
 
 The loss itself is a function of a block's logits (`distill.objectives.Criterion`).
 
@@ -19,6 +19,7 @@ Shapes: s supervised tokens, r of them in a block, v vocabulary, d hidden.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ from distill.train.learn.tied import HeadGradient
 BLOCK = 1 << 26  # logits per block: 128 MB in bfloat16
 KEPT = 1 << 24  # bytes of a block up to which its memory is kept between batches
 PASS = {"cpu": 1 << 20, "cuda": 1 << 24}  # logits in float32 at a time; on a CPU they stay in its cache
+FACTORS, DIVISORS = ("lm_head_multiplier", "logit_scale"), ("logits_scaling",)  # names of a scale in configs
+
+
+class Shaping(NamedTuple):
+    """What a model makes of the product of its head: scale · product, and cap · tanh(· / cap) of that. None: no cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
 
 
 def linear_loss(
@@ -39,12 +48,12 @@ def linear_loss(
     bias_v: Tensor | None,
     criterion: Criterion,
     tied: HeadGradient | None = None,
-    cap: float | None = None,
+    shaping: Shaping = Shaping(),  # noqa: B008  immutable
 ) -> Tensor:
     """The sums of a criterion's loss parts over the rows of `hidden_sd` through a head, float32 [parts].
 
-    tied: where the gradient by `weight_vd` is left for the embedding; None: it is returned to autograd. cap: the bound
-    of the logits.
+    tied: where the gradient by `weight_vd` is left for the embedding; None: it is returned to autograd. shaping: of the
+    logits.
 
     Only the first part has a gradient. Matrix products run in the dtype of autocast, or of the hidden states without
     it; sums over the vocabulary run in float32.
@@ -52,18 +61,24 @@ def linear_loss(
     device = hidden_sd.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_sd.dtype
     apply: Callable[..., Tensor] = _LinearLoss.apply
-    return apply(hidden_sd, weight_vd, bias_v, criterion, dtype, torch.is_grad_enabled(), tied, cap)
+    return apply(hidden_sd, weight_vd, bias_v, criterion, dtype, torch.is_grad_enabled(), tied, shaping)
 
 
-def cap_of(config: PretrainedConfig) -> float | None:
-    """The bound of the logits of a model: its logits are cap · tanh(head / cap). None: they are the head's."""
+def shaping_of(config: PretrainedConfig) -> Shaping:
+    """What a model makes of the product of its head, as its config says. `student.isolation` examines whether it does:
+    some family may have another meaning for one of these names, or another name."""
+    scale = 1.0
+    for name in (*FACTORS, *DIVISORS):
+        if value := getattr(config, name, None):
+            scale = float(value) if name in FACTORS else 1 / float(value)
     cap = getattr(config, "final_logit_softcapping", None)
-    return None if cap is None else float(cap)
+    return Shaping(scale, None if cap is None else float(cap))
 
 
-def capped(logits: Tensor, cap: float | None) -> Tensor:
-    """The bounded logits."""
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+def shaped(product: Tensor, shaping: Shaping) -> Tensor:
+    """The logits of a model, by the product of its head."""
+    logits = product * shaping.scale
+    return logits if shaping.cap is None else torch.tanh(logits / shaping.cap) * shaping.cap
 
 
 class _Context(FunctionCtx):
@@ -83,7 +98,7 @@ class _LinearLoss(torch.autograd.Function):
         dtype: torch.dtype,
         learning: bool,
         tied: HeadGradient | None,
-        cap: float | None,
+        shaping: Shaping,
     ) -> Tensor:
         wanted = [learning and needed for needed in ctx.needs_input_grad[:3]]
         vocabulary, device = len(weight_vd), hidden_sd.device.type
@@ -101,7 +116,7 @@ class _LinearLoss(torch.autograd.Function):
                 logits_rv = torch.mm(h_rd, w_vd.T, out=buffer[: stop - start])
                 if bias is not None:
                     logits_rv += bias
-                sums = in_passes(logits_rv, start, criterion, any(wanted), cap)
+                sums = in_passes(logits_rv, start, criterion, any(wanted), shaping)
                 total = sums if total is None else total + sums
                 if grad_h_sd is not None:
                     torch.mm(logits_rv, w_vd, out=grad_h_sd[start:stop])
@@ -173,13 +188,17 @@ def scratch(rows: int, columns: int, like: Tensor) -> Tensor:
     return kept[: rows * columns].view(rows, columns)
 
 
-def in_passes(logits_rv: Tensor, first: int, criterion: Criterion, learning: bool, cap: float | None = None) -> Tensor:
-    """The criterion's sums over a block of rows; with `learning` the logits are replaced by their gradient."""
+def in_passes(logits_rv: Tensor, first: int, criterion: Criterion, learning: bool, shaping: Shaping) -> Tensor:
+    """The criterion's sums over a block of rows of the head's product, which is replaced by its gradient if
+    `learning`."""
+    scale, cap = shaping
     total: Tensor | None = None
     in_float = logits_rv.dtype == torch.float32
     for start, stop in blocks(len(logits_rv), logits_rv.shape[1], PASS[logits_rv.device.type]):
         part_rv = logits_rv[start:stop] if in_float else logits_rv[start:stop].float()
         slope_rv = None
+        if scale != 1:
+            part_rv.mul_(scale)
         if cap is not None:
             part_rv.div_(cap).tanh_()
             slope_rv = 1 - part_rv.square() if learning else None
@@ -187,6 +206,8 @@ def in_passes(logits_rv: Tensor, first: int, criterion: Criterion, learning: boo
         sums = criterion(part_rv, first + start, first + stop, learning)
         if slope_rv is not None:
             part_rv.mul_(slope_rv)
+        if scale != 1 and learning:
+            part_rv.mul_(scale)
         total = sums if total is None else total + sums
         if learning and not in_float:
             logits_rv[start:stop] = part_rv

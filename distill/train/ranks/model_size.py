@@ -22,7 +22,7 @@ from distill.model_families import in_engine
 from distill.recipe import Train
 from distill.recipe.adapters import Lora, Qlora
 from distill.train.learn import attention, fused, recurrent
-from distill.train.student import float8
+from distill.train.student import float8, methods
 from distill.train.student.methods import Dtypes, with_adapters
 
 USED = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")  # names of the experts of a token
@@ -134,7 +134,7 @@ def adapters(config: PretrainedConfig, adapter: Lora | Qlora) -> int:
         model = with_adapters(on_meta(config, layers), adapter)
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    if _differ(config):
+    if _differ(config) or adapter.target_modules != "all-linear":  # a name may be that of a single layer
         return count(config.num_hidden_layers)
     one, two = count(1), count(2)
     return one + int(config.num_hidden_layers - 1) * (two - one)
@@ -237,6 +237,13 @@ def activations(config: PretrainedConfig, settings: Train, dtypes: Dtypes, devic
     return Activations(mean(config, layer), rest, max(layer.values()))
 
 
+def _within(model: PreTrainedModel, adapter: Lora | Qlora) -> Lora | Qlora:
+    """The adapter with those of its `target_modules` that a model with few layers has; where it has none, with all."""
+    linear = methods.linear_layers(model)
+    here = tuple(t for t in adapter.target_modules if any(methods.named_by(t, name) for name in linear))
+    return adapter.model_copy(update={"target_modules": here or "all-linear"})
+
+
 def per_token(config: PretrainedConfig, settings: Train, dtypes: Dtypes, layers: int, device: str, like: int) -> float:
     """`saved_bytes` that one more token adds."""
     few, many = (saved_bytes(config, settings, dtypes, layers, tokens, device, like) for tokens in (PROBE, 2 * PROBE))
@@ -273,7 +280,7 @@ def saved_bytes(
     if device == "cpu" and not dtypes.float8:
         fused.install(model)
     if settings.adapter is not None:
-        with_adapters(model, settings.adapter)
+        with_adapters(model, _within(model, settings.adapter))
     with FakeTensorMode(allow_non_fake_inputs=True):  # buffers are real
         fake_parameters(model)
         model.train()

@@ -88,8 +88,12 @@ class State:
                 torch.cuda.set_rng_state(stored.whole(key))
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The trained parameters; a tied weight once."""
-        return [(name, p) for name, p in self.learner.named_parameters() if p.requires_grad]
+        """The trained parameters, which are those that the optimiser holds; a tied weight once."""
+        trained = [(name, p) for name, p in self.learner.named_parameters() if p.requires_grad]
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        strange = [name for name, p in trained if id(p) not in held]
+        assert not strange, f"{strange[0]} is not what the optimiser updates: a forward pass has left it gathered"
+        return trained
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield f"random.{self.rank}", torch.get_rng_state()

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.train.ranks import environment
@@ -91,6 +91,16 @@ class World:
                 yield
         else:
             yield
+
+    def reshard(self, learner: nn.Module) -> None:
+        """After a forward pass without a backward pass: free what it gathered (fsdp).
+
+        The outermost unit (embedding, last norm, head) stays gathered in the dtype of the forward pass until a backward
+        pass ends: the learner's parameters would be others than those that the optimiser holds. Rejected: resharding it
+        after every forward pass, which gathers it once more in every training step.
+        """
+        if self.layout == "fsdp":
+            cast(FSDPModule, learner).reshard()
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum over all ranks, in place."""

@@ -52,6 +52,11 @@ def check(recipe: Recipe, models: Models, questions: Questions) -> None:
     assert rollouts is not None
     if not prompts:
         raise UserError("prompts: there is no prompt for the student to answer; add a source, or raise its `limit`")
+    if not rollouts.total_steps(len(prompts), settings.num_train_epochs, settings.max_steps):
+        raise UserError(
+            f"{len(prompts):,} prompts in {settings.num_train_epochs:g} epochs are less than one optimiser step: raise "
+            f"train.num_train_epochs, or set train.max_steps"
+        )
     student = models.base.chat
     gate.check_student(student)
     if isinstance(objective, Grpo):

@@ -5,8 +5,8 @@ copy is examined before anything is written: the model of the same config with t
 of layer, a small vocabulary, and random weights in float32. It must hold that
 
 - a token's hidden state does not depend on later tokens, else the next token is not predicted but read;
-- the logits are the head's product with the hidden states, below the soft cap of the config where there is one:
-  training applies the head by itself, in blocks, and a scale behind it would be left out silently;
+- the logits are the head's product with the hidden states, times the scale and below the soft cap of the config where
+  there are any: training applies the head by itself, in blocks, and anything else behind it would be left out silently;
 - in a padded batch, each row is what it is alone.
 
 Otherwise it is refused. Rows are concatenated only if, through the very pass of the training (`learn.forward`),
@@ -18,7 +18,8 @@ Otherwise it is refused. Rows are concatenated only if, through the very pass of
   with these weights;
 - they are what the row has alone with the model's own attention, up to rounding.
 
-Otherwise the rows are padded, and the reason is printed and recorded.
+Otherwise the rows are padded, and the reason is printed and recorded. What is asked of two rows is asked twice: of rows
+of different lengths, each of which is a group of its own, and of similar ones, which share a padded group.
 
 The copy has random weights because a trained or freshly made model may hide a leak behind a gate that is zero; every
 parameter is drawn. Rejected: the loaded model, which is spread over devices or not there yet when the rows are encoded
@@ -43,10 +44,11 @@ from distill import model_families
 from distill.errors import UserError
 from distill.recipe import Training
 from distill.train.learn import attention, forward, recurrent
-from distill.train.learn.loss import cap_of, capped
+from distill.train.learn.loss import shaped, shaping_of
 from distill.train.rows.batches import Row, collate
 
-LENGTHS = (13, 9)  # tokens of the two rows: at most 16, the least `max_length`, and of two groups
+# Tokens of two rows that share a batch, at most 16, the least `max_length`: of two groups, and of one that is padded.
+LENGTHS = ((13, 9), (13, 11))
 VOCABULARY = 64
 SPREAD = 3.0  # standard deviation of a product with random weights and inputs of deviation 1: caps and sinks show
 ROUNDING = 1e-3  # of the largest hidden state
@@ -57,6 +59,7 @@ TAKEN = ("rows", "scaling", "dropout", "sliding_window")
 PASSED = ("position_ids", "use_cache", "cache_position", "past_key_values", "output_attentions", "output_hidden_states")
 SPY = "distill_rows_examined"
 BY_BATCH = ("dynamic", "longrope")  # rotary embeddings that depend on the longest row of the batch
+Pair = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # two rows, and two that replace them
 _examined: dict[tuple[str, int], str | None] = {}
 
 
@@ -97,36 +100,35 @@ def _by_config(config: PretrainedConfig, max_length: int) -> str | None:
 def _examine(config: PretrainedConfig) -> str | None:
     """As `why_padded`, of short rows."""
     kind = config.model_type
-    a, b, c, d = (_tokens(length, seed) for seed, length in enumerate(LENGTHS * 2))
+    pairs = [_pair(lengths) for lengths in LENGTHS]
+    (a, _), (c, _) = pairs[0]
     transformers_logging.set_verbosity_error()  # about weights, which are random here
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             model = small(config)
-            alone = [_alone(model, row) for row in (a, b)]
+            alone = [[_alone(model, row) for row in rows] for rows, _ in pairs]
             logits_tv = model(input_ids=a[None], use_cache=False).logits[0]
         except Exception as error:  # whatever a config leads to inside transformers
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"models of type {kind!r} cannot be trained; transformers: {reason}") from error
-        if not torch.equal(_alone(model, torch.cat([a[:-1], c[-1:]]))[:-1], alone[0][:-1]):
+        if not torch.equal(_alone(model, torch.cat([a[:-1], c[-1:]]))[:-1], alone[0][0][:-1]):
             raise UserError(f"models of type {kind!r} cannot be trained: a token's state depends on later tokens")
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise UserError(f"models of type {kind!r} cannot be trained: their head is not one linear layer")
-        if not _close(capped(head(alone[0]), cap_of(model.config)), logits_tv):
+        if not _close(shaped(head(alone[0][0]), shaping_of(model.config)), logits_tv):
             raise UserError(
                 f"models of type {kind!r} cannot be trained: their logits are not the product of the head and the "
-                f"hidden states, nor that below a soft cap (a scale follows), which training assumes"
+                f"hidden states, times the scale and below the soft cap of the config, which training assumes"
             )
-        padded = _together(model, a, b, padded=True)
-        if not all(map(_close, padded, alone)):
-            raise UserError(f"models of type {kind!r} cannot be trained: padded rows are not what they are alone")
-        return _why_not_concatenated(model, alone, a, b, c, d)
+        for (rows, _), states in zip(pairs, alone, strict=True):
+            if not all(map(_close, _together(model, *rows, padded=True), states)):
+                raise UserError(f"models of type {kind!r} cannot be trained: padded rows are not what they are alone")
+        return _why_not_concatenated(model, pairs, alone)
 
 
-def _why_not_concatenated(
-    model: PreTrainedModel, alone: list[Tensor], a: Tensor, b: Tensor, c: Tensor, d: Tensor
-) -> str | None:
-    """c, d: rows that replace a and b."""
+def _why_not_concatenated(model: PreTrainedModel, pairs: list[Pair], alone: list[list[Tensor]]) -> str | None:
+    """alone: the hidden states of the rows of each pair."""
     if not model._can_set_attn_implementation():
         return "attention cannot be replaced by that of concatenated rows"
     given = set[str]()
@@ -138,17 +140,18 @@ def _why_not_concatenated(
     AttentionInterface.register(SPY, spy)
     model.set_attn_implementation(SPY)
     recurrent.install(model)
-    try:
-        first, second = _together(model, a, b, padded=False)
-        changed = _together(model, c, b, padded=False)[1], _together(model, a, d, padded=False)[0]
-    except (TypeError, AttributeError, RuntimeError, ValueError, AssertionError) as error:
-        return f"the forward pass does not take concatenated rows ({type(error).__name__})"
-    if other := sorted(given.difference(TAKEN, PASSED)):
-        return f"attention takes {', '.join(other)}, which that of concatenated rows does not compute"
-    if not (torch.equal(changed[0], second) and torch.equal(changed[1], first)):
-        return "a row changes the logits of another one that it is concatenated with"
-    if not (_close(first, alone[0]) and _close(second, alone[1])):
-        return "a row is not what it is alone when it is concatenated with another one"
+    for ((a, b), (c, d)), states in zip(pairs, alone, strict=True):
+        try:
+            first, second = _together(model, a, b, padded=False)
+            changed = _together(model, a, d, padded=False)[0], _together(model, c, b, padded=False)[1]
+        except (TypeError, AttributeError, RuntimeError, ValueError, AssertionError) as error:
+            return f"the forward pass does not take concatenated rows ({type(error).__name__})"
+        if other := sorted(given.difference(TAKEN, PASSED)):
+            return f"attention takes {', '.join(other)}, which that of concatenated rows does not compute"
+        if not all(map(torch.equal, changed, (first, second))):
+            return "a row changes the logits of another one that it is concatenated with"
+        if not all(map(_close, (first, second), states)):
+            return "a row is not what it is alone when it is concatenated with another one"
     return None
 
 
@@ -167,7 +170,7 @@ def small(config: PretrainedConfig) -> PreTrainedModel:
     if getattr(config, "sliding_window", None):
         config.sliding_window = min(config.sliding_window, WINDOW)
     if getattr(config, CHUNK, None):  # what short rows cannot show is read from the config
-        setattr(config, CHUNK, max(getattr(config, CHUNK), 2 * max(LENGTHS)))
+        setattr(config, CHUNK, max(getattr(config, CHUNK), 2 * max(map(max, LENGTHS))))
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
@@ -177,6 +180,11 @@ def small(config: PretrainedConfig) -> PreTrainedModel:
         else:
             parameter.add_(drawn * 0.2)
     return model.eval()
+
+
+def _pair(lengths: tuple[int, int]) -> Pair:
+    a, b, c, d = (_tokens(length, seed) for seed, length in enumerate(lengths * 2))
+    return (a, b), (c, d)
 
 
 def _tokens(length: int, seed: int) -> Tensor:

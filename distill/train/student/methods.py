@@ -12,12 +12,14 @@ read from the disk again, unquantised.
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from distill.errors import UserError
 from distill.hardware import multiplies_bfloat16
@@ -91,14 +93,54 @@ def require_bitsandbytes(why: str) -> None:
         raise UserError(f"{why}, which needs bitsandbytes: pip install 'distill[qlora]'")
 
 
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """The names of the linear layers of a model's decoder, as PEFT takes them: Conv1D is GPT-2's."""
+    decoder, head = set(model.get_decoder().modules()), model.get_output_embeddings()
+    kinds = (nn.Linear, Conv1D)
+    return [n for n, m in model.named_modules() if isinstance(m, kinds) and m in decoder and m is not head]
+
+
+def named_by(target: str, name: str) -> bool:
+    """Whether an entry of `target_modules` names a module: by its whole name, or by the end of it."""
+    return name == target or name.endswith(f".{target}")
+
+
+def last_parts(names: Iterable[str]) -> str:
+    """The last parts of the names of modules, each once, for a message."""
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+
+
+def refuse_targets(model: PreTrainedModel, adapter: Lora | Qlora) -> None:
+    """Errors: UserError for entries of `target_modules` that name anything but linear layers of the decoder.
+
+    PEFT ignores names that it does not find, the head is multiplied without its adapter (`learn.loss`), and the engine
+    has none beside the embedding.
+    """
+    if adapter.target_modules == "all-linear":
+        return
+    linear = linear_layers(model)
+    allowed, names = set(linear), [name for name, _ in model.named_modules()]
+    refused = []
+    for target in adapter.target_modules:
+        named = {name for name in names if named_by(target, name)}
+        if not named or named - allowed:
+            refused.append(repr(target))
+    if refused:
+        raise UserError(
+            f"train.adapter.target_modules: {', '.join(refused)}: no linear layer of the student's decoder, which has "
+            f"{last_parts(linear)}; name some of these, or set it to all-linear"
+        )
+
+
 def with_adapters(model: PreTrainedModel, adapter: Lora | Qlora) -> "PeftModel":
     """The model with trainable adapters beside its linear layers; everything else is frozen.
 
-    Errors: UserError when `target_modules` matches no layer of the model.
+    Errors: UserError as of `refuse_targets`, and for layers that PEFT refuses.
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = adapter.target_modules
+    refuse_targets(model, adapter)
+    targets, has = adapter.target_modules, last_parts(linear_layers(model))
     config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
@@ -111,11 +153,9 @@ def with_adapters(model: PreTrainedModel, adapter: Lora | Qlora) -> "PeftModel":
         with warnings.catch_warnings():  # PEFT uses a name that transformers 6 will remove
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
             adapted = get_peft_model(model, config)
-    except ValueError as error:
-        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise UserError(
-            f"train.adapter.target_modules {list(targets)} matches no layer of the student; it has {', '.join(linear)}"
-        ) from error
+    except ValueError as error:  # in some recurrent families a layer is computed without its adapter
+        reason = " ".join(str(error).split())
+        raise UserError(f"train.adapter.target_modules: {reason} The student's decoder has {has}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

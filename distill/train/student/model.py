@@ -80,6 +80,8 @@ def inspect(model_dir: Path, settings: Train) -> Limits:
         model = empty(model_dir, settings, torch.bfloat16)
     except Exception as error:  # whatever the wrong value leads to inside transformers
         raise UserError(f"{model_dir}/config.json describes no model that can be built: {_reason(error)}") from error
+    if settings.adapter is not None:
+        methods.refuse_targets(model, settings.adapter)
     expected = {name: list(tensor.shape) for name, tensor in stored_tensors(model).items()}
     for problem, names in (
         ("are missing", [name for name in expected if name not in shapes]),
