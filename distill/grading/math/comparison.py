@@ -29,20 +29,25 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
 - `n!!` is the double factorial, `\\sin^{-1}` the inverse function, `I`, `AB` and `VI` are names as well as products.
 """
 
+from dataclasses import replace
+
 import sympy
 
-from distill.grading.math.environments import set_of
 from distill.grading.math.equality import same
+from distill.grading.math.lists import base_name, ungrouped
 from distill.grading.math.reader import ELLIPSIS
 from distill.grading.math.relations import (
     Verdict,
     all_of,
+    as_regions,
     equal_clocks,
     equal_comparisons,
     equal_congruences,
     equal_equations,
     equal_ratios,
     equal_regions,
+    point_in,
+    variables,
 )
 from distill.grading.math.scalars import as_fraction, equal_scalars
 from distill.grading.math.values import (
@@ -56,7 +61,6 @@ from distill.grading.math.values import (
     Region,
     Scalar,
     Sequence,
-    Unreadable,
     Value,
     Words,
 )
@@ -93,7 +97,7 @@ def _unlike(one: Value, other: Value) -> Verdict:
     if isinstance(one, Region) and isinstance(other, Sequence):
         return _same_region(one, other)
     if isinstance(one, Region) and isinstance(other, Scalar):
-        return _point(one, other)
+        return point_in(one, other)
     if isinstance(one, (Matrix, Sequence)) and isinstance(other, Scalar) and _may_be_vector(other.expression):
         return _in_components(one, other)
     if isinstance(one, Matrix):
@@ -176,6 +180,8 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
         return True if gold.brackets == answer.brackets and _in_order(gold.items, answer.items) else None
     if "" in (gold.brackets, answer.brackets) and any(isinstance(item, Region) for item in gold.items + answer.items):
         return _lists_of_regions(gold, answer)
+    if gold.grouped or answer.grouped:
+        return _solutions(gold, answer)
     kinds = {gold.brackets, answer.brackets}
     ordered = [kind for kind in (gold.brackets, answer.brackets) if kind not in ("", "{}")]
     if ordered and _labels(gold) and set(_labels(gold)) == set(_labels(answer)):
@@ -198,7 +204,19 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
     if "{}" in kinds:
         verdict = _in_any_order(_distinct(gold.items), _distinct(answer.items))
         return verdict if len(gold.items) == len(answer.items) or not verdict else None
-    return _in_any_order(gold.items, answer.items)
+    verdict = _in_any_order(gold.items, answer.items)
+    relations = any(isinstance(item, Comparison) for item in gold.items)
+    if verdict and (relations or gold.both or answer.both) and gold.alternatives != answer.alternatives:
+        return None if relations or any(isinstance(item, Equation) for item in gold.items) else verdict
+    return verdict
+
+
+def _solutions(gold: Sequence, answer: Sequence) -> Verdict:
+    """Solutions of several unknowns each, beside such solutions or another list, which may have the same values."""
+    verdict = _sequences(replace(gold, grouped=False), replace(answer, grouped=False))
+    if verdict is not False or (gold.grouped and answer.grouped):
+        return verdict
+    return False if _sequences(ungrouped(gold), ungrouped(answer)) is False else None
 
 
 def _labels(sequence: Sequence) -> tuple[str, ...]:
@@ -225,13 +243,30 @@ def _enumerates(sequence: Sequence) -> bool:
 
 def _lists_of_regions(gold: Sequence, answer: Sequence) -> Verdict:
     """Lists of sets, at least one of them with inequalities in it."""
-    if gold.brackets == answer.brackets == "" and _in_any_order(gold.items, answer.items):
+    names = variables(gold), variables(answer)
+    if max(map(len, names)) > 1:
+        return _by_variable(gold, answer) if names[0] == names[1] else None
+    joined_alike = gold.alternatives == answer.alternatives and gold.brackets == answer.brackets == ""
+    if joined_alike and _in_any_order(gold.items, answer.items):
         return True
-    one, other = _as_regions(gold), _as_regions(answer)
+    one, other = as_regions(gold), as_regions(answer)
     if one is None or other is None:
         return None
     verdicts = [equal_regions(a, b) for a in one for b in other]
     return verdicts[0] if len(verdicts) == 1 else False if set(verdicts) == {False} else None
+
+
+def _by_variable(gold: Sequence, answer: Sequence) -> Verdict:
+    """Lists of inequalities in the same variables, several of them: compared variable by variable."""
+    if gold.alternatives != answer.alternatives:
+        return None
+    lists = [[item for item in each.items if isinstance(item, Region)] for each in (gold, answer)]
+    if [len(gold.items), len(answer.items)] != list(map(len, lists)):
+        return None
+    return all_of(
+        _lists_of_regions(*(replace(gold, items=tuple(r for r in each if r.variable == name)) for each in lists))
+        for name in variables(gold)
+    )
 
 
 def _in_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict:
@@ -245,7 +280,7 @@ def _in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict
     if len(gold) != len(answer):
         return False
     labels = [[item.label for item in items if isinstance(item, Labelled)] for items in (gold, answer)]
-    if min(map(len, labels)) == 0 and len({label.partition("_")[0] for each in labels for label in each}) > 1:
+    if min(map(len, labels)) == 0 and len({base_name(label) for each in labels for label in each}) > 1:
         one, other = Sequence(gold), Sequence(answer)
         if all(map(_sorted_labels, (one, other))) and _in_order(gold, answer):
             return True
@@ -254,11 +289,11 @@ def _in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict
     if set(labels[0]) == set(labels[1]) and len(set(labels[0])) == len(labels[0]) == len(labels[1]) == len(gold) > 1:
         by_label = {item.label: item for item in answer if isinstance(item, Labelled)}
         verdict = all_of(equal(item, by_label[item.label]) for item in gold if isinstance(item, Labelled))
-        if verdict is not False or len({label.partition("_")[0] for label in labels[0]}) > 1:
+        if verdict is not False or len(set(map(base_name, labels[0]))) > 1:
             return verdict
         values = [tuple(item.value for item in items if isinstance(item, Labelled)) for items in (gold, answer)]
         return False if _in_any_order(*values) is False else None  # roots in another order, or another solution
-    rest, unsure = list(answer), False
+    rest, unsure = list(answer), _may_be_torn(gold, answer)
     for item in gold:
         verdicts = [equal(item, other) for other in rest]
         if True in verdicts:
@@ -268,6 +303,16 @@ def _in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict
         else:
             return False
     return None if unsure else True
+
+
+def _may_be_torn(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> bool:
+    """Whether the same values may belong to other names: lists with several names, some of them for several values, are
+    certain only in one order."""
+    names = [[item.label if isinstance(item, Labelled) else None for item in items] for items in (gold, answer)]
+    several = [each for each in names if len({base_name(name) for name in each if name}) > 1]
+    if not any(None in each or len(set(each)) < len(each) for each in several):
+        return False
+    return names[0] != names[1] or not _in_order(gold, answer)
 
 
 def _distinct(items: tuple[Value, ...]) -> tuple[Value, ...]:
@@ -280,6 +325,7 @@ def _distinct(items: tuple[Value, ...]) -> tuple[Value, ...]:
 
 def _one_of(sequence: Sequence, scalar: Scalar) -> Verdict:
     """A single value beside a sequence: different, unless the sequence offers alternatives or repeats one value."""
+    sequence = ungrouped(sequence)
     verdicts = [equal(item, scalar) for item in sequence.items]
     units = [item.unit for item in sequence.items if isinstance(item, Scalar) and item.unit is not None]
     if len(units) == len(sequence.items) and len({unit.dimensions for unit in units}) == 1 < len(set(units)):
@@ -348,7 +394,7 @@ def _labelled(one: Labelled, other: Value) -> Verdict:
         return None if equation is None else equal_equations(equation, other)
     if isinstance(other, (Region, Comparison)) and isinstance(one.value, Scalar):
         point = one.value
-        return _point(other, point) if isinstance(other, Region) else None
+        return point_in(other, point) if isinstance(other, Region) else None
     return equal(one.value, other)
 
 
@@ -386,38 +432,11 @@ def _as_equation(labelled: Labelled) -> Equation | None:
 
 def _same_region(region: Region, sequence: Sequence) -> Verdict:
     """A set of numbers beside an interval, or a list of its numbers, of intervals or of inequalities."""
+    sequence = ungrouped(sequence)
     if sequence.brackets == "" and isinstance(region.points, sympy.FiniteSet):
         return _in_any_order(tuple(map(Scalar, region.points)), _distinct(sequence.items))
-    meant = _as_regions(sequence)
+    meant = as_regions(sequence)
     if meant is None:
         return False if all(isinstance(item, Scalar) for item in sequence.items) else None
     verdicts = [equal_regions(region, each) for each in meant]
     return verdicts[0] if len(verdicts) == 1 else False if set(verdicts) == {False} else None
-
-
-def _as_regions(sequence: Sequence) -> list[Region] | None:
-    """The sets of numbers that an interval or a list of intervals or inequalities may mean; None for anything else.
-
-    "x > 1, x > 2" is the union or the intersection; whichever of them says nothing ("x < 1, x > 2" have no number in
-    common) is not meant.
-    """
-    try:
-        if sequence.brackets != "":
-            return [Region(set_of(sequence))]
-        parts = [set_of(item) for item in sequence.items]
-    except Unreadable:
-        return None
-    union, common = Region(sympy.Union(*parts)), Region(sympy.Intersection(*parts))
-    inequalities = all(isinstance(item, Region) and item.variable is not None for item in sequence.items)
-    if sequence.alternatives or not inequalities or common.points is sympy.S.EmptySet:
-        return [union]
-    return [common] if union.points == sympy.S.Reals else [union, common]
-
-
-def _point(region: Region, scalar: Scalar) -> Verdict:
-    """A set beside a single number."""
-    if isinstance(region.points, sympy.FiniteSet) and len(region.points) == 1:
-        return same(next(iter(region.points)), scalar.expression)
-    if region.points is sympy.S.EmptySet and scalar.expression == 0:
-        return None  # how many there are
-    return None if region.points in (sympy.S.Integers, sympy.S.Naturals, sympy.S.Rationals) else False

@@ -12,7 +12,8 @@ FONT = re.compile(
 )
 ENVIRONMENT = re.compile(r"\\(?:begin|end)\{\w+\*?\}")
 SPELLINGS = (
-    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,!;: ]|\\?\$"), ""),
+    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!|(?<=\d)\\[,;: ](?=\d{3}(?!\d))|\\?\$"), ""),
+    (re.compile(r"\\[,;: ]"), " "),  # "3\;4" is not "34"
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (FONT, r"\1"),
     (re.compile("\N{MINUS SIGN}"), "-"),
@@ -67,7 +68,7 @@ TYPESETTING = (
     (re.compile(r",\s*\\!\s*|\{,\}\s*|,\s*\\,\s*(?=\d{3}(?!\d))"), ","),
     (re.compile(r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lrm]?|limits|nolimits)(?![a-zA-Z])\s*\.?"), ""),
     (re.compile(r"\\[!]"), ""),
-    (re.compile(r"(?<!\\)\\[,;: >]|\\q?quad(?![a-zA-Z])|(?<!\\)~|\\hspace\{[^{}]*\}|\\(?:h|v)?phantom\{[^{}]*\}"), " "),
+    (re.compile(r"(?<!\\)\\[,;: >]|(?<!\\)~|\\(?:h|v)?phantom\{[^{}]*\}"), " "),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![a-zA-Z])"), r"\\binom"),
     (re.compile(r"\\(?:lbrace|lbrack)(?![a-zA-Z])"), r"\\{"),
@@ -78,6 +79,24 @@ TYPESETTING = (
     (re.compile(r"\\textcolor\{\w+\}|\\color\{\w+\}"), ""),
     (re.compile(r"\\langle(?![a-zA-Z])"), "("),
     (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
+)
+
+_SPACE = r"(?:(?<!\\)\\[,;: >]|(?<!\\)~)"
+_WIDE = rf"\\q?quad(?![a-zA-Z])|\\hspace\*?\{{[^{{}}]*\}}|{_SPACE}(?:\s*{_SPACE})+"
+SPACING = re.compile(rf"\s*(?:(?:{_WIDE})\s*)+|\s*(?<!\\)(?:\\[;: >]|~)\s*|\s*\n\s*")
+WIDE = re.compile(_WIDE)
+NEAR = 200  # characters beside a space that decide what it means
+_INFIX = (
+    r"(?:[,;:=<>&|]|\\\\|\\(?:leq?|geq?|leqslant|geqslant|neq?|lt|gt|in|approx|equiv|to|mid|cdot|times|div|cup|cap|land|"
+    r"lor|i?mplies|Rightarrow|iff)(?![a-zA-Z]))"
+)
+UNFINISHED = re.compile(rf"(?:{_INFIX}|[-+*/^(\[{{]|{FONT.pattern}|^\s*\(?[A-J][).:]?|\b(?:and|or|for|if))\s*$")
+CONTINUED = re.compile(
+    rf"(?:{_INFIX}|[)\]}}]|{FONT.pattern}|\\(?:text|mathrm|begin|end|pmod|bmod|mod|ldots|dots)(?![a-zA-Z])"
+    r"|\(\s*(?:\\(?:text|mathrm|mod|bmod)|mod)|[A-Za-z]{2,}(?!\s*[=(])|d[a-z](?![a-zA-Z]))"
+)
+LABEL = re.compile(  # what begins another equation: "y =", "f(2) <"
+    r"\\?[A-Za-z]+'*(?:_\w|_\{\w+\})?'*(?:\([^()]*\))?\s*(?:=|<|>|\\(?:leq?|geq?|neq?|in)(?![a-zA-Z]))"
 )
 
 
@@ -109,9 +128,22 @@ def cleaned(text: str) -> str:
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: f"_{{{match[0].translate(SUBSCRIPTS)}}}", text)
     text = "".join(character if character.isascii() else _ascii(character) for character in text)
     text = re.sub(r"\\sqrt (\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
+    text = SPACING.sub(_separator, text)
     for pattern, replacement in TYPESETTING:
         text = pattern.sub(replacement, text)
     return text.strip()
+
+
+def _separator(match: re.Match[str]) -> str:
+    """What a space between two values means: a comma before another equation; a wide one is a space or, between two
+    complete values, a command that is not read: it may be a comma or a sign of multiplication."""
+    start, end, wide = match.start(), match.end(), WIDE.search(match[0])
+    before, after = match.string[max(0, start - NEAR) : start], match.string[end : end + NEAR]
+    if not before or not after or UNFINISHED.search(before) or CONTINUED.match(after):
+        return " "
+    if LABEL.match(after) and (wide or re.search(r"[=<>]|\\(?:leq?|geq?|neq?)", re.split("[,;]", before)[-1])):
+        return ", "
+    return r"\quad " if wide else " "
 
 
 def _superscript(match: re.Match[str]) -> str:
