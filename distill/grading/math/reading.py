@@ -32,9 +32,10 @@ IN_WORDS = re.compile(
 )  # 4 (four)
 SIGN_AS_TEXT = re.compile(r"\\(?:text|mathrm)\{\s*(\\?\$)((?:[\d.,!\\]|\{,\})*)\s*\}")  # \text{\$}5, \text{\$5}
 SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!)\s*(?=\d)")  # of thousands, as LaTeX sets it
-SCALE = r"(?:thousand|million|billion|trillion)"
+SCALE = r"(?:thousand|million|billion|trillion|quadrillion|lakhs?|crores?|k|mn|mln|bn|tn)"
+SHORT_SCALES = {"k": "thousand", "K": "thousand", "M": "million", "B": "billion"}  # behind an amount only: $5M
 BEFORE = re.compile(
-    rf"({SIGN})\s*(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?:\s*(?:\\(?:text|mathrm)\{{\s*({SCALE})\s*\}}|({SCALE})))?"
+    rf"({SIGN})\s*(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?:\s*(?:\\(?:text|mathrm)\{{\s*({SCALE})\s*\}}|({SCALE}|[KMB])(?![A-Za-z])))?"
 )
 AFTER = re.compile(rf"(\d)\s*({SIGN})(?![\d.\w])")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d]|,\d)")
@@ -132,7 +133,8 @@ def _money(text: str) -> str:
         text = re.sub(r"(?<!\\)\$", " ", text)
 
     def behind(match: re.Match[str]) -> str:
-        return rf"{match[2]}\text{{{match[3] or match[4] or ''} {CURRENCY[match[1]]}}}"
+        scale = match[3] or match[4] or ""
+        return rf"{match[2]}\text{{{SHORT_SCALES.get(scale, scale)} {CURRENCY[match[1]]}}}"
 
     text = BEFORE.sub(behind, text)
     return AFTER.sub(lambda match: rf"{match[1]}\text{{ {CURRENCY[match[2]]}}}", text)
