@@ -34,8 +34,9 @@ from dataclasses import replace
 import sympy
 
 from distill.grading.math.equality import same
-from distill.grading.math.lists import base_name, ungrouped
+from distill.grading.math.lists import base_name, distinct_labels, enumerates, sorted_labels, ungrouped, unlabelled
 from distill.grading.math.reader import ELLIPSIS
+from distill.grading.math.regions import opaque
 from distill.grading.math.relations import (
     Verdict,
     all_of,
@@ -84,8 +85,13 @@ def equal(gold: Value, answer: Value) -> Verdict:
     for one, other in ((gold, answer), (answer, gold)):
         if isinstance(one, Equation) and isinstance(other, Scalar):
             return _stated_by(one, other)
-        if isinstance(one, Sequence) and isinstance(other, (Scalar, Matrix)) and _labels(one) and one.brackets == "()":
-            return equal(_unlabelled(one), other)
+        if (
+            isinstance(one, Sequence)
+            and isinstance(other, (Scalar, Matrix))
+            and distinct_labels(one)
+            and one.brackets == "()"
+        ):
+            return equal(unlabelled(one), other)
     if type(gold) is type(answer):
         return _alike(gold, answer)
     verdicts = [_unlike(one, other) for one, other in ((gold, answer), (answer, gold))]
@@ -118,9 +124,10 @@ def _unlike(one: Value, other: Value) -> Verdict:
 
 
 def _stated_by(equation: Equation, scalar: Scalar) -> Verdict:
-    """An equation that says what several letters make together, `m + n = 104`, beside a number. With a single letter it
-    may be one to solve, and with factors or zero a relation, as that of a line: never equal."""
-    for number, other in ((equation.left, equation.right), (equation.right, equation.left)):
+    """An equation that says what several letters or values of functions make together, `m + n = 104`, beside a number.
+    With a single letter it may be one to solve, and with factors or zero a relation, as that of a line: never equal."""
+    left, right = opaque(equation.left), opaque(equation.right)
+    for number, other in ((left, right), (right, left)):
         if not number.free_symbols and other.free_symbols:
             if len(other.free_symbols) == 1:
                 return None
@@ -128,7 +135,7 @@ def _stated_by(equation: Equation, scalar: Scalar) -> Verdict:
             if verdict is True and number == 0:
                 return None if sums else False
             return None if verdict is True and not sums else verdict
-    return False
+    return False if not opaque(scalar.expression).free_symbols else None
 
 
 def _sum_of_letters(expression: sympy.Expr) -> bool:
@@ -184,7 +191,7 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
         return _solutions(gold, answer)
     kinds = {gold.brackets, answer.brackets}
     ordered = [kind for kind in (gold.brackets, answer.brackets) if kind not in ("", "{}")]
-    if ordered and _labels(gold) and set(_labels(gold)) == set(_labels(answer)):
+    if ordered and distinct_labels(gold) and set(distinct_labels(gold)) == set(distinct_labels(answer)):
         return _in_any_order(gold.items, answer.items)
     if len(ordered) == 2:
         verdict = _in_order(gold.items, answer.items)
@@ -194,16 +201,19 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
             return False if verdict is not None or not kinds - {"(]", "[)"} else None
         return False if verdict is False else None
     if len(ordered) == 1:
-        if any(not sequence.brackets and _enumerates(sequence) for sequence in (gold, answer)):
+        if any(not sequence.brackets and enumerates(sequence) for sequence in (gold, answer)):
             return None  # solutions beside an interval or a point
         if _in_order(gold.items, answer.items):
-            return True if "{}" not in kinds and all(map(_sorted_labels, (gold, answer))) else None
+            return True if "{}" not in kinds and all(map(sorted_labels, (gold, answer))) else None
         return False if _in_any_order(gold.items, answer.items) is False else None
     if kinds == {"{}"}:
         return _in_any_order(_distinct(gold.items), _distinct(answer.items))
     if "{}" in kinds:
         verdict = _in_any_order(_distinct(gold.items), _distinct(answer.items))
         return verdict if len(gold.items) == len(answer.items) or not verdict else None
+    free = [tuple(item for item in each.items if not isinstance(item, Comparison)) for each in (gold, answer)]
+    if (len(free[0]) == len(gold.items)) != (len(free[1]) == len(answer.items)):
+        return False if _in_any_order(*free) is False else None  # a = 1, b = 2, a < b
     verdict = _in_any_order(gold.items, answer.items)
     relations = any(isinstance(item, Comparison) for item in gold.items)
     if verdict and (relations or gold.both or answer.both) and gold.alternatives != answer.alternatives:
@@ -217,28 +227,6 @@ def _solutions(gold: Sequence, answer: Sequence) -> Verdict:
     if verdict is not False or (gold.grouped and answer.grouped):
         return verdict
     return False if _sequences(ungrouped(gold), ungrouped(answer)) is False else None
-
-
-def _labels(sequence: Sequence) -> tuple[str, ...]:
-    """The labels of a sequence whose items have different ones; none for any other."""
-    labels = tuple(item.label for item in sequence.items if isinstance(item, Labelled))
-    return labels if len(labels) == len(sequence.items) == len(set(labels)) > 1 else ()
-
-
-def _sorted_labels(sequence: Sequence) -> bool:
-    """Whether the order of the items is that of a point: they have no labels, `(y, x) = …` or alphabetical ones."""
-    return sequence.brackets != "" or list(_labels(sequence)) == sorted(_labels(sequence), key=str.casefold)
-
-
-def _unlabelled(sequence: Sequence) -> Sequence:
-    items = tuple(item.value if isinstance(item, Labelled) else item for item in sequence.items)
-    return Sequence(items, sequence.brackets, sequence.alternatives)
-
-
-def _enumerates(sequence: Sequence) -> bool:
-    """Whether a list without brackets says that its items are solutions: `x = 1, x = 2`, `1 or 2`, `n = 1, 2`."""
-    labels = {item.label for item in sequence.items if isinstance(item, Labelled)}
-    return sequence.alternatives or len(labels) == 1
 
 
 def _lists_of_regions(gold: Sequence, answer: Sequence) -> Verdict:
@@ -282,9 +270,9 @@ def _in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict
     labels = [[item.label for item in items if isinstance(item, Labelled)] for items in (gold, answer)]
     if min(map(len, labels)) == 0 and len({base_name(label) for each in labels for label in each}) > 1:
         one, other = Sequence(gold), Sequence(answer)
-        if all(map(_sorted_labels, (one, other))) and _in_order(gold, answer):
+        if all(map(sorted_labels, (one, other))) and _in_order(gold, answer):
             return True
-        unordered = _in_any_order(_unlabelled(one).items, _unlabelled(other).items)
+        unordered = _in_any_order(unlabelled(one).items, unlabelled(other).items)
         return False if unordered is False else None  # m = 3, n = 5 beside 5, 3
     if set(labels[0]) == set(labels[1]) and len(set(labels[0])) == len(labels[0]) == len(labels[1]) == len(gold) > 1:
         by_label = {item.label: item for item in answer if isinstance(item, Labelled)}
@@ -326,6 +314,13 @@ def _distinct(items: tuple[Value, ...]) -> tuple[Value, ...]:
 def _one_of(sequence: Sequence, scalar: Scalar) -> Verdict:
     """A single value beside a sequence: different, unless the sequence offers alternatives or repeats one value."""
     sequence = ungrouped(sequence)
+    if sequence.brackets == "cases":
+        return None if scalar.expression.free_symbols else False  # |x|, or a constant
+    names = {str(letter) for letter in scalar.expression.free_symbols}
+    values = [item for item in sequence.items if not isinstance(item, (Region, Comparison))]
+    conditions = len(values) < len(sequence.items) or any(isinstance(v, Labelled) and v.label in names for v in values)
+    if conditions and any(equal(item, scalar) is not False for item in values):
+        return None  # x = 4, x > 0
     verdicts = [equal(item, scalar) for item in sequence.items]
     units = [item.unit for item in sequence.items if isinstance(item, Scalar) and item.unit is not None]
     if len(units) == len(sequence.items) and len({unit.dimensions for unit in units}) == 1 < len(set(units)):

@@ -21,10 +21,13 @@ OF_NUMBERS = {"max", "min", "gcd", "lcm"}
 ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "abs": "abs"}
 LETTERS = {
     "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa",
-    "lambda", "mu", "nu", "xi", "pi", "rho", "varrho", "sigma", "tau", "upsilon", "phi", "varphi", "chi", "psi",
-    "omega",     "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega",
+    "lambda", "mu", "nu", "xi", "pi", "rho", "varrho", "sigma", "varsigma", "tau", "upsilon", "phi", "varphi", "chi",
+    "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega",
     "ell", "hbar", "infty",
 }  # fmt: skip
+VARIANTS = [
+    (f"var{name}", name) for name in ("epsilon", "theta", "rho", "phi", "sigma")
+]  # one letter, unless both are used
 COMMANDS = {
     "frac": "frac", "sqrt": "sqrt", "binom": "binom", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=",
     "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "in": "in", "cup": "cup",
@@ -77,6 +80,9 @@ def tokens(text: str) -> list[Token]:
     """The tokens of a cleaned text. Errors: Unreadable at the first character that belongs to none."""
     if len(text) > LONGEST:
         raise Unreadable("too long")
+    for variant, name in VARIANTS:
+        if not re.search(rf"\\{name}(?![a-z])", text):
+            text = text.replace(rf"\{variant}", rf"\{name}")
     found: list[Token] = []
     position, spaced = 0, False
     while position < len(text):

@@ -53,6 +53,30 @@ def base_name(label: str) -> str:
     return label.partition("_")[0]
 
 
+def distinct_labels(sequence: Sequence) -> tuple[str, ...]:
+    """The labels of a sequence whose items have different ones; none for any other."""
+    labels = tuple(item.label for item in sequence.items if isinstance(item, Labelled))
+    return labels if len(labels) == len(sequence.items) == len(set(labels)) > 1 else ()
+
+
+def sorted_labels(sequence: Sequence) -> bool:
+    """Whether the order of the items is that of a point: they have no labels, `(y, x) = …` or alphabetical ones."""
+    labels = distinct_labels(sequence)
+    return sequence.brackets != "" or list(labels) == sorted(labels, key=str.casefold)
+
+
+def unlabelled(sequence: Sequence) -> Sequence:
+    """The list without the labels of its items."""
+    items = tuple(item.value if isinstance(item, Labelled) else item for item in sequence.items)
+    return Sequence(items, sequence.brackets, sequence.alternatives)
+
+
+def enumerates(sequence: Sequence) -> bool:
+    """Whether a list without brackets says that its items are solutions: `x = 1, x = 2`, `1 or 2`, `n = 1, 2`."""
+    labels = {item.label for item in sequence.items if isinstance(item, Labelled)}
+    return sequence.alternatives or len(labels) == 1
+
+
 def _is_bare(value: Value) -> bool:
     return isinstance(value, Sequence) and value.brackets == ""
 

@@ -221,7 +221,8 @@ class Reader(Quantities):
     def _label(self, start: int, end: int) -> str | None:
         """The tokens as a label, if they are a symbol, a function of symbols, a name or a tuple of symbols."""
         part = self.tokens[start:end]
-        called = len(part) == 4 and part[0].kind == "letter" and part[1].text == "("
+        core = [token for token in part if token.text != "'"]
+        called = len(core) == 4 and core[0].kind == "letter" and core[1].text == "("
         if not called and any(token.kind in ("number", "function", "join", "end") for token in part):
             return None
         text = "".join(f"{token.text}_{token.subscript}" if token.subscript else token.text for token in part)

@@ -55,6 +55,13 @@ GREEK["lambda"] = r"\lambda "
 for _name, _command in GREEK.items():
     _size = "SMALL" if _name.islower() else "CAPITAL"
     SYMBOLS[unicodedata.lookup(f"GREEK {_size} LETTER {_name.upper().replace('LAMBDA', 'LAMDA')}")] = _command
+SYMBOLS |= {
+    "\N{GREEK SMALL LETTER EPSILON}": r"\varepsilon ", "\N{GREEK LUNATE EPSILON SYMBOL}": r"\epsilon ",
+    "\N{GREEK SMALL LETTER PHI}": r"\varphi ", "\N{GREEK PHI SYMBOL}": r"\phi ",
+    "\N{GREEK THETA SYMBOL}": r"\vartheta ", "\N{GREEK RHO SYMBOL}": r"\varrho ",
+    "\N{MICRO SIGN}": r"\mu ", "\N{LATIN SMALL LETTER H WITH STROKE}": r"\hbar ",
+    "\N{PLANCK CONSTANT OVER TWO PI}": r"\hbar ", "\N{THEREFORE}": " ",
+}  # fmt: skip
 
 SWALLOWED = (  # a backslash and a letter, read as an escape
     (re.compile("\b(?=oxed|inom|egin|ar|eta|mod|f|igcup)"), r"\\b"),
