@@ -7,7 +7,7 @@ wrong.
   guesses      the last formula or number of prose
   spelling     compares spellings without a parser
   notation, lexer               rewrite notations of whole answers; text → tokens
-  expressions, operators, environments, quantities, reader, reading
+  expressions, operators, environments, quantities, lists, reader, reading
                                 tokens → `values`, or `Unreadable`; never a part of the text
   regions, units                inequalities as sets; units with exact factors
   equality, scalars, relations, comparison
@@ -122,7 +122,7 @@ def _read(text: str) -> list[Value]:
 class MathGrader(TaskGrader):
     """Numbers, expressions, sets and intervals, by the functions above."""
 
-    version = 3  # guesses, labels, words, parameters, conditions; derived units, prefixes, scales, rounded conversions
+    version = 4  # wide spaces, solutions of systems, joined inequalities, scales, decimal commas, conditions, notations
     packages = ("sympy",)
 
     def prepare(self) -> None:

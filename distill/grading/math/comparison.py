@@ -6,7 +6,8 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
 
 - A label is not compared (`x = 5` equals `5`), but two different labels leave the answers undecided.
 - A bare list is a multiset, `{…}` is a set, `(…)` is ordered; `(a, b)` is an open interval beside an interval.
-  Inequalities joined by "or" are a union. Lists with labels, also `(x, y) = (1, 2)`, are compared label by label;
+  Inequalities joined by "or" are a union; of several variables each has its own. Solutions of several unknowns
+  (`x = 1, y = 4 or x = 3, y = 2`) are compared as wholes. A condition (`x = 4, x > 0`) is undecided. Lists with labels, also `(x, y) = (1, 2)`, are compared label by label;
   beside values without labels they are equal only where the labels are in alphabetical order.
 - What several letters make together (`m + n = 104`) equals the number; other equations beside their number are
   undecided.
@@ -16,8 +17,8 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
 - `5%` equals `5` and `0.05`: the normalizer of MATH drops the sign, Qwen2.5-Math's grader accepts both values, and such
   a question usually asks "what percent". Up to 1 the number alone is undecided: `0.5` beside `0.5%` may lack the sign
   or confuse a fraction with a percentage.
-- `1,5` equals `1.5`, as for Math-Verify, and the list 1, 5: the digits would not agree by chance. A comma before
-  exactly three digits separates thousands: `1,000` is never 1.
+- `1,5` equals `1.5`, as for Math-Verify, and the list 1, 5: the digits would not agree by chance; after a relation
+  (`x = 1,5`) it is undecided. A comma before exactly three digits separates thousands: `1,000` is never 1.
 - The ratio `3:4` equals the quotient `3/4`, which is its definition. With two digits after the colon (`10:30`) it may
   be a time, and the quotient is undecided.
 - A rounded decimal beside an exact number is undecided, also as a percentage and in another unit; `0.333...` repeats,

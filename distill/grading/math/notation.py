@@ -32,6 +32,8 @@ _REWRITINGS = {  # pattern: replacement
     r"(?<=\d)\s+(m|km|cm|ft|mi)\s*/\s*(s|h|hr|min|sec)(\^2|\^\{2\})?(?![a-zA-Z])": r"\\text{ \1/\2\3}",  # 3 m/s
     r"(?<=\d)\s*\\text\{ (\w+/\w+)\^\{2\}\}": r"\\text{ \1^2}",
     r"^\s*(?:\\text\{\s*(?i:negative|minus)\s*\}|(?i:negative|minus)(?![a-zA-Z]))\s*(?=[\d.]|\\(?:frac|sqrt|pi))": "-",
+    r"^\s*\\text\{\s*(?!(?i:.*\b(?:no|not|never|than|except|excluding|wrong|incorrect|false|least|most)\b))"
+    r"([A-Za-z][A-Za-z ]*?)\s*(?::\s*\}|\}\s*:)\s*(?=\S)": r"\\text{\1} = ",
     r"^\s*(?:USD|US|EUR|GBP|INR|Rs\.?)\s*(?=[\d.])": "",
     r"^\s*<([^<>=]*,[^<>=]*)>\s*$": r"(\1)",
     rf"^\s*(?={_RELATION})": "x",  # "≤ 5": what is meant is clear
@@ -39,10 +41,16 @@ _REWRITINGS = {  # pattern: replacement
 }
 REWRITINGS = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITINGS.items()]
 MODULUS = re.compile(r"\(?\s*(?:\\b?mod(?![a-z])|\\(?:text|mathrm)\{\s*mod\s*\}|(?<![\\a-z])mod\b)\s*(\d+|[a-z])\s*\)?")
+OVER_ALL = re.compile(r"((?:(?!\\over)[^=<>,;&])*)\\over(?![a-zA-Z])((?:(?!\\over)[^=<>,;&])*)")
 OVER = re.compile(r"\\frac\{([^{}]*)d([a-z])\}(\{(?:[^{}]|\{[^{}]*\})*\})")  # of an integral: dx over something
 CHOSEN = re.compile(r"C_\{?(\d+)\}?\^\{?(\d+)\}?")  # C_{10}^5: of 10 things, 5
 DIGITS = re.compile(r"\(?\s*(?:\\(?:text|mathrm)\{)?\s*([0-9A-Z]{2,}|\d)\s*\}?\s*\)?\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))")
 PREFIXED = re.compile(r"0([xXbB])([0-9a-fA-F]+)")
+NAMED_BASE = re.compile(
+    r"([0-9A-Z]+)[\s(}]*(?:\\(?:text|mathrm)\{[\s(]*)?(?:in\s+)?"
+    r"(?:base[\s-]*(?:\}\s*)?(\w+)|(binary|octal|hexadecimal)(?: notation)?)[\s)}]*"
+)
+NAMES_OF_BASES = {"binary": 2, "octal": 8, "hexadecimal": 16}
 BASE_WORD = re.compile(r"_\s*\{?\s*\\(?:text|mathrm)\{\s*(\w+)\s*\}\s*\}?")
 
 MONTHS = [
@@ -65,6 +73,8 @@ def rewritten(text: str) -> str:
         text = pattern.sub(replacement, text)
     if r"\equiv" in text:
         text = MODULUS.sub(r"\\pmod{\1}", text)
+    if (over := OVER_ALL.fullmatch(text)) and all(half.count("{") == half.count("}") for half in over.groups()):
+        text = rf"\frac{{{over[1]}}}{{{over[2]}}}"
     if r"\int" in text:
         text = OVER.sub(lambda match: rf"\frac{{{match[1].strip() or 1}}}{match[3]} d{match[2]}", text)
     text = CHOSEN.sub(_chosen, BASE_WORD.sub(_base_word, _french(text)))
@@ -125,6 +135,12 @@ def numeral_in_base(text: str) -> tuple[int, int, str] | None:
         base, digits = int(match[2] or match[3]), match[1]
         if not digits.isdigit() and max(int(digit, 36) for digit in digits) >= base:
             return None  # a symbol with a subscript
+    elif match := NAMED_BASE.fullmatch(text):
+        name, digits = match[2] or match[3], match[1]
+        number = int(name) if name.isdigit() else (NUMBERS | NAMES_OF_BASES).get(name.lower())
+        if number is None:
+            return None
+        base = number
     else:
         return None
     if not 2 <= base <= 36:

@@ -57,9 +57,9 @@ class Reader(Quantities):
                 return points
             if text in ("infinity", "positive infinity", "negative infinity"):
                 return Scalar(-sympy.oo if text[0] == "n" else sympy.oo)
-            pieces = text.split(" and ")
-            if len(pieces) > 1 and all(len(piece.split()) <= 2 for piece in pieces):
-                return Sequence(tuple(map(Words, pieces)))
+            names = text.split(" and ")
+            if len(names) > 1 and all(len(name.split()) <= 2 for name in names):
+                return Sequence(tuple(map(Words, names)))
             if len(self.tokens) > 1 or text not in NUMBERS:
                 return Words(ARTICLES.sub("", text, count=1) if ARTICLES.match(text) else text)
         pieces = self._pieces(spread=True)

@@ -27,6 +27,7 @@ CURRENCY = {
     "\N{INDIAN RUPEE SIGN}": "rupee",
 }
 SIGN = r"(?:\\?\$|[\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}\N{INDIAN RUPEE SIGN}])"
+NAMED_SIGN = re.compile(r"\\(?:(pounds|textsterling)|(?:text)?euro)(?![a-zA-Z])\s*")
 IN_WORDS = re.compile(
     r"(?:\\(?:text|mathrm)\{)?(\d{1,2})\s*(?:\\(?:text|mathrm)\{)?\s*\(([A-Za-z]{3,9})\)\s*\}?"
 )  # 4 (four)
@@ -157,6 +158,7 @@ def _listed(text: str) -> str:
 
 def _money(text: str) -> str:
     """Amounts with their currency as a unit after them; dollar signs that are math delimiters are removed."""
+    text = NAMED_SIGN.sub(lambda match: "\N{POUND SIGN}" if match[1] else "\N{EURO SIGN}", text)
     text = re.sub(SIGN_AS_TEXT, r"\1\2", text)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
         text = re.sub(r"(?<!\\)\$", " ", text)

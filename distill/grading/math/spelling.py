@@ -14,7 +14,7 @@ ENVIRONMENT = re.compile(r"\\(?:begin|end)\{\w+\*?\}")
 SPELLINGS = (
     (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!|(?<=\d)\\[,;: ](?=\d{3}(?!\d))|\\?\$"), ""),
     (re.compile(r"\\[,;: ]"), " "),  # "3\;4" is not "34"
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(?:[dtc]|nice|s)frac(?![a-zA-Z])"), r"\\frac"),
     (FONT, r"\1"),
     (re.compile("\N{MINUS SIGN}"), "-"),
     (re.compile(r"_\{([A-Za-z0-9])\}"), r"_\1"),
@@ -71,12 +71,18 @@ SWALLOWED = (  # a backslash and a letter, read as an escape
     (re.compile("\x07(?=lpha|ngle|pprox|rc)"), r"\\a"),
     (re.compile("\x0b(?=ec|ar|ert|dots|ee)"), r"\\v"),
 )
+MARKS = re.compile(  # of the end of a proof, and of a conclusion
+    r"^\s*\\therefore(?![a-zA-Z])|\\(?:blacksquare|square|Box|qed|checkmark)\s*$"
+)
 TYPESETTING = (
+    (re.compile(r"(?<=\\\\)\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|px|in)\s*\]"), ""),  # of rows
+    (re.compile(r"\\(?:tiny|scriptsize|footnotesize|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![a-zA-Z])"), ""),
     (re.compile(r",\s*\\!\s*|\{,\}\s*|,\s*\\,\s*(?=\d{3}(?!\d))"), ","),
     (re.compile(r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lrm]?|limits|nolimits)(?![a-zA-Z])\s*\.?"), ""),
     (re.compile(r"\\[!]"), ""),
     (re.compile(r"(?<!\\)\\[,;: >]|(?<!\\)~|\\(?:h|v)?phantom\{[^{}]*\}"), " "),
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(?:[dtc]|nice|s)frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\Pr(?![a-zA-Z])"), "P"),
     (re.compile(r"\\[dt]binom(?![a-zA-Z])"), r"\\binom"),
     (re.compile(r"\\(?:lbrace|lbrack)(?![a-zA-Z])"), r"\\{"),
     (re.compile(r"\\(?:rbrace|rbrack)(?![a-zA-Z])"), r"\\}"),
@@ -90,7 +96,7 @@ TYPESETTING = (
 
 _SPACE = r"(?:(?<!\\)\\[,;: >]|(?<!\\)~)"
 _WIDE = rf"\\q?quad(?![a-zA-Z])|\\hspace\*?\{{[^{{}}]*\}}|{_SPACE}(?:\s*{_SPACE})+"
-SPACING = re.compile(rf"\s*(?:(?:{_WIDE})\s*)+|\s*(?<!\\)(?:\\[;: >]|~)\s*|\s*\n\s*")
+SPACING = re.compile(rf"(?<!\s)\s*(?:(?:(?:{_WIDE})\s*)+|(?<!\\)(?:\\[;: >]|~)\s*|(?<=\n)(?!\s))")
 WIDE = re.compile(_WIDE)
 NEAR = 200  # characters beside a space that decide what it means
 _INFIX = (
@@ -99,12 +105,15 @@ _INFIX = (
 )
 UNFINISHED = re.compile(rf"(?:{_INFIX}|[-+*/^(\[{{]|{FONT.pattern}|^\s*\(?[A-J][).:]?|\b(?:and|or|for|if))\s*$")
 CONTINUED = re.compile(
-    rf"(?:{_INFIX}|[)\]}}]|{FONT.pattern}|\\(?:text|mathrm|begin|end|pmod|bmod|mod|ldots|dots)(?![a-zA-Z])"
+    rf"(?:{_INFIX}|[)\]}}+*/^!']|-(?=\s|\\[,;: ]|\\q?quad)|{FONT.pattern}"
+    r"|\\(?:text|mathrm|begin|end|pmod|bmod|mod|ldots|dots)(?![a-zA-Z])"
     r"|\(\s*(?:\\(?:text|mathrm|mod|bmod)|mod)|[A-Za-z]{2,}(?!\s*[=(])|d[a-z](?![a-zA-Z]))"
 )
 LABEL = re.compile(  # what begins another equation: "y =", "f(2) <"
     r"\\?[A-Za-z]+'*(?:_\w|_\{\w+\})?'*(?:\([^()]*\))?\s*(?:=|<|>|\\(?:leq?|geq?|neq?|in)(?![a-zA-Z]))"
 )
+
+UPRIGHT = re.compile(r"\\(?:mathrm|text)\{(?:[^{}\\]|[\^_]\{-?\d+\}|\\cdot(?![a-zA-Z]))*\}")  # with units and indices
 
 
 def repaired(text: str) -> str:
@@ -128,17 +137,17 @@ def has_words(text: str) -> bool:
 
 def cleaned(text: str) -> str:
     """The text in plain LaTeX without typesetting; white space is kept where it may mean something."""
-    text = repaired(text)
+    text = re.sub(r"\s{3,}", lambda match: "\n" if "\n" in match[0] else "  ", repaired(text))
     if r"\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z{}])", r"\\", text)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+(?=(\\d?))", _superscript, text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: f"_{{{match[0].translate(SUBSCRIPTS)}}}", text)
     text = "".join(character if character.isascii() else _ascii(character) for character in text)
     text = re.sub(r"\\sqrt (\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
-    text = SPACING.sub(_separator, text)
+    text = SPACING.sub(_separator, MARKS.sub("", text))
     for pattern, replacement in TYPESETTING:
         text = pattern.sub(replacement, text)
-    return text.strip()
+    return UPRIGHT.sub(_upright, text).strip()
 
 
 def _separator(match: re.Match[str]) -> str:
@@ -151,6 +160,11 @@ def _separator(match: re.Match[str]) -> str:
     if LABEL.match(after) and (wide or re.search(r"[=<>]|\\(?:leq?|geq?|neq?)", re.split("[,;]", before)[-1])):
         return ", "
     return r"\quad " if wide else " "
+
+
+def _upright(match: re.Match[str]) -> str:
+    """Without groups and commands: `\\mathrm{kg\\cdot m\\,s^{-2}}` is `\\mathrm{kg*m s^-2}`."""
+    return re.sub(r"([\^_])\{(-?\d+)\}", r"\1\2", re.sub(r"\s*\\cdot\s*", "*", match[0]))
 
 
 def _superscript(match: re.Match[str]) -> str:
