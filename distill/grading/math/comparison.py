@@ -6,9 +6,10 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
 
 - A label is not compared (`x = 5` equals `5`), but two different labels leave the answers undecided.
 - A bare list is a multiset, `{…}` is a set, `(…)` is ordered; `(a, b)` is an open interval beside an interval.
-  Inequalities joined by "or" are a union; of several variables each has its own. Solutions of several unknowns
-  (`x = 1, y = 4 or x = 3, y = 2`) are compared as wholes. A condition (`x = 4, x > 0`) is undecided. Lists with labels, also `(x, y) = (1, 2)`, are compared label by label;
-  beside values without labels they are equal only where the labels are in alphabetical order.
+  Inequalities joined by "or" are a union; of several variables each has its own. Lists with labels, also
+  `(x, y) = (1, 2)`, are compared label by label; beside values without labels they are equal only where the labels are
+  in alphabetical order. Solutions of several unknowns (`x = 1, y = 4 or x = 3, y = 2`) are compared as wholes. A
+  condition (`x = 4, x > 0`) leaves the answers undecided.
 - What several letters make together (`m + n = 104`) equals the number; other equations beside their number are
   undecided.
 - A unit on one side only is not compared; two units are, with their factors, derived ones in base units. A number that
@@ -216,9 +217,11 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
     if (len(free[0]) == len(gold.items)) != (len(free[1]) == len(answer.items)):
         return False if _in_any_order(*free) is False else None  # a = 1, b = 2, a < b
     verdict = _in_any_order(gold.items, answer.items)
-    relations = any(isinstance(item, Comparison) for item in gold.items)
-    if verdict and (relations or gold.both or answer.both) and gold.alternatives != answer.alternatives:
-        return None if relations or any(isinstance(item, Equation) for item in gold.items) else verdict
+    if verdict and gold.alternatives != answer.alternatives:
+        names = {base_name(item.label) for each in (gold, answer) for item in each.items if isinstance(item, Labelled)}
+        relations = any(isinstance(item, Comparison) for item in gold.items) or len(names) > 1
+        equations = any(isinstance(item, Equation) for item in gold.items) and (gold.both or answer.both)
+        return None if relations or equations else True  # 1 and 2 is 1 or 2; x > y and y > 2 is not x > y or y > 2
     return verdict
 
 

@@ -26,8 +26,9 @@ CHANGES = re.compile(  # at the end, or wherever it is, of the words after a num
     rf"(?:in |to )?base (?:{'|'.join(NUMBERS)})\b|parts per \w+|pp[mbt]\b|bps\b|basis points?\b"
     r"|(?:in )?(?:binary|octal|hex(?:adecimal)?)$|bound$"
 )
-REJECTED = re.compile(
-    r"(?:is )?(?:ruled out|excluded|eliminated|rejected|discarded|fails|failed|gross|score|myriads?)$"
+REJECTED = re.compile(  # or changed: all of the words after a number
+    r"(?:(?:is )?(?:ruled out|excluded|eliminated|rejected|discarded|fails|failed)|gross|score|myriads?|mil|mio|twice"
+    r"|thrice|reciprocal|inverse|exclusive|down|underground|bce?|(?:\w+ )?ago|per (?:hundred|thousand|million))$"
 )
 PER_MILLE = re.compile(r"per ?mill?e?$|permille$")
 ANSWERED = re.compile(r"is (?:the )?(?:(?:final|only|right|correct) )*(?:answer|solution|result|right|correct)")
