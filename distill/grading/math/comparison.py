@@ -245,7 +245,14 @@ def _lists_of_regions(gold: Sequence, answer: Sequence) -> Verdict:
     if one is None or other is None:
         return None
     verdicts = [equal_regions(a, b) for a in one for b in other]
-    return verdicts[0] if len(verdicts) == 1 else False if set(verdicts) == {False} else None
+    verdict = verdicts[0] if len(verdicts) == 1 else False if set(verdicts) == {False} else None
+    return None if verdict is False and (_with_condition(gold, answer) or _with_condition(answer, gold)) else verdict
+
+
+def _with_condition(condition: Sequence, value: Sequence) -> bool:
+    """Whether a list may be a value and a condition: `(1, 2), t > 0`."""
+    free = [item for item in condition.items if not (isinstance(item, Region) and item.variable is not None)]
+    return len(free) == 1 < len(condition.items) and equal(free[0], value) is not False
 
 
 def _by_variable(gold: Sequence, answer: Sequence) -> Verdict:

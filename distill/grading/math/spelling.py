@@ -18,7 +18,7 @@ SPELLINGS = (
     (FONT, r"\1"),
     (re.compile("\N{MINUS SIGN}"), "-"),
     (re.compile(r"_\{([A-Za-z0-9])\}"), r"_\1"),
-    (re.compile(r"(?<!\d)\s+|\s+(?!\d)"), ""),  # but "1 1/2" is not "11/2"
+    (re.compile(r"(?<![\d\s])\s+|(?<!\s)\s+(?![\d\s])"), ""),  # but "1 1/2" is not "11/2"
 )
 WORD = re.compile(r"(?<![\\A-Za-z])(?!sqrt)[A-Za-z]{4,}")  # fewer letters may be a product of variables
 
