@@ -218,7 +218,7 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
         return False if _in_any_order(*free) is False else None  # a = 1, b = 2, a < b
     verdict = _in_any_order(gold.items, answer.items)
     if verdict and gold.alternatives != answer.alternatives:
-        names = {base_name(item.label) for each in (gold, answer) for item in each.items if isinstance(item, Labelled)}
+        names = {base_name(item.label) for item in gold.items if isinstance(item, Labelled)}
         relations = any(isinstance(item, Comparison) for item in gold.items) or len(names) > 1
         equations = any(isinstance(item, Equation) for item in gold.items) and (gold.both or answer.both)
         return None if relations or equations else True  # 1 and 2 is 1 or 2; x > y and y > 2 is not x > y or y > 2
