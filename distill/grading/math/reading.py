@@ -65,11 +65,6 @@ TRAILING = re.compile(
 )
 
 
-def read(text: str) -> Value:
-    """Read a text. Errors: Unreadable if any part of it is not understood."""
-    return _read(cleaned(_money(MARKED.sub(_marked, text))))
-
-
 def readings(text: str) -> list[Value]:
     """Every reading of a text, the likeliest first. Errors: Unreadable where there is none."""
     if len(text) > LONGEST:
