@@ -98,7 +98,10 @@ def test_spellings_of_one_answer(one: str, other: str) -> None:
     assert normalise(one) == normalise(other)
 
 
-@pytest.mark.parametrize(("one", "other"), [("1 1/2", "11/2"), (r"\leftarrow", "arrow"), ("m", "M"), ("1 2", "12")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("1 1/2", "11/2"), (r"\leftarrow", "arrow"), ("m", "M"), ("1 2", "12"), (r"3\;4", "34"), ("3  4", "34")],
+)
 def test_different_answers_stay_different(one: str, other: str) -> None:
     assert normalise(one) != normalise(other)
 

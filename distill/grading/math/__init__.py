@@ -7,7 +7,7 @@ wrong.
   guesses      the last formula or number of prose
   spelling     compares spellings without a parser
   notation, lexer               rewrite notations of whole answers; text → tokens
-  expressions, operators, environments, quantities, reader, reading
+  expressions, operators, environments, quantities, lists, reader, reading
                                 tokens → `values`, or `Unreadable`; never a part of the text
   regions, units                inequalities as sets; units with exact factors
   equality, scalars, relations, comparison
@@ -31,7 +31,7 @@ from distill.grading.math.comparison import equal
 from distill.grading.math.extraction import final_answer, gold_answer
 from distill.grading.math.guesses import guess
 from distill.grading.math.lexer import FUNCTIONS
-from distill.grading.math.reading import readings
+from distill.grading.math.reading import readings, with_decimal_points
 from distill.grading.math.spelling import FONT, has_words, normalise
 from distill.grading.math.values import Unreadable, Value, Words
 
@@ -74,16 +74,14 @@ def judge(gold: str, answer: str, marked: bool) -> Ruling:
     if None in verdicts:
         words = any(isinstance(value, Words) for value in expected + given)
         return "unverifiable", "words, not mathematics" if words else "equality not decided"
-    if any(equal(one, other) is not False for one, other in _with_short_words(gold, answer, expected, given)):
+    if any(equal(one, other) is not False for one, other in _otherwise(gold, answer, expected, given)):
         return "unverifiable", "equality not decided"
     return "wrong", "not equal"
 
 
-def _with_short_words(
-    gold: str, answer: str, expected: list[Value], given: list[Value]
-) -> Iterator[tuple[Value, Value]]:
-    """The pairs of readings in which two or three letters after a number are a word or unit and no product of
-    variables: "5 men", "5 kN"."""
+def _otherwise(gold: str, answer: str, expected: list[Value], given: list[Value]) -> Iterator[tuple[Value, Value]]:
+    """The pairs of less likely readings: two or three letters after a number are a word or unit and no product of
+    variables ("5 men", "5 kN"), and the comma of "x = 1,5" is a decimal one."""
     golds, answers = (
         [] if text == plain else _read(text) for text, plain in ((_spelt(gold), gold), (_spelt(answer), answer))
     )
@@ -93,7 +91,8 @@ def _with_short_words(
 
 
 def _spelt(text: str) -> str:
-    return SHORT.sub(lambda match: match[0] if match[1] in FUNCTIONS else rf" \text{{{match[1]}}}", text)
+    text = SHORT.sub(lambda match: match[0] if match[1] in FUNCTIONS else rf" \text{{{match[1]}}}", text)
+    return with_decimal_points(text)
 
 
 def spelled(text: str) -> list[Value]:
@@ -123,7 +122,7 @@ def _read(text: str) -> list[Value]:
 class MathGrader(TaskGrader):
     """Numbers, expressions, sets and intervals, by the functions above."""
 
-    version = 3  # guesses, labels, words, parameters, conditions; derived units, prefixes, scales, rounded conversions
+    version = 4  # wide spaces, solutions of systems, joined inequalities, scales, decimal commas, conditions, notations
     packages = ("sympy",)
 
     def prepare(self) -> None:

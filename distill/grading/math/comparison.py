@@ -6,8 +6,10 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
 
 - A label is not compared (`x = 5` equals `5`), but two different labels leave the answers undecided.
 - A bare list is a multiset, `{…}` is a set, `(…)` is ordered; `(a, b)` is an open interval beside an interval.
-  Inequalities joined by "or" are a union. Lists with labels, also `(x, y) = (1, 2)`, are compared label by label;
-  beside values without labels they are equal only where the labels are in alphabetical order.
+  Inequalities joined by "or" are a union; of several variables each has its own. Lists with labels, also
+  `(x, y) = (1, 2)`, are compared label by label; beside values without labels they are equal only where the labels are
+  in alphabetical order. Solutions of several unknowns (`x = 1, y = 4 or x = 3, y = 2`) are compared as wholes. A
+  condition (`x = 4, x > 0`) leaves the answers undecided.
 - What several letters make together (`m + n = 104`) equals the number; other equations beside their number are
   undecided.
 - A unit on one side only is not compared; two units are, with their factors, derived ones in base units. A number that
@@ -16,8 +18,8 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
 - `5%` equals `5` and `0.05`: the normalizer of MATH drops the sign, Qwen2.5-Math's grader accepts both values, and such
   a question usually asks "what percent". Up to 1 the number alone is undecided: `0.5` beside `0.5%` may lack the sign
   or confuse a fraction with a percentage.
-- `1,5` equals `1.5`, as for Math-Verify, and the list 1, 5: the digits would not agree by chance. A comma before
-  exactly three digits separates thousands: `1,000` is never 1.
+- `1,5` equals `1.5`, as for Math-Verify, and the list 1, 5: the digits would not agree by chance; after a relation
+  (`x = 1,5`) it is undecided. A comma before exactly three digits separates thousands: `1,000` is never 1.
 - The ratio `3:4` equals the quotient `3/4`, which is its definition. With two digits after the colon (`10:30`) it may
   be a time, and the quotient is undecided.
 - A rounded decimal beside an exact number is undecided, also as a percentage and in another unit; `0.333...` repeats,
@@ -29,20 +31,26 @@ would have to decide, the verdict is None: a wrong answer graded correct is the 
 - `n!!` is the double factorial, `\\sin^{-1}` the inverse function, `I`, `AB` and `VI` are names as well as products.
 """
 
+from dataclasses import replace
+
 import sympy
 
-from distill.grading.math.environments import set_of
 from distill.grading.math.equality import same
+from distill.grading.math.lists import base_name, distinct_labels, enumerates, sorted_labels, ungrouped, unlabelled
 from distill.grading.math.reader import ELLIPSIS
+from distill.grading.math.regions import opaque
 from distill.grading.math.relations import (
     Verdict,
     all_of,
+    as_regions,
     equal_clocks,
     equal_comparisons,
     equal_congruences,
     equal_equations,
     equal_ratios,
     equal_regions,
+    point_in,
+    variables,
 )
 from distill.grading.math.scalars import as_fraction, equal_scalars
 from distill.grading.math.values import (
@@ -56,7 +64,6 @@ from distill.grading.math.values import (
     Region,
     Scalar,
     Sequence,
-    Unreadable,
     Value,
     Words,
 )
@@ -80,8 +87,13 @@ def equal(gold: Value, answer: Value) -> Verdict:
     for one, other in ((gold, answer), (answer, gold)):
         if isinstance(one, Equation) and isinstance(other, Scalar):
             return _stated_by(one, other)
-        if isinstance(one, Sequence) and isinstance(other, (Scalar, Matrix)) and _labels(one) and one.brackets == "()":
-            return equal(_unlabelled(one), other)
+        if (
+            isinstance(one, Sequence)
+            and isinstance(other, (Scalar, Matrix))
+            and distinct_labels(one)
+            and one.brackets == "()"
+        ):
+            return equal(unlabelled(one), other)
     if type(gold) is type(answer):
         return _alike(gold, answer)
     verdicts = [_unlike(one, other) for one, other in ((gold, answer), (answer, gold))]
@@ -93,7 +105,7 @@ def _unlike(one: Value, other: Value) -> Verdict:
     if isinstance(one, Region) and isinstance(other, Sequence):
         return _same_region(one, other)
     if isinstance(one, Region) and isinstance(other, Scalar):
-        return _point(one, other)
+        return point_in(one, other)
     if isinstance(one, (Matrix, Sequence)) and isinstance(other, Scalar) and _may_be_vector(other.expression):
         return _in_components(one, other)
     if isinstance(one, Matrix):
@@ -114,9 +126,10 @@ def _unlike(one: Value, other: Value) -> Verdict:
 
 
 def _stated_by(equation: Equation, scalar: Scalar) -> Verdict:
-    """An equation that says what several letters make together, `m + n = 104`, beside a number. With a single letter it
-    may be one to solve, and with factors or zero a relation, as that of a line: never equal."""
-    for number, other in ((equation.left, equation.right), (equation.right, equation.left)):
+    """An equation that says what several letters or values of functions make together, `m + n = 104`, beside a number.
+    With a single letter it may be one to solve, and with factors or zero a relation, as that of a line: never equal."""
+    left, right = opaque(equation.left), opaque(equation.right)
+    for number, other in ((left, right), (right, left)):
         if not number.free_symbols and other.free_symbols:
             if len(other.free_symbols) == 1:
                 return None
@@ -124,7 +137,7 @@ def _stated_by(equation: Equation, scalar: Scalar) -> Verdict:
             if verdict is True and number == 0:
                 return None if sums else False
             return None if verdict is True and not sums else verdict
-    return False
+    return False if not opaque(scalar.expression).free_symbols else None
 
 
 def _sum_of_letters(expression: sympy.Expr) -> bool:
@@ -176,9 +189,11 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
         return True if gold.brackets == answer.brackets and _in_order(gold.items, answer.items) else None
     if "" in (gold.brackets, answer.brackets) and any(isinstance(item, Region) for item in gold.items + answer.items):
         return _lists_of_regions(gold, answer)
+    if gold.grouped or answer.grouped:
+        return _solutions(gold, answer)
     kinds = {gold.brackets, answer.brackets}
     ordered = [kind for kind in (gold.brackets, answer.brackets) if kind not in ("", "{}")]
-    if ordered and _labels(gold) and set(_labels(gold)) == set(_labels(answer)):
+    if ordered and distinct_labels(gold) and set(distinct_labels(gold)) == set(distinct_labels(answer)):
         return _in_any_order(gold.items, answer.items)
     if len(ordered) == 2:
         verdict = _in_order(gold.items, answer.items)
@@ -188,50 +203,69 @@ def _sequences(gold: Sequence, answer: Sequence) -> Verdict:
             return False if verdict is not None or not kinds - {"(]", "[)"} else None
         return False if verdict is False else None
     if len(ordered) == 1:
-        if any(not sequence.brackets and _enumerates(sequence) for sequence in (gold, answer)):
+        if any(not sequence.brackets and enumerates(sequence) for sequence in (gold, answer)):
             return None  # solutions beside an interval or a point
         if _in_order(gold.items, answer.items):
-            return True if "{}" not in kinds and all(map(_sorted_labels, (gold, answer))) else None
+            return True if "{}" not in kinds and all(map(sorted_labels, (gold, answer))) else None
         return False if _in_any_order(gold.items, answer.items) is False else None
     if kinds == {"{}"}:
         return _in_any_order(_distinct(gold.items), _distinct(answer.items))
     if "{}" in kinds:
         verdict = _in_any_order(_distinct(gold.items), _distinct(answer.items))
         return verdict if len(gold.items) == len(answer.items) or not verdict else None
-    return _in_any_order(gold.items, answer.items)
+    free = [tuple(item for item in each.items if not isinstance(item, Comparison)) for each in (gold, answer)]
+    if (len(free[0]) == len(gold.items)) != (len(free[1]) == len(answer.items)):
+        return False if _in_any_order(*free) is False else None  # a = 1, b = 2, a < b
+    verdict = _in_any_order(gold.items, answer.items)
+    if verdict and gold.alternatives != answer.alternatives:
+        names = {base_name(item.label) for item in gold.items if isinstance(item, Labelled)}
+        relations = any(isinstance(item, Comparison) for item in gold.items) or len(names) > 1
+        equations = any(isinstance(item, Equation) for item in gold.items) and (gold.both or answer.both)
+        return None if relations or equations else True  # 1 and 2 is 1 or 2; x > y and y > 2 is not x > y or y > 2
+    return verdict
 
 
-def _labels(sequence: Sequence) -> tuple[str, ...]:
-    """The labels of a sequence whose items have different ones; none for any other."""
-    labels = tuple(item.label for item in sequence.items if isinstance(item, Labelled))
-    return labels if len(labels) == len(sequence.items) == len(set(labels)) > 1 else ()
-
-
-def _sorted_labels(sequence: Sequence) -> bool:
-    """Whether the order of the items is that of a point: they have no labels, `(y, x) = …` or alphabetical ones."""
-    return sequence.brackets != "" or list(_labels(sequence)) == sorted(_labels(sequence), key=str.casefold)
-
-
-def _unlabelled(sequence: Sequence) -> Sequence:
-    items = tuple(item.value if isinstance(item, Labelled) else item for item in sequence.items)
-    return Sequence(items, sequence.brackets, sequence.alternatives)
-
-
-def _enumerates(sequence: Sequence) -> bool:
-    """Whether a list without brackets says that its items are solutions: `x = 1, x = 2`, `1 or 2`, `n = 1, 2`."""
-    labels = {item.label for item in sequence.items if isinstance(item, Labelled)}
-    return sequence.alternatives or len(labels) == 1
+def _solutions(gold: Sequence, answer: Sequence) -> Verdict:
+    """Solutions of several unknowns each, beside such solutions or another list, which may have the same values."""
+    verdict = _sequences(replace(gold, grouped=False), replace(answer, grouped=False))
+    if verdict is not False or (gold.grouped and answer.grouped):
+        return verdict
+    return False if _sequences(ungrouped(gold), ungrouped(answer)) is False else None
 
 
 def _lists_of_regions(gold: Sequence, answer: Sequence) -> Verdict:
     """Lists of sets, at least one of them with inequalities in it."""
-    if gold.brackets == answer.brackets == "" and _in_any_order(gold.items, answer.items):
+    names = variables(gold), variables(answer)
+    if max(map(len, names)) > 1:
+        return _by_variable(gold, answer) if names[0] == names[1] else None
+    joined_alike = gold.alternatives == answer.alternatives and gold.brackets == answer.brackets == ""
+    if joined_alike and _in_any_order(gold.items, answer.items):
         return True
-    one, other = _as_regions(gold), _as_regions(answer)
+    one, other = as_regions(gold), as_regions(answer)
     if one is None or other is None:
         return None
     verdicts = [equal_regions(a, b) for a in one for b in other]
-    return verdicts[0] if len(verdicts) == 1 else False if set(verdicts) == {False} else None
+    verdict = verdicts[0] if len(verdicts) == 1 else False if set(verdicts) == {False} else None
+    return None if verdict is False and (_with_condition(gold, answer) or _with_condition(answer, gold)) else verdict
+
+
+def _with_condition(condition: Sequence, value: Sequence) -> bool:
+    """Whether a list may be a value and a condition: `(1, 2), t > 0`."""
+    free = [item for item in condition.items if not (isinstance(item, Region) and item.variable is not None)]
+    return len(free) == 1 < len(condition.items) and equal(free[0], value) is not False
+
+
+def _by_variable(gold: Sequence, answer: Sequence) -> Verdict:
+    """Lists of inequalities in the same variables, several of them: compared variable by variable."""
+    if gold.alternatives != answer.alternatives:
+        return None
+    lists = [[item for item in each.items if isinstance(item, Region)] for each in (gold, answer)]
+    if [len(gold.items), len(answer.items)] != list(map(len, lists)):
+        return None
+    return all_of(
+        _lists_of_regions(*(replace(gold, items=tuple(r for r in each if r.variable == name)) for each in lists))
+        for name in variables(gold)
+    )
 
 
 def _in_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict:
@@ -245,20 +279,20 @@ def _in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict
     if len(gold) != len(answer):
         return False
     labels = [[item.label for item in items if isinstance(item, Labelled)] for items in (gold, answer)]
-    if min(map(len, labels)) == 0 and len({label.partition("_")[0] for each in labels for label in each}) > 1:
+    if min(map(len, labels)) == 0 and len({base_name(label) for each in labels for label in each}) > 1:
         one, other = Sequence(gold), Sequence(answer)
-        if all(map(_sorted_labels, (one, other))) and _in_order(gold, answer):
+        if all(map(sorted_labels, (one, other))) and _in_order(gold, answer):
             return True
-        unordered = _in_any_order(_unlabelled(one).items, _unlabelled(other).items)
+        unordered = _in_any_order(unlabelled(one).items, unlabelled(other).items)
         return False if unordered is False else None  # m = 3, n = 5 beside 5, 3
     if set(labels[0]) == set(labels[1]) and len(set(labels[0])) == len(labels[0]) == len(labels[1]) == len(gold) > 1:
         by_label = {item.label: item for item in answer if isinstance(item, Labelled)}
         verdict = all_of(equal(item, by_label[item.label]) for item in gold if isinstance(item, Labelled))
-        if verdict is not False or len({label.partition("_")[0] for label in labels[0]}) > 1:
+        if verdict is not False or len(set(map(base_name, labels[0]))) > 1:
             return verdict
         values = [tuple(item.value for item in items if isinstance(item, Labelled)) for items in (gold, answer)]
         return False if _in_any_order(*values) is False else None  # roots in another order, or another solution
-    rest, unsure = list(answer), False
+    rest, unsure = list(answer), _may_be_torn(gold, answer)
     for item in gold:
         verdicts = [equal(item, other) for other in rest]
         if True in verdicts:
@@ -268,6 +302,16 @@ def _in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> Verdict
         else:
             return False
     return None if unsure else True
+
+
+def _may_be_torn(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> bool:
+    """Whether the same values may belong to other names: lists with several names, some of them for several values, are
+    certain only in one order."""
+    names = [[item.label if isinstance(item, Labelled) else None for item in items] for items in (gold, answer)]
+    several = [each for each in names if len({base_name(name) for name in each if name}) > 1]
+    if not any(None in each or len(set(each)) < len(each) for each in several):
+        return False
+    return names[0] != names[1] or not _in_order(gold, answer)
 
 
 def _distinct(items: tuple[Value, ...]) -> tuple[Value, ...]:
@@ -280,6 +324,14 @@ def _distinct(items: tuple[Value, ...]) -> tuple[Value, ...]:
 
 def _one_of(sequence: Sequence, scalar: Scalar) -> Verdict:
     """A single value beside a sequence: different, unless the sequence offers alternatives or repeats one value."""
+    sequence = ungrouped(sequence)
+    if sequence.brackets == "cases":
+        return None if scalar.expression.free_symbols else False  # |x|, or a constant
+    names = {str(letter) for letter in scalar.expression.free_symbols}
+    values = [item for item in sequence.items if not isinstance(item, (Region, Comparison))]
+    conditions = len(values) < len(sequence.items) or any(isinstance(v, Labelled) and v.label in names for v in values)
+    if conditions and any(equal(item, scalar) is not False for item in values):
+        return None  # x = 4, x > 0
     verdicts = [equal(item, scalar) for item in sequence.items]
     units = [item.unit for item in sequence.items if isinstance(item, Scalar) and item.unit is not None]
     if len(units) == len(sequence.items) and len({unit.dimensions for unit in units}) == 1 < len(set(units)):
@@ -348,7 +400,7 @@ def _labelled(one: Labelled, other: Value) -> Verdict:
         return None if equation is None else equal_equations(equation, other)
     if isinstance(other, (Region, Comparison)) and isinstance(one.value, Scalar):
         point = one.value
-        return _point(other, point) if isinstance(other, Region) else None
+        return point_in(other, point) if isinstance(other, Region) else None
     return equal(one.value, other)
 
 
@@ -386,38 +438,11 @@ def _as_equation(labelled: Labelled) -> Equation | None:
 
 def _same_region(region: Region, sequence: Sequence) -> Verdict:
     """A set of numbers beside an interval, or a list of its numbers, of intervals or of inequalities."""
+    sequence = ungrouped(sequence)
     if sequence.brackets == "" and isinstance(region.points, sympy.FiniteSet):
         return _in_any_order(tuple(map(Scalar, region.points)), _distinct(sequence.items))
-    meant = _as_regions(sequence)
+    meant = as_regions(sequence)
     if meant is None:
         return False if all(isinstance(item, Scalar) for item in sequence.items) else None
     verdicts = [equal_regions(region, each) for each in meant]
     return verdicts[0] if len(verdicts) == 1 else False if set(verdicts) == {False} else None
-
-
-def _as_regions(sequence: Sequence) -> list[Region] | None:
-    """The sets of numbers that an interval or a list of intervals or inequalities may mean; None for anything else.
-
-    "x > 1, x > 2" is the union or the intersection; whichever of them says nothing ("x < 1, x > 2" have no number in
-    common) is not meant.
-    """
-    try:
-        if sequence.brackets != "":
-            return [Region(set_of(sequence))]
-        parts = [set_of(item) for item in sequence.items]
-    except Unreadable:
-        return None
-    union, common = Region(sympy.Union(*parts)), Region(sympy.Intersection(*parts))
-    inequalities = all(isinstance(item, Region) and item.variable is not None for item in sequence.items)
-    if sequence.alternatives or not inequalities or common.points is sympy.S.EmptySet:
-        return [union]
-    return [common] if union.points == sympy.S.Reals else [union, common]
-
-
-def _point(region: Region, scalar: Scalar) -> Verdict:
-    """A set beside a single number."""
-    if isinstance(region.points, sympy.FiniteSet) and len(region.points) == 1:
-        return same(next(iter(region.points)), scalar.expression)
-    if region.points is sympy.S.EmptySet and scalar.expression == 0:
-        return None  # how many there are
-    return None if region.points in (sympy.S.Integers, sympy.S.Naturals, sympy.S.Rationals) else False

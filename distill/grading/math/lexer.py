@@ -18,13 +18,18 @@ FUNCTIONS = {
     "exp", "cis",
 }  # fmt: skip
 OF_NUMBERS = {"max", "min", "gcd", "lcm"}
+FOREIGN = {"tg": "tan", "ctg": "cot", "cotg": "cot", "arctg": "arctan", "cosec": "csc"}
+OF_A_LETTER = {"det", "deg", "dim"}  # their value is a name
 ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "abs": "abs"}
 LETTERS = {
     "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa",
-    "lambda", "mu", "nu", "xi", "pi", "rho", "varrho", "sigma", "tau", "upsilon", "phi", "varphi", "chi", "psi",
-    "omega",     "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega",
+    "lambda", "mu", "nu", "xi", "pi", "rho", "varrho", "sigma", "varsigma", "tau", "upsilon", "phi", "varphi", "chi",
+    "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega",
     "ell", "hbar", "infty",
 }  # fmt: skip
+VARIANTS = [
+    (f"var{name}", name) for name in ("epsilon", "theta", "rho", "phi", "sigma")
+]  # one letter, unless both are used
 COMMANDS = {
     "frac": "frac", "sqrt": "sqrt", "binom": "binom", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=",
     "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "in": "in", "cup": "cup",
@@ -32,7 +37,8 @@ COMMANDS = {
     "setminus": "setminus", "backslash": "setminus", "emptyset": "emptyset", "varnothing": "emptyset", "pm": "pm",
     "mp": "mp", "times": "*", "cdot": "*", "div": "/", "approx": "approx", "simeq": "approx", "equiv": "equiv",
     "pmod": "pmod", "lfloor": "lfloor", "rfloor": "rfloor", "lceil": "lceil", "rceil": "rceil", "circ": "circ",
-    "degree": "degree", "prime": "'", "lvert": "|", "rvert": "|", "vert": "|", "land": "and", "wedge": "and", 
+    "degree": "degree", "permille": "permille",
+    "prime": "'", "lvert": "|", "rvert": "|", "vert": "|", "land": "and", "wedge": "and", 
     "lor": "or", "vee": "or", "angle": "angle", "to": "to", "colon": ":", "mathbb": "mathbb",
     "dot": "accent", "ddot": "accent",
     "hat": "accent", "bar": "accent", "vec": "accent", "tilde": "accent", "overline": "overline", "begin": "begin",
@@ -47,6 +53,8 @@ NUMBER = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![\w.]))?|\d+\.(?!
 COMMAND = re.compile(r"\\([a-zA-Z]+)")
 RUN = re.compile(r"[A-Za-z]+")
 GROUP = re.compile(r"\{((?:[^{}\\]|\\[a-zA-Z]+ ?|\{[^{}]*\})*)\}|\\([a-zA-Z]+)|([A-Za-z0-9])")
+OF_LETTER = re.compile(r"\s*(?:\(\s*([A-Za-z])\s*\)|([A-Za-z])(?![A-Za-z]))")
+FORMULA = re.compile(r"(?:[A-Z][a-z]?(?:_\d+)?)+")  # of a substance
 DERIVATIVE = re.compile(
     r"\\frac\{\s*(?:d|\\mathrm\{d\})(\^\{?\d\}?)?\s*\\?([A-Za-z]\w*)\s*\}\{\s*(?:d|\\mathrm\{d\})\s*\\?([A-Za-z])(\^\{?\d\}?)?\s*\}"
 )
@@ -76,6 +84,9 @@ def tokens(text: str) -> list[Token]:
     """The tokens of a cleaned text. Errors: Unreadable at the first character that belongs to none."""
     if len(text) > LONGEST:
         raise Unreadable("too long")
+    for variant, name in VARIANTS:
+        if not re.search(rf"\\{name}(?![a-z])", text):
+            text = text.replace(rf"\{variant}", rf"\{name}")
     found: list[Token] = []
     position, spaced = 0, False
     while position < len(text):
@@ -141,26 +152,28 @@ def _font(content: str, spaced: bool) -> list[Token]:
     if inner.lower() in ("or", "and"):
         return [Token("join", inner.lower(), spaced)]
     if not re.search("[A-Za-z]", inner):
-        return tokens(inner)
+        return tokens(inner.rstrip("."))
+    if "_" in inner and FORMULA.fullmatch(inner):
+        return tokens(re.sub(r"_(\d+)", r"_{\1}", inner))
     if inner in OF_NUMBERS - {"min"}:  # minutes
         return [Token("command", inner, spaced)]
-    if inner in FUNCTIONS:
-        return [Token("function", inner, spaced)]
+    if inner in FUNCTIONS or inner in FOREIGN:
+        return [Token("function", FOREIGN.get(inner, inner), spaced)]
     return _words(inner)
 
 
 def _words(text: str) -> list[Token]:
     """Words and the numbers, powers and slashes between them."""
     pieces: list[Token] = []
-    for match in re.finditer(r"[A-Za-z][A-Za-z'\-]*|\d+(?:\.\d+)?|[\^/,.()]|\S", text):
+    for match in re.finditer(r"[A-Za-z][A-Za-z'\-]*|\d+(?:\.\d+)?|\^-|[\^/,.()*]|\S", text):
         piece = match[0]
         if piece[0].isalpha():
             joins = piece.lower() in ("or", "and")
             pieces.append(Token("join" if joins else "word", piece.lower() if joins else piece, True))
         elif piece[0].isdigit():
             pieces.append(Token("number", piece, True))
-        elif piece in "^/,()":
-            pieces.append(Token("operator", piece, True))
+        elif piece in ("^", "/", ",", "(", ")", "*", "^-"):
+            pieces += [Token("operator", character, True) for character in piece]
         elif piece != ".":
             raise Unreadable("unknown character")
     return pieces
@@ -168,6 +181,9 @@ def _words(text: str) -> list[Token]:
 
 def _command(name: str, text: str, start: int, position: int, spaced: bool) -> tuple[list[Token], int]:
     """A LaTeX command; where it is unknown, the longest known one that it begins with."""
+    if name in OF_A_LETTER and (letter := OF_LETTER.match(text, position)):
+        return [Token("opaque", f"{name} {letter[1] or letter[2]}", spaced)], letter.end()
+    name = FOREIGN.get(name, name)
     if name not in LETTERS and name not in FUNCTIONS and name not in COMMANDS:
         known = next((prefix for prefix in KNOWN if name.startswith(prefix) and len(prefix) > 1), None)
         if known is None:

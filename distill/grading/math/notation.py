@@ -8,7 +8,7 @@ numbers in words, French intervals) or a pattern that means something else to th
 import re
 from fractions import Fraction
 
-from distill.grading.math.units import NUMBERS
+from distill.grading.math.units import NUMBERS, ORDINALS, PARTS, TENS
 from distill.grading.math.values import Clock, Unreadable, Words
 
 REPEATING = re.compile(
@@ -31,6 +31,9 @@ _REWRITINGS = {  # pattern: replacement
     rf"(\([^()]*,[^()]*\))\s*\^\s*\{{?\s*{_TRANSPOSED}\s*\}}?\s*$": r"\1",  # (1, 2)^T
     r"(?<=\d)\s+(m|km|cm|ft|mi)\s*/\s*(s|h|hr|min|sec)(\^2|\^\{2\})?(?![a-zA-Z])": r"\\text{ \1/\2\3}",  # 3 m/s
     r"(?<=\d)\s*\\text\{ (\w+/\w+)\^\{2\}\}": r"\\text{ \1^2}",
+    r"^\s*(?:\\text\{\s*(?i:negative|minus)\s*\}|(?i:negative|minus)(?![a-zA-Z]))\s*(?=[\d.]|\\(?:frac|sqrt|pi))": "-",
+    r"^\s*\\text\{\s*(?!(?i:.*\b(?:no|not|never|than|except|excluding|wrong|incorrect|false|least|most)\b))"
+    r"([A-Za-z][A-Za-z ]*?)\s*(?::\s*\}|\}\s*:)\s*(?=\S)": r"\\text{\1} = ",
     r"^\s*(?:USD|US|EUR|GBP|INR|Rs\.?)\s*(?=[\d.])": "",
     r"^\s*<([^<>=]*,[^<>=]*)>\s*$": r"(\1)",
     rf"^\s*(?={_RELATION})": "x",  # "≤ 5": what is meant is clear
@@ -38,10 +41,16 @@ _REWRITINGS = {  # pattern: replacement
 }
 REWRITINGS = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITINGS.items()]
 MODULUS = re.compile(r"\(?\s*(?:\\b?mod(?![a-z])|\\(?:text|mathrm)\{\s*mod\s*\}|(?<![\\a-z])mod\b)\s*(\d+|[a-z])\s*\)?")
+OVER_ALL = re.compile(r"((?:(?!\\over)[^=<>,;&])*)\\over(?![a-zA-Z])((?:(?!\\over)[^=<>,;&])*)")
 OVER = re.compile(r"\\frac\{([^{}]*)d([a-z])\}(\{(?:[^{}]|\{[^{}]*\})*\})")  # of an integral: dx over something
 CHOSEN = re.compile(r"C_\{?(\d+)\}?\^\{?(\d+)\}?")  # C_{10}^5: of 10 things, 5
 DIGITS = re.compile(r"\(?\s*(?:\\(?:text|mathrm)\{)?\s*([0-9A-Z]{2,}|\d)\s*\}?\s*\)?\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))")
 PREFIXED = re.compile(r"0([xXbB])([0-9a-fA-F]+)")
+NAMED_BASE = re.compile(
+    r"([0-9A-Z]+)[\s(}]*(?:\\(?:text|mathrm)\{[\s(]*)?(?:in\s+)?"
+    r"(?:base[\s-]*(?:\}\s*)?(\w+)|(binary|octal|hexadecimal)(?: notation)?)[\s)}]*"
+)
+NAMES_OF_BASES = {"binary": 2, "octal": 8, "hexadecimal": 16}
 BASE_WORD = re.compile(r"_\s*\{?\s*\\(?:text|mathrm)\{\s*(\w+)\s*\}\s*\}?")
 
 MONTHS = [
@@ -55,18 +64,7 @@ DATE = re.compile(rf"(?:({MONTH})\.?\s+{DAY}|{DAY}\s+(?:of\s+)?({MONTH})\.?)(?:,
 TIME = re.compile(r"(\d{1,2})(?::(\d{2}))?\s*([ap])\.?\s?m\.?", re.IGNORECASE)
 FONTS = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
 
-TENS = {
-    "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
-}  # fmt: skip
 POWERS = {"thousand": 1000, "million": 10**6, "billion": 10**9}
-PARTS = {
-    "half": 2, "halves": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fourth": 4, "fourths": 4,
-    "fifth": 5, "fifths": 5, "sixth": 6, "sixths": 6, "eighth": 8, "eighths": 8, "tenth": 10, "tenths": 10,
-}  # fmt: skip
-ORDINALS = {
-    "first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9,
-    "tenth": 10,
-}  # fmt: skip
 
 
 def rewritten(text: str) -> str:
@@ -75,6 +73,8 @@ def rewritten(text: str) -> str:
         text = pattern.sub(replacement, text)
     if r"\equiv" in text:
         text = MODULUS.sub(r"\\pmod{\1}", text)
+    if (over := OVER_ALL.fullmatch(text)) and all(half.count("{") == half.count("}") for half in over.groups()):
+        text = rf"\frac{{{over[1]}}}{{{over[2]}}}"
     if r"\int" in text:
         text = OVER.sub(lambda match: rf"\frac{{{match[1].strip() or 1}}}{match[3]} d{match[2]}", text)
     text = CHOSEN.sub(_chosen, BASE_WORD.sub(_base_word, _french(text)))
@@ -135,6 +135,12 @@ def numeral_in_base(text: str) -> tuple[int, int, str] | None:
         base, digits = int(match[2] or match[3]), match[1]
         if not digits.isdigit() and max(int(digit, 36) for digit in digits) >= base:
             return None  # a symbol with a subscript
+    elif match := NAMED_BASE.fullmatch(text):
+        name, digits = match[2] or match[3], match[1]
+        number = int(name) if name.isdigit() else (NUMBERS | NAMES_OF_BASES).get(name.lower())
+        if number is None:
+            return None
+        base = number
     else:
         return None
     if not 2 <= base <= 36:
@@ -166,21 +172,46 @@ def time_of_day(text: str) -> Clock | None:
 
 
 def number_in_words(text: str) -> Fraction | None:
-    """The value of a number that is spelled out: "twenty-one", "one hundred and five", "two thirds", "first"."""
-    text = re.sub(r"^a(?= (?:hundred|thousand|million))", "one", text.strip().lower())
-    words = [word for word in re.split(r"[\s-]+", text) if word != "and"]
-    if not words or len(words) > 12:
-        return None
-    if len(words) == 1 and words[0] in ORDINALS:
-        return Fraction(ORDINALS[words[0]])
-    if len(words) >= 2 and words[-1] in PARTS:
-        top = 1 if words[:-1] in (["a"], ["one"]) else _whole_number(words[:-1])
-        return None if top is None else Fraction(top, PARTS[words[-1]])
-    whole = _whole_number(words)
+    """The value of a number that is spelled out: "twenty-one", "one hundred and five", "two thirds", "two and a half",
+    "first", "minus three". None for any other text."""
+    text = text.strip().lower()
+    if sign := re.match(r"(?:minus|negative)\s+(?!(?:minus|negative)\b)", text):
+        positive = number_in_words(text[sign.end() :])
+        return None if positive is None else -positive
+    if text == "half" or text in ORDINALS:
+        return Fraction(1, 2) if text == "half" else Fraction(ORDINALS[text])
+    if mixed := re.fullmatch(r"(.*[a-z])[\s-]+and[\s-]+(.*)", text):
+        whole, part = _whole_number(_words(mixed[1])), _part(mixed[2])
+        if whole is not None and part is not None:  # "one hundred and three quarters" may be 103 of them
+            return None if mixed[1].endswith(("hundred", *POWERS)) or part >= 1 else whole + part
+    if (part := _part(text)) is not None:
+        return part
+    whole = _whole_number(_words(text))
     return None if whole is None else Fraction(whole)
 
 
+def _words(text: str) -> list[str]:
+    text = re.sub(r"^a(?= (?:hundred|thousand|million))", "one", text)
+    words = [word for word in re.split(r"[\s-]+", text) if word != "and"]
+    return words if len(words) <= 12 else []
+
+
+def _part(text: str) -> Fraction | None:
+    """The value of "two thirds", "five thirty-seconds", "a half". "twenty-third" is a place, no part."""
+    counted, _, name = text.rpartition(" ")
+    if name not in PARTS:
+        counted, _, name = text.rpartition("-")
+    if name not in PARTS or not counted:
+        return None
+    words = _words(counted)
+    top = 1 if words in (["a"], ["one"]) else _whole_number(words)
+    place = not name.endswith("s") and words[-1:] and words[-1] in (*TENS, "hundred", *POWERS)
+    return None if top is None or place else Fraction(top, PARTS[name])
+
+
 def _whole_number(words: list[str]) -> int | None:
+    if not words:
+        return None
     total = group = 0
     previous = 0
     for word in words:

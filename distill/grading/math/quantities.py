@@ -6,8 +6,8 @@ from fractions import Fraction
 import sympy
 
 from distill.grading.math.environments import Environments
-from distill.grading.math.expressions import power
-from distill.grading.math.units import PERCENT, PLACES, POWERS, SCALES, Unit, unit_of, word_unit
+from distill.grading.math.expressions import checked, power
+from distill.grading.math.units import NUMBERS, PERCENT, PLACES, POWERS, SCALES, SHORT_PLACES, Unit, unit_of, word_unit
 from distill.grading.math.values import Scalar, Token, Unreadable
 
 TEMPERATURES = {"C": "celsius", "F": "fahrenheit"}
@@ -22,6 +22,15 @@ JUDGED = {  # at the end only: "2 wrong answers" is a number of them
     "wrong", "incorrect", "false", "invalid", "impossible", "possible", "negative",
 }  # fmt: skip
 OF_THE_NUMBER = {"root", "power"}  # directly after it: "1 real root" is a number of them
+CHANGES = re.compile(  # at the end, or wherever it is, of the words after a number: another number, or none
+    rf"(?:in |to )?base (?:{'|'.join(NUMBERS)})\b|parts per \w+|pp[mbt]\b|bps\b|basis points?\b"
+    r"|(?:in )?(?:binary|octal|hex(?:adecimal)?)$|bound$"
+)
+REJECTED = re.compile(  # or changed: all of the words after a number
+    r"(?:(?:is )?(?:ruled out|excluded|eliminated|rejected|discarded|fails|failed)|gross|score|myriads?|mil|mio|twice"
+    r"|thrice|reciprocal|inverse|exclusive|down|underground|bce?|(?:\w+ )?ago|per (?:hundred|thousand|million))$"
+)
+PER_MILLE = re.compile(r"per ?mill?e?$|permille$")
 ANSWERED = re.compile(r"is (?:the )?(?:(?:final|only|right|correct) )*(?:answer|solution|result|right|correct)")
 PRODUCTS = {"ms", "Nm"}  # with a negative power, of both letters or of the second: no certain unit
 
@@ -79,11 +88,18 @@ class Quantities(Environments):
                 return Scalar(value, decimals, unit=Unit(words=(TEMPERATURES[self.tokens[self.position - 1].text],)))
             minutes = self._parts_of_a_degree()
             return Scalar(value + minutes, None if minutes else decimals, unit=unit_of("degree"))
+        words = self._words_ahead()
+        if words[:2] == ["per", "cent"]:
+            self.position += 2
+            return Scalar(value, decimals, percent=True)
+        if self.take("permille") or PER_MILLE.match(" ".join(words)):
+            self.position += len(words)
+            return Scalar(checked(value / 1000), stated=value)
         stated = None
-        while self.next.kind == "word" and self.next.text.lower() in SCALES:
-            if stated is None and self.next.text.lower() not in PLACES:
+        while self.next.kind == "word" and (scale := _scale(self.next.text)) is not None:
+            if stated is None and self.next.text.lower() in SCALES.keys() - PLACES.keys():
                 stated = value
-            value, decimals = value * sympy.Rational(Fraction(SCALES[self.next.text.lower()])), None
+            value, decimals = value * sympy.Rational(scale), None
             self.position += 1
         if self.next.kind == "word" and self.next.text.lower() in RAISED and self.peek(1).kind != "word":
             if digits != "plain" or value.is_negative or stated is not None:
@@ -155,13 +171,18 @@ class Quantities(Environments):
 
     def _answers(self) -> bool:
         """Consume words that say that the number is the answer."""
-        ahead = 0
-        while self.peek(ahead).kind == "word":
-            ahead += 1
-        if not ANSWERED.fullmatch(" ".join(self.peek(place).text.lower() for place in range(ahead))):
+        words = self._words_ahead()
+        if not ANSWERED.fullmatch(" ".join(words)):
             return False
-        self.position += ahead
+        self.position += len(words)
         return True
+
+    def _words_ahead(self) -> list[str]:
+        """The words that follow, in lower case."""
+        words: list[str] = []
+        while self.peek(len(words)).kind == "word":
+            words.append(self.peek(len(words)).text.lower())
+        return words
 
     def _letter_unit(self) -> bool:
         """Make the letter after the next token a word if it is a unit: the metre of `\\text{N}\\cdot\\text{m}`."""
@@ -177,6 +198,9 @@ class Quantities(Environments):
         word, last = self.next.text.lower(), self.peek(1).kind != "word"
         if word in STATEMENTS or (last and word in JUDGED) or (first and word in OF_THE_NUMBER):
             raise Unreadable("words that change the number")
+        words = " ".join(self._words_ahead())
+        if CHANGES.match(words) or (first and REJECTED.match(words)):
+            raise Unreadable("words that change the number")
 
     def _unit_power(self) -> int:
         self.expect("^")
@@ -184,3 +208,9 @@ class Quantities(Environments):
         if not (exponent.is_Integer and abs(exponent) <= 9):
             raise Unreadable("not parseable")
         return int(exponent)
+
+
+def _scale(word: str) -> Fraction | None:
+    """What a word multiplies the number before it by; None for any other word."""
+    factor = SCALES.get(word.lower(), SHORT_PLACES.get(word if len(word) == 1 else word.lower()))
+    return None if factor is None else Fraction(factor)

@@ -7,6 +7,7 @@ import sympy
 
 from distill.grading.math.environments import expression_of, set_of
 from distill.grading.math.expressions import Operand, symbol
+from distill.grading.math.lists import Piece, listed, loosest
 from distill.grading.math.quantities import Quantities
 from distill.grading.math.regions import region_of
 from distill.grading.math.units import NUMBERS
@@ -56,15 +57,15 @@ class Reader(Quantities):
                 return points
             if text in ("infinity", "positive infinity", "negative infinity"):
                 return Scalar(-sympy.oo if text[0] == "n" else sympy.oo)
-            pieces = text.split(" and ")
-            if len(pieces) > 1 and all(len(piece.split()) <= 2 for piece in pieces):
-                return Sequence(tuple(map(Words, pieces)))
+            names = text.split(" and ")
+            if len(names) > 1 and all(len(name.split()) <= 2 for name in names):
+                return Sequence(tuple(map(Words, names)))
             if len(self.tokens) > 1 or text not in NUMBERS:
                 return Words(ARTICLES.sub("", text, count=1) if ARTICLES.match(text) else text)
-        items, alternatives = self._items(spread=True)
+        pieces = self._pieces(spread=True)
         if self.position < len(self.tokens):
             raise Unreadable("not parseable")
-        return items[0] if len(items) == 1 else Sequence(tuple(items), "", alternatives)
+        return listed(pieces)
 
     def group(self) -> Value:
         """What stands in brackets: one value, a sequence, an interval or a matrix."""
@@ -75,25 +76,26 @@ class Reader(Quantities):
                 return Region(sympy.S.EmptySet)
             if self.next.kind == "letter" and self.peek(1).text in (*SUCH_THAT, "in"):
                 return self._described()
-            items, _ = self._items(spread=True)
+            pieces = self._pieces(spread=True)
             self.expect("set}")
-            return Sequence(tuple(items), "{}")
-        items, alternatives = self._items(spread=False)
+            return listed(pieces, "{}")
+        pieces = self._pieces(spread=False)
         closing = self.next.text
         self.position += 1
         if opening == "{":
             if closing != "}":
                 raise Unreadable("not parseable")
-            return items[0] if len(items) == 1 else Sequence(tuple(items), "", alternatives)
+            return listed(pieces)
         if closing not in (")", "]") or self.tokens[self.position - 1].kind != "operator":
             raise Unreadable("not parseable")
+        items = tuple(value for _, value in pieces)
         if len(items) == 1:
             if (opening, closing) not in (("(", ")"), ("[", "]")):
                 raise Unreadable("not parseable")
             return items[0]
         if opening + closing in ("(]", "[)") and len(items) != 2:
             raise Unreadable("not parseable")
-        return Sequence(tuple(items), opening + closing)
+        return Sequence(items, opening + closing)
 
     def _described(self) -> Region:
         """`x \\in (0, 9) \\mid x < 1`: a set by the conditions that its members satisfy."""
@@ -102,43 +104,44 @@ class Reader(Quantities):
         domain = set_of(self._quantity()) if self.take("in") else sympy.S.Reals
         self.expect(*SUCH_THAT)
         self.bars += 1  # a bar ends a condition and begins no absolute value
-        conditions, alternatives = self._items(spread=False)
+        conditions = listed(self._pieces(spread=False), "{}")
         self.bars -= 1
         self.expect("set}")
-        if not all(isinstance(each, Region) and each.variable == variable for each in conditions):
+        assert isinstance(conditions, Sequence)
+        if not all(isinstance(each, Region) and each.variable == variable for each in conditions.items):
             raise Unreadable("a condition that is no inequality")
-        sets = [each.points for each in conditions if isinstance(each, Region)]
-        described = sympy.Union(*sets) if alternatives else sympy.Intersection(*sets)
+        sets = [each.points for each in conditions.items if isinstance(each, Region)]
+        described = sympy.Union(*sets) if conditions.alternatives else sympy.Intersection(*sets)
         points = sympy.Intersection(domain, described)
         if isinstance(points, sympy.Range) and points.is_finite_set and points.size <= LARGEST:
             points = sympy.FiniteSet(*points)
         return Region(points, variable)
 
-    def _items(self, spread: bool) -> tuple[list[Value], bool]:
-        """Values up to a closing bracket or the end, and whether "or" joins them. spread: ± gives two of them."""
-        items: list[Value] = []
-        alternatives = False
+    def _pieces(self, spread: bool) -> list[Piece]:
+        """Values up to a closing bracket or the end, each with what separates it from the one before. spread: ± gives
+        two of them."""
+        pieces: list[Piece] = []
+        separator = ","
         while True:
-            if not spread:
-                items.append(self.item())
-            else:
-                start, tokens_before, outer = self.position, list(self.tokens), self.signs
+            start, tokens_before, outer = self.position, list(self.tokens) if spread else [], self.signs
+            if spread:
                 self.signs = 0
-                item = self.item()
-                if self.signs > 1:
-                    raise Unreadable("several plus-minus signs")
-                items += item.items if isinstance(item, Sequence) and not item.brackets else [item]
-                if self.signs:
-                    self.position, self.tokens, self.sign = start, tokens_before, -1
-                    items.append(self.item())
-                    self.sign = 1
+            pieces.append((separator, self.item()))
+            if spread and self.signs > 1:
+                raise Unreadable("several plus-minus signs")
+            if spread and self.signs:
+                self.position, self.tokens, self.sign = start, tokens_before, -1
+                pieces.append(("pm", self.item()))
+                self.sign = 1
+            if spread:
                 self.signs = outer
-            separated = False
+            separators: list[str] = []
             while (self.next.kind == "operator" and self.next.text in (",", ";")) or self.next.kind == "join":
-                alternatives |= self.next.text == "or"
-                self.position, separated = self.position + 1, True
-            if not separated or (self.next.kind == "end" and items):
-                return items, alternatives
+                separators.append(self.next.text)
+                self.position += 1
+            if not separators or self.next.kind == "end":
+                return pieces
+            separator = loosest(separators)
 
     def item(self) -> Value:
         """A chain of relations between quantities."""
@@ -161,6 +164,8 @@ class Reader(Quantities):
                 return Congruence(None, values[0].expression, self._modulus())
             return values[0]
         labels = [self._label(*span) for span in spans]
+        if labels[0] is not None and any(self._ends_in_a_label(labels[0], *span) for span in spans[1:-1]):
+            raise Unreadable("two equations without a separator")
         return self._related(values, relations, labels)
 
     def _modulus(self) -> sympy.Expr:
@@ -216,7 +221,8 @@ class Reader(Quantities):
     def _label(self, start: int, end: int) -> str | None:
         """The tokens as a label, if they are a symbol, a function of symbols, a name or a tuple of symbols."""
         part = self.tokens[start:end]
-        called = len(part) == 4 and part[0].kind == "letter" and part[1].text == "("
+        core = [token for token in part if token.text != "'"]
+        called = len(core) == 4 and core[0].kind == "letter" and core[1].text == "("
         if not called and any(token.kind in ("number", "function", "join", "end") for token in part):
             return None
         text = "".join(f"{token.text}_{token.subscript}" if token.subscript else token.text for token in part)
@@ -230,6 +236,19 @@ class Reader(Quantities):
         if any(re.fullmatch(form, kinds) for form in forms) or re.fullmatch(r"[A-Z]{2,4}", text):
             return text
         return None
+
+    def _ends_in_a_label(self, first: str, start: int, end: int) -> bool:
+        """Whether the middle of a chain may be two sides, the `3 y` of `x = 3 y = 2`: a number, and the label of
+        another equation. first: the label of the chain; the `2r` of `C = 2r = 10` is none."""
+        for cut in range(start + 1, end):
+            value, name = self.tokens[start:cut], self._label(cut, end)
+            if any(t.kind in ("word", "opaque", "function") or (t.kind == "letter" and t.text != "pi") for t in value):
+                return False
+            if name is None or not (value[-1].kind in ("number", "letter") or value[-1].text in (")", "}", "!")):
+                continue
+            spaced = self.tokens[cut].spaced and value[-1].kind != "letter" and first[0].islower() == name[0].islower()
+            return spaced or abs(ord(first[0]) - ord(name[0])) <= 1
+        return False
 
     def part(self) -> Value:
         """A quantity, a ratio, or a union, intersection or difference of sets."""

@@ -2,7 +2,7 @@
 
 `readings` gives every reading of a text by common conventions: `1,5` is a decimal or a pair of numbers, `(B) 12` an
 option and its content. Two answers are the same if one reading of each is. A comma before three digits separates
-thousands.
+thousands; in brackets, where it may separate items, only if these have a space or a semicolon between them.
 """
 
 import json
@@ -27,21 +27,25 @@ CURRENCY = {
     "\N{INDIAN RUPEE SIGN}": "rupee",
 }
 SIGN = r"(?:\\?\$|[\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}\N{INDIAN RUPEE SIGN}])"
+NAMED_SIGN = re.compile(r"\\(?:(pounds|textsterling)|(?:text)?euro)(?![a-zA-Z])\s*")
 IN_WORDS = re.compile(
     r"(?:\\(?:text|mathrm)\{)?(\d{1,2})\s*(?:\\(?:text|mathrm)\{)?\s*\(([A-Za-z]{3,9})\)\s*\}?"
 )  # 4 (four)
 SIGN_AS_TEXT = re.compile(r"\\(?:text|mathrm)\{\s*(\\?\$)((?:[\d.,!\\]|\{,\})*)\s*\}")  # \text{\$}5, \text{\$5}
-SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!)\s*(?=\d)")  # of thousands, as LaTeX sets it
-SCALE = r"(?:thousand|million|billion|trillion)"
+SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!)\s*(?=\d)")  # within a number, as LaTeX sets it
+MARKED = re.compile(rf"\d+(?:{SEPARATOR.pattern}\d+)+")
+SCALE = r"(?:thousand|million|billion|trillion|quadrillion|lakhs?|crores?|k|mn|mln|bn|tn)"
+SHORT_SCALES = {"k": "thousand", "K": "thousand", "M": "million", "B": "billion"}  # behind an amount only: $5M
 BEFORE = re.compile(
-    rf"({SIGN})\s*(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?:\s*(?:\\(?:text|mathrm)\{{\s*({SCALE})\s*\}}|({SCALE})))?"
+    rf"({SIGN})\s*(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?:\s*(?:\\(?:text|mathrm)\{{\s*({SCALE})\s*\}}|({SCALE}|[KMB])(?![A-Za-z])))?"
 )
 AFTER = re.compile(rf"(\d)\s*({SIGN})(?![\d.\w])")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d]|,\d)")
 SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])")
 POINTED = re.compile(r"(?<![\d.,_])[1-9]\d{0,2}(?:(?:\.\d{3}){2,}|(?:'\d{3})+|(?:_\d{3})+)(?![\d.,'_])")
 LAKHS = re.compile(r"[1-9]\d?(?:,\d{2})+,\d{3}")  # 12,34,567
-DECIMAL_COMMA = re.compile(r"(-?)(\d{1,3}(?:\.\d{3})+|\d+),(\d+)")
+DECIMAL_COMMA = re.compile(r"(?<![\d.,_])(?<!_\{)(\d{1,3}(?:[ .]\d{3})+|\d+),(\d+)(?!\d|[.,]\d)")
+RELATION = re.compile(r"[=<>]|\\(?:leq?|geq?|neq?|in|approx|equiv)(?![a-zA-Z])")
 JOINED = re.compile(r"(?:,|;|and\b|or\b|\\(?:text|mathrm)\{\s*(?:and|or)\b)")  # several options
 MIXED = re.compile(r"(-?\d+)(?:\s+and\s+|\s*\\text\{\s*and\s*\}\s*)(\d+/\d+|\\frac\s*\{?\d+\}?\s*\{?\d+\}?)")
 CHOSEN = re.compile(r"C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")  # or a point
@@ -61,27 +65,37 @@ TRAILING = re.compile(
 )
 
 
-def read(text: str) -> Value:
-    """Read a text. Errors: Unreadable if any part of it is not understood."""
-    return _read(cleaned(_money(text)))
-
-
 def readings(text: str) -> list[Value]:
     """Every reading of a text, the likeliest first. Errors: Unreadable where there is none."""
     if len(text) > LONGEST:
         raise Unreadable("too long")
-    plain = re.sub(TRAILING, "", cleaned(_money(_listed(text))))
-    if (repeated := IN_WORDS.fullmatch(plain)) and NUMBERS.get(repeated[2].lower()) == int(repeated[1]):
-        plain = repeated[1]
-    if (option := OPTION.fullmatch(plain)) and not JOINED.match(option[3]):
-        return _option(option[1] or option[2], option[3].strip())
-    variants = [plain]
-    merged = _merged(plain)
-    if merged != plain:
-        variants.insert(0, merged)
+    text = _listed(text)
+    found: list[Value] = []
+    reason = "not parseable"
+    for each in dict.fromkeys((MARKED.sub(_marked, text), SEPARATOR.sub(",", text))):
+        plain = re.sub(TRAILING, "", cleaned(_money(each)))
+        if (repeated := IN_WORDS.fullmatch(plain)) and NUMBERS.get(repeated[2].lower()) == int(repeated[1]):
+            plain = repeated[1]
+        if (option := OPTION.fullmatch(plain)) and not JOINED.match(option[3]):
+            return _option(option[1] or option[2], option[3].strip())
+        for variant in _variants(plain):
+            try:
+                found.append(_read(variant))
+            except Unreadable as error:
+                reason = str(error)
+    if not found:
+        raise Unreadable(reason)
+    return found
+
+
+def _variants(plain: str) -> list[str]:
+    """The text with its numbers written in the ways that they may be meant."""
+    variants = [_merged(plain), plain]
+    if ";" in plain or ", " in plain:
+        variants.append(_merged(plain, everywhere=True))
+    if ";" in plain or not RELATION.search(plain):  # "x = 1,5" may be two solutions
+        variants.append(with_decimal_points(plain))
     number = re.sub(r"\\text\{[^{}]*\}\s*$", "", plain).strip()
-    if (decimal := DECIMAL_COMMA.fullmatch(number)) and not THOUSANDS.fullmatch(number.lstrip("-")):
-        variants.append(f"{decimal[1]}{decimal[2].replace('.', '')}.{decimal[3]}{plain[len(number) :]}")
     if LAKHS.fullmatch(number):
         variants.append(plain.replace(",", ""))
     if mixed := MIXED.fullmatch(number):
@@ -90,16 +104,28 @@ def readings(text: str) -> list[Value]:
         variants.append(rf"\binom{{{chosen[1]}}}{{{chosen[2]}}}")
     if point := POINT.fullmatch(plain):
         variants.append(f"{point[1]} = {point[2]}")
-    found: list[Value] = []
-    reason = "not parseable"
-    for variant in variants:
-        try:
-            found.append(_read(variant))
-        except Unreadable as error:
-            reason = str(error)
-    if not found:
-        raise Unreadable(reason)
-    return found
+    return list(dict.fromkeys(variants))
+
+
+def with_decimal_points(text: str) -> str:
+    """The text with a point for every comma between two digits, in brackets only where semicolons separate items."""
+
+    def pointed(match: re.Match[str]) -> str:
+        if THOUSANDS.fullmatch(match[0]) or (";" not in text and _in_brackets(text[: match.start()])):
+            return match[0]
+        return f"{re.sub('[ .]', '', match[1])}.{match[2]}"
+
+    return DECIMAL_COMMA.sub(pointed, text)
+
+
+def _marked(match: re.Match[str]) -> str:
+    """A number that LaTeX sets with commas inside it: `1{,}234` has thousands, `12{,}34` decimals."""
+    first, *rest = parts = SEPARATOR.split(match[0])
+    if (all(len(part) == 3 for part in rest) and len(first) <= 3 and first[0] != "0") or LAKHS.fullmatch(
+        ",".join(parts)
+    ):
+        return "".join(parts)
+    return f"{first}.{rest[0]}" if len(rest) == 1 else ",".join(parts)
 
 
 def _option(letter: str, content: str) -> list[Value]:
@@ -127,27 +153,32 @@ def _listed(text: str) -> str:
 
 def _money(text: str) -> str:
     """Amounts with their currency as a unit after them; dollar signs that are math delimiters are removed."""
-    text = re.sub(SEPARATOR, ",", re.sub(SIGN_AS_TEXT, r"\1\2", text))
+    text = NAMED_SIGN.sub(lambda match: "\N{POUND SIGN}" if match[1] else "\N{EURO SIGN}", text)
+    text = re.sub(SIGN_AS_TEXT, r"\1\2", text)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
         text = re.sub(r"(?<!\\)\$", " ", text)
 
     def behind(match: re.Match[str]) -> str:
-        return rf"{match[2]}\text{{{match[3] or match[4] or ''} {CURRENCY[match[1]]}}}"
+        scale = match[3] or match[4] or ""
+        return rf"{match[2]}\text{{{SHORT_SCALES.get(scale, scale)} {CURRENCY[match[1]]}}}"
 
     text = BEFORE.sub(behind, text)
     return AFTER.sub(lambda match: rf"{match[1]}\text{{ {CURRENCY[match[2]]}}}", text)
 
 
-def _merged(text: str) -> str:
-    """The text with separators of thousands removed, outside of brackets."""
+def _merged(text: str, everywhere: bool = False) -> str:
+    """The text with separators of thousands removed, in brackets only if everywhere."""
 
     def whole(match: re.Match[str]) -> str:
-        before = text[: match.start()]
-        inside = any(before.count(opening) > before.count(closing) for opening, closing in ("()", "[]", (r"\{", r"\}")))
+        inside = not everywhere and _in_brackets(match.string[: match.start()])
         return match[0] if inside else re.sub("[, ]", "", match[0])
 
     text = POINTED.sub(lambda match: re.sub("[.'_]", "", match[0]), text)
     return SPACED.sub(whole, THOUSANDS.sub(whole, text))
+
+
+def _in_brackets(before: str) -> bool:
+    return any(before.count(opening) > before.count(closing) for opening, closing in ("()", "[]", (r"\{", r"\}")))
 
 
 def _read(text: str) -> Value:

@@ -7,8 +7,19 @@ from collections.abc import Iterable
 
 import sympy
 
+from distill.grading.math.environments import set_of
 from distill.grading.math.equality import same
-from distill.grading.math.values import Clock, Comparison, Congruence, Equation, Ratio, Region
+from distill.grading.math.values import (
+    Clock,
+    Comparison,
+    Congruence,
+    Equation,
+    Ratio,
+    Region,
+    Scalar,
+    Sequence,
+    Unreadable,
+)
 
 Verdict = bool | None
 
@@ -144,3 +155,43 @@ def equal_clocks(ratio: Ratio, clock: Clock) -> Verdict:
     if minutes >= 13 * 60:
         return minutes == clock.minutes
     return None if (minutes - clock.minutes) % 720 == 0 else False
+
+
+def as_regions(sequence: Sequence) -> list[Region] | None:
+    """The sets of numbers that an interval or a list of intervals or inequalities may mean; None for anything else.
+
+    "x > 1, x > 2" is the union or the intersection; whichever of them says nothing ("x < 1, x > 2" have no number in
+    common) is not meant, unless "and" or "or" is written.
+    """
+    try:
+        if sequence.brackets != "":
+            return [Region(set_of(sequence))]
+        parts = [set_of(item) for item in sequence.items]
+    except Unreadable:
+        return None
+    if len(variables(sequence)) > 1:
+        return None
+    union, common = Region(sympy.Union(*parts)), Region(sympy.Intersection(*parts))
+    inequalities = all(isinstance(item, Region) and item.variable is not None for item in sequence.items)
+    everything, nothing = union.points == sympy.S.Reals, common.points is sympy.S.EmptySet
+    if not inequalities:
+        return [union]
+    if sequence.alternatives:
+        return [union, common] if everything else [union]
+    if nothing:
+        return [union, common] if sequence.both else [union]
+    return [common] if everything else [union, common]
+
+
+def variables(sequence: Sequence) -> set[sympy.Expr]:
+    """The variables whose values the items of a list bound."""
+    return {item.variable for item in sequence.items if isinstance(item, Region) and item.variable is not None}
+
+
+def point_in(region: Region, scalar: Scalar) -> Verdict:
+    """A set beside a single number."""
+    if isinstance(region.points, sympy.FiniteSet) and len(region.points) == 1:
+        return same(next(iter(region.points)), scalar.expression)
+    if region.points is sympy.S.EmptySet and scalar.expression == 0:
+        return None  # how many there are
+    return None if region.points in (sympy.S.Integers, sympy.S.Naturals, sympy.S.Rationals) else False

@@ -31,6 +31,7 @@ MONTHS = Fraction(1, 10)  # by how much days and months differ at most: 28 days,
 TONNE = Unit(Fraction(1000), (("mass", 1),))
 TONS = (Fraction("907.18474"), Fraction("1016.0469088"))  # in kilograms: the other units of that name
 PAIRS = {"pair": 2, "couple": 2}
+THOUSANDS = {"k": 1000, "K": 1000, "M": 10**6, "B": 10**9}
 
 
 def equal_scalars(gold: Scalar, answer: Scalar) -> bool | None:
@@ -43,6 +44,8 @@ def equal_scalars(gold: Scalar, answer: Scalar) -> bool | None:
         return _quantities(gold, answer, gold.unit, answer.unit)
     verdict = _numbers(gold, answer)
     if verdict is False and (_may_be_one_quantity(gold, answer) or _as_stated(gold, answer)):
+        return None
+    if verdict is False and (_abbreviated(gold, answer) or _abbreviated(answer, gold)):
         return None
     unit = gold.unit or answer.unit
     if verdict is False and unit is not None:
@@ -82,6 +85,22 @@ def _as_stated(gold: Scalar, answer: Scalar) -> bool:
         one.stated is not None and other.stated is None and same(one.stated, other.expression) is not False
         for one, other in ((gold, answer), (answer, gold))
     )
+
+
+def _abbreviated(short: Scalar, other: Scalar) -> bool:
+    """Whether the letter after a number may stand for thousands: `5k` beside `5000`, `50K` (kelvin) beside `50000`."""
+    if other.unit is not None or not other.expression.is_number:
+        return False
+    if short.unit is not None:
+        return short.unit == UNITS["K"] and same(1000 * short.expression, other.expression) is not False
+    letters = {letter for letter in short.expression.free_symbols if letter.name in THOUSANDS}
+    if len(letters) != 1 or letters != short.expression.free_symbols:
+        return False
+    (letter,) = letters
+    number = short.expression.coeff(letter)
+    if not number.is_number or short.expression != number * letter:
+        return False
+    return same(number * THOUSANDS[letter.name], other.expression) is not False
 
 
 def _may_be_one_quantity(gold: Scalar, answer: Scalar) -> bool:

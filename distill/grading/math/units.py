@@ -74,25 +74,37 @@ _PREFIXED = {  # prefixes → the symbols that they stand before; not pm, pH, kT
     "M": "m g s J N W Pa Hz V A C eV ohm cal",
     "G": "J N W Pa Hz V eV ohm",
 }
-_PARTS = (
-    "half/halves third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth hundredth thousandth millionth"
-)
-_DIVISORS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 100, 1000, 10**6)
-PLACES: dict[str, int | Fraction] = {  # words that are part of a number
-    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "million dollars": 10**6,
-}  # fmt: skip
-SCALES = PLACES | {  # words that multiply or divide the number before them, or are what it counts
-    "tens": 10, "hundreds": 100, "thousands": 1000, "millions": 10**6, "billions": 10**9, "trillions": 10**12,
-    "dozen": 12, "dozens": 12, "quarter": Fraction(1, 4), "quarters": Fraction(1, 4),
-}  # fmt: skip
-for _name, _divisor in zip(_PARTS.split(), _DIVISORS, strict=True):
-    _one, _, _many = _name.partition("/")
-    SCALES |= dict.fromkeys((_one, _many or f"{_one}s"), Fraction(1, _divisor))
 _NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 )
 NUMBERS = {word: number for number, word in enumerate(_NUMBERS.split())}
+TENS = {
+    "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
+}  # fmt: skip
+_ORDINALS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
+    "sixteenth seventeenth eighteenth nineteenth"
+)
+ORDINALS = {word: number for number, word in enumerate(_ORDINALS.split(), 1)}
+for _ten, _number in TENS.items():
+    _ones = [(f"{_ten}-{_word}", _number + _one) for _word, _one in ORDINALS.items() if _one < 10]
+    ORDINALS |= {f"{_ten[:-1]}ieth": _number} | dict(_ones)
+PARTS = {"half": 2, "halves": 2, "quarter": 4, "quarters": 4}  # what a number of them is divided by
+for _word, _number in (ORDINALS | {"hundredth": 100, "thousandth": 1000, "millionth": 10**6}).items():
+    if _number > 2:  # seconds are units of time
+        PARTS |= {_word: _number, f"{_word}s": _number}
+PLACES: dict[str, int | Fraction] = {  # words that are part of a number
+    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+    "quadrillion": 10**15, "quintillion": 10**18, "lakh": 10**5, "lakhs": 10**5, "crore": 10**7, "crores": 10**7,
+    "grand": 1000, "million dollars": 10**6,
+}  # fmt: skip
+SHORT_PLACES = {"k": 1000, "mn": 10**6, "mln": 10**6, "bn": 10**9, "tn": 10**12}  # as words: letters are variables
+SCALES = PLACES | {  # words that multiply or divide the number before them, or are what it counts
+    "tens": 10, "hundreds": 100, "thousands": 1000, "millions": 10**6, "billions": 10**9, "trillions": 10**12,
+    "dozen": 12, "dozens": 12,
+}  # fmt: skip
+SCALES |= {word: Fraction(1, number) for word, number in PARTS.items()}
 PERCENT = {"percent", "percentage", "pct", "percentages", "percents"}
 COMPOUND = {
     "mph": {"mile": 1, "hour": -1}, "kph": {"km": 1, "h": -1}, "km/h": {"km": 1, "h": -1}, "Nm": {"N": 1, "m": 1},

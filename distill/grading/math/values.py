@@ -40,12 +40,15 @@ class Sequence:
     """Values in brackets or separated by commas.
 
     brackets: "" for a bare list, "{}" for a set, "cases" for the (value, condition) pairs of a definition by cases,
-    else both brackets.
+    else both brackets. alternatives, both: joined by "or", by "and". grouped: the items are sequences, each of them one
+    solution of several unknowns, as in `x = 1, y = 4 or x = 3, y = 2`.
     """
 
     items: tuple["Value", ...]
     brackets: str = ""
-    alternatives: bool = False  # joined by "or"
+    alternatives: bool = False
+    both: bool = False
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
