@@ -2,8 +2,8 @@
 
 A server is not trusted to send what its protocol says: any field may have another type. What cannot be an answer is
 `Unreadable`, and the caller asks again; a count that cannot be right (`"seven"`, -1, 10^30) is treated as unknown,
-because the answer beside it is complete. Nothing is guessed: an unknown finish reason is kept as it is, so that it
-never counts as "stop". An answer that the provider withholds (a content filter, or `refusal` in place of a text) is an
+because the answer beside it is complete. Nothing is guessed: a finish reason that is no other name of "stop" is kept,
+so that it never counts as one. An answer that the provider withholds (a content filter, or `refusal` in place of a text) is an
 answer too, as asking again would pay for the same: its text is empty, and its finish reason says why.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from distill.chat import END_THINK, THINK
-from distill.traces.trace import ReasoningForm, form_of
+from distill.traces.trace import ReasoningForm, form_of, usual_reason
 
 # Finish reasons of answers that were given up: DeepSeek's, vLLM's, OpenRouter's, Z.ai's.
 GAVE_UP = ("insufficient_system_resource", "abort", "error", "network_error")
@@ -333,9 +333,10 @@ def _finish_reason(value: object) -> str | None:
         return None
     if not isinstance(value, str) or len(value) > LONGEST_REASON or not value.isprintable():
         raise Unreadable("finish_reason is not a short text")
-    if value in GAVE_UP:
+    reason = usual_reason(value)
+    if reason in GAVE_UP:
         raise Unreadable("the server gave up")
-    return value
+    return reason or None
 
 
 def _count(value: object) -> int | None:

@@ -21,6 +21,16 @@ ReasoningForm = Literal["reasoning_content", "reasoning", "think", "end_think", 
 
 TOKENS, WORDS = "teacher tokens", "words"  # units of length
 
+FINISHED = {  # other names of the two reasons that all know
+    "eos": "stop",
+    "eos_token": "stop",
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "max_output_tokens": "length",
+}
+REFUSED = "refused"  # finish reason of a prompt that the server refused: there is no answer, and none was paid for
+
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
@@ -167,6 +177,12 @@ class Trace:
         if row.get("top_logprobs") is not None:
             values["top_logprobs"] = tuple(tuple((int(t), float(p)) for t, p in top) for top in row["top_logprobs"])
         return cls(**values)
+
+
+def usual_reason(reason: str) -> str:
+    """A finish reason in small letters, by its usual name: servers and data sets have several for an end token."""
+    name = reason.strip().lower()
+    return FINISHED.get(name, name)
 
 
 def form_of(text: str, finish_reason: FinishReason) -> ReasoningForm:

@@ -9,10 +9,12 @@ from server_support import JSON, KEY, PARAMS, Answer, Handler, body, chat, compl
 
 from distill import backends
 from distill.backends import Completed, Job
-from distill.backends.collect import collect
+from distill.backends.collect import collect, trace_of
 from distill.backends.reply import Unreadable, read_models, read_reply
 from distill.backends.secrets import Secrets, shown_url
 from distill.errors import UserError, WorkError
+from distill.filters.base import Candidate
+from distill.filters.finish import Finish
 from distill.models import Model, Server
 from distill.prompts import Prompt
 from distill.recipe import LocalEngine
@@ -47,9 +49,20 @@ def test_an_answer_and_its_usage() -> None:
     assert (asked["max_tokens"], asked["temperature"]) == (64, 0.6) and 0 <= asked["seed"] < 2**31
 
 
-@pytest.mark.parametrize("reason", ["stop", "length", "content_filter", "tool_calls", "eos", None])
+@pytest.mark.parametrize("reason", ["stop", "length", "content_filter", "tool_calls", None])
 def test_a_finish_reason_is_kept_as_it_is(reason: str | None) -> None:
     assert one(chat(finish_reason=reason)).finish_reason == reason
+
+
+@pytest.mark.parametrize(
+    ("reason", "usual"),
+    [("eos", "stop"), ("eos_token", "stop"), ("EOS", "stop"), ("STOP", "stop"), ("max_tokens", "length")],
+)
+def test_an_end_token_and_the_token_limit_have_one_name_each(reason: str, usual: str) -> None:
+    done = one(chat(finish_reason=reason))
+    assert done.finish_reason == usual
+    trace = trace_of(done, done.prompt, 0, "t")
+    assert Finish().judge(Candidate(trace)).reason == ("ok" if usual == "stop" else "truncated")
 
 
 @pytest.mark.parametrize("count", ["seven", 10**30, -1, True, 1.5, [], {}, None, 2**31])
