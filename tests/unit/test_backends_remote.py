@@ -211,7 +211,11 @@ def test_no_request_is_sent_after_a_refusal() -> None:
     assert len(made.asked) <= 2
 
 
-def test_others_under_way_are_waited_for_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+def questions(count: int, samples: int = 1) -> list[Job]:
+    return [Job(Prompt.from_question(f"{n} + 2?", "4"), tuple(range(samples))) for n in range(count)]
+
+
+def test_others_under_way_are_waited_for_briefly_where_several_fail_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.backends.failures.GRACE", 0.2)
     never = threading.Event()
 
@@ -224,9 +228,39 @@ def test_others_under_way_are_waited_for_briefly(monkeypatch: pytest.MonkeyPatch
     with server(reply) as made:
         try:
             with opened(made, max_batch=2) as backend, pytest.raises(UserError, match="rejected the key"):
-                complete(backend, samples=2)
+                list(backend.complete(questions(9), PARAMS, 0))
+            assert len(made.asked) == 6
         finally:
             never.set()
+
+
+@pytest.mark.parametrize(("status", "words"), [(402, "demands payment"), (401, "rejected the key")])
+def test_answers_under_way_are_waited_for_when_the_account_is_refused(
+    status: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are paid for. What fails then is not asked for again, and a pause ends."""
+    monkeypatch.setattr("distill.backends.failures.GRACE", 0.0)
+    under_way, refused, kept, said = threading.Barrier(3), threading.Event(), [], []
+    monkeypatch.setattr("distill.backends.remote.say", lambda line: said.append(line) or refused.set())
+
+    def reply(number: int, handler: Handler) -> Answer:
+        under_way.wait(30)
+        if number == 0:
+            return status, JSON, b"{}"
+        if number == 1:
+            return 503, f"{JSON}\r\nRetry-After: 3000", b"{}"
+        refused.wait(30)
+        return 200, JSON, body(chat())
+
+    with (
+        server(reply) as made,
+        opened(made, max_batch=3) as backend,
+        pytest.raises(UserError, match=words),
+    ):
+        for done in backend.complete(questions(9), PARAMS, 0):
+            kept.append(done)
+    assert len(kept) == 1 and len(made.asked) == 3
+    assert "requests under way are waited for" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -237,9 +271,9 @@ def test_others_under_way_are_waited_for_briefly(monkeypatch: pytest.MonkeyPatch
         (
             400,
             "the prompt exceeds the context of 4096",
-            "context of 4096; lower max_new_tokens, or leave the prompt out",
+            "context of 4096; lower max_new_tokens, or remove the prompt from its source",
         ),
-        (400, "content policy: a token of violence", "a token of violence; leave the prompt out$"),
+        (400, "content policy: a token of violence", "a token of violence; remove the prompt from its source$"),
         (
             402,
             "insufficient balance",
@@ -404,7 +438,7 @@ def test_the_model_is_chosen_by_name() -> None:
         with pytest.raises(UserError, match=r"several models; choose one with --name, or .*: a, b"), opened(made):
             pass
         with (
-            pytest.raises(UserError, match=r"no model 'c'; choose one .*: a, b"),
+            pytest.raises(UserError, match=r"no model 'c' \(.*404\); choose one .*: a, b"),
             opened(made, name="c"),
         ):
             pass
@@ -416,7 +450,7 @@ def test_the_model_is_chosen_by_name() -> None:
             assert complete(backend)[0].text.endswith("\\boxed{4}.")
         with (
             server(reply, listing) as made,
-            pytest.raises(UserError, match=r"no model 'c' and lists none; correct its name"),
+            pytest.raises(UserError, match=r"no model 'c' and lists none \(.*404\); correct its name"),
             opened(made, name="c"),
         ):
             pass
