@@ -172,9 +172,7 @@ class _Reasoning:
         drops = "and the filter `format` drops such traces"
         if self._hidden:
             return f"though the provider counts its tokens: it is hidden, {drops}; use a provider that returns it"
-        field = (
-            "server.extra_body to the server's field for thinking" if self._remote else "`thinking: true` on its card"
-        )
+        field = "its server's field for thinking in server.extra_body" if self._remote else "`thinking` on its card"
         return f"{drops}; if the teacher is to think, set {field}"
 
 
