@@ -139,7 +139,7 @@ def test_the_key_is_sent_and_is_in_no_file_and_no_message(recipe, tmp_path, monk
         (
             {"model": "other"},
             {},
-            "no model 'other'; choose one with --name, or in a recipe with server.model: scripted",
+            "no model 'other' (Error code: 404 - scripted); choose one with --name, or in a recipe with server.m",
         ),
         ({"url": "http://127.0.0.1:9/v1"}, {}, "no model server answers there"),
         ({"url": "nowhere"}, {}, "should be an OpenAI-compatible address"),
