@@ -40,7 +40,7 @@ def new_client(where: str, url: str, direct: bool, most: int, each: int) -> "Def
     except (ImportError, ValueError) as error:
         if not (variable := _unknown_proxy()):
             raise
-        scheme = urlsplit(os.environ[variable]).scheme
+        scheme = _scheme(os.environ[variable])
         install = ", or install the package socksio" if scheme in ("socks5", "socks5h") else ""
         raise UserError(
             f"{where}: the environment variable {variable} names a proxy of type {scheme}, which cannot be used here; "
@@ -68,8 +68,14 @@ def allow_connections(count: int) -> None:
 
 def _unknown_proxy() -> str | None:
     """The environment variable whose proxy is not reached by HTTP."""
-    kinds = {name: urlsplit(value).scheme for name, value in os.environ.items() if name.lower() in PROXIES}
+    kinds = {name: _scheme(value) for name, value in os.environ.items() if name.lower() in PROXIES}
     return next((name for name, scheme in kinds.items() if scheme not in ("", "http", "https")), None)
+
+
+def _scheme(proxy: str) -> str:
+    """The scheme of a proxy's address, "" where it has none and is taken for http."""
+    scheme, separator, _ = proxy.partition("://")
+    return scheme.lower() if separator else ""
 
 
 def _is_plain_loopback(url: str) -> bool:

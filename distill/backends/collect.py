@@ -7,7 +7,7 @@ A server may refuse a prompt for good: it is too long, or the provider does not 
 refusal is stored as an answer without a text, or the work would never end.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -119,11 +119,7 @@ def sampled(
             made += 1
             if allowance is not None:
                 allowance.settle(trace)
-        if refusals:
-            say(
-                f"note: the server refused {counted(len(refusals), 'sample')}, stored without a text under the finish "
-                f"reason {REFUSED}; the first: {refusals[0].reason}"
-            )
+        _say_refused(refusals)
         if allowance is None or not made or allowance.over:
             return
         left += [Job(prompts[prompt], (sample,)) for prompt, sample in allowance.under_way]  # not asked for again
@@ -155,6 +151,14 @@ def _mixed(now: tuple[str, ...], before: tuple[str, ...]) -> UserError:
         f"the server {' and '.join(filter(None, (what, also)))}; ask the server that they came from, or sample all of "
         f"them again (--fresh generate, or a new directory)"
     )
+
+
+def _say_refused(refusals: Sequence[Refusal]) -> None:
+    if refusals:
+        say(
+            f"note: the server refused {counted(len(refusals), 'sample')}, stored without a text under the finish "
+            f"reason {REFUSED}; the first: {refusals[0].reason}"
+        )
 
 
 def _refused(refusal: Refusal, prompt: Prompt, seed: int, teacher: str, omitted: tuple[str, ...]) -> Trace:

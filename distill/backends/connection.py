@@ -19,7 +19,7 @@ from distill.backends.bounds import TooLarge
 from distill.backends.client import new_client
 from distill.backends.failures import Forbidden, Rejected
 from distill.backends.pacing import Pace
-from distill.backends.reply import Unreadable, as_object, read_json, read_models, reported
+from distill.backends.reply import Reported, Unreadable, as_object, read_json, read_models, reported
 from distill.backends.secrets import Secrets, checked_url, shown_url
 from distill.backends.stream import Stream
 from distill.config import did_you_mean
@@ -209,7 +209,9 @@ class Connection:
                 if raw.headers.get("content-type", "").startswith("text/event-stream"):
                     Stream().feed(content)
                 else:
-                    as_object(read_json(content), "the reply")  # a page of a web server is none
+                    reply = as_object(read_json(content), "the reply")  # a page of a web server is none
+                    if error := reported(reply):
+                        raise error
 
         with self._connecting():
             try:
@@ -218,10 +220,10 @@ class Connection:
             except openai.APIStatusError as error:
                 if error.status_code not in (400, 404, 422) or self._wants_https(error):
                     raise
-                # It has the model if what it refuses is something else, such as a parameter of this question.
-                reason = said(error).lower()
-                if error.status_code == 404 or ("model" in reason and LIMITS[1] not in reason):
+                if error.status_code == 404 or _blames_model(error):
                     return self._reason(error)
+            except Reported as error:
+                return self._reason(error) if _blames_model(error) else None
         return None
 
     def without(self, model: str | None, listed: Sequence[str], reason: str | None = None) -> UserError:
@@ -317,6 +319,13 @@ def said(error: Exception) -> str:
         return text
     reason = reported(error.body) if isinstance(error.body, dict) else error.body
     return f"{text} - {reason}" if reason else text
+
+
+def _blames_model(error: Exception) -> bool:
+    """Whether a refusal is about the model: a server has it if it refuses something else, such as a parameter of the
+    question."""
+    reason = said(error).lower()
+    return "model" in reason and LIMITS[1] not in reason
 
 
 def is_refusal(status: int) -> bool:

@@ -139,6 +139,20 @@ def test_what_the_server_says_of_the_model_is_said(listing: Answer) -> None:
         opened(made, name="m").__enter__()
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_that_is_refused_inside_an_answer_is_not_there(streamed: bool) -> None:
+    for message, has in (("unknown model m", False), ("n must be 2", True)):
+        error = body({"base_resp": {"status_code": 2013, "status_msg": message}})
+        refusal: Answer = (200, EVENTS, b"data: " + error + b"\n\n") if streamed else (200, JSON, error)
+        with server(lambda *_: refusal, (404, JSON, b"{}")) as made:  # noqa: B023
+            if has:
+                with opened(made, name="m") as backend:
+                    assert backend.identity == {"model": "m"}
+            else:
+                with pytest.raises(UserError, match=r"no model 'm' and lists none \(unknown model m\)"):
+                    opened(made, name="m").__enter__()
+
+
 def test_a_server_that_demands_payment_has_the_model() -> None:
     unpaid = 402, JSON, body({"error": {"message": "Insufficient Balance"}})
     with (

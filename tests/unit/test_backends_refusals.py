@@ -186,6 +186,61 @@ def test_a_key_that_expires_ends_the_work_after_five_prompts() -> None:
         assert len(made.asked) == 6 and not isinstance(error.value, Refused)
 
 
+# ---- what is under way when the work ends
+
+
+def questions(count: int, samples: int = 1) -> list[Job]:
+    return [Job(Prompt.from_question(f"{n} + 2?", "4"), tuple(range(samples))) for n in range(count)]
+
+
+def test_others_under_way_are_waited_for_briefly_where_several_fail_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.backends.failures.GRACE", 0.2)
+    never = threading.Event()
+
+    def reply(number: int, handler: Handler) -> Answer:
+        if number:
+            return 403, JSON, b"{}"
+        never.wait(60)
+        return 200, JSON, body(chat())
+
+    with server(reply) as made:
+        try:
+            with opened(made, max_batch=2) as backend, pytest.raises(UserError, match="rejected the key"):
+                list(backend.complete(questions(9), PARAMS, 0))
+            assert len(made.asked) == 6
+        finally:
+            never.set()
+
+
+@pytest.mark.parametrize(("status", "words"), [(402, "demands payment"), (401, "rejected the key")])
+def test_answers_under_way_are_waited_for_when_the_account_is_refused(
+    status: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are paid for. What fails then is not asked for again, and a pause ends."""
+    monkeypatch.setattr("distill.backends.failures.GRACE", 0.0)
+    under_way, refused, kept, said = threading.Barrier(3), threading.Event(), [], []
+    monkeypatch.setattr("distill.backends.remote.say", lambda line: said.append(line) or refused.set())
+
+    def reply(number: int, handler: Handler) -> Answer:
+        under_way.wait(30)
+        if number == 0:
+            return status, JSON, b"{}"
+        if number == 1:
+            return 503, f"{JSON}\r\nRetry-After: 3000", b"{}"
+        refused.wait(30)
+        return 200, JSON, body(chat())
+
+    with (
+        server(reply) as made,
+        opened(made, max_batch=3) as backend,
+        pytest.raises(UserError, match=words),
+    ):
+        for done in backend.complete(questions(9), PARAMS, 0):
+            kept.append(done)
+    assert len(kept) == 1 and len(made.asked) == 3
+    assert "requests under way are waited for" in said[0]
+
+
 # ---- errors in other forms, with status 200
 
 
