@@ -36,7 +36,7 @@ class PassRate(GroupFilter):
         Group(("too_hard",) * 4, ("a",) * 4, {"min_rate": 0.5}, earlier=(RIGHT, WRONG, WRONG, WRONG)),
         Group(("too_easy",) * 4, ("a",) * 4, {"max_rate": 0.9}, earlier=(RIGHT, RIGHT, RIGHT, RIGHT)),
         Group((OK,) * 3, ("a",) * 3, {"max_rate": 0.9}, earlier=(RIGHT, RIGHT, RIGHT)),
-        Group((OK,) * 3, ("a",) * 4, {"max_rate": 0.9}, earlier=(RIGHT, RIGHT, RIGHT, GONE)),
+        Group((OK,) * 4, ("a",) * 4, {"min_rate": 0.9, "min_samples": 3}, earlier=(RIGHT, RIGHT, RIGHT, GONE)),
     )
 
     @model_validator(mode="after")
