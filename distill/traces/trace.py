@@ -243,6 +243,13 @@ class Verdict:
         return {"filter": self.filter, "keep": self.keep, "reason": self.reason, "evidence": self.evidence}
 
 
+def dropped_by(verdicts: Iterable[Verdict]) -> Verdict | None:
+    """The verdict that a dropped trace is counted under: the first that drops it, but before all that the server
+    refused its prompt, which is why the others find no text. None for a kept trace."""
+    dropping = [verdict for verdict in verdicts if not verdict.keep]
+    return next((verdict for verdict in dropping if verdict.reason == REFUSED), dropping[0] if dropping else None)
+
+
 def _check_integer(name: str, value: object, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name}: {_shown(value)} is not an integer from {least} to {most}")
