@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from distill.recipe import Recipe
     from distill.run import Run
 
+WATCHED = 20  # answers without any reasoning, after which one line says so
 FORMS = {  # of a reasoning, as `Trace.form`
     "reasoning_content": "in reasoning_content",
     "reasoning": "in reasoning",
@@ -123,7 +124,8 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
             if store.cut_off:
                 say(f"a trace of {store.cut_off:,} bytes was cut off in the middle; it is sampled again")
             with progress("generate", total, "traces", done=total - left, stored=True) as advance:
-                made = collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix, allowance)
+                look = _Reasoning(run)
+                made = collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix, allowance, look)
         seconds, usage, numerics = time.monotonic() - started, backend.usage, dict(backend.numerics)
     if allowance is not None:
         if made < left:
@@ -134,7 +136,7 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
     counts = _counts(part)
     if (note := part.left_out) is not None:
         say(note)
-    if len(counts.forms) > 1:
+    if len(counts.forms) > 1 or "none" in counts.forms:
         say("reasoning: " + ", ".join(f"{count:,} {FORMS[form]}" for form, count in counts.forms.items()))
     return counts.model_copy(
         update={
@@ -145,6 +147,33 @@ def _sample(run: "Run", begin: Callable[[], None]) -> GenerateSummary:
             "numerics": numerics,
         }
     )
+
+
+class _Reasoning:
+    """Watches answers until one has a reasoning: where none of the first `WATCHED` has, and the filter `format` drops
+    such traces, one line says so before all others are paid for."""
+
+    def __init__(self, run: "Run") -> None:
+        self._remote = run.models.teacher.is_remote
+        self._watches = run.recipe.filter.format is not None
+        self._without = self._hidden = 0
+
+    def __call__(self, trace: Trace) -> None:
+        if not self._watches or not trace.text:
+            return
+        self._without += 1
+        self._hidden += bool(trace.reasoning_tokens)
+        self._watches = trace.form == "none" and self._without < WATCHED
+        if trace.form == "none" and not self._watches:
+            say(f"note: none of the first {WATCHED} answers has reasoning, {self._why()}, or set filter.format to null")
+
+    def _why(self) -> str:
+        """What the line says of the cause, and the remedy."""
+        drops = "and the filter `format` drops such traces"
+        if self._hidden:
+            return f"though the provider counts its tokens: it is hidden, {drops}; use a provider that returns it"
+        field = "its server's field for thinking in server.extra_body" if self._remote else "`thinking` on its card"
+        return f"{drops}; if the teacher is to think, set {field}"
 
 
 @contextmanager
@@ -216,9 +245,8 @@ def sample_pilot(run: "Run", count: int) -> Measured | None:
             store,
             progress("pilot", total, "traces", stored=True) as advance,
         ):
-            made = collect(
-                backend, store, wanted, sampling, recipe.seed, _teacher(run, backend), advance, suffix, allowance
-            )
+            teacher, look = _teacher(run, backend), _Reasoning(run)
+            made = collect(backend, store, wanted, sampling, recipe.seed, teacher, advance, suffix, allowance, look)
         if allowance is not None and made < total:
             raise _used_up(allowance, total - made, total)
         seconds, usage = time.monotonic() - started, backend.usage

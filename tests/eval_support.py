@@ -11,6 +11,8 @@ from server_support import Listening, listening
 from distill.cli import main
 from distill.evaluations import read_results
 
+USAGE: dict[str, object] = {}  # further fields of the usage
+
 
 class Script(BaseHTTPRequestHandler):
     """Answers chat requests as `reply(question, seed)` says: (text, finish reason), or an HTTP status."""
@@ -40,7 +42,7 @@ class Script(BaseHTTPRequestHandler):
                 "created": 0,
                 "model": "scripted",
                 "choices": [{"index": 0, "finish_reason": finish, "message": message}],
-                "usage": {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens},
+                "usage": {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens} | USAGE,
             }
         )
 

@@ -33,7 +33,10 @@ THINKING_BUDGET = {  # owner → the field of a thinking budget, a dot before a 
     "sglang": "custom_params.thinking_budget",
     "llamacpp": "thinking_budget_tokens",
 }
-MODERATION = re.compile(r"content[ _-]*(filter|policy|not allowed)|moderation|safety|flagged", re.I)
+MODERATION = re.compile(
+    r"content[ _-]*(filter|policy|not allowed|exists risk)|moderation|safety|flagged|inappropriate|data_inspection",
+    re.I,
+)
 MOST_CHOICES = 128  # samples of one request, as OpenAI bounds `n`
 OPTIONAL = ("temperature", "top_p", "top_k", "seed", "stream_options", "n")  # left out where a model refuses them
 SAMPLING = ("temperature", "top_p", "top_k")  # those of them that decide what the samples are
@@ -50,14 +53,15 @@ NEAR = 60  # characters between a quoted name and the word of its refusal
 
 
 class Asking:
-    """Makes the bodies of requests. owner: who has the server, "" if unknown."""
+    """Makes the bodies of requests. owners: who has each of the servers, "" if unknown; the first is meant where a
+    request names none."""
 
-    def __init__(self, server: Server, owner: str) -> None:
-        self.model, self.owner = server.model or "", owner
+    def __init__(self, server: Server, *owners: str) -> None:
+        self.model, self.owners = server.model or "", owners or ("",)
         self._stream, self._n, self._extra = server.stream, server.n, dict(server.extra_body)
         self.limit = LIMITS[0]
         self._refused = set[str]()
-        self._answered = False
+        self.has_answered = False
 
     def group(self, samples: Sequence[int]) -> list[tuple[int, ...]]:
         """The samples of a prompt that are asked for together: with `n` all of them, as far as they are consecutive."""
@@ -69,8 +73,17 @@ class Asking:
             groups = [*groups[:-1], (*groups[-1], sample)] if follows else [*groups, (sample,)]
         return groups
 
-    def body(self, prompt: Prompt, sample: int, sampling: SamplingParams, seed: int, n: int = 1) -> dict[str, object]:
-        """The request for `n` samples, of which `sample` is the first."""
+    def body(
+        self,
+        prompt: Prompt,
+        sample: int,
+        sampling: SamplingParams,
+        seed: int,
+        n: int = 1,
+        owner: str | None = None,
+    ) -> dict[str, object]:
+        """The request for `n` samples, of which `sample` is the first. owner: who has the server that is asked."""
+        owner = self.owners[0] if owner is None else owner
         body: dict[str, object] = {
             "model": self.model,
             "messages": [{"role": m["role"], "content": m["content"]} for m in prompt.messages],
@@ -86,24 +99,25 @@ class Asking:
         if sampling.logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
         if sampling.thinking_budget is not None:
-            outer, _, inner = THINKING_BUDGET[self.owner].partition(".")
+            outer, _, inner = THINKING_BUDGET[owner].partition(".")
             body[outer] = {inner: sampling.thinking_budget} if inner else sampling.thinking_budget
         if self._stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        if self.owner == VLLM:
+        if owner == VLLM:
             body |= {"return_token_ids": True}
             if sampling.logprobs is not None:
                 body["return_tokens_as_token_ids"] = True
-        elif self.owner == OURS:
+        elif owner == OURS:
             body |= {"seed": seed, "prompt_key": prompt.id, "sample": sample}
             body |= {"return_token_ids": True, "separate_reasoning": False}
         return {name: value for name, value in body.items() if name not in self._refused} | self._extra
 
     def check(self, sampling: SamplingParams) -> None:
         """Errors: UserError for a thinking budget where it is not known how the server takes one."""
-        if sampling.thinking_budget is not None and self.owner not in THINKING_BUDGET:
+        unknown = next((owner for owner in self.owners if owner not in THINKING_BUDGET), None)
+        if sampling.thinking_budget is not None and unknown is not None:
             raise UserError(
-                f"thinking_budget: the server of {self.model} has no known field for it (owned_by {self.owner!r}; "
+                f"thinking_budget: the server of {self.model} has no known field for it (owned_by {unknown!r}; "
                 f"known: {', '.join(THINKING_BUDGET)}); set generate.sampling.thinking_budget to null, and the "
                 f"server's own field in server.extra_body"
             )
@@ -115,7 +129,7 @@ class Asking:
 
     def answered(self) -> None:
         """Count an answer: from now on no parameter of `SAMPLING` is left out."""
-        self._answered = True
+        self.has_answered = True
 
     def adapt(
         self, sent: Collection[str], status: int, reason: str, param: str | None = None, code: str | None = None
@@ -133,11 +147,16 @@ class Asking:
         if name not in sent or name in self._extra:
             return False
         if name not in self._refused:
-            if name in SAMPLING and self._answered:
+            if name in SAMPLING and self.has_answered:
                 return False
             self._refused.add(name)
             say(f"note: {self.model} refuses {name}; it is left out, and the server's own applies")
         return True
+
+    def blames_sampling(self, sent: Collection[str], reason: str, param: str | None, code: str | None) -> bool:
+        """Whether a reply refuses a parameter of `SAMPLING`, which says nothing about the prompt. As `adapt`."""
+        name = _refused(reason, param, code)
+        return name in SAMPLING and name in sent
 
 
 def omitted(body: Collection[str], sampling: SamplingParams) -> tuple[str, ...]:

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from distill.backends.asking import LIMITS, OPTIONAL, SAMPLING, Asking, error_fields, omitted
 from distill.backends.backend import Job
 from distill.backends.connection import Connection, is_refusal
+from distill.backends.failures import Refusal, Refused
 from distill.backends.pacing import pause, retry_after
 from distill.backends.reply import Reply, Unreadable, as_object, read_json, read_reply
 from distill.console import say
 from distill.engine.options import SamplingParams
-from distill.errors import WorkError
+from distill.errors import UserError, WorkError
 from distill.fingerprint import digest
 from distill.prompts.prompt import Prompt
 
@@ -60,12 +61,13 @@ class Answer(NamedTuple):
 
 class _Failure(NamedTuple):
     """Why a request, or a whole batch, was not answered. status: of HTTP, None where there is none. param, code: of the
-    error, where it has these fields."""
+    error, where it has these fields. key: of the request, "" for a whole batch."""
 
     status: int | None
     reason: str
     param: str | None = None
     code: str | None = None
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Batches:
         """The answer of every wanted sample, as batches end; not lazy in `jobs`. Requests that are refused for a
         parameter that can be left out are sent again without it.
 
-        Errors: UserError and WorkError for samples that no batch has answered; those of the client library.
+        Errors: UserError and WorkError for samples that no batch has answered, Refused where each of them was refused
+        for what it is; those of the client library.
         """
         wanted = {request_id(job.prompt, sample): (job.prompt, sample) for job in jobs for sample in job.samples}
         tag = digest([dict(self.identity), asdict(sampling), seed])
@@ -108,7 +111,21 @@ class Batches:
             if not any(adapted):
                 break
             new = list(wanted)
-        raise self.connection.unanswered(len(wanted), *(first or _Failure(None, ""))[:2])
+        error = self.connection.unanswered(len(wanted), *(first or _Failure(None, ""))[:2])
+        refusals = self._refusals(wanted, [failure for _, failure in failures])
+        raise Refused(str(error), refusals) if len(refusals) == len(wanted) else error
+
+    def _refusals(self, wanted: Mapping[str, tuple[Prompt, int]], failures: Iterable[_Failure]) -> list[Refusal]:
+        """The requests that were refused for what they are."""
+        refusals = dict[str, Refusal]()
+        for failure in failures:
+            if failure.key in wanted:
+                prompt, sample = wanted[failure.key]
+                error = self.connection.reported(failure.status, failure.reason, prompt)
+                blamed = self.asking.blames_sampling(SAMPLING, failure.reason, failure.param, failure.code)
+                if type(error) is UserError and not blamed:
+                    refusals[failure.key] = Refusal(prompt, sample, str(error))
+        return list(refusals.values())
 
     async def _known(self, tag: str, keys: Iterable[str]) -> "tuple[list[Batch], set[str]]":
         """Batches of earlier sessions that answer wanted samples, or will, and the samples that they cover.
@@ -219,9 +236,9 @@ class Batches:
                 param, code = error_fields(error)
                 yield _Failure(400 if param else None, f"batch {batch.id} failed: {_message(error)}", param, code)
         for file in (batch.output_file_id, batch.error_file_id):
-            async for _, line in self._lines(file):
+            async for key, line in self._lines(file):
                 if isinstance(answer := _answer(line), _Failure):
-                    yield answer
+                    yield answer._replace(key=key)
         if batch.status != "completed":
             yield _Failure(None, f"batch {batch.id}: {batch.status}")
 

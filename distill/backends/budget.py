@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from distill.prompts.prompt import Prompt
 from distill.recipe import Budget, Price
-from distill.traces.trace import Trace
+from distill.traces.trace import REFUSED, Trace
 
 if TYPE_CHECKING:
     from distill.traces.store import TraceStore
@@ -62,6 +62,8 @@ def spent_on(store: "TraceStore", prompts: Mapping[str, Prompt], max_new_tokens:
     """The tokens of all stored traces. prompts: by id, for the bounds of counts that are not known."""
     total = Spent()
     for figures in store.figures():
+        if figures.finish_reason == REFUSED:
+            continue
         prompt = prompts.get(figures.key[0])
         bound = bound_of(prompt, max_new_tokens) if prompt else Spent(TEMPLATE_TOKENS, max_new_tokens)
         prompt_tokens = figures.prompt_tokens or bound.prompt

@@ -7,18 +7,19 @@ identity: a run may move to another server of the same model.
 
 Replies are read as bytes and checked (`reply.py`) rather than as the client library's objects, which hold whatever the
 server sent. A sample that fails for good does not end the others: they go on, and the error is raised at the end. Only
-a failure that all of them share (a rejected key, several failures in a row) stops the work; the requests under way are
-then waited for, briefly, as their answers are paid for. A file each: `asking` (what a request says), `connection`
-(one address), `pacing` (how fast), `failures` (which of them end the work).
+a failure that all of them share (a rejected key, several failures in a row) stops the work. Many refusals in a row may
+be the settings' or the prompts': the server is asked something short with the same settings, which tells. A file each:
+`asking` (what a request says), `connection` (one address), `attempts` (what a request has brought), `pacing` (how
+fast), `failures` (which of them end the work).
 """
 
 import asyncio
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from dataclasses import replace
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, TypeVar
 
 import httpx2
@@ -26,12 +27,14 @@ import httpx2
 from distill.backends import scoring
 from distill.backends.answers import check_answer, check_mode, completed
 from distill.backends.asking import VLLM, Asking, error_fields, omitted
+from distill.backends.attempts import Again, Answered, Asked, Work
 from distill.backends.backend import Completed, GivenIds, Job, Scored, Usage
 from distill.backends.batch import Batches
 from distill.backends.bounds import TooLarge
 from distill.backends.budget import Allowance
-from distill.backends.connection import KEPT, Connection, Unreachable, moderated
-from distill.backends.failures import Failures, OneSample
+from distill.backends.client import allow_connections
+from distill.backends.connection import KEPT, Connection, Unreachable, said
+from distill.backends.failures import REFUSED_IN_A_ROW, Failures, OneSample, ParameterRefused, Rejected
 from distill.backends.pacing import pause, retry_after
 from distill.backends.reply import Counts, Empty, Reply, Reported, Unreadable, read_replies
 from distill.backends.stream import Stream
@@ -51,27 +54,29 @@ RETRIES = 8  # with growing pauses: when a server is busy, restarts, drops a con
 TIMEOUT = 3600.0  # seconds for a sample that is not streamed: 32,768 tokens at 10 a second
 GRACE = 5.0  # seconds for a stream to close, and to count its tokens, after the end of its answers
 BUSY = (429, 503, 529)
-SHARED = (401, 402, 403, 404)  # refusals of the key, the account or the model, which every request would get
-
-
-UNKNOWN = Counts(None, None)
+SHORT = Prompt(({"role": "user", "content": "Hello"},), "chat")  # is it refused, the settings are
+T = TypeVar("T")
 
 
 class RemoteBackend:
     """One model, whose name is known, of a server or of several. concurrency: requests under way at once at each.
-    owner: who has the server, as it says. Errors: UserError for a key or an address that cannot be used."""
+    owners: who has each of the servers, as it says, "" where it does not. Errors: UserError for a key or an address
+    that cannot be used."""
 
     max_context: int | None = None
     numerics: dict[str, str] = {"kernels": "server"}  # noqa: RUF012  what else decides the numbers is not known
 
-    def __init__(self, server: Server, concurrency: int = 64, owner: str = "") -> None:
+    def __init__(self, server: Server, concurrency: int = 64, owners: Sequence[str] = ()) -> None:
         self.model = server.model or ""
         self.identity = server.identity
         self.server, self.usage = server, Usage()
         self.chat: Callable[[], Chat] | None = None  # the teacher's tokenizer, for scores
         self.before_retry: Callable[[], None] = lambda: None  # raises what makes further requests pointless
-        self._connections = [Connection(server, url, concurrency) for url in (server.url, *server.others)]
-        self._asking = Asking(server, owner)
+        urls = (server.url, *server.others)
+        owners = owners or ("",) * len(urls)
+        self._connections = [Connection(server, *each) for each in zip(urls, repeat(concurrency), owners)]
+        self._asking = Asking(server, *owners)
+        self._said_refusal = self._said_end = False
         self._in_mode = False  # whether an answer has shown that the server reads the thinking mode
 
     @classmethod
@@ -81,25 +86,25 @@ class RemoteBackend:
         Of several addresses those that do not answer are left out. Errors: UserError when no server answers, it rejects
         the key, or it does not have the model.
         """
-        model, owner, unreachable, reached = server.model, "", list[Unreachable](), list[str]()
+        model, unreachable, reached = server.model, list[Unreachable](), dict[str, str]()
         for connection in cls(server, concurrency)._connections:
             try:
                 owners = connection.models()
                 if model is None and len(owners) == 1:
                     model = next(iter(owners))
-                if model is None or (model not in owners and not connection.answers(model)):
-                    raise connection.without(model, list(owners))
+                said = None if model is None or model in owners else connection.refusal_of(model)
+                if model is None or said is not None:
+                    raise connection.without(model, list(owners), said)
             except Unreachable as error:
                 unreachable.append(error)
                 continue
-            owner = owners.get(model, "")
-            reached.append(connection.url)
+            reached[connection.url] = owners.get(model, "")
         if not reached:
             raise unreachable[0]
         for silent in unreachable:
             say(f"note: {silent}; the other servers are asked")
         url, *others = reached
-        return cls(replace(server, model=model, url=url, others=tuple(others)), concurrency, owner)
+        return cls(replace(server, model=model, url=url, others=tuple(others)), concurrency, list(reached.values()))
 
     def check(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> None:
         """The server knows its context, and refuses what does not fit. Errors: UserError for a thinking budget that it
@@ -120,7 +125,7 @@ class RemoteBackend:
 
         Errors: UserError, also for every other server; WorkError.
         """
-        if self._asking.owner != VLLM or self.chat is None:
+        if self._asking.owners[0] != VLLM or self.chat is None:
             raise UserError(
                 f"{self.model} is behind a server that does not score texts (vLLM does); "
                 f"{scoring.remedy(traces, top_k)}"
@@ -139,19 +144,22 @@ class RemoteBackend:
     ) -> Generator[Completed, None, None]:
         """Yield every wanted sample once, as it finishes. allowance: as of `Backend.complete`.
 
-        Errors, when all others are finished: UserError for a request that the server refuses; WorkError for one that
-        failed after retries. At once: UserError for a key, an account or a model that it refuses; WorkError after
-        `IN_A_ROW` failures; answers that arrive within `GRACE` seconds are yielded before that.
+        Errors, when all others are finished: Refused for requests that the server refuses; WorkError for one that
+        failed after retries. Without further requests, when those under way are finished: UserError for a key, an
+        account, a model or settings that it refuses; after `GRACE` seconds: UserError, WorkError for `IN_A_ROW`
+        failures.
         """
         if self.server.batch:
             yield from self._batches(jobs, sampling, seed, allowance)
             return
         wanted = ((job.prompt, samples) for job in jobs for samples in self._asking.group(job.samples))
-        running: set[asyncio.Task[_Answered]] = set()
-        work = _Work(sampling, seed, allowance)
-        failures, deadline = Failures(), allowance.deadline if allowance else math.inf
+        running: set[asyncio.Task[Answered]] = set()
+        work = Work(sampling, seed, allowance)
+        failures = Failures(self._asking.has_answered)
+        deadline = allowance.deadline if allowance else math.inf
         with asyncio.Runner() as runner:
             loop, silence = runner.get_loop(), self.server.silence if self.server.stream else TIMEOUT
+            allow_connections(sum(connection.pace.most for connection in self._connections))
             for connection in self._connections:
                 connection.open(silence, sampling.max_new_tokens, sampling.logprobs or 0)
             try:
@@ -162,7 +170,7 @@ class RemoteBackend:
                         running.add(loop.create_task(self._samples(prompt, samples, work)))
                     if not running:
                         break
-                    left = min(deadline, failures.deadline if failures.stopped else math.inf) - loop.time()
+                    left = min(deadline, failures.deadline) - loop.time()
                     timeout = None if math.isinf(left) else max(0.0, left)
                     waiting = asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                     done, running = loop.run_until_complete(waiting)
@@ -171,16 +179,42 @@ class RemoteBackend:
                     for task in done:
                         answered = task.result()
                         if answered.completed:
-                            failures.in_a_row = 0
+                            failures.answer()
                             yield from answered.completed
                         for error in answered.errors:
                             failures.add(error, loop.time())
+                            self._say_first(error, len(running))
+                    if failures.refused_in_a_row >= REFUSED_IN_A_ROW and not failures.stopped:
+                        loop.run_until_complete(self._ask_another(failures, work))
+                    if failures.stopped:
+                        work.ended.set()
             finally:
                 for task in running:
                     task.cancel()
                 for connection in self._connections:
                     runner.run(connection.close())
         failures.raise_first()
+
+    def _say_first(self, error: Exception, running: int) -> None:
+        """Say at once what the server refuses first, and what ends the work while requests are under way."""
+        if isinstance(error, Rejected) and running and not self._said_end:
+            say(f"note: {error}; the {running:,} requests under way are waited for")
+            self._said_end = True
+        elif isinstance(error, OneSample) and isinstance(error.error, UserError) and running and not self._said_refusal:
+            say(f"note: {error}")
+            self._said_refusal = True
+
+    async def _ask_another(self, failures: Failures, work: Work) -> None:
+        """Ask a short question with the settings of the samples: where it is answered, refusals are those of their
+        prompts; else the work is stopped."""
+        try:
+            answers = await self._request(SHORT, (0,), Work(work.sampling, work.seed, None))
+        except (UserError, WorkError, OneSample):
+            answers = None
+        if answers:
+            failures.refused_in_a_row = 0
+        else:
+            failures.refuse()
 
     def _batches(
         self, jobs: Iterable[Job], sampling: SamplingParams, seed: int, allowance: Allowance | None
@@ -198,9 +232,9 @@ class RemoteBackend:
                 runner.run(source.aclose())
                 runner.run(client.close())
 
-    async def _samples(self, prompt: Prompt, samples: tuple[int, ...], work: "_Work") -> "_Answered":
+    async def _samples(self, prompt: Prompt, samples: tuple[int, ...], work: Work) -> Answered:
         """The answers of one request for several samples, and one by one those that it does not give."""
-        answered = _Answered()
+        answered = Answered()
         try:
             missing = samples
             if len(samples) > 1:
@@ -210,6 +244,8 @@ class RemoteBackend:
                 answered.completed += done
                 missing = tuple(sample for sample in samples if sample not in {each.sample for each in done})
             for sample in missing:
+                if len(samples) > 1 and work.ended.is_set():
+                    break
                 try:
                     answered.completed += await self._request(prompt, (sample,), work) or ()
                 except OneSample as error:
@@ -218,7 +254,7 @@ class RemoteBackend:
             answered.errors.append(error)
         return answered
 
-    async def _request(self, prompt: Prompt, samples: tuple[int, ...], work: "_Work") -> list[Completed] | None:
+    async def _request(self, prompt: Prompt, samples: tuple[int, ...], work: Work) -> list[Completed] | None:
         """The answers of a request, sent again until there is one. Empty where its samples are to be asked for one by
         one; None where the allowance has no room for another attempt.
 
@@ -227,12 +263,12 @@ class RemoteBackend:
         failure: UserError | WorkError | None = None
         for attempt in range(RETRIES + 1):
             connection = min(self._connections, key=lambda each: each.rank(loop.time()))
-            body = self._asking.body(prompt, samples[0], work.sampling, work.seed, len(samples))
-            asked = _Asked(prompt, samples, body)
+            body = self._asking.body(prompt, samples[0], work.sampling, work.seed, len(samples), connection.owner)
+            asked = Asked(prompt, samples, body)
             try:
                 connection.running += 1
                 replies = await self._attempt(connection, asked, work)
-            except _Again as again:
+            except Again as again:
                 failure = again.failure
                 self.before_retry()
                 if not work.may_repeat(asked):
@@ -240,7 +276,9 @@ class RemoteBackend:
                 if len(samples) > 1 and (again.alone or len(self._asking.group(samples)) > 1):
                     return []  # the second: it refuses `n`
                 if attempt < RETRIES:
-                    await asyncio.sleep(0 if again.at_once else pause(attempt, again.wait, draw))
+                    await work.pause(0 if again.at_once else pause(attempt, again.wait, draw))
+                if work.ended.is_set():
+                    break
             except (UserError, WorkError, OneSample):
                 work.may_repeat(asked)
                 raise
@@ -252,10 +290,10 @@ class RemoteBackend:
             finally:
                 connection.running -= 1
         assert failure is not None
-        raise OneSample(failure)
+        raise OneSample(failure, prompt, samples)
 
-    async def _attempt(self, connection: Connection, asked: "_Asked", work: "_Work") -> dict[int, Reply]:
-        """One request: its whole answers by their sample. Errors: _Again for what may go better another time; as
+    async def _attempt(self, connection: Connection, asked: Asked, work: Work) -> dict[int, Reply]:
+        """One request: its whole answers by their sample. Errors: Again for what may go better another time; as
         `_request`."""
         import openai
 
@@ -264,37 +302,29 @@ class RemoteBackend:
             async with asyncio.timeout(None if self.server.stream else TIMEOUT):
                 replies = await self._ask(connection, asked)
         except Reported as error:
-            raise self._reported(error, connection, asked, sent) from error
+            failure = connection.reported(error.code, str(error), asked.prompt)
+            raise self._refused_or_again(failure, error.code, str(error), connection, asked, sent) from error
         except Unreadable as error:
             asked.empty = isinstance(error, Empty)
             unusable = f"its answers are empty or unreadable ({error}), as they may be under load"
-            raise _Again(WorkError(f"the server failed: {unusable}; {KEPT}")) from error
+            raise Again(WorkError(f"the server failed: {unusable}; {KEPT}")) from error
         except TooLarge as error:
-            raise _Again(WorkError(f"the server failed: {error}; {KEPT}"), alone=True) from error
+            raise Again(WorkError(f"the server failed: {error}; {KEPT}"), alone=True) from error
         except TimeoutError as error:
             if self.server.stream:
                 connection.failed(loop.time())
                 silent = f"it sent no token for {self.server.silence:,g} seconds"
-                raise _Again(WorkError(f"the server failed: {silent}; {KEPT}")) from error
-            raise OneSample(WorkError(f"the server sent no answer within {TIMEOUT:,.0f} seconds; {KEPT}")) from None
+                raise Again(WorkError(f"the server failed: {silent}; {KEPT}")) from error
+            raise asked.failed(WorkError(f"the server sent no answer within {TIMEOUT:,.0f} seconds; {KEPT}")) from None
         except openai.APIStatusError as error:
             failure = connection.error(error, asked.prompt)
-            if error.status_code in SHARED and not moderated(error.status_code, str(error)):
-                raise failure from error
             fields = error_fields({"param": error.param, "code": error.code})
-            if self._asking.adapt(asked.body, error.status_code, str(error), *fields):
-                raise _Again(failure, at_once=True) from error
-            if isinstance(failure, UserError) and len(asked.samples) > 1:
-                raise _Again(failure, alone=True) from error  # it may refuse several samples in one request
-            if isinstance(failure, UserError):
-                raise OneSample(failure) from error
-            if error.status_code in BUSY:
-                connection.pace.busy(sent, loop.time())
-            connection.failed(loop.time())
-            raise _Again(failure, retry_after(error.response.headers)) from error
+            wait = retry_after(error.response.headers)
+            status, message = error.status_code, said(error)
+            raise self._refused_or_again(failure, status, message, connection, asked, sent, fields, wait) from error
         except (openai.OpenAIError, httpx2.HTTPError) as error:
             connection.failed(loop.time())
-            raise _Again(connection.error(error, asked.prompt)) from error
+            raise Again(connection.error(error, asked.prompt)) from error
         for reply in replies.values():
             self._check(connection, reply, work.sampling)
         return replies
@@ -306,24 +336,34 @@ class RemoteBackend:
             check_mode(connection.where, self.server, reply)
             self._in_mode = bool(reply.text)
 
-    def _reported(
-        self, error: Reported, connection: Connection, asked: "_Asked", sent: float
-    ) -> "UserError | OneSample | _Again":
-        """What an error that a server reports inside its answer means: the same as its status would."""
-        now, code, message = asyncio.get_running_loop().time(), error.code, str(error)
-        failure = connection.reported(code, message, asked.prompt)
-        if code is not None and self._asking.adapt(asked.body, code, message):
-            return _Again(failure, at_once=True)
-        if isinstance(failure, UserError):
-            if code in SHARED and not moderated(code, message):
-                return failure
-            return _Again(failure, alone=True) if len(asked.samples) > 1 else OneSample(failure)
-        if code in BUSY:
+    def _refused_or_again(
+        self,
+        failure: UserError | WorkError,
+        status: int | None,
+        message: str,
+        connection: Connection,
+        asked: Asked,
+        sent: float,
+        fields: tuple[str | None, str | None] = (None, None),
+        wait: float | None = None,
+    ) -> Rejected | OneSample | Again:
+        """What a failure with a status, of the reply or reported inside an answer, means for a request. fields: `param`
+        and `code` of the error. wait: seconds that the server asks for."""
+        if isinstance(failure, Rejected):
+            return failure
+        if status is not None and self._asking.adapt(asked.body, status, message, *fields):
+            return Again(failure, at_once=True)
+        if isinstance(failure, UserError) and self._asking.blames_sampling(asked.body, message, *fields):
+            failure = ParameterRefused(str(failure))
+        if isinstance(failure, UserError):  # it may refuse several samples in one request
+            return Again(failure, alone=True) if len(asked.samples) > 1 else asked.failed(failure)
+        now = asyncio.get_running_loop().time()
+        if status in BUSY:
             connection.pace.busy(sent, now)
         connection.failed(now)
-        return _Again(failure)
+        return Again(failure, wait)
 
-    async def _ask(self, connection: Connection, asked: "_Asked") -> dict[int, Reply]:
+    async def _ask(self, connection: Connection, asked: Asked) -> dict[int, Reply]:
         """The whole answers of a request by their sample, at least one. Errors: Unreadable; those of the library."""
         assert connection.client is not None, "open the connection first"
         request = connection.client.chat.completions.with_streaming_response.create(
@@ -347,7 +387,7 @@ class RemoteBackend:
         return {asked.samples[index]: reply for index, reply in whole.items() if index < len(asked.samples)}
 
     async def _streamed(
-        self, response: "AsyncAPIResponse[ChatCompletion]", asked: "_Asked"
+        self, response: "AsyncAPIResponse[ChatCompletion]", asked: Asked
     ) -> dict[int, Reply | Unreadable]:
         """The choices of a stream. Errors: Unreadable; TimeoutError after a silence: comments keep only the connection
         alive."""
@@ -380,63 +420,6 @@ class RemoteBackend:
             self.usage.prompt_tokens + (usage.prompt_tokens or 0),
             self.usage.completion_tokens + (usage.completion_tokens or 0),
         )
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What all requests of one call share."""
-
-    sampling: SamplingParams
-    seed: int
-    allowance: Allowance | None
-
-    def may_repeat(self, asked: "_Asked") -> bool:
-        """Count a failed attempt whose answer had begun; whether the allowance has room for another one."""
-        if self.allowance is None or not asked.begun:
-            return True
-        prompt, completion = asked.usage
-        if completion == 0 and not asked.empty:
-            completion = None  # no count of what had come
-        return self.allowance.lose(asked.prompt, prompt, completion, len(asked.samples))
-
-
-@dataclass
-class _Asked:
-    """One attempt of a request. begun: whether something of an answer came. usage: its tokens, as far as they are
-    known. empty: whether the whole answer came, without a text."""
-
-    prompt: Prompt
-    samples: tuple[int, ...]
-    body: Mapping[str, object]
-    begun: bool = False
-    usage: Counts = UNKNOWN
-    empty: bool = False
-
-
-@dataclass
-class _Answered:
-    """What one request brought: answers, and the errors of the samples without one."""
-
-    completed: list[Completed] = field(default_factory=list)
-    errors: list[UserError | WorkError | OneSample] = field(default_factory=list)
-
-
-T = TypeVar("T")
-
-
-class _Again(Exception):
-    """A request that failed and may be sent again. wait: seconds that the server asks for. at_once: without a pause.
-    alone: several samples one by one."""
-
-    def __init__(
-        self,
-        failure: UserError | WorkError,
-        wait: float | None = None,
-        at_once: bool = False,
-        alone: bool = False,
-    ) -> None:
-        super().__init__(str(failure))
-        self.failure, self.wait, self.at_once, self.alone = failure, wait, at_once, alone
 
 
 async def _next(source: AsyncGenerator[T, None], deadline: float) -> T | None:

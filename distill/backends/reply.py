@@ -2,20 +2,20 @@
 
 A server is not trusted to send what its protocol says: any field may have another type. What cannot be an answer is
 `Unreadable`, and the caller asks again; a count that cannot be right (`"seven"`, -1, 10^30) is treated as unknown,
-because the answer beside it is complete. Nothing is guessed: an unknown finish reason is kept as it is, so that it
-never counts as "stop". An answer that the provider withholds (a content filter, or `refusal` in place of a text) is an
-answer too, as asking again would pay for the same: its text is empty, and its finish reason says why.
+because the answer beside it is complete. Nothing is guessed: a finish reason that is no other name of "stop" is kept,
+so that it never counts as one. An answer that the provider withholds (a content filter, or `refusal` in place of a
+text) is an answer too, as asking again would pay for the same: its text is empty, and its finish reason says why.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from distill.chat import END_THINK, THINK
-from distill.traces.trace import ReasoningForm, form_of
+from distill.traces.trace import ReasoningForm, form_of, usual_reason
 
 # Finish reasons of answers that were given up: DeepSeek's, vLLM's, OpenRouter's, Z.ai's.
 GAVE_UP = ("insufficient_system_resource", "abort", "error", "network_error")
@@ -24,6 +24,8 @@ MOST_TOKENS = 2**31 - 1  # that a trace can store
 LONGEST_REASON = 64  # characters of a finish reason
 REASONING: tuple[ReasoningForm, ...] = ("reasoning_content", "reasoning")  # fields of a message
 THINKING = "thinking"  # type and field of a part of a message
+MESSAGES, STATUSES = ("message", "detail", "status_msg"), ("code", "status_code")  # fields of an error
+T = TypeVar("T")
 AS_ID = re.compile(r"token_id:(\d{1,10})")  # how vLLM writes a token where ids are requested
 
 
@@ -43,9 +45,27 @@ class Reported(Unreadable):
 
     def __init__(self, error: object) -> None:
         about = error if isinstance(error, dict) else {"message": error}
-        message, code = about.get("message"), about.get("code")
-        super().__init__(message if isinstance(message, str) and message.strip() else "it reports an error")
-        self.code = code if isinstance(code, int) and not isinstance(code, bool) else None
+        super().__init__(_first(about, MESSAGES, str) or "it reports an error")
+        self.code = _first(about, STATUSES, int)
+
+
+def reported(reply: Mapping[str, object]) -> Reported | None:
+    """The error that a reply without an answer holds, in any of the forms that servers have: `error`, MiniMax's
+    `base_resp`, or its fields (`detail`, `code` with `message`) in place of those of an answer."""
+    if reply.get("error"):
+        return Reported(reply["error"])
+    if reply.get("choices"):
+        return None
+    held = reply.get("base_resp")
+    error = held if isinstance(held, dict) else reply
+    return Reported(error) if _first(error, MESSAGES, str) and _first(error, STATUSES, int) != 0 else None
+
+
+def _first(about: Mapping[str, object], names: Iterable[str], kind: type[T]) -> T | None:
+    """The first value of these names that has a type, and is not empty."""
+    values = (about.get(name) for name in names)
+    usable = (value for value in values if isinstance(value, kind) and not isinstance(value, bool))
+    return next((value for value in usable if not isinstance(value, str) or value.strip()), None)
 
 
 @dataclass(frozen=True)
@@ -102,8 +122,8 @@ def read_replies(body: bytes) -> tuple[dict[int, Reply | Unreadable], Counts]:
     """
     reply = as_object(read_json(body), "the reply")
     choices = reply.get("choices")
-    if reply.get("error") and not choices:
-        raise Reported(reply["error"])
+    if not choices and (error := reported(reply)):
+        raise error
     if not isinstance(choices, list) or not choices:
         raise Unreadable("it has no choices")
     replies: dict[int, Reply | Unreadable] = {}
@@ -333,9 +353,10 @@ def _finish_reason(value: object) -> str | None:
         return None
     if not isinstance(value, str) or len(value) > LONGEST_REASON or not value.isprintable():
         raise Unreadable("finish_reason is not a short text")
-    if value in GAVE_UP:
+    reason = usual_reason(value)
+    if reason in GAVE_UP:
         raise Unreadable("the server gave up")
-    return value
+    return reason or None
 
 
 def _count(value: object) -> int | None:

@@ -15,6 +15,8 @@ from distill.recipe.server import KEY_VARIABLE, SECRET_NAME, SECRET_VALUE, addre
 HIDDEN = "***"
 SCHEMES = ("bearer", "basic", "digest", "token", "apikey", "negotiate")  # of an Authorization header, not secret
 SHORTEST = 6  # characters; shorter keys ("none", "x") are placeholders, and would blank out parts of words
+PAGE = re.compile(r"<(!doctype|html)\b", re.I)
+TAG = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.I | re.S)
 MESSAGE_LENGTH = 200  # characters of another program's message that ours repeats
 
 
@@ -48,7 +50,9 @@ class Secrets:
         return self.line(str(error.__cause__ or error)) or type(error).__name__
 
     def line(self, text: str) -> str:
-        """The beginning of a text of another program, on one line, without secrets."""
+        """The beginning of a text of another program, on one line, without secrets; of a page, what it shows."""
+        if PAGE.search(text):
+            text = html.unescape(TAG.sub(" ", text)).strip() or text
         return self.hide(" ".join(text.split()))[:MESSAGE_LENGTH]
 
 

@@ -18,6 +18,7 @@ from distill.backends.reply import (
     joined_parts,
     read_json,
     reply_of,
+    reported,
     shared_usage,
     thinking_parts,
 )
@@ -125,8 +126,8 @@ class Stream:
             self.ended = True
             return
         chunk = as_object(read_json(data), "a part of the stream")
-        if chunk.get("error"):
-            raise Reported(chunk["error"])
+        if error := reported(chunk):
+            raise error
         self._usage = chunk.get("usage") or self._usage
         choices = chunk.get("choices") or []
         if not isinstance(choices, list):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from distill.filters.base import OK, Candidate, Example, TraceFilter
-from distill.traces.trace import Verdict
+from distill.traces.trace import REFUSED, Verdict
 
 
 class Finish(TraceFilter):
@@ -19,17 +19,19 @@ class Finish(TraceFilter):
         OK: "it ended with an end token",
         "truncated": "it ran into the token limit",
         "unknown": "the server did not say why it ended",
+        REFUSED: "the server refused the prompt: there is no answer",
         "ended": "the server ended it for the reason named",
     }
     examples = (
         Example(OK, "<think>a</think>b"),
         Example("truncated", "<think>on and on", finish_reason="length"),
         Example("ended: content_filter", "<think>a</think>b", finish_reason="content_filter"),
+        Example("refused", "", finish_reason="refused"),
         Example("unknown", "<think>a</think>b", finish_reason=None),
     )
 
     def judge(self, candidate: Candidate) -> Verdict:
         """Look at the finish reason, which is the evidence."""
         why = candidate.trace.finish_reason
-        known = {"stop": OK, "length": "truncated", None: "unknown"}
+        known = {"stop": OK, "length": "truncated", REFUSED: REFUSED, None: "unknown"}
         return self.verdict(known.get(why, f"ended: {why}"), finish_reason=why)

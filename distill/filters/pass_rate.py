@@ -2,7 +2,7 @@
 
 A prompt that every sample solves teaches little that the student does not learn from one of them, and a prompt that
 nearly none solves is often wrong itself, or solved by luck. The rate is taken over all samples of the prompt, also over
-those that other filters drop: a truncated answer is a failure to solve it.
+those that other filters drop: a truncated answer is a failure to solve it. One that the server refused is no sample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,10 @@ from pydantic import Field, model_validator
 
 from distill.filters.base import OK, Group, GroupFilter, PromptGroup, Resources
 from distill.grading.grade import UNGRADABLE
-from distill.traces.trace import Verdict
+from distill.traces.trace import REFUSED, Verdict
 
 RIGHT, WRONG = (Verdict("correct", True, "correct"),), (Verdict("correct", False, "wrong"),)
+GONE = (Verdict("finish", False, REFUSED), *WRONG)
 
 
 class PassRate(GroupFilter):
@@ -35,6 +36,7 @@ class PassRate(GroupFilter):
         Group(("too_hard",) * 4, ("a",) * 4, {"min_rate": 0.5}, earlier=(RIGHT, WRONG, WRONG, WRONG)),
         Group(("too_easy",) * 4, ("a",) * 4, {"max_rate": 0.9}, earlier=(RIGHT, RIGHT, RIGHT, RIGHT)),
         Group((OK,) * 3, ("a",) * 3, {"max_rate": 0.9}, earlier=(RIGHT, RIGHT, RIGHT)),
+        Group((OK,) * 4, ("a",) * 4, {"min_rate": 0.9, "min_samples": 3}, earlier=(RIGHT, RIGHT, RIGHT, GONE)),
     )
 
     @model_validator(mode="after")
@@ -47,7 +49,8 @@ class PassRate(GroupFilter):
 
     def judge_group(self, group: PromptGroup, resources: Resources) -> Sequence[Verdict]:
         """Compare the share of correct samples, which is the evidence, with the band."""
-        grades = [verdict.reason for trace in group.traces for verdict in trace.verdicts if verdict.filter == "correct"]
+        answered = (trace.verdicts for trace in group.traces if all(each.reason != REFUSED for each in trace.verdicts))
+        grades = [verdict.reason for verdicts in answered for verdict in verdicts if verdict.filter == "correct"]
         passed, samples = grades.count("correct"), sum(grade != UNGRADABLE for grade in grades)
         rate = passed / samples if samples else None
         if rate is None or samples < self.min_samples:

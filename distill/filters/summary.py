@@ -9,7 +9,7 @@ import numpy as np
 from distill import console
 from distill.artefacts import FilterSummary, FunnelStep
 from distill.filters.judged import Judged
-from distill.traces.trace import TOKENS, WORDS, ContentHash
+from distill.traces.trace import TOKENS, WORDS, ContentHash, dropped_by
 
 UNVERIFIABLE = "unverifiable: the grader gives no verdict on the answer, for the reason named"
 
@@ -34,7 +34,7 @@ class Tally:
         self._uncounted += trace.tokens is None
         for verdict in trace.verdicts:
             self._verdicts[verdict.filter][verdict.reason] += 1
-        first = next((verdict for verdict in trace.verdicts if not verdict.keep), None)
+        first = dropped_by(trace.verdicts)
         if first:
             self._dropped[first.filter][first.reason] += 1
             return

@@ -46,7 +46,7 @@ from distill.report.rollouts import Rollouts, read_rollouts
 from distill.report.shown import Shown, shown
 from distill.traces.browse import KEPT, verdict_of
 from distill.traces.store import TraceStore, count_traces, read_traces
-from distill.traces.trace import WORDS, Trace, Verdict
+from distill.traces.trace import REFUSED, WORDS, Trace, Verdict
 
 KEPT_SHOWN = 60  # kept traces in the page
 DROPPED_SHOWN = 15  # dropped traces of each reason
@@ -267,7 +267,8 @@ class _Traces:
             traces.tokens.append(trace.tokens)
             traces.counted &= trace.counted
             traces.words.append(len(trace.text.split()))
-            for correct in (each.keep for each in verdicts if each.filter == "correct" and each.reason != UNGRADABLE):
+            grades = [each for each in verdicts if each.filter == "correct" and each.reason != UNGRADABLE]
+            for correct in (each.keep for each in grades if trace.finish_reason != REFUSED):
                 right, count = traces.graded.get(trace.prompt.id, (0, 0))
                 traces.graded[trace.prompt.id] = (right + correct, count + 1)
             verdict = verdict_of(verdicts)

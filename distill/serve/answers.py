@@ -76,10 +76,9 @@ class Answers:
             try:
                 self._chats[mode] = Chat.load(self.live.model.directory, self.live.model.template, mode)
             except UserError as error:
-                raise BadRequest(
-                    "the model's chat template has one mode only; send no `thinking` and no `reasoning_effort`",
-                    "chat_template_kwargs",
-                ) from error
+                lacks = "has no levels of thinking; send no" if isinstance(mode, str) else "has one mode only; send no"
+                fields = "`reasoning_effort`" if isinstance(mode, str) else "`thinking` and no `reasoning_effort`"
+                raise BadRequest(f"the model's chat template {lacks} {fields}", "chat_template_kwargs") from error
         return self._chats[mode]
 
     def _ids(self, request: CompletionRequest) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from distill.prompts.prompt import END_THINK, THINK, Message
+from distill.thinking import Thinking
 
 MOST_CHOICES = 256
 MOST_IN_ALL = 2048  # choices of a request, of all its prompts
@@ -82,17 +83,19 @@ class StreamOptions(BaseModel):
 
 
 class TemplateArguments(BaseModel):
-    """`chat_template_kwargs`: the template's mode, by either of its names."""
+    """`chat_template_kwargs`: the template's mode, by either of its names, and its level (`distill.thinking`)."""
 
     model_config = ConfigDict(extra="forbid")
 
     thinking: bool | None = None
     enable_thinking: bool | None = None
+    reasoning_effort: Literal["high", "max"] | None = None
 
     @property
-    def mode(self) -> bool | None:
-        """Whether the model thinks before it answers; None leaves it to the template."""
-        return self.enable_thinking if self.thinking is None else self.thinking
+    def mode(self) -> Thinking | None:
+        """Whether the model thinks before it answers, and at which level; None leaves it to the template."""
+        thinks = self.enable_thinking if self.thinking is None else self.thinking
+        return thinks if thinks is False or self.reasoning_effort is None else self.reasoning_effort
 
 
 class _Sampled(BaseModel):
@@ -265,7 +268,7 @@ def _bad(error: ValidationError) -> BadRequest:
     return BadRequest(f"{place}: {message}" if place else message, place or None)
 
 
-def template_mode(request: ChatRequest) -> bool | None:
+def template_mode(request: ChatRequest) -> Thinking | None:
     """The template's mode that a request chooses."""
     return request.chat_template_kwargs.mode if request.chat_template_kwargs else None
 

@@ -22,7 +22,7 @@ from distill.record import read_recipe
 from distill.traces.published import IMPORTED
 from distill.traces.rewarded import REWARDS, read_rewards
 from distill.traces.store import TraceStore, read_traces
-from distill.traces.trace import Trace, Verdict
+from distill.traces.trace import Trace, Verdict, dropped_by
 
 WIDTH = 80
 KEPT, DROPPED, NOT_FILTERED, NOT_GRADED = "kept", "dropped", "not filtered", "not graded"
@@ -169,7 +169,7 @@ def verdict_of(verdicts: Iterable[Verdict] | None) -> str:
     """ "kept", or the first reason for dropping."""
     if verdicts is None:
         return NOT_FILTERED
-    dropped = next((verdict for verdict in verdicts if not verdict.keep), None)
+    dropped = dropped_by(verdicts)
     return f"{dropped.filter}: {dropped.reason}" if dropped else KEPT
 
 

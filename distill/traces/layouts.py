@@ -29,7 +29,7 @@ from distill.errors import UserError
 from distill.prompts.columns import MEDIA, listed, parse_json, value_at
 from distill.prompts.messages import ROLES, TEXT_PARTS
 from distill.prompts.prompt import Message
-from distill.traces.trace import FinishReason
+from distill.traces.trace import FinishReason, usual_reason
 
 Row = Mapping[str, object]
 
@@ -63,14 +63,6 @@ THOUGHT_PARTS = (
     "summary_text",
 )
 SECRET_PARTS = ("reasoning.encrypted", "redacted_thinking")  # a reasoning that nobody can read
-FINISHED = {
-    "eos": "stop",
-    "eos_token": "stop",
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "max_tokens": "length",
-    "max_output_tokens": "length",
-}
 HEADS = (  # a known layout has one of these columns
     *("generations", "messages", "conversations", "completion", "responses_create_params"),
 )
@@ -422,11 +414,11 @@ def _finish(row: Row, number: int, where: str) -> FinishReason:
     if isinstance(response, dict):  # of the Responses API
         details = response.get("incomplete_details")
         cut = details.get("reason") if isinstance(details, dict) else None
-        return "stop" if cut is None else FINISHED.get(str(cut), str(cut))
+        return "stop" if cut is None else usual_reason(str(cut))
     listed, complete = row.get("finish_reasons"), row.get("is_reasoning_complete")
     reason = listed[number] if isinstance(listed, list) and number < len(listed) else row.get("finish_reason")
     if isinstance(reason, str) and reason.strip():
-        return FINISHED.get(reason.strip().lower(), reason.strip().lower())
+        return usual_reason(reason)
     if reason is not None and not isinstance(reason, str):
         raise UserError(f"{where}: the finish reason is {reason!r}, not text; correct the row")
     if isinstance(complete, list) and number < len(complete):

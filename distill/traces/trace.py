@@ -21,6 +21,16 @@ ReasoningForm = Literal["reasoning_content", "reasoning", "think", "end_think", 
 
 TOKENS, WORDS = "teacher tokens", "words"  # units of length
 
+FINISHED = {  # other names of the two reasons that all know
+    "eos": "stop",
+    "eos_token": "stop",
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "max_output_tokens": "length",
+}
+REFUSED = "refused"  # finish reason of a prompt that the server refused: there is no answer, and none was paid for
+
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
@@ -169,6 +179,12 @@ class Trace:
         return cls(**values)
 
 
+def usual_reason(reason: str) -> str:
+    """A finish reason in small letters, by its usual name: servers and data sets have several for an end token."""
+    name = reason.strip().lower()
+    return FINISHED.get(name, name)
+
+
 def form_of(text: str, finish_reason: FinishReason) -> ReasoningForm:
     """The form of a reasoning that came inside the text."""
     head, closed, response = text.partition(END_THINK)
@@ -225,6 +241,13 @@ class Verdict:
     def to_dict(self) -> dict[str, object]:
         """The verdict as a JSON object."""
         return {"filter": self.filter, "keep": self.keep, "reason": self.reason, "evidence": self.evidence}
+
+
+def dropped_by(verdicts: Iterable[Verdict]) -> Verdict | None:
+    """The verdict that a dropped trace is counted under: the first that drops it, but before all that the server
+    refused its prompt, which is why the others find no text. None for a kept trace."""
+    dropping = [verdict for verdict in verdicts if not verdict.keep]
+    return next((verdict for verdict in dropping if verdict.reason == REFUSED), dropping[0] if dropping else None)
 
 
 def _check_integer(name: str, value: object, least: int, most: int) -> None:

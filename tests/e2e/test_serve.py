@@ -244,6 +244,7 @@ def test_generate_through_the_server_gives_the_traces_of_a_local_run(served, tmp
         ({"tools": [{"type": "function"}]}, 400, "tools is not supported"),
         ({"temprature": 1}, 400, "temprature: unknown parameter"),
         ({"chat_template_kwargs": {"thinking": False}}, 400, "one mode only"),
+        ({"chat_template_kwargs": {"reasoning_effort": "max"}}, 400, "no levels of thinking"),
         ({"chat_template_kwargs": {"other": 1}}, 400, "chat_template_kwargs.other"),
         ({"messages": [{"role": "user", "content": "x" * 200_000}]}, 413, "100,000 bytes"),
         ({"top_logprobs": 2}, 400, "logprobs: true"),

@@ -14,6 +14,7 @@ from distill import backends
 from distill.backends import Job, SamplingParams
 from distill.backends.batch import request_id
 from distill.backends.budget import Allowance, Spent
+from distill.backends.failures import Refused
 from distill.errors import UserError, WorkError
 from distill.models import Model, Server
 from distill.prompts import Prompt
@@ -249,18 +250,20 @@ def test_a_batch_that_failed_says_why():
             assert len(list(backend.complete(jobs(1), PARAMS, 0))) == 5
 
 
-def test_requests_that_are_refused_say_why():
+def test_requests_that_are_refused_say_why_and_which_they_are():
     def refusal(body):
         return {"message": f"no such tool, {KEY}"} if body["messages"][0]["content"].startswith("0") else None
 
     with provider(refusal=refusal) as made, opened(made) as backend:
         done = []
         with pytest.raises(
-            UserError, match=r"1 samples were not .*status 400: no such tool, \*\*\*; correct the sampling"
-        ):
+            Refused, match=r"1 samples were not .*status 400: no such tool, \*\*\*; correct the sampling"
+        ) as error:
             for each in backend.complete(jobs(1), PARAMS, 0):
                 done.append(each)
     assert len(done) == 4 and len(made.batches) == 1
+    (refusal,) = error.value.refusals
+    assert (refusal.prompt, refusal.sample) == (PROMPTS[0], 0) and "no such tool, ***" in refusal.reason
 
 
 @pytest.mark.parametrize("as_a_whole", [False, True])

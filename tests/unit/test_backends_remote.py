@@ -9,10 +9,12 @@ from server_support import JSON, KEY, PARAMS, Answer, Handler, body, chat, compl
 
 from distill import backends
 from distill.backends import Completed, Job
-from distill.backends.collect import collect
+from distill.backends.collect import collect, trace_of
 from distill.backends.reply import Unreadable, read_models, read_reply
 from distill.backends.secrets import Secrets, shown_url
 from distill.errors import UserError, WorkError
+from distill.filters.base import Candidate
+from distill.filters.finish import Finish
 from distill.models import Model, Server
 from distill.prompts import Prompt
 from distill.recipe import LocalEngine
@@ -47,9 +49,20 @@ def test_an_answer_and_its_usage() -> None:
     assert (asked["max_tokens"], asked["temperature"]) == (64, 0.6) and 0 <= asked["seed"] < 2**31
 
 
-@pytest.mark.parametrize("reason", ["stop", "length", "content_filter", "tool_calls", "eos", None])
+@pytest.mark.parametrize("reason", ["stop", "length", "content_filter", "tool_calls", None])
 def test_a_finish_reason_is_kept_as_it_is(reason: str | None) -> None:
     assert one(chat(finish_reason=reason)).finish_reason == reason
+
+
+@pytest.mark.parametrize(
+    ("reason", "usual"),
+    [("eos", "stop"), ("eos_token", "stop"), ("EOS", "stop"), ("STOP", "stop"), ("max_tokens", "length")],
+)
+def test_an_end_token_and_the_token_limit_have_one_name_each(reason: str, usual: str) -> None:
+    done = one(chat(finish_reason=reason))
+    assert done.finish_reason == usual
+    trace = trace_of(done, done.prompt, 0, "t")
+    assert Finish().judge(Candidate(trace)).reason == ("ok" if usual == "stop" else "truncated")
 
 
 @pytest.mark.parametrize("count", ["seven", 10**30, -1, True, 1.5, [], {}, None, 2**31])
@@ -198,24 +211,6 @@ def test_no_request_is_sent_after_a_refusal() -> None:
     assert len(made.asked) <= 2
 
 
-def test_others_under_way_are_waited_for_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.backends.failures.GRACE", 0.2)
-    never = threading.Event()
-
-    def reply(number: int, handler: Handler) -> Answer:
-        if number:
-            return 403, JSON, b"{}"
-        never.wait(60)
-        return 200, JSON, body(chat())
-
-    with server(reply) as made:
-        try:
-            with opened(made, max_batch=2) as backend, pytest.raises(UserError, match="rejected the key"):
-                complete(backend, samples=2)
-        finally:
-            never.set()
-
-
 @pytest.mark.parametrize(
     ("status", "message", "expected"),
     [
@@ -224,9 +219,9 @@ def test_others_under_way_are_waited_for_briefly(monkeypatch: pytest.MonkeyPatch
         (
             400,
             "the prompt exceeds the context of 4096",
-            "context of 4096; lower max_new_tokens, or leave the prompt out",
+            "context of 4096; lower max_new_tokens, or remove the prompt from its source",
         ),
-        (400, "content policy: a token of violence", "a token of violence; leave the prompt out$"),
+        (400, "content policy: a token of violence", "a token of violence; remove the prompt from its source$"),
         (
             402,
             "insufficient balance",
@@ -393,7 +388,7 @@ def test_the_model_is_chosen_by_name() -> None:
         with pytest.raises(UserError, match=r"several models; choose one with --name, or .*: a, b"), opened(made):
             pass
         with (
-            pytest.raises(UserError, match=r"no model 'c'; choose one .*: a, b"),
+            pytest.raises(UserError, match=r"no model 'c' \(.*404\); choose one .*: a, b"),
             opened(made, name="c"),
         ):
             pass
@@ -405,7 +400,7 @@ def test_the_model_is_chosen_by_name() -> None:
             assert complete(backend)[0].text.endswith("\\boxed{4}.")
         with (
             server(reply, listing) as made,
-            pytest.raises(UserError, match=r"no model 'c' and lists none; correct its name"),
+            pytest.raises(UserError, match=r"no model 'c' and lists none \(.*404\); correct its name"),
             opened(made, name="c"),
         ):
             pass

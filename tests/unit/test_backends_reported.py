@@ -41,7 +41,7 @@ def piece(text: str, **more: object) -> dict[str, object]:
 def test_a_flagged_prompt_is_one_prompts_refusal_and_not_the_keys() -> None:
     flagged: Answer = 403, JSON, body({"error": {"message": FLAGGED}})
     with server(lambda number, _: flagged) as made, opened(made) as backend:
-        with pytest.raises(UserError, match=r"prompt \w+: the server refused the request: .*; leave the prompt out"):
+        with pytest.raises(UserError, match=r"prompt \w+: the server refused the request: .*; remove the prompt from"):
             complete(backend)
         assert len(made.asked) == 1
     rejected: Answer = 403, JSON, body({"error": {"message": "no such key"}})
@@ -58,7 +58,7 @@ def test_a_refusal_inside_an_answer_is_not_repeated_and_says_why(streamed: bool)
     error = {"error": {"message": TOO_LONG, "type": "BadRequestError", "code": 400}}
     answer: Answer = (200, EVENTS, events(error)) if streamed else (200, JSON, body(error))
     with server(lambda number, _: answer) as made, opened(made) as backend:
-        with pytest.raises(UserError, match=r"longer than the model's context .*; lower max_new_tokens, or leave"):
+        with pytest.raises(UserError, match=r"longer than the model's context .*; lower max_new_tokens, or remove"):
             complete(backend)
         assert len(made.asked) == 1
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from server_support import JSON, KEY, Answer, Handler, body, chat, server
 
+from distill.artefacts import FilterSummary, RunPaths
 from distill.catalog import load_recipe
 from distill.errors import UserError, WorkError
 from distill.pipeline import run_recipe
@@ -184,7 +186,7 @@ def test_five_thousand_samples_and_three_kills(tmp_path):
 # ---- failures that stay
 
 
-def test_a_sample_that_is_refused_does_not_end_the_others(tmp_path, monkeypatch):
+def test_a_sample_that_is_refused_does_not_end_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("distill.backends.pacing.FIRST_PAUSE", 0.01)
 
     def reply(number: int, handler: Handler) -> Answer:
@@ -193,10 +195,16 @@ def test_a_sample_that_is_refused_does_not_end_the_others(tmp_path, monkeypatch)
         return (400, JSON, b'{"error": {"message": "no"}}') if refused else (200, JSON, body(chat()))
 
     with server(reply) as made:
-        recipe = load_recipe(str(write_recipe(tmp_path, address(made), problems=40, samples=2)))
-        with pytest.raises(UserError, match=r"20 samples failed; the first: prompt \w+: the server refused .*no"):
-            run_recipe(recipe, tmp_path / "run", ["generate"])
-    assert len(stored(tmp_path / "run")) == 60 and len(made.asked) == 80
+        path = str(write_recipe(tmp_path, address(made), problems=40, samples=2))
+        recipe = load_recipe(path, ["filter.correct=false"])
+        for _ in range(2):
+            run_recipe(recipe, tmp_path / "run", ["generate", "filter"])
+        assert len(made.asked) == 80
+    assert len(stored(tmp_path / "run")) == 80
+    out = capsys.readouterr().out
+    assert re.search(r"note: the server refused 20 samples, .*; the first: prompt \w+: the server refused .*no", out)
+    funnel = FilterSummary.read(RunPaths(tmp_path / "run").funnel, "").funnel
+    assert next(step for step in funnel if step.filter == "finish").reasons == {"refused": 20}
 
 
 def test_a_server_that_is_down_ends_the_work(tmp_path, monkeypatch):

@@ -139,7 +139,7 @@ def test_the_key_is_sent_and_is_in_no_file_and_no_message(recipe, tmp_path, monk
         (
             {"model": "other"},
             {},
-            "no model 'other'; choose one with --name, or in a recipe with server.model: scripted",
+            "no model 'other' (Error code: 404 - scripted); choose one with --name, or in a recipe with server.m",
         ),
         ({"url": "http://127.0.0.1:9/v1"}, {}, "no model server answers there"),
         ({"url": "nowhere"}, {}, "should be an OpenAI-compatible address"),
@@ -191,6 +191,32 @@ def test_every_form_of_reasoning_is_stored_with_both_tags(content, reasoning, re
     (trace, *_) = traces()
     assert (trace.reasoning, trace.response) == (reasoning, response)
     assert ("<think>" in trace.text) == (content != "4")
+
+
+@pytest.mark.parametrize(
+    ("content", "thought", "settings", "said"),
+    [
+        ("4", 0, {}, "missing"),
+        ("4", 90, {}, "hidden"),
+        ("<think>sum</think>4", 0, {}, None),
+        ("4", 0, {"format": None}, None),
+    ],
+)
+def test_a_teacher_without_reasoning_is_said_before_all_is_paid_for(
+    content, thought, settings, said, recipe, monkeypatch, capsys
+):
+    monkeypatch.setattr("distill.generate.WATCHED", 5)
+    monkeypatch.setattr("eval_support.USAGE", {"completion_tokens_details": {"reasoning_tokens": thought}})
+    with server(lambda question, seed: (content, "stop")) as script:
+        assert distill(monkeypatch, "generate", recipe(at(script, concurrency=1), filter=settings)) == 0
+    out = capsys.readouterr().out
+    note = "note: none of the first 5 answers has reasoning"
+    assert out.count(note) == (said is not None)
+    if said == "hidden":
+        assert f"{note}, though the provider counts its tokens: it is hidden, and the filter `format` drops such" in out
+    elif said:
+        assert "if the teacher is to think, set its server's field for thinking in server.extra_body, or set" in out
+    assert ("reasoning: 16 without any" in out) == (content == "4")
 
 
 def test_all_stages_with_a_teacher_behind_a_server(recipe, monkeypatch, capsys):

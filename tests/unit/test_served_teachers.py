@@ -15,6 +15,7 @@ from distill.backends.reply import read_reply
 from distill.errors import UserError
 from distill.models import Model, Server, in_mode
 from distill.recipe import LocalEngine, TeacherServer
+from distill.serve.requests import BadRequest, parse_chat, template_mode
 
 
 @pytest.mark.parametrize("name", ["deepseek-v4-pro", "kimi-k3", "glm-5.3"])
@@ -39,6 +40,14 @@ def test_what_a_server_is_sent_for_a_mode(thinking, sent):
     assert in_mode({}, thinking) == {"chat_template_kwargs": sent}
     own = {"chat_template_kwargs": {"reasoning_effort": "low"}}
     assert in_mode(own, thinking)["chat_template_kwargs"] == sent | {"reasoning_effort": "low"}
+
+
+@pytest.mark.parametrize("thinking", [False, True, "high", "max"])
+def test_our_server_reads_every_mode_that_our_client_sends(thinking):
+    messages = [{"role": "user", "content": "Hello"}]
+    assert template_mode(parse_chat(body({"messages": messages} | in_mode({}, thinking)))) == thinking
+    with pytest.raises(BadRequest, match=r"chat_template_kwargs\.reasoning_effort: .*'high' or 'max'"):
+        parse_chat(body({"messages": messages, "chat_template_kwargs": {"reasoning_effort": "low"}}))
 
 
 @pytest.mark.parametrize(
