@@ -26,15 +26,18 @@ Detailed = tuple[Outcome, str, dict[str, object]]  # a ruling with details (JSON
 
 NO_GOLD = "no gold answer"  # the reason of a grade
 UNGRADABLE = f"unverifiable: {NO_GOLD}"  # that of the filter's verdict: says nothing about the model
-GUESSES = ("last line", "sentence")  # methods that search prose for an answer
+TAKEN_BACK = "taken back"  # the method of an answer that the response says is wrong
+GUESSES = ("last line", "sentence", TAKEN_BACK)  # methods whose answer a response does not mark as its own
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A final answer as written, and the method that found it."""
+    """A final answer as written, and the method that found it. later: another answer that the response gives after it;
+    a verdict counts only if it is that of both."""
 
     text: str
     method: str
+    later: str = ""
 
     @property
     def marked(self) -> bool:
@@ -54,6 +57,13 @@ class Grade:
     verdict: Outcome
     reason: str
     evidence: dict[str, object] = field(default_factory=dict)
+
+
+def agreed(first: Ruling | Detailed, later: Ruling | Detailed) -> Ruling | Detailed:
+    """The ruling on an answer after which another one follows: none where only one of them is right."""
+    if {first[0], later[0]} == {"correct", "wrong"}:
+        return "unverifiable", "another answer follows"
+    return first
 
 
 class AnswerJudge(Protocol):

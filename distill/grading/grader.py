@@ -162,9 +162,11 @@ def _graded(prompt: "Prompt", response: str) -> tuple[Grade, Question | None]:
     }
     if not gold or answer is None:
         return Grade("unverifiable", "no answer found" if gold else NO_GOLD, evidence), None
-    if ruling := grader.rule(gold, answer):
+    if not answer.later and (ruling := grader.rule(gold, answer)):
         return Grade(*ruling, evidence), None
     question: Question = {"task": prompt.task, "gold": gold, "answer": answer.text, "marked": answer.marked}
+    if answer.later:
+        question["later"] = evidence["later"] = answer.later
     return Grade("unverifiable", "not compared", evidence), question
 
 
