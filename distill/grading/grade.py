@@ -32,12 +32,12 @@ GUESSES = ("last line", "sentence", TAKEN_BACK)  # methods whose answer a respon
 
 @dataclass(frozen=True)
 class Answer:
-    """A final answer as written, and the method that found it. later: another answer that the response gives after it;
-    a verdict counts only if it is that of both."""
+    """A final answer as written, and the method that found it. other: another answer that the response gives, which may
+    put the verdict in doubt (`TaskGrader.doubted`)."""
 
     text: str
     method: str
-    later: str = ""
+    other: str = ""
 
     @property
     def marked(self) -> bool:
@@ -59,10 +59,10 @@ class Grade:
     evidence: dict[str, object] = field(default_factory=dict)
 
 
-def agreed(first: Ruling | Detailed, later: Ruling | Detailed) -> Ruling | Detailed:
-    """The ruling on an answer after which another one follows: none where only one of them is right."""
-    if {first[0], later[0]} == {"correct", "wrong"}:
-        return "unverifiable", "another answer follows"
+def agreed(first: Ruling | Detailed, other: Ruling | Detailed) -> Ruling | Detailed:
+    """The ruling on an answer beside another one: none where only one of them is right."""
+    if {first[0], other[0]} == {"correct", "wrong"}:
+        return "unverifiable", "two answers"
     return first
 
 
@@ -81,13 +81,15 @@ class TaskGrader(ABC):
     lazy: a worker prepares this grader at its first question instead of at its start. votes: answers can be compared
     with one another, so the samples of a prompt have a majority. seconds: processor time for one comparison in a
     worker. level: the least isolation for the programs of answers, where a grader runs them. version: raised when a
-    verdict may change. packages: distributions on which verdicts rest; `python` is Python.
+    verdict may change. packages: distributions on which verdicts rest; `python` is Python. doubted: the outcomes that
+    another answer of the response may put in doubt.
     """
 
     version: ClassVar[int] = 1
     packages: ClassVar[Sequence[str]] = ()
     lazy: ClassVar[bool] = False
     votes: ClassVar[bool] = True
+    doubted: ClassVar[Sequence[Outcome]] = ("correct", "wrong")
     seconds: float = 5.0
     level: "Level" = "full"
 

@@ -187,8 +187,8 @@ def test_a_later_answer_and_one_that_is_taken_back_are_in_the_grade() -> None:
         grades = dict(grader.grade(items))
     evidence = {"extracted": "4", "gold": "4", "method": "boxed"}
     assert grades == {
-        "later": Grade("unverifiable", "another answer follows", evidence | {"later": "5"}),
-        "same": Grade("correct", "equal", evidence | {"later": "2+2"}),
+        "later": Grade("unverifiable", "two answers", evidence | {"other": "5"}),
+        "same": Grade("correct", "equal", evidence | {"other": "2+2"}),
         "back": Grade("unverifiable", "taken back", evidence | {"method": "taken back"}),
     }
 

@@ -56,7 +56,7 @@ def final_answer(response: str) -> Answer | None:
     if answer is None or answer.method in ("bare", "last line"):
         return answer
     after = afterthought(scope, answer.text, end)
-    return replace(answer, method=TAKEN_BACK) if after.retracted else replace(answer, later=after.later or answer.later)
+    return replace(answer, method=TAKEN_BACK) if after.retracted else replace(answer, other=after.later or answer.other)
 
 
 def _first_answer(scope: str, tagged: bool) -> tuple[Answer | None, int]:
