@@ -182,10 +182,9 @@ def find_program(response: str, names: frozenset[str] = frozenset()) -> Answer |
     if late and not (first and first.start() < late.start()):
         scope = LATE_FENCE.sub(_own_line, scope)
     if blocks := _blocks(scope):
-        program = _program(blocks, names)
-        answers = [block for block in blocks if not block.aside]
-        other = _program(answers, names) if answers and len(answers) < len(blocks) else program
-        return Answer(program, "code block", other if other != program else "")
+        last, answers = _program(blocks, names), [block for block in blocks if not block.aside]
+        other = _program(answers, names) if answers and len(answers) < len(blocks) else last
+        return Answer(last, "code block", other if other != last else "")
     if scope.strip() and _parses(scope.strip()) and re.search(r"[=(]", scope):
         return Answer(scope.strip(), "whole response")
     if scope.strip() and scope[:1] in " \t" and _parses(f"def f():\n{scope.rstrip()}\n"):

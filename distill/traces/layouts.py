@@ -182,8 +182,8 @@ def columns_read(columns: Collection[str]) -> set[str]:
 def _joined(texts: Sequence[object]) -> object:
     """A question and what it goes on with, as paragraphs; the question alone where nothing else is text."""
     question, *others = texts
-    others = [text.strip() for text in others if isinstance(text, str) and text.strip()]
-    return "\n\n".join([question.strip(), *others]) if isinstance(question, str) and others else question
+    more = [text.strip() for text in others if isinstance(text, str) and text.strip()]
+    return "\n\n".join([question.strip(), *more]) if isinstance(question, str) and more else question
 
 
 def _check_aligned(row: Row, length: int, where: str) -> None:

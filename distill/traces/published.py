@@ -34,13 +34,13 @@ from distill.traces.layouts import (
     REASONING,
     Answer,
     Columns,
-    LeftOut,
     answers,
     columns_read,
     is_known,
     no_layout,
 )
 from distill.traces.store import read_traces, tasks_in
+from distill.traces.tags import LeftOut
 from distill.traces.trace import Trace, Verdict
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from pydantic import TypeAdapter
 from distill.errors import UserError
 from distill.recipe.sources import FileTraces, TraceSource
 from distill.traces import published
-from distill.traces.layouts import Columns, LeftOut, answers
+from distill.traces.layouts import Columns, answers
 from distill.traces.published import read_published
+from distill.traces.tags import LeftOut
 
 
 def test_the_last_of_several_turns_is_the_answer(tmp_path):
