@@ -18,7 +18,7 @@ NUMERAL = re.compile(
 )
 BULLET = re.compile(r"^[-*\u2022]\s+")
 LONGEST = 400  # characters that are looked at on each side of a guess
-OTHER = re.compile(r"(?:\s*,\s*(?:and\s+|but\s+)?|\s+(?:and|but)\s+)not\s+\W{0,4}\d[^,]*$")  # "5, not 6"
+OTHER = re.compile(r"(?<!\s)(?:\s*,\s*(?:and\s+|but\s+)?|\s+(?:and|but)\s+)not\s+\W{0,4}\d[^,]*$")  # "5, not 6"
 DENIED_BEFORE = re.compile(
     r"(?:\b(?:not|never|cannot|nor|neither)\b|n't\b)[^,;\d]*$|^\W*no\s*[,:]"
     r"|\b(?:suppos(?:e|ing)|assum(?:e|ing)|imagine|pretend)\b[^,;]*$"

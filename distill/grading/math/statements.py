@@ -24,7 +24,7 @@ STATED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 STATEMENTS = 64  # of a response, the last: models repeat themselves
-POINT_B = re.compile(r"^[ \t]*B:", re.MULTILINE)  # then "A:" names a point or an option
+POINT_B = re.compile(r"^[ \t]*B:", re.MULTILINE)  # an "A:" before it names a point or an option
 BEFORE, LONGEST_SENTENCE = 40, 400  # characters before a statement that say what it is about
 QUALITY = r"(?:(?:the|an?|my|our|correct|right|best|final|most|plausible)\W+){0,4}"
 REJECTED = re.compile(
@@ -44,7 +44,7 @@ ABOUT = re.compile(  # of the answer, to check the answer
     re.IGNORECASE,
 )
 CONDITIONAL = re.compile(rf"\b(?:if|unless)\b[^,]*,\s*(?:then\W+)?{QUALITY}$", re.IGNORECASE)
-CONTRAST = re.compile(r"\s*,\s*(?:and\s+|but\s+)?not\s[^,]*$")  # "5, not 6"
+CONTRAST = re.compile(r"(?<!\s)\s*,\s*(?:and\s+|but\s+)?not\s[^,]*$")  # "5, not 6"
 DISPLAY = re.compile(r"(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
 OPENING = re.compile(
     r"(?:\W|\b(?:so|thus|hence|therefore|then|and|the|my|our|final|correct|right|which|this|that|gives?|means|finally|in|"
@@ -106,10 +106,10 @@ class Afterthought(NamedTuple):
 
 def statements(text: str) -> list[Statement]:
     """The stated answers of a response, of its last `STATEMENTS`."""
-    points = POINT_B.search(text) is not None
+    listed = max((match.start() for match in POINT_B.finditer(text)), default=-1)
     made = []
     for match in deque(STATED.finditer(text), STATEMENTS):
-        if (points and match[0].lstrip()[:2] == "A:") or denied(text, match.start()):
+        if (match.start() < listed and match[0].lstrip()[:2] == "A:") or denied(text, match.start()):
             continue
         if ABOUT.search(text, max(0, match.start() - BEFORE), match.start()):
             continue
@@ -180,13 +180,13 @@ def _later(text: str, match: re.Match[str]) -> str:
     elif ABOUT.search(before) or not (THE_ANSWER.search(before) or match["answer"].lower() == "correction"):
         return ""
     content, end = _content(text, match.end())
-    if _asked(text, content, end) or APPROXIMATE.search(content):
+    if len(content) > LONGEST_SENTENCE or _asked(text, content, end) or APPROXIMATE.search(content):
         return ""
     content = FIRST_WORDS.sub("", content, count=1)
     words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", "", ENVIRONMENT.sub("", content)))
     if not words or (len(words) == 1 and words[0].lower() in NUMBERS):
         number = re.search(r"[\d\\=+*/^]", content) or words or len(trim(content)) == 1
-        return trim(content) if number and len(content) <= LONGEST_SENTENCE // 2 else ""
+        return trim(content) if number else ""
     candidate = guess(content)
     return candidate if candidate and trim(content).lstrip("$\\([*").startswith(candidate.lstrip("$")) else ""
 
