@@ -2,7 +2,8 @@
 
 Models write more than one block: a solution and then its unit tests, an example of its use or a slower alternative; or
 a helper in one block and the function in the next. So the last block is not the program, and where the tests name a
-function it need not be guessed: the last block that defines it is. Blocks that define what this one uses and lacks are
+function it need not be guessed: the last block that defines it is, and not with a body of `...` alone, as in a reminder
+of its signature. Blocks that define what this one uses and lacks are
 put around it, in the order of the answer. Rejected: joining all blocks, whose examples print and read input, and whose
 later versions of a function replace the right one.
 """
@@ -20,12 +21,14 @@ SOLUTION = "Solution"  # class whose methods are called as functions
 
 class Block(NamedTuple):
     """A code block. defined: names of its functions, classes and variables. imported: names of its imports, `*` among
-    them. lacking: names that it uses and does not bind. parsed: whether it is Python."""
+    them. lacking: names that it uses and does not bind. parsed: whether it is Python. stubs: functions without a
+    body."""
 
     defined: frozenset[str]
     imported: frozenset[str]
     lacking: frozenset[str]
     parsed: bool = True
+    stubs: frozenset[str] = frozenset()
 
 
 def joined_program(texts: Sequence[str], names: frozenset[str]) -> str | None:
@@ -37,7 +40,8 @@ def joined_program(texts: Sequence[str], names: frozenset[str]) -> str | None:
     taken: list[int] = []
     for name in sorted(names):
         defining = [number for number, block in enumerate(blocks) if name in block.defined]
-        if defining and (number := max(defining, key=lambda number: (blocks[number].parsed, number))) not in taken:
+        ranks = [(blocks[number].parsed, name not in blocks[number].stubs, number) for number in defining]
+        if ranks and (number := max(ranks)[-1]) not in taken:
             taken.append(number)
     for user in taken:  # which grows
         for name in sorted(blocks[user].lacking):
@@ -84,7 +88,16 @@ def _block(text: str) -> Block:
     named = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.ExceptHandler
     bound |= {node.name for node in ast.walk(tree) if isinstance(node, named) and node.name}
     lacking = used - bound - defined - imported - vars(builtins).keys()
-    return Block(frozenset(defined), frozenset(imported), frozenset(lacking))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    stubs = {node.name for node in functions if all(map(_is_empty, node.body))}
+    return Block(frozenset(defined), frozenset(imported), frozenset(lacking), stubs=frozenset(stubs))
+
+
+def _is_empty(node: ast.stmt) -> bool:
+    """Whether a statement of a function does nothing: `...`, a docstring, `pass`, `raise NotImplementedError`."""
+    if isinstance(node, ast.Raise):
+        return "NotImplementedError" in ast.dump(node)
+    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
 def _defined(node: ast.stmt) -> list[str]:

@@ -13,8 +13,9 @@ another one (`distill.grading.sandbox.peer`).
 The program is the last Python block that defines what the tests call, with the blocks that define what it lacks
 (`distill.grading.blocks`). Where the tests name nothing, as those of input and output, it is the last Python block that
 reads its input and writes, else the last that reads or defines something other than tests, else the last that is marked
-as Python, else the last block. Without blocks it is a response that is Python as a whole, or the lines of Python in it.
-Only what follows the reasoning is searched.
+as Python, else the last block. Where the line before it says that it is another version (`ASIDE`: "The original code
+was:"), the program without such blocks is run too, and `wrong` counts only if it is the verdict on both. Without blocks
+it is a response that is Python as a whole, or the lines of Python in it. Only what follows the reasoning is searched.
 """
 
 import ast
@@ -25,6 +26,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
+from typing import NamedTuple
 
 from distill.errors import WorkError
 from distill.grading.blocks import binds, joined_program, used_names
@@ -37,7 +39,17 @@ from distill.prompts import code_tests
 from distill.prompts.code_tests import STDIN, Case, CodeTests
 from distill.prompts.prompt import outside_blocks
 
-BLOCK = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(  # a fence that is four columns deeper than the first is text, as in a docstring
+    r"^([ \t]*)(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^(?!\1(?: {4}|\t))[ \t]*\2[ \t]*$|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+MARKDOWN = ("md", "markdown")  # blocks with blocks in them
+PROMPT = re.compile(r"^(?:>>>|\.\.\.)(?: (.*))?$", re.MULTILINE)  # of an interactive session
+ASIDE = re.compile(  # the end of the line before a block that may be no answer
+    r"\b(?:original|initial|previous|old|na(?:i|\u00ef)ve|brute[- ]?force|slow(?:er)?|inefficient|buggy|broken|"
+    r"incorrect|wrong|your|given)\b[^.!?\n]{0,80}[:.)*`]*\s*\Z",
+    re.IGNORECASE,
+)
 PYTHON = ("", "python", "py", "python3", "python2", "pycon")
 INPUT = re.compile(r"\binput\(|\bstdin\b|\bopen\(0\b|\bos\.read\(")
 OUTPUT = re.compile(r"\bprint\b|\bstdout\b|\bopen\(1\b|\bos\.write\(")
@@ -60,6 +72,7 @@ MODULES = (
 )
 GIVEN = "".join(f"from {name} import *\n" for name in f"typing {MODULES} builtins".split())
 GIVEN += f"import {MODULES.replace(' ', ', ')}\nsys.setrecursionlimit(50_000)\n"
+LINE = 300  # characters of the line before a block that are looked at
 SHOWN = 200  # characters of an output or a message in the evidence
 TESTED = ("python", "python3", "py")
 
@@ -67,11 +80,10 @@ TESTED = ("python", "python3", "py")
 class CodeGrader(TaskGrader):
     """Runs programs against their tests, each of which has `seconds` of processor time."""
 
-    version = (
-        3  # the last of several programs that read and write; limits, imports and wrapped results by their sources
-    )
+    version = 4  # fences in docstrings, signatures, sessions, blocks within blocks, other versions
     lazy = True  # few runs have code, and a zygote takes half a second
     votes = False
+    doubted = ("wrong",)
     packages = ("python",)  # which runs the programs
 
     def __init__(self) -> None:
@@ -166,12 +178,13 @@ def names_in_tests(gold: str) -> frozenset[str]:
 def find_program(response: str, names: frozenset[str] = frozenset()) -> Answer | None:
     """The program of a response; None where there is none. Linear time. names: that the tests use."""
     scope = outside_blocks(response.replace("\r\n", "\n"))
-    blocks = _blocks(scope) or _blocks(LATE_FENCE.sub(r"\n\1", scope))
-    if names and (program := joined_program([text for tag, text in blocks if tag in PYTHON], names)):
-        return Answer(program, "code block")
-    if blocks:
-        ranks = [(_rank(tag, text, not names), number) for number, (tag, text) in enumerate(blocks)]
-        return Answer(blocks[max(ranks)[1]][1], "code block")
+    first, late = BLOCK.search(scope), LATE_FENCE.search(scope)
+    if late and not (first and first.start() < late.start()):
+        scope = LATE_FENCE.sub(_own_line, scope)
+    if blocks := _blocks(scope):
+        last, answers = _program(blocks, names), [block for block in blocks if not block.aside]
+        other = _program(answers, names) if answers and len(answers) < len(blocks) else last
+        return Answer(last, "code block", other if other != last else "")
     if scope.strip() and _parses(scope.strip()) and re.search(r"[=(]", scope):
         return Answer(scope.strip(), "whole response")
     if scope.strip() and scope[:1] in " \t" and _parses(f"def f():\n{scope.rstrip()}\n"):
@@ -181,9 +194,48 @@ def find_program(response: str, names: frozenset[str] = frozenset()) -> Answer |
     return None
 
 
-def _blocks(scope: str) -> list[tuple[str, str]]:
-    """The language, in lower case, and the text of each code block that is not empty."""
-    return [(tag.lower(), textwrap.dedent(text)) for _, tag, text in BLOCK.findall(scope) if text.strip()]
+class _Fenced(NamedTuple):
+    """A code block: its language, in lower case, its text, and whether the line before says that it is another
+    version."""
+
+    tag: str
+    text: str
+    aside: bool
+
+
+def _program(blocks: Sequence[_Fenced], names: frozenset[str]) -> str:
+    """The program in blocks, see the module."""
+    if names and (program := joined_program([block.text for block in blocks if block.tag in PYTHON], names)):
+        return program
+    ranks = [(_rank(block.tag, block.text, not names), number) for number, block in enumerate(blocks)]
+    return blocks[max(ranks)[1]].text
+
+
+def _blocks(scope: str) -> list[_Fenced]:
+    """The code blocks that are not empty, those of a Markdown block instead of it."""
+    blocks = []
+    for match in BLOCK.finditer(scope):
+        _, fence, tag, text = match.groups()
+        if (tag.lower() in MARKDOWN or (not tag and len(fence) > 3)) and (inner := _blocks(text)):
+            blocks += inner
+        elif text.strip():
+            before = scope[max(0, match.start() - LINE) : match.start()].rstrip().rpartition("\n")[2]
+            blocks.append(_Fenced(tag.lower(), _typed(textwrap.dedent(text)), ASIDE.search(before) is not None))
+    return blocks
+
+
+def _typed(text: str) -> str:
+    """What was typed in an interactive session that defines something; any other text as it is."""
+    if not text.lstrip().startswith(">>>"):
+        return text
+    typed = "\n".join(match[1] or "" for match in PROMPT.finditer(text)) + "\n"
+    return typed if SUBSTANCE.search(typed) else text
+
+
+def _own_line(match: re.Match[str]) -> str:
+    """A fence on a line of its own, at its column."""
+    line = match.string.rfind("\n", 0, match.start()) + 1
+    return "\n" + " " * (match.start(1) - line) + match[1]
 
 
 def _rank(tag: str, text: str, reads: bool) -> int:

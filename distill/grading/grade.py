@@ -26,15 +26,18 @@ Detailed = tuple[Outcome, str, dict[str, object]]  # a ruling with details (JSON
 
 NO_GOLD = "no gold answer"  # the reason of a grade
 UNGRADABLE = f"unverifiable: {NO_GOLD}"  # that of the filter's verdict: says nothing about the model
-GUESSES = ("last line", "sentence")  # methods that search prose for an answer
+TAKEN_BACK = "taken back"  # the method of an answer that the response says is wrong
+GUESSES = ("last line", "sentence", TAKEN_BACK)  # methods whose answer a response does not mark as its own
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A final answer as written, and the method that found it."""
+    """A final answer as written, and the method that found it. other: another answer that the response gives, which may
+    put the verdict in doubt (`TaskGrader.doubted`)."""
 
     text: str
     method: str
+    other: str = ""
 
     @property
     def marked(self) -> bool:
@@ -56,6 +59,13 @@ class Grade:
     evidence: dict[str, object] = field(default_factory=dict)
 
 
+def agreed(first: Ruling | Detailed, other: Ruling | Detailed) -> Ruling | Detailed:
+    """The ruling on an answer beside another one: none where only one of them is right."""
+    if {first[0], other[0]} == {"correct", "wrong"}:
+        return "unverifiable", "two answers"
+    return first
+
+
 class AnswerJudge(Protocol):
     """A model that grades answers (`distill.grading.judge.JudgeModel`)."""
 
@@ -71,13 +81,15 @@ class TaskGrader(ABC):
     lazy: a worker prepares this grader at its first question instead of at its start. votes: answers can be compared
     with one another, so the samples of a prompt have a majority. seconds: processor time for one comparison in a
     worker. level: the least isolation for the programs of answers, where a grader runs them. version: raised when a
-    verdict may change. packages: distributions on which verdicts rest; `python` is Python.
+    verdict may change. packages: distributions on which verdicts rest; `python` is Python. doubted: the outcomes that
+    another answer of the response may put in doubt.
     """
 
     version: ClassVar[int] = 1
     packages: ClassVar[Sequence[str]] = ()
     lazy: ClassVar[bool] = False
     votes: ClassVar[bool] = True
+    doubted: ClassVar[Sequence[Outcome]] = ("correct", "wrong")
     seconds: float = 5.0
     level: "Level" = "full"
 

@@ -162,9 +162,12 @@ def _graded(prompt: "Prompt", response: str) -> tuple[Grade, Question | None]:
     }
     if not gold or answer is None:
         return Grade("unverifiable", "no answer found" if gold else NO_GOLD, evidence), None
-    if ruling := grader.rule(gold, answer):
+    if not answer.other and (ruling := grader.rule(gold, answer)):
         return Grade(*ruling, evidence), None
     question: Question = {"task": prompt.task, "gold": gold, "answer": answer.text, "marked": answer.marked}
+    if answer.other:
+        question["other"] = answer.other
+        evidence["other"] = grader.shown(replace(answer, text=answer.other))
     return Grade("unverifiable", "not compared", evidence), question
 
 

@@ -61,7 +61,7 @@ class Worker(Generic[K]):
     def send(self, key: K, item: Question) -> None:
         """Send an item to the worker. key: returned with its answer."""
         assert self.ready and self.deadline is None, "the worker is starting or busy"
-        limits = GRADERS[str(item["task"])].limits(str(item["gold"]))
+        limits = GRADERS[str(item["task"])].limits(str(item["gold"])) * (2 if item.get("other") else 1)
         self.key, self.item, self.deadline = key, item, time.monotonic() + PATIENCE * self.timeout * limits
         self.child.send(item)
 

@@ -3,7 +3,8 @@
 `distill.grading.pool` starts it as `python -m distill.grading.worker MEMORY_BYTES SECONDS LEVEL`, a fresh interpreter
 that imports the graders and little else. It writes the line `{"ready": true}`, then one line per question, in order:
 
-    {"task", "gold", "answer", "marked"}   → [outcome, reason] or [outcome, reason, details], see `TaskGrader.compare`
+    {"task", "gold", "answer", "marked", "other"}
+                                           → [outcome, reason] or [outcome, reason, details], see `TaskGrader.compare`
     {"task", "gold"}                       → whether the grader can read this gold answer, see `TaskGrader.reads`
 
 or `{"error": message}` when this machine cannot grade the task, see `TaskGrader.prepare`. The pool then stops.
@@ -19,6 +20,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from distill.errors import WorkError
+from distill.grading.grade import Detailed, Ruling, agreed
 
 if TYPE_CHECKING:
     from distill.grading.sandbox.levels import Level
@@ -55,11 +57,14 @@ def main(memory: int, seconds: float, level: "Level") -> None:
                 continue
             waiting.remove(question["task"])
         grader, gold = GRADERS[question["task"]], question["gold"]
-        _limit_cpu(seconds * grader.limits(gold))
-        answer: object
+        other = question.get("other", "")
+        _limit_cpu(seconds * grader.limits(gold) * (2 if other else 1))
+        answer: Ruling | Detailed | bool
         try:
             if "answer" in question:
                 answer = grader.compare(gold, question["answer"], question["marked"])
+                if other and answer[0] in grader.doubted:
+                    answer = agreed(answer, grader.compare(gold, other, marked=True))
             else:
                 answer = grader.reads(gold)
         except MemoryError:

@@ -27,6 +27,12 @@ def value_at(row: Mapping[str, object], column: str) -> object:
     return value
 
 
+def first_of(values: Mapping[str, object], key: str, other: str) -> object:
+    """The value of a key, or of the other one where it is missing or null: Arrow gives every turn of a column all keys
+    that one has."""
+    return values.get(other) if values.get(key) is None else values[key]
+
+
 def has_column(row: Mapping[str, object], column: str) -> bool:
     """Whether a row has a column, or the first part of a dotted one."""
     return column in row or column.partition(".")[0] in row

@@ -2,11 +2,13 @@
 
 What is legal but may not be meant is counted and not refused: rows without a gold answer, prompts that occur twice,
 questions that differ in case or white space only, questions with two different gold answers, conversations whose last
-turns are not asked, and questions that do not name the function that their tests call.
+turns are not asked, columns that may be a part of the question and are not asked, and questions that do not name the
+function that their tests call.
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from distill.prompts.code_tests import function_not_named
@@ -24,7 +26,8 @@ class PromptCounts:
     their last question. outside: source → rows outside the window of dates. unnamed: source → problems whose question
     does not name the function that their tests call; first_unnamed: source → the first such function, and its place.
     similar, contradictory: prompts whose question was read before, in another spelling or with another gold answer; the
-    example is such a question. ended: why a mixture ended before its other sources did.
+    example is such a question. unasked: source → columns that may be a part of the question and are not asked, with the
+    rows that have one. ended: why a mixture ended before its other sources did.
     """
 
     seen: Counter[str] = field(default_factory=Counter)
@@ -33,6 +36,7 @@ class PromptCounts:
     first_unanswered: dict[str, str] = field(default_factory=dict)
     cut: Counter[str] = field(default_factory=Counter)
     outside: Counter[str] = field(default_factory=Counter)
+    unasked: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     unnamed: Counter[str] = field(default_factory=Counter)
     first_unnamed: dict[str, str] = field(default_factory=dict)
     similar: int = 0
@@ -97,6 +101,13 @@ class PromptCounts:
             for source, count in self.outside.items()
             if not self.rows[source]
         ]
+        notes += [
+            f"{source}: columns that may be part of the question are not asked: "
+            f"{', '.join(f'{name} ({rows:,} of {self.rows[source]:,} problems)' for name, rows in columns.items())}; "
+            f"set {_settings(columns)}"
+            for source, columns in self.unasked.items()
+            if columns
+        ]
         notes += self.notes_on_functions()
         if self.repeated:
             notes.append(f"{self.repeated:,} of {self.seen.total():,} prompts repeat an earlier one and are read once")
@@ -111,6 +122,15 @@ class PromptCounts:
                 f"only, such as {self.similar_example!r}; all are kept"
             )
         return notes + ([self.ended] if self.ended else [])
+
+
+def _settings(columns: Iterable[str]) -> str:
+    """The settings of a source that ask such columns."""
+    of = {"options": "options", "choices": "options", "system": "system", "system_prompt": "system"}
+    settings = [f"`{of[name]}: {name}`" for name in columns if name in of]
+    if rest := [f"{{{{{name}}}}}" for name in columns if name not in of]:
+        settings.append(f"`template: '{{{{question}}}} {' '.join(rest)}'`")
+    return " and ".join(settings)
 
 
 def _hash(text: str) -> bytes:

@@ -41,15 +41,19 @@ BESIDE_ANSWERS = {
     "tests": BESIDE,
     "instructions": (ARGUMENTS,),
 }  # columns that are read beside the answer, by `extract`
+PARTS = ("system", "system_prompt", "context", "input")  # columns that may be a part of the question
+OPTION_COLUMNS = ("options", "choices")  # and of one with choices
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A row as a prompt. cut: whether turns after its question were cut off."""
+    """A row as a prompt. cut: whether turns after its question were cut off. unasked: its columns that may be a part of
+    the question, and are not asked."""
 
     where: str
     prompt: Prompt
     cut: bool
+    unasked: tuple[str, ...] = ()
 
 
 def read_file(source: "FilePrompts", counts: PromptCounts) -> Iterator[Prompt]:
@@ -100,8 +104,16 @@ def required_columns(source: "FilePrompts | HubPrompts") -> list[str]:
 
 def optional_columns(source: "FilePrompts | HubPrompts") -> list[str]:
     """The columns that a row may lack."""
-    columns = (source.answer, source.system, *MEDIA, *BESIDE_ANSWERS.get(source.extract, ()))
+    columns = (source.answer, source.system, *MEDIA, *BESIDE_ANSWERS.get(source.extract, ()), *_parts(source))
     return [column for column in columns if column is not None]
+
+
+def _parts(source: "FilePrompts | HubPrompts") -> list[str]:
+    """The columns that may be a part of the question, and that the source does not read."""
+    read = {name.partition(".")[0] for name in (*required_columns(source), source.answer, source.system) if name}
+    listing = OPTION_COLUMNS if source.task == "choice" and source.options is None and not source.choices else ()
+    refused = PARTS[:2] if source.system is None else ()  # `system: null` says that none is sent
+    return [name for name in (*PARTS, *listing) if name not in (*read, *refused)]
 
 
 def require_columns(source: "FilePrompts | HubPrompts", names: Iterable[str], where: str) -> None:
@@ -137,6 +149,7 @@ def prompts_from_rows(
             counts.first_unanswered.setdefault(name, candidate.where)
         if candidate.cut:
             counts.cut[name] += 1
+        counts.unasked[name].update(candidate.unasked)
         if source.extract == "tests" and candidate.prompt.answer is not None:
             counts.note_function(name, candidate.where, candidate.prompt)
         yield candidate.prompt
@@ -151,6 +164,7 @@ def _candidates(
     outside = counts.outside[name]
     answer_there = source.answer is None
     names: dict[str, None] = {}
+    parts = _parts(source)
     first = source.limit if source.shuffle_seed is None else None
     for where, row in islice(_within(rows, source, name, counts), first):
         read += 1
@@ -170,7 +184,8 @@ def _candidates(
         answered += answer is not None
         if source.choices:
             messages, answer = _with_choices_of(row, source, where, messages, answer)
-        yield _Candidate(where, Prompt(messages, source.task, answer, name), cut)
+        unasked = tuple(column for column in parts if row.get(column))
+        yield _Candidate(where, Prompt(messages, source.task, answer, name), cut, unasked)
     if not read and counts.outside[name] > outside:
         return  # one of several files may have nothing in the window; a note says so
     if not read:

@@ -10,7 +10,7 @@ A content may be text or a list of text parts. A list may be kept as JSON text.
 from collections.abc import Sequence
 
 from distill.errors import UserError
-from distill.prompts.columns import parsed
+from distill.prompts.columns import first_of, parsed
 from distill.prompts.prompt import Message
 
 ROLES = {
@@ -44,7 +44,7 @@ def conversation(turns: Sequence[object], column: str, where: str) -> tuple[list
     messages = list[Message]()
     for role, turn in zip(roles[:end], turns, strict=False):
         assert isinstance(turn, dict)
-        key = "content" if "content" in turn or "value" not in turn else "value"
+        key = "content" if turn.get("content") is not None or "value" not in turn else "value"
         messages.append({"role": role, "content": asked_text(_joined(turn.get(key)), f"{column}.{key}", where)})
     return messages, len(roles) - end
 
@@ -54,7 +54,7 @@ def _has_role(turn: dict[str, object]) -> bool:
 
 
 def _role(turn: object, column: str, where: str) -> str:
-    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    role = first_of(turn, "role", "from") if isinstance(turn, dict) else None
     if not isinstance(role, str) or role not in ROLES:
         what = f"a turn of role {role!r}" if isinstance(turn, dict) else f"a {type(turn).__name__}"
         raise UserError(

@@ -1,11 +1,11 @@
 """Questions with options: the columns that hold them, the letter of the right one, and the text that is asked.
 
-Data sets publish the options of a question in three forms, all read here: a list in one column (MMLU, MMLU-Pro), a list
-with a list of labels beside it (ARC), a column for each option (C-Eval). The right option is published as its letter,
-its label, its index from 0, or its text. A number that is both an index and the text of an option, as a CSV file may
-hold, and a letter that is also an option's text have two meanings: such a row is refused, unless the source says what
-its answer column has (`answer_is`). The options keep the order in which they are published, so that scores
-can be compared with others' scores; only `choices`, whose right option comes first or last, is shuffled
+Data sets publish the options of a question in these forms: a list in one column (MMLU, MMLU-Pro), an object with their
+letters (MedQA), a list with a list of labels beside it (ARC), a column for each option (C-Eval). The right option is
+published as its letter, its label, its index from 0, or its text. A number that is both an index and the text of an
+option, as a CSV file may hold, and a letter that is also an option's text have two meanings: such a row is refused,
+unless the source says what its answer column has (`answer_is`). The options keep the order in which they are published,
+so that scores can be compared with others' scores; only `choices`, whose right option comes first or last, is shuffled
 (`golds.with_choices`).
 """
 
@@ -26,7 +26,7 @@ def options_of(row: Mapping[str, object], columns: str | Sequence[str]) -> list[
     Errors: ValueError, the end of a sentence about the row.
     """
     if isinstance(columns, str):
-        values = parsed(value_at(row, columns))
+        values = _in_order(parsed(value_at(row, columns)))
         if not isinstance(values, list):
             raise ValueError(f"column {columns} is {_kind(values)}, not a list of options")
     else:
@@ -37,6 +37,18 @@ def options_of(row: Mapping[str, object], columns: str | Sequence[str]) -> list[
         if value is None or isinstance(value, list | dict):
             raise ValueError(f"option {LETTERS[number]} is {_kind(value)}, not text")
     return [str(value).strip() for value in values]
+
+
+def _in_order(values: object) -> object:
+    """The options of an object by their letters, as a list; any other value as it is. A null after the last is none:
+    Arrow gives every row all keys that one has."""
+    if not isinstance(values, dict):
+        return values
+    letters = {str(key).strip().upper(): value for key, value in values.items()}
+    present = [letter for letter in sorted(letters) if letters[letter] is not None]
+    if len(letters) != len(values) or "".join(present) != LETTERS[: len(present)]:
+        return values
+    return [letters[letter] for letter in present]
 
 
 def right_letter(answer: object, options: Sequence[str], labels: object, form: Form | None = None) -> str:
@@ -80,6 +92,8 @@ def _meanings(answer: str, options: Sequence[str]) -> Iterator[tuple[Form, int]]
     yield from (("text", number) for number, option in enumerate(options) if option == answer)
     if re.fullmatch(rf"\(?[{letters}]\)?", answer):
         yield "letter", letters.index(answer.strip("()"))
+    elif answer not in options and re.fullmatch(rf"\(?[{letters}][).:]?", answer.upper()):
+        yield "letter", letters.index(answer.upper().strip("().:"))
     if answer.isascii() and answer.isdecimal() and int(answer) < len(options):
         yield "index", int(answer)
 

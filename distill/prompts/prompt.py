@@ -34,7 +34,7 @@ def split_reasoning(text: str) -> tuple[str | None, str]:
     Where the rule applies, and where it does not:
 
     - sampled texts (local engine, a server without a reasoning parser) and published texts with think tags: here;
-    - published texts with the tags of another model: `distill.traces.layouts.tagged`, the same rule with those tags;
+    - published texts with the tags of another model: `distill.traces.tags.tagged`, the same rule with those tags;
     - reasoning and answer in two fields, of a server or of a data set (`Completed.parts`, `layouts.Answer.parts`,
       the column `distill` of exported rows): never divided again, as nothing is left to guess;
     - graders read a response that was divided before, and leave out later think blocks: `outside_blocks`.

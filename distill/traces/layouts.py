@@ -9,8 +9,8 @@
     named by the recipe  a question, a reasoning without tags and an answer in columns of their own (s1K)
 
 A column may hold its list as JSON text. A content may be text or a list of parts. The reasoning stands in the text
-between tags (`TAGS` has those of OpenThoughts, Sky-T1, Marco-o1, Kimi, Magistral), or under a key of its own
-(`REASONING`), or in a part of type `thinking`; all of it becomes `<think>…</think>` before the answer.
+between tags (`distill.traces.tags`), or under a key or in a column of its own (`REASONING`), or in a part of type
+`thinking`; all of it becomes `<think>…</think>` before the answer. A column counts where the answer has no reasoning.
 
 Two kinds of trouble are kept apart. A row whose columns are none of these layouts is refused (`UserError`): the recipe
 has to say what they mean. A row in a known layout that holds no usable answer (an empty text, a turn of a tool, an
@@ -19,31 +19,33 @@ and nobody can correct them.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 
 from distill.chat import END_THINK, THINK
 from distill.errors import UserError
-from distill.prompts.columns import MEDIA, listed, parse_json, value_at
+from distill.prompts.columns import MEDIA, first_of, listed, parse_json, parsed, value_at
 from distill.prompts.messages import ROLES, TEXT_PARTS
 from distill.prompts.prompt import Message
-from distill.traces.trace import FinishReason, usual_reason
+from distill.traces.finish import finish_reason
+from distill.traces.tags import LeftOut, tagged
+from distill.traces.trace import FinishReason
 
 Row = Mapping[str, object]
 
-TAGS = (  # around a reasoning: opening, closing; around the answer after it: opening, closing
-    ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>", "<|end_of_solution|>"),
-    ("<Thought>", "</Thought>", "<Output>", "</Output>"),
-    ("◁think▷", "◁/think▷", "", ""),
-    ("[THINK]", "[/THINK]", "", ""),
-    ("<thinking>", "</thinking>", "<answer>", "</answer>"),
-)
-REASONING = (  # keys of an assistant's turn
+REASONING = (  # keys of an assistant's turn, and columns
     *("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "thinking_content", "reasoning_text"),
-    "reasoning_details",
+    *("reasoning_details", "reasoning_trace", "thinking_trace"),
 )
+REASONINGS = (*REASONING, "reasonings", "reasoning_contents", "reasoning_traces")  # columns, beside `generations` too
+MODES = ("on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high")  # of a reasoning, no reasoning
+EFFORT = {"effort", "summary", "generate_summary", "enabled", "exclude", "max_tokens"}  # keys of settings
+EMPTY_BLOCK = re.compile(rf"\A\s*{THINK}\s*{END_THINK}\s*")
+SYSTEM = ("system", "system_prompt", "system_message")  # columns, the first that has a text
+BESIDE_QUESTION = ("context", "input")  # columns that a question of `FLAT` goes on in
 FLAT = (  # columns of question, reasoning (None: between tags in the answer) and answer that need no naming
     ("question", "deepseek_thinking_trajectory", "deepseek_attempt"),
     ("question", "thinking_trajectories", "attempt"),
@@ -51,6 +53,7 @@ FLAT = (  # columns of question, reasoning (None: between tags in the answer) an
     ("question", None, "response"),
     ("problem", None, "response"),
     ("instruction", None, "response"),
+    ("Question", "Complex_CoT", "Response"),
 )
 TOOLS = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
 THOUGHT_PARTS = (
@@ -74,22 +77,20 @@ ALIGNED = (
 )  # to `generations`
 COLUMNS = (  # that a row in a known layout may have
     *HEADS,
-    *("problem", "question", "prompt", "system", "finish_reason", "response", *REASONING, *ALIGNED),
+    *("problem", "question", "prompt", "finish_reason", "stop_reason", "response", *REASONINGS, *ALIGNED),
+    *(*SYSTEM, *BESIDE_QUESTION),
     *dict.fromkeys(name for flat in FLAT for name in flat if name is not None),
 )
 
 
-class LeftOut(Exception):
-    """The reason for which an answer cannot be used."""
-
-
 @dataclass(frozen=True)
 class Columns:
-    """The columns that a recipe names, for rows in no known layout."""
+    """The columns that a recipe names, for rows in no known layout. beside: those in which the question goes on."""
 
     question: str | None = None
     reasoning: str | None = None
     response: str | None = None
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A turn as it is published: any values."""
+    """A turn as it is published: any values. finish: why it ended."""
 
     role: object
     content: object
     reasoning: object = None
+    finish: object = None
 
 
 def answers(row: Row, columns: Columns, where: str, empty: bool = False) -> Iterator[Answer | LeftOut]:
@@ -124,14 +126,15 @@ def answers(row: Row, columns: Columns, where: str, empty: bool = False) -> Iter
         try:
             if (turns := next(conversations, None)) is None:
                 return
-            yield _answer(row, turns, number, where, empty)
+            yield _answer(row, turns, number, where, empty, (columns.question, columns.response))
         except LeftOut as reason:
             yield reason
 
 
 def _conversations(row: Row, columns: Columns, where: str) -> Iterator[list[_Turn]]:
     if columns.response:
-        question = _Turn("user", _column(row, columns.question or "question", where))
+        asked = [_column(row, columns.question or "question", where), *map(row.get, columns.beside)]
+        question = _Turn("user", _joined(asked) if columns.beside else asked[0])
         reasoning = _column(row, columns.reasoning, where) if columns.reasoning else None
         yield [question, _Turn("assistant", _column(row, columns.response, where), reasoning)]
     elif (generations := _list(row.get("generations"), of=str)) is not None:
@@ -149,10 +152,7 @@ def _conversations(row: Row, columns: Columns, where: str) -> Iterator[list[_Tur
         prompt = _turns(row["prompt"], "prompt", where, text_role="user")
         if not (completion := _turns(row["completion"], "completion", where, text_role="assistant")):
             raise LeftOut("no answer at the end")
-        *before, last = completion
-        if not last.reasoning:
-            last = replace(last, reasoning=next((row[key] for key in REASONING if row.get(key)), None))
-        yield [*prompt, *before, last]
+        yield [*prompt, *completion]
     elif isinstance(row.get("responses_create_params"), dict):
         yield _rollout(row, where)
     elif (flat := _flat(row)) is not None:
@@ -169,14 +169,27 @@ def is_known(columns: Collection[str]) -> bool:
 def _flat(columns: Collection[str]) -> Columns | None:
     for question, reasoning, response in FLAT:
         if {question, reasoning or question, response} <= set(columns):
-            return Columns(question, reasoning, response)
+            return Columns(question, reasoning, response, BESIDE_QUESTION)
     return None
+
+
+def columns_read(columns: Collection[str]) -> set[str]:
+    """The columns that are read of a row with these columns."""
+    flat = not any(head in columns for head in HEADS) and _flat(columns) is not None
+    return {name for name in COLUMNS if flat or name not in BESIDE_QUESTION}
+
+
+def _joined(texts: Sequence[object]) -> object:
+    """A question and what it goes on with, as paragraphs; the question alone where nothing else is text."""
+    question, *others = texts
+    more = [text.strip() for text in others if isinstance(text, str) and text.strip()]
+    return "\n\n".join([question.strip(), *more]) if isinstance(question, str) and more else question
 
 
 def _check_aligned(row: Row, length: int, where: str) -> None:
     """Raise UserError for a list about the generations that has another length: which is whose cannot be known."""
     for column in ALIGNED:
-        listed = row.get(column)
+        listed = parsed(row.get(column))
         if isinstance(listed, list) and listed and len(listed) != length:
             raise UserError(
                 f"{where}: {column} has length {len(listed)}, and there are {length} generations; correct or remove "
@@ -210,7 +223,7 @@ def _rollout(row: Row, where: str) -> list[_Turn]:
 def _item(item: Mapping[str, object], where: str) -> _Turn:
     match item.get("type", "message"):
         case "message":
-            return _Turn(item.get("role"), item.get("content"), next((item[k] for k in REASONING if item.get(k)), None))
+            return _Turn(item.get("role"), item.get("content"), _reasoning_in(item))
         case "reasoning":
             return _Turn("assistant", "", item.get("content") or item.get("summary") or None)
         case "function_call":
@@ -281,12 +294,37 @@ def _turns(value: object, column: str, where: str, text_role: str | None = None)
                 f"{where}: {column}[{number}] is a {type(turn).__name__}, not a turn with role and content, or from "
                 f"and value"
             )
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        reasoning = next((turn[key] for key in REASONING if turn.get(key)), None)
-        made.append(_Turn(role, content, reasoning))
+        role, content = first_of(turn, "role", "from"), first_of(turn, "content", "value")
+        made.append(_Turn(role, content, _reasoning_in(turn), turn.get("finish_reason")))
         if ROLES.get(str(role)) == "assistant" and (calls := _calls(turn)):
             made[-1] = _merged(made[-1], _Turn("assistant", "\n".join(calls)))
     return made
+
+
+def _reasoning_in(values: Mapping[str, object], keys: Iterable[str] = REASONING) -> object:
+    """The reasoning under the first key that has one; None for none. A mode ("on", True) is none."""
+    return next((value for key in keys if (value := values.get(key)) and not _is_mode(value)), None)
+
+
+def _is_mode(value: object) -> bool:
+    if isinstance(value, dict):
+        return value.keys() <= EFFORT
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in MODES)
+
+
+def _beside(row: Row, number: int, named: Collection[str | None]) -> object:
+    """The reasoning in a column of its own: of this answer, where the row has several. named: columns that hold
+    something else. Errors: LeftOut."""
+    generations = _list(row.get("generations"), of=str)
+    reasoning = _reasoning_in(row, (key for key in REASONINGS if key not in named))
+    if generations is None or reasoning is None:
+        return reasoning
+    listed = parsed(reasoning)
+    if isinstance(listed, list) and len(listed) == len(generations):
+        return listed[number]
+    if len(generations) > 1:
+        raise LeftOut("reasoning of several answers")
+    return reasoning
 
 
 def _list(value: object, of: type = dict) -> list[object] | None:
@@ -301,8 +339,13 @@ def _list(value: object, of: type = dict) -> list[object] | None:
     return value if isinstance(value, list) else None
 
 
-def _answer(row: Row, turns: list[_Turn], number: int, where: str, empty: bool) -> Answer:
-    """The last turn as the answer to those before it. Errors: LeftOut; UserError for an unknown role."""
+def _answer(
+    row: Row, turns: list[_Turn], number: int, where: str, empty: bool, named: Collection[str | None]
+) -> Answer:
+    """The last turn as the answer to those before it. named: the columns of question and answer that a recipe names.
+
+    Errors: LeftOut; UserError for an unknown role.
+    """
     if any(row.get(column) for column in MEDIA):
         raise LeftOut("not text alone")
     roles = [_role(turn, where) for turn in turns]
@@ -320,17 +363,20 @@ def _answer(row: Row, turns: list[_Turn], number: int, where: str, empty: bool) 
         }
         for role, turn in zip(roles[:-1], turns, strict=False)
     ]
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and roles[0] != "system":
+    system = next((text for key in SYSTEM if isinstance(text := row.get(key), str) and text.strip()), None)
+    if system and roles[0] != "system":
         messages.insert(0, {"role": "system", "content": system})
     thought, text = _content(turns[-1].content, "answer", empty=empty and turns[-1].content is not None)
     if turns[-1].reasoning:
         thought = _thought(turns[-1].reasoning)
     text, parts = tagged(text)
+    if thought or (not (plain := EMPTY_BLOCK.sub("", text)).startswith(THINK) and END_THINK not in plain):
+        thought = thought or _thought(_beside(row, number, named))
+        text = EMPTY_BLOCK.sub("", text) if thought else text
     whole = _with_reasoning(text, thought)
     if thought and whole != text:
         parts = thought.strip(), text
-    return Answer(tuple(messages), whole, _finish(row, number, where), number, parts)
+    return Answer(tuple(messages), whole, finish_reason(row, number, turns[-1].finish, where), number, parts)
 
 
 def _role(turn: _Turn, where: str) -> str:
@@ -383,44 +429,7 @@ def _with_reasoning(text: str, reasoning: str | None) -> str:
     return f"{THINK}\n{reasoning.strip()}\n{END_THINK}\n\n{text}"
 
 
-def tagged(text: str) -> tuple[str, tuple[str, str] | None]:
-    """The text, stripped, with the tags that a publisher put around a reasoning at its beginning as think tags; and its
-    (reasoning, response), None where the text has no such tags.
-
-    The first closing tag ends the reasoning, as in `split_reasoning`: an answer may mention the tag.
-    """
-    text = text.strip()
-    for opening, closing, answer, end in TAGS:
-        if not text.startswith(opening):
-            continue
-        thought, closed, response = text.removeprefix(opening).partition(closing)
-        if not closed:
-            return THINK + thought, None  # cut off while it thinks
-        if answer and response.lstrip().startswith(answer):
-            response = "\n\n" + response.lstrip().removeprefix(answer).strip().removesuffix(end).strip()
-        return f"{THINK}{thought}{END_THINK}{response}".strip(), (thought.strip(), response.strip())
-    return text, None
-
-
 def _column(row: Row, name: str, where: str) -> object:
     if name.partition(".")[0] not in row and name not in row:
         raise UserError(f"{where}: no column {name}; the columns are {listed(row)}")
     return value_at(row, name)
-
-
-def _finish(row: Row, number: int, where: str) -> FinishReason:
-    """Why an answer ended: as a column says it, else whether it is complete, else as published: an answer is whole."""
-    response = row.get("response")
-    if isinstance(response, dict):  # of the Responses API
-        details = response.get("incomplete_details")
-        cut = details.get("reason") if isinstance(details, dict) else None
-        return "stop" if cut is None else usual_reason(str(cut))
-    listed, complete = row.get("finish_reasons"), row.get("is_reasoning_complete")
-    reason = listed[number] if isinstance(listed, list) and number < len(listed) else row.get("finish_reason")
-    if isinstance(reason, str) and reason.strip():
-        return usual_reason(reason)
-    if reason is not None and not isinstance(reason, str):
-        raise UserError(f"{where}: the finish reason is {reason!r}, not text; correct the row")
-    if isinstance(complete, list) and number < len(complete):
-        return "stop" if complete[number] else "length"
-    return None if "finish_reason" in row or isinstance(listed, list) else "stop"

@@ -19,7 +19,7 @@ from distill.console import say
 from distill.errors import UserError
 from distill.fingerprint import digest, path_hash
 from distill.prompts.code_tests import BESIDE
-from distill.prompts.columns import listed
+from distill.prompts.columns import listed, parsed
 from distill.prompts.files import MEDIA
 from distill.prompts.golds import ARGUMENTS, Extract, gold_of
 from distill.prompts.hub import load_dataset, rows_of_dataset
@@ -28,8 +28,19 @@ from distill.prompts.rows import Row, columns_of, has_column, rows_of_file, valu
 from distill.prompts.streams import opened, readable
 from distill.record import StageRecord
 from distill.traces.exported import MARK, is_exported, read_exported
-from distill.traces.layouts import ALIGNED, COLUMNS, REASONING, Answer, Columns, LeftOut, answers, is_known, no_layout
+from distill.traces.layouts import (
+    ALIGNED,
+    COLUMNS,
+    REASONING,
+    Answer,
+    Columns,
+    answers,
+    columns_read,
+    is_known,
+    no_layout,
+)
 from distill.traces.store import read_traces, tasks_in
+from distill.traces.tags import LeftOut
 from distill.traces.trace import Trace, Verdict
 
 if TYPE_CHECKING:
@@ -221,7 +232,7 @@ class Reader:
         """The columns of the rows that were read so far of which nothing is stored."""
         named = (self.source.question, self.source.reasoning, self.source.response, self.source.answer)
         used = {
-            *COLUMNS,
+            *columns_read(self.columns),
             *GOLD,
             *_gold_columns(self.source),
             *(name.partition(".")[0] for name in named if name),
@@ -263,15 +274,15 @@ class Reader:
         """What was published beside an answer: numbers, short texts, and the values of lists about the generations."""
         if not self.whole:
             return []
-        generations = row.get("generations")
+        generations = parsed(row.get("generations"))
         length = len(generations) if isinstance(generations, list) else 0
         evidence: dict[str, object] = {}
         golds = {*_gold_columns(self.source), *GOLD} & row.keys()  # the prompt has them
         for name, value in row.items():
-            if name in (set(COLUMNS) - set(ALIGNED) - set(REASONING)) or name in (*MEDIA, MARK, *golds):
+            if name in (columns_read(row) - set(ALIGNED) - set(REASONING)) or name in (*MEDIA, MARK, *golds):
                 continue
-            if isinstance(value, list) and length and len(value) == length:
-                value = value[number]
+            if length and isinstance(values := parsed(value), list) and len(values) == length:
+                value = values[number]
             if isinstance(value, bool | int | float) or (isinstance(value, str) and 0 < len(value) <= LONGEST):
                 evidence[name] = value
         self.stored |= evidence.keys()

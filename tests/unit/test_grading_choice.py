@@ -54,6 +54,20 @@ def verdict(response: str, gold: str = "B") -> str:
         ("Answer: B - or C", NEITHER),
         ("A: incorrect. B: correct.", NEITHER),
         ("\u6545\u9009\uff1aB\uff0e", B),
+        ("Answer: B, wait, no: A", NEITHER),
+        ("\\boxed{\\text{E. coli}}", NEITHER),
+        ("\\boxed{\\text{B. subtilis}}", NEITHER),
+        ("The answer is B. subtilis", NEITHER),
+        ("Answer: D, L-isomers", NEITHER),
+        ("Answer: I, II and III", NEITHER),
+        ("Answer: C, N and O", NEITHER),
+        ("Answer: B, X-ray diffraction", B),
+        ("\\boxed{B: not this one}", NEITHER),
+        ("Answer: B) Not enough information", B),
+        ("Answer: B) No, because the cell divides", B),
+        ("\\boxed{B. photosynthesis}", B),
+        ('```json\n{"reasoning": "x", "answer": "B"}\n```', B),
+        ("\u6b63\u786e\u9009\u9879\u4e3aB", B),
     ],
 )
 def test_a_statement_names_a_letter(response: str, expected: str) -> None:
@@ -80,6 +94,20 @@ def test_a_statement_names_a_letter(response: str, expected: str) -> None:
         ("The answer is A.\n\nFinal answer: B", B),
         ("The answer is B. It seems at first that the answer is A.", B),
         ("Is the answer A? The answer is B.", B),
+        ("Answer: B. Actually, A.", NEITHER),
+        ("Answer: B\n\nWait, that's wrong. It should be A.", NEITHER),
+        ("Answer: A\n\nWait, that's wrong. The answer is B.", B),
+        ("\\boxed{B}\n\nWait, actually A is correct.", NEITHER),
+        ("Answer: B. Correction: D", NEITHER),
+        ("Answer: B\n\nActually, option A is wrong because it is low.", B),
+        ("Answer: B\n\nWait, let me double-check: yes, B is correct.", B),
+        ("Answer: B\n\nNo other option fits.", B),
+        ("Option B is correct.", B),
+        ("Option B is correct. Option C is correct.", NEITHER),
+        ("Suppose option B is correct.", NEITHER),
+        ("Is it true that option B is correct?", NEITHER),
+        ("Therefore, I choose B.", B),
+        ("I'll go with option (A).", A),
     ],
 )
 def test_the_statement_that_counts(response: str, expected: str) -> None:
@@ -91,6 +119,14 @@ def test_no_answer_is_wrong_where_the_gold_is_no_letter(gold: str) -> None:
     assert verdict("\\boxed{B}", gold) == verdict("The answer is A.", gold) == "unverifiable"
     assert not ChoiceGrader().reads_plainly(ChoiceGrader().gold(gold))
     assert verdict(f"\\boxed{{{gold}}}", gold) == "correct", "the same spelling"
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [("\\boxed{C, A}", B), ("Answer: A and C", B), ("\\boxed{A}", NEITHER), ("\\boxed{A, B}", NEITHER)],
+)
+def test_the_same_letters_are_right_where_the_gold_lists_some(response: str, expected: str) -> None:
+    assert verdict(response, "A,C") == expected
 
 
 @pytest.mark.parametrize("gold", ["B", "b", "(B)", "\\boxed{B}", "The answer is B", "B) 4 mol", "Answer: B"])

@@ -179,6 +179,23 @@ def test_grades_say_what_was_compared_and_how() -> None:
     }
 
 
+def test_a_later_answer_and_one_that_is_taken_back_are_in_the_grade() -> None:
+    prompt = Prompt.from_question("2 + 2?", "4")
+    items = [
+        ("later", prompt, "\\boxed{4}\n\nAfter rechecking, the answer is 5."),
+        ("same", prompt, "\\boxed{4}\n\nAfter rechecking, the answer is $2+2$."),
+        ("back", prompt, "\\boxed{4}. Wait, that's wrong."),
+    ]
+    with Grader(workers=1) as grader:
+        grades = dict(grader.grade(items))
+    evidence = {"extracted": "4", "gold": "4", "method": "boxed"}
+    assert grades == {
+        "later": Grade("unverifiable", "two answers", evidence | {"other": "5"}),
+        "same": Grade("correct", "equal", evidence | {"other": "2+2"}),
+        "back": Grade("unverifiable", "taken back", evidence | {"method": "taken back"}),
+    }
+
+
 def test_a_task_without_a_grader_is_refused_in_one_line() -> None:
     with pytest.raises(UserError) as refusal:
         require_grader("chat", "filter.correct", "set it to false")

@@ -145,6 +145,14 @@ def test_a_system_column_is_a_system_message(tmp_path: Path) -> None:
     file_refused(jsonl(tmp_path / "c.jsonl", {"question": "q", "answer": 1, "system": ["x"]}), "system is not text")
 
 
+def test_turns_may_have_the_keys_of_both_spellings(tmp_path: Path) -> None:
+    """As Arrow stores a column in which some turns have a role and others `from`."""
+    turns = [{"role": None, "content": None, "from": "human", "value": "q"}]
+    turns = [*turns, {"role": "user", "content": "r", "from": None, "value": None}]
+    path = jsonl(tmp_path / "a.jsonl", {"question": turns, "answer": 1})
+    assert [m["content"] for m in read(path)[0].messages] == ["q", "r"]
+
+
 @pytest.mark.parametrize("column", ["image", "images", "audio", "video"])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_problems_that_are_not_text_alone_are_refused(tmp_path: Path, column: str, suffix: str) -> None:

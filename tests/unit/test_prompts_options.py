@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 from prompt_support import file_refused, jsonl, read
 
+from distill.prompts import PromptCounts, load_prompts
+from distill.recipe.sources import FilePrompts
+
 OPTIONS = {"options": "options", "task": "choice"}
 
 
@@ -23,6 +26,11 @@ OPTIONS = {"options": "options", "task": "choice"}
         ([1.5, 2.5], "2.5", "B"),
         (["a", "a", "b"], "B", "B"),
         (["B", "B"], "B", "B"),
+        (["x", "y"], "b", "B"),
+        (["x", "y"], "B.", "B"),
+        (["b", "a"], "a", "B"),
+        ({"B": "y", "A": "x"}, "B", "B"),
+        ({"A": "x", "B": "y", "C": None}, "y", "B"),
         ('["a", "b"]', "b", "B"),
     ],
 )
@@ -109,3 +117,30 @@ def test_labels(labels: object, answer: str, message: str | None, tmp_path: Path
         assert read(path, labels="labels", **OPTIONS)[0].answer == "B"  # without labels, an index from 0
     else:
         file_refused(path, message, labels="labels", **OPTIONS)
+
+
+@pytest.mark.parametrize("options", [{"B": "x", "C": "y"}, {"text": ["x", "y"], "label": ["A", "B"]}])
+def test_an_object_without_all_letters_is_refused(options: object, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"question": "?", "options": options, "answer": "B"})
+    file_refused(path, "column options is a dict, not a list of options", **OPTIONS)
+
+
+def test_a_note_names_columns_that_may_be_part_of_the_question(tmp_path: Path) -> None:
+    rows = [
+        {"question": "?", "options": ["x", "y"], "answer": "B", "system_prompt": "S", "input": each}
+        for each in ("a", "")
+    ]
+    path, name = jsonl(tmp_path / "a.jsonl", *rows), f"{tmp_path.name}/a.jsonl"
+
+    def notes(**fields: Any) -> list[str]:
+        counts = PromptCounts()
+        list(load_prompts([FilePrompts(kind="file", path=str(path), task="choice", **fields)], counts))
+        return counts.notes()[:-1]  # the question is the same twice
+
+    columns = "system_prompt (2 of 2 problems), input (1 of 2 problems), options (2 of 2 problems)"
+    assert notes() == [
+        f"{name}: columns that may be part of the question are not asked: {columns}; "
+        f"set `system: system_prompt` and `options: options` and `template: '{{{{question}}}} {{{{input}}}}'`"
+    ]
+    assert notes(system=None)[0].split("asked: ")[1].startswith("input (1 of 2 problems), options")
+    assert not notes(system="system_prompt", options="options", template="{{question}} {{input}} {{options}}")

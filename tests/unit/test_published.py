@@ -5,165 +5,15 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from published_support import LAYOUTS, THOUGHT, read, reading
 from pydantic import TypeAdapter
 
 from distill.errors import UserError
 from distill.recipe.sources import FileTraces, TraceSource
 from distill.traces import published
-from distill.traces.layouts import Columns, LeftOut, answers
+from distill.traces.layouts import Columns, answers
 from distill.traces.published import read_published
-
-THOUGHT = "<think>\nI add.\n</think>\n\nFour."
-
-
-def reading(tmp_path, rows, notes=None, **fields):
-    path = tmp_path / "traces.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = TypeAdapter(TraceSource).validate_python({"kind": "file", "path": str(path)} | fields)
-    return read_published(source, [].append if notes is None else notes.append)
-
-
-def read(tmp_path, rows, notes=None, **fields):
-    return list(reading(tmp_path, rows, notes, **fields))
-
-
-LAYOUTS = {
-    "messages": {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": THOUGHT}]},
-    "reasoning_content": {
-        "messages": [
-            {"role": "user", "content": "2+2?"},
-            {"role": "assistant", "content": "Four.", "reasoning_content": "I add."},
-        ]
-    },
-    "sharegpt": {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": THOUGHT}]},
-    "openthoughts": {
-        "system": "",
-        "conversations": [
-            {"from": "user", "value": "2+2?"},
-            {
-                "from": "assistant",
-                "value": "<|begin_of_thought|>\nI add.\n<|end_of_thought|>\n\n"
-                "<|begin_of_solution|>Four.<|end_of_solution|>",
-            },
-        ],
-    },
-    "sharegpt with roles": {
-        "conversations": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": THOUGHT}]
-    },
-    "reasoning": {
-        "messages": [
-            {"role": "user", "content": "2+2?"},
-            {"role": "assistant", "content": "Four.", "reasoning": "I add."},
-        ]
-    },
-    "thinking": {
-        "messages": [
-            {"role": "user", "content": "2+2?"},
-            {"role": "assistant", "content": "Four.", "thinking": "I add."},
-        ]
-    },
-    "reasoning in both places": {
-        "messages": [
-            {"role": "user", "content": "2+2?"},
-            {"role": "assistant", "content": THOUGHT, "reasoning": "I add."},
-        ]
-    },
-    "messages as JSON text": {
-        "messages": json.dumps([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": THOUGHT}])
-    },
-    "conversations as JSON text": {
-        "conversations": json.dumps([{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": THOUGHT}])
-    },
-    "prompt and completion as JSON text": {
-        "prompt": json.dumps([{"role": "user", "content": "2+2?"}]),
-        "completion": json.dumps([{"role": "assistant", "content": THOUGHT}]),
-    },
-    "parts": {
-        "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": THOUGHT}]},
-        ]
-    },
-    "a part of thinking": {
-        "messages": [
-            {"role": "user", "content": "2+2?"},
-            {
-                "role": "assistant",
-                "content": [
-                    {"type": "thinking", "thinking": [{"type": "text", "text": "I add."}]},
-                    {"type": "text", "text": "Four."},
-                ],
-            },
-        ]
-    },
-    "generations as JSON text": {"problem": "2+2?", "generations": json.dumps([THOUGHT])},
-    "prompt and completion": {"prompt": "2+2?", "completion": THOUGHT},
-    "prompt and completion as messages": {
-        "prompt": [{"role": "user", "content": "2+2?"}],
-        "completion": [{"role": "assistant", "content": THOUGHT}],
-    },
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_is_recognised_by_its_columns(tmp_path, layout):
-    (trace,) = read(tmp_path, [LAYOUTS[layout] | {"answer": 4}])
-    assert trace.prompt.messages == ({"role": "user", "content": "2+2?"},)
-    assert (trace.text, trace.reasoning, trace.response) == (THOUGHT, "I add.", "Four.")
-    assert (trace.prompt.answer, trace.sample, trace.finish_reason) == ("4", 0, "stop")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "◁think▷\nI add.\n◁/think▷\n\nFour.",
-        "[THINK]\nI add.\n[/THINK]\n\nFour.",
-        "<thinking>\nI add.\n</thinking>\n\n<answer>Four.</answer>",
-        "<Thought>\nI add.\n</Thought>\n<Output>\nFour.\n</Output>",
-        "<|begin_of_thought|>\nI add.\n<|end_of_thought|><|begin_of_solution|>\n\nFour.\n<|end_of_solution|>",
-    ],
-)
-def test_other_tags_become_think_tags(tmp_path, text):
-    (trace,) = read(tmp_path, [{"prompt": "2+2?", "completion": text}])
-    assert (trace.text, trace.reasoning, trace.response) == (THOUGHT, "I add.", "Four.")
-
-
-@pytest.mark.parametrize("text", ["In Kimi it is ◁think▷ and ◁/think▷.", "<think>[THINK]</think>4", "see <Output>"])
-def test_tags_inside_a_text_stay(tmp_path, text):
-    assert read(tmp_path, [{"prompt": "2+2?", "completion": text}])[0].text == text
-
-
-def test_a_reasoning_that_is_cut_off_stays_open(tmp_path):
-    (trace,) = read(tmp_path, [{"prompt": "2+2?", "completion": "[THINK]I ad", "finish_reason": "length"}])
-    assert (trace.text, trace.reasoning, trace.finish_reason) == ("<think>I ad", None, "length")
-
-
-@pytest.mark.parametrize(
-    ("said", "meant"),
-    [
-        ({}, "stop"),
-        ({"finish_reason": None}, None),
-        ({"finish_reason": ""}, None),
-        ({"finish_reason": "stop"}, "stop"),
-        ({"finish_reason": "EOS"}, "stop"),
-        ({"finish_reason": "end_turn"}, "stop"),
-        ({"finish_reason": "max_tokens"}, "length"),
-        ({"finish_reason": "content_filter"}, "content_filter"),
-    ],
-)
-def test_finish_reasons(tmp_path, said, meant):
-    assert read(tmp_path, [LAYOUTS["messages"] | said])[0].finish_reason == meant
-    row = {"problem": "q", "generations": ["a"]} | {f"{key}s": [value] for key, value in said.items()}
-    assert read(tmp_path, [row])[0].finish_reason == meant
-
-
-def test_a_system_prompt_stays_before_the_question(tmp_path):
-    row = LAYOUTS["sharegpt"] | {"system": "Think."}
-    assert [m["role"] for m in read(tmp_path, [row])[0].prompt.messages] == ["system", "user"]
-    row = LAYOUTS["messages"] | {"system": "Think."}
-    assert [m["role"] for m in read(tmp_path, [row])[0].prompt.messages] == ["system", "user"]
-    row = {"messages": [{"role": "system", "content": "Own."}, *row["messages"]], "system": "Think."}
-    assert [m["content"] for m in read(tmp_path, [row])[0].prompt.messages] == ["Own.", "2+2?"]
+from distill.traces.tags import LeftOut
 
 
 def test_the_last_of_several_turns_is_the_answer(tmp_path):
@@ -240,6 +90,7 @@ LEFT_OUT = {
     "answer of type tool_use": {"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use"}]}]},
     "reasoning of type dict": {"messages": [USER, ANSWER | {"reasoning": {"a": 1}}]},
     "two reasonings": {"messages": [USER, {"role": "assistant", "content": "<think>b</think>a", "thinking": "c"}]},
+    "unknown tag <inner_thoughts>": {"prompt": "q", "completion": "<inner_thoughts>b</inner_thoughts>a"},
     "not text alone": {"messages": [USER, ANSWER], "images": ["a.png"]},
 }
 
@@ -393,21 +244,6 @@ def test_a_reasoning_of_its_own_stays_apart_from_an_answer_that_mentions_a_tag()
     row = {"messages": [USER, {"role": "assistant", "content": "It ends with </think>.", "thinking": "Tags."}]}
     (answer,) = answers(row, Columns(), "row 0")
     assert answer.parts == ("Tags.", "It ends with </think>.")
-
-
-@pytest.mark.parametrize(
-    ("text", "reasoning", "response"),
-    [
-        ("<think>I add.</think>Four, after </think>.", "I add.", "Four, after </think>."),
-        ("[THINK]I add.[/THINK]Four, after [/THINK].", "I add.", "Four, after [/THINK]."),
-        ("<Thought>I add.</Thought>\n<Output>\nFour: </Thought>.\n</Output>", "I add.", "Four: </Thought>."),
-        ("◁think▷Is it </think>?◁/think▷Four, after </think>.", "Is it </think>?", "Four, after </think>."),
-    ],
-)
-def test_the_first_closing_tag_ends_a_reasoning(tmp_path, text, reasoning, response):
-    """Also after it was stored, where the text has think tags."""
-    (trace,) = read(tmp_path, [{"messages": [USER, {"role": "assistant", "content": text}]}])
-    assert (trace.reasoning, trace.response) == (reasoning, response)
 
 
 def test_a_field_that_begins_like_the_answer_is_not_the_reasoning_in_it():

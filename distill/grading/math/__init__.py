@@ -4,6 +4,7 @@ An answer that is not read completely, or whose equality is not decided exactly,
 wrong.
 
   extraction   finds the answer in a response; linear time, in the caller's process
+  statements   answers stated in words, and what follows an answer
   guesses      the last formula or number of prose
   spelling     compares spellings without a parser
   notation, lexer               rewrite notations of whole answers; text → tokens
@@ -26,7 +27,7 @@ import re
 from collections.abc import Iterator
 from itertools import product
 
-from distill.grading.grade import Answer, Ruling, TaskGrader
+from distill.grading.grade import TAKEN_BACK, Answer, Ruling, TaskGrader
 from distill.grading.math.comparison import equal
 from distill.grading.math.extraction import final_answer, gold_answer
 from distill.grading.math.guesses import guess
@@ -44,6 +45,8 @@ __all__ = ["FONT", "MathGrader", "final_answer", "gold_answer", "has_words", "ju
 
 def quick_judge(gold: str, answer: Answer) -> Ruling | None:
     """Compare without a parser: identical strings, and integers."""
+    if answer.method == TAKEN_BACK:
+        return "unverifiable", TAKEN_BACK
     if not answer.marked:
         return None
     expected, given = normalise(gold), normalise(answer.text)
@@ -122,7 +125,7 @@ def _read(text: str) -> list[Value]:
 class MathGrader(TaskGrader):
     """Numbers, expressions, sets and intervals, by the functions above."""
 
-    version = 4  # wide spaces, solutions of systems, joined inequalities, scales, decimal commas, conditions, notations
+    version = 4  # answers taken back or followed by another one; lists, inequalities, scales, commas, notations
     packages = ("sympy",)
 
     def prepare(self) -> None:

@@ -15,41 +15,29 @@ A guess (`distill.grading.math.guesses`) is correct if it equals the gold answer
 dollars in 3 days" the guess 3 must not count as a wrong answer. Rejected: searching the whole response for any number,
 which turns "no answer" into "wrong".
 
+An answer that is taken back ("Wait, that is wrong") is neither right nor wrong. Where words give another answer after
+it (`distill.grading.math.statements`), it is right or wrong only if both are.
+
 Reasoning is not searched: a box inside `<think>` is not an answer.
 """
 
 import re
+from dataclasses import replace
 
-from distill.grading.grade import Answer
-from distill.grading.math.guesses import SENTENCE_END
-from distill.grading.math.spelling import ENVIRONMENT, has_words, repaired
-from distill.prompts.boxes import boxed, boxed_end, hashes, last_box_end
+from distill.grading.grade import TAKEN_BACK, Answer
+from distill.grading.math.spelling import has_words, repaired
+from distill.grading.math.statements import Statement, afterthought, is_formula, replaces, statements, trim
+from distill.prompts.boxes import HASHES, boxed, hashes, last_box_end
 from distill.prompts.prompt import outside_blocks
 
 CUT_OFF_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")  # in a text without a complete box
 TURN = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end_of_sentence)\|>")
-STATED = re.compile(
-    r"\banswers?[*_]*(?:\s+(?:is|are)\b[*_]*[\s:]*|\s*[:=]\**\s*)|^[ \t]*A:[ \t]*(?=\S)"
-    "|\u7b54\u6848[*_]*\\s*(?:\u662f|\u4e3a|:|\uff1a)+[*_\\s:\uff1a]*",
-    re.IGNORECASE | re.MULTILINE,
-)
 SAID = re.compile(r"^\W*(?!and\b|or\b)[A-Za-z]{2,}\s*[:,]|,\s*(?!and\b|or\b)[A-Za-z]{2,}\W*$")  # Sum: 10; 10, QED
-BEFORE, LONGEST_SENTENCE = 40, 400  # characters before a statement that say what it is about
-QUALITY = r"(?:(?:the|an?|my|correct|right|best|final|most|plausible)\W+){0,4}"
-REJECTED = re.compile(
-    rf"(?:\b(?:incorrect|wrong|false|other|another|not|neither|than|tempting|rejected|eliminated|remaining)|n't)[^\w.!?\n]+"
-    rf"{QUALITY}$"
-    rf"|\b(?:some|many|people|students|others?|one|you)\b[^.\n]{{0,20}}\b(?:think|say|guess|believe|assume|claim)\W+"
-    rf"(?:that\W+)?{QUALITY}$",
+BESIDE = re.compile(  # lines about an answer
+    r"\W{0,8}(?:my |the |overall |estimated )*(?:confidence|certainty|difficulty)"
+    r"(?: (?:level|score|rating|in [\w ]{1,30}))?\W{0,8}[:=]",
     re.IGNORECASE,
 )
-OPENING = re.compile(
-    r"(?:\W|\b(?:so|thus|hence|therefore|then|and|the|my|our|final|correct|right|which|this|that|gives?|means|finally|in|"
-    r"conclusion|summary|overall|is|we|have|get|find)\b)*",
-    re.IGNORECASE,
-)
-CONTRAST = re.compile(r"\s*,\s*(?:and\s+|but\s+)?not\s[^,]*$")  # "5, not 6"
-DISPLAY = re.compile(r"(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
 MISSING = {"nan", "none", "null", "n/a", "<na>"}  # spellings of a missing value in tables
 
 
@@ -64,25 +52,55 @@ def scope_of(response: str) -> tuple[str, bool]:
 def final_answer(response: str) -> Answer | None:
     """Extract the answer of a completion. Reasoning is not searched, whether or not its block is closed."""
     scope, tagged = scope_of(_unescaped(response))
-    box = boxed(scope)
-    stated, begin = _stated(scope)
-    if box and stated and begin >= last_box_end(scope) and _replaces_a_box(scope, begin, stated):
-        return Answer(_trim(stated), "stated")
-    plain = not stated or _is_formula(stated)
-    for method, text in (
-        ("boxed", box),
-        ("stated", stated if tagged and stated and plain else None),
-        ("tag", _one_line(scope) if tagged else None),
-        ("hashes", hashes(scope)),
-        ("stated" if plain else "sentence", stated),
-        ("bare", _one_line(scope) if _is_formula(scope) and not has_words(scope) and not SAID.search(scope) else None),
-        ("last line", scope.splitlines()[-1] if scope else None),
+    answer, end = _first_answer(scope, tagged)
+    if answer is None or answer.method in ("bare", "last line"):
+        return answer
+    after = afterthought(scope, answer.text, end)
+    return replace(answer, method=TAKEN_BACK) if after.retracted else replace(answer, other=after.later or answer.other)
+
+
+def _first_answer(scope: str, tagged: bool) -> tuple[Answer | None, int]:
+    """The answer by the first of the marks that there is, and where it ends."""
+    box, hashed = boxed(scope), next(reversed(list(HASHES.finditer(scope))), None)
+    stated, other = _stated(scope)
+    marked_end = last_box_end(scope) if box else hashed.end() if hashed else 0
+    if marked_end and stated and stated.begin >= marked_end and replaces(scope, stated):
+        return Answer(trim(stated.text), "stated"), stated.end
+    said, said_end = (stated.text, stated.end) if stated else (None, 0)
+    plain = not said or is_formula(said)
+    for method, text, end in (
+        ("boxed", box, marked_end),
+        ("stated", said if tagged and plain else None, said_end),
+        ("tag", _one_line(scope) if tagged else None, len(scope)),
+        ("hashes", hashed and hashed[1], marked_end),
+        ("stated" if plain else "sentence", said, said_end),
+        (
+            "bare",
+            _one_line(scope) if is_formula(scope) and not has_words(scope) and not SAID.search(scope) else None,
+            0,
+        ),
+        ("last line", _last_line(scope), 0),
     ):
         if text and not (method != "boxed" and CUT_OFF_BOX.search(text)):
-            trimmed = _trim(text)
+            trimmed = trim(text)
             if trimmed:
-                return Answer(trimmed, method)
-    return None
+                return Answer(trimmed, method, other if text is said else ""), end
+    return None, 0
+
+
+def _stated(text: str) -> tuple[Statement | None, str]:
+    """The last stated answer; and a formula that is stated after it, under a condition."""
+    made = statements(text)
+    firm = [statement for statement in made if not statement.conditional]
+    if not firm or firm[-1] is made[-1]:
+        return (made[-1] if made else None), ""
+    other = made[-1].text
+    return firm[-1], trim(other) if is_formula(other) else ""
+
+
+def _last_line(text: str) -> str | None:
+    """The last line that is not about the answer ("Confidence: 95%")."""
+    return next((line for line in reversed(text.splitlines()) if line.strip() and not BESIDE.match(line)), None)
 
 
 def gold_answer(gold: str) -> str:
@@ -98,9 +116,9 @@ def gold_answer(gold: str) -> str:
         answer = text[cut.end() :].rstrip("} ")
     if answer is None and "\n" in text and text.splitlines()[-1].startswith("A:"):
         answer = text.splitlines()[-1][2:]
-    if answer is None and len(text) > 200 and (stated := _stated(text)[0]) and _is_formula(stated):
-        answer = stated
-    return _trim(answer or text)
+    if answer is None and len(text) > 200 and (stated := _stated(text)[0]) and is_formula(stated.text):
+        answer = stated.text
+    return trim(answer or text)
 
 
 def _unescaped(text: str) -> str:
@@ -108,55 +126,5 @@ def _unescaped(text: str) -> str:
     return text if r"\begin" in text else re.sub(r"\\\\(?=[()%])", r"\\", text)
 
 
-def _stated(text: str) -> tuple[str | None, int]:
-    """Return the text after the last "answer is" or "answer:", up to the end of its sentence, and its start offset."""
-    matches = [match for match in STATED.finditer(text) if not denied(text, match.start())]
-    if not matches:
-        return None, 0
-    end = matches[-1].end()
-    rest = text[end:]
-    if display := DISPLAY.match(rest):
-        return (display[1] or display[2] or "").strip() or None, end
-    if (box := boxed_end(text, end)) is not None:
-        return text[end:box], matches[-1].start()
-    line = rest.partition("\n")[0]
-    return CONTRAST.sub("", SENTENCE_END.split(line, maxsplit=1)[0]) or None, end
-
-
-def denied(text: str, place: int) -> bool:
-    """Whether the words before a statement say that its answer is not the right one: "a common wrong answer is"."""
-    return REJECTED.search(text, max(0, place - BEFORE), place) is not None
-
-
-def _replaces_a_box(text: str, begin: int, stated: str) -> bool:
-    """Whether a statement after a box says the answer anew: a formula and no word, in a sentence that begins with the
-    statement. "The answer is correct" and "for n = 3 the answer is 6" do not."""
-    before = text[max(0, begin - LONGEST_SENTENCE) : begin]
-    match = list(STATED.finditer(before + " "))
-    sentence = SENTENCE_END.split(before[: match[-1].start()] if match else before)[-1].rpartition("\n")[2]
-    number = re.search(r"[\d\\=+*/^]|\bpi\b", stated) or len(_trim(stated)) == 1
-    return bool(number) and _is_formula(stated) and OPENING.fullmatch(sentence) is not None
-
-
-def _is_formula(text: str) -> bool:
-    """Return whether a stated text can replace a box: an expression, perhaps with a unit, without prose."""
-    trimmed = _trim(text)
-    words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", "", ENVIRONMENT.sub("", trimmed)))
-    return bool(trimmed) and len(trimmed) <= 200 and len(words) <= 1
-
-
 def _one_line(text: str) -> str | None:
     return text if text and "\n" not in text and len(text) <= 200 else None
-
-
-def _trim(text: str) -> str:
-    """Remove white space, Markdown's asterisks, a full stop, quotes and one pair of math delimiters from the ends."""
-    text = text.strip().strip("*").strip()
-    text = re.sub(r"(?<!\\right)(?<!\.\.)\.$", "", text).strip()
-    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'`" and text.count(text[0]) == 2:
-        text = text[1:-1].strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        inner = text[len(opening) : -len(closing)]
-        if text.startswith(opening) and text.endswith(closing) and inner.strip() and opening not in inner:
-            return inner.strip()
-    return text
