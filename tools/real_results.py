@@ -13,7 +13,7 @@ run directory `base` and `teacher` take the evaluation of that model, every othe
 - `scores`: by name `pass@1` with its 95 % interval, `problems`, and the rates beside it
 - `gain`: the student's pass@1 less the base's on the same problems, with its interval; `gains`: every name's
 - `settings`: what is trained otherwise than in the student's run, by name
-- `stages`: by name and stage the hours worked, the machines and the tokens
+- `stages`: by name and stage the hours worked, the machines, the tokens, and whether it was finished
 """
 
 import argparse
@@ -89,19 +89,21 @@ def gain(difference: Difference) -> dict[str, Any]:
     }
 
 
-def stages_of(directory: Path) -> dict[str, Any]:
-    """Hours, machines and tokens of each finished stage of a run."""
-    path = RunPaths(directory).recipe
-    recipe = parse(Recipe, read_yaml(path), str(path))
-    return {
-        stage.name: {
-            "hours": round((stage.seconds or 0) / 3600, 3),
-            "machines": list(stage.machines),
-            "tokens": stage.tokens,
-        }
-        for stage in read_contents(directory, recipe).stages
-        if stage.finished and stage.name != "report"
-    }
+def stages_of(name: str, directory: Path) -> dict[str, Any]:
+    """Hours, machines and tokens of each stage of a run that was worked on, finished or cut off; of a base or a teacher
+    those of its evaluation."""
+    paths, stages = RunPaths(directory), {}
+    recipe = parse(Recipe, read_yaml(paths.recipe), str(paths.recipe))
+    for stage in read_contents(directory, recipe).stages:
+        record = StageRecord.read_if_there(paths.record(stage.name), f"run `distill {stage.name}` again")
+        if record and record.seconds and (stage.name == "eval" if name in OF_A_RUN else stage.name != "report"):
+            stages[stage.name] = {
+                "finished": stage.finished,
+                "hours": round(record.seconds / 3600, 3),
+                "machines": list(record.machines),
+                "tokens": stage.tokens,
+            }
+    return stages
 
 
 def training_of(directory: Path) -> dict[str, Any]:
@@ -159,7 +161,7 @@ def main() -> None:
         raise SystemExit(f"missing {' and '.join(missing)}; expected NAME=DIR, among them base and student")
     try:
         results = {name: results_of(name, directory) for name, directory in places.items()}
-        stages = {name: stages_of(directory) for name, directory in places.items() if is_a_run(directory)}
+        stages = {name: stages_of(name, directory) for name, directory in places.items() if is_a_run(directory)}
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     gains = {name: gain(on_common_problems(found, results["base"])) for name, found in results.items()}
