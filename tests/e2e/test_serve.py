@@ -366,6 +366,7 @@ def test_an_aborted_answer_is_asked_for_again_by_generate():
         reply_of({"content": "half"}, "abort", None)
 
 
+@pytest.mark.slow
 def test_the_servers_end_with_its_engine():
     with serving("tiny-r1") as server:
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()

@@ -168,6 +168,7 @@ def test_the_first_draft_of_the_mtp_layer_is_accepted_most_of_the_time(
     assert accepted / drafted >= 0.70
 
 
+@pytest.mark.slow
 def test_no_held_out_problem_is_in_the_training_texts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,6 +156,7 @@ def test_training_takes_the_language_model_out_of_it(published: Path, tmp_path: 
         for parameter in trained.parameters():
             parameter.mul_(1.05)
     engine.update(tensors_of(trained))
+    trained.set_attn_implementation("sdpa")  # that of the training wants rows
     with torch.inference_mode():
         theirs = trained(torch.tensor([tokens]), use_cache=False).logits[0]
     error, report = relative_error(engine_logits(engine, tokens), theirs)

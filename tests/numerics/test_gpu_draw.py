@@ -12,6 +12,7 @@ from distill.engine.kernels import gpu_draw, reference
 pytestmark = UNUSED_SLOTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [50, pytest.param(5000, marks=pytest.mark.slow)])
 def test_draw(vocab: int) -> None:
     logits, b = random(4, vocab) * 3, 60

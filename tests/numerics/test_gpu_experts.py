@@ -53,6 +53,7 @@ def test_slots_of_any_routing(pairs: list[int], rows: int) -> None:
     assert sorted(pair for pair in made.pair_s.tolist() if pair >= 0)[: len(pairs)] == list(range(len(pairs)))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("t", "kind", "ue8m0"),
     [(1, "even", False), (7, "one", False), (7, "even", True)]
@@ -139,6 +140,7 @@ def four_bit(n: int, c: int, kind: str, seed: int) -> FourBit:
     return FourBit(codes, scales.to(torch.float16 if kind == "wide" else torch.bfloat16), INT4_VALUES)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("resident", [4, slow(1)])
 @pytest.mark.parametrize(
     ("kind", "dtype", "c"),
@@ -199,7 +201,7 @@ def test_experts_in_groups_that_are_not_those_of_a_step_are_decoded_when_they_ar
     assert torch.equal(banks[0]._here, banks[1]._here) and torch.equal(banks[0]._there, banks[1]._there)
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize(
     "options",
     [

@@ -192,7 +192,7 @@ REAL = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("benchmark", REAL)
 @pytest.mark.parametrize("kind", ["reference", "cut off"])
 def test_real_benchmarks_with_a_scripted_server(benchmark, kind, real_data, tmp_path, monkeypatch):

@@ -101,6 +101,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return whole
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_of_grading(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     killed = begun(tmp_path / "killed")
     ledger = killed / "filtered" / "verdicts.jsonl"

@@ -101,6 +101,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 def test_hostile_sizes_are_never_correct_and_leave_the_pool_alive() -> None:
     responses = [rf"\boxed{{{answer}}}" for answer in HOSTILE] + HOSTILE
     with Grader(workers=2, timeout=1.0) as own:

@@ -62,7 +62,9 @@ def test_layers_of_several_kinds_keep_what_the_whole_model_does(family: str, che
         assert abs(first - 2 * counted.layer - counted.rest) > 0.02 * first
 
 
-@pytest.mark.parametrize("family", ["bamba", "jamba", "lfm2"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("bamba", marks=pytest.mark.slow), pytest.param("jamba", marks=pytest.mark.slow), "lfm2"]
+)
 def test_kinds_of_layers_that_a_config_computes_are_measured_apart(family: str) -> None:
     """The second layer has attention, and keeps less for the backward pass than a recurrence or a convolution does."""
     config = AutoConfig.for_model(family, **train_support.OTHER, **(train_support.RECURRENT | KEPT)[family])

@@ -55,6 +55,7 @@ def test_a_benchmark_of_unknown_size_has_no_figures(tmp_path, monkeypatch, capsy
     assert "how many problems own has is not known; its card may say `problems`" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rows_of_files_are_counted_and_those_elsewhere_named(tmp_path, monkeypatch, capsys):
     """Ten traces of the teacher, and twice seven of eight rows of a file."""
     monkeypatch.chdir(tmp_path)

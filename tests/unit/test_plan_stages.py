@@ -91,6 +91,7 @@ def test_traces_with_other_settings_are_refused(recipe, monkeypatch, capsys):
         assert len(script.asked) == 4
 
 
+@pytest.mark.slow
 def test_a_plan_without_a_pilot_writes_nothing_and_says_what_is_assumed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert distill(monkeypatch, "plan", "tiny") == 0

@@ -231,6 +231,7 @@ def test_refusals_of_the_hub(push: Push, hub: Hub, run: Path, status: int, code:
     assert not hub.repositories
 
 
+@pytest.mark.slow
 def test_refusals_before_anything_is_sent(push: Push, hub: Hub, run: Path) -> None:
     def refused(message: str, *arguments: object, code: int = 2, **options: Any) -> None:
         done = push(*arguments, **options)

@@ -205,6 +205,7 @@ def test_the_same_run_gives_the_same_page(finished):
     assert write_report(finished).read_bytes() == first
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("upto", "missing"),
     [

@@ -128,7 +128,7 @@ def test_a_run_that_is_under_way_can_be_looked_at(finished, capsys):
     assert not lock.is_held(finished)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "writes",
     [0, *(pytest.param(writes, marks=pytest.mark.slow) for writes in range(1, len(FILES) - 1)), len(FILES) - 1],

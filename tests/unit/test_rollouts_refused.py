@@ -122,6 +122,7 @@ def test_epochs_without_a_step(tmp_path, kind):
     assert message in refused(tmp_path / "run", recipe)
 
 
+@pytest.mark.slow
 def test_a_served_teacher_scores_rollouts(tmp_path, capsys):
     """The sampled estimator needs no more than a server gives: with the numbers of the local teacher it is the local
     training. The exact one says what is missing, once."""

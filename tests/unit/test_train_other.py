@@ -130,7 +130,7 @@ def ending(directory):
     return directory
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [rollout_support.GRPO, rollout_support.ON_POLICY], ids=["grpo", "on_policy"])
 def test_rollouts_are_sampled_by_the_trainers_own_weights_and_resume(tmp_path, capsys, objective):
     student = ending(tmp_path / "base")
