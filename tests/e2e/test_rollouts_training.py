@@ -23,7 +23,7 @@ def changed(recipe, **values):
     return Recipe.model_validate(recipe.model_dump() | values)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 def test_a_copy_of_the_student_teaches_nothing(tmp_path, divergence):
     """Engine, alignment and objective together: divergence and gradient are zero, and not so for another teacher."""

@@ -342,6 +342,7 @@ def test_a_key_is_needed_where_one_is_set():
     assert code == 0 and "sk-secret" not in out + err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("grace", "reason"), [pytest.param(60, "length", marks=pytest.mark.slow), (0, "abort")])
 def test_the_end_finishes_or_returns_what_runs(grace, reason):
     with serving("tiny-r1", "--grace", grace) as server:

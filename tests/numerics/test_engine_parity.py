@@ -35,7 +35,15 @@ def kernels(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# The compiled kernels on every config; the reference on every third, on the others in the slow tests.
+EVERY = [
+    pytest.param(name, kernels, marks=[pytest.mark.slow] if kernels == "reference" and number % 3 else [])
+    for number, name in enumerate(CONFIGS)
+    for kernels in ("cpu", "reference")
+]
+
+
+@pytest.mark.parametrize(("name", "kernels"), EVERY, indirect=["kernels"])
 def test_logits_match_transformers(name: str, kernels: str, checkpoint: GetCheckpoint) -> None:
     ckpt = checkpoint(name)
     theirs = ckpt.logits(TOKENS)

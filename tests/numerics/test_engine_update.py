@@ -99,7 +99,7 @@ def places(engine: Engine) -> list[int]:
     return [place for each in held for place in (*map(address, each.matrices), *(t.data_ptr() for t in each.tensors))]
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_is_the_engine_loaded_from_these_weights(name: str, dtype: torch.dtype, kernels: str, tmp_path: Path) -> None:

@@ -84,12 +84,14 @@ def test_requests_are_given_up_at_the_deadline(engines: Engines) -> None:
     assert all(worker.outstanding == 0 for worker in engines._workers)
 
 
+@pytest.mark.slow
 def test_what_an_engine_refuses_is_refused_here(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((TINY_R1 / "config.json").read_text())
     with pytest.raises(ValueError, match="download the weights"):
         Engines.load(tmp_path, ["cpu", "cpu"], engine_options())
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_are_named_across_processes(tmp_path: Path) -> None:
     path = Path(shutil.copytree(TINY_R1, tmp_path / "model"))
     tensors = load_file(path / "model.safetensors")

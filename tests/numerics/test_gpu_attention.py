@@ -53,6 +53,7 @@ def test_decode_mla(page: int, heads: int, dtype: torch.dtype) -> None:
     assert torch.equal(ours, gpu.decode_mla(q, pool, table, lengths, 0.1, latent))
 
 
+@pytest.mark.slow
 def test_decode_mla_of_an_fp8_cache() -> None:
     latent, rope, page = 256, 16, 16
     table, lengths, pages = paged(3, 200, page)

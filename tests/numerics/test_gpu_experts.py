@@ -45,6 +45,7 @@ def test_slots(kind: str, t: int, rows: int) -> None:
         assert slots == list(range(slots[0], slots[0] + len(slots))) if slots else True
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.sampled_from([16, 32]))
 def test_slots_of_any_routing(pairs: list[int], rows: int) -> None:
@@ -77,7 +78,7 @@ def test_experts_that_lie_far_apart() -> None:
     assert error(ours, w8a8.product(x, w8a8.Fp8Matrix(values[2], scale[2:], False))) < CLOSE_BFLOAT16
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", ["fp8", "plain"])
 def test_experts_that_are_not_multiplied_in_fp8(dtype: torch.dtype, stored: str) -> None:

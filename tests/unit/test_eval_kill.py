@@ -45,6 +45,7 @@ def progress(directory: Path) -> int:
     return found + (PROBLEMS * SAMPLES if any(place.glob("traces/part-*.parquet")) and not ledgers[0].exists() else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_kills_change_nothing(tmp_path, kills):
     rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(PROBLEMS)]

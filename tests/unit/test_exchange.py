@@ -298,6 +298,7 @@ def test_the_template_of_a_configuration(tmp_path):
             template_of(student, named, directory)
 
 
+@pytest.mark.slow
 def test_a_configuration_has_the_length_of_the_longest_phase(tmp_path):
     recipe = load_recipe("tiny-r1-pipeline")
     phases = {training.max_length for training in recipe.train.trainings}

@@ -135,6 +135,7 @@ def key(monkeypatch):
     monkeypatch.setenv("FAULTY_KEY", KEY)
 
 
+@pytest.mark.slow
 def test_a_fifth_of_the_requests_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("distill.backends.pacing.FIRST_PAUSE", 0.01)
     faulty, run = Faulty(0.2), tmp_path / "run"

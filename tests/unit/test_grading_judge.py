@@ -343,6 +343,7 @@ def answered(question: str, seed: int | None) -> Any:
     return "Judgement: Yes", "stop"
 
 
+@pytest.mark.slow
 def test_one_budget_holds_for_all_filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both filters ask about 40 traces, at 8 tokens each. What both spend together stays within the budget, and a
     budget that suffices is not used up by what is under way."""

@@ -45,6 +45,7 @@ def test_problems_of_a_benchmark(source, limit, given, expected, tmp_path, monke
     assert problems_of(card("own", prompts=source), settings) == expected
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_unknown_size_has_no_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     own = card("own", prompts={"kind": "hub", "dataset": "a/b"}).model_dump(mode="json")

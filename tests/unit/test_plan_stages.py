@@ -115,6 +115,7 @@ def test_a_pilot_of_published_traces_is_refused(tmp_path, monkeypatch, capsys):
 QUICK = ("tiny", "deepseek-api-qwen-7b")  # a plan takes seconds; the others are slow together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in catalog.entries("recipe")],

@@ -110,6 +110,7 @@ def test_an_answer_cannot_write_a_file(grades: dict[str, Grade]) -> None:
     assert grades and not Path("/tmp/never-written").exists()
 
 
+@pytest.mark.slow
 def test_a_problem_that_another_version_made_is_unverifiable() -> None:
     (prompt,) = problems("chain_sum", 1)
     gold = json.loads(prompt.answer or "")

@@ -185,6 +185,7 @@ def test_data_set_and_student_arrive_with_their_cards(push: Push, hub: Hub, run:
     assert push(run, "--dataset", "me/traces").returncode == 0  # the same run again
 
 
+@pytest.mark.slow
 def test_a_second_push_deletes_what_the_run_no_longer_has(push: Push, hub: Hub, run: Path) -> None:
     (run / "student" / "adapter_model.safetensors").write_bytes(b"adapter")
     assert push(run, "--dataset", "me/traces", "--model", "me/student").returncode == 0
@@ -196,6 +197,7 @@ def test_a_second_push_deletes_what_the_run_no_longer_has(push: Push, hub: Hub, 
     assert "adapter_model.safetensors" not in student and student["model.safetensors"] == b"weights"
 
 
+@pytest.mark.slow
 def test_another_run_of_the_same_recipe_is_something_else(push: Push, hub: Hub, run: Path) -> None:
     assert push(run, "--dataset", "me/traces").returncode == 0
     path = run / "run.json"

@@ -187,6 +187,7 @@ def test_pass_rates_are_of_each_problem(tmp_path):
     assert "How often each prompt was solved" in page_of(run).text
 
 
+@pytest.mark.slow
 def test_time_and_its_price(finished):
     plain, priced = (Page(write_report(finished, price).read_text(encoding="utf-8")).text for price in (None, 3.6))
     assert "all 6 min 16 s" in plain and "price_per_hour" in plain

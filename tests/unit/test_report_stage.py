@@ -70,6 +70,7 @@ def test_it_is_written_again_when_what_it_shows_is_newer(finished):
     assert perform(finished) and content(finished) == before
 
 
+@pytest.mark.slow
 def test_distill_report_is_no_damage(finished):
     """It is recorded, with its price: the next run writes it again because the price differs, and says nothing."""
     before, aside = content(finished), list((finished / "old").rglob("*"))

@@ -391,6 +391,7 @@ def test_a_training_that_does_not_fit_beside_its_teacher_is_refused(monkeypatch)
         memory.check(recipe, (64, 64), config, 1, beside)
 
 
+@pytest.mark.slow
 def test_a_recipe_of_rollouts_is_planned_without_its_teachers_traces(tmp_path, monkeypatch, capsys):
     from eval_support import distill
 

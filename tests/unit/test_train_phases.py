@@ -330,6 +330,7 @@ def launched(directory: Path, student: Path, step: str) -> "subprocess.Popen[byt
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [pytest.param(s, marks=[] if s in FAST else [pytest.mark.slow]) for s in STEPS])
 def test_a_killed_training_gives_the_same_student(trained, student, tmp_path, step):
     directory = start(tmp_path / "run", student)
