@@ -2,10 +2,9 @@
 
 Models write more than one block: a solution and then its unit tests, an example of its use or a slower alternative; or
 a helper in one block and the function in the next. So the last block is not the program, and where the tests name a
-function it need not be guessed: the last block that defines it is, and not with a body of `...` alone, as in a reminder
-of its signature. Blocks that define what this one uses and lacks are
-put around it, in the order of the answer. Rejected: joining all blocks, whose examples print and read input, and whose
-later versions of a function replace the right one.
+function it need not be guessed: it is the last block that defines it with a body, since a reminder of the signature has
+none. Blocks that define what this one uses and lacks are put around it, in the order of the answer. Rejected: joining
+all blocks, whose examples print and read input, and whose later versions of a function replace the right one.
 """
 
 import ast
@@ -96,7 +95,8 @@ def _block(text: str) -> Block:
 def _is_empty(node: ast.stmt) -> bool:
     """Whether a statement of a function does nothing: `...`, a docstring, `pass`, `raise NotImplementedError`."""
     if isinstance(node, ast.Raise):
-        return "NotImplementedError" in ast.dump(node)
+        raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        return isinstance(raised, ast.Name) and raised.id == "NotImplementedError"
     return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 

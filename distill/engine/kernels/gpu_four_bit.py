@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distill.engine.kernels.four_bit import INT4_VALUES, FourBit
 from distill.engine.kernels.gpu_experts import ExpertBank, padded, put
-from distill.engine.kernels.gpu_gemm import Matrices
+from distill.engine.kernels.gpu_gemm import Matrices, rows_of
 from distill.engine.kernels.gpu_tiles import Tile
 from distill.engine.kernels.stored import FP8_BLOCK, Stored
 from distill.engine.kernels.w8a8 import Activations
@@ -49,11 +49,7 @@ def _four_bit(
     if (expert < 0) | (expert >= EXPERTS):
         return
     slot, n, k = block * BLOCK_M + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N), tl.arange(0, 128)
-    if GATHER:
-        pair = tl.load(row_ptr + slot)
-        row, real = pair // PER_ROW, pair >= 0
-    else:
-        row, real = slot, slot >= 0
+    row, real = rows_of(row_ptr, slot, PER_ROW, GATHER)
     a_ptrs = a_ptr + row[:, None].to(tl.int64) * (STEPS * 128) + k[None, :]
     code_ptrs = code_ptr + expert.to(tl.int64) * code_stride + n[:, None] * (STEPS * 64) + tl.arange(0, 64)[None, :]
     scale_ptrs = scale_ptr + expert.to(tl.int64) * scale_stride + n[:, None] * GROUPS + tl.arange(0, SPANS)[None, :]
@@ -156,22 +152,19 @@ class FourBitBank(ExpertBank):
         """Codes of gate over up and of down, their scales, and the numbers of their blocks of rows."""
         gate, _, down = (cast(FourBit, matrix) for matrix in expert)
         self._like = gate, down
-        sizes = [(rows * columns // 2, scales.nbytes) for rows, columns, scales in self._parts_like()]
-        numbers = [8 * -(-rows // FP8_BLOCK) for rows, _, _ in self._parts_like()]
-        return [codes for codes, _ in sizes] + [scales for _, scales in sizes] + numbers
-
-    def _parts_like(self) -> list[tuple[int, int, Tensor]]:
-        """Rows and columns of gate over up and of down, and a tensor like their scales, without memory."""
-        made = []
-        for rows, columns, like in zip((2 * self.f, self.width), (self.c, self.f), self._like, strict=True):
-            scales = torch.empty(rows, columns // _group(like), dtype=like.scales.dtype, device="meta")
-            made.append((rows, columns, scales))
-        return made
+        # Rows and columns of gate over up and of down, and tensors like their scales, without memory.
+        self._layout = [
+            (rows, columns, torch.empty(rows, columns // _group(like), dtype=like.scales.dtype, device="meta"))
+            for rows, columns, like in ((2 * self.f, self.c, gate), (self.width, self.f, down))
+        ]
+        codes = [rows * columns // 2 for rows, columns, _ in self._layout]
+        scales = [like.nbytes for _, _, like in self._layout]
+        return codes + scales + [8 * -(-rows // FP8_BLOCK) for rows, _, _ in self._layout]
 
     def _fill_record(self, record: Tensor, expert: Sequence[Stored]) -> None:
         gate, up, down = (cast(FourBit, matrix) for matrix in expert)
         for part, (matrices, rows) in enumerate((((gate, up), self.f), ((down,), self.width))):
-            _, columns, like = self._parts_like()[part]
+            _, columns, like = self._layout[part]
             codes = torch.zeros(len(matrices) * rows, columns // 2, dtype=torch.uint8, device=record.device)
             scales = torch.zeros(
                 like.shape, dtype=torch.uint8 if like.itemsize == 1 else like.dtype, device=codes.device
@@ -188,7 +181,7 @@ class FourBitBank(ExpertBank):
                 put(record, self._offsets[place], tensor)
 
     def _matrices(self, memory: Tensor, first: int, count: int, part: int) -> FourBitMatrices:
-        rows, columns, like = self._parts_like()[part]
+        rows, columns, like = self._layout[part]
         shapes = [
             (part, torch.uint8, (rows, columns // 2)),
             (2 + part, like.dtype, tuple(like.shape)),

@@ -94,6 +94,17 @@ def _add_parts(
     tl.store(out_ptr + row * out_stride + n, total.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
+@triton.jit
+def rows_of(row_ptr, slot, PER_ROW: tl.constexpr, GATHER: tl.constexpr):
+    """The row of x that each slot multiplies, and whether it has one: by its pair, or a row of its own."""
+    if GATHER:
+        pair = tl.load(row_ptr + slot)
+        row, real = pair // PER_ROW, pair >= 0
+    else:
+        row, real = slot, slot >= 0
+    return row, real
+
+
 @triton.jit(do_not_specialize=["BLOCKS", "FIRST", "EXPERTS", "a_scale_stride"])
 def _grouped(
     a_ptr, a_scale_ptr, row_ptr, w, w_scale_ptr, expert_ptr, out_ptr,
@@ -106,11 +117,7 @@ def _grouped(
     if (expert < 0) | (expert >= EXPERTS):
         return
     slot, n, k = block * BLOCK_M + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N), tl.arange(0, 128)
-    if GATHER:
-        pair = tl.load(row_ptr + slot)
-        row, real = pair // PER_ROW, pair >= 0
-    else:
-        row, real = slot, slot >= 0
+    row, real = rows_of(row_ptr, slot, PER_ROW, GATHER)
     a_ptrs = a_ptr + row[:, None].to(tl.int64) * (GROUPS * 128) + k[None, :]
     a_scale_ptrs = a_scale_ptr + row
     w_scale_ptr += expert.to(tl.int64) * w_scale_stride + first_n // 128 * GROUPS

@@ -214,8 +214,8 @@ class ExpertBank(Bank[tuple[Tensor, Tensor]]):
 
 
 def expert_bank(count: int, dtype: torch.dtype, like: Sequence[Stored] = ()) -> ExpertBank:
-    """An empty bank for `count` experts. like: gate, up and down of one, for columns whose banks
-    differ by its form."""
+    """An empty bank for `count` experts. like: gate, up and down of one, for columns whose
+    banks differ by its form."""
     return ExpertBank(count, dtype)
 
 

@@ -1,9 +1,9 @@
 """Layers with a recurrence or a convolution over time, where the rows of a batch are concatenated.
 
-Such a layer does not know where a row begins: it would carry one row's state into the next. The kernels that take the
-boundaries exist on GPUs alone; transformers' own form of them ignores what it is told about rows, silently. So such a
-layer, and nothing else, gets rows of similar length as a small padded batch, the same groups as the attention has
-(`learn.attention`), prefixes in front. Its tokens are those that each row has alone, on every device.
+Such a layer does not know where a row begins: it would carry one row's state into the next. Kernels that accept the
+boundaries of rows run only on GPUs; the PyTorch code that transformers uses elsewhere silently ignores them. So this
+layer alone gets its rows apart: rows of similar length become a small padded batch, in the same groups as in the
+attention (`learn.attention`), each with its prefix in front. The result is what each row has alone, on every device.
 
 `install` replaces the class of these modules by a subclass; parameters, names and hooks stay. It is by the names that
 transformers gives them, and not trusted: the families of the engine are proved by tests, any other one by
