@@ -8,6 +8,7 @@ from distill.prompts.prompt import Prompt
 
 FENCE = "```"
 GOOD, BAD = "def f(x):\n    return x + 1\n", "def f(x):\n    return x - 1\n"
+RAISES = 'def f(x):\n    raise ValueError("NotImplementedError")\n'
 READS, READS_BADLY = "n = int(input())\nprint(n + 1)\n", "n = int(input())\nprint(n - 1)\n"
 
 
@@ -29,6 +30,8 @@ IN_A_LIST = "   def f(x):\n       return x + 1\n"
         (block(GOOD) + "The signature is\n" + block("def f(x): ...\n"), GOOD),
         (block(GOOD) + "The signature is\n" + block('def f(x):\n    """Add."""\n    pass\n'), GOOD),
         (block(GOOD) + block("def f(x):\n    raise NotImplementedError\n"), GOOD),
+        (block(GOOD) + block('def f(x):\n    raise NotImplementedError("later")\n'), GOOD),
+        (block(GOOD) + block(RAISES), RAISES),
         (block("def f(x): ...\n"), "def f(x): ...\n"),
         (block(">>> def f(x):\n...     return x + 1\n...\n>>> f(1)\n2\n", "pycon"), GOOD + "\nf(1)\n"),
         (block(GOOD) + "So:\n" + block(">>> f(1)\n2\n"), GOOD),
